@@ -1,0 +1,41 @@
+# Everything runs in .venv, which scripts/setup.sh makes and repairs; a second call reuses it.
+#   make quickstart   set up, then run the whole chain on generated data
+#   make test         set up with the test extra, then run the tests
+#   make setup        set up only          make check   lint and types
+# TORCH_INDEX=URL takes torch from another index; PYTHON=PATH chooses the interpreter.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test setup-dev quickstart test check clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+export TORCH_INDEX PYTHON
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## Make .venv with torch, the pinned stack, DeepSpeed and vLLM
+	@bash scripts/setup.sh
+
+setup-test:
+	@bash scripts/setup.sh test
+
+setup-dev:
+	@bash scripts/setup.sh dev
+
+quickstart: setup ## Set up, then run recipes/quickstart.yaml
+	@$(VENV)/bin/align run recipes/quickstart.yaml
+
+# -rs would repeat -ra of pyproject.toml; the pytest summary is the last thing printed.
+test: setup-test ## Set up with the test extra, then run the tests (PYTEST_ARGS=... is passed on)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: setup-dev ## Check format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+clean: ## Remove .venv, caches and build output; runs/ is kept
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""The command line: check, show, run, report, chat, doctor. Nothing heavy is imported here."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align.core.errors import EXIT_USER, AlignError
+
+cli = typer.Typer(
+    name="align",
+    help="Make language models follow instructions and preferences, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="stages.ppo.kl.coef=0.1, any number of times"),
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
+
+
+@cli.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say whether a recipe is right; all mistakes at once, each with its line."""
+    from align.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    typer.echo(f"{recipe}: right, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+
+
+@cli.command()
+def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
+    """Print the recipe with every default and where each value comes from, then the plan."""
+    from align.pipeline import plan
+    from align.pipeline.terminal import plan_lines
+    from align.recipe.load import load_resolved
+    from align.recipe.show import resolved_yaml
+
+    resolved = load_resolved(recipe, overrides or ())
+    run_dir = runs / resolved.recipe.name
+    typer.echo(resolved_yaml(resolved))
+    typer.echo(f"plan for {run_dir}:")
+    for line in plan_lines(plan(resolved.recipe, run_dir)):
+        typer.echo("  " + line)
+
+
+@cli.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    force: Annotated[
+        bool, typer.Option("--force", help="run changed (and named) stages again, and what follows")
+    ] = False,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE")] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE")] = None,
+) -> None:
+    """Run the stages that are not done; an interrupted one goes on from its checkpoint."""
+    from align.pipeline import run as run_recipe
+    from align.recipe.load import load_recipe
+
+    run_dir = runs / load_recipe(recipe, overrides or ()).name
+    code = run_recipe(
+        recipe, overrides=overrides or (), run_dir=run_dir, force=force, only=only, from_=from_
+    )
+    raise typer.Exit(code)
+
+
+@cli.command(hidden=True)
+def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print the recipe's name, then 'name kind ranks' of each stage, for launch/chain.sh."""
+    from align.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    typer.echo(loaded.name)
+    for name, spec in loaded.stages.items():
+        typer.echo(f"{name} {spec.kind} {spec.ranks}")
+
+
+@cli.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")]) -> None:
+    """Build report.html of a run again."""
+    from align.report import build_report
+
+    typer.echo(str(build_report(run_dir)))
+
+
+@cli.command()
+def chat(
+    artefact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/sft")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+) -> None:
+    """Talk to a checkpoint; /reset forgets the conversation, /quit ends it."""
+    from align.pipeline.processes import run_chat
+
+    options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
+    raise typer.Exit(run_chat(artefact, [*options, "--seed", str(seed)]))
+
+
+@cli.command()
+def doctor() -> None:
+    """Print versions, devices, compiler and engine, with a remedy for what is missing."""
+    from align.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        typer.echo(finding.line())
+    raise typer.Exit(1 if any(f.state == "missing" for f in findings) else 0)
+
+
+def app() -> None:
+    """Run the command line; a mistake of the user's ends with its message, not a traceback."""
+    try:
+        cli()
+    except AlignError as e:
+        typer.echo(str(e), err=True)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_USER)
+
+
+if __name__ == "__main__":
+    app()

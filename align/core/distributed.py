@@ -1,0 +1,130 @@
+"""Ranks: start-up, seeds and the few collectives the suite needs. One home of the process group."""
+
+import hashlib
+import os
+import random
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def init_process_group() -> None:
+    """Join the launcher's world, or make a world of one when no launcher started this process."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, verbose=False)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank() -> int:
+    """Give this process's rank, 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Give the number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Give the device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def global_sums(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum each value over all ranks, in float64; every rank must pass the same keys."""
+    keys = sorted(values)
+    total = torch.tensor([float(values[k]) for k in keys], dtype=torch.float64, device=device())
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(keys, total.tolist(), strict=True))
+
+
+def global_sum(value: float) -> float:
+    """Sum one number over all ranks, in float64."""
+    return global_sums({"value": value})["value"]
+
+
+def global_max(value: float) -> float:
+    """Give the largest of one number over all ranks."""
+    total = torch.tensor(float(value), dtype=torch.float64, device=device())
+    if world_size() > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return float(total)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Give the picklable ``value`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: Any) -> Any:
+    """Give rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Derive a 62-bit seed from (seed, purpose, step, rank ...), independent of other purposes."""
+    text = "/".join([str(seed), *map(str, purpose)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on this rank; ranks draw from different streams."""
+    import numpy as np
+
+    value = derive_seed(seed, "process", rank())
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def shard(items: Sequence[Any]) -> list[Any]:
+    """Give this rank's part of ``items``: contiguous, sizes differing by at most one."""
+    n, r, w = len(items), rank(), world_size()
+    return list(items[n * r // w : n * (r + 1) // w])

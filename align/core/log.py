@@ -1,0 +1,312 @@
+"""What a stage says of itself: metrics.jsonl, samples.jsonl, one human line a step, and mirrors."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from align.core.errors import RecipeError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+HEADLINE = (
+    "train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/reference",
+    "policy/clip_frac", "value/explained_variance", "length/mean", "optim/learning_rate",
+    "tokens/per_s",
+)  # fmt: skip
+"""Metrics of the human line, in this order; the file holds all of them."""
+LINE_METRICS = 7
+QUIET = (
+    "DeepSpeed", "accelerate", "asyncio", "datasets", "filelock", "fsspec", "httpcore", "httpx",
+    "huggingface_hub", "matplotlib", "numba", "torch.distributed", "torch._dynamo",
+    "torch._inductor", "transformers", "urllib3", "vllm",
+)  # fmt: skip
+
+log = logging.getLogger("align")
+
+
+def setup_logging(rank: int) -> None:
+    """Send log lines to standard error: rank 0 from INFO up, other ranks from WARNING up.
+
+    Libraries that talk at INFO are held to WARNING. Call it before importing them: some read
+    their level from the environment at import. A second call only changes the level.
+
+    Args:
+        rank: number of this process among all, 0 is the one that speaks.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        where = "" if rank == 0 else f"[rank {rank}] "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Sink(Protocol):
+    """Mirror metrics somewhere else."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step, as far as the target can."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end."""
+        ...
+
+
+class MetricsLog:
+    """Append a stage's metrics and samples to its folder; only rank 0 writes.
+
+    A new log starts its files anew unless ``rewind`` is called before the first line: a stage
+    that resumes at a checkpoint keeps the lines up to it, one that starts over keeps none.
+    """
+
+    def __init__(
+        self, directory: Path, *, total_steps: int, sinks: Iterable[str] = (), rank: int = 0
+    ) -> None:
+        """Open the log.
+
+        Args:
+            directory: the stage's folder; its name and its parent's name the mirrored run.
+            total_steps: optimiser or rollout steps of the whole stage, for the ETA.
+            sinks: any of ``tensorboard``, ``wandb``, ``trackio``.
+            rank: number of this process; all but 0 write nothing.
+
+        Raises:
+            RecipeError: a sink is unknown or its package is not installed.
+        """
+        self._directory = Path(directory)
+        self._total_steps = total_steps
+        self._writes = rank == 0
+        self._files: dict[str, TextIO] = {}
+        self._kept_seconds = 0.0
+        self._first_step: int | None = None
+        self._began = time.monotonic()
+        self._resumed = False
+        self._sinks = [open_sink(n, self._directory) for n in sinks] if self._writes else []
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, sample: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write one line of metrics and one human line.
+
+        Args:
+            step: steps done so far; several lines may share a step.
+            metrics: ``group/name`` to number; a number that is not finite is written as null.
+            sample: ``prompt``, ``completion`` and ``score``, written to samples.jsonl besides.
+        """
+        if not self._writes:
+            return
+        elapsed = time.monotonic() - self._began
+        numbers = {name: float(value) for name, value in metrics.items()}
+        line = {
+            "step": step,
+            "time_s": round(self._kept_seconds + elapsed, 3),
+            "total_steps": self._total_steps,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        }
+        self._write(METRICS_FILE, line)
+        if self._first_step is None:
+            self._first_step = step - 1
+        rate = elapsed / max(step - self._first_step, 1)
+        left = rate * max(self._total_steps - step, 0)
+        log.info("%s", human_line(self._directory.name, step, self._total_steps, numbers, left))
+        for sink in self._sinks:
+            sink.log(step, numbers)
+        if sample is not None:
+            self.sample(step, sample["prompt"], sample["completion"], sample.get("score"))
+
+    def sample(
+        self, step: int, prompt: str | Sequence[Any], completion: str, score: float | None
+    ) -> None:
+        """Write one sampled answer to samples.jsonl."""
+        if self._writes:
+            row = {"step": step, "prompt": prompt, "completion": completion, "score": score}
+            self._write(SAMPLES_FILE, row)
+
+    def rewind(self, step: int) -> dict[str, float]:
+        """Drop the lines after ``step``, so that going on from there repeats nothing.
+
+        A last line that a killed process left half-written is dropped too.
+
+        Args:
+            step: number of the step that the checkpoint was saved after.
+
+        Returns:
+            The metrics of the last line kept; none on ranks that do not write.
+        """
+        if not self._writes:
+            return {}
+        self._close_files()
+        self._resumed = True
+        self._first_step = step
+        self._began = time.monotonic()
+        kept = _keep_until(self._directory / METRICS_FILE, step)
+        _keep_until(self._directory / SAMPLES_FILE, step)
+        self._kept_seconds = float(kept[-1].get("time_s", 0.0)) if kept else 0.0
+        for sink in self._sinks:
+            sink.rewind(step)
+        return {k: v for k, v in (kept[-1] if kept else {}).items() if "/" in k}
+
+    def close(self) -> None:
+        """Close the files and the mirrors; a second call does nothing."""
+        self._close_files()
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            if not self._files and not self._resumed:
+                (self._directory / SAMPLES_FILE).unlink(missing_ok=True)
+                (self._directory / METRICS_FILE).unlink(missing_ok=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / name
+            self._files[name] = path.open("a", encoding="utf-8", buffering=1)
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _close_files(self) -> None:
+        self._resumed = self._resumed or bool(self._files)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def human_line(
+    stage: str, step: int, total_steps: int, metrics: Mapping[str, float], left_s: float
+) -> str:
+    """Say one step in one line: stage, step, its chief metrics and the time left."""
+    names = [name for name in HEADLINE if name in metrics]
+    names += [name for name in metrics if name not in HEADLINE]
+    said = [f"{name} {short_number(metrics[name])}" for name in names[:LINE_METRICS]]
+    minutes, seconds = divmod(round(left_s), 60)
+    return "  ".join([f"{stage} {step}/{total_steps}", *said, f"eta {minutes}:{seconds:02d}"])
+
+
+def short_number(value: float) -> str:
+    """Write a number with about four significant digits: 1234, 0.4321, 2.5e-05."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    kept = []
+    # As bytes: str.splitlines also breaks at characters that a completion may hold (U+2028).
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            continue
+        row = json.loads(line)
+        if row["step"] <= step:
+            kept.append((line, row))
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_bytes(b"".join(line for line, _ in kept))
+    temporary.replace(path)
+    return [row for _, row in kept]
+
+
+def open_sink(name: str, directory: Path) -> Sink:
+    """Open the mirror of that name for a stage's folder.
+
+    Raises:
+        RecipeError: the name is unknown or the package is not installed.
+    """
+    try:
+        if name == "tensorboard":
+            return TensorboardSink(directory)
+        if name == "wandb":
+            return _wandb(directory)
+        if name == "trackio":
+            return _trackio(directory)
+    except ImportError as e:
+        raise RecipeError(
+            f"sinks.{name}: true, but the package '{name}' does not import ({e}); "
+            f"run 'pip install {name}' or set sinks.{name}: false"
+        ) from e
+    raise RecipeError(f"sinks: unknown sink '{name}'; expected tensorboard, wandb or trackio")
+
+
+class TensorboardSink:
+    """Mirror to event files under ``tensorboard/`` of the stage's folder."""
+
+    def __init__(self, directory: Path) -> None:
+        # The names in protobuf modules are made at import, out of a type checker's sight.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        events, summaries = vars(event_pb2), vars(summary_pb2)
+        self._event, self._session = events["Event"], events["SessionLog"]
+        self._summary = summaries["Summary"]
+        self._writer = EventFileWriter(str(directory / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        values = [self._summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
+        summary = self._summary(value=values)
+        self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
+
+    def rewind(self, step: int) -> None:
+        """Tell TensorBoard to hide what earlier processes wrote after this step."""
+        start = self._session(status=self._session.START)
+        event = self._event(step=step + 1, wall_time=time.time(), session_log=start)
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._writer.close()
+
+
+class RunSink:
+    """Mirror to an open W&B or trackio run; neither can forget, so a rewind repeats steps there."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        self._run.log(dict(metrics), step=step)
+
+    def rewind(self, step: int) -> None:
+        """Do nothing: both keep what was sent."""
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._run.finish()
+
+
+def _wandb(directory: Path) -> Sink:
+    import wandb  # pyright: ignore[reportMissingImports]  (an extra)
+
+    project, name = _run_names(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return RunSink(wandb.init(project=project, name=name, dir=str(directory)))
+
+
+def _trackio(directory: Path) -> Sink:
+    import trackio  # pyright: ignore[reportMissingImports]  (an extra)
+
+    project, name = _run_names(directory)
+    return RunSink(trackio.init(project=project, name=name, resume="allow", embed=False))
+
+
+def _run_names(directory: Path) -> tuple[str, str]:
+    path = directory.resolve()
+    return path.parent.name or "align", path.name

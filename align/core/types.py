@@ -1,0 +1,91 @@
+"""Data types that cross layers; standard library only.
+
+Worked example. The row ``{"prompt": "2+2?", "completion": "4"}`` at line 7 of a.jsonl becomes
+``Example(prompt="2+2?", completion="4", source="a.jsonl:7")``; its tokens
+``TokenRow(input_ids=(1, 20, 21, 22, 30, 2), trained=(F, F, F, F, T, T))``: the answer and the stop
+token are trained, the prompt is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class Turn(TypedDict):
+    """Hold one turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Text = str | Sequence[Turn]
+"""Plain text (no chat template is applied) or a conversation (the template is)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Hold one row of any data format in canonical form.
+
+    sft: ``prompt`` and ``completion``; a row of messages has an empty prompt and all turns as
+    completion, and every assistant turn of the completion is trained.
+    preference: ``prompt``, ``completion`` (the chosen answer) and ``rejected``.
+    unpaired: ``prompt``, ``completion``, ``label``. prompts: ``prompt`` only.
+    ``columns`` keeps every other field of the row (``answer``, ``label`` ...) for the rewards.
+    """
+
+    prompt: Text
+    completion: Text | None = None
+    rejected: Text | None = None
+    label: bool | None = None
+    margin: float | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Hold one tokenised sequence; ``trained[t]`` says whether token t enters the loss."""
+
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """Hold one tokenised preference pair: both rows begin with the same prompt token ids."""
+
+    chosen: TokenRow
+    rejected: TokenRow
+    num_prompt_tokens: int
+    margin: float = 0.0
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """Hold one tokenised prompt together with what the rewards need to judge an answer to it."""
+
+    input_ids: tuple[int, ...]
+    prompt: Text
+    columns: Mapping[str, Any]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Hold one sampled answer as the rollout engine gives it back.
+
+    Attributes:
+        token_ids: sampled tokens, the stop token included when one was sampled.
+        logprobs: natural log-probability of each sampled token under the sampling distribution.
+        finish_reason: ``"stop"`` (a stop token was sampled) or ``"length"`` (cut at the limit).
+        text: decoded answer without special tokens.
+        weights_version: version number of the weights that produced it.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    text: str
+    weights_version: int

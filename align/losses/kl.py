@@ -1,0 +1,101 @@
+"""Per-token estimates of the KL divergence to the reference, and what its coefficient does."""
+
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from align.core.errors import TrainingError
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"], kind: str
+) -> Float[Tensor, "*S"]:
+    """Estimate KL(policy || reference) in nats at each token sampled from the policy.
+
+    With x = logprobs - ref_logprobs: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. Nothing is
+    clamped. As values k1 and k3 are unbiased and k3 is never negative. As a loss the expected
+    gradient of k1 is 0, that of k2 is the gradient of KL(policy || reference), and that of k3 the
+    gradient of KL(reference || policy).
+
+    Args:
+        logprobs: log-probabilities under the policy.
+        ref_logprobs: log-probabilities of the same tokens under the reference.
+        kind: k1, k2 or k3.
+
+    Returns:
+        One estimate per token, with the gradient of ``logprobs``.
+
+    Reference:
+        Schulman 2020, joschu.net/blog/kl-approx.
+    """
+    assert kind in ("k1", "k2", "k3"), f"unknown KL estimator {kind!r}"
+    x = logprobs - ref_logprobs.detach()
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return 0.5 * x.square()
+    # expm1 keeps k3 >= 0 where the two policies nearly agree.
+    return torch.expm1(-x) + x
+
+
+class FixedKL:
+    """Hold a KL coefficient that stays as it is."""
+
+    def __init__(self, coef: float) -> None:
+        self.coef = coef
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """Leave the coefficient alone."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what a checkpoint keeps."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take the coefficient of a checkpoint."""
+        self.coef = float(state["coef"])
+
+
+class AdaptiveKL:
+    """Steer the KL coefficient so that the measured KL comes to a target.
+
+    coef <- coef * (1 + clip(KL / target - 1, -0.2, 0.2) * num_samples / horizon)
+
+    Args:
+        coef: starting coefficient, > 0.
+        target: KL to aim at, in nats, in the unit of what `update` is given.
+        horizon: samples over which the coefficient can change by up to 20 %.
+
+    Reference:
+        arXiv:1909.08593 section 2.2. Deviation: num_samples / horizon is at most 1, so that the
+        coefficient stays positive however large a batch is.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        assert min(coef, target, horizon) > 0.0, (coef, target, horizon)
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """Move the coefficient after measuring ``kl`` (global mean) on ``num_samples`` answers.
+
+        Raises:
+            TrainingError: the KL is not finite.
+        """
+        if not math.isfinite(kl):
+            raise TrainingError(
+                f"adaptive KL controller: measured KL is {kl}, expected a finite number; "
+                "lower the learning rate or raise kl.coef"
+            )
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * min(num_samples / self.horizon, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what a checkpoint keeps."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take the coefficient of a checkpoint; target and horizon come from the recipe."""
+        self.coef = float(state["coef"])

@@ -1,0 +1,1 @@
+"""Loading models, heads, packed attention and log-probabilities."""

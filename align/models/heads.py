@@ -1,0 +1,52 @@
+"""Heads on a decoder: scorers begun from a policy or a scorer, and the critic's values."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from align.models.attention import PACKED, segments_from_first
+from align.models.loading import disable_dropout
+from reward_models.scalar import SCORER_FILE, RewardModel
+
+
+def scorer_from(model_dir: Path, *, dtype: str) -> RewardModel:
+    """Load the decoder of a policy (with a fresh random head) or a whole scorer, dropout off."""
+    kind = getattr(torch, dtype)
+    if (model_dir / SCORER_FILE).is_file():
+        model = RewardModel.load(model_dir, kind, attn_implementation=PACKED)
+    else:
+        backbone = AutoModel.from_pretrained(str(model_dir), dtype=kind, attn_implementation=PACKED)
+        model = RewardModel(backbone, backbone.config.get_text_config().hidden_size)
+        model.head.to(kind)  # not the whole: rotary buffers must stay float32
+    disable_dropout(model)
+    return model.train()
+
+
+class ValueModel(nn.Module):
+    """Give V(state before token t) at index t of a packed row.
+
+    The state before token t ends with token t - 1, so values are shifted by one, as
+    log-probabilities are; the first token of a sequence has no state before it and gets 0.
+    """
+
+    def __init__(self, scorer: RewardModel) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Compute the values of a packed row.
+
+        Args:
+            input_ids: (1, N). position_ids: (1, N), restarting at 0.
+
+        Returns:
+            float32 (1, N).
+        """
+        first = position_ids == 0
+        values = self.scorer(
+            input_ids, position_ids=position_ids, segments=segments_from_first(first[0])
+        )
+        shifted = values.roll(1, dims=1)
+        return shifted.masked_fill(first, 0.0)

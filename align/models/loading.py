@@ -1,0 +1,91 @@
+"""Loading and saving of causal language models and their tokenizers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from align.core import distributed
+from align.core.errors import ArtefactError
+from align.models.attention import PACKED
+
+
+def load_tokenizer(model_dir: Path | str) -> Any:
+    """Load the tokenizer saved beside a model."""
+    return AutoTokenizer.from_pretrained(str(model_dir))
+
+
+def load_policy(
+    model_dir: Path | str, *, dtype: str, gradient_checkpointing: bool = False
+) -> nn.Module:
+    """Load a causal language model for training on packed rows, dropout off.
+
+    Dropout stays off because the log-probabilities of one policy must not depend on chance: the
+    ratio of PPO and the reference of DPO are wrong otherwise.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        str(model_dir), dtype=getattr(torch, dtype), attn_implementation=PACKED
+    )
+    disable_dropout(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(distributed.device())
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the model to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def save_policy(
+    state: Mapping[str, Tensor], *, source_dir: Path, directory: Path, dtype: str
+) -> None:
+    """Write weights by their Hugging Face names, with the config and tokenizer of ``source_dir``.
+
+    Raises:
+        ArtefactError: ``state`` does not hold exactly the weights the architecture has.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    config = AutoConfig.from_pretrained(str(source_dir))
+    config.dtype = dtype
+    _check_names(state, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(
+        {k: v.contiguous() for k, v in state.items()}, str(directory), metadata={"format": "pt"}
+    )
+    config.save_pretrained(str(directory))
+    load_tokenizer(source_dir).save_pretrained(str(directory))
+    if (source_dir / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(str(source_dir)).save_pretrained(str(directory))
+
+
+def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
+    """Give the stop tokens of the saved generation configuration, the tokenizer's own first."""
+    tokenizer = load_tokenizer(model_dir)
+    found = [tokenizer.eos_token_id]
+    if (Path(model_dir) / "generation_config.json").is_file():
+        extra = GenerationConfig.from_pretrained(str(model_dir)).eos_token_id
+        found += extra if isinstance(extra, list) else [extra]
+    return tuple(dict.fromkeys(t for t in found if t is not None))
+
+
+def _check_names(state: Mapping[str, Tensor], config: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = set(model.state_dict())
+    if config.get_text_config().tie_word_embeddings:
+        expected -= {"lm_head.weight"}
+    missing, surplus = expected - set(state), set(state) - expected - {"lm_head.weight"}
+    if missing or surplus:
+        raise ArtefactError(
+            f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
+            f"unexpected {sorted(surplus)[:3]}"
+        )

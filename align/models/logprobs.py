@@ -1,0 +1,158 @@
+"""Log-probabilities of given tokens, from hidden states in chunks: (B, T, V) never exists.
+
+The one-token shift of language models happens here (and in the reward model) and nowhere else: the
+result at index t is the log-probability of token t given the tokens before it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from align.core import distributed
+from align.models.attention import Segments, segments_from_first
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (64 MiB in float32)."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Hold ``logprobs`` (nats) and, if asked for, ``entropy`` (nats), both shaped as input_ids."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    mask: Tensor | None = None,
+) -> TokenLogprobs:
+    """Compute log p(token t | tokens before t) for every token.
+
+    Args:
+        model: a causal language model of transformers (or its peft wrapper).
+        input_ids: (B, T); rows may be padded on either side or packed.
+        attention_mask: (B, T), 1 on real tokens; None means that all are real.
+        position_ids: (B, T) that restart at 0 where a packed sequence begins; None means that
+            each row is one sequence.
+        temperature: the logits are divided by it first, as the sampler does.
+        entropy: also compute the entropy of each distribution, without gradient.
+        mask: (B, T) bool, where a value is wanted; None is everywhere. The head runs only there.
+
+    Returns:
+        float32 tensors (B, T); 0 on padding, outside ``mask`` and on the first token of each
+        sequence, which no distribution predicts.
+    """
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    real = real.bool()
+    first = _first_tokens(real, position_ids)
+    flat_ids, flat_first = input_ids[real], first[real]
+    segments = segments_from_first(flat_first)
+    hidden = hidden_states(model, flat_ids, segments)  # (N, H)
+    wanted = ~flat_first if mask is None else mask[real].bool() & ~flat_first
+    at = wanted.nonzero().squeeze(1)
+    # The graph must touch the backbone on every rank, also when nothing is trained here.
+    zero = hidden.float().sum() * 0.0 if at.numel() == 0 else 0.0
+    values, entropies = _head(
+        model, hidden.index_select(0, (at - 1).clamp(min=0)), flat_ids[at], temperature, entropy
+    )
+    index = real.flatten().nonzero().squeeze(1)[at]
+
+    def spread(x: Tensor) -> Tensor:
+        out = x.new_zeros(input_ids.numel()).index_put((index,), x)
+        return out.view_as(input_ids)
+
+    return TokenLogprobs(spread(values) + zero, spread(entropies) if entropy else None)
+
+
+class LogprobModel(nn.Module):
+    """Wrap a causal language model so that its forward gives log-probabilities, not logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        mask: Tensor | None = None,
+    ) -> TokenLogprobs:
+        """Give ``token_logprobs`` of the wrapped model; see there."""
+        return token_logprobs(
+            self.model,
+            input_ids,
+            position_ids=position_ids,
+            temperature=temperature,
+            entropy=entropy,
+            mask=mask,
+        )
+
+
+def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Tensor:
+    """Run the decoder over one packed row of token ids (N,) and give its last states (N, H)."""
+    at = torch.arange(flat_ids.numel(), device=flat_ids.device)
+    starts = torch.where(segments.first, at, 0).cummax(0).values
+    decoder = causal_lm(model).get_decoder()
+    out = decoder(
+        input_ids=flat_ids.unsqueeze(0),
+        position_ids=(at - starts).unsqueeze(0),
+        use_cache=False,
+        segments=segments,
+    )
+    return out.last_hidden_state[0]
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Give the transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _first_tokens(real: Tensor, position_ids: Tensor | None) -> Tensor:
+    first = real & (real.cumsum(1) == 1)
+    if position_ids is not None:
+        first = first | (real & (position_ids == 0))
+    return first
+
+
+def _head(
+    model: nn.Module, hidden: Tensor, labels: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    soft_cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+
+    def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h).float()
+        if soft_cap is not None:
+            logits = torch.tanh(logits / soft_cap) * soft_cap
+        logits = logits / temperature
+        norm = torch.logsumexp(logits, -1)
+        chosen = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1) - norm
+        if not entropy:
+            return chosen, chosen.detach()
+        with torch.no_grad():
+            spread = norm - (torch.softmax(logits, -1) * logits).sum(-1)
+        return chosen, spread
+
+    size = max(1, CHUNK_ELEMENTS // head.weight.shape[0] if head.weight.ndim == 2 else 1024)
+    parts = list(zip(hidden.split(size), labels.split(size), strict=True))
+    if hasattr(head.weight, "ds_id"):
+        # ZeRO-3 gathers the head for each chunk: every rank must come equally often.
+        missing = int(distributed.global_max(len(parts))) - len(parts)
+        parts += [(hidden[:0], labels[:0])] * missing
+    if len(parts) <= 1:
+        return chunk(hidden, labels)
+    # Several chunks: keep none of their logits for the backward pass.
+    results = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in parts]
+    return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])

@@ -1,0 +1,1 @@
+"""Rollouts, advantages and the online loop of PPO and GRPO."""

@@ -1,0 +1,159 @@
+"""Advantages: how much better a token or an answer was than expected."""
+
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+STD_EPS = 1e-4
+"""Added to a group's standard deviation, so that rounding in the scores is not blown up."""
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Float[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Give generalised advantage estimates and returns over the trained tokens.
+
+    delta_t = r_t + gamma V_next(t) - V_t, A_t = delta_t + gamma lam A_next(t), R_t = A_t + V_t,
+    where next(t) is the next TRAINED token: tokens in between (prompt, tool output, padding) are
+    no time steps, and their values are not looked at.
+
+    Args:
+        rewards: per-token rewards; must be 0 where the mask is False, else they would be lost.
+        values: the critic's values.
+        mask: True where a token was sampled by the policy and is trained.
+        gamma: discount, in [0, 1].
+        lam: 0 trusts the critic, 1 the sampled return.
+        bootstrap: value of what follows the last trained token of each row; None is 0, which
+            treats every answer, also one cut at the length limit, as finished.
+
+    Returns:
+        Advantages and returns, detached, 0 where the mask is False.
+
+    Reference:
+        arXiv:1506.02438 eq. 16.
+    """
+    assert not (rewards.detach().masked_fill(mask, 0.0) != 0.0).any(), (
+        "a reward lies on a masked token"
+    )
+    rewards, values = rewards.detach(), values.detach()
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.detach()
+    carried = torch.zeros_like(next_value)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        carried = torch.where(mask[:, t], delta + gamma * lam * carried, carried)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = carried.masked_fill(~mask[:, t], 0.0)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Tell for each answer whether all scores of its group are exactly equal.
+
+    Such a group (a single answer too) has nothing to learn from. Equality is exact: a threshold on
+    the standard deviation takes rounding for a difference or a small difference for rounding.
+    """
+    _, group = group_ids.unique(return_inverse=True)
+    size = scores.numel()
+    high = scores.new_full((size,), -torch.inf).scatter_reduce(0, group, scores, "amax")
+    low = scores.new_full((size,), torch.inf).scatter_reduce(0, group, scores, "amin")
+    return (high == low)[group]
+
+
+def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give scores minus their group's mean in float64, group sizes per answer, group numbers."""
+    assert torch.isfinite(scores).all(), f"scores must be finite, got {scores.tolist()}"
+    _, group = group_ids.unique(return_inverse=True)
+    exact = scores.detach().double()
+    zeros = torch.zeros_like(exact)
+    sizes = zeros.index_add(0, group, torch.ones_like(exact))[group]
+    return exact - zeros.index_add(0, group, exact)[group] / sizes, sizes, group
+
+
+def group_relative(
+    scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, scale: str
+) -> Float[Tensor, " B"]:
+    """Compare each answer's score with the mean of the answers to the same prompt.
+
+    Args:
+        scores: one finite number per answer; leave invalid answers out before.
+        group_ids: answers with the same number belong together; any integers, in any order.
+        scale: std divides by the group's standard deviation + 1e-4, none does not.
+
+    Returns:
+        One advantage per answer. A group of equal scores, or of one answer, gets exactly 0; its
+        tokens still count in the loss's denominator unless the caller masks them out.
+
+    Reference:
+        arXiv:2402.03300 section 4.1; scale none arXiv:2503.20783. The standard deviation is that
+        of a sample (divided by group size - 1), which the paper leaves open.
+    """
+    assert scale in ("std", "none"), f"unknown scale {scale!r}"
+    centred, sizes, group = _centred(scores, group_ids)
+    if scale == "std":
+        squares = torch.zeros_like(centred).index_add(0, group, centred.square())[group]
+        centred = centred / ((squares / (sizes - 1.0).clamp(min=1.0)).sqrt() + STD_EPS)
+    return centred.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
+
+
+def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Compare each answer's score with the mean of the OTHER answers to the same prompt.
+
+    Args:
+        scores: one finite number per answer; leave invalid answers out before.
+        group_ids: answers with the same number belong together; any integers, in any order.
+
+    Returns:
+        One advantage per answer; exactly 0 in a group of equal scores or of one answer.
+
+    Reference:
+        arXiv:2402.14740 section 2.2 (RLOO). Computed as G / (G - 1) times the distance to the
+        group's mean, which is the same number.
+    """
+    centred, sizes, _ = _centred(scores, group_ids)
+    advantages = centred * sizes / (sizes - 1.0).clamp(min=1.0)
+    return advantages.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
+
+
+def shaped_rewards(
+    scores: Float[Tensor, " B"],
+    kl: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, "B T"]:
+    """Spread each answer's score and its KL penalty over its tokens.
+
+    Args:
+        scores: one number per answer, added at its last trained token.
+        kl: estimated KL to the reference at each token, in nats.
+        mask: True where a token is trained. A row without such a token gets no reward at all.
+        kl_coef: price of one nat, in units of the score.
+
+    Returns:
+        Per-token rewards, detached, 0 where the mask is False.
+
+    Reference:
+        arXiv:1909.08593 eq. 2, with the score at the last trained token itself, never behind it.
+    """
+    rewards = (-kl_coef * kl.detach()).masked_fill(~mask, 0.0)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = positions.masked_fill(~mask, -1).amax(dim=1, keepdim=True)  # (B, 1)
+    return rewards + torch.where(positions == last, scores.detach()[:, None], 0.0)
+
+
+ESTIMATORS: dict[str, Callable[..., object]] = {
+    "gae": gae,
+    "group_relative": group_relative,
+    "leave_one_out": leave_one_out,
+}
+"""Advantage estimator by the name a recipe gives it."""

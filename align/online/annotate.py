@@ -1,0 +1,90 @@
+"""What the trainer adds to sampled answers: old and reference log-probabilities, values."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.data.batching import plan_micro_batches
+from align.online.experience import Experience
+from align.recipe.schema import OnlineStage
+from align.training.batch import PackedBatch
+from align.training.learner import Learner
+
+
+def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Cut rows of this rank into micro-batches; every rank gets the same number of them.
+
+    Ranks hold different answers, and ZeRO-3 needs them to run the model equally often.
+    """
+    lengths = [int(experience.lengths[i]) for i in rows]
+    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1)[0] if rows else []
+    wanted = int(distributed.global_max(len(plan)))
+    plan = plan + [[]] * (wanted - len(plan))
+    return [[rows[i] for i in micro] for micro in plan]
+
+
+def annotate(
+    experience: Experience,
+    policy: Learner,
+    spec: OnlineStage,
+    *,
+    old: bool,
+    reference: nn.Module | None,
+    critic: Learner | None,
+) -> Experience:
+    """Add old_logprobs, ref_logprobs and values as far as asked for.
+
+    Args:
+        experience: answers of this step. policy: the learner, before its update.
+        spec: the stage. old: whether the policy's own log-probabilities are needed.
+        reference: a model like the policy's module, or the policy's own module to be run with its
+            adapter off; None for no reference.
+        critic: the value learner; None for no values.
+    """
+    plan = local_plan(experience, range(len(experience.lengths)), spec.micro_tokens)
+    temperature = spec.sampling.temperature
+
+    def logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:
+        # Wanted on every completion token, also of answers that are not trained.
+        return model(
+            batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
+        ).logprobs
+
+    def values(model: nn.Module, batch: PackedBatch) -> Tensor:
+        return model(batch.input_ids, batch.position_ids)
+
+    whole = replace(experience, mask=experience.completion)
+    found = {}
+    if old:
+        found["old_logprobs"] = _infer(whole, policy, plan, logprobs)
+    if reference is not None:
+        own = reference is policy.module
+        with policy.module.model.disable_adapter() if own else nullcontext():
+            run: Any = policy if own else reference.eval()
+            found["ref_logprobs"] = _infer(whole, run, plan, logprobs)
+    if critic is not None:
+        found["values"] = _infer(whole, critic, plan, values)
+    return experience.with_tokens(**found)
+
+
+@torch.no_grad()
+def _infer(
+    experience: Experience,
+    model: Learner | nn.Module,
+    plan: Sequence[Sequence[int]],
+    fn: Callable[[nn.Module, PackedBatch], Tensor],
+) -> Tensor:
+    out = torch.zeros(experience.input_ids.shape)
+    batches = [experience.micro(rows, {}) for rows in plan]
+    if isinstance(model, Learner):
+        results = model.infer(batches, fn)
+    else:
+        results = [fn(model, batch) for batch in batches]
+    for rows, packed in zip(plan, results, strict=True):
+        experience.spread(rows, packed, out)
+    return out

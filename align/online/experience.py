@@ -1,0 +1,112 @@
+"""Experience: the sampled answers of one online step on this rank, and all known of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from align.core import distributed
+from align.core.types import Completion, PromptRow
+from align.training.batch import PackedBatch, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Hold B answers as right-padded rows of T tokens, prompt and completion together.
+
+    Attributes:
+        input_ids: (B, T). lengths: (B,) real tokens of each row.
+        mask: (B, T) bool, True on the completion tokens that are trained.
+        completion: (B, T) bool, True on every completion token, trained or not.
+        scores: (B,) one number per answer; nan where no reward could tell.
+        truncated: (B,) bool, True where no stop token was sampled.
+        group_ids: (B,) number of the prompt in the step's batch over all ranks.
+        per_token: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages, returns (B, T).
+        prompts, completions: what was asked and answered, in row order.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    mask: Tensor
+    completion: Tensor
+    scores: Tensor
+    truncated: Tensor
+    group_ids: Tensor
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Sequence[PromptRow] = ()
+    completions: Sequence[Completion] = ()
+
+    def with_tokens(self, **tensors: Tensor) -> "Experience":
+        """Add (B, T) tensors by name."""
+        return replace(self, per_token={**self.per_token, **tensors})
+
+    def micro(self, rows: Sequence[int], counts: Mapping[str, float]) -> PackedBatch:
+        """Pack some rows; no rows give the placeholder with zeros for every tensor."""
+        if not rows:
+            empty = pack([], counts=counts)
+            zeros = torch.zeros(empty.mask.shape, device=empty.mask.device)
+            return replace(empty, per_token=dict.fromkeys(self.per_token, zeros))
+        index = torch.tensor(list(rows))
+        device = distributed.device()
+        lengths = self.lengths[index]
+        real = torch.arange(self.input_ids.shape[1]) < lengths.unsqueeze(1)  # (b, T)
+
+        def flat(x: Tensor) -> Tensor:
+            return x[index][real].unsqueeze(0).to(device)
+
+        at = torch.arange(self.input_ids.shape[1]).expand(len(rows), -1)
+        number = torch.arange(len(rows)).unsqueeze(1).expand_as(at)
+        return PackedBatch(
+            input_ids=flat(self.input_ids),
+            position_ids=at[real].unsqueeze(0).to(device),
+            mask=flat(self.mask),
+            segment_ids=number[real].to(device),
+            num=len(rows),
+            counts=dict(counts),
+            per_token={name: flat(x) for name, x in self.per_token.items()},
+        )
+
+    def spread(self, rows: Sequence[int], packed: Tensor, out: Tensor) -> None:
+        """Write a packed (1, N) result of ``rows`` back into the (B, T) tensor ``out``."""
+        start = 0
+        for row in rows:
+            n = int(self.lengths[row])
+            out[row, :n] = packed[0, start : start + n].float().cpu()
+            start += n
+
+
+def gather_experience(
+    prompts: Sequence[PromptRow], groups: Sequence[Sequence[Completion]], *, first_group: int
+) -> Experience:
+    """Lay sampled groups out as rows; scores are nan until they are given.
+
+    Args:
+        prompts: this rank's prompts. groups: their completions.
+        first_group: number of ``prompts[0]`` in the step's batch over all ranks.
+    """
+    flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+    ids = [list(p.input_ids) + list(c.token_ids) for p, c in flat]
+    width = max(map(len, ids))
+    shape = (len(flat), width)
+    input_ids = torch.zeros(shape, dtype=torch.long)
+    completion = torch.zeros(shape, dtype=torch.bool)
+    rollout = torch.zeros(shape)
+    for i, (prompt, answer) in enumerate(flat):
+        start = len(prompt.input_ids)
+        input_ids[i, : len(ids[i])] = torch.tensor(ids[i])
+        completion[i, start : len(ids[i])] = True
+        rollout[i, start : len(ids[i])] = torch.tensor(answer.logprobs)
+    numbers = [first_group + g for g, group in enumerate(groups) for _ in group]
+    return Experience(
+        input_ids=input_ids,
+        lengths=torch.tensor([len(row) for row in ids]),
+        mask=completion.clone(),
+        completion=completion,
+        scores=torch.full((len(flat),), float("nan")),
+        truncated=torch.tensor([c.finish_reason != "stop" for _, c in flat]),
+        group_ids=torch.tensor(numbers),
+        per_token={"rollout_logprobs": rollout},
+        prompts=[p for p, _ in flat],
+        completions=[c for _, c in flat],
+    )

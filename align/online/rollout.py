@@ -1,0 +1,47 @@
+"""Sample groups of answers with seeds that depend on nothing but the step and the prompt."""
+
+from collections.abc import Sequence
+
+from align.core.distributed import derive_seed
+from align.core.types import Completion, PromptRow
+from align.online.engine import RolloutEngine
+from align.recipe.schema import SamplingSpec
+
+
+def sample_groups(
+    engine: RolloutEngine,
+    prompts: Sequence[PromptRow],
+    *,
+    n: int,
+    step: int,
+    seed: int,
+    sampling: SamplingSpec,
+    stop_token_ids: Sequence[int],
+    first_position: int = 0,
+) -> list[list[Completion]]:
+    """Sample ``n`` answers to each prompt of a step.
+
+    Args:
+        engine: the sampler, already on the weights it shall answer with.
+        prompts: this rank's prompts.
+        n: answers per prompt.
+        step: number of the online step.
+        seed: the stage's seed.
+        sampling: temperature, top_p and the length limit.
+        stop_token_ids: tokens that end an answer.
+        first_position: position of ``prompts[0]`` in the step's batch over all ranks, so that
+            the same prompt is answered with the same seed by any number of ranks.
+
+    Returns:
+        For each prompt its ``n`` completions.
+    """
+    seeds = [derive_seed(seed, "rollout", step, first_position + i) for i in range(len(prompts))]
+    return engine.generate(
+        [row.input_ids for row in prompts],
+        n=n,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seeds=seeds,
+        stop_token_ids=stop_token_ids,
+    )

@@ -1,0 +1,62 @@
+"""From answers to scores: the weighted sum of the rewards, and what happens without one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from align.core.types import Completion, PromptRow
+from align.online.experience import Experience
+from reward_models.base import RewardFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Hold one number per answer for each reward and for their weighted sum; None is invalid."""
+
+    total: list[float | None]
+    by_name: dict[str, list[float | None]]
+
+
+def score_answers(
+    prompts: Sequence[PromptRow], answers: Sequence[Completion], rewards: Sequence[RewardFunction]
+) -> Scores:
+    """Score answers with every reward and add them up by weight.
+
+    An answer that any reward calls invalid (None) has no total: it is left out, never taken as 0.
+    """
+    names = sorted({name for p in prompts for name in p.columns})
+    columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
+    columns["prompt_ids"] = [list(p.input_ids) for p in prompts]
+    columns["completion_ids"] = [list(a.token_ids) for a in answers]
+    asked = [p.prompt for p in prompts]
+    # The convention of the rewards: a conversation is answered by a conversation.
+    said: list[Any] = [
+        a.text if isinstance(p, str) else [{"role": "assistant", "content": a.text}]
+        for p, a in zip(asked, answers, strict=True)
+    ]
+    by_name = {r.name: r(prompts=asked, completions=said, **columns) for r in rewards}
+    total: list[float | None] = []
+    for i in range(len(answers)):
+        parts = [(r.weight, by_name[r.name][i]) for r in rewards]
+        known = [w * s for w, s in parts if s is not None]
+        total.append(sum(known) if len(known) == len(parts) else None)
+    return Scores(total, by_name)
+
+
+def apply_scores(
+    experience: Experience,
+    scores: Scores,
+    *,
+    truncated_score: float | None,
+    mask_truncated: bool,
+) -> Experience:
+    """Put scores on the experience; answers without one, or masked by rule, are not trained."""
+    total = torch.tensor([float("nan") if s is None else s for s in scores.total])
+    if truncated_score is not None:
+        total = torch.where(experience.truncated, torch.tensor(truncated_score), total)
+    keep = ~total.isnan()
+    if mask_truncated:
+        keep &= ~experience.truncated
+    return replace(experience, scores=total, mask=experience.mask & keep.unsqueeze(1))

@@ -1,0 +1,74 @@
+"""The numbers of one online step, over all ranks."""
+
+import math
+
+import torch
+
+from align.core import distributed
+from align.online.advantages import dead_groups
+from align.online.experience import Experience
+from align.online.scoring import Scores
+from align.recipe.schema import OnlineStage
+
+
+def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
+    """Give mean reward, lengths, KL, invalid and truncated shares, explained variance."""
+    sums = _sums(experience, scores, spec)
+    answers = sums["answers"]
+    valid = max(sums["valid"], 1.0)
+    mean = sums["score"] / valid
+    found = {
+        "answers/num": answers,
+        "reward/mean": mean,
+        "reward/std": math.sqrt(max(sums["score_sq"] / valid - mean**2, 0.0)),
+        "reward/invalid_frac": 1.0 - sums["valid"] / answers,
+        "length/mean": sums["tokens"] / answers,
+        "length/truncated_frac": sums["truncated"] / answers,
+        "tokens/sampled": sums["tokens"],
+    }
+    for name in scores.by_name:
+        found[f"reward/{name}"] = sums[f"by/{name}"] / max(sums[f"num/{name}"], 1.0)
+    if spec.group_size > 1:
+        found["reward/dead_group_frac"] = sums["dead"] / answers
+    if "ref" in sums:
+        found["kl/reference"] = sums["ref"] / max(sums["tokens"], 1.0)
+        found["kl/reference_per_answer"] = sums["ref"] / answers
+        found["kl/reference_k3"] = sums["ref_k3"] / max(sums["tokens"], 1.0)
+    if "returns_sq" in sums:
+        n = max(sums["trained"], 1.0)
+        spread = sums["returns_sq"] / n - (sums["returns"] / n) ** 2
+        errors = sums["errors_sq"] / n - (sums["errors"] / n) ** 2
+        if spread > 0.0:
+            found["value/explained_variance"] = 1.0 - errors / spread
+    return found
+
+
+def _sums(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
+    total = experience.scores.double()
+    valid = ~total.isnan()
+    tokens, mask = experience.per_token, experience.mask
+    sums = {
+        "answers": float(len(total)),
+        "valid": float(valid.sum()),
+        "score": float(total[valid].sum()),
+        "score_sq": float(total[valid].square().sum()),
+        "tokens": float(experience.completion.sum()),
+        "trained": float(mask.sum()),
+        "truncated": float(experience.truncated.sum()),
+    }
+    for name, values in scores.by_name.items():
+        known = [v for v in values if v is not None]
+        sums[f"by/{name}"], sums[f"num/{name}"] = float(sum(known)), float(len(known))
+    if spec.group_size > 1:
+        dead = dead_groups(experience.scores[valid], experience.group_ids[valid])
+        sums["dead"] = float(dead.sum()) + float((~valid).sum())
+    if "ref_logprobs" in tokens:
+        x = (tokens["old_logprobs"] - tokens["ref_logprobs"]).double()[experience.completion]
+        sums["ref"] = float(x.sum())
+        sums["ref_k3"] = float((torch.exp(-x) - 1.0 + x).sum())
+    if "returns" in tokens:
+        returns = tokens["returns"].double()[mask]
+        errors = returns - tokens["values"].double()[mask]
+        sums |= {"returns": float(returns.sum()), "returns_sq": float(returns.square().sum())}
+        sums |= {"errors": float(errors.sum()), "errors_sq": float(errors.square().sum())}
+    return distributed.global_sums(sums)

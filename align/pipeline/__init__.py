@@ -1,0 +1,6 @@
+"""Recipe -> plan -> stage processes -> artefacts. Never imports torch."""
+
+from align.pipeline.planning import PlannedStage, plan
+from align.pipeline.running import run
+
+__all__ = ["PlannedStage", "plan", "run"]

@@ -1,0 +1,130 @@
+"""Compare a recipe with its run folder: which stages are done, changed, half-done or to do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from align.core.artefacts import MANIFEST, file_sha256, read_manifest, spec_hash
+from align.recipe.schema import Recipe
+
+Status = Literal["done", "changed", "half-done", "to do"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """Hold what the run knows of one stage before it starts."""
+
+    name: str
+    kind: str
+    status: Status
+    reason: str
+
+
+def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
+    """Compare a recipe with what lies in its run folder.
+
+    Args:
+        recipe: a valid recipe.
+        run_dir: ``runs/<recipe name>``; it need not exist.
+
+    Returns:
+        One entry per stage in the recipe's order. ``done``: finished with these settings and
+        inputs. ``changed``: finished or begun with others. ``half-done``: begun with these.
+    """
+    hashes: dict[str, str] = {}
+    planned = []
+    for name, spec in recipe.stages.items():
+        inputs = recipe.inputs(name)
+        hashes[name] = spec_hash(
+            spec.model_dump(mode="json"),
+            seed=stage_seed(recipe, name),
+            inputs={key: hashes.get(ref, ref) for key, ref in inputs.items()},
+        )
+        status, reason = _status(recipe, name, Path(run_dir), hashes)
+        planned.append(PlannedStage(name, spec.kind, status, reason))
+    return planned
+
+
+def stage_seed(recipe: Recipe, name: str) -> int:
+    """Give the seed a stage uses: its own, or the recipe's."""
+    own = recipe.stages[name].seed
+    return recipe.seed if own is None else own
+
+
+def _status(
+    recipe: Recipe, name: str, run_dir: Path, hashes: Mapping[str, str]
+) -> tuple[Status, str]:
+    folder = run_dir / name
+    if not (folder / MANIFEST).is_file():
+        return _unfinished_status(recipe, name, folder)
+    manifest = read_manifest(folder)
+    if manifest.get("spec_hash") != hashes[name]:
+        return "changed", _what_changed(recipe, name, manifest, hashes)
+    for key, entry in manifest.get("inputs", {}).items():
+        upstream = recipe.inputs(name)[key]
+        path = (run_dir / upstream if upstream in recipe.stages else Path(upstream)) / MANIFEST
+        recorded = entry.get("manifest_sha256")
+        if recorded and path.is_file() and file_sha256(path) != recorded:
+            return "changed", f"its input {upstream} was made anew since"
+    for entry in manifest.get("data", []):
+        path = Path(str(entry.get("path", "")))
+        if path.is_file() and entry.get("sha256") not in (None, file_sha256(path)):
+            return "changed", f"the data in {path} changed since"
+    return "done", f"in {manifest.get('seconds', 0):.0f} s"
+
+
+def _unfinished_status(recipe: Recipe, name: str, folder: Path) -> tuple[Status, str]:
+    import yaml
+
+    begun = folder / "recipe.yaml"
+    if not begun.is_file():
+        return "to do", ""
+    try:
+        before = yaml.safe_load(begun.read_text(encoding="utf-8"))
+        old = before["stages"][name]
+        old_seed = before["seed"] if old.get("seed") is None else old["seed"]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return "changed", f"begun, but {begun} cannot be read"
+    new = recipe.stages[name].model_dump(mode="json")
+    different = _differences(old, new)
+    if old_seed != stage_seed(recipe, name):
+        different.append(f"seed {old_seed} -> {stage_seed(recipe, name)}")
+    kept = sorted((folder / "checkpoints").glob("*"))
+    if different and not kept:
+        return "to do", "an earlier try with other settings left nothing to go on from"
+    if different:
+        return "changed", "begun with " + "; ".join(different[:3])
+    return "half-done", f"{len(kept)} checkpoints" if kept else "no checkpoint yet"
+
+
+def _what_changed(
+    recipe: Recipe, name: str, manifest: Mapping[str, Any], hashes: Mapping[str, str]
+) -> str:
+    new = recipe.stages[name].model_dump(mode="json")
+    different = _differences(manifest.get("spec", {}), new)
+    seed = stage_seed(recipe, name)
+    if manifest.get("seed") != seed:
+        different.append(f"seed {manifest.get('seed')} -> {seed}")
+    recorded = manifest.get("inputs", {})
+    for key, reference in recipe.inputs(name).items():
+        old = recorded.get(key, {}).get("spec_hash")
+        if reference in hashes and old != hashes[reference]:
+            different.append(f"its input {reference} changed")
+    rest = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return "; ".join(dict.fromkeys(different[:3])) + rest or "its settings or inputs changed"
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(n for n in old if n not in new)]
+        return [
+            line
+            for n in names
+            for line in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)
+        ]
+    if old == new:
+        return []
+    if isinstance(old, dict | list) or isinstance(new, dict | list):
+        return [key]
+    return [f"{key} {old} -> {new}"]

@@ -1,0 +1,280 @@
+"""Run a recipe: start each stage as its own process, skip what is done, resume the rest.
+
+The state of a run is what lies on disk: a stage is done when its manifest.json carries the hash
+of the stage as the recipe has it now.
+"""
+
+import fcntl
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from align.core.artefacts import MANIFEST, write_json_atomic
+from align.core.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    AlignError,
+    RecipeError,
+)
+from align.pipeline.planning import PlannedStage, plan
+from align.pipeline.processes import (
+    StageProcess,
+    exit_reason,
+    find_launch_dir,
+    has_gpu,
+    stage_argv,
+    stage_env,
+)
+from align.pipeline.summary import add_seconds, forget_seconds, summarise
+from align.pipeline.terminal import Terminal
+from align.recipe.load import load_recipe
+from align.recipe.messages import suggest
+from align.recipe.schema import Recipe
+
+POLL_S = 0.2
+GRACE_S = 120.0
+"""Time that ranks have after a signal to finish their step and save a checkpoint."""
+LOG_TAIL = 30
+
+
+def run(
+    recipe_path: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    run_dir: Path | str | None = None,
+    force: bool = False,
+    only: str | None = None,
+    from_: str | None = None,
+    launch_dir: Path | None = None,
+    terminal: Terminal | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
+    """Run the stages of a recipe that are not done.
+
+    Args:
+        recipe_path: the YAML file.
+        overrides: ``--set`` texts.
+        run_dir: folder of the run; None is ``runs/<recipe name>``.
+        force: run changed stages again, and the stage named by ``only`` or ``from_``, and with
+            them every selected stage that depends on them.
+        only: run this stage alone.
+        from_: leave out the stages before this one.
+        launch_dir: folder of ``<kind>.py`` scripts; None is the one beside the package.
+        terminal: where progress is shown; None is standard output.
+        grace_s: seconds between a signal's passing on and the end of patience.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 the user's to put right, 75 preempted.
+
+    Raises:
+        AlignError: nothing was started, because of what the message says.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    folder = Path(run_dir or Path("runs") / recipe.name)
+    terminal = terminal or Terminal()
+    launch_dir = launch_dir or find_launch_dir()
+    with _locked(folder):
+        planned = plan(recipe, folder)
+        chosen = select(recipe, planned, only=only, from_=from_)
+        again = redone(recipe, planned, chosen, named=only or from_, force=force)
+        terminal.plan(recipe.name, folder, planned)
+        for position, stage in enumerate(planned, start=1):
+            if stage.name not in chosen:
+                continue
+            if stage.status == "done" and stage.name not in again:
+                terminal.skip(position, len(planned), stage.name, stage.reason)
+                continue
+            # Until the run is whole again, no summary is better than an outdated one.
+            (folder / "summary.json").unlink(missing_ok=True)
+            if stage.name in again or stage.status == "to do":
+                _set_aside(folder / stage.name)
+                forget_seconds(folder, stage.name)
+            arguments = ["--recipe", str(recipe_path), "--stage", stage.name]
+            arguments += ["--run-dir", str(folder)]
+            arguments += [word for text in overrides for word in ("--set", text)]
+            terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
+            script = launch_dir / f"{stage.kind}.py"
+            code = _run_stage(recipe, stage.name, script, arguments, folder, terminal, grace_s)
+            if code != EXIT_OK:
+                return code
+        return _finish(recipe, folder, terminal)
+
+
+def select(
+    recipe: Recipe, planned: Sequence[PlannedStage], *, only: str | None, from_: str | None
+) -> list[str]:
+    """Choose the stages of ``--only`` and ``--from``; all without them.
+
+    Raises:
+        RecipeError: no such stage, or a chosen stage needs one that is neither done nor chosen.
+    """
+    names = list(recipe.stages)
+    if only and from_:
+        raise RecipeError("--only and --from exclude each other; give one")
+    named = only or from_
+    if named and named not in names:
+        raise RecipeError(
+            f"no stage '{named}'; stages are {', '.join(names)}{suggest(named, names)}"
+        )
+    chosen = [named] if only and named else names[names.index(named) :] if named else names
+    done = {stage.name for stage in planned if stage.status == "done"}
+    for name in chosen:
+        for key, reference in recipe.inputs(name).items():
+            if reference in names and reference not in chosen and reference not in done:
+                raise RecipeError(
+                    f"stages.{name}.{key}: needs '{reference}', which is not done; leave --only or "
+                    f"--from away, or use --from {reference}"
+                )
+    return chosen
+
+
+def redone(
+    recipe: Recipe,
+    planned: Sequence[PlannedStage],
+    chosen: Sequence[str],
+    *,
+    named: str | None,
+    force: bool,
+) -> set[str]:
+    """Give the stages whose earlier result is to be replaced.
+
+    Raises:
+        RecipeError: stages changed and ``force`` is off.
+    """
+    changed = [s for s in planned if s.name in chosen and s.status == "changed"]
+    if not force:
+        if changed:
+            lines = [f"{s.name}: changed since it ran: {s.reason}" for s in changed]
+            advice = "use --force to run them again, or another name: in the recipe to keep both"
+            raise RecipeError("\n".join([*lines, advice]))
+        return set()
+    again = {s.name for s in changed} | ({named} if named else set())
+    for name in chosen:
+        if any(reference in again for reference in recipe.inputs(name).values()):
+            again.add(name)
+    if not again and all(s.status == "done" for s in planned if s.name in chosen):
+        first = next(iter(recipe.stages))
+        raise RecipeError(
+            f"--force: no stage changed; name one with --only STAGE, or use --from {first} for all"
+        )
+    return again
+
+
+def _set_aside(folder: Path) -> None:
+    """Clear the way: a finished artefact stays as ``<stage>.old`` until the new one is complete."""
+    old = folder.with_name(folder.name + ".old")
+    if (folder / MANIFEST).is_file():
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _run_stage(
+    recipe: Recipe,
+    name: str,
+    script: Path,
+    arguments: Sequence[str],
+    run_dir: Path,
+    terminal: Terminal,
+    grace_s: float,
+) -> int:
+    spec = recipe.stages[name]
+    if not script.is_file():
+        raise AlignError(f"{script}: no launch script for stages of kind '{spec.kind}'")
+    folder = run_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    on_gpu = has_gpu()
+    log = folder / "log.txt"
+    argv = stage_argv(script, arguments, ranks=spec.ranks, on_gpu=on_gpu)
+    env = stage_env(ranks=spec.ranks, threads=spec.threads, on_gpu=on_gpu)
+    began = time.monotonic()
+    process = StageProcess(argv, env=env, log=log, script=script)
+    try:
+        code, stopped = _watch(process, terminal, grace_s)
+    finally:
+        process.close()
+    seconds = time.monotonic() - began
+    add_seconds(run_dir, name, seconds)
+    if code == EXIT_OK and not (folder / MANIFEST).is_file():
+        # The launcher ends with 0 when a signal took its own child; only the manifest is proof.
+        code = EXIT_PREEMPTED if stopped else EXIT_FAILED
+    if code == EXIT_OK:
+        old = folder.with_name(name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        terminal.end(seconds)
+        return EXIT_OK
+    if stopped or code == EXIT_PREEMPTED:
+        terminal.preempted(name, saved=code == EXIT_PREEMPTED)
+        return EXIT_PREEMPTED
+    terminal.failed(name, exit_reason(code), log, _tail(log, process.log_start))
+    return code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
+
+
+def _watch(process: StageProcess, terminal: Terminal, grace_s: float) -> tuple[int, bool]:
+    """Show progress until the stage ends; pass the first signal on, kill on the second."""
+    signals = 0
+    deadline = 0.0
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while True:
+            code = process.wait(POLL_S)
+            terminal.update()
+            if code is not None:
+                return code, signals > 0
+            if signals and not deadline:
+                deadline = time.monotonic() + grace_s
+                terminal.stopping(grace_s)
+                process.ask_to_stop()
+            if signals > 1 or (deadline and time.monotonic() > deadline):
+                process.kill()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _tail(log: Path, start: int) -> list[str]:
+    with log.open("rb") as f:
+        f.seek(start)
+        return f.read().decode(errors="replace").splitlines()[-LOG_TAIL:]
+
+
+def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
+    """Write summary.json and the report once every stage is done."""
+    missing = [name for name in recipe.stages if not (run_dir / name / MANIFEST).is_file()]
+    if missing:
+        terminal.line(f"not run yet: {', '.join(missing)}")
+        return EXIT_OK
+    summary = summarise(recipe, run_dir)
+    write_json_atomic(run_dir / "summary.json", summary)
+    from align.report import build_report
+
+    report = build_report(run_dir)
+    terminal.summary(summary, run_dir / "summary.json", report)
+    return EXIT_OK
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keep two runs out of one folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"{run_dir}: another 'align run' works in this folder; wait for it or use --runs"
+            ) from None
+        yield

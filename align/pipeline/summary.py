@@ -1,0 +1,64 @@
+"""Join a run's evaluation with what each stage cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.core.artefacts import read_manifest, write_json_atomic
+from align.recipe.schema import Recipe
+
+
+def add_seconds(run_dir: Path, name: str, seconds: float) -> None:
+    """Count the time of a stage's process; the manifest does not see imports or earlier tries."""
+    timings = _timings(run_dir)
+    timings[name] = round(timings.get(name, 0.0) + seconds, 2)
+    write_json_atomic(run_dir / "timings.json", timings)
+
+
+def forget_seconds(run_dir: Path, name: str) -> None:
+    """Count from zero for a stage that starts anew."""
+    timings = _timings(run_dir)
+    if timings.pop(name, None) is not None:
+        write_json_atomic(run_dir / "timings.json", timings)
+
+
+def _timings(run_dir: Path) -> dict[str, float]:
+    path = run_dir / "timings.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """Join the last evaluation's results with the cost of each stage.
+
+    Reward models and expectations are those of all evaluations; a reward model that several have
+    measured stands once for each, the earlier ones as ``<evaluation>/<reward model>``.
+    """
+    summary: dict[str, Any] = {}
+    latest = ""
+    stages = {}
+    timings = _timings(run_dir)
+    for name in recipe.stages:
+        manifest = read_manifest(run_dir / name)
+        metrics = manifest.get("metrics", {})
+        stages[name] = {
+            "seconds": timings.get(name, manifest.get("seconds")),
+            "peak_rss_gib": manifest.get("peak_rss_gib"),
+            "tokens_per_s": metrics.get("tokens/per_s"),
+        }
+        own = run_dir / name / "summary.json"
+        if own.is_file():
+            summary = _joined(summary, latest, json.loads(own.read_text(encoding="utf-8")))
+            latest = name
+    total = round(sum(entry["seconds"] or 0.0 for entry in stages.values()), 2)
+    return summary | {"stages": stages, "seconds": total}
+
+
+def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[str, Any]:
+    """Put an evaluation's results over those of the evaluations before it."""
+    measured = later.get("reward_models", {})
+    kept = {
+        f"{name}/{model}" if model in measured else model: row
+        for model, row in earlier.get("reward_models", {}).items()
+    }
+    expectations = [*earlier.get("expectations", []), *later.get("expectations", [])]
+    return later | {"reward_models": kept | measured, "expectations": expectations}

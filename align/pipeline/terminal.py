@@ -1,0 +1,281 @@
+"""Show a run in the terminal: a live bar and the last sample, or plain lines without a TTY."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_S = 5.0
+SHOWN = (
+    "reward/mean", "kl/reference", "eval/accuracy", "eval/pair_accuracy", "train/loss",
+    "eval/loss", "length/mean",
+)  # fmt: skip
+"""Metrics worth a place on the progress line, most telling first; at most three are shown."""
+
+
+class Tail:
+    """Read the complete lines that were added to a JSON-lines file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give the new rows; a file cut short by a resume is followed from its new end."""
+        if not self._path.is_file():
+            return []
+        size = self._path.stat().st_size
+        if size <= self._offset:
+            self._offset = size
+            return []
+        with self._path.open("rb") as f:
+            f.seek(self._offset)
+            block = f.read()
+        whole = block[: block.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [row for line in whole.splitlines() if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    # A resume may leave the offset inside a line; that one line is only not shown.
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class Terminal:
+    """Show the stage that runs and what came of the others."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._title = ""
+        self._plain_at = 0.0
+        self._began = 0.0
+        self._metrics: Tail | None = None
+        self._samples: Tail | None = None
+        self._first: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
+        self._sample: dict[str, Any] | None = None
+
+    def line(self, text: str) -> None:
+        """Write one line."""
+        self._console.print(text, markup=False)
+
+    def plan(self, name: str, run_dir: Path, planned: Sequence[Any]) -> None:
+        """Say what the run will do."""
+        states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
+        self.line(f"{name} in {run_dir}: {states}")
+
+    def skip(self, position: int, count: int, stage: str, reason: str) -> None:
+        """Say that a stage is done already."""
+        self.line(f"[{position}/{count}] {stage}: done already, {reason}")
+
+    def begin(self, position: int, count: int, stage: str, kind: str, folder: Path) -> None:
+        """Start following a stage's metrics and samples."""
+        self._title = f"[{position}/{count}] {stage}"
+        self._metrics, self._samples = (
+            Tail(folder / "metrics.jsonl"),
+            Tail(folder / "samples.jsonl"),
+        )
+        self._first, self._last, self._sample = None, {}, None
+        self._began = self._plain_at = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+            self._live.update(self._frame())
+        else:
+            self.line(f"{self._title} ({kind}): started")
+
+    def update(self) -> None:
+        """Read what the stage wrote and show it; plain lines come at most every 5 s."""
+        for row in self._metrics.rows() if self._metrics else ():
+            self._first = self._first or row
+            self._last |= row
+        for row in self._samples.rows() if self._samples else ():
+            self._sample = row
+        if self._live:
+            self._live.update(self._frame())
+        elif self._last and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
+            self._plain_at = time.monotonic()
+            self.line(f"{self._title}: {self._progress_text()}")
+
+    def end(self, seconds: float) -> None:
+        """Say that the stage is done."""
+        self.update()
+        self._stop_live()
+        numbers = metric_text(self._last)
+        self.line(f"{self._title}: done in {clock(seconds)}" + (f", {numbers}" if numbers else ""))
+        if self._sample:
+            self.line(f"    {sample_text(self._sample)}")
+
+    def stopping(self, grace_s: float) -> None:
+        """Say that a signal was passed on."""
+        self.line(
+            f"{self._title}: stopping after this step to save a checkpoint (up to {grace_s:.0f} s; "
+            "once more kills it)"
+        )
+
+    def preempted(self, stage: str, *, saved: bool) -> None:
+        """Say that a stage stopped on a signal."""
+        self._stop_live()
+        state = "a checkpoint is saved" if saved else "no new checkpoint was saved"
+        self.line(f"{stage}: stopped, {state}; the same command goes on from there")
+
+    def failed(self, stage: str, reason: str, log: Path, tail: Sequence[str]) -> None:
+        """Show the end of a failed stage's log."""
+        self._stop_live()
+        self.line(f"{stage}: failed ({reason}); the end of {log}:")
+        for text in tail:
+            self.line(f"    {text}")
+
+    def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
+        """Show the comparison, what was expected of it, and where to read on."""
+        self._stop_live()
+        for table in summary_tables(summary):
+            self._console.print(table)
+        for entry in summary.get("expectations", []):
+            low, high = entry["band"]
+            state = "holds" if entry["holds"] else "DOES NOT HOLD"
+            self.line(f"{state}: {entry['key']} = {number(entry['value'])} in [{low}, {high}]")
+        self.line(f"{clock(summary['seconds'])} in all; {path}; {report}")
+
+    def _stop_live(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _progress_text(self) -> str:
+        step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
+        parts = [f"step {step}/{total}" if total else f"step {step}"]
+        if (speed := self._last.get("tokens/per_s")) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        if numbers := metric_text(self._last):
+            parts.append(numbers)
+        if (left := eta_s(self._first, self._last)) is not None:
+            parts.append(f"{clock(left)} left")
+        return ", ".join(parts)
+
+    def _frame(self) -> Group:
+        grid = Table.grid(padding=(0, 1))
+        total = self._last.get("total_steps") or 0
+        bar = ProgressBar(total=total or None, completed=self._last.get("step", 0), width=24,
+                          pulse=not total)  # fmt: skip
+        elapsed = clock(time.monotonic() - self._began)
+        state = self._progress_text() if self._last else "starting"
+        grid.add_row(Text(self._title, style="bold"), bar, Text(f"{elapsed}  {state}"))
+        rows: list[Any] = [grid]
+        if self._sample:
+            rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))
+        return Group(*rows)
+
+
+def plan_lines(planned: Sequence[Any]) -> list[str]:
+    """Write a plan as one line per stage: name, kind, status, reason."""
+    names = max(len(stage.name) for stage in planned)
+    kinds = max(len(stage.kind) for stage in planned)
+    return [
+        f"{stage.name:<{names}}  {stage.kind:<{kinds}}  {stage.status:<9}  {stage.reason}".rstrip()
+        for stage in planned
+    ]
+
+
+def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | None:
+    """Estimate the seconds left from the first and last rows seen of this attempt."""
+    total, step = last.get("total_steps"), last.get("step")
+    if not first or not total or not step or "time_s" not in last:
+        return None
+    steps = step - first["step"]
+    spent = last["time_s"] - first["time_s"]
+    if steps <= 0:
+        steps, spent = step, last["time_s"]
+    return max(0.0, (total - step) * spent / steps)
+
+
+def metric_text(row: Mapping[str, Any]) -> str:
+    """Give the three most telling metrics of a row."""
+    present = [name for name in SHOWN if isinstance(row.get(name), int | float)]
+    return ", ".join(f"{name} {number(row[name])}" for name in present[:3])
+
+
+def sample_text(sample: Mapping[str, Any]) -> str:
+    """Give a sample as one line: the end of the prompt, the answer, the score."""
+    prompt = " ".join(str(sample.get("prompt", "")).split())
+    completion = " ".join(str(sample.get("completion", "")).split())
+    score = sample.get("score")
+    tail = f"  [{number(score)}]" if isinstance(score, int | float) else ""
+    return f"{prompt[-60:]} -> {completion[:80]}{tail}"
+
+
+def clock(seconds: float) -> str:
+    """Write seconds as people say them: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(value: Any) -> str:
+    """Write a number with three or four telling digits."""
+    if not isinstance(value, int | float):
+        return "-"
+    if value == 0 or 0.001 <= abs(value) < 10000:
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{value:.3g}"
+
+
+def cell(value: Any) -> str:
+    """Write ``[value, low, high]`` as ``value [low, high]``."""
+    if isinstance(value, list) and len(value) == 3:
+        return f"{number(value[0])} [{number(value[1])}, {number(value[2])}]"
+    return number(value)
+
+
+def stacked(value: Any) -> str:
+    """Write ``[value, low, high]`` in two short lines."""
+    if not isinstance(value, list) or len(value) != 3 or None in value:
+        return cell(value)
+    middle, low, high = (f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in value)
+    return f"[bold]{middle}[/]\n[dim]{low}..{high}[/]"
+
+
+def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Make the tables that end a run: models, reward models, differences.
+
+    Models stand side by side with the interval under each value, so that five of them fit into a
+    terminal of 80 columns.
+    """
+    tables = []
+    for title in ("models", "reward_models"):
+        rows: Mapping[str, Mapping[str, Any]] = summary.get(title, {})
+        metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
+        if rows:
+            table = Table(
+                "",
+                *rows,
+                title=f"{title.replace('_', ' ')} (95 % intervals)",
+                box=SIMPLE_HEAD,
+                pad_edge=False,
+                padding=(0, 1, 0, 0),
+            )
+            for metric in metrics:
+                table.add_row(metric, *(stacked(row.get(metric)) for row in rows.values()))
+            tables.append(table)
+    if differences := summary.get("differences"):
+        table = Table("difference", "value (95 % interval)", box=SIMPLE_HEAD)
+        for name, value in differences.items():
+            table.add_row(name, cell(value))
+        tables.append(table)
+    return tables

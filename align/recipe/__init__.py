@@ -1,0 +1,1 @@
+"""Recipes: strict schema, loading, DeepSpeed configuration. Never imports torch."""

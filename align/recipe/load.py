@@ -1,0 +1,188 @@
+"""Load a recipe: read, lay ``--set`` over it, validate, check its references. Never torch."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from align.core.errors import RecipeError
+from align.recipe.messages import describe, locate, suggest
+from align.recipe.overrides import apply_overrides
+from align.recipe.schema import PRODUCES, AnyStage, Recipe, references
+from align.recipe.source import Key, Mark, Source, read_source
+
+_STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
+_PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Hold a valid recipe with where each value comes from.
+
+    Attributes:
+        recipe: the validated recipe.
+        origins: dotted key of every value to ``file:line``, ``--set`` or ``default``.
+        data: the recipe as plain data, every default written out.
+    """
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    data: Mapping[str, Any]
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``stages.ppo.kl.coef=0.1`` texts, laid over the file in order.
+
+    Raises:
+        RecipeError: all mistakes found, one ``file:line:column: dotted.path: what`` line each.
+    """
+    return load_resolved(path, overrides).recipe
+
+
+def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
+    """Load and check a recipe, keeping the origin of each value.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    source = read_source(path)
+    apply_overrides(source, overrides)
+    errors = list(source.errors)
+    recipe = None
+    try:
+        # Validated as JSON: strict about types, yet a list is a fine tuple.
+        recipe = Recipe.model_validate_json(json.dumps(source.data), strict=True)
+    except ValidationError as e:
+        errors += describe(e.errors(include_url=False), source.marks)
+    specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
+    errors += _stage_name_errors(source)
+    errors += _reference_errors(specs, source)
+    if recipe is None or errors:
+        raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
+    data = recipe.model_dump(mode="json")
+    return Resolved(recipe, _origins(data, source.marks), data)
+
+
+def _by_place(line: str) -> tuple[str, int, int]:
+    match = _PLACE.match(line)
+    return (match[1], int(match[2]), int(match[3])) if match else ("~", 0, 0)
+
+
+def _valid_stages(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Validate each stage by itself, so that one bad stage does not hide another's mistakes."""
+    stages = data.get("stages")
+    if not isinstance(stages, dict):
+        return {}
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyStage)
+    specs: dict[str, Any] = {}
+    for name, raw in stages.items():
+        try:
+            specs[name] = adapter.validate_json(json.dumps(raw), strict=True)
+        except ValidationError:
+            specs[name] = None
+    return specs
+
+
+def _stage_name_errors(source: Source) -> list[str]:
+    stages = source.data.get("stages")
+    return [
+        f"{locate(('stages', name), 'extra_forbidden', source.marks)}: stages.{name}: "
+        "a stage's name is a folder's: expected letters, digits, '_' and '-' only"
+        for name in (stages if isinstance(stages, dict) else ())
+        if not _STAGE_NAME.match(name)
+    ]
+
+
+def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
+    raw = source.data.get("stages")
+    kinds = {
+        name: stage.get("kind") if isinstance(stage, dict) else None
+        for name, stage in (raw.items() if isinstance(raw, dict) else ())
+    }
+    found = []
+    for stage, spec in specs.items():
+        named = references(spec) if spec is not None else _raw_init(raw, stage)
+        for key, name in named.items():
+            problem = _reference_problem(stage, key, name, kinds)
+            if problem:
+                path: Key = ("stages", stage, *(int(p) if p.isdigit() else p for p in
+                                                key.split(".")))  # fmt: skip
+                where = locate(path, "reference", source.marks)
+                found.append(f"{where}: stages.{stage}.{key}: {problem}")
+    return found
+
+
+def _raw_init(stages: Any, stage: str) -> dict[str, str]:
+    init = stages[stage].get("init") if isinstance(stages[stage], dict) else None
+    return {"init": init} if isinstance(init, str) else {}
+
+
+def fitting_kinds(key: str) -> tuple[str, ...]:
+    """Give the artefact kinds that a reference may name."""
+    if key == "critic.init":
+        return ("policy", "reward_model")
+    if key.endswith(".model") or key.startswith("reward_models."):
+        return ("reward_model",)
+    return ("policy",)
+
+
+def _reference_problem(
+    stage: str, key: str, name: str, kinds: Mapping[str, str | None]
+) -> str | None:
+    wanted = fitting_kinds(key)
+    names = list(kinds)
+    earlier = names[: names.index(stage)]
+    fitting = [n for n in earlier if PRODUCES.get(kinds[n] or "") in wanted]
+    expected = f"expected an earlier stage that writes a {' or '.join(wanted)}"
+    listed = f" ({', '.join(fitting)})" if fitting else ""
+    if name == stage:
+        return f"a stage cannot name itself; {expected}{listed}"
+    if name in kinds and name not in earlier:
+        return f"stage '{name}' comes later; {expected}{listed}, or move '{name}' before '{stage}'"
+    if name in kinds:
+        produced = PRODUCES.get(kinds[name] or "")
+        if produced is None or produced in wanted:
+            return None
+        return f"stage '{name}' ({kinds[name]}) writes a {produced}; {expected}{listed}"
+    return _path_problem(name, wanted, f"{expected}{listed}", fitting)
+
+
+def _path_problem(
+    name: str, wanted: Sequence[str], expected: str, fitting: Sequence[str]
+) -> str | None:
+    folder = Path(name)
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
+            advice = "; bring a Hugging Face model in with a stage 'kind: base, path: ...'"
+        else:
+            advice = suggest(name, fitting)
+        state = "a folder without manifest.json" if folder.is_dir() else "no stage and no folder"
+        return f"'{name}' is {state}; {expected} or an artefact's folder{advice}"
+    try:
+        kind = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
+    except (ValueError, AttributeError):
+        return f"{manifest} is not a JSON mapping; run the stage that wrote it again"
+    if kind not in wanted:
+        return f"'{name}' holds a {kind}; expected a {' or '.join(wanted)}"
+    return None
+
+
+def _origins(data: Any, marks: Mapping[Key, Mark], key: Key = ()) -> dict[str, str]:
+    found: dict[str, str] = {}
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in items:
+        here = (*key, name)
+        if isinstance(value, dict | list) and value:
+            found |= _origins(value, marks, here)
+        else:
+            found[".".join(map(str, here))] = marks[here].origin if here in marks else "default"
+    return found

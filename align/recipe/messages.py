@@ -1,0 +1,250 @@
+"""Turn pydantic's complaints about a recipe into lines that say where, what and what instead."""
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from align.recipe.schema import Recipe
+from align.recipe.source import Key, Mark, dotted, shown
+
+ALIASES = {
+    "lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro_tokens", "max_seq_length": "max_length",
+    "model_name_or_path": "init", "model": "init", "dataset": "data", "datasets": "data",
+    "lora_r": "rank", "r": "rank", "lora_alpha": "alpha", "target_modules": "targets",
+    "init_kl_coef": "coef", "num_generations": "group_size", "n": "group_size",
+    "max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens",
+    "loss_type": "loss", "gpus": "ranks", "world_size": "ranks", "bf16": "dtype",
+    "max_grad_norm_": "max_grad_norm", "gradient_clipping": "max_grad_norm",
+}  # fmt: skip
+"""What other suites call the same thing; used for suggestions only."""
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def describe(errors: Iterable[Mapping[str, Any]], marks: Mapping[Key, Mark]) -> list[str]:
+    """Write one line per mistake.
+
+    Args:
+        errors: ``ValidationError.errors()`` of ``Recipe``.
+        marks: where each value of the recipe stands.
+
+    Returns:
+        ``file:line:column: dotted.path: what was found; what is expected`` lines.
+    """
+    lines: dict[Key, str] = {}
+    for error in errors:
+        key, kind, owners = trace(error["loc"])
+        what = _what(error, key, kind, owners)
+        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            key = (*key, "kind")
+        lines.setdefault(key, f"{locate(key, error['type'], marks)}: {dotted(key)}: {what}")
+    return list(lines.values())
+
+
+def locate(key: Key, problem: str, marks: Mapping[Key, Mark]) -> str:
+    """Find the place of a value, or of the nearest mapping around it when it is missing."""
+    whole = key
+    while key and key not in marks:
+        key = key[:-1]
+    mark = marks.get(key, Mark("recipe"))
+    at_key = problem == "extra_forbidden" or key != whole
+    return mark.at_key() if at_key else mark.at_value()
+
+
+def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[BaseModel]]]]:
+    """Follow pydantic's location through the schema, dropping the union tags it puts in.
+
+    Returns:
+        The key path as the recipe has it, the type expected there (None: unknown), and the
+        models on the way with their paths, outermost first.
+    """
+    key: list[str | int] = []
+    kind: Any = Recipe
+    union: Any = None
+    owners: list[tuple[Key, type[BaseModel]]] = []
+    for part in loc:
+        kind, union = bare(kind), None
+        variants = union_of(kind)
+        if models := tagged(variants):
+            kind = models.get(str(part))
+            continue
+        if len(variants) > 1 and not isinstance(part, int):
+            union = kind
+            kind = next((v for v in variants if _label(v) == str(part).split("[")[0]), None)
+            continue
+        if len(variants) > 1:
+            kind = next(v for v in variants if get_origin(v) is list)
+        if is_model(kind):
+            owners.append((tuple(key), kind))
+        kind = inner(kind, part)
+        key.append(part)
+    kind = bare(union or kind)
+    if is_model(kind):
+        owners.append((tuple(key), kind))
+    return tuple(key), kind, owners
+
+
+def bare(kind: Any) -> Any:
+    """Take ``Annotated`` and ``| None`` off a type."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, types.UnionType):
+        rest = [a for a in get_args(kind) if a is not type(None)]
+        if len(rest) == 1:
+            return bare(rest[0])
+    return kind
+
+
+def union_of(kind: Any) -> list[Any]:
+    """List a union's members, or nothing when the type is no union."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return []
+    return [bare(a) for a in get_args(kind) if a is not type(None)]
+
+
+def tagged(variants: Sequence[Any]) -> dict[str, type[BaseModel]]:
+    """Map each ``kind`` to its model, when all members of a union are models."""
+    if not variants or not all(is_model(v) for v in variants):
+        return {}
+    return {get_args(v.model_fields["kind"].annotation)[0]: v for v in variants}
+
+
+def is_model(kind: Any) -> bool:
+    """Say whether a type is a part of the schema with named keys."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def inner(kind: Any, part: str | int) -> Any:
+    """Give the type found one step further along a key path, None when there is none."""
+    if is_model(kind):
+        field = kind.model_fields.get(str(part))
+        return field.annotation if field else None
+    args = get_args(kind)
+    if get_origin(kind) is dict:
+        return args[1]
+    if get_origin(kind) is list:
+        return args[0]
+    if get_origin(kind) is tuple and isinstance(part, int) and part < len(args):
+        return args[part]
+    return None
+
+
+def _label(kind: Any) -> str:
+    origin = get_origin(kind)
+    return "literal" if origin is Literal else getattr(origin or kind, "__name__", "")
+
+
+def expected(kind: Any) -> str:
+    """Say in words what a type takes."""
+    kind = bare(kind)
+    if variants := union_of(kind):
+        if models := tagged(variants):
+            return f"a mapping with 'kind' one of {', '.join(models)}"
+        return " or ".join(expected(v) for v in variants)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
+    if is_model(kind):
+        return f"a mapping with the keys {', '.join(kind.model_fields)}"
+    if origin is list:
+        return f"a list (each item {expected(args[0])})"
+    if origin is tuple:
+        return f"a list of {len(args)} ({', '.join(expected(a) for a in args)})"
+    if origin is dict:
+        return "a mapping"
+    return _WORDS.get(kind, "another value")
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """Give ``; did you mean 'x'?`` for the nearest candidate, or nothing."""
+    close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _what(
+    error: Mapping[str, Any], key: Key, kind: Any, owners: list[tuple[Key, type[BaseModel]]]
+) -> str:
+    problem, context, found = error["type"], error.get("ctx", {}), error.get("input")
+    if problem == "extra_forbidden":
+        return "unknown key" + _unknown_key(str(key[-1]), owners)
+    if problem == "missing":
+        return f"missing; expected {expected(kind)}"
+    if problem == "union_tag_not_found":
+        return f"missing; expected one of {_tags(kind)}"
+    if problem == "union_tag_invalid":
+        tags = list(tagged(union_of(kind)))
+        return (
+            f"found '{context['tag']}'; expected one of {', '.join(tags)}"
+            f"{suggest(str(context['tag']), tags)}"
+        )
+    if problem == "literal_error" and get_origin(kind) is Literal:
+        options = [str(a) for a in get_args(kind)]
+        return f"found {shown(found)}; expected {expected(kind)}{suggest(str(found), options)}"
+    if problem == "value_error":
+        return str(context["error"])
+    if problem == "too_short":
+        return f"found {context['actual_length']} items; expected at least {context['min_length']}"
+    if problem == "string_pattern_mismatch":
+        return f"found {shown(found)}; expected only letters, digits, '_', '.' and '-'"
+    if bound := _bound(context):
+        number = bare(kind) if bare(kind) in _WORDS else float
+        return f"found {shown(found)}; expected {_WORDS[number]} {bound}"
+    if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or union_of(kind):
+        hint = "; remove the quotes" if _is_number(found) and kind in (int, float) else ""
+        return f"found {shown(found)}; expected {expected(kind)}{hint}"
+    return f"found {shown(found)}; {error['msg']}"
+
+
+def _bound(context: Mapping[str, Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return next(
+        (f"{sign} {context[name]:g}" for name, sign in signs.items() if name in context), ""
+    )
+
+
+def _is_number(found: Any) -> bool:
+    if not isinstance(found, str):
+        return False
+    try:
+        float(found)
+    except ValueError:
+        return False
+    return True
+
+
+def _tags(kind: Any) -> str:
+    return ", ".join(tagged(union_of(kind)))
+
+
+def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
+    if not owners:
+        return ""
+    _, model = owners[-1]
+    wanted = ALIASES.get(name, name)
+    fields = list(model.model_fields)
+    if wanted in fields:
+        return f"; did you mean '{wanted}'?"
+    below = nested_keys(model)
+    for path in below:
+        if path.rpartition(".")[2] == wanted:
+            return f"; did you mean '{path}'?"
+    for outer_key, outer in reversed(owners[:-1]):
+        if wanted in outer.model_fields:
+            return f"; did you mean '{dotted((*outer_key, wanted))}'?"
+    return suggest(name, fields) or suggest(name, below) or f"; expected one of {', '.join(fields)}"
+
+
+def nested_keys(model: type[BaseModel]) -> list[str]:
+    """List the dotted keys below the models that a model holds."""
+    found = []
+    for name, field in model.model_fields.items():
+        kind = bare(field.annotation)
+        if is_model(kind):
+            found += [f"{name}.{inside}" for inside in kind.model_fields]
+            found += [f"{name}.{inside}" for inside in nested_keys(kind)]
+    return found

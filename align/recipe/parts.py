@@ -1,0 +1,149 @@
+"""Parts of stage specs: the strict base class, data, tokenizer, optimiser, ZeRO, sampling, KL."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Spec(BaseModel):
+    """Refuse unknown keys and changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Spec):
+    """Name one data source: a file, glob, folder or hub id (``path``), or the made ``world``."""
+
+    path: str | None = None
+    world: Literal["corpus", "sft", "preference", "prompts"] | None = None
+    rows: Count | None = None
+    format: Literal[
+        "auto", "messages", "prompt_completion", "preference", "unpaired", "prompt", "alpaca",
+        "sharegpt", "openai", "openai_dpo", "hh", "ultrafeedback", "text", "seed_tasks", "oasst",
+        "model_solutions",
+    ] = "auto"  # fmt: skip
+    rename: dict[str, str] = {}
+    split: Literal["all", "train", "heldout"] = "all"
+    heldout_frac: Fraction = 0.1
+    weight: Positive = 1.0
+    answers: Literal["chosen", "both"] | None = None
+    """Make sft rows of preference pairs: one of the chosen answer, or one of each answer.
+    ``both`` teaches in what form to answer and not which answer is preferred."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSpec":
+        if (self.path is None) == (self.world is None):
+            raise ValueError("give exactly one of 'path' and 'world'")
+        if self.world is not None and self.answers is not None:
+            raise ValueError("'answers' is for files of preference pairs; use world: sft")
+        return self
+
+
+def refuse_answers(specs: list[DataSpec], kind: str) -> None:
+    """Raise ValueError where ``answers`` would have no effect: on data that is not for sft."""
+    if any(spec.answers is not None for spec in specs):
+        raise ValueError(f"'answers' makes sft rows and has no effect in a {kind} stage; remove it")
+
+
+class TokenizerSpec(Spec):
+    """Say what the tokenizer lacks: special tokens are added and saved with the artefact."""
+
+    pad_token: str | None = None
+    stop_token: str | None = None
+    chat_template: str | None = None
+    """``plain``, ``chatml`` or a path to a Jinja file; None keeps the tokenizer's own."""
+
+
+class BuildSpec(Spec):
+    """Describe a small Qwen2-architecture model and the tokenizer trained for it."""
+
+    vocab_size: Annotated[int, Field(ge=64)] = 512
+    hidden_size: Count = 128
+    num_layers: Count = 4
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    intermediate_size: Count = 384
+    max_positions: Count = 256
+    init_std: Positive = 0.06
+    """Wider than the usual 0.02, with which models this small are slow to learn to copy."""
+
+
+class OptimSpec(Spec):
+    """Describe AdamW and its learning-rate schedule."""
+
+    learning_rate: Positive = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_frac: Fraction = 0.03
+    min_lr_frac: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+
+
+class ZeroSpec(Spec):
+    """Choose DeepSpeed ZeRO: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload: Literal["none", "cpu"] = "none"
+
+
+class LoraSpec(Spec):
+    """Train low-rank updates (arXiv:2106.09685) instead of all weights."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class SamplingSpec(Spec):
+    """Say how answers are drawn and by which engine."""
+
+    engine: Literal["auto", "vllm", "hf"] = "auto"
+    max_new_tokens: Count = 128
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    memory_frac: Fraction = 0.3
+    """Share of the accelerator's memory for the engine's weights and cache."""
+    cache_gib: Positive = 0.5
+    """Key-value cache of the engine on CPU, in GiB."""
+
+
+class KlSpec(Spec):
+    """Say where the KL to the reference goes and how it is estimated."""
+
+    coef: Annotated[float, Field(ge=0.0)] = 0.0
+    place: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    target: Positive | None = None
+    """Aim of the adaptive controller in nats per answer (arXiv:1909.08593); None keeps coef."""
+    horizon: Positive = 10000.0
+
+    @model_validator(mode="after")
+    def _legal(self) -> "KlSpec":
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "k1 in the loss has zero expected gradient; use k2 or k3, or place: reward"
+            )
+        if self.target is not None and self.coef == 0.0:
+            raise ValueError("'target' has no effect with coef 0; give a starting coef")
+        return self
+
+
+class ClipSpec(Spec):
+    """Bound the policy ratio to [1 - low, 1 + high] (arXiv:1707.06347; high > low: 2503.14476)."""
+
+    low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    high: Positive = 0.2
+
+
+class ImportanceSpec(Spec):
+    """Correct the difference between the sampler's and the trainer's log-probabilities."""
+
+    mode: Literal["none", "truncate", "mask"] = "truncate"
+    cap: Annotated[float, Field(gt=1.0)] = 2.0

@@ -1,0 +1,67 @@
+"""Write a resolved recipe as YAML, every value followed by where it comes from."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from align.recipe.load import Resolved
+from align.recipe.source import plain_scalar
+
+
+def resolved_yaml(resolved: Resolved, *, origins: bool = True) -> str:
+    """Write a recipe with all its defaults.
+
+    Args:
+        resolved: a valid recipe.
+        origins: follow each value with its ``file:line``, ``--set`` or ``default``.
+
+    Returns:
+        YAML that loads to the same recipe.
+    """
+    lines: list[tuple[str, str]] = []
+    _write(resolved.data, resolved.origins, "", "", lines)
+    if not origins:
+        return "".join(text + "\n" for text, _ in lines)
+    width = min(60, max(len(text) for text, origin in lines if origin))
+    return "".join(
+        (f"{text:<{width}}  # {origin}" if origin else text) + "\n" for text, origin in lines
+    )
+
+
+def _write(
+    value: Any, origins: Mapping[str, str], key: str, indent: str, lines: list[tuple[str, str]]
+) -> None:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inside in items:
+        here = f"{key}.{name}" if key else str(name)
+        head = f"{indent}{_scalar(name)}:" if isinstance(value, dict) else f"{indent}-"
+        if isinstance(inside, dict | list) and inside and not _flat(inside):
+            start = len(lines)
+            lines.append((head, ""))
+            _write(inside, origins, here, indent + "  ", lines)
+            if isinstance(value, list):
+                # The first key of a mapping in a list stands beside its dash.
+                text, origin = lines.pop(start + 1)
+                lines[start] = (f"{head} {text.lstrip()}", origin)
+        else:
+            first = f"{here}.0" if isinstance(inside, list) and inside else here
+            lines.append((f"{head} {_inline(inside)}", origins.get(first, "")))
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(v, dict | list) for v in value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_scalar(v, quoted=True) for v in value) + "]"
+    return "{}" if value == {} else _scalar(value)
+
+
+def _scalar(value: Any, *, quoted: bool = False) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    text = value.replace("${", "$${")
+    simple = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "").isalnum()
+    ascii_word = simple and text.isascii() and text[0].isalnum() and plain_scalar(text) == text
+    return text if ascii_word and not quoted else json.dumps(text, ensure_ascii=False)

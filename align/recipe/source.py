@@ -1,0 +1,335 @@
+"""Read recipe files into plain data that remembers where each value was written.
+
+Worked example. Line 4 of r.yaml is ``    coef: 0.1`` below ``kl:`` below ``ppo:`` below
+``stages:``; then ``data["stages"]["ppo"]["kl"]["coef"] == 0.1`` and
+``marks[("stages", "ppo", "kl", "coef")]`` holds ``r.yaml``, line 4 and both columns.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from align.core.errors import RecipeError
+
+Key = tuple[str | int, ...]
+
+_VARIABLE = re.compile(r"\$?\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|[^}]*\}?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Say where a value stands; ``file`` is ``--set`` for one from the command line."""
+
+    file: str
+    line: int = 0
+    key_column: int = 0
+    column: int = 0
+
+    def at_key(self) -> str:
+        """Give ``file:line:column`` of the key."""
+        return self._text(self.key_column)
+
+    def at_value(self) -> str:
+        """Give ``file:line:column`` of the value."""
+        return self._text(self.column)
+
+    @property
+    def origin(self) -> str:
+        """Give ``file:line``, or ``--set``."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def _text(self, column: int) -> str:
+        return f"{self.file}:{self.line}:{column}" if self.line else self.file
+
+
+@dataclass(slots=True)
+class Source:
+    """Hold parsed data, the mark of every value in it, and the mistakes found on the way."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    marks: dict[Key, Mark] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
+    """Read plain scalars as YAML 1.2 does: ``no`` is text, ``1e-5`` a number, ``010`` ten."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+_TAG = "tag:yaml.org,2002:"
+for _kind, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+     list("-+.0123456789")),
+    ("merge", r"^<<$", ["<"]),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "null": lambda _: None, "bool": lambda t: t.lower() == "true", "int": int, "float": float,
+}  # fmt: skip
+
+
+def read_source(path: Path | str) -> Source:
+    """Read a recipe and everything it extends.
+
+    Args:
+        path: the recipe; ``extends`` inside it is relative to its folder.
+
+    Returns:
+        Merged data, marks and mistakes; only a file that cannot be read at all raises.
+
+    Raises:
+        RecipeError: a file is missing or not YAML, or ``extends`` goes in a circle.
+    """
+    return _read(Path(path), chain=())
+
+
+def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
+    real = path.resolve()
+    if real in chain:
+        circle = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
+        raise RecipeError(f"{path}: 'extends' goes in a circle: {circle}; remove one of them")
+    source = _parse(path)
+    if "extends" not in source.data:
+        return source
+    name, mark = source.data.pop("extends"), source.marks.pop(("extends",))
+    if not isinstance(name, str):
+        source.errors.append(
+            f"{mark.at_value()}: extends: found {shown(name)}; expected the path of one recipe"
+        )
+        return source
+    parent = path.parent / name
+    if not parent.is_file():
+        raise RecipeError(
+            f"{mark.at_value()}: extends: no file {parent}; the path is relative to {path}"
+        )
+    base = _read(parent, chain=(*chain, real))
+    _merge(base, source)
+    return base
+
+
+def _parse(path: Path) -> Source:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = _near_files(path)
+        raise RecipeError(f"{path}: no such recipe{near}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {e}") from e
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as e:
+        at = e.problem_mark or e.context_mark
+        where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
+        problem = " ".join(part for part in (e.context, e.problem) if part)
+        line = text.splitlines()[at.line : at.line + 1] if at else []
+        hint = "; inside [] or {} write ${NAME} in quotes" if line and "${" in line[0] else ""
+        raise RecipeError(f"{where}: not valid YAML: {problem}{hint}") from e
+    except yaml.YAMLError as e:
+        raise RecipeError(f"{path}: not valid YAML: {e}") from e
+    source = Source()
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}:1:1: expected a mapping with the keys 'name' and 'stages'")
+    reader = _Reader(str(path), source)
+    source.data = reader.value(node, ())
+    return source
+
+
+def _near_files(path: Path) -> str:
+    from difflib import get_close_matches
+
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    close = get_close_matches(path.name, names, n=1) or get_close_matches(
+        path.name + ".yaml", names, n=1
+    )
+    return f"; did you mean '{folder / close[0]}'?" if close else ""
+
+
+class _Reader:
+    """Turn YAML nodes into data, noting marks and mistakes in a ``Source``."""
+
+    def __init__(self, file: str, source: Source) -> None:
+        self.file = file
+        self.source = source
+        self.open: list[yaml.Node] = []
+
+    def value(self, node: yaml.Node, key: Key, *, key_node: yaml.Node | None = None) -> Any:
+        at = node.start_mark
+        named = (key_node or node).start_mark
+        # A block value may start on the line after its key; the key is what people look for.
+        line = named.line if key_node is not None else at.line
+        column = at.column if at.line == line else named.column
+        self.source.marks[key] = Mark(self.file, line + 1, named.column + 1, column + 1)
+        if any(node is n for n in self.open):
+            self.problem(key, "an alias that contains itself; write the value out")
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, key)
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                return [self.value(child, (*key, i)) for i, child in enumerate(node.value)]
+            assert isinstance(node, yaml.MappingNode)
+            return self.mapping(node, key)
+        finally:
+            self.open.pop()
+
+    def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        merged: list[yaml.MappingNode] = []
+        for key_node, child in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problem(key, "found a list or mapping as a key; expected a name")
+            elif key_node.tag == _TAG + "merge":
+                merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
+            elif key_node.value in found:
+                first = self.source.marks[(*key, key_node.value)]
+                at = key_node.start_mark
+                name = dotted((*key, key_node.value))
+                self.source.errors.append(
+                    f"{self.file}:{at.line + 1}:{at.column + 1}: {name}: this key stands twice; "
+                    f"the first is on line {first.line}; remove one"
+                )
+            else:
+                name = key_node.value
+                found[name] = self.value(child, (*key, name), key_node=key_node)
+        for other in merged:
+            if not isinstance(other, yaml.MappingNode):
+                self.problem(key, "'<<' merges a mapping; found something else")
+                continue
+            for key_node, child in other.value:
+                if key_node.value not in found:
+                    name = key_node.value
+                    found[name] = self.value(child, (*key, name), key_node=key_node)
+        return found
+
+    def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
+        if node.tag == _TAG + "str":
+            text, changed = self.expanded(node.value, key)
+            # An unquoted ${STEPS} may hold a number; a quoted one stays text.
+            return plain_scalar(text) if changed and not node.style else text
+        return self.typed(node.tag, node.value, key)
+
+    def typed(self, tag: str, text: str, key: Key) -> Any:
+        read = _READERS.get(tag.removeprefix(_TAG))
+        if read is None:
+            self.problem(key, f"YAML tag '{tag}' is not used in recipes; remove it")
+            return None
+        try:
+            return read(text)
+        except ValueError:
+            self.problem(key, f"found {shown(text)}; expected what its tag says")
+            return None
+
+    def expanded(self, text: str, key: Key) -> tuple[str, bool]:
+        """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` is a literal ``${NAME}``."""
+
+        def replace(match: re.Match[str]) -> str:
+            name, default = match.group(1), match.group(2)
+            if match.group(0).startswith("$$"):
+                return match.group(0)[1:]
+            if name is None:
+                self.problem(
+                    key,
+                    f"found '{match.group(0)}'; expected ${{NAME}} or ${{NAME:-default}}; "
+                    "a literal '${' is written '$${'",
+                )
+                return ""
+            value = os.environ.get(name, default)
+            if value is None:
+                self.problem(
+                    key,
+                    f"the environment variable {name} is not set; run with {name}=... or write "
+                    f"${{{name}:-default}}",
+                )
+                return ""
+            return value
+
+        replaced = _VARIABLE.sub(replace, text)
+        return replaced, replaced != text
+
+    def problem(self, key: Key, what: str) -> None:
+        where = self.source.marks[key].at_value()
+        name = f"{dotted(key)}: " if key else ""
+        self.source.errors.append(f"{where}: {name}{what}")
+
+
+def parse_value(text: str, name: str, errors: list[str]) -> Any:
+    """Read the value of ``--set name=text`` as YAML; mistakes inside it go to ``errors``."""
+    node = yaml.compose(text, Loader=_Loader)
+    if node is None:
+        return None
+    source = Source()
+    value = _Reader("--set", source).value(node, (name,))
+    errors += ["--set: " + line.split(": ", 1)[1] for line in source.errors]
+    return value
+
+
+def plain_scalar(text: str) -> Any:
+    """Read a text the way an unquoted YAML value is read."""
+    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+    return _READERS.get(tag.removeprefix(_TAG), str)(text)
+
+
+def _merge(base: Source, child: Source) -> None:
+    """Lay ``child`` over ``base``, key by key; lists and stages of another kind are replaced."""
+    base.errors += child.errors
+    _merge_at(base, child, (), base.data, child.data)
+
+
+def _merge_at(base: Source, child: Source, key: Key, into: dict[str, Any], new: Any) -> None:
+    for name, value in new.items():
+        here = (*key, name)
+        old = into.get(name)
+        if value is None and key == ("stages",) and name in into:
+            del into[name]
+            forget(base.marks, here)
+        elif isinstance(old, dict) and isinstance(value, dict) and not _other_kind(old, value):
+            base.marks[here] = child.marks[here]
+            _merge_at(base, child, here, old, value)
+        else:
+            into[name] = value
+            forget(base.marks, here)
+            base.marks |= {k: m for k, m in child.marks.items() if k[: len(here)] == here}
+
+
+def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" in old and "kind" in new and old["kind"] != new["kind"]
+
+
+def forget(marks: dict[Key, Mark], key: Key) -> None:
+    """Drop the marks of a value and of all inside it."""
+    for k in [k for k in marks if k[: len(key)] == key]:
+        del marks[k]
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    """Write a key path as people do: ``stages.ppo.rewards.0.model``."""
+    return ".".join(str(k) for k in key)
+
+
+def shown(value: Any) -> str:
+    """Describe a value for a message, shortened."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,172 @@
+"""Draw curves as inline SVG: labelled axes, gaps where a number is missing."""
+
+import math
+from collections.abc import Sequence
+
+from align.report.markup import Markup, join, number, tag
+
+Points = list[tuple[float, float | None]]
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
+MAX_POINTS = 240
+
+UNITS = {
+    "loss": "nats", "learning_rate": "rate", "per_s": "tokens/s", "perplexity": "",
+    "grad_norm": "norm", "mean": "score", "std": "score", "tokens": "tokens", "sampled": "tokens",
+    "accuracy": "fraction", "explained_variance": "fraction", "coef": "", "num": "answers",
+    "importance_weight": "ratio", "logprob_gap": "nats", "entropy": "nats", "margin": "nats",
+}  # fmt: skip
+
+
+def unit_of(name: str) -> str:
+    """Give the unit of a metric ``group/name`` by the project's naming rules."""
+    group, _, last = name.rpartition("/")
+    if group == "kl" and last != "coef":
+        return "nats"
+    if group == "length" and not last.endswith("_frac"):
+        return "tokens"
+    for ending, unit in (("_frac", "fraction"), ("_s", "s"), ("_gib", "GiB"), ("_loss", "nats")):
+        if last.endswith(ending) and last != "per_s":
+            return unit
+    return UNITS.get(last, "")
+
+
+def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
+    """Give round numbers that span [low, high]: multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: smallest value.
+        high: largest value; equal to low gives a span of its own size around it.
+        count: about how many steps.
+    """
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def thin(points: Points) -> tuple[Points, int]:
+    """Average runs of equal length so that at most ``MAX_POINTS`` are left; give also the run."""
+    run = max(1, math.ceil(len(points) / MAX_POINTS))
+    if run == 1:
+        return points, 1
+    kept: Points = []
+    for i in range(0, len(points), run):
+        part = points[i : i + run]
+        known = [y for _, y in part if y is not None]
+        kept.append((part[-1][0], sum(known) / len(known) if known else None))
+    return kept, run
+
+
+def line_chart(title: str, series: Sequence[tuple[str, Points]]) -> Markup:
+    """Draw one panel: x is the step, y the metric with its unit.
+
+    Args:
+        title: the metric's name.
+        series: (label, points) of one to three lines; a y of None leaves a gap.
+    """
+    thinned = [(label, *thin(points)) for label, points in series]
+    known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
+    if not known:
+        return tag("figure", tag("figcaption", title, tag("small", " no finite number logged")))
+    xs, ys = [x for x, _ in known], [y for _, y in known]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    frame = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, y_ticks[0], y_ticks[-1])
+    lines = [
+        mark
+        for i, (_, points, _) in enumerate(thinned)
+        for mark in _segments(points, frame, f"line{i + 1}")
+    ]
+    label = unit_of(title) or "value"
+    run = max(run for _, _, run in thinned)
+    x_label = f"step (each point the mean of {run})" if run > 1 else "step"
+    axes = _axes(
+        [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
+    )
+    svg = tag(
+        "svg", axes, *lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+        aria_label=f"{title} over steps",
+    )  # fmt: skip
+    return tag("figure", _caption(title, thinned), svg)
+
+
+def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:
+    parts: list[object] = [tag("b", title)]
+    for i, (label, points, _) in enumerate(thinned):
+        last = next((y for _, y in reversed(points) if y is not None), None)
+        text = f"{label} {number(last)}" if len(thinned) > 1 else f"last {number(last)}"
+        parts.append(tag("span", tag("i", class_=f"key line{i + 1}"), text))
+    return tag("figcaption", *parts)
+
+
+def _place(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple[float, float]:
+    x0, x1, y0, y1 = frame
+    return (
+        LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
+        TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM),
+    )
+
+
+def _segments(
+    points: Points, frame: tuple[float, float, float, float], class_: str
+) -> list[Markup]:
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None:
+            parts.append([])
+        else:
+            parts[-1].append(_place(x, y, frame))
+    drawn = []
+    for part in parts:
+        if len(part) == 1:
+            (cx, cy) = part[0]
+            drawn.append(tag("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="2.5", class_=class_))
+        elif part:
+            where = " ".join(f"{x:.1f},{y:.1f}" for x, y in part)
+            drawn.append(tag("polyline", points=where, class_=class_))
+    return drawn
+
+
+def _axes(
+    x_ticks: list[float],
+    y_ticks: list[float],
+    frame: tuple[float, float, float, float],
+    labels: tuple[str, str],
+) -> Markup:
+    bottom = HEIGHT - BOTTOM
+    marks: list[Markup] = []
+    for value in y_ticks:
+        _, y = _place(frame[0], value, frame)
+        marks.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}"))
+        marks.append(
+            tag("text", tick_label(value, y_ticks), x=LEFT - 5, y=f"{y + 4:.1f}", class_="end")
+        )
+    for value in x_ticks:
+        x, _ = _place(value, frame[2], frame)
+        marks.append(
+            tag("text", tick_label(value, x_ticks), x=f"{x:.1f}", y=bottom + 15, class_="middle")
+        )
+    middle = (TOP + bottom) / 2
+    marks.append(
+        tag("text", labels[0], x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="middle")
+    )
+    turn = f"rotate(-90 11 {middle:.1f})"
+    marks.append(tag("text", labels[1], x=11, y=f"{middle:.1f}", transform=turn, class_="middle"))
+    return tag("g", join(*marks), class_="axes")
+
+
+def tick_label(value: float, all_ticks: Sequence[float]) -> str:
+    """Write a tick with as many decimals as its distance to the next needs."""
+    step = all_ticks[1] - all_ticks[0] if len(all_ticks) > 1 else abs(value) or 1.0
+    biggest = max(abs(v) for v in all_ticks)
+    if abs(value) < step * 1e-6:
+        return "0"
+    if biggest < 1e-3 or biggest >= 1e6:
+        return f"{value:.{max(0, math.floor(math.log10(biggest / step) + 1e-9))}e}"
+    if step >= 1000 and all(abs(v / 1000 - round(v / 1000)) < 1e-6 for v in all_ticks):
+        return f"{value / 1000:.0f}k"
+    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"

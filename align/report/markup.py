@@ -1,0 +1,91 @@
+"""Build HTML and SVG so that text is escaped by construction: only ``Markup`` goes in as it is."""
+
+import html
+from collections.abc import Sequence
+
+
+class Markup(str):
+    """Hold text that is markup already."""
+
+    __slots__ = ()
+
+
+VOID = frozenset({"meta", "br", "hr", "line", "path", "rect", "circle", "polyline"})
+
+
+def tag(_name: str, *children: object, **attributes: object) -> Markup:
+    """Give one element.
+
+    Args:
+        _name: element name.
+        children: ``Markup`` as it is, None left out, anything else escaped.
+        attributes: a trailing underscore is dropped (``class_``), others become hyphens; None
+            leaves the attribute out.
+    """
+    pairs = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    if _name in VOID:
+        return Markup(f"<{_name}{pairs}/>")
+    return Markup(f"<{_name}{pairs}>{join(*children)}</{_name}>")
+
+
+def join(*children: object) -> Markup:
+    """Join children, escaping all that is not ``Markup``."""
+    return Markup(
+        "".join(
+            child if isinstance(child, Markup) else html.escape(str(child))
+            for child in children
+            if child is not None
+        )
+    )
+
+
+def table(
+    head: Sequence[object], rows: Sequence[Sequence[object]], *, class_: str | None = None
+) -> Markup:
+    """Give a table that scrolls sideways on a narrow screen; the first column names the row."""
+    lines = [
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
+        for row in rows
+    ]
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))),
+            tag("tbody", *lines),
+            class_=class_,
+        ),
+        class_="wide",
+    )
+
+
+def number(value: float | None) -> str:
+    """Write a number for people: 1,234, 0.432, 2.5e-05; a dash for one that is not there."""
+    if value is None:
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1000:
+        return f"{value:.3f}".rstrip("0").rstrip(".") if value != int(value) else f"{value:.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.2g}"
+
+
+def even(value: float | None) -> str:
+    """Write a number of a table so that its neighbours have the same decimals: 0.710, 12.45."""
+    if value is None or abs(value) >= 1000:
+        return number(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds as 42 s, 3 min 5 s or 2 h 10 min."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,335 @@
+"""The sections of the report, each a pure function of what was read."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from align.report.charts import Points, line_chart
+from align.report.markup import Markup, duration, even, join, number, table, tag
+from align.report.read import Row, RunRecord, StageRecord
+
+FIXED = frozenset({"step", "time_s", "total_steps"})
+FRONT = (
+    "loss", "accuracy", "reward/mean", "kl/reference_per_answer", "kl/reference", "length/mean",
+    "policy/clip_frac", "value/explained_variance", "optim/grad_norm",
+)  # fmt: skip
+NUM_FRONT, NUM_PROMPTS, NUM_OPEN, MAX_TEXT = 6, 40, 8, 1500
+
+
+def missing(run: RunRecord) -> Markup | None:
+    """Say what an unfinished or damaged run lacks; None for a complete one."""
+    lines = [_lack(stage) for stage in run.stages if stage.status != "done"]
+    if not run.summary:
+        lines.append("No summary.json yet: the comparison needs a finished evaluate stage.")
+    lines += run.problems
+    if not lines:
+        return None
+    return tag("div", tag("b", "This run is not complete"), _list(lines), class_="note")
+
+
+def _lack(stage: StageRecord) -> str:
+    if stage.status == "changed":
+        return f"{stage.name}: finished with another specification than the newest recipe has."
+    if stage.status == "not started":
+        return f"{stage.name}: not started."
+    if not stage.metrics:
+        return f"{stage.name}: started, nothing logged yet."
+    last = stage.metrics[-1]
+    return f"{stage.name}: unfinished at step {last.get('step')} of {last.get('total_steps')}."
+
+
+def _list(lines: Iterable[object]) -> Markup:
+    return tag("ul", *(tag("li", line) for line in lines))
+
+
+def comparison(run: RunRecord) -> Markup | None:
+    """Compare the models: one row each, one column a metric, intervals under the values."""
+    models: Mapping[str, Row] = run.summary.get("models", {})
+    if not models:
+        return None
+    names = list(dict.fromkeys(metric for block in models.values() for metric in block))
+    names = [n for n in names if not n.endswith("_invalid")]
+    names.sort(key=lambda n: (not n.startswith("win_rate"), n in ("kl", "length", "stop_rate")))
+    baseline = next((n.partition("_vs_")[2] for n in names if n.startswith("win_rate_vs_")), None)
+    rows: list[list[object]] = []
+    for model, block in models.items():
+        label = join(model, tag("small", " baseline")) if model == baseline else model
+        cells = [_cell(block, n, better=_differs(run.summary, model, baseline, n)) for n in names]
+        rows.append([label, *cells])
+    parts = [
+        tag("p", "Value with its 95 % interval below. ", tag("b", "Bold"), " where the interval of "
+            "the paired difference to the baseline excludes 0 (for a win rate: where its interval "
+            "excludes 0.5); it says that there is a difference, not that it is a good one."),
+        table(["model", *(_title(n) for n in names)], rows, class_="numbers"),
+        _difference_table(run.summary),
+        _reward_models(run.summary),
+    ]  # fmt: skip
+    return tag("section", tag("h2", "Comparison on held-out prompts"), *parts)
+
+
+def _title(metric: str) -> str:
+    unit = {"kl": "nats per answer", "length": "tokens"}.get(metric)
+    return metric.replace("_", " ") + (f" ({unit})" if unit else "")
+
+
+def _cell(block: Row, metric: str, *, better: bool) -> Markup | str:
+    triple = block.get(metric)
+    if triple is None:
+        return "-"
+    value, low, high = triple
+    shown = tag("b", even(value)) if better else even(value)
+    spread = None if low == high else tag("small", f"[{even(low)}, {even(high)}]")
+    invalid = block.get(f"{metric}_invalid")
+    left_out = tag("small", f"{invalid[0]:.0f} answers left out") if invalid else None
+    return tag("div", shown, spread, left_out, class_="triple")
+
+
+def _differs(summary: Row, model: str, baseline: str | None, metric: str) -> bool:
+    if model == baseline:
+        return False
+    if metric.startswith("win_rate_vs_"):
+        return _excludes(summary["models"][model].get(metric), 0.5)
+    return _excludes(summary.get("differences", {}).get(f"{model}-{baseline}/{metric}"), 0.0)
+
+
+def _excludes(triple: Sequence[float | None] | None, value: float) -> bool:
+    if triple is None or triple[1] is None or triple[2] is None:
+        return False
+    return not triple[1] <= value <= triple[2]
+
+
+def _difference_table(summary: Row) -> Markup | None:
+    found = summary.get("differences", {})
+    if not found:
+        return None
+    rows: list[list[object]] = []
+    for key, triple in found.items():
+        pair, _, metric = key.partition("/")
+        sure = _excludes(triple, 0.0)
+        rows.append([f"{pair} {_title(metric)}", _cell({"d": triple}, "d", better=sure)])
+    counts = [
+        f"{pair}: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses"
+        + (f", {c['invalid']} pairs left out as invalid" if c.get("invalid") else "")
+        for pair, c in summary.get("comparisons", {}).items()
+    ]
+    return tag(
+        "details",
+        tag("summary", "Paired differences and judged pairs"),
+        table(["difference", "value"], rows, class_="numbers"),
+        _list(counts) if counts else None,
+    )
+
+
+def _reward_models(summary: Row) -> Markup | None:
+    found = summary.get("reward_models", {})
+    if not found:
+        return None
+    names = list(dict.fromkeys(name for block in found.values() for name in block))
+    rows: list[list[object]] = [
+        [model, *(_cell(block, n, better=False) for n in names)] for model, block in found.items()
+    ]
+    heads: list[object] = ["reward model", *(f"held-out {_title(n)}" for n in names)]
+    return table(heads, rows, class_="numbers")
+
+
+def expectations(run: RunRecord) -> Markup | None:
+    """Say which of the recipe's stated bands hold."""
+    found = run.summary.get("expectations", [])
+    if not found:
+        return None
+    rows: list[list[object]] = []
+    for line in found:
+        low, high = line["band"]
+        band = f"{number(low) if low is not None else '…'} to " + (
+            number(high) if high is not None else "…"
+        )
+        holds = line["holds"]
+        verdict = tag("span", "✓ holds" if holds else "✗ fails", class_="ok" if holds else "bad")
+        rows.append([line["key"], band, number(line["value"]), verdict, line.get("problem", "")])
+    if not any(row[-1] for row in rows):
+        rows = [row[:-1] for row in rows]
+    held = sum(line["holds"] for line in found)
+    return tag(
+        "section",
+        tag("h2", f"Expectations: {held} of {len(found)} hold"),
+        table(["number of summary.json", "band", "value", "verdict", ""][: len(rows[0])], rows),
+    )
+
+
+def curves(run: RunRecord) -> Markup | None:
+    """Draw the metrics of every stage that logged any."""
+    stages = [s for s in run.stages if s.metrics and s.kind != "evaluate"]
+    if not stages:
+        return None
+    return tag("section", tag("h2", "Curves"), *(_stage_curves(stage) for stage in stages))
+
+
+def _stage_curves(stage: StageRecord) -> Markup:
+    panels = panels_of(stage.metrics)
+    order = sorted(panels, key=_rank)
+    num_front = sum(_rank(title) < len(FRONT) for title in order)
+    front = order[: max(min(NUM_FRONT, num_front), min(3, len(order)))]
+    rest = order[len(front) :]
+    more = None
+    if rest:
+        charts = [line_chart(title, panels[title]) for title in rest]
+        more = tag(
+            "details",
+            tag("summary", f"{len(rest)} more: {', '.join(rest)}"),
+            tag("div", *charts, class_="charts"),
+        )
+    charts = [line_chart(title, panels[title]) for title in front]
+    kind = "" if stage.kind == stage.name else f"{stage.kind}, "
+    steps = f"{kind}{stage.metrics[-1].get('step')} steps, {duration(stage.seconds)}"
+    return join(
+        tag("h3", stage.name, tag("small", steps)), tag("div", *charts, class_="charts"), more
+    )
+
+
+def _rank(title: str) -> int:
+    return FRONT.index(title) if title in FRONT else len(FRONT)
+
+
+def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
+    """Sort the numbers of metrics.jsonl into panels: train/x and eval/x share the panel x."""
+    panels: dict[str, dict[str, Points]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name in FIXED or not (value is None or isinstance(value, int | float)):
+                continue
+            group, _, last = name.partition("/")
+            shared = group in ("train", "eval") and last
+            lines = panels.setdefault(last if shared else name, {})
+            lines.setdefault(group if shared else name, []).append((row["step"], value))
+    return {title: list(lines.items()) for title, lines in panels.items()}
+
+
+def side_by_side(run: RunRecord) -> Markup | None:
+    """Show the same held-out prompts answered by each checkpoint."""
+    rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
+    prompts: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        index = row.get("prompt_index", str(row.get("prompt")))
+        prompts.setdefault(index, {}).setdefault(row["model"], row)
+    if not prompts:
+        return None
+    # Evenly spread: neighbours in a data set are often alike.
+    keys = list(prompts)
+    step = max(1, len(keys) // NUM_PROMPTS)
+    shown = [_answers(prompts[key]) for key in keys[::step][:NUM_PROMPTS]]
+    rest = shown[NUM_OPEN:]
+    return tag(
+        "section",
+        tag("h2", "The same prompts, each checkpoint's answer"),
+        tag("p", f"{len(shown)} of {len(keys)} held-out prompts, evenly spread; the first answer "
+            "of each model with the judge's score."),
+        *shown[:NUM_OPEN],
+        tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
+    )  # fmt: skip
+
+
+def _answers(by_model: Mapping[str, Row]) -> Markup:
+    first = next(iter(by_model.values()))
+    cells = [
+        tag(
+            "div",
+            tag("b", model),
+            tag("span", f" {number(row.get('score'))}", class_="score"),
+            tag("pre", clip(row.get("completion"))),
+        )
+        for model, row in by_model.items()
+    ]
+    return tag("article", tag("pre", clip(first["prompt"]), class_="prompt"), tag("div", *cells))
+
+
+def clip(text: Any) -> str:
+    """Give a prompt or answer as plain text; a long one is cut and says so."""
+    if isinstance(text, list):
+        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
+    text = "" if text is None else str(text)
+    if len(text) <= MAX_TEXT:
+        return text or "(empty)"
+    return f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def training_samples(run: RunRecord) -> Markup | None:
+    """Show the first and the last answer that each online stage sampled while it trained."""
+    stages = [s for s in run.stages if s.kind != "evaluate" and s.samples]
+    if not stages:
+        return None
+    blocks = []
+    for stage in stages:
+        picked = (
+            stage.samples[:1]
+            if len(stage.samples) == 1
+            else stage.samples[:: len(stage.samples) - 1]
+        )
+        rows = {f"step {row['step']}": row for row in picked[:2]}
+        blocks.append(tag("h3", stage.name))
+        blocks += [_answers({label: row}) for label, row in rows.items()]
+    return tag("section", tag("h2", "Sampled while training"), *blocks)
+
+
+def cost(run: RunRecord) -> Markup:
+    """Say what each stage took: time, memory, speed."""
+    known = run.summary.get("stages", {})
+    rows: list[list[object]] = []
+    for stage in run.stages:
+        told = {**known.get(stage.name, {})}
+        speeds = [row["tokens/per_s"] for row in stage.metrics if row.get("tokens/per_s")]
+        speed = told.get("tokens_per_s") or (sum(speeds) / len(speeds) if speeds else None)
+        peak = stage.manifest.get("peak_rss_gib", told.get("peak_rss_gib"))
+        steps = stage.metrics[-1].get("step") if stage.metrics else None
+        ranks = stage.manifest.get("ranks", run.recipe.stages[stage.name].ranks)
+        seconds = duration(stage.seconds if stage.seconds is not None else told.get("seconds"))
+        rows.append([stage.name, stage.kind, ranks, number(steps), seconds, number(peak),
+                     number(speed)])  # fmt: skip
+    total = run.summary.get("seconds") or sum(s.seconds or 0.0 for s in run.stages)
+    rows.append(["all", "", "", "", duration(total), "", ""])
+    heads: list[object] = ["stage", "kind", "ranks", "steps", "wall time",
+                           "peak memory, all ranks (GiB)", "tokens/s"]  # fmt: skip
+    return tag("section", tag("h2", "Cost"), table(heads, rows, class_="numbers"))
+
+
+def reproduce(run: RunRecord) -> Markup:
+    """Say how to get the same numbers: command, seed, versions, data hashes, recipe."""
+    manifests = [stage.manifest for stage in run.stages if stage.manifest]
+    versions: dict[str, str] = {}
+    for manifest in manifests:
+        versions.update(manifest.get("versions", {}))
+    commits = list(dict.fromkeys(str(m["git_commit"]) for m in manifests if m.get("git_commit")))
+    text = yaml.safe_dump(
+        run.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=96
+    )
+    data = {
+        d["path"]: [d["path"], number(d.get("rows")), tag("code", str(d.get("sha256"))[:16])]
+        for manifest in manifests
+        for d in manifest.get("data", [])
+        if d.get("path")
+    }
+    facts: list[list[object]] = [
+        ["command", tag("code", f"align run {run.recipe.name}.yaml")],
+        ["seed", run.recipe.seed],
+        ["engine", run.summary.get("engine", "-")],
+        ["git commit", ", ".join(commits) or "-"],
+        ["versions", ", ".join(f"{name} {v}" for name, v in sorted(versions.items())) or "-"],
+    ]
+    return tag(
+        "section",
+        tag("h2", "How to reproduce"),
+        tag("p", f"Save the recipe below as {run.recipe.name}.yaml and run the command; on CPU the "
+            "same seed and versions give the same weights, byte for byte."),
+        table(["", ""], facts, class_="facts"),
+        _data_table(data) if data else None,
+        tag("details", tag("summary", "Recipe (keys that differ from their defaults)"),
+            tag("pre", text)),
+        tag("details", tag("summary", "summary.json"),
+            tag("pre", json.dumps(run.summary, indent=1, ensure_ascii=False))),
+    )  # fmt: skip
+
+
+def _data_table(data: Mapping[str, list[object]]) -> Markup:
+    rows = table(["path", "rows", "sha256"], list(data.values()))
+    return tag("details", tag("summary", "Data"), rows)

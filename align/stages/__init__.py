@@ -1,0 +1,1 @@
+"""The stages a recipe can name; each runs in its own process."""

@@ -1,0 +1,227 @@
+"""What every stage process does: read the recipe, join the ranks, run, write the manifest last."""
+
+import argparse
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.core import distributed, signals
+from align.core.artefacts import (
+    MANIFEST,
+    Artefact,
+    file_sha256,
+    read_artefact,
+    read_manifest,
+    spec_hash,
+    write_json_atomic,
+    write_manifest,
+)
+from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
+from align.core.log import MetricsLog, setup_logging
+from align.data.chat import ChatFormat
+from align.recipe.load import load_recipe
+from align.recipe.schema import PRODUCES, Recipe
+
+log = logging.getLogger(__name__)
+BEGUN = "begun.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """Give a stage its surroundings: where it writes, what it may read, its seed."""
+
+    recipe: Recipe
+    name: str
+    run_dir: Path
+    seed: int
+
+    @property
+    def out(self) -> Path:
+        """Give the stage's own folder."""
+        return self.run_dir / self.name
+
+    def artefact(self, reference: str, kind: str) -> Artefact:
+        """Read and verify the artefact a recipe names by stage or by path."""
+        named = reference in self.recipe.stages
+        return read_artefact(self.run_dir / reference if named else Path(reference), kind)
+
+    def metrics(self, total_steps: int) -> MetricsLog:
+        """Open the stage's metrics.jsonl."""
+        sinks = [name for name, on in self.recipe.sinks.model_dump().items() if on]
+        return MetricsLog(self.out, total_steps=total_steps, sinks=sinks, rank=distributed.rank())
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """Hold what a finished stage says of itself in its manifest."""
+
+    metrics: Mapping[str, float]
+    data: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def chat_format(model_dir: Path) -> ChatFormat:
+    """Give the renderer of a saved model: its tokenizer, template and stop tokens."""
+    from align.models.loading import load_tokenizer, stop_token_ids
+
+    return ChatFormat(load_tokenizer(model_dir), stop_token_ids=stop_token_ids(model_dir))
+
+
+def main(kind: str) -> None:
+    """Run one stage as this process; never returns."""
+    args = _arguments(kind)
+    signals.install()
+    try:
+        code = _run(kind, args)
+    except AlignError as e:
+        setup_logging(distributed.rank())
+        log.error("%s", e)
+        code = e.exit_code
+    except Exception:
+        log.exception("stage %s failed", args.stage)
+        code = EXIT_FAILED
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_OK:
+        distributed.shutdown()
+    sys.exit(code)
+
+
+def _arguments(kind: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Run one '{kind}' stage of a recipe.")
+    parser.add_argument("--recipe", required=True, help="the YAML file")
+    parser.add_argument("--stage", help=f"stage name; default: the only '{kind}' stage")
+    parser.add_argument("--run-dir", help="folder of the run; default: runs/<recipe name>")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--force", action="store_true", help="redo a stage that is there already")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
+    return parser.parse_args()
+
+
+def _run(kind: str, args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    recipe = load_recipe(args.recipe, args.overrides)
+    name = args.stage or _only_stage(recipe, kind)
+    spec = recipe.stages.get(name)
+    if spec is None or spec.kind != kind:
+        found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
+        raise ArtefactError(f"{args.recipe}: stage '{name}' of kind '{kind}' expected, {found}")
+    distributed.init_process_group()
+    setup_logging(distributed.rank())
+    run_dir = Path(args.run_dir or Path("runs") / recipe.name)
+    seed = recipe.seed if spec.seed is None else spec.seed
+    context = StageContext(recipe, name, run_dir, seed)
+    manifest = _manifest_head(context, spec)
+    if not args.force and _finished(context.out, manifest["spec_hash"]):
+        return EXIT_OK
+    context.out.mkdir(parents=True, exist_ok=True)
+    _begin(context, manifest, force=args.force)
+    distributed.seed_everything(seed)
+    result = _runner(kind)(spec, context)
+    distributed.barrier()
+    peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    if distributed.rank() == 0:
+        write_manifest(
+            context.out,
+            manifest
+            | {
+                "data": list(result.data),
+                "metrics": dict(result.metrics),
+                "peak_rss_gib": round(sum(peak), 3),
+                "seconds": round(time.monotonic() - began, 2),
+            },
+        )
+        log.info("%s: done in %.0f s", name, time.monotonic() - began)
+    distributed.barrier()
+    return EXIT_OK
+
+
+def _only_stage(recipe: Recipe, kind: str) -> str:
+    names = [name for name, spec in recipe.stages.items() if spec.kind == kind]
+    if len(names) != 1:
+        raise ArtefactError(
+            f"recipe '{recipe.name}' has {len(names)} stages of kind '{kind}' "
+            f"({', '.join(names) or 'none'}); say which with --stage"
+        )
+    return names[0]
+
+
+def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
+    inputs, hashes = {}, {}
+    for key, reference in context.recipe.inputs(context.name).items():
+        named = reference in context.recipe.stages
+        path = context.run_dir / reference if named else Path(reference)
+        upstream = read_manifest(path)
+        inputs[key] = {
+            "path": str(reference),
+            "spec_hash": upstream["spec_hash"],
+            "manifest_sha256": file_sha256(path / MANIFEST),
+        }
+        hashes[key] = upstream["spec_hash"] if named else reference
+    plain = spec.model_dump(mode="json")
+    return {
+        "kind": PRODUCES[spec.kind],
+        "stage": context.name,
+        "stage_kind": spec.kind,
+        "spec": plain,
+        "spec_hash": spec_hash(plain, seed=context.seed, inputs=hashes),
+        "inputs": inputs,
+        "seed": context.seed,
+        "ranks": distributed.world_size(),
+    }
+
+
+def _finished(out: Path, expected_hash: str) -> bool:
+    if not (out / MANIFEST).is_file():
+        return False
+    if read_manifest(out)["spec_hash"] == expected_hash:
+        log.info("%s: already done, nothing to do (--force does it again)", out)
+        return True
+    raise ArtefactError(
+        f"{out}: finished with another specification than the recipe now has; "
+        "use --force to do it again, or another recipe name"
+    )
+
+
+def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -> None:
+    """Write down what this stage is made from; refuse checkpoints of something else."""
+    import yaml
+
+    if distributed.rank() == 0:
+        if force:
+            (context.out / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
+        begun = context.out / BEGUN
+        identity = {"spec_hash": manifest["spec_hash"], "inputs": manifest["inputs"]}
+        resumable = any((context.out / "checkpoints").glob("step-*"))
+        if resumable and begun.is_file() and json.loads(begun.read_text()) != identity:
+            raise ArtefactError(
+                f"{context.out}: its checkpoints were made from other settings or inputs than the "
+                "recipe has now; use --force to begin anew"
+            )
+        write_json_atomic(begun, identity)
+        text = yaml.safe_dump(context.recipe.model_dump(mode="json"), sort_keys=False)
+        (context.out / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def _runner(kind: str) -> Any:
+    if kind == "base":
+        from align.stages.base_model import run
+    elif kind == "sft":
+        from align.stages.sft import run
+    elif kind == "reward":
+        from align.stages.reward import run
+    elif kind == "dpo":
+        from align.stages.dpo import run
+    elif kind == "evaluate":
+        from align.stages.evaluate import run
+    else:
+        from align.stages.online import run
+    return run

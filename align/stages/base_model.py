@@ -1,0 +1,171 @@
+"""Stage base: bring in a pretrained model, or build a small one and pretrain it on a corpus.
+
+Either way the artefact holds all that later stages need: weights, a tokenizer with pad token, stop
+token and chat template, and a generation configuration that stops where training stops.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2TokenizerFast,
+)
+
+from align.core import distributed
+from align.core.errors import ArtefactError
+from align.core.types import Example
+from align.data.chat import ChatFormat, apply_tokenizer_spec
+from align.data.load import fit_rows, load_examples
+from align.models.attention import PACKED
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
+from align.stages.base import StageContext, StageResult
+from align.stages.sft import collate, length_of, sft_loss
+from align.stages.training import fingerprints
+from align.training.learner import Learner
+from align.training.offline import OfflineSchedule, OfflineTask, train_offline
+
+log = logging.getLogger(__name__)
+
+
+def run(spec: BaseStage, context: StageContext) -> StageResult:
+    """Write the base policy's artefact."""
+    out = context.out / "model"
+    if spec.path is not None:
+        model, tokenizer = _bring_in(spec)
+        metrics: dict[str, float] = {}
+    else:
+        model, tokenizer, metrics = _build_and_pretrain(spec, context)
+    if distributed.rank() == 0:
+        _save(model, tokenizer, out)
+    total = float(sum(p.numel() for p in model.parameters()))
+    return StageResult(metrics | {"model/parameters": total}, fingerprints(spec.data))
+
+
+def _bring_in(spec: BaseStage) -> tuple[nn.Module, Any]:
+    path = str(spec.path)
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, spec.dtype))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # Resizing keeps tied embeddings tied; new rows start at the mean of the old ones.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        log.info("embeddings resized to %d for the added tokens %s", len(tokenizer), added)
+    return model, tokenizer
+
+
+def _build_and_pretrain(
+    spec: BaseStage, context: StageContext
+) -> tuple[nn.Module, Any, dict[str, float]]:
+    assert spec.build is not None
+    corpus = load_examples(spec.data, kind="corpus", seed=context.seed)
+    tokenizer = distributed.broadcast_object(
+        train_tokenizer(corpus, spec.build, context.out / "model")
+        if distributed.rank() == 0
+        else None
+    )
+    apply_tokenizer_spec(tokenizer, spec.tokenizer)
+    chat = ChatFormat(tokenizer)
+    rows, _ = fit_rows(
+        [chat.sft_row(e) for e in corpus],
+        max_length=spec.max_length,
+        max_lost_frac=0.01,
+        what=f"{context.name}: corpus rows",
+    )
+    torch.manual_seed(distributed.derive_seed(context.seed, "weights"))
+    module = LogprobModel(Qwen2ForCausalLM(_qwen2_config(spec.build, tokenizer)))
+    learner = Learner(
+        module,
+        optim=spec.optim,
+        zero=ZeroSpec(),
+        dtype=spec.dtype,
+        total_steps=spec.steps,
+    )
+    schedule = OfflineSchedule(
+        total_steps=spec.steps,
+        batch_size=spec.batch_size,
+        micro_tokens=spec.micro_tokens,
+        eval_every=0,
+        checkpoint_every=0,
+        keep_checkpoints=1,
+        seed=distributed.derive_seed(context.seed, "batches"),
+    )
+    metrics = context.metrics(spec.steps)
+    final = train_offline(
+        learner,
+        OfflineTask(rows, [], length_of, collate, sft_loss),
+        schedule,
+        metrics=metrics,
+        checkpoints=context.out / "checkpoints",
+    )
+    metrics.close()
+    return module.model, tokenizer, final
+
+
+def train_tokenizer(corpus: Sequence[Example], build: BuildSpec, directory: Path) -> Any:
+    """Train a byte-level BPE on the corpus and on the frame that the plain template writes.
+
+    The tokenizer is saved and loaded again before it is used: transformers picks a tokenizer's
+    class by the model's configuration beside it, and every later stage will read that one.
+
+    Args:
+        corpus: plain text examples. build: vocabulary size. directory: where it is saved.
+    """
+
+    def texts() -> Iterator[str]:
+        yield from (str(example.completion) for example in corpus)
+        yield from ["User: \nAssistant: \nSystem: \n"] * 8
+
+    blank = Qwen2TokenizerFast(model_max_length=build.max_positions)
+    trained = blank.train_new_from_iterator(
+        texts(), vocab_size=build.vocab_size - 1, show_progress=False
+    )
+    trained.add_special_tokens({"pad_token": "<pad>"})
+    trained.save_pretrained(str(directory))
+    _qwen2_config(build, trained).save_pretrained(str(directory))
+    loaded = AutoTokenizer.from_pretrained(str(directory))
+    sample = str(corpus[0].completion)
+    assert loaded(sample)["input_ids"] == trained(sample)["input_ids"], "tokenizer changed on disk"
+    return loaded
+
+
+def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=max(build.vocab_size, len(tokenizer)),
+        hidden_size=build.hidden_size,
+        num_hidden_layers=build.num_layers,
+        num_attention_heads=build.num_heads,
+        num_key_value_heads=build.num_kv_heads,
+        intermediate_size=build.intermediate_size,
+        max_position_embeddings=build.max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=build.init_std,
+        attn_implementation=PACKED,
+    )
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    stops = stops if isinstance(stops, list) else [stops]
+    eos = list(dict.fromkeys(t for t in [tokenizer.eos_token_id, *stops] if t is not None))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    model.config._attn_implementation = "sdpa"
+    model.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))

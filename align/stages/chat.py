@@ -1,0 +1,162 @@
+"""Talk to a policy in the terminal, or answer the lines of standard input."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from align.core.artefacts import read_artefact
+from align.core.errors import EXIT_OK, AlignError, DataError
+from align.core.types import Text, Turn
+
+HELP = "/reset forgets the conversation, /temperature 0.5 sets it, /quit ends"
+
+
+class Chat:
+    """Hold a conversation with one model; it is rendered as in training.
+
+    Args:
+        model_dir: weights, tokenizer and generation configuration of a policy.
+        temperature: 0 is greedy.
+        max_new_tokens: length limit of one answer.
+    """
+
+    def __init__(self, model_dir: Path, *, temperature: float, max_new_tokens: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from align.stages.base import chat_format
+
+        self.format = chat_format(model_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto")
+        self.model = model.to(device).eval()
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.turns: list[Turn] = []
+
+    @property
+    def has_template(self) -> bool:
+        """Say whether the model takes conversations; else each line is text to go on from."""
+        return self.format.tokenizer.chat_template is not None
+
+    def answer(self, line: str, out: TextIO) -> str:
+        """Answer one line, writing the answer to ``out`` as it comes.
+
+        Raises:
+            DataError: the conversation does not fit the model's context.
+        """
+        import torch
+
+        turns: list[Turn] = [*self.turns, {"role": "user", "content": line}]
+        prompt: Text = turns if self.has_template else line
+        ids = self.format.prompt_ids(prompt)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        room = self.max_new_tokens if context is None else context - len(ids)
+        if room < 1:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, the model takes {context}; use /reset"
+            )
+        tokens = torch.tensor([ids], device=self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=min(room, self.max_new_tokens),
+                streamer=_streamer(self.format.tokenizer, out),
+                eos_token_id=list(self.format.stop_token_ids),
+                pad_token_id=self.format.stop_token_ids[0],
+                **self._sampling(),
+            )
+        text = self.format.decode(output[0, len(ids) :].tolist()).strip()
+        self.turns = [*turns, {"role": "assistant", "content": text}]
+        return text
+
+    def _sampling(self) -> dict[str, Any]:
+        # The saved generation configuration must not add a cut-off of its own.
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+
+
+def _streamer(tokenizer: Any, out: TextIO) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            out.write(text + ("\n" if stream_end else ""))
+            out.flush()
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def talk(chat: Chat, lines: Iterator[str], out: TextIO) -> None:
+    """Answer lines until they end or one says /quit."""
+    for line in lines:
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/reset":
+            chat.turns = []
+            out.write("the conversation starts anew\n")
+        elif command == "/temperature":
+            out.write(_set_temperature(chat, rest) + "\n")
+        elif command.startswith("/"):
+            out.write(f"no command {command}; {HELP}\n")
+        elif command:
+            try:
+                chat.answer(line.strip(), out)
+            except DataError as e:
+                out.write(f"{e}\n")
+        out.flush()
+
+
+def _set_temperature(chat: Chat, text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value < 0:
+        return f"found '{text}'; expected a number >= 0, such as /temperature 0.5"
+    chat.temperature = value
+    return f"temperature {value:g}"
+
+
+def _typed_lines() -> Iterator[str]:
+    import readline  # noqa: F401  editing and history of input()
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def main() -> None:
+    """Talk to the artefact of the command line; never returns."""
+    parser = argparse.ArgumentParser(description="Talk to a checkpoint.")
+    parser.add_argument("artefact", type=Path, help="runs/<recipe>/<stage>")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        artefact = read_artefact(args.artefact, "policy")
+        from transformers import set_seed
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        set_seed(args.seed)
+        chat = Chat(
+            artefact.model_dir, temperature=args.temperature, max_new_tokens=args.max_new_tokens
+        )
+    except AlignError as e:
+        sys.stderr.write(f"{e}\n")
+        sys.exit(e.exit_code)
+    typed = sys.stdin.isatty()
+    if typed:
+        kind = "" if chat.has_template else "; no chat template: each line is text to go on from"
+        sys.stdout.write(f"{args.artefact}: {HELP}{kind}\n")
+    talk(chat, _typed_lines() if typed else iter(sys.stdin), sys.stdout)
+    sys.exit(EXIT_OK)

@@ -1,0 +1,123 @@
+"""Stage dpo: direct preference optimisation with reference log-probabilities computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.types import PairRow, TokenRow
+from align.data.batching import plan_micro_batches
+from align.losses.preference import dpo_loss
+from align.recipe.schema import DpoStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
+from align.training.batch import PackedBatch, pack
+from align.training.offline import OfflineTask
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePair:
+    """Hold a pair with the reference's log-probability (nats, token sums) of both answers."""
+
+    pair: PairRow
+    ref_chosen: float
+    ref_rejected: float
+
+
+def run(spec: DpoStage, context: StageContext) -> StageResult:
+    """Move ``spec.init`` towards the chosen answers of ``spec.data``."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    rows, watched = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    module = build_policy(spec, source.model_dir)
+    # Before the first step the policy is the reference (with LoRA too: B = 0).
+    referenced = reference_pairs(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
+    task = OfflineTask(
+        referenced[: len(rows)],
+        referenced[len(rows) :],
+        lambda row: pair_length(row.pair),
+        collate,
+        partial(preference_loss, spec),
+    )
+    _, final = run_offline(module, task, spec, context)
+    return finish_policy(spec, module, final, source=source, context=context)
+
+
+def pair_length(pair: PairRow) -> int:
+    """Give the tokens of both answers, the prompt counted twice as it is computed twice."""
+    return len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+
+
+@torch.no_grad()
+def reference_pairs(
+    module: nn.Module, pairs: Sequence[PairRow], *, micro_tokens: int
+) -> list[ReferencePair]:
+    """Compute the reference log-probabilities once; every rank does a part and gets all."""
+    module.eval()
+    plan = plan_micro_batches(
+        [pair_length(p) for p in pairs], micro_tokens=micro_tokens, ranks=distributed.world_size()
+    )
+    mine: dict[int, tuple[float, float]] = {}
+    for micro in plan[distributed.rank()]:
+        batch = pack(both([pairs[i] for i in micro]))
+        logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+        sums = batch.segment_sums(logprobs).view(-1, 2).tolist()
+        mine |= {i: (c, r) for i, (c, r) in zip(micro, sums, strict=True)}
+    found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
+    return [ReferencePair(pair, *found[i]) for i, pair in enumerate(pairs)]
+
+
+def both(pairs: Sequence[PairRow]) -> list[TokenRow]:
+    """Lay chosen and rejected side by side: rows 2k and 2k + 1 are pair k.
+
+    What a template writes after the stop token (a line break, say) is left out: sampled answers end
+    with the stop token, and a scorer must see the ending that it was trained on.
+    """
+    return [to_stop(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
+
+
+def to_stop(row: TokenRow) -> TokenRow:
+    """Cut a row after its last trained token."""
+    end = max(t for t, trained in enumerate(row.trained) if trained) + 1
+    return TokenRow(row.input_ids[:end], row.trained[:end], row.source)
+
+
+def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:
+    """Pack pairs; the global count is the pairs of the whole batch."""
+    return pack(
+        both([row.pair for row in rows]),
+        counts={"pairs": float(len(batch))},
+        per_sequence={"ref": [x for row in rows for x in (row.ref_chosen, row.ref_rejected)]},
+    )
+
+
+def preference_loss(
+    spec: DpoStage, model: nn.Module, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean loss per pair, and of what people watch.
+
+    ``ipo`` compares per-token means (the convention of its authors as TRL records it); the others
+    compare sums.
+    """
+    logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    policy, ref = batch.segment_sums(logprobs), batch.per_sequence["ref"]
+    share = 1.0 / batch.counts["pairs"]
+    stats = {"chosen_logprob": policy[0::2].sum() * share}
+    if spec.loss == "ipo":
+        lengths = batch.segment_sums(batch.mask.float()).clamp(min=1)
+        policy, ref = policy / lengths, ref / lengths
+    result = dpo_loss(
+        policy[0::2],
+        policy[1::2],
+        ref[0::2],
+        ref[1::2],
+        beta=spec.beta,
+        label_smoothing=spec.label_smoothing,
+        kind=spec.loss,
+    )
+    margins = result.chosen_rewards - result.rejected_rewards
+    stats |= {"margin": margins.sum() * share, "accuracy": (margins > 0).sum() * share}
+    return result.loss.sum() * share + 0.0 * logprobs.sum(), stats

@@ -1,0 +1,171 @@
+"""Stages ppo and grpo: assemble policy, critic, reference, engine and rewards, then loop."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.core import distributed
+from align.core.types import PromptRow
+from align.data.chat import ChatFormat
+from align.data.load import fit_rows, load_examples
+from align.losses.kl import AdaptiveKL, FixedKL
+from align.models.heads import ValueModel, scorer_from
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
+from align.online.algorithms import ALGORITHMS
+from align.online.engine import RolloutEngine, build_engine
+from align.online.loop import OnlineRun, train_online
+from align.online.weights import check_push, full_weights
+from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.training import build_policy, fingerprints, save_trained_policy
+from align.training.learner import Learner
+from reward_models import build_reward
+from reward_models.base import RewardFunction
+
+log = logging.getLogger(__name__)
+
+
+def run(spec: OnlineStage, context: StageContext) -> StageResult:
+    """Reinforce ``spec.init`` with the rewards of the recipe."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    prompts = prompt_rows(spec, chat, context)
+    engine = start_engine(spec, source.model_dir, chat, context)
+    module = build_policy(spec, source.model_dir)
+    updates = spec.steps * spec.minibatches * spec.update_epochs
+    policy = Learner(
+        module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates
+    )
+    online = OnlineRun(
+        spec=spec,
+        seed=context.seed,
+        prompts=prompts,
+        rewards=build_rewards(spec.rewards, context),
+        engine=engine,
+        stop_token_ids=chat.stop_token_ids,
+        push=Push(engine, policy, prompts[0].input_ids, dtype=spec.dtype),
+        policy=policy,
+        critic=build_critic(spec, source.model_dir, context, updates),
+        reference=build_reference(spec, module, source.model_dir),
+        kl=build_kl(spec),
+    )
+    metrics = context.metrics(spec.steps)
+    final = train_online(online, metrics=metrics, checkpoints=context.out / "checkpoints")
+    metrics.close()
+    engine.close()
+    save_trained_policy(spec, module, source=source, out=context.out)
+    final |= {"engine/vllm": float(engine.name == "vllm")}
+    return StageResult(final, fingerprints(spec.prompts))
+
+
+def start_engine(
+    spec: OnlineStage | EvaluateStage, model_dir: Path, chat: ChatFormat, context: StageContext
+) -> RolloutEngine:
+    """Start the sampler that the recipe asks for, with the weights in ``model_dir``."""
+    return build_engine(
+        spec.sampling.engine,
+        model_dir,
+        dtype=spec.dtype,
+        max_model_len=spec.max_length,
+        seed=context.seed,
+        memory_frac=spec.sampling.memory_frac,
+        cache_gib=spec.sampling.cache_gib,
+        stop_token_ids=chat.stop_token_ids,
+    )
+
+
+def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
+    """Render the prompts; those too long to be answered in full are lost, counted and bounded."""
+
+    rows = [
+        chat.prompt_row(e) for e in load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    ]
+    kept, _ = fit_rows(
+        rows,
+        max_length=spec.max_length - spec.sampling.max_new_tokens,
+        max_lost_frac=spec.max_lost_frac,
+        what=f"{context.name}: prompts",
+    )
+    return kept
+
+
+class Push:
+    """Bring the policy's weights into the engine and make sure that it answers with them."""
+
+    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: str) -> None:
+        self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
+
+    def __call__(self, version: int) -> None:
+        """Push under ``version``; the engine starts with version 0, the weights of ``init``."""
+        if version != self.engine.version:
+            self.engine.load_weights(full_weights(self.policy.module.model), version=version)
+        ids = torch.tensor([self.probe], device=distributed.device())
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]
+        check_push(self.engine, self.probe, found[0, 1:].tolist(), dtype=self.dtype)
+
+
+def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunction]:
+    """Build rewards with stage names resolved to the folders of their reward models."""
+    return [build_reward(_resolved(s.model_dump(), context)) for s in specs]
+
+
+def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
+    if plain["kind"] == "scalar":
+        plain["model"] = str(context.artefact(plain["model"], "reward_model").model_dir)
+    if plain["kind"] == "ensemble":
+        plain["members"] = [_resolved(m, context) for m in plain["members"]]
+    return plain
+
+
+def build_reference(spec: OnlineStage, module: LogprobModel, model_dir: Path) -> nn.Module | None:
+    """Give the policy of the start of this stage: a frozen copy, or the adapter switched off.
+
+    Every artefact holds merged weights, so the policy without its adapter IS the start.
+    """
+    if spec.kl.coef == 0.0:
+        return None
+    if spec.lora is not None:
+        return module
+    return LogprobModel(load_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
+
+
+def build_critic(
+    spec: OnlineStage, policy_dir: Path, context: StageContext, updates: int
+) -> Learner | None:
+    """Build PPO's value network from a reward model or the policy; its head starts at zero."""
+    if not ALGORITHMS[spec.kind].critic:
+        return None
+    assert isinstance(spec, PpoStage)
+    folder = policy_dir
+    if spec.critic.init is not None:
+        kind = "reward_model" if _is_reward(spec.critic.init, context) else "policy"
+        folder = context.artefact(spec.critic.init, kind).model_dir
+    scorer = scorer_from(folder, dtype=spec.dtype)
+    nn.init.zeros_(scorer.head.weight)
+    return Learner(
+        ValueModel(scorer.to(distributed.device())),
+        optim=spec.critic.optim,
+        zero=spec.zero,
+        dtype=spec.dtype,
+        total_steps=updates,
+    )
+
+
+def _is_reward(reference: str, context: StageContext) -> bool:
+    from align.core.artefacts import read_manifest
+
+    named = reference in context.recipe.stages
+    path = context.run_dir / reference if named else Path(reference)
+    return read_manifest(path)["kind"] == "reward_model"
+
+
+def build_kl(spec: OnlineStage) -> FixedKL | AdaptiveKL:
+    """Give the KL coefficient's controller."""
+    if spec.kl.target is None:
+        return FixedKL(spec.kl.coef)
+    return AdaptiveKL(spec.kl.coef, spec.kl.target, spec.kl.horizon)

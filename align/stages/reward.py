@@ -1,0 +1,146 @@
+"""Stage reward: a Bradley-Terry scorer over the final token, that knows its own mean and std."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.types import PairRow, TokenRow
+from align.data.batching import plan_micro_batches
+from align.losses.preference import bradley_terry_loss
+from align.models.attention import segments_from_first
+from align.models.heads import scorer_from
+from align.models.loading import load_tokenizer
+from align.online.weights import full_weights
+from align.recipe.schema import RewardStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.dpo import both, pair_length
+from align.stages.training import fingerprints, offline_rows, run_offline
+from align.training.batch import PackedBatch, pack
+from align.training.offline import OfflineTask
+from align.tuning.peft import add_lora
+from reward_models.scalar import RewardModel
+
+log = logging.getLogger(__name__)
+
+
+def run(spec: RewardStage, context: StageContext) -> StageResult:
+    """Train a scorer, begun from the policy ``spec.init``, to rank the pairs of ``spec.data``."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    rows, watched = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    torch.manual_seed(distributed.derive_seed(context.seed, "head"))
+    model = load_scorer(spec, source)
+    task = OfflineTask(rows, watched, pair_length, collate, partial(scorer_loss, spec))
+    _, final = run_offline(SequenceValues(model), task, spec, context)
+    mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)
+    save_scorer(model, source, context, mean=mean, std=std)
+    log.info("scores of %d reference pairs: mean %.3f, std %.3f", spec.norm_prompts, mean, std)
+    final |= {"scorer/mean": mean, "scorer/std": std}
+    return StageResult(final, fingerprints(spec.data, spec.heldout))
+
+
+def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
+    """Put a fresh score head on the decoder of ``source``; LoRA where the recipe asks for it."""
+    model = scorer_from(source.model_dir, dtype=spec.dtype)
+    if spec.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.lora is not None:
+        model.backbone = add_lora(model.backbone, spec.lora)
+    return model.to(distributed.device())
+
+
+class SequenceValues(nn.Module):
+    """Give one value per token of a packed row, without padding: (1, N)."""
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Score every token of the packed row in the light of its sequence so far."""
+        segments = segments_from_first(position_ids[0] == 0)
+        return self.model(input_ids, position_ids=position_ids, segments=segments)
+
+
+def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Pick the value at the last token of each sequence, the stop token it was trained with."""
+    n = batch.segment_ids.numel()
+    last = torch.ones(n, dtype=torch.bool, device=values.device)
+    last[:-1] = batch.segment_ids[1:] != batch.segment_ids[:-1]
+    return values[0][last][: batch.num]
+
+
+def collate(rows: Sequence[PairRow], batch: Sequence[PairRow]) -> PackedBatch:
+    """Pack pairs; the global count is the pairs of the whole batch."""
+    return pack(
+        both(rows),
+        counts={"pairs": float(len(batch))},
+        per_sequence={"margin": [m for row in rows for m in (row.margin, row.margin)]},
+    )
+
+
+def scorer_loss(
+    spec: RewardStage, model: nn.Module, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean Bradley-Terry loss per pair."""
+    values = model(batch.input_ids, batch.position_ids)
+    scores = final_scores(values, batch)
+    chosen, rejected = scores[0::2], scores[1::2]
+    loss = bradley_terry_loss(
+        chosen,
+        rejected,
+        margin=batch.per_sequence["margin"][0::2] if spec.use_margin else None,
+        center_coef=spec.center_coef,
+        label_smoothing=spec.label_smoothing,
+    )
+    share = 1.0 / batch.counts["pairs"]
+    stats = {
+        "accuracy": (chosen > rejected).sum() * share,
+        "margin": (chosen - rejected).sum() * share,
+    }
+    return loss.sum() * share + 0.0 * values.sum(), stats
+
+
+@torch.no_grad()
+def normalisation(
+    model: RewardModel, pairs: Sequence[PairRow], *, micro_tokens: int
+) -> tuple[float, float]:
+    """Measure mean and population std of the scores of reference answers (arXiv:1909.08593)."""
+    if not pairs:
+        return 0.0, 1.0
+    values = SequenceValues(model).eval()
+    rows: list[TokenRow] = both(pairs)
+    plan = plan_micro_batches([len(r.input_ids) for r in rows], micro_tokens=micro_tokens, ranks=1)[
+        0
+    ]
+    scores: list[float] = []
+    for micro in plan:
+        batch = pack([rows[i] for i in micro])
+        scores += final_scores(values(batch.input_ids, batch.position_ids), batch).tolist()
+    found = torch.tensor(scores, dtype=torch.float64)
+    return float(found.mean()), max(float(found.std(correction=0)), 1e-6)
+
+
+def save_scorer(
+    model: RewardModel, source: Artefact, context: StageContext, *, mean: float, std: float
+) -> None:
+    """Write model/ of a reward artefact; all ranks must take part."""
+    model.set_normalisation(mean=mean, std=std)
+    parts = (("backbone", model.backbone), ("head", model.head))
+    state = {
+        f"{part}.{name}": tensor.detach().cpu().clone()
+        for part, module in parts
+        for name, tensor in full_weights(module)
+    }
+    if distributed.rank() == 0:
+        model.save(
+            context.out / "model",
+            tokenizer=load_tokenizer(source.model_dir),
+            state_dict=state,
+        )
+    distributed.barrier()

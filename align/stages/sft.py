@@ -1,0 +1,40 @@
+"""Stage sft: maximum likelihood of the assistant turns, mean over the tokens of the batch."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from align.core.types import TokenRow
+from align.losses.supervised import nll
+from align.recipe.schema import SftStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
+from align.training.batch import PackedBatch, pack
+from align.training.offline import OfflineTask
+
+
+def run(spec: SftStage, context: StageContext) -> StageResult:
+    """Fine-tune ``spec.init`` on the rows of ``spec.data``."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    rows, watched = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    module = build_policy(spec, source.model_dir)
+    task = OfflineTask(rows, watched, length_of, collate, sft_loss)
+    _, final = run_offline(module, task, spec, context)
+    return finish_policy(spec, module, final, source=source, context=context)
+
+
+def length_of(row: TokenRow) -> int:
+    """Give a row's tokens."""
+    return len(row.input_ids)
+
+
+def collate(rows: Sequence[TokenRow], batch: Sequence[TokenRow]) -> PackedBatch:
+    """Pack rows; the global count is the trained tokens of the whole batch."""
+    return pack(rows, counts={"tokens": float(sum(sum(row.trained) for row in batch))})
+
+
+def sft_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean negative log-likelihood per trained token."""
+    logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    return nll(logprobs, batch.mask, batch.counts["tokens"]), {}

@@ -1,0 +1,159 @@
+"""What the training stages share: policies in and out, data, and the offline schedule."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.log import MetricsLog
+from align.core.types import Example
+from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.sources import data_fingerprint
+from align.models.loading import load_policy, save_policy
+from align.models.logprobs import LogprobModel
+from align.online.weights import full_weights, gathered
+from align.recipe.schema import DataSpec, OfflineStage, TrainingStage
+from align.stages.base import StageContext, StageResult
+from align.training.learner import Learner
+from align.training.offline import (
+    OfflineSchedule,
+    OfflineTask,
+    total_steps,
+    train_offline,
+)
+from align.tuning.peft import adapter_state, add_lora, is_lora
+
+log = logging.getLogger(__name__)
+
+
+def build_policy(spec: TrainingStage, model_dir: Path) -> LogprobModel:
+    """Load the policy of a training stage, with LoRA where the recipe asks for it."""
+    model: nn.Module = load_policy(
+        model_dir, dtype=spec.dtype, gradient_checkpointing=spec.gradient_checkpointing
+    )
+    if spec.lora is not None:
+        model = add_lora(model, spec.lora)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
+    return LogprobModel(model)
+
+
+def save_trained_policy(
+    spec: TrainingStage, module: LogprobModel, *, source: Artefact, out: Path
+) -> None:
+    """Write model/ (LoRA merged) and, for LoRA, adapter/; all ranks must take part."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in full_weights(module.model)}
+    adapter = _whole_adapter(module.model) if is_lora(module.model) else None
+    if distributed.rank() == 0:
+        save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
+        if adapter is not None:
+            from safetensors.torch import save_file
+
+            (out / "adapter").mkdir(exist_ok=True)
+            save_file(adapter, out / "adapter" / "adapter_model.safetensors")
+            module.model.peft_config["default"].save_pretrained(str(out / "adapter"))
+    distributed.barrier()
+
+
+def _whole_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the adapter's tensors; under ZeRO-3 each rank holds but a part of them."""
+    with gathered([p for p in model.parameters() if p.requires_grad]):
+        return {k: v.detach().cpu().clone() for k, v in adapter_state(model).items()}
+
+
+def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:
+    """Derive the schedule of an offline stage from its recipe and the number of its rows."""
+    return OfflineSchedule(
+        total_steps=total_steps(
+            num_rows, batch_size=spec.batch_size, epochs=spec.epochs, steps=spec.steps
+        ),
+        batch_size=spec.batch_size,
+        micro_tokens=spec.micro_tokens,
+        eval_every=spec.eval_every,
+        checkpoint_every=spec.checkpoint_every,
+        keep_checkpoints=spec.keep_checkpoints,
+        seed=distributed.derive_seed(seed, "batches"),
+    )
+
+
+def offline_rows(
+    spec: OfflineStage,
+    context: StageContext,
+    *,
+    kind: Literal["sft", "preference"],
+    render: Callable[[Example], Any],
+) -> tuple[list[Any], list[Any]]:
+    """Load and tokenise training and held-out rows; no prompt may stand on both sides.
+
+    Args:
+        spec: the stage; its ``max_length`` and ``max_lost_frac`` bound what is lost.
+        context: the stage's surroundings. kind: what the rows must hold.
+        render: example -> tokenised row.
+    """
+    sides = {
+        "training": load_examples(spec.data, kind=kind, seed=context.seed),
+        "held-out": load_examples(spec.heldout, kind=kind, seed=context.seed),
+    }
+    check_overlap(*sides.values())
+
+    def fitted(name: str) -> list[Any]:
+        rows = [render(example) for example in sides[name]]
+        if not rows:
+            return []
+        return fit_rows(
+            rows,
+            max_length=spec.max_length,
+            max_lost_frac=spec.max_lost_frac,
+            what=f"{context.name}: {name} rows",
+        )[0]
+
+    return fitted("training"), fitted("held-out")
+
+
+def run_offline(
+    module: nn.Module, task: OfflineTask[Any], spec: OfflineStage, context: StageContext
+) -> tuple[Learner, dict[str, float]]:
+    """Train ``module`` on an offline task; give the learner and the last metrics."""
+    schedule = offline_schedule(spec, len(task.rows), context.seed)
+    learner = Learner(
+        module,
+        optim=spec.optim,
+        zero=spec.zero,
+        dtype=spec.dtype,
+        total_steps=schedule.total_steps,
+    )
+    metrics: MetricsLog = context.metrics(schedule.total_steps)
+    final = train_offline(
+        learner, task, schedule, metrics=metrics, checkpoints=context.out / "checkpoints"
+    )
+    metrics.close()
+    return learner, final
+
+
+def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
+    """Give path, sha256 and rows of every file behind the data specs, for the manifest."""
+    found: list[dict[str, Any]] = []
+    for spec in (spec for group in groups for spec in group):
+        if spec.path is not None:
+            found += data_fingerprint(spec.path)
+        else:
+            found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
+    return found
+
+
+def finish_policy(
+    spec: OfflineStage,
+    module: LogprobModel,
+    final: dict[str, float],
+    *,
+    source: Artefact,
+    context: StageContext,
+) -> StageResult:
+    """Save the policy of an offline stage and sum the stage up."""
+    save_trained_policy(spec, module, source=source, out=context.out)
+    return StageResult(metrics=final, data=fingerprints(spec.data, spec.heldout))

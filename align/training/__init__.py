@@ -1,0 +1,1 @@
+"""The learner (the only code that drives DeepSpeed) and the offline epoch loop."""

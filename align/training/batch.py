@@ -1,0 +1,76 @@
+"""Packed batches: what a loss function sees of one micro-batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from align.core import distributed
+from align.core.types import TokenRow
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Hold sequences laid end to end.
+
+    Attributes:
+        input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence.
+        mask: (1, N) bool, True on the tokens that enter the loss.
+        segment_ids: (N,) sequence number of each token.
+        num: sequences held; 0 for the placeholder that keeps ranks in step.
+        counts: global counts over all ranks and micro-batches of the optimiser step.
+        per_token: (1, N) tensors. per_sequence: (num,) tensors.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    segment_ids: Tensor
+    num: int
+    counts: Mapping[str, float] = field(default_factory=dict)
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def segment_sums(self, x: Tensor) -> Tensor:
+        """Sum a (1, N) tensor over each sequence: (num,)."""
+        out = x.new_zeros(max(self.num, 1)).index_add(0, self.segment_ids, x[0])
+        return out[: self.num]
+
+
+def pack(
+    rows: Sequence[TokenRow],
+    *,
+    counts: Mapping[str, float] | None = None,
+    per_token: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    per_sequence: Mapping[str, Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Lay rows end to end; no rows give a two-token placeholder that trains nothing.
+
+    Args:
+        rows: sequences in order. counts: passed through.
+        per_token: name -> for each row, one float per token.
+        per_sequence: name -> one float per row.
+    """
+    device = distributed.device()
+    held = rows or [TokenRow(input_ids=(0, 0), trained=(False, False))]
+    ids = [t for row in held for t in row.input_ids]
+    lengths = [len(row.input_ids) for row in held]
+    numbers = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(lengths))
+    floats = {
+        name: torch.tensor([v for row in values for v in row] if rows else [0.0] * len(ids))
+        for name, values in (per_token or {}).items()
+    }
+    return PackedBatch(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([[p for n in lengths for p in range(n)]], device=device),
+        mask=torch.tensor([[t for row in held for t in row.trained]], device=device),
+        segment_ids=numbers.to(device),
+        num=len(rows),
+        counts=dict(counts or {}),
+        per_token={k: v.float().unsqueeze(0).to(device) for k, v in floats.items()},
+        per_sequence={
+            k: torch.tensor(list(v), dtype=torch.float32, device=device)
+            for k, v in (per_sequence or {}).items()
+        },
+    )

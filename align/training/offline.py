@@ -1,0 +1,141 @@
+"""The epoch loop of sft, reward and dpo: batches are functions of the step, one Learner steps.
+
+Every rank holds the rows of the whole data set and knows the whole batch of a step, so the global
+counts of a loss need no communication.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from align.core import distributed
+from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.errors import Preempted
+from align.core.log import MetricsLog
+from align.core.signals import stop_requested
+from align.data.batching import plan_micro_batches
+from align.data.sampler import batch_indices
+from align.training.batch import PackedBatch
+from align.training.learner import Learner, LossFunction
+
+log = logging.getLogger(__name__)
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineTask(Generic[Row]):
+    """Say what an offline method is made of.
+
+    Attributes:
+        rows: training rows. heldout: rows the loss is watched on.
+        length: tokens of a row.
+        collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
+        loss_fn: what the Learner differentiates.
+    """
+
+    rows: Sequence[Row]
+    heldout: Sequence[Row]
+    length: Callable[[Row], int]
+    collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
+    loss_fn: LossFunction
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineSchedule:
+    """Say how long, how much at once, and how often to look and save."""
+
+    total_steps: int
+    batch_size: int
+    micro_tokens: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    seed: int
+
+
+def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Give the number of optimiser steps: ``steps`` if said, else whole batches of the epochs."""
+    return steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
+
+
+def train_offline(
+    learner: Learner,
+    task: OfflineTask[Any],
+    schedule: OfflineSchedule,
+    *,
+    metrics: MetricsLog,
+    checkpoints: Path,
+) -> dict[str, float]:
+    """Train to the end of the schedule, resuming from the newest verified checkpoint.
+
+    Returns:
+        The last step's metrics, the held-out loss and the mean number of trained tokens a second.
+    """
+    engines = {"policy": learner.engine}
+    start = 0
+    last: dict[str, float] = {}
+    found = newest_checkpoint(checkpoints)
+    if found is not None:
+        start, _ = load_checkpoint(found, engines)
+        learner.steps = start
+        last = metrics.rewind(start)
+        log.info("resumed from %s", found)
+    num_tokens, began = 0, time.monotonic()
+    for step in range(start, schedule.total_steps):
+        batch = pick(task.rows, schedule, step)
+        step_began = time.monotonic()
+        stats = learner.step(micro_batches(task, batch, schedule.micro_tokens), task.loss_fn)
+        step_tokens = sum(task.length(row) for row in batch)
+        num_tokens += step_tokens
+        rate = step_tokens / (time.monotonic() - step_began)
+        last = named(stats) | {"tokens/per_s": rate}
+        done = step + 1
+        if task.heldout and (
+            done == schedule.total_steps
+            or (schedule.eval_every and done % schedule.eval_every == 0)
+        ):
+            last |= evaluate_rows(learner, task, schedule)
+        metrics.log(done, last)
+        stop = stop_requested()
+        if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
+            save_checkpoint(checkpoints, done, engines, {}, keep=schedule.keep_checkpoints)
+        if stop and done < schedule.total_steps:
+            raise Preempted(f"stopped on a signal after step {done}; run again to go on from there")
+    if not num_tokens:
+        return last
+    return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}
+
+
+def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]:
+    """Give the rows of one step, a pure function of (seed, step)."""
+    indices = batch_indices(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
+    return [rows[i] for i in indices]
+
+
+def micro_batches(
+    task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
+) -> list[PackedBatch]:
+    """Cut a batch into this rank's micro-batches."""
+    plan = plan_micro_batches(
+        [task.length(row) for row in batch],
+        micro_tokens=micro_tokens,
+        ranks=distributed.world_size(),
+    )
+    return [task.collate([batch[i] for i in micro], batch) for micro in plan[distributed.rank()]]
+
+
+def evaluate_rows(
+    learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule
+) -> dict[str, float]:
+    """Give the loss and the statistics over all held-out rows."""
+    micro = micro_batches(task, task.heldout, schedule.micro_tokens)
+    return named(learner.evaluate(micro, task.loss_fn), group="eval")
+
+
+def named(stats: dict[str, float], *, group: str = "train") -> dict[str, float]:
+    """Name statistics group/name; the optimiser's own go under optim/."""
+    optim = ("grad_norm", "learning_rate")
+    return {(f"optim/{k}" if k in optim else f"{group}/{k}"): v for k, v in stats.items()}

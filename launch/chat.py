@@ -1,0 +1,11 @@
+"""Talk to a policy in the terminal, or answer the lines of standard input.
+
+    python launch/chat.py RUN/STAGE [--temperature 0.7] [--max-new-tokens 256] [--seed 0]
+
+/reset forgets the conversation, /temperature 0.5 sets it, /quit ends.
+"""
+
+from align.stages.chat import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Direct preference optimisation and its close relatives.
+
+Reads the policy that `init` names, which is also the reference, and pairs. Writes a policy.
+
+    python launch/dpo.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+    deepspeed --num_gpus 8 launch/dpo.py --recipe R --stage NAME
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/dpo.py --recipe R --stage NAME
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
+checkpoint; the same command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("dpo")

@@ -1,0 +1,17 @@
+"""Compare checkpoints on held-out prompts.
+
+Reads the policies that `models` names and the reward models to measure. Writes summary.json
+and the answers side by side.
+
+    python launch/evaluate.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+    deepspeed --num_gpus 8 launch/evaluate.py --recipe R --stage NAME
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/evaluate.py --recipe R --stage NAME
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
+checkpoint; the same command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("evaluate")

@@ -1,0 +1,17 @@
+"""PPO with a learned critic against the rewards of the recipe.
+
+Reads the policy that `init` names, prompts, and the reward models that `rewards` name.
+Answers come from vLLM where it imports, else from transformers. Writes a policy.
+
+    python launch/ppo.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+    deepspeed --num_gpus 8 launch/ppo.py --recipe R --stage NAME
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/ppo.py --recipe R --stage NAME
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
+checkpoint; the same command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("ppo")

@@ -1,0 +1,99 @@
+"""Combine rewards that judge the same thing; their disagreement is a warning of hacking."""
+
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reward_models.base import RewardFunction, Text, check_rows
+
+logger = logging.getLogger(__name__)
+
+
+def _mean_minus_std(scores: Sequence[float], kappa: float) -> float:
+    return statistics.fmean(scores) - kappa * statistics.pstdev(scores)
+
+
+class EnsembleReward:
+    """Combine the members' scores of each completion by mean, min or mean - kappa * std.
+
+    A member's weight multiplies its score before they are combined. A completion that any member
+    cannot judge is invalid: leaving that member out would change the scale of the score.
+
+    Attributes:
+        disagreement: mean over the completions of the last call of the population standard
+            deviation of the members' weighted scores; NaN when none was valid.
+
+    Reference: arXiv:2310.02743 penalises by the variance; here the standard deviation is used,
+        which has the unit of the score.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[RewardFunction],
+        *,
+        combine: str = "mean",
+        kappa: float = 1.0,
+        name: str = "ensemble",
+        weight: float = 1.0,
+    ) -> None:
+        combiners: dict[str, Callable[[Sequence[float]], float]] = {
+            "mean": statistics.fmean,
+            "min": min,
+            "mean_minus_std": lambda scores: _mean_minus_std(scores, kappa),
+        }
+        if combine not in combiners:
+            raise ValueError(
+                f"reward '{name}': combine {combine!r} is unknown; use {', '.join(combiners)}"
+            )
+        if len(members) < 2:
+            raise ValueError(f"reward '{name}': {len(members)} member; an ensemble needs two")
+        self.members = list(members)
+        self.combine = combiners[combine]
+        self.name = name
+        self.__name__ = name
+        self.weight = weight
+        self.invalid: Counter[str] = Counter()
+        self.disagreement = math.nan
+
+    def __call__(
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> list[float | None]:
+        """Score each completion by all members and combine."""
+        check_rows(prompts, completions, reward=self.name)
+        by_member = [
+            member(prompts=prompts, completions=completions, **columns) for member in self.members
+        ]
+        combined: list[float | None] = []
+        spreads: list[float] = []
+        for row in zip(*by_member, strict=True):
+            scores = [
+                member.weight * score
+                for member, score in zip(self.members, row, strict=True)
+                if score is not None
+            ]
+            if len(scores) < len(row):
+                failed = [m.name for m, s in zip(self.members, row, strict=True) if s is None]
+                self.invalid[f"invalid member: {', '.join(failed)}"] += 1
+                combined.append(None)
+                continue
+            spreads.append(statistics.pstdev(scores))
+            combined.append(self.combine(scores))
+        self.disagreement = statistics.fmean(spreads) if spreads else math.nan
+        logger.info("reward %s: members disagree by %.4g (std)", self.name, self.disagreement)
+        return combined
+
+
+def build_ensemble(
+    spec: Mapping[str, Any], build: Callable[[Mapping[str, Any]], RewardFunction]
+) -> EnsembleReward:
+    """Build the ensemble of a spec; ``build`` makes each member from its own spec."""
+    return EnsembleReward(
+        [build(member) for member in spec["members"]],
+        combine=spec.get("combine", "mean"),
+        kappa=spec.get("kappa", 1.0),
+        name=spec.get("name") or "ensemble",
+        weight=spec.get("weight", 1.0),
+    )

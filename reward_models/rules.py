@@ -1,0 +1,129 @@
+"""Rewards that are plain rules on the answer's text: match, regex, format, length, repetition."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import regex
+
+from reward_models.base import InvalidScoreError, Rule, rule_from_spec
+
+PATTERN_TIMEOUT_S = 1.0
+"""Time limit of one pattern on one answer: patterns can take exponential time."""
+
+
+def _compile(spec: Mapping[str, Any], *, num_groups: int | None = None) -> regex.Pattern[str]:
+    """Compile the pattern of a spec; the grammar is that of ``re`` (``regex`` version 0).
+
+    Raises:
+        ValueError: if the pattern is malformed or has another number of groups than needed.
+    """
+    where = f"reward '{spec.get('name') or spec['kind']}': pattern {spec['pattern']!r}"
+    try:
+        pattern = regex.compile(spec["pattern"])
+    except regex.error as error:
+        raise ValueError(f"{where} is not a regular expression: {error}") from error
+    if num_groups is not None and pattern.groups != num_groups:
+        raise ValueError(
+            f"{where} has {pattern.groups} groups; it needs exactly {num_groups} around what is "
+            "compared, use (?:...) for the others"
+        )
+    return pattern
+
+
+def _within_limit(find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except TimeoutError:
+        raise InvalidScoreError("pattern timed out") from None
+
+
+def exact_match(spec: Mapping[str, Any]) -> Rule:
+    """Score 1 when the answer, or what ``pattern`` captures of it, equals the column's value.
+
+    Surrounding whitespace never counts. The last match of the pattern is taken, so an answer that
+    corrects itself is judged by its end. No match is a wrong answer: 0. A list in the column
+    holds several accepted values.
+    """
+    pattern = _compile(spec, num_groups=1) if spec.get("pattern") is not None else None
+    ignore_case = spec.get("ignore_case", True)
+
+    def clean(text: Any) -> str:
+        stripped = str(text).strip()
+        return stripped.casefold() if ignore_case else stripped
+
+    def score(answer: str, value: Any) -> float:
+        if pattern is not None:
+            found = _within_limit(lambda: pattern.findall(answer, timeout=PATTERN_TIMEOUT_S))
+            if not found:
+                return 0.0
+            answer = found[-1]
+        accepted = value if isinstance(value, list | tuple) else [value]
+        return float(clean(answer) in {clean(v) for v in accepted})
+
+    return rule_from_spec(spec, score, column=spec.get("column", "answer"))
+
+
+def regex_found(spec: Mapping[str, Any]) -> Rule:
+    """Score 1 when the pattern is found anywhere in the answer."""
+    pattern = _compile(spec)
+
+    def score(answer: str, value: Any) -> float:
+        found = _within_limit(lambda: pattern.search(answer, timeout=PATTERN_TIMEOUT_S))
+        return float(found is not None)
+
+    return rule_from_spec(spec, score)
+
+
+def format_matches(spec: Mapping[str, Any]) -> Rule:
+    """Score 1 when the whole answer, from first to last character, has the form of the pattern."""
+    pattern = _compile(spec)
+
+    def score(answer: str, value: Any) -> float:
+        found = _within_limit(lambda: pattern.fullmatch(answer, timeout=PATTERN_TIMEOUT_S))
+        return float(found is not None)
+
+    return rule_from_spec(spec, score)
+
+
+def length(spec: Mapping[str, Any]) -> Rule:
+    """Score 1 up to ``target`` words, 0 from ``limit`` words on, a straight line between.
+
+    Raises:
+        ValueError: if ``limit`` is not above ``target``.
+    """
+    target, limit = spec["target"], spec["limit"]
+    if limit <= target:
+        raise ValueError(
+            f"reward '{spec.get('name') or spec['kind']}': limit {limit} must be above target "
+            f"{target} (both in words)"
+        )
+
+    def score(answer: str, value: Any) -> float:
+        num_words = len(answer.split())
+        return min(1.0, max(0.0, (limit - num_words) / (limit - target)))
+
+    return rule_from_spec(spec, score)
+
+
+def repetition(spec: Mapping[str, Any]) -> Rule:
+    """Score the share of the answer's word n-grams that are distinct.
+
+    An answer with fewer than ``ngram`` words repeats nothing and scores 1.
+    """
+    ngram = spec.get("ngram", 3)
+
+    def score(answer: str, value: Any) -> float:
+        words = answer.split()
+        grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+    return rule_from_spec(spec, score)
+
+
+RULES: dict[str, Callable[[Mapping[str, Any]], Rule]] = {
+    "exact_match": exact_match,
+    "regex": regex_found,
+    "format": format_matches,
+    "length": length,
+    "repetition": repetition,
+}

@@ -1,0 +1,196 @@
+"""Run the stages of a tiny recipe as real processes, and compare what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from align.pipeline.processes import stage_argv
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+LIMIT_S = 240.0
+
+RECIPE = """\
+name: tiny
+seed: 3
+stages:
+  base:
+    kind: base
+    build: {vocab_size: 320, hidden_size: 64, num_layers: 2, num_heads: 2, num_kv_heads: 1,
+            intermediate_size: 128, max_positions: 128}
+    tokenizer: {chat_template: plain}
+    data: [{world: corpus, rows: 200}]
+    steps: 4
+    batch_size: 8
+    max_length: 256
+  sft:
+    kind: sft
+    init: base
+    data: [{world: sft, rows: 64, split: train}]
+    heldout: [{world: sft, rows: 16, split: heldout}]
+    steps: 24
+    batch_size: 8
+    micro_tokens: 256
+    eval_every: 5
+    checkpoint_every: 3
+    optim: {learning_rate: 1.0e-3}
+  dpo:
+    kind: dpo
+    init: base
+    data: [{world: preference, rows: 32, split: train}]
+    steps: 4
+    batch_size: 8
+    micro_tokens: 256
+    lora: {rank: 4, alpha: 8}
+    optim: {learning_rate: 1.0e-3}
+  reward:
+    kind: reward
+    init: base
+    data: [{world: preference, rows: 32, split: train}]
+    steps: 3
+    batch_size: 8
+    micro_tokens: 256
+    norm_prompts: 8
+    optim: {learning_rate: 1.0e-3}
+  ppo:
+    kind: ppo
+    init: base
+    prompts: [{world: prompts, rows: 32, split: train}]
+    rewards: [{kind: length, target: 2, limit: 12}]
+    steps: 20
+    prompts_per_step: 4
+    micro_tokens: 128
+    max_length: 128
+    checkpoint_every: 3
+    sampling: {max_new_tokens: 16, engine: hf, cache_gib: 0.05}
+    kl: {coef: 0.05, target: 1.0, horizon: 40}
+    optim: {learning_rate: 1.0e-3}
+    critic: {optim: {learning_rate: 1.0e-3}}
+  grpo:
+    kind: grpo
+    init: base
+    prompts: [{world: prompts, rows: 32, split: train}]
+    rewards: [{kind: length, target: 2, limit: 12}]
+    steps: 4
+    prompts_per_step: 4
+    group_size: 4
+    micro_tokens: 128
+    max_length: 128
+    sampling: {max_new_tokens: 16, engine: hf, cache_gib: 0.05}
+    kl: {coef: 0.05, place: loss, estimator: k3}
+    lora: {rank: 4, alpha: 8}
+    optim: {learning_rate: 1.0e-3}
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """Write the recipe into ``folder``."""
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Give one thread to each process, and no trace of a process group of the test's own."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    return env | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def start(
+    recipe: Path,
+    stage: str,
+    run_dir: Path,
+    *,
+    ranks: int = 1,
+    overrides: Sequence[str] = (),
+    flags: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    """Start a stage in a session of its own."""
+    arguments = ["--recipe", str(recipe), "--stage", stage, "--run-dir", str(run_dir)]
+    arguments += [word for o in overrides for word in ("--set", o)] + list(flags)
+    script = LAUNCH / f"{stage}.py"
+    return subprocess.Popen(
+        stage_argv(script, arguments, ranks=ranks, on_gpu=False),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def run(recipe: Path, stage: str, run_dir: Path, **options) -> tuple[int, str]:
+    """Run a stage to its end; give its exit code and everything it said."""
+    process = start(recipe, stage, run_dir, **options)
+    try:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        end(process)
+    return process.returncode, said
+
+
+def finish(recipe: Path, stage: str, run_dir: Path, **options) -> str:
+    """Run a stage that must succeed; give everything it said."""
+    code, said = run(recipe, stage, run_dir, **options)
+    assert code == 0, said[-4000:]
+    return said
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of the process group that ``start`` made."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait(timeout=LIMIT_S)
+
+
+def signal_when(
+    process: subprocess.Popen[str], seen: Callable[[], bool], signum: int
+) -> tuple[int, str]:
+    """Signal a running stage as soon as ``seen``; give its exit code and everything it said."""
+    limit = time.monotonic() + LIMIT_S
+    try:
+        while not seen():
+            assert process.poll() is None, process.communicate()[0][-4000:]
+            assert time.monotonic() < limit, "what was waited for did not come"
+            os.sched_yield()
+        os.killpg(process.pid, signum)
+        said, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        end(process)
+    return process.returncode, said
+
+
+def weights(run_dir: Path, stage: str) -> bytes:
+    """Give the bytes of a stage's final weights."""
+    return (run_dir / stage / "model" / "model.safetensors").read_bytes()
+
+
+def numbers(run_dir: Path, stage: str) -> list[dict[str, float]]:
+    """Give the stage's metrics without the times."""
+    lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+    def is_time(name: str) -> bool:
+        return name.startswith("time") or name == "tokens/per_s"
+
+    return [{k: v for k, v in json.loads(x).items() if not is_time(k)} for x in lines]
+
+
+def samples(run_dir: Path, stage: str) -> str:
+    """Give the stage's samples."""
+    return (run_dir / stage / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def manifest(run_dir: Path, stage: str) -> dict:
+    """Give the stage's manifest."""
+    return json.loads((run_dir / stage / "manifest.json").read_text(encoding="utf-8"))

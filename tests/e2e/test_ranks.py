@@ -1,0 +1,205 @@
+"""One process and two ranks, ZeRO 0 to 3: the same steps give the same weights."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_runs as runs
+
+from align.pipeline.processes import free_port
+
+WORKER = Path(__file__).parent / "workers" / "ranks.py"
+SCENARIOS = (
+    *("sft", "sft_lora", "sft_bf16", "grpo", "grpo_lora", "grpo_bf16"),
+    *("ppo", "not_finite", "long_rows"),
+)
+LEARNING_RATE, STEPS, MAX_GRAD_NORM = 2e-3, 4, 0.05  # as in the worker
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every scenario on two ranks, and in one process without ZeRO."""
+    folder = tmp_path_factory.mktemp("ranks")
+    work(folder, ranks=1, stages=(0,))
+    work(folder, ranks=2, stages=(0, 1, 2, 3))
+    return folder
+
+
+def work(folder: Path, *, ranks: int, stages: tuple[int, ...]) -> None:
+    """Run the worker as ``ranks`` processes; all must end well."""
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(WORKER), "--out", str(folder)]
+    command += ["--scenarios", *SCENARIOS, "--stages", *map(str, stages)]
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            start_new_session=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
+
+
+def load(out: Path, scenario: str, place: str) -> dict[int, dict]:
+    return torch.load(out / f"{scenario}-{place}.pt")
+
+
+def one(out: Path, scenario: str) -> dict:
+    """Give what one process without ZeRO found."""
+    return load(out, scenario, "0of1")[0]
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Hold weights equal to 1e-5 of the largest weight or, if more, of what a step can move."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        bound = 1e-5 * max(float(tensor.abs().max()), LEARNING_RATE)
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=bound, msg=name)
+
+
+@pytest.mark.parametrize("scenario", ["sft", "sft_lora", "grpo", "grpo_lora", "ppo", "long_rows"])
+def test_every_zero_stage_on_two_ranks_equals_one_process(out: Path, scenario: str) -> None:
+    expected, first, second = (load(out, scenario, p) for p in ("0of1", "0of2", "1of2"))
+    assert len(first) >= 2
+    for stage in first:
+        for part in {"weights", "critic"} & expected[0].keys():
+            assert_close(first[stage][part], expected[0][part])
+            assert_equal(first[stage][part], second[stage][part])
+
+
+@pytest.mark.parametrize("scenario", ["sft", "sft_lora"])
+def test_losses_and_clipped_norms_equal_those_of_one_process(out: Path, scenario: str) -> None:
+    expected = one(out, scenario)
+    assert min(expected["grad_norm"]) > 2 * MAX_GRAD_NORM  # clipping is at work
+    for found in load(out, scenario, "0of2").values():
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("scenario", ["grpo", "grpo_lora", "ppo"])
+def test_statistics_of_online_updates_equal_those_of_one_process(out: Path, scenario: str) -> None:
+    expected = one(out, scenario)["stats"]
+    for found in load(out, scenario, "0of2").values():
+        for step in range(2):
+            assert found["stats"][step] == pytest.approx(expected[step], rel=1e-4, abs=1e-6)
+    assert expected[0]["policy/grad_norm"] > 2 * MAX_GRAD_NORM
+
+
+@pytest.mark.parametrize("scenario", ["sft", "sft_lora", "sft_bf16"])
+def test_checkpoint_of_every_zero_stage_goes_on_to_the_same_bytes(out: Path, scenario: str) -> None:
+    for place in ("0of1", "0of2", "1of2"):
+        for found in load(out, scenario, place).values():
+            assert_equal(found["resumed"], found["weights"])
+
+
+def test_bfloat16_moves_weights_as_float32_does(out: Path) -> None:
+    """Bound the loss by 0.1 % and a weight by all steps together plus bfloat16's rounding."""
+    expected = one(out, "sft")
+    for place in ("0of1", "0of2"):
+        for found in load(out, "sft_bf16", place).values():
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            for name, tensor in expected["weights"].items():
+                moved = found["weights"][name]
+                assert moved.dtype == torch.bfloat16
+                assert moved.isfinite().all()
+                bound = 2 * STEPS * LEARNING_RATE + 2**-8 * tensor.abs()
+                assert ((moved.float() - tensor).abs() <= bound).all(), name
+
+
+def test_bfloat16_takes_the_same_grpo_steps(out: Path) -> None:
+    """Rounding moves tokens over the edge of the clip: later gradients agree only roughly."""
+    expected = one(out, "grpo")["stats"]
+    for place in ("0of1", "0of2"):
+        for found in load(out, "grpo_bf16", place).values():
+            assert all(tensor.isfinite().all() for tensor in found["weights"].values())
+            for step in range(2):
+                loss, norm = "policy/loss", "policy/grad_norm"
+                assert found["stats"][step][loss] == pytest.approx(expected[step][loss], abs=2e-3)
+                assert found["stats"][step][norm] == pytest.approx(expected[step][norm], rel=0.1)
+
+
+def test_bfloat16_is_the_same_training_under_every_zero_stage(out: Path) -> None:
+    """The step on zero gradients of DeepSpeed's wrapper without ZeRO made it 25 % less."""
+    expected = one(out, "sft")["weights"]
+    bfloat16 = [one(out, "sft_bf16"), *load(out, "sft_bf16", "0of2").values()]
+    matrix = "model.layers.0.mlp.up_proj.weight"
+    distances = [float((f["weights"][matrix] - expected[matrix]).norm()) for f in bfloat16]
+    assert max(distances) == pytest.approx(min(distances), rel=0.02)
+
+
+@pytest.mark.parametrize("place", ["0of1", "0of2", "1of2"])
+def test_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
+    out: Path, place: str
+) -> None:
+    for found in load(out, "not_finite", place).values():
+        assert "optimiser step 2: the loss is nan" in found["said"]
+        assert_equal(found["weights"], found["before"])
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (2, 2), (3, 2)])
+def test_saved_lora_model_is_base_with_adapter(out: Path, stage: int, ranks: int) -> None:
+    saved, source = out / f"lora-{stage}-{ranks}", out / f"source-{ranks}" / "model"
+    merged = AutoModelForCausalLM.from_pretrained(saved / "model")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(source), saved / "adapter"
+    )
+    ids = torch.tensor([[5, 900, 17, 33, 1200, 2, 8]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+        found, expected = merged(ids).logits, adapted(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
+    final = load(out, "grpo_lora", f"0of{ranks}")[stage]["weights"]
+    assert_equal({n: p for n, p in merged.named_parameters() if n in final}, final)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the base model once."""
+    folder = tmp_path_factory.mktemp("base")
+    runs.finish(runs.write_recipe(folder), "base", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "zero", "ranks"), [("sft", 2, 2), ("dpo", 0, 1), ("reward", 3, 2), ("grpo", 3, 2)]
+)
+def test_same_seed_twice_gives_the_same_bytes(
+    base: Path, tmp_path: Path, stage: str, zero: int, ranks: int
+) -> None:
+    recipe = runs.write_recipe(tmp_path)
+    overrides = [f"stages.{stage}.ranks={ranks}", f"stages.{stage}.zero.stage={zero}"]
+    for folder in ("a", "b"):
+        shutil.copytree(base, tmp_path / folder)
+        runs.finish(recipe, stage, tmp_path / folder, ranks=ranks, overrides=overrides)
+    assert runs.weights(tmp_path / "a", stage) == runs.weights(tmp_path / "b", stage)
+    assert runs.weights(tmp_path / "a", stage) != runs.weights(tmp_path / "a", "base")
+    assert runs.numbers(tmp_path / "a", stage) == runs.numbers(tmp_path / "b", stage)

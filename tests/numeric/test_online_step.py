@@ -1,0 +1,197 @@
+"""A whole online step: where it starts, what it says of itself, and PPO by hand in float64."""
+
+import math
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+import alone
+from engine_models import VOCAB, save_tiny, tiny_model
+from online_parts import (
+    STOP,
+    TEMPERATURE,
+    at_answers,
+    critic_of,
+    grpo_spec,
+    naive_logprobs,
+    naive_values,
+    policy_of,
+    ppo_spec,
+    reference_of,
+    run_of,
+    sampled,
+    scored,
+)
+
+from align.core.types import PromptRow
+from align.losses.value import explained_variance
+from align.online.algorithms import ALGORITHMS
+from align.online.annotate import annotate
+from align.online.engine import build_engine
+from align.online.loop import online_step, update
+from align.online.scoring import Scores
+from align.online.summary import summarise
+from align.recipe.schema import LoraSpec
+from align.stages.online import Push
+from reward_models import build_reward
+
+LENGTHS = ((5, 3), (1, 9), (4, 4))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Save a tiny policy and join a world of one."""
+    with alone.world_of_one():
+        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save another one, the reference."""
+    return save_tiny(tiny_model(2, tied=True), tmp_path_factory.mktemp("other"))
+
+
+def first_step(model_dir: Path, spec: Any, lora: LoraSpec | None = None) -> dict[str, float]:
+    draw = random.Random(1)
+    prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
+    engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
+    policy = policy_of(model_dir, lora)
+    run = run_of(
+        spec,
+        policy,
+        prompts=prompts,
+        rewards=[build_reward({"kind": "regex", "pattern": "w[1-3]"})],
+        engine=engine,
+        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
+        critic=critic_of(model_dir) if spec.kind == "ppo" else None,
+        reference=policy.module if lora else reference_of(model_dir),
+    )
+    return online_step(run, 0)[0]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "grpo_lora", "ppo"])
+def test_first_online_step_starts_at_the_reference(model_dir, kind) -> None:
+    kl = {"coef": 0.1, "place": "loss", "estimator": "k3"}
+    if kind == "ppo":
+        spec: Any = ppo_spec(update_epochs=1, kl={"coef": 0.1})
+    else:
+        spec = grpo_spec(group_size=4, kl=kl)
+    found = first_step(model_dir, spec, LoraSpec(rank=4) if kind == "grpo_lora" else None)
+    for name in ("kl/reference", "kl/reference_per_answer", "kl/reference_k3"):
+        assert found[name] == pytest.approx(0.0, abs=1e-6), name
+    assert found["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert found["policy/approx_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert found["policy/clip_frac"] == 0.0
+    assert found["sampler/logprob_gap"] == pytest.approx(0.0, abs=1e-5)
+    assert found["kl/sampler"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_summary_agrees_with_the_explained_variance_of_the_losses(model_dir) -> None:
+    experience = scored(sampled(LENGTHS), [0.0, None, 2.0, 1.0, 0.0, 3.0])
+    shape = experience.input_ids.shape
+    torch.manual_seed(3)
+    returns = torch.randn(shape)
+    values = 0.6 * returns + 0.5 * torch.randn(shape)
+    experience = experience.with_tokens(returns=returns, values=values)
+    found = summarise(experience, Scores([], {}), ppo_spec())
+    expected = explained_variance(values, returns, experience.mask)
+    assert found["value/explained_variance"] == pytest.approx(float(expected), abs=1e-5)
+    assert found["reward/mean"] == pytest.approx(6.0 / 5)
+    assert found["reward/invalid_frac"] == pytest.approx(1 / 6)
+    assert found["length/mean"] == pytest.approx(26 / 6)
+
+
+def naive_ppo(
+    old: list[list[float]], ref: list[list[float]], values: list[list[float]], scores: list[float]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Write PPO's advantages and returns out: kl 0.3, gamma 0.9, lambda 0.8, whitened."""
+    advantages, returns = [], []
+    for l_old, l_ref, v, score in zip(old, ref, values, scores, strict=True):
+        rewards = [-0.3 * (a - b) for a, b in zip(l_old, l_ref, strict=True)]
+        rewards[-1] += score
+        row, following, next_value = [], 0.0, 0.0
+        for t in reversed(range(len(v))):
+            following = rewards[t] + 0.9 * next_value - v[t] + 0.9 * 0.8 * following
+            next_value = v[t]
+            row.insert(0, following)
+        advantages.append(row)
+        returns.append([a + b for a, b in zip(row, v, strict=True)])
+    flat = [a for row in advantages for a in row]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+    return [[(a - mean) / std for a in row] for row in advantages], returns
+
+
+def test_whole_ppo_step_equals_float64_by_hand(model_dir, other_dir) -> None:
+    spec = ppo_spec(
+        kl={"coef": 0.3}, gamma=0.9, lam=0.8, update_epochs=1, importance={"mode": "none"}
+    )
+    policy, critic = policy_of(model_dir), critic_of(model_dir)
+    experience = scored(sampled(((5,), (3,))), [1.5, -0.5])
+    found = annotate(
+        experience, policy, spec, old=True, reference=reference_of(other_dir), critic=critic
+    )
+    found = ALGORITHMS["ppo"].estimate(found, spec, 0.3)
+    values = naive_values(critic, experience)
+    advantages, returns = naive_ppo(
+        naive_logprobs(1, experience), naive_logprobs(2, experience), values, [1.5, -0.5]
+    )
+    for name, expected in (("advantages", advantages), ("returns", returns)):
+        rows = at_answers(found.per_token[name], experience)
+        for row, naive in zip(rows, expected, strict=True):
+            assert row == pytest.approx(naive, abs=1e-4), name
+    stats = update(run_of(spec, policy, critic=critic), found, 0, 0.3)
+    # The ratio is 1 and whitened advantages have mean 0; the critic's loss is half the mean square.
+    rows = zip(values, returns, strict=True)
+    errors = [(v - r) ** 2 for vs, rs in rows for v, r in zip(vs, rs, strict=True)]
+    assert stats["policy/loss"] == pytest.approx(0.0, abs=1e-5)
+    assert stats["value/loss"] == pytest.approx(0.5 * sum(errors) / len(errors), rel=1e-4)
+    assert stats["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_ppo_policy_gradient_equals_float64_by_hand(model_dir, other_dir) -> None:
+    """At ratio 1 the gradient is that of -mean(A log p): one textbook AdamW step of it."""
+    spec = ppo_spec(
+        kl={"coef": 0.3}, gamma=0.9, lam=0.8, update_epochs=1, importance={"mode": "none"}
+    )
+    policy, critic = policy_of(model_dir), critic_of(model_dir)
+    experience = scored(sampled(((5,), (3,))), [1.5, -0.5])
+    found = annotate(
+        experience, policy, spec, old=True, reference=reference_of(other_dir), critic=critic
+    )
+    found = ALGORITHMS["ppo"].estimate(found, spec, 0.3)
+    advantages, _ = naive_ppo(
+        naive_logprobs(1, experience),
+        naive_logprobs(2, experience),
+        naive_values(critic, experience),
+        [1.5, -0.5],
+    )
+    model = tiny_model(1, tied=True).double()
+    total = 0.0
+    for prompt, answer, row in zip(
+        experience.prompts, experience.completions, advantages, strict=True
+    ):
+        ids = [*prompt.input_ids, *answer.token_ids]
+        logprobs = (model(torch.tensor([ids])).logits[0] / TEMPERATURE).log_softmax(-1)
+        for k, a in enumerate(row):
+            at = len(prompt.input_ids) + k
+            total = total - a * logprobs[at - 1, ids[at]] / 8
+    names = [n for n, _ in model.named_parameters()]
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    stats = update(run_of(spec, policy, critic=critic), found, 0, 0.3)
+    assert stats["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    moved = dict(policy.module.model.named_parameters())
+    before = dict(model.named_parameters())
+    for name, g in zip(names, gradients, strict=True):
+        g = g * min(1.0, 1.0 / norm)
+        # After one step Adam's moments, corrected, are the gradient and its square.
+        expected = before[name].detach() - 1e-3 * g / (g.abs() + 1e-4)
+        torch.testing.assert_close(moved[name].detach().double(), expected, atol=2e-5, rtol=0.0)

@@ -1,0 +1,95 @@
+"""The command line as a user calls it: messages, exit codes, no tracebacks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """\
+name: toy
+stages:
+  base: {kind: base, build: {vocab_size: 64}, data: [{world: corpus}], steps: 1}
+  sft: {kind: sft, init: base, data: [{world: sft}], ranks: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("r.yaml").write_text(RECIPE)
+
+
+def align(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "align.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_check_of_a_wrong_recipe_ends_with_2_and_the_lines_only():
+    done = align("check", "r.yaml", "--set", "stages.sft.lr=1", "--set", "seed=x")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "--set: seed: found 'x'; expected a whole number",
+        "--set: stages.sft.lr: unknown key; did you mean 'optim.learning_rate'?",
+    ]
+
+
+def test_show_prints_origins_and_the_plan():
+    done = align("show", "r.yaml", "--set", "seed=4")
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "seed: 4 # --set" in lines
+    assert "init: base # r.yaml:4" in lines
+    assert "epochs: 1.0 # default" in lines
+    assert lines[-3:] == ["plan for runs/toy:", "base base to do", "sft sft to do"]
+
+
+def test_run_of_an_unknown_stage_ends_with_2():
+    done = align("run", "r.yaml", "--only", "sfft")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "no stage 'sfft'; stages are base, sft; did you mean 'sft'?\n"
+
+
+def test_stages_are_listed_for_the_shell_chain():
+    assert align("stages", "r.yaml").stdout == "toy\nbase base 1\nsft sft 2\n"
+
+
+def test_shell_chain_starts_each_stage_in_order_and_stops_at_the_first_failure(tmp_path: Path):
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    (launch / "chain.sh").write_bytes((ROOT / "launch" / "chain.sh").read_bytes())
+    note = "import sys; open('calls.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+    (launch / "base.py").write_text(note)
+    (launch / "sft.py").write_text(note + "sys.exit(2)\n")
+    Path("r.yaml").write_text(RECIPE + "  again: {kind: sft, init: sft, data: [{world: sft}]}\n")
+    done = subprocess.run(
+        ["sh", "launch/chain.sh", "r.yaml", "--set", "seed=4"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+             "RANKS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert Path("calls.txt").read_text().splitlines() == [
+        "--recipe r.yaml --stage base --run-dir runs/toy --set seed=4",
+        "--recipe r.yaml --stage sft --run-dir runs/toy --set seed=4 --set stages.sft.ranks=1",
+    ]
+
+
+def test_chat_with_something_that_is_no_artefact_ends_with_2():
+    done = align("chat", "runs/toy/sft")
+    assert done.returncode == 2
+    assert "runs/toy/sft: no manifest.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_names_each_needed_package_with_its_version():
+    from importlib import metadata
+
+    done = align("doctor")
+    for package in ("torch", "transformers", "deepspeed"):
+        row = next(line for line in done.stdout.splitlines() if f" {package} " in line)
+        assert row.split()[-1] == metadata.version(package)
+    assert any(" engine " in line for line in done.stdout.splitlines())

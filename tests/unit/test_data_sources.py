@@ -1,0 +1,118 @@
+"""Reading rows and the place of every row."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from align.core.errors import DataError
+from align.data.sources import data_fingerprint, read_rows
+
+ROWS = [{"a": 1, "b": "x\u2028y"}, {"a": 2, "b": 'quote "q", comma'}]
+
+
+def read(path: Path | str) -> list[tuple]:
+    return [(row, source.rpartition("/")[2]) for row, source in read_rows(str(path))]
+
+
+def test_json_lines_have_line_numbers_and_skip_blank_lines(tmp_path: Path) -> None:
+    text = "\ufeff" + json.dumps(ROWS[0], ensure_ascii=False) + "\r\n\r\n" + json.dumps(ROWS[1])
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(text.encode("utf-8"))
+    assert read(file) == [(ROWS[0], "r.jsonl:1"), (ROWS[1], "r.jsonl:3")]
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(text.encode("utf-8")))
+    assert [row for row, _ in read(packed)] == ROWS
+
+
+def test_json_may_be_an_array_an_object_or_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(ROWS, indent=1))
+    # [ is line 1; each object takes 4 lines from line 2 on.
+    assert read(file) == [(ROWS[0], "r.json:2"), (ROWS[1], "r.json:6")]
+    file.write_text("\n".join(json.dumps(row) for row in ROWS))
+    assert read(file) == [(ROWS[0], "r.json:1"), (ROWS[1], "r.json:2")]
+    file.write_text(json.dumps(ROWS[0], indent=1))
+    assert read(file) == [(ROWS[0], "r.json:1")]
+    file.write_text("[]")
+    assert read(file) == []
+
+
+def test_tables_have_the_line_a_row_starts_on(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text('a,b\n1,"two\nlines"\n2,"say ""x"""\n')
+    assert read(file) == [
+        ({"a": "1", "b": "two\nlines"}, "r.csv:2"),
+        ({"a": "2", "b": 'say "x"'}, "r.csv:4"),
+    ]
+    file = tmp_path / "r.tsv"
+    file.write_text("a\tb\n1\tx,y\n")
+    assert read(file) == [({"a": "1", "b": "x,y"}, "r.tsv:2")]
+
+
+def test_parquet_gives_nested_rows(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "q"}]}, {"messages": []}]
+    file = tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert read(file) == [(rows[0], "r.parquet:row 1"), (rows[1], "r.parquet:row 2")]
+    file.write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="broken parquet"):
+        read(file)
+
+
+def test_text_is_cut_at_blank_lines_or_end_marks(tmp_path: Path) -> None:
+    file = tmp_path / "r.txt"
+    file.write_text("one\nmore\n\n\ntwo\n")
+    assert read(file) == [("one\nmore", "r.txt:1"), ("two", "r.txt:5")]
+    file.write_text("\none\n\nmore\n<|endoftext|>\ntwo\n")
+    assert read(file) == [("one\n\nmore", "r.txt:2"), ("two", "r.txt:6")]
+
+
+def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"from": name}))
+    (tmp_path / "notes.md").write_text("no data")
+    assert [s for _, s in read(tmp_path)] == ["a.jsonl:1", "b.jsonl:1"]
+    assert [s for _, s in read(tmp_path / "*.jsonl")] == ["a.jsonl:1", "b.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", b'{"a": 1}\n{"a" 2}\n', r"r.jsonl:2:6: broken JSON: Expecting ':' delimiter"),
+        ("r.jsonl", b'{"a": NaN}\n', "r.jsonl:1: broken JSON: NaN is not JSON"),
+        ("r.jsonl", b"[1, 2]\n", "r.jsonl:1: expected an object with named fields"),
+        ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "r.jsonl:2: byte 0xff is not UTF-8"),
+        ("r.json", b'[\n{"a": 1},\n{"a": }\n]', r"r.json:3:7: broken JSON: Expecting value"),
+        ("r.json", b'[\n{"a": 1},\n"b"\n]', "r.json:3: expected an object"),
+        ("r.csv", b"a,b\n1,2\n3\n", "r.csv:3: 1 cells, but the header names 2"),
+        ("r.csv", b"a,a\n1,2\n", "r.csv:1: a column name stands twice"),
+        ("r.xml", b"<a/>", "r.xml: unknown kind of file"),
+        ("r.jsonl.gz", b"not gzip", "r.jsonl.gz: cannot be read"),
+    ],
+)
+def test_broken_files_name_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_missing_files_are_not_taken_for_hub_ids(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", "data/none.jsonl", "none", "/none/there"):
+        with pytest.raises(DataError, match="no such file, folder or glob"):
+            read(path)
+    with pytest.raises(DataError, match="environment variable in it is not set"):
+        read("${ALIGN_SURELY_UNSET}/x.jsonl")
+
+
+def test_fingerprint_has_the_hash_of_the_bytes_and_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
+    expected = hashlib.sha256(b'{"a": 1}\n\n{"a": 2}\n').hexdigest()
+    assert data_fingerprint(str(file)) == [{"path": str(file), "sha256": expected, "rows": 2}]

@@ -1,0 +1,47 @@
+"""Joining several evaluations of one run."""
+
+import json
+from pathlib import Path
+
+from align.pipeline.summary import summarise
+from align.recipe.load import load_recipe
+
+RECIPE = """
+name: two
+stages:
+  base: {kind: base, path: somewhere}
+  first:
+    kind: evaluate
+    models: [base]
+    baseline: base
+    prompts: [{world: prompts, rows: 1}]
+    scores: [{kind: repetition}]
+    judge: [{kind: repetition}]
+  second:
+    kind: evaluate
+    models: [base]
+    baseline: base
+    prompts: [{world: prompts, rows: 1}]
+    scores: [{kind: repetition}]
+    judge: [{kind: repetition}]
+"""
+
+
+def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    found = {
+        "first": {"models": {"base": {"n": 1}}, "reward_models": {"a": 1, "both": 2},
+                  "expectations": [{"key": "x"}]},
+        "second": {"models": {"base": {"n": 2}}, "reward_models": {"b": 3, "both": 4},
+                   "expectations": [{"key": "y"}]},
+    }  # fmt: skip
+    for name in ("base", "first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": {}, "seconds": 1.0}))
+    for name, own in found.items():
+        (tmp_path / name / "summary.json").write_text(json.dumps(own))
+    summary = summarise(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
+    assert summary["reward_models"] == {"a": 1, "first/both": 2, "b": 3, "both": 4}
+    assert summary["expectations"] == [{"key": "x"}, {"key": "y"}]
+    assert summary["models"] == {"base": {"n": 2}}
+    assert summary["seconds"] == 3.0

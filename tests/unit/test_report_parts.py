@@ -1,0 +1,71 @@
+"""The parts of the report: ticks, numbers, panels and the picture of the chain."""
+
+import pytest
+
+from align.report.chain import depths, direct_edges
+from align.report.charts import tick_label, ticks, unit_of
+from align.report.markup import duration, number
+from align.report.read import StageRecord
+from align.report.sections import panels_of
+
+
+def test_panels_share_train_and_eval_and_keep_gaps() -> None:
+    rows = [{"step": 1, "train/loss": 2.0, "kl/reference": None},
+            {"step": 1, "eval/loss": 3.0}, {"step": 2, "train/loss": 1.5}]  # fmt: skip
+    assert panels_of(rows) == {
+        "loss": [("train", [(1, 2.0), (2, 1.5)]), ("eval", [(1, 3.0)])],
+        "kl/reference": [("kl/reference", [(1, None)])],
+    }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.5, 1.0]),  # a quarter is no round step; the next is 0.5
+        (1.0, 40.0, [0, 10, 20, 30, 40]),
+        (5.0, 5.0, [4.4, 4.6, 4.8, 5.0, 5.2, 5.4, 5.6]),
+    ],
+)
+def test_ticks_are_round_and_span_the_data(low: float, high: float, expected: list[float]) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    if low < high:
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "all_ticks", "text"),
+    [(0.5, [0, 0.5, 1.0], "0.5"), (2000.0, [0, 2000.0, 4000.0], "2k"), (30, [0, 10, 30], "30"),
+     (0.0002, [0, 0.0001, 0.0002], "2e-04"), (0.15, [0.1, 0.15], "0.15"), (-0.0, [-1, 0.0], "0")],
+)  # fmt: skip
+def test_tick_label_has_the_decimals_its_step_needs(
+    value: float, all_ticks: list[float], text: str
+) -> None:
+    assert tick_label(value, all_ticks) == text
+
+
+def test_chain_columns_and_arrows_leave_out_what_a_longer_way_says() -> None:
+    def stage(name: str, *needs: str) -> StageRecord:
+        return StageRecord(name, "sft", "done", needs)
+
+    stages = [stage("base"), stage("sft", "base"), stage("reward", "sft"),
+              stage("ppo", "sft", "reward"), stage("evaluate", "base", "sft", "ppo")]  # fmt: skip
+    assert depths(stages) == {"base": 0, "sft": 1, "reward": 2, "ppo": 3, "evaluate": 4}
+    assert direct_edges(stages) == [
+        ("base", "sft"), ("sft", "reward"), ("reward", "ppo"), ("ppo", "evaluate"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.5, "0.5"), (12.0, "12"), (1234.4, "1,234"), (2.5e-5, "2.5e-05"), (0, "0")],
+)
+def test_number_is_short(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_duration_and_units_follow_the_names() -> None:
+    assert [duration(s) for s in (4.25, 61.4, 7810)] == ["4.2 s", "1 min 1 s", "2 h 10 min"]
+    names = ("loss", "kl/reference", "time/rollout_s", "tokens/per_s", "policy/clip_frac")
+    assert [unit_of(n) for n in names] == ["nats", "nats", "s", "tokens/s", "fraction"]

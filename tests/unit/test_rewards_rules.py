@@ -1,0 +1,188 @@
+"""The rules, the ensemble and what every reward owes: invalid scores, columns, TRL's convention."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from reward_models import REWARDS, build_reward
+from reward_models.base import Rule
+
+
+def _scores(spec: dict[str, Any], completions: list[Any], **columns: Any) -> list[float | None]:
+    reward = build_reward(spec)
+    return reward(prompts=["?"] * len(completions), completions=completions, **columns)
+
+
+def test_exact_match_ignores_case_and_outer_whitespace_only():
+    spec = {"kind": "exact_match"}
+    answers = [" Paris\n", "PARIS", "Paris.", ""]
+    assert _scores(spec, answers, answer=["Paris"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    strict = {"kind": "exact_match", "ignore_case": False}
+    assert _scores(strict, answers, answer=["Paris"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_exact_match_pattern_takes_last_match_and_no_match_is_wrong():
+    spec = {"kind": "exact_match", "pattern": r"answer: (\w+)"}
+    answers = ["answer: red, no, answer: blue", "answer: blue. answer: red", "blue"]
+    assert _scores(spec, answers, answer=["blue"] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_exact_match_accepts_numbers_and_any_of_a_list():
+    answers = ["4", "4", "four"]
+    assert _scores({"kind": "exact_match"}, answers, answer=[4, 5, ["4", "Four"]]) == [1, 0, 1]
+
+
+def test_exact_match_reads_another_column():
+    assert _scores({"kind": "exact_match", "column": "gold"}, ["a"], gold=["a"]) == [1.0]
+
+
+def test_missing_column_is_an_error_that_names_what_is_there():
+    with pytest.raises(KeyError) as caught:
+        _scores({"kind": "exact_match"}, ["a"], label=["a"])
+    assert str(caught.value).startswith("reward 'exact_match': column 'answer' is missing")
+    assert "['label']" in str(caught.value)
+
+
+def test_column_of_wrong_length_is_an_error():
+    with pytest.raises(ValueError, match="list of 2 values"):
+        _scores({"kind": "exact_match"}, ["a", "b"], answer=["a"])
+
+
+def test_empty_reference_is_invalid_and_counted():
+    reward = build_reward({"kind": "exact_match"})
+    assert reward(prompts=["?"] * 2, completions=["a", "a"], answer=["a", None]) == [1.0, None]
+    assert reward.invalid == {"column 'answer' is empty": 1}
+
+
+@pytest.mark.parametrize("kind", ["exact_match", "regex", "format"])
+def test_malformed_pattern_is_refused_when_built(kind: str):
+    with pytest.raises(ValueError, match="not a regular expression"):
+        build_reward({"kind": kind, "pattern": "(a"})
+
+
+@pytest.mark.parametrize("pattern", ["a", "(a)(b)"])
+def test_exact_match_needs_one_group(pattern: str):
+    with pytest.raises(ValueError, match="needs exactly 1"):
+        build_reward({"kind": "exact_match", "pattern": pattern})
+
+
+def test_regex_finds_anywhere_and_format_needs_all():
+    answers = ["<a>x</a>", "<a>x</a> ", "b"]
+    assert _scores({"kind": "regex", "pattern": "<a>.*</a>"}, answers) == [1.0, 1.0, 0.0]
+    assert _scores({"kind": "format", "pattern": "<a>.*</a>"}, answers) == [1.0, 0.0, 0.0]
+    # A dollar would accept a newline at the end; the whole answer is what must match.
+    assert _scores({"kind": "format", "pattern": "b$"}, ["b\n", "b"]) == [0.0, 1.0]
+
+
+def test_exponential_pattern_is_cut_off_and_counted_not_zero(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("reward_models.rules.PATTERN_TIMEOUT_S", 0.1)
+    reward = build_reward({"kind": "regex", "pattern": r"^(a|a|aa)*\d$"})
+    completions = ["a" * 60 + "b", "aa1"]
+    assert reward(prompts=["?"] * 2, completions=completions) == [None, 1.0]
+    assert reward.invalid == {"pattern timed out": 1}
+
+
+def test_length_falls_linearly_between_target_and_limit():
+    # target 2, limit 6: 4 words are half way.
+    answers = ["", "a b", "a b c", "a  b\nc d", "a b c d e f", "a " * 50]
+    assert _scores({"kind": "length", "target": 2, "limit": 6}, answers) == [1, 1, 0.75, 0.5, 0, 0]
+
+
+def test_length_limit_must_exceed_target():
+    with pytest.raises(ValueError, match="limit 3 must be above target 3"):
+        build_reward({"kind": "length", "target": 3, "limit": 3})
+
+
+def test_repetition_is_share_of_distinct_ngrams():
+    # "a b a b a": bigrams ab ba ab ba, 2 of 4 distinct. "a a a": aa aa, 1 of 2.
+    answers = ["a b a b a", "a a a", "a b c", "a", ""]
+    assert _scores({"kind": "repetition", "ngram": 2}, answers) == [0.5, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_rule_that_raises_gives_none_with_the_reason_counted():
+    def fragile(answer: str, value: Any) -> float:
+        return 1 / len(answer)
+
+    rule = Rule(fragile, name="fragile")
+    assert rule(prompts=["?"] * 3, completions=["ab", "", ""]) == [0.5, None, None]
+    assert rule.invalid == {"ZeroDivisionError": 2}
+
+
+def test_conversations_are_judged_by_the_last_assistant_turn():
+    said = {"role": "assistant", "content": "no"}
+    final = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+    tool = {"role": "tool", "content": "yes"}
+    reward = build_reward({"kind": "exact_match"})
+    completions = [[said, tool, final], [said], [tool], [{"role": "assistant", "content": None}]]
+    scores = reward(prompts=[[]] * 4, completions=completions, answer=["yes"] * 4)
+    assert scores == [1.0, 0.0, None, None]
+    assert reward.invalid == {"no assistant turn": 1, "assistant turn without text": 1}
+
+
+def test_prompts_and_completions_must_pair_up():
+    with pytest.raises(ValueError, match="1 prompts but 2 completions"):
+        build_reward({"kind": "regex", "pattern": "a"})(prompts=["?"], completions=["a", "b"])
+
+
+def test_unknown_kind_lists_the_known():
+    with pytest.raises(ValueError, match="exact_match"):
+        build_reward({"kind": "exactmatch"})
+
+
+def test_every_kind_of_the_recipe_schema_can_be_built():
+    from typing import get_args
+
+    from align.recipe import reward_schema as schema
+
+    union = get_args(schema.RewardSpec)[0]
+    kinds = {get_args(model.model_fields["kind"].annotation)[0] for model in get_args(union)}
+    assert kinds == set(REWARDS)
+
+
+def test_defaults_are_those_of_the_recipe_schema():
+    from align.recipe import reward_schema as schema
+
+    full = schema.ExactMatchReward(kind="exact_match", name="em", weight=2.0).model_dump()
+    reward = build_reward(full)
+    assert (reward.name, reward.__name__, reward.weight) == ("em", "em", 2.0)
+    assert reward(prompts=["?"], completions=["A"], answer=["a"]) == [1.0]
+
+
+def _ensemble(combine: str, **keys: Any) -> Callable[..., list[float | None]]:
+    members = [
+        {"kind": "length", "target": 2, "limit": 6},
+        {"kind": "repetition", "ngram": 1},
+    ]
+    return build_reward({"kind": "ensemble", "members": members, "combine": combine, **keys})
+
+
+def test_ensemble_combines_by_hand_numbers():
+    # "a a a a": length (6 - 4) / 4 = 0.5; one distinct word of four = 0.25; population std 0.125.
+    completions = ["a a a a"]
+    call = {"prompts": ["?"], "completions": completions}
+    assert _ensemble("mean")(**call) == [0.375]
+    assert _ensemble("min")(**call) == [0.25]
+    reward = _ensemble("mean_minus_std", kappa=2.0)
+    assert reward(**call) == [pytest.approx(0.375 - 2 * 0.125)]
+    assert reward.disagreement == pytest.approx(0.125)
+
+
+def test_ensemble_member_weight_scales_its_score():
+    members = [
+        {"kind": "regex", "pattern": "a", "weight": 3.0},
+        {"kind": "regex", "pattern": "a", "weight": -1.0},
+    ]
+    reward = build_reward({"kind": "ensemble", "members": members})
+    assert reward(prompts=["?"], completions=["a"]) == [1.0]
+
+
+def test_ensemble_is_invalid_where_a_member_is():
+    members = [{"kind": "exact_match", "name": "em"}, {"kind": "regex", "pattern": "a"}]
+    reward = build_reward({"kind": "ensemble", "members": members})
+    scores = reward(prompts=["?"] * 2, completions=["a", "a"], answer=["a", None])
+    assert scores == [1.0, None]
+    assert reward.invalid == {"invalid member: em": 1}
+    reward(prompts=["?"], completions=["a"], answer=[None])
+    assert math.isnan(reward.disagreement)

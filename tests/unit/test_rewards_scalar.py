@@ -1,0 +1,247 @@
+"""The learned scorer: batch invariance, its files, the rendering, TRL's call convention."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, Olmo2Config, PreTrainedTokenizerFast
+
+from reward_models import build_reward
+from reward_models.scalar import RewardModel, ScalarHead, ScalarReward, score_token_ids
+
+WORDS = ["<pad>", "<eos>", "user", "assistant", "\n", "hi", "yes", "no", "a", "b"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<eos> \n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _model(*, seed: int = 0, dropout: float = 0.0) -> RewardModel:
+    torch.manual_seed(seed)
+    # Not Qwen2: AutoTokenizer replaces any tokenizer beside a Qwen2 config by Qwen2's own rules.
+    config = Olmo2Config(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        attention_dropout=dropout,
+    )
+    return RewardModel(AutoModel.from_config(config), 32)
+
+
+ROWS = [[5, 6, 1], [8, 9, 8, 9, 5, 7, 1], [5, 1], [0, 0, 5, 0, 1, 0], [9] * 40 + [1], [5, 6, 1]]
+
+
+def _alone(model: RewardModel, row: list[int]) -> float:
+    """Score one row without a mask, padding or batching: the definition."""
+    model.eval()
+    with torch.no_grad():
+        return float(model(torch.tensor([row]))[0, -1])
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 14, 50, 10_000])
+def test_score_does_not_depend_on_padding_or_batch(micro_tokens: int):
+    # Rows with the pad id 0 inside and at the end: the position comes from lengths, not from ids.
+    model = _model()
+    expected = [_alone(model, row) for row in ROWS]
+    scores = score_token_ids(model, ROWS, micro_tokens=micro_tokens)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 4) for score in scores}) == len(ROWS) - 1
+
+
+def test_packed_row_has_the_values_of_its_parts():
+    model = _model().eval()
+    packed = torch.tensor([ROWS[0] + ROWS[1]])
+    positions = torch.tensor([[*range(3), *range(7)]])
+    with torch.no_grad():
+        values = model(packed, position_ids=positions)[0]
+    assert float(values[2]) == pytest.approx(_alone(model, ROWS[0]), abs=1e-5)
+    assert float(values[-1]) == pytest.approx(_alone(model, ROWS[1]), abs=1e-5)
+
+
+def test_scoring_switches_dropout_off_and_puts_the_mode_back():
+    model = _model(dropout=0.9)
+    expected = [_alone(model, row) for row in ROWS]
+    model.train()
+    assert score_token_ids(model, ROWS) == pytest.approx(expected, abs=1e-5)
+    assert model.training
+
+
+def test_head_starts_with_std_one_over_root_of_width_plus_one():
+    # 99,999 draws: the standard error of the sample std is std / sqrt(2 n) = 0.0022 std.
+    weight = ScalarHead(99_999, generator=torch.Generator().manual_seed(0)).weight
+    assert float(weight.detach().std()) * 100_000**0.5 == pytest.approx(1.0, abs=0.01)
+    assert float(weight.detach().mean()) * 100_000**0.5 == pytest.approx(0.0, abs=0.02)
+
+
+def test_head_computes_in_float32_with_bfloat16_weights():
+    # 256 ones and one 1/2: the sum 256.5 is not a bfloat16 number.
+    head = ScalarHead(257).bfloat16()
+    torch.nn.init.ones_(head.weight)
+    hidden = torch.ones(1, 1, 257, dtype=torch.bfloat16)
+    hidden[..., 0] = 0.5
+    value = head(hidden)
+    assert value.dtype == torch.float32
+    assert value.item() == 256.5
+
+
+def test_saved_scorer_scores_the_same(tmp_path: Path):
+    model = _model()
+    model.set_normalisation(mean=0.1, std=2.5)
+    expected = score_token_ids(model, ROWS)
+    model.save(tmp_path, tokenizer=_tokenizer(), extra={"pairs": 7})
+    names = {"model.safetensors", "config.json", "scorer.json", "tokenizer.json"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    again = RewardModel.load(tmp_path)
+    assert score_token_ids(again, ROWS) == expected
+    assert (float(again.mean), float(again.std)) == (pytest.approx(0.1), 2.5)
+    assert not again.training
+    half = RewardModel.load(tmp_path, torch.bfloat16)
+    assert half.head.weight.dtype == torch.bfloat16
+    assert half.backbone.rotary_emb.inv_freq.dtype == torch.float32
+    assert score_token_ids(half, ROWS) == pytest.approx(expected, abs=0.1)
+
+
+def test_normalisation_is_not_rounded_by_a_cast_of_the_module():
+    model = _model().bfloat16()
+    model.set_normalisation(mean=1.001, std=3.003)
+    assert float(model.mean) == pytest.approx(1.001, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_normalisation_refuses_what_cannot_divide(mean: float, std: float):
+    with pytest.raises(ValueError, match="finite numbers"):
+        _model().set_normalisation(mean=mean, std=std)
+
+
+def test_loading_names_the_missing_file_and_the_misfit(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no scorer\.json"):
+        RewardModel.load(tmp_path)
+    model = _model()
+    weights = model.state_dict()
+    del weights["head.weight"]
+    model.save(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        RewardModel.load(tmp_path)
+
+
+def _reward(tmp_path: Path, *, normalise: bool = True) -> tuple[RewardModel, ScalarReward]:
+    model = _model()
+    model.set_normalisation(mean=0.5, std=2.0)
+    model.save(tmp_path, tokenizer=_tokenizer())
+    spec = {"kind": "scalar", "model": str(tmp_path), "normalise": normalise}
+    return model, build_reward(spec)
+
+
+def test_reward_scores_the_given_token_ids_and_normalises(tmp_path: Path):
+    model, reward = _reward(tmp_path)
+    ids = {"prompt_ids": [[5], [8, 9]], "completion_ids": [[6, 1], [7]]}
+    scores = reward(prompts=["x", "y"], completions=["x", "y"], **ids)
+    raw = [_alone(model, [5, 6, 1]), _alone(model, [8, 9, 7])]
+    assert scores == pytest.approx([(r - 0.5) / 2.0 for r in raw], abs=1e-5)
+    reward.normalise = False
+    assert reward(prompts=["x", "y"], completions=["x", "y"], **ids) == pytest.approx(raw, abs=1e-5)
+
+
+def test_reward_renders_text_and_conversations_with_one_stop_token(tmp_path: Path):
+    model, reward = _reward(tmp_path, normalise=False)
+    user = [{"role": "user", "content": "hi"}]
+    said = [{"role": "assistant", "content": "yes"}]
+    # Words: user=2 assistant=3 hi=5 yes=6 <eos>=1; the template's newline after <eos> is left out.
+    plain, turns = [5, 6, 1], [2, 5, 3, 6, 1]
+    # completion_ids alone is what TRL passes: they are the policy's, not this scorer's.
+    scores = reward(
+        prompts=["hi", "hi", user],
+        completions=["yes", "yes <eos>", said],
+        completion_ids=[[9], [9], [9]],
+        trainer_state=object(),
+    )
+    expected = [_alone(model, plain), _alone(model, plain), _alone(model, turns)]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_rendering_equals_what_training_sees(tmp_path: Path):
+    from align.core.types import Example
+    from align.data.chat import ChatFormat
+
+    _, reward = _reward(tmp_path)
+    user = [{"role": "user", "content": "hi a"}]
+    said = [{"role": "assistant", "content": "yes b"}]
+    for prompt, completion in ((user, said), ("hi a", "yes b")):
+        row = ChatFormat(_tokenizer()).sft_row(Example(prompt=prompt, completion=completion))
+        last = max(t for t, trained in enumerate(row.trained) if trained)
+        assert reward._render(prompt, completion) == list(row.input_ids[: last + 1])
+
+
+def test_token_ids_of_another_vocabulary_are_refused(tmp_path: Path):
+    _, reward = _reward(tmp_path)
+    assert reward.shares_vocabulary(_tokenizer())
+    with pytest.raises(ValueError, match="another tokenizer"):
+        reward(prompts=["x"], completions=["x"], prompt_ids=[[5]], completion_ids=[[10]])
+
+
+def test_score_that_is_not_finite_is_invalid(tmp_path: Path):
+    _, reward = _reward(tmp_path)
+    with torch.no_grad():
+        reward.model.head.weight.fill_(float("nan"))
+    assert reward(prompts=["hi"], completions=["yes"]) == [None]
+    assert reward.invalid == {"score is not finite": 1}
+
+
+@pytest.mark.slow
+def test_rewards_run_inside_a_trl_trainer(tmp_path: Path):
+    """Train one GRPO step of TRL on a scorer, a rule and an ensemble, prompts as conversations."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    _, scalar = _reward(tmp_path / "scorer")
+    members = [{"kind": "regex", "pattern": "a"}, {"kind": "length", "target": 1, "limit": 4}]
+    rewards = [
+        scalar,
+        build_reward({"kind": "exact_match", "name": "rule"}),
+        build_reward({"kind": "ensemble", "members": members}),
+    ]
+    prompt = [{"role": "user", "content": "hi"}]
+    # The second row has no reference: its score is None, which TRL takes as "does not apply".
+    data = Dataset.from_dict({"prompt": [prompt, prompt], "answer": ["a", None]})
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    torch.manual_seed(0)
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_config(_model().config),
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=data,
+        processing_class=_tokenizer(),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for name in ("scalar", "rule", "ensemble"):
+        assert logged[f"rewards/{name}/mean"] == logged[f"rewards/{name}/mean"]  # not NaN
+    assert rewards[1].invalid == {"column 'answer' is empty": 2}
