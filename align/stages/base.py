@@ -5,12 +5,11 @@ import json
 import logging
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from align.core import distributed, signals
 from align.core.artefacts import (
@@ -73,7 +72,7 @@ def chat_format(model_dir: Path) -> ChatFormat:
     return ChatFormat(load_tokenizer(model_dir), stop_token_ids=stop_token_ids(model_dir))
 
 
-def main(kind: str) -> None:
+def main(kind: str) -> NoReturn:
     """Run one stage as this process; never returns."""
     args = _arguments(kind)
     signals.install()
@@ -86,12 +85,9 @@ def main(kind: str) -> None:
     except Exception:
         log.exception("stage %s failed", args.stage)
         code = EXIT_FAILED
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code == EXIT_OK:
         distributed.shutdown()
-    sys.exit(code)
+    distributed.end_process(code)
 
 
 def _arguments(kind: str) -> argparse.Namespace:

@@ -280,6 +280,7 @@ def main() -> None:
         found = {s: fn(s, args.out) for s in stages if s in args.stages}
         torch.save(found, args.out / f"{name}-{place}.pt")
     distributed.shutdown()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":
