@@ -89,3 +89,11 @@ RewardSpec = Annotated[
     | EnsembleReward,
     Field(discriminator="kind"),
 ]
+
+
+def distinct_names(rewards: list[RewardSpec]) -> None:
+    """Raise ValueError where two rewards would write one column."""
+    names = [reward.name or reward.kind for reward in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two rewards are called '{name}'; give each its own 'name'")

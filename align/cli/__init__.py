@@ -124,7 +124,3 @@ def app() -> None:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_USER)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,5 @@
+"""Let ``python -m align.cli`` be the command ``align``."""
+
+from align.cli import app
+
+app()

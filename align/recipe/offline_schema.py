@@ -1,0 +1,131 @@
+"""Schema of what every stage has, of the base stage and of the offline stages."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.recipe.parts import (
+    BuildSpec,
+    Count,
+    DataSpec,
+    Fraction,
+    LoraSpec,
+    OptimSpec,
+    Positive,
+    Spec,
+    TokenizerSpec,
+    ZeroSpec,
+    refuse_answers,
+)
+
+
+class StageSpec(Spec):
+    """Hold what every stage has: who starts it and with how many processes."""
+
+    ranks: Count = 1
+    threads: Count | None = None
+    """CPU threads of each rank; None divides the cores among the ranks of this node."""
+    seed: int | None = None
+
+
+def no_dropout(lora: LoraSpec | None) -> None:
+    """Raise ValueError where LoRA dropout would blur the comparison with the reference."""
+    if lora is not None and lora.dropout > 0.0:
+        raise ValueError("lora.dropout would make the policy differ from its reference by chance")
+
+
+class TrainingStage(StageSpec):
+    """Hold what every training stage shares."""
+
+    init: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    zero: ZeroSpec = ZeroSpec()
+    optim: OptimSpec = OptimSpec()
+    lora: LoraSpec | None = None
+    max_length: Count = 1024
+    micro_tokens: Count = 8192
+    """Token budget of one forward-backward pass on one rank."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints; 0 keeps none."""
+    keep_checkpoints: Count = 2
+
+
+class OfflineStage(TrainingStage):
+    """Hold what sft, reward and dpo share."""
+
+    data: list[DataSpec] = Field(min_length=1)
+    heldout: list[DataSpec] = []
+    batch_size: Count = 32
+    """Rows (pairs) of one optimiser step over all ranks."""
+    epochs: Positive = 1.0
+    steps: Count | None = None
+    """Optimiser steps; overrides ``epochs``."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    max_lost_frac: Fraction = 0.01
+
+    @model_validator(mode="after")
+    def _answers_for_sft(self) -> "OfflineStage":
+        if not isinstance(self, SftStage):
+            refuse_answers([*self.data, *self.heldout], "preference")
+        return self
+
+
+class BaseStage(StageSpec):
+    """Bring in a model (``path``) or build and pretrain a small one (``build``)."""
+
+    kind: Literal["base"]
+    path: str | None = None
+    build: BuildSpec | None = None
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    data: list[DataSpec] = []
+    steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 64
+    max_length: Count = 1024
+    micro_tokens: Count = 8192
+    optim: OptimSpec = OptimSpec(learning_rate=1e-3)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "BaseStage":
+        if (self.path is None) == (self.build is None):
+            raise ValueError("give exactly one of 'path' and 'build'")
+        if self.build is not None and (not self.data or not self.steps):
+            raise ValueError("'build' needs 'data' and 'steps' to pretrain on")
+        if self.path is not None and (self.data or self.steps):
+            raise ValueError("'data' and 'steps' have no effect with 'path'; remove them")
+        refuse_answers(self.data, "base")
+        return self
+
+
+class SftStage(OfflineStage):
+    """Supervised fine-tuning on the assistant turns."""
+
+    kind: Literal["sft"]
+
+
+class RewardStage(OfflineStage):
+    """Train a Bradley-Terry reward model (arXiv:1706.03741; centring arXiv:2312.09244)."""
+
+    kind: Literal["reward"]
+    center_coef: Annotated[float, Field(ge=0.0)] = 0.01
+    use_margin: bool = False
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    norm_prompts: Annotated[int, Field(ge=0)] = 64
+    """Rows of ``data`` whose chosen and rejected answers set the scorer's mean and std."""
+
+
+class DpoStage(OfflineStage):
+    """Direct preference optimisation (arXiv:2305.18290) and close relatives."""
+
+    kind: Literal["dpo"]
+    beta: Positive = 0.1
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _legal(self) -> "DpoStage":
+        if self.label_smoothing and self.loss in ("hinge", "ipo"):
+            raise ValueError(f"'label_smoothing' has no effect with loss {self.loss}; remove it")
+        no_dropout(self.lora)
+        return self
