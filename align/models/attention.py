@@ -1,8 +1,14 @@
-"""Attention over packed rows: sequences laid end to end, each seeing only itself.
+"""Attention over packed rows: sequences laid end to end, each seeing only itself and its prompt.
 
-A packed row (1, N) holds whole sequences without padding. Everything but attention works on the N
-real tokens; attention alone lays them out as (S, T), right-padded, where causality already keeps a
-real query from every padded key: no mask is built, and the fused causal kernel is used.
+A packed row (1, N) holds whole sequences without padding, and its positions say all: where they
+restart at 0 a sequence begins; where they jump back to p > 0 an answer begins that continues the
+first p tokens of the last sequence that began at 0. So the prompt of a pair or of a group stands
+in the row once.
+
+Everything but attention works on the N tokens. Attention lays them out as (S, T), right-padded,
+each answer behind its prompt, where causality already keeps a real query from every padded key: no
+mask is built, and the fused causal kernel is used. Sequences of like length share a layout, so
+that a long one does not pad the short ones.
 """
 
 from dataclasses import dataclass
@@ -14,39 +20,85 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "align_packed"
+ALIKE = 0.7
+"""Sequences of one layout are at least this share of its longest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
-    """Say where the sequences of a packed row begin and how to lay them out as (S, T).
+class Layout:
+    """Lay sequences of like length out as (S, T).
 
     Attributes:
-        first: (N,) bool, True at the first token of each sequence.
-        pad_index: (S*T,) packed position that fills each padded slot; padding repeats slot 0.
-        unpad_index: (N,) padded slot of each packed token.
+        index: (S*T,) packed position that fills each slot; padding repeats position 0.
         num: S, the number of sequences.
-        max_length: T, the longest of them, in tokens.
+        max_length: T, the longest of them, in tokens, its prompt included.
     """
 
-    first: Tensor
-    pad_index: Tensor
-    unpad_index: Tensor
+    index: Tensor
     num: int
     max_length: int
 
 
-def segments_from_first(first: Tensor) -> Segments:
-    """Build the layout from the (N,) mask of first tokens; the first token of the row is one."""
-    assert bool(first[0]), "a packed row must begin with the first token of a sequence"
-    starts = first.nonzero().squeeze(1)  # (S,)
-    ends = torch.cat([starts[1:], starts.new_tensor([first.numel()])])
-    num, max_length = starts.numel(), int((ends - starts).max())
-    row = first.long().cumsum(0) - 1  # (N,) sequence number of each token
-    column = torch.arange(first.numel(), device=first.device) - starts[row]
-    unpad_index = row * max_length + column
-    pad_index = torch.zeros(num * max_length, dtype=torch.long, device=first.device)
-    pad_index[unpad_index] = torch.arange(first.numel(), device=first.device)
-    return Segments(first, pad_index, unpad_index, num, max_length)
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Say where the sequences of a packed row begin and how attention lays them out.
+
+    Attributes:
+        positions: (N,) position of each token in its sequence.
+        previous: (N,) packed position of the token before each token; its own for a first token.
+        layouts: together they hold every sequence once.
+        unpad_index: (N,) slot of each packed token, counted through all layouts.
+    """
+
+    positions: Tensor
+    previous: Tensor
+    layouts: tuple[Layout, ...]
+    unpad_index: Tensor
+
+
+def segments_from_positions(positions: Tensor) -> Segments:
+    """Read the sequences of a packed row off its positions (N,); see the module's first lines."""
+    starts = _starts(positions)
+    shared = positions[starts]  # (S,) leading tokens that stand in the row already
+    own = torch.diff(starts, append=starts.new_tensor([positions.numel()]))
+    root = torch.where(shared == 0, starts, 0).cummax(0).values  # (S,)
+    lengths = shared + own
+    assert bool((shared == 0)[0]), "a packed row must begin with the first token of a sequence"
+    layouts: list[Layout] = []
+    base = torch.zeros_like(starts)
+    offset = 0
+    for members in _alike(lengths.tolist()):
+        rows = torch.tensor(members, device=positions.device)
+        width = int(lengths[rows[0]])
+        column = torch.arange(width, device=positions.device)
+        behind = (starts - shared)[rows].unsqueeze(1) + column
+        index = torch.where(
+            column < shared[rows].unsqueeze(1), root[rows].unsqueeze(1) + column, behind
+        )
+        index = index.masked_fill(column >= lengths[rows].unsqueeze(1), 0)
+        layouts.append(Layout(index.flatten(), len(members), width))
+        base[rows] = offset + width * torch.arange(len(members), device=positions.device)
+        offset += width * len(members)
+    at = torch.arange(positions.numel(), device=positions.device)
+    previous = (at - 1).index_copy(0, starts, torch.where(shared == 0, starts, root + shared - 1))
+    unpad_index = torch.repeat_interleave(base, own) + positions
+    return Segments(positions, previous, tuple(layouts), unpad_index)
+
+
+def _starts(positions: Tensor) -> Tensor:
+    jumps = torch.ones_like(positions, dtype=torch.bool)
+    jumps[1:] = positions[1:] != positions[:-1] + 1
+    return jumps.nonzero().squeeze(1)
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Group sequences, longest first, so that none is padded to much more than its own length."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or lengths[i] < ALIKE * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def packed_attention(
@@ -76,24 +128,29 @@ def packed_attention(
         (1, N, H, D) and None (no attention weights), transformers' convention.
     """
     assert attention_mask is None, "packed attention takes no mask; give segments"
-    num_heads = query.shape[1]
-    if segments is not None:
-        query, key, value = (_pad(x, segments) for x in (query, key, value))  # (S, H, T, D)
-    groups = num_heads // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    band = _band(query.shape[2], sliding_window, query.device)
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
-    ).transpose(1, 2)  # (S, T, H, D)
-    if segments is not None:
-        out = out.flatten(0, 1).index_select(0, segments.unpad_index).unsqueeze(0)
-    return out.contiguous(), None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        band = _band(q.shape[2], sliding_window, q.device)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
+        ).transpose(1, 2)  # (S, T, H, D)
+
+    if segments is None:
+        return attend(query, key, value).contiguous(), None
+    parts = [
+        attend(*(_lay_out(x, layout) for x in (query, key, value))).flatten(0, 1)
+        for layout in segments.layouts
+    ]
+    out = torch.cat(parts).index_select(0, segments.unpad_index)  # (N, H, D)
+    return out.unsqueeze(0), None
 
 
-def _pad(x: Tensor, segments: Segments) -> Tensor:
-    rows = x[0].transpose(0, 1).index_select(0, segments.pad_index)  # (S*T, H, D)
-    return rows.unflatten(0, (segments.num, segments.max_length)).transpose(1, 2)
+def _lay_out(x: Tensor, layout: Layout) -> Tensor:
+    rows = x[0].transpose(0, 1).index_select(0, layout.index)  # (S*T, H, D)
+    return rows.unflatten(0, (layout.num, layout.max_length)).transpose(1, 2)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

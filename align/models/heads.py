@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from align.models.attention import PACKED, segments_from_first
+from align.models.attention import PACKED, segments_from_positions
 from align.models.loading import disable_dropout
 from reward_models.scalar import SCORER_FILE, RewardModel
 
@@ -27,7 +27,7 @@ def scorer_from(model_dir: Path, *, dtype: str) -> RewardModel:
 class ValueModel(nn.Module):
     """Give V(state before token t) at index t of a packed row.
 
-    The state before token t ends with token t - 1, so values are shifted by one, as
+    The state before token t ends with the token before it, so values are shifted by one, as
     log-probabilities are; the first token of a sequence has no state before it and gets 0.
     """
 
@@ -39,14 +39,11 @@ class ValueModel(nn.Module):
         """Compute the values of a packed row.
 
         Args:
-            input_ids: (1, N). position_ids: (1, N), restarting at 0.
+            input_ids: (1, N). position_ids: (1, N), those of align.models.attention.
 
         Returns:
             float32 (1, N).
         """
-        first = position_ids == 0
-        values = self.scorer(
-            input_ids, position_ids=position_ids, segments=segments_from_first(first[0])
-        )
-        shifted = values.roll(1, dims=1)
-        return shifted.masked_fill(first, 0.0)
+        segments = segments_from_positions(position_ids[0])
+        values = self.scorer(input_ids, position_ids=position_ids, segments=segments)
+        return values[:, segments.previous].masked_fill(position_ids == 0, 0.0)

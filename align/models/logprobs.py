@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from align.core import distributed
-from align.models.attention import Segments, segments_from_first
+from align.models.attention import Segments, segments_from_positions
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once (64 MiB in float32)."""
@@ -40,7 +40,8 @@ def token_logprobs(
         model: a causal language model of transformers (or its peft wrapper).
         input_ids: (B, T); rows may be padded on either side or packed.
         attention_mask: (B, T), 1 on real tokens; None means that all are real.
-        position_ids: (B, T) that restart at 0 where a packed sequence begins; None means that
+        position_ids: (B, T), those of align.models.attention: 0 where a packed sequence begins,
+            p where an answer continues the first p tokens of the sequence before; None means that
             each row is one sequence.
         temperature: the logits are divided by it first, as the sampler does.
         entropy: also compute the entropy of each distribution, without gradient.
@@ -52,16 +53,16 @@ def token_logprobs(
     """
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = real.bool()
-    first = _first_tokens(real, position_ids)
-    flat_ids, flat_first = input_ids[real], first[real]
-    segments = segments_from_first(flat_first)
+    positions = real.cumsum(1) - 1 if position_ids is None else position_ids
+    flat_ids, segments = input_ids[real], segments_from_positions(positions[real])
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
-    wanted = ~flat_first if mask is None else mask[real].bool() & ~flat_first
+    predicted = segments.positions > 0
+    wanted = predicted if mask is None else mask[real].bool() & predicted
     at = wanted.nonzero().squeeze(1)
     # The graph must touch the backbone on every rank, also when nothing is trained here.
     zero = hidden.float().sum() * 0.0 if at.numel() == 0 else 0.0
     values, entropies = _head(
-        model, hidden.index_select(0, (at - 1).clamp(min=0)), flat_ids[at], temperature, entropy
+        model, hidden.index_select(0, segments.previous[at]), flat_ids[at], temperature, entropy
     )
     index = real.flatten().nonzero().squeeze(1)[at]
 
@@ -101,12 +102,10 @@ class LogprobModel(nn.Module):
 
 def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run the decoder over one packed row of token ids (N,) and give its last states (N, H)."""
-    at = torch.arange(flat_ids.numel(), device=flat_ids.device)
-    starts = torch.where(segments.first, at, 0).cummax(0).values
     decoder = causal_lm(model).get_decoder()
     out = decoder(
         input_ids=flat_ids.unsqueeze(0),
-        position_ids=(at - starts).unsqueeze(0),
+        position_ids=segments.positions.unsqueeze(0),
         use_cache=False,
         segments=segments,
     )
@@ -116,13 +115,6 @@ def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Ten
 def causal_lm(model: nn.Module) -> nn.Module:
     """Give the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _first_tokens(real: Tensor, position_ids: Tensor | None) -> Tensor:
-    first = real & (real.cumsum(1) == 1)
-    if position_ids is not None:
-        first = first | (real & (position_ids == 0))
-    return first
 
 
 def _head(

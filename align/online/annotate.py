@@ -19,13 +19,34 @@ from align.training.learner import Learner
 def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Cut rows of this rank into micro-batches; every rank gets the same number of them.
 
-    Ranks hold different answers, and ZeRO-3 needs them to run the model equally often.
+    Answers of one prompt stay together as far as the budget allows, because their prompt is
+    computed once. Ranks hold different answers, and ZeRO-3 needs them to run the model equally
+    often.
     """
-    lengths = [int(experience.lengths[i]) for i in rows]
-    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1)[0] if rows else []
+    units = _units(experience, rows, micro_tokens)
+    costs = [_cost(experience, unit) for unit in units]
+    plan = plan_micro_batches(costs, micro_tokens=micro_tokens, ranks=1)[0] if units else []
     wanted = int(distributed.global_max(len(plan)))
     plan = plan + [[]] * (wanted - len(plan))
-    return [[rows[i] for i in micro] for micro in plan]
+    return [[row for unit in micro for row in units[unit]] for micro in plan]
+
+
+def _cost(experience: Experience, rows: Sequence[int]) -> int:
+    """Count the tokens of rows packed side by side, in this order."""
+    return int(experience.lengths[list(rows)].sum()) - sum(experience.shared(rows))
+
+
+def _units(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Cut rows, in order, into runs of answers to one prompt that fit the budget."""
+    groups = experience.group_ids.tolist()
+    units: list[list[int]] = []
+    for row in rows:
+        same = bool(units) and groups[units[-1][0]] == groups[row]
+        if same and _cost(experience, [*units[-1], row]) <= micro_tokens:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
 
 
 def annotate(

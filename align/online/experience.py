@@ -41,39 +41,55 @@ class Experience:
         """Add (B, T) tensors by name."""
         return replace(self, per_token={**self.per_token, **tensors})
 
+    def shared(self, rows: Sequence[int]) -> list[int]:
+        """Give for each of ``rows`` the leading tokens it shares with the answer before it.
+
+        Answers of one prompt that stand side by side have its prompt computed once.
+        """
+        index = torch.tensor(list(rows), dtype=torch.long)
+        prompt_tokens = (self.lengths[index] - self.completion[index].sum(1)).tolist()
+        groups = self.group_ids[index].tolist()
+        before = [None, *groups]
+        return [
+            tokens if group == last else 0
+            for tokens, group, last in zip(prompt_tokens, groups, before, strict=False)
+        ]
+
     def micro(self, rows: Sequence[int], counts: Mapping[str, float]) -> PackedBatch:
         """Pack some rows; no rows give the placeholder with zeros for every tensor."""
         if not rows:
             empty = pack([], counts=counts)
             zeros = torch.zeros(empty.mask.shape, device=empty.mask.device)
             return replace(empty, per_token=dict.fromkeys(self.per_token, zeros))
-        index = torch.tensor(list(rows))
-        device = distributed.device()
-        lengths = self.lengths[index]
-        real = torch.arange(self.input_ids.shape[1]) < lengths.unsqueeze(1)  # (b, T)
+        index, device = torch.tensor(list(rows)), distributed.device()
+        at = torch.arange(self.input_ids.shape[1]).expand(len(rows), -1)  # (b, T)
+        skip = torch.tensor(self.shared(rows)).unsqueeze(1)
+        own = (at >= skip) & (at < self.lengths[index].unsqueeze(1))  # (b, T)
 
         def flat(x: Tensor) -> Tensor:
-            return x[index][real].unsqueeze(0).to(device)
+            return x[index][own].unsqueeze(0).to(device)
 
-        at = torch.arange(self.input_ids.shape[1]).expand(len(rows), -1)
         number = torch.arange(len(rows)).unsqueeze(1).expand_as(at)
         return PackedBatch(
             input_ids=flat(self.input_ids),
-            position_ids=at[real].unsqueeze(0).to(device),
+            position_ids=at[own].unsqueeze(0).to(device),
             mask=flat(self.mask),
-            segment_ids=number[real].to(device),
+            segment_ids=number[own].to(device),
             num=len(rows),
             counts=dict(counts),
             per_token={name: flat(x) for name, x in self.per_token.items()},
         )
 
     def spread(self, rows: Sequence[int], packed: Tensor, out: Tensor) -> None:
-        """Write a packed (1, N) result of ``rows`` back into the (B, T) tensor ``out``."""
+        """Write a packed (1, N) result of ``rows`` back into the (B, T) tensor ``out``.
+
+        A prompt that is computed once is written to the first of its answers only.
+        """
         start = 0
-        for row in rows:
-            n = int(self.lengths[row])
-            out[row, :n] = packed[0, start : start + n].float().cpu()
-            start += n
+        for row, skip in zip(rows, self.shared(rows), strict=True):
+            end = int(self.lengths[row])
+            out[row, skip:end] = packed[0, start : start + end - skip].float().cpu()
+            start += end - skip
 
 
 def gather_experience(

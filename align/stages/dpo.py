@@ -1,6 +1,6 @@
 """Stage dpo: direct preference optimisation with reference log-probabilities computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,8 +47,8 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
 
 
 def pair_length(pair: PairRow) -> int:
-    """Give the tokens of both answers, the prompt counted twice as it is computed twice."""
-    return len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+    """Give the tokens of a pair: its prompt, which is computed once, and both answers."""
+    return len(pair.chosen.input_ids) + len(pair.rejected.input_ids) - pair.num_prompt_tokens
 
 
 @torch.no_grad()
@@ -62,12 +62,23 @@ def reference_pairs(
     )
     mine: dict[int, tuple[float, float]] = {}
     for micro in plan[distributed.rank()]:
-        batch = pack(both([pairs[i] for i in micro]))
+        batch = pack_pairs([pairs[i] for i in micro])
         logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
         sums = batch.segment_sums(logprobs).view(-1, 2).tolist()
         mine |= {i: (c, r) for i, (c, r) in zip(micro, sums, strict=True)}
     found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
     return [ReferencePair(pair, *found[i]) for i, pair in enumerate(pairs)]
+
+
+def pack_pairs(
+    pairs: Sequence[PairRow],
+    *,
+    counts: Mapping[str, float] | None = None,
+    per_sequence: Mapping[str, Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Pack pairs, each prompt once: sequences 2k and 2k + 1 are chosen and rejected of pair k."""
+    shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens)]
+    return pack(both(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
 
 
 def both(pairs: Sequence[PairRow]) -> list[TokenRow]:
@@ -87,8 +98,8 @@ def to_stop(row: TokenRow) -> TokenRow:
 
 def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:
     """Pack pairs; the global count is the pairs of the whole batch."""
-    return pack(
-        both([row.pair for row in rows]),
+    return pack_pairs(
+        [row.pair for row in rows],
         counts={"pairs": float(len(batch))},
         per_sequence={"ref": [x for row in rows for x in (row.ref_chosen, row.ref_rejected)]},
     )

@@ -14,12 +14,12 @@ from align.core.artefacts import Artefact, write_json_atomic
 from align.core.errors import ArtefactError
 from align.core.log import MetricsLog
 from align.core.types import PromptRow
-from align.data.batching import plan_micro_batches
 from align.data.load import fit_rows, load_examples
 from align.evaluation.compare import as_triple, build_summary, check_expectations
 from align.evaluation.stats import paired_bootstrap
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
+from align.online.annotate import local_plan
 from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
 from align.online.rollout import sample_groups
@@ -179,8 +179,7 @@ def kl_per_answer(
     if spec.sampling.temperature != 1.0:
         return [None] * len(answers.completions)
     policy.eval()
-    lengths = answers.lengths.tolist()
-    plan = plan_micro_batches(lengths, micro_tokens=16384, ranks=1)[0]
+    plan = local_plan(answers, range(len(answers.lengths)), 16384)
     out = torch.zeros(answers.input_ids.shape)
     for rows in plan:
         batch = answers.micro(rows, {})

@@ -12,13 +12,13 @@ from align.core.artefacts import Artefact
 from align.core.types import PairRow, TokenRow
 from align.data.batching import plan_micro_batches
 from align.losses.preference import bradley_terry_loss
-from align.models.attention import segments_from_first
+from align.models.attention import segments_from_positions
 from align.models.heads import scorer_from
 from align.models.loading import load_tokenizer
 from align.online.weights import full_weights
 from align.recipe.schema import RewardStage
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.dpo import both, pair_length
+from align.stages.dpo import both, pack_pairs, pair_length
 from align.stages.training import fingerprints, offline_rows, run_offline
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
@@ -63,7 +63,7 @@ class SequenceValues(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Score every token of the packed row in the light of its sequence so far."""
-        segments = segments_from_first(position_ids[0] == 0)
+        segments = segments_from_positions(position_ids[0])
         return self.model(input_ids, position_ids=position_ids, segments=segments)
 
 
@@ -77,8 +77,8 @@ def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
 
 def collate(rows: Sequence[PairRow], batch: Sequence[PairRow]) -> PackedBatch:
     """Pack pairs; the global count is the pairs of the whole batch."""
-    return pack(
-        both(rows),
+    return pack_pairs(
+        rows,
         counts={"pairs": float(len(batch))},
         per_sequence={"margin": [m for row in rows for m in (row.margin, row.margin)]},
     )

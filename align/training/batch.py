@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,13 +10,16 @@ from torch import Tensor
 from align.core import distributed
 from align.core.types import TokenRow
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Hold sequences laid end to end.
 
     Attributes:
-        input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence.
+        input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence, or at p with
+            one that continues the first p tokens of the last sequence that began at 0.
         mask: (1, N) bool, True on the tokens that enter the loss.
         segment_ids: (N,) sequence number of each token.
         num: sequences held; 0 for the placeholder that keeps ranks in step.
@@ -44,27 +48,34 @@ def pack(
     counts: Mapping[str, float] | None = None,
     per_token: Mapping[str, Sequence[Sequence[float]]] | None = None,
     per_sequence: Mapping[str, Sequence[float]] | None = None,
+    shared: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lay rows end to end; no rows give a two-token placeholder that trains nothing.
 
     Args:
         rows: sequences in order. counts: passed through.
+        shared: for each row, how many of its leading tokens it has in common with the last row
+            that shares none; they are computed once and must not be trained. None shares nothing.
         per_token: name -> for each row, one float per token.
         per_sequence: name -> one float per row.
     """
     device = distributed.device()
     held = rows or [TokenRow(input_ids=(0, 0), trained=(False, False))]
-    ids = [t for row in held for t in row.input_ids]
-    lengths = [len(row.input_ids) for row in held]
+    skip = shared if rows and shared is not None else [0] * len(held)
+    assert not any(any(row.trained[:n]) for row, n in zip(held, skip, strict=True)), skip
+    ids = _joined([row.input_ids for row in held], skip)
+    trained = _joined([row.trained for row in held], skip)
+    positions = _joined([range(len(row.input_ids)) for row in held], skip)
+    lengths = [len(row.input_ids) - n for row, n in zip(held, skip, strict=True)]
     numbers = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(lengths))
     floats = {
-        name: torch.tensor([v for row in values for v in row] if rows else [0.0] * len(ids))
+        name: torch.tensor(_joined(values, skip) if rows else [0.0] * len(ids))
         for name, values in (per_token or {}).items()
     }
     return PackedBatch(
         input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([[p for n in lengths for p in range(n)]], device=device),
-        mask=torch.tensor([[t for row in held for t in row.trained]], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        mask=torch.tensor([trained], device=device),
         segment_ids=numbers.to(device),
         num=len(rows),
         counts=dict(counts or {}),
@@ -74,3 +85,7 @@ def pack(
             for k, v in (per_sequence or {}).items()
         },
     )
+
+
+def _joined(rows: Sequence[Sequence[T]], skip: Sequence[int]) -> list[T]:
+    return [x for row, n in zip(rows, skip, strict=True) for x in row[n:]]
