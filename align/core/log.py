@@ -14,6 +14,8 @@ from align.core.errors import RecipeError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+FILES = (SAMPLES_FILE, EVALUATIONS_FILE, METRICS_FILE)
 HEADLINE = (
     "train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/reference",
     "policy/clip_frac", "value/explained_variance", "length/mean", "optim/learning_rate",
@@ -139,6 +141,11 @@ class MetricsLog:
             row = {"step": step, "prompt": prompt, "completion": completion, "score": score}
             self._write(SAMPLES_FILE, row)
 
+    def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
+        """Write what an evaluation while training found to evaluations.jsonl."""
+        if self._writes:
+            self._write(EVALUATIONS_FILE, {"step": step, **found})
+
     def rewind(self, step: int) -> dict[str, float]:
         """Drop the lines after ``step``, so that going on from there repeats nothing.
 
@@ -158,6 +165,7 @@ class MetricsLog:
         self._began = time.monotonic()
         kept = _keep_until(self._directory / METRICS_FILE, step)
         _keep_until(self._directory / SAMPLES_FILE, step)
+        _keep_until(self._directory / EVALUATIONS_FILE, step)
         self._kept_seconds = float(kept[-1].get("time_s", 0.0)) if kept else 0.0
         for sink in self._sinks:
             sink.rewind(step)
@@ -172,8 +180,8 @@ class MetricsLog:
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         if name not in self._files:
             if not self._files and not self._resumed:
-                (self._directory / SAMPLES_FILE).unlink(missing_ok=True)
-                (self._directory / METRICS_FILE).unlink(missing_ok=True)
+                for file in FILES:
+                    (self._directory / file).unlink(missing_ok=True)
             self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / name
             self._files[name] = path.open("a", encoding="utf-8", buffering=1)

@@ -27,6 +27,7 @@ from align.online.objective import critic_objective, policy_objective
 from align.online.rollout import sample_groups
 from align.online.scoring import Scores, apply_scores, score_answers
 from align.online.summary import summarise
+from align.online.watch import Watch
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
@@ -63,8 +64,13 @@ class OnlineRun:
         return found if self.critic is None else {**found, "critic": self.critic.engine}
 
 
-def train_online(run: OnlineRun, *, metrics: MetricsLog, checkpoints: Path) -> dict[str, float]:
-    """Run all steps, resuming from the newest verified checkpoint; give the last step's metrics."""
+def train_online(
+    run: OnlineRun, *, metrics: MetricsLog, checkpoints: Path, watch: Watch | None = None
+) -> dict[str, float]:
+    """Run all steps, resuming from the newest verified checkpoint; give the last step's metrics.
+
+    With ``watch`` the policy is evaluated in between, and its guard may end the run early.
+    """
     spec, start = run.spec, 0
     last: dict[str, float] = {}
     found = newest_checkpoint(checkpoints)
@@ -74,15 +80,24 @@ def train_online(run: OnlineRun, *, metrics: MetricsLog, checkpoints: Path) -> d
         run.policy.steps = state["policy_steps"]
         if run.critic is not None:
             run.critic.steps = state["critic_steps"]
+        if watch is not None:
+            watch.load_state_dict(state["watch"])
         last = metrics.rewind(start)
         log.info("resumed from %s", found)
+    elif watch is not None:
+        metrics.log(0, watch.look(0))
     for step in range(start, spec.steps):
+        if watch is not None and watch.stopped_by is not None:
+            break
         last, sample = online_step(run, step)
+        if watch is not None and watch.due(step + 1):
+            last |= watch.look(step + 1)
         metrics.log(step + 1, last, sample=sample)
         stop = stop_requested()
         if stop or (spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0):
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
             state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
+            state |= {"watch": watch.state_dict()} if watch is not None else {}
             save_checkpoint(checkpoints, step + 1, run.engines, state, keep=spec.keep_checkpoints)
         if stop and step + 1 < spec.steps:
             raise Preempted(f"stopped on a signal after step {step + 1}; run again to go on")

@@ -19,6 +19,7 @@ from align.recipe.parts import (
     refuse_answers,
 )
 from align.recipe.reward_schema import RewardSpec, distinct_names
+from align.recipe.watch_schema import WatchSpec, refuse_trained_gold
 
 
 class OnlineStage(TrainingStage):
@@ -38,6 +39,8 @@ class OnlineStage(TrainingStage):
     mask_truncated: bool = False
     """Leave answers without a stop token out of the loss (DAPO, arXiv:2503.14476 section 3.4)."""
     max_lost_frac: Fraction = 0.01
+    watch: WatchSpec | None = None
+    """Evaluation on held-out prompts while training, and the guard against over-optimisation."""
 
     @model_validator(mode="after")
     def _legal(self) -> "OnlineStage":
@@ -52,6 +55,8 @@ class OnlineStage(TrainingStage):
         refuse_answers(self.prompts, "reinforcement")
         no_dropout(self.lora)
         distinct_names(self.rewards)
+        if self.watch is not None and self.watch.guard is not None:
+            refuse_trained_gold(self.watch.gold, self.rewards)
         return self
 
 

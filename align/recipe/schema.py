@@ -25,6 +25,7 @@ from align.recipe.parts import (
     ZeroSpec,
 )
 from align.recipe.reward_schema import EnsembleReward, RewardSpec, ScalarReward
+from align.recipe.watch_schema import GuardSpec, WatchSpec
 
 __all__ = [
     "PRODUCES",
@@ -36,6 +37,7 @@ __all__ = [
     "EnsembleReward",
     "EvaluateStage",
     "GrpoStage",
+    "GuardSpec",
     "LoraSpec",
     "OfflineStage",
     "OnlineStage",
@@ -51,6 +53,7 @@ __all__ = [
     "Spec",
     "TokenizerSpec",
     "TrainingStage",
+    "WatchSpec",
     "ZeroSpec",
     "references",
 ]  # fmt: skip
@@ -114,6 +117,8 @@ def references(spec: Any) -> dict[str, str]:
         add("critic.init", spec.critic.init)
     if isinstance(spec, OnlineStage):
         add_rewards("rewards", spec.rewards)
+        if spec.watch is not None:
+            add_rewards("watch.gold", spec.watch.gold)
     if isinstance(spec, EvaluateStage):
         for key, names in (("models", spec.models), ("reward_models", spec.reward_models)):
             for i, name in enumerate(names):

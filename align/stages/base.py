@@ -63,6 +63,8 @@ class StageResult:
 
     metrics: Mapping[str, float]
     data: list[Mapping[str, Any]] = field(default_factory=list)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of the manifest."""
 
 
 def chat_format(model_dir: Path) -> ChatFormat:
@@ -127,6 +129,7 @@ def _run(kind: str, args: argparse.Namespace) -> int:
         write_manifest(
             context.out,
             manifest
+            | dict(result.notes)
             | {
                 "data": list(result.data),
                 "metrics": dict(result.metrics),

@@ -1,6 +1,7 @@
 """Stages ppo and grpo: assemble policy, critic, reference, engine and rewards, then loop."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 
 from align.core import distributed
-from align.core.types import PromptRow
+from align.core.types import Example, PromptRow
 from align.data.chat import ChatFormat
-from align.data.load import fit_rows, load_examples
+from align.data.load import check_overlap, fit_rows, load_examples
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_policy
@@ -19,9 +20,10 @@ from align.online.algorithms import ALGORITHMS
 from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
 from align.online.weights import check_push, full_weights
-from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage
+from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage, WatchSpec
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.training import build_policy, fingerprints, save_trained_policy
+from align.stages.watching import BestWeights, build_watch, finish_watch
 from align.training.learner import Learner
 from reward_models import build_reward
 from reward_models.base import RewardFunction
@@ -40,6 +42,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     policy = Learner(
         module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates
     )
+    reference = build_reference(spec, module, source.model_dir)
     online = OnlineRun(
         spec=spec,
         seed=context.seed,
@@ -50,16 +53,33 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
         push=Push(engine, policy, prompts[0].input_ids, dtype=spec.dtype),
         policy=policy,
         critic=build_critic(spec, source.model_dir, context, updates),
-        reference=build_reference(spec, module, source.model_dir),
+        reference=reference if spec.kl.coef > 0.0 else None,
         kl=build_kl(spec),
     )
     metrics = context.metrics(spec.steps)
-    final = train_online(online, metrics=metrics, checkpoints=context.out / "checkpoints")
+    best = BestWeights(spec, module, source, context.out)
+    watch = None
+    if spec.watch is not None:
+        assert reference is not None
+        watch = build_watch(
+            online,
+            spec.watch,
+            prompts=watched_rows(spec, spec.watch, chat, context),
+            gold=build_rewards(spec.watch.gold, context),
+            reference=reference,
+            best=best,
+            metrics=metrics,
+        )
+    checkpoints = context.out / "checkpoints"
+    final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
     engine.close()
-    save_trained_policy(spec, module, source=source, out=context.out)
+    if watch is None or watch.spec.keep == "last":
+        save_trained_policy(spec, module, source=source, out=context.out)
     final |= {"engine/vllm": float(engine.name == "vllm")}
-    return StageResult(final, fingerprints(spec.prompts))
+    watched = spec.watch.prompts if spec.watch is not None else []
+    notes = {} if watch is None else finish_watch(watch, best)
+    return StageResult(final, fingerprints(spec.prompts, watched), notes)
 
 
 def start_engine(
@@ -80,15 +100,28 @@ def start_engine(
 
 def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
     """Render the prompts; those too long to be answered in full are lost, counted and bounded."""
+    examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    return _fitted(examples, spec, chat, context, what="prompts")
 
-    rows = [
-        chat.prompt_row(e) for e in load_examples(spec.prompts, kind="prompts", seed=context.seed)
-    ]
+
+def watched_rows(
+    spec: OnlineStage, watch: WatchSpec, chat: ChatFormat, context: StageContext
+) -> list[PromptRow]:
+    """Render the held-out prompts; none of them may be trained on."""
+    held_out = load_examples(watch.prompts, kind="prompts", seed=context.seed)
+    check_overlap(load_examples(spec.prompts, kind="prompts", seed=context.seed), held_out)
+    return _fitted(held_out, spec, chat, context, what="watched prompts")
+
+
+def _fitted(
+    examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
+) -> list[PromptRow]:
+    rows = [chat.prompt_row(e) for e in examples]
     kept, _ = fit_rows(
         rows,
         max_length=spec.max_length - spec.sampling.max_new_tokens,
         max_lost_frac=spec.max_lost_frac,
-        what=f"{context.name}: prompts",
+        what=f"{context.name}: {what}",
     )
     return kept
 
@@ -127,7 +160,7 @@ def build_reference(spec: OnlineStage, module: LogprobModel, model_dir: Path) ->
 
     Every artefact holds merged weights, so the policy without its adapter IS the start.
     """
-    if spec.kl.coef == 0.0:
+    if spec.kl.coef == 0.0 and spec.watch is None:
         return None
     if spec.lora is not None:
         return module
