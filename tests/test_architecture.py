@@ -37,6 +37,7 @@ HOMES = {
     ),
     "peft": ("align.tuning",),
     "trl": ("align.stages.trl", "align.data.chat"),
+    "openai": ("reward_models.judge",),
 }  # fmt: skip
 TORCH_FREE = ("align.recipe", "align.pipeline", "align.report", "align.cli", "align.doctor")
 COMMANDS = ("align.cli", "align.doctor")

@@ -1,0 +1,287 @@
+"""Ask a language model behind an OpenAI-compatible endpoint for verdicts in JSON.
+
+A request is sent at temperature 0 with the schema that its answer must follow. What the endpoint
+said is kept on disk by the hash of the request, so a verdict is paid for once, and a run that was
+cut off goes on where it stopped. An answer that is no verdict (a refusal, text that does not follow
+the schema, an answer cut at the limit) is invalid with its reason, and never a tie or a 0.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation of ``{"role": ..., "content": ...}`` turns."""
+FIRST_WAIT_S = 0.5
+"""Wait before the first retry; each further one waits twice as long."""
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+}  # fmt: skip
+
+
+class JudgeError(RuntimeError):
+    """Report an endpoint that cannot be used or did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Say where the judge is and how it is asked.
+
+    Attributes:
+        url: base of the API, such as ``http://127.0.0.1:8000/v1``.
+        model: its name there.
+        api_key_env: environment variable that holds the key; None sends none.
+        max_tokens: length limit of one verdict, in tokens.
+        concurrency: requests under way at a time.
+        timeout_s: of one request. deadline_s: of one call of `JudgeClient.ask`, retries included.
+        retries: of a request that was not answered, or answered "later" (429, 5xx).
+        cache: folder of the verdicts; None keeps none.
+        dollars_per_million: prices of a million prompt tokens and of a million answer tokens.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+    max_tokens: int = 256
+    concurrency: int = 8
+    timeout_s: float = 60.0
+    deadline_s: float = 3600.0
+    retries: int = 4
+    cache: Path | None = None
+    dollars_per_million: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Hold one answer of the judge: its JSON value, or the reason why there is none."""
+
+    value: Mapping[str, Any] | None
+    invalid: str | None = None
+
+
+@dataclass(slots=True)
+class Cost:
+    """Count what a client has asked since it was made.
+
+    Attributes:
+        requests: sent and answered. cached: answered from disk. retries: sent again.
+        prompt_tokens: as the endpoint counts them, cached ones left out. answer_tokens: likewise.
+        seconds: wall time inside `JudgeClient.ask`.
+        invalid: answers that were no verdict, by reason, cached ones included.
+    """
+
+    requests: int = 0
+    cached: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+    invalid: Counter[str] = field(default_factory=Counter)
+
+    def dollars(self, endpoint: Endpoint) -> float:
+        """Give the price of the tokens asked for."""
+        prompt, answer = endpoint.dollars_per_million
+        return (self.prompt_tokens * prompt + self.answer_tokens * answer) / 1e6
+
+
+class JudgeClient:
+    """Ask one endpoint for verdicts.
+
+    Raises:
+        JudgeError: the package ``openai`` is missing, or the variable of the key is not set.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.cost = Cost()
+        self._lock = threading.Lock()
+        self._client = _client(endpoint)
+
+    def ask(self, conversations: Sequence[Messages], schema: Mapping[str, Any]) -> list[Verdict]:
+        """Give a verdict on each conversation; the same conversation is asked once.
+
+        Args:
+            conversations: what the judge is to read.
+            schema: JSON schema of a verdict: an object of strings, numbers and enumerations.
+
+        Raises:
+            JudgeError: the endpoint refuses the request, cannot be reached, or ``deadline_s`` is
+                over; verdicts that came before stay in the cache.
+        """
+        began = time.monotonic()
+        wanted = {self._key(messages, schema): messages for messages in conversations}
+        pool = ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(wanted))))
+        try:
+            jobs = {
+                key: pool.submit(self._answer, key, messages, schema, began)
+                for key, messages in wanted.items()
+            }
+            answers = {key: job.result() for key, job in jobs.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.cost.seconds += time.monotonic() - began
+        found = [
+            read_verdict(answers[self._key(messages, schema)], schema) for messages in conversations
+        ]
+        self.cost.invalid.update(v.invalid for v in found if v.invalid)
+        return found
+
+    def _key(self, messages: Messages, schema: Mapping[str, Any]) -> str:
+        text = json.dumps(
+            [self.endpoint.url, self._request(messages, schema)], sort_keys=True, ensure_ascii=False
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _request(self, messages: Messages, schema: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model": self.endpoint.model,
+            "messages": [dict(turn) for turn in messages],
+            "temperature": 0.0,
+            "max_tokens": self.endpoint.max_tokens,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "verdict", "schema": dict(schema), "strict": True},
+            },
+        }
+
+    def _answer(
+        self, key: str, messages: Messages, schema: Mapping[str, Any], began: float
+    ) -> dict[str, Any]:
+        place = self.endpoint.cache / key[:2] / f"{key}.json" if self.endpoint.cache else None
+        if place is not None and (known := _read(place)) is not None:
+            with self._lock:
+                self.cost.cached += 1
+            return known
+        answer = self._send(self._request(messages, schema), began)
+        if place is not None:
+            _write(place, answer)
+        return answer
+
+    def _send(self, request: Mapping[str, Any], began: float) -> dict[str, Any]:
+        """Send one request until it is answered; give what the cache keeps of the answer."""
+        import openai
+
+        later = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+        where = f"judge {self.endpoint.model} at {self.endpoint.url}"
+        for attempt in range(self.endpoint.retries + 1):
+            left = self.endpoint.deadline_s - (time.monotonic() - began)
+            if left <= 0:
+                raise JudgeError(
+                    f"{where}: deadline of {self.endpoint.deadline_s:g} s is over; raise "
+                    "deadline_s or concurrency; with a cache the same command goes on from here"
+                )
+            try:
+                limit = min(self.endpoint.timeout_s, left)
+                answer = self._client.chat.completions.create(**request, timeout=limit)
+                return self._counted(answer)
+            except later as error:
+                if attempt == self.endpoint.retries:
+                    raise JudgeError(
+                        f"{where}: no answer after {attempt + 1} tries ({_reason(error)}); is the "
+                        "server up? with a cache the same command goes on from here"
+                    ) from error
+                with self._lock:
+                    self.cost.retries += 1
+                time.sleep(min(FIRST_WAIT_S * 2**attempt, max(0.0, left)))
+            except openai.OpenAIError as error:
+                raise JudgeError(
+                    f"{where}: the request was refused ({_reason(error)}); expected an "
+                    "OpenAI-compatible endpoint that takes response_format json_schema"
+                ) from error
+        raise AssertionError("the last try returns or raises")
+
+    def _counted(self, answer: Any) -> dict[str, Any]:
+        usage = answer.usage
+        with self._lock:
+            self.cost.requests += 1
+            self.cost.prompt_tokens += usage.prompt_tokens if usage else 0
+            self.cost.answer_tokens += usage.completion_tokens if usage else 0
+        choice = answer.choices[0]
+        return {
+            "content": choice.message.content,
+            "refusal": choice.message.refusal,
+            "finish_reason": choice.finish_reason,
+        }
+
+
+def _client(endpoint: Endpoint) -> Any:
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise JudgeError(
+            "a judge behind an endpoint needs the package openai; run: pip install openai"
+        ) from error
+    key = os.environ.get(endpoint.api_key_env) if endpoint.api_key_env else "none"
+    if key is None:
+        raise JudgeError(f"the environment variable {endpoint.api_key_env} (api_key_env) is unset")
+    return OpenAI(base_url=endpoint.url, api_key=key, max_retries=0)
+
+
+def _reason(error: Exception) -> str:
+    cause = f": {error.__cause__}" if error.__cause__ else ""
+    return f"{type(error).__name__}: {error}{cause}"[:300]
+
+
+def read_verdict(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> Verdict:
+    """Read a verdict, or say why there is none: ``refusal``, ``cut``, ``not JSON``, ``schema``."""
+    if answer.get("refusal") or answer.get("finish_reason") == "content_filter":
+        return Verdict(None, "refusal")
+    if answer.get("finish_reason") == "length":
+        return Verdict(None, "cut")
+    try:
+        value = json.loads(answer.get("content") or "")
+    except ValueError:
+        return Verdict(None, "not JSON")
+    return Verdict(value) if follows(value, schema) else Verdict(None, "schema")
+
+
+def follows(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Say whether a value follows a schema of the kind that verdicts have.
+
+    Raises:
+        ValueError: the schema uses a keyword that is not checked here.
+    """
+    known = {"type", "properties", "required", "additionalProperties", "enum", "minimum",
+             "maximum", "description", "maxLength"}  # fmt: skip
+    if surplus := set(schema) - known:
+        raise ValueError(f"verdict schema: keywords {sorted(surplus)} are not checked; remove them")
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if schema.get("type") == "object":
+        parts = schema.get("properties", {})
+        return (
+            isinstance(value, dict)
+            and set(schema.get("required", ())) <= set(value) <= set(parts)
+            and all(follows(value[name], parts[name]) for name in value)
+        )
+    allowed = _TYPES.get(schema.get("type", ""))
+    if allowed and type(value) not in allowed:  # JSON gives exact types; a bool is no integer
+        return False
+    if isinstance(value, str):
+        return len(value) <= schema.get("maxLength", len(value))
+    low, high = schema.get("minimum", value), schema.get("maximum", value)
+    return not isinstance(value, int | float) or low <= value <= high
+
+
+def _read(place: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise JudgeError(f"{place}: a cached verdict is not JSON ({error}); delete it") from error
+
+
+def _write(place: Path, answer: Mapping[str, Any]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.write_text(json.dumps(answer, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(place)

@@ -1,0 +1,228 @@
+"""The client of a judge behind an endpoint, against a small HTTP server of its protocol."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason="the judge's client is the package openai")
+
+from reward_models import judge
+from reward_models.judge import Endpoint, JudgeClient, JudgeError, follows, read_verdict
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"winner": {"enum": ["first", "second", "tie"]}},
+    "required": ["winner"],
+    "additionalProperties": False,
+}
+
+
+class Server(ThreadingHTTPServer):
+    """Answer chat requests with what ``reply`` makes of them: (status, message or error)."""
+
+    reply: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.lock = threading.Lock()
+        self.running = self.most_running = 0
+
+    def endpoint(self, **changes: Any) -> Endpoint:
+        url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return Endpoint(**{"url": url, "model": "m", "retries": 2, **changes})
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Any = self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.seen.append(request)
+            server.keys.append(self.headers.get("Authorization"))
+            server.running += 1
+            server.most_running = max(server.most_running, server.running)
+        status, body = server.reply(request)
+        with server.lock:
+            server.running -= 1
+        if status == 200:
+            message = {"role": "assistant", "content": None, "refusal": None, **body}
+            reason = message.pop("finish_reason", "stop")
+            body = {
+                "id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+            }  # fmt: skip
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(judge, "FIRST_WAIT_S", 0.01)
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def say(winner: str) -> dict[str, Any]:
+    return {"content": json.dumps({"winner": winner})}
+
+
+def questions(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_verdicts_come_in_the_order_asked_and_each_question_is_sent_once(server: Server):
+    server.reply = lambda request: (200, say(request["messages"][0]["content"]))
+    client = JudgeClient(server.endpoint())
+    asked = ["first", "tie", "first", "second"]
+    found = client.ask(questions(*asked), SCHEMA)
+    assert [verdict.value["winner"] for verdict in found] == asked
+    assert len(server.seen) == 3
+    assert (client.cost.requests, client.cost.prompt_tokens) == (3, 300)
+    sent = server.seen[0]
+    assert sent["temperature"] == 0
+    assert sent["response_format"]["json_schema"]["schema"] == SCHEMA
+
+
+def test_what_is_no_verdict_is_invalid_with_its_reason(server: Server):
+    answers = {
+        "refuses": {"refusal": "I cannot judge this."},
+        "prose": {"content": "The first one."},
+        "other": {"content": '{"winner": "both"}'},
+        "more": {"content": '{"winner": "tie", "why": "x"}'},
+        "long": {"content": '{"winner": "fir', "finish_reason": "length"},
+        "empty": {"content": ""},
+    }
+    server.reply = lambda request: (200, answers[request["messages"][0]["content"]])
+    client = JudgeClient(server.endpoint())
+    found = client.ask(questions(*answers), SCHEMA)
+    reasons = ["refusal", "not JSON", "schema", "schema", "cut", "not JSON"]
+    assert [(verdict.value, verdict.invalid) for verdict in found] == [(None, r) for r in reasons]
+    assert client.cost.invalid == {"refusal": 1, "not JSON": 2, "schema": 2, "cut": 1}
+
+
+def test_cache_answers_a_later_client_and_knows_another_question(server: Server, tmp_path: Path):
+    server.reply = lambda request: (200, say("tie"))
+    endpoint = server.endpoint(cache=tmp_path, dollars_per_million=(2.0, 10.0))
+    JudgeClient(endpoint).ask(questions("a", "b"), SCHEMA)
+    later = JudgeClient(endpoint)
+    assert [v.value for v in later.ask(questions("a", "b", "c"), SCHEMA)] == [{"winner": "tie"}] * 3
+    assert (later.cost.cached, later.cost.requests, len(server.seen)) == (2, 1, 3)
+    # One request: 100 prompt tokens at 2 and 10 answer tokens at 10 dollars a million.
+    assert later.cost.dollars(endpoint) == pytest.approx(300e-6)
+    other = {**SCHEMA, "properties": {"winner": {"enum": ["tie"]}}}
+    JudgeClient(endpoint).ask(questions("a"), other)
+    assert len(server.seen) == 4
+
+
+def test_damaged_cache_is_reported_and_not_asked_again(server: Server, tmp_path: Path):
+    server.reply = lambda request: (200, say("tie"))
+    endpoint = server.endpoint(cache=tmp_path)
+    JudgeClient(endpoint).ask(questions("a"), SCHEMA)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text('{"content"')
+    with pytest.raises(JudgeError, match="delete it"):
+        JudgeClient(endpoint).ask(questions("a"), SCHEMA)
+
+
+def test_a_busy_server_is_asked_again_and_a_dead_one_is_an_error(server: Server, tmp_path: Path):
+    turns = iter([(503, {}), (429, {}), (200, say("first"))])
+    server.reply = lambda request: next(turns)
+    client = JudgeClient(server.endpoint())
+    assert client.ask(questions("a"), SCHEMA)[0].value == {"winner": "first"}
+    assert client.cost.retries == 2
+    server.reply = lambda request: (500, {"error": {"message": "out of order"}})
+    with pytest.raises(JudgeError, match=r"no answer after 3 tries.*out of order"):
+        client.ask(questions("b"), SCHEMA)
+
+
+def test_an_error_keeps_what_came_before_it_in_the_cache(server: Server, tmp_path: Path):
+    refused = {"error": {"message": "no schema"}}
+    server.reply = lambda r: (
+        (200, say("tie")) if r["messages"][0]["content"] == "a" else (400, refused)
+    )
+    endpoint = server.endpoint(cache=tmp_path, concurrency=1)
+    with pytest.raises(JudgeError, match=r"refused.*no schema.*json_schema"):
+        JudgeClient(endpoint).ask(questions("a", "b"), SCHEMA)
+    later = JudgeClient(endpoint)
+    later.ask(questions("a"), SCHEMA)
+    assert later.cost.cached == 1
+
+
+def test_deadline_bounds_the_whole_call(server: Server):
+    def slow(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.3)
+        return 200, say("tie")
+
+    server.reply = slow
+    client = JudgeClient(server.endpoint(concurrency=1, deadline_s=0.5))
+    began = time.monotonic()
+    with pytest.raises(JudgeError, match=r"deadline|no answer"):
+        client.ask(questions(*"abcdefgh"), SCHEMA)
+    assert time.monotonic() - began < 2.0
+
+
+def test_concurrency_is_used_and_bounded(server: Server):
+    barrier = threading.Barrier(3, timeout=10)
+
+    def together(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        barrier.wait()
+        return 200, say("tie")
+
+    server.reply = together
+    JudgeClient(server.endpoint(concurrency=3)).ask(questions(*"abcdef"), SCHEMA)
+    assert server.most_running == 3
+
+
+def test_key_comes_from_the_variable_named_and_from_nowhere_else(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    server.reply = lambda request: (200, say("tie"))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-of-another-service")
+    monkeypatch.setenv("MY_KEY", "mine")
+    JudgeClient(server.endpoint()).ask(questions("a"), SCHEMA)
+    JudgeClient(server.endpoint(api_key_env="MY_KEY")).ask(questions("a"), SCHEMA)
+    assert server.keys == ["Bearer none", "Bearer mine"]
+    with pytest.raises(JudgeError, match="NOT_THERE"):
+        JudgeClient(server.endpoint(api_key_env="NOT_THERE"))
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "holds"),
+    [
+        (3, {"type": "integer", "minimum": 1, "maximum": 5}, True),
+        (6, {"type": "integer", "minimum": 1, "maximum": 5}, False),
+        (True, {"type": "integer"}, False),
+        (2.5, {"type": "integer"}, False),
+        (2.5, {"type": "number"}, True),
+        ("x" * 4, {"type": "string", "maxLength": 3}, False),
+        ([], {"type": "object"}, False),
+        ({}, SCHEMA, False),
+    ],
+)
+def test_schema_check(value: Any, schema: dict[str, Any], holds: bool):
+    assert follows(value, schema) is holds
+
+
+def test_schema_with_an_unchecked_keyword_is_refused():
+    with pytest.raises(ValueError, match="pattern"):
+        read_verdict({"content": '"a"'}, {"type": "string", "pattern": "b"})
