@@ -19,7 +19,8 @@ L5 = (*L4, "align.online", "align.evaluation")
 MAY_IMPORT = {
     "align.core": (), "align.losses": ("align.core",), "reward_models": (),
     "align.recipe": ("align.core.errors",),
-    "align.data": L2, "align.models": L2, "align.tuning": L2,
+    "align.data": L2, "align.models": L2,
+    "align.tuning": (*L2, "align.recipe.tuning_schema", "align.models"),
     "align.training": L3,
     "align.online": L4, "align.evaluation": L4,
     "align.stages": L5,

@@ -157,7 +157,7 @@ def _refuse_adapted_ties(module: nn.Module) -> None:
         if other != name and any(part in f"{other} {name}" for part in _WRAPPED):
             raise TrainingError(
                 f"{checkpoint_name(other)} and {checkpoint_name(name)} are one tied weight and "
-                "one of them has an adapter; leave both out of lora.targets, or untie them"
+                "one of them has an adapter; leave both out of tuning.targets, or untie them"
             )
 
 

@@ -23,6 +23,9 @@ ALIASES = {
 }  # fmt: skip
 """What other suites call the same thing; used for suggestions only."""
 
+MOVED = {"lora": "write 'tuning: {method: lora, rank: ...}' instead"}
+"""Keys of earlier versions, and what to write now."""
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -41,7 +44,7 @@ def describe(errors: Iterable[Mapping[str, Any]], marks: Mapping[Key, Mark]) -> 
         key, kind, owners = trace(error["loc"])
         what = _what(error, key, kind, owners)
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            key = (*key, "kind")
+            key = (*key, error["ctx"]["discriminator"].strip("'"))
         lines.setdefault(key, f"{locate(key, error['type'], marks)}: {dotted(key)}: {what}")
     return list(lines.values())
 
@@ -108,10 +111,14 @@ def union_of(kind: Any) -> list[Any]:
 
 
 def tagged(variants: Sequence[Any]) -> dict[str, type[BaseModel]]:
-    """Map each ``kind`` to its model, when all members of a union are models."""
+    """Map each ``kind`` (or ``method``) to its model, when all members of a union are models."""
     if not variants or not all(is_model(v) for v in variants):
         return {}
-    return {get_args(v.model_fields["kind"].annotation)[0]: v for v in variants}
+    return {t: v for v in variants for t in get_args(v.model_fields[_tag_of(v)].annotation)}
+
+
+def _tag_of(model: type[BaseModel]) -> str:
+    return "kind" if "kind" in model.model_fields else "method"
 
 
 def is_model(kind: Any) -> bool:
@@ -144,7 +151,8 @@ def expected(kind: Any) -> str:
     kind = bare(kind)
     if variants := union_of(kind):
         if models := tagged(variants):
-            return f"a mapping with 'kind' one of {', '.join(models)}"
+            tag = _tag_of(next(iter(models.values())))
+            return f"a mapping with '{tag}' one of {', '.join(models)}"
         return " or ".join(expected(v) for v in variants)
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -224,6 +232,8 @@ def _tags(kind: Any) -> str:
 def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
     if not owners:
         return ""
+    if name in MOVED and "tuning" in owners[-1][1].model_fields:
+        return f"; {MOVED[name]}"
     _, model = owners[-1]
     wanted = ALIASES.get(name, name)
     fields = list(model.model_fields)
@@ -244,7 +254,7 @@ def nested_keys(model: type[BaseModel]) -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         kind = bare(field.annotation)
-        if is_model(kind):
-            found += [f"{name}.{inside}" for inside in kind.model_fields]
-            found += [f"{name}.{inside}" for inside in nested_keys(kind)]
-    return found
+        for inner_model in [kind] if is_model(kind) else tagged(union_of(kind)).values():
+            found += [f"{name}.{inside}" for inside in inner_model.model_fields]
+            found += [f"{name}.{inside}" for inside in nested_keys(inner_model)]
+    return list(dict.fromkeys(found))

@@ -9,13 +9,20 @@ from align.recipe.parts import (
     Count,
     DataSpec,
     Fraction,
-    LoraSpec,
     OptimSpec,
     Positive,
     Spec,
     TokenizerSpec,
     ZeroSpec,
     refuse_answers,
+)
+from align.recipe.tuning_schema import (
+    FullTuning,
+    TuningSpec,
+    refuse_checkpointing,
+    refuse_dropout,
+    refuse_head,
+    refuse_last,
 )
 
 
@@ -28,12 +35,6 @@ class StageSpec(Spec):
     seed: int | None = None
 
 
-def no_dropout(lora: LoraSpec | None) -> None:
-    """Raise ValueError where LoRA dropout would blur the comparison with the reference."""
-    if lora is not None and lora.dropout > 0.0:
-        raise ValueError("lora.dropout would make the policy differ from its reference by chance")
-
-
 class TrainingStage(StageSpec):
     """Hold what every training stage shares."""
 
@@ -41,7 +42,7 @@ class TrainingStage(StageSpec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero: ZeroSpec = ZeroSpec()
     optim: OptimSpec = OptimSpec()
-    lora: LoraSpec | None = None
+    tuning: TuningSpec = FullTuning()
     max_length: Count = 1024
     micro_tokens: Count = 8192
     """Token budget of one forward-backward pass on one rank."""
@@ -49,6 +50,16 @@ class TrainingStage(StageSpec):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints; 0 keeps none."""
     keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _tuning_fits(self) -> "TrainingStage":
+        if not isinstance(self, RewardStage):
+            refuse_head(self.tuning, "policy")
+        else:
+            refuse_last(self.tuning, "reward")
+        if self.gradient_checkpointing:
+            refuse_checkpointing(self.tuning)
+        return self
 
 
 class OfflineStage(TrainingStage):
@@ -127,5 +138,5 @@ class DpoStage(OfflineStage):
     def _legal(self) -> "DpoStage":
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(f"'label_smoothing' has no effect with loss {self.loss}; remove it")
-        no_dropout(self.lora)
+        refuse_dropout(self.tuning)
         return self

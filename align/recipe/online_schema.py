@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.recipe.offline_schema import TrainingStage, no_dropout
+from align.recipe.offline_schema import TrainingStage
 from align.recipe.parts import (
     ClipSpec,
     Count,
@@ -19,6 +19,7 @@ from align.recipe.parts import (
     refuse_answers,
 )
 from align.recipe.reward_schema import RewardSpec, distinct_names
+from align.recipe.tuning_schema import refuse_dropout, refuse_served
 from align.recipe.watch_schema import WatchSpec, refuse_trained_gold
 
 
@@ -53,7 +54,8 @@ class OnlineStage(TrainingStage):
         if self.max_length <= self.sampling.max_new_tokens:
             raise ValueError("max_length must leave room for a prompt before max_new_tokens")
         refuse_answers(self.prompts, "reinforcement")
-        no_dropout(self.lora)
+        refuse_dropout(self.tuning)
+        refuse_served(self.tuning, self.sampling.engine)
         distinct_names(self.rewards)
         if self.watch is not None and self.watch.guard is not None:
             refuse_trained_gold(self.watch.gold, self.rewards)

@@ -92,15 +92,6 @@ class ZeroSpec(Spec):
     offload: Literal["none", "cpu"] = "none"
 
 
-class LoraSpec(Spec):
-    """Train low-rank updates (arXiv:2106.09685) instead of all weights."""
-
-    rank: Count = 16
-    alpha: Positive = 32.0
-    dropout: Fraction = 0.0
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-
-
 class SamplingSpec(Spec):
     """Say how answers are drawn and by which engine."""
 

@@ -17,7 +17,6 @@ from align.recipe.online_schema import GrpoStage, OnlineStage, PpoStage
 from align.recipe.parts import (
     BuildSpec,
     DataSpec,
-    LoraSpec,
     OptimSpec,
     SamplingSpec,
     Spec,
@@ -25,6 +24,7 @@ from align.recipe.parts import (
     ZeroSpec,
 )
 from align.recipe.reward_schema import EnsembleReward, RewardSpec, ScalarReward
+from align.recipe.tuning_schema import TuningSpec
 from align.recipe.watch_schema import GuardSpec, WatchSpec
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "EvaluateStage",
     "GrpoStage",
     "GuardSpec",
-    "LoraSpec",
     "OfflineStage",
     "OnlineStage",
     "OptimSpec",
@@ -53,6 +52,7 @@ __all__ = [
     "Spec",
     "TokenizerSpec",
     "TrainingStage",
+    "TuningSpec",
     "WatchSpec",
     "ZeroSpec",
     "references",

@@ -307,7 +307,7 @@ def _merge_at(base: Source, child: Source, key: Key, into: dict[str, Any], new: 
 
 
 def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "kind" in old and "kind" in new and old["kind"] != new["kind"]
+    return any(t in old and t in new and old[t] != new[t] for t in ("kind", "method"))
 
 
 def forget(marks: dict[Key, Mark], key: Key) -> None:

@@ -25,6 +25,7 @@ from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.training import build_policy, fingerprints, save_trained_policy
 from align.stages.watching import BestWeights, build_watch, finish_watch
 from align.training.learner import Learner
+from align.tuning.wrap import has_adapter
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 
@@ -162,7 +163,7 @@ def build_reference(spec: OnlineStage, module: LogprobModel, model_dir: Path) ->
     """
     if spec.kl.coef == 0.0 and spec.watch is None:
         return None
-    if spec.lora is not None:
+    if has_adapter(module.model):
         return module
     return LogprobModel(load_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
 

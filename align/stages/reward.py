@@ -22,7 +22,7 @@ from align.stages.dpo import both, pack_pairs, pair_length
 from align.stages.training import fingerprints, offline_rows, run_offline
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
-from align.tuning.peft import add_lora
+from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,11 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
 
 
 def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
-    """Put a fresh score head on the decoder of ``source``; LoRA where the recipe asks for it."""
+    """Put a fresh score head on the decoder of ``source``; add what ``tuning`` trains."""
     model = scorer_from(source.model_dir, dtype=spec.dtype)
     if spec.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    if spec.lora is not None:
-        model.backbone = add_lora(model.backbone, spec.lora)
+    model.backbone = add_tuner(model.backbone, spec.tuning)
     return model.to(distributed.device())
 
 

@@ -25,18 +25,17 @@ from align.training.offline import (
     total_steps,
     train_offline,
 )
-from align.tuning.peft import adapter_state, add_lora, is_lora
+from align.tuning.wrap import adapter_state, add_tuner, has_adapter
 
 log = logging.getLogger(__name__)
 
 
 def build_policy(spec: TrainingStage, model_dir: Path) -> LogprobModel:
-    """Load the policy of a training stage, with LoRA where the recipe asks for it."""
+    """Load the policy of a training stage and add what its recipe's ``tuning`` trains."""
     model: nn.Module = load_policy(
         model_dir, dtype=spec.dtype, gradient_checkpointing=spec.gradient_checkpointing
     )
-    if spec.lora is not None:
-        model = add_lora(model, spec.lora)
+    model = add_tuner(model, spec.tuning)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
@@ -48,7 +47,7 @@ def save_trained_policy(
 ) -> None:
     """Write model/ (LoRA merged) and, for LoRA, adapter/; all ranks must take part."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in full_weights(module.model)}
-    adapter = _whole_adapter(module.model) if is_lora(module.model) else None
+    adapter = _whole_adapter(module.model) if has_adapter(module.model) else None
     if distributed.rank() == 0:
         save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
         if adapter is not None:

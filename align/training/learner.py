@@ -142,7 +142,7 @@ def _adamw(
 ) -> tuple[torch.optim.Optimizer | None, list[dict[str, Any]]]:
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if not trained:
-        raise TrainingError("no parameter is trainable; expected at least one (check 'lora')")
+        raise TrainingError("no parameter is trainable; expected at least one (check 'tuning')")
     groups = [
         {"params": [p for n, p in trained if decays(n, p)], "weight_decay": optim.weight_decay},
         {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},

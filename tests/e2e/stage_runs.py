@@ -44,7 +44,7 @@ stages:
     steps: 4
     batch_size: 8
     micro_tokens: 256
-    lora: {rank: 4, alpha: 8}
+    tuning: {method: lora, rank: 4, alpha: 8}
     optim: {learning_rate: 1.0e-3}
   reward:
     kind: reward
@@ -81,7 +81,7 @@ stages:
     max_length: 128
     sampling: {max_new_tokens: 16, engine: hf, cache_gib: 0.05}
     kl: {coef: 0.05, place: loss, estimator: k3}
-    lora: {rank: 4, alpha: 8}
+    tuning: {method: lora, rank: 4, alpha: 8}
     optim: {learning_rate: 1.0e-3}
 """
 

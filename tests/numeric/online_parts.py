@@ -19,12 +19,15 @@ from align.models.logprobs import LogprobModel
 from align.online.experience import Experience, gather_experience
 from align.online.loop import OnlineRun
 from align.online.scoring import Scores, apply_scores
-from align.recipe.schema import GrpoStage, LoraSpec, OptimSpec, PpoStage, ZeroSpec
+from align.recipe.schema import GrpoStage, OptimSpec, PpoStage, ZeroSpec
+from align.recipe.tuning_schema import FullTuning, LoraTuning, TuningSpec
 from align.training.learner import Learner
-from align.tuning.peft import add_lora
+from align.tuning.wrap import add_tuner
 
 OPTIM = OptimSpec(learning_rate=1e-3, schedule="constant", warmup_frac=0.0, eps=1e-4)
 TEMPERATURE = 0.7
+FULL = FullTuning()
+LORA = LoraTuning(method="lora", rank=4)
 COMMON: dict[str, Any] = {
     "init": "x",
     "prompts": [{"path": "x"}],
@@ -46,9 +49,9 @@ def ppo_spec(**changed: Any) -> PpoStage:
     return PpoStage(kind="ppo", **(COMMON | changed))
 
 
-def policy_of(model_dir: Path, lora: LoraSpec | None = None) -> Learner:
+def policy_of(model_dir: Path, tuning: TuningSpec = FULL) -> Learner:
     model = load_policy(model_dir, dtype="float32")
-    return learner_of(LogprobModel(model if lora is None else add_lora(model, lora)))
+    return learner_of(LogprobModel(add_tuner(model, tuning)))
 
 
 def learner_of(module: torch.nn.Module) -> Learner:

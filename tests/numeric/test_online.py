@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 import alone
 from engine_models import VOCAB, save_tiny, tiny_model
 from online_parts import (
+    LORA,
     STOP,
     at_answers,
     critic_of,
@@ -38,7 +39,6 @@ from align.online.annotate import annotate
 from align.online.engine import build_engine
 from align.online.experience import Experience
 from align.online.loop import needs_old_logprobs, rollout, update
-from align.recipe.schema import LoraSpec
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))
@@ -128,7 +128,7 @@ def perturb(module: torch.nn.Module) -> None:
 def test_reference_with_the_adapter_off_is_the_start_of_the_stage(model_dir) -> None:
     experience = sampled(LENGTHS)
     spec = grpo_spec(kl={"coef": 0.1, "place": "loss", "estimator": "k3"})
-    policy = policy_of(model_dir, LoraSpec(rank=4))
+    policy = policy_of(model_dir, LORA)
     start = annotate(experience, policy, spec, old=True, reference=policy.module, critic=None)
     assert torch.equal(start.per_token["old_logprobs"], start.per_token["ref_logprobs"])
     perturb(policy.module)

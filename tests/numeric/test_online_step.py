@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 import alone
 from engine_models import VOCAB, save_tiny, tiny_model
 from online_parts import (
+    FULL,
+    LORA,
     STOP,
     TEMPERATURE,
     at_answers,
@@ -38,7 +40,7 @@ from align.online.engine import build_engine
 from align.online.loop import online_step, update
 from align.online.scoring import Scores
 from align.online.summary import summarise
-from align.recipe.schema import LoraSpec
+from align.recipe.tuning_schema import TuningSpec
 from align.stages.online import Push
 from reward_models import build_reward
 
@@ -58,11 +60,11 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_model(2, tied=True), tmp_path_factory.mktemp("other"))
 
 
-def first_step(model_dir: Path, spec: Any, lora: LoraSpec | None = None) -> dict[str, float]:
+def first_step(model_dir: Path, spec: Any, tuning: TuningSpec = FULL) -> dict[str, float]:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
     engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
-    policy = policy_of(model_dir, lora)
+    policy = policy_of(model_dir, tuning)
     run = run_of(
         spec,
         policy,
@@ -71,7 +73,7 @@ def first_step(model_dir: Path, spec: Any, lora: LoraSpec | None = None) -> dict
         engine=engine,
         push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
         critic=critic_of(model_dir) if spec.kind == "ppo" else None,
-        reference=policy.module if lora else reference_of(model_dir),
+        reference=policy.module if tuning is LORA else reference_of(model_dir),
     )
     return online_step(run, 0)[0]
 
@@ -83,7 +85,7 @@ def test_first_online_step_starts_at_the_reference(model_dir, kind) -> None:
         spec: Any = ppo_spec(update_epochs=1, kl={"coef": 0.1})
     else:
         spec = grpo_spec(group_size=4, kl=kl)
-    found = first_step(model_dir, spec, LoraSpec(rank=4) if kind == "grpo_lora" else None)
+    found = first_step(model_dir, spec, LORA if kind == "grpo_lora" else FULL)
     for name in ("kl/reference", "kl/reference_per_answer", "kl/reference_k3"):
         assert found[name] == pytest.approx(0.0, abs=1e-6), name
     assert found["policy/ratio"] == pytest.approx(1.0, abs=1e-6)

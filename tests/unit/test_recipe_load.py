@@ -78,7 +78,7 @@ def test_unknown_key_is_reported_at_its_own_column_with_the_near_name():
 @pytest.mark.parametrize(
     ("written", "meant"),
     [("lr", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"),
-     ("num_train_epochs", "epochs"), ("lora_alpha", "lora.alpha"), ("batchsize", "batch_size")],
+     ("num_train_epochs", "epochs"), ("lora_alpha", "tuning.alpha"), ("batchsize", "batch_size")],
 )  # fmt: skip
 def test_unknown_key_suggests_where_the_setting_lives(written: str, meant: str):
     lines = mistakes(with_lines("    init: base", f"    init: base\n    {written}: 1"))
@@ -128,10 +128,12 @@ def test_types_are_strict():
 
 
 def test_union_mistake_is_one_line_with_both_choices():
-    (line,) = mistakes(with_lines("    init: base", "    init: base\n    lora: {targets: 5}"))
+    (line,) = mistakes(
+        with_lines("    init: base", "    init: base\n    tuning: {method: lora, targets: 5}")
+    )
     assert line == (
-        "r.yaml:12:21: stages.sft.lora.targets: found 5; expected all-linear or a list (each item "
-        "text)"
+        "r.yaml:12:37: stages.sft.tuning.targets: found 5; expected all-linear or a list (each "
+        "item text)"
     )
 
 
@@ -192,14 +194,18 @@ def test_extends_circle_is_an_error():
 def test_set_changes_values_creates_optional_ones_and_picks_list_items():
     resolved = load_resolved(
         "good.yaml",
-        ["stages.ppo.kl.coef=2e-1", "stages.sft.lora={rank: 4}", "stages.ppo.rewards.0.weight=2"],
+        [
+            "stages.ppo.kl.coef=2e-1",
+            "stages.sft.tuning={method: lora, rank: 4}",
+            "stages.ppo.rewards.0.weight=2",
+        ],
     )
     stages = resolved.recipe.stages
     assert stages["ppo"].kl.coef == 0.2
-    assert stages["sft"].lora.rank == 4
+    assert stages["sft"].tuning.rank == 4
     assert stages["ppo"].rewards[0].weight == 2.0
     assert resolved.origins["stages.ppo.kl.coef"] == "--set"
-    assert resolved.origins["stages.sft.lora.rank"] == "--set"
+    assert resolved.origins["stages.sft.tuning.rank"] == "--set"
 
 
 def test_set_mistakes_are_reported_with_suggestions():

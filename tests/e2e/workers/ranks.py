@@ -33,18 +33,18 @@ from align.online.scoring import Scores, apply_scores
 from align.online.weights import full_weights
 from align.recipe.schema import (
     GrpoStage,
-    LoraSpec,
     OnlineStage,
     OptimSpec,
     PpoStage,
     SftStage,
     ZeroSpec,
 )
+from align.recipe.tuning_schema import FullTuning, LoraTuning, TuningSpec
 from align.stages.sft import collate, length_of, sft_loss
 from align.stages.training import save_trained_policy
 from align.training.learner import Learner
 from align.training.offline import OfflineTask, micro_batches
-from align.tuning.peft import add_lora
+from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
 # Matrices of more than 100 000 numbers: ZeRO-3 never partitions smaller ones for long.
@@ -53,7 +53,8 @@ VOCAB, HIDDEN, INNER = 1600, 64, 1600
 OPTIM = OptimSpec(
     learning_rate=2e-3, schedule="constant", warmup_frac=0.0, max_grad_norm=0.05, eps=1e-4
 )
-LORA = LoraSpec(rank=4, alpha=8.0)
+FULL = FullTuning()
+LORA = LoraTuning(method="lora", rank=4, alpha=8.0)
 STEPS = 4
 Found = dict[str, object]
 
@@ -72,12 +73,12 @@ def config() -> Qwen2Config:
     )
 
 
-def policy_model(dtype: str = "float32", lora: LoraSpec | None = None) -> LogprobModel:
+def policy_model(dtype: str = "float32", tuning: TuningSpec = FULL) -> LogprobModel:
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(config())
     for parameter in model.parameters():  # not the rotary buffers, as a loaded model has them
         parameter.data = parameter.data.to(getattr(torch, dtype))
-    return LogprobModel(model if lora is None else add_lora(model, lora))
+    return LogprobModel(add_tuner(model, tuning))
 
 
 def learner_of(module: torch.nn.Module, stage: int, dtype: str = "float32") -> Learner:
@@ -108,15 +109,15 @@ def sft_steps(learner: Learner, steps: range, batch_of: Callable = sft_batch) ->
     return [learner.step(micro_batches(task, batch_of(s), 40), sft_loss) for s in steps]
 
 
-def sft(stage: int, out: Path, *, dtype: str = "float32", lora: LoraSpec | None = None) -> Found:
+def sft(stage: int, out: Path, *, dtype: str = "float32", tuning: TuningSpec = FULL) -> Found:
     """Train, save a checkpoint half-way, go on; then go on again from the checkpoint."""
-    learner = learner_of(policy_model(dtype, lora), stage, dtype)
+    learner = learner_of(policy_model(dtype, tuning), stage, dtype)
     stats = sft_steps(learner, range(2))
     engines = {"policy": learner.engine}
-    folder = out / "checkpoints" / f"{stage}-{dtype}-{lora is not None}"
+    folder = out / "checkpoints" / f"{stage}-{dtype}-{tuning.method}"
     path = save_checkpoint(folder, 2, engines, {"a": 1}, keep=1)
     stats += sft_steps(learner, range(2, STEPS))
-    again = learner_of(policy_model(dtype, lora), stage, dtype)
+    again = learner_of(policy_model(dtype, tuning), stage, dtype)
     again.steps, state = load_checkpoint(path, {"policy": again.engine})
     assert state == {"a": 1}
     sft_steps(again, range(again.steps, STEPS))
@@ -192,21 +193,22 @@ def online_steps(
     return found
 
 
-def grpo(stage: int, out: Path, *, lora: LoraSpec | None = None, dtype: str = "float32") -> Found:
+def grpo(stage: int, out: Path, *, tuning: TuningSpec = FULL, dtype: str = "float32") -> Found:
     """Take GRPO steps with the KL to the start of the stage in the loss."""
     kl = {"coef": 0.1, "place": "loss", "estimator": "k3"}
     spec = GrpoStage(kind="grpo", group_size=3, kl=kl, **COMMON)
-    policy = learner_of(policy_model(dtype, lora), stage, dtype)
+    policy = learner_of(policy_model(dtype, tuning), stage, dtype)
+    lora = tuning is LORA
     reference = policy.module if lora else policy_model(dtype).requires_grad_(False)
     stats = online_steps(spec, policy, None, reference)
     found: Found = {"weights": weights_of(policy.module.model), "stats": stats}
-    if lora is not None:
+    if lora:
         saved = out / f"lora-{stage}-{distributed.world_size()}"
-        save(policy.module, lora, out, saved)
+        save(policy.module, tuning, out, saved)
     return found
 
 
-def save(module: torch.nn.Module, lora: LoraSpec | None, out: Path, folder: Path) -> None:
+def save(module: torch.nn.Module, tuning: TuningSpec, out: Path, folder: Path) -> None:
     """Write model/ and adapter/ as a stage does."""
     source = out / f"source-{distributed.world_size()}"
     if distributed.rank() == 0:
@@ -214,7 +216,7 @@ def save(module: torch.nn.Module, lora: LoraSpec | None, out: Path, folder: Path
         words(VOCAB).save_pretrained(source / "model")
         folder.mkdir(parents=True)
     distributed.barrier()
-    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], lora=lora)
+    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning)
     save_trained_policy(spec, module, source=Artefact(source, {}), out=folder)
 
 
@@ -255,10 +257,10 @@ def not_finite(stage: int, out: Path) -> Found:
 
 SCENARIOS: dict[str, tuple[Callable[[int, Path], Found], tuple[int, ...]]] = {
     "sft": (sft, (0, 1, 2, 3)),
-    "sft_lora": (partial(sft, lora=LORA), (0, 2, 3)),
+    "sft_lora": (partial(sft, tuning=LORA), (0, 2, 3)),
     "sft_bf16": (partial(sft, dtype="bfloat16"), (0, 1, 2, 3)),
     "grpo": (grpo, (0, 1, 2, 3)),
-    "grpo_lora": (partial(grpo, lora=LORA), (0, 2, 3)),
+    "grpo_lora": (partial(grpo, tuning=LORA), (0, 2, 3)),
     "grpo_bf16": (partial(grpo, dtype="bfloat16"), (0, 2, 3)),
     "ppo": (ppo, (0, 1, 2, 3)),
     "not_finite": (not_finite, (0, 1, 2, 3)),

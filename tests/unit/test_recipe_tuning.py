@@ -1,0 +1,127 @@
+"""The ``tuning:`` block: what each method takes, and what is refused before anything is loaded."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.core.errors import RecipeError
+from align.recipe.load import load_recipe
+from align.recipe.schema import DpoStage, GrpoStage, RewardStage, SftStage
+
+OFFLINE = {"init": "base", "data": [{"world": "sft"}]}
+ONLINE = {
+    "init": "base", "steps": 1, "prompts": [{"world": "prompts"}],
+    "rewards": [{"kind": "regex", "pattern": "x"}],
+}  # fmt: skip
+STAGES = {
+    "sft": (SftStage, OFFLINE), "reward": (RewardStage, OFFLINE), "dpo": (DpoStage, OFFLINE),
+    "grpo": (GrpoStage, ONLINE),
+}  # fmt: skip
+
+
+def stage(kind: str, tuning: dict[str, Any], **more: Any) -> Any:
+    model, common = STAGES[kind]
+    text = json.dumps({"kind": kind, **common, "tuning": tuning, **more})
+    return model.model_validate_json(text, strict=True)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"method": "full"}, {"method": "lora"}, {"method": "rslora", "rank": 64},
+        {"method": "dora", "alpha": 8}, {"method": "pissa", "rank": 2}, {"method": "qlora"},
+        {"method": "ia3"}, {"method": "oft", "block_size": 4}, {"method": "vera", "rank": 32},
+        {"method": "bottleneck", "size": 8}, {"method": "prefix", "hidden": 32},
+        {"method": "prompt", "virtual_tokens": 4}, {"method": "ptuning"},
+        {"method": "loreft", "layers": [0, 3], "first": 2},
+    ],
+    ids=lambda t: t["method"],
+)  # fmt: skip
+def test_method_is_valid_in_every_training_stage(tuning):
+    for kind in STAGES:
+        assert stage(kind, tuning).tuning.method == tuning["method"]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "key"),
+    [({"method": "full", "rank": 4}, "rank"), ({"method": "pissa", "alpha": 4}, "alpha"),
+     ({"method": "ia3", "rank": 4}, "rank"), ({"method": "prompt", "hidden": 4}, "hidden"),
+     ({"method": "bottleneck", "rank": 4}, "rank")],
+)  # fmt: skip
+def test_key_without_effect_on_the_method_is_unknown(tuning, key):
+    with pytest.raises(ValidationError) as caught:
+        stage("sft", tuning)
+    (error,) = caught.value.errors()
+    assert (error["type"], error["loc"][-1]) == ("extra_forbidden", key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning", "more", "said"),
+    [
+        ("sft", {"method": "head"}, {}, "which a policy stage does not add"),
+        ("sft", {"method": "prefix"}, {"gradient_checkpointing": True}, "drops the cache"),
+        ("dpo", {"method": "lora", "dropout": 0.1}, {}, "differ from its reference by chance"),
+        ("grpo", {"method": "qlora", "dropout": 0.1}, {}, "differ from its reference by chance"),
+        ("grpo", {"method": "bottleneck"}, {"sampling": {"engine": "vllm"}}, "cannot be merged"),
+        ("grpo", {"method": "prompt"}, {"sampling": {"engine": "vllm"}}, "cannot be merged"),
+        ("reward", {"method": "loreft", "last": 2}, {}, "does not know where a prompt ends"),
+        ("sft", {"method": "loreft", "first": 0}, {}, "no token is edited"),
+    ],
+)
+def test_illegal_combination_is_refused_with_its_reason(kind, tuning, more, said):
+    with pytest.raises(ValidationError, match=said):
+        stage(kind, tuning, **more)
+
+
+def test_head_trains_a_reward_stage():
+    assert stage("reward", {"method": "head"}).tuning.method == "head"
+
+
+RECIPE = """\
+name: x
+stages:
+  base: {kind: base, path: some/model}
+  sft:
+    kind: sft
+    init: base
+    data: [{world: sft}]
+    tuning: {method: lora, rank: 4}
+"""
+
+
+def mistakes(tmp_path, text: str) -> list[str]:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).split("\n")]
+
+
+def test_key_of_earlier_versions_says_what_to_write_now(tmp_path):
+    (line,) = mistakes(tmp_path, RECIPE.replace("tuning: {method: lora, rank: 4}", "lora: {}"))
+    assert line == (
+        "r.yaml:8:5: stages.sft.lora: unknown key; write 'tuning: {method: lora, rank: ...}' "
+        "instead"
+    )
+
+
+def test_unknown_method_lists_the_methods(tmp_path):
+    (line,) = mistakes(tmp_path, RECIPE.replace("method: lora", "method: loar"))
+    assert line.startswith("r.yaml:8:22: stages.sft.tuning.method: found 'loar'; expected one of ")
+    assert line.endswith("did you mean 'lora'?")
+    (line,) = mistakes(tmp_path, RECIPE.replace("method: lora, ", ""))
+    assert line.startswith("r.yaml:8:5: stages.sft.tuning.method: missing; expected one of full, ")
+
+
+def test_unknown_key_of_a_method_lists_its_own(tmp_path):
+    (line,) = mistakes(tmp_path, RECIPE.replace("rank: 4", "r: 4"))
+    assert line == "r.yaml:8:28: stages.sft.tuning.r: unknown key; did you mean 'rank'?"
+
+
+def test_extends_with_another_method_replaces_the_block(tmp_path):
+    (tmp_path / "a.yaml").write_text(RECIPE)
+    text = "extends: a.yaml\nstages:\n  sft: {tuning: {method: prompt}}\n"
+    (tmp_path / "b.yaml").write_text(text)
+    assert load_recipe(tmp_path / "b.yaml").stages["sft"].tuning.method == "prompt"
