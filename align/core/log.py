@@ -14,6 +14,8 @@ from align.core.errors import RecipeError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+CARDS_FILE = "cards.json"
+"""Cards of the reward models, written by an evaluate stage."""
 EVALUATIONS_FILE = "evaluations.jsonl"
 FILES = (SAMPLES_FILE, EVALUATIONS_FILE, METRICS_FILE)
 HEADLINE = (

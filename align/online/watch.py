@@ -70,8 +70,8 @@ class Watch:
         """Evaluate the policy after ``step`` steps; give the numbers under ``eval/``."""
         with self.engine.awake():
             # A version that training never uses: the next step pushes again, which also clears
-            # what the engine has cached of these prompts.
-            self.push(-1 - step)
+            # what the engine has cached of these prompts. -1 is an engine without weights.
+            self.push(-2 - step)
             experience = self._sample()
         experience = annotate(
             experience, self.policy, self.stage, old=True, reference=self.reference, critic=None

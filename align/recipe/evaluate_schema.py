@@ -28,7 +28,9 @@ class EvaluateStage(StageSpec):
     max_length: Count = 1024
     reward_models: list[str] = []
     pairs: list[DataSpec] = []
-    """Held-out pairs on which each reward model's accuracy is measured."""
+    """Held-out pairs on which each reward model's card is measured."""
+    sets: list[DataSpec] = []
+    """Rows ``{prompt, chosen: [..], rejected: [..]}`` (RewardBench 2) for best-of-4 accuracy."""
     max_lost_frac: Fraction = 0.0
     """Share of the prompts, and of the pairs, that may be lost to ``max_length``."""
     expect: dict[str, tuple[float | None, float | None]] = {}
@@ -41,7 +43,9 @@ class EvaluateStage(StageSpec):
             raise ValueError(f"baseline '{self.baseline}' is not among models {self.models}")
         if self.reward_models and not self.pairs:
             raise ValueError("'reward_models' needs 'pairs' to measure them on")
-        refuse_answers([*self.prompts, *self.pairs], "evaluate")
+        if self.sets and not self.reward_models:
+            raise ValueError("'sets' has no effect without 'reward_models'; remove it")
+        refuse_answers([*self.prompts, *self.pairs, *self.sets], "evaluate")
         distinct_names(self.scores)
         distinct_names(self.judge)
         return self

@@ -12,11 +12,9 @@ from torch import Tensor
 from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
 from align.core.errors import ArtefactError
-from align.core.log import MetricsLog
+from align.core.log import CARDS_FILE, MetricsLog
 from align.core.types import PromptRow
-from align.data.load import fit_rows, load_examples
-from align.evaluation.compare import as_triple, build_summary, check_expectations
-from align.evaluation.stats import paired_bootstrap
+from align.evaluation.compare import build_summary, check_expectations
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.annotate import local_plan
@@ -27,11 +25,10 @@ from align.online.scoring import score_answers
 from align.online.weights import check_push
 from align.recipe.schema import EvaluateStage
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.dpo import both
+from align.stages.card import CardInput, SampledAnswers, build_cards, headlines
 from align.stages.online import build_rewards, prompt_rows, start_engine
 from align.stages.training import fingerprints
 from reward_models.base import RewardFunction
-from reward_models.scalar import RewardModel, score_token_ids
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -55,23 +52,24 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
         _log_model(metrics, i + 1, name, records[name])
     metrics.close()
     summary = build_summary(records, baseline=spec.baseline, seed=context.seed)
-    summary["reward_models"] = {
-        name: {"pair_accuracy": pair_accuracy(spec, name, context)} for name in spec.reward_models
-    }
+    cards = reward_cards(spec, context, answers[spec.baseline], records[spec.baseline])
+    summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["engine"] = engine_name
     summary["expectations"] = check_expectations(summary, spec.expect)
     if distributed.rank() == 0:
         write_json_atomic(context.out / "summary.json", summary)
         write_samples(context.out / "samples.jsonl", records)
+        if cards:
+            write_json_atomic(context.out / CARDS_FILE, cards)
         for line in summary["expectations"]:
             log.info("expected %s in %s: %s", line["key"], line["band"], _verdict(line))
     held = {
         f"{model}/{name}": value[0]
-        for model, row in summary["models"].items()
+        for model, row in [*summary["models"].items(), *summary["reward_models"].items()]
         for name, value in row.items()
         if value[0] is not None
     }
-    return StageResult(held, fingerprints(spec.prompts, spec.pairs))
+    return StageResult(held, fingerprints(spec.prompts, spec.pairs, spec.sets))
 
 
 def _verdict(line: Record) -> str:
@@ -242,23 +240,22 @@ def write_samples(path: Path, records: dict[str, list[Record]]) -> None:
                                    ensure_ascii=False) + "\n")  # fmt: skip
 
 
-def pair_accuracy(spec: EvaluateStage, name: str, context: StageContext) -> list[float | None]:
-    """Measure how often a reward model scores the chosen answer above the rejected: [v, lo, hi].
-
-    Equal scores count half.
-    """
-    artefact = context.artefact(name, "reward_model")
-    chat = chat_format(artefact.model_dir)
-    examples = load_examples(spec.pairs, kind="preference", seed=context.seed)
-    pairs, _ = fit_rows(
-        [chat.pair_row(e) for e in examples],
-        max_length=spec.max_length,
-        max_lost_frac=spec.max_lost_frac,
-        what=f"{context.name}: pairs",
-    )
-    model = RewardModel.load(artefact.model_dir).to(distributed.device())
-    scores = score_token_ids(model, [row.input_ids for row in both(pairs)])
-    wins = [
-        0.5 if c == r else float(c > r) for c, r in zip(scores[0::2], scores[1::2], strict=True)
+def reward_cards(
+    spec: EvaluateStage, context: StageContext, answers: Experience, records: Sequence[Record]
+) -> dict[str, dict[str, Any]]:
+    """Measure the reward models; the baseline's answers give the best-of-n curve by the judge."""
+    if not spec.reward_models:
+        return {}
+    rows = [
+        [*prompt.input_ids, *answer.token_ids]
+        for prompt, answer in zip(answers.prompts, answers.completions, strict=True)
     ]
-    return as_triple(paired_bootstrap(wins, seed=context.seed))
+    everyone = [row for part in distributed.gather_objects(rows) for row in part]
+    groups = [record["prompt_index"] for record in records]
+    sampled = SampledAnswers(everyone, groups, [record["judge"] for record in records])
+    given = CardInput(
+        spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed,
+        sampled if spec.samples > 1 else None,
+    )  # fmt: skip
+    models = {name: context.artefact(name, "reward_model") for name in spec.reward_models}
+    return build_cards(models, given)

@@ -1,0 +1,25 @@
+"""Tell answers that decline from answers that answer, by their opening words."""
+
+import re
+
+OPENING_CHARACTERS = 160
+"""A refusal says so at once; later "I cannot" mostly belongs to an answer."""
+_DECLINES = re.compile(
+    r"\bI(?:'m| am) (?:sorry|unable|not able|afraid)\b"
+    r"|\bI (?:cannot|can't|can not|won't|will not)\b"
+    r"|\bI (?:must|have to) decline\b|\bas an AI\b|\bmy apologies\b|\bI apologi[sz]e\b",
+    re.IGNORECASE,
+)
+
+
+def declines(answer: str) -> bool:
+    """Say whether an answer opens with a phrase of refusal; a rule of thumb for English."""
+    return _DECLINES.search(answer[:OPENING_CHARACTERS].replace("\u2019", "'")) is not None
+
+
+def refusing_side(chosen: str, rejected: str) -> str:
+    """Name the side of a pair that declines: neither, chosen, rejected or both."""
+    sides = (declines(chosen), declines(rejected))
+    return {(False, False): "neither", (True, False): "chosen", (False, True): "rejected"}.get(
+        sides, "both"
+    )
