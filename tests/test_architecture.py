@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "align.tuning": (*L2, "align.recipe.tuning_schema", "align.models"),
     "align.training": L3,
     "align.online": L4, "align.evaluation": L4,
-    "align.stages": L5,
+    "align.preflight": L5, "align.stages": (*L5, "align.preflight"),
     "align.pipeline": ("align.core", "align.recipe", "align.report"),
     "align.report": ("align.core", "align.recipe"),
     "align.cli": ("align.core", "align.recipe", "align.pipeline", "align.report", "align.doctor"),

@@ -33,6 +33,12 @@ class ArtefactError(AlignError, OSError):
     exit_code = EXIT_USER
 
 
+class PreflightError(AlignError):
+    """Report a stage that a check stopped before its first step; each line says what to do."""
+
+    exit_code = EXIT_USER
+
+
 class TrainingError(AlignError, RuntimeError):
     """Report a run that cannot go on: a non-finite loss, an engine on old weights."""
 

@@ -40,6 +40,8 @@ class StageContext:
     name: str
     run_dir: Path
     seed: int
+    check_only: bool = False
+    """End before training with the preflight's card (``align check --deep``)."""
 
     @property
     def out(self) -> Path:

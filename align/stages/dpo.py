@@ -11,8 +11,10 @@ from align.core import distributed
 from align.core.types import PairRow, TokenRow
 from align.data.batching import plan_micro_batches
 from align.losses.preference import dpo_loss
+from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.preflight import preflight_offline
 from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
@@ -31,7 +33,8 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
     """Move ``spec.init`` towards the chosen answers of ``spec.data``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    rows, watched = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    render = Seen(chat.pair_row)
+    rows, watched = offline_rows(spec, context, kind="preference", render=render)
     module = build_policy(spec, source.model_dir)
     # Before the first step the policy is the reference (with LoRA too: B = 0).
     referenced = reference_pairs(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
@@ -42,6 +45,10 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
         collate,
         partial(preference_loss, spec),
     )
+    preflight_offline(
+        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        examples=render.examples,
+    )  # fmt: skip
     _, final = run_offline(module, task, spec, context)
     return finish_policy(spec, module, final, source=source, context=context)
 

@@ -16,9 +16,11 @@ from align.models.attention import segments_from_positions
 from align.models.heads import scorer_from
 from align.models.loading import load_tokenizer
 from align.online.weights import full_weights
+from align.preflight.checks import Seen
 from align.recipe.schema import RewardStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.dpo import both, pack_pairs, pair_length
+from align.stages.preflight import preflight_offline
 from align.stages.training import fingerprints, offline_rows, run_offline
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
@@ -32,11 +34,17 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
     """Train a scorer, begun from the policy ``spec.init``, to rank the pairs of ``spec.data``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    rows, watched = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    render = Seen(chat.pair_row)
+    rows, watched = offline_rows(spec, context, kind="preference", render=render)
     torch.manual_seed(distributed.derive_seed(context.seed, "head"))
     model = load_scorer(spec, source)
     task = OfflineTask(rows, watched, pair_length, collate, partial(scorer_loss, spec))
-    _, final = run_offline(SequenceValues(model), task, spec, context)
+    module = SequenceValues(model)
+    preflight_offline(
+        spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
+        examples=render.examples, prefix="model.",
+    )  # fmt: skip
+    _, final = run_offline(module, task, spec, context)
     mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)
     save_scorer(model, source, context, mean=mean, std=std)
     log.info("scores of %d reference pairs: mean %.3f, std %.3f", spec.norm_prompts, mean, std)

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from align.core.types import TokenRow
 from align.losses.supervised import nll
+from align.preflight.checks import Seen
 from align.recipe.schema import SftStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.preflight import preflight_offline
 from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
@@ -17,9 +19,14 @@ def run(spec: SftStage, context: StageContext) -> StageResult:
     """Fine-tune ``spec.init`` on the rows of ``spec.data``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    rows, watched = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    render = Seen(chat.sft_row)
+    rows, watched = offline_rows(spec, context, kind="sft", render=render)
     module = build_policy(spec, source.model_dir)
     task = OfflineTask(rows, watched, length_of, collate, sft_loss)
+    preflight_offline(
+        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        examples=render.examples,
+    )  # fmt: skip
     _, final = run_offline(module, task, spec, context)
     return finish_policy(spec, module, final, source=source, context=context)
 

@@ -1,0 +1,168 @@
+"""Checks on a model and its loss before the first step of sft, reward and dpo."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.core.artefacts import Artefact
+from align.online.weights import PUSH_TOLERANCE, full_weights
+from align.preflight.checks import Check, Finding, at_most, spread
+from align.recipe.schema import DpoStage, OfflineStage, RewardStage
+from align.training.offline import OfflineTask
+
+NUM_ROWS = 4
+NUM_TENSORS = 64
+LN2 = math.log(2.0)
+
+
+def loss_checks(
+    spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], *, vocab_size: int
+) -> list[Check]:
+    """Give the checks of an offline stage on its own loss, before any step.
+
+    Args:
+        spec: the stage. module: what the Learner will train. task: rows, batches and loss.
+        vocab_size: tokens the model can tell apart.
+    """
+    rows = few_rows(spec, task)
+    checks: list[Check] = [
+        ("first loss", partial(first_loss, spec, module, task, rows, vocab_size)),
+        ("packing", partial(packing, spec, module, task, rows)),
+    ]
+    if isinstance(spec, DpoStage):
+        checks.append(("reference", partial(reference, spec, module, task, rows)))
+    return checks
+
+
+def few_rows(spec: OfflineStage, task: OfflineTask[Any]) -> list[Any]:
+    """Choose some rows that fit one forward pass together."""
+    chosen: list[Any] = []
+    for row in spread(task.rows, NUM_ROWS):
+        if sum(map(task.length, [*chosen, row])) <= spec.micro_tokens or not chosen:
+            chosen.append(row)
+    return chosen
+
+
+@torch.no_grad()
+def loss_of(module: nn.Module, task: OfflineTask[Any], parts: Sequence[Sequence[Any]]) -> float:
+    """Give the loss of a batch that is cut into ``parts``, as one optimiser step sums it up."""
+    module.eval()
+    batch = [row for part in parts for row in part]
+    return sum(float(task.loss_fn(module, task.collate(part, batch))[0]) for part in parts)
+
+
+def first_loss(
+    spec: OfflineStage,
+    module: nn.Module,
+    task: OfflineTask[Any],
+    rows: Sequence[Any],
+    vocab_size: int,
+) -> Finding:
+    """Hold the loss before the first step to what it must be."""
+    loss = loss_of(module, task, [rows])
+    if isinstance(spec, DpoStage):
+        expected, what = expected_dpo_loss(spec)
+        limit = 2.0 * PUSH_TOLERANCE[spec.dtype] * max(1.0, expected)
+        return Finding(
+            f"{loss:.6f}",
+            f"{what} = {expected:.6f}, within {limit:.1g}",
+            "ok" if abs(loss - expected) <= limit else "fail",
+            "policy and reference differ before the first step; the reference must be the model "
+            "that the stage starts from",
+        )
+    if isinstance(spec, RewardStage):
+        return at_most(
+            loss, LN2 + 0.5, unit="nats, of ln 2 = 0.693 for a scorer that knows nothing",
+            remedy="the fresh scorer is sure of what it cannot know; look at margins and "
+            "center_coef", fails=not math.isfinite(loss),
+        )  # fmt: skip
+    return at_most(
+        loss, math.log(vocab_size), unit="nats per trained token",
+        remedy="the model predicts these answers worse than chance does: is it another model's "
+        "tokenizer, or a model that was never pretrained?", fails=not math.isfinite(loss),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def reference(
+    spec: DpoStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
+) -> Finding:
+    """Compare the reference's log-probabilities with the policy's: their KL begins at 0."""
+    batch = task.collate(rows, rows)
+    module.eval()
+    logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    gap = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
+    per_token = gap.abs() / batch.segment_sums(batch.mask.float()).clamp(min=1.0)
+    return at_most(
+        float(per_token.max()), PUSH_TOLERANCE[spec.dtype],
+        unit=f"nats a token between policy and reference, {len(gap)} answers",
+        remedy="the reference is not the model that the stage starts from",
+    )  # fmt: skip
+
+
+def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
+    """Give the loss where policy and reference are one model, and how it is written.
+
+    With a log-ratio of 0: sigmoid and cDPO -log sigmoid(0); robust ((1 - e) - e) / (1 - 2 e) times
+    that; hinge max(0, 1 - 0); ipo (0 - 1 / (2 beta))^2.
+    """
+    known = {"sigmoid": (LN2, "ln 2"), "robust": (LN2, "ln 2"), "hinge": (1.0, "1")}
+    return known.get(spec.loss, (1.0 / (4.0 * spec.beta**2), "1 / (4 beta^2)"))
+
+
+def packing(
+    spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
+) -> Finding:
+    """Compare the loss of rows packed into one with that of each row by itself."""
+    together = loss_of(module, task, [rows])
+    alone = loss_of(module, task, [[row] for row in rows])
+    return at_most(
+        abs(together - alone), PUSH_TOLERANCE[spec.dtype] * max(1.0, abs(alone)),
+        unit=f"between {len(rows)} rows packed and alone",
+        remedy="rows of one pack see each other; report it with the versions of 'align doctor'",
+    )  # fmt: skip
+
+
+def start_checks(model: nn.Module, source: Artefact, *, prefix: str = "") -> list[Check]:
+    """Give the check that a model is the artefact it shall start from.
+
+    Args:
+        model: the transformers or peft model. source: the artefact that ``init`` names.
+        prefix: what the saved names have before those of ``model``.
+    """
+    return [("start", partial(same_weights, model, source, prefix))]
+
+
+@torch.no_grad()
+def same_weights(model: nn.Module, source: Artefact, prefix: str) -> Finding:
+    """Compare weights in memory with those of the artefact, bit by bit, up to 64 tensors."""
+    from safetensors import safe_open
+
+    names: dict[str, Any] = {}
+    for file in sorted(source.model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    own = {prefix + name: tensor for name, tensor in full_weights(model)}
+    shared = spread([name for name in own if name in names], NUM_TENSORS)
+    different = []
+    for name in shared:
+        with safe_open(names[name], framework="pt") as tensors:
+            saved = tensors.get_tensor(name).to(own[name].dtype)
+        if not torch.equal(saved, own[name].detach().cpu()):
+            different.append(name)
+    sha = next((f["sha256"][:12] for n, f in source.manifest["files"].items()
+                if n.startswith("model/") and n.endswith(".safetensors")), "")  # fmt: skip
+    value = (
+        f"{len(shared) - len(different)} of {len(shared)} tensors are those of {source.path.name}"
+    )
+    return Finding(
+        f"{value} (sha256 {sha})",
+        "all",
+        "ok" if shared and not different else "fail",
+        f"other weights than the artefact's: {', '.join(different[:3]) or 'no name in common'}; "
+        "run the stage that wrote it again",
+    )
