@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from align.core.artefacts import Artefact
-from align.online.weights import PUSH_TOLERANCE, full_weights
+from align.online.weights import PUSH_TOLERANCE, checkpoint_name
 from align.preflight.checks import Check, Finding, at_most, spread
-from align.recipe.schema import DpoStage, OfflineStage, RewardStage
+from align.recipe.schema import DpoStage, OfflineStage, RewardStage, TrainingStage
 from align.training.offline import OfflineTask
 
 NUM_ROWS = 4
@@ -127,42 +129,56 @@ def packing(
     )  # fmt: skip
 
 
-def start_checks(model: nn.Module, source: Artefact, *, prefix: str = "") -> list[Check]:
-    """Give the check that a model is the artefact it shall start from.
+def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:
+    """Give the check that a model is the artefact that the stage starts from.
 
     Args:
-        model: the transformers or peft model. source: the artefact that ``init`` names.
-        prefix: what the saved names have before those of ``model``.
+        spec: the stage. model: the transformers or peft model. source: what ``init`` names.
     """
-    return [("start", partial(same_weights, model, source, prefix))]
+    # PiSSA moves the leading part of each weight it adapts into the adapter.
+    moved = spec.tuning.method == "pissa"
+    return [("start", partial(same_weights, model, source, moved=moved))]
 
 
 @torch.no_grad()
-def same_weights(model: nn.Module, source: Artefact, prefix: str) -> Finding:
+def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
     """Compare weights in memory with those of the artefact, bit by bit, up to 64 tensors."""
-    from safetensors import safe_open
-
-    names: dict[str, Any] = {}
-    for file in sorted(source.model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    own = {prefix + name: tensor for name, tensor in full_weights(model)}
-    shared = spread([name for name in own if name in names], NUM_TENSORS)
-    different = []
-    for name in shared:
-        with safe_open(names[name], framework="pt") as tensors:
-            saved = tensors.get_tensor(name).to(own[name].dtype)
-        if not torch.equal(saved, own[name].detach().cpu()):
-            different.append(name)
+    saved = _saved_names(source.model_dir)
+    own = {
+        name: tensor
+        for raw, tensor in model.named_parameters()
+        if not (moved and ".base_layer." in raw)
+        for name in (checkpoint_name(raw), "model." + checkpoint_name(raw))
+        if name in saved
+    }
+    chosen = spread(sorted(own), NUM_TENSORS)
+    different = [n for n in chosen if not _equal(own[n], _saved_tensor(saved[n], n))]
     sha = next((f["sha256"][:12] for n, f in source.manifest["files"].items()
                 if n.startswith("model/") and n.endswith(".safetensors")), "")  # fmt: skip
-    value = (
-        f"{len(shared) - len(different)} of {len(shared)} tensors are those of {source.path.name}"
-    )
+    name = source.path.name
     return Finding(
-        f"{value} (sha256 {sha})",
+        f"{len(chosen) - len(different)} of {len(chosen)} tensors are those of {name} ({sha})",
         "all",
-        "ok" if shared and not different else "fail",
+        "ok" if chosen and not different else "fail",
         f"other weights than the artefact's: {', '.join(different[:3]) or 'no name in common'}; "
         "run the stage that wrote it again",
     )
+
+
+def _saved_names(model_dir: Path) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def _saved_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _equal(own: Tensor, saved: Tensor) -> bool:
+    """Say whether a weight is the saved one; one that is held in 4 bits cannot be compared."""
+    is_quantised = own.dtype == torch.uint8
+    return is_quantised or torch.equal(saved.to(own.dtype), own.detach().cpu())

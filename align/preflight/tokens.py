@@ -82,7 +82,7 @@ def saved_stops(model_dir: Path) -> frozenset[int]:
 
 
 def trained_tokens(rows: Sequence[TokenRow]) -> Finding:
-    """Count the trained tokens; every row has some, and none at position 0, which nothing predicts."""
+    """Count the trained tokens; every row has some, none at position 0, which nothing predicts."""
     total = sum(len(row.trained) for row in rows)
     counts = [sum(row.trained) for row in rows]
     value = f"{sum(counts):,} of {total:,} tokens in {len(rows):,} rows, {min(counts)} at least"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from align.core.card import CARD_FILE, Card, read_card, title
-from align.report.markup import Markup, tag, table
+from align.report.markup import Markup, table, tag
 from align.report.read import RunRecord
 
 CLASSES = {"ok": "ok", "fail": "bad"}

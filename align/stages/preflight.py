@@ -22,7 +22,7 @@ from align.training.offline import OfflineTask
 log = logging.getLogger(__name__)
 
 
-class CheckedOnly(Exception):  # noqa: N818 - the end of a check that went well, no error
+class CheckedOnly(Exception):
     """End a stage that was started for its checks alone; holds the card."""
 
     def __init__(self, card: Card) -> None:
@@ -61,14 +61,13 @@ def preflight_offline(
     model: nn.Module,
     task: OfflineTask[Any],
     examples: Sequence[Example],
-    prefix: str = "",
 ) -> None:
     """Check an offline stage: its rows, the model it starts from, its loss.
 
     Args:
         module: what the loss is called with. model: the transformers or peft model inside it.
         task: rows, batches and loss. examples: some of what its rows were made from.
-        prefix: see ``start_checks``.
+
     """
     flat = [side for row in task.rows for side in _sides(row)]
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -76,7 +75,7 @@ def preflight_offline(
         context,
         [
             *row_checks(chat, flat, examples, model_dir=source.model_dir),
-            *start_checks(model, source, prefix=prefix),
+            *start_checks(spec, model, source),
             *loss_checks(spec, module, task, vocab_size=vocab_size),
         ],
     )

@@ -42,7 +42,7 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
     module = SequenceValues(model)
     preflight_offline(
         spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
-        examples=render.examples, prefix="model.",
+        examples=render.examples,
     )  # fmt: skip
     _, final = run_offline(module, task, spec, context)
     mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)

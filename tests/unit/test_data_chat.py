@@ -1,10 +1,13 @@
 """Token rows: prefix rendering, stop tokens, BOS, shared prompts, tokenizer specs."""
 
+import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
@@ -32,26 +35,7 @@ NO_STOP = (
 
 
 def make_tokenizer(template: str | None, *, bos: bool = False) -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer without merges: one token a byte, plus the special ones."""
-    special = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    chatml = template == MARKED
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>" if bos else None,
-        eos_token="<|im_end|>" if chatml else "</s>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+    return byte_tokenizer(template, bos=bos, eos="<|im_end|>" if template == MARKED else "</s>")
 
 
 def turn(role: str, content: str) -> dict[str, str]:

@@ -1,0 +1,327 @@
+"""The preflight's checks: each fault is made on purpose and must fail its own line."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_tokenizers import byte_tokenizer
+
+from align.core.artefacts import Artefact
+from align.core.card import Card, Line, read_card, table
+from align.core.errors import DataError, PreflightError
+from align.core.types import Example, TokenRow
+from align.data.chat import TEMPLATES, ChatFormat
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
+from align.preflight import offline, tokens
+from align.preflight.checks import Finding, Seen, examine
+from align.recipe.schema import DpoStage, Recipe, SftStage
+from align.report.markup import Markup
+from align.report.preflight import preflight
+from align.report.read import RunRecord, StageRecord
+from align.stages import dpo, sft
+from align.stages.base import StageContext
+from align.stages.preflight import CheckedOnly, settle
+from align.training.offline import OfflineTask
+
+DPO = DpoStage(kind="dpo", init="x", data=[{"path": "x"}])
+SFT = SftStage(kind="sft", init="x", data=[{"path": "x"}])
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def chat_of(template: str = TEMPLATES["plain"], *, bos: bool = False) -> ChatFormat:
+    return ChatFormat(byte_tokenizer(template, bos=bos))
+
+
+EXAMPLES = [
+    Example(
+        prompt=[turn("user", f"what comes after {i}")],
+        completion=[turn("assistant", f"it is {i + 1}")],
+        rejected=[turn("assistant", "no idea")],
+        source=f"a.jsonl:{i}",
+    )
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """Save a random model as an artefact."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = byte_tokenizer(TEMPLATES["plain"])
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    files = {"model/model.safetensors": {"sha256": "ab" * 32}}
+    return Artefact(folder, {"kind": "policy", "files": files})
+
+
+def policy(source: Artefact) -> LogprobModel:
+    return LogprobModel(load_policy(source.model_dir, dtype="float32"))
+
+
+def sft_task() -> OfflineTask:
+    rows = [chat_of().sft_row(e) for e in EXAMPLES]
+    return OfflineTask(rows, [], sft.length_of, sft.collate, sft.sft_loss)
+
+
+def dpo_task(spec: DpoStage, module: LogprobModel) -> OfflineTask:
+    pairs = dpo.reference_pairs(
+        module, [chat_of().pair_row(e) for e in EXAMPLES], micro_tokens=4096
+    )
+    return OfflineTask(
+        pairs,
+        [],
+        lambda r: dpo.pair_length(r.pair),
+        dpo.collate,
+        partial(dpo.preference_loss, spec),
+    )
+
+
+def test_good_rows_pass_every_check(source: Artefact) -> None:
+    chat = chat_of()
+    rows = [chat.sft_row(e) for e in EXAMPLES]
+    checks = tokens.row_checks(chat, rows, EXAMPLES, model_dir=source.model_dir)
+    module = policy(source)
+    checks += offline.start_checks(SFT, module.model, source)
+    checks += offline.loss_checks(SFT, module, sft_task(), vocab_size=1000)
+    lines = examine(checks)
+    assert {line.verdict for line in lines} == {"ok"}, lines
+    # "it is 1" and the stop are 8 tokens of one byte each; of each row as many.
+    assert lines[0].value.startswith("48 of ")
+
+
+def test_row_without_a_trained_token_is_named() -> None:
+    good = chat_of().sft_row(EXAMPLES[0])
+    blind = replace(good, trained=(False,) * len(good.trained), source="a.jsonl:9")
+    found = tokens.trained_tokens([good, blind])
+    assert found.verdict == "fail"
+    assert "a.jsonl:9" in found.remedy
+
+
+def test_turn_that_ends_without_a_stop_of_the_saved_model_is_named(source: Artefact) -> None:
+    chat, stops = chat_of(), tokens.saved_stops(source.model_dir)
+    row = chat.sft_row(EXAMPLES[2])
+    assert tokens.stop_tokens(chat, [row], stops).verdict == "ok"
+    # The last trained token is the stop: without it the turn ends in a letter.
+    last = max(t for t, trained in enumerate(row.trained) if trained)
+    trained = tuple(k and t != last for t, k in enumerate(row.trained))
+    found = tokens.stop_tokens(chat, [TokenRow(row.input_ids, trained, row.source)], stops)
+    assert found.verdict == "fail"
+    assert "a.jsonl:2" in found.remedy
+
+
+def test_sampler_that_stops_elsewhere_than_the_saved_model_fails(source: Artefact) -> None:
+    stops = tokens.saved_stops(source.model_dir)
+    assert tokens.generation_stops(chat_of(), stops).verdict == "ok"
+    other = ChatFormat(byte_tokenizer(TEMPLATES["chatml"], eos="<|im_end|>"))
+    assert tokens.generation_stops(other, stops).verdict == "fail"
+
+
+# Appends turn by turn, but ends a conversation of three turns with a word of its own.
+TWO_FACED = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    "{% if messages | length == 3 and not add_generation_prompt %}{{ 'BYE' }}{% endif %}"
+)
+
+
+def test_template_that_writes_more_at_once_than_by_turns_fails() -> None:
+    chat = chat_of(TWO_FACED)
+    ends_with_user = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
+    found = tokens.template(chat, [ends_with_user])
+    assert found.verdict == "fail"
+    assert "'" in found.value
+
+
+def test_template_that_rewrites_is_a_failed_line_with_the_place() -> None:
+    rewrites = (
+        "{% for m in messages %}{{ m['role'] + ':' }}{{ m['content'] if loop.last or m['role'] != "
+        "'assistant' else m['content'][:1] }}{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    turns = [turn("user", "q"), turn("assistant", "one"), turn("user", "r"),
+             turn("assistant", "two")]  # fmt: skip
+    (line,) = examine([("template", partial(tokens.template, chat_of(rewrites), [turns]))])
+    assert line.verdict == "fail"
+    assert "first difference at character" in line.remedy
+
+
+def test_template_with_todays_date_is_a_warning() -> None:
+    dated = "{{ '' if strftime_now is defined else '' }}" + TEMPLATES["plain"]
+    turns = [turn("user", "q"), turn("assistant", "a")]
+    assert tokens.template(chat_of(dated), [turns]).verdict == "warn"
+
+
+def test_double_and_missing_bos_are_told_apart() -> None:
+    chat = chat_of(bos=True)
+    bos = chat.tokenizer.bos_token_id
+    assert tokens.first_token(chat, [(bos, 9, 9)]).verdict == "ok"
+    assert tokens.first_token(chat, [(bos, bos, 9)]).verdict == "fail"
+    assert tokens.first_token(chat, [(bos, 9), (9, 9)]).verdict == "warn"
+    assert tokens.first_token(chat_of(), [(9, 9)]).verdict == "ok"
+
+
+def test_token_without_an_embedding_fails(source: Artefact) -> None:
+    chat = chat_of()
+    assert tokens.vocabulary(chat, [(1, 2)], source.model_dir).verdict == "ok"
+    assert tokens.vocabulary(chat, [(1, len(chat.tokenizer))], source.model_dir).verdict == "fail"
+    assert tokens.vocabulary(chat, [(1,) * 257], source.model_dir).verdict == "warn"
+
+
+def test_model_that_is_not_the_artefact_fails(source: Artefact) -> None:
+    module = policy(source)
+    (check,) = offline.start_checks(SFT, module.model, source)
+    assert check[1]().verdict == "ok"
+    with torch.no_grad():
+        module.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-4
+    found = check[1]()
+    assert found.verdict == "fail"
+    assert "layers.1.mlp.down_proj" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "value"),
+    [("sigmoid", {}, math.log(2)), ("sigmoid", {"label_smoothing": 0.2}, math.log(2)),
+     ("robust", {"label_smoothing": 0.2}, math.log(2)), ("hinge", {}, 1.0),
+     # (0 - 1 / (2 * 0.25))^2 = 2^2
+     ("ipo", {"beta": 0.25}, 4.0)],
+)  # fmt: skip
+def test_first_dpo_loss_is_that_of_equal_models(
+    source: Artefact, loss: str, options: dict, value: float
+) -> None:
+    spec = DpoStage(kind="dpo", init="x", data=[{"path": "x"}], loss=loss, **options)
+    module = policy(source)
+    task = dpo_task(spec, module)
+    rows = offline.few_rows(spec, task)
+    assert offline.loss_of(module, task, [rows]) == pytest.approx(value, abs=1e-5)
+    checks = offline.loss_checks(spec, module, task, vocab_size=1000)
+    assert {line.verdict for line in examine(checks)} == {"ok"}
+
+
+def test_reference_that_is_another_model_fails(source: Artefact) -> None:
+    module = policy(source)
+    task = dpo_task(DPO, module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(10.0)
+    verdicts = {
+        line.name: line.verdict
+        for line in examine(offline.loss_checks(DPO, module, task, vocab_size=1000))
+    }
+    assert verdicts == {"first loss": "fail", "packing": "ok", "reference": "fail"}
+
+
+def test_rows_that_see_each_other_fail(source: Artefact) -> None:
+    class Leaky(nn.Module):
+        """Forget where sequences begin, as attention over a pack without a mask does."""
+
+        def __init__(self, inner: LogprobModel) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, position_ids, *, mask):
+            return self.inner(input_ids, torch.arange(input_ids.shape[1])[None], mask=mask)
+
+    task, inner = sft_task(), policy(source)
+    # Random weights of 0.02 hardly attend; these do.
+    with torch.no_grad():
+        for p in inner.parameters():
+            p.mul_(10.0)
+    rows = offline.few_rows(SFT, task)
+    assert offline.packing(SFT, inner, task, rows).verdict == "ok"
+    assert offline.packing(SFT, Leaky(inner), task, rows).verdict == "fail"
+
+
+def test_model_worse_than_chance_is_a_warning(source: Artefact) -> None:
+    task, module = sft_task(), policy(source)
+    rows = offline.few_rows(SFT, task)
+    # A model of 261 tokens near uniform has ln 261 = 5.56 nats: fine for it, too much for 2 tokens.
+    assert offline.first_loss(SFT, module, task, rows, 300).verdict == "ok"
+    assert offline.first_loss(SFT, module, task, rows, 2).verdict == "warn"
+
+
+def test_seen_keeps_examples_spread_over_all() -> None:
+    seen = Seen(lambda example: example.source)
+    assert [seen(Example(prompt="", source=str(i))) for i in range(1000)][-1] == "999"
+    kept = [int(e.source) for e in seen.examples]
+    assert 16 <= len(kept) < 32
+    assert kept[-1] > 900
+    assert len({b - a for a, b in pairwise(kept)}) == 1
+
+
+def test_error_of_a_check_becomes_a_failed_line() -> None:
+    def broken() -> Finding:
+        raise DataError("b.jsonl:4: no turns")
+
+    (line,) = examine([("rows", broken)])
+    assert (line.verdict, line.remedy) == ("fail", "b.jsonl:4: no turns")
+
+
+def context(tmp_path: Path, **options) -> StageContext:
+    recipe = Recipe(name="r", stages={"sft": SFT})
+    (tmp_path / "sft").mkdir()
+    return StageContext(recipe, "sft", tmp_path, 0, **options)
+
+
+def test_failed_line_stops_the_stage_and_the_card_is_kept(tmp_path: Path) -> None:
+    bad = ("bos", lambda: Finding("3 rows with two", "never", "fail", "take one out"))
+    with pytest.raises(PreflightError, match="bos: 3 rows with two: take one out") as caught:
+        settle(context(tmp_path), [("fine", lambda: Finding("1")), bad])
+    assert caught.value.exit_code == 2
+    card = read_card(json.loads((tmp_path / "sft" / "preflight.json").read_text()))
+    assert [(line.name, line.verdict) for line in card.lines] == [("fine", "ok"), ("bos", "fail")]
+
+
+def test_check_only_ends_with_the_card_and_writes_nothing(tmp_path: Path) -> None:
+    bad = ("bos", lambda: Finding("3", "never", "fail", "take one out"))
+    with pytest.raises(CheckedOnly) as caught:
+        settle(context(tmp_path, check_only=True), [bad])
+    assert [line.verdict for line in caught.value.card.lines] == ["fail"]
+    assert not (tmp_path / "sft" / "preflight.json").exists()
+
+
+CARD = Card(
+    "sft", "sft", [Line("bos", "<2>", "1", "warn", "cut it", 0.25), Line("x", "1", "", "ok")]
+)
+
+
+def test_table_shows_remedies_of_what_is_not_ok() -> None:
+    assert table(CARD) == [
+        "sft (sft): 1 ok, 1 warn, 0.2 s",
+        "  warn     bos  <2>  (1)",
+        "                -> cut it",
+        "  ok       x    1",
+    ]
+
+
+def test_report_shows_the_card_escaped(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "preflight.json").write_text(json.dumps(CARD.plain()))
+    stage = StageRecord("sft", "sft", "done", ())
+    run = RunRecord(tmp_path, Recipe(name="r", stages={"sft": SFT}), [stage], {}, [])
+    shown = preflight(run)
+    assert isinstance(shown, Markup)
+    assert "&lt;2&gt;" in shown
+    assert "cut it" in shown
+    (tmp_path / "sft" / "preflight.json").write_text("{}")
+    assert preflight(run) is None
