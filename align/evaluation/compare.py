@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from align.evaluation.stats import Interval, WinRate, paired_bootstrap, win_rate
+from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_interval, win_rate
 
 Triple = list[float | None]
 """[value, low, high]; None where there is nothing to estimate from."""
@@ -71,9 +71,33 @@ def valid_pairs(
 def mean_interval(
     scores: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0
 ) -> Interval | None:
-    """Give the mean of the valid scores with its 95 % interval; None where there is none."""
+    """Give the mean of the valid scores with its 95 % interval; None where there is none.
+
+    Scores that all lie in [0, 1] are shares and have a `share_interval`; others are bootstrapped.
+    """
     kept, _, names = valid_pairs(scores, scores, clusters)
-    return paired_bootstrap(kept, clusters=names, seed=seed) if kept else None
+    if not kept:
+        return None
+    if _are_shares(kept):
+        return share_interval(kept, clusters=names)
+    return paired_bootstrap(kept, clusters=names, seed=seed)
+
+
+def difference_interval(
+    a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0
+) -> Interval | None:
+    """Give the mean of a - b over valid pairs with its 95 % interval, as `mean_interval` does."""
+    kept_a, kept_b, names = valid_pairs(a, b, clusters)
+    if not kept_a:
+        return None
+    if _are_shares(kept_a) and _are_shares(kept_b):
+        moved = [x - y for x, y in zip(kept_a, kept_b, strict=True)]
+        return share_interval(moved, bounds=(-1.0, 1.0), clusters=names)
+    return paired_bootstrap(kept_a, kept_b, clusters=names, seed=seed)
+
+
+def _are_shares(values: Sequence[float]) -> bool:
+    return min(values) >= 0.0 and max(values) <= 1.0
 
 
 def _columns(records: Sequence[Record]) -> dict[str, Callable[[Record], float | None]]:
@@ -161,20 +185,18 @@ def compare(
     places = sorted(places_a)
     clusters = [prompt for prompt, _ in places]
     columns_b = _columns(records_b)
-    kept: dict[str, tuple[list[float], list[float], list[Any]]] = {}
-    for name, of in _columns(records_a).items():
-        if name in columns_b:
-            values_a = [of(places_a[place]) for place in places]
-            values_b = [of(places_b[place]) for place in places]
-            kept[name] = valid_pairs(values_a, values_b, clusters)
-    judged_a, judged_b, names = kept["judge"]
-    won = win_rate(judged_a, judged_b, clusters=names, seed=seed) if judged_a else None
+    values = {
+        name: ([of(places_a[place]) for place in places], [of(places_b[place]) for place in places])
+        for name, of in _columns(records_a).items()
+        if name in columns_b
+    }
+    judged_a, judged_b, names = valid_pairs(*values["judge"], clusters)
     return Comparison(
-        win_rate=won,
+        win_rate=win_rate(judged_a, judged_b, clusters=names) if judged_a else None,
         num_invalid=len(places) - len(judged_a),
         differences={
-            name: as_triple(paired_bootstrap(a, b, clusters=c, seed=seed) if a else None)
-            for name, (a, b, c) in kept.items()
+            name: as_triple(difference_interval(a, b, clusters, seed=seed))
+            for name, (a, b) in values.items()
         },
     )
 

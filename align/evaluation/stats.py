@@ -1,4 +1,8 @@
-"""Intervals for comparisons: the paired, clustered bootstrap and the win rate. numpy only."""
+"""Intervals for means over prompts: the studentised bootstrap, and the score interval of a share.
+
+Both take clusters, so that several answers to one prompt are not independent evidence, and pairs.
+How often they cover the truth is measured by benchmarks/coverage.py. numpy and scipy only.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +11,10 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
 
+MIN_SPREAD_FRAC = 0.9
+"""Share of the resamples that must show some spread for the bootstrap to be used."""
 DRAW_CELLS = 1_000_000
 """Resampled cluster numbers held in memory at a time."""
 
@@ -76,6 +83,55 @@ def _cluster_sums(
     return sums.astype(np.float64), counts.astype(np.float64)
 
 
+def _student(level: float, num_clusters: int) -> float:
+    return float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1))
+
+
+def _linearised_error(
+    residuals: NDArray[np.float64], counts: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give the standard error of sum / count over the last axis, from each cluster's residual."""
+    n = residuals.shape[-1]
+    return np.sqrt((residuals**2).sum(-1) * n / (n - 1)) / counts.sum(-1)
+
+
+def _check(level: float, num_draws: int = 1) -> None:
+    if not 0.0 < level < 1.0 or num_draws < 1:
+        raise ValueError(f"level {level}, num_draws {num_draws}: expected (0, 1) and at least 1")
+
+
+def _paired(a: ArrayLike, b: ArrayLike | None) -> NDArray[np.float64]:
+    x = _scores("a", a)
+    if b is None:
+        return x
+    other = _scores("b", b)
+    if other.shape != x.shape:
+        raise ValueError(f"{x.size} scores against {other.size}; expected pairs")
+    return x - other
+
+
+def standard_error(
+    a: ArrayLike, b: ArrayLike | None = None, *, clusters: Sequence[object] | None = None
+) -> float:
+    """Give the standard error of the mean of ``a``, or of ``a - b``, by the jackknife on clusters.
+
+    NaN where there is one cluster only.
+
+    Raises:
+        ValueError: as `paired_bootstrap`.
+    """
+    sums, counts = _cluster_sums(_paired(a, b), clusters)
+    return _jackknife_error(sums, counts)
+
+
+def _jackknife_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
+    n = sums.size
+    if n == 1:
+        return float("nan")
+    left_out = (sums.sum() - sums) / (counts.sum() - counts)
+    return float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
+
+
 def paired_bootstrap(
     a: ArrayLike,
     b: ArrayLike | None = None,
@@ -85,10 +141,13 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Give the mean of ``a``, or of ``a - b``, with its bootstrap percentile interval.
+    """Give the mean of ``a``, or of ``a - b``, with its studentised bootstrap interval.
 
     Whole clusters are drawn with replacement, so that several answers to one prompt are not taken
-    for independent evidence. With fewer than about 20 clusters the interval is too narrow.
+    for independent evidence, and each resample is measured in its own standard error, which holds
+    what it promises at 20 clusters where percentiles of the resampled means are too narrow. Where
+    many resamples show no spread at all (a few values that differ among many alike) the interval
+    is Student's; where no cluster differs from another it is the value itself.
 
     Args:
         a: one finite score per answer.
@@ -105,38 +164,112 @@ def paired_bootstrap(
         ValueError: lengths differ, nothing is given, or a score is not finite.
 
     Reference:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3; resampling of
-        clusters Davison and Hinkley 1997, section 3.8.
+        Davison and Hinkley 1997, Bootstrap Methods and their Application, section 5.2.1
+        (studentised), 3.8 (clusters).
     """
-    if not 0.0 < level < 1.0 or num_draws < 1:
-        raise ValueError(f"level {level}, num_draws {num_draws}: expected (0, 1) and at least 1")
-    x = _scores("a", a)
-    if b is not None:
-        other = _scores("b", b)
-        if other.shape != x.shape:
-            raise ValueError(f"{x.size} scores against {other.size}; expected pairs")
-        x = x - other
-    sums, counts = _cluster_sums(x, clusters)
-    value = float(sums.sum() / counts.sum())
-    if sums.size == 1:
+    _check(level, num_draws)
+    sums, counts = _cluster_sums(_paired(a, b), clusters)
+    return ratio_bootstrap(sums, counts, num_draws=num_draws, seed=seed, level=level)
+
+
+def ratio_bootstrap(
+    sums: ArrayLike,
+    counts: ArrayLike,
+    *,
+    num_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Give ``sum(sums) / sum(counts)`` over independent clusters as `paired_bootstrap` does.
+
+    Args:
+        sums: one total per cluster (nats of a row, say).
+        counts: what it is a total of (tokens of the row), above 0.
+        num_draws: resamples. seed: of the resampling. level: confidence, in (0, 1).
+    """
+    _check(level, num_draws)
+    totals, sizes = _scores("sums", sums), _scores("counts", counts)
+    n, value = totals.size, float(totals.sum() / sizes.sum())
+    if n == 1:
         return Interval(value, float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    step = max(1, DRAW_CELLS // sums.size)
-    means = []
-    for start in range(0, num_draws, step):
-        drawn = rng.integers(sums.size, size=(min(step, num_draws - start), sums.size))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    residuals = totals - value * sizes
+    error = float(_linearised_error(residuals, sizes))
+    if error <= 1e-12 * max(1.0, abs(value)):
+        return Interval(value, value, value)
+    pivots = _pivots(residuals, sizes, num_draws=num_draws, seed=seed)
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(np.concatenate(means), (tail, 1.0 - tail))
-    return Interval(value, float(low), float(high))
+    if pivots.size < MIN_SPREAD_FRAC * num_draws:
+        upper = _student(level, n)
+        lower = -upper
+    else:
+        lower, upper = np.quantile(pivots, (tail, 1.0 - tail))
+    return Interval(value, value - max(upper, 0.0) * error, value - min(lower, 0.0) * error)
 
 
-def _wilson(value: float, n: int, level: float) -> Interval:
-    """Give the Wilson interval of a share measured on n independent trials."""
-    z = NormalDist().inv_cdf(0.5 + level / 2.0)
-    middle = (value + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return Interval(value, middle - half, middle + half)
+def _pivots(
+    residuals: NDArray[np.float64], sizes: NDArray[np.float64], *, num_draws: int, seed: int
+) -> NDArray[np.float64]:
+    """Give (resampled mean - mean) / its standard error for each resample that has spread."""
+    rng = np.random.default_rng(seed)
+    n = residuals.size
+    step = max(1, DRAW_CELLS // n)
+    smallest = 1e-9 * float(_linearised_error(residuals, sizes))
+    found = []
+    for start in range(0, num_draws, step):
+        drawn = rng.integers(n, size=(min(step, num_draws - start), n))
+        counts, moved = sizes[drawn], residuals[drawn]
+        shift = moved.sum(1) / counts.sum(1)
+        errors = _linearised_error(moved - shift[:, None] * counts, counts)
+        spread = errors > smallest
+        found.append(shift[spread] / errors[spread])
+    return np.concatenate(found)
+
+
+def share_interval(
+    x: ArrayLike,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    clusters: Sequence[object] | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """Give the mean of bounded values with its score interval for clusters.
+
+    Wilson's interval, with as many trials as would give a share this value's standard error
+    (the jackknife's over clusters) and Student's quantile. It stays inside the bounds, and needs no
+    spread: where all clusters came out alike, it is Wilson's own with the clusters as trials.
+
+    Args:
+        x: one finite value per answer, inside ``bounds``.
+        bounds: lowest and highest possible value: (0, 1) of a share, (-1, 1) of a difference.
+        clusters: what each value belongs to (its prompt); None makes each value its own.
+        level: confidence, in (0, 1).
+
+    Raises:
+        ValueError: a value is outside ``bounds``, or as `paired_bootstrap`.
+
+    Reference:
+        Wilson 1927; effective sample size with a t quantile: Korn and Graubard 1998, Survey
+        Methodology 24, section 2.
+    """
+    _check(level)
+    low, high = bounds
+    values = _scores("x", x)
+    if values.min() < low or values.max() > high:
+        raise ValueError(f"values in [{values.min()}, {values.max()}], expected [{low}, {high}]")
+    sums, counts = _cluster_sums((values - low) / (high - low), clusters)
+    n, share = sums.size, float(sums.sum() / counts.sum())
+    value = low + (high - low) * share
+    if n == 1:
+        return Interval(value, float("nan"), float("nan"))
+    error, room = _jackknife_error(sums, counts), share * (1.0 - share)
+    if error > 1e-9:
+        trials, z = room / error**2, _student(level, n)
+    else:
+        trials, z = float(n), NormalDist().inv_cdf(0.5 + level / 2.0)
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * sqrt(max(room, 0.0) / trials + (z / (2 * trials)) ** 2)
+    ends = (max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(value, *(low + (high - low) * end for end in ends))
 
 
 def win_rate(
@@ -144,25 +277,15 @@ def win_rate(
     scores_b: ArrayLike,
     *,
     clusters: Sequence[object] | None = None,
-    num_draws: int = 2000,
-    seed: int = 0,
     level: float = 0.95,
 ) -> WinRate:
     """Count how often ``scores_a`` beats ``scores_b``, ties as half a win, with an interval.
-
-    The interval is that of `paired_bootstrap`. Where every cluster came out alike (all won, say)
-    resampling shows no spread at all; the bounds are then Wilson's for that many clusters.
 
     Args:
         scores_a: one finite score per answer.
         scores_b: the other side's scores on the same prompts in the same order.
         clusters: what each pair belongs to (its prompt); None makes each pair its own.
-        num_draws: resamples.
-        seed: the same seed gives the same interval.
-        level: confidence, in (0, 1).
-
-    Returns:
-        Win rate, bounds and counts.
+        level: confidence of the `share_interval`, in (0, 1).
 
     Raises:
         ValueError: lengths differ, nothing is given, or a score is not finite.
@@ -170,18 +293,26 @@ def win_rate(
     a, b = _scores("scores_a", scores_a), _scores("scores_b", scores_b)
     if a.shape != b.shape:
         raise ValueError(f"{a.size} scores against {b.size}; expected pairs")
-    results = (a > b) + 0.5 * (a == b)
-    interval = paired_bootstrap(
-        results, clusters=clusters, num_draws=num_draws, seed=seed, level=level
-    )
-    sums, counts = _cluster_sums(results, clusters)
-    if sums.size > 1 and np.ptp(sums / counts) == 0.0:
-        interval = _wilson(interval.value, sums.size, level)
+    return win_rate_of((a > b) + 0.5 * (a == b), clusters=clusters, level=level)
+
+
+def win_rate_of(
+    results: ArrayLike, *, clusters: Sequence[object] | None = None, level: float = 0.95
+) -> WinRate:
+    """Sum up judged pairs: above 1/2 is a win, 1/2 a tie, below 1/2 a loss.
+
+    Args:
+        results: one value in [0, 1] per pair: the mean over both orders that were judged.
+        clusters: what each pair belongs to (its prompt); None makes each pair its own.
+        level: confidence of the `share_interval`, in (0, 1).
+    """
+    x = _scores("results", results)
+    interval = share_interval(x, clusters=clusters, level=level)
     return WinRate(
         value=interval.value,
         low=interval.low,
         high=interval.high,
-        wins=int((a > b).sum()),
-        ties=int((a == b).sum()),
-        losses=int((a < b).sum()),
+        wins=int((x > 0.5).sum()),
+        ties=int((x == 0.5).sum()),
+        losses=int((x < 0.5).sum()),
     )

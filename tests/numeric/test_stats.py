@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.evaluation import stats
-from align.evaluation.stats import paired_bootstrap, win_rate
+from align.evaluation.stats import (
+    paired_bootstrap,
+    ratio_bootstrap,
+    share_interval,
+    standard_error,
+    win_rate,
+)
 
 
 def test_win_rate_with_ties_by_hand():
@@ -36,12 +42,11 @@ def test_win_rate_without_spread_has_wilson_bounds():
 @settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=20),
-    st.integers(0, 5),
 )
-def test_win_rate_of_the_other_side_is_the_mirror(pairs, seed):
+def test_win_rate_of_the_other_side_is_the_mirror(pairs):
     a, b = ([float(x) for x in side] for side in zip(*pairs, strict=True))
-    ours = win_rate(a, b, num_draws=200, seed=seed)
-    theirs = win_rate(b, a, num_draws=200, seed=seed)
+    ours = win_rate(a, b)
+    theirs = win_rate(b, a)
     assert (ours.wins, ours.ties, ours.losses) == (theirs.losses, theirs.ties, theirs.wins)
     assert ours.value == pytest.approx(1.0 - theirs.value)
     assert ours.low == pytest.approx(1.0 - theirs.high)
@@ -52,10 +57,57 @@ def test_bootstrap_value_weighs_answers_not_clusters():
     # Cluster x has three answers: (1 + 2 + 3 + 10) / 4, not the mean of 2 and 10.
     interval = paired_bootstrap([1, 2, 3, 10], clusters=["x", "x", "x", "y"])
     assert interval.value == 4.0
-    # Two clusters give the resamples xx, xy, yy: means 2, 4, 10, with chances 1/4, 1/2, 1/4.
-    assert (interval.low, interval.high) == (2.0, 10.0)
-    middle = paired_bootstrap([1, 2, 3, 10], clusters=["x", "x", "x", "y"], level=0.2)
-    assert (middle.low, middle.high) == (4.0, 4.0)
+    # Half of the resamples of two clusters have no spread, so the interval is Student's with one
+    # degree of freedom (12.7062). Residuals 6 - 3 * 4 and 10 - 4: the error is
+    # sqrt(2 / (2 - 1) * (36 + 36)) / 4 = 3.
+    assert interval.low == pytest.approx(4.0 - 3 * 12.7062, abs=1e-3)
+    assert interval.high == pytest.approx(4.0 + 3 * 12.7062, abs=1e-3)
+
+
+def test_bootstrap_of_clusters_that_are_all_alike_is_the_value():
+    interval = paired_bootstrap([2.0, 4.0, 3.0, 3.0], clusters=["x", "x", "y", "z"])
+    assert (interval.value, interval.low, interval.high) == (3.0, 3.0, 3.0)
+
+
+def test_share_of_independent_trials_is_wilsons_with_students_quantile():
+    # 12 right of 40. The jackknife's variance is p (1 - p) / (n - 1), so there are n - 1 trials.
+    p, trials, z = 0.3, 39, 2.022691  # t quantile, 39 degrees of freedom
+    middle = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
+    interval = share_interval([1.0] * 12 + [0.0] * 28)
+    assert (interval.low, interval.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_share_of_copies_knows_no_more_than_one_of_each():
+    x = [1.0, 0.0, 1.0, 1.0, 0.5, 0.0]
+    copies = share_interval(x * 7, clusters=list(range(6)) * 7)
+    assert copies.low == pytest.approx(share_interval(x).low)
+    assert copies.low != pytest.approx(share_interval(x * 7).low)
+
+
+def test_difference_is_a_share_on_a_wider_scale():
+    results = [1.0, 0.5, 0.0, 1.0, 1.0, 0.5]
+    share = share_interval(results)
+    difference = share_interval([2 * x - 1 for x in results], bounds=(-1.0, 1.0))
+    assert difference.value == pytest.approx(2 * share.value - 1)
+    assert difference.low == pytest.approx(2 * share.low - 1)
+    assert difference.high == pytest.approx(2 * share.high - 1)
+
+
+def test_share_refuses_what_is_outside_its_bounds():
+    with pytest.raises(ValueError, match=r"\[0.5, 1.5\], expected \[0.0, 1.0\]"):
+        share_interval([0.5, 1.5])
+
+
+def test_ratio_of_unlike_clusters_is_total_over_total():
+    # 10 nats on 2 tokens and 10 on 8: 2 nats a token, not the mean of 5 and 1.25.
+    assert ratio_bootstrap([10.0, 10.0], [2.0, 8.0]).value == 2.0
+
+
+def test_standard_error_of_independent_scores_is_the_textbooks():
+    x = np.random.default_rng(5).normal(size=30)
+    assert standard_error(x) == pytest.approx(x.std(ddof=1) / math.sqrt(30))
+    assert math.isnan(standard_error([1.0, 2.0], clusters=["x", "x"]))
 
 
 def test_bootstrap_interval_has_the_width_of_the_normal_theory():
@@ -65,23 +117,6 @@ def test_bootstrap_interval_has_the_width_of_the_normal_theory():
     assert interval.value == pytest.approx(x.mean())
     assert interval.low == pytest.approx(x.mean() - half, abs=0.1 * half)
     assert interval.high == pytest.approx(x.mean() + half, abs=0.1 * half)
-
-
-def test_bootstrap_covers_the_true_mean_as_often_as_it_says_only_with_clusters():
-    # 40 prompts, 4 answers each; an answer is its prompt's difficulty plus noise. The percentile
-    # interval of 40 clusters covers about 94 %; taken as 160 independent answers, far less.
-    rng = np.random.default_rng(7)
-    prompts = np.repeat(np.arange(40), 4)
-    rounds, clustered, naive = 300, 0, 0
-    for seed in range(rounds):
-        x = rng.normal(size=40)[prompts] + 0.5 * rng.normal(size=160)
-        with_clusters = paired_bootstrap(x, clusters=prompts.tolist(), num_draws=300, seed=seed)
-        without = paired_bootstrap(x, num_draws=300, seed=seed)
-        clustered += with_clusters.low <= 0.0 <= with_clusters.high
-        naive += without.low <= 0.0 <= without.high
-    # Binomial standard deviation at 300 rounds: 1.4 %.
-    assert 0.89 <= clustered / rounds <= 0.98
-    assert naive / rounds < 0.8
 
 
 def test_bootstrap_difference_is_paired():

@@ -1,0 +1,49 @@
+"""pass@k and avg@k from several answers to each prompt."""
+
+from collections.abc import Hashable, Sequence
+from math import comb
+
+from align.evaluation.stats import Interval, share_interval
+
+
+def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
+    """Estimate without bias the chance that one of k answers is right.
+
+    1 - C(n - c, k) / C(n, k): of all choices of k among the n answers, the share that holds one of
+    the c right ones.
+
+    Raises:
+        ValueError: fewer than k answers.
+
+    Reference:
+        arXiv:2107.03374 eq. 1.
+    """
+    if not 0 <= num_right <= num_answers or not 1 <= k <= num_answers:
+        raise ValueError(f"{num_right} right of {num_answers} answers, k {k}: expected c <= n >= k")
+    return 1.0 - comb(num_answers - num_right, k) / comb(num_answers, k)
+
+
+def pass_by_prompt(
+    scores: Sequence[float | None], prompts: Sequence[Hashable], *, k: int
+) -> dict[Hashable, float]:
+    """Give pass@k of each prompt that has at least k valid scores; a score of 1 is right.
+
+    Args:
+        scores: one per answer, None where it is invalid. prompts: the prompt of each answer.
+        k: answers of which one must be right.
+    """
+    counts: dict[Hashable, list[int]] = {}
+    for score, prompt in zip(scores, prompts, strict=True):
+        if score is not None:
+            known = counts.setdefault(prompt, [0, 0])
+            known[0] += 1
+            known[1] += score >= 1.0
+    return {name: pass_at_k(n, c, k) for name, (n, c) in counts.items() if n >= k}
+
+
+def pass_at_k_interval(
+    scores: Sequence[float | None], prompts: Sequence[Hashable], *, k: int
+) -> Interval | None:
+    """Give the mean of pass@k over prompts with its interval; None without a prompt to count."""
+    values = list(pass_by_prompt(scores, prompts, k=k).values())
+    return share_interval(values) if values else None
