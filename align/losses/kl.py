@@ -41,6 +41,31 @@ def kl_estimate(
     return torch.expm1(-x) + x
 
 
+def corrected_kl(
+    logprobs: Float[Tensor, "*S"],
+    old_logprobs: Float[Tensor, "*S"],
+    ref_logprobs: Float[Tensor, "*S"],
+) -> Float[Tensor, "*S"]:
+    """Estimate KL(policy || reference) at tokens sampled from an older policy, as a loss.
+
+    (policy / old) * k3, with gradient through the ratio: over samples of the old policy both its
+    mean and its expected gradient are those of KL(policy || reference).
+
+    Args:
+        logprobs: log-probabilities under the policy being trained.
+        old_logprobs: the same tokens under the policy that sampled them.
+        ref_logprobs: the same tokens under the reference.
+
+    Returns:
+        One estimate per token, with the gradient of ``logprobs``.
+
+    Reference:
+        arXiv:2512.02556 section 3.1. Deviation: the log-ratio is held within +-20 nats.
+    """
+    ratio = (logprobs - old_logprobs.detach()).clamp(-20.0, 20.0).exp()
+    return ratio * kl_estimate(logprobs, ref_logprobs, "k3")
+
+
 class FixedKL:
     """Hold a KL coefficient that stays as it is."""
 

@@ -1,11 +1,13 @@
-"""The clipped policy loss of PPO and GRPO, and the correction for the sampler's distribution."""
+"""The policy losses of the online methods, and the correction for the sampler's distribution."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from align.losses.reduce import segment_mean, segment_sum
 
 MAX_LOG_RATIO = 20.0
 """Bound of a log-ratio in nats, so that exp stays finite in float32."""
@@ -18,7 +20,7 @@ class PerToken:
     Attributes:
         loss: loss of each token, 0 where the mask is False.
         ratio: current over old probability, detached, 1 where the mask is False.
-        clipped: True where the clip holds, so that the token has no gradient.
+        clipped: True where a bound holds: the token then has no gradient (cispo: a smaller one).
     """
 
     loss: Float[Tensor, "*S"]
@@ -57,7 +59,7 @@ def clipped_policy_loss(
         old_logprobs: the same tokens under the trainer's policy before the update.
         advantages: how much better than expected each token was; no gradient flows into them.
         mask: True where a token is trained.
-        clip_low: how far the ratio may fall below 1, in (0, 1).
+        clip_low: how far the ratio may fall below 1, in (0, 1]; 1 sets no lower bound.
         clip_high: how far it may rise above 1.
         dual_clip: bound c > 1 of the ratio where A < 0; None sets none.
 
@@ -68,20 +70,108 @@ def clipped_policy_loss(
         arXiv:1707.06347 eq. 7; separate bounds arXiv:2503.14476; dual clip arXiv:1912.09729 eq. 5.
         Deviation: the log-ratio is held within +-20 nats.
     """
-    assert 0.0 < clip_low < 1.0, f"clip_low {clip_low} not in (0, 1)"
-    assert clip_high > 0.0, f"clip_high {clip_high} must be positive"
+    _check_clip(clip_low, clip_high)
     assert dual_clip is None or dual_clip > 1.0, f"dual_clip {dual_clip} must exceed 1"
     advantages = advantages.detach().masked_fill(~mask, 0.0)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
-    free = ratio * advantages
-    held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    objective = torch.minimum(free, held)
-    clipped = held < free
+    objective, clipped = _lower(ratio, advantages, clip_low, clip_high)
     if dual_clip is not None:
         floor = dual_clip * advantages
         clipped = clipped | ((advantages < 0.0) & (objective < floor))
         objective = torch.where(advantages < 0.0, torch.maximum(objective, floor), objective)
     return PerToken(loss=-objective, ratio=ratio.detach(), clipped=clipped)
+
+
+def gspo_policy_loss(
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    *,
+    segment_ids: Int[Tensor, " N"],
+    num_segments: int,
+    clip_low: float,
+    clip_high: float,
+) -> PerToken:
+    """Give the loss of clipping one ratio per answer, laid on each of the answer's tokens.
+
+    s = exp(mean over the trained tokens of logprobs - old_logprobs); the loss of an answer is
+    -min(s * A, clip(s, 1 - clip_low, 1 + clip_high) * A). Averaged over tokens, then over answers,
+    it is the paper's.
+
+    Args:
+        logprobs: a packed row under the policy being trained.
+        old_logprobs: the same under the policy before the update.
+        advantages: the same number on every trained token of an answer.
+        mask: True where a token is trained.
+        segment_ids: which answer, 0 to num_segments - 1, a token belongs to.
+        num_segments: answers in the row.
+        clip_low: how far the ratio may fall below 1; about 3e-4, because it is a mean.
+        clip_high: how far it may rise above 1.
+
+    Returns:
+        Loss, ratio and clip of each token.
+
+    Reference:
+        arXiv:2507.18071 eq. 5 and 7. Deviation: the mean log-ratio is held within +-20 nats.
+    """
+    _check_clip(clip_low, clip_high)
+    advantages = advantages.detach().masked_fill(~mask, 0.0)
+    means = segment_mean(logprobs - old_logprobs, segment_ids, num_segments, mask=mask)
+    ratio = means.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[segment_ids]
+    objective, clipped = _lower(ratio, advantages, clip_low, clip_high)
+    return PerToken(
+        loss=(-objective).masked_fill(~mask, 0.0),
+        ratio=ratio.detach().masked_fill(~mask, 1.0),
+        clipped=clipped & mask,
+    )
+
+
+def cispo_policy_loss(
+    logprobs: Float[Tensor, "*S"],
+    old_logprobs: Float[Tensor, "*S"],
+    advantages: Float[Tensor, "*S"],
+    mask: Bool[Tensor, "*S"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> PerToken:
+    """Give the REINFORCE loss of each token under a bounded weight: no token loses its gradient.
+
+    -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logprobs
+
+    Args:
+        logprobs: log-probabilities under the policy being trained.
+        old_logprobs: the same tokens under the trainer's policy before the update.
+        advantages: how much better than expected each token was.
+        mask: True where a token is trained.
+        clip_low: how far the weight may fall below 1; the paper bounds it above only, which is 1.
+        clip_high: how far it may rise above 1.
+
+    Returns:
+        Loss, ratio and clip of each token.
+
+    Reference:
+        arXiv:2506.13585 eq. 4 and 5.
+    """
+    _check_clip(clip_low, clip_high)
+    advantages = advantages.detach().masked_fill(~mask, 0.0)
+    ratio = policy_ratio(logprobs.detach(), old_logprobs, mask)
+    weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss = -weight * advantages * logprobs.masked_fill(~mask, 0.0)
+    return PerToken(loss=loss, ratio=ratio, clipped=weight != ratio)
+
+
+def _check_clip(low: float, high: float) -> None:
+    assert 0.0 < low <= 1.0, f"clip_low {low} not in (0, 1]"
+    assert high > 0.0, f"clip_high {high} must be positive"
+
+
+def _lower(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Give the lesser of the free and the clipped objective, and where the clip holds."""
+    free = ratio * advantages
+    held = ratio.clamp(1.0 - low, 1.0 + high) * advantages
+    return torch.minimum(free, held), held < free
 
 
 def importance_weights(
@@ -91,6 +181,10 @@ def importance_weights(
     *,
     mode: str,
     cap: float,
+    floor: float | None = None,
+    level: str = "token",
+    segment_ids: Int[Tensor, " N"] | None = None,
+    num_segments: int = 0,
 ) -> Float[Tensor, "*S"]:
     """Weigh each token by trainer over sampler probability, bounded; without gradient.
 
@@ -99,22 +193,35 @@ def importance_weights(
         rollout_logprobs: the same tokens as the rollout engine sampled them.
         mask: True where a token is trained.
         mode: none gives 1; truncate min(ratio, cap); mask gives the ratio where it lies in
-            [1 / cap, cap] and 0 elsewhere.
+            [floor, cap] and 0 elsewhere.
         cap: bound of the ratio, > 1.
+        floor: lower end of what ``mask`` keeps; None is 1 / cap.
+        level: token; or one ratio for all tokens of an answer: sequence, the product of theirs, or
+            geometric, their geometric mean (biased, but its size does not grow with the length).
+        segment_ids: for the last two, the answer that each of the N tokens belongs to.
+        num_segments: answers in the row.
 
     Returns:
         Factors of the policy loss, 0 where the mask is False.
 
     Reference:
         truncate: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-        training"; mask: IcePop, with bounds that mirror each other.
+        training"; mask: IcePop; sequence and geometric: verl, rollout correction. Deviation: log
+        ratios are held within +-20 nats.
     """
     assert mode in ("none", "truncate", "mask"), f"unknown importance mode {mode!r}"
+    assert level in ("token", "sequence", "geometric"), f"unknown importance level {level!r}"
     assert cap > 1.0, f"cap {cap} must exceed 1"
     if mode == "none":
         return mask.to(old_logprobs.dtype)
-    ratio = policy_ratio(old_logprobs.detach(), rollout_logprobs.detach(), mask)
+    log_ratio = (old_logprobs.detach() - rollout_logprobs.detach()).masked_fill(~mask, 0.0)
+    if level != "token":
+        assert segment_ids is not None, f"level {level!r} needs segment_ids"
+        reduce = segment_sum if level == "sequence" else segment_mean
+        flat = reduce(log_ratio.flatten(), segment_ids, num_segments, mask=mask.flatten())
+        log_ratio = flat[segment_ids].view_as(log_ratio)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if mode == "truncate":
         return ratio.clamp(max=cap).masked_fill(~mask, 0.0)
-    inside = mask & (ratio >= 1.0 / cap) & (ratio <= cap)
+    inside = mask & (ratio >= (1.0 / cap if floor is None else floor)) & (ratio <= cap)
     return ratio.masked_fill(~inside, 0.0)

@@ -35,15 +35,19 @@ class ValueModel(nn.Module):
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *, behind: bool = False) -> Tensor:
         """Compute the values of a packed row.
 
         Args:
             input_ids: (1, N). position_ids: (1, N), those of align.models.attention.
+            behind: give V(state that ends with token t) at index t instead, of which the last of a
+                sequence is what follows it.
 
         Returns:
             float32 (1, N).
         """
         segments = segments_from_positions(position_ids[0])
         values = self.scorer(input_ids, position_ids=position_ids, segments=segments)
+        if behind:
+            return values
         return values[:, segments.previous].masked_fill(position_ids == 0, 0.0)

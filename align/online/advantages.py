@@ -1,6 +1,7 @@
 """Advantages: how much better a token or an answer was than expected."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+import math
 from collections.abc import Callable
 
 import torch
@@ -124,6 +125,72 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
     return advantages.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
 
 
+def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Sum the rewards of each trained token and of all that follow it, undiscounted.
+
+    Args:
+        rewards: per-token rewards; must be 0 where the mask is False.
+        mask: True where a token is trained.
+
+    Returns:
+        Per-token sums, detached, 0 where the mask is False.
+
+    Reference:
+        arXiv:2501.03262 (REINFORCE++): GAE without a critic at gamma = lambda = 1.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)[0]
+
+
+def against_greedy(
+    scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Compare each answer's score with that of the most likely answer to the same prompt.
+
+    Reference:
+        arXiv:2310.10505 (ReMax) eq. 6.
+    """
+    return (scores - greedy_scores).detach()
+
+
+def batch_scaled(
+    advantages: Float[Tensor, " B"], *, count: float, total_sq: float
+) -> Float[Tensor, " B"]:
+    """Divide advantages that are centred in their groups by the batch's standard deviation.
+
+    Args:
+        advantages: scores minus their group's mean; they add up to 0, so their variance is the
+            mean of their squares.
+        count: answers of the batch over all ranks.
+        total_sq: sum of the squares over all ranks.
+
+    Returns:
+        Scaled advantages; what was 0 stays 0, also where every score equals its group's mean.
+
+    Reference:
+        arXiv:2501.03262, REINFORCE++ with baseline.
+    """
+    if total_sq == 0.0:
+        return advantages
+    return (advantages.double() / math.sqrt(total_sq / count)).to(advantages.dtype)
+
+
+def overlong_penalty(
+    lengths: Int[Tensor, " B"], *, limit: int, buffer: float
+) -> Float[Tensor, " B"]:
+    """Give 0 up to limit - buffer tokens, then a line down to -1 at the limit.
+
+    Args:
+        lengths: tokens of each answer.
+        limit: the length at which answers are cut, in tokens.
+        buffer: length of the line, in tokens, > 0.
+
+    Reference:
+        arXiv:2503.14476 eq. 13.
+    """
+    assert buffer > 0.0, f"buffer {buffer} must be positive"
+    return ((limit - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
+
+
 def shaped_rewards(
     scores: Float[Tensor, " B"],
     kl: Float[Tensor, "B T"],
@@ -155,5 +222,7 @@ ESTIMATORS: dict[str, Callable[..., object]] = {
     "gae": gae,
     "group_relative": group_relative,
     "leave_one_out": leave_one_out,
+    "reward_to_go": reward_to_go,
+    "greedy": against_greedy,
 }
 """Advantage estimator by the name a recipe gives it."""

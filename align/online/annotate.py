@@ -90,7 +90,22 @@ def annotate(
             found["ref_logprobs"] = _infer(whole, run, plan, logprobs)
     if critic is not None:
         found["values"] = _infer(whole, critic, plan, values)
+        if spec.truncation == "bootstrap":
+            experience = replace(experience, bootstrap=_values_behind(experience, critic, spec))
     return experience.with_tokens(**found)
+
+
+def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -> Tensor:
+    """Give the critic's value of the state behind each cut answer; 0 behind a finished one."""
+    rows = experience.truncated.nonzero().flatten().tolist()
+    plan = local_plan(experience, rows, spec.micro_tokens)
+    batches = [experience.micro(micro, {}) for micro in plan]
+    found = critic.infer(batches, lambda model, b: model(b.input_ids, b.position_ids, behind=True))
+    out = torch.zeros(len(experience.lengths))
+    for micro, batch, values in zip(plan, batches, found, strict=True):
+        ends = torch.bincount(batch.segment_ids).cumsum(0) - 1
+        out[micro] = values[0, ends].float().cpu()[: batch.num]
+    return out
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ class Experience:
         scores: (B,) one number per answer; nan where no reward could tell.
         truncated: (B,) bool, True where no stop token was sampled.
         group_ids: (B,) number of the prompt in the step's batch over all ranks.
+        greedy_scores: (B,) score of the most likely answer to the same prompt; None if not asked.
+        bootstrap: (B,) value of what follows a cut answer, else 0; None if not asked for.
         per_token: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages, returns (B, T).
         prompts, completions: what was asked and answered, in row order.
     """
@@ -33,6 +35,8 @@ class Experience:
     scores: Tensor
     truncated: Tensor
     group_ids: Tensor
+    greedy_scores: Tensor | None = None
+    bootstrap: Tensor | None = None
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     prompts: Sequence[PromptRow] = ()
     completions: Sequence[Completion] = ()

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
 from align.online.objective import critic_objective, policy_objective
 from align.online.rollout import sample_groups
-from align.online.scoring import Scores, apply_scores, score_answers
+from align.online.scoring import Scores, apply_scores, length_penalty, score_answers
 from align.online.summary import summarise
 from align.online.watch import Watch
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
@@ -190,7 +190,28 @@ def rollout(run: OnlineRun, step: int) -> tuple[Experience, Scores]:
         if len(kept) >= wanted:
             break
     kept = (kept + spare)[:wanted]
-    return _scored(run, kept, first_group=first)
+    experience, scores = _scored(run, kept, first_group=first)
+    if isinstance(spec, GrpoStage) and spec.estimator == "greedy":
+        experience = _with_greedy_scores(run, experience)
+    return experience, scores
+
+
+def _with_greedy_scores(run: OnlineRun, experience: Experience) -> Experience:
+    """Score the most likely answer to each prompt; without that score nothing is trained."""
+    rows = range(0, len(experience.prompts), run.spec.group_size)
+    prompts = [experience.prompts[i] for i in rows]
+    greedy = run.engine.generate(
+        [row.input_ids for row in prompts],
+        n=1,
+        max_new_tokens=run.spec.sampling.max_new_tokens,
+        temperature=0.0,
+        stop_token_ids=run.stop_token_ids,
+    )
+    pairs = list(zip(prompts, greedy, strict=True))
+    scores = _scored(run, pairs, first_group=0)[0].scores
+    scores = scores.repeat_interleave(run.spec.group_size)
+    mask = experience.mask & ~scores.isnan().unsqueeze(1)
+    return replace(experience, greedy_scores=scores, mask=mask)
 
 
 def _scored(
@@ -204,7 +225,8 @@ def _scored(
         experience,
         scores,
         truncated_score=run.spec.truncated_score,
-        mask_truncated=run.spec.mask_truncated,
+        mask_truncated=run.spec.truncation == "mask",
+        penalty=length_penalty(experience, run.spec),
     )
     return experience, scores
 
@@ -262,5 +284,6 @@ def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -
 
 def _named(stats: dict[str, float], group: str) -> dict[str, float]:
     moved = {"sampler_kl": "kl/sampler", "sampler_gap": "sampler/logprob_gap",
-             "importance_weight": "sampler/importance_weight"}  # fmt: skip
+             "importance_weight": "sampler/importance_weight",
+             "importance_bounded": "sampler/bounded_frac"}  # fmt: skip
     return {moved.get(k, f"{group}/{k}"): v for k, v in stats.items()}

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.core.types import Completion, PromptRow
+from align.online.advantages import overlong_penalty
 from align.online.experience import Experience
+from align.recipe.schema import OnlineStage
 from reward_models.base import RewardFunction
 
 
@@ -51,12 +54,32 @@ def apply_scores(
     *,
     truncated_score: float | None,
     mask_truncated: bool,
+    penalty: Tensor | None = None,
 ) -> Experience:
-    """Put scores on the experience; answers without one, or masked by rule, are not trained."""
+    """Put scores on the experience; answers without one, or masked by rule, are not trained.
+
+    Args:
+        experience: the answers. scores: what the rewards said of them.
+        truncated_score: score of an answer without a stop token; None keeps its own.
+        mask_truncated: whether such an answer is left out of the loss.
+        penalty: (B,) added to the scores, before ``truncated_score``; None adds nothing.
+    """
     total = torch.tensor([float("nan") if s is None else s for s in scores.total])
+    if penalty is not None:
+        total = total + penalty
     if truncated_score is not None:
         total = torch.where(experience.truncated, torch.tensor(truncated_score), total)
     keep = ~total.isnan()
     if mask_truncated:
         keep &= ~experience.truncated
     return replace(experience, scores=total, mask=experience.mask & keep.unsqueeze(1))
+
+
+def length_penalty(experience: Experience, spec: OnlineStage) -> Tensor | None:
+    """Give what the recipe takes off the scores of answers near the length limit."""
+    if spec.overlong is None:
+        return None
+    limit = spec.sampling.max_new_tokens
+    buffer = spec.overlong.buffer_frac * limit
+    lengths = experience.completion.sum(1)
+    return spec.overlong.penalty * overlong_penalty(lengths, limit=limit, buffer=buffer)

@@ -20,7 +20,7 @@ from align.online.annotate import annotate
 from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
 from align.online.rollout import sample_groups
-from align.online.scoring import apply_scores, score_answers
+from align.online.scoring import apply_scores, length_penalty, score_answers
 from align.recipe.schema import OnlineStage, WatchSpec
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
@@ -135,7 +135,11 @@ class Watch:
         # Only rewards with members have it, as of their last call.
         spreads = [getattr(reward, "disagreement", math.nan) for reward in self.rewards]
         proxy = apply_scores(
-            experience, trained, truncated_score=self.stage.truncated_score, mask_truncated=False
+            experience,
+            trained,
+            truncated_score=self.stage.truncated_score,
+            mask_truncated=False,
+            penalty=length_penalty(experience, self.stage),
         ).scores.tolist()
         gold = score_answers(asked, said, self.gold)
         tokens = experience.per_token

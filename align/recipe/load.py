@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
+from align.recipe.algorithms import preset_keys
 from align.recipe.messages import describe, locate, suggest
 from align.recipe.overrides import apply_overrides
-from align.recipe.schema import PRODUCES, AnyStage, Recipe, references
+from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
 from align.recipe.source import Key, Mark, Source, read_source
 
 _STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -68,7 +69,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
-    return Resolved(recipe, _origins(data, source.marks), data)
+    return Resolved(recipe, _with_presets(_origins(data, source.marks), recipe), data)
 
 
 def _by_place(line: str) -> tuple[str, int, int]:
@@ -186,3 +187,13 @@ def _origins(data: Any, marks: Mapping[Key, Mark], key: Key = ()) -> dict[str, s
         else:
             found[".".join(map(str, here))] = marks[here].origin if here in marks else "default"
     return found
+
+
+def _with_presets(origins: dict[str, str], recipe: Recipe) -> dict[str, str]:
+    """Name the algorithm where a value is neither given nor the schema's default."""
+    for name, spec in recipe.stages.items():
+        if isinstance(spec, GrpoStage):
+            for key, words in preset_keys(spec.algorithm).items():
+                if origins.get(f"stages.{name}.{key}") == "default":
+                    origins[f"stages.{name}.{key}"] = words
+    return origins

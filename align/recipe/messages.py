@@ -17,6 +17,7 @@ ALIASES = {
     "model_name_or_path": "init", "model": "init", "dataset": "data", "datasets": "data",
     "lora_r": "rank", "r": "rank", "lora_alpha": "alpha", "target_modules": "targets",
     "init_kl_coef": "coef", "num_generations": "group_size", "n": "group_size",
+    "mask_truncated_completions": "truncation", "epsilon": "low", "epsilon_high": "high",
     "max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens",
     "loss_type": "loss", "gpus": "ranks", "world_size": "ranks", "bf16": "dtype",
     "max_grad_norm_": "max_grad_norm", "gradient_clipping": "max_grad_norm",

@@ -1,9 +1,10 @@
 """Schema of the online stages: ppo and grpo."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from align.recipe.algorithms import SCALES, AlgorithmName, with_preset
 from align.recipe.offline_schema import TrainingStage
 from align.recipe.parts import (
     ClipSpec,
@@ -13,6 +14,7 @@ from align.recipe.parts import (
     ImportanceSpec,
     KlSpec,
     OptimSpec,
+    OverlongSpec,
     Positive,
     SamplingSpec,
     Spec,
@@ -37,8 +39,11 @@ class OnlineStage(TrainingStage):
     importance: ImportanceSpec = ImportanceSpec()
     truncated_score: float | None = None
     """Score of an answer without a stop token; None keeps the reward's own."""
-    mask_truncated: bool = False
-    """Leave answers without a stop token out of the loss (DAPO, arXiv:2503.14476 section 3.4)."""
+    truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
+    """What an answer without a stop token is: ``terminal`` ends there like any other; ``bootstrap``
+    goes on, worth what PPO's critic says (arXiv:1712.00378); ``mask`` stays out of loss and group
+    (DAPO's overlong filtering)."""
+    overlong: OverlongSpec | None = None
     max_lost_frac: Fraction = 0.01
     watch: WatchSpec | None = None
     """Evaluation on held-out prompts while training, and the guard against over-optimisation."""
@@ -51,6 +56,8 @@ class OnlineStage(TrainingStage):
             raise ValueError("sampling.top_p < 1 samples from another distribution than is trained")
         if self.prompts_per_step % (self.minibatches * self.ranks):
             raise ValueError("prompts_per_step must be a multiple of minibatches x ranks")
+        if self.truncation == "mask" and self.truncated_score is not None:
+            raise ValueError("'truncated_score' has no effect with truncation: mask; remove it")
         if self.max_length <= self.sampling.max_new_tokens:
             raise ValueError("max_length must leave room for a prompt before max_new_tokens")
         refuse_answers(self.prompts, "reinforcement")
@@ -84,24 +91,70 @@ class PpoStage(OnlineStage):
     whiten_rewards: bool = False
     update_epochs: Count = 2
 
+    @model_validator(mode="after")
+    def _bootstrap_or_score(self) -> "PpoStage":
+        if self.truncation == "bootstrap" and self.truncated_score is not None:
+            raise ValueError(
+                "truncation: bootstrap says that a cut answer goes on, 'truncated_score' that it "
+                "ends; give one of them"
+            )
+        return self
+
 
 class GrpoStage(OnlineStage):
-    """Group-relative policy optimisation (arXiv:2402.03300) with Dr. GRPO and DAPO options."""
+    """Policy optimisation without a critic: the options that tell its algorithms apart."""
 
     kind: Literal["grpo"]
-    group_size: Annotated[int, Field(ge=2)] = 8
+    algorithm: AlgorithmName = "grpo"
+    """Named set of defaults for the options of this stage (align/recipe/algorithms.py)."""
+    group_size: Count = 8
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
-    estimator: Literal["group_relative", "leave_one_out"] = "group_relative"
-    scale: Literal["std", "none"] = "std"
-    """``none`` is Dr. GRPO's advantage (arXiv:2503.20783)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """``token`` DAPO, ``sequence`` the first GRPO, ``constant`` Dr. GRPO (by max_new_tokens)."""
+    estimator: Literal["group_relative", "leave_one_out", "reward_to_go", "greedy"] = (
+        "group_relative"
+    )
+    """Score against the group's mean, the mean of the others, nothing, or the greedy answer's."""
+    scale: Literal["std", "batch", "none"] = "std"
+    """Divide by the group's standard deviation, the whole batch's, or nothing (Dr. GRPO)."""
+    objective: Literal["clip", "gspo", "cispo"] = "clip"
+    """Clip the ratio of each token, the ratio of each answer, or the weight of each token."""
+    aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = "token"
+    """Mean over tokens (DAPO); over tokens, then answers (the first GRPO); sum over tokens, mean
+    over answers (RLOO); that by max_new_tokens (Dr. GRPO)."""
     dynamic_sampling: bool = False
     """Draw more prompts until every group of the step has unequal scores (DAPO section 3.2)."""
     max_draws: Count = 3
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return with_preset(given)
+
     @model_validator(mode="after")
-    def _scale_has_effect(self) -> "GrpoStage":
-        if self.estimator == "leave_one_out" and self.scale == "std":
-            raise ValueError("'scale: std' has no effect with leave_one_out; write scale: none")
+    def _estimator_fits(self) -> "GrpoStage":
+        scales = SCALES[self.estimator]
+        if self.scale not in scales:
+            raise ValueError(
+                f"'scale: {self.scale}' has no effect with {self.estimator}; write "
+                f"scale: {' or '.join(scales)}"
+            )
+        grouped = self.estimator in ("group_relative", "leave_one_out")
+        if self.group_size == 1 and grouped:
+            raise ValueError(f"{self.estimator} compares answers: group_size must be 2 or more")
+        if self.dynamic_sampling and not grouped:
+            raise ValueError(f"'dynamic_sampling' has no effect with {self.estimator}; remove it")
+        if self.truncation == "bootstrap":
+            raise ValueError("truncation: bootstrap needs PPO's critic; use terminal or mask")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "GrpoStage":
+        if self.objective != "clip" and self.clip.dual is not None:
+            raise ValueError(f"'clip.dual' has no effect with objective {self.objective}")
+        if self.objective == "gspo" and self.aggregation != "sequence":
+            raise ValueError("gspo has one loss per answer; write aggregation: sequence")
+        if self.objective == "gspo" and self.clip.low > 0.1:
+            raise ValueError(
+                f"gspo's ratio is a mean over an answer and never falls by {self.clip.low}; "
+                "write clip: {low: 3.0e-4, high: 4.0e-4} or algorithm: gspo"
+            )
         return self

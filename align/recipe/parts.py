@@ -111,6 +111,9 @@ class KlSpec(Spec):
     coef: Annotated[float, Field(ge=0.0)] = 0.0
     place: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    corrected: bool = False
+    """Weigh k3 in the loss by policy / old policy, with gradient: that of KL(policy || reference)
+    also off-policy (arXiv:2512.02556)."""
     target: Positive | None = None
     """Aim of the adaptive controller in nats per answer (arXiv:1909.08593); None keeps coef."""
     horizon: Positive = 10000.0
@@ -121,6 +124,8 @@ class KlSpec(Spec):
             raise ValueError(
                 "k1 in the loss has zero expected gradient; use k2 or k3, or place: reward"
             )
+        if self.corrected and (self.place, self.estimator) != ("loss", "k3"):
+            raise ValueError("'corrected' needs place: loss and estimator: k3; remove it")
         if self.target is not None and self.coef == 0.0:
             raise ValueError("'target' has no effect with coef 0; give a starting coef")
         return self
@@ -129,12 +134,37 @@ class KlSpec(Spec):
 class ClipSpec(Spec):
     """Bound the policy ratio to [1 - low, 1 + high] (arXiv:1707.06347; high > low: 2503.14476)."""
 
-    low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    low: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """1.0 sets no lower bound."""
     high: Positive = 0.2
+    dual: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound of the ratio where the advantage is negative (arXiv:1912.09729), usually 3."""
 
 
 class ImportanceSpec(Spec):
     """Correct the difference between the sampler's and the trainer's log-probabilities."""
 
     mode: Literal["none", "truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """What one weight speaks of: a token; an answer, by the product over its tokens; an answer, by
+    their geometric mean (biased, but it does not explode with the length)."""
     cap: Annotated[float, Field(gt=1.0)] = 2.0
+    floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Lower end of what ``mask`` keeps; None is 1 / cap."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "ImportanceSpec":
+        if self.mode == "none" and self.level != "token":
+            raise ValueError(f"'level: {self.level}' has no effect with mode none; remove it")
+        if self.mode != "mask" and self.floor is not None:
+            raise ValueError(f"'floor' has no effect with mode {self.mode}; remove it")
+        return self
+
+
+class OverlongSpec(Spec):
+    """Lower the score of answers near the length limit (DAPO, arXiv:2503.14476 eq. 13)."""
+
+    buffer_frac: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Last share of max_new_tokens in which the penalty grows from 0 to all of it."""
+    penalty: Positive = 1.0
+    """Points taken from the score of an answer at the limit."""

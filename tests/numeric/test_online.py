@@ -241,7 +241,7 @@ def test_truncated_score_replaces_the_score_of_cut_answers_only() -> None:
 
 
 def test_mask_truncated_leaves_cut_answers_out_of_loss_and_group() -> None:
-    spec = grpo_spec(group_size=3, scale="none", mask_truncated=True)
+    spec = grpo_spec(group_size=3, scale="none", truncation="mask")
     experience = scored(sampled(((2, 3, 4),), length=(1,)), [1.0, 100.0, 4.0], mask_truncated=True)
     assert experience.mask.any(1).tolist() == [True, False, True]
     found = ALGORITHMS["grpo"].estimate(experience, spec, 0.0).per_token["advantages"]
@@ -261,7 +261,7 @@ def live(experience: Experience, group_size: int) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    "rules", [{}, {"truncated_score": -1.0}, {"mask_truncated": True}], ids=lambda r: str(list(r))
+    "rules", [{}, {"truncated_score": -1.0}, {"truncation": "mask"}], ids=lambda r: str(list(r))
 )
 def test_dynamic_sampling_fills_the_step_with_live_groups(model_dir, rules) -> None:
     draw = random.Random(1)

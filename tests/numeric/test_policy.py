@@ -169,7 +169,7 @@ def test_importance_weights_turn_the_samplers_mean_into_the_trainers():
 def test_policy_loss_refuses_settings_that_make_no_sense():
     x, mask = torch.zeros(1), torch.tensor([True])
     with pytest.raises(AssertionError, match="clip_low"):
-        clipped_policy_loss(x, x, x, mask, clip_low=1.0, clip_high=0.2)
+        clipped_policy_loss(x, x, x, mask, clip_low=1.1, clip_high=0.2)
     with pytest.raises(AssertionError, match="dual_clip"):
         clipped_policy_loss(x, x, x, mask, **DAPO, dual_clip=0.5)
     with pytest.raises(AssertionError, match="importance mode"):
