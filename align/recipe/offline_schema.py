@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.recipe.layers_schema import LayersSpec
 from align.recipe.parts import (
     BuildSpec,
     Count,
@@ -43,6 +44,7 @@ class TrainingStage(StageSpec):
     zero: ZeroSpec = ZeroSpec()
     optim: OptimSpec = OptimSpec()
     tuning: TuningSpec = FullTuning()
+    layers: LayersSpec | None = None
     max_length: Count = 1024
     micro_tokens: Count = 8192
     """Token budget of one forward-backward pass on one rank."""

@@ -76,13 +76,26 @@ class OptimSpec(Spec):
     """Describe AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
     warmup_frac: Fraction = 0.03
     min_lr_frac: Fraction = 0.0
+    cut_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the steps in which ``slanted`` rises; then it falls (arXiv:1801.06146 eq. 3)."""
+    ratio: Annotated[float, Field(gt=1.0)] = 32.0
+    """Peak of ``slanted`` over its smallest rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "OptimSpec":
+        slanted = self.schedule == "slanted"
+        idle = ("warmup_frac", "min_lr_frac") if slanted else ("cut_frac", "ratio")
+        for key in idle:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"'{key}' has no effect with schedule {self.schedule}; remove it")
+        return self
 
 
 class ZeroSpec(Spec):

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.recipe.evaluate_schema import EvaluateStage
+from align.recipe.layers_schema import LayersSpec
 from align.recipe.offline_schema import (
     BaseStage,
     DpoStage,
@@ -38,6 +39,7 @@ __all__ = [
     "EvaluateStage",
     "GrpoStage",
     "GuardSpec",
+    "LayersSpec",
     "OfflineStage",
     "OnlineStage",
     "OptimSpec",

@@ -41,8 +41,9 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     module = build_policy(spec, source.model_dir)
     updates = spec.steps * spec.minibatches * spec.update_epochs
     policy = Learner(
-        module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates
-    )
+        module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates,
+        layers=spec.layers,
+    )  # fmt: skip
     reference = build_reference(spec, module, source.model_dir)
     online = OnlineRun(
         spec=spec,

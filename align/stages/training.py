@@ -125,6 +125,7 @@ def run_offline(
         zero=spec.zero,
         dtype=spec.dtype,
         total_steps=schedule.total_steps,
+        layers=spec.layers,
     )
     metrics: MetricsLog = context.metrics(schedule.total_steps)
     final = train_offline(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from align.core import distributed
 from align.core.errors import TrainingError
 from align.recipe.deepspeed import deepspeed_config
-from align.recipe.schema import OptimSpec, ZeroSpec
+from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
+from align.training.layers import LayerPlan, plan_layers, set_trainable
 from align.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Learner:
         zero: ZeroSpec,
         dtype: str,
         total_steps: int,
+        layers: LayersSpec | None = None,
     ) -> None:
         """Hand ``module`` to DeepSpeed.
 
@@ -44,9 +46,17 @@ class Learner:
             module: its forward is what the loss functions call.
             optim: optimiser and schedule. zero: how state is sharded. dtype: of the weights.
             total_steps: length of the learning-rate schedule, in optimiser steps.
+            layers: which layers train when and how fast; None trains all alike.
         """
         self.optim, self.total_steps, self.steps = optim, total_steps, 0
-        optimizer, groups = _adamw(module, optim, zero)
+        self._plan: LayerPlan | None = None
+        if layers is not None:
+            names = [name for name, _ in module.named_parameters()]
+            self._plan = plan_layers(layers, names, total_steps=total_steps)
+        trained = _trained(module, self._plan)
+        self._trained = [(depth, p) for depth, _, p in trained]
+        groups, self._depths = _groups(trained, optim)
+        optimizer = _adamw(groups, optim, zero)
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -78,8 +88,7 @@ class Learner:
         """
         self.engine.train()
         rate = learning_rate(self.optim, self.steps, self.total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self._set_layers(rate)
         totals: dict[str, Tensor] = {}
         for micro in micro_batches:
             loss, stats = loss_fn(self.engine, micro)
@@ -97,6 +106,36 @@ class Learner:
         self._check_norm(norm)
         self.steps += 1
         return {**sums, "grad_norm": norm, "learning_rate": rate}
+
+    def _set_layers(self, rate: float) -> None:
+        """Set the rate of every group; freeze and thaw as the plan says of this step."""
+        for i, (group, depth) in enumerate(
+            zip(self._optimizer.param_groups, self._depths, strict=True)
+        ):
+            if self._plan is None:
+                group["lr"] = rate
+                continue
+            group["lr"] = rate * self._plan.share(depth, self.steps)
+            if self.steps and self._plan.thaw_step(depth) == self.steps:
+                self._restart_adam(i)
+        if self._plan is not None:
+            set_trainable(self._trained, self._plan, self.steps)
+
+    def _restart_adam(self, group: int) -> None:
+        """Let Adam count a thawed group's steps from 1.
+
+        ZeRO steps a frozen shard on zero gradients at rate 0: its moments stay 0, but its count
+        goes on, and with it the bias correction that one process without ZeRO would make.
+        """
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        params = inner.param_groups[group]["params"]
+        if hasattr(self._optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+            numbers = self._optimizer.sub_group_to_group_id
+            flat = self._optimizer.fp32_partitioned_groups_flat
+            params = [flat[i] for i, number in numbers.items() if number == group]
+        for state in (inner.state[p] for p in params if p in inner.state):
+            step = state.get("step", 0)
+            state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
 
     def _clip(self) -> None:
         limit = self.optim.max_grad_norm
@@ -137,22 +176,44 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return len(shape) >= 2 and not name.endswith("bias") and "norm" not in name.lower()
 
 
-def _adamw(
-    module: nn.Module, optim: OptimSpec, zero: ZeroSpec
-) -> tuple[torch.optim.Optimizer | None, list[dict[str, Any]]]:
-    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    if not trained:
-        raise TrainingError("no parameter is trainable; expected at least one (check 'tuning')")
-    groups = [
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
+def _trained(module: nn.Module, plan: LayerPlan | None) -> list[tuple[int, str, nn.Parameter]]:
+    """Give depth, name and parameter of all that trains at some step or is to be frozen."""
+    found = [
+        (0 if plan is None else plan.depth(name), name, p)
+        for name, p in module.named_parameters()
+        if p.requires_grad
     ]
-    groups = [g for g in groups if g["params"]]
+    if not any(plan is None or plan.thaw_step(depth) is not None for depth, _, _ in found):
+        raise TrainingError(
+            "no parameter is trainable; expected at least one (check 'tuning' and 'layers')"
+        )
+    return found
+
+
+def _groups(
+    trained: Sequence[tuple[int, str, nn.Parameter]], optim: OptimSpec
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Group parameters by depth and weight decay; give the groups and the depth of each."""
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for depth in sorted({depth for depth, _, _ in trained}):
+        for decay in (True, False):
+            params = [p for d, name, p in trained if (d, decays(name, p)) == (depth, decay)]
+            if params:
+                found[depth, decay] = params
+    groups = [
+        {"params": params, "weight_decay": optim.weight_decay if decay else 0.0}
+        for (_, decay), params in found.items()
+    ]
+    return groups, [depth for depth, _ in found]
+
+
+def _adamw(
+    groups: list[dict[str, Any]], optim: OptimSpec, zero: ZeroSpec
+) -> torch.optim.Optimizer | None:
     if zero.offload == "cpu":
-        return None, groups
+        return None
     # The Learner sets the rate before each step; 0 keeps any step before that without effect.
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, foreach=False)
-    return adamw, groups
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, foreach=False)
 
 
 def _with_optimizer(

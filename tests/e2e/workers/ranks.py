@@ -33,6 +33,7 @@ from align.online.scoring import Scores, apply_scores
 from align.online.weights import full_weights
 from align.recipe.schema import (
     GrpoStage,
+    LayersSpec,
     OnlineStage,
     OptimSpec,
     PpoStage,
@@ -55,6 +56,9 @@ OPTIM = OptimSpec(
 )
 FULL = FullTuning()
 LORA = LoraTuning(method="lora", rank=4, alpha=8.0)
+# Layer 1 trains from step 0, layer 0 from step 1, the embeddings from step 2: the first after a
+# resumed checkpoint.
+LAYERS = LayersSpec(unfreeze={"every_steps": 1}, rate_decay=0.5)
 STEPS = 4
 Found = dict[str, object]
 
@@ -81,9 +85,11 @@ def policy_model(dtype: str = "float32", tuning: TuningSpec = FULL) -> LogprobMo
     return LogprobModel(add_tuner(model, tuning))
 
 
-def learner_of(module: torch.nn.Module, stage: int, dtype: str = "float32") -> Learner:
+def learner_of(
+    module: torch.nn.Module, stage: int, dtype: str = "float32", layers: LayersSpec | None = None
+) -> Learner:
     zero = ZeroSpec(stage=stage)
-    return Learner(module, optim=OPTIM, zero=zero, dtype=dtype, total_steps=STEPS)
+    return Learner(module, optim=OPTIM, zero=zero, dtype=dtype, total_steps=STEPS, layers=layers)
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -109,21 +115,32 @@ def sft_steps(learner: Learner, steps: range, batch_of: Callable = sft_batch) ->
     return [learner.step(micro_batches(task, batch_of(s), 40), sft_loss) for s in steps]
 
 
-def sft(stage: int, out: Path, *, dtype: str = "float32", tuning: TuningSpec = FULL) -> Found:
+def sft(
+    stage: int,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    tuning: TuningSpec = FULL,
+    layers: LayersSpec | None = None,
+) -> Found:
     """Train, save a checkpoint half-way, go on; then go on again from the checkpoint."""
-    learner = learner_of(policy_model(dtype, tuning), stage, dtype)
+    learner = learner_of(policy_model(dtype, tuning), stage, dtype, layers)
+    before = weights_of(learner.module.model)
     stats = sft_steps(learner, range(2))
+    halfway = weights_of(learner.module.model)
     engines = {"policy": learner.engine}
-    folder = out / "checkpoints" / f"{stage}-{dtype}-{tuning.method}"
+    folder = out / "checkpoints" / f"{stage}-{dtype}-{tuning.method}-{layers is not None}"
     path = save_checkpoint(folder, 2, engines, {"a": 1}, keep=1)
     stats += sft_steps(learner, range(2, STEPS))
-    again = learner_of(policy_model(dtype, tuning), stage, dtype)
+    again = learner_of(policy_model(dtype, tuning), stage, dtype, layers)
     again.steps, state = load_checkpoint(path, {"policy": again.engine})
     assert state == {"a": 1}
     sft_steps(again, range(again.steps, STEPS))
     return {
         "weights": weights_of(learner.module.model),
         "resumed": weights_of(again.module.model),
+        "before": before,
+        "halfway": halfway,
         "loss": [s["loss"] for s in stats],
         "grad_norm": [s["grad_norm"] for s in stats],
     }
@@ -259,6 +276,9 @@ SCENARIOS: dict[str, tuple[Callable[[int, Path], Found], tuple[int, ...]]] = {
     "sft": (sft, (0, 1, 2, 3)),
     "sft_lora": (partial(sft, tuning=LORA), (0, 2, 3)),
     "sft_bf16": (partial(sft, dtype="bfloat16"), (0, 1, 2, 3)),
+    "layers": (partial(sft, layers=LAYERS), (0, 1, 2, 3)),
+    "layers_lora": (partial(sft, tuning=LORA, layers=LAYERS), (0, 2, 3)),
+    "layers_bf16": (partial(sft, dtype="bfloat16", layers=LAYERS), (0, 2, 3)),
     "grpo": (grpo, (0, 1, 2, 3)),
     "grpo_lora": (partial(grpo, tuning=LORA), (0, 2, 3)),
     "grpo_bf16": (partial(grpo, dtype="bfloat16"), (0, 2, 3)),
