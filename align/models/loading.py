@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from align.core import distributed
-from align.core.errors import ArtefactError
+from align.core.errors import ArtefactError, TrainingError
 from align.models.attention import PACKED
 
 
@@ -37,11 +37,30 @@ def load_policy(
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of the model to 0."""
+    _dropout_places(model, 0.0)
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Set every dropout probability of the model; it acts while training only.
+
+    Raises:
+        TrainingError: the architecture has no place for dropout.
+    """
+    if not _dropout_places(model, rate):
+        raise TrainingError(
+            f"keep.dropout: {type(model).__name__} has no dropout layer and no attention dropout; "
+            "remove the setting"
+        )
+
+
+def _dropout_places(model: nn.Module, rate: float) -> int:
+    places = 0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.p, places = rate, places + 1
+        if isinstance(getattr(module, "attention_dropout", None), int | float):
+            module.attention_dropout, places = rate, places + 1
+    return places
 
 
 def save_policy(

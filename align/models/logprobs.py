@@ -33,6 +33,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> TokenLogprobs:
     """Compute log p(token t | tokens before t) for every token.
 
@@ -46,6 +47,8 @@ def token_logprobs(
         temperature: the logits are divided by it first, as the sampler does.
         entropy: also compute the entropy of each distribution, without gradient.
         mask: (B, T) bool, where a value is wanted; None is everywhere. The head runs only there.
+        label_smoothing: e gives (1 - e) log p(token t) + e times the mean of log p over the
+            vocabulary: minus the cross-entropy with a smoothed target (arXiv:1512.00567 section 7).
 
     Returns:
         float32 tensors (B, T); 0 on padding, outside ``mask`` and on the first token of each
@@ -62,7 +65,12 @@ def token_logprobs(
     # The graph must touch the backbone on every rank, also when nothing is trained here.
     zero = hidden.float().sum() * 0.0 if at.numel() == 0 else 0.0
     values, entropies = _head(
-        model, hidden.index_select(0, segments.previous[at]), flat_ids[at], temperature, entropy
+        model,
+        hidden.index_select(0, segments.previous[at]),
+        flat_ids[at],
+        temperature,
+        entropy,
+        label_smoothing,
     )
     index = real.flatten().nonzero().squeeze(1)[at]
 
@@ -88,6 +96,7 @@ class LogprobModel(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         mask: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> TokenLogprobs:
         """Give ``token_logprobs`` of the wrapped model; see there."""
         return token_logprobs(
@@ -97,6 +106,7 @@ class LogprobModel(nn.Module):
             temperature=temperature,
             entropy=entropy,
             mask=mask,
+            label_smoothing=label_smoothing,
         )
 
 
@@ -118,7 +128,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def _head(
-    model: nn.Module, hidden: Tensor, labels: Tensor, temperature: float, entropy: bool
+    model: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    temperature: float,
+    entropy: bool,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     lm = causal_lm(model)
     head = lm.get_output_embeddings()
@@ -131,6 +146,8 @@ def _head(
         logits = logits / temperature
         norm = torch.logsumexp(logits, -1)
         chosen = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1) - norm
+        if label_smoothing:
+            chosen = torch.lerp(chosen, logits.mean(-1) - norm, label_smoothing)
         if not entropy:
             return chosen, chosen.detach()
         with torch.no_grad():

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.recipe.keep_schema import KeepSpec, refuse_unfit
 from align.recipe.layers_schema import LayersSpec
 from align.recipe.parts import (
     BuildSpec,
@@ -45,6 +46,7 @@ class TrainingStage(StageSpec):
     optim: OptimSpec = OptimSpec()
     tuning: TuningSpec = FullTuning()
     layers: LayersSpec | None = None
+    keep: KeepSpec = KeepSpec()
     max_length: Count = 1024
     micro_tokens: Count = 8192
     """Token budget of one forward-backward pass on one rank."""
@@ -81,6 +83,9 @@ class OfflineStage(TrainingStage):
     def _answers_for_sft(self) -> "OfflineStage":
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
+        kind = {SftStage: "sft", RewardStage: "reward"}.get(type(self), "dpo")
+        watched = bool(self.heldout) and self.eval_every > 0
+        refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
         return self
 
 
@@ -115,6 +120,8 @@ class SftStage(OfflineStage):
     """Supervised fine-tuning on the assistant turns."""
 
     kind: Literal["sft"]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
 
 
 class RewardStage(OfflineStage):

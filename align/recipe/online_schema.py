@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.recipe.algorithms import SCALES, AlgorithmName, with_preset
+from align.recipe.keep_schema import refuse_unfit
 from align.recipe.offline_schema import TrainingStage
 from align.recipe.parts import (
     ClipSpec,
@@ -62,6 +63,7 @@ class OnlineStage(TrainingStage):
             raise ValueError("max_length must leave room for a prompt before max_new_tokens")
         refuse_answers(self.prompts, "reinforcement")
         refuse_dropout(self.tuning)
+        refuse_unfit(self.keep, "online", method=self.tuning.method, watched=False)
         refuse_served(self.tuning, self.sampling.engine)
         distinct_names(self.rewards)
         if self.watch is not None and self.watch.guard is not None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.recipe.evaluate_schema import EvaluateStage
+from align.recipe.keep_schema import AugmentSpec, EarlyStoppingSpec, EwcSpec
 from align.recipe.layers_schema import LayersSpec
 from align.recipe.offline_schema import (
     BaseStage,
@@ -31,12 +32,15 @@ from align.recipe.watch_schema import GuardSpec, WatchSpec
 __all__ = [
     "PRODUCES",
     "AnyStage",
+    "AugmentSpec",
     "BaseStage",
     "BuildSpec",
     "DataSpec",
     "DpoStage",
+    "EarlyStoppingSpec",
     "EnsembleReward",
     "EvaluateStage",
+    "EwcSpec",
     "GrpoStage",
     "GuardSpec",
     "LayersSpec",

@@ -15,7 +15,7 @@ from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
+from align.stages.training import build_policy, offline_rows, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 
@@ -49,8 +49,7 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
         spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
         examples=render.examples,
     )  # fmt: skip
-    _, final = run_offline(module, task, spec, context)
-    return finish_policy(spec, module, final, source=source, context=context)
+    return train_policy(spec, module, task, source=source, context=context)
 
 
 def pair_length(pair: PairRow) -> int:

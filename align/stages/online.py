@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from align.online.loop import OnlineRun, train_online
 from align.online.weights import check_push, full_weights
 from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage, WatchSpec
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.best import BestWeights
 from align.stages.training import build_policy, fingerprints, save_trained_policy
-from align.stages.watching import BestWeights, build_watch, finish_watch
+from align.stages.watching import build_watch, finish_watch
 from align.training.learner import Learner
 from align.tuning.wrap import has_adapter
 from reward_models import build_reward
@@ -59,7 +61,8 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
         kl=build_kl(spec),
     )
     metrics = context.metrics(spec.steps)
-    best = BestWeights(spec, module, source, context.out)
+    write = partial(save_trained_policy, spec, module, source=source)
+    best = BestWeights(write, context.out)
     watch = None
     if spec.watch is not None:
         assert reference is not None
@@ -77,7 +80,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     metrics.close()
     engine.close()
     if watch is None or watch.spec.keep == "last":
-        save_trained_policy(spec, module, source=source, out=context.out)
+        write(out=context.out)
     final |= {"engine/vllm": float(engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)

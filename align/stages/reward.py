@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from align.data.batching import plan_micro_batches
 from align.losses.preference import bradley_terry_loss
 from align.models.attention import segments_from_positions
 from align.models.heads import scorer_from
-from align.models.loading import load_tokenizer
+from align.models.loading import load_tokenizer, set_dropout
 from align.online.weights import full_weights
 from align.preflight.checks import Seen
 from align.recipe.schema import RewardStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.dpo import both, pack_pairs, pair_length
 from align.stages.preflight import preflight_offline
 from align.stages.training import fingerprints, offline_rows, run_offline
@@ -44,12 +46,20 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
         spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
         examples=render.examples,
     )  # fmt: skip
-    _, final = run_offline(module, task, spec, context)
+    best = BestWeights(partial(save_scorer, model, source), context.out)
+    stopping = build_stopping(spec, best)
+    final = run_offline(module, task, spec, context, stopping=stopping)
+    notes = {}
+    if stopping is not None:
+        best.prune({stopping.best_step})
+        kept = best.folder(stopping.best_step) / "model"
+        model = scorer_from(kept, dtype=spec.dtype).to(distributed.device())
+        notes = stopping_notes(stopping)
     mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)
-    save_scorer(model, source, context, mean=mean, std=std)
+    save_scorer(model, source, context.out, mean=mean, std=std)
     log.info("scores of %d reference pairs: mean %.3f, std %.3f", spec.norm_prompts, mean, std)
     final |= {"scorer/mean": mean, "scorer/std": std}
-    return StageResult(final, fingerprints(spec.data, spec.heldout))
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
 
 
 def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
@@ -57,6 +67,8 @@ def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
     model = scorer_from(source.model_dir, dtype=spec.dtype)
     if spec.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.keep.dropout:
+        set_dropout(model, spec.keep.dropout)
     model.backbone = add_tuner(model.backbone, spec.tuning)
     return model.to(distributed.device())
 
@@ -134,9 +146,9 @@ def normalisation(
 
 
 def save_scorer(
-    model: RewardModel, source: Artefact, context: StageContext, *, mean: float, std: float
+    model: RewardModel, source: Artefact, out: Path, *, mean: float = 0.0, std: float = 1.0
 ) -> None:
-    """Write model/ of a reward artefact; all ranks must take part."""
+    """Write model/ of a reward artefact below ``out``; all ranks must take part."""
     model.set_normalisation(mean=mean, std=std)
     parts = (("backbone", model.backbone), ("head", model.head))
     state = {
@@ -146,7 +158,7 @@ def save_scorer(
     }
     if distributed.rank() == 0:
         model.save(
-            context.out / "model",
+            out / "model",
             tokenizer=load_tokenizer(source.model_dir),
             state_dict=state,
         )

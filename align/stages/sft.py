@@ -1,6 +1,7 @@
 """Stage sft: maximum likelihood of the assistant turns, mean over the tokens of the batch."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from align.preflight.checks import Seen
 from align.recipe.schema import SftStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, finish_policy, offline_rows, run_offline
+from align.stages.training import build_policy, offline_rows, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 
@@ -22,13 +23,13 @@ def run(spec: SftStage, context: StageContext) -> StageResult:
     render = Seen(chat.sft_row)
     rows, watched = offline_rows(spec, context, kind="sft", render=render)
     module = build_policy(spec, source.model_dir)
-    task = OfflineTask(rows, watched, length_of, collate, sft_loss)
+    loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
+    task = OfflineTask(rows, watched, length_of, collate, loss_fn)
     preflight_offline(
         spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
         examples=render.examples,
     )  # fmt: skip
-    _, final = run_offline(module, task, spec, context)
-    return finish_policy(spec, module, final, source=source, context=context)
+    return train_policy(spec, module, task, source=source, context=context)
 
 
 def length_of(row: TokenRow) -> int:
@@ -41,7 +42,13 @@ def collate(rows: Sequence[TokenRow], batch: Sequence[TokenRow]) -> PackedBatch:
     return pack(rows, counts={"tokens": float(sum(sum(row.trained) for row in batch))})
 
 
-def sft_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean negative log-likelihood per trained token."""
-    logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-    return nll(logprobs, batch.mask, batch.counts["tokens"]), {}
+def sft_loss(
+    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean negative log-likelihood per trained token.
+
+    Targets are smoothed while training only: the held-out loss stays the plain one.
+    """
+    smoothing = label_smoothing if model.training else 0.0
+    found = model(batch.input_ids, batch.position_ids, mask=batch.mask, label_smoothing=smoothing)
+    return nll(found.logprobs, batch.mask, batch.counts["tokens"]), {}

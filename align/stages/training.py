@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from align.core.log import MetricsLog
 from align.core.types import Example
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.data.sources import data_fingerprint
-from align.models.loading import load_policy, save_policy
+from align.models.loading import load_policy, save_policy, set_dropout
 from align.models.logprobs import LogprobModel
 from align.online.weights import full_weights, gathered
 from align.recipe.schema import DataSpec, OfflineStage, TrainingStage
 from align.stages.base import StageContext, StageResult
+from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.training.learner import Learner
 from align.training.offline import (
     OfflineSchedule,
@@ -25,6 +27,7 @@ from align.training.offline import (
     total_steps,
     train_offline,
 )
+from align.training.stopping import EarlyStopping
 from align.tuning.wrap import adapter_state, add_tuner, has_adapter
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ def build_policy(spec: TrainingStage, model_dir: Path) -> LogprobModel:
     model: nn.Module = load_policy(
         model_dir, dtype=spec.dtype, gradient_checkpointing=spec.gradient_checkpointing
     )
+    if spec.keep.dropout:
+        set_dropout(model, spec.keep.dropout)
     model = add_tuner(model, spec.tuning)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -115,9 +120,14 @@ def offline_rows(
 
 
 def run_offline(
-    module: nn.Module, task: OfflineTask[Any], spec: OfflineStage, context: StageContext
-) -> tuple[Learner, dict[str, float]]:
-    """Train ``module`` on an offline task; give the learner and the last metrics."""
+    module: nn.Module,
+    task: OfflineTask[Any],
+    spec: OfflineStage,
+    context: StageContext,
+    *,
+    stopping: EarlyStopping | None,
+) -> dict[str, float]:
+    """Train ``module`` on an offline task; give the last metrics."""
     schedule = offline_schedule(spec, len(task.rows), context.seed)
     learner = Learner(
         module,
@@ -129,10 +139,15 @@ def run_offline(
     )
     metrics: MetricsLog = context.metrics(schedule.total_steps)
     final = train_offline(
-        learner, task, schedule, metrics=metrics, checkpoints=context.out / "checkpoints"
+        learner,
+        task,
+        schedule,
+        metrics=metrics,
+        checkpoints=context.out / "checkpoints",
+        stopping=stopping,
     )
     metrics.close()
-    return learner, final
+    return final
 
 
 def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
@@ -146,14 +161,24 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
     return found
 
 
-def finish_policy(
+def train_policy(
     spec: OfflineStage,
     module: LogprobModel,
-    final: dict[str, float],
+    task: OfflineTask[Any],
     *,
     source: Artefact,
     context: StageContext,
 ) -> StageResult:
-    """Save the policy of an offline stage and sum the stage up."""
-    save_trained_policy(spec, module, source=source, out=context.out)
-    return StageResult(metrics=final, data=fingerprints(spec.data, spec.heldout))
+    """Train the policy of an offline stage, save it and sum the stage up."""
+    write = partial(save_trained_policy, spec, module, source=source)
+    best = BestWeights(write, context.out)
+    stopping = build_stopping(spec, best)
+    final = run_offline(module, task, spec, context, stopping=stopping)
+    notes = {}
+    if stopping is None:
+        write(out=context.out)
+    else:
+        best.prune({stopping.best_step})
+        best.restore(stopping.best_step)
+        notes = stopping_notes(stopping)
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)

@@ -1,61 +1,20 @@
 """Put evaluation while training together, and turn what it found into the stage's outcome."""
 
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
 from align.core.errors import DataError
 from align.core.log import MetricsLog
 from align.core.types import PromptRow
-from align.models.logprobs import LogprobModel
 from align.online import guard
 from align.online.loop import OnlineRun
 from align.online.watch import Watch
-from align.recipe.schema import TrainingStage, WatchSpec
-from align.stages.training import save_trained_policy
+from align.recipe.schema import WatchSpec
+from align.stages.best import BestWeights
 from reward_models.base import RewardFunction
-
-
-@dataclass(frozen=True, slots=True)
-class BestWeights:
-    """Keep weights by step under ``best/`` of the stage's folder."""
-
-    stage: TrainingStage
-    module: LogprobModel
-    source: Artefact
-    out: Path
-
-    def folder(self, step: int) -> Path:
-        """Name the folder of a step's ``model/`` and, for LoRA, ``adapter/``."""
-        return self.out / "best" / f"step-{step:08d}"
-
-    def save(self, step: int) -> None:
-        """Keep the present weights; all ranks must take part."""
-        save_trained_policy(self.stage, self.module, source=self.source, out=self.folder(step))
-
-    def prune(self, steps: set[int]) -> None:
-        """Forget all weights but those of the given steps."""
-        if distributed.rank() == 0:
-            kept = {self.folder(step) for step in steps}
-            for folder in set((self.out / "best").glob("step-*")) - kept:
-                shutil.rmtree(folder)
-        distributed.barrier()
-
-    def restore(self, step: int) -> None:
-        """Make the weights of a step the stage's own; the files are shared, not copied."""
-        if distributed.rank() == 0:
-            for part in self.folder(step).iterdir():
-                target = self.out / part.name
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(part, target, copy_function=os.link)
-        distributed.barrier()
 
 
 def build_watch(

@@ -20,6 +20,7 @@ from align.data.batching import plan_micro_batches
 from align.data.sampler import batch_indices
 from align.training.batch import PackedBatch
 from align.training.learner import Learner, LossFunction
+from align.training.stopping import EarlyStopping
 
 log = logging.getLogger(__name__)
 Row = TypeVar("Row")
@@ -68,23 +69,29 @@ def train_offline(
     *,
     metrics: MetricsLog,
     checkpoints: Path,
+    stopping: EarlyStopping | None = None,
 ) -> dict[str, float]:
     """Train to the end of the schedule, resuming from the newest verified checkpoint.
 
     Returns:
-        The last step's metrics, the held-out loss and the mean number of trained tokens a second.
+        The last step's metrics, the held-out loss and the mean number of trained tokens a second;
+        with ``stopping``, which may end the training early, the held-out numbers are the best.
     """
     engines = {"policy": learner.engine}
     start = 0
     last: dict[str, float] = {}
     found = newest_checkpoint(checkpoints)
     if found is not None:
-        start, _ = load_checkpoint(found, engines)
+        start, state = load_checkpoint(found, engines)
+        if stopping is not None:
+            stopping.load_state_dict(state["stopping"])
         learner.steps = start
         last = metrics.rewind(start)
         log.info("resumed from %s", found)
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
+        if stopping is not None and stopping.stopped:
+            break
         batch = pick(task.rows, schedule, step)
         step_began = time.monotonic()
         stats = learner.step(micro_batches(task, batch, schedule.micro_tokens), task.loss_fn)
@@ -97,13 +104,19 @@ def train_offline(
             done == schedule.total_steps
             or (schedule.eval_every and done % schedule.eval_every == 0)
         ):
-            last |= evaluate_rows(learner, task, schedule)
+            measured = evaluate_rows(learner, task, schedule)
+            last |= measured
+            if stopping is not None:
+                stopping.look(done, measured)
         metrics.log(done, last)
         stop = stop_requested()
         if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
-            save_checkpoint(checkpoints, done, engines, {}, keep=schedule.keep_checkpoints)
+            state = {} if stopping is None else {"stopping": stopping.state_dict()}
+            save_checkpoint(checkpoints, done, engines, state, keep=schedule.keep_checkpoints)
         if stop and done < schedule.total_steps:
             raise Preempted(f"stopped on a signal after step {done}; run again to go on from there")
+    if stopping is not None:
+        last |= stopping.best
     if not num_tokens:
         return last
     return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}

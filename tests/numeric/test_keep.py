@@ -1,0 +1,168 @@
+"""Label smoothing, dropout and early stopping: numbers by hand and what must not change."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+import alone
+from engine_models import save_tiny, tiny_model
+
+from align.core.errors import TrainingError
+from align.core.types import TokenRow
+from align.models import logprobs
+from align.models.loading import load_policy, set_dropout
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import EarlyStoppingSpec, RewardStage, SftStage
+from align.stages.sft import collate, sft_loss
+from align.training.stopping import EarlyStopping
+
+ROWS = [
+    TokenRow(tuple(3 + (7 * r * t + t) % 60 for t in range(n)), tuple(t > 2 for t in range(n)))
+    for r, n in enumerate((9, 4, 17))
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Save a tiny model and join a world of one."""
+    with alone.world_of_one():
+        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("chunk", [2**24, 64 * 5])
+def test_smoothed_loss_and_gradient_equal_those_of_torch(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    model = LogprobModel(load_policy(model_dir, dtype="float32")).train()
+    loss, _ = sft_loss(model, collate(ROWS, ROWS), label_smoothing=0.3)
+    loss.backward()
+    plain = tiny_model(1, tied=True).double()
+    logits, labels = [], []
+    for row in ROWS:
+        out = plain(torch.tensor([row.input_ids])).logits[0]
+        logits.append(out[2:-1])  # rows train tokens 3 and later
+        labels += row.input_ids[3:]
+    expected = nn.functional.cross_entropy(
+        torch.cat(logits), torch.tensor(labels), label_smoothing=0.3
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found = dict(model.model.named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(found[name].grad.double(), p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_heldout_loss_is_not_smoothed(model_dir: Path) -> None:
+    model = LogprobModel(load_policy(model_dir, dtype="float32")).eval()
+    batch = collate(ROWS, ROWS)
+    assert sft_loss(model, batch, label_smoothing=0.3)[0] == sft_loss(model, batch)[0]
+
+
+def test_dropout_acts_in_training_only_and_follows_the_seed(model_dir: Path) -> None:
+    plain = LogprobModel(load_policy(model_dir, dtype="float32"))
+    dropped = LogprobModel(load_policy(model_dir, dtype="float32"))
+    set_dropout(dropped, 0.4)
+    batch = collate(ROWS, ROWS)
+
+    def loss(model: nn.Module, seed: int) -> float:
+        torch.manual_seed(seed)
+        return float(sft_loss(model, batch)[0])
+
+    assert loss(plain.train(), 0) == loss(plain, 1) == loss(dropped.eval(), 0)
+    dropped.train()
+    assert loss(dropped, 0) == loss(dropped, 0) != loss(dropped, 1)
+    with pytest.raises(TrainingError, match="has no dropout layer"):
+        set_dropout(nn.Linear(2, 2), 0.1)
+
+
+def stopped_after(values: list[float], **settings) -> tuple[int, int | None, list[int]]:
+    """Feed values; give the best step, the step at which it stops, and the steps kept."""
+    saved: list[int] = []
+    stopping = EarlyStopping(
+        EarlyStoppingSpec(**settings), save=saved.append, prune=lambda steps: None
+    )
+    for step, value in enumerate(values, 1):
+        stopping.look(10 * step, {stopping.spec.metric: value})
+        if stopping.stopped:
+            return stopping.best_step, 10 * step, saved
+    return stopping.best_step, None, saved
+
+
+def test_early_stopping_waits_patience_evaluations_without_gain() -> None:
+    losses = [3.0, 2.0, 2.5, 1.9, 2.0, 1.95, 1.0]
+    assert stopped_after(losses, patience=2) == (40, 60, [10, 20, 40])
+    assert stopped_after(losses, patience=3) == (70, None, [10, 20, 40, 70])
+    # Gains of 1.9 against 2.0 are too small; 1.0 comes after three evaluations without one.
+    assert stopped_after(losses, patience=5, min_delta=0.2) == (70, None, [10, 20, 70])
+    rising = {"metric": "eval/accuracy", "patience": 1}
+    assert stopped_after([0.5, 0.7, 0.7, 0.9], **rising) == (20, 30, [10, 20])
+
+
+def test_early_stopping_goes_on_from_a_checkpoint_as_without_one() -> None:
+    spec = EarlyStoppingSpec(patience=2)
+    pruned: list[set[int]] = []
+    first = EarlyStopping(spec, save=lambda step: None, prune=pruned.append)
+    for step, value in ((1, 3.0), (2, 2.0)):
+        first.look(step, {"eval/loss": value})
+    again = EarlyStopping(spec, save=lambda step: None, prune=pruned.append)
+    again.load_state_dict(first.state_dict())
+    again.look(3, {"eval/loss": 1.0})
+    # The weights of step 2 stay until the next checkpoint: a resumed run may need them again.
+    assert pruned[-1] == {2, 3}
+    for step in (4, 5):
+        assert not again.stopped
+        again.look(step, {"eval/loss": 1.0})
+    assert again.stopped
+    assert again.best == {"eval/loss": 1.0}
+    with pytest.raises(TrainingError, match="'eval/loss' was not measured, only eval/x"):
+        again.look(6, {"eval/x": 1.0})
+
+
+STOP = {"early_stopping": {"metric": "eval/loss"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("sft", {"keep": STOP}, "needs 'heldout' rows and 'eval_every'"),
+        ("sft", {"keep": {"early_stopping": {"metric": "eval/accuracy"}}},
+         "found 'eval/accuracy'; a sft stage measures eval/loss"),
+        ("sft", {"keep": {"augment": {}}}, "keep.augment changes nothing"),
+        ("sft", {"keep": {"augment": {"templates": ["no slot"]}}}, "must hold {text} once"),
+        ("sft", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}},
+                 "tuning": {"method": "lora"}}, "which lora tuning leaves as they are"),
+        ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
+        ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
+        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "with the reference once"),
+        ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
+        ("grpo", {"keep": STOP}, "stopped by 'watch' with 'guard'"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_the_stage_are_refused(kind: str, keys: dict, said: str) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from align.recipe.schema import AnyStage
+
+    stage = {"kind": kind, "init": "base"}
+    online = {
+        "prompts": [{"path": "x"}],
+        "steps": 1,
+        "rewards": [{"kind": "regex", "pattern": "x"}],
+    }
+    stage |= online if kind == "grpo" else {"data": [{"path": "x"}]}
+    with pytest.raises(ValidationError, match=said):
+        TypeAdapter(AnyStage).validate_python(stage | keys)
+
+
+def test_what_fits_is_taken() -> None:
+    watched = {"heldout": [{"path": "y"}], "eval_every": 5, "data": [{"path": "x"}], "init": "base"}
+    keep = {"early_stopping": {"metric": "eval/accuracy"}, "dropout": 0.1}
+    assert RewardStage.model_validate({"kind": "reward", "keep": keep, **watched})
+    assert SftStage.model_validate({"kind": "sft", "keep": {**STOP, "dropout": 0.1}, **watched})
