@@ -96,6 +96,13 @@ def global_sum(value: float) -> float:
     return global_sums({"value": value})["value"]
 
 
+def sum_in_place(x: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks into itself; every rank must pass the same shape."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def global_max(value: float) -> float:
     """Give the largest of one number over all ranks."""
     total = torch.tensor(float(value), dtype=torch.float64, device=device())

@@ -49,7 +49,7 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
         spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
         examples=render.examples,
     )  # fmt: skip
-    return train_policy(spec, module, task, source=source, context=context)
+    return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
 def pair_length(pair: PairRow) -> int:

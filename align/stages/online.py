@@ -24,6 +24,7 @@ from align.online.weights import check_push, full_weights
 from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage, WatchSpec
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
+from align.stages.keeping import build_anchor, replayed
 from align.stages.training import build_policy, fingerprints, save_trained_policy
 from align.stages.watching import build_watch, finish_watch
 from align.training.learner import Learner
@@ -45,6 +46,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     policy = Learner(
         module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates,
         layers=spec.layers,
+        anchor=build_anchor(spec, module, chat, context),
     )  # fmt: skip
     reference = build_reference(spec, module, source.model_dir)
     online = OnlineRun(
@@ -84,7 +86,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     final |= {"engine/vllm": float(engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)
-    return StageResult(final, fingerprints(spec.prompts, watched), notes)
+    return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
 
 
 def start_engine(

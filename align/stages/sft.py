@@ -29,7 +29,7 @@ def run(spec: SftStage, context: StageContext) -> StageResult:
         spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
         examples=render.examples,
     )  # fmt: skip
-    return train_policy(spec, module, task, source=source, context=context)
+    return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
 def length_of(row: TokenRow) -> int:

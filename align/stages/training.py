@@ -12,6 +12,7 @@ from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.log import MetricsLog
 from align.core.types import Example
+from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.data.sources import data_fingerprint
 from align.models.loading import load_policy, save_policy, set_dropout
@@ -20,6 +21,7 @@ from align.online.weights import full_weights, gathered
 from align.recipe.schema import DataSpec, OfflineStage, TrainingStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.keeping import build_anchor, replayed
 from align.training.learner import Learner
 from align.training.offline import (
     OfflineSchedule,
@@ -28,6 +30,7 @@ from align.training.offline import (
     train_offline,
 )
 from align.training.stopping import EarlyStopping
+from align.tuning.ewc import Anchor
 from align.tuning.wrap import adapter_state, add_tuner, has_adapter
 
 log = logging.getLogger(__name__)
@@ -126,6 +129,7 @@ def run_offline(
     context: StageContext,
     *,
     stopping: EarlyStopping | None,
+    anchor: Anchor | None = None,
 ) -> dict[str, float]:
     """Train ``module`` on an offline task; give the last metrics."""
     schedule = offline_schedule(spec, len(task.rows), context.seed)
@@ -136,6 +140,7 @@ def run_offline(
         dtype=spec.dtype,
         total_steps=schedule.total_steps,
         layers=spec.layers,
+        anchor=anchor,
     )
     metrics: MetricsLog = context.metrics(schedule.total_steps)
     final = train_offline(
@@ -167,13 +172,15 @@ def train_policy(
     task: OfflineTask[Any],
     *,
     source: Artefact,
+    chat: ChatFormat,
     context: StageContext,
 ) -> StageResult:
     """Train the policy of an offline stage, save it and sum the stage up."""
+    anchor = build_anchor(spec, module, chat, context)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
-    final = run_offline(module, task, spec, context, stopping=stopping)
+    final = run_offline(module, task, spec, context, stopping=stopping, anchor=anchor)
     notes = {}
     if stopping is None:
         write(out=context.out)
@@ -181,4 +188,4 @@ def train_policy(
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
-    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
+    return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)

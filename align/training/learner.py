@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 
 from align.core import distributed
@@ -20,6 +21,7 @@ from align.recipe.deepspeed import deepspeed_config
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
 from align.training.layers import LayerPlan, plan_layers, set_trainable
 from align.training.schedule import learning_rate
+from align.tuning.ewc import Anchor
 
 log = logging.getLogger(__name__)
 Micro = TypeVar("Micro")
@@ -39,6 +41,7 @@ class Learner:
         dtype: str,
         total_steps: int,
         layers: LayersSpec | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         """Hand ``module`` to DeepSpeed.
 
@@ -47,7 +50,9 @@ class Learner:
             optim: optimiser and schedule. zero: how state is sharded. dtype: of the weights.
             total_steps: length of the learning-rate schedule, in optimiser steps.
             layers: which layers train when and how fast; None trains all alike.
+            anchor: weights that are pulled back to, EWC; None pulls nothing.
         """
+        self.anchor, self._zero_stage = anchor, zero.stage
         self.optim, self.total_steps, self.steps = optim, total_steps, 0
         self._plan: LayerPlan | None = None
         if layers is not None:
@@ -92,6 +97,10 @@ class Learner:
         totals: dict[str, Tensor] = {}
         for micro in micro_batches:
             loss, stats = loss_fn(self.engine, micro)
+            if self.anchor is not None and not totals and self._zero_stage < 3:
+                penalty = self.anchor.penalty(self.module.named_parameters())
+                penalty = penalty / distributed.world_size()  # every rank gives its part of it
+                loss, stats = loss + penalty, {**stats, "ewc": penalty}
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             for name, value in {"loss": loss, **stats}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
@@ -101,11 +110,27 @@ class Learner:
                 f"optimiser step {self.steps + 1}: the loss is {sums['loss']}, expected a finite "
                 "number; no weight was changed. Lower the learning rate or look at the batch"
             )
+        if self.anchor is not None and self._zero_stage == 3:
+            sums["ewc"] = self._pull_whole(self.anchor)
+            sums["loss"] += sums["ewc"]
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or self._norm)
         self._check_norm(norm)
         self.steps += 1
         return {**sums, "grad_norm": norm, "learning_rate": rate}
+
+    def _pull_whole(self, anchor: Anchor) -> float:
+        """Add the gradient of the penalty, weight by weight; give the penalty.
+
+        Under ZeRO-3 no weight is whole while the loss is made.
+        """
+        total = 0.0
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and name in anchor.fisher:
+                penalty, gradient = anchor.pull(name, safe_get_full_fp32_param(parameter))
+                safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient)
+                total += float(penalty)
+        return total
 
     def _set_layers(self, rate: float) -> None:
         """Set the rate of every group; freeze and thaw as the plan says of this step."""

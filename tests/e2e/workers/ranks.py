@@ -41,10 +41,12 @@ from align.recipe.schema import (
     ZeroSpec,
 )
 from align.recipe.tuning_schema import FullTuning, LoraTuning, TuningSpec
+from align.stages.keeping import log_likelihood
 from align.stages.sft import collate, length_of, sft_loss
 from align.stages.training import save_trained_policy
 from align.training.learner import Learner
 from align.training.offline import OfflineTask, micro_batches
+from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
@@ -86,10 +88,21 @@ def policy_model(dtype: str = "float32", tuning: TuningSpec = FULL) -> LogprobMo
 
 
 def learner_of(
-    module: torch.nn.Module, stage: int, dtype: str = "float32", layers: LayersSpec | None = None
+    module: torch.nn.Module,
+    stage: int,
+    dtype: str = "float32",
+    layers: LayersSpec | None = None,
+    anchor: Anchor | None = None,
 ) -> Learner:
-    zero = ZeroSpec(stage=stage)
-    return Learner(module, optim=OPTIM, zero=zero, dtype=dtype, total_steps=STEPS, layers=layers)
+    return Learner(
+        module,
+        optim=OPTIM,
+        zero=ZeroSpec(stage=stage),
+        dtype=dtype,
+        total_steps=STEPS,
+        layers=layers,
+        anchor=anchor,
+    )
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -142,6 +155,21 @@ def sft(
         "before": before,
         "halfway": halfway,
         "loss": [s["loss"] for s in stats],
+        "grad_norm": [s["grad_norm"] for s in stats],
+    }
+
+
+def ewc(stage: int, out: Path) -> Found:
+    """Train one task with the weights that another needs held back."""
+    module = policy_model()
+    rows = [row(500 + i, 10 + i) for i in range(5)]  # an odd number: ranks take unequal parts
+    fisher = scaled(fisher_diagonal(module, rows, log_likelihood), cap=10.0)
+    learner = learner_of(module, stage, anchor=anchor_at(module, fisher, coef=300.0))
+    stats = sft_steps(learner, range(STEPS))
+    return {
+        "weights": weights_of(learner.module.model),
+        "loss": [s["loss"] for s in stats],
+        "ewc": [s["ewc"] for s in stats],
         "grad_norm": [s["grad_norm"] for s in stats],
     }
 
@@ -279,6 +307,7 @@ SCENARIOS: dict[str, tuple[Callable[[int, Path], Found], tuple[int, ...]]] = {
     "layers": (partial(sft, layers=LAYERS), (0, 1, 2, 3)),
     "layers_lora": (partial(sft, tuning=LORA, layers=LAYERS), (0, 2, 3)),
     "layers_bf16": (partial(sft, dtype="bfloat16", layers=LAYERS), (0, 2, 3)),
+    "ewc": (ewc, (0, 1, 2, 3)),
     "grpo": (grpo, (0, 1, 2, 3)),
     "grpo_lora": (partial(grpo, tuning=LORA), (0, 2, 3)),
     "grpo_bf16": (partial(grpo, dtype="bfloat16"), (0, 2, 3)),

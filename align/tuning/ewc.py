@@ -1,0 +1,103 @@
+"""Elastic weight consolidation: weights that an old task needs are pulled back to their start."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.errors import DataError
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """Hold where the weights stood and how much the old task needs each of them.
+
+    Attributes:
+        coef: lambda. start: weights at the start of the stage, float32, by name.
+        fisher: diagonal Fisher information by name, scaled and capped (see ``scaled``).
+    """
+
+    coef: float
+    start: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor]
+
+    def penalty(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Tensor:
+        """Give coef / 2 * sum of F * (w - w_start)^2 over the parameters that train now.
+
+        Reference:
+            arXiv:1612.00796 eq. 3.
+        """
+        total = torch.zeros((), device=distributed.device())
+        for name, parameter in parameters:
+            if parameter.requires_grad and name in self.fisher:
+                moved = parameter.float() - self.start[name]
+                total = total + (self.fisher[name] * moved * moved).sum()
+        return 0.5 * self.coef * total
+
+    def pull(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Give one whole weight's share of the penalty and of its gradient, at ``value``."""
+        moved = value.float() - self.start[name]
+        gradient = self.coef * self.fisher[name] * moved
+        return 0.5 * (gradient * moved).sum(), gradient
+
+
+def fisher_diagonal(
+    module: nn.Module, rows: Sequence[Row], log_likelihood: Callable[[nn.Module, Row], Tensor]
+) -> dict[str, Tensor]:
+    """Average the squared gradient of each row's log-likelihood, with dropout off.
+
+    This is the empirical Fisher: labels are those of the data, gradients are squared row by row
+    (squaring the gradient of a batch would cancel what differs between its rows).
+
+    Args:
+        module: its trainable parameters are looked at; not yet under DeepSpeed.
+        rows: rows of the old task; each rank takes a part.
+        log_likelihood: (module, row) -> sum over the trained tokens, in nats.
+
+    Returns:
+        float32 by parameter name, on every rank.
+    """
+    module.eval()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
+    for row in distributed.shard(rows):
+        found = torch.autograd.grad(
+            log_likelihood(module, row), list(trained.values()), allow_unused=True
+        )
+        for name, gradient in zip(trained, found, strict=True):
+            if gradient is not None:
+                totals[name] += gradient.float().square()
+    for total in totals.values():
+        distributed.sum_in_place(total).div_(len(rows))
+    return totals
+
+
+def scaled(fisher: Mapping[str, Tensor], *, cap: float) -> dict[str, Tensor]:
+    """Divide by the mean over all weights, then cap each at ``cap``.
+
+    At the optimum of the old task gradients all but vanish, and without scaling no lambda has an
+    effect; without the cap a few weights hold all of it.
+
+    Raises:
+        DataError: the information is 0 or not finite everywhere.
+    """
+    count = sum(x.numel() for x in fisher.values())
+    mean = sum(float(x.double().sum()) for x in fisher.values()) / max(count, 1)
+    if not 0.0 < mean < float("inf"):
+        raise DataError(
+            f"keep.ewc.data: the mean Fisher information of its rows is {mean}, expected a finite "
+            "number above 0; give rows of the old task with answers to train on"
+        )
+    return {name: (x / mean).clamp(max=cap) for name, x in fisher.items()}
+
+
+def anchor_at(module: nn.Module, fisher: Mapping[str, Tensor], *, coef: float) -> Anchor:
+    """Hold the present weights of ``module`` as those to be pulled back to."""
+    named = dict(module.named_parameters())
+    start = {name: named[name].detach().float().clone() for name in fisher}
+    return Anchor(coef, start, fisher)

@@ -1,0 +1,84 @@
+"""Stages with layers: and keep: as real processes: a killed one ends as one that was not."""
+
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_runs as runs
+from test_resume import interrupt
+
+# The rate is so high that the held-out loss rises after a while.
+STOPPING = ["optim.learning_rate=0.05", "eval_every=1", "keep.early_stopping.patience=6"]
+
+
+def overrides(stage: str, *settings: str) -> dict[str, list[str]]:
+    return {"overrides": [f"stages.{stage}.{setting}" for setting in settings]}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the recipe once."""
+    return runs.write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run base, and an sft stage that stops early while its layers thaw, without interruption."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    runs.finish(recipe, "base", run_dir)
+    runs.finish(recipe, "sft", run_dir, **stopping_sft())
+    return run_dir
+
+
+def stopping_sft() -> dict[str, list[str]]:
+    layers = ["layers.unfreeze.every_steps=4", "keep.dropout=0.1", "label_smoothing=0.1"]
+    return overrides("sft", *STOPPING, *layers)
+
+
+def losses(run_dir: Path, stage: str) -> dict[int, float]:
+    return {line["step"]: line["eval/loss"] for line in runs.numbers(run_dir, stage)}
+
+
+def test_sft_stops_early_and_keeps_the_best_weights(whole: Path) -> None:
+    said = runs.manifest(whole, "sft")
+    notes, seen = said["early_stopping"], losses(whole, "sft")
+    best = min(seen, key=lambda step: seen[step])
+    assert notes == {"metric": "eval/loss", "best_step": best, "last_step": best + 6,
+                     "stopped": True}  # fmt: skip
+    assert max(seen) == best + 6 < 24
+    assert said["metrics"]["eval/loss"] == seen[best]
+    kept = whole / "sft" / "best" / f"step-{best:08d}" / "model" / "model.safetensors"
+    assert kept.read_bytes() == runs.weights(whole, "sft")
+
+
+def test_sft_killed_before_it_stops_ends_with_the_same_bytes(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "base", tmp_path / "base")
+    code, _ = interrupt(recipe, "sft", tmp_path, signal.SIGKILL, "step-00000006", **stopping_sft())
+    assert code == -signal.SIGKILL
+    assert "resumed from" in runs.finish(recipe, "sft", tmp_path, **stopping_sft())
+    assert runs.weights(tmp_path, "sft") == runs.weights(whole, "sft")
+    assert runs.numbers(tmp_path, "sft") == runs.numbers(whole, "sft")
+    notes = [runs.manifest(folder, "sft")["early_stopping"] for folder in (tmp_path, whole)]
+    assert notes[0] == notes[1]
+
+
+@pytest.mark.slow
+def test_reward_model_stopped_early_is_the_best_one(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The best weights are those of a stage that ends at the best step at a constant rate."""
+    shutil.copytree(whole / "base", tmp_path / "a" / "base")
+    shutil.copytree(whole / "base", tmp_path / "b" / "base")
+    held = "heldout=[{world: preference, rows: 16, split: heldout}]"
+    common = [held, "eval_every=1", "optim.learning_rate=0.03", "optim.schedule=constant"]
+    stop = ["steps=20", "keep.early_stopping.metric=eval/accuracy"]
+    runs.finish(recipe, "reward", tmp_path / "a", **overrides("reward", *common, *stop))
+    best = runs.manifest(tmp_path / "a", "reward")["early_stopping"]["best_step"]
+    runs.finish(recipe, "reward", tmp_path / "b", **overrides("reward", *common, f"steps={best}"))
+    assert runs.weights(tmp_path / "a", "reward") == runs.weights(tmp_path / "b", "reward")
