@@ -7,6 +7,7 @@ from pydantic import Field
 from align.recipe.evaluate_schema import EvaluateStage
 from align.recipe.keep_schema import AugmentSpec, EarlyStoppingSpec, EwcSpec
 from align.recipe.layers_schema import LayersSpec
+from align.recipe.merge_schema import MergeStage
 from align.recipe.offline_schema import (
     BaseStage,
     DpoStage,
@@ -44,6 +45,7 @@ __all__ = [
     "GrpoStage",
     "GuardSpec",
     "LayersSpec",
+    "MergeStage",
     "OfflineStage",
     "OnlineStage",
     "OptimSpec",
@@ -65,13 +67,20 @@ __all__ = [
 ]  # fmt: skip
 
 AnyStage = Annotated[
-    BaseStage | SftStage | RewardStage | DpoStage | PpoStage | GrpoStage | EvaluateStage,
+    BaseStage
+    | SftStage
+    | RewardStage
+    | DpoStage
+    | PpoStage
+    | GrpoStage
+    | EvaluateStage
+    | MergeStage,
     Field(discriminator="kind"),
 ]
 
 PRODUCES = {
     "base": "policy", "sft": "policy", "dpo": "policy", "ppo": "policy", "grpo": "policy",
-    "reward": "reward_model", "evaluate": "evaluation",
+    "merge": "policy", "reward": "reward_model", "evaluate": "evaluation",
 }  # fmt: skip
 """Artefact kind that each stage kind writes."""
 
@@ -125,6 +134,10 @@ def references(spec: Any) -> dict[str, str]:
         add_rewards("rewards", spec.rewards)
         if spec.watch is not None:
             add_rewards("watch.gold", spec.watch.gold)
+    if isinstance(spec, MergeStage):
+        add("base", spec.base)
+        add("tuned", spec.tuned)
+        add_rewards("scores", spec.scores)
     if isinstance(spec, EvaluateStage):
         for key, names in (("models", spec.models), ("reward_models", spec.reward_models)):
             for i, name in enumerate(names):

@@ -223,6 +223,8 @@ def _runner(kind: str) -> Any:
         from align.stages.dpo import run
     elif kind == "evaluate":
         from align.stages.evaluate import run
+    elif kind == "merge":
+        from align.stages.merge import run
     else:
         from align.stages.online import run
     return run

@@ -90,7 +90,7 @@ def sample_all(
     held: Artefact | None = None
     for version, (name, artefact) in enumerate(artefacts.items()):
         chat = chat_format(artefact.model_dir)
-        _same_tokens(mine[:8], prompt_rows_like(mine[:8], chat), name, spec.baseline)
+        same_tokens(mine[:8], prompt_rows_like(mine[:8], chat), name, spec.baseline)
         if engine is None or held is None or _config(held) != _config(artefact):
             if engine is not None:
                 engine.close()
@@ -129,9 +129,10 @@ def prompt_rows_like(rows: Sequence[PromptRow], chat: Any) -> list[list[int]]:
     return [list(chat.prompt_ids(row.prompt)) for row in rows]
 
 
-def _same_tokens(
+def same_tokens(
     rows: Sequence[PromptRow], again: Sequence[Sequence[int]], name: str, baseline: str
 ) -> None:
+    """Raise ArtefactError where another checkpoint renders the prompts to other tokens."""
     for row, ids in zip(rows, again, strict=True):
         if list(row.input_ids) != list(ids):
             raise ArtefactError(

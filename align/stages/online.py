@@ -21,7 +21,7 @@ from align.online.algorithms import ALGORITHMS
 from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
 from align.online.weights import check_push, full_weights
-from align.recipe.schema import EvaluateStage, OnlineStage, PpoStage, WatchSpec
+from align.recipe.schema import EvaluateStage, MergeStage, OnlineStage, PpoStage, WatchSpec
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
 from align.stages.keeping import build_anchor, replayed
@@ -90,7 +90,10 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
 
 
 def start_engine(
-    spec: OnlineStage | EvaluateStage, model_dir: Path, chat: ChatFormat, context: StageContext
+    spec: OnlineStage | EvaluateStage | MergeStage,
+    model_dir: Path,
+    chat: ChatFormat,
+    context: StageContext,
 ) -> RolloutEngine:
     """Start the sampler that the recipe asks for, with the weights in ``model_dir``."""
     return build_engine(

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
@@ -36,7 +38,8 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopping_sft() -> dict[str, list[str]]:
     layers = ["layers.unfreeze.every_steps=4", "keep.dropout=0.1", "label_smoothing=0.1"]
-    return overrides("sft", *STOPPING, *layers)
+    ewc = "keep.ewc={coef: 1, data: [{world: sft, rows: 8, split: train}]}"
+    return overrides("sft", *STOPPING, *layers, ewc)
 
 
 def losses(run_dir: Path, stage: str) -> dict[int, float]:
@@ -82,3 +85,40 @@ def test_reward_model_stopped_early_is_the_best_one(
     best = runs.manifest(tmp_path / "a", "reward")["early_stopping"]["best_step"]
     runs.finish(recipe, "reward", tmp_path / "b", **overrides("reward", *common, f"steps={best}"))
     assert runs.weights(tmp_path / "a", "reward") == runs.weights(tmp_path / "b", "reward")
+
+
+MERGE = """
+  merge:
+    kind: merge
+    base: base
+    tuned: sft
+    alphas: [0, 0.5, 1]
+    prompts: [{world: prompts, rows: 8, split: heldout}]
+    shifted: [{world: prompts, rows: 6, split: train}]
+    scores: [{kind: length, target: 2, limit: 12}]
+    tolerance: 2.0
+    max_length: 128
+    sampling: {max_new_tokens: 12, engine: hf, temperature: 0.0}
+"""
+
+
+def test_merge_writes_the_alpha_that_its_rule_chooses(whole: Path, tmp_path: Path) -> None:
+    """Tolerance 2 lets every alpha in: the best on the shifted prompts, of equal ones the last."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(runs.RECIPE + MERGE, encoding="utf-8")
+    for stage in ("base", "sft"):
+        shutil.copytree(whole / stage, tmp_path / "run" / stage)
+    said = runs.finish(recipe, "merge", tmp_path / "run", ranks=2)
+    manifest = runs.manifest(tmp_path / "run", "merge")
+    curve = manifest["curve"]
+    assert [point["alpha"] for point in curve] == [0.0, 0.5, 1.0]
+    best = max(point["shifted"][0] for point in curve)
+    expected = max(p["alpha"] for p in curve if p["shifted"][0] == best)
+    assert manifest["alpha"] == manifest["metrics"]["merge/alpha"] == expected
+    assert f"alpha {expected:g} written" in said
+    a, b, found = (
+        load_file(tmp_path / "run" / stage / "model" / "model.safetensors")
+        for stage in ("base", "sft", "merge")
+    )
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (1 - expected) * a[name] + expected * b[name])

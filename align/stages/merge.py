@@ -1,0 +1,215 @@
+"""Stage merge: interpolate a model and what was fine-tuned from it; choose alpha by answers."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.errors import ArtefactError
+from align.core.types import PromptRow
+from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
+from align.evaluation.stats import paired_bootstrap
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
+from align.online.engine import RolloutEngine
+from align.online.experience import gather_experience
+from align.online.rollout import sample_groups
+from align.online.scoring import score_answers
+from align.online.weights import check_push
+from align.recipe.schema import DataSpec, MergeStage
+from align.recipe.tuning_schema import UNMERGED
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.evaluate import prompt_rows_like, same_tokens
+from align.stages.online import build_rewards, prompt_rows, start_engine
+from align.stages.training import fingerprints
+from align.tuning.interpolate import check_alike, interpolated, write_interpolated
+from reward_models.base import RewardFunction
+
+log = logging.getLogger(__name__)
+Point = dict[str, Any]
+SETS = ("prompts", "shifted")
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Hold the scores of all answers of one alpha to one set of prompts.
+
+    Attributes:
+        scores: one per answer, None where invalid. prompts: number of the prompt of each.
+    """
+
+    scores: list[float | None]
+    prompts: list[int]
+
+
+def run(spec: MergeStage, context: StageContext) -> StageResult:
+    """Write the interpolation of ``spec.base`` and ``spec.tuned`` that the rule chooses."""
+    base, tuned = (context.artefact(name, "policy") for name in (spec.base, spec.tuned))
+    for name, artefact in ((spec.base, base), (spec.tuned, tuned)):
+        refuse_adapter(name, artefact)
+    check_alike(base.model_dir, tuned.model_dir)
+    curve: list[Point] = []
+    alpha = spec.alphas[0]
+    if len(spec.alphas) > 1:
+        curve = sweep(spec, base, tuned, context)
+        alpha = choose(curve, tolerance=spec.tolerance)
+    if distributed.rank() == 0:
+        write_interpolated(base.model_dir, tuned.model_dir, alpha, context.out / "model")
+    distributed.barrier()
+    log.info("alpha %g written", alpha)
+    metrics = {"merge/alpha": alpha}
+    chosen = next((point for point in curve if point["alpha"] == alpha), None)
+    if chosen is not None:
+        metrics |= {f"merge/{name}": chosen[name][0] for name in SETS}
+    return StageResult(
+        metrics, fingerprints(spec.prompts, spec.shifted), {"alpha": alpha, "curve": curve}
+    )
+
+
+def refuse_adapter(name: str, artefact: Artefact) -> None:
+    """Refuse a policy part of which stands beside its weights and would be left out.
+
+    Raises:
+        ArtefactError: its stage tuned by a method that cannot be merged.
+    """
+    tuning = artefact.manifest.get("spec", {}).get("tuning") or {}
+    if tuning.get("method") in UNMERGED:
+        raise ArtefactError(
+            f"{name}: tuned by {tuning['method']}, whose adapter is no part of the weights; "
+            "interpolate models of full or LoRA-like tuning"
+        )
+
+
+def sweep(spec: MergeStage, base: Artefact, tuned: Artefact, context: StageContext) -> list[Point]:
+    """Score every alpha on both sets of prompts; one engine takes the weights in turn."""
+    chat = chat_format(base.model_dir)
+    sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
+    other = chat_format(tuned.model_dir)
+    for rows in sets.values():
+        same_tokens(rows[:8], prompt_rows_like(rows[:8], other), spec.tuned, spec.base)
+    rewards = build_rewards(spec.scores, context)
+    trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
+    engine = start_engine(spec, base.model_dir, chat, context)
+    metrics = context.metrics(len(spec.alphas))
+    found: dict[float, dict[str, Answered]] = {}
+    for i, alpha in enumerate(spec.alphas):
+        with engine.awake():
+            push(engine, trainer, base, tuned, alpha, sets["prompts"], spec, version=i + 1)
+            found[alpha] = {
+                name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
+                for name, rows in sets.items()
+            }
+        seen = {
+            f"merge/{name}": point[0]
+            for name, a in found[alpha].items()
+            if (point := as_triple(mean_interval(a.scores, a.prompts, seed=context.seed)))[0]
+            is not None
+        }
+        metrics.log(i + 1, {"merge/alpha": alpha, **seen})
+    metrics.close()
+    engine.close()
+    return curve_of(found, seed=context.seed)
+
+
+def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list[PromptRow]:
+    chat = chat_format(context.artefact(spec.base, "policy").model_dir)
+    return prompt_rows(spec.model_copy(update={"prompts": data}), chat, context)
+
+
+@torch.no_grad()
+def push(
+    engine: RolloutEngine,
+    trainer: LogprobModel,
+    base: Artefact,
+    tuned: Artefact,
+    alpha: float,
+    rows: Sequence[PromptRow],
+    spec: MergeStage,
+    *,
+    version: int,
+) -> None:
+    """Bring interpolated weights into the engine and prove that it answers with them."""
+    named = dict(trainer.model.named_parameters())
+    for name, tensor in interpolated(base.model_dir, tuned.model_dir, alpha):
+        named[name].copy_(tensor)
+    weights = interpolated(base.model_dir, tuned.model_dir, alpha)
+    engine.load_weights(weights, version=version)
+    ids = torch.tensor([list(rows[0].input_ids)], device=distributed.device())
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    expected = trainer(ids, positions).logprobs[0, 1:].tolist()
+    check_push(engine, rows[0].input_ids, expected, dtype=spec.dtype)
+
+
+def answer(
+    engine: RolloutEngine,
+    rows: Sequence[PromptRow],
+    rewards: Sequence[RewardFunction],
+    spec: MergeStage,
+    stop_token_ids: tuple[int, ...],
+    context: StageContext,
+) -> Answered:
+    """Let the engine answer this rank's prompts; every rank gets the scores of all."""
+    first = len(rows) * distributed.rank() // distributed.world_size()
+    mine = distributed.shard(rows)
+    groups = sample_groups(
+        engine,
+        mine,
+        n=spec.samples,
+        step=0,  # every alpha draws with the same seeds, so that comparisons are paired
+        seed=context.seed,
+        sampling=spec.sampling,
+        stop_token_ids=stop_token_ids,
+        first_position=first,
+    )
+    held = gather_experience(mine, groups, first_group=first)
+    scores = score_answers(held.prompts, held.completions, rewards).total
+    parts = distributed.gather_objects((scores, held.group_ids.tolist()))
+    return Answered([s for part, _ in parts for s in part], [g for _, part in parts for g in part])
+
+
+def curve_of(found: Mapping[float, Mapping[str, Answered]], *, seed: int) -> list[Point]:
+    """Give each alpha's score on both sets, and its paired difference to alpha 1.
+
+    Returns:
+        Points with ``alpha``, ``prompts`` and ``shifted`` ([value, low, high]), and
+        ``prompts_gain`` and ``shifted_gain``, the same of the difference.
+    """
+    curve = []
+    for alpha, sets in sorted(found.items()):
+        point: Point = {"alpha": alpha}
+        for name, mine in sets.items():
+            point[name] = as_triple(mean_interval(mine.scores, mine.prompts, seed=seed))
+            a, b, clusters = valid_pairs(mine.scores, found[1.0][name].scores, mine.prompts)
+            gain = paired_bootstrap(a, b, clusters=clusters, seed=seed) if a else None
+            point[f"{name}_gain"] = as_triple(gain)
+        curve.append(point)
+    return curve
+
+
+def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
+    """Give the alpha with the best shifted score among those that keep what was learnt.
+
+    Args:
+        curve: see ``curve_of``; holds alpha 1. tolerance: how far below the score of alpha 1 on
+            ``prompts`` an alpha may be.
+
+    Returns:
+        The alpha; of equally good ones the largest.
+
+    Raises:
+        ArtefactError: no answer of alpha 1 could be scored.
+    """
+
+    def value(point: Mapping[str, Any], name: str) -> float:
+        triple: Triple = point[name]
+        return float("-inf") if triple[0] is None else triple[0]
+
+    bar = next(value(point, "prompts") for point in curve if point["alpha"] == 1.0) - tolerance
+    if bar == float("-inf"):
+        raise ArtefactError("merge: no answer of the fine-tuned model could be scored")
+    kept = [point for point in curve if value(point, "prompts") >= bar]
+    return max(kept, key=lambda point: (value(point, "shifted"), point["alpha"]))["alpha"]

@@ -1,0 +1,130 @@
+"""Interpolate the weights of two saved models, one tensor at a time."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from align.core.errors import ArtefactError
+
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+
+
+def check_alike(base: Path, tuned: Path) -> None:
+    """Refuse two models that do not have the same weights.
+
+    Raises:
+        ArtefactError: names, shapes or the tie of head and embeddings differ.
+    """
+    if _tied(base) != _tied(tuned):
+        raise ArtefactError(
+            f"{base} and {tuned}: the head is tied to the embeddings in one of them only; "
+            "interpolate models of one architecture"
+        )
+    first, second = _shapes(base), _shapes(tuned)
+    alone = sorted(first.keys() ^ second.keys())
+    if alone:
+        raise ArtefactError(
+            f"{base} and {tuned}: {len(alone)} weights are in one of them only, such as "
+            f"{alone[0]}; interpolate a model with what was fine-tuned from it"
+        )
+    for name, shape in first.items():
+        if shape != second[name]:
+            raise ArtefactError(
+                f"{name}: shape {shape} in {base}, {second[name]} in {tuned}; expected equal ones"
+            )
+
+
+def interpolated(base: Path, tuned: Path, alpha: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield (1 - alpha) * base + alpha * tuned, computed in float32, in the type of ``tuned``.
+
+    At most one tensor of each model is held at a time. Alpha 0 and 1 give the values of ``base``
+    and ``tuned`` bit for bit.
+
+    Reference:
+        arXiv:2109.01903 eq. 1.
+    """
+    for file in weight_files(tuned):
+        yield from _file(base, tuned, file.name, alpha).items()
+
+
+def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None:
+    """Write a model folder, one file of ``tuned`` at a time; alpha 0 and 1 are copies."""
+    shutil.rmtree(out, ignore_errors=True)
+    if alpha in (0.0, 1.0):
+        shutil.copytree(base if alpha == 0.0 else tuned, out)
+        return
+    weights = {file.name for file in weight_files(tuned)} | {INDEX}
+    shutil.copytree(tuned, out, ignore=lambda _, names: weights & set(names))
+    places: dict[str, str] = {}
+    total = 0
+    for file in weight_files(tuned):
+        tensors = dict(_file(base, tuned, file.name, alpha))
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+        total += sum(x.nbytes for x in tensors.values())
+    if (tuned / INDEX).is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def mix(a: Tensor, b: Tensor, alpha: float, *, name: str) -> Tensor:
+    """Give (1 - alpha) * a + alpha * b in float32, in the type of ``b``.
+
+    Raises:
+        ArtefactError: two tensors that are no floats differ.
+    """
+    if not b.is_floating_point():
+        if not torch.equal(a, b):
+            raise ArtefactError(f"{name}: holds {b.dtype} that differ; they cannot be interpolated")
+        return b
+    if alpha in (0.0, 1.0):  # not 0 * a + b: that would make -0.0 of b a 0.0
+        return (b if alpha == 1.0 else a).to(b.dtype)
+    return ((1.0 - alpha) * a.float() + alpha * b.float()).to(b.dtype)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files that hold a model's weights."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ArtefactError(f"{folder}: no *.safetensors; expected a model saved by a stage")
+    return found
+
+
+def _file(base: Path, tuned: Path, name: str, alpha: float) -> dict[str, Tensor]:
+    """Interpolate what one file of ``tuned`` holds; its partners may lie in other files."""
+    places = {key: file for file in weight_files(base) for key in _names(file)}
+    skip = HEAD if _tied(tuned) else None
+    found: dict[str, Tensor] = {}
+    with safe_open(tuned / name, framework="pt") as mine:
+        for key in (key for key in mine.keys() if key != skip):  # noqa: SIM118 (not a dict)
+            with safe_open(places[key], framework="pt") as other:
+                found[key] = mix(other.get_tensor(key), mine.get_tensor(key), alpha, name=key)
+    return found
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    if _tied(folder):
+        found.pop(HEAD, None)
+    return found
+
+
+def _tied(folder: Path) -> bool:
+    config = AutoConfig.from_pretrained(str(folder)).get_text_config()
+    return bool(config.tie_word_embeddings)
