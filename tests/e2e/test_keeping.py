@@ -38,7 +38,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopping_sft() -> dict[str, list[str]]:
     layers = ["layers.unfreeze.every_steps=4", "keep.dropout=0.1", "label_smoothing=0.1"]
-    ewc = "keep.ewc={coef: 1, data: [{world: sft, rows: 8, split: train}]}"
+    ewc = "keep.ewc={coef: 0.01, data: [{world: sft, rows: 8, split: train}]}"
     return overrides("sft", *STOPPING, *layers, ewc)
 
 
