@@ -7,7 +7,7 @@ in the row once.
 
 Everything but attention works on the N tokens. Attention lays them out as (S, T), right-padded,
 each answer behind its prompt, where causality already keeps a real query from every padded key: no
-mask is built, and the fused causal kernel is used. Sequences of like length share a layout, so
+mask is built, and the fused causal kernel is used, on CPU products of blocks. Sequences of like length share a layout, so
 that a long one does not pad the short ones.
 """
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from align.models.block_attention import block_attention
 
 PACKED = "align_packed"
 ALIKE = 0.7
@@ -128,15 +130,18 @@ def packed_attention(
         (1, N, H, D) and None (no attention weights), transformers' convention.
     """
     assert attention_mask is None, "packed attention takes no mask; give segments"
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         band = _band(q.shape[2], sliding_window, q.device)
+        if q.device.type == "cpu" and band is None and dropout == 0.0:
+            scale = q.shape[3] ** -0.5 if scaling is None else scaling
+            return block_attention(q, k, v, scale=scale).transpose(1, 2)  # (S, T, H, D)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
-        ).transpose(1, 2)  # (S, T, H, D)
+        ).transpose(1, 2)
 
     if segments is None:
         return attend(query, key, value).contiguous(), None

@@ -1,0 +1,85 @@
+"""Causal attention in blocks of queries, by matrix products: on CPU faster than the fused kernel.
+
+torch's fused kernel for CPU multiplies small tiles without the processor's matrix instructions; a
+block of queries against all keys up to it is one product, large enough to use them, and needs no
+product above the diagonal beyond the block itself. benchmarks/README.md has the measurements.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Queries of a block."""
+
+KEEP = 512
+"""Longest sequence, in tokens, whose attention weights are kept for the backward pass; those of
+longer ones are computed again, so that memory per token is bounded."""
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Attend causally.
+
+    Args:
+        query: (S, H, T, D). key, value: (S, H_kv, T, D); H is a multiple of H_kv.
+        scale: factor on the scores.
+
+    Returns:
+        (S, H, T, D). Scores and weights have the dtype of the query, the softmax is in float32.
+    """
+    return _BlockAttention.apply(query, key, value, scale, torch.is_grad_enabled())
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attend block by block; heads that share a key are rows of one product (B = S * H_kv)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, grad: bool
+    ) -> Tensor:
+        num, heads, length, width = query.shape
+        groups = heads // key.shape[1]
+        q = (query * scale).reshape(-1, groups, length, width)  # (B, G, T, D)
+        k, v = key.reshape(-1, length, width), value.reshape(-1, length, width)  # (B, T, D)
+        out, kept = torch.empty_like(q), []
+        for begin, end in _blocks(length):
+            weights = _weights(q, k, begin, end)
+            out[:, :, begin:end] = (weights @ v[:, :end]).unflatten(1, (groups, -1))
+            if grad and length <= KEEP:
+                kept.append(weights)
+        if grad:
+            ctx.save_for_backward(q, k, v, *kept)
+            ctx.scale = scale
+        return out.view(num, heads, length, width)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        q, k, v, *kept = ctx.saved_tensors
+        groups, length = q.shape[1:3]
+        num, grad = grad.shape[0], grad.reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for number, (begin, end) in enumerate(_blocks(length)):
+            weights = kept[number] if kept else _weights(q, k, begin, end)
+            out = grad[:, :, begin:end].flatten(1, 2)  # (B, G*n, D)
+            dv[:, :end] += weights.transpose(1, 2) @ out
+            scores = torch._softmax_backward_data(
+                out @ v[:, :end].transpose(1, 2), weights, -1, weights.dtype
+            )
+            dq[:, :, begin:end] = (scores @ k[:, :end]).unflatten(1, (groups, -1))
+            dk[:, :end] += scores.transpose(1, 2) @ q[:, :, begin:end].flatten(1, 2)
+        dq, dk, dv = (x.reshape(num, -1, *x.shape[-2:]) for x in (dq * ctx.scale, dk, dv))
+        return dq, dk, dv, None, None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + BLOCK, length)) for begin in range(0, length, BLOCK)]
+
+
+def _weights(q: Tensor, k: Tensor, begin: int, end: int) -> Tensor:
+    """Give the attention weights of the queries of one block: (B, G*n, end)."""
+    scores = q[:, :, begin:end].flatten(1, 2) @ k[:, :end].transpose(1, 2)
+    n = end - begin
+    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    scores.unflatten(1, (q.shape[1], n))[..., begin:].masked_fill_(future, float("-inf"))
+    return scores.softmax(-1)
