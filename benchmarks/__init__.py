@@ -1,0 +1,1 @@
+"""Speed, memory and equality of align and TRL on the same work: ``make bench``."""
