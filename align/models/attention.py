@@ -7,8 +7,8 @@ in the row once.
 
 Everything but attention works on the N tokens. Attention lays them out as (S, T), right-padded,
 each answer behind its prompt, where causality already keeps a real query from every padded key: no
-mask is built, and the fused causal kernel is used, on CPU products of blocks. Sequences of like length share a layout, so
-that a long one does not pad the short ones.
+mask is built, and the fused causal kernel is used, on CPU products of blocks. Sequences of like
+length share a layout, so that a long one does not pad the short ones.
 """
 
 from dataclasses import dataclass
