@@ -34,7 +34,7 @@ class GatedLog:
 class BenchContext(StageContext):
     """Give a stage its surroundings without a pipeline around it."""
 
-    gate: Gate
+    gate: Gate | None = None
 
     def artefact(self, reference: str, kind: str) -> Artefact:
         """Name a folder of the benchmark; there is no manifest to verify."""
@@ -42,6 +42,7 @@ class BenchContext(StageContext):
 
     def metrics(self, total_steps: int) -> Any:
         """Begin the rounds."""
+        assert self.gate is not None
         return GatedLog(self.gate)
 
 
@@ -52,7 +53,7 @@ def _context(gate: Gate, work: Mapping[str, Any]) -> BenchContext:
     distributed.init_process_group()
     distributed.seed_everything(0)
     recipe: Any = None  # no stage reads it once artefacts and metrics are given
-    return BenchContext(recipe, "bench", Path(work["folder"]), 0, gate)
+    return BenchContext(recipe, "bench", Path(work["folder"]), 0, gate=gate)
 
 
 def _shared(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,14 +126,14 @@ def dpo(gate: Gate, work: Mapping[str, Any]) -> None:
 
     class Context(BenchContext):
         def metrics(self, total_steps: int) -> Any:
-            log = WithReference(self.gate)
+            log = WithReference(gate)
             args, kwargs = calls[0]
             original(*args, **kwargs)
             return log
 
     stage.reference_pairs = remember
     plain = _context(gate, work)
-    context = Context(plain.recipe, plain.name, plain.run_dir, plain.seed, gate)
+    context = Context(plain.recipe, plain.name, plain.run_dir, plain.seed, gate=gate)
     stage.run(DpoStage(kind="dpo", beta=0.1, **_offline(work, "preference")), context)
 
 

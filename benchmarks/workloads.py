@@ -147,9 +147,7 @@ def pair_rows(totals: list[int], vocab_size: int, *, prompt_frac: float) -> list
         long = max(2, total - prompt - 1)
         answers = [words(long), words(max(1, round(long * choose.uniform(0.3, 1.0))))]
         choose.shuffle(answers)
-        found.append(
-            {"prompt": words(prompt), "chosen": answers[0], "rejected": answers[1]}
-        )
+        found.append({"prompt": words(prompt), "chosen": answers[0], "rejected": answers[1]})
     return found
 
 
