@@ -25,12 +25,24 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that h
 
 
 @cli.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also try rows, models and rewards; nothing is trained")
+    ] = False,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="with --deep")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
     """Say whether a recipe is right; all mistakes at once, each with its line."""
     from align.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     typer.echo(f"{recipe}: right, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    if deep or only:
+        from align.cli.deep import check_deeply
+
+        check_deeply(recipe, overrides or (), runs / loaded.name, only)
 
 
 @cli.command()

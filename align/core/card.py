@@ -52,7 +52,7 @@ class Card:
 
 
 def read_card(plain: Mapping[str, Any]) -> Card:
-    """Give the card behind ``Card.plain``."""
+    """Give the card behind ``Card.plain``; KeyError or TypeError where it is none."""
     return Card(plain["stage"], plain["kind"], [Line(**line) for line in plain["lines"]])
 
 

@@ -127,6 +127,14 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Give the float32 logits (n, V) of last states (n, H), soft-capped where the model says so."""
+    lm = causal_lm(model)
+    logits = lm.get_output_embeddings()(hidden).float()
+    soft_cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+
 def _head(
     model: nn.Module,
     hidden: Tensor,
@@ -135,15 +143,10 @@ def _head(
     entropy: bool,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    lm = causal_lm(model)
-    head = lm.get_output_embeddings()
-    soft_cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    head = causal_lm(model).get_output_embeddings()
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h).float()
-        if soft_cap is not None:
-            logits = torch.tanh(logits / soft_cap) * soft_cap
-        logits = logits / temperature
+        logits = token_logits(model, h) / temperature
         norm = torch.logsumexp(logits, -1)
         chosen = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1) - norm
         if label_smoothing:

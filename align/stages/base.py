@@ -40,13 +40,18 @@ class StageContext:
     name: str
     run_dir: Path
     seed: int
-    check_only: bool = False
-    """End before training with the preflight's card (``align check --deep``)."""
+    scratch: Path | None = None
+    """Folder to write to instead of the stage's own where only the preflight is wanted."""
 
     @property
     def out(self) -> Path:
         """Give the stage's own folder."""
-        return self.run_dir / self.name
+        return self.scratch or self.run_dir / self.name
+
+    @property
+    def check_only(self) -> bool:
+        """Say whether the stage ends with its preflight's card (``align check --deep``)."""
+        return self.scratch is not None
 
     def artefact(self, reference: str, kind: str) -> Artefact:
         """Read and verify the artefact a recipe names by stage or by path."""
@@ -124,7 +129,7 @@ def _run(kind: str, args: argparse.Namespace) -> int:
     context.out.mkdir(parents=True, exist_ok=True)
     _begin(context, manifest, force=args.force)
     distributed.seed_everything(seed)
-    result = _runner(kind)(spec, context)
+    result = stage_runner(kind)(spec, context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     if distributed.rank() == 0:
@@ -212,7 +217,8 @@ def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -
         (context.out / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
-def _runner(kind: str) -> Any:
+def stage_runner(kind: str) -> Any:
+    """Give the function ``run(spec, context)`` of a stage kind."""
     if kind == "base":
         from align.stages.base_model import run
     elif kind == "sft":

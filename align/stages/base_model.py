@@ -29,6 +29,7 @@ from align.models.attention import PACKED
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import StageContext, StageResult
+from align.stages.preflight import base_checks, corpus_checks, settle
 from align.stages.sft import collate, length_of, sft_loss
 from align.stages.training import fingerprints
 from align.training.learner import Learner
@@ -44,9 +45,13 @@ def run(spec: BaseStage, context: StageContext) -> StageResult:
         model, tokenizer = _bring_in(spec)
         metrics: dict[str, float] = {}
     else:
+        if context.check_only:
+            settle(context, corpus_checks(spec, context))
         model, tokenizer, metrics = _build_and_pretrain(spec, context)
     if distributed.rank() == 0:
         _save(model, tokenizer, out)
+    distributed.barrier()
+    settle(context, base_checks(out))
     total = float(sum(p.numel() for p in model.parameters()))
     return StageResult(metrics | {"model/parameters": total}, fingerprints(spec.data))
 

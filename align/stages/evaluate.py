@@ -27,6 +27,7 @@ from align.recipe.schema import EvaluateStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.card import CardInput, SampledAnswers, build_cards, headlines
 from align.stages.online import build_rewards, prompt_rows, start_engine
+from align.stages.preflight import preflight_evaluate
 from align.stages.training import fingerprints
 from reward_models.base import RewardFunction
 
@@ -37,11 +38,15 @@ Record = dict[str, Any]
 def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     """Sample, score and compare; write summary.json and samples.jsonl."""
     artefacts = {name: context.artefact(name, "policy") for name in spec.models}
-    prompts = prompt_rows(spec, chat_format(artefacts[spec.baseline].model_dir), context)
+    baseline = artefacts[spec.baseline].model_dir
+    chat = chat_format(baseline)
+    prompts = prompt_rows(spec, chat, context)
+    scores, judge = build_rewards(spec.scores, context), build_rewards(spec.judge, context)
+    preflight_evaluate(
+        spec, context, chat=chat, model_dir=baseline, prompts=prompts, scores=scores, judge=judge
+    )
     metrics = context.metrics(len(spec.models))
     answers, engine_name = sample_all(spec, artefacts, prompts, context)
-    scores = build_rewards(spec.scores, context)
-    judge = build_rewards(spec.judge, context)
     reference = load_reference(spec, context)
     records: dict[str, list[Record]] = {}
     for i, (name, groups) in enumerate(answers.items()):

@@ -25,6 +25,7 @@ from align.recipe.schema import EvaluateStage, MergeStage, OnlineStage, PpoStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
 from align.stages.keeping import build_anchor, replayed
+from align.stages.preflight import preflight_online
 from align.stages.training import build_policy, fingerprints, save_trained_policy
 from align.stages.watching import build_watch, finish_watch
 from align.training.learner import Learner
@@ -42,18 +43,23 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     prompts = prompt_rows(spec, chat, context)
     engine = start_engine(spec, source.model_dir, chat, context)
     module = build_policy(spec, source.model_dir)
+    reference = build_reference(spec, module, source.model_dir)
+    rewards = build_rewards(spec.rewards, context)
+    preflight_online(
+        spec, context, chat=chat, source=source, prompts=prompts, engine=engine, module=module,
+        reference=reference, rewards=rewards,
+    )  # fmt: skip
     updates = spec.steps * spec.minibatches * spec.update_epochs
     policy = Learner(
         module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates,
         layers=spec.layers,
         anchor=build_anchor(spec, module, chat, context),
     )  # fmt: skip
-    reference = build_reference(spec, module, source.model_dir)
     online = OnlineRun(
         spec=spec,
         seed=context.seed,
         prompts=prompts,
-        rewards=build_rewards(spec.rewards, context),
+        rewards=rewards,
         engine=engine,
         stop_token_ids=chat.stop_token_ids,
         push=Push(engine, policy, prompts[0].input_ids, dtype=spec.dtype),
@@ -165,7 +171,9 @@ def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
     return plain
 
 
-def build_reference(spec: OnlineStage, module: LogprobModel, model_dir: Path) -> nn.Module | None:
+def build_reference(
+    spec: OnlineStage, module: LogprobModel, model_dir: Path
+) -> LogprobModel | None:
     """Give the policy of the start of this stage: a frozen copy, or the adapter switched off.
 
     Every artefact holds merged weights, so the policy without its adapter IS the start.

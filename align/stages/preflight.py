@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,16 +11,38 @@ from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
 from align.core.card import CARD_FILE, Card, table
 from align.core.errors import PreflightError
-from align.core.types import Example, PairRow, TokenRow
+from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.chat import ChatFormat
-from align.preflight.checks import Check, examine
+from align.data.load import load_examples
+from align.models.logprobs import LogprobModel
+from align.online.engine import RolloutEngine
+from align.preflight.checks import Check, Finding, examine
 from align.preflight.offline import loss_checks, start_checks
-from align.preflight.tokens import row_checks
-from align.recipe.schema import OfflineStage
-from align.stages.base import StageContext
+from align.preflight.rewards import reward_checks
+from align.preflight.sampling import Probe
+from align.preflight.tokens import prompt_checks, row_checks
+from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage, OnlineStage
+from align.stages.base import StageContext, chat_format
 from align.training.offline import OfflineTask
+from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
+
+
+MADE_UP = [
+    Example(
+        prompt=[{"role": "user", "content": "What is the capital of France?"}], source="made up"
+    ),
+    Example(
+        prompt=[
+            {"role": "user", "content": "Count to three."},
+            {"role": "assistant", "content": "1, 2, 3"},
+            {"role": "user", "content": "And on?"},
+        ],
+        source="made up",
+    ),
+]
+"""Conversations of one turn and of several, for models that bring no data with them."""
 
 
 class CheckedOnly(Exception):
@@ -51,6 +74,28 @@ def settle(context: StageContext, checks: Sequence[Check]) -> None:
         raise PreflightError(f"{context.name}: the preflight failed, nothing was trained\n{lines}")
 
 
+def base_checks(model_dir: Path) -> list[Check]:
+    """Give the checks on a model that was brought in: made-up conversations are rendered."""
+    chat = chat_format(model_dir)
+    return prompt_checks(chat, [chat.prompt_row(e) for e in MADE_UP], model_dir=model_dir)
+
+
+def corpus_checks(spec: BaseStage, context: StageContext) -> list[Check]:
+    """Give what can be checked before a model is built: that there is text to learn from."""
+
+    def corpus() -> Finding:
+        texts = [
+            str(e.completion) for e in load_examples(spec.data, kind="corpus", seed=context.seed)
+        ]
+        empty = sum(not text.strip() for text in texts)
+        return Finding(
+            f"{len(texts):,} texts, {sum(map(len, texts)):,} characters, {empty} empty",
+            "none empty", "fail" if empty else "ok", "remove the empty rows",
+        )  # fmt: skip
+
+    return [("corpus", corpus)]
+
+
 def preflight_offline(
     spec: OfflineStage,
     context: StageContext,
@@ -79,6 +124,58 @@ def preflight_offline(
             *loss_checks(spec, module, task, vocab_size=vocab_size),
         ],
     )
+
+
+def preflight_online(
+    spec: OnlineStage,
+    context: StageContext,
+    *,
+    chat: ChatFormat,
+    source: Artefact,
+    prompts: Sequence[PromptRow],
+    engine: RolloutEngine,
+    module: LogprobModel,
+    reference: LogprobModel | None,
+    rewards: Sequence[RewardFunction],
+) -> None:
+    """Check an online stage: prompts, sampler against trainer and reference, rewards.
+
+    The sampler is closed where the stage ends here.
+    """
+    probe = Probe(
+        spec, engine=engine, module=module, reference=reference, prompts=prompts,
+        stop_token_ids=chat.stop_token_ids, seed=context.seed,
+    )  # fmt: skip
+    checks = [
+        *prompt_checks(chat, prompts, model_dir=source.model_dir),
+        *start_checks(spec, module.model, source),
+        *probe.checks(),
+        *reward_checks("reward", spec.rewards, rewards, prompts, probe.own_answers),
+    ]
+    try:
+        settle(context, checks)
+    except (PreflightError, CheckedOnly):
+        engine.close()
+        raise
+
+
+def preflight_evaluate(
+    spec: EvaluateStage,
+    context: StageContext,
+    *,
+    chat: ChatFormat,
+    model_dir: Path,
+    prompts: Sequence[PromptRow],
+    scores: Sequence[RewardFunction],
+    judge: Sequence[RewardFunction],
+) -> None:
+    """Check an evaluation: its prompts, and that scores and judge tell right from wrong."""
+    checks = [
+        *prompt_checks(chat, prompts, model_dir=model_dir),
+        *reward_checks("score", spec.scores, scores, prompts, None),
+        *reward_checks("judge", spec.judge, judge, prompts, None),
+    ]
+    settle(context, checks)
 
 
 def _sides(row: Any) -> list[TokenRow]:

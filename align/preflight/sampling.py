@@ -1,0 +1,168 @@
+"""Checks on sampler, trainer and reference: before the first step they are one model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from align.core.distributed import derive_seed
+from align.core.types import Completion, PromptRow
+from align.models.attention import segments_from_positions
+from align.models.logprobs import LogprobModel, hidden_states, token_logits
+from align.online.engine import RolloutEngine
+from align.online.experience import Experience, gather_experience
+from align.online.weights import PUSH_TOLERANCE
+from align.preflight.checks import Check, Finding, at_most, spread
+from align.recipe.schema import OnlineStage
+from align.training.batch import PackedBatch
+
+Logprobs = Callable[[PackedBatch], Tensor]
+NUM_PROMPTS, NUM_ANSWERS, MAX_TOKENS = 4, 2, 32
+VIRTUAL = ("prefix", "prompt", "ptuning")
+"""Methods whose fresh virtual tokens change what the policy says before the first step."""
+
+
+class Probe:
+    """Hold a few answers of the sampler, and score them as the stage will.
+
+    Args:
+        spec: the stage. engine: the sampler, with the weights that the stage starts from.
+        module: the policy before the Learner takes it. reference: the frozen policy, ``module``
+            itself where its adapter is to be switched off, or None for no reference.
+        prompts: of the stage. stop_token_ids: of the stage. seed: of the stage.
+    """
+
+    def __init__(
+        self,
+        spec: OnlineStage,
+        *,
+        engine: RolloutEngine,
+        module: LogprobModel,
+        reference: LogprobModel | None,
+        prompts: Sequence[PromptRow],
+        stop_token_ids: Sequence[int],
+        seed: int,
+    ) -> None:
+        self.spec, self.engine, self.module, self.reference = spec, engine, module, reference
+        self.prompts = spread(prompts, NUM_PROMPTS)
+        self.stop_token_ids = stop_token_ids
+        self.seeds = [derive_seed(seed, "preflight", i) for i in range(len(self.prompts))]
+
+    def checks(self) -> list[Check]:
+        """Give the checks in the order in which one explains the next."""
+        found: list[Check] = [
+            ("sampler", self.sampler), ("greedy", self.greedy), ("ratio", self.ratio)
+        ]  # fmt: skip
+        return found if self.reference is None else [*found, ("reference", self.kl)]
+
+    @cached_property
+    def sampled(self) -> Experience:
+        """Give answers drawn as the stage draws them."""
+        return self._answers(self.spec.sampling.temperature, NUM_ANSWERS)
+
+    def own_answers(self) -> tuple[Sequence[PromptRow], Sequence[Completion]]:
+        """Give the sampled answers as the rewards take them."""
+        return self.sampled.prompts, self.sampled.completions
+
+    def _answers(self, temperature: float, n: int) -> Experience:
+        with self.engine.awake():
+            groups = self.engine.generate(
+                [row.input_ids for row in self.prompts],
+                n=n,
+                max_new_tokens=min(self.spec.sampling.max_new_tokens, MAX_TOKENS),
+                temperature=temperature,
+                seeds=self.seeds,
+                stop_token_ids=self.stop_token_ids,
+            )
+        return gather_experience(self.prompts, groups, first_group=0)
+
+    def sampler(self) -> Finding:
+        """Compare the sampler's log-probabilities with the trainer's, at the same temperature."""
+        batch = _whole(self.sampled)
+        gap = (batch.per_token["rollout_logprobs"] - self._logprobs(batch))[batch.mask].abs()
+        return at_most(
+            float(gap.max()), PUSH_TOLERANCE[self.spec.dtype],
+            unit=f"nats at most between {self.engine.name} and trainer, {gap.mean():.2g} on "
+            f"average, {gap.numel()} tokens",
+            remedy="sampler and trainer are not the same model; take sampling.engine: hf, and "
+            "report it with the versions of 'align doctor'",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def greedy(self) -> Finding:
+        """Compare the sampler's greedy tokens with the most likely ones of the Hugging Face model.
+
+        Where they differ, the model's own best must not be better by more than the number format
+        explains.
+        """
+        batch = _whole(self._answers(0.0, 1))
+        self.module.eval()
+        segments = segments_from_positions(batch.position_ids[0])
+        at = batch.mask[0].nonzero().squeeze(1)
+        hidden = hidden_states(self.module.model, batch.input_ids[0], segments)
+        logits = token_logits(self.module.model, hidden[segments.previous[at]])  # (n, V)
+        chosen = logits.gather(-1, batch.input_ids[0][at, None])[:, 0]
+        behind = logits.max(-1).values - chosen
+        limit = PUSH_TOLERANCE[self.spec.dtype]
+        return Finding(
+            f"{int((behind == 0).sum())} of {len(at)} greedy tokens of {self.engine.name} are the "
+            f"model's best, others {float(behind.max()):.2g} nats behind",
+            f"at most {limit:g} nats behind",
+            "ok" if float(behind.max()) <= limit else "fail",
+            "the sampler takes other tokens than the model it was given; take sampling.engine: hf",
+        )
+
+    def ratio(self) -> Finding:
+        """Compare the policy with itself: answer by answer, and as an update packs them."""
+        together = _spread(self.sampled, [list(range(len(self.sampled.lengths)))], self._logprobs)
+        alone = _spread(
+            self.sampled, [[i] for i in range(len(self.sampled.lengths))], self._logprobs
+        )
+        ratio = torch.exp(together - alone)[self.sampled.completion]
+        return at_most(
+            float((ratio - 1.0).abs().max()), PUSH_TOLERANCE[self.spec.dtype],
+            unit="from 1: probability ratio of the policy and itself",
+            remedy="log-probabilities depend on what an answer is packed with; report it with the "
+            "versions of 'align doctor'",
+        )  # fmt: skip
+
+    def kl(self) -> Finding:
+        """Compare the reference with the policy on sampled answers: their KL begins at 0."""
+        assert self.reference is not None
+        batch = _whole(self.sampled)
+        own = self.reference is self.module
+        policy = self._logprobs(batch)
+        with self.module.model.disable_adapter() if own else nullcontext():
+            reference = self._logprobs(batch, self.reference)
+        gap = (policy - reference)[batch.mask]
+        virtual = self.spec.tuning.method in VIRTUAL
+        return at_most(
+            float(gap.abs().max()), PUSH_TOLERANCE[self.spec.dtype],
+            unit=f"nats at most between policy and reference, KL {float(gap.mean()):.2g} a token",
+            remedy="the policy begins away from its reference"
+            + (f", as {self.spec.tuning.method} tuning does" if virtual else
+               "; the reference must be the model that the stage starts from"),
+            fails=not virtual,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _logprobs(self, batch: PackedBatch, model: LogprobModel | None = None) -> Tensor:
+        model = model or self.module
+        model.eval()
+        temperature = self.spec.sampling.temperature
+        return model(
+            batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
+        ).logprobs
+
+
+def _whole(experience: Experience) -> PackedBatch:
+    return experience.micro(list(range(len(experience.lengths))), {})
+
+
+def _spread(experience: Experience, parts: Sequence[list[int]], logprobs: Logprobs) -> Tensor:
+    out = torch.zeros(experience.input_ids.shape)
+    for rows in parts:
+        experience.spread(rows, logprobs(experience.micro(rows, {})), out)
+    return out
