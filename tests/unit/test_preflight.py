@@ -239,8 +239,8 @@ def test_rows_that_see_each_other_fail(source: Artefact) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, input_ids, position_ids, *, mask):
-            return self.inner(input_ids, torch.arange(input_ids.shape[1])[None], mask=mask)
+        def forward(self, input_ids, position_ids, **options):
+            return self.inner(input_ids, torch.arange(input_ids.shape[1])[None], **options)
 
     task, inner = sft_task(), policy(source)
     # Random weights of 0.02 hardly attend; these do.
@@ -295,7 +295,7 @@ def test_failed_line_stops_the_stage_and_the_card_is_kept(tmp_path: Path) -> Non
 def test_check_only_ends_with_the_card_and_writes_nothing(tmp_path: Path) -> None:
     bad = ("bos", lambda: Finding("3", "never", "fail", "take one out"))
     with pytest.raises(CheckedOnly) as caught:
-        settle(context(tmp_path, check_only=True), [bad])
+        settle(context(tmp_path, scratch=tmp_path), [bad])
     assert [line.verdict for line in caught.value.card.lines] == ["fail"]
     assert not (tmp_path / "sft" / "preflight.json").exists()
 
