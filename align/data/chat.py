@@ -8,11 +8,11 @@ that generation starts from. Nothing is decided by comparing token ids with the 
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
+from align.data.templates import FAMILIES, family_of, template_text
 from align.recipe.schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -20,29 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEMPLATES = {
-    "plain": (
-        "{{ bos_token or '' }}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'assistant' %}"
-        "{{ 'Assistant:\n' + message['content'] + eos_token + '\n' }}"
-        "{% else %}"
-        "{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}"
-        "{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{{ bos_token or '' }}"
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
-"""Templates a recipe may name: ordinary text, or ChatML with its two markers."""
-
-_MARKERS = {"plain": (), "chatml": ("<|im_start|>", "<|im_end|>")}
 _NEEDS = (
     "the tokenizer has no {what}; name one in the recipe: stages.<base>.tokenizer.{key}: {example}"
 )
@@ -250,7 +227,8 @@ def _check_prefix(before: str, after: str, *, source: str) -> None:
     raise DataError(
         f"{source}: the chat template rewrites earlier turns, so the trained tokens cannot be "
         f"told apart; first difference at character {at}: {before[at : at + 40]!r} becomes "
-        f"{after[at : at + 40]!r}; use a template that only appends (plain, chatml)"
+        f"{after[at : at + 40]!r}; use a template that only appends: "
+        f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
     )
 
 
@@ -265,7 +243,7 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
 
     Args:
         tokenizer: changed in place.
-        spec: what the recipe names; ``chatml`` brings its markers and stops at ``<|im_end|>``.
+        spec: what the recipe names; a family's template brings its markers and its stop token.
 
     Returns:
         Tokens that are new to the vocabulary: the caller resizes the embeddings for them.
@@ -274,15 +252,14 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         RecipeError: a pad token, stop token or chat template is missing in both, all at once.
     """
     known = set(tokenizer.get_vocab())
-    markers = _MARKERS.get(spec.chat_template or "", ())
-    stop = spec.stop_token
-    if spec.chat_template == "chatml":
-        if stop not in (None, "<|im_end|>"):
+    family, stop = family_of(spec.chat_template), spec.stop_token
+    if family.stop is not None:
+        if stop not in (None, family.stop):
             raise RecipeError(
-                f"tokenizer.stop_token: {stop!r} with chat_template chatml, whose turns end in "
-                "'<|im_end|>'; remove stop_token or use another template"
+                f"tokenizer.stop_token: {stop!r} with chat_template {spec.chat_template}, whose "
+                f"turns end in {family.stop!r}; remove stop_token or use another template"
             )
-        stop = "<|im_end|>"
+        stop = family.stop
     special: dict[str, Any] = {}
     if stop is not None:
         special["eos_token"] = stop
@@ -290,12 +267,11 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         special["pad_token"] = spec.pad_token
     if special:
         tokenizer.add_special_tokens(special)
-    if markers:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": list(markers)}, replace_extra_special_tokens=False
-        )
+    if family.markers:
+        markers = {"additional_special_tokens": list(family.markers)}
+        tokenizer.add_special_tokens(markers, replace_extra_special_tokens=False)
     if spec.chat_template is not None:
-        tokenizer.chat_template = _template_text(spec.chat_template)
+        tokenizer.chat_template = template_text(spec.chat_template)
     missing = [
         _NEEDS.format(what=what, key=key, example=example)
         for what, key, example, value in (
@@ -310,14 +286,3 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
     added = sorted(set(tokenizer.get_vocab()) - known, key=tokenizer.convert_tokens_to_ids)
     logger.info("tokenizer: added %s, stop token %r", added or "no tokens", tokenizer.eos_token)
     return added
-
-
-def _template_text(name: str) -> str:
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    path = Path(name)
-    if not path.is_file():
-        raise RecipeError(
-            f"tokenizer.chat_template: {name!r} is neither one of {sorted(TEMPLATES)} nor a file"
-        )
-    return path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Loading and saving of causal language models and their tokenizers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,32 @@ def save_policy(
     load_tokenizer(source_dir).save_pretrained(str(directory))
     if (source_dir / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(str(source_dir)).save_pretrained(str(directory))
+
+
+@torch.no_grad()
+def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
+    """Give new tokens their rows: the mean of all old ones, in the embedding and in the head.
+
+    Ids beyond the table make it grow; ids within it are rows that a padded table held in reserve
+    and that nothing has ever trained. Tied embeddings stay tied.
+
+    Args:
+        model: a causal language model of transformers. num_tokens: length of the tokenizer.
+        new_ids: tokens that the tokenizer has just been given.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    new = torch.tensor(sorted({*new_ids, *range(rows, num_tokens)}), dtype=torch.long)
+    if not len(new):
+        return
+    if num_tokens > rows:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    head = model.get_output_embeddings()
+    tables = [model.get_input_embeddings().weight]
+    tables += [] if head.weight is tables[0] else [head.weight]
+    tables += [] if getattr(head, "bias", None) is None else [head.bias]
+    for table in tables:
+        # In float32 a mean over many rows of bfloat16 does not stick at the first of them.
+        table[new] = table[: int(new.min())].float().mean(0).to(table.dtype)
 
 
 def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:

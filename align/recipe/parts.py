@@ -55,7 +55,8 @@ class TokenizerSpec(Spec):
     pad_token: str | None = None
     stop_token: str | None = None
     chat_template: str | None = None
-    """``plain``, ``chatml`` or a path to a Jinja file; None keeps the tokenizer's own."""
+    """``plain``, ``chatml``, ``llama3``, ``qwen2_5``, ``qwen3``, ``qwen3_instruct``, ``gemma3``,
+    ``gpt_oss`` or a path to a Jinja file; None keeps the tokenizer's own."""
 
 
 class BuildSpec(Spec):

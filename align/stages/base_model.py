@@ -4,7 +4,6 @@ Either way the artefact holds all that later stages need: weights, a tokenizer w
 token and chat template, and a generation configuration that stops where training stops.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from align.core.types import Example
 from align.data.chat import ChatFormat, apply_tokenizer_spec
 from align.data.load import fit_rows, load_examples
 from align.models.attention import PACKED
+from align.models.loading import add_embeddings
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import StageContext, StageResult
@@ -34,8 +34,6 @@ from align.stages.sft import collate, length_of, sft_loss
 from align.stages.training import fingerprints
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, train_offline
-
-log = logging.getLogger(__name__)
 
 
 def run(spec: BaseStage, context: StageContext) -> StageResult:
@@ -63,10 +61,7 @@ def _bring_in(spec: BaseStage) -> tuple[nn.Module, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, spec.dtype))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # Resizing keeps tied embeddings tied; new rows start at the mean of the old ones.
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-        log.info("embeddings resized to %d for the added tokens %s", len(tokenizer), added)
+    add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
 
 

@@ -11,7 +11,8 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
-from align.data.chat import TEMPLATES, ChatFormat, apply_tokenizer_spec
+from align.data.chat import ChatFormat, apply_tokenizer_spec
+from align.data.templates import TEMPLATES
 from align.recipe.schema import TokenizerSpec
 
 # ChatML with transformers' own mark of what the assistant says, stop token included.

@@ -20,7 +20,8 @@ from align.core.artefacts import Artefact
 from align.core.card import Card, Line, read_card, table
 from align.core.errors import DataError, PreflightError
 from align.core.types import Example, TokenRow
-from align.data.chat import TEMPLATES, ChatFormat
+from align.data.chat import ChatFormat
+from align.data.templates import TEMPLATES
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.preflight import offline, tokens

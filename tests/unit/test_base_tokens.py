@@ -1,0 +1,120 @@
+"""Tokens that a recipe adds to a model: their rows, ties, stops, and what the artefact keeps."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_tokenizers import byte_tokenizer
+
+from align.core.card import Card
+from align.data.chat import ChatFormat
+from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
+from align.stages.base import StageContext, chat_format
+from align.stages.base_model import run
+
+
+def saved_model(folder: Path, *, tied: bool, rows: int | None = None) -> Path:
+    """Save a random model that has neither a chat template nor ChatML's markers."""
+    # transformers chooses the tokenizer's class by the configuration beside it, and that class
+    # adds a token of its own; so it is the loaded tokenizer that the model is made for.
+    Qwen2Config().save_pretrained(folder)
+    byte_tokenizer(None, markers=()).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=rows or len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def bring_in(path: Path, out: Path, tokenizer: TokenizerSpec) -> tuple[Path, Card]:
+    """Run the base stage; give the model it leaves and the stage's card."""
+    spec = BaseStage(kind="base", path=str(path), tokenizer=tokenizer)
+    recipe = Recipe(name="r", stages={"base": spec})
+    (out / "base").mkdir(parents=True)
+    run(spec, StageContext(recipe, "base", out, 0))
+    card = json.loads((out / "base" / "preflight.json").read_text())
+    return out / "base" / "model", card
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_begin_as_the_mean_of_the_others(tmp_path: Path, tied: bool) -> None:
+    source = saved_model(tmp_path / "in", tied=tied)
+    old = AutoModelForCausalLM.from_pretrained(source)
+    model_dir, card = bring_in(source, tmp_path, TokenizerSpec(chat_template="chatml"))
+    new = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    number = old.config.vocab_size
+    assert sorted(ids) == [number, number + 1]
+    assert new.config.vocab_size == len(tokenizer) == number + 2
+    pairs = [(old.get_input_embeddings().weight, new.get_input_embeddings().weight),
+             (old.lm_head.weight, new.lm_head.weight)]  # fmt: skip
+    for before, after in pairs:
+        assert torch.equal(after[:number], before)
+        expected = before.double().mean(0)
+        assert torch.allclose(after[number:].double(), expected.expand(2, -1), atol=1e-7)
+    assert (new.lm_head.weight is new.get_input_embeddings().weight) is tied
+    # Generation stops at the marker first, and where the model used to stop.
+    stops = json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [ids[1], old.config.eos_token_id]
+    assert chat_format(model_dir).stop_token_ids == tuple(stops)
+    assert {line["verdict"] for line in card["lines"]} == {"ok"}
+
+
+def test_reserved_rows_of_a_padded_table_begin_as_the_mean_too(tmp_path: Path) -> None:
+    # The table has more rows than the tokenizer has tokens: it does not grow, but the next rows
+    # have never been trained.
+    source = saved_model(tmp_path / "in", tied=False, rows=320)
+    old = AutoModelForCausalLM.from_pretrained(source)
+    first = len(AutoTokenizer.from_pretrained(source))
+    model_dir, _ = bring_in(source, tmp_path, TokenizerSpec(chat_template="chatml"))
+    new = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert new.config.vocab_size == 320
+    before, after = old.lm_head.weight, new.lm_head.weight
+    assert torch.allclose(after[first], before[:first].mean(0), atol=1e-6)
+    assert torch.equal(after[first + 2 :], before[first + 2 :])
+
+
+def test_family_template_and_pad_token_are_kept_with_the_model(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "in", tied=True)
+    wish = TokenizerSpec(chat_template="llama3", pad_token="<none>")
+    model_dir, _ = bring_in(source, tmp_path, wish)
+    chat = chat_format(model_dir)
+    assert chat.tokenizer.pad_token == "<none>"
+    assert chat.tokenizer.eos_token == "<|eot_id|>"
+    assert chat.tokenizer.decode(chat.prompt_ids([{"role": "user", "content": "hi"}])) == (
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories260K", "stories260K-hd32"])
+def test_real_llama_takes_a_new_template_and_says_the_same(
+    real_data: Path, tmp_path: Path, name: str
+) -> None:
+    source = real_data / "models" / name
+    wish = TokenizerSpec(pad_token="<unk>", chat_template="llama3")
+    model_dir, card = bring_in(source, tmp_path, wish)
+    assert not [line for line in card["lines"] if line["verdict"] == "fail"], card
+    old = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    new = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+    assert new.config.vocab_size == old.config.vocab_size + 3
+    is_tied = old.config.tie_word_embeddings
+    assert (new.lm_head.weight is new.get_input_embeddings().weight) is is_tied
+    ids = torch.tensor([ChatFormat(AutoTokenizer.from_pretrained(source)).prompt_ids("Once upon")])
+    with torch.no_grad():
+        before, after = old(ids).logits, new(ids).logits
+    # What it knew it still says: the logits of the old tokens are untouched.
+    assert torch.allclose(after[..., : old.config.vocab_size], before, atol=1e-5)
+    shutil.rmtree(model_dir)
