@@ -1,12 +1,19 @@
-"""Losses on pairs of a chosen and a rejected answer: Bradley-Terry and the DPO family."""
+"""Losses on pairs of a chosen and a rejected answer, and on single judged answers.
+
+Bradley-Terry for scorers; DPO, SimPO, ORPO and KTO for policies.
+"""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from align.losses.reduce import segment_sum
+
+DPO_KINDS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +22,8 @@ class PreferenceLoss:
 
     Attributes:
         loss: one value per pair, not reduced.
-        chosen_rewards: beta * log(policy / reference) of the chosen answer, detached.
+        chosen_rewards: beta * log(policy / reference) of the chosen answer, detached; without a
+            reference beta * mean log-probability.
         rejected_rewards: the same of the rejected answer.
     """
 
@@ -62,7 +70,7 @@ def bradley_terry_loss(
 
 def _pair_loss(difference: Tensor, beta: float, label_smoothing: float, kind: str) -> Tensor:
     logits = beta * difference
-    if kind == "sigmoid":
+    if kind in ("sigmoid", "sigmoid_norm"):
         return _smoothed(logits, label_smoothing)
     if kind == "robust":
         agree = (1.0 - label_smoothing) * F.logsigmoid(logits)
@@ -88,32 +96,33 @@ def dpo_loss(
     With d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected), L+ = -log sigmoid(
     beta d), L- = -log sigmoid(-beta d) and e = label_smoothing:
     sigmoid (1 - e) L+ + e L- (e > 0 is cDPO); robust ((1 - e) L+ - e L-) / (1 - 2 e);
-    hinge max(0, 1 - beta d); ipo (d - 1 / (2 beta))^2.
+    sigmoid_norm the same on means; hinge max(0, 1 - beta d); ipo (d - 1 / (2 beta))^2.
 
     Args:
         policy_chosen: log-probability of the chosen answer under the policy, in nats: the SUM over
             its tokens (stop token included) for sigmoid, robust and hinge, the MEAN per token for
-            ipo. The caller chooses; the four arguments must agree. A beta of ipo on means is not
-            comparable with one on sums.
+            ipo and sigmoid_norm. The caller chooses; the four arguments must agree. A beta on
+            means is not comparable with one on sums.
         policy_rejected: the same of the rejected answer.
         ref_chosen: the same of the chosen answer under the reference, without gradient.
         ref_rejected: the same of the rejected answer.
         beta: strength of the pull to the reference, > 0.
         label_smoothing: assumed share of swapped labels, in [0, 0.5); must be 0 for hinge and ipo,
             which have no such term.
-        kind: sigmoid, hinge, ipo or robust.
+        kind: sigmoid, sigmoid_norm, hinge, ipo or robust.
 
     Returns:
         Loss and implicit rewards, one value per pair.
 
     Reference:
         sigmoid arXiv:2305.18290 eq. 7; hinge arXiv:2309.06657; ipo arXiv:2310.12036 eq. 17, on
-        means per token instead of the paper's sums; robust arXiv:2403.00409.
+        means per token instead of the paper's sums; robust arXiv:2403.00409; sigmoid_norm
+        arXiv:2411.15124 section 5.1.1.
     """
-    assert kind in ("sigmoid", "hinge", "ipo", "robust"), f"unknown DPO kind {kind!r}"
+    assert kind in DPO_KINDS, f"unknown DPO kind {kind!r}"
     assert beta > 0.0, f"beta {beta} must be positive"
     assert 0.0 <= label_smoothing < 0.5, f"label_smoothing {label_smoothing} not in [0, 0.5)"
-    assert label_smoothing == 0.0 or kind in ("sigmoid", "robust"), (
+    assert label_smoothing == 0.0 or kind not in ("hinge", "ipo"), (
         f"label_smoothing {label_smoothing} has no effect on kind {kind!r}"
     )
     chosen_ratio = policy_chosen - ref_chosen
@@ -124,3 +133,121 @@ def dpo_loss(
         chosen_rewards=(beta * chosen_ratio).detach(),
         rejected_rewards=(beta * rejected_ratio).detach(),
     )
+
+
+def simpo_loss(
+    chosen_means: Float[Tensor, " B"],
+    rejected_means: Float[Tensor, " B"],
+    *,
+    beta: float,
+    gamma: float,
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """Give the loss of each pair on mean log-probabilities, without a reference.
+
+    -log sigmoid(beta * (chosen - rejected) - gamma), smoothed as in ``dpo_loss``.
+
+    Args:
+        chosen_means: log-probability per token of the chosen answer, in nats.
+        rejected_means: the same of the rejected answer.
+        beta: scale of the difference, > 0; 2 to 10 in the paper.
+        gamma: margin by which the chosen answer shall win, >= 0.
+        label_smoothing: assumed share of swapped labels, in [0, 0.5).
+
+    Reference:
+        arXiv:2405.14734 eq. 6; smoothing is an addition.
+    """
+    assert beta > 0.0, f"beta {beta} must be positive"
+    assert gamma >= 0.0, f"gamma {gamma} must not be negative"
+    loss = _smoothed(beta * (chosen_means - rejected_means) - gamma, label_smoothing)
+    return PreferenceLoss(loss, (beta * chosen_means).detach(), (beta * rejected_means).detach())
+
+
+def orpo_loss(
+    chosen_means: Float[Tensor, " B"], rejected_means: Float[Tensor, " B"], *, beta: float
+) -> PreferenceLoss:
+    """Give the loss of each pair as likelihood of the chosen answer plus a log odds ratio.
+
+    -chosen - beta * log sigmoid(log odds(chosen) - log odds(rejected)), where the odds are
+    p / (1 - p) with p = exp(mean log-probability).
+
+    Args:
+        chosen_means: log-probability per token of the chosen answer, in nats, below 0.
+        rejected_means: the same of the rejected answer.
+        beta: weight of the odds ratio (lambda in the paper), > 0.
+
+    Reference:
+        arXiv:2403.07691 eq. 6 and 7. Deviation: p is held below 1 - 1e-6, where odds are infinite.
+    """
+    assert beta > 0.0, f"beta {beta} must be positive"
+
+    def log_odds(mean: Tensor) -> Tensor:
+        mean = mean.clamp(max=-1e-6)
+        return mean - torch.log(-torch.expm1(mean))
+
+    ratio = F.logsigmoid(log_odds(chosen_means) - log_odds(rejected_means))
+    rewards = ((beta * x).detach() for x in (chosen_means, rejected_means))
+    return PreferenceLoss(-chosen_means - beta * ratio, *rewards)
+
+
+def kto_loss(
+    policy: Float[Tensor, " B"],
+    ref: Float[Tensor, " B"],
+    desirable: Bool[Tensor, " B"],
+    *,
+    kl: float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Tensor, " B"]:
+    """Give the loss of single answers that were judged good or bad.
+
+    weight * (1 - sigmoid(beta * (policy - ref - kl))) of a good answer, with the sign inside the
+    sigmoid turned of a bad one.
+
+    Args:
+        policy: log-probability of each answer under the policy, sums over tokens, in nats.
+        ref: the same under the reference, without gradient.
+        desirable: True where the answer was judged good.
+        kl: reference point: estimated KL of the policy to the reference on mismatched answers, in
+            nats, >= 0 and without gradient.
+        beta: strength of the pull to the reference, > 0.
+        desirable_weight: weight of a good answer.
+        undesirable_weight: weight of a bad one.
+
+    Reference:
+        arXiv:2402.01306 eq. 8. The constant of the paper, the weight, is kept so that the loss is
+        positive.
+    """
+    assert beta > 0.0, f"beta {beta} must be positive"
+    assert kl >= 0.0, f"kl {kl} must not be negative"
+    distance = beta * (policy - ref - kl)
+    signed = torch.where(desirable, distance, -distance)
+    shortfall = 1.0 - torch.sigmoid(signed)
+    return torch.where(desirable, desirable_weight * shortfall, undesirable_weight * shortfall)
+
+
+def tail_weights(
+    mask: Bool[Tensor, " N"], segment_ids: Int[Tensor, " N"], num_segments: int, *, alpha: float
+) -> Float[Tensor, " N"]:
+    """Weigh the tokens by which the longer answer of each pair exceeds the shorter one.
+
+    Args:
+        mask: True on the tokens of answers in a packed row; answers 2k and 2k + 1 are a pair.
+        segment_ids: which answer a token belongs to, in order.
+        num_segments: answers in the row, an even number.
+        alpha: weight of a token beyond the length of the pair's shorter answer, in [0, 1].
+
+    Returns:
+        1, alpha or (where the mask is False) 0.
+
+    Reference:
+        arXiv:2409.06411 (LD-DPO) eq. 9.
+    """
+    assert 0.0 <= alpha <= 1.0, f"alpha {alpha} not in [0, 1]"
+    lengths = segment_sum(mask.double(), segment_ids, num_segments)
+    before = lengths.cumsum(0) - lengths
+    rank = mask.double().cumsum(0) - before[segment_ids]  # 1 at the first token of an answer
+    shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    weights = torch.where(rank > shorter[segment_ids], alpha, 1.0)
+    return weights.masked_fill(~mask, 0.0).float()

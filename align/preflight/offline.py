@@ -1,7 +1,7 @@
 """Checks on a model and its loss before the first step of sft, reward and dpo."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from align.core.artefacts import Artefact
+from align.losses.preference import tail_weights
 from align.online.weights import PUSH_TOLERANCE, checkpoint_name
 from align.preflight.checks import Check, Finding, at_most, spread
-from align.recipe.schema import DpoStage, OfflineStage, RewardStage, TrainingStage
+from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
 from align.training.offline import OfflineTask
 
 NUM_ROWS = 4
@@ -35,7 +36,7 @@ def loss_checks(
         ("first loss", partial(first_loss, spec, module, task, rows, vocab_size)),
         ("packing", partial(packing, spec, module, task, rows)),
     ]
-    if isinstance(spec, DpoStage):
+    if isinstance(spec, DpoStage) and not spec.reference_free:
         checks.append(("reference", partial(reference, spec, module, task, rows)))
     return checks
 
@@ -66,8 +67,19 @@ def first_loss(
 ) -> Finding:
     """Hold the loss before the first step to what it must be."""
     loss = loss_of(module, task, [rows])
-    if isinstance(spec, DpoStage):
-        expected, what = expected_dpo_loss(spec)
+    if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
+        return at_most(
+            loss, open_dpo_limit(spec, vocab_size), unit="nats, for a model no worse than chance",
+            remedy="the model predicts these answers worse than chance does: is it another model's "
+            "tokenizer?", fails=not math.isfinite(loss),
+        )  # fmt: skip
+    if isinstance(spec, DpoStage | KtoStage):
+        counts = task.collate(rows, rows).counts
+        expected, what = (
+            expected_kto_loss(spec, counts)
+            if isinstance(spec, KtoStage)
+            else expected_dpo_loss(spec)
+        )
         limit = 2.0 * PUSH_TOLERANCE[spec.dtype] * max(1.0, expected)
         return Finding(
             f"{loss:.6f}",
@@ -97,6 +109,10 @@ def reference(
     batch = task.collate(rows, rows)
     module.eval()
     logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    if spec.ld_alpha is not None:
+        logprobs = logprobs * tail_weights(
+            batch.mask[0], batch.segment_ids, batch.num, alpha=spec.ld_alpha
+        )
     gap = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
     per_token = gap.abs() / batch.segment_sums(batch.mask.float()).clamp(min=1.0)
     return at_most(
@@ -112,8 +128,26 @@ def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
     With a log-ratio of 0: sigmoid and cDPO -log sigmoid(0); robust ((1 - e) - e) / (1 - 2 e) times
     that; hinge max(0, 1 - 0); ipo (0 - 1 / (2 beta))^2.
     """
-    known = {"sigmoid": (LN2, "ln 2"), "robust": (LN2, "ln 2"), "hinge": (1.0, "1")}
+    known = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), (LN2, "ln 2"))
+    known["hinge"] = (1.0, "1")
     return known.get(spec.loss, (1.0 / (4.0 * spec.beta**2), "1 / (4 beta^2)"))
+
+
+def expected_kto_loss(spec: KtoStage, counts: Mapping[str, float]) -> tuple[float, str]:
+    """Give the loss where policy and reference are one model: each weight by 1 - sigmoid(0)."""
+    total = spec.desirable_weight * counts["good"] + spec.undesirable_weight * counts["bad"]
+    return total / (2.0 * counts["rows"]), "half the mean weight"
+
+
+def open_dpo_limit(spec: DpoStage, vocab_size: int) -> float:
+    """Bound a first loss that depends on the model: its likelihood part by that of chance."""
+    chance = math.log(vocab_size)
+    if spec.loss == "orpo":
+        return chance + spec.beta * chance
+    if spec.loss == "simpo":
+        gamma = spec.beta / 2 if spec.gamma is None else spec.gamma
+        return LN2 + gamma + spec.beta * chance + spec.nll_coef * chance
+    return expected_dpo_loss(spec)[0] + spec.nll_coef * chance
 
 
 def packing(

@@ -10,6 +10,7 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 WATCHED = {
     "sft": ("eval/loss",),
     "dpo": ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob"),
+    "kto": ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward"),
     "reward": ("eval/loss", "eval/accuracy", "eval/margin"),
 }
 """Numbers that each kind of stage measures on its held-out rows."""
@@ -59,10 +60,10 @@ def refuse_unfit(keep: KeepSpec, kind: str, *, method: str, watched: bool) -> No
     """Raise ValueError for a setting that has no effect, or a wrong one, in this kind of stage.
 
     Args:
-        keep: the block. kind: ``sft``, ``reward``, ``dpo`` or ``online``.
+        keep: the block. kind: ``sft``, ``reward``, ``dpo``, ``kto`` or ``online``.
         method: of ``tuning``. watched: the stage looks at held-out rows while it trains.
     """
-    if kind in ("dpo", "online") and keep.dropout > 0.0:
+    if kind in ("dpo", "kto", "online") and keep.dropout > 0.0:
         raise ValueError("keep.dropout would make the policy differ from its reference by chance")
     if keep.early_stopping is not None:
         _refuse_stopping(keep.early_stopping, kind, watched=watched)

@@ -67,7 +67,7 @@ class TrainingStage(StageSpec):
 
 
 class OfflineStage(TrainingStage):
-    """Hold what sft, reward and dpo share."""
+    """Hold what sft, reward, dpo and kto share."""
 
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
@@ -83,7 +83,8 @@ class OfflineStage(TrainingStage):
     def _answers_for_sft(self) -> "OfflineStage":
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
-        kind = {SftStage: "sft", RewardStage: "reward"}.get(type(self), "dpo")
+        kinds = {SftStage: "sft", RewardStage: "reward", KtoStage: "kto"}
+        kind = kinds.get(type(self), "dpo")
         watched = bool(self.heldout) and self.eval_every > 0
         refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
         return self
@@ -140,12 +141,53 @@ class DpoStage(OfflineStage):
 
     kind: Literal["dpo"]
     beta: Positive = 0.1
-    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo"] = "sigmoid"
+    """``sigmoid_norm``, ``ipo``, ``simpo`` and ``orpo`` compare means per token, the others sums;
+    ``simpo`` and ``orpo`` need no reference."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    gamma: Annotated[float, Field(ge=0.0)] | None = None
+    """simpo's margin between chosen and rejected (arXiv:2405.14734); None is beta / 2."""
+    nll_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the chosen answer's negative log-likelihood per token (arXiv:2404.19733)."""
+    ld_alpha: Fraction | None = None
+    """Weight of the tokens by which the longer answer exceeds the shorter (arXiv:2409.06411)."""
+
+    @property
+    def reference_free(self) -> bool:
+        """Say whether the loss does without a reference."""
+        return self.loss in ("simpo", "orpo")
+
+    @property
+    def on_means(self) -> bool:
+        """Say whether the loss compares means per token instead of sums."""
+        return self.loss in ("sigmoid_norm", "ipo", "simpo", "orpo")
 
     @model_validator(mode="after")
     def _legal(self) -> "DpoStage":
-        if self.label_smoothing and self.loss in ("hinge", "ipo"):
-            raise ValueError(f"'label_smoothing' has no effect with loss {self.loss}; remove it")
+        without_effect = {
+            "label_smoothing": bool(self.label_smoothing) and self.loss in ("hinge", "ipo", "orpo"),
+            "gamma": self.gamma is not None and self.loss != "simpo",
+            "nll_coef": self.nll_coef > 0.0 and self.loss == "orpo",
+            "ld_alpha": self.ld_alpha is not None and self.on_means,
+        }
+        for key, wrong in without_effect.items():
+            if wrong:
+                raise ValueError(f"'{key}' has no effect with loss {self.loss}; remove it")
+        refuse_dropout(self.tuning)
+        return self
+
+
+class KtoStage(OfflineStage):
+    """Learn from single answers judged good or bad (KTO, arXiv:2402.01306)."""
+
+    kind: Literal["kto"]
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    """Answers of one optimiser step over all ranks; their mean sets the loss's reference point."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> "KtoStage":
         refuse_dropout(self.tuning)
         return self

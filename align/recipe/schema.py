@@ -11,6 +11,7 @@ from align.recipe.merge_schema import MergeStage
 from align.recipe.offline_schema import (
     BaseStage,
     DpoStage,
+    KtoStage,
     OfflineStage,
     RewardStage,
     SftStage,
@@ -44,6 +45,7 @@ __all__ = [
     "EwcSpec",
     "GrpoStage",
     "GuardSpec",
+    "KtoStage",
     "LayersSpec",
     "MergeStage",
     "OfflineStage",
@@ -71,6 +73,7 @@ AnyStage = Annotated[
     | SftStage
     | RewardStage
     | DpoStage
+    | KtoStage
     | PpoStage
     | GrpoStage
     | EvaluateStage
@@ -79,8 +82,8 @@ AnyStage = Annotated[
 ]
 
 PRODUCES = {
-    "base": "policy", "sft": "policy", "dpo": "policy", "ppo": "policy", "grpo": "policy",
-    "merge": "policy", "reward": "reward_model", "evaluate": "evaluation",
+    "base": "policy", "sft": "policy", "dpo": "policy", "kto": "policy", "ppo": "policy",
+    "grpo": "policy", "merge": "policy", "reward": "reward_model", "evaluate": "evaluation",
 }  # fmt: skip
 """Artefact kind that each stage kind writes."""
 

@@ -227,6 +227,8 @@ def stage_runner(kind: str) -> Any:
         from align.stages.reward import run
     elif kind == "dpo":
         from align.stages.dpo import run
+    elif kind == "kto":
+        from align.stages.kto import run
     elif kind == "evaluate":
         from align.stages.evaluate import run
     elif kind == "merge":

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from align.core import distributed
 from align.core.types import PairRow, TokenRow
 from align.data.batching import plan_micro_batches
-from align.losses.preference import dpo_loss
+from align.losses.preference import (
+    PreferenceLoss,
+    dpo_loss,
+    orpo_loss,
+    simpo_loss,
+    tail_weights,
+)
 from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
@@ -22,7 +28,10 @@ from align.training.offline import OfflineTask
 
 @dataclass(frozen=True, slots=True)
 class ReferencePair:
-    """Hold a pair with the reference's log-probability (nats, token sums) of both answers."""
+    """Hold a pair with the reference's log-probability (nats, token sums) of both answers.
+
+    Both are 0 for a loss that needs no reference.
+    """
 
     pair: PairRow
     ref_chosen: float
@@ -36,8 +45,14 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
     render = Seen(chat.pair_row)
     rows, watched = offline_rows(spec, context, kind="preference", render=render)
     module = build_policy(spec, source.model_dir)
-    # Before the first step the policy is the reference (with LoRA too: B = 0).
-    referenced = reference_pairs(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
+    pairs = [*rows, *watched]
+    if spec.reference_free:
+        referenced = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
+    else:
+        # Before the first step the policy is the reference (with LoRA too: B = 0).
+        referenced = reference_pairs(
+            module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
+        )
     task = OfflineTask(
         referenced[: len(rows)],
         referenced[len(rows) :],
@@ -59,7 +74,11 @@ def pair_length(pair: PairRow) -> int:
 
 @torch.no_grad()
 def reference_pairs(
-    module: nn.Module, pairs: Sequence[PairRow], *, micro_tokens: int
+    module: nn.Module,
+    pairs: Sequence[PairRow],
+    *,
+    micro_tokens: int,
+    ld_alpha: float | None = None,
 ) -> list[ReferencePair]:
     """Compute the reference log-probabilities once; every rank does a part and gets all."""
     module.eval()
@@ -70,7 +89,7 @@ def reference_pairs(
     for micro in plan[distributed.rank()]:
         batch = pack_pairs([pairs[i] for i in micro])
         logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-        sums = batch.segment_sums(logprobs).view(-1, 2).tolist()
+        sums = answer_sums(logprobs, batch, ld_alpha=ld_alpha).view(-1, 2).tolist()
         mine |= {i: (c, r) for i, (c, r) in zip(micro, sums, strict=True)}
     found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
     return [ReferencePair(pair, *found[i]) for i, pair in enumerate(pairs)]
@@ -111,30 +130,55 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
     )
 
 
+def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:
+    """Sum the log-probabilities of each answer, the longer one's tail weighed by ``ld_alpha``."""
+    if ld_alpha is not None and batch.num:
+        weights = tail_weights(batch.mask[0], batch.segment_ids, batch.num, alpha=ld_alpha)
+        logprobs = logprobs * weights
+    return batch.segment_sums(logprobs)
+
+
 def preference_loss(
     spec: DpoStage, model: nn.Module, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean loss per pair, and of what people watch.
-
-    ``ipo`` compares per-token means (the convention of its authors as TRL records it); the others
-    compare sums.
-    """
+    """Give this micro-batch's share of the mean loss per pair, and of what people watch."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-    policy, ref = batch.segment_sums(logprobs), batch.per_sequence["ref"]
+    sums = batch.segment_sums(logprobs)
+    means = sums / batch.segment_sums(batch.mask.float()).clamp(min=1)
     share = 1.0 / batch.counts["pairs"]
-    stats = {"chosen_logprob": policy[0::2].sum() * share}
-    if spec.loss == "ipo":
-        lengths = batch.segment_sums(batch.mask.float()).clamp(min=1)
-        policy, ref = policy / lengths, ref / lengths
-    result = dpo_loss(
+    result = pair_losses(spec, answer_sums(logprobs, batch, ld_alpha=spec.ld_alpha), means, batch)
+    loss = result.loss - spec.nll_coef * means[0::2]
+    margins = result.chosen_rewards - result.rejected_rewards
+    stats = {
+        "chosen_logprob": sums[0::2].sum() * share,
+        "margin": margins.sum() * share,
+        "accuracy": (margins > 0).sum() * share,
+    }
+    return loss.sum() * share + 0.0 * logprobs.sum(), stats
+
+
+def pair_losses(spec: DpoStage, sums: Tensor, means: Tensor, batch: PackedBatch) -> PreferenceLoss:
+    """Give the loss of each pair by the recipe's rule.
+
+    ``ipo`` compares means per token (the convention of its authors as TRL records it).
+    """
+    eps = spec.label_smoothing
+    if spec.loss == "orpo":
+        return orpo_loss(means[0::2], means[1::2], beta=spec.beta)
+    if spec.loss == "simpo":
+        gamma = spec.beta / 2 if spec.gamma is None else spec.gamma
+        return simpo_loss(
+            means[0::2], means[1::2], beta=spec.beta, gamma=gamma, label_smoothing=eps
+        )
+    policy, ref = sums, batch.per_sequence["ref"]
+    if spec.on_means:
+        policy, ref = means, ref / batch.segment_sums(batch.mask.float()).clamp(min=1)
+    return dpo_loss(
         policy[0::2],
         policy[1::2],
         ref[0::2],
         ref[1::2],
         beta=spec.beta,
-        label_smoothing=spec.label_smoothing,
+        label_smoothing=eps,
         kind=spec.loss,
     )
-    margins = result.chosen_rewards - result.rejected_rewards
-    stats |= {"margin": margins.sum() * share, "accuracy": (margins > 0).sum() * share}
-    return result.loss.sum() * share + 0.0 * logprobs.sum(), stats

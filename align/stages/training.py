@@ -92,7 +92,7 @@ def offline_rows(
     spec: OfflineStage,
     context: StageContext,
     *,
-    kind: Literal["sft", "preference"],
+    kind: Literal["sft", "preference", "unpaired"],
     render: Callable[[Example], Any],
 ) -> tuple[list[Any], list[Any]]:
     """Load and tokenise training and held-out rows; no prompt may stand on both sides.

@@ -6,8 +6,8 @@ counts of a loss need no communication.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +35,8 @@ class OfflineTask(Generic[Row]):
         length: tokens of a row.
         collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
         loss_fn: what the Learner differentiates.
+        measure: (learner, rows of the whole batch) -> numbers put into the counts of each of its
+            micro-batches before the step; None measures nothing.
     """
 
     rows: Sequence[Row]
@@ -42,6 +44,7 @@ class OfflineTask(Generic[Row]):
     length: Callable[[Row], int]
     collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
     loss_fn: LossFunction
+    measure: Callable[[Learner, Sequence[Row]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def train_offline(
             break
         batch = pick(task.rows, schedule, step)
         step_began = time.monotonic()
-        stats = learner.step(micro_batches(task, batch, schedule.micro_tokens), task.loss_fn)
+        stats = learner.step(measured(learner, task, batch, schedule.micro_tokens), task.loss_fn)
         step_tokens = sum(task.length(row) for row in batch)
         num_tokens += step_tokens
         rate = step_tokens / (time.monotonic() - step_began)
@@ -104,10 +107,10 @@ def train_offline(
             done == schedule.total_steps
             or (schedule.eval_every and done % schedule.eval_every == 0)
         ):
-            measured = evaluate_rows(learner, task, schedule)
-            last |= measured
+            found_now = evaluate_rows(learner, task, schedule)
+            last |= found_now
             if stopping is not None:
-                stopping.look(done, measured)
+                stopping.look(done, found_now)
         metrics.log(done, last)
         stop = stop_requested()
         if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
@@ -140,11 +143,22 @@ def micro_batches(
     return [task.collate([batch[i] for i in micro], batch) for micro in plan[distributed.rank()]]
 
 
+def measured(
+    learner: Learner, task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
+) -> list[PackedBatch]:
+    """Cut a batch into this rank's micro-batches, each with what the task measures of the batch."""
+    micro = micro_batches(task, batch, micro_tokens)
+    if task.measure is None:
+        return micro
+    found = task.measure(learner, batch)
+    return [replace(m, counts={**m.counts, **found}) for m in micro]
+
+
 def evaluate_rows(
     learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule
 ) -> dict[str, float]:
     """Give the loss and the statistics over all held-out rows."""
-    micro = micro_batches(task, task.heldout, schedule.micro_tokens)
+    micro = measured(learner, task, task.heldout, schedule.micro_tokens)
     return named(learner.evaluate(micro, task.loss_fn), group="eval")
 
 

@@ -1,0 +1,198 @@
+"""Stage kto: learn from single answers that were judged good or bad, without pairs.
+
+The loss compares each answer's log-ratio to the reference with a reference point: the KL of the
+policy to the reference, estimated on mismatched answers (the prompt of one row with the answer of
+the next row of the data set that has another prompt), over the whole batch of all ranks, at least
+0 and without gradient.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.errors import DataError
+from align.core.types import Example, TokenRow
+from align.data.batching import plan_micro_batches
+from align.data.chat import ChatFormat
+from align.losses.preference import kto_loss
+from align.preflight.checks import Seen
+from align.recipe.schema import KtoStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.dpo import to_stop
+from align.stages.preflight import preflight_offline
+from align.stages.training import build_policy, offline_rows, train_policy
+from align.training.batch import PackedBatch, pack
+from align.training.learner import Learner
+from align.training.offline import OfflineTask
+
+
+@dataclass(frozen=True, slots=True)
+class KtoRow(TokenRow):
+    """Hold a judged answer, and its prompt with another row's answer.
+
+    Attributes:
+        good: how the answer was judged.
+        mismatched: the other answer after this prompt.
+        ref, ref_mismatched: the reference's log-probability of both, nats, token sums.
+    """
+
+    good: bool = True
+    mismatched: TokenRow | None = None
+    ref: float = 0.0
+    ref_mismatched: float = 0.0
+
+
+def run(spec: KtoStage, context: StageContext) -> StageResult:
+    """Move ``spec.init`` towards the good answers of ``spec.data`` and away from the bad."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    render = Seen(partial(judged_row, chat))
+    sides = offline_rows(spec, context, kind="unpaired", render=render)
+    rows, watched = (mismatch(side, max_length=spec.max_length) for side in sides)
+    module = build_policy(spec, source.model_dir)
+    # Before the first step the policy is the reference (with LoRA too: B = 0).
+    referenced = reference_rows(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
+    task = OfflineTask(
+        referenced[: len(rows)],
+        referenced[len(rows) :],
+        lambda row: len(row.input_ids),
+        collate,
+        partial(judged_loss, spec),
+        measure=partial(mismatched_kl, spec),
+    )
+    preflight_offline(
+        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        examples=render.examples,
+    )  # fmt: skip
+    return train_policy(spec, module, task, source=source, chat=chat, context=context)
+
+
+def judged_row(chat: ChatFormat, example: Example) -> KtoRow:
+    """Tokenise a judged answer; what a template writes after the stop token is left out."""
+    row = to_stop(chat.sft_row(example))
+    return KtoRow(row.input_ids, row.trained, row.source, good=bool(example.label))
+
+
+def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
+    """Put behind each prompt the answer of the next row that has another prompt.
+
+    Args:
+        rows: judged answers. max_length: tokens to which the mismatched row is cut.
+
+    Raises:
+        DataError: all rows have one prompt.
+    """
+    starts = [row.trained.index(True) for row in rows]
+    prompts = [row.input_ids[:start] for row, start in zip(rows, starts, strict=True)]
+    if len(set(prompts)) < 2 and rows:
+        raise DataError(
+            f"kto: all {len(rows)} rows have the same prompt, expected at least two prompts: the "
+            "reference point is measured on answers to other prompts"
+        )
+    found = []
+    for i, row in enumerate(rows):
+        j = next(
+            k % len(rows)
+            for k in range(i + 1, i + len(rows))
+            if prompts[k % len(rows)] != prompts[i]
+        )
+        answer = rows[j].input_ids[starts[j] :]
+        ids = (prompts[i] + answer)[:max_length]
+        trained = tuple(t >= starts[i] for t in range(len(ids)))
+        found.append(replace(row, mismatched=TokenRow(ids, trained, rows[j].source)))
+    return found
+
+
+def other(row: KtoRow) -> TokenRow:
+    """Give a row's mismatched answer, which ``mismatch`` has put there."""
+    assert row.mismatched is not None, row.source
+    return row.mismatched
+
+
+@torch.no_grad()
+def reference_rows(module: nn.Module, rows: Sequence[KtoRow], *, micro_tokens: int) -> list[KtoRow]:
+    """Compute the reference's log-probabilities once; every rank does a part and gets all."""
+    module.eval()
+    flat = [side for row in rows for side in (row, other(row))]
+    plan = plan_micro_batches(
+        [len(row.input_ids) for row in flat],
+        micro_tokens=micro_tokens,
+        ranks=distributed.world_size(),
+    )
+    mine: dict[int, float] = {}
+    for micro in plan[distributed.rank()]:
+        sums = _sums(module, pack([flat[i] for i in micro]))
+        mine |= dict(zip(micro, sums.tolist(), strict=True))
+    found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
+    return [
+        replace(row, ref=found[2 * i], ref_mismatched=found[2 * i + 1])
+        for i, row in enumerate(rows)
+    ]
+
+
+def _sums(model: nn.Module, batch: PackedBatch) -> Tensor:
+    logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    return batch.segment_sums(logprobs)
+
+
+def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
+    """Pack answers; the global counts are the answers of the whole batch, and the good ones."""
+    num_good = sum(row.good for row in batch)
+    return pack(
+        rows,
+        counts={
+            "rows": float(len(batch)),
+            "good": float(num_good),
+            "bad": float(len(batch) - num_good),
+        },
+        per_sequence={"ref": [row.ref for row in rows], "good": [row.good for row in rows]},
+    )
+
+
+def mismatched_kl(spec: KtoStage, learner: Learner, batch: Sequence[KtoRow]) -> Mapping[str, float]:
+    """Estimate the policy's KL to the reference on the mismatched answers of a batch, in nats."""
+    plan = plan_micro_batches(
+        [len(other(row).input_ids) for row in batch],
+        micro_tokens=spec.micro_tokens,
+        ranks=distributed.world_size(),
+    )[distributed.rank()]
+    packs = [
+        pack(
+            [other(batch[i]) for i in micro],
+            per_sequence={"ref": [batch[i].ref_mismatched for i in micro]},
+        )
+        for micro in plan
+    ]
+    found = learner.infer(packs, lambda m, b: float((_sums(m, b) - b.per_sequence["ref"]).sum()))
+    return {"kl": max(distributed.global_sum(sum(found)) / len(batch), 0.0)}
+
+
+def judged_loss(
+    spec: KtoStage, model: nn.Module, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean loss per answer, and of what people watch."""
+    logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    ratio = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
+    good = batch.per_sequence["good"] > 0.5
+    kl = batch.counts.get("kl", 0.0)
+    loss = kto_loss(
+        ratio,
+        torch.zeros_like(ratio),
+        good,
+        kl=kl,
+        beta=spec.beta,
+        desirable_weight=spec.desirable_weight,
+        undesirable_weight=spec.undesirable_weight,
+    )
+    rewards = spec.beta * ratio.detach()
+    share = 1.0 / batch.counts["rows"]
+    stats = {
+        "kl": kl * share * torch.tensor(float(batch.num)),
+        "good_reward": rewards[good].sum() / max(batch.counts["good"], 1.0),
+        "bad_reward": rewards[~good].sum() / max(batch.counts["bad"], 1.0),
+    }
+    return loss.sum() * share + 0.0 * logprobs.sum(), stats
