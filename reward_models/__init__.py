@@ -28,6 +28,12 @@ def _ensemble(spec: Mapping[str, Any]) -> RewardFunction:
     return ensemble.build_ensemble(spec, build_reward)
 
 
+def _refusal(spec: Mapping[str, Any]) -> RewardFunction:
+    from reward_models import refusals
+
+    return refusals.refusal(spec)
+
+
 def _rule(kind: str) -> Callable[[Mapping[str, Any]], RewardFunction]:
     def build(spec: Mapping[str, Any]) -> RewardFunction:
         from reward_models import rules
@@ -44,6 +50,7 @@ REWARDS: dict[str, Callable[[Mapping[str, Any]], RewardFunction]] = {
     "format": _rule("format"),
     "length": _rule("length"),
     "repetition": _rule("repetition"),
+    "refusal": _refusal,
     "math": _math,
     "ensemble": _ensemble,
 }

@@ -1,4 +1,4 @@
-"""The command line: check, show, run, report, chat, doctor. Nothing heavy is imported here."""
+"""The command line: check, show, run, eval, report, chat, doctor. It imports nothing heavy."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from align.cli.evaluate import eval_
 from align.core.errors import EXIT_USER, AlignError
 
 cli = typer.Typer(
@@ -125,6 +126,9 @@ def doctor() -> None:
     for finding in findings:
         typer.echo(finding.line())
     raise typer.Exit(1 if any(f.state == "missing" for f in findings) else 0)
+
+
+cli.command("eval")(eval_)
 
 
 def app() -> None:

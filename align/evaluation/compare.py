@@ -19,7 +19,8 @@ class Record(TypedDict):
     """Hold one answer of one model and what was measured of it.
 
     ``scores`` and ``judge`` are None where invalid; ``length`` is in tokens; ``kl`` is in nats
-    per answer; ``finish_reason`` is ``"stop"`` or ``"length"``.
+    per answer; ``repeats`` is the share of word trigrams that stood in the answer before;
+    ``finish_reason`` is ``"stop"`` or ``"length"``; ``group`` is what results are broken down by.
     """
 
     prompt_index: int
@@ -29,8 +30,10 @@ class Record(TypedDict):
     scores: dict[str, float | None]
     judge: float | None
     length: int
+    repeats: float
     kl: float | None
     finish_reason: str
+    group: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +71,39 @@ def valid_pairs(
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
+UNBOUNDED = ("kl", "length")
+"""Metrics that are no shares, whatever their values."""
+
+
 def mean_interval(
-    scores: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0
+    scores: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0, share: bool = True
 ) -> Interval | None:
     """Give the mean of the valid scores with its 95 % interval; None where there is none.
 
-    Scores that all lie in [0, 1] are shares and have a `share_interval`; others are bootstrapped.
+    Scores that all lie in [0, 1] are shares and have a `share_interval`; others, and all with
+    ``share=False``, are bootstrapped.
     """
     kept, _, names = valid_pairs(scores, scores, clusters)
     if not kept:
         return None
-    if _are_shares(kept):
+    if share and _are_shares(kept):
         return share_interval(kept, clusters=names)
     return paired_bootstrap(kept, clusters=names, seed=seed)
 
 
 def difference_interval(
-    a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0
+    a: Sequence[float | None],
+    b: Sequence[float | None],
+    clusters: Sequence[Any],
+    *,
+    seed: int = 0,
+    share: bool = True,
 ) -> Interval | None:
     """Give the mean of a - b over valid pairs with its 95 % interval, as `mean_interval` does."""
     kept_a, kept_b, names = valid_pairs(a, b, clusters)
     if not kept_a:
         return None
-    if _are_shares(kept_a) and _are_shares(kept_b):
+    if share and _are_shares(kept_a) and _are_shares(kept_b):
         moved = [x - y for x, y in zip(kept_a, kept_b, strict=True)]
         return share_interval(moved, bounds=(-1.0, 1.0), clusters=names)
     return paired_bootstrap(kept_a, kept_b, clusters=names, seed=seed)
@@ -100,7 +113,7 @@ def _are_shares(values: Sequence[float]) -> bool:
     return min(values) >= 0.0 and max(values) <= 1.0
 
 
-def _columns(records: Sequence[Record]) -> dict[str, Callable[[Record], float | None]]:
+def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float | None]]:
     """Name the metrics of the records: the scores, judge, kl where measured, length, stop_rate."""
 
     def of_score(name: str) -> Callable[[Record], float | None]:
@@ -114,13 +127,14 @@ def _columns(records: Sequence[Record]) -> dict[str, Callable[[Record], float | 
                 f"record has {names}; every answer needs the same scores"
             )
     columns = {name: of_score(name) for name in names}
-    taken = {"judge", "kl", "length", "stop_rate"} & set(names)
+    taken = {"judge", "kl", "length", "repeats", "stop_rate"} & set(names)
     if taken:
         raise ValueError(f"score names {sorted(taken)} are taken; give them another 'name'")
     columns["judge"] = lambda record: record["judge"]
     if any(record["kl"] is not None for record in records):
         columns["kl"] = lambda record: record["kl"]
     columns["length"] = lambda record: float(record["length"])
+    columns["repeats"] = lambda record: record["repeats"]
     columns["stop_rate"] = lambda record: float(record["finish_reason"] == "stop")
     return columns
 
@@ -144,15 +158,17 @@ def summarise_model(records: Sequence[Record], *, seed: int = 0) -> dict[str, Tr
         raise ValueError("no answers to summarise; the evaluation has no prompts")
     clusters = [record["prompt_index"] for record in records]
     block: dict[str, Triple] = {}
-    for name, of in _columns(records).items():
+    for name, of in columns_of(records).items():
         values = [of(record) for record in records]
-        block[name] = as_triple(mean_interval(values, clusters, seed=seed))
+        share = name not in UNBOUNDED
+        block[name] = as_triple(mean_interval(values, clusters, seed=seed, share=share))
         if num_invalid := float(sum(value is None for value in values)):
             block[f"{name}_invalid"] = [num_invalid] * 3
     return block
 
 
-def _by_place(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
+def by_place(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
+    """Index records by (prompt_index, sample_index), which must be unique."""
     places = {(record["prompt_index"], record["sample_index"]): record for record in records}
     if len(places) != len(records):
         raise ValueError(
@@ -175,7 +191,7 @@ def compare(
     Raises:
         ValueError: if the two sides do not answer the same prompts.
     """
-    places_a, places_b = _by_place(records_a), _by_place(records_b)
+    places_a, places_b = by_place(records_a), by_place(records_b)
     alone = places_a.keys() ^ places_b.keys()
     if alone or not places_a:
         raise ValueError(
@@ -184,10 +200,10 @@ def compare(
         )
     places = sorted(places_a)
     clusters = [prompt for prompt, _ in places]
-    columns_b = _columns(records_b)
+    columns_b = columns_of(records_b)
     values = {
         name: ([of(places_a[place]) for place in places], [of(places_b[place]) for place in places])
-        for name, of in _columns(records_a).items()
+        for name, of in columns_of(records_a).items()
         if name in columns_b
     }
     judged_a, judged_b, names = valid_pairs(*values["judge"], clusters)
@@ -195,7 +211,9 @@ def compare(
         win_rate=win_rate(judged_a, judged_b, clusters=names) if judged_a else None,
         num_invalid=len(places) - len(judged_a),
         differences={
-            name: as_triple(difference_interval(a, b, clusters, seed=seed))
+            name: as_triple(
+                difference_interval(a, b, clusters, seed=seed, share=name not in UNBOUNDED)
+            )
             for name, (a, b) in values.items()
         },
     )

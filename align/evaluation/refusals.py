@@ -1,20 +1,6 @@
-"""Tell answers that decline from answers that answer, by their opening words."""
+"""Name the side of a preference pair that declines."""
 
-import re
-
-OPENING_CHARACTERS = 160
-"""A refusal says so at once; later "I cannot" mostly belongs to an answer."""
-_DECLINES = re.compile(
-    r"\bI(?:'m| am) (?:sorry|unable|not able|afraid)\b"
-    r"|\bI (?:cannot|can't|can not|won't|will not)\b"
-    r"|\bI (?:must|have to) decline\b|\bas an AI\b|\bmy apologies\b|\bI apologi[sz]e\b",
-    re.IGNORECASE,
-)
-
-
-def declines(answer: str) -> bool:
-    """Say whether an answer opens with a phrase of refusal; a rule of thumb for English."""
-    return _DECLINES.search(answer[:OPENING_CHARACTERS].replace("\u2019", "'")) is not None
+from reward_models.refusals import declines
 
 
 def refusing_side(chosen: str, rejected: str) -> str:

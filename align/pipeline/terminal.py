@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align.pipeline.task_tables import judge_lines, stacked, task_tables, verdict_lines
+
 PLAIN_EVERY_S = 5.0
 SHOWN = (
     "reward/mean", "kl/reference", "eval/accuracy", "eval/pair_accuracy", "train/loss",
@@ -142,8 +144,10 @@ class Terminal:
     def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
         """Show the comparison, what was expected of it, and where to read on."""
         self._stop_live()
-        for table in summary_tables(summary):
+        for table in [*summary_tables(summary), *task_tables(summary)]:
             self._console.print(table)
+        for line in [*verdict_lines(summary), *judge_lines(summary)]:
+            self.line(line)
         for entry in summary.get("expectations", []):
             low, high = entry["band"]
             state = "holds" if entry["holds"] else "DOES NOT HOLD"
@@ -241,14 +245,6 @@ def cell(value: Any) -> str:
     if isinstance(value, list) and len(value) == 3:
         return f"{number(value[0])} [{number(value[1])}, {number(value[2])}]"
     return number(value)
-
-
-def stacked(value: Any) -> str:
-    """Write ``[value, low, high]`` in two short lines."""
-    if not isinstance(value, list) or len(value) != 3 or None in value:
-        return cell(value)
-    middle, low, high = (f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in value)
-    return f"[bold]{middle}[/]\n[dim]{low}..{high}[/]"
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:

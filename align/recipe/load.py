@@ -15,6 +15,7 @@ from align.recipe.messages import describe, locate, suggest
 from align.recipe.overrides import apply_overrides
 from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
 from align.recipe.source import Key, Mark, Source, read_source
+from align.recipe.tasks import expand_tasks
 
 _STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
 _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
@@ -55,7 +56,9 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
         RecipeError: as ``load_recipe``.
     """
     source = read_source(path)
+    expand_tasks(source)
     apply_overrides(source, overrides)
+    expand_tasks(source)
     errors = list(source.errors)
     recipe = None
     try:

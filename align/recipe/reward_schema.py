@@ -60,6 +60,14 @@ class RepetitionReward(RewardBase):
     ngram: Count = 3
 
 
+class RefusalReward(RewardBase):
+    """Score 1 when the answer declines exactly where the column's value is in ``declines``."""
+
+    kind: Literal["refusal"]
+    column: str = "label"
+    declines: list[str] = Field(min_length=1)
+
+
 class MathReward(RewardBase):
     """Score 1 when the final number (or LaTeX expression) equals the column's value."""
 
@@ -85,6 +93,7 @@ RewardSpec = Annotated[
     | FormatReward
     | LengthReward
     | RepetitionReward
+    | RefusalReward
     | MathReward
     | EnsembleReward,
     Field(discriminator="kind"),

@@ -28,6 +28,7 @@ from align.recipe.parts import (
     ZeroSpec,
 )
 from align.recipe.reward_schema import EnsembleReward, RewardSpec, ScalarReward
+from align.recipe.task_schema import EndpointSpec, HarnessSpec, PairwiseSpec, TaskSpec
 from align.recipe.tuning_schema import TuningSpec
 from align.recipe.watch_schema import GuardSpec, WatchSpec
 
@@ -40,17 +41,20 @@ __all__ = [
     "DataSpec",
     "DpoStage",
     "EarlyStoppingSpec",
+    "EndpointSpec",
     "EnsembleReward",
     "EvaluateStage",
     "EwcSpec",
     "GrpoStage",
     "GuardSpec",
+    "HarnessSpec",
     "KtoStage",
     "LayersSpec",
     "MergeStage",
     "OfflineStage",
     "OnlineStage",
     "OptimSpec",
+    "PairwiseSpec",
     "PpoStage",
     "Recipe",
     "RewardSpec",
@@ -60,6 +64,7 @@ __all__ = [
     "SftStage",
     "SinkSpec",
     "Spec",
+    "TaskSpec",
     "TokenizerSpec",
     "TrainingStage",
     "TuningSpec",
@@ -148,4 +153,7 @@ def references(spec: Any) -> dict[str, str]:
         add("reference", spec.reference)
         add_rewards("scores", spec.scores)
         add_rewards("judge", spec.judge)
+        for i, task in enumerate(spec.tasks):
+            add_rewards(f"tasks.{i}.grader", task.grader)
+            add_rewards(f"tasks.{i}.judge", task.judge)
     return found

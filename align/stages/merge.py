@@ -22,8 +22,8 @@ from align.online.scoring import score_answers
 from align.online.weights import check_push
 from align.recipe.schema import DataSpec, MergeStage
 from align.recipe.tuning_schema import UNMERGED
+from align.stages.answering import same_tokens
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.evaluate import prompt_rows_like, same_tokens
 from align.stages.online import build_rewards, prompt_rows, start_engine
 from align.stages.training import fingerprints
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
@@ -90,7 +90,7 @@ def sweep(spec: MergeStage, base: Artefact, tuned: Artefact, context: StageConte
     sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
     other = chat_format(tuned.model_dir)
     for rows in sets.values():
-        same_tokens(rows[:8], prompt_rows_like(rows[:8], other), spec.tuned, spec.base)
+        same_tokens(rows[:8], other, f"model '{spec.tuned}'", spec.base)
     rewards = build_rewards(spec.scores, context)
     trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
     engine = start_engine(spec, base.model_dir, chat, context)

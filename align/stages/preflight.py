@@ -1,7 +1,7 @@
 """The preflight of a stage: put its checks together, keep the card, stop where a line failed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from align.preflight.offline import loss_checks, start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
+from align.recipe.evaluate_schema import OWN_TASK
 from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage, OnlineStage
 from align.stages.base import StageContext, chat_format
+from align.stages.measuring import TaskRewards
 from align.training.offline import OfflineTask
 from reward_models.base import RewardFunction
 
@@ -162,19 +164,21 @@ def preflight_online(
 def preflight_evaluate(
     spec: EvaluateStage,
     context: StageContext,
-    *,
-    chat: ChatFormat,
     model_dir: Path,
-    prompts: Sequence[PromptRow],
-    scores: Sequence[RewardFunction],
-    judge: Sequence[RewardFunction],
+    *,
+    rows: Mapping[str, Sequence[PromptRow]],
+    rewards: TaskRewards,
 ) -> None:
-    """Check an evaluation: its prompts, and that scores and judge tell right from wrong."""
-    checks = [
-        *prompt_checks(chat, prompts, model_dir=model_dir),
-        *reward_checks("score", spec.scores, scores, prompts, None),
-        *reward_checks("judge", spec.judge, judge, prompts, None),
-    ]
+    """Check an evaluation: its prompts, and that graders and judges tell right from wrong."""
+    chat = chat_format(model_dir)
+    everything = [row for task in rows.values() for row in task]
+    checks = [*prompt_checks(chat, everything, model_dir=model_dir)]
+    for task in spec.all_tasks:
+        grader, judge = rewards[task.name]
+        prompts, own = rows[task.name], "" if task.name == OWN_TASK else f"{task.name}: "
+        checks += reward_checks(f"{own}score", task.grader, grader, prompts, None)
+        if task.judge:
+            checks += reward_checks(f"{own}judge", task.judge, judge, prompts, None)
     settle(context, checks)
 
 

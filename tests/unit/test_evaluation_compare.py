@@ -23,8 +23,10 @@ def _record(prompt: int, sample: int = 0, **changes: Any) -> dict[str, Any]:
         "scores": {"em": 1.0},
         "judge": 1.0,
         "length": 10,
+        "repeats": 0.0,
         "kl": 0.5,
         "finish_reason": "stop",
+        "group": None,
     }
     return {**record, **changes}
 

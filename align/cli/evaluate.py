@@ -1,0 +1,68 @@
+"""The commands eval and calibrate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
+
+
+def eval_(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, an artefact or model folder")
+    ],
+    tasks: Annotated[
+        str, typer.Option(metavar="A,B", help="task names, files, or lm_eval:NAME")
+    ] = "world",
+    baseline: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="compared with; the first one by default")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="answers per prompt")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="prompts per task")] = None,
+    judge: Annotated[
+        str, typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), or a URL")
+    ] = "rule",
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="model at the judge's URL")
+    ] = None,
+    detect: Annotated[
+        float | None, typer.Option(min=1e-6, help="say how many prompts show this difference")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the answer goes")] = None,
+    runs: Runs = Path("runs"),
+    engine: Annotated[str, typer.Option(help="auto, vllm or hf")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    chat_template: Annotated[
+        str | None, typer.Option(help="for a model folder without one: plain, chatml or a file")
+    ] = None,
+    pad_token: Annotated[str | None, typer.Option(help="for a model folder without one")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="PYTHON", help="environment of lm-evaluation-harness")
+    ] = None,
+    lm_eval_backend: Annotated[str, typer.Option(help="hf or vllm")] = "hf",
+    lm_eval_tasks: Annotated[
+        str | None, typer.Option(metavar="DIR", help="own task files of lm-evaluation-harness")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="ask again")] = False,
+) -> None:
+    """Compare checkpoints on held-out tasks: values with intervals, win rates, verdicts."""
+    from align.pipeline.evaluating import Question, evaluate
+
+    lacking = {"chat_template": chat_template, "pad_token": pad_token}
+    question = Question(
+        checkpoints=checkpoints,
+        tasks=[name for name in tasks.split(",") if name],
+        baseline=baseline,
+        samples=samples,
+        limit=limit,
+        judge=judge,
+        judge_model=judge_model,
+        engine=engine,
+        dtype=dtype,
+        tokenizer={key: value for key, value in lacking.items() if value},
+        harness=lm_eval,
+        harness_backend=lm_eval_backend,
+        harness_path=lm_eval_tasks,
+    )
+    raise typer.Exit(evaluate(question, runs=runs, out=out, force=force, detect=detect))

@@ -1,0 +1,298 @@
+"""One task's block of summary.json: each checkpoint's metrics, and what is shown of it.
+
+A verdict is given where a metric has a better direction: ``better`` or ``worse`` than the baseline
+where the 95 % interval of the difference leaves "no difference" out, else ``not shown``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.evaluation.compare import (
+    UNBOUNDED,
+    Record,
+    Triple,
+    as_triple,
+    by_place,
+    columns_of,
+    difference_interval,
+    mean_interval,
+    valid_pairs,
+)
+from align.evaluation.length import length_controlled_win_rate
+from align.evaluation.passk import pass_by_prompt
+from align.evaluation.power import prompts_needed, smallest_difference
+from align.evaluation.stats import (
+    Interval,
+    ratio_bootstrap,
+    standard_error,
+    win_rate_of,
+)
+
+WIN_RATES = ("win_rate", "length_controlled_win_rate")
+LOWER_IS_BETTER = ("repeats", "perplexity")
+Place = tuple[int, int]
+"""(prompt_index, sample_index)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Hold a model's judged pairs against the baseline.
+
+    Attributes:
+        results: place to 1 (win) .. 0 (loss), the mean over the orders judged; None is invalid.
+        sequence: the interval that holds at all times together, of a judge that stopped when the
+            verdict was clear; None where all pairs were judged.
+    """
+
+    results: Mapping[Place, float | None]
+    sequence: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """Hold what a model makes of one held-out answer: nats over its tokens."""
+
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Hold one model's answers to a task and its losses on the held-out answers."""
+
+    records: Sequence[Record]
+    losses: Sequence[RowLoss] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Hold what is known of a metric: its value, and its difference to the baseline.
+
+    Attributes:
+        value: of the model; for a win rate the comparison itself.
+        difference: to the baseline, None for the baseline; in nats per token for perplexity.
+        null: the difference that means none: 0, or 1/2 of a win rate.
+        error: standard error of the difference. prompts: what it was measured on.
+    """
+
+    value: Interval | None
+    difference: Interval | None = None
+    null: float = 0.0
+    error: float = math.nan
+    prompts: int = 0
+
+
+def task_block(
+    models: Mapping[str, Answered],
+    *,
+    baseline: str,
+    metrics: Sequence[str],
+    judged: Mapping[str, Judged],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Give the block of one task.
+
+    Args:
+        models: what each model answered to the same prompts, the baseline among them.
+        baseline: the model the others are compared with.
+        metrics: what is reported, the deciding one first.
+        judged: each other model's judged pairs against the baseline.
+        seed: of the bootstrap.
+
+    Returns:
+        ``models`` (model to metric to [value, low, high]), ``contrasts`` (other model to metric to
+        difference, verdict and prompts needed), ``groups`` (group to model to the first graded
+        metric, where records have groups), ``comparisons`` (the judge's counts).
+    """
+    others = [name for name in models if name != baseline]
+    findings = {
+        name: {m: find(m, models[name], _other(models, name, baseline), judged.get(name), seed=seed)
+               for m in metrics}
+        for name in models
+    }  # fmt: skip
+    first = models[baseline].records
+    block: dict[str, Any] = {
+        "baseline": baseline,
+        "metrics": list(metrics),
+        "prompts": len({r["prompt_index"] for r in first}),
+        "samples": 1 + max(r["sample_index"] for r in first),
+        "models": {
+            name: {m: as_triple(found.value) for m, found in row.items()}
+            for name, row in findings.items()
+        },
+        "contrasts": {
+            name: {m: told(m, found) for m, found in findings[name].items()} for name in others
+        },
+        "comparisons": {name: _counts(pairs) for name, pairs in judged.items()},
+    }
+    if groups := _groups(models, metrics):
+        block["groups"] = groups
+    return block
+
+
+def _other(models: Mapping[str, Answered], name: str, baseline: str) -> Answered | None:
+    return None if name == baseline else models[baseline]
+
+
+def find(
+    metric: str, model: Answered, other: Answered | None, judged: Judged | None, *, seed: int
+) -> Finding:
+    """Measure one metric of a model, and compare it with ``other`` where there is one."""
+    if metric in WIN_RATES:
+        return Finding(None) if judged is None else _won(metric, model, other, judged)
+    if metric == "perplexity":
+        return _perplexity(model, other, seed=seed)
+    mine = _units(metric, model.records)
+    share = metric not in UNBOUNDED
+    prompts = [unit[0] for unit in mine]
+    value = mean_interval(list(mine.values()), prompts, seed=seed, share=share)
+    if other is None:
+        return Finding(value)
+    theirs = _units(metric, other.records)
+    shared = [unit for unit in mine if unit in theirs]
+    sides = [mine[u] for u in shared], [theirs[u] for u in shared]
+    clusters = [unit[0] for unit in shared]
+    a, b, names = valid_pairs(*sides, clusters)
+    if not a:
+        return Finding(value)
+    return Finding(
+        value,
+        difference_interval(a, b, names, seed=seed, share=share),
+        error=standard_error(a, b, clusters=names),
+        prompts=len(set(names)),
+    )
+
+
+def _units(metric: str, records: Sequence[Record]) -> dict[Place, float | None]:
+    """Give a metric's values by answer, or those of pass@k by prompt."""
+    if metric.startswith("pass@"):
+        # The first score of the grader says what is right.
+        first = next(iter(records[0]["scores"]))
+        scores = [r["scores"][first] for r in records]
+        prompts = [r["prompt_index"] for r in records]
+        passes = pass_by_prompt(scores, prompts, k=int(metric.removeprefix("pass@")))
+        return {(prompt, 0): value for prompt, value in passes.items()}
+    of = columns_of(records).get(metric)
+    return {} if of is None else {place: of(r) for place, r in by_place(records).items()}
+
+
+def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Finding:
+    nats = [row.nats for row in model.losses]
+    tokens = [float(row.tokens) for row in model.losses]
+    loss = ratio_bootstrap(nats, tokens, seed=seed)
+    value = Interval(*(math.exp(x) for x in (loss.value, loss.low, loss.high)))
+    if other is None:
+        return Finding(value)
+    moved = [a.nats - b.nats for a, b in zip(model.losses, other.losses, strict=True)]
+    difference = ratio_bootstrap(moved, tokens, seed=seed)
+    mean = sum(tokens) / len(tokens)
+    error = standard_error(
+        [(m - difference.value * t) / mean for m, t in zip(moved, tokens, strict=True)]
+    )
+    return Finding(value, difference, error=error, prompts=len(moved))
+
+
+def _won(metric: str, model: Answered, other: Answered | None, judged: Judged) -> Finding:
+    known = {place: x for place, x in judged.results.items() if x is not None}
+    if not known or other is None:
+        return Finding(None)
+    results, clusters = list(known.values()), [place[0] for place in known]
+    if metric == "win_rate":
+        won = win_rate_of(results, clusters=clusters)
+        interval = judged.sequence or Interval(won.value, won.low, won.high)
+    else:
+        mine, theirs = by_place(model.records), by_place(other.records)
+        longer = [mine[place]["length"] - theirs[place]["length"] for place in known]
+        interval = length_controlled_win_rate(results, longer, clusters=clusters)
+        if interval is not None and judged.sequence is not None:
+            # Its interval is of a fixed size, and judging stopped when another one was clear.
+            interval = Interval(interval.value, math.nan, math.nan)
+    error = standard_error(results, clusters=clusters)
+    return Finding(interval, interval, null=0.5, error=error, prompts=len(set(clusters)))
+
+
+def told(metric: str, found: Finding) -> dict[str, Any]:
+    """Say of a difference what it is, what it shows, and how many prompts would show it.
+
+    ``needed`` is the number of prompts at which a difference as large as the one seen is shown with
+    probability 0.8; ``detectable`` is the difference that the prompts at hand show so often.
+    """
+    difference = found.difference
+    entry: dict[str, Any] = {"difference": as_triple(difference), "null": found.null}
+    if metric not in UNBOUNDED:  # neither more nor less of it is better
+        entry["verdict"] = verdict(
+            difference, null=found.null, lower_is_better=metric in LOWER_IS_BETTER
+        )
+    if difference is not None and math.isfinite(found.error):
+        entry["prompts"] = found.prompts
+        entry["detectable"] = smallest_difference(standard_error=found.error)
+        entry["needed"] = prompts_needed(
+            difference.value - found.null, standard_error=found.error, num_prompts=found.prompts
+        )
+    return entry
+
+
+def verdict(interval: Interval | None, *, null: float = 0.0, lower_is_better: bool = False) -> str:
+    """Say ``better``, ``worse`` or ``not shown`` of an interval against no difference."""
+    if interval is None or not interval.low <= interval.high:
+        return "not shown"
+    above, below = interval.low > null, interval.high < null
+    if not above and not below:
+        return "not shown"
+    return "better" if above != lower_is_better else "worse"
+
+
+def _counts(pairs: Judged) -> dict[str, int | bool]:
+    known = [x for x in pairs.results.values() if x is not None]
+    return {
+        "wins": sum(x > 0.5 for x in known),
+        "ties": sum(x == 0.5 for x in known),
+        "losses": sum(x < 0.5 for x in known),
+        "invalid": len(pairs.results) - len(known),
+        "sequential": pairs.sequence is not None,
+    }
+
+
+def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str, Any]:
+    """Break the first graded metric down by the records' group."""
+    records = next(iter(models.values())).records
+    graded = next((m for m in metrics if m in records[0]["scores"]), None)
+    names = sorted({r["group"] for r in records if r["group"] is not None})
+    if graded is None:
+        return {}
+
+    def of(answered: Answered, group: str) -> Triple:
+        mine = [r for r in answered.records if r["group"] == group]
+        scores = [r["scores"][graded] for r in mine]
+        return as_triple(mean_interval(scores, [r["prompt_index"] for r in mine]))
+
+    return {group: {name: of(model, group) for name, model in models.items()} for group in names}
+
+
+def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, Triple]]:
+    """Give the win rate of each row's model against each column's, by the records' ``judge``."""
+    matrix: dict[str, dict[str, Triple]] = {}
+    for a, mine in records.items():
+        for b, theirs in records.items():
+            if a == b:
+                continue
+            known = {p: x for p, x in judged_by_score(mine, theirs).items() if x is not None}
+            won = (
+                win_rate_of(list(known.values()), clusters=[p[0] for p in known]) if known else None
+            )
+            matrix.setdefault(a, {})[b] = as_triple(won)
+    return matrix
+
+
+def judged_by_score(
+    records: Sequence[Record], others: Sequence[Record]
+) -> dict[Place, float | None]:
+    """Judge pairs by the records' ``judge`` scores: 1, 1/2 or 0; None where a score is invalid."""
+    mine, theirs = by_place(records), by_place(others)
+    results: dict[Place, float | None] = {}
+    for place in sorted(mine):
+        a, b = mine[place]["judge"], theirs[place]["judge"]
+        results[place] = None if a is None or b is None else (a > b) + 0.5 * (a == b)
+    return results
