@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 BEGUN = "begun.json"
 
 
+class NoPreflightError(Exception):
+    """End a stage that was started for its preflight alone and has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageContext:
     """Give a stage its surroundings: where it writes, what it may read, its seed."""
@@ -59,7 +63,9 @@ class StageContext:
         return read_artefact(self.run_dir / reference if named else Path(reference), kind)
 
     def metrics(self, total_steps: int) -> MetricsLog:
-        """Open the stage's metrics.jsonl."""
+        """Open the stage's metrics.jsonl; what comes next is the stage's own work."""
+        if self.check_only:
+            raise NoPreflightError
         sinks = [name for name, on in self.recipe.sinks.model_dump().items() if on]
         return MetricsLog(self.out, total_steps=total_steps, sinks=sinks, rank=distributed.rank())
 

@@ -20,11 +20,15 @@ from align.online.experience import gather_experience
 from align.online.rollout import sample_groups
 from align.online.scoring import score_answers
 from align.online.weights import check_push
+from align.preflight.checks import Check, Finding
+from align.preflight.rewards import reward_checks
+from align.preflight.tokens import prompt_checks
 from align.recipe.schema import DataSpec, MergeStage
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.answering import same_tokens
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.online import build_rewards, prompt_rows, start_engine
+from align.stages.preflight import settle
 from align.stages.training import fingerprints
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
 from reward_models.base import RewardFunction
@@ -51,7 +55,7 @@ def run(spec: MergeStage, context: StageContext) -> StageResult:
     base, tuned = (context.artefact(name, "policy") for name in (spec.base, spec.tuned))
     for name, artefact in ((spec.base, base), (spec.tuned, tuned)):
         refuse_adapter(name, artefact)
-    check_alike(base.model_dir, tuned.model_dir)
+    settle(context, merge_checks(spec, base, tuned, context))
     curve: list[Point] = []
     alpha = spec.alphas[0]
     if len(spec.alphas) > 1:
@@ -68,6 +72,25 @@ def run(spec: MergeStage, context: StageContext) -> StageResult:
     return StageResult(
         metrics, fingerprints(spec.prompts, spec.shifted), {"alpha": alpha, "curve": curve}
     )
+
+
+def merge_checks(
+    spec: MergeStage, base: Artefact, tuned: Artefact, context: StageContext
+) -> list[Check]:
+    """Give the checks of a merge: models of one form, and scores that tell right from wrong."""
+
+    def alike() -> Finding:
+        check_alike(base.model_dir, tuned.model_dir)
+        return Finding(f"{spec.base} and {spec.tuned} have the same weights by name and shape")
+
+    found: list[Check] = [("alike", alike)]
+    if len(spec.alphas) > 1:
+        chat, rewards = chat_format(base.model_dir), build_rewards(spec.scores, context)
+        for name, data in zip(SETS, (spec.prompts, spec.shifted), strict=True):
+            rows = _rows(spec, data, context)
+            found += prompt_checks(chat, rows, model_dir=base.model_dir)
+            found += reward_checks(f"{name}: score", spec.scores, rewards, rows, None)
+    return found
 
 
 def refuse_adapter(name: str, artefact: Artefact) -> None:
