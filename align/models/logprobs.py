@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from align.core import distributed
 from align.models.attention import Segments, segments_from_positions
+from align.models.fused_head import head_logprobs
 
 CHUNK_ELEMENTS = 2**24
-"""Logits held at once (64 MiB in float32)."""
+"""Logits held at once (64 MiB in float32), where the head is not a plain matrix in one piece."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -144,6 +145,8 @@ def _head(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     head = causal_lm(model).get_output_embeddings()
+    if not label_smoothing and _is_plain(model, head):
+        return head_logprobs(hidden, head.weight, labels, temperature=temperature, entropy=entropy)
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = token_logits(model, h) / temperature
@@ -168,3 +171,10 @@ def _head(
     # Several chunks: keep none of their logits for the backward pass.
     results = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in parts]
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
+
+
+def _is_plain(model: nn.Module, head: nn.Module) -> bool:
+    """Say whether the head is one whole matrix and nothing else."""
+    soft_cap = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
+    whole = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
+    return whole and soft_cap is None

@@ -15,7 +15,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import one_by_one, tiny_llama
 
-from align.models import logprobs as module
+from align.models import fused_head
 from align.models.attention import PACKED
 from align.models.logprobs import token_logprobs
 
@@ -52,7 +52,7 @@ def test_token_logprobs_in_many_chunks_have_the_same_values_and_gradients(monkey
     ids = torch.tensor([SEQUENCES[2]])
     found = []
     for elements in (2**24, 61):  # the second holds the logits of one token at a time
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", elements)
         model = tiny_llama()
         out = token_logprobs(model, ids).logprobs
         (out * torch.arange(1.0, 8.0)).sum().backward()

@@ -1,0 +1,101 @@
+"""The language-model head and the log-probability of one label per position, as one function.
+
+The logits are made and used up in chunks of rows, in both directions, so that no more than
+``CHUNK_ELEMENTS`` of them are held in float32, whatever the vocabulary. The products run in the
+dtype of the weights; the gradient of the weight is added up over chunks in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**21
+"""Logits of a chunk on CPU: 8 MiB in float32, which the processor's cache holds."""
+
+CHUNK_ELEMENTS_GPU = 2**26
+"""The same on a GPU, where a chunk must fill the device (256 MiB)."""
+
+KEPT_ELEMENTS = 2**24
+"""With no more logits than these they are kept for the backward pass, in the dtype of the weights;
+more are computed again: one product in four is saved, or the memory."""
+
+
+def head_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Give log p(label | hidden state) and, if asked for, the entropy of each distribution.
+
+    Args:
+        hidden: (N, H). weight: (V, H), the head's. labels: (N,) token ids.
+        temperature: the logits are divided by it.
+        entropy: False gives zeros in its place; it has no gradient.
+
+    Returns:
+        float32 (N,) twice, in nats.
+    """
+    return _HeadLogprobs.apply(
+        hidden, weight, labels, temperature, entropy, torch.is_grad_enabled()
+    )
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        entropy: bool,
+        grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropies = torch.zeros_like(values)
+        kept = []
+        for rows in _chunks(hidden, weight):
+            logits = hidden[rows] @ weight.T
+            logprobs = torch.log_softmax(_divided(logits, temperature), -1, dtype=torch.float32)
+            values[rows] = logprobs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+            if entropy:
+                entropies[rows] = -(logprobs.exp().mul_(logprobs)).sum(-1)
+            if grad and len(hidden) * len(weight) <= KEPT_ELEMENTS:
+                kept.append(logits)
+        if grad:
+            ctx.save_for_backward(hidden, weight, labels, *kept)
+            ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, *kept = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        trains = ctx.needs_input_grad[1]
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if trains else None
+        for number, rows in enumerate(_chunks(hidden, weight)):
+            logits = kept[number] if kept else hidden[rows] @ weight.T
+            logits = _divided(logits, ctx.temperature)
+            # d log p(label) / d logits = onehot(label) - p
+            share = (grad[rows] / ctx.temperature).unsqueeze(-1)
+            slope = torch.softmax(logits, -1, dtype=torch.float32).mul_(-share)
+            slope.scatter_add_(-1, labels[rows].unsqueeze(-1), share)
+            slope = slope.to(weight.dtype)
+            dhidden[rows] = slope @ weight
+            if dweight is not None:
+                dweight += slope.T @ hidden[rows]
+        whole = None if dweight is None else dweight.to(weight.dtype)
+        return dhidden, whole, None, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    elements = CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    size = max(1, elements // len(weight))
+    return [slice(begin, begin + size) for begin in range(0, len(hidden), size)]
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """Divide in float32: bfloat16 would round once more."""
+    return logits if temperature == 1.0 else logits.float() / temperature
