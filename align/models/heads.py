@@ -1,6 +1,7 @@
 """Heads on a decoder: scorers begun from a policy or a scorer, and the critic's values."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,18 @@ from align.models.loading import disable_dropout
 from reward_models.scalar import SCORER_FILE, RewardModel
 
 
-def scorer_from(model_dir: Path, *, dtype: str) -> RewardModel:
+def scorer_from(model_dir: Path, *, dtype: str, quantization: Any = None) -> RewardModel:
     """Load the decoder of a policy (with a fresh random head) or a whole scorer, dropout off."""
     kind = getattr(torch, dtype)
     if (model_dir / SCORER_FILE).is_file():
         model = RewardModel.load(model_dir, kind, attn_implementation=PACKED)
     else:
-        backbone = AutoModel.from_pretrained(str(model_dir), dtype=kind, attn_implementation=PACKED)
+        backbone = AutoModel.from_pretrained(
+            str(model_dir),
+            dtype=kind,
+            attn_implementation=PACKED,
+            quantization_config=quantization,
+        )
         model = RewardModel(backbone, backbone.config.get_text_config().hidden_size)
         model.head.to(kind)  # not the whole: rotary buffers must stay float32
     disable_dropout(model)

@@ -1,15 +1,17 @@
 """Stage reward: a Bradley-Terry scorer over the final token, that knows its own mean and std."""
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artefacts import Artefact, write_json_atomic
 from align.core.types import PairRow, TokenRow
 from align.data.batching import plan_micro_batches
 from align.losses.preference import bradley_terry_loss
@@ -23,11 +25,13 @@ from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.dpo import both, pack_pairs, pair_length
 from align.stages.preflight import preflight_offline
-from align.stages.training import fingerprints, offline_rows, run_offline
+from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
+from align.tuning.files import num_trained, save_adapter, with_adapter
+from align.tuning.loading import quantization
 from align.tuning.wrap import add_tuner
-from reward_models.scalar import RewardModel
+from reward_models.scalar import SCORER_FILE, RewardModel
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +50,22 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
         spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
         examples=render.examples,
     )  # fmt: skip
-    best = BestWeights(partial(save_scorer, model, source), context.out)
+    best = BestWeights(partial(save_scorer, spec, model, source), context.out)
     stopping = build_stopping(spec, best)
     final = run_offline(module, task, spec, context, stopping=stopping)
     notes = {}
     if stopping is not None:
         best.prune({stopping.best_step})
-        kept = best.folder(stopping.best_step) / "model"
-        model = scorer_from(kept, dtype=spec.dtype).to(distributed.device())
+        best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
+        kept = context.out / "model"
+        model = scorer_from(kept, dtype=spec.dtype).to(distributed.device())
+        model.backbone = with_adapter(model.backbone, kept)
     mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)
-    save_scorer(model, source, context.out, mean=mean, std=std)
+    if stopping is None:
+        save_scorer(spec, model, source, context.out, mean=mean, std=std)
+    elif distributed.rank() == 0:
+        write_normalisation(context.out / "model", mean=mean, std=std)
     log.info("scores of %d reference pairs: mean %.3f, std %.3f", spec.norm_prompts, mean, std)
     final |= {"scorer/mean": mean, "scorer/std": std}
     return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
@@ -64,12 +73,19 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
 
 def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
     """Put a fresh score head on the decoder of ``source``; add what ``tuning`` trains."""
-    model = scorer_from(source.model_dir, dtype=spec.dtype)
+    model = scorer_from(
+        source.model_dir, dtype=spec.dtype, quantization=quantization(spec.tuning, spec.dtype)
+    )
+    backbone: Any = model.backbone
     if spec.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.method not in ("full", "head"):
+            backbone.enable_input_require_grads()
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
-    model.backbone = add_tuner(model.backbone, spec.tuning)
+    model.backbone = add_tuner(backbone, spec.tuning, seed=spec.seed or 0)
+    trained, total = num_trained(model)
+    log.info("scorer: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
     return model.to(distributed.device())
 
 
@@ -146,20 +162,33 @@ def normalisation(
 
 
 def save_scorer(
-    model: RewardModel, source: Artefact, out: Path, *, mean: float = 0.0, std: float = 1.0
+    spec: RewardStage,
+    model: RewardModel,
+    source: Artefact,
+    out: Path,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> None:
-    """Write model/ of a reward artefact below ``out``; all ranks must take part."""
+    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part."""
     model.set_normalisation(mean=mean, std=std)
-    parts = (("backbone", model.backbone), ("head", model.head))
-    state = {
-        f"{part}.{name}": tensor.detach().cpu().clone()
-        for part, module in parts
-        for name, tensor in full_weights(module)
-    }
+    backbone, adapter = whole_state(spec, model.backbone, source)
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
     if distributed.rank() == 0:
+        if adapter is not None:
+            save_adapter(*adapter, out / "adapter")
         model.save(
             out / "model",
             tokenizer=load_tokenizer(source.model_dir),
             state_dict=state,
         )
     distributed.barrier()
+
+
+def write_normalisation(model_dir: Path, *, mean: float, std: float) -> None:
+    """Put mean and std into a saved scorer; its other files may be shared with ``best/``."""
+    path = model_dir / SCORER_FILE
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    write_json_atomic(path, {**plain, "mean": mean, "std": std})
