@@ -12,8 +12,8 @@ from align.data.chat import apply_tokenizer_spec
 from align.data.load import load_examples
 from align.recipe.schema import BuildSpec, DataSpec, Recipe, TokenizerSpec
 from align.recipe.tuning_schema import TuningSpec
-from align.stages.base import StageContext, _manifest_head, _runner
-from align.stages.base_model import train_tokenizer
+from align.stages.base import StageContext, _manifest_head, stage_runner
+from align.stages.base_model import _save, train_tokenizer
 
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -78,8 +78,7 @@ def make_base(folder: Path) -> Path:
         tie_word_embeddings=True,
         initializer_range=0.15,
     )
-    Qwen2ForCausalLM(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    _save(Qwen2ForCausalLM(config), tokenizer, out)
     write_manifest(folder / "base", {"kind": "policy", "spec_hash": "base", "spec": {}})
     return folder
 
@@ -92,7 +91,7 @@ def run_stage(folder: Path, kind: str, tuning: dict[str, Any], *, name: str, **m
     context = StageContext(recipe, name, folder, 0)
     context.out.mkdir(parents=True, exist_ok=True)
     spec = recipe.stages[name]
-    result = _runner(kind)(spec, context)
+    result = stage_runner(kind)(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | {"metrics": dict(result.metrics)})
     return read_artefact(context.out, head["kind"])
