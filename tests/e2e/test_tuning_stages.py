@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 sys.path.insert(0, str(Path(__file__).parent))
 import alone
-from tuned_stages import TUNINGS, make_base, run_stage
+from tuned_stages import TUNINGS, make_base, run_plain, run_stage
 
 from align.core.artefacts import Artefact
 from align.core.errors import ArtefactError
@@ -214,6 +214,27 @@ def test_chat_answers_as_the_engine_does(folder, method):
     ((expected,),) = engine.generate([prompt], n=1, max_new_tokens=6, temperature=0.0)
     assert answer == expected.text.strip()
     assert answer in said.getvalue()
+
+
+def test_evaluate_compares_policies_with_and_without_unmerged_adapters(folder):
+    models = [artefact(folder, "sft", m).path for m in ("lora", "prefix", "bottleneck")]
+    scorer = artefact(folder, "reward", "prompt").path
+    plain = {
+        "kind": "evaluate",
+        "models": ["base", *map(str, models)],
+        "baseline": "base",
+        "prompts": [{"world": "prompts", "rows": 6}],
+        "scores": [{"kind": "scalar", "model": str(scorer)}],
+        "judge": [{"kind": "length", "target": 2, "limit": 12}],
+        "sampling": {"engine": "hf", "max_new_tokens": 6, "temperature": 1.0},
+        "max_length": 128,
+    }
+    found = run_plain(folder, plain, name="evaluate")
+    summary = json.loads((found.path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["engine"] == "hf"
+    for model in models:
+        # A policy read without its adapter would be the base: KL 0.
+        assert abs(summary["models"][str(model)]["kl"][0]) > 1e-3
 
 
 def test_unmerged_adapter_falls_back_to_hf_by_name(folder):

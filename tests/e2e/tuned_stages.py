@@ -84,14 +84,19 @@ def make_base(folder: Path) -> Path:
 
 
 def run_stage(folder: Path, kind: str, tuning: dict[str, Any], *, name: str, **more: Any) -> Any:
-    """Run one stage to its end as the launcher's process would; give its artefact."""
+    """Run one training stage to its end as the launcher's process would; give its artefact."""
     plain = {"kind": kind, **COMMON, **STAGES[kind], "tuning": tuning, **more}
+    return run_plain(folder, plain, name=name)
+
+
+def run_plain(folder: Path, plain: dict[str, Any], *, name: str) -> Any:
+    """Run a stage of any kind."""
     base = {"kind": "base", "path": "x"}
     recipe = Recipe.model_validate({"name": "t", "stages": {"base": base, name: plain}})
     context = StageContext(recipe, name, folder, 0)
     context.out.mkdir(parents=True, exist_ok=True)
     spec = recipe.stages[name]
-    result = stage_runner(kind)(spec, context)
+    result = stage_runner(plain["kind"])(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | {"metrics": dict(result.metrics)})
     return read_artefact(context.out, head["kind"])
