@@ -11,9 +11,15 @@ from reward_models.base import RewardFunction
 
 
 def _scalar(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import scalar
+    from reward_models import learned
 
-    return scalar.build_scalar(spec)
+    return learned.build_scalar(spec)
+
+
+def _process(spec: Mapping[str, Any]) -> RewardFunction:
+    from reward_models import process
+
+    return process.build_process(spec)
 
 
 def _math(spec: Mapping[str, Any]) -> RewardFunction:
@@ -45,6 +51,7 @@ def _rule(kind: str) -> Callable[[Mapping[str, Any]], RewardFunction]:
 
 REWARDS: dict[str, Callable[[Mapping[str, Any]], RewardFunction]] = {
     "scalar": _scalar,
+    "process": _process,
     "exact_match": _rule("exact_match"),
     "regex": _rule("regex"),
     "format": _rule("format"),

@@ -16,6 +16,29 @@ def _mean_minus_std(scores: Sequence[float], kappa: float) -> float:
     return statistics.fmean(scores) - kappa * statistics.pstdev(scores)
 
 
+def combiner(combine: str, *, kappa: float, reward: str) -> Callable[[Sequence[float]], float]:
+    """Give the function that makes one score of the members': mean, min or mean_minus_std.
+
+    Raises:
+        ValueError: if ``combine`` is none of them.
+    """
+    combiners: dict[str, Callable[[Sequence[float]], float]] = {
+        "mean": statistics.fmean,
+        "min": min,
+        "mean_minus_std": lambda scores: _mean_minus_std(scores, kappa),
+    }
+    if combine not in combiners:
+        raise ValueError(
+            f"reward '{reward}': combine {combine!r} is unknown; use {', '.join(combiners)}"
+        )
+    return combiners[combine]
+
+
+def spread(scores: Sequence[float]) -> float:
+    """Give the population standard deviation of the members' scores of one answer."""
+    return statistics.pstdev(scores)
+
+
 class EnsembleReward:
     """Combine the members' scores of each completion by mean, min or mean - kappa * std.
 
@@ -39,19 +62,10 @@ class EnsembleReward:
         name: str = "ensemble",
         weight: float = 1.0,
     ) -> None:
-        combiners: dict[str, Callable[[Sequence[float]], float]] = {
-            "mean": statistics.fmean,
-            "min": min,
-            "mean_minus_std": lambda scores: _mean_minus_std(scores, kappa),
-        }
-        if combine not in combiners:
-            raise ValueError(
-                f"reward '{name}': combine {combine!r} is unknown; use {', '.join(combiners)}"
-            )
         if len(members) < 2:
             raise ValueError(f"reward '{name}': {len(members)} member; an ensemble needs two")
         self.members = list(members)
-        self.combine = combiners[combine]
+        self.combine = combiner(combine, kappa=kappa, reward=name)
         self.name = name
         self.__name__ = name
         self.weight = weight
@@ -79,7 +93,7 @@ class EnsembleReward:
                 self.invalid[f"invalid member: {', '.join(failed)}"] += 1
                 combined.append(None)
                 continue
-            spreads.append(statistics.pstdev(scores))
+            spreads.append(spread(scores))
             combined.append(self.combine(scores))
         self.disagreement = statistics.fmean(spreads) if spreads else math.nan
         logger.info("reward %s: members disagree by %.4g (std)", self.name, self.disagreement)

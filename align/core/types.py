@@ -53,13 +53,17 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """Hold one tokenised preference pair: both rows begin with the same prompt token ids."""
+    """Hold one tokenised preference pair: both rows begin with the same prompt token ids.
+
+    ``tie`` says that the two answers were judged equally good.
+    """
 
     chosen: TokenRow
     rejected: TokenRow
     num_prompt_tokens: int
     margin: float = 0.0
     source: str = ""
+    tie: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,7 @@ class ChatFormat:
             num_prompt_tokens=len(prompt),
             margin=example.margin or 0.0,
             source=example.source,
+            tie=is_tie(example),
         )
 
     def _until_stop(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
@@ -215,6 +216,20 @@ class ChatFormat:
             raise DataError(
                 f"{source}: the chat template refuses roles {roles}: {error}"
             ) from error
+
+
+def is_tie(example: Example) -> bool:
+    """Read the column ``tie`` of a pair; absent means that there is a winner.
+
+    Raises:
+        DataError: it is neither true nor false.
+    """
+    tie = example.columns.get("tie", False)
+    if isinstance(tie, str) and tie.lower() in ("true", "false"):
+        tie = tie.lower() == "true"  # a csv file has no booleans
+    if not isinstance(tie, bool):
+        raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
+    return tie
 
 
 def _check_prefix(before: str, after: str, *, source: str) -> None:

@@ -8,13 +8,13 @@ from typing import Any, Literal, cast
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
-from align.data import importers
+from align.data import importers, judged
 from align.data.turns import guess
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any] | str
-Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired"]
+Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps"]
 Reader = Callable[[Any, str], list[Example]]
 
 
@@ -44,8 +44,10 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback": _format(
         "instruction+completions", gives="preference", read=importers.from_ultrafeedback
     ),
-    "model_solutions": _format("question+ground_truth", gives="preference",
+    "model_solutions": _format("question+ground_truth", gives="preference unpaired",
                                read=importers.from_model_solutions),
+    "steps": _format("prompt+steps", "prompt+completions+labels", gives="steps",
+                     read=judged.from_steps),
     "oasst": _format("message_tree_id+prompt", gives="sft preference",
                      read=importers.from_oasst_best),
     "sharegpt": _format("conversations", gives="sft preference unpaired",
@@ -187,6 +189,8 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     read = form.read
     if (name, kind) == ("oasst", "preference"):
         read = cast(Reader, importers.from_oasst_pairs)
+    if (name, kind) == ("model_solutions", "unpaired"):
+        read = cast(Reader, judged.from_labelled_solutions)
     examples = [_fit(example, kind, name) for example in read(row, source)]
     for example in examples:
         check_example(example, kind=kind)
@@ -212,6 +216,8 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
 
 
 def _kind_of(example: Example, name: str) -> str:
+    if name == "steps":
+        return "steps"
     if example.rejected is not None:
         return "preference"
     if example.label is not None:

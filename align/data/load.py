@@ -19,7 +19,7 @@ from align.recipe.schema import DataSpec
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sft", "preference", "prompts", "corpus"]
+Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps"]
 AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
 
@@ -158,6 +158,7 @@ def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
         num_prompt_tokens=pair.num_prompt_tokens - over,
         margin=pair.margin,
         source=pair.source,
+        tie=pair.tie,
     )
 
 

@@ -33,7 +33,9 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
     """Load rows ``{prompt, chosen: [answer ...], rejected: [answer ...]}`` in file order.
 
     A prompt or answer that is a string is taken as one turn of the user or the assistant, as in
-    RewardBench 2; both may also be lists of turns. ``split`` and ``rename`` work as elsewhere.
+    RewardBench 2; both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
+    (model_solutions) are read too; those without a right and a wrong one make no set. ``split`` and
+    ``rename`` work as elsewhere.
 
     Raises:
         DataError: a row is faulty (up to 20 are listed), or nothing is left.
@@ -46,6 +48,9 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
         kept: list[AnswerSet] = []
         for row, source in read_rows(spec.path):
             try:
+                row = _attempts(row) if isinstance(row, dict) else row
+                if row is None:
+                    continue
                 answers = _set_of(row, spec, source)
             except DataError as error:
                 errors.append(str(error))
@@ -68,6 +73,18 @@ def _check_spec(spec: DataSpec) -> None:
             f"{spec.path or spec.world}: sets of answers are read from a 'path' of rows with "
             "prompt, chosen and rejected; 'world', 'format' and 'weight' have no effect"
         )
+
+
+def _attempts(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Make a set of a question's attempts; None where all are right, or all wrong."""
+    tried = [v for v in row.values() if isinstance(v, dict) and "is_correct" in v]
+    if "question" not in row or not tried:
+        return row
+    right = list(dict.fromkeys(v["solution"] for v in tried if v["is_correct"] is True))
+    wrong = list(dict.fromkeys(v["solution"] for v in tried if v["is_correct"] is False))
+    return (
+        {"prompt": row["question"], "chosen": right, "rejected": wrong} if right and wrong else None
+    )
 
 
 def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:

@@ -1,7 +1,6 @@
 """Heads on a decoder: scorers begun from a policy or a scorer, and the critic's values."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +11,22 @@ from align.models.loading import disable_dropout
 from reward_models.scalar import SCORER_FILE, RewardModel
 
 
-def scorer_from(model_dir: Path, *, dtype: str, quantization: Any = None) -> RewardModel:
-    """Load the decoder of a policy (with a fresh random head) or a whole scorer, dropout off."""
+def scorer_from(model_dir: Path, *, dtype: str, num_heads: int = 1) -> RewardModel:
+    """Load the decoder of a policy (with fresh random heads) or a whole scorer, dropout off.
+
+    A scorer that has another number of heads keeps its decoder only.
+    """
     kind = getattr(torch, dtype)
     if (model_dir / SCORER_FILE).is_file():
         model = RewardModel.load(model_dir, kind, attn_implementation=PACKED)
+        if model.num_heads != num_heads:
+            width = model.head.in_features
+            model = RewardModel(model.backbone, width, num_heads=num_heads)
+            model.head.to(kind)
     else:
-        backbone = AutoModel.from_pretrained(
-            str(model_dir),
-            dtype=kind,
-            attn_implementation=PACKED,
-            quantization_config=quantization,
-        )
-        model = RewardModel(backbone, backbone.config.get_text_config().hidden_size)
+        backbone = AutoModel.from_pretrained(str(model_dir), dtype=kind, attn_implementation=PACKED)
+        width = backbone.config.get_text_config().hidden_size
+        model = RewardModel(backbone, width, num_heads=num_heads)
         model.head.to(kind)  # not the whole: rotary buffers must stay float32
     disable_dropout(model)
     return model.train()

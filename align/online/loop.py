@@ -25,7 +25,7 @@ from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
 from align.online.objective import critic_objective, policy_objective
 from align.online.rollout import sample_groups
-from align.online.scoring import Scores, apply_scores, length_penalty, score_answers
+from align.online.scoring import Scores, apply_scores, disagreement, length_penalty, score_answers
 from align.online.summary import summarise
 from align.online.watch import Watch
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
@@ -125,7 +125,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
     experience = algorithm.estimate(experience, spec, kl_coef)
     stats = update(run, experience, step, kl_coef)
     done = time.monotonic()
-    found = summarise(experience, scores, spec) | stats
+    found = summarise(experience, scores, spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
     found |= {

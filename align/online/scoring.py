@@ -1,5 +1,6 @@
 """From answers to scores: the weighted sum of the rewards, and what happens without one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.core import distributed
 from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
 from align.online.experience import Experience
@@ -46,6 +48,14 @@ def score_answers(
         known = [w * s for w, s in parts if s is not None]
         total.append(sum(known) if len(known) == len(parts) else None)
     return Scores(total, by_name)
+
+
+def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:
+    """Give how far the members of the ensembles among the rewards differed at the last call."""
+    spreads = [getattr(reward, "disagreement", math.nan) for reward in rewards]
+    known = [spread for spread in spreads if math.isfinite(spread)]
+    sums = distributed.global_sums({"spread": sum(known), "num": float(len(known))})
+    return {"reward/disagreement": sums["spread"] / sums["num"]} if sums["num"] else {}
 
 
 def apply_scores(

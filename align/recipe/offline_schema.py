@@ -1,6 +1,6 @@
 """Schema of what every stage has, of the base stage and of the offline stages."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,7 @@ class StageSpec(Spec):
 class TrainingStage(StageSpec):
     """Hold what every training stage shares."""
 
+    makes_scorer: ClassVar[bool] = False
     init: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero: ZeroSpec = ZeroSpec()
@@ -57,10 +58,10 @@ class TrainingStage(StageSpec):
 
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
-        if not isinstance(self, RewardStage):
-            refuse_head(self.tuning, "policy")
-        else:
+        if self.makes_scorer:
             refuse_last(self.tuning, "reward")
+        else:
+            refuse_head(self.tuning, "policy")
         if self.gradient_checkpointing:
             refuse_checkpointing(self.tuning)
         return self
@@ -83,8 +84,8 @@ class OfflineStage(TrainingStage):
     def _answers_for_sft(self) -> "OfflineStage":
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
-        kinds = {SftStage: "sft", RewardStage: "reward", KtoStage: "kto"}
-        kind = kinds.get(type(self), "dpo")
+        kinds = {SftStage: "sft", KtoStage: "kto"}
+        kind = "reward" if self.makes_scorer else kinds.get(type(self), "dpo")
         watched = bool(self.heldout) and self.eval_every > 0
         refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
         return self
@@ -123,17 +124,6 @@ class SftStage(OfflineStage):
     kind: Literal["sft"]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
-
-
-class RewardStage(OfflineStage):
-    """Train a Bradley-Terry reward model (arXiv:1706.03741; centring arXiv:2312.09244)."""
-
-    kind: Literal["reward"]
-    center_coef: Annotated[float, Field(ge=0.0)] = 0.01
-    use_margin: bool = False
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    norm_prompts: Annotated[int, Field(ge=0)] = 64
-    """Rows of ``data`` whose chosen and rejected answers set the scorer's mean and std."""
 
 
 class DpoStage(OfflineStage):

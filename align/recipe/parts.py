@@ -24,7 +24,7 @@ class DataSpec(Spec):
     format: Literal[
         "auto", "messages", "prompt_completion", "preference", "unpaired", "prompt", "alpaca",
         "sharegpt", "openai", "openai_dpo", "hh", "ultrafeedback", "text", "seed_tasks", "oasst",
-        "model_solutions",
+        "model_solutions", "steps",
     ] = "auto"  # fmt: skip
     rename: dict[str, str] = {}
     split: Literal["all", "train", "heldout"] = "all"

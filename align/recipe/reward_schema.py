@@ -20,6 +20,17 @@ class ScalarReward(RewardBase):
     kind: Literal["scalar"]
     model: str
     normalise: bool = True
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """How the scores of a model with several heads become one."""
+    kappa: Annotated[float, Field(ge=0.0)] = 1.0
+
+
+class ProcessReward(RewardBase):
+    """Score solutions step by step: a reward stage with ``supervision: steps``."""
+
+    kind: Literal["process"]
+    model: str
+    aggregate: Literal["min", "last", "product"] = "min"
 
 
 class ExactMatchReward(RewardBase):
@@ -88,6 +99,7 @@ class EnsembleReward(RewardBase):
 
 RewardSpec = Annotated[
     ScalarReward
+    | ProcessReward
     | ExactMatchReward
     | RegexReward
     | FormatReward

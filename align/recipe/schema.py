@@ -13,7 +13,6 @@ from align.recipe.offline_schema import (
     DpoStage,
     KtoStage,
     OfflineStage,
-    RewardStage,
     SftStage,
     TrainingStage,
 )
@@ -27,7 +26,8 @@ from align.recipe.parts import (
     TokenizerSpec,
     ZeroSpec,
 )
-from align.recipe.reward_schema import EnsembleReward, RewardSpec, ScalarReward
+from align.recipe.reward_schema import EnsembleReward, ProcessReward, RewardSpec, ScalarReward
+from align.recipe.scorer_schema import RewardStage
 from align.recipe.task_schema import EndpointSpec, HarnessSpec, PairwiseSpec, TaskSpec
 from align.recipe.tuning_schema import TuningSpec
 from align.recipe.watch_schema import GuardSpec, WatchSpec
@@ -129,7 +129,7 @@ def references(spec: Any) -> dict[str, str]:
 
     def add_rewards(key: str, rewards: list[Any]) -> None:
         for i, reward in enumerate(rewards):
-            if isinstance(reward, ScalarReward):
+            if isinstance(reward, ScalarReward | ProcessReward):
                 add(f"{key}.{i}.model", reward.model)
             elif isinstance(reward, EnsembleReward):
                 add_rewards(f"{key}.{i}.members", reward.members)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
+from align.core.errors import DataError
 from align.core.types import PairRow, TokenRow
 from align.data.batching import plan_micro_batches
 from align.losses.preference import (
@@ -21,10 +22,9 @@ from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, start_of, train_policy
+from align.stages.training import build_policy, offline_rows, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
-from align.tuning.reference import start_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,20 @@ class ReferencePair:
 
 def run(spec: DpoStage, context: StageContext) -> StageResult:
     """Move ``spec.init`` towards the chosen answers of ``spec.data``."""
-    source = start_of(spec, context)
+    source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     render = Seen(chat.pair_row)
     rows, watched = offline_rows(spec, context, kind="preference", render=render)
-    module = build_policy(spec, source.model_dir, seed=context.seed)
+    refuse_ties([*rows, *watched])
+    module = build_policy(spec, source.model_dir)
     pairs = [*rows, *watched]
     if spec.reference_free:
         referenced = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
     else:
-        # Before the first step the policy is the reference, but for a new adapter that changes it.
-        with start_policy(module.model, spec.tuning, source.model_dir):
-            referenced = reference_pairs(
-                module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
-            )
+        # Before the first step the policy is the reference (with LoRA too: B = 0).
+        referenced = reference_pairs(
+            module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
+        )
     task = OfflineTask(
         referenced[: len(rows)],
         referenced[len(rows) :],
@@ -67,6 +67,20 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
         examples=render.examples,
     )  # fmt: skip
     return train_policy(spec, module, task, source=source, chat=chat, context=context)
+
+
+def refuse_ties(pairs: Sequence[PairRow]) -> None:
+    """Refuse pairs without a winner, which DPO would train as if the first answer had won.
+
+    Raises:
+        DataError: with how many there are and the first place.
+    """
+    ties = [pair.source for pair in pairs if pair.tie]
+    if ties:
+        raise DataError(
+            f"{ties[0]}: tie: true, and {len(ties)} pairs in all; dpo needs a winner in each: "
+            "leave them out, or train a reward stage with tie_margin on them"
+        )
 
 
 def pair_length(pair: PairRow) -> int:

@@ -1,8 +1,7 @@
-"""Stage reward: a Bradley-Terry scorer over the final token, that knows its own mean and std."""
+"""Stage reward: a scorer of answers taught by pairs, judged answers or judged steps."""
 
-import json
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact, write_json_atomic
-from align.core.types import PairRow, TokenRow
-from align.data.batching import plan_micro_batches
-from align.losses.preference import bradley_terry_loss
+from align.core.artefacts import Artefact
+from align.core.errors import DataError
+from align.core.types import Example, PairRow, TokenRow
+from align.data.chat import ChatFormat
 from align.models.attention import segments_from_positions
 from align.models.heads import scorer_from
 from align.models.loading import load_tokenizer, set_dropout
@@ -23,74 +22,185 @@ from align.preflight.checks import Seen
 from align.recipe.schema import RewardStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights, build_stopping, stopping_notes
-from align.stages.dpo import both, pack_pairs, pair_length
+from align.stages.dpo import both, pair_length, to_stop
+from align.stages.label_noise import noise_report
 from align.stages.preflight import preflight_offline
-from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
-from align.training.batch import PackedBatch, pack
+from align.stages.scorer_norm import Numbers, normalisation, sampled_rows
+from align.stages.scorer_rows import (
+    JudgedAnswer,
+    JudgedSteps,
+    WeightedPair,
+    class_weights,
+    collate_answers,
+    collate_pairs,
+    collate_steps,
+    final_scores,
+    head_weights,
+    judged_loss,
+    pair_loss,
+    steps_loss,
+)
+from align.stages.training import fingerprints, offline_rows, run_offline
+from align.training.batch import PackedBatch
 from align.training.offline import OfflineTask
-from align.tuning.files import num_trained, save_adapter, with_adapter
-from align.tuning.loading import quantization
 from align.tuning.wrap import add_tuner
-from reward_models.scalar import SCORER_FILE, RewardModel
+from reward_models.process import step_ends
+from reward_models.scalar import RewardModel
 
-log = logging.getLogger(__name__)
+Built = tuple[OfflineTask[Any], Sequence[Example]]
+"""A task, and some of the examples that its rows were made from."""
 
 
 def run(spec: RewardStage, context: StageContext) -> StageResult:
-    """Train a scorer, begun from the policy ``spec.init``, to rank the pairs of ``spec.data``."""
+    """Train a scorer, begun from the policy ``spec.init``, on what ``spec.data`` judges."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    render = Seen(chat.pair_row)
-    rows, watched = offline_rows(spec, context, kind="preference", render=render)
-    torch.manual_seed(distributed.derive_seed(context.seed, "head"))
-    model = load_scorer(spec, source)
-    task = OfflineTask(rows, watched, pair_length, collate, partial(scorer_loss, spec))
+    build = {"pairs": pair_task, "answers": answer_task, "steps": step_task}[spec.supervision]
+    task, examples = build(spec, context, chat)
+    model = fresh_scorer(spec, source, context)
     module = SequenceValues(model)
     preflight_offline(
         spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
-        examples=render.examples,
+        examples=examples,
     )  # fmt: skip
+    notes: dict[str, Any] = {}
+    if spec.noise_folds:
+        pairs = [row.pair for row in task.rows]
+        train = partial(train_part, spec, source)
+        notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=train)
     best = BestWeights(partial(save_scorer, spec, model, source), context.out)
     stopping = build_stopping(spec, best)
     final = run_offline(module, task, spec, context, stopping=stopping)
-    notes = {}
     if stopping is not None:
         best.prune({stopping.best_step})
-        best.restore(stopping.best_step)
-        notes = stopping_notes(stopping)
-        kept = context.out / "model"
-        model = scorer_from(kept, dtype=spec.dtype).to(distributed.device())
-        model.backbone = with_adapter(model.backbone, kept)
-    mean, std = normalisation(model, rows[: spec.norm_prompts], micro_tokens=spec.micro_tokens)
-    if stopping is None:
-        save_scorer(spec, model, source, context.out, mean=mean, std=std)
-    elif distributed.rank() == 0:
-        write_normalisation(context.out / "model", mean=mean, std=std)
-    log.info("scores of %d reference pairs: mean %.3f, std %.3f", spec.norm_prompts, mean, std)
-    final |= {"scorer/mean": mean, "scorer/std": std}
+        kept = best.folder(stopping.best_step) / "model"
+        model = scorer_from(kept, dtype=spec.dtype, num_heads=spec.heads).to(distributed.device())
+        notes |= stopping_notes(stopping)
+    numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
+    save_scorer(spec, model, source, context.out, numbers=numbers)
+    for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
+        many = value if isinstance(value, list) else [value]
+        final[f"scorer/{name}"] = sum(many) / len(many)
     return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
 
 
-def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
-    """Put a fresh score head on the decoder of ``source``; add what ``tuning`` trains."""
-    model = scorer_from(
-        source.model_dir, dtype=spec.dtype, quantization=quantization(spec.tuning, spec.dtype)
+def train_part(
+    spec: RewardStage, source: Artefact, pairs: list[PairRow], context: StageContext
+) -> RewardModel:
+    """Train a scorer of one head on a part of the pairs, for as many epochs as the stage."""
+    steps = spec.steps
+    if steps is not None:
+        steps = max(1, round(steps * (spec.noise_folds - 1) / spec.noise_folds))
+    plain = spec.model_copy(update={"heads": 1, "checkpoint_every": 0, "steps": steps})
+    rows = [WeightedPair(pair, (1.0,)) for pair in pairs]
+    task = OfflineTask(rows, [], _pair_length, collate_pairs, partial(pair_loss, plain))
+    model = fresh_scorer(plain, source, context)
+    run_offline(SequenceValues(model), task, plain, context, stopping=None)
+    return model
+
+
+def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
+    """Put fresh heads on the decoder of ``source``, by the seed of the stage."""
+    torch.manual_seed(distributed.derive_seed(context.seed, "head"))
+    return load_scorer(spec, source)
+
+
+def pair_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+    """Learn which of two answers is better."""
+    render = Seen(chat.pair_row)
+    rows, watched = offline_rows(spec, context, kind="preference", render=render)
+    ties = [pair.source for pair in (*rows, *watched) if pair.tie]
+    if ties and spec.tie_margin is None:
+        raise DataError(
+            f"{ties[0]}: tie: true, and {len(ties)} pairs in all; set tie_margin (1.1 lets equal "
+            "answers tie half of the time), or leave these pairs out"
+        )
+    task = OfflineTask(
+        weighted(rows, spec, context),
+        [WeightedPair(pair, (1.0,) * spec.heads) for pair in watched],
+        _pair_length,
+        collate_pairs,
+        partial(pair_loss, spec),
     )
-    backbone: Any = model.backbone
+    return task, render.examples
+
+
+def weighted(
+    pairs: Sequence[PairRow], spec: RewardStage, context: StageContext
+) -> list[WeightedPair]:
+    """Give each pair its weight in the bootstrap sample of each head."""
+    weights = head_weights(len(pairs), spec.heads, seed=context.seed)
+    return [WeightedPair(*both_of) for both_of in zip(pairs, weights, strict=True)]
+
+
+def _pair_length(row: WeightedPair) -> int:
+    return pair_length(row.pair)
+
+
+def answer_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+    """Learn whether an answer is good, from answers that are judged one by one."""
+
+    def judged(example: Example) -> JudgedAnswer:
+        row = to_stop(chat.sft_row(example))
+        return JudgedAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
+
+    render = Seen(judged)
+    rows, watched = offline_rows(spec, context, kind="unpaired", render=render)
+    try:
+        classes = class_weights(rows)
+    except ValueError as error:
+        raise DataError(f"{context.name}: {error}") from error
+    weights = head_weights(len(rows), spec.heads, seed=context.seed)
+    rows = [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
+    watched = [replace(row, weights=(1.0,) * spec.heads) for row in watched]
+    loss = partial(judged_loss, spec, classes)
+    return OfflineTask(rows, watched, _length, collate_answers, loss), render.examples
+
+
+def _length(row: TokenRow) -> int:
+    return len(row.input_ids)
+
+
+def step_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+    """Learn whether a solution is right so far, from steps that are judged one by one."""
+    render = Seen(partial(_judged_steps, chat, spec.step_separator))
+    rows, watched = offline_rows(spec, context, kind="steps", render=render)
+    task = OfflineTask(rows, watched, _length, collate_steps, partial(steps_loss, spec))
+    return task, render.examples
+
+
+def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedSteps:
+    steps, labels = example.columns["steps"], example.columns["step_labels"]
+    if any(separator in step for step in steps):
+        raise DataError(
+            f"{example.source}: a step holds the separator {separator!r}; split it there, or set "
+            "another step_separator"
+        )
+    row = to_stop(chat.sft_row(replace(example, completion=separator.join(steps))))
+    first = row.trained.index(True)
+    ends = step_ends(row.input_ids[first:], chat.tokenizer, separator)
+    if len(ends) != len(steps):
+        raise DataError(
+            f"{example.source}: {len(steps)} steps, but the tokenizer shows {len(ends)} of them: "
+            f"no token of its own for {separator!r}; set another step_separator"
+        )
+    places = tuple(first + end for end in ends)
+    return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
+
+
+def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
+    """Put fresh heads on the decoder of ``source``; add what ``tuning`` trains."""
+    model = scorer_from(source.model_dir, dtype=spec.dtype, num_heads=spec.heads)
     if spec.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if spec.tuning.method not in ("full", "head"):
-            backbone.enable_input_require_grads()
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
-    model.backbone = add_tuner(backbone, spec.tuning, seed=spec.seed or 0)
-    trained, total = num_trained(model)
-    log.info("scorer: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
+    model.backbone = add_tuner(model.backbone, spec.tuning)
     return model.to(distributed.device())
 
 
 class SequenceValues(nn.Module):
-    """Give one value per token of a packed row, without padding: (1, N)."""
+    """Give the values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
 
     def __init__(self, model: RewardModel) -> None:
         super().__init__()
@@ -102,63 +212,31 @@ class SequenceValues(nn.Module):
         return self.model(input_ids, position_ids=position_ids, segments=segments)
 
 
-def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Pick the value at the last token of each sequence, the stop token it was trained with."""
-    n = batch.segment_ids.numel()
-    last = torch.ones(n, dtype=torch.bool, device=values.device)
-    last[:-1] = batch.segment_ids[1:] != batch.segment_ids[:-1]
-    return values[0][last][: batch.num]
-
-
-def collate(rows: Sequence[PairRow], batch: Sequence[PairRow]) -> PackedBatch:
-    """Pack pairs; the global count is the pairs of the whole batch."""
-    return pack_pairs(
-        rows,
-        counts={"pairs": float(len(batch))},
-        per_sequence={"margin": [m for row in rows for m in (row.margin, row.margin)]},
-    )
-
-
-def scorer_loss(
-    spec: RewardStage, model: nn.Module, batch: PackedBatch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean Bradley-Terry loss per pair."""
-    values = model(batch.input_ids, batch.position_ids)
-    scores = final_scores(values, batch)
-    chosen, rejected = scores[0::2], scores[1::2]
-    loss = bradley_terry_loss(
-        chosen,
-        rejected,
-        margin=batch.per_sequence["margin"][0::2] if spec.use_margin else None,
-        center_coef=spec.center_coef,
-        label_smoothing=spec.label_smoothing,
-    )
-    share = 1.0 / batch.counts["pairs"]
-    stats = {
-        "accuracy": (chosen > rejected).sum() * share,
-        "margin": (chosen - rejected).sum() * share,
-    }
-    return loss.sum() * share + 0.0 * values.sum(), stats
-
-
-@torch.no_grad()
-def normalisation(
-    model: RewardModel, pairs: Sequence[PairRow], *, micro_tokens: int
-) -> tuple[float, float]:
-    """Measure mean and population std of the scores of reference answers (arXiv:1909.08593)."""
-    if not pairs:
-        return 0.0, 1.0
+def reference_numbers(
+    spec: RewardStage,
+    context: StageContext,
+    source: Artefact,
+    chat: ChatFormat,
+    *,
+    model: RewardModel,
+    rows: Sequence[Any],
+) -> tuple[Numbers, Numbers] | None:
+    """Measure the scorer's mean and std; a process reward has none."""
+    if spec.supervision == "steps" or spec.norm_prompts == 0:
+        return None
+    first = rows[: spec.norm_prompts]
+    if spec.norm_sampling is not None:
+        references = sampled_rows(spec, context, source, chat)
+    elif spec.supervision == "pairs":
+        references = both([row.pair for row in first])
+    else:
+        references = first
     values = SequenceValues(model).eval()
-    rows: list[TokenRow] = both(pairs)
-    plan = plan_micro_batches([len(r.input_ids) for r in rows], micro_tokens=micro_tokens, ranks=1)[
-        0
-    ]
-    scores: list[float] = []
-    for micro in plan:
-        batch = pack([rows[i] for i in micro])
-        scores += final_scores(values(batch.input_ids, batch.position_ids), batch).tolist()
-    found = torch.tensor(scores, dtype=torch.float64)
-    return float(found.mean()), max(float(found.std(correction=0)), 1e-6)
+
+    def score(batch: PackedBatch) -> Tensor:
+        return final_scores(values(batch.input_ids, batch.position_ids), batch)
+
+    return normalisation(score, references, micro_tokens=spec.micro_tokens)
 
 
 def save_scorer(
@@ -167,28 +245,28 @@ def save_scorer(
     source: Artefact,
     out: Path,
     *,
-    mean: float = 0.0,
-    std: float = 1.0,
+    numbers: tuple[Numbers, Numbers] | None = None,
 ) -> None:
-    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part."""
-    model.set_normalisation(mean=mean, std=std)
-    backbone, adapter = whole_state(spec, model.backbone, source)
-    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
-    state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
+    """Write model/ of a reward artefact below ``out``; all ranks must take part.
+
+    Args:
+        numbers: mean and std of the scores on reference answers; None leaves scores as they are.
+    """
+    if numbers is not None:
+        model.set_normalisation(mean=numbers[0], std=numbers[1])
+    model.extra = {"supervision": spec.supervision}
+    if spec.supervision == "steps":
+        model.extra["step_separator"] = spec.step_separator
+    parts = (("backbone", model.backbone), ("head", model.head))
+    state = {
+        f"{part}.{name}": tensor.detach().cpu().clone()
+        for part, module in parts
+        for name, tensor in full_weights(module)
+    }
     if distributed.rank() == 0:
-        if adapter is not None:
-            save_adapter(*adapter, out / "adapter")
         model.save(
             out / "model",
             tokenizer=load_tokenizer(source.model_dir),
             state_dict=state,
         )
     distributed.barrier()
-
-
-def write_normalisation(model_dir: Path, *, mean: float, std: float) -> None:
-    """Put mean and std into a saved scorer; its other files may be shared with ``best/``."""
-    path = model_dir / SCORER_FILE
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    write_json_atomic(path, {**plain, "mean": mean, "std": std})

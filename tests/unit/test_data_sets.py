@@ -45,6 +45,17 @@ def test_faulty_sets_are_all_named(tmp_path: Path):
     assert "bad.jsonl:3: chosen: expected a list of answers" in text
 
 
+def test_attempts_make_a_set_where_some_are_right_and_some_wrong(tmp_path: Path):
+    def row(**attempts: bool) -> dict:
+        tried = {k: {"solution": k, "is_correct": good} for k, good in attempts.items()}
+        return {"question": "2+2?", "ground_truth": "4", **tried}
+
+    specs = write(tmp_path / "gsm.jsonl", row(a=True, b=False, c=False), row(a=True), row(b=False))
+    (found,) = load_sets(specs)
+    assert found.chosen == ([{"role": "assistant", "content": "a"}],)
+    assert len(found.rejected) == 2
+
+
 def test_sets_come_from_files_alone():
     with pytest.raises(DataError, match="have no effect"):
         load_sets([DataSpec(world="preference", rows=3)])

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModel, Olmo2Config, PreTrainedTokenizerFast
 
 from reward_models import build_reward
-from reward_models.scalar import RewardModel, ScalarHead, ScalarReward, score_token_ids
+from reward_models.learned import ScalarReward
+from reward_models.scalar import RewardModel, ScalarHead, score_heads, score_token_ids
 
 WORDS = ["<pad>", "<eos>", "user", "assistant", "\n", "hi", "yes", "no", "a", "b"]
 TEMPLATE = (
@@ -202,6 +203,66 @@ def test_score_that_is_not_finite_is_invalid(tmp_path: Path):
         reward.model.head.weight.fill_(float("nan"))
     assert reward(prompts=["hi"], completions=["yes"]) == [None]
     assert reward.invalid == {"score is not finite": 1}
+
+
+def _two_heads(tmp_path: Path) -> tuple[RewardModel, list[list[float]]]:
+    """Save a scorer whose second head is the first negated; give the raw scores of [5, 6, 1]."""
+    one = _model()
+    both = RewardModel(one.backbone, 32, num_heads=2)
+    with torch.no_grad():
+        both.head.weight.copy_(torch.cat([one.head.weight, -one.head.weight]))
+    both.set_normalisation(mean=[0.5, -0.5], std=[2.0, 4.0])
+    both.save(tmp_path, tokenizer=_tokenizer())
+    raw = _alone(one, [5, 6, 1])
+    return both, [[raw, -raw]]
+
+
+@pytest.mark.parametrize("combine", ["mean", "min", "mean_minus_std"])
+def test_heads_are_normalised_one_by_one_and_combined(tmp_path: Path, combine: str):
+    both, raw = _two_heads(tmp_path)
+    assert score_heads(both, [[5, 6, 1]])[0] == pytest.approx(raw[0], abs=1e-5)
+    a, b = (raw[0][0] - 0.5) / 2.0, (raw[0][1] + 0.5) / 4.0
+    std = abs(a - b) / 2.0  # of two numbers
+    expected = {"mean": (a + b) / 2, "min": min(a, b), "mean_minus_std": (a + b) / 2 - 2.0 * std}
+    reward = build_reward(
+        {"kind": "scalar", "model": str(tmp_path), "combine": combine, "kappa": 2.0}
+    )
+    ids = {"prompt_ids": [[5]], "completion_ids": [[6, 1]]}
+    found = reward(prompts=["x"], completions=["x"], **ids)
+    assert found == pytest.approx([expected[combine]], abs=1e-5)
+    assert reward.disagreement == pytest.approx(std, abs=1e-5)
+
+
+def test_combine_on_one_head_is_refused(tmp_path: Path):
+    _reward(tmp_path)
+    with pytest.raises(ValueError, match="no effect on a scorer with one head"):
+        build_reward({"kind": "scalar", "model": str(tmp_path), "combine": "min"})
+
+
+def test_process_reward_reads_the_values_at_step_ends(tmp_path: Path):
+    model = _model()
+    model.extra = {"supervision": "steps", "step_separator": "a"}
+    model.save(tmp_path, tokenizer=_tokenizer())
+    reward = build_reward({"kind": "process", "model": str(tmp_path), "aggregate": "product"})
+    # Words a=8 <eos>=1: the answer 6 8 7 1 has the steps [6 8] and [7 1].
+    ids = {"prompt_ids": [[5]], "completion_ids": [[6, 8, 7, 1]]}
+    found = reward(prompts=["hi"], completions=["yes a no"], **ids)
+    values = [_alone(model, [5, 6, 8]), _alone(model, [5, 6, 8, 7, 1])]
+    first, second = (torch.sigmoid(torch.tensor(v)).item() for v in values)
+    assert found == pytest.approx([first * second], abs=1e-5)
+    assert reward.token_rewards[0] == pytest.approx(
+        [0.0, first, 0.0, first * second - first], abs=1e-5
+    )
+    # The same from text alone: words are separated by spaces, the template is not used.
+    assert reward(prompts=["hi"], completions=["yes a no"]) == pytest.approx(found, abs=1e-5)
+    with pytest.raises(ValueError, match="use kind: process"):
+        build_reward({"kind": "scalar", "model": str(tmp_path)})
+
+
+def test_process_reward_needs_a_scorer_of_steps(tmp_path: Path):
+    _reward(tmp_path)
+    with pytest.raises(ValueError, match="supervision: steps"):
+        build_reward({"kind": "process", "model": str(tmp_path)})
 
 
 @pytest.mark.slow
