@@ -202,7 +202,8 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
     return list(
         generate(
-            spec.world, rows=spec.rows, seed=seed, split=spec.split, heldout_frac=spec.heldout_frac
+            spec.world, rows=spec.rows, seed=seed, split=spec.split, heldout_frac=spec.heldout_frac,
+            **({"tasks": spec.tasks} if spec.tasks else {}),
         )
     )  # fmt: skip
 

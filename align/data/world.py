@@ -224,8 +224,8 @@ TASKS: dict[str, Callable[[_Dice], Instance]] = {
 }
 
 
-def _draw(dice: _Dice, split: str, heldout_frac: float) -> Instance:
-    make = TASKS[dice.pick(tuple(TASKS))]
+def _draw(dice: _Dice, split: str, heldout_frac: float, tasks: Sequence[str]) -> Instance:
+    make = TASKS[dice.pick(tasks)]
     for _ in range(MAX_TRIES):
         instance = make(dice)
         if split == "all" or side_of(instance.key, heldout_frac=heldout_frac) == split:
@@ -279,10 +279,13 @@ def _answers(dice: _Dice, kind: str, instance: Instance) -> tuple[str | None, st
     return chosen, _say(dice, dice.pick(others), instance.answer)
 
 
-def _corpus(dice: _Dice, rows: int, split: str, heldout_frac: float) -> Iterator[Example]:
+def _corpus(
+    dice: _Dice, rows: int, split: str, heldout_frac: float, tasks: Sequence[str]
+) -> Iterator[Example]:
     for i in range(rows):
         sentences = [
-            _sentence(dice, _draw(dice, split, heldout_frac)) for _ in range(dice.number(3, 6))
+            _sentence(dice, _draw(dice, split, heldout_frac, tasks))
+            for _ in range(dice.number(3, 6))
         ]
         yield Example(prompt="", completion=" ".join(sentences), source=f"world:corpus:{i}")
 
@@ -294,6 +297,7 @@ def generate(
     seed: int,
     split: Literal["all", "train", "heldout"] = "all",
     heldout_frac: float = 0.1,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> Iterator[Example]:
     """Generate rows of the small world; the same arguments give the same bytes.
 
@@ -305,13 +309,14 @@ def generate(
         seed: decides everything; each kind and split has its own stream.
         split: side of the instances; the side is decided by the hash of ``Instance.key``.
         heldout_frac: share of instances held out; use the same wherever sides must not meet.
+        tasks: which of ``TASKS`` are drawn.
 
     Raises:
         DataError: there are not that many distinct questions.
     """
     dice = _Dice("world", kind, split, seed)
     if kind == "corpus":
-        yield from _corpus(dice, rows, split, heldout_frac)
+        yield from _corpus(dice, rows, split, heldout_frac, tasks)
         return
     seen: set[str] = set()
     tries = 0
@@ -322,7 +327,7 @@ def generate(
                 f"world {kind} ({split}): {rows} distinct questions asked, found {len(seen)}; "
                 "ask for fewer rows or raise heldout_frac"
             )
-        instance = _draw(dice, split, heldout_frac)
+        instance = _draw(dice, split, heldout_frac, tasks)
         question = _question(dice, instance)
         if kind == "prompts" and question in seen:
             continue

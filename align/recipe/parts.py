@@ -20,6 +20,8 @@ class DataSpec(Spec):
 
     path: str | None = None
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
+    tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
+    """Tasks of the world that rows are drawn from; empty is all five."""
     rows: Count | None = None
     format: Literal[
         "auto", "messages", "prompt_completion", "preference", "unpaired", "prompt", "alpaca",
@@ -40,6 +42,8 @@ class DataSpec(Spec):
             raise ValueError("give exactly one of 'path' and 'world'")
         if self.world is not None and self.answers is not None:
             raise ValueError("'answers' is for files of preference pairs; use world: sft")
+        if self.tasks and self.world is None:
+            raise ValueError("'tasks' are those of the made world; remove it")
         return self
 
 

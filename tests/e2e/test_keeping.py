@@ -14,7 +14,7 @@ import stage_runs as runs
 from test_resume import interrupt
 
 # The rate is so high that the held-out loss rises after a while.
-STOPPING = ["optim.learning_rate=0.05", "eval_every=1", "keep.early_stopping.patience=6"]
+STOPPING = ["optim.learning_rate=0.05", "eval_every=1", "keep.early_stopping.patience=3"]
 
 
 def overrides(stage: str, *settings: str) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopping_sft() -> dict[str, list[str]]:
     layers = ["layers.unfreeze.every_steps=4", "keep.dropout=0.1", "label_smoothing=0.1"]
-    ewc = "keep.ewc={coef: 0.01, data: [{world: sft, rows: 8, split: train}]}"
+    ewc = "keep.ewc={coef: 1.0e-4, data: [{world: sft, rows: 8, split: train}]}"
     return overrides("sft", *STOPPING, *layers, ewc)
 
 
@@ -50,9 +50,9 @@ def test_sft_stops_early_and_keeps_the_best_weights(whole: Path) -> None:
     said = runs.manifest(whole, "sft")
     notes, seen = said["early_stopping"], losses(whole, "sft")
     best = min(seen, key=lambda step: seen[step])
-    assert notes == {"metric": "eval/loss", "best_step": best, "last_step": best + 6,
+    assert notes == {"metric": "eval/loss", "best_step": best, "last_step": best + 3,
                      "stopped": True}  # fmt: skip
-    assert max(seen) == best + 6 < 24
+    assert max(seen) == best + 3 < 24
     assert said["metrics"]["eval/loss"] == seen[best]
     kept = whole / "sft" / "best" / f"step-{best:08d}" / "model" / "model.safetensors"
     assert kept.read_bytes() == runs.weights(whole, "sft")
@@ -79,7 +79,8 @@ def test_reward_model_stopped_early_is_the_best_one(
     shutil.copytree(whole / "base", tmp_path / "a" / "base")
     shutil.copytree(whole / "base", tmp_path / "b" / "base")
     held = "heldout=[{world: preference, rows: 16, split: heldout}]"
-    common = [held, "eval_every=1", "optim.learning_rate=0.03", "optim.schedule=constant"]
+    rate = ["optim.learning_rate=0.03", "optim.schedule=constant", "optim.warmup_frac=0"]
+    common = [held, "eval_every=1", *rate]
     stop = ["steps=20", "keep.early_stopping.metric=eval/accuracy"]
     runs.finish(recipe, "reward", tmp_path / "a", **overrides("reward", *common, *stop))
     best = runs.manifest(tmp_path / "a", "reward")["early_stopping"]["best_step"]
