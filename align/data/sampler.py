@@ -12,8 +12,8 @@ def epoch_indices(num_rows: int, *, seed: int, epoch: int) -> list[int]:
     return stream.permutation(num_rows).tolist()
 
 
-def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
-    """Give the rows of one step from the endless stream of epochs laid end to end.
+def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
+    """Give (row, epoch) of each row of one step from the endless stream of epochs laid end to end.
 
     Step s covers positions ``s * batch_size`` up to ``(s + 1) * batch_size``: every row is used
     once per epoch, and a batch may reach over the border of two epochs (then a row can stand in
@@ -28,10 +28,15 @@ def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> li
     assert min(num_rows, batch_size) >= 1, (num_rows, batch_size)
     assert step >= 0, step
     position, end = step * batch_size, (step + 1) * batch_size
-    indices: list[int] = []
+    places: list[tuple[int, int]] = []
     while position < end:
         epoch, offset = divmod(position, num_rows)
         part = epoch_indices(num_rows, seed=seed, epoch=epoch)[offset : offset + end - position]
-        indices += part
+        places += [(row, epoch) for row in part]
         position += len(part)
-    return indices
+    return places
+
+
+def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+    """Give the rows of one step; see ``batch_places``."""
+    return [row for row, _ in batch_places(num_rows, batch_size, seed=seed, step=step)]

@@ -12,6 +12,7 @@ from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.log import MetricsLog
 from align.core.types import Example
+from align.data.augment import AugmentedRows
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.data.sources import data_fingerprint
@@ -94,7 +95,7 @@ def offline_rows(
     *,
     kind: Literal["sft", "preference", "unpaired", "steps"],
     render: Callable[[Example], Any],
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Load and tokenise training and held-out rows; no prompt may stand on both sides.
 
     Args:
@@ -108,16 +109,27 @@ def offline_rows(
     }
     check_overlap(*sides.values())
 
-    def fitted(name: str) -> list[Any]:
+    def fitted(name: str) -> Sequence[Any]:
         rows = [render(example) for example in sides[name]]
         if not rows:
             return []
-        return fit_rows(
+        kept, _ = fit_rows(
             rows,
             max_length=spec.max_length,
             max_lost_frac=spec.max_lost_frac,
             what=f"{context.name}: {name} rows",
-        )[0]
+        )
+        if spec.keep.augment is None or name == "held-out":
+            return kept
+        made_from = {id(row): example for row, example in zip(rows, sides[name], strict=True)}
+        return AugmentedRows(
+            kept,
+            [made_from.get(id(row)) for row in kept],
+            render,
+            spec.keep.augment,
+            seed=distributed.derive_seed(context.seed, "augment"),
+            max_length=spec.max_length,
+        )
 
     return fitted("training"), fitted("held-out")
 

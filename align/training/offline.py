@@ -16,8 +16,9 @@ from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_chec
 from align.core.errors import Preempted
 from align.core.log import MetricsLog
 from align.core.signals import stop_requested
+from align.data.augment import AugmentedRows
 from align.data.batching import plan_micro_batches
-from align.data.sampler import batch_indices
+from align.data.sampler import batch_places
 from align.training.batch import PackedBatch
 from align.training.learner import Learner, LossFunction
 from align.training.stopping import EarlyStopping
@@ -127,8 +128,10 @@ def train_offline(
 
 def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]:
     """Give the rows of one step, a pure function of (seed, step)."""
-    indices = batch_indices(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
-    return [rows[i] for i in indices]
+    places = batch_places(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
+    if isinstance(rows, AugmentedRows):
+        return [rows.in_epoch(i, epoch) for i, epoch in places]
+    return [rows[i] for i, _ in places]
 
 
 def micro_batches(

@@ -1,0 +1,111 @@
+"""Reword the user's side of training rows: a pure function of (seed, row, epoch)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar, overload
+
+from align.core.distributed import derive_seed
+from align.core.types import Example, PairRow, TokenRow
+from align.recipe.schema import AugmentSpec
+
+Row = TypeVar("Row", TokenRow, PairRow)
+
+
+def augment(example: Example, spec: AugmentSpec, *, seed: int, index: int, epoch: int) -> Example:
+    """Give the example as it is worded in one epoch; answers and system turns stay as they are.
+
+    Each user turn loses each of its words with chance ``word_dropout`` (its last word standing is
+    kept), then stands in one of ``templates``. Words are what white space divides.
+
+    Args:
+        example: one row. spec: what to do.
+        seed: of the stage. index: number of the row. epoch: from 0.
+    """
+    dice = _Draws(seed, index, epoch)
+    return replace(
+        example,
+        prompt=_reworded(example.prompt, spec, dice),
+        completion=_reworded(example.completion, spec, dice, plain=False),
+    )
+
+
+def _reworded(text: Any, spec: AugmentSpec, dice: "_Draws", *, plain: bool = True) -> Any:
+    if text is None or isinstance(text, str):
+        return _said(text, spec, dice) if plain and text else text
+    return [
+        {**turn, "content": _said(turn["content"], spec, dice)} if turn["role"] == "user" else turn
+        for turn in text
+    ]
+
+
+def _said(text: str, spec: AugmentSpec, dice: "_Draws") -> str:
+    if spec.word_dropout:
+        words = text.split()
+        kept = [word for word in words if dice.next() >= spec.word_dropout]
+        if len(kept) < len(words):
+            text = " ".join(kept or words[:1])
+    if spec.templates:
+        text = spec.templates[int(dice.next() * len(spec.templates))].replace("{text}", text)
+    return text
+
+
+class _Draws:
+    """Draw numbers in [0, 1) from the stream of one row in one epoch."""
+
+    def __init__(self, *place: int) -> None:
+        self._place, self._count = place, 0
+
+    def next(self) -> float:
+        """Give the next number."""
+        seed, *where = self._place
+        self._count += 1
+        return (derive_seed(seed, "augment", *where, self._count) % 2**53) / 2**53
+
+
+class AugmentedRows(Sequence[Row], Generic[Row]):
+    """Hold tokenised rows that are worded anew in each epoch.
+
+    As a sequence it gives the rows as they stand in the data. A row that no longer fits when it is
+    reworded, or whose prompt was cut already, is trained as it stands.
+
+    Args:
+        rows: as they stand, in the order of training data.
+        examples: what each was made from; None where it is never reworded.
+        render: example -> row. spec: what to do. seed: of the stage.
+        max_length: tokens.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        examples: Sequence[Example | None],
+        render: Callable[[Example], Row],
+        spec: AugmentSpec,
+        *,
+        seed: int,
+        max_length: int,
+    ) -> None:
+        assert len(rows) == len(examples), (len(rows), len(examples))
+        self._rows, self._examples, self._render = rows, examples, render
+        self._spec, self._seed, self._max_length = spec, seed, max_length
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        """Give rows as they stand."""
+        return self._rows[index]
+
+    def in_epoch(self, index: int, epoch: int) -> Row:
+        """Give one row as it is worded in an epoch."""
+        example = self._examples[index]
+        if example is None:
+            return self._rows[index]
+        row = self._render(augment(example, self._spec, seed=self._seed, index=index, epoch=epoch))
+        sides = [row] if isinstance(row, TokenRow) else [row.chosen, row.rejected]
+        fits = all(len(side.input_ids) <= self._max_length for side in sides)
+        return row if fits else self._rows[index]
