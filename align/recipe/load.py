@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
 from align.recipe.algorithms import preset_keys
+from align.recipe.effects import idle_options
 from align.recipe.messages import describe, locate, suggest
 from align.recipe.overrides import apply_overrides
 from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
@@ -69,6 +70,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
     errors += _stage_name_errors(source)
     errors += _reference_errors(specs, source)
+    errors += _idle_errors(specs, source)
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
@@ -121,6 +123,16 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
                                                 key.split(".")))  # fmt: skip
                 where = locate(path, "reference", source.marks)
                 found.append(f"{where}: stages.{stage}.{key}: {problem}")
+    return found
+
+
+def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
+    found = []
+    for stage, spec in specs.items():
+        for key, reason in idle_options(spec) if spec is not None else ():
+            path: Key = ("stages", stage, *(int(p) if p.isdigit() else p for p in key.split(".")))
+            where = locate(path, "extra_forbidden", source.marks)
+            found.append(f"{where}: stages.{stage}.{key}: {reason}")
     return found
 
 

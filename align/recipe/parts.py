@@ -1,12 +1,17 @@
 """Parts of stage specs: the strict base class, data, tokenizer, optimiser, ZeRO, sampling, KL."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Take a list for a tuple also where it is no JSON any more: after a stage's presets."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Spec(BaseModel):
@@ -89,7 +94,7 @@ class OptimSpec(Spec):
     ratio: Annotated[float, Field(gt=1.0)] = 32.0
     """Peak of ``slanted`` over its smallest rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
 

@@ -65,7 +65,7 @@ stages:
     micro_tokens: 128
     max_length: 128
     checkpoint_every: 3
-    sampling: {max_new_tokens: 16, engine: hf, cache_gib: 0.05}
+    sampling: {max_new_tokens: 16, engine: hf}
     kl: {coef: 0.05, target: 1.0, horizon: 40}
     optim: {learning_rate: 1.0e-3}
     critic: {optim: {learning_rate: 1.0e-3}}
@@ -79,7 +79,7 @@ stages:
     group_size: 4
     micro_tokens: 128
     max_length: 128
-    sampling: {max_new_tokens: 16, engine: hf, cache_gib: 0.05}
+    sampling: {max_new_tokens: 16, engine: hf}
     kl: {coef: 0.05, place: loss, estimator: k3}
     tuning: {method: lora, rank: 4, alpha: 8}
     optim: {learning_rate: 1.0e-3}
