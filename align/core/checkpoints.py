@@ -65,7 +65,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
     found = None
     if distributed.rank() == 0:
         for path in sorted(directory.glob("step-????????"), reverse=True):
-            problem = _damage(path)
+            problem = damage(path)
             if problem is None:
                 found = path
                 break
@@ -93,17 +93,18 @@ def _complete(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-????????") if (p / STATE).is_file())
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path, *, record: str = STATE) -> str | None:
+    """Say what is wrong with a checkpoint whose file ``record`` holds the hashes; None if well."""
     try:
-        record = json.loads((path / STATE).read_text(encoding="utf-8"))
-        for name, entry in record["files"].items():
+        files = json.loads((path / record).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
                 return f"{name} differs from its recorded hash"
     except (OSError, ValueError, KeyError) as e:
-        return f"{STATE}: {e}"
+        return f"{record}: {e}"
     return None
 
 

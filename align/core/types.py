@@ -38,6 +38,8 @@ class Example:
     rejected: Text | None = None
     label: bool | None = None
     margin: float | None = None
+    label_prob: float = 1.0
+    """Probability that the answer is good (sft) or the chosen one the better (preference)."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
@@ -49,6 +51,7 @@ class TokenRow:
     input_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     source: str = ""
+    label_prob: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class PairRow:
     margin: float = 0.0
     source: str = ""
     tie: bool = False
+    label_prob: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ that generation starts from. Nothing is decided by comparing token ids with the 
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from align.core.errors import DataError, RecipeError
@@ -87,7 +88,8 @@ class ChatFormat:
         Raises:
             DataError: the template rewrites earlier turns, or there is nothing to train.
         """
-        return self._row(example.prompt, example.completion, source=example.source)
+        row = self._row(example.prompt, example.completion, source=example.source)
+        return replace(row, label_prob=example.label_prob)
 
     def pair_row(self, example: Example) -> PairRow:
         """Tokenise both answers after one shared prompt; both start with the same prompt ids.
@@ -115,6 +117,7 @@ class ChatFormat:
             margin=example.margin or 0.0,
             source=example.source,
             tie=is_tie(example),
+            label_prob=example.label_prob,
         )
 
     def _until_stop(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:

@@ -191,10 +191,23 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         read = cast(Reader, importers.from_oasst_pairs)
     if (name, kind) == ("model_solutions", "unpaired"):
         read = cast(Reader, judged.from_labelled_solutions)
-    examples = [_fit(example, kind, name) for example in read(row, source)]
+    examples = [_fit(_with_label_prob(e), kind, name) for e in read(row, source)]
     for example in examples:
         check_example(example, kind=kind)
     return examples
+
+
+def _with_label_prob(example: Example) -> Example:
+    """Take the column ``label_prob`` of weak labels out of the columns."""
+    if "label_prob" not in example.columns:
+        return example
+    rest = dict(example.columns)
+    prob = rest.pop("label_prob")
+    if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0.0 <= prob <= 1.0:
+        raise DataError(
+            f"{example.source}: label_prob: expected a number in [0, 1], found {prob!r}"
+        )
+    return replace(example, label_prob=float(prob), columns=rest)
 
 
 def _fit(example: Example, kind: Kind, name: str) -> Example:

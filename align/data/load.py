@@ -14,6 +14,7 @@ from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats import FormatDetector, to_examples
 from align.data.sources import Row, read_rows
 from align.data.split import side_of, split_key
+from align.data.wordings import word_row
 from align.data.world import generate
 from align.recipe.schema import DataSpec
 
@@ -24,7 +25,9 @@ AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
 
 
-def load_examples(specs: Sequence[DataSpec], *, kind: Kind, seed: int) -> list[Example]:
+def load_examples(
+    specs: Sequence[DataSpec], *, kind: Kind, seed: int, mix_cap: int | None = None
+) -> list[Example]:
     """Load the rows of all specs in one deterministic list.
 
     Each spec in turn is read, its fields renamed (``rename: {old: new}``), its rows brought into
@@ -39,21 +42,25 @@ def load_examples(specs: Sequence[DataSpec], *, kind: Kind, seed: int) -> list[E
     Args:
         specs: data sources of the recipe.
         kind: what the stage needs of each row. ``prompts`` takes the prompt of any kind of row.
-        seed: decides ``rows``, weights and generated data.
+        seed: decides ``rows``, weights, wordings and generated data.
+        mix_cap: weights are min(n_i, mix_cap): sets count by their size, up to a limit.
 
     Raises:
         DataError: rows that cannot be used (up to 20 are listed), or nothing is left.
     """
     parts = [_load_one(spec, kind=kind, seed=seed, index=i) for i, spec in enumerate(specs)]
-    if all(spec.weight == 1.0 for spec in specs):
+    weights = [spec.weight for spec in specs]
+    if mix_cap is not None:
+        weights = [float(min(len(part), mix_cap)) for part in parts]
+    elif all(weight == 1.0 for weight in weights):
         return [example for part in parts for example in part]
-    scale = max(len(part) / spec.weight for part, spec in zip(parts, specs, strict=True))
+    scale = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
     mixed: list[Example] = []
-    for i, (part, spec) in enumerate(zip(parts, specs, strict=True)):
-        count = round(spec.weight * scale)
+    for i, (part, spec, weight) in enumerate(zip(parts, specs, weights, strict=True)):
+        count = round(weight * scale)
         copies, rest = divmod(count, len(part))
         mixed += part * copies + _choose(part, rest, seed=seed, purpose=f"weight/{i}")
-        logger.info("%s: weight %g, %d rows become %d", _name(spec), spec.weight, len(part), count)
+        logger.info("%s: weight %g, %d rows become %d", _name(spec), weight, len(part), count)
     return mixed
 
 
@@ -152,18 +159,16 @@ def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
         return pair
     if over >= pair.num_prompt_tokens:
         return None
-    return PairRow(
+    return replace(
+        pair,
         chosen=_cut(pair.chosen, over),
         rejected=_cut(pair.rejected, over),
         num_prompt_tokens=pair.num_prompt_tokens - over,
-        margin=pair.margin,
-        source=pair.source,
-        tie=pair.tie,
     )
 
 
 def _cut(row: TokenRow, count: int) -> TokenRow:
-    return TokenRow(row.input_ids[count:], row.trained[count:], row.source)
+    return replace(row, input_ids=row.input_ids[count:], trained=row.trained[count:])
 
 
 def _identities(example: Example) -> list[str]:
@@ -181,7 +186,7 @@ def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Exam
     if spec.world is not None:
         examples = _load_world(spec, kind=kind, seed=seed)
     else:
-        examples = _load_path(spec, kind=kind)
+        examples = _load_path(spec, kind=kind, seed=seed)
         if spec.rows is not None and spec.rows < len(examples):
             examples = _choose(examples, spec.rows, seed=seed, purpose=f"rows/{index}")
     if not examples:
@@ -208,7 +213,7 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     )  # fmt: skip
 
 
-def _load_path(spec: DataSpec, *, kind: Kind) -> list[Example]:
+def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     assert spec.path is not None
     wanted: Kind = kind
     if spec.answers is not None:
@@ -221,9 +226,10 @@ def _load_path(spec: DataSpec, *, kind: Kind) -> list[Example]:
     barren = 0
     for row, source in read_rows(spec.path):
         try:
-            row = _rename(row, spec.rename, source)
-            form = detector.format_of(row, source)
-            found = to_examples(row, kind=kind, format=form, source=source)
+            found: list[Example] = []
+            for worded in _worded(_rename(row, spec.rename, source), spec, source, seed):
+                form = detector.format_of(worded, source)
+                found += to_examples(worded, kind=kind, format=form, source=source)
         except DataError as error:
             errors.append(str(error))
             if len(errors) > MAX_REPORTED:
@@ -240,6 +246,13 @@ def _load_path(spec: DataSpec, *, kind: Kind) -> list[Example]:
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
     return examples
+
+
+def _worded(row: Row, spec: DataSpec, source: str, seed: int) -> Sequence[Row]:
+    if spec.templates is None:
+        return [row]
+    phrasing = spec.phrasing or "one"
+    return word_row(row, source, templates=spec.templates, phrasing=phrasing, seed=seed)
 
 
 def _answers(example: Example, spec: DataSpec) -> list[Example]:

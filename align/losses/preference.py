@@ -251,3 +251,21 @@ def tail_weights(
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
     weights = torch.where(rank > shorter[segment_ids], alpha, 1.0)
     return weights.masked_fill(~mask, 0.0).float()
+
+
+def soft_labels(
+    loss: Float[Tensor, " B"], turned: Float[Tensor, " B"], label_prob: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Give the expected loss of pairs whose label is right with a probability of their own.
+
+    label_prob * loss + (1 - label_prob) * turned
+
+    Args:
+        loss: of the pairs as they stand. turned: of the same pairs with their answers exchanged.
+        label_prob: probability that the chosen answer is the better one, in [0, 1].
+
+    Reference:
+        The cross-entropy against a probable label, as cDPO has it with one probability for all
+        pairs (arXiv:2305.18290, appendix); here each pair brings its own (stage weak_label).
+    """
+    return label_prob * loss + (1.0 - label_prob) * turned

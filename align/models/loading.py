@@ -76,6 +76,9 @@ def save_policy(
     config = AutoConfig.from_pretrained(str(source_dir))
     config.dtype = dtype
     _check_names(state, config)
+    if config.get_text_config().tie_word_embeddings:
+        # Stored once: a note of shared names makes the file's header differ from run to run.
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(
         {k: v.contiguous() for k, v in state.items()}, str(directory), metadata={"format": "pt"}

@@ -143,6 +143,8 @@ def _raw_init(stages: Any, stage: str) -> dict[str, str]:
 
 def fitting_kinds(key: str) -> tuple[str, ...]:
     """Give the artefact kinds that a reference may name."""
+    if key.endswith(".stage"):
+        return ("data",)
     if key == "critic.init":
         return ("policy", "reward_model")
     if key.endswith(".model") or key.startswith("reward_models."):

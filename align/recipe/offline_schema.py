@@ -72,6 +72,9 @@ class OfflineStage(TrainingStage):
 
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
+    mix_cap: Count | None = None
+    """Mix several data sets in proportion to their rows, none counting for more than this many
+    (examples-proportional mixing with a limit, arXiv:1910.10683 section 3.5.2)."""
     batch_size: Count = 32
     """Rows (pairs) of one optimiser step over all ranks."""
     epochs: Positive = 1.0
@@ -88,6 +91,10 @@ class OfflineStage(TrainingStage):
         kind = "reward" if self.makes_scorer else kinds.get(type(self), "dpo")
         watched = bool(self.heldout) and self.eval_every > 0
         refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
+        if self.mix_cap is not None and len(self.data) < 2:
+            raise ValueError("'mix_cap' has no effect on one data set; remove it")
+        if self.mix_cap is not None and any(spec.weight != 1.0 for spec in self.data):
+            raise ValueError("'mix_cap' sets the weights of the mixture; remove 'weight' or it")
         return self
 
 

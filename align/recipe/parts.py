@@ -21,9 +21,11 @@ class Spec(BaseModel):
 
 
 class DataSpec(Spec):
-    """Name one data source: a file, glob, folder or hub id (``path``), or the made ``world``."""
+    """Name one data source: a file, glob, folder or hub id (``path``), an earlier ``stage`` that
+    writes data, or the made ``world``."""
 
     path: str | None = None
+    stage: str | None = None
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
     tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
     """Tasks of the world that rows are drawn from; empty is all five."""
@@ -40,15 +42,23 @@ class DataSpec(Spec):
     answers: Literal["chosen", "both"] | None = None
     """Make sft rows of preference pairs: one of the chosen answer, or one of each answer.
     ``both`` teaches in what form to answer and not which answer is preferred."""
+    templates: str | None = None
+    """YAML file of Jinja2 templates that word each row as an instruction (FLAN, 2109.01652)."""
+    phrasing: Literal["one", "all"] | None = None
+    """Each row in one wording, drawn by the seed (the default), or in every wording."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
-        if (self.path is None) == (self.world is None):
-            raise ValueError("give exactly one of 'path' and 'world'")
+        if [self.path, self.stage, self.world].count(None) != 2:
+            raise ValueError("give exactly one of 'path', 'stage' and 'world'")
         if self.world is not None and self.answers is not None:
             raise ValueError("'answers' is for files of preference pairs; use world: sft")
         if self.tasks and self.world is None:
             raise ValueError("'tasks' are those of the made world; remove it")
+        if self.world is not None and self.templates is not None:
+            raise ValueError("'templates' word the rows of files; world rows are worded already")
+        if self.phrasing is not None and self.templates is None:
+            raise ValueError("'phrasing' has no effect without 'templates'; remove it")
         return self
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from align.recipe.curation_schema import CurateStage, DataStage, SelfInstructStage, WeakLabelStage
 from align.recipe.evaluate_schema import EvaluateStage
 from align.recipe.keep_schema import AugmentSpec, EarlyStoppingSpec, EwcSpec
 from align.recipe.layers_schema import LayersSpec
@@ -29,6 +30,7 @@ from align.recipe.parts import (
 from align.recipe.reward_schema import EnsembleReward, ProcessReward, RewardSpec, ScalarReward
 from align.recipe.scorer_schema import RewardStage
 from align.recipe.task_schema import EndpointSpec, HarnessSpec, PairwiseSpec, TaskSpec
+from align.recipe.trl_schema import TrlStage
 from align.recipe.tuning_schema import TuningSpec
 from align.recipe.watch_schema import GuardSpec, WatchSpec
 
@@ -38,7 +40,9 @@ __all__ = [
     "AugmentSpec",
     "BaseStage",
     "BuildSpec",
+    "CurateStage",
     "DataSpec",
+    "DataStage",
     "DpoStage",
     "EarlyStoppingSpec",
     "EndpointSpec",
@@ -61,14 +65,17 @@ __all__ = [
     "RewardStage",
     "SamplingSpec",
     "ScalarReward",
+    "SelfInstructStage",
     "SftStage",
     "SinkSpec",
     "Spec",
     "TaskSpec",
     "TokenizerSpec",
     "TrainingStage",
+    "TrlStage",
     "TuningSpec",
     "WatchSpec",
+    "WeakLabelStage",
     "ZeroSpec",
     "references",
 ]  # fmt: skip
@@ -81,6 +88,10 @@ AnyStage = Annotated[
     | KtoStage
     | PpoStage
     | GrpoStage
+    | TrlStage
+    | SelfInstructStage
+    | CurateStage
+    | WeakLabelStage
     | EvaluateStage
     | MergeStage,
     Field(discriminator="kind"),
@@ -88,7 +99,8 @@ AnyStage = Annotated[
 
 PRODUCES = {
     "base": "policy", "sft": "policy", "dpo": "policy", "kto": "policy", "ppo": "policy",
-    "grpo": "policy", "merge": "policy", "reward": "reward_model", "evaluate": "evaluation",
+    "grpo": "policy", "merge": "policy", "trl": "policy", "reward": "reward_model",
+    "self_instruct": "data", "curate": "data", "weak_label": "data", "evaluate": "evaluation",
 }  # fmt: skip
 """Artefact kind that each stage kind writes."""
 
@@ -116,10 +128,10 @@ class Recipe(Spec):
 
 
 def references(spec: Any) -> dict[str, str]:
-    """Find every reference to a model in a stage spec, in order of appearance.
+    """Find every reference to another stage or a model in a stage spec.
 
     Returns:
-        Dotted key (``init``, ``critic.init``, ``rewards.0.model``, ``models.1`` ...) to the name.
+        Dotted key (``init``, ``data.0.stage``, ``rewards.0.model``, ``models.1`` ...) to the name.
     """
     found: dict[str, str] = {}
 
@@ -127,33 +139,29 @@ def references(spec: Any) -> dict[str, str]:
         if value is not None:
             found[key] = value
 
-    def add_rewards(key: str, rewards: list[Any]) -> None:
-        for i, reward in enumerate(rewards):
-            if isinstance(reward, ScalarReward | ProcessReward):
-                add(f"{key}.{i}.model", reward.model)
-            elif isinstance(reward, EnsembleReward):
-                add_rewards(f"{key}.{i}.members", reward.members)
+    def walk(part: Any, key: str) -> None:
+        if isinstance(part, DataSpec):
+            add(f"{key}.stage", part.stage)
+        elif isinstance(part, ScalarReward | ProcessReward):
+            add(f"{key}.model", part.model)
+        elif isinstance(part, list):
+            for i, item in enumerate(part):
+                walk(item, f"{key}.{i}")
+        elif isinstance(part, Spec):
+            for name in type(part).model_fields:
+                walk(getattr(part, name), f"{key}.{name}" if key else name)
 
-    if isinstance(spec, TrainingStage):
+    if isinstance(spec, TrainingStage | TrlStage | SelfInstructStage):
         add("init", spec.init)
     if isinstance(spec, PpoStage):
         add("critic.init", spec.critic.init)
-    if isinstance(spec, OnlineStage):
-        add_rewards("rewards", spec.rewards)
-        if spec.watch is not None:
-            add_rewards("watch.gold", spec.watch.gold)
     if isinstance(spec, MergeStage):
         add("base", spec.base)
         add("tuned", spec.tuned)
-        add_rewards("scores", spec.scores)
     if isinstance(spec, EvaluateStage):
         for key, names in (("models", spec.models), ("reward_models", spec.reward_models)):
             for i, name in enumerate(names):
                 add(f"{key}.{i}", name)
         add("reference", spec.reference)
-        add_rewards("scores", spec.scores)
-        add_rewards("judge", spec.judge)
-        for i, task in enumerate(spec.tasks):
-            add_rewards(f"tasks.{i}.grader", task.grader)
-            add_rewards(f"tasks.{i}.judge", task.judge)
+    walk(spec, "")
     return found

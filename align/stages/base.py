@@ -5,9 +5,11 @@ import json
 import logging
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +28,12 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
 from align.core.log import MetricsLog, setup_logging
 from align.data.chat import ChatFormat
 from align.recipe.load import load_recipe
-from align.recipe.schema import PRODUCES, Recipe
+from align.recipe.schema import PRODUCES, DataSpec, Recipe, Spec
 
 log = logging.getLogger(__name__)
 BEGUN = "begun.json"
+DATA_FILE = "data.jsonl"
+"""What a stage that makes data writes, one row a line."""
 
 
 class NoPreflightError(Exception):
@@ -89,6 +93,9 @@ def chat_format(model_dir: Path) -> ChatFormat:
 
 def main(kind: str) -> NoReturn:
     """Run one stage as this process; never returns."""
+    # Python puts the script's folder first: there `trl` and `evaluate` are launch scripts.
+    here = Path(sys.argv[0]).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     args = _arguments(kind)
     signals.install()
     try:
@@ -135,7 +142,7 @@ def _run(kind: str, args: argparse.Namespace) -> int:
     context.out.mkdir(parents=True, exist_ok=True)
     _begin(context, manifest, force=args.force)
     distributed.seed_everything(seed)
-    result = stage_runner(kind)(spec, context)
+    result = stage_runner(kind)(with_data_of_stages(spec, context), context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     if distributed.rank() == 0:
@@ -212,7 +219,7 @@ def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -
             shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
         begun = context.out / BEGUN
         identity = {"spec_hash": manifest["spec_hash"], "inputs": manifest["inputs"]}
-        resumable = any((context.out / "checkpoints").glob("step-*"))
+        resumable = any((context.out / "checkpoints").glob("*-*"))
         if resumable and begun.is_file() and json.loads(begun.read_text()) != identity:
             raise ArtefactError(
                 f"{context.out}: its checkpoints were made from other settings or inputs than the "
@@ -223,22 +230,25 @@ def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -
         (context.out / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
+def with_data_of_stages(spec: Any, context: StageContext) -> Any:
+    """Give the spec with every ``stage`` of its data sources as the path of verified data."""
+    if isinstance(spec, DataSpec):
+        if spec.stage is None:
+            return spec
+        path = context.artefact(spec.stage, "data").path / DATA_FILE
+        return spec.model_copy(update={"stage": None, "path": str(path)})
+    if isinstance(spec, list):
+        return [with_data_of_stages(item, context) for item in spec]
+    if not isinstance(spec, Spec):
+        return spec
+    found = {name: getattr(spec, name) for name in type(spec).model_fields}
+    return spec.model_copy(update={k: with_data_of_stages(v, context) for k, v in found.items()})
+
+
+MODULES = {"base": "base_model", "ppo": "online", "grpo": "online"}
+"""Stage kinds whose module in align.stages has another name."""
+
+
 def stage_runner(kind: str) -> Any:
     """Give the function ``run(spec, context)`` of a stage kind."""
-    if kind == "base":
-        from align.stages.base_model import run
-    elif kind == "sft":
-        from align.stages.sft import run
-    elif kind == "reward":
-        from align.stages.reward import run
-    elif kind == "dpo":
-        from align.stages.dpo import run
-    elif kind == "kto":
-        from align.stages.kto import run
-    elif kind == "evaluate":
-        from align.stages.evaluate import run
-    elif kind == "merge":
-        from align.stages.merge import run
-    else:
-        from align.stages.online import run
-    return run
+    return import_module(f"align.stages.{MODULES.get(kind, kind)}").run

@@ -16,6 +16,7 @@ from align.losses.preference import (
     dpo_loss,
     orpo_loss,
     simpo_loss,
+    soft_labels,
     tail_weights,
 )
 from align.preflight.checks import Seen
@@ -142,8 +143,18 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
     return pack_pairs(
         [row.pair for row in rows],
         counts={"pairs": float(len(batch))},
-        per_sequence={"ref": [x for row in rows for x in (row.ref_chosen, row.ref_rejected)]},
+        per_sequence={
+            "ref": [x for row in rows for x in (row.ref_chosen, row.ref_rejected)],
+            **label_probs([row.pair for row in rows]),
+        },
     )
+
+
+def label_probs(pairs: Sequence[PairRow]) -> dict[str, list[float]]:
+    """Give the probability of each pair's label, twice, where one of them is not certain."""
+    if all(pair.label_prob == 1.0 for pair in pairs):
+        return {}
+    return {"label_prob": [pair.label_prob for pair in pairs for _ in range(2)]}
 
 
 def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:
@@ -159,11 +170,18 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Give this micro-batch's share of the mean loss per pair, and of what people watch."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-    sums = batch.segment_sums(logprobs)
-    means = sums / batch.segment_sums(batch.mask.float()).clamp(min=1)
+    sums, lengths = batch.segment_sums(logprobs), batch.segment_sums(batch.mask.float())
+    means, ref = sums / lengths.clamp(min=1), batch.per_sequence["ref"]
     share = 1.0 / batch.counts["pairs"]
-    result = pair_losses(spec, answer_sums(logprobs, batch, ld_alpha=spec.ld_alpha), means, batch)
-    loss = result.loss - spec.nll_coef * means[0::2]
+    sides = Sides(
+        answer_sums(logprobs, batch, ld_alpha=spec.ld_alpha), means, ref, ref / lengths.clamp(min=1)
+    )
+    result = pair_losses(spec, sides)
+    loss = result.loss
+    if "label_prob" in batch.per_sequence:
+        turned = pair_losses(spec, sides.exchanged()).loss
+        loss = soft_labels(loss, turned, batch.per_sequence["label_prob"][0::2])
+    loss = loss - spec.nll_coef * means[0::2]
     margins = result.chosen_rewards - result.rejected_rewards
     stats = {
         "chosen_logprob": sums[0::2].sum() * share,
@@ -173,12 +191,27 @@ def preference_loss(
     return loss.sum() * share + 0.0 * logprobs.sum(), stats
 
 
-def pair_losses(spec: DpoStage, sums: Tensor, means: Tensor, batch: PackedBatch) -> PreferenceLoss:
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Hold log-probabilities (2 B,) of chosen and rejected answers in turn, as sums and means."""
+
+    sums: Tensor
+    means: Tensor
+    ref_sums: Tensor
+    ref_means: Tensor
+
+    def exchanged(self) -> "Sides":
+        """Give the same pairs with chosen and rejected exchanged."""
+        parts = (self.sums, self.means, self.ref_sums, self.ref_means)
+        return Sides(*(x.view(-1, 2).flip(1).reshape(-1) for x in parts))
+
+
+def pair_losses(spec: DpoStage, sides: Sides) -> PreferenceLoss:
     """Give the loss of each pair by the recipe's rule.
 
     ``ipo`` compares means per token (the convention of its authors as TRL records it).
     """
-    eps = spec.label_smoothing
+    eps, means = spec.label_smoothing, sides.means
     if spec.loss == "orpo":
         return orpo_loss(means[0::2], means[1::2], beta=spec.beta)
     if spec.loss == "simpo":
@@ -186,9 +219,7 @@ def pair_losses(spec: DpoStage, sums: Tensor, means: Tensor, batch: PackedBatch)
         return simpo_loss(
             means[0::2], means[1::2], beta=spec.beta, gamma=gamma, label_smoothing=eps
         )
-    policy, ref = sums, batch.per_sequence["ref"]
-    if spec.on_means:
-        policy, ref = means, ref / batch.segment_sums(batch.mask.float()).clamp(min=1)
+    policy, ref = (means, sides.ref_means) if spec.on_means else (sides.sums, sides.ref_sums)
     return dpo_loss(
         policy[0::2],
         policy[1::2],

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.types import PairRow, TokenRow
-from align.losses.preference import bradley_terry_loss
+from align.losses.preference import bradley_terry_loss, soft_labels
 from align.losses.scorer import answer_loss, step_loss, tie_loss
 from align.recipe.schema import RewardStage
-from align.stages.dpo import pack_pairs
+from align.stages.dpo import label_probs, pack_pairs
 from align.training.batch import PackedBatch, pack
 
 Stats = dict[str, Tensor]
@@ -82,6 +82,7 @@ def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -
         per_sequence={
             "margin": [m for row in rows for m in (row.pair.margin,) * 2],
             "tie": [t for row in rows for t in (float(row.pair.tie),) * 2],
+            **label_probs([row.pair for row in rows]),
             **{
                 f"weight/{k}": [w for row in rows for w in (row.weights[k],) * 2]
                 for k in range(len(batch[0].weights))
@@ -91,7 +92,16 @@ def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -
 
 
 def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give the loss of (chosen, rejected) scores of one head."""
+    """Give the loss of (chosen, rejected) scores of one head; labels may be probable only."""
+    certain = certain_objective(spec, batch)
+    if "label_prob" not in batch.per_sequence:
+        return certain
+    label_prob = batch.per_sequence["label_prob"][0::2]
+    return lambda a, b: soft_labels(certain(a, b), certain(b, a), label_prob)
+
+
+def certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
+    """Give the loss of (chosen, rejected) scores of one head where every label is right."""
     if spec.tie_margin is not None:
         tie = batch.per_sequence["tie"][0::2] > 0.5
         return partial(

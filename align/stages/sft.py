@@ -38,8 +38,17 @@ def length_of(row: TokenRow) -> int:
 
 
 def collate(rows: Sequence[TokenRow], batch: Sequence[TokenRow]) -> PackedBatch:
-    """Pack rows; the global count is the trained tokens of the whole batch."""
-    return pack(rows, counts={"tokens": float(sum(sum(row.trained) for row in batch))})
+    """Pack rows; the global count is the trained tokens of the whole batch, by their weight.
+
+    A row weighs as much as its label is probable (weak labels; 1 for all others).
+    """
+    weights = [[row.label_prob] * len(row.input_ids) for row in rows]
+    weighed = any(row.label_prob != 1.0 for row in rows)
+    return pack(
+        rows,
+        counts={"tokens": float(sum(row.label_prob * sum(row.trained) for row in batch))},
+        per_token={"weight": weights} if weighed else None,
+    )
 
 
 def sft_loss(
@@ -51,4 +60,5 @@ def sft_loss(
     """
     smoothing = label_smoothing if model.training else 0.0
     found = model(batch.input_ids, batch.position_ids, mask=batch.mask, label_smoothing=smoothing)
-    return nll(found.logprobs, batch.mask, batch.counts["tokens"]), {}
+    weights = batch.per_token.get("weight")
+    return nll(found.logprobs, batch.mask, batch.counts["tokens"], weights=weights), {}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artefacts import Artefact, file_sha256
 from align.core.log import MetricsLog
 from align.core.types import Example
 from align.data.augment import AugmentedRows
@@ -104,7 +104,7 @@ def offline_rows(
         render: example -> tokenised row.
     """
     sides = {
-        "training": load_examples(spec.data, kind=kind, seed=context.seed),
+        "training": load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap),
         "held-out": load_examples(spec.heldout, kind=kind, seed=context.seed),
     }
     check_overlap(*sides.values())
@@ -175,6 +175,9 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
             found += data_fingerprint(spec.path)
         else:
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
+        if spec.templates is not None:
+            sha256 = file_sha256(Path(spec.templates))
+            found.append({"path": spec.templates, "rows": None, "sha256": sha256})
     return found
 
 

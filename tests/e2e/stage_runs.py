@@ -113,11 +113,12 @@ def start(
     ranks: int = 1,
     overrides: Sequence[str] = (),
     flags: Sequence[str] = (),
+    kind: str | None = None,
 ) -> subprocess.Popen[str]:
-    """Start a stage in a session of its own."""
+    """Start a stage in a session of its own; ``kind`` where it is not the stage's name."""
     arguments = ["--recipe", str(recipe), "--stage", stage, "--run-dir", str(run_dir)]
     arguments += [word for o in overrides for word in ("--set", o)] + list(flags)
-    script = LAUNCH / f"{stage}.py"
+    script = LAUNCH / f"{kind or stage}.py"
     return subprocess.Popen(
         stage_argv(script, arguments, ranks=ranks, on_gpu=False),
         stdout=subprocess.PIPE,

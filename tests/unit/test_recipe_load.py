@@ -105,7 +105,7 @@ def test_all_mistakes_come_at_once_in_order_of_line():
 def test_wrong_kind_lists_the_kinds_without_pydantic_tags():
     assert mistakes(with_lines("kind: sft", "kind: sftt")) == [
         "r.yaml:10:11: stages.sft.kind: found 'sftt'; expected one of base, sft, reward, dpo, kto, "
-        "ppo, grpo, evaluate, merge; did you mean 'sft'?"
+        "ppo, grpo, trl, self_instruct, curate, weak_label, evaluate, merge; did you mean 'sft'?"
     ]
 
 

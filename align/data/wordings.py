@@ -1,0 +1,131 @@
+"""Word rows as instructions by templates, several wordings of one task (FLAN, arXiv:2109.01652).
+
+A file of templates is a YAML list. Each entry has a ``name`` and the fields of the row that it
+makes, as Jinja2 over the fields of the row that it reads::
+
+    - name: ask
+      prompt: "Question: {{ question }}"
+      completion: "{{ answer | trim }}"
+    - name: turned            # the task the other way round
+      prompt: "Write a question whose answer is {{ answer }}."
+      completion: "{{ question }}"
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from align.core.errors import DataError
+from align.core.types import Turn
+
+MADE = ("prompt", "completion", "chosen", "rejected")
+FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"})
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """Hold one wording: the field of the new row to its compiled template."""
+
+    name: str
+    fields: Mapping[str, Any]
+
+    def apply(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Make a row of turns; the fields of the old one stay beside it as columns.
+
+        Raises:
+            DataError: the row lacks a field that the template names, or a text comes out empty.
+        """
+        made: dict[str, Any] = {}
+        for field, template in self.fields.items():
+            try:
+                text = template.render(row).strip()
+            except (TemplateError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{source}: template '{self.name}', {field}: {error}; the row has {sorted(row)}"
+                ) from error
+            if not text:
+                raise DataError(f"{source}: template '{self.name}' leaves {field} empty")
+            role = "user" if field == "prompt" else "assistant"
+            made[field] = [Turn(role=role, content=text)]
+        kept = {key: value for key, value in row.items() if key not in MADE}
+        return {**kept, "template": self.name, **made}
+
+
+def word_row(
+    row: Any,
+    source: str,
+    *,
+    templates: str,
+    phrasing: Literal["one", "all"],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Word one row, in one wording that the seed and the row's place draw, or in every one.
+
+    Raises:
+        DataError: the file of templates is faulty or does not fit the row.
+    """
+    wordings = read_wordings(templates)
+    if not isinstance(row, Mapping):
+        raise DataError(f"{source}: plain text has no fields for templates; remove 'templates'")
+    if phrasing == "all":
+        return [wording.apply(row, source) for wording in wordings]
+    digest = hashlib.sha256(f"wording/{seed}/{source}".encode()).digest()
+    return [wordings[int.from_bytes(digest[:8], "big") % len(wordings)].apply(row, source)]
+
+
+@lru_cache(maxsize=32)
+def read_wordings(path: str) -> Sequence[Wording]:
+    """Read a file of templates; they run sandboxed and cannot change what they are given.
+
+    Raises:
+        DataError: with every mistake of the file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{path}: no such file of templates (from {Path.cwd()})")
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: expected a list of templates, each with name, prompt, ...")
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    errors: list[str] = []
+    found = [_wording(entry, f"{path}: entry {i + 1}", environment, errors)
+             for i, entry in enumerate(entries)]  # fmt: skip
+    names = [wording.name for wording in found if wording is not None]
+    errors += [
+        f"{path}: two templates are called '{n}'" for n in {n for n in names if names.count(n) > 1}
+    ]
+    if errors:
+        raise DataError("\n".join(errors))
+    return [wording for wording in found if wording is not None]
+
+
+def _wording(entry: Any, where: str, environment: Any, errors: list[str]) -> Wording | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        errors.append(f"{where}: expected a mapping with a text 'name', found {str(entry)[:60]!r}")
+        return None
+    fields = {key: value for key, value in entry.items() if key != "name"}
+    if set(fields) not in FIELDS or not all(isinstance(v, str) for v in fields.values()):
+        errors.append(
+            f"{where} '{entry['name']}': has {sorted(fields)}, expected prompt, or prompt and "
+            "completion, or prompt, chosen and rejected"
+        )
+        return None
+    compiled = {}
+    for key, text in fields.items():
+        try:
+            compiled[key] = environment.from_string(text)
+        except TemplateError as error:
+            errors.append(f"{where} '{entry['name']}', {key}: {error}")
+    return Wording(entry["name"], compiled)

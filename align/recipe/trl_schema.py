@@ -1,0 +1,70 @@
+"""Schema of the stage that runs a trainer of TRL."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from align.recipe.offline_schema import StageSpec
+from align.recipe.parts import Count, DataSpec, Fraction, OptimSpec, ZeroSpec
+from align.recipe.reward_schema import RewardSpec, distinct_names
+
+OWNED = (
+    "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+    "data_seed", "bf16", "fp16", "use_cpu", "save_strategy", "save_steps", "save_total_limit",
+    "report_to", "logging_steps", "logging_strategy", "deepspeed", "gradient_checkpointing",
+    "max_length", "eval_strategy", "eval_steps", "resume_from_checkpoint", "disable_tqdm",
+)  # fmt: skip
+"""Arguments that the stage sets itself from the keys every stage has."""
+
+
+class TrlStage(StageSpec):
+    """Run any trainer of TRL with this suite's data, artefacts, metrics and resumption."""
+
+    kind: Literal["trl"]
+    trainer: str = Field(pattern=r"^[A-Z][A-Za-z]+$")
+    """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO ..."""
+    init: str
+    reference: bool = False
+    """Give the trainer a frozen copy of ``init`` as ``ref_model``."""
+    data: list[DataSpec] = Field(min_length=1)
+    heldout: list[DataSpec] = []
+    rows: Literal["sft", "preference", "unpaired", "prompts"]
+    """What the trainer reads."""
+    rewards: list[RewardSpec] = []
+    """Handed to online trainers as ``reward_funcs``."""
+    args: dict[str, Any] = {}
+    """Further arguments of the trainer's configuration class."""
+    optim: OptimSpec = OptimSpec()
+    zero: ZeroSpec = ZeroSpec()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: Count | None = None
+    """Tokens of a row; longer ones are lost, not cut."""
+    max_lost_frac: Fraction = 0.01
+    batch_size: Count = 8
+    """Rows of one optimiser step over all ranks."""
+    micro_batch_size: Count = 8
+    """Rows of one forward-backward pass on one rank."""
+    gradient_checkpointing: bool = False
+    steps: Count
+    eval_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _legal(self) -> "TrlStage":
+        owned = {"optim", "steps", *OWNED} & set(self.args)
+        if owned:
+            raise ValueError(
+                f"args: {', '.join(sorted(owned))} are set by the stage's own keys (optim, steps, "
+                "batch_size, micro_batch_size, dtype, checkpoint_every, eval_every, max_length)"
+            )
+        if self.batch_size % (self.micro_batch_size * self.ranks):
+            raise ValueError("batch_size must be a multiple of micro_batch_size x ranks")
+        if self.eval_every and not self.heldout:
+            raise ValueError("'eval_every' has no effect without 'heldout'")
+        if self.optim.min_lr_frac:
+            raise ValueError("optim.min_lr_frac has no effect in a trl stage; remove it")
+        distinct_names(self.rewards)
+        return self

@@ -1,0 +1,16 @@
+"""A trainer of TRL as a stage: same data, artefacts, metrics and resumption.
+
+Reads the policy that `init` names and the rows of `data`. Writes a policy.
+
+    python launch/trl.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+    deepspeed --num_gpus 8 launch/trl.py --recipe R --stage NAME
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/trl.py --recipe R --stage NAME
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
+checkpoint; the same command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("trl")

@@ -1,0 +1,14 @@
+"""Label rows by several weak judges, weighed by how well they agree.
+
+Reads the rows of `data`. Writes data.jsonl with probable labels.
+
+    python launch/weak_label.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal; the same
+command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("weak_label")

@@ -1,0 +1,249 @@
+"""Stages that make data, and trainers of TRL as stages: run as processes, killed and resumed."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_runs as runs
+
+from align.core.errors import EXIT_PREEMPTED, RecipeError
+from align.data.world import generate
+from align.recipe.load import load_recipe
+from align.stages.base import StageContext
+from align.stages.trl import configuration, extras, find_trainer
+
+RECIPE = (
+    runs.RECIPE.partition("  sft:")[0].replace("steps: 4", "steps: 40")
+    + """\
+  self_instruct:
+    kind: self_instruct
+    init: base
+    seeds: [{path: FOLDER/seeds.jsonl}]
+    target: 500
+    prompts_per_round: 12
+    max_rounds: 4
+    examples: 3
+    grown_examples: 1
+    answer_examples: 2
+    min_words: 1
+    wording: {head: "", item: "{instruction}. ", solved: "{instruction}. it is {answer}. "}
+    sampling: {max_new_tokens: 24, engine: hf}
+    max_length: 120
+  curate:
+    kind: curate
+    data: [{path: FOLDER/rows.jsonl}]
+    words: {min: 2, max: 12}
+    quality: [{kind: length, target: 3, limit: 12}]
+    min_quality: 0.2
+    diversity: {rows: 12, min_distance: 0.05}
+  weak_label:
+    kind: weak_label
+    of: preference
+    data: [{path: FOLDER/pairs.jsonl}]
+    functions:
+      - {by: {kind: regex, name: polite, pattern: '^(sure|of course|gladly)'}}
+      - {by: {kind: length, target: 4, limit: 14}}
+      - {by: {kind: regex, name: finished, pattern: '[.]$'}}
+    min_confidence: 0.6
+  dpo:
+    kind: dpo
+    init: base
+    data: [{stage: weak_label}]
+    steps: 2
+    batch_size: 4
+  trl:
+    kind: trl
+    trainer: KTO
+    init: base
+    rows: unpaired
+    data: [{path: FOLDER/unpaired.jsonl}]
+    steps: 6
+    batch_size: 8
+    micro_batch_size: 4
+    checkpoint_every: 2
+    optim: {learning_rate: 1.0e-3}
+  orpo:
+    kind: trl
+    trainer: ORPO
+    init: base
+    rows: preference
+    data: [{path: FOLDER/pairs.jsonl}]
+    heldout: [{path: FOLDER/heldout.jsonl}]
+    steps: 2
+    batch_size: 8
+    micro_batch_size: 4
+"""
+)
+
+
+def write(path: Path, rows: list[dict]) -> list[dict]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("making")
+    pairs = [
+        {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected}
+        for e in generate("preference", rows=120, seed=1, split="train")
+    ]
+    # Every fourth label is turned: what the judges are to find out.
+    for row in pairs[::4]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    write(folder / "pairs.jsonl", pairs)
+    write(folder / "heldout.jsonl", [
+        {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected}
+        for e in generate("preference", rows=8, seed=1, split="heldout")
+    ])  # fmt: skip
+    write(folder / "unpaired.jsonl", [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs for side in ("chosen", "rejected")
+    ])  # fmt: skip
+    rows = write(folder / "rows.jsonl", [
+        {"prompt": e.prompt, "completion": e.completion}
+        for e in generate("sft", rows=30, seed=1, split="train")
+    ])  # fmt: skip
+    write(folder / "rows.jsonl", [*rows, rows[0], rows[1]])
+    write(folder / "seeds.jsonl", [
+        {"prompt": e.prompt[0]["content"].strip(".?"), "completion": e.columns["answer"]}
+        for e in generate("sft", rows=20, seed=2, split="train")
+    ])  # fmt: skip
+    path = folder / "making.yaml"
+    path.write_text(RECIPE.replace("FOLDER", str(folder)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    runs.finish(recipe, "base", folder)
+    return folder
+
+
+def test_self_instruct_accounts_for_every_candidate_and_resumes_to_the_same_rows(
+    recipe, run_dir
+) -> None:
+    folder = run_dir / "self_instruct"
+    begun = runs.start(recipe, "self_instruct", run_dir)
+    places = [folder / "checkpoints" / f"step-00000002{end}" for end in (".tmp", "")]
+    code, _ = runs.signal_when(begun, lambda: any(map(os.path.exists, places)), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "resumed from" in runs.finish(recipe, "self_instruct", run_dir)
+    rows, ledger = read(folder / "data.jsonl"), read(folder / "ledger.jsonl")
+    assert len(rows) + len(ledger) == 4 * 12
+    assert [row["provenance"]["round"] for row in rows] == sorted(
+        row["provenance"]["round"] for row in rows
+    )
+    instructions = [row["prompt"][0]["content"] for row in rows]
+    assert len(set(instructions)) == len(instructions)
+    assert all(row["provenance"]["rouge_l"] < 0.7 for row in rows)
+    before = (folder / "data.jsonl").read_bytes(), (folder / "ledger.jsonl").read_bytes()
+    runs.finish(recipe, "self_instruct", run_dir, flags=["--force"])
+    assert before == ((folder / "data.jsonl").read_bytes(), (folder / "ledger.jsonl").read_bytes())
+
+
+def test_curate_writes_each_row_to_the_data_or_to_the_ledger(recipe, run_dir) -> None:
+    runs.finish(recipe, "curate", run_dir)
+    folder = run_dir / "curate"
+    rows, ledger = read(folder / "data.jsonl"), read(folder / "ledger.jsonl")
+    places = [row["from"] for row in rows] + [entry["source"] for entry in ledger]
+    assert sorted(places) == sorted(f"{recipe.parent}/rows.jsonl:{i}" for i in range(1, 33))
+    assert 0 < len(rows) <= 12
+    reasons = {entry["source"].rpartition(":")[2]: entry["reason"] for entry in ledger}
+    # Rows 31 and 32 repeat rows 1 and 2, so of each two one must have left as a near-duplicate,
+    # unless both had left before for their length or quality.
+    for late, early in (("31", "1"), ("32", "2")):
+        assert reasons[late] in ("near-duplicate", reasons.get(early))
+    for row in rows:
+        count = len(row["completion"][0]["content"].split())
+        assert 2 <= count <= 12
+        # The reward `length` falls linearly from 1 at 3 words to 0 at 12.
+        assert row["quality"] == pytest.approx(min(1.0, (12 - count) / 9))
+        assert row["quality"] >= 0.2
+
+
+def test_weak_labels_turn_wrong_pairs_and_train_with_their_probability(recipe, run_dir) -> None:
+    runs.finish(recipe, "weak_label", run_dir)
+    rows = read(run_dir / "weak_label" / "data.jsonl")
+    metrics = runs.manifest(run_dir, "weak_label")["metrics"]
+    given = read(recipe.parent / "pairs.jsonl")
+    turned = [
+        r for r in rows if r["chosen"] != given[int(r["from"].rpartition(":")[2]) - 1]["chosen"]
+    ]
+    # What was turned before is turned back where manner shows it; the rest differs in correctness.
+    wrong = {f"{recipe.parent}/pairs.jsonl:{i}" for i in range(1, 121, 4)}
+    assert len(turned) >= 15
+    assert {row["from"] for row in turned} <= wrong
+    assert all(row["votes"]["polite"] == 0 for row in turned)
+    assert all(0.6 <= row["label_prob"] <= 1.0 for row in rows)
+    # Politeness sides with the generating rule; the given order is wrong in a quarter of the rows.
+    assert metrics["polite/accuracy"] > metrics["given/accuracy"]
+    runs.finish(recipe, "dpo", run_dir)
+    inputs = runs.manifest(run_dir, "dpo")["inputs"]
+    assert inputs["data.0.stage"]["path"] == "weak_label"
+
+
+@pytest.mark.slow
+def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
+    recipe, run_dir, tmp_path
+) -> None:
+    runs.finish(recipe, "trl", run_dir)
+    (tmp_path / "base").symlink_to(run_dir / "base")
+    # A signal after the first step saves a checkpoint of its own.
+    begun = runs.start(recipe, "trl", tmp_path)
+    written = tmp_path / "trl" / "metrics.jsonl"
+    code, said = runs.signal_when(begun, written.exists, signal.SIGTERM)
+    assert code == EXIT_PREEMPTED, said[-3000:]
+    newest = max((tmp_path / "trl" / "checkpoints").glob("checkpoint-*"),
+                 key=lambda p: int(p.name.split("-")[1]))  # fmt: skip
+    assert (newest / "hashes.json").exists()
+    damaged = newest.with_name("checkpoint-5")
+    damaged.mkdir(exist_ok=True)
+    (damaged / "hashes.json").write_text('{"files": {"model.safetensors": {"bytes": 1}}}')
+    said = runs.finish(recipe, "trl", tmp_path)
+    assert "checkpoint-5: damaged (model.safetensors is missing)" in said
+    assert f"resumed from {newest}" in said
+    assert runs.weights(tmp_path, "trl") == runs.weights(run_dir, "trl")
+    steps = [line["step"] for line in runs.numbers(tmp_path, "trl")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_an_experimental_trainer_runs(recipe, run_dir) -> None:
+    runs.finish(recipe, "orpo", run_dir, kind="trl")
+    assert "eval/loss" in runs.numbers(run_dir, "orpo")[-1]
+    assert runs.manifest(run_dir, "orpo")["kind"] == "policy"
+
+
+def trainer_arguments(recipe: Path, change: str, folder: Path) -> None:
+    """Build what a trainer of TRL is given, without a model."""
+    loaded = load_recipe(recipe, [f"stages.trl.{change}"])
+    spec, context = loaded.stages["trl"], StageContext(loaded, "trl", folder, 0)
+    trainer_class, config_class = find_trainer(spec.trainer)
+    configuration(config_class, spec, context)
+    extras(trainer_class, spec, folder, context)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("trainer=Orpo", "did you mean ORPO?"),
+        ("trainer=Nonsense", "has no NonsenseTrainer; stable ones are DPO"),
+        ("args={bta: 1}", "KTOConfig has no argument bta"),
+        ("rewards=[{kind: repetition}]", "KTOTrainer takes no reward_funcs; remove rewards"),
+    ],
+)
+def test_what_a_trainer_does_not_take_is_told(recipe, tmp_path, change, said) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        trainer_arguments(recipe, change, tmp_path)

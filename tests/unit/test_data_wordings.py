@@ -1,0 +1,94 @@
+import pytest
+
+from align.core.errors import DataError
+from align.data.load import load_examples
+from align.data.wordings import word_row
+from align.recipe.schema import DataSpec
+
+TEMPLATES = """
+- name: ask
+  prompt: "Question: {{ question }}"
+  completion: "{{ answer | trim }}"
+- name: turned
+  prompt: "Ask something whose answer is {{ answer }}."
+  completion: "{{ question }}"
+"""
+
+
+@pytest.fixture
+def templates(tmp_path):
+    path = tmp_path / "templates.yaml"
+    path.write_text(TEMPLATES)
+    return str(path)
+
+
+def rows_file(tmp_path, name, count):
+    path = tmp_path / f"{name}.jsonl"
+    lines = [
+        f'{{"question": "{name}{i}?", "answer": " {i} ", "topic": "t"}}\n' for i in range(count)
+    ]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def test_every_wording_of_a_row(templates):
+    row = {"question": "1+1?", "answer": " 2 ", "topic": "sums"}
+    found = word_row(row, "a:1", templates=templates, phrasing="all", seed=0)
+    assert [r["prompt"][0]["content"] for r in found] == [
+        "Question: 1+1?",
+        "Ask something whose answer is  2 .",
+    ]
+    assert [r["completion"][0]["content"] for r in found] == ["2", "1+1?"]
+    assert found[0]["topic"] == "sums"
+    assert [r["template"] for r in found] == ["ask", "turned"]
+
+
+def test_one_wording_is_drawn_by_seed_and_place_and_both_occur(tmp_path, templates):
+    spec = DataSpec(path=rows_file(tmp_path, "a", 40), templates=templates)
+    first = load_examples([spec], kind="sft", seed=1)
+    names = [example.columns["template"] for example in first]
+    assert names == [e.columns["template"] for e in load_examples([spec], kind="sft", seed=1)]
+    assert names != [e.columns["template"] for e in load_examples([spec], kind="sft", seed=2)]
+    # 40 fair draws: fewer than 8 of either has probability 5e-5.
+    assert 8 <= names.count("ask") <= 32
+
+
+def test_a_missing_field_names_the_row_the_template_and_what_there_is(tmp_path, templates):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "q?", "reply": "r"}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl:1: template .*'answer' is undefined.*reply"):
+        load_examples([DataSpec(path=str(path), templates=templates, phrasing="all")],
+                      kind="sft", seed=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ rows.append(1) }}"],
+)
+def test_templates_run_sandboxed(tmp_path, attack):
+    path = tmp_path / "evil.yaml"
+    path.write_text(f'- name: evil\n  prompt: "{attack}"\n')
+    with pytest.raises(DataError, match="template 'evil'"):
+        word_row({"rows": []}, "a:1", templates=str(path), phrasing="all", seed=0)
+
+
+def test_all_mistakes_of_a_file_at_once(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("- name: a\n  answer: x\n- prompt: y\n- name: b\n  prompt: '{{ open'\n")
+    with pytest.raises(DataError) as caught:
+        word_row({}, "a:1", templates=str(path), phrasing="all", seed=0)
+    assert [f"entry {i}" in str(caught.value) for i in (1, 2, 3)] == [True] * 3
+
+
+def test_mixing_is_proportional_up_to_the_cap(tmp_path):
+    # 40, 10 and 2 rows with cap 20: weights 20, 10, 2. The largest n / w is 40 / 20 = 2, so each
+    # row of the big set stands there once and the others come to 2 * 10 = 20 and 2 * 2 = 4.
+    specs = [
+        DataSpec(path=rows_file(tmp_path, name, count), rename={"question": "prompt",
+                                                                "answer": "completion"})
+        for name, count in (("a", 40), ("b", 10), ("c", 2))
+    ]  # fmt: skip
+    mixed = load_examples(specs, kind="sft", seed=0, mix_cap=20)
+    names = [str(example.prompt)[0] for example in mixed]
+    assert [names.count(n) for n in "abc"] == [40, 20, 4]
+    assert len({example.prompt for example in mixed}) == 52
