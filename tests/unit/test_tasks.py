@@ -118,7 +118,7 @@ def test_question_about_checkpoints_becomes_a_valid_recipe():
     (Path("hf/model") / "config.json").write_text("{}")
     plain = question_recipe(
         Question(
-            ["a/dpo", "hf/model"], ["gsm8k"], baseline="a/sft", samples=2, limit=7,
+            ["a/dpo", "hf/model"], ["world"], baseline="a/sft", samples=5, limit=7,
             judge="a/reward", tokenizer={"chat_template": "plain"},
         ),
         Path("runs"),
@@ -130,7 +130,7 @@ def test_question_about_checkpoints_becomes_a_valid_recipe():
     assert spec.label(spec.baseline) == "sft"
     assert (recipe.stages["model"].kind, recipe.stages["model"].path) == ("base", "hf/model")
     (task,) = spec.tasks
-    assert (task.samples, task.prompts[0].rows, task.judge[0].model) == (2, 7, "runs/a/reward")
+    assert (task.samples, task.prompts[0].rows, task.judge[0].model) == (5, 7, "runs/a/reward")
 
 
 def test_checkpoints_of_two_runs_keep_apart():
