@@ -22,9 +22,18 @@ class RecipeError(AlignError, ValueError):
 
 
 class DataError(AlignError, ValueError):
-    """Report a row or a data set that cannot be used, as ``file:line: what``."""
+    """Report a row or a data set that cannot be used, as ``file:line: what``.
+
+    Args:
+        message: where, found, expected, what to do.
+        code: the entry of align/data/check/codes.yaml that says more (``align explain D040``).
+    """
 
     exit_code = EXIT_USER
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ArtefactError(AlignError, OSError):

@@ -12,7 +12,8 @@ import numpy as np
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats import FormatDetector, to_examples
-from align.data.sources import Row, read_rows
+from align.data.readers import Row
+from align.data.sources import read_rows
 from align.data.split import side_of, split_key
 from align.data.wordings import word_row
 from align.data.world import generate

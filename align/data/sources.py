@@ -1,23 +1,19 @@
 """Read rows from files, globs, folders and hub data sets, each with the place it came from."""
 
-import codecs
-import csv
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.data.readers import Item, Row, scan
 
-Row = dict[str, Any] | str
-
-_SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+_SUFFIXES = (*_PLAIN, *(f"{s}.gz" for s in _PLAIN if s not in (".parquet", ".arrow")))
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?$")
 
 
@@ -25,24 +21,31 @@ def read_rows(path: str) -> Iterator[tuple[Row, str]]:
     """Read every row of a data source together with its ``file:line`` (or ``file:row N``).
 
     Args:
-        path: a file (jsonl, json, csv, tsv, parquet, txt; jsonl and json also gzipped), a folder
-            (all such files in it, by name), a glob, or a hub id ``owner/name`` with an optional
-            ``:split`` when nothing of that name exists here. Environment variables are expanded.
+        path: a file (jsonl, json, csv or tsv with any separator, parquet, arrow, txt; the texts
+            also gzipped; what a file holds decides, not its name), a folder (all such files in it,
+            by name), a glob, or a hub id ``owner/name`` with an optional ``:split`` when nothing
+            of that name exists here. Environment variables are expanded.
 
     Returns:
         Dictionaries, or strings for .txt: its documents end at ``<|endoftext|>`` alone on a line,
         or at blank lines where the file has no such mark.
 
     Raises:
-        DataError: nothing is found, the kind of file is unknown, or a file cannot be parsed.
+        DataError: nothing is found, or a file or one of its rows cannot be read.
     """
+    for row, source in scan_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row, source
+
+
+def scan_rows(path: str) -> Iterator[Item]:
+    """Read as ``read_rows`` does, but give what cannot be read as an error in a row's place."""
     files = find_files(path)
     if not files:
         yield from _read_hub(path)
-        return
     for file in files:
-        suffix = _suffix(file)
-        yield from _READERS[suffix.removesuffix(".gz")](file)
+        yield from scan(file, name=str(file), suffix=suffix_of(file))
 
 
 def find_files(path: str) -> list[Path]:
@@ -53,21 +56,21 @@ def find_files(path: str) -> list[Path]:
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded:
-        raise DataError(f"{path}: an environment variable in it is not set")
+        raise DataError(f"{path}: an environment variable in it is not set", code="D001")
     here = Path(expanded)
-    if here.is_file():
+    if here.is_file() or (here.is_symlink() and not here.exists()):
         return [_known(here)]
     if here.is_dir():
-        found = sorted(p for p in here.rglob("*") if p.is_file() and _suffix(p))
+        found = sorted(p for p in here.rglob("*") if suffix_of(p) and not p.is_dir())
         if not found:
-            raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
+            raise DataError(f"{path}: the folder holds no {', '.join(_PLAIN)} file", code="D004")
         return found
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if Path(p).is_file())
     if found:
         return [_known(p) for p in found]
-    if _HUB_ID.match(path) and not _suffix(here) and not here.parent.is_dir():
+    if _HUB_ID.match(path) and not suffix_of(here) and not here.parent.is_dir():
         return []
-    raise DataError(f"{path}: no such file, folder or glob (from {Path.cwd()})")
+    raise DataError(f"{path}: no such file, folder or glob (from {Path.cwd()})", code="D001")
 
 
 def data_fingerprint(path: str) -> list[dict[str, Any]]:
@@ -88,157 +91,22 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
     return prints
 
 
-def _suffix(path: Path) -> str:
-    return next((s for s in _SUFFIXES if path.name.lower().endswith(s)), "")
+def suffix_of(path: Path) -> str:
+    """Give the suffix that says what a file holds, without ``.gz``; "" if it says nothing."""
+    name = path.name.lower()
+    suffix = next((s for s in _SUFFIXES if name.endswith(s)), "").removesuffix(".gz")
+    return ".jsonl" if suffix == ".ndjson" else suffix
 
 
 def _known(path: Path) -> Path:
-    if not _suffix(path):
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
+    if not suffix_of(path):
+        raise DataError(
+            f"{path}: unknown kind of file; expected one of {', '.join(_PLAIN)}", code="D005"
+        )
     return path
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
-        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8"
-        ) from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _parse(text: str, *, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{line + error.lineno - 1}:{error.colno}: broken JSON: {error.msg}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{line}: broken JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _read_jsonl(path: Path, text: str | None = None) -> Iterator[tuple[Row, str]]:
-    # Not splitlines: U+2028 and its like are ordinary characters inside a JSON string.
-    for number, line in enumerate((text or _read_text(path)).split("\n"), start=1):
-        if line.strip():
-            row = _parse(line.rstrip("\r"), path=path, line=number)
-            yield _mapping(row, f"{path}:{number}"), f"{path}:{number}"
-
-
-def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
-    text = _read_text(path)
-    lines = [line for line in text.split("\n", 2)[:2] if line.strip()]
-    if len(lines) == 2 and _is_object(lines[0]):
-        # JSON Lines under a .json name: the first line is a whole object and more follow.
-        yield from _read_jsonl(path, text)
-        return
-    start = len(text) - len(text.lstrip())
-    if not text.strip():
-        return
-    if text[start] != "[":
-        yield _mapping(_parse(text, path=path, line=1), f"{path}:1"), f"{path}:1"
-        return
-    yield from _read_array(text, start + 1, path=path)
-
-
-def _read_array(text: str, at: int, *, path: Path) -> Iterator[tuple[Row, str]]:
-    """Decode the elements of an array one by one, so that each has its line."""
-    _parse(text, path=path, line=1)  # a broken file yields nothing at all
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-    skip = re.compile(r"[\s,]*")
-    while True:
-        at = skip.match(text, at).end()  # type: ignore[union-attr]
-        if text[at] == "]":
-            return
-        line += text.count("\n", counted, at)
-        counted = at
-        row, at = decoder.raw_decode(text, at)
-        yield _mapping(row, f"{path}:{line}"), f"{path}:{line}"
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _mapping(row: Any, source: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: expected an object with named fields, found {str(row)[:60]!r}")
-    return row
-
-
-def _read_table(path: Path, *, delimiter: str) -> Iterator[tuple[Row, str]]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        if len(set(header)) < len(header):
-            raise DataError(f"{path}:1: a column name stands twice in {header}")
-        line = reader.line_num
-        for cells in reader:
-            source = f"{path}:{line + 1}"
-            line = reader.line_num
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise DataError(f"{source}: {len(cells)} cells, but the header names {len(header)}")
-            yield dict(zip(header, cells, strict=True)), source
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: broken table: {error}") from error
-
-
-def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
-    return _read_table(path, delimiter=",")
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[Row, str]]:
-    return _read_table(path, delimiter="\t")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"{path}:row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: broken parquet: {error}") from error
-
-
-def _read_txt(path: Path) -> Iterator[tuple[Row, str]]:
-    text = _read_text(path).replace("\r\n", "\n")
-    border = r"^<\|endoftext\|>$" if "<|endoftext|>" in text else r"^\s*$"
-    start = 0
-    for end in [*re.finditer(border, text, flags=re.MULTILINE), None]:
-        block = text[start : end.start() if end else len(text)]
-        if block.strip():
-            line = text.count("\n", 0, start + len(block) - len(block.lstrip())) + 1
-            yield block.strip("\n"), f"{path}:{line}"
-        start = end.end() if end else len(text)
-
-
-def _read_hub(path: str) -> Iterator[tuple[Row, str]]:
+def _read_hub(path: str) -> Iterator[Item]:
     import datasets
 
     name, _, split = path.partition(":")
@@ -246,17 +114,7 @@ def _read_hub(path: str) -> Iterator[tuple[Row, str]]:
         data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub client raises types of several libraries
         raise DataError(
-            f"{path}: no such file here, and not to be had as a hub id: {error}"
+            f"{path}: no such file here, and not to be had as a hub id: {error}", code="D011"
         ) from error
     for number, row in enumerate(data, start=1):
         yield dict(row), f"{path}:row {number}"
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[Row, str]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}

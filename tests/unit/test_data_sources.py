@@ -92,7 +92,8 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> Non
         ("r.csv", b"a,b\n1,2\n3\n", "r.csv:3: 1 cells, but the header names 2"),
         ("r.csv", b"a,a\n1,2\n", "r.csv:1: a column name stands twice"),
         ("r.xml", b"<a/>", "r.xml: unknown kind of file"),
-        ("r.jsonl.gz", b"not gzip", "r.jsonl.gz: cannot be read"),
+        ("r.jsonl.gz", b"not gzip", "r.jsonl.gz:1:1: broken JSON"),
+        ("r.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "r.jsonl.gz: broken gzip"),
     ],
 )
 def test_broken_files_name_the_place(
