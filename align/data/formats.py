@@ -2,18 +2,20 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data import importers, judged
+from align.data.faults import check_example
+from align.data.readers import Row
 from align.data.turns import guess
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any] | str
 Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps"]
 Reader = Callable[[Any, str], list[Example]]
 
@@ -98,7 +100,8 @@ class FormatDetector:
             elif first[0] != form:
                 raise DataError(
                     f"{source}: format {form}, but {first[1]} is {first[0]}; split the file or "
-                    "set 'format'"
+                    "set 'format'",
+                    code="D043",
                 )
         self.counts[form] += 1
         return form
@@ -112,7 +115,7 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     """
     if isinstance(row, str):
         return "text"
-    fits = [name for name, form in FORMATS.items() if _has(row, form)]
+    fits = _fitting(tuple(row))
     fits = [name for name in fits if not _covered(name, fits, row)]
     if len(fits) > 1:
         wanted = [name for name in fits if kind in FORMATS[name].gives]
@@ -122,11 +125,14 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     if fits:
         raise DataError(
             f"{source}: the fields {sorted(row)} can be read as {' or '.join(fits)}; "
-            "say which with 'format'"
+            "say which with 'format'",
+            code="D042",
         )
+    near = _near_misses(row)
     raise DataError(
-        f"{source}: no known format has the fields {sorted(row)}{_near_misses(row)}; "
-        f"expected one of {_expected(kind)}; bring the names in line with 'rename: {{old: new}}'"
+        f"{source}: no known format has the fields {sorted(row)}{near}; "
+        f"expected one of {_expected(kind)}; bring the names in line with 'rename: {{old: new}}'",
+        code="D041" if near else "D040",
     )
 
 
@@ -144,8 +150,13 @@ def _expected(kind: Kind) -> str:
     )
 
 
-def _has(row: dict[str, Any], form: Format) -> bool:
-    return any(all(field in row for field in option) for option in form.fields)
+def _has(fields: Collection[str], form: Format) -> bool:
+    return any(all(field in fields for field in option) for option in form.fields)
+
+
+@lru_cache(maxsize=1024)
+def _fitting(fields: tuple[str, ...]) -> list[str]:
+    return [name for name, form in FORMATS.items() if _has(fields, form)]
 
 
 def _covered(name: str, fits: list[str], row: dict[str, Any]) -> bool:
@@ -182,10 +193,14 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         name = detect(row, kind=kind, source=source)
     form = FORMATS[name]
     if isinstance(row, str) and name != "text":
-        raise DataError(f"{source}: plain text, but the format is {format}; use format: text")
+        raise DataError(
+            f"{source}: plain text, but the format is {format}; use format: text", code="D044"
+        )
     if isinstance(row, dict) and not _has(row, form):
         wanted = " or ".join(", ".join(option) for option in form.fields)
-        raise DataError(f"{source}: format {name} needs {wanted}; the row has {sorted(row)}")
+        raise DataError(
+            f"{source}: format {name} needs {wanted}; the row has {sorted(row)}", code="D040"
+        )
     read = form.read
     if (name, kind) == ("oasst", "preference"):
         read = cast(Reader, importers.from_oasst_pairs)
@@ -222,9 +237,10 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
         ("preference", "sft"): "set answers: chosen (or both) to make sft rows of the pairs",
         ("unpaired", "sft"): "keep the rows with label true in a file without 'label'",
     }.get((has, kind), f"use a data set of kind {kind}")
-    remedy += _near_misses(example.columns)
+    near = _near_misses(example.columns)
     raise DataError(
-        f"{example.source}: a row of {name} is {has} data, the stage needs {kind}; {remedy}"
+        f"{example.source}: a row of {name} is {has} data, the stage needs {kind}; {remedy}{near}",
+        code="D041" if near else "D044",
     )
 
 
@@ -251,7 +267,8 @@ def _with_reference(example: Example) -> Mapping[str, Any]:
 def _prompt_part(example: Example, name: str) -> Text:
     if name == "text":
         raise DataError(
-            f"{example.source}: plain text has no prompts; use rows with a field 'prompt'"
+            f"{example.source}: plain text has no prompts; use rows with a field 'prompt'",
+            code="D044",
         )
     if example.prompt or example.completion is None or isinstance(example.completion, str):
         return example.prompt
@@ -259,50 +276,3 @@ def _prompt_part(example: Example, name: str) -> Text:
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     return turns
-
-
-def check_example(example: Example, *, kind: Kind) -> None:
-    """Check that an example can be trained on.
-
-    Raises:
-        DataError: an empty text, no assistant turn, an answer before any question, a prompt that
-            does not end with the user, or chosen equal to rejected.
-    """
-    source = example.source
-    parts = {"prompt": example.prompt, "completion": example.completion,
-             "rejected": example.rejected}  # fmt: skip
-    for name, text in parts.items():
-        if text:
-            _check_content(text, name, source)
-        elif text is not None and (name != "prompt" or kind in ("preference", "prompts")):
-            raise DataError(f"{source}: {name} is empty")
-    if kind in ("sft", "preference", "unpaired"):
-        _check_answers(example)
-    if kind != "corpus" and example.prompt and not isinstance(example.prompt, str):
-        last = example.prompt[-1]["role"]
-        if last not in ("user", "tool"):
-            raise DataError(f"{source}: the prompt ends with a turn of {last}, expected user")
-    if example.rejected is not None and example.completion == example.rejected:
-        raise DataError(f"{source}: chosen and rejected are the same")
-
-
-def _check_content(text: Text, name: str, source: str) -> None:
-    if isinstance(text, str):
-        if not text.strip():
-            raise DataError(f"{source}: {name} is empty")
-        return
-    for i, turn in enumerate(text):
-        if not turn["content"].strip():
-            raise DataError(f"{source}: {name}[{i}]: the content of the {turn['role']} is empty")
-
-
-def _check_answers(example: Example) -> None:
-    for answer in (example.completion, example.rejected):
-        if answer is None or isinstance(answer, str):
-            continue
-        turns = [*example.prompt, *answer] if not isinstance(example.prompt, str) else [*answer]
-        roles = [turn["role"] for turn in turns]
-        if "assistant" not in [turn["role"] for turn in answer]:
-            raise DataError(f"{example.source}: no assistant turn in {roles}")
-        if "user" not in roles[: roles.index("assistant")]:
-            raise DataError(f"{example.source}: an assistant turn before any user turn in {roles}")

@@ -5,11 +5,12 @@ row that is well formed but holds no example (all answers of an UltraFeedback ro
 """
 
 import re
+from math import isfinite
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
-from align.data.turns import shown, to_text, to_turns
+from align.data.turns import not_text, shown, to_text, to_turns
 
 Row = dict[str, Any]
 
@@ -52,7 +53,9 @@ def from_prompt(row: Row, source: str) -> list[Example]:
         return [Example(prompt=prompt, columns=_rest(row, "prompt"), source=source)]
     turns = row["turns"]
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-        raise DataError(f"{source}: turns: expected a list of texts, found {shown(turns)}")
+        raise DataError(
+            f"{source}: turns: expected a list of texts, found {shown(turns)}", code="D055"
+        )
     prompt = [Turn(role="user", content=turns[0])]
     return [Example(prompt=prompt, columns=dict(row), source=source)]
 
@@ -62,7 +65,7 @@ def from_preference(row: Row, source: str) -> list[Example]:
     chosen = to_text(row["chosen"], field="chosen", source=source)
     rejected = to_text(row["rejected"], field="rejected", source=source)
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError(f"{source}: chosen and rejected: one is text, the other turns")
+        raise DataError(f"{source}: chosen and rejected: one is text, the other turns", code="D073")
     rest = _rest(row, "prompt", "chosen", "rejected", "margin")
     if "prompt" not in row:
         return [_implicit(chosen, rejected, row, rest, source)]
@@ -80,7 +83,9 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
     """Read OpenAI's preference rows: ``input.messages`` and the two outputs."""
     given = row["input"]
     if not isinstance(given, dict) or "messages" not in given:
-        raise DataError(f"{source}: input: expected an object with 'messages', {shown(given)}")
+        raise DataError(
+            f"{source}: input: expected an object with 'messages', {shown(given)}", code="D050"
+        )
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (to_turns(row[name], field=name, source=source) for name in names)
     prompt = to_turns(given["messages"], field="input.messages", source=source)
@@ -94,7 +99,9 @@ def from_alpaca(row: Row, source: str) -> list[Example]:
     prompt = [Turn(role="system", content=_str(row, "system", source))] if row.get("system") else []
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{source}: history: expected [question, answer], {shown(pair)}")
+            raise DataError(
+                f"{source}: history: expected [question, answer], {shown(pair)}", code="D050"
+            )
         prompt.append(Turn(role="user", content=str(pair[0])))
         prompt.append(Turn(role="assistant", content=str(pair[1])))
     asked = _with_input(_str(row, "instruction", source), row.get("input"), source)
@@ -127,7 +134,8 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
         if key is None or not isinstance(entry.get("response"), str):
             raise DataError(
                 f"{source}: completions[{i}]: expected 'response' and one of {keys}, "
-                f"found {sorted(entry)}"
+                f"found {sorted(entry)}",
+                code="D040",
             )
         scored.append((float(entry[key]), entry["response"]))
     if len(scored) < 2:
@@ -214,7 +222,9 @@ def _ranked(node: Row) -> list[Row]:
 def _oasst_turn(node: Row, source: str) -> Turn:
     role = {"prompter": "user", "assistant": "assistant"}.get(node.get("role", ""))
     if role is None:
-        raise DataError(f"{source}: role {node.get('role')!r}: expected prompter or assistant")
+        raise DataError(
+            f"{source}: role {node.get('role')!r}: expected prompter or assistant", code="D053"
+        )
     return Turn(role=role, content=_str(node, "text", source))
 
 
@@ -225,7 +235,7 @@ def _rest(row: Row, *used: str) -> Row:
 def _str(row: Row, field: str, source: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        raise DataError(f"{source}: {field}: expected text, found {shown(value)}")
+        raise not_text(value, field=field, source=source)
     return value
 
 
@@ -233,7 +243,7 @@ def _with_input(instruction: str, given: object, source: str) -> str:
     if given is None or given == "":
         return instruction
     if not isinstance(given, str):
-        raise DataError(f"{source}: input: expected text, found {shown(given)}")
+        raise not_text(given, field="input", source=source)
     return f"{instruction}\n\n{given}"
 
 
@@ -245,8 +255,8 @@ def _margin(row: Row, source: str) -> float | None:
         value = both[0] - both[1] if all(isinstance(v, int | float) for v in both) else both
     else:
         return None
-    if not isinstance(value, int | float):
-        raise DataError(f"{source}: margin: expected a number, found {shown(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise DataError(f"{source}: margin: expected a number, found {shown(value)}", code="D074")
     return float(value)
 
 
@@ -257,7 +267,8 @@ def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) ->
     if not isinstance(label, bool):
         raise DataError(
             f"{source}: label: expected true or false, found {shown(label)}; a label that does "
-            "not judge the answer needs another name (rename: {label: class})"
+            "not judge the answer needs another name (rename: {label: class})",
+            code="D080",
         )
     return Example(prompt, completion, label=label, columns=rest, source=source)
 
@@ -291,18 +302,22 @@ def _explicit(
     repeats = [side[: len(asked)] == asked for side in sides]
     if any(repeats):
         if not all(repeats):
-            raise DataError(f"{source}: only one of chosen and rejected repeats the prompt")
+            raise DataError(
+                f"{source}: only one of chosen and rejected repeats the prompt", code="D071"
+            )
         sides = [side[len(asked) :] for side in sides]
     elif any(side[0]["role"] != "assistant" for side in sides):
         raise DataError(
-            f"{source}: chosen and rejected begin neither with the prompt nor an answer"
+            f"{source}: chosen and rejected begin neither with the prompt nor an answer",
+            code="D071",
         )
     return _pair(asked, sides[0], sides[1], row, rest, source)
 
 
 def _implicit(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
-    both = zip(chosen, rejected, strict=False)
-    count = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chosen), len(rejected)))
+    both = (chosen, rejected)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    count = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):
         # Back to a word border, so that no word is torn between prompt and answer.
         while 0 < count < len(chosen) and not chosen[count].isspace():
@@ -310,10 +325,15 @@ def _implicit(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) ->
     else:
         while count and chosen[count - 1]["role"] == "assistant":
             count -= 1  # a shared beginning of the answer belongs to the answer
+        if any(side[count : count + 1] and side[count]["role"] != "assistant" for side in both):
+            raise DataError(
+                f"{source}: the prompts of chosen and rejected differ at turn {count}", code="D071"
+            )
     if count == 0:
         raise DataError(
             f"{source}: chosen and rejected share no beginning, so there is no prompt; "
-            "give a field 'prompt'"
+            "give a field 'prompt'",
+            code="D072",
         )
     return _pair(chosen[:count], chosen[count:], rejected[count:], row, rest, source)
 
@@ -321,7 +341,8 @@ def _implicit(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) ->
 def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:
     if not isinstance(text, str) or not text.lstrip(" ").startswith("\n\nHuman:"):
         raise DataError(
-            f'{source}: {field}: expected text that begins "\\n\\nHuman:", found {shown(text)}'
+            f'{source}: {field}: expected text that begins "\\n\\nHuman:", found {shown(text)}',
+            code="D055",
         )
     pieces = _HH_TURN.split(text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}

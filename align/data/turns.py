@@ -31,35 +31,44 @@ def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{source}: {field}: expected a list of turns, found {shown(value)}")
+        raise DataError(
+            f"{source}: {field}: expected a list of turns, found {shown(value)}", code="D050"
+        )
     return [_turn(turn, field=f"{field}[{i}]", source=source) for i, turn in enumerate(value)]
 
 
 def _turn(turn: Any, *, field: str, source: str) -> Turn:
     if not isinstance(turn, dict):
-        raise DataError(f"{source}: {field}: expected a turn, found {shown(turn)}")
+        raise DataError(f"{source}: {field}: expected a turn, found {shown(turn)}", code="D050")
     if "from" in turn and "value" in turn:
         return _sharegpt_turn(turn, field=field, source=source)
     for key in ("role", "content"):
         if key not in turn:
             near = next((k for k in turn if guess(k, [key])), None)
             hint = f"; did you mean '{key}' by '{near}'?" if near else ""
-            raise DataError(f"{source}: {field}: no '{key}' in a turn with {sorted(turn)}{hint}")
+            raise DataError(
+                f"{source}: {field}: no '{key}' in a turn with {sorted(turn)}{hint}",
+                code="D052" if near else "D051",
+            )
     role = turn["role"]
     if role not in ROLES:
         meant = _MEANT.get(str(role).lower())
         hint = f"; did you mean '{meant}'?" if meant else guess(str(role), ROLES)
-        raise DataError(f"{source}: {field}: role {role!r}: expected one of {ROLES}{hint}")
+        raise DataError(
+            f"{source}: {field}: role {role!r}: expected one of {ROLES}{hint}", code="D053"
+        )
     for key in ("tool_calls", "function_call"):
         if turn.get(key):
             raise DataError(
-                f"{source}: {field}: {key} cannot be kept; write the call as text in 'content'"
+                f"{source}: {field}: {key} cannot be kept; write the call as text in 'content'",
+                code="D057",
             )
     weight = turn.get("weight", turn.get("loss_weight"))
     if role == "assistant" and weight is not None and weight != 1:
         raise DataError(
             f"{source}: {field}: an assistant turn of weight {weight} cannot be kept; "
-            "only weight 1 is trained"
+            "only weight 1 is trained",
+            code="D058",
         )
     content = _content(turn["content"], field=f"{field}.content", source=source)
     return Turn(role=role, content=content)
@@ -75,11 +84,18 @@ def _content(value: Any, *, field: str, source: str) -> str:
             text = part.get("text", part.get("value")) if kind == "text" else None
             if not isinstance(text, str):
                 raise DataError(
-                    f"{source}: {field}: a part of type {kind!r} cannot be kept; only text parts"
+                    f"{source}: {field}: a part of type {kind!r} cannot be kept; only text parts",
+                    code="D056",
                 )
             texts.append(text)
         return "\n".join(texts)
-    raise DataError(f"{source}: {field}: expected text, found {shown(value)}")
+    raise not_text(value, field=field, source=source)
+
+
+def not_text(value: Any, *, field: str, source: str) -> DataError:
+    """Make the error of a field that should hold text."""
+    code = "D054" if value is None else "D055"
+    return DataError(f"{source}: {field}: expected text, found {shown(value)}", code=code)
 
 
 def _sharegpt_turn(turn: Row, *, field: str, source: str) -> Turn:
@@ -88,7 +104,8 @@ def _sharegpt_turn(turn: Row, *, field: str, source: str) -> Turn:
         hint = guess(str(turn["from"]), _SHAREGPT_ROLES)
         raise DataError(
             f"{source}: {field}: from {turn['from']!r}: expected one of "
-            f"{tuple(_SHAREGPT_ROLES)}{hint}"
+            f"{tuple(_SHAREGPT_ROLES)}{hint}",
+            code="D053",
         )
     value = turn["value"]
     if turn["from"] == "function_call" and not isinstance(value, str):

@@ -1,0 +1,82 @@
+"""Say what makes an example unfit for training; stages and ``align data check`` share it."""
+
+from collections.abc import Iterator
+
+from align.core.errors import DataError
+from align.core.types import Example, Text
+
+Fault = tuple[str, str]
+"""Code (an entry of align/data/check/codes.yaml) and what was found."""
+
+
+def check_example(example: Example, *, kind: str) -> None:
+    """Check that an example can be trained on.
+
+    Raises:
+        DataError: the first fault of the example.
+    """
+    for code, found in faults(example, kind=kind):
+        raise DataError(f"{example.source}: {found}", code=code)
+
+
+def faults(example: Example, *, kind: str) -> Iterator[Fault]:
+    """Give all faults of an example, of its texts first.
+
+    They are empty or damaged text, no assistant turn, an answer before any question, a prompt
+    that does not end with the user, and chosen equal to rejected.
+    """
+    prompt, completion, rejected = example.prompt, example.completion, example.rejected
+    if prompt:
+        yield from _content_faults(prompt, "prompt")
+    elif kind in ("preference", "prompts"):
+        yield "D054", "prompt is empty"
+    for name, text in (("completion", completion), ("rejected", rejected)):
+        if text:
+            yield from _content_faults(text, name)
+        elif text is not None:
+            yield "D054", f"{name} is empty"
+    if kind in ("sft", "preference", "unpaired"):
+        for answer in (completion, rejected):
+            if answer and not isinstance(answer, str):
+                yield from _answer_faults(prompt, answer)
+    if kind != "corpus" and prompt and not isinstance(prompt, str):
+        last = prompt[-1]["role"]
+        if last not in ("user", "tool"):
+            yield "D062", f"the prompt ends with a turn of {last}, expected user"
+    if rejected is not None and completion == rejected:
+        yield "D070", "chosen and rejected are the same"
+
+
+def _content_faults(text: Text, name: str) -> Iterator[Fault]:
+    if isinstance(text, str):
+        if not text or text.isspace():
+            yield "D054", f"{name} is empty"
+        yield from _damage(text, name)
+        return
+    for i, turn in enumerate(text):
+        content = turn["content"]
+        if not content or content.isspace():
+            yield "D054", f"{name}[{i}]: the content of the {turn['role']} is empty"
+        yield from _damage(content, f"{name}[{i}]")
+
+
+def _damage(text: str, name: str) -> Iterator[Fault]:
+    """Find characters that no tokenizer can encode, or that no text holds."""
+    if "\0" in text:
+        yield "D022", f"{name}: a NUL character at {text.index(chr(0))}"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            yield "D023", f"{name}: half of a surrogate pair, {half}, at character {error.start}"
+
+
+def _answer_faults(prompt: Text, answer: Text) -> Iterator[Fault]:
+    assert not isinstance(answer, str)
+    said = [turn["role"] for turn in answer]
+    roles = said if isinstance(prompt, str) else [*(turn["role"] for turn in prompt), *said]
+    if "assistant" not in said:
+        yield "D060", f"no assistant turn in {roles}"
+    elif "user" not in roles[: roles.index("assistant")]:
+        yield "D061", f"an assistant turn before any user turn in {roles}"
