@@ -40,7 +40,8 @@ HOMES = {
     "trl": ("align.stages.trl", "align.data.chat"),
     "openai": ("reward_models.judge",),
 }  # fmt: skip
-TORCH_FREE = ("align.recipe", "align.pipeline", "align.report", "align.cli", "align.doctor")
+TORCH_FREE = ("align.recipe", "align.pipeline", "align.report", "align.cli", "align.doctor",
+              "align.data.check")  # fmt: skip
 COMMANDS = ("align.cli", "align.doctor")
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", *HOMES}
 

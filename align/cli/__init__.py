@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from align.cli.data import data, explain
 from align.cli.evaluate import eval_
 from align.core.errors import EXIT_USER, AlignError
 
@@ -16,6 +17,9 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+cli.add_typer(data, name="data")
+cli.command()(explain)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the YAML file")]
 Overrides = Annotated[

@@ -11,7 +11,7 @@ from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data import importers, judged
 from align.data.faults import check_example
-from align.data.readers import Row
+from align.data.json_reader import Row
 from align.data.turns import guess
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class FormatDetector:
         self._kind: Kind = kind
         self._of_file: dict[str, tuple[str, str]] = {}
         self.counts: Counter[str] = Counter()
+
+    def expect(self, file: str, form: str) -> None:
+        """Set the format of a file before its first row."""
+        self._of_file[file] = (form, file)
 
     def format_of(self, row: Row, source: str) -> str:
         """Name the format of a row.

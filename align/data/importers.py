@@ -5,11 +5,11 @@ row that is well formed but holds no example (all answers of an UltraFeedback ro
 """
 
 import re
-from math import isfinite
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.pairs import as_turns, explicit_pair, implicit_pair, make_pair
 from align.data.turns import not_text, shown, to_text, to_turns
 
 Row = dict[str, Any]
@@ -68,15 +68,17 @@ def from_preference(row: Row, source: str) -> list[Example]:
         raise DataError(f"{source}: chosen and rejected: one is text, the other turns", code="D073")
     rest = _rest(row, "prompt", "chosen", "rejected", "margin")
     if "prompt" not in row:
-        return [_implicit(chosen, rejected, row, rest, source)]
+        return [implicit_pair(chosen, rejected, row, rest, source)]
     prompt = to_text(row["prompt"], field="prompt", source=source)
-    return [_explicit(prompt, chosen, rejected, row, rest, source)]
+    return [explicit_pair(prompt, chosen, rejected, row, rest, source)]
 
 
 def from_hh(row: Row, source: str) -> list[Example]:
     r"""Read ``chosen`` and ``rejected`` dialogues of "\n\nHuman: ... \n\nAssistant: ..."."""
     sides = [_hh_turns(row[side], field=side, source=source) for side in ("chosen", "rejected")]
-    return [_implicit(sides[0], sides[1], row, _rest(row, "chosen", "rejected", "margin"), source)]
+    return [
+        implicit_pair(sides[0], sides[1], row, _rest(row, "chosen", "rejected", "margin"), source)
+    ]
 
 
 def from_openai_dpo(row: Row, source: str) -> list[Example]:
@@ -89,7 +91,7 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (to_turns(row[name], field=name, source=source) for name in names)
     prompt = to_turns(given["messages"], field="input.messages", source=source)
-    return [_pair(prompt, chosen, rejected, row, _rest(row, "input", *names), source)]
+    return [make_pair(prompt, chosen, rejected, row, _rest(row, "input", *names), source)]
 
 
 def from_alpaca(row: Row, source: str) -> list[Example]:
@@ -119,7 +121,7 @@ def from_sharegpt(row: Row, source: str) -> list[Example]:
     rest = _rest(row, *used)
     if "chosen" in row and "rejected" in row:
         sides = [to_turns(row[s], field=s, source=source) for s in ("chosen", "rejected")]
-        return [_pair(turns, sides[0], sides[1], row, rest, source)]
+        return [make_pair(turns, sides[0], sides[1], row, rest, source)]
     if "label" in row:
         return [_judged(turns[:-1], turns[-1:], row, rest, source)]
     return [Example(prompt=[], completion=turns, columns=rest, source=source)]
@@ -146,7 +148,7 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
     prompt = [Turn(role="user", content=_str(row, "instruction", source))]
     sides = [[Turn(role="assistant", content=side[1])] for side in (best, worst)]
     rest = _rest(row, "instruction", "completions")
-    return [_pair(prompt, sides[0], sides[1], {"margin": best[0] - worst[0]}, rest, source)]
+    return [make_pair(prompt, sides[0], sides[1], {"margin": best[0] - worst[0]}, rest, source)]
 
 
 def from_text(row: Row | str, source: str) -> list[Example]:
@@ -194,7 +196,7 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
         if len(said) > 1:
             best, worst = ([_oasst_turn(said[i], source)] for i in (0, -1))
             if best != worst:
-                pairs.append(_pair(turns, best, worst, {}, rest, source))
+                pairs.append(make_pair(turns, best, worst, {}, rest, source))
         branches += [(turns, reply) for reply in replies]
     return pairs
 
@@ -210,7 +212,7 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
         return []
     chosen = [Turn(role="assistant", content=right[0])]
     sides = [[Turn(role="assistant", content=text)] for text in dict.fromkeys(wrong)]
-    return [_pair(prompt, chosen, side, {}, rest, source) for side in sides]
+    return [make_pair(prompt, chosen, side, {}, rest, source) for side in sides]
 
 
 def _ranked(node: Row) -> list[Row]:
@@ -247,19 +249,6 @@ def _with_input(instruction: str, given: object, source: str) -> str:
     return f"{instruction}\n\n{given}"
 
 
-def _margin(row: Row, source: str) -> float | None:
-    if "margin" in row:
-        value = row["margin"]
-    elif "score_chosen" in row and "score_rejected" in row:
-        both = (row["score_chosen"], row["score_rejected"])
-        value = both[0] - both[1] if all(isinstance(v, int | float) for v in both) else both
-    else:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise DataError(f"{source}: margin: expected a number, found {shown(value)}", code="D074")
-    return float(value)
-
-
 def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) -> Example:
     label = row["label"]
     if isinstance(label, str) and label.lower() in ("true", "false"):
@@ -279,63 +268,7 @@ def _prompt_and(row: Row, field: str, *, source: str) -> tuple[Text, Text]:
     if isinstance(prompt, str) and isinstance(answer, str):
         # The stop marker of old completion files; the tokenizer's own stop token takes its place.
         return prompt, answer.removesuffix(_END_MARK)
-    return _as_turns(prompt, "user"), _as_turns(answer, "assistant")
-
-
-def _as_turns(text: Text, role: str) -> list[Turn]:
-    return [Turn(role=role, content=text)] if isinstance(text, str) else list(text)
-
-
-def _pair(prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
-    return Example(
-        prompt, chosen, rejected, margin=_margin(row, source), columns=rest, source=source
-    )
-
-
-def _explicit(
-    prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
-) -> Example:
-    if isinstance(prompt, str) and isinstance(chosen, str):
-        return _pair(prompt, chosen, rejected, row, rest, source)
-    asked = _as_turns(prompt, "user")
-    sides = [_as_turns(side, "assistant") for side in (chosen, rejected)]
-    repeats = [side[: len(asked)] == asked for side in sides]
-    if any(repeats):
-        if not all(repeats):
-            raise DataError(
-                f"{source}: only one of chosen and rejected repeats the prompt", code="D071"
-            )
-        sides = [side[len(asked) :] for side in sides]
-    elif any(side[0]["role"] != "assistant" for side in sides):
-        raise DataError(
-            f"{source}: chosen and rejected begin neither with the prompt nor an answer",
-            code="D071",
-        )
-    return _pair(asked, sides[0], sides[1], row, rest, source)
-
-
-def _implicit(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
-    both = (chosen, rejected)
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    count = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
-        # Back to a word border, so that no word is torn between prompt and answer.
-        while 0 < count < len(chosen) and not chosen[count].isspace():
-            count -= 1
-    else:
-        while count and chosen[count - 1]["role"] == "assistant":
-            count -= 1  # a shared beginning of the answer belongs to the answer
-        if any(side[count : count + 1] and side[count]["role"] != "assistant" for side in both):
-            raise DataError(
-                f"{source}: the prompts of chosen and rejected differ at turn {count}", code="D071"
-            )
-    if count == 0:
-        raise DataError(
-            f"{source}: chosen and rejected share no beginning, so there is no prompt; "
-            "give a field 'prompt'",
-            code="D072",
-        )
-    return _pair(chosen[:count], chosen[count:], rejected[count:], row, rest, source)
+    return as_turns(prompt, "user"), as_turns(answer, "assistant")
 
 
 def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:

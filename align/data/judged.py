@@ -5,7 +5,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
-from align.data.turns import shown, to_text
+from align.data.turns import not_text, shown, to_text
 
 Row = dict[str, Any]
 
@@ -18,12 +18,14 @@ def from_steps(row: Row, source: str) -> list[Example]:
     """
     texts, labels = _listed(row, source) if "steps" in row else _parallel(row, source)
     if not texts:
-        raise DataError(f"{source}: steps: there is none")
+        raise DataError(f"{source}: steps: there is none", code="D050")
     for i, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{source}: steps[{i}]: expected text, found {shown(text)}")
+            raise not_text(text, field=f"steps[{i}]", source=source)
         if not isinstance(label, bool):
-            raise DataError(f"{source}: steps[{i}]: label: expected true or false, {shown(label)}")
+            raise DataError(
+                f"{source}: steps[{i}]: label: expected true or false, {shown(label)}", code="D080"
+            )
     prompt: Text = to_text(row["prompt"], field="prompt", source=source)
     if isinstance(prompt, str):
         prompt = [Turn(role="user", content=prompt)]
@@ -38,7 +40,8 @@ def _listed(row: Row, source: str) -> tuple[list[Any], list[Any]]:
     steps = row["steps"]
     if not isinstance(steps, list) or not all(isinstance(s, Mapping) for s in steps):
         raise DataError(
-            f"{source}: steps: expected a list of {{text, label}}, found {shown(steps)}"
+            f"{source}: steps: expected a list of {{text, label}}, found {shown(steps)}",
+            code="D050",
         )
     return [s.get("text") for s in steps], [s.get("label") for s in steps]
 
@@ -46,7 +49,9 @@ def _listed(row: Row, source: str) -> tuple[list[Any], list[Any]]:
 def _parallel(row: Row, source: str) -> tuple[list[Any], list[Any]]:
     texts, labels = row["completions"], row["labels"]
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
-        raise DataError(f"{source}: completions and labels: expected two lists of equal length")
+        raise DataError(
+            f"{source}: completions and labels: expected two lists of equal length", code="D050"
+        )
     return texts, labels
 
 
@@ -59,7 +64,7 @@ def from_labelled_solutions(row: Row, source: str) -> list[Example]:
     for name, attempt in tried.items():
         text, good = attempt.get("solution"), attempt["is_correct"]
         if not isinstance(text, str) or not isinstance(good, bool):
-            raise DataError(f"{source}: {name}: expected a solution and true or false")
+            raise DataError(f"{source}: {name}: expected a solution and true or false", code="D080")
         if text in seen:
             continue
         seen.add(text)

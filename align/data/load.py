@@ -2,17 +2,17 @@
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats import FormatDetector, to_examples
-from align.data.readers import Row
+from align.data.json_reader import Row
+from align.data.rename import rename_fields
 from align.data.sources import read_rows
 from align.data.split import side_of, split_key
 from align.data.wordings import word_row
@@ -122,7 +122,7 @@ def fit_rows(
     fit = _Fit([], [])
     cut = 0
     for row in rows:
-        fitted = _cut_pair(row, max_length) if isinstance(row, PairRow) else _whole(row, max_length)
+        fitted = fit_row(row, max_length=max_length)
         if fitted is None:
             fit.lost.append((_length(row), row.source))
         else:
@@ -150,8 +150,11 @@ def _length(row: TokenRow | PairRow | PromptRow) -> int:
     return len(row.input_ids)
 
 
-def _whole(row: Any, max_length: int) -> Any:
-    return row if _length(row) <= max_length else None
+def fit_row(row: AnyRow, *, max_length: int) -> AnyRow | None:
+    """Give a row as it is or with its pair's prompt cut, or None where it is lost."""
+    if _length(row) <= max_length:
+        return row
+    return cast(AnyRow | None, _cut_pair(row, max_length)) if isinstance(row, PairRow) else None
 
 
 def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
@@ -228,7 +231,8 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     for row, source in read_rows(spec.path):
         try:
             found: list[Example] = []
-            for worded in _worded(_rename(row, spec.rename, source), spec, source, seed):
+            row = rename_fields(row, spec.rename, source=source)
+            for worded in _worded(row, spec, source, seed):
                 form = detector.format_of(worded, source)
                 found += to_examples(worded, kind=kind, format=form, source=source)
         except DataError as error:
@@ -262,21 +266,6 @@ def _answers(example: Example, spec: DataSpec) -> list[Example]:
         return [example]
     sides = [example.completion, example.rejected][: 1 if spec.answers == "chosen" else 2]
     return [replace(example, completion=side, rejected=None, margin=None) for side in sides]
-
-
-def _rename(row: Row, rename: dict[str, str], source: str) -> Row:
-    if not rename:
-        return row
-    if isinstance(row, str):
-        raise DataError(f"{source}: 'rename' has no effect on plain text; remove it")
-    missing = sorted(set(rename) - set(row))
-    if missing:
-        raise DataError(f"{source}: rename: no field {missing}; the row has {sorted(row)}")
-    names = Counter(rename.get(key, key) for key in row)
-    twice = sorted(name for name, count in names.items() if count > 1)
-    if twice:
-        raise DataError(f"{source}: rename: {twice} would stand twice in {sorted(row)}")
-    return {rename.get(key, key): value for key, value in row.items()}
 
 
 def _on_side(example: Example, spec: DataSpec) -> bool:

@@ -83,8 +83,8 @@ def _refuse(head: bytes, name: str) -> None:
         raise DataError(f"{name}:1: {wide}, not UTF-8; save the file as UTF-8", code="D021")
 
 
-def chunks(path: Path, *, name: str, size: int = BLOCK_BYTES) -> Iterator[bytes | DataError]:
-    """Give the bytes of a file, unpacked and without a byte order mark, in pieces of ``size``.
+def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
+    """Give the bytes of a file, unpacked and without a byte order mark, in pieces of some MiB.
 
     Where a packed file breaks off, the last thing given is the error; all that could be unpacked
     stands before it.
@@ -96,7 +96,7 @@ def chunks(path: Path, *, name: str, size: int = BLOCK_BYTES) -> Iterator[bytes 
         first = True
         while True:
             try:
-                piece = stream.read(size)
+                piece = stream.read(BLOCK_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 what = "broken gzip" if packed else "cannot be read"
                 code = "D009" if packed else "D003"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
-from align.data.readers import Item, Row, scan
+from align.data.json_reader import Item, Row
+from align.data.readers import scan
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _SUFFIXES = (*_PLAIN, *(f"{s}.gz" for s in _PLAIN if s not in (".parquet", ".arrow")))

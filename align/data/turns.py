@@ -94,7 +94,7 @@ def _content(value: Any, *, field: str, source: str) -> str:
 
 def not_text(value: Any, *, field: str, source: str) -> DataError:
     """Make the error of a field that should hold text."""
-    code = "D054" if value is None else "D055"
+    code = "D054" if value is None or isinstance(value, str) else "D055"
     return DataError(f"{source}: {field}: expected text, found {shown(value)}", code=code)
 
 

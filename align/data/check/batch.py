@@ -1,0 +1,239 @@
+"""Check one batch of rows; what is left of a row is its place and six hashes."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.chat import ChatFormat
+from align.data.check.findings import Finding, Tally
+from align.data.check.row_rules import doubts, text_of
+from align.data.check.text_rules import text_faults
+from align.data.check.tokens import TokenRules
+from align.data.check.words import grams, sketch, words
+from align.data.formats import FormatDetector, Kind, to_examples
+from align.data.json_reader import Item, Row, parse_lines
+from align.data.rename import rename_fields
+from align.data.split import split_key
+
+COLUMNS = ("place", "whole", "key", "ident", "same", "low", "high", "length")
+"""Of each good row: its line or number; hashes of all its texts, of what decides its split, of its
+id and of what contradicts it when it differs otherwise; its sketch; its characters. A hash of 0
+stands for none."""
+
+_IDENTS = ("id", "uid", "uuid", "row_id", "_id")
+_EXCERPT = 90
+_BLANK = re.compile(rb"^[ \t\r]*\n", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Say how to check every batch."""
+
+    kind: str
+    form: str
+    rename: Mapping[str, str]
+    expected: Mapping[str, str]
+    """Format of each file by its name, where it is known."""
+    limit: int
+    contamination: Mapping[int, Mapping[int, str]]
+    """Evaluation sets: words of a gram -> hash of a gram -> its source."""
+    chat: Callable[[], ChatFormat] | None = None
+    """Makes the renderer, in the process that needs it; None leaves tokens out."""
+    max_length: int | None = None
+
+    @property
+    def load_kind(self) -> Kind:
+        """Give the kind by which a stage would load the rows."""
+        return cast(Kind, "prompts" if self.kind == "math" else self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Hold rows of one file: a block of JSON Lines from line ``first``, or rows as read."""
+
+    name: str
+    payload: bytes | list[Item]
+    first: int = 1
+    size: int = 0
+    """Bytes of the file that it took, for the progress."""
+
+
+@dataclass(slots=True)
+class Part:
+    """Hold what came of a batch."""
+
+    name: str
+    tally: Tally
+    size: int = 0
+    rows: int = 0
+    table: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.uint64))
+    forms: Counter[str] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    labels: Counter[bool] = field(default_factory=Counter)
+    longer: Counter[str] = field(default_factory=Counter)
+    """Pairs whose chosen, or rejected, answer has more words."""
+    tokens: list[int] = field(default_factory=list)
+    lost: int = 0
+
+
+class BatchChecker:
+    """Check batches by one plan; a worker process makes one and keeps it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._tokens = TokenRules(plan.chat(), plan.max_length, plan.kind) if plan.chat else None
+
+    def check(self, batch: Batch) -> Part:
+        """Check a batch."""
+        plan = self._plan
+        part = Part(batch.name, Tally(plan.limit), size=batch.size)
+        detector = FormatDetector(plan.form, kind=plan.load_kind)
+        if batch.name in plan.expected:
+            detector.expect(batch.name, plan.expected[batch.name])
+        items = batch.payload
+        if isinstance(items, bytes):
+            _look_for_blank_lines(part, items, batch.first)
+            items = parse_lines(items, batch.first, batch.name)
+        table = []
+        for row, source in items:
+            part.rows += 1
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                row = rename_fields(row, plan.rename, source=source)
+                form = detector.format_of(row, source)
+                examples = to_examples(row, kind=plan.load_kind, format=form, source=source)
+            except DataError as error:
+                part.tally.add(finding_of(error, source, row))
+                continue
+            table.append(self._look(part, examples, source))
+        if table:
+            part.table = np.array(table, dtype=np.uint64)
+        part.forms = detector.counts
+        return part
+
+    def _look(self, part: Part, examples: list[Example], source: str) -> tuple[int, ...]:
+        """Look for what is doubtful in a row that a stage would take."""
+        for example in examples:
+            for code, found in doubts(example, kind=self._plan.kind):
+                part.tally.add(Finding(code, source, found, excerpt=_first_text(example)))
+            sides = [
+                text_of(example.prompt),
+                text_of(example.completion),
+                text_of(example.rejected),
+            ]
+            _count(part, example, sides)
+            if self._tokens:
+                self._look_at_tokens(part, example, source)
+        whole = row_text(examples)
+        special = self._tokens.special if self._tokens else None
+        for code, found in text_faults(whole, special=special):
+            part.tally.add(Finding(code, source, found, excerpt=_clipped(whole)))
+        hashes = words(whole)
+        self._look_for_evaluation(part, hashes, source, whole)
+        only = examples[0] if len(examples) == 1 else None
+        label = str(only.label) if only else ""
+        place = int(source.rpartition(":")[2].removeprefix("row "))
+        key = hash64(split_key(examples[0])) if examples else 0
+        ident = _ident(examples[0]) if examples else 0
+        return (place, hash64(f"{whole}\0{label}"), key, ident, _same(only),
+                *sketch(hashes), len(whole))  # fmt: skip
+
+    def _look_at_tokens(self, part: Part, example: Example, source: str) -> None:
+        assert self._tokens is not None
+        length, found = self._tokens.look(example)
+        part.tokens.append(length)
+        if found:
+            part.lost += found[0] in ("D110", "D111")
+            part.tally.add(Finding(found[0], source, found[1], excerpt=_first_text(example)))
+
+    def _look_for_evaluation(self, part: Part, hashes: list[int], source: str, whole: str) -> None:
+        for size, known in self._plan.contamination.items():
+            shared = grams(hashes, size) & known.keys()
+            if shared:
+                place = known[min(shared)]
+                found = f"{size} words in a row stand at {place} too"
+                part.tally.add(Finding("D101", source, found, excerpt=_clipped(whole)))
+                return
+
+
+def finding_of(error: DataError, source: str, row: Any = None) -> Finding:
+    """Make a finding of an error: its place is cut off the message."""
+    found, column = str(error), None
+    if found.startswith(source):
+        head, _, found = found[len(source) :].partition(": ")
+        column = int(head[1:]) if head[1:].isdigit() else None
+    excerpt = "" if row is None or isinstance(row, DataError) else _clipped(_shown(row))
+    return Finding(error.code or "D040", source, found, column=column, excerpt=excerpt)
+
+
+def hash64(text: str) -> int:
+    """Hash a text to 64 bits, never 0; the same everywhere and always."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def row_text(examples: Sequence[Example]) -> str:
+    """Join all texts of a row."""
+    return "\n".join(
+        text_of(side)
+        for example in examples
+        for side in (example.prompt, example.completion, example.rejected)
+    )
+
+
+def _same(only: Example | None) -> int:
+    """Hash what two rows that contradict each other share."""
+    if only is None:
+        return 0
+    texts = [text_of(side) for side in (only.prompt, only.completion, only.rejected)]
+    if only.rejected is not None:
+        return hash64("\0".join([texts[0], *sorted(texts[1:])]))
+    return hash64("\0".join(texts)) if only.label is not None else 0
+
+
+def _ident(example: Example) -> int:
+    value = next((example.columns[name] for name in _IDENTS if name in example.columns), None)
+    return 0 if value is None or value == "" else hash64(str(value))
+
+
+def _count(part: Part, example: Example, sides: list[str]) -> None:
+    for text in (example.prompt, example.completion):
+        if text and not isinstance(text, str):
+            for turn in text:
+                part.roles[turn["role"]] += 1
+    if example.label is not None:
+        part.labels[example.label] += 1
+    if example.rejected is not None:
+        chosen, rejected = (len(side.split()) for side in sides[1:])
+        if chosen != rejected:
+            part.longer["chosen" if chosen > rejected else "rejected"] += 1
+
+
+def _look_for_blank_lines(part: Part, block: bytes, first: int) -> None:
+    if b"\n\n" not in block and not _BLANK.search(block):
+        return
+    for blank in _BLANK.finditer(block):
+        line = first + block.count(b"\n", 0, blank.start())
+        part.tally.add(Finding("D038", f"{part.name}:{line}", "a blank line"))
+
+
+def _first_text(example: Example) -> str:
+    return _clipped(text_of(example.prompt) or text_of(example.completion))
+
+
+def _shown(row: Row) -> str:
+    return row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _clipped(text: str) -> str:
+    line = " ".join(text[: 2 * _EXCERPT].split())
+    return line if len(line) <= _EXCERPT else line[: _EXCERPT - 3] + "..."

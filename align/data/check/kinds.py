@@ -1,0 +1,83 @@
+"""Find out what kind of data a source holds, from its first rows."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import cast
+
+from align.core.errors import DataError
+from align.data.formats import FORMATS, Kind, detect
+from align.data.json_reader import Item, Row
+from align.data.rename import rename_fields
+from align.data.turns import guess
+
+HEAD_ROWS = 100
+_LONGEST_NUMBER = 20
+"""Characters; a longer 'answer' is a text and not the number of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Say how the rows of a head are read: their kind and the format of most."""
+
+    kind: str
+    form: str | None
+
+
+def infer(
+    head: Sequence[Item], *, form: str, rename: Mapping[str, str], kind: str | None
+) -> Reading:
+    """Find the kind of the rows of a head by their fields, and the format of most of them.
+
+    Args:
+        head: the first rows. form: a format's name, or ``auto``. rename: {old: new}.
+        kind: where it is known.
+    """
+    rows = list(_renamed(head, rename))
+    if kind is None:
+        votes = Counter(_kind_of(row, form) for row in rows)
+        kind = votes.most_common(1)[0][0] if votes else "sft"
+    load_kind = cast(Kind, "prompts" if kind == "math" else kind)
+    forms = Counter(found for row in rows if (found := _form_of(row, load_kind)) is not None)
+    return Reading(kind, forms.most_common(1)[0][0] if forms else None)
+
+
+def _renamed(head: Sequence[Item], rename: Mapping[str, str]) -> Iterator[Row]:
+    for row, source in head:
+        if not isinstance(row, DataError):
+            with suppress(DataError):
+                yield rename_fields(row, rename, source=source)
+
+
+def _kind_of(row: Row, form: str) -> str:
+    if isinstance(row, str):
+        return "corpus"
+    if _names(row, "chosen") or _names(row, "rejected"):
+        return "preference"
+    found = _form_of(row, "sft") if form == "auto" else form
+    gives = FORMATS[found].gives if found in FORMATS else ()
+    if found in ("prompt", None) and not _names(row, "completion") and "prompt" in row:
+        return "math" if _is_number(row.get("answer")) else "prompts"
+    if "unpaired" in gives and _names(row, "label"):
+        return "unpaired"
+    return gives[0] if gives else "sft"
+
+
+def _names(row: dict, word: str) -> bool:
+    """Say whether a field has this name, or nearly."""
+    return any(name == word or guess(name, [word]) for name in row)
+
+
+def _is_number(answer: object) -> bool:
+    from reward_models.math import final_number
+
+    text = "" if answer is None else str(answer)
+    return len(text) <= _LONGEST_NUMBER and final_number(text) is not None
+
+
+def _form_of(row: Row, kind: Kind) -> str | None:
+    try:
+        return detect(row, kind=kind, source="")
+    except DataError:
+        return None

@@ -1,0 +1,73 @@
+"""Find rows that are nearly the same: rows that share a sketch, compared by MinHash and exactly."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from align.data.check.findings import Finding, Tally
+from align.data.check.whole import Rows
+from align.data.check.words import SHINGLE, grams, similarity, words
+
+THRESHOLD = 0.9
+"""Jaccard similarity of word triples."""
+MAX_CANDIDATES = 20_000
+_PERMUTATIONS = 64
+_MAX_COMPARED = 50
+"""Rows of one MinHash bucket that a row is compared with."""
+
+
+def candidates(rows: Rows) -> np.ndarray:
+    """Give the rows that share the low or the high end of their sketch with an earlier one.
+
+    Copies are left out: they are found exactly.
+    """
+    _, firsts = np.unique(rows.column("whole"), return_index=True)
+    chosen = np.zeros(len(rows.table), bool)
+    for column in ("low", "high"):
+        values = rows.column(column)[firsts]
+        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+        chosen[firsts[(count[group] > 1) & (values != 0)]] = True
+    return np.flatnonzero(chosen)
+
+
+def look_for_near_copies(
+    rows: Rows, tally: Tally, texts_of: Callable[[Sequence[int]], dict[int, str]]
+) -> str:
+    """Find rows that share nine tenths of their word triples with an earlier row.
+
+    Args:
+        rows: all good rows. tally: takes the findings. texts_of: gives the texts of rows.
+
+    Returns:
+        A note where not all candidates were compared, else "".
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    found = candidates(rows)
+    looked_at = found[:MAX_CANDIDATES].tolist()
+    if not looked_at:
+        return ""
+    texts = texts_of(looked_at)
+    index = MinHashLSH(threshold=THRESHOLD - 0.1, num_perm=_PERMUTATIONS)
+    shingles: dict[int, set[int]] = {}
+    for i in looked_at:
+        shingles[i] = grams(words(texts[i]), SHINGLE)
+        minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=_folded)
+        minhash.update_batch(list(shingles[i]))
+        near = [k for k in index.query(minhash)[:_MAX_COMPARED]
+                if similarity(shingles[i], shingles[k]) >= THRESHOLD]  # fmt: skip
+        index.insert(i, minhash)
+        if near:
+            share = similarity(shingles[i], shingles[min(near)])
+            where = f"shares {share:.0%} of its word triples with {rows.source(min(near))}"
+            tally.add(
+                Finding("D092", rows.source(i), where, excerpt=" ".join(texts[i].split())[:90])
+            )
+    if len(found) <= MAX_CANDIDATES:
+        return ""
+    of_all = f"{MAX_CANDIDATES:,} of {len(found):,}"
+    return f"near copies were looked for among {of_all} rows that may be some"
+
+
+def _folded(value: int) -> int:
+    return value & 0xFFFFFFFF

@@ -1,0 +1,97 @@
+"""Read other data sets, or rows again, to compare the checked rows with them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.check.batch import Plan, hash64, row_text
+from align.data.check.kinds import HEAD_ROWS, infer
+from align.data.check.row_rules import text_of
+from align.data.check.whole import Rows
+from align.data.check.words import grams, words
+from align.data.formats import Kind, detect, to_examples
+from align.data.json_reader import Item, parse_lines
+from align.data.opening import blocks
+from align.data.rename import rename_fields
+from align.data.sources import read_rows, scan_rows
+from align.data.split import split_key
+
+if TYPE_CHECKING:
+    from align.data.check.run import Source
+
+GRAM_WORDS = 13
+"""Words in a row that make a contamination, as in arXiv:2005.14165 appendix C."""
+MIN_GRAM_WORDS = 5
+"""Shorter evaluation prompts are so common that they say nothing."""
+
+
+def heldout_keys(paths: Sequence[str]) -> dict[int, str]:
+    """Give the hash of what decides the split of every row of other sources, with its place."""
+    keys: dict[int, str] = {}
+    for example in _examples(paths):
+        keys.setdefault(hash64(split_key(example)), example.source)
+    return keys
+
+
+def contamination(paths: Sequence[str]) -> dict[int, dict[int, str]]:
+    """Give the word grams of evaluation prompts: words of a gram -> hash -> place.
+
+    A prompt of fewer than 13 words is one gram of its own length.
+    """
+    found: dict[int, dict[int, str]] = defaultdict(dict)
+    for example in _examples(paths):
+        hashes = words(text_of(example.prompt))
+        size = min(GRAM_WORDS, len(hashes))
+        if size >= MIN_GRAM_WORDS:
+            for gram in grams(hashes, size):
+                found[size].setdefault(gram, example.source)
+    return dict(found)
+
+
+def _examples(paths: Sequence[str]) -> Iterator[Example]:
+    for path in paths:
+        kind = infer(list(islice(scan_rows(path), HEAD_ROWS)), form="auto", rename={}, kind=None)
+        load_kind: Kind = "corpus" if kind.kind == "corpus" else "prompts"
+        for row, source in read_rows(path):
+            yield from to_examples(row, kind=load_kind, format="auto", source=source)
+
+
+def texts_at(
+    ids: Sequence[int], rows: Rows, sources: Iterable["Source"], plan: Plan
+) -> dict[int, str]:
+    """Read the texts of some rows again."""
+    wanted: dict[str, dict[str, int]] = defaultdict(dict)
+    for i in ids:
+        wanted[rows.names[rows.file_ids[i]]][rows.source(i)] = i
+    texts: dict[int, str] = {}
+    for source in sources:
+        places = wanted.get(source.name, {})
+        for row, place in _items_at(source, places) if places else ():
+            if place in places and not isinstance(row, DataError):
+                row = rename_fields(row, plan.rename, source=place)
+                form = plan.form
+                if form == "auto":
+                    form = detect(row, kind=plan.load_kind, source=place)
+                found = to_examples(row, kind=plan.load_kind, format=form, source=place)
+                texts[places[place]] = row_text(found)
+    return texts
+
+
+def _items_at(source: "Source", places: Mapping[str, int]) -> Iterator[Item]:
+    """Read the rows at some places; of JSON Lines only those lines are parsed."""
+    if source.reader != "lines" or source.path is None:
+        yield from source.items()
+        return
+    lines = sorted(int(place.rpartition(":")[2]) for place in places)
+    at = 0
+    for block, first in blocks(source.path, name=source.name):
+        if isinstance(block, DataError):
+            return
+        pieces = block.split(b"\n")
+        while at < len(lines) and lines[at] < first + len(pieces):
+            piece = pieces[lines[at] - first]
+            yield from parse_lines(piece, lines[at], source.name)
+            at += 1

@@ -1,0 +1,62 @@
+"""What is doubtful in one example: the order of turns, pairs that hardly differ, answers."""
+
+from collections.abc import Iterator
+
+from align.core.types import Example, Text
+from align.data.faults import Fault
+
+
+def doubts(example: Example, *, kind: str) -> Iterator[Fault]:
+    """Give the warnings of an example, and for ``math`` the errors of its answer."""
+    yield from _order(example, kind)
+    if example.rejected is not None:
+        yield from _pair(example)
+    if kind == "math":
+        yield from _answer(example)
+
+
+def _order(example: Example, kind: str) -> Iterator[Fault]:
+    turns = [turn for part in (example.prompt, example.completion) for turn in _turns(part)]
+    if not turns:
+        return
+    before = turns[0]["role"]
+    for i, turn in enumerate(turns[1:], start=1):
+        role = turn["role"]
+        if role == before and role in ("user", "assistant"):
+            yield "D064", f"turns {i - 1} and {i} are both of {role}"
+        elif role in ("system", "developer"):
+            yield "D065", f"turn {i} is of {role}"
+        before = role
+    if kind == "sft" and before == "user":
+        yield "D063", f"turn {len(turns) - 1} is a question without an answer"
+
+
+def _turns(text: Text | None) -> Text:
+    return text if text and not isinstance(text, str) else []
+
+
+def _pair(example: Example) -> Iterator[Fault]:
+    chosen, rejected = text_of(example.completion), text_of(example.rejected)
+    if len(chosen) - len(rejected) in range(-20, 21):
+        both = [" ".join(side.lower().split()) for side in (chosen, rejected)]
+        if both[0] == both[1]:
+            yield "D076", "chosen and rejected have the same words"
+    if example.margin is not None and example.margin < 0:
+        yield "D077", f"margin {example.margin:g}"
+
+
+def _answer(example: Example) -> Iterator[Fault]:
+    from reward_models.math import final_number
+
+    answer = example.columns.get("answer")
+    if answer is None or answer == "":
+        yield "D082", f"no 'answer' among the columns {sorted(example.columns)}"
+    elif final_number(str(answer)) is None:
+        yield "D083", f"answer {str(answer)[:60]!r} holds no number"
+
+
+def text_of(text: Text | None) -> str:
+    """Give a text, or the contents of its turns joined by blank lines."""
+    if text is None or isinstance(text, str):
+        return text or ""
+    return "\n\n".join([turn["content"] for turn in text])

@@ -1,0 +1,256 @@
+"""Check a data source: read it in batches, on all cores where it is large, and sum up."""
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.core.errors import DataError
+from align.data.chat import ChatFormat
+from align.data.check.batch import Batch, BatchChecker, Part, Plan, finding_of
+from align.data.check.findings import Finding, Tally
+from align.data.check.kinds import HEAD_ROWS, infer
+from align.data.check.near import look_for_near_copies
+from align.data.check.others import contamination, heldout_keys, texts_at
+from align.data.check.whole import join, look_at_all, look_at_balance
+from align.data.json_reader import Item
+from align.data.opening import blocks
+from align.data.readers import READERS, reader_of
+from align.data.sources import find_files, scan_rows, suffix_of
+
+BATCH_ROWS = 2000
+PARALLEL_BYTES = 2**24
+"""Sources smaller than this are checked in this process: starting others costs more."""
+LOST_FRAC = 0.01
+"""Share of the rows that may be longer than max_length; the default of the stages."""
+STDIN = "<stdin>"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Say what to check.
+
+    Attributes:
+        path: as in a recipe: file, folder, glob or hub id. stdin: a file that holds what came by
+            standard input, instead.
+        kind: sft, preference, unpaired, prompts, math or corpus; None infers it.
+        form: a format's name, or ``auto``. rename: fields to rename, {old: new}.
+        chat: makes the renderer of a model; None leaves out what needs tokens.
+        max_length: tokens. heldout, evaluation: sources that must not share prompts, or text.
+        limit: findings of one code that are kept.
+    """
+
+    path: str
+    stdin: Path | None = None
+    kind: str | None = None
+    form: str = "auto"
+    rename: Mapping[str, str] = field(default_factory=dict)
+    chat: Callable[[], ChatFormat] | None = None
+    max_length: int | None = None
+    heldout: Sequence[str] = ()
+    evaluation: Sequence[str] = ()
+    limit: int = 5
+
+
+@dataclass(slots=True)
+class Report:
+    """Hold what was found.
+
+    ``lengths`` are characters of each good row, ``tokens`` of each example (with a model).
+    """
+
+    path: str
+    kind: str
+    tally: Tally
+    files: list[str] = field(default_factory=list)
+    rows: int = 0
+    good: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    labels: Counter[bool] = field(default_factory=Counter)
+    longer: Counter[str] = field(default_factory=Counter)
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    tokens: list[int] = field(default_factory=list)
+    lost: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Hold one file: its path (None for the hub), its name in messages and its reader."""
+
+    path: Path | None
+    name: str
+    reader: str
+
+    @property
+    def counted(self) -> bool:
+        """Say whether places are row numbers and not lines."""
+        return self.reader in ("parquet", "arrow", "hub")
+
+    def items(self) -> Iterator[Item]:
+        """Read all rows."""
+        return READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
+
+    def batches(self) -> Iterator[Batch]:
+        """Cut the file into batches."""
+        if self.reader != "lines" or self.path is None:
+            items = self.items()
+            while batch := list(islice(items, BATCH_ROWS)):
+                yield Batch(self.name, batch)
+            return
+        for block, first in blocks(self.path, name=self.name):
+            if isinstance(block, DataError):
+                yield Batch(self.name, [(block, f"{self.name}:{first}")])
+            else:
+                yield Batch(self.name, block, first=first, size=len(block))
+
+
+def check_data(request: Request, *, progress: Callable[[int, int], Any] | None = None) -> Report:
+    """Check a data source.
+
+    Args:
+        request: what to check.
+        progress: called with (bytes, rows) that were checked since its last call.
+
+    Raises:
+        DataError: ``heldout`` or ``evaluation`` cannot be read.
+    """
+    tally = Tally(request.limit)
+    report = Report(request.path, request.kind or "", tally)
+    sources = _sources(request, tally)
+    report.files = [source.name for source in sources]
+    if not sources:
+        return report
+    plan = _plan(request, sources)
+    report.kind = plan.kind
+    parts = []
+    for part in _checked(sources, plan, size=_size(sources)):
+        parts.append(part)
+        _add(report, part)
+        if progress:
+            progress(part.size, part.rows)
+    for name in report.files:
+        if not any(part.rows for part in parts if part.name == name):
+            tally.add(Finding("D012", name, "no rows"))
+    rows = join(parts, {source.name: source.counted for source in sources})
+    report.good, report.lengths = len(rows.table), rows.column("length")
+    heldout = heldout_keys(request.heldout)
+    look_at_all(rows, tally, heldout=heldout)
+    note = look_for_near_copies(rows, tally, lambda ids: texts_at(ids, rows, sources, plan))
+    report.notes += [note] if note else []
+    _look_at_sums(report, request)
+    return report
+
+
+def _sources(request: Request, tally: Tally) -> list[Source]:
+    """Find the files and what each holds; those that cannot be read are findings."""
+    if request.stdin is not None:
+        found = [(request.stdin, STDIN, "")]
+    else:
+        try:
+            files = find_files(request.path)
+        except DataError as error:
+            tally.add(finding_of(error, request.path))
+            return []
+        if not files:
+            return [Source(None, request.path, "hub")]
+        found = [(file, str(file), suffix_of(file)) for file in files]
+    sources = []
+    for path, name, suffix in found:
+        try:
+            sources.append(Source(path, name, reader_of(path, name=name, suffix=suffix)))
+        except DataError as error:
+            tally.add(finding_of(error, name))
+    return sources
+
+
+def _size(sources: Sequence[Source]) -> int:
+    return sum(source.path.stat().st_size for source in sources if source.path)
+
+
+def _plan(request: Request, sources: Sequence[Source]) -> Plan:
+    kind, expected = request.kind, {}
+    for source in sources:
+        head = list(islice(source.items(), HEAD_ROWS))
+        reading = infer(head, form=request.form, rename=request.rename, kind=kind)
+        kind = reading.kind
+        if reading.form is not None and request.form == "auto":
+            expected[source.name] = reading.form
+    return Plan(
+        kind=kind or "sft",
+        form=request.form,
+        rename=request.rename,
+        expected=expected,
+        limit=request.limit,
+        contamination=contamination(request.evaluation),
+        chat=request.chat,
+        max_length=request.max_length,
+    )
+
+
+_checker: BatchChecker | None = None
+"""The checker of a worker process, which lives as long as the process."""
+
+
+def _start(plan: Plan) -> None:
+    global _checker
+    _checker = BatchChecker(plan)
+
+
+def _check(batch: Batch) -> Part:
+    assert _checker is not None
+    return _checker.check(batch)
+
+
+def _checked(sources: Sequence[Source], plan: Plan, *, size: int) -> Iterator[Part]:
+    """Check all batches, in order."""
+    batches = (batch for source in sources for batch in source.batches())
+    workers = len(os.sched_getaffinity(0))
+    if size < PARALLEL_BYTES or workers < 2:
+        yield from map(BatchChecker(plan).check, batches)
+        return
+    # Forked: the plan holds what cannot be pickled, and no library with threads is loaded here.
+    with multiprocessing.get_context("fork").Pool(workers, _start, (plan,)) as pool:
+        waiting: deque[Any] = deque()
+        for batch in batches:
+            waiting.append(pool.apply_async(_check, (batch,)))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+def _add(report: Report, part: Part) -> None:
+    report.tally.merge(part.tally)
+    report.rows += part.rows
+    report.forms += part.forms
+    report.roles += part.roles
+    report.labels += part.labels
+    report.longer += part.longer
+    report.tokens += part.tokens
+    report.lost += part.lost
+
+
+def _look_at_sums(report: Report, request: Request) -> None:
+    look_at_balance(
+        report.tally,
+        kind=report.kind,
+        name=request.path if request.stdin is None else STDIN,
+        rows=report.rows,
+        labels=report.labels,
+        longer=report.longer,
+    )
+    count = len(report.tokens)
+    if report.lost > LOST_FRAC * count:
+        found = (
+            f"{report.lost} of {count} are longer than max_length {request.max_length}; "
+            f"stages allow {LOST_FRAC:.0%} (max_lost_frac)"
+        )
+        report.tally.add(Finding("D114", request.path, found))

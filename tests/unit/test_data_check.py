@@ -1,0 +1,103 @@
+"""align data check: codes, findings with their place, exit codes, what the whole shows."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.data.check import Request, check_data
+from align.data.check.findings import codes
+
+ROOT = Path(__file__).resolve().parents[2]
+U = {"role": "user", "content": "Which river runs through Cairo?"}
+A = {"role": "assistant", "content": "The Nile."}
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def found(path: Path, **options) -> list[tuple[str, str]]:
+    """Give code and place after the folder of every finding."""
+    report = check_data(Request(path=str(path), limit=1000, **options))
+    return [(f.code, f.source.rpartition("/")[2]) for f in report.tally.findings()]
+
+
+def align(*words: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "align.cli", *words]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False)
+
+
+def test_every_code_of_the_source_is_in_the_table_and_every_entry_is_used():
+    used = set()
+    for path in (ROOT / "align").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used |= {node.value} if re.fullmatch(r"D\d{3}", node.value) else set()
+    assert used == set(codes())
+    for code in codes().values():
+        assert code.severity in ("error", "warning")
+        assert code.why.endswith((".", "?"))
+        assert code.remedy.endswith(".")
+
+
+def test_command_line_ends_with_2_on_errors_and_0_on_warnings(tmp_path: Path):
+    rows = [{"messages": [U, A], "id": 1}, {"messages": [U, {**A, "role": "bot"}], "id": 2}]
+    bad = write(tmp_path / "bad.jsonl", rows)
+    done = align("data", "check", str(bad))
+    assert done.returncode == 2, done.stderr
+    out = done.stdout.decode()
+    assert f"{bad}:2: messages[1]: role 'bot'" in out
+    assert "did you mean 'assistant'" in out
+    assert "\x1b" not in out
+    done = align("data", "check", "-", "--json", stdin=json.dumps(rows[0]).encode() * 1)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["kind"], report["good_rows"]) == (0, "sft", 1)
+    warned = write(tmp_path / "warned.jsonl", [rows[0], rows[0]])
+    done = align("data", "check", str(warned), "--json")
+    assert (done.returncode, json.loads(done.stdout)["counts"]) == (0, {"D090": 1})
+    done = align("explain", "D070")
+    assert (done.returncode, done.stdout.decode().splitlines()[0]) == (
+        0, "D070 error: chosen equals rejected",
+    )  # fmt: skip
+    done = align("data", "check", str(warned), "--max-length", "5")
+    assert done.returncode == 2
+    assert b"--model" in done.stderr
+
+
+def test_data_is_checked_without_torch_and_transformers(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [U, A]}])
+    script = (
+        "import sys; from align.data.check import *; "
+        f"check_data(Request(path={str(path)!r})); "
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_many_findings_of_one_code_are_counted_and_a_few_shown(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [U]}] * 50)
+    report = check_data(Request(path=str(path), limit=3))
+    assert report.tally.counts["D060"] == 50
+    assert [f.source[-2:] for f in report.tally.findings()] == [":1", ":2", ":3"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_large_files_give_the_same_findings_in_one_process_and_in_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+):
+    from align.data import opening
+    from align.data.check import run
+
+    rows = [{"messages": [{**U, "content": f"How much is {i} and {i}?"}, A]} for i in range(300)]
+    rows[200] = rows[100]
+    rows[250] = {"messages": [U]}
+    path = write(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(opening, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(run, "PARALLEL_BYTES", 0 if workers == 2 else 2**30)
+    assert found(path) == [("D060", "a.jsonl:251"), ("D090", "a.jsonl:201")]
