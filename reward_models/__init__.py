@@ -22,6 +22,18 @@ def _process(spec: Mapping[str, Any]) -> RewardFunction:
     return process.build_process(spec)
 
 
+def _remote(spec: Mapping[str, Any]) -> RewardFunction:
+    from reward_models import remote
+
+    return remote.build_remote(spec)
+
+
+def _judge(spec: Mapping[str, Any]) -> RewardFunction:
+    from reward_models import judging
+
+    return judging.build_judge(spec)
+
+
 def _math(spec: Mapping[str, Any]) -> RewardFunction:
     from reward_models import math
 
@@ -52,6 +64,8 @@ def _rule(kind: str) -> Callable[[Mapping[str, Any]], RewardFunction]:
 REWARDS: dict[str, Callable[[Mapping[str, Any]], RewardFunction]] = {
     "scalar": _scalar,
     "process": _process,
+    "remote": _remote,
+    "judge": _judge,
     "exact_match": _rule("exact_match"),
     "regex": _rule("regex"),
     "format": _rule("format"),

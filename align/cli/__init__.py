@@ -121,6 +121,22 @@ def chat(
     raise typer.Exit(run_chat(artefact, [*options, "--seed", str(seed)]))
 
 
+@cli.command(name="serve-reward")
+def serve_reward(
+    artefact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/reward")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
+    combine: Annotated[
+        str, typer.Option(help="of several heads: mean, min, mean_minus_std")
+    ] = "mean",
+) -> None:
+    """Serve a reward model over HTTP, for rewards of kind remote."""
+    from align.pipeline.processes import run_server
+
+    options = ["--host", host, "--port", str(port), "--combine", combine]
+    raise typer.Exit(run_server(artefact, options))
+
+
 @cli.command()
 def doctor() -> None:
     """Print versions, devices, compiler and engine, with a remedy for what is missing."""

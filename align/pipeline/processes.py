@@ -162,3 +162,13 @@ def run_chat(artefact: Path, arguments: Sequence[str]) -> int:
     """Talk to an artefact in a process of its own; give its exit code."""
     script = find_launch_dir() / "chat.py"
     return subprocess.run([sys.executable, str(script), str(artefact), *arguments]).returncode
+
+
+def run_server(artefact: Path, arguments: Sequence[str]) -> int:
+    """Serve a reward model in a process of its own until it is stopped; give its exit code."""
+    script = find_launch_dir() / "serve_reward.py"
+    argv = [sys.executable, str(script), str(artefact), *arguments]
+    try:
+        return subprocess.run(argv, check=False).returncode
+    except KeyboardInterrupt:
+        return 0

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from align.recipe.endpoint_schema import EndpointSpec
 from align.recipe.parts import Count, Positive, Spec
 
 
@@ -88,6 +89,39 @@ class MathReward(RewardBase):
     timeout_s: Positive = 5.0
 
 
+class RemoteReward(RewardBase):
+    """Score on a server that ``align serve-reward`` started."""
+
+    kind: Literal["remote"]
+    url: str
+    """Its address, such as http://127.0.0.1:8765."""
+    deadline_s: Positive = 60.0
+    """Of one request, retries included."""
+    retries: Annotated[int, Field(ge=0)] = 4
+    max_failures: Count = 3
+    """Requests in a row without an answer after which the stage ends."""
+    token_ids: bool = False
+    """Send the sampled token ids instead of texts: policy and scorer share a tokenizer."""
+
+
+class JudgeReward(RewardBase):
+    """Let a language model behind an OpenAI-compatible API grade each answer."""
+
+    kind: Literal["judge"]
+    endpoint: EndpointSpec
+    criteria: str = "Judge whether it helps: correct, on the question, clear."
+    scale: tuple[int, int] = (1, 10)
+    """Worst and best grade; the score is the grade's place between them, in [0, 1]."""
+    reference: str | None = None
+    """Column with a good answer that the judge is shown."""
+
+    @model_validator(mode="after")
+    def _scale_rises(self) -> "JudgeReward":
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError("scale: the best grade must be above the worst")
+        return self
+
+
 class EnsembleReward(RewardBase):
     """Combine rewards that judge the same thing."""
 
@@ -107,6 +141,8 @@ RewardSpec = Annotated[
     | RepetitionReward
     | RefusalReward
     | MathReward
+    | RemoteReward
+    | JudgeReward
     | EnsembleReward,
     Field(discriminator="kind"),
 ]

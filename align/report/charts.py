@@ -84,7 +84,7 @@ def line_chart(title: str, series: Sequence[tuple[str, Points]]) -> Markup:
     label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"step (each point the mean of {run})" if run > 1 else "step"
-    axes = _axes(
+    axes = draw_axes(
         [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
     )
     svg = tag(
@@ -103,7 +103,8 @@ def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:
     return tag("figcaption", *parts)
 
 
-def _place(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple[float, float]:
+def place(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple[float, float]:
+    """Give where (x, y) lies in the picture; the frame is (x0, x1, y0, y1)."""
     x0, x1, y0, y1 = frame
     return (
         LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
@@ -119,7 +120,7 @@ def _segments(
         if y is None:
             parts.append([])
         else:
-            parts[-1].append(_place(x, y, frame))
+            parts[-1].append(place(x, y, frame))
     drawn = []
     for part in parts:
         if len(part) == 1:
@@ -131,22 +132,23 @@ def _segments(
     return drawn
 
 
-def _axes(
+def draw_axes(
     x_ticks: list[float],
     y_ticks: list[float],
     frame: tuple[float, float, float, float],
     labels: tuple[str, str],
 ) -> Markup:
+    """Draw the grid, the ticks and what they measure: (x label, y label)."""
     bottom = HEIGHT - BOTTOM
     marks: list[Markup] = []
     for value in y_ticks:
-        _, y = _place(frame[0], value, frame)
+        _, y = place(frame[0], value, frame)
         marks.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}"))
         marks.append(
             tag("text", tick_label(value, y_ticks), x=LEFT - 5, y=f"{y + 4:.1f}", class_="end")
         )
     for value in x_ticks:
-        x, _ = _place(value, frame[2], frame)
+        x, _ = place(value, frame[2], frame)
         marks.append(
             tag("text", tick_label(value, x_ticks), x=f"{x:.1f}", y=bottom + 15, class_="middle")
         )

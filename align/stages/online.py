@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from align.core import distributed
+from align.core.errors import TrainingError
 from align.core.types import Example, PromptRow
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
@@ -32,6 +33,8 @@ from align.training.learner import Learner
 from align.tuning.wrap import has_adapter
 from reward_models import build_reward
 from reward_models.base import RewardFunction
+from reward_models.judge import JudgeError
+from reward_models.remote import RemoteRewardError
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +162,15 @@ class Push:
 
 
 def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunction]:
-    """Build rewards with stage names resolved to the folders of their reward models."""
-    return [build_reward(_resolved(s.model_dump(), context)) for s in specs]
+    """Build rewards with stage names resolved to the folders of their reward models.
+
+    Raises:
+        TrainingError: a reward server or a judge cannot be used.
+    """
+    try:
+        return [build_reward(_resolved(s.model_dump(), context)) for s in specs]
+    except (RemoteRewardError, JudgeError) as error:
+        raise TrainingError(str(error)) from error
 
 
 def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:

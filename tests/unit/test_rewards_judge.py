@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("openai", reason="the judge's client is the package openai")
 
-from reward_models import judge
+from reward_models import build_reward, judge
+from reward_models.base import MissingColumnError
 from reward_models.judge import Endpoint, JudgeClient, JudgeError, follows, read_verdict
 
 SCHEMA = {
@@ -226,3 +227,48 @@ def test_schema_check(value: Any, schema: dict[str, Any], holds: bool):
 def test_schema_with_an_unchecked_keyword_is_refused():
     with pytest.raises(ValueError, match="pattern"):
         read_verdict({"content": '"a"'}, {"type": "string", "pattern": "b"})
+
+
+def judge_spec(server: Server, **changes: Any) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    endpoint = {"url": url, "model": "m", "retries": 1, "cache": None}
+    return {"kind": "judge", "endpoint": endpoint, "criteria": "Is it kind?", **changes}
+
+
+def test_judge_reward_places_grades_between_its_ends(server: Server) -> None:
+    grades = {"good": 10, "middling": 4, "bad": 1}
+
+    def reply(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        asked = request["messages"][1]["content"]
+        grade = next(grade for word, grade in grades.items() if f"\n{word}\n" in asked)
+        return 200, {"content": json.dumps({"score": grade})}
+
+    server.reply = reply
+    reward = build_reward(judge_spec(server, reference="answer"))
+    said = [[{"role": "assistant", "content": word}] for word in ("bad", "good", "middling")]
+    asked = [[{"role": "user", "content": "how?"}]] * 3
+    found = reward(prompts=asked, completions=said, answer=["so", "so", "so"])
+    assert found == pytest.approx([0.0, 1.0, 3 / 9])
+    first = server.seen[0]
+    assert first["temperature"] == 0.0
+    assert "Is it kind?" in first["messages"][0]["content"]
+    assert "<reference_answer>\nso\n" in first["messages"][1]["content"]
+    with pytest.raises(MissingColumnError, match="no column 'answer'"):
+        reward(prompts=["a"], completions=["b"])
+
+
+def test_judge_reward_counts_what_is_no_verdict(server: Server) -> None:
+    replies = {
+        "grade 11": {"content": '{"score": 11}'},
+        "refuse": {"content": None, "refusal": "I cannot"},
+        "prose": {"content": "nine of ten"},
+        "fine": {"content": '{"score": 10}'},
+    }
+    server.reply = lambda request: (
+        200,
+        next(v for k, v in replies.items() if f"\n{k}\n" in request["messages"][1]["content"]),
+    )
+    reward = build_reward(judge_spec(server))
+    found = reward(prompts=["q"] * 4, completions=list(replies))
+    assert found == [None, None, None, 1.0]
+    assert reward.invalid == {"judge: schema": 1, "judge: refusal": 1, "judge: not JSON": 1}

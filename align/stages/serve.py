@@ -1,0 +1,55 @@
+"""Serve a reward model over HTTP: one process, one scorer."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from align.core.artefacts import read_artefact
+from align.core.errors import AlignError
+from align.core.log import setup_logging
+
+log = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Serve until interrupted; never returns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artefact", type=Path, help="folder of a reward stage")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--combine", default="mean", help="of several heads")
+    args = parser.parse_args()
+    setup_logging(0)
+    try:
+        serve(args.artefact, host=args.host, port=args.port, combine=args.combine)
+    except (AlignError, ValueError) as error:
+        log.error("%s", error)
+        sys.exit(error.exit_code if isinstance(error, AlignError) else 2)
+    sys.exit(0)
+
+
+def serve(path: Path, *, host: str, port: int, combine: str) -> None:
+    """Load and verify the artefact, then answer requests."""
+    try:
+        import uvicorn
+
+        from reward_models.serving import build_app
+    except ImportError as error:
+        raise ValueError(
+            f"serving needs fastapi and uvicorn ({error}); run: pip install 'align-suite[serve]'"
+        ) from error
+    from reward_models.learned import build_scalar
+
+    artefact = read_artefact(path, "reward_model")
+    reward = build_scalar({"kind": "scalar", "model": str(artefact.model_dir), "combine": combine})
+    about = {
+        "artefact": str(path),
+        "spec_hash": artefact.manifest["spec_hash"],
+        "heads": reward.model.num_heads,
+    }
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("listening on %s: whoever reaches it can ask; it knows no passwords", host)
+    log.info("reward model %s at http://%s:%d (POST /score, GET /health)", path, host, port)
+    uvicorn.run(build_app(reward, about), host=host, port=port, workers=1, log_level="warning")

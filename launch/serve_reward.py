@@ -1,0 +1,12 @@
+"""Serve a reward model over HTTP, for rewards of kind remote on other machines.
+
+    python launch/serve_reward.py RUN/STAGE [--host 127.0.0.1] [--port 8765] [--combine mean]
+
+One process, one scorer; requests that come close together are scored in one batch. It knows no
+passwords: listen on other addresses than this machine's own only in a network you trust.
+"""
+
+from align.stages.serve import main
+
+if __name__ == "__main__":
+    main()

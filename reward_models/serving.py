@@ -1,0 +1,178 @@
+"""A learned reward behind HTTP: requests that come close together are scored in one batch."""
+
+import asyncio
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+MAX_ROWS = 1024
+"""Answers of one request."""
+MAX_BYTES = 16 * 2**20
+"""Size of one request."""
+BATCH_ROWS = 512
+"""Answers that are scored together."""
+WAIT_S = 0.005
+"""How long the first request of a batch waits for others."""
+MAX_WAITING = 64
+"""Requests that may wait for the scorer; more are told to come again."""
+FIELDS = ("prompts", "completions", "prompt_ids", "completion_ids")
+
+
+class Scorer(Protocol):
+    """Score rows; see `reward_models.base.RewardFunction`."""
+
+    name: str
+    disagreement: float
+
+    def __call__(self, *, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+        """Give one score per completion."""
+        ...
+
+
+class BadRequestError(ValueError):
+    """Report a request that cannot be scored; its text goes to the client."""
+
+
+class Batcher:
+    """Score requests in one thread, those that wait together in one call."""
+
+    def __init__(self, reward: Scorer) -> None:
+        self._reward = reward
+        self._waiting: queue.Queue[tuple[Mapping[str, list[Any]], Future[dict[str, Any]]]]
+        self._waiting = queue.Queue(MAX_WAITING)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, body: Mapping[str, list[Any]]) -> Future[dict[str, Any]]:
+        """Queue a checked request.
+
+        Raises:
+            queue.Full: too many wait already.
+        """
+        done: Future[dict[str, Any]] = Future()
+        self._waiting.put_nowait((body, done))
+        return done
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            rows, until = len(batch[0][0]["completions"]), time.monotonic() + WAIT_S
+            while rows < BATCH_ROWS and (left := until - time.monotonic()) > 0:
+                try:
+                    batch.append(self._waiting.get(timeout=left))
+                except queue.Empty:
+                    break
+                rows += len(batch[-1][0]["completions"])
+            for with_ids in (False, True):
+                alike = [item for item in batch if ("prompt_ids" in item[0]) == with_ids]
+                if alike:
+                    self._score(alike)
+
+    def _score(
+        self, batch: Sequence[tuple[Mapping[str, list[Any]], Future[dict[str, Any]]]]
+    ) -> None:
+        names = [name for name in FIELDS if name in batch[0][0]]
+        joined = {name: [x for body, _ in batch for x in body[name]] for name in names}
+        try:
+            scores = self._reward(**joined)
+        # Whatever a text makes the scorer do is told to its client; the server goes on.
+        except Exception as error:
+            if len(batch) > 1:  # one bad request must not fail the others
+                for item in batch:
+                    self._score([item])
+                return
+            batch[0][1].set_exception(error)
+            return
+        spread = self._reward.disagreement
+        start = 0
+        for body, done in batch:
+            mine = scores[start : start + len(body["completions"])]
+            start += len(mine)
+            found = {"scores": mine, "disagreement": spread if math.isfinite(spread) else None}
+            done.set_result(found)
+
+
+def read_request(data: bytes) -> dict[str, list[Any]]:
+    """Check the body of a request.
+
+    Raises:
+        BadRequestError: with what is wrong.
+    """
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise BadRequestError(f"the body is not JSON ({error})") from error
+    if not isinstance(body, dict) or not {"prompts", "completions"} <= set(body) <= set(FIELDS):
+        raise BadRequestError(
+            "expected an object with prompts, completions and, if known, prompt_ids, completion_ids"
+        )
+    if ("prompt_ids" in body) != ("completion_ids" in body):
+        raise BadRequestError("prompt_ids and completion_ids go together")
+    lengths = {name: len(v) if isinstance(v, list) else -1 for name, v in body.items()}
+    if len(set(lengths.values())) != 1 or -1 in lengths.values():
+        raise BadRequestError(f"expected lists of equal length, found {lengths} (-1: no list)")
+    if not 1 <= lengths["completions"] <= MAX_ROWS:
+        raise BadRequestError(f"{lengths['completions']} answers; expected 1 to {MAX_ROWS}")
+    for name in ("prompts", "completions"):
+        if not all(isinstance(x, str) or _is_turns(x) for x in body[name]):
+            raise BadRequestError(f"{name}: expected texts or lists of turns {{role, content}}")
+    for name in ("prompt_ids", "completion_ids"):
+        if name in body and not all(_is_ids(x) for x in body[name]):
+            raise BadRequestError(f"{name}: expected lists of token ids, integers from 0")
+    return body
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in value
+    )
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+
+
+def build_app(reward: Scorer, about: Mapping[str, Any]) -> Any:
+    """Give the web application: ``GET /health`` says ``about``, ``POST /score`` scores.
+
+    Raises:
+        ImportError: fastapi is not installed.
+    """
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+
+    app = FastAPI(title="align reward", docs_url=None, redoc_url=None, openapi_url=None)
+    batcher = Batcher(reward)
+
+    def refuse(code: int, said: str) -> JSONResponse:
+        return JSONResponse({"error": said}, status_code=code)
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        return {"status": "ok", **about}
+
+    @app.post("/score")
+    async def score(request: Request) -> JSONResponse:
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                return refuse(413, f"more than {MAX_BYTES} bytes; send fewer answers at a time")
+        try:
+            future = batcher.submit(read_request(bytes(data)))
+            return JSONResponse(await asyncio.wrap_future(future))
+        except ValueError as error:  # a request that cannot be scored
+            return refuse(422, str(error))
+        except queue.Full:
+            return refuse(503, f"{MAX_WAITING} requests wait already")
+        except Exception as error:
+            return refuse(500, f"{type(error).__name__}: {error}")
+
+    return app
