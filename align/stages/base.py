@@ -99,7 +99,7 @@ def main(kind: str) -> NoReturn:
     args = _arguments(kind)
     signals.install()
     try:
-        code = _run(kind, args)
+        code = run_stage(kind, args)
     except AlignError as e:
         setup_logging(distributed.rank())
         log.error("%s", e)
@@ -123,7 +123,8 @@ def _arguments(kind: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(kind: str, args: argparse.Namespace) -> int:
+def run_stage(kind: str, args: argparse.Namespace) -> int:
+    """Run one stage in this process, which must then join no other world; give the exit code."""
     began = time.monotonic()
     recipe = load_recipe(args.recipe, args.overrides)
     name = args.stage or _only_stage(recipe, kind)
