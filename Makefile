@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart test check clean
+.PHONY: help setup setup-test setup-dev quickstart keeping test check clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,6 +26,9 @@ setup-dev:
 
 quickstart: setup ## Set up, then run recipes/quickstart.yaml
 	@$(VENV)/bin/align run recipes/quickstart.yaml
+
+keeping: setup ## Measure over five seeds what EWC, interpolation and unfreezing keep
+	@PYTHONPATH=. $(PY) benchmarks/keeping.py
 
 # -rs would repeat -ra of pyproject.toml; the pytest summary is the last thing printed.
 test: setup-test ## Set up with the test extra, then run the tests (PYTEST_ARGS=... is passed on)

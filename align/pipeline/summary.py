@@ -31,7 +31,9 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Join the last evaluation's results with the cost of each stage.
 
     Reward models and expectations are those of all evaluations; a reward model that several have
-    measured stands once for each, the earlier ones as ``<evaluation>/<reward model>``.
+    measured stands once for each, the earlier ones as ``<evaluation>/<reward model>``. ``earlier``
+    holds models and differences of the evaluations before the last, such as the scores on an old
+    task before and after a new one was learnt.
     """
     summary: dict[str, Any] = {}
     latest = ""
@@ -61,4 +63,8 @@ def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[s
         for model, row in earlier.get("reward_models", {}).items()
     }
     expectations = [*earlier.get("expectations", []), *later.get("expectations", [])]
-    return later | {"reward_models": kept | measured, "expectations": expectations}
+    joined = later | {"reward_models": kept | measured, "expectations": expectations}
+    if earlier:
+        own = {key: earlier[key] for key in ("models", "differences") if key in earlier}
+        joined["earlier"] = earlier.get("earlier", {}) | {name: own}
+    return joined

@@ -62,8 +62,10 @@ def thin(points: Points) -> tuple[Points, int]:
     return kept, run
 
 
-def line_chart(title: str, series: Sequence[tuple[str, Points]]) -> Markup:
-    """Draw one panel: x is the step, y the metric with its unit.
+def line_chart(
+    title: str, series: Sequence[tuple[str, Points]], *, x_label: str = "step"
+) -> Markup:
+    """Draw one panel: x is the step (or what ``x_label`` says), y the metric with its unit.
 
     Args:
         title: the metric's name.
@@ -83,7 +85,7 @@ def line_chart(title: str, series: Sequence[tuple[str, Points]]) -> Markup:
     ]
     label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
-    x_label = f"step (each point the mean of {run})" if run > 1 else "step"
+    x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
     axes = draw_axes(
         [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
     )

@@ -160,7 +160,7 @@ def expectations(run: RunRecord) -> Markup | None:
 
 def curves(run: RunRecord) -> Markup | None:
     """Draw the metrics of every stage that logged any."""
-    stages = [s for s in run.stages if s.metrics and s.kind != "evaluate"]
+    stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]
     if not stages:
         return None
     return tag("section", tag("h2", "Curves"), *(_stage_curves(stage) for stage in stages))

@@ -44,4 +44,5 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     assert summary["reward_models"] == {"a": 1, "first/both": 2, "b": 3, "both": 4}
     assert summary["expectations"] == [{"key": "x"}, {"key": "y"}]
     assert summary["models"] == {"base": {"n": 2}}
+    assert summary["earlier"] == {"first": {"models": {"base": {"n": 1}}}}
     assert summary["seconds"] == 3.0

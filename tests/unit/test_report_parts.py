@@ -1,11 +1,15 @@
 """The parts of the report: ticks, numbers, panels and the picture of the chain."""
 
+from pathlib import Path
+
 import pytest
 
+from align.recipe.schema import Recipe
 from align.report.chain import depths, direct_edges
 from align.report.charts import tick_label, ticks, unit_of
 from align.report.markup import duration, number
-from align.report.read import StageRecord
+from align.report.merge import earlier, merges
+from align.report.read import RunRecord, StageRecord
 from align.report.sections import panels_of
 
 
@@ -69,3 +73,39 @@ def test_duration_and_units_follow_the_names() -> None:
     assert [duration(s) for s in (4.25, 61.4, 7810)] == ["4.2 s", "1 min 1 s", "2 h 10 min"]
     names = ("loss", "kl/reference", "time/rollout_s", "tokens/per_s", "policy/clip_frac")
     assert [unit_of(n) for n in names] == ["nats", "nats", "s", "tokens/s", "fraction"]
+
+
+def run_of(stage: StageRecord, summary: dict) -> RunRecord:
+    recipe = Recipe.model_validate({"name": "r", "stages": {"b": {"kind": "base", "path": "x"}}})
+    return RunRecord(Path("r"), recipe, [stage], summary, [])
+
+
+def test_merge_section_shows_the_curve_and_the_chosen_alpha() -> None:
+    def point(alpha: float, shifted: float) -> dict:
+        ends = {"prompts_gain": [0.0, -0.1, 0.1], "shifted_gain": [None, None, None]}
+        return {"alpha": alpha, "prompts": [0.5, 0.4, 0.6], "shifted": [shifted] * 3, **ends}
+
+    manifest = {"alpha": 0.25, "curve": [point(0.25, 0.875), point(1.0, 0.125)]}
+    page = str(merges(run_of(StageRecord("m", "merge", "done", (), manifest), {})))
+    assert "<b>0.25 chosen</b>" in page
+    assert "1 chosen" not in page
+    assert "0.875" in page
+    assert "alpha</text>" in page  # the axis is alpha, not the step
+    assert (
+        merges(run_of(StageRecord("m", "merge", "done", (), {"alpha": 0.5, "curve": []}), {}))
+        is None
+    )
+
+
+def test_earlier_evaluations_show_what_an_old_task_has_lost() -> None:
+    lost = {"plain-old/exact_match": [-0.5, -0.625, -0.375]}
+    summary = {
+        "earlier": {"evaluate_old": {"models": {}, "differences": lost}, "x": {"models": {}}}
+    }
+    stage = StageRecord("b", "base", "done", ())
+    page = str(earlier(run_of(stage, summary)))
+    assert "evaluate_old" in page
+    assert "-0.500" in page
+    assert "[-0.625, -0.375]" in page
+    assert ">x<" not in page
+    assert earlier(run_of(stage, {})) is None
