@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from align.report import sections
+from align.report.card import reward_cards
 from align.report.chain import chain_picture
 from align.report.markup import Markup, duration, join, tag
 from align.report.merge import earlier, merges
@@ -58,7 +59,7 @@ def page(run: RunRecord) -> Markup:
                 tag("p", head, class_="quiet")),
             sections.missing(run),
             tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
-            join(sections.comparison(run), sections.expectations(run)),
+            join(sections.comparison(run), sections.expectations(run), reward_cards(run)),
             join(earlier(run), merges(run), preflight(run)),
             join(sections.side_by_side(run), sections.curves(run)),
             join(sections.training_samples(run), sections.cost(run), sections.reproduce(run)),

@@ -81,7 +81,7 @@ def _newest_recipe(run_dir: Path) -> Recipe:
 def _read_stage(run_dir: Path, recipe: Recipe, name: str, problems: list[str]) -> StageRecord:
     spec = recipe.stages[name]
     folder = run_dir / name
-    manifest = _read_json(folder / MANIFEST, problems)
+    manifest = read_object(folder / MANIFEST, problems)
     metrics = read_lines(folder / METRICS_FILE, problems)
     if manifest:
         same = manifest.get("spec") == spec.model_dump(mode="json")
@@ -96,12 +96,13 @@ def _read_stage(run_dir: Path, recipe: Recipe, name: str, problems: list[str]) -
 def _read_summary(run_dir: Path, recipe: Recipe, problems: list[str]) -> Row:
     evaluations = [name for name, spec in recipe.stages.items() if spec.kind == "evaluate"]
     for folder in (run_dir, *(run_dir / name for name in reversed(evaluations))):
-        if summary := _read_json(folder / "summary.json", problems):
+        if summary := read_object(folder / "summary.json", problems):
             return summary
     return {}
 
 
-def _read_json(path: Path, problems: list[str]) -> Row:
+def read_object(path: Path, problems: list[str]) -> Row:
+    """Read a JSON object; a file that is not there is an empty one, and ``problems`` is told."""
     if not path.is_file():
         return {}
     try:

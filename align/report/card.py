@@ -1,0 +1,134 @@
+"""The reward-model cards of a run: numbers with intervals, and three pictures each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from align.core.log import CARDS_FILE
+from align.report.markup import Markup, even, join, table, tag
+from align.report.plot import Series, plot
+from align.report.read import RunRecord, read_object
+
+Card = Mapping[str, Any]
+ROWS = (
+    ("pair_accuracy", "pair accuracy"),
+    ("length_balanced_accuracy", "pair accuracy, length-balanced"),
+    ("best_of_set_accuracy", "best-of-4 accuracy"),
+    ("log_loss", "log loss (nats; 0.693 is chance)"),
+    ("ece", "calibration error"),
+    ("length_correlation", "rank correlation of score and tokens"),
+    ("length_correlation_in_pair", "the same of the differences within a pair"),
+)
+GROUPS = (
+    ("by_source", "source"),
+    ("by_length", "which answer is longer"),
+    ("by_refusal", "which answer refuses"),
+    ("sets_by_source", "source of the sets"),
+)
+
+
+def reward_cards(run: RunRecord) -> Markup | None:
+    """Show the cards of every evaluate stage; None where there is none."""
+    found = [
+        (name, card)
+        for stage in run.stages
+        if stage.kind == "evaluate"
+        for name, card in read_object(run.directory / stage.name / CARDS_FILE, []).items()
+    ]
+    if not found:
+        return None
+    return tag(
+        "section",
+        tag("h2", "Reward-model cards"),
+        tag("p", "On held-out answers; value with its 95 % interval, drawn over prompts."),
+        *(_card(name, card) for name, card in found),
+    )
+
+
+def _card(name: str, card: Card) -> Markup:
+    rows: list[list[object]] = [[title, _triple(card[key])] for key, title in ROWS if key in card]
+    counts = f"{card['num_pairs']} pairs of {card['num_prompts']} prompts"
+    if card.get("num_pairs_too_long"):
+        counts += f", {card['num_pairs_too_long']} too long"
+    if "num_sets" in card:
+        counts += f", {card['num_sets']} sets (chance {even(card['chance'])})"
+    other = card.get("agreement")
+    if other and "same_side" in other:
+        rows.append([f"prefers the same answer as {other['with']}", _triple(other["same_side"])])
+        rows.append([f"pair accuracy minus that of {other['with']}",
+                     _triple(other["accuracy_difference"])])  # fmt: skip
+    groups = [_group(title, card[key]) for key, title in GROUPS if len(card.get(key, ())) > 1]
+    return join(
+        tag("h3", name, tag("small", counts)),
+        tag("div", *_pictures(card), class_="charts"),
+        table(["", "value"], rows, class_="numbers"),
+        tag("details", tag("summary", "By source, length and refusal"), *groups)
+        if groups
+        else None,
+    )
+
+
+def _triple(value: list[float | None]) -> Markup:
+    middle, low, high = value
+    spread = None if low is None else tag("small", f"[{even(low)}, {even(high)}]")
+    return tag("div", even(middle), spread, class_="triple")
+
+
+def _group(title: str, groups: Mapping[str, Any]) -> Markup:
+    rows: list[list[object]] = [
+        [name, entry["num_pairs"], _triple(entry["accuracy"])] for name, entry in groups.items()
+    ]
+    return table([title, "number", "accuracy"], rows, class_="numbers")
+
+
+def _pictures(card: Card) -> list[Markup]:
+    return [
+        picture
+        for picture in (calibration_plot(card), groups_plot(card), best_of_n_plot(card))
+        if picture is not None
+    ]
+
+
+def calibration_plot(card: Card) -> Markup:
+    """Draw how often the preferred answer is the chosen one, over how sure the model is."""
+    points = card["calibration"]
+    measured = Series(
+        "measured",
+        [(p["confidence"], p["accuracy"][0]) for p in points],
+        [(p["accuracy"][1], p["accuracy"][2]) for p in points],
+    )
+    ideal = Series("calibrated", [(0.5, 0.5), (1.0, 1.0)], style="dashed", colour=3)
+    return plot("calibration", [measured, ideal], x_label="confidence", y_label="accuracy",
+                note=f"sigmoid of the score difference, error {even(card['ece'][0])}")  # fmt: skip
+
+
+def groups_plot(card: Card) -> Markup | None:
+    """Draw the pair accuracy where the chosen answer is shorter, equal and longer."""
+    order = ("chosen shorter", "about equal", "chosen longer")
+    known = [(i, card["by_length"][name]) for i, name in enumerate(order)
+             if name in card["by_length"]]  # fmt: skip
+    if len(known) < 2:
+        return None
+    found = Series(
+        "pair accuracy",
+        [(i - 1.0, entry["accuracy"][0]) for i, entry in known],
+        [(entry["accuracy"][1], entry["accuracy"][2]) for _, entry in known],
+        style="points",
+    )
+    chance = Series("chance", [(-1.0, 0.5), (1.0, 0.5)], style="dashed", colour=3)
+    return plot("length", [found, chance], x_label="chosen: -1 shorter, 0 equal, 1 longer",
+                y_label="accuracy")  # fmt: skip
+
+
+def best_of_n_plot(card: Card) -> Markup | None:
+    """Draw the gold score of the best of n by this model, and of the best there is."""
+    points = card.get("best_of_n")
+    if not points:
+        return None
+    picked = Series(
+        "by this model",
+        [(p["n"], p["gold"][0]) for p in points],
+        [(p["gold"][1], p["gold"][2]) for p in points],
+    )
+    ideal = Series("best there is", [(p["n"], p["best_possible"]) for p in points],
+                   style="dashed", colour=3)  # fmt: skip
+    return plot("best of n", [picked, ideal], x_label="answers to choose from", y_label="gold")
