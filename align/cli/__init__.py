@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from align.cli.data import data, explain
-from align.cli.evaluate import eval_
+from align.cli.evaluate import calibrate, eval_
 from align.core.errors import EXIT_USER, AlignError
 
 cli = typer.Typer(
@@ -149,6 +149,7 @@ def doctor() -> None:
 
 
 cli.command("eval")(eval_)
+cli.command()(calibrate)
 
 
 def app() -> None:

@@ -66,3 +66,17 @@ def eval_(
         harness_path=lm_eval_tasks,
     )
     raise typer.Exit(evaluate(question, runs=runs, out=out, force=force, detect=detect))
+
+
+def calibrate(
+    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="a reward model, or a URL")],
+    pairs: Annotated[Path, typer.Option(metavar="FILE", help="preference pairs of people")],
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="model at the URL")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="pairs to judge; all by default")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE")] = Path("runs/calibration.json"),
+    runs: Runs = Path("runs"),
+) -> None:
+    """Measure a judge against people: agreement, Cohen's kappa, position bias."""
+    from align.pipeline.evaluating import calibrate as measure
+
+    raise typer.Exit(measure(judge, model=model, pairs=pairs, rows=rows, out=out, runs=runs))

@@ -12,8 +12,9 @@ import yaml
 
 from align.core.artefacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
+from align.pipeline.processes import run_calibrate
 from align.pipeline.running import run
-from align.pipeline.task_tables import detect_lines
+from align.pipeline.task_tables import calibration_lines, detect_lines
 from align.pipeline.terminal import Terminal
 from align.recipe.tasks import load_task
 
@@ -83,6 +84,31 @@ def evaluate(
     if code == EXIT_OK and detect is not None:
         summary = json.loads((folder / STAGE / "summary.json").read_text(encoding="utf-8"))
         for line in detect_lines(summary, detect):
+            Terminal().line(line)
+    return code
+
+
+def calibrate(
+    judge: str, *, model: str | None, pairs: Path, rows: int | None, out: Path, runs: Path
+) -> int:
+    """Measure a judge on pairs that people have ordered, and show what came out.
+
+    Args:
+        judge: URL of an endpoint, or a reward model's RUN/STAGE or folder.
+        model: name of the model at the endpoint.
+        pairs: file of preference pairs. rows: how many of them; None takes all.
+        out: JSON file to write. runs: folder that RUN/STAGE is looked up in.
+    """
+    endpoint, scorer = _judge(Question([], [], judge=judge, judge_model=model), runs)
+    if endpoint is None and scorer is None:
+        raise RecipeError(f"{judge}: expected a reward model's RUN/STAGE or a URL with --model")
+    options = ["--pairs", str(pairs), "--out", str(out)]
+    options += ["--model", model] if model else []
+    options += ["--rows", str(rows)] if rows else []
+    code = run_calibrate(scorer or judge, options)
+    if code == EXIT_OK:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        for line in calibration_lines(found):
             Terminal().line(line)
     return code
 
@@ -197,16 +223,18 @@ def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str |
     name = question.judge
     if name.startswith(("http://", "https://")):
         if question.judge_model is None:
-            raise RecipeError(f"--judge {name}: which model? give --judge-model NAME")
+            raise RecipeError(f"judge {name}: which model there? name it (--judge-model, --model)")
         return {"endpoint": {"url": name, "model": question.judge_model}}, None
     if question.judge_model is not None:
-        raise RecipeError("--judge-model has no effect without --judge URL; remove it")
+        raise RecipeError(
+            f"model '{question.judge_model}' has no effect on judge {name}; remove it"
+        )
     if name == "rule":
         return None, None
     for place in (Path(name), runs / name):
         if (place / MANIFEST).is_file() and read_manifest(place).get("kind") == "reward_model":
             return None, str(place)
-    raise RecipeError(f"--judge {name}: expected 'rule', a reward model's RUN/STAGE, or a URL")
+    raise RecipeError(f"judge {name}: expected 'rule', a reward model's RUN/STAGE, or a URL")
 
 
 def _harness(question: Question, tasks: Sequence[str]) -> dict[str, Any]:

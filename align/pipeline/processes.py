@@ -172,3 +172,12 @@ def run_server(artefact: Path, arguments: Sequence[str]) -> int:
         return subprocess.run(argv, check=False).returncode
     except KeyboardInterrupt:
         return 0
+
+
+def run_calibrate(judge: str, arguments: Sequence[str]) -> int:
+    """Measure a judge in a process of its own, which writes a file; give its exit code."""
+    script = find_launch_dir() / "calibrate.py"
+    done = subprocess.run(
+        [sys.executable, str(script), judge, *arguments], stdout=subprocess.DEVNULL
+    )
+    return done.returncode

@@ -1,6 +1,6 @@
 """Show what checkpoints did on evaluation tasks: values, intervals, verdicts, the win matrix."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
@@ -101,8 +101,8 @@ def judge_lines(summary: Block) -> Iterator[str]:
 
 def judge_text(judge: Block) -> str:
     """Write a judge's cost in one line."""
+    reasons = [f"{n} {reason}" for reason, n in judge["invalid"].items()]
     invalid = sum(judge["invalid"].values())
-    reasons: Sequence[str] = [f"{n} {reason}" for reason, n in judge["invalid"].items()]
     return (
         f"judge {judge['model']}: {judge['pairs_judged']} of {judge['pairs']} pairs judged in both "
         f"orders, {judge['requests']} requests ({judge['cached']} more from the cache), "
@@ -110,3 +110,25 @@ def judge_text(judge: Block) -> str:
         f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, ${judge['dollars']:.4f}, "
         f"{judge['seconds']:.1f} s"
     )
+
+
+CALIBRATED = {
+    "agreement": "agrees with people (ties half)",
+    "decided_agreement": "agrees where both orders do",
+    "kappa": "Cohen's kappa",
+    "first_share": "prefers the first answer (0.5 is none)",
+    "consistent": "same verdict in both orders",
+    "longer_share": "prefers the longer answer",
+    "human_longer_share": "people prefer the longer answer",
+}
+
+
+def calibration_lines(found: Block) -> Iterator[str]:
+    """Show a judge's calibration, a line each."""
+    yield f"{found['pairs']} pairs ordered by people, {found['invalid']} without a valid verdict"
+    for key, words in CALIBRATED.items():
+        value, low, high = found[key]
+        shown = "-" if value is None else f"{value:.2f}"
+        yield f"{words:<40} {shown}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    if judge := found.get("judge"):
+        yield judge_text(judge)

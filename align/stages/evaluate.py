@@ -25,6 +25,7 @@ from align.recipe.schema import EvaluateStage, TaskSpec
 from align.stages.answering import Answers, sample_all, task_rows
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.card import CardInput, SampledAnswers, build_cards, headlines
+from align.stages.judging import judge_all
 from align.stages.measuring import (
     TaskRewards,
     held_out_rows,
@@ -53,8 +54,7 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     answered = measure_all(spec, artefacts, answers, rewards, context, metrics)
     metrics.close()
     blocks = {
-        task.name: summarise(task, answered[task.name], baseline, context)
-        for task in spec.all_tasks
+        task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
     }
     summary: dict[str, Any] = {"models": {}, "tasks": blocks, "engine": engine_name}
     if OWN_TASK in answered:
@@ -109,27 +109,33 @@ def task_rewards(spec: EvaluateStage, context: StageContext) -> TaskRewards:
     return {
         task.name: (
             build_rewards(task.grader, context),
-            build_rewards(task.judge or task.grader, context),
+            build_rewards(task.judge or ([] if spec.pairwise else task.grader), context),
         )
         for task in spec.all_tasks
     }
 
 
 def summarise(
-    task: TaskSpec, answered: Mapping[str, Answered], baseline: str, context: StageContext
+    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], context: StageContext
 ) -> dict[str, Any]:
     """Compare the models on one task."""
+    baseline = spec.label(spec.baseline)
     records = {name: model.records for name, model in answered.items()}
-    judged = {
-        name: Judged(judged_by_score(mine, records[baseline]))
-        for name, mine in records.items()
-        if name != baseline
-    }
+    told: dict[str, Any] = {"description": task.description}
+    if spec.pairwise and not task.judge:
+        judged, told["judge"] = judge_all(spec, answered, seed=context.seed)
+    else:
+        judged = {
+            name: Judged(judged_by_score(mine, records[baseline]))
+            for name, mine in records.items()
+            if name != baseline
+        }
+        told["win_matrix"] = win_matrix(records)
     metrics = [m for m in task.reported if judged or m not in WIN_RATES]
     block = task_block(
         answered, baseline=baseline, metrics=metrics, judged=judged, seed=context.seed
     )
-    return {"description": task.description, **block, "win_matrix": win_matrix(records)}
+    return told | block
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:

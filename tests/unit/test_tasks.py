@@ -151,7 +151,7 @@ def test_what_is_no_policy_is_refused(name: str, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge": "http://x/v1"}, "--judge-model"),
+        ({"judge": "http://x/v1"}, "which model there"),
         ({"judge_model": "m"}, "no effect"),
         ({"judge": "a/sft"}, "expected 'rule'"),
         ({"tasks": ["lm_eval:arc"]}, r"python -m venv .* --lm-eval"),

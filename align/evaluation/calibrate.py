@@ -1,0 +1,111 @@
+"""Measure a judge against people: agreement, Cohen's kappa, and what else sways it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student_t
+
+from align.evaluation.compare import Triple, as_triple, mean_interval
+from align.evaluation.judge import BothOrders, Pair, position
+
+Array = NDArray[np.float64]
+
+
+def calibration(
+    pairs: Sequence[Pair], said: Sequence[BothOrders], *, clusters: Sequence[Any]
+) -> dict[str, Any]:
+    """Compare a judge with the people who preferred ``ours`` in every pair.
+
+    Args:
+        pairs: what was judged; ``ours`` is the answer that people preferred.
+        said: the judge's verdicts in both orders.
+        clusters: the prompt of each pair: pairs of one prompt are not independent.
+
+    Returns:
+        Each with its 95 % interval: ``agreement`` (mean result, ties half), ``decided_agreement``
+        (of the pairs that it decided alike in both orders), ``kappa``, ``first_share`` and
+        ``consistent`` (see `position`), ``longer_share`` and ``human_longer_share`` (how often the
+        longer answer wins); and the numbers of ``pairs`` and ``invalid`` ones.
+    """
+    results = [p.result for p in said]
+    longer = [len(p.ours) > len(p.theirs) for p in pairs]
+    unequal = [len(p.ours) != len(p.theirs) for p in pairs]
+    won = [None if r is None or not u else (r if long else 1 - r)
+           for r, long, u in zip(results, longer, unequal, strict=True)]  # fmt: skip
+    human = [float(long) if u else None for long, u in zip(longer, unequal, strict=True)]
+    return {
+        "pairs": len(pairs),
+        "invalid": sum(r is None for r in results),
+        "agreement": as_triple(mean_interval(results, clusters)),
+        "decided_agreement": as_triple(
+            mean_interval([r if r in (0.0, 1.0) else None for r in results], clusters)
+        ),
+        "kappa": kappa_interval(said, clusters),
+        **position(said),
+        "longer_share": as_triple(mean_interval(won, clusters)),
+        "human_longer_share": as_triple(mean_interval(human, clusters)),
+    }
+
+
+def kappa_interval(said: Sequence[BothOrders], clusters: Sequence[Any]) -> Triple:
+    """Give Cohen's kappa of judge and people over both orders, with its jackknife interval.
+
+    Every pair is two observations: people prefer the first answer in one order and the second in
+    the other; the judge says first, second or tie. Invalid pairs are left out.
+
+    Reference:
+        Cohen 1960, Educational and Psychological Measurement 20(1).
+    """
+    kept = [(p, name) for p, name in zip(said, clusters, strict=True) if p.result is not None]
+    if not kept:
+        return [None, None, None]
+    names = sorted({str(name) for _, name in kept})
+    index = {name: i for i, name in enumerate(names)}
+    # Per cluster: observations, agreements, "first" and "second" said by the judge.
+    counts = np.zeros((len(names), 4))
+    for pair, name in kept:
+        counts[index[str(name)]] += _counted(pair)
+    value = _kappa(counts.sum(0))
+    if len(names) < 2 or not np.isfinite(value):
+        return [float(value) if np.isfinite(value) else None, None, None]
+    left_out = np.array([_kappa(counts.sum(0) - row) for row in counts])
+    n = len(names)
+    error = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
+    half = float(student_t.ppf(0.975, n - 1)) * error
+    return [float(value), max(-1.0, float(value) - half), min(1.0, float(value) + half)]
+
+
+def _counted(pair: BothOrders) -> Array:
+    a, b = pair.ours_first, pair.theirs_first
+    return np.array(
+        [2.0, (a == 1.0) + (b == 0.0), (a == 1.0) + (b == 1.0), (a == 0.0) + (b == 0.0)]
+    )
+
+
+def _kappa(counts: Array) -> float:
+    total, agreed, first, second = counts
+    # People say first and second equally often, by construction.
+    chance = 0.5 * (first + second) / total
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float((agreed / total - chance) / (1.0 - chance))
+
+
+def scored_orders(
+    pairs: Sequence[Pair], score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
+) -> list[BothOrders]:
+    """Turn a scorer of single answers into verdicts, which know no order.
+
+    Args:
+        pairs: what is compared.
+        score: (prompts, answers) to one score each; None where it cannot tell.
+    """
+    prompts = [p.prompt for p in pairs]
+    ours = score(prompts, [p.ours for p in pairs])
+    theirs = score(prompts, [p.theirs for p in pairs])
+    found = []
+    for a, b in zip(ours, theirs, strict=True):
+        won = None if a is None or b is None else (a > b) + 0.5 * (a == b)
+        found.append(BothOrders(won, None if won is None else 1.0 - won))
+    return found
