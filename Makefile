@@ -1,12 +1,13 @@
 # Everything runs in .venv, which scripts/setup.sh makes and repairs; a second call reuses it.
 #   make quickstart   set up, then run the whole chain on generated data
 #   make test         set up with the test extra, then run the tests
+#   make bench        measure the table of benchmarks/README.md
 #   make setup        set up only          make check   lint and types
 # TORCH_INDEX=URL takes torch from another index; PYTHON=PATH chooses the interpreter.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping test check clean
+.PHONY: help setup setup-test setup-dev quickstart keeping test check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -38,6 +39,11 @@ check: setup-dev ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+
+# The PPO row needs TRL 1.12 in an environment of its own: benchmarks/README.md.
+bench: setup ## Measure the benchmark table (35 to 60 minutes on 2 cores; rows done are kept)
+	$(PY) -m benchmarks.run $(BENCH_ARGS)
+	$(PY) -m benchmarks.table
 
 clean: ## Remove .venv, caches and build output; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

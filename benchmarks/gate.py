@@ -19,19 +19,20 @@ class Gate:
         # Libraries print: keep the pipe for the protocol and send the rest to standard error.
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._began = 0.0
+        self._began = self._cpu = 0.0
 
     def wait(self) -> None:
         """Block until the next round is to begin; end the process when there is none."""
         if sys.stdin.readline().strip() != "go":
             sys.stdout.flush()
             os._exit(0)
-        self._began = time.perf_counter()
+        self._cpu, self._began = time.process_time(), time.perf_counter()
 
     def done(self, **facts: Any) -> None:
         """Report the round that ends now, then wait for the next."""
         seconds = time.perf_counter() - self._began
-        self._send({"seconds": seconds, "peak_mib": peak_mib(), **facts})
+        cpu_s = time.process_time() - self._cpu
+        self._send({"seconds": seconds, "cpu_s": cpu_s, "peak_mib": peak_mib(), **facts})
         self.wait()
 
     def ready(self) -> None:

@@ -77,8 +77,11 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            tail = "".join(self._log.read_text(errors="replace").splitlines(True)[-15:])
-            raise SideError(f"side {self.name} ended ({self._process.returncode}):\n{tail}")
+            text = self._log.read_text(errors="replace")
+            began = max(text.rfind("Traceback"), 0)
+            raise SideError(
+                f"side {self.name} ended ({self._process.returncode}):\n{text[began:][:3000]}"
+            )
         return json.loads(line)
 
 
@@ -107,6 +110,7 @@ def summary(side: Side, *, warmup: int, units: float | str) -> dict[str, Any]:
         "seconds": spread([r["seconds"] for r in timed]),
         "rate": spread(rates),
         "rates": rates,
+        "cpu_s": spread([r["cpu_s"] for r in timed]),
         "peak_mib": max(r["peak_mib"] for r in side.rounds),
         "start_s": side.start_s,
         "first_rounds": side.rounds[:3],

@@ -37,7 +37,7 @@ class Row:
     lengths: str = "skewed"
     median: int = 120
     prompt_frac: float = 0.4
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"micro_tokens": 2048})
     check: Sequence[tuple[str, str, int, float]] = ()
     work: Mapping[str, Any] = field(default_factory=dict)
     warmup: int = 1
@@ -46,19 +46,13 @@ class Row:
 
 LOSS = [("train/loss", "loss", 3, 0.01), ("optim/grad_norm", "grad_norm", 1, 0.02)]
 SFT = [
-    {**PACKED, **AUTOCAST, "max_length": 1024},
-    {**PACKED, **AUTOCAST, "max_length": 1024, "per_device_train_batch_size": 4},
-    {**GROUPED, **AUTOCAST, "per_device_train_batch_size": 4},
     {**GROUPED, **AUTOCAST, "per_device_train_batch_size": 8},
+    {**PACKED, **AUTOCAST, "max_length": 1024},
 ]
-PAIRS = [
-    {**IN_ORDER, **AUTOCAST, "per_device_train_batch_size": 1},
-    {**IN_ORDER, **AUTOCAST, "per_device_train_batch_size": 2},
-    {**IN_ORDER, **AUTOCAST, "per_device_train_batch_size": 8},
-]
-GENERATE = [{**AUTOCAST, "per_device_train_batch_size": n} for n in (8, 64)]
+PAIRS = [{**IN_ORDER, **AUTOCAST, "per_device_train_batch_size": n} for n in (2, 8)]
+GENERATE = [{**AUTOCAST, "per_device_train_batch_size": n} for n in (64, 8)]
 BF16_PPO = [{**AUTOCAST, "per_device_train_batch_size": n,
-             "local_rollout_forward_batch_size": 64} for n in (8, 32)]  # fmt: skip
+             "local_rollout_forward_batch_size": 64} for n in (32, 8)]  # fmt: skip
 TRL = "benchmarks.trl_sides"
 ROWS = {
     "sft-uniform": Row("sft", "SFT, uniform 512", "tokens", f"{TRL}:sft", SFT, 1.5, 8, 512,

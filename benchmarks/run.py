@@ -60,13 +60,14 @@ def main() -> None:
             found = measure(
                 row, Path(scratch), shape=shape_name, dtype=args.dtype, threads=args.threads
             )
-        found = {"row": name, "device": device, "date": _today(), **found}
+        found = {"row": name, "device": device, "date": today(), **found}
         folder.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         log.info("%s: ratio %s", name, found["ratio"])
 
 
-def _today() -> str:
+def today() -> str:
+    """Give the date, for the results."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
@@ -200,6 +201,7 @@ def compare(row: Row, ours: Side, theirs: Side) -> dict[str, Any]:
         "ours": mine,
         "theirs": other,
         "ratio": ratio(mine, other),
+        "cpu_ratio": other["cpu_s"]["median"] / mine["cpu_s"]["median"],
         "memory_ratio": mine["peak_mib"] / other["peak_mib"],
     }
     if row.check:

@@ -1,0 +1,62 @@
+"""Write the table of benchmarks/README.md from benchmarks/results."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import ROWS
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+HEAD = (
+    "work", "to reach", "ratio, wall (least to most)", "ratio, CPU time", "align", "other side",
+    "of the roof, align / other", "peak memory, align / other", "same numbers", "GPU",
+)  # fmt: skip
+
+
+def render(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Give the table as Markdown.
+
+    Args:
+        results: what `benchmarks.run` wrote, by name of the row; a row without is "not measured".
+    """
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    for name, row in ROWS.items():
+        found = results.get(name)
+        cells = ["not measured"] * (len(HEAD) - 2) if found is None else _cells(found)
+        lines.append("| " + " | ".join([row.title, f">= {row.target}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    ratio, ours, theirs = found["ratio"], found["ours"], found["theirs"]
+    shares = [s.get("roof_share") for s in (ours, theirs)]
+    memory = [s["peak_mib"] / 1024 for s in (ours, theirs)]
+    rates = [f"{s['rate']['median']:.3g} {found['unit']}/s" for s in (ours, theirs)]
+    return [
+        f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        f"{found['cpu_ratio']:.2f}",
+        *rates,
+        "-" if None in shares else f"{shares[0]:.0%} / {shares[1]:.0%}",
+        f"{memory[0]:.2f} / {memory[1]:.2f} GiB",
+        {None: "-", True: "yes", False: "NO"}[found.get("same", {}).get("equal")],
+        "not measured",
+    ]
+
+
+def main() -> None:
+    """Put the table between its two marks."""
+    results = {}
+    for path in sorted((HERE / "results" / "cpu").glob("*.1t.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["shape"] == "10.5M" and found["dtype"] == "bfloat16":
+            results[found["row"]] = found
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

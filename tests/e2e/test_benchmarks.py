@@ -1,0 +1,25 @@
+"""The benchmark harness: both sides take the same step on the smallest work, and say so."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.rows import ROWS
+from benchmarks.run import measure
+from benchmarks.table import render
+
+
+@pytest.mark.slow
+def test_both_sides_of_the_smallest_row_compute_the_same_loss_and_gradient_norm(tmp_path):
+    row = ROWS["sft-skewed"]
+    row = replace(
+        row, rows=4, longest=48, median=16, rounds=2, candidates=row.candidates[:1],
+        check=[(a, b, n, 1e-4) for a, b, n, _ in row.check],
+    )  # fmt: skip
+    found = measure(row, tmp_path, shape="tiny", dtype="float32", threads=1)
+    assert found["same"]["equal"], found["same"]
+    assert len(found["ours"]["rates"]) == len(found["theirs"]["rates"]) == 2
+    assert 0.0 < found["ours"]["roof_share"] < 1.0
+    text = render({"sft-skewed": found})
+    assert text.count("not measured |") > len(ROWS)
+    assert f"**{found['ratio']['median']:.2f}**" in text
