@@ -135,7 +135,13 @@ def _token_rewards(experience: Experience, spec: OnlineStage, kl_coef: float) ->
     kl = _kl_in_reward(experience, spec, kl_coef)
     kl = torch.zeros_like(experience.per_token["rollout_logprobs"]) if kl is None else kl
     scores = experience.scores.nan_to_num(0.0)
-    return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
+    steps = experience.per_token.get("step_rewards")
+    if steps is None:
+        return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
+    # What the steps do not explain stands at the last token, so that the sum stays the score.
+    steps = steps.masked_fill(~experience.mask, 0.0)
+    rest = scores - steps.sum(1)
+    return shaped_rewards(rest, kl, experience.mask, kl_coef=kl_coef) + steps
 
 
 def _penalised(experience: Experience, spec: OnlineStage, kl_coef: float) -> Tensor:

@@ -25,7 +25,14 @@ from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
 from align.online.objective import critic_objective, policy_objective
 from align.online.rollout import sample_groups
-from align.online.scoring import Scores, apply_scores, disagreement, length_penalty, score_answers
+from align.online.scoring import (
+    Scores,
+    apply_scores,
+    disagreement,
+    length_penalty,
+    score_answers,
+    step_rewards,
+)
 from align.online.summary import summarise
 from align.online.watch import Watch
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
@@ -228,7 +235,8 @@ def _scored(
         mask_truncated=run.spec.truncation == "mask",
         penalty=length_penalty(experience, run.spec),
     )
-    return experience, scores
+    steps = step_rewards(experience, run.rewards)
+    return (experience if steps is None else experience.with_tokens(step_rewards=steps)), scores
 
 
 def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> bool:

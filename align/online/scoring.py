@@ -58,6 +58,23 @@ def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:
     return {"reward/disagreement": sums["spread"] / sums["num"]} if sums["num"] else {}
 
 
+def step_rewards(experience: Experience, rewards: Sequence[RewardFunction]) -> Tensor | None:
+    """Lay out what process rewards give to the tokens of their last call: (B, T), weighted.
+
+    None where no reward speaks of steps. An estimator without a critic looks at scores alone.
+    """
+    speaking = [
+        (r.weight, tokens) for r in rewards if (tokens := getattr(r, "token_rewards", None))
+    ]
+    if not speaking:
+        return None
+    found = torch.zeros(experience.completion.shape)
+    for row, mask in enumerate(experience.completion):
+        for weight, tokens in speaking:
+            found[row, mask] += weight * torch.tensor(tokens[row])
+    return found
+
+
 def apply_scores(
     experience: Experience,
     scores: Scores,
