@@ -100,11 +100,16 @@ def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @cli.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")]) -> None:
-    """Build report.html of a run again."""
-    from align.report import build_report
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="a second run to compare with")
+    ] = None,
+) -> None:
+    """Build report.html of a run again, or a page that compares two runs."""
+    from align.report import build_comparison, build_report
 
-    typer.echo(str(build_report(run_dir)))
+    typer.echo(str(build_report(run_dir) if other is None else build_comparison(run_dir, other)))
 
 
 @cli.command()

@@ -52,6 +52,8 @@ class TrainingStage(StageSpec):
     micro_tokens: Count = 8192
     """Token budget of one forward-backward pass on one rank."""
     gradient_checkpointing: bool = False
+    expect: dict[str, tuple[float | None, float | None]] = {}
+    """Bands of this stage's metrics, such as ``kl/reference: [0, 5]``: drawn in the report."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints; 0 keeps none."""
     keep_checkpoints: Count = 2

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
-from align.report import sections
+from align.report import answers, sections
 from align.report.card import reward_cards
 from align.report.chain import chain_picture
-from align.report.markup import Markup, duration, join, tag
+from align.report.compare import comparison_page, read_two
+from align.report.ledger import ledger
+from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
 from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
+from align.report.watching import watching
 
 REPORT_FILE = "report.html"
 # The browser itself refuses requests and scripts, whatever a completion may hold.
@@ -28,41 +31,67 @@ def build_report(run_dir: Path) -> Path:
         ArtefactError: the folder holds no stage.
     """
     run_dir = Path(run_dir)
-    run = read_run(run_dir)
-    path = run_dir / REPORT_FILE
+    return _write(run_dir / REPORT_FILE, page(read_run(run_dir)))
+
+
+def build_comparison(first: Path, second: Path) -> Path:
+    """Write a page in the first run's folder that compares two runs.
+
+    Raises:
+        ArtefactError: a folder holds no stage.
+    """
+    one, other = read_two(Path(first), Path(second))
+    path = one.directory / f"compare-{other.directory.resolve().name}.html"
+    title = f"{one.recipe.name} and {other.recipe.name}"
+    header = tag("header", tag("h1", title))
+    return _write(path, document(title, header, *comparison_page(one, other)))
+
+
+def _write(path: Path, html: Markup) -> Path:
     temporary = path.with_suffix(".html.tmp")
-    temporary.write_text("<!doctype html>\n" + page(run), encoding="utf-8")
+    temporary.write_text("<!doctype html>\n" + html, encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def page(run: RunRecord) -> Markup:
-    """Give the whole page."""
+def document(title: str, *body: Markup | None) -> Markup:
+    """Give a whole page: the style inside, nothing from elsewhere."""
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{title}: align report"),
+        tag("style", Markup(style)),
+    )
+    return tag("html", head, tag("body", *body), lang="en")
+
+
+def page(run: RunRecord) -> Markup:
+    """Give the whole page of a run."""
     done = sum(stage.status == "done" for stage in run.stages)
     seconds = run.summary.get("seconds") or sum(stage.seconds or 0.0 for stage in run.stages)
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
-    return tag(
-        "html",
-        tag(
-            "head",
-            tag("meta", charset="utf-8"),
-            tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("meta", name="color-scheme", content="light dark"),
-            tag("title", f"{run.recipe.name}: align report"),
-            tag("style", Markup(style)),
-        ),
-        tag(
-            "body",
-            tag("header", tag("h1", run.recipe.name), tag("p", run.recipe.description),
-                tag("p", head, class_="quiet")),
-            sections.missing(run),
-            tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
-            join(sections.comparison(run), sections.expectations(run), reward_cards(run)),
-            join(earlier(run), merges(run), preflight(run)),
-            join(sections.side_by_side(run), sections.curves(run)),
-            join(sections.training_samples(run), sections.cost(run), sections.reproduce(run)),
-        ),
-        lang="en",
+    return document(
+        run.recipe.name,
+        tag("header", tag("h1", run.recipe.name), tag("p", run.recipe.description),
+            tag("p", head, class_="quiet")),
+        sections.missing(run),
+        tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
+        sections.comparison(run),
+        sections.expectations(run),
+        reward_cards(run),
+        earlier(run),
+        watching(run),
+        merges(run),
+        answers.side_by_side(run),
+        answers.reward_and_length(run),
+        sections.curves(run),
+        answers.training_samples(run),
+        ledger(run),
+        preflight(run),
+        sections.cost(run),
+        sections.reproduce(run),
     )  # fmt: skip

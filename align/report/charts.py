@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from align.report.markup import Markup, join, number, tag
 
 Points = list[tuple[float, float | None]]
+Band = tuple[float | None, float | None]
+"""Lowest and highest value that a recipe expects; None for no bound."""
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
 MAX_POINTS = 240
@@ -63,13 +65,20 @@ def thin(points: Points) -> tuple[Points, int]:
 
 
 def line_chart(
-    title: str, series: Sequence[tuple[str, Points]], *, x_label: str = "step"
+    title: str,
+    series: Sequence[tuple[str, Points]],
+    *,
+    band: Band | None = None,
+    x_label: str = "step",
+    y_label: str | None = None,
 ) -> Markup:
-    """Draw one panel: x is the step (or what ``x_label`` says), y the metric with its unit.
+    """Draw one panel: x is the step, y the metric with its unit.
 
     Args:
         title: the metric's name.
         series: (label, points) of one to three lines; a y of None leaves a gap.
+        band: values that the recipe expects, shaded.
+        x_label: what x is. y_label: what y is; None takes the unit of the metric.
     """
     thinned = [(label, *thin(points)) for label, points in series]
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
@@ -83,17 +92,47 @@ def line_chart(
         for i, (_, points, _) in enumerate(thinned)
         for mark in _segments(points, frame, f"line{i + 1}")
     ]
-    label = unit_of(title) or "value"
+    label = y_label or unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
     axes = draw_axes(
         [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
     )
     svg = tag(
-        "svg", axes, *lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
-        aria_label=f"{title} over steps",
+        "svg", axes, _shade(band, frame), *lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+        aria_label=f"{title} over {x_label}",
     )  # fmt: skip
     return tag("figure", _caption(title, thinned), svg)
+
+
+def scatter(title: str, points: Points, labels: tuple[str, str]) -> Markup:
+    """Draw a cloud of points with the names of its axes."""
+    known = [(x, y) for x, y in points if y is not None]
+    xs, ys = [x for x, _ in known], [y for _, y in known]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    dots = []
+    for x, y in known:
+        cx, cy = place(x, y, frame)
+        dots.append(tag("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="2.5", class_="line1 dot"))
+    svg = tag(
+        "svg", draw_axes(x_ticks, y_ticks, frame, labels), *dots, viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img", aria_label=f"{title}: {labels[1]} over {labels[0]}",
+    )  # fmt: skip
+    return tag(
+        "figure", tag("figcaption", tag("b", title), tag("span", f"{len(known)} answers")), svg
+    )
+
+
+def _shade(band: Band | None, frame: tuple[float, float, float, float]) -> Markup | None:
+    if band is None:
+        return None
+    low = frame[2] if band[0] is None else min(max(band[0], frame[2]), frame[3])
+    high = frame[3] if band[1] is None else min(max(band[1], frame[2]), frame[3])
+    left, top = place(frame[0], high, frame)
+    right, bottom = place(frame[1], low, frame)
+    size = {"width": f"{right - left:.1f}", "height": f"{max(0.0, bottom - top):.1f}"}
+    return tag("rect", x=f"{left:.1f}", y=f"{top:.1f}", class_="band", **size)
 
 
 def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import yaml
 
-from align.report.charts import Points, line_chart
+from align.report.charts import Band, Points, line_chart
 from align.report.markup import Markup, duration, even, join, number, table, tag
 from align.report.read import Row, RunRecord, StageRecord
 
@@ -15,7 +14,7 @@ FRONT = (
     "loss", "accuracy", "reward/mean", "kl/reference_per_answer", "kl/reference", "length/mean",
     "policy/clip_frac", "value/explained_variance", "optim/grad_norm",
 )  # fmt: skip
-NUM_FRONT, NUM_PROMPTS, NUM_OPEN, MAX_TEXT = 6, 40, 8, 1500
+NUM_FRONT = 6
 
 
 def missing(run: RunRecord) -> Markup | None:
@@ -163,10 +162,11 @@ def curves(run: RunRecord) -> Markup | None:
     stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]
     if not stages:
         return None
-    return tag("section", tag("h2", "Curves"), *(_stage_curves(stage) for stage in stages))
+    blocks = (_stage_curves(s, getattr(run.recipe.stages[s.name], "expect", {})) for s in stages)
+    return tag("section", tag("h2", "Curves"), *blocks)
 
 
-def _stage_curves(stage: StageRecord) -> Markup:
+def _stage_curves(stage: StageRecord, bands: Mapping[str, Band]) -> Markup:
     panels = panels_of(stage.metrics)
     order = sorted(panels, key=_rank)
     num_front = sum(_rank(title) < len(FRONT) for title in order)
@@ -174,18 +174,31 @@ def _stage_curves(stage: StageRecord) -> Markup:
     rest = order[len(front) :]
     more = None
     if rest:
-        charts = [line_chart(title, panels[title]) for title in rest]
+        charts = [
+            line_chart(title, panels[title], band=_band(bands, panels[title])) for title in rest
+        ]
         more = tag(
             "details",
             tag("summary", f"{len(rest)} more: {', '.join(rest)}"),
             tag("div", *charts, class_="charts"),
         )
-    charts = [line_chart(title, panels[title]) for title in front]
+    charts = [line_chart(title, panels[title], band=_band(bands, panels[title])) for title in front]
     kind = "" if stage.kind == stage.name else f"{stage.kind}, "
     steps = f"{kind}{stage.metrics[-1].get('step')} steps, {duration(stage.seconds)}"
     return join(
         tag("h3", stage.name, tag("small", steps)), tag("div", *charts, class_="charts"), more
     )
+
+
+def _band(bands: Mapping[str, Band], lines: Sequence[tuple[str, Points]]) -> Band | None:
+    """Find the band that the recipe expects of one of a panel's metrics."""
+    names = [
+        name
+        for label, _ in lines
+        for name in bands
+        if name in (label, f"{label}/{name.partition('/')[2]}")
+    ]
+    return bands[names[0]] if names else None
 
 
 def _rank(title: str) -> int:
@@ -204,72 +217,6 @@ def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
             lines = panels.setdefault(last if shared else name, {})
             lines.setdefault(group if shared else name, []).append((row["step"], value))
     return {title: list(lines.items()) for title, lines in panels.items()}
-
-
-def side_by_side(run: RunRecord) -> Markup | None:
-    """Show the same held-out prompts answered by each checkpoint."""
-    rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
-    prompts: dict[Any, dict[str, Row]] = {}
-    for row in rows:
-        index = row.get("prompt_index", str(row.get("prompt")))
-        prompts.setdefault(index, {}).setdefault(row["model"], row)
-    if not prompts:
-        return None
-    # Evenly spread: neighbours in a data set are often alike.
-    keys = list(prompts)
-    step = max(1, len(keys) // NUM_PROMPTS)
-    shown = [_answers(prompts[key]) for key in keys[::step][:NUM_PROMPTS]]
-    rest = shown[NUM_OPEN:]
-    return tag(
-        "section",
-        tag("h2", "The same prompts, each checkpoint's answer"),
-        tag("p", f"{len(shown)} of {len(keys)} held-out prompts, evenly spread; the first answer "
-            "of each model with the judge's score."),
-        *shown[:NUM_OPEN],
-        tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
-    )  # fmt: skip
-
-
-def _answers(by_model: Mapping[str, Row]) -> Markup:
-    first = next(iter(by_model.values()))
-    cells = [
-        tag(
-            "div",
-            tag("b", model),
-            tag("span", f" {number(row.get('score'))}", class_="score"),
-            tag("pre", clip(row.get("completion"))),
-        )
-        for model, row in by_model.items()
-    ]
-    return tag("article", tag("pre", clip(first["prompt"]), class_="prompt"), tag("div", *cells))
-
-
-def clip(text: Any) -> str:
-    """Give a prompt or answer as plain text; a long one is cut and says so."""
-    if isinstance(text, list):
-        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
-    text = "" if text is None else str(text)
-    if len(text) <= MAX_TEXT:
-        return text or "(empty)"
-    return f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT:,} more characters)"
-
-
-def training_samples(run: RunRecord) -> Markup | None:
-    """Show the first and the last answer that each online stage sampled while it trained."""
-    stages = [s for s in run.stages if s.kind != "evaluate" and s.samples]
-    if not stages:
-        return None
-    blocks = []
-    for stage in stages:
-        picked = (
-            stage.samples[:1]
-            if len(stage.samples) == 1
-            else stage.samples[:: len(stage.samples) - 1]
-        )
-        rows = {f"step {row['step']}": row for row in picked[:2]}
-        blocks.append(tag("h3", stage.name))
-        blocks += [_answers({label: row}) for label, row in rows.items()]
-    return tag("section", tag("h2", "Sampled while training"), *blocks)
 
 
 def cost(run: RunRecord) -> Markup:

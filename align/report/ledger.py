@@ -1,0 +1,44 @@
+"""The section on data that a run made or left out, with the reasons."""
+
+from collections import Counter
+from pathlib import Path
+
+from align.report.markup import Markup, join, number, table, tag
+from align.report.read import RunRecord, read_lines
+
+LEDGER_FILE = "ledger.jsonl"
+NUM_SHOWN = 5
+
+
+def ledger(run: RunRecord) -> Markup | None:
+    """Say of each stage that made data how many rows it kept, and what left and why."""
+    blocks = [
+        _stage(run.directory / stage.name, stage.name, stage.manifest.get("metrics", {}))
+        for stage in run.stages
+        if (run.directory / stage.name / LEDGER_FILE).is_file()
+    ]
+    if not blocks:
+        return None
+    return tag("section", tag("h2", "Data ledger"), *blocks)
+
+
+def _stage(folder: Path, name: str, metrics: dict[str, float]) -> Markup:
+    rows = read_lines(folder / LEDGER_FILE, [])
+    counts = Counter(str(row.get("reason")) for row in rows)
+    kept = metrics.get("rows/kept")
+    said = f"{number(kept)} rows kept, {len(rows)} left out"
+    lines: list[list[object]] = []
+    for reason, count in counts.most_common():
+        examples = [row for row in rows if row.get("reason") == reason][:NUM_SHOWN]
+        shown = join(*(tag("div", _line(row)) for row in examples))
+        lines.append([reason, count, shown])
+    return join(
+        tag("h3", name, tag("small", said)),
+        table(["reason", "rows", "the first of them"], lines) if lines else None,
+    )
+
+
+def _line(row: dict) -> str:
+    rest = {k: v for k, v in row.items() if k not in ("reason", "source")}
+    told = ", ".join(f"{key} {value}" for key, value in rest.items())
+    return f"{row.get('source')}: {told}"[:200]

@@ -1,0 +1,88 @@
+"""The section on over-optimisation: training score and gold score against the distance moved."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.core.log import EVALUATIONS_FILE
+from align.report.charts import Points, line_chart
+from align.report.markup import Markup, number, table, tag
+from align.report.read import Row, RunRecord, StageRecord, read_lines
+
+NUM_CURVE = 60
+NAMES = {"proxy": "training score", "gold": "gold score"}
+
+
+def watching(run: RunRecord) -> Markup | None:
+    """Show what held-out evaluations said of each online stage that was watched."""
+    blocks = [block for stage in run.stages if (block := _stage(run.directory, stage))]
+    if not blocks:
+        return None
+    said = (
+        "The same held-out prompts, answered while training. The training score is what the policy "
+        "is optimised for; the gold score is never trained on. d is the square root of the KL to "
+        "the reference in nats per answer; the fit is d (alpha - beta log d), arXiv:2210.10760. "
+        "A gold score that falls while the training score rises is over-optimisation."
+    )
+    return tag("section", tag("h2", "Over-optimisation"), tag("p", said), *blocks)
+
+
+def _stage(folder: Path, stage: StageRecord) -> Markup | None:
+    rows = read_lines(folder / stage.name / EVALUATIONS_FILE, [])
+    rows = [row for row in rows if "intervals" in row]
+    if len(rows) < 2:
+        return None
+    charts = [_chart(rows, name) for name in NAMES]
+    lengths = [(float(r["step"]), r["intervals"]["length"][0]) for r in rows]
+    charts.append(line_chart("length/mean", [("length", lengths)]))
+    return tag(
+        "div",
+        tag("h3", stage.name, tag("small", _outcome(stage, rows))),
+        tag("div", *charts, class_="charts"),
+        _alarms(rows),
+    )
+
+
+def _chart(rows: list[Row], name: str) -> Markup:
+    points = sorted((_distance(row), row["intervals"][name][0]) for row in rows)
+    series: list[tuple[str, Points]] = [("measured", points)]
+    fit = rows[-1].get("fit", {}).get(name)
+    start = rows[0]["intervals"][name][0]
+    if fit and start is not None and points[-1][0] > 0:
+        series.append(("fit", _curve(fit, start, points[-1][0])))
+    return line_chart(NAMES[name], series, x_label="d = sqrt(KL)", y_label="score")
+
+
+def _distance(row: Mapping[str, Any]) -> float:
+    return math.sqrt(max(0.0, row["kl"]))
+
+
+def _curve(fit: Mapping[str, Any], start: float, far: float) -> Points:
+    alpha, beta = fit["alpha"][0], fit["beta"][0]
+    places = [far * i / NUM_CURVE for i in range(1, NUM_CURVE + 1)]
+    return [(0.0, start)] + [(d, start + d * (alpha - beta * math.log(d))) for d in places]
+
+
+def _outcome(stage: StageRecord, rows: list[Row]) -> str:
+    told = stage.manifest.get("watch", {})
+    best = told.get("best_step", rows[-1].get("best_step"))
+    parts = [f"best gold score at step {best}"]
+    if told.get("stopped_by"):
+        parts.append(f"stopped by the guard at step {told.get('last_step')}: {told.get('reason')}")
+    if "restored_step" in told:
+        parts.append(f"weights of step {told['restored_step']} kept")
+    return "; ".join(parts)
+
+
+def _alarms(rows: list[Row]) -> Markup | None:
+    found = [
+        [f"step {row['step']}", alarm["name"], alarm["reason"], alarm["remedy"]]
+        for row in rows
+        for alarm in row.get("alarms", [])
+    ]
+    if not found:
+        return tag("p", "No alarm.", class_="quiet")
+    heads: list[object] = ["", "alarm", "seen", "what to do"]
+    label = f"{number(len(found))} alarms"
+    return tag("details", tag("summary", label), table(heads, found), open="open")
