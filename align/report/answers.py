@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from align.report.charts import Points, scatter
 from align.report.markup import Markup, join, number, tag
+from align.report.plot import Series, plot
 from align.report.read import Row, RunRecord
 
 NUM_PROMPTS, NUM_OPEN, MAX_TEXT, MAX_DOTS = 40, 8, 1500, 150
@@ -77,14 +77,16 @@ def reward_and_length(run: RunRecord) -> Markup | None:
     """Draw the judge's score of each answer against its length, model by model."""
     charts = []
     for stage in run.stages:
-        by_model: dict[str, Points] = {}
+        by_model: dict[str, list[tuple[float, float]]] = {}
         for row in stage.samples if stage.kind == "evaluate" else []:
             if "model" in row and row.get("score") is not None and row.get("length") is not None:
                 by_model.setdefault(row["model"], []).append((row["length"], row["score"]))
         for model, dots in by_model.items():
             shown = dots[:: max(1, len(dots) // MAX_DOTS)]
-            labels = ("length (tokens)", "judge's score")
-            charts.append(scatter(f"{model}: score and length", shown, labels))
+            charts.append(plot(
+                model, [Series("", shown, style="points")], x_label="length (tokens)",
+                y_label="judge's score", note=f"{len(shown)} answers",
+            ))  # fmt: skip
     if not charts:
         return None
     said = "A cloud that climbs to the right: longer answers win. Look whether they are better."

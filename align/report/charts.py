@@ -70,7 +70,6 @@ def line_chart(
     *,
     band: Band | None = None,
     x_label: str = "step",
-    y_label: str | None = None,
 ) -> Markup:
     """Draw one panel: x is the step, y the metric with its unit.
 
@@ -78,7 +77,7 @@ def line_chart(
         title: the metric's name.
         series: (label, points) of one to three lines; a y of None leaves a gap.
         band: values that the recipe expects, shaded.
-        x_label: what x is. y_label: what y is; None takes the unit of the metric.
+        x_label: what x is.
     """
     thinned = [(label, *thin(points)) for label, points in series]
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
@@ -92,7 +91,7 @@ def line_chart(
         for i, (_, points, _) in enumerate(thinned)
         for mark in _segments(points, frame, f"line{i + 1}")
     ]
-    label = y_label or unit_of(title) or "value"
+    label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
     axes = draw_axes(
@@ -103,25 +102,6 @@ def line_chart(
         aria_label=f"{title} over {x_label}",
     )  # fmt: skip
     return tag("figure", _caption(title, thinned), svg)
-
-
-def scatter(title: str, points: Points, labels: tuple[str, str]) -> Markup:
-    """Draw a cloud of points with the names of its axes."""
-    known = [(x, y) for x, y in points if y is not None]
-    xs, ys = [x for x, _ in known], [y for _, y in known]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    dots = []
-    for x, y in known:
-        cx, cy = place(x, y, frame)
-        dots.append(tag("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="2.5", class_="line1 dot"))
-    svg = tag(
-        "svg", draw_axes(x_ticks, y_ticks, frame, labels), *dots, viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img", aria_label=f"{title}: {labels[1]} over {labels[0]}",
-    )  # fmt: skip
-    return tag(
-        "figure", tag("figcaption", tag("b", title), tag("span", f"{len(known)} answers")), svg
-    )
 
 
 def _shade(band: Band | None, frame: tuple[float, float, float, float]) -> Markup | None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from align.core.log import EVALUATIONS_FILE
-from align.report.charts import Points, line_chart
+from align.report.charts import line_chart
 from align.report.markup import Markup, number, table, tag
+from align.report.plot import Series, plot
 from align.report.read import Row, RunRecord, StageRecord, read_lines
 
 NUM_CURVE = 60
@@ -45,23 +46,32 @@ def _stage(folder: Path, stage: StageRecord) -> Markup | None:
 
 
 def _chart(rows: list[Row], name: str) -> Markup:
-    points = sorted((_distance(row), row["intervals"][name][0]) for row in rows)
-    series: list[tuple[str, Points]] = [("measured", points)]
+    known = [row for row in rows if row["intervals"][name][0] is not None]
+    known.sort(key=_distance)
+    triples = [row["intervals"][name] for row in known]
+    measured = Series(
+        "measured",
+        [(_distance(row), value) for row, (value, _, _) in zip(known, triples, strict=True)],
+        bounds=[(low, high) for _, low, high in triples],
+        style="points",
+    )
     fit = rows[-1].get("fit", {}).get(name)
     start = rows[0]["intervals"][name][0]
-    if fit and start is not None and points[-1][0] > 0:
-        series.append(("fit", _curve(fit, start, points[-1][0])))
-    return line_chart(NAMES[name], series, x_label="d = sqrt(KL)", y_label="score")
+    series = [measured]
+    if fit and start is not None:
+        curve = _curve(fit, start, _distance(known[-1]))
+        series.append(Series("fit", curve, style="dashed", colour=2))
+    return plot(NAMES[name], series, x_label="d = sqrt(KL)", y_label="score")
 
 
 def _distance(row: Mapping[str, Any]) -> float:
     return math.sqrt(max(0.0, row["kl"]))
 
 
-def _curve(fit: Mapping[str, Any], start: float, far: float) -> Points:
+def _curve(fit: Mapping[str, Any], start: float, far: float) -> list[tuple[float, float]]:
     alpha, beta = fit["alpha"][0], fit["beta"][0]
     places = [far * i / NUM_CURVE for i in range(1, NUM_CURVE + 1)]
-    return [(0.0, start)] + [(d, start + d * (alpha - beta * math.log(d))) for d in places]
+    return [(0.0, start)] + [(d, start + d * (alpha - beta * math.log(d))) for d in places if d]
 
 
 def _outcome(stage: StageRecord, rows: list[Row]) -> str:

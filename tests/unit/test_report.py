@@ -193,7 +193,7 @@ class Page(HTMLParser):
         self.text += data + " "
         if self.stack and self.stack[-1] == "b":
             self.bold.append(data)
-        if self.stack and self.stack[-1] == "pre":
+        if "pre" in self.stack:
             self.pre[-1] += data
 
 
