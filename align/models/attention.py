@@ -50,12 +50,14 @@ class Segments:
         previous: (N,) packed position of the token before each token; its own for a first token.
         layouts: together they hold every sequence once.
         unpad_index: (N,) slot of each packed token, counted through all layouts.
+        answers: (N,) bool, the tokens that are trained or scored, where the caller knows them.
     """
 
     positions: Tensor
     previous: Tensor
     layouts: tuple[Layout, ...]
     unpad_index: Tensor
+    answers: Tensor | None = None
 
 
 def segments_from_positions(positions: Tensor) -> Segments:
@@ -120,7 +122,8 @@ def packed_attention(
 
     Args:
         module: the calling attention layer (its head grouping is read off the shapes).
-        query: (1, H, N, D). key, value: (1, H_kv, N, D).
+        query: (1, H, N, D). key, value: (1, H_kv, V + N, D); the first V belong to virtual tokens
+            that stand before every sequence.
         attention_mask: must be None; packing replaces it.
         scaling: factor on the scores. dropout: share of attention weights dropped.
         sliding_window: tokens a query looks back, itself included; None is all.
@@ -131,26 +134,40 @@ def packed_attention(
     """
     assert attention_mask is None, "packed attention takes no mask; give segments"
 
+    virtual = key.shape[2] - query.shape[2]
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # A query of nothing for each virtual token keeps the attention square and causal.
+        q = torch.nn.functional.pad(q, (0, 0, virtual, 0)) if virtual else q
+        return square(q, k, v)[:, :, virtual:].transpose(1, 2)  # (S, T, H, D)
+
+    def square(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         band = _band(q.shape[2], sliding_window, q.device)
         if q.device.type == "cpu" and band is None and dropout == 0.0:
             scale = q.shape[3] ** -0.5 if scaling is None else scaling
-            return block_attention(q, k, v, scale=scale).transpose(1, 2)  # (S, T, H, D)
+            return block_attention(q, k, v, scale=scale)
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
-        ).transpose(1, 2)
+        )
 
     if segments is None:
         return attend(query, key, value).contiguous(), None
-    parts = [
-        attend(*(_lay_out(x, layout) for x in (query, key, value))).flatten(0, 1)
-        for layout in segments.layouts
-    ]
+    text = query, key[:, :, virtual:], value[:, :, virtual:]
+    parts = []
+    for layout in segments.layouts:
+        q, k, v = (_lay_out(x, layout) for x in text)
+        if virtual:
+            k, v = (_before(x[:, :, :virtual], y) for x, y in ((key, k), (value, v)))
+        parts.append(attend(q, k, v).flatten(0, 1))
     out = torch.cat(parts).index_select(0, segments.unpad_index)  # (N, H, D)
     return out.unsqueeze(0), None
+
+
+def _before(virtual: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([virtual.expand(text.shape[0], -1, -1, -1), text], dim=2)
 
 
 def _lay_out(x: Tensor, layout: Layout) -> Tensor:

@@ -1,6 +1,7 @@
 """Heads on a decoder: scorers begun from a policy or a scorer, and the critic's values."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from align.models.loading import disable_dropout
 from reward_models.scalar import SCORER_FILE, RewardModel
 
 
-def scorer_from(model_dir: Path, *, dtype: str, num_heads: int = 1) -> RewardModel:
+def scorer_from(
+    model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
+) -> RewardModel:
     """Load the decoder of a policy (with fresh random heads) or a whole scorer, dropout off.
 
     A scorer that has another number of heads keeps its decoder only.
@@ -24,7 +27,12 @@ def scorer_from(model_dir: Path, *, dtype: str, num_heads: int = 1) -> RewardMod
             model = RewardModel(model.backbone, width, num_heads=num_heads)
             model.head.to(kind)
     else:
-        backbone = AutoModel.from_pretrained(str(model_dir), dtype=kind, attn_implementation=PACKED)
+        backbone = AutoModel.from_pretrained(
+            str(model_dir),
+            dtype=kind,
+            attn_implementation=PACKED,
+            quantization_config=quantization,
+        )
         width = backbone.config.get_text_config().hidden_size
         model = RewardModel(backbone, width, num_heads=num_heads)
         model.head.to(kind)  # not the whole: rotary buffers must stay float32

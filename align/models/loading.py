@@ -1,6 +1,6 @@
 """Loading and saving of causal language models and their tokenizers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,24 @@ def load_tokenizer(model_dir: Path | str) -> Any:
 
 
 def load_policy(
-    model_dir: Path | str, *, dtype: str, gradient_checkpointing: bool = False
-) -> nn.Module:
+    model_dir: Path | str,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = False,
+    quantization: Any = None,
+) -> Any:
     """Load a causal language model for training on packed rows, dropout off.
+
+    It is what ``model/`` holds; align.tuning.loading adds an adapter that is not merged into it.
 
     Dropout stays off because the log-probabilities of one policy must not depend on chance: the
     ratio of PPO and the reference of DPO are wrong otherwise.
     """
     model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=getattr(torch, dtype), attn_implementation=PACKED
+        str(model_dir),
+        dtype=getattr(torch, dtype),
+        attn_implementation=PACKED,
+        quantization_config=quantization,
     )
     disable_dropout(model)
     if gradient_checkpointing:
@@ -113,6 +122,16 @@ def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
     for table in tables:
         # In float32 a mean over many rows of bfloat16 does not stick at the first of them.
         table[new] = table[: int(new.min())].float().mean(0).to(table.dtype)
+
+
+def saved_weights(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a saved model, file by file."""
+    from safetensors import safe_open
+
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_tensor(name)
 
 
 def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ The one-token shift of language models happens here (and in the reward model) an
 result at index t is the log-probability of token t given the tokens before it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ def token_logprobs(
     real = real.bool()
     positions = real.cumsum(1) - 1 if position_ids is None else position_ids
     flat_ids, segments = input_ids[real], segments_from_positions(positions[real])
+    if mask is not None:
+        segments = replace(segments, answers=mask[real].bool())
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
     predicted = segments.positions > 0
     wanted = predicted if mask is None else mask[real].bool() & predicted
@@ -114,9 +117,13 @@ class LogprobModel(nn.Module):
 def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run the decoder over one packed row of token ids (N,) and give its last states (N, H)."""
     decoder = causal_lm(model).get_decoder()
+    # Virtual tokens stand before every sequence of the row, as a cache that is filled already.
+    cache = model.virtual_cache() if hasattr(model, "virtual_cache") else None
+    num_virtual = 0 if cache is None else cache.get_seq_length()
     out = decoder(
         input_ids=flat_ids.unsqueeze(0),
-        position_ids=segments.positions.unsqueeze(0),
+        position_ids=segments.positions.unsqueeze(0) + num_virtual,
+        past_key_values=cache,
         use_cache=False,
         segments=segments,
     )

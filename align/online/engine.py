@@ -15,8 +15,13 @@ from torch import Tensor
 from align.core.distributed import derive_seed
 from align.core.errors import DataError, TrainingError
 from align.core.types import Completion
+from align.recipe.tuning_schema import UNMERGED, TuningSpec
+from align.tuning.files import unmerged_adapter
 
 log = logging.getLogger(__name__)
+
+ADAPTER = "adapter."
+"""Before the names of an adapter's own tensors in a push."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes for which vLLM's CPU attention is built (vllm 0.31, ``cpu_attn.py``)."""
@@ -96,6 +101,7 @@ class EngineOptions:
         memory_frac: share of the accelerator's memory for weights and cache.
         cache_gib: key-value cache on CPU, in GiB.
         stop_token_ids: tokens that end an answer unless a call says otherwise.
+        tuning: how the policy that will be pushed is tuned; None for a policy that is not trained.
     """
 
     model_dir: Path
@@ -105,6 +111,13 @@ class EngineOptions:
     memory_frac: float
     cache_gib: float
     stop_token_ids: tuple[int, ...]
+    tuning: TuningSpec | None = None
+
+    @property
+    def adds_adapter(self) -> bool:
+        """Say whether an adapter that cannot be merged is added to what is in ``model_dir``."""
+        tuned = self.tuning is not None and self.tuning.method in UNMERGED
+        return tuned and unmerged_adapter(self.model_dir) is None
 
 
 def build_engine(
@@ -117,6 +130,7 @@ def build_engine(
     memory_frac: float = 0.3,
     cache_gib: float = 0.5,
     stop_token_ids: Sequence[int] = (),
+    tuning: TuningSpec | None = None,
 ) -> RolloutEngine:
     """Build the engine that a recipe asks for and log the choice in one line.
 
@@ -131,6 +145,7 @@ def build_engine(
         memory_frac: share of the accelerator's memory for weights and cache.
         cache_gib: key-value cache on CPU, in GiB.
         stop_token_ids: tokens that end an answer unless a call says otherwise.
+        tuning: the block of the stage whose policy will be pushed; None without training.
 
     Raises:
         TrainingError: vLLM was asked for by name and cannot serve this model.
@@ -144,8 +159,9 @@ def build_engine(
         memory_frac=memory_frac,
         cache_gib=cache_gib,
         stop_token_ids=tuple(stop_token_ids),
+        tuning=tuning,
     )
-    name, reason = choose_engine(kind, options.model_dir)
+    name, reason = choose_engine(kind, options.model_dir, tuning)
     if name == "vllm":
         from align.online.engine_vllm import VllmEngine as Engine
     else:
@@ -159,7 +175,7 @@ def build_engine(
 
 
 def choose_engine(
-    kind: Literal["auto", "vllm", "hf"], model_dir: str | Path
+    kind: Literal["auto", "vllm", "hf"], model_dir: str | Path, tuning: TuningSpec | None = None
 ) -> tuple[Literal["vllm", "hf"], str]:
     """Choose the engine for a model without importing vLLM.
 
@@ -171,7 +187,7 @@ def choose_engine(
     """
     if kind == "hf":
         return "hf", "asked for by the recipe"
-    obstacle = vllm_obstacle(model_dir)
+    obstacle = adapter_obstacle(model_dir, tuning) or vllm_obstacle(model_dir)
     if obstacle is None:
         return "vllm", "asked for by the recipe" if kind == "vllm" else "installed, fits the model"
     if kind == "vllm":
@@ -180,6 +196,15 @@ def choose_engine(
             "use engine: hf (or auto), or a model that vLLM takes"
         )
     return "hf", f"vllm cannot serve this model: {obstacle}"
+
+
+def adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str | None:
+    """Say why vLLM cannot hold the policy's adapter, or None where it has none that matters."""
+    found = unmerged_adapter(model_dir)
+    method = found[1] if found is not None else tuning.method if tuning is not None else "full"
+    if method not in UNMERGED:
+        return None
+    return f"its {method} adapter cannot be merged into the weights that vLLM takes"
 
 
 def vllm_obstacle(model_dir: str | Path) -> str | None:

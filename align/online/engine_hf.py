@@ -11,12 +11,16 @@ from torch import Tensor
 from align.core.errors import TrainingError
 from align.core.types import Completion
 from align.online.engine import (
+    ADAPTER,
     EngineOptions,
     call_seeds,
     check_requests,
     load_decoder,
     make_completion,
 )
+from align.tuning.files import with_adapter
+from align.tuning.merging import base_parameters, merges
+from align.tuning.wrap import add_tuner
 
 TOKEN_BUDGET = 65_536
 """Cache positions (rows x (longest prompt + answer)) of one batch."""
@@ -36,7 +40,11 @@ class HfEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(
             options.model_dir, dtype=getattr(torch, options.dtype)
         )
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        model = with_adapter(model.to(self.device), options.model_dir)
+        if options.adds_adapter:
+            assert options.tuning is not None
+            model = add_tuner(model, options.tuning)
+        self.model = model.eval().requires_grad_(False)
         self.options = options
         self.version = 0
         self._decode = load_decoder(options.model_dir)
@@ -50,11 +58,12 @@ class HfEngine:
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
         """Copy every weight by name into the engine's own model.
 
+        Where the policy's adapter cannot be merged only the adapter is taken: the rest is frozen.
+
         Raises:
             TrainingError: a weight is unknown, missing or of another shape.
         """
-        # Both names of a tied weight are accepted, each parameter must come at least once.
-        targets = dict(self.model.named_parameters(remove_duplicate=False))
+        targets = self._targets()
         missing = {id(parameter): name for name, parameter in targets.items()}
         for name, tensor in named_tensors:
             target = targets.get(name)
@@ -70,6 +79,14 @@ class HfEngine:
             names = ", ".join(sorted(missing.values())[:5])
             raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")
         self.version = version
+
+    def _targets(self) -> dict[str, Tensor]:
+        """Name what a push must bring: each parameter at least once, a tied one by either name."""
+        if merges(self.model):
+            return dict(self.model.named_parameters(remove_duplicate=False))
+        frozen = {id(p) for p in base_parameters(self.model)}
+        named = self.model.named_parameters()
+        return {f"{ADAPTER}{name}": p for name, p in named if id(p) not in frozen}
 
     @torch.no_grad()
     def generate(

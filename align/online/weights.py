@@ -3,13 +3,24 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from align.core.errors import TrainingError
-from align.online.engine import RolloutEngine
+from align.models.loading import saved_weights
+from align.models.logprobs import causal_lm
+from align.online.engine import ADAPTER, RolloutEngine
+from align.tuning.inserted import InsertedLayer
+from align.tuning.merging import (
+    adapted_layers,
+    dequantised,
+    is_quantised,
+    merged_parameters,
+    merges,
+)
 
 PUSH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.35}
 """Largest difference of one token's log-probability, in nats, between engine and trainer."""
@@ -20,30 +31,73 @@ _WRAPPED = ("base_layer.", "original_module.")
 def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight in full under its checkpoint name, one at a time.
 
-    Works on a plain model, on one under ZeRO 0-3 and on one with LoRA through peft: the low-rank
-    update is added to a copy, ``W + scaling * B A``, and the model stays as it is. A tied weight
-    comes once, under its first name. Under ZeRO-3 every rank must take all weights, in step.
+    Works on a plain model, on one under ZeRO 0-3 and on one with an adapter: an adapter that can
+    be merged is added to copies, one layer at a time, and the model stays as it is; one that
+    cannot is left away. Weights in 4 bits come as what they stand for. A tied weight comes once,
+    under its first name. Under ZeRO-3 every rank must take all weights, in step.
 
     Args:
-        module: the Hugging Face or peft model (not the DeepSpeed engine around it).
+        module: the Hugging Face model or what align.tuning made of it (no DeepSpeed engine).
 
     Yields:
-        Name and detached tensor; under ZeRO-3 and LoRA a copy, else the parameter's own memory.
-
-    Raises:
-        TrainingError: an adapter has a part that cannot be added to the weight (DoRA, a bias).
+        Name and detached tensor; under ZeRO-3 and of an adapted layer a copy, else the parameter's
+        own memory.
     """
-    adapters = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-    for layer_name, layer in adapters.items():
-        _refuse_unmergeable(layer_name, layer)
-    _refuse_adapted_ties(module)
-    for name, parameter in module.named_parameters():
-        if _is_adapter(name):
+    base: Any = causal_lm(module)
+    layers = adapted_layers(base)
+    _refuse_adapted_ties(base)
+    done: set[str] = set()
+    for name, parameter in base.named_parameters():
+        owner, inner = _owner(name, layers)
+        if owner is not None and not inner.startswith("base_layer."):
             continue
-        owner = name.removesuffix(".base_layer.weight")
-        layer = adapters.get(owner) if owner != name else None
-        saved = _saved_copy(module, name)
-        yield checkpoint_name(name), _full(parameter if saved is None else saved, layer)
+        if owner is not None and not isinstance(layers[owner], InsertedLayer):
+            if owner not in done:
+                done.add(owner)
+                yield from _merged(owner, layers[owner])
+        elif ".modules_to_save." not in name:
+            saved = _saved_copy(base, name)
+            yield checkpoint_name(name), _full(parameter if saved is None else saved)
+
+
+def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of ``model_dir`` with the updates that were trained beside 4-bit copies.
+
+    Merging into the 4-bit weights instead would keep their rounding (arXiv:2305.14314 trains the
+    update beside it): what is saved is the full-precision model.
+
+    Args:
+        module: a model of the qlora method, with or without its head.
+        model_dir: what it was quantised from.
+    """
+    base: Any = causal_lm(module)
+    layers = adapted_layers(base)
+    names = {checkpoint_name(n) for n, _ in base.named_parameters()}
+    for saved_name, tensor in saved_weights(model_dir):
+        name = saved_name
+        if name not in names:
+            name = name.removeprefix(f"{base.base_model_prefix}.")
+        if name not in names:
+            continue
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is not None:
+            with gathered(list(layer.parameters())):
+                update = sum(layer.get_delta_weight(a).float() for a in layer.active_adapters)
+            tensor = (tensor.float() + update.cpu()).to(tensor.dtype)
+        yield name, tensor
+
+
+def pushed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the sampler needs: full weights or, of an adapter that cannot merge, itself.
+
+    The adapter's tensors are named ``adapter.`` and their name in ``module``.
+    """
+    if merges(module):
+        yield from full_weights(module)
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield f"{ADAPTER}{name}", _full(parameter)
 
 
 def checkpoint_name(name: str) -> str:
@@ -98,27 +152,31 @@ def check_push(
     return worst
 
 
-def _full(parameter: Tensor, layer: Any | None) -> Tensor:
-    """Give the whole weight, with the layer's low-rank updates added to a copy of it."""
-    parts = [parameter]
-    if layer is not None:
-        parts += list(layer.lora_A.parameters()) + list(layer.lora_B.parameters())
-        parts += list(layer.lora_embedding_A.values()) + list(layer.lora_embedding_B.values())
-    with torch.no_grad(), gathered(parts):
+@torch.no_grad()
+def _full(parameter: Tensor) -> Tensor:
+    """Give a whole weight."""
+    with gathered([parameter]):
+        if is_quantised(parameter):
+            return dequantised(parameter)
         weight = parameter.detach()
-        if layer is not None:
-            return _merged(weight, layer)
         # Gathered memory is freed on leaving; a loader may keep the tensor longer.
         return weight.clone() if hasattr(parameter, "ds_id") else weight
 
 
-def _merged(weight: Tensor, layer: Any) -> Tensor:
-    merged = weight.float().clone()
-    if not layer.disable_adapters:
-        for adapter in layer.active_adapters:
-            if adapter in layer.scaling and adapter not in layer.merged_adapters:
-                merged += layer.get_delta_weight(adapter).float()
-    return merged.to(weight.dtype)
+def _merged(owner: str, layer: Any) -> list[tuple[str, Tensor]]:
+    """Give the weights of an adapted layer, its adapter added."""
+    with gathered(list(layer.parameters())):
+        found = merged_parameters(layer)
+        return [(f"{checkpoint_name(owner)}.{name}", x.clone()) for name, x in found]
+
+
+def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
+    """Find the adapted layer that a parameter belongs to, and the rest of its name."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        if (owner := ".".join(parts[:i])) in layers:
+            return owner, ".".join(parts[i:])
+    return None, name
 
 
 @contextlib.contextmanager
@@ -132,10 +190,6 @@ def gathered(parameters: list[Tensor]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name
 
 
 def _saved_copy(module: nn.Module, name: str) -> Tensor | None:
@@ -159,16 +213,3 @@ def _refuse_adapted_ties(module: nn.Module) -> None:
                 f"{checkpoint_name(other)} and {checkpoint_name(name)} are one tied weight and "
                 "one of them has an adapter; leave both out of tuning.targets, or untie them"
             )
-
-
-def _refuse_unmergeable(name: str, layer: Any) -> None:
-    reason = None
-    if len(layer.lora_magnitude_vector):
-        reason = "DoRA's magnitude"
-    elif any(layer.lora_bias.values()):
-        reason = "a bias of its own"
-    if reason is not None:
-        raise TrainingError(
-            f"{name}: its adapter has {reason}, which cannot be pushed to the sampler; "
-            "train plain LoRA"
-        )

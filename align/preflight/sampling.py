@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -16,12 +17,11 @@ from align.online.experience import Experience, gather_experience
 from align.online.weights import PUSH_TOLERANCE
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import OnlineStage
+from align.recipe.tuning_schema import VIRTUAL
 from align.training.batch import PackedBatch
 
 Logprobs = Callable[[PackedBatch], Tensor]
 NUM_PROMPTS, NUM_ANSWERS, MAX_TOKENS = 4, 2, 32
-VIRTUAL = ("prefix", "prompt", "ptuning")
-"""Methods whose fresh virtual tokens change what the policy says before the first step."""
 
 
 class Probe:
@@ -100,6 +100,7 @@ class Probe:
         batch = _whole(self._answers(0.0, 1))
         self.module.eval()
         segments = segments_from_positions(batch.position_ids[0])
+        segments = replace(segments, answers=batch.mask[0])
         at = batch.mask[0].nonzero().squeeze(1)
         hidden = hidden_states(self.module.model, batch.input_ids[0], segments)
         logits = token_logits(self.module.model, hidden[segments.previous[at]])  # (n, V)

@@ -2,19 +2,17 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.errors import ArtefactError
 from align.core.types import PromptRow
 from align.data.chat import ChatFormat
-from align.models.loading import load_policy
+from align.models.loading import saved_weights
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
 from align.online.experience import Experience, gather_experience
@@ -23,6 +21,8 @@ from align.online.weights import check_push
 from align.recipe.schema import EvaluateStage, SamplingSpec, TaskSpec
 from align.stages.base import StageContext, chat_format
 from align.stages.online import prompt_rows, start_engine
+from align.tuning.files import unmerged_adapter
+from align.tuning.loading import load_tuned_policy
 
 log = logging.getLogger(__name__)
 Answers = dict[str, dict[str, Experience]]
@@ -53,6 +53,7 @@ def sample_all(
     roomy = spec.model_copy(update={"max_length": longest})
     engine: RolloutEngine | None = None
     held: Artefact | None = None
+    names: list[str] = []
     for version, (name, artefact) in enumerate(artefacts.items()):
         chat = chat_format(artefact.model_dir)
         for task_name, prompts in rows.items():
@@ -62,6 +63,7 @@ def sample_all(
                 engine.close()
             engine = start_engine(roomy, artefact.model_dir, chat, context)
             held = artefact
+            names.append(engine.name)
         with engine.awake():
             if held is not artefact:
                 engine.load_weights(saved_weights(artefact.model_dir), version=version)
@@ -73,9 +75,8 @@ def sample_all(
         num = sum(len(answers[task][name].completions) for task in answers)
         log.info("%s: %d answers sampled", name, num)
     assert engine is not None
-    engine_name = engine.name
     engine.close()
-    return answers, engine_name
+    return answers, "+".join(dict.fromkeys(names))
 
 
 def _ask(
@@ -102,8 +103,10 @@ def _ask(
     return gather_experience(mine, groups, first_group=first)
 
 
-def _config(artefact: Artefact) -> dict[str, Any]:
-    return json.loads((artefact.model_dir / "config.json").read_text(encoding="utf-8"))
+def _config(artefact: Artefact) -> Any:
+    """Give what an engine is built for: the architecture, and an adapter that is not merged."""
+    config = json.loads((artefact.model_dir / "config.json").read_text(encoding="utf-8"))
+    return config, unmerged_adapter(artefact.model_dir)
 
 
 def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline: str) -> None:
@@ -116,20 +119,10 @@ def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline
             )
 
 
-def saved_weights(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a saved model, file by file."""
-    from safetensors import safe_open
-
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
-
-
 @torch.no_grad()
 def trainer_logprobs(artefact: Artefact, ids: Sequence[int], spec: EvaluateStage) -> list[float]:
     """Give the log-probabilities of tokens 1 .. T-1 under a saved model."""
-    model = LogprobModel(load_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+    model = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
     row = torch.tensor([list(ids)], device=distributed.device())
     positions = torch.arange(row.shape[1], device=row.device).unsqueeze(0)
     return model(row, positions).logprobs[0, 1:].tolist()

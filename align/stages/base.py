@@ -29,6 +29,7 @@ from align.core.log import MetricsLog, setup_logging
 from align.data.chat import ChatFormat
 from align.recipe.load import load_recipe
 from align.recipe.schema import PRODUCES, DataSpec, Recipe, Spec
+from align.tuning.files import refuse_unmerged
 
 log = logging.getLogger(__name__)
 BEGUN = "begun.json"
@@ -61,10 +62,19 @@ class StageContext:
         """Say whether the stage ends with its preflight's card (``align check --deep``)."""
         return self.scratch is not None
 
-    def artefact(self, reference: str, kind: str) -> Artefact:
-        """Read and verify the artefact a recipe names by stage or by path."""
+    def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
+        """Read and verify the artefact a recipe names by stage or by path.
+
+        Args:
+            reference: stage name or folder. kind: what the artefact must be.
+            with_adapter: True where the caller adds the adapter that ``model/`` may need (see
+                align.tuning.files); else an artefact that needs one is refused.
+        """
         named = reference in self.recipe.stages
-        return read_artefact(self.run_dir / reference if named else Path(reference), kind)
+        found = read_artefact(self.run_dir / reference if named else Path(reference), kind)
+        if not with_adapter:
+            refuse_unmerged(found.model_dir, f"stage {self.name}")
+        return found
 
     def metrics(self, total_steps: int) -> MetricsLog:
         """Open the stage's metrics.jsonl; what comes next is the stage's own work."""

@@ -25,6 +25,7 @@ from align.evaluation.refusals import refusing_side
 from align.recipe.schema import DataSpec
 from align.stages.base import chat_format
 from align.stages.dpo import both, to_stop
+from align.tuning.loading import load_scorer
 from reward_models.scalar import RewardModel, score_token_ids
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def headlines(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(artefact: Artefact) -> RewardModel:
-    return RewardModel.load(artefact.model_dir).to(distributed.device())
+    return load_scorer(artefact.model_dir).to(distributed.device())
 
 
 def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair], int]:

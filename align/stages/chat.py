@@ -27,11 +27,12 @@ class Chat:
         from transformers import AutoModelForCausalLM
 
         from align.stages.base import chat_format
+        from align.tuning.files import with_adapter
 
         self.format = chat_format(model_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto")
-        self.model = model.to(device).eval()
+        self.model = with_adapter(model.to(device), model_dir).eval()
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []

@@ -23,9 +23,10 @@ from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, train_policy
+from align.stages.training import build_policy, offline_rows, start_of, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
+from align.tuning.reference import start_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,21 @@ class ReferencePair:
 
 def run(spec: DpoStage, context: StageContext) -> StageResult:
     """Move ``spec.init`` towards the chosen answers of ``spec.data``."""
-    source = context.artefact(spec.init, "policy")
+    source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     render = Seen(chat.pair_row)
     rows, watched = offline_rows(spec, context, kind="preference", render=render)
     refuse_ties([*rows, *watched])
-    module = build_policy(spec, source.model_dir)
+    module = build_policy(spec, source.model_dir, seed=context.seed)
     pairs = [*rows, *watched]
     if spec.reference_free:
         referenced = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
     else:
-        # Before the first step the policy is the reference (with LoRA too: B = 0).
-        referenced = reference_pairs(
-            module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
-        )
+        # Before the first step the policy is the reference, but for a new adapter that changes it.
+        with start_policy(module.model, spec.tuning, source.model_dir):
+            referenced = reference_pairs(
+                module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
+            )
     task = OfflineTask(
         referenced[: len(rows)],
         referenced[len(rows) :],

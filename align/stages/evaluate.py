@@ -18,7 +18,6 @@ from align.evaluation.verdict import (
     task_block,
     win_matrix,
 )
-from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.evaluate_schema import OWN_TASK
 from align.recipe.schema import EvaluateStage, TaskSpec
@@ -38,13 +37,17 @@ from align.stages.measuring import (
 from align.stages.online import build_rewards
 from align.stages.preflight import preflight_evaluate
 from align.stages.training import fingerprints
+from align.tuning.loading import load_tuned_policy
 
 log = logging.getLogger(__name__)
 
 
 def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     """Sample, score and compare; write summary.json and samples.jsonl."""
-    artefacts = {spec.label(name): context.artefact(name, "policy") for name in spec.models}
+    artefacts = {
+        spec.label(name): context.artefact(name, "policy", with_adapter=True)
+        for name in spec.models
+    }
     baseline = spec.label(spec.baseline)
     rows = task_rows(spec, artefacts[baseline], context)
     rewards = task_rewards(spec, context)
@@ -89,7 +92,7 @@ def measure_all(
     reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
     found: dict[str, dict[str, Answered]] = {task.name: {} for task in tasks}
     for i, (name, artefact) in enumerate(artefacts.items()):
-        policy = LogprobModel(load_policy(artefact.model_dir, dtype=spec.dtype))
+        policy = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype))
         for task in tasks:
             experience = answers[task.name][name]
             kl: Sequence[float | None] = [None] * len(experience.completions)
@@ -204,5 +207,8 @@ def reward_cards(
     given = CardInput(
         spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed, sampled
     )
-    models = {name: context.artefact(name, "reward_model") for name in spec.reward_models}
+    models = {
+        name: context.artefact(name, "reward_model", with_adapter=True)
+        for name in spec.reward_models
+    }
     return build_cards(models, given)

@@ -24,10 +24,11 @@ from align.recipe.schema import KtoStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.dpo import to_stop
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, train_policy
+from align.stages.training import build_policy, offline_rows, start_of, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.learner import Learner
 from align.training.offline import OfflineTask
+from align.tuning.reference import start_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,15 @@ class KtoRow(TokenRow):
 
 def run(spec: KtoStage, context: StageContext) -> StageResult:
     """Move ``spec.init`` towards the good answers of ``spec.data`` and away from the bad."""
-    source = context.artefact(spec.init, "policy")
+    source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     render = Seen(partial(judged_row, chat))
     sides = offline_rows(spec, context, kind="unpaired", render=render)
     rows, watched = (mismatch(side, max_length=spec.max_length) for side in sides)
-    module = build_policy(spec, source.model_dir)
-    # Before the first step the policy is the reference (with LoRA too: B = 0).
-    referenced = reference_rows(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
+    module = build_policy(spec, source.model_dir, seed=context.seed)
+    # Before the first step the policy is the reference, but for a new adapter that changes it.
+    with start_policy(module.model, spec.tuning, source.model_dir):
+        referenced = reference_rows(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
     task = OfflineTask(
         referenced[: len(rows)],
         referenced[len(rows) :],

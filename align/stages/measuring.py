@@ -11,7 +11,6 @@ from align.data.chat import ChatFormat
 from align.data.load import fit_rows, load_examples
 from align.evaluation.compare import Record
 from align.evaluation.verdict import RowLoss
-from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.annotate import local_plan
 from align.online.experience import Experience
@@ -20,6 +19,7 @@ from align.online.scoring import score_answers
 from align.recipe.schema import EvaluateStage, TaskSpec
 from align.stages.base import StageContext
 from align.training.batch import pack
+from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
 
 TaskRewards = dict[str, tuple[list[RewardFunction], list[RewardFunction]]]
@@ -38,8 +38,8 @@ def wants_kl(task: TaskSpec) -> bool:
 
 def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
     """Load the policy that KL is measured against."""
-    artefact = context.artefact(spec.reference or spec.baseline, "policy")
-    return LogprobModel(load_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+    artefact = context.artefact(spec.reference or spec.baseline, "policy", with_adapter=True)
+    return LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
 
 
 @torch.no_grad()

@@ -16,36 +16,43 @@ from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
-from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.algorithms import ALGORITHMS
 from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
-from align.online.weights import check_push, full_weights
+from align.online.weights import check_push, pushed_weights
 from align.recipe.schema import EvaluateStage, MergeStage, OnlineStage, PpoStage, WatchSpec
+from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
 from align.stages.keeping import build_anchor, replayed
 from align.stages.preflight import preflight_online
-from align.stages.training import build_policy, fingerprints, save_trained_policy
+from align.stages.training import build_policy, fingerprints, save_trained_policy, start_of
 from align.stages.watching import build_watch, finish_watch
 from align.training.learner import Learner
-from align.tuning.wrap import has_adapter
+from align.tuning.files import refuse_unmerged, with_adapter
+from align.tuning.loading import load_tuned_policy
+from align.tuning.reference import off_is_start
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
 from reward_models.remote import RemoteRewardError
 
 log = logging.getLogger(__name__)
+NEW_AT_START = (*UNMERGED, "qlora")
+"""Methods whose policy is not what ``init`` holds before the first step, or not to the engine."""
 
 
 def run(spec: OnlineStage, context: StageContext) -> StageResult:
     """Reinforce ``spec.init`` with the rewards of the recipe."""
-    source = context.artefact(spec.init, "policy")
+    source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     prompts = prompt_rows(spec, chat, context)
     engine = start_engine(spec, source.model_dir, chat, context)
-    module = build_policy(spec, source.model_dir)
+    module = build_policy(spec, source.model_dir, seed=context.seed)
+    if spec.tuning.method in NEW_AT_START:
+        with engine.awake():
+            engine.load_weights(pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context)
     preflight_online(
@@ -114,6 +121,7 @@ def start_engine(
         memory_frac=spec.sampling.memory_frac,
         cache_gib=spec.sampling.cache_gib,
         stop_token_ids=chat.stop_token_ids,
+        tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
     )
 
 
@@ -152,9 +160,9 @@ class Push:
         self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
 
     def __call__(self, version: int) -> None:
-        """Push under ``version``; the engine starts with version 0, the weights of ``init``."""
+        """Push under ``version``; the engine starts with version 0, the policy of the start."""
         if version != self.engine.version:
-            self.engine.load_weights(full_weights(self.policy.module.model), version=version)
+            self.engine.load_weights(pushed_weights(self.policy.module.model), version=version)
         ids = torch.tensor([self.probe], device=distributed.device())
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]
@@ -167,15 +175,30 @@ def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunctio
     Raises:
         TrainingError: a reward server or a judge cannot be used.
     """
+    plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
-        return [build_reward(_resolved(s.model_dump(), context)) for s in specs]
+        rewards = [build_reward(p) for p in plain]
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
+    for reward, p in zip(rewards, plain, strict=True):
+        _add_adapters(reward, p)
+    return rewards
+
+
+def _add_adapters(reward: Any, plain: dict[str, Any]) -> None:
+    """Make the scorers whole whose adapters are not merged; reward_models knows no adapters."""
+    if plain["kind"] in ("scalar", "process"):
+        model = reward.model
+        model.backbone = with_adapter(model.backbone, plain["model"]).eval()
+    if plain["kind"] == "ensemble":
+        for member, inner in zip(reward.members, plain["members"], strict=True):
+            _add_adapters(member, inner)
 
 
 def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
     if plain["kind"] in ("scalar", "process"):
-        plain["model"] = str(context.artefact(plain["model"], "reward_model").model_dir)
+        found = context.artefact(plain["model"], "reward_model", with_adapter=True)
+        plain["model"] = str(found.model_dir)
     if plain["kind"] == "ensemble":
         plain["members"] = [_resolved(m, context) for m in plain["members"]]
     return plain
@@ -184,21 +207,21 @@ def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
 def build_reference(
     spec: OnlineStage, module: LogprobModel, model_dir: Path
 ) -> LogprobModel | None:
-    """Give the policy of the start of this stage: a frozen copy, or the adapter switched off.
-
-    Every artefact holds merged weights, so the policy without its adapter IS the start.
-    """
+    """Give the policy of the start of this stage: with its adapter off, or a frozen copy."""
     if spec.kl.coef == 0.0 and spec.watch is None:
         return None
-    if has_adapter(module.model):
+    if off_is_start(spec.tuning, model_dir):
         return module
-    return LogprobModel(load_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
+    return LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
 
 
 def build_critic(
     spec: OnlineStage, policy_dir: Path, context: StageContext, updates: int
 ) -> Learner | None:
-    """Build PPO's value network from a reward model or the policy; its head starts at zero."""
+    """Build PPO's value network from a reward model or the policy; its head starts at zero.
+
+    All its weights are trained, whatever ``tuning`` says of the policy.
+    """
     if not ALGORITHMS[spec.kind].critic:
         return None
     assert isinstance(spec, PpoStage)
@@ -206,6 +229,7 @@ def build_critic(
     if spec.critic.init is not None:
         kind = "reward_model" if _is_reward(spec.critic.init, context) else "policy"
         folder = context.artefact(spec.critic.init, kind).model_dir
+    refuse_unmerged(folder, f"the critic of {context.name}")
     scorer = scorer_from(folder, dtype=spec.dtype)
     nn.init.zeros_(scorer.head.weight)
     return Learner(

@@ -40,9 +40,11 @@ from align.stages.scorer_rows import (
     pair_loss,
     steps_loss,
 )
-from align.stages.training import fingerprints, offline_rows, run_offline
+from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
 from align.training.batch import PackedBatch
 from align.training.offline import OfflineTask
+from align.tuning.files import num_trained, save_adapter, with_adapter
+from align.tuning.loading import quantization
 from align.tuning.wrap import add_tuner
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
@@ -70,11 +72,15 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
         notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=train)
     best = BestWeights(partial(save_scorer, spec, model, source), context.out)
     stopping = build_stopping(spec, best)
+    trained, total = num_trained(model)
     final = run_offline(module, task, spec, context, stopping=stopping)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     if stopping is not None:
         best.prune({stopping.best_step})
-        kept = best.folder(stopping.best_step) / "model"
+        best.restore(stopping.best_step)
+        kept = context.out / "model"
         model = scorer_from(kept, dtype=spec.dtype, num_heads=spec.heads).to(distributed.device())
+        model.backbone = with_adapter(model.backbone, kept)
         notes |= stopping_notes(stopping)
     numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
     save_scorer(spec, model, source, context.out, numbers=numbers)
@@ -190,12 +196,20 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
 
 def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
     """Put fresh heads on the decoder of ``source``; add what ``tuning`` trains."""
-    model = scorer_from(source.model_dir, dtype=spec.dtype, num_heads=spec.heads)
+    model = scorer_from(
+        source.model_dir,
+        dtype=spec.dtype,
+        num_heads=spec.heads,
+        quantization=quantization(spec.tuning, spec.dtype),
+    )
+    backbone: Any = model.backbone
     if spec.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.method not in ("full", "head"):
+            backbone.enable_input_require_grads()
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
-    model.backbone = add_tuner(model.backbone, spec.tuning)
+    model.backbone = add_tuner(backbone, spec.tuning, seed=spec.seed or 0)
     return model.to(distributed.device())
 
 
@@ -247,7 +261,7 @@ def save_scorer(
     *,
     numbers: tuple[Numbers, Numbers] | None = None,
 ) -> None:
-    """Write model/ of a reward artefact below ``out``; all ranks must take part.
+    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part.
 
     Args:
         numbers: mean and std of the scores on reference answers; None leaves scores as they are.
@@ -257,13 +271,12 @@ def save_scorer(
     model.extra = {"supervision": spec.supervision}
     if spec.supervision == "steps":
         model.extra["step_separator"] = spec.step_separator
-    parts = (("backbone", model.backbone), ("head", model.head))
-    state = {
-        f"{part}.{name}": tensor.detach().cpu().clone()
-        for part, module in parts
-        for name, tensor in full_weights(module)
-    }
+    backbone, adapter = whole_state(model.backbone, source)
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
     if distributed.rank() == 0:
+        if adapter is not None:
+            save_adapter(*adapter, out / "adapter")
         model.save(
             out / "model",
             tokenizer=load_tokenizer(source.model_dir),

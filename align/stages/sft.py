@@ -11,18 +11,18 @@ from align.preflight.checks import Seen
 from align.recipe.schema import SftStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, train_policy
+from align.stages.training import build_policy, offline_rows, start_of, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 
 
 def run(spec: SftStage, context: StageContext) -> StageResult:
     """Fine-tune ``spec.init`` on the rows of ``spec.data``."""
-    source = context.artefact(spec.init, "policy")
+    source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     render = Seen(chat.sft_row)
     rows, watched = offline_rows(spec, context, kind="sft", render=render)
-    module = build_policy(spec, source.model_dir)
+    module = build_policy(spec, source.model_dir, seed=context.seed)
     loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
     task = OfflineTask(rows, watched, length_of, collate, loss_fn)
     preflight_offline(

@@ -16,9 +16,9 @@ from align.data.augment import AugmentedRows
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.data.sources import data_fingerprint
-from align.models.loading import load_policy, save_policy, set_dropout
+from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
-from align.online.weights import full_weights, gathered
+from align.online.weights import full_precision_weights, full_weights, gathered
 from align.recipe.schema import DataSpec, OfflineStage, TrainingStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
@@ -32,21 +32,33 @@ from align.training.offline import (
 )
 from align.training.stopping import EarlyStopping
 from align.tuning.ewc import Anchor
-from align.tuning.wrap import adapter_state, add_tuner, has_adapter
+from align.tuning.files import adapter_state, num_trained, save_adapter
+from align.tuning.loading import check_start, load_for_training
+from align.tuning.merging import is_quantised
+from align.tuning.wrap import has_adapter
 
 log = logging.getLogger(__name__)
 
 
-def build_policy(spec: TrainingStage, model_dir: Path) -> LogprobModel:
+def start_of(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Read the policy that a stage starts from; refuse one that its tuning cannot go on from."""
+    source = context.artefact(spec.init, "policy", with_adapter=True)
+    made_by = source.manifest.get("spec", {}).get("tuning")
+    check_start(source.model_dir, made_by, spec.tuning)
+    return source
+
+
+def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> LogprobModel:
     """Load the policy of a training stage and add what its recipe's ``tuning`` trains."""
-    model: nn.Module = load_policy(
-        model_dir, dtype=spec.dtype, gradient_checkpointing=spec.gradient_checkpointing
+    model = load_for_training(
+        model_dir,
+        spec.tuning,
+        dtype=spec.dtype,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        dropout=spec.keep.dropout,
+        seed=distributed.derive_seed(seed, "tuning"),
     )
-    if spec.keep.dropout:
-        set_dropout(model, spec.keep.dropout)
-    model = add_tuner(model, spec.tuning)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained, total = num_trained(model)
     log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
     return LogprobModel(model)
 
@@ -54,24 +66,34 @@ def build_policy(spec: TrainingStage, model_dir: Path) -> LogprobModel:
 def save_trained_policy(
     spec: TrainingStage, module: LogprobModel, *, source: Artefact, out: Path
 ) -> None:
-    """Write model/ (LoRA merged) and, for LoRA, adapter/; all ranks must take part."""
-    state = {name: tensor.detach().cpu().clone() for name, tensor in full_weights(module.model)}
-    adapter = _whole_adapter(module.model) if has_adapter(module.model) else None
+    """Write model/ and, with an adapter, adapter/; all ranks must take part.
+
+    model/ holds the adapter merged where that is possible, and else the frozen weights.
+    """
+    state, adapter = whole_state(module.model, source)
     if distributed.rank() == 0:
         save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
         if adapter is not None:
-            from safetensors.torch import save_file
-
-            (out / "adapter").mkdir(exist_ok=True)
-            save_file(adapter, out / "adapter" / "adapter_model.safetensors")
-            module.model.peft_config["default"].save_pretrained(str(out / "adapter"))
+            save_adapter(*adapter, out / "adapter")
     distributed.barrier()
 
 
-def _whole_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the adapter's tensors; under ZeRO-3 each rank holds but a part of them."""
+def whole_state(
+    model: nn.Module, source: Artefact
+) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
+    """Copy a trained model's weights, and its adapter's tensors and configuration if it has one.
+
+    Under ZeRO-3 each rank holds but a part of them: all ranks must take part.
+    """
+    if any(map(is_quantised, model.parameters())):
+        named = full_precision_weights(model, source.model_dir)
+    else:
+        named = full_weights(model)
+    state = {name: tensor.detach().cpu().clone() for name, tensor in named}
+    if not has_adapter(model):
+        return state, None
     with gathered([p for p in model.parameters() if p.requires_grad]):
-        return {k: v.detach().cpu().clone() for k, v in adapter_state(model).items()}
+        return state, adapter_state(model)
 
 
 def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:
@@ -196,6 +218,8 @@ def train_policy(
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
     final = run_offline(module, task, spec, context, stopping=stopping, anchor=anchor)
+    trained, total = num_trained(module.model)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     notes = {}
     if stopping is None:
         write(out=context.out)

@@ -2,35 +2,73 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from align.core.errors import TrainingError
-from align.recipe.tuning_schema import FullTuning, HeadTuning, LoraTuning, TuningSpec
+from align.core.errors import RecipeError
+from align.recipe.tuning_schema import (
+    BottleneckTuning,
+    FullTuning,
+    HeadTuning,
+    Ia3Tuning,
+    LoraTuning,
+    LoreftTuning,
+    OftTuning,
+    PissaTuning,
+    PrefixTuning,
+    PromptTuning,
+    PtuningTuning,
+    QloraTuning,
+    TuningSpec,
+    VeraTuning,
+)
+
+PISSA_ITERATIONS = 16
+"""Subspace iterations of PiSSA's randomised SVD; the exact one takes minutes per large model."""
 
 
-def add_tuner(model: nn.Module, tuning: TuningSpec) -> nn.Module:
+def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
     """Freeze ``model`` and add what ``tuning`` trains; ``full`` gives the model back as it is.
 
-    LoRA starts with B = 0, so the policy equals the model it began from; with the adapter off it
-    stays that model, which makes it the legal reference of its own stage.
+    Args:
+        model: a transformers model, with or without a head.
+        tuning: the recipe's block.
+        seed: of the new weights; every rank and every resumed process must pass the same.
+
+    Raises:
+        RecipeError: the model has not the parts that the method works on.
     """
     if isinstance(tuning, FullTuning):
         return model
     if isinstance(tuning, HeadTuning):
         return model.requires_grad_(False)
-    if not isinstance(tuning, LoraTuning):
-        raise TrainingError(f"tuning.method {tuning.method} is not wired up yet; use lora")
-    import peft
+    with torch.random.fork_rng(devices=_devices()):
+        torch.manual_seed(seed)
+        if isinstance(tuning, PrefixTuning | PromptTuning | PtuningTuning):
+            from align.tuning.virtual import VirtualTokens
 
-    config = peft.LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        lora_dropout=tuning.dropout,
-        target_modules=tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets),
-        use_rslora=tuning.method == "rslora",
-        use_dora=tuning.method == "dora",
-    )
-    return peft.get_peft_model(model, config)
+            return VirtualTokens(model, virtual_config(model, tuning))
+        import peft
+
+        if isinstance(tuning, QloraTuning):
+            _keep_layout(model)
+        wrapped = peft.get_peft_model(model, peft_config(model, tuning))
+        if isinstance(tuning, PissaTuning):
+            from align.tuning.pissa import remember_start
+
+            remember_start(wrapped)
+    return wrapped
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradient.
+
+    On CPUs with bfloat16 instructions it does so in eval mode: it rounds the scales, so that the
+    policy before and after an evaluation differ, and fails where inputs are no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -38,8 +76,148 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def adapter_state(model: Any) -> dict[str, Any]:
-    """Give the adapter's own tensors by peft's names."""
+def _devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def peft_config(model: Any, tuning: TuningSpec) -> Any:
+    """Give peft's configuration of a method that changes or inserts layers."""
     import peft
 
-    return peft.get_peft_model_state_dict(model)
+    task = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
+    if isinstance(tuning, LoraTuning | QloraTuning):
+        return peft.LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=tuning.dropout,
+            target_modules=_targets(tuning.targets),
+            use_rslora=tuning.method == "rslora",
+            use_dora=tuning.method == "dora",
+            **task,
+        )
+    if isinstance(tuning, PissaTuning):
+        return peft.LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.rank,
+            target_modules=_targets(tuning.targets),
+            init_lora_weights=f"pissa_niter_{PISSA_ITERATIONS}",  # pyright: ignore
+            **task,
+        )
+    if isinstance(tuning, Ia3Tuning):
+        targets, inner = _ia3_targets(model)
+        return peft.IA3Config(target_modules=targets, feedforward_modules=inner, **task)
+    if isinstance(tuning, OftTuning):
+        _check_blocks(model, tuning)
+        return peft.OFTConfig(
+            oft_block_size=tuning.block_size, r=0, target_modules=_targets(tuning.targets), **task
+        )
+    if isinstance(tuning, VeraTuning):
+        return peft.VeraConfig(r=tuning.rank, target_modules=_targets(tuning.targets), **task)
+    if isinstance(tuning, BottleneckTuning):
+        from align.tuning.bottleneck import BottleneckConfig
+
+        return BottleneckConfig(target_modules=_projections(model), size=tuning.size, **task)
+    assert isinstance(tuning, LoreftTuning), tuning
+    from align.tuning.loreft import LoreftConfig
+
+    return LoreftConfig(
+        target_modules=_layers(model, tuning),
+        rank=tuning.rank,
+        first=tuning.first,
+        last=tuning.last,
+        **task,
+    )
+
+
+def virtual_config(model: Any, tuning: PrefixTuning | PromptTuning | PtuningTuning) -> Any:
+    """Give peft's configuration of virtual tokens, with the model's sizes filled in."""
+    import peft
+
+    if not hasattr(model.config.get_text_config(), "num_key_value_heads"):
+        raise RecipeError(
+            f"tuning.method {tuning.method}: virtual tokens need a causal decoder, found "
+            f"{type(model).__name__}; use lora or bottleneck"
+        )
+    config = model.config.get_text_config()
+    sizes = {
+        "num_virtual_tokens": tuning.virtual_tokens,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "token_dim": config.hidden_size,
+        "num_transformer_submodules": 1,
+        "task_type": "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": config.name_or_path or None,
+    }
+    if isinstance(tuning, PromptTuning):
+        return peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **sizes)  # pyright: ignore
+    if isinstance(tuning, PtuningTuning):
+        return peft.PromptEncoderConfig(encoder_hidden_size=tuning.hidden, **sizes)
+    heads = config.num_key_value_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    sizes |= {"num_attention_heads": heads, "token_dim": heads * head_size}
+    hidden = tuning.hidden or config.hidden_size
+    return peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=hidden, **sizes)
+
+
+def _targets(targets: str | list[str]) -> str | list[str]:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, _ in model.named_modules()}
+
+
+def _ia3_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Name keys, values and the inner activations of the MLP, for decoders and for BERT."""
+    names = _names(model)
+    if {"k_proj", "v_proj", "down_proj"} <= names:
+        return ["k_proj", "v_proj", "down_proj"], ["down_proj"]
+    if {"key", "value", "intermediate"} <= names:
+        return [r"key", r"value", "output.dense"], ["output.dense"]
+    raise RecipeError(_lacking(model, "ia3", "k_proj, v_proj, down_proj (or key, value, output)"))
+
+
+def _projections(model: nn.Module) -> list[str]:
+    """Name the projections that end attention and the MLP."""
+    names = _names(model)
+    if {"o_proj", "down_proj"} <= names:
+        return ["o_proj", "down_proj"]
+    if {"attention", "intermediate", "output"} <= names:
+        return ["output.dense"]
+    raise RecipeError(_lacking(model, "bottleneck", "o_proj, down_proj (or BERT's output.dense)"))
+
+
+def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
+    num = model.config.get_text_config().num_hidden_layers
+    numbers = range(num) if tuning.layers == "all" else tuning.layers
+    if any(i >= num for i in numbers):
+        raise RecipeError(
+            f"tuning.layers: found {max(numbers)}, expected numbers from 0 to {num - 1}: the model "
+            f"has {num} layers"
+        )
+    name = "layers" if "layers" in _names(model) else "layer"
+    return [f"{name}.{i}" for i in numbers]
+
+
+def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:
+    """Refuse a block size that peft would change by itself."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        wanted = tuning.targets == "all-linear" or name.rpartition(".")[2] in tuning.targets
+        if not isinstance(module, nn.Linear) or module is head or not wanted:
+            continue
+        if module.in_features % tuning.block_size:
+            fits = [b for b in range(2, 129) if module.in_features % b == 0]
+            raise RecipeError(
+                f"tuning.block_size: {tuning.block_size} does not divide the {module.in_features} "
+                f"inputs of {name}; choose one of {', '.join(map(str, fits))}, or other targets"
+            )
+
+
+def _lacking(model: nn.Module, method: str, wanted: str) -> str:
+    return (
+        f"tuning.method {method}: {type(model).__name__} has no layers called {wanted}; "
+        "use lora, which takes every linear layer"
+    )

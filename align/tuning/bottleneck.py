@@ -1,0 +1,55 @@
+"""Houlsby adapters: a small network after attention and one after the MLP, before the residual.
+
+Each adds its own skip connection: h + U f(D h). U starts at zero, so the model starts as it was.
+
+Reference: arXiv:1902.00751 section 2.1. Deviations: the layer norms stay frozen; U starts at zero
+    and not only near it; f is GELU.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from torch import Tensor, nn
+
+from align.tuning.inserted import InsertedModel, register
+
+NAME = "BOTTLENECK"
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Say behind which projections the networks sit, and the units of their inner layer."""
+
+    target_modules: list[str] = field(default_factory=list)
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NAME  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Bottleneck(nn.Module):
+    """Give U f(D h), in the dtype of h."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        """Give the change to ``hidden`` (B, T, H)."""
+        inner = nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype)))
+        return self.up(inner).to(hidden.dtype)
+
+
+class BottleneckModel(InsertedModel):
+    """Insert bottlenecks."""
+
+    def build(self, config: BottleneckConfig, width: int) -> nn.Module:
+        """Make one network."""
+        return Bottleneck(width, config.size)
+
+
+register(NAME, BottleneckConfig, BottleneckModel)

@@ -1,0 +1,119 @@
+"""Adapters on disk, in peft's format, and the one way to read a model that needs one beside it.
+
+An artefact's ``model/`` holds merged weights wherever the adapter can be merged, and ``adapter/``
+is there for those who want it alone. Where it cannot, ``model/`` holds the frozen weights and only
+both together are the model: ``with_adapter`` adds it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from align.core.errors import ArtefactError
+
+UNMERGED_TYPES = {
+    "BOTTLENECK": "bottleneck", "LOREFT": "loreft", "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning",
+}  # fmt: skip
+"""peft's names of the adapters that stay beside the model, and ours."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
+    """Find the adapter that a model folder is not whole without.
+
+    Args:
+        model_dir: ``model/`` of an artefact; the adapter is in ``adapter/`` beside it.
+
+    Returns:
+        The adapter's folder and its method, or None where ``model/`` is whole.
+    """
+    folder = Path(model_dir).parent / "adapter"
+    if not (folder / CONFIG).is_file():
+        return None
+    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    return (folder, UNMERGED_TYPES[kind]) if kind in UNMERGED_TYPES else None
+
+
+def refuse_unmerged(model_dir: Path, reader: str) -> None:
+    """Raise ArtefactError where ``model_dir`` needs an adapter that the reader does not add."""
+    found = unmerged_adapter(model_dir)
+    if found is not None:
+        raise ArtefactError(
+            f"{found[0]}: this {found[1]} adapter cannot be merged into {model_dir}, and "
+            f"{reader} takes merged weights only; tune with a method that merges (lora)"
+        )
+
+
+def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) -> Any:
+    """Add the adapter that ``model_dir`` needs to the model loaded from it, frozen by default."""
+    found = unmerged_adapter(model_dir)
+    if found is None:
+        return model
+    import peft
+    from safetensors.torch import load_file
+
+    from align.tuning import bottleneck, loreft  # noqa: F401  they make themselves known to peft
+
+    folder, _ = found
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    if not config.is_prompt_learning:
+        loaded = peft.PeftModel.from_pretrained(
+            model, str(folder), config=config, is_trainable=trainable
+        )
+        return loaded
+    from align.tuning.virtual import VirtualTokens
+
+    virtual = VirtualTokens(model, config)
+    virtual.load_adapter_state(load_file(folder / WEIGHTS))
+    return virtual.requires_grad_(False)
+
+
+def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:
+    """Give the adapter's tensors on the CPU by peft's names, and its configuration.
+
+    Both fit the weights that the stage began from; parameters must be whole (gathered).
+    """
+    import peft
+
+    from align.tuning import pissa
+    from align.tuning.virtual import VirtualTokens
+
+    config = model.peft_config["default"]
+    if isinstance(model, VirtualTokens):
+        return model.adapter_state(), config
+    state = {
+        k: v.detach().cpu().clone()
+        for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    return pissa.as_lora(model, state) if pissa.is_pissa(model) else (state, config)
+
+
+def save_adapter(state: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """Write an adapter as peft would."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.contiguous() for k, v in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference
+
+
+def num_trained(model: nn.Module) -> tuple[int, int]:
+    """Count trained parameters and all of them, also where they are partitioned or in 4 bits."""
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def _size(parameter: Any) -> int:
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    if hasattr(parameter, "quant_state"):
+        return parameter.quant_state.shape.numel()
+    return parameter.numel()

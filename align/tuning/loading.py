@@ -1,0 +1,122 @@
+"""The one way to load what an artefact holds: its model and, where it needs one, its adapter."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.core.errors import ArtefactError, TrainingError
+from align.models.loading import load_policy, set_dropout
+from align.recipe.tuning_schema import QloraTuning, TuningSpec
+from align.tuning.files import unmerged_adapter, with_adapter
+from align.tuning.wrap import add_tuner
+from reward_models.scalar import RewardModel
+
+
+def load_tuned_policy(
+    model_dir: Path | str, *, dtype: str, gradient_checkpointing: bool = False
+) -> nn.Module:
+    """Load a policy as its artefact means it: with its adapter where that is not merged."""
+    model = load_policy(model_dir, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    return with_adapter(model, model_dir).eval()
+
+
+def load_scorer(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> RewardModel:
+    """Load a reward model as its artefact means it: with its adapter where that is not merged."""
+    model = RewardModel.load(model_dir, dtype)
+    model.backbone = with_adapter(model.backbone, model_dir)
+    return model.eval()
+
+
+def load_for_training(
+    model_dir: Path | str,
+    tuning: TuningSpec,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> nn.Module:
+    """Load a policy and add what ``tuning`` trains; an adapter that is not merged is continued.
+
+    Args:
+        model_dir: ``model/`` of an artefact, checked with ``check_start``.
+        tuning: the stage's block. dtype: of the weights that are not in 4 bits.
+        gradient_checkpointing: trade compute for memory.
+        dropout: of the model itself, not of its adapter. seed: of new weights.
+    """
+    model = load_policy(
+        model_dir,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        quantization=quantization(tuning, dtype),
+    )
+    if dropout:
+        set_dropout(model, dropout)
+    if gradient_checkpointing and tuning.method != "full":
+        # Frozen embeddings give states without gradient, which checkpointed layers would drop.
+        model.enable_input_require_grads()
+    if unmerged_adapter(model_dir) is not None:
+        return with_adapter(model, model_dir, trainable=True)
+    return add_tuner(model, tuning, seed=seed)
+
+
+def quantization(tuning: TuningSpec, dtype: str) -> Any:
+    """Give transformers' 4-bit configuration for qlora, None for every other method.
+
+    Raises:
+        TrainingError: bitsandbytes is not installed.
+    """
+    if not isinstance(tuning, QloraTuning):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            "tuning.method qlora needs bitsandbytes, which is not installed; run "
+            "pip install 'align-suite[qlora]', or use method lora"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def check_start(model_dir: Path, made_by: Any, tuning: TuningSpec) -> None:
+    """Refuse to train on top of an adapter that is neither merged nor continued.
+
+    Args:
+        model_dir: ``model/`` of the artefact to start from.
+        made_by: the ``tuning`` block of the stage that wrote it, from its manifest.
+        tuning: the block of the stage that is to start.
+
+    Raises:
+        ArtefactError: says what could be done instead.
+    """
+    found = unmerged_adapter(model_dir)
+    if found is None:
+        return
+    folder, method = found
+    if method in CONTINUED and made_by == tuning.model_dump(mode="json"):
+        return
+    raise ArtefactError(f"{folder}: {start_problem(method)}")
+
+
+CONTINUED = ("bottleneck", "loreft")
+"""Unmerged adapters whose files hold all that was trained, so that training can go on."""
+
+
+def start_problem(method: str) -> str:
+    """Say why training cannot start on top of an adapter, and what can be done."""
+    if method in CONTINUED:
+        way = f"repeat the same 'tuning' block, which goes on training this {method} adapter"
+    else:
+        way = "only its virtual tokens are saved, not what made them, so it cannot be trained on"
+    return (
+        f"the model was tuned with {method}, whose adapter cannot be merged into its weights; {way}"
+        "; or tune the earlier stage with a method that merges (lora)"
+    )

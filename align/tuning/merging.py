@@ -1,0 +1,81 @@
+"""Merged weights of adapted layers, without changing the model, and which layers cannot merge."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.tuning.inserted import InsertedLayer
+from align.tuning.virtual import VirtualTokens
+
+
+def merges(model: nn.Module) -> bool:
+    """Say whether all of a model's adapter can be added into its weights."""
+    if isinstance(model, VirtualTokens):
+        return False
+    return not any(isinstance(m, InsertedLayer) for m in model.modules())
+
+
+def base_parameters(model: Any) -> Iterator[Tensor]:
+    """Yield the parameters of an adapted model that are not its adapter's."""
+    base = model.get_base_model()
+    owners = adapted_layers(base)
+    inserted = {id(p) for layer in owners.values() for p in _own_parameters(layer)}
+    yield from (p for p in base.parameters() if id(p) not in inserted)
+
+
+def _own_parameters(layer: Any) -> Iterator[Tensor]:
+    for name, p in layer.named_parameters():
+        if not name.startswith("base_layer."):
+            yield p
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Give the layers that carry an adapter, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters added in.
+
+    The sum is taken in float32 on copies; the layer stays as it is. Weights in 4 bits are given
+    as what they stand for, plus the update: exactly what the layer computes with.
+    """
+    base = layer.get_base_layer()
+    if is_quantised(base.weight):
+        weight = dequantised(base.weight)
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter).float()
+        yield "weight", weight
+        if base.bias is not None:
+            yield "bias", base.bias.detach()
+        return
+    parameters = dict(base.named_parameters(recurse=False))
+    kept = {name: p.data for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.data = p.data.float().clone()
+        if not layer.disable_adapters and not isinstance(layer, InsertedLayer):
+            layer.merge()
+        found = {name: p.data.to(kept[name].dtype) for name, p in parameters.items()}
+    finally:
+        for name, p in parameters.items():
+            p.data = kept[name]
+        layer.merged_adapters.clear()
+    yield from found.items()
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Say whether a weight is held in 4 bits."""
+    return hasattr(weight, "quant_state")
+
+
+def dequantised(weight: Any) -> Tensor:
+    """Give what a 4-bit weight stands for, in float32."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()

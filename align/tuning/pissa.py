@@ -1,0 +1,47 @@
+"""PiSSA's adapter as plain LoRA: what is saved fits the weights that the stage began from.
+
+PiSSA moves the leading directions of a weight into its adapter and trains them, W = (W - B0 A0) +
+B A. Beside the original W the same change is B A - B0 A0, a LoRA of twice the rank.
+
+Reference: arXiv:2404.02948 section 5.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def remember_start(model: Any) -> None:
+    """Keep B0 and A0 beside each adapter, as buffers that are no part of a checkpoint."""
+    for layer in lora_layers(model):
+        for part, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
+            start = holder["default"].weight.detach().clone()
+            layer.register_buffer(f"pissa_{part}0", start, persistent=False)
+
+
+def is_pissa(model: nn.Module) -> bool:
+    """Say whether ``model`` was wrapped with PiSSA in this process."""
+    return any(hasattr(layer, "pissa_A0") for layer in lora_layers(model))
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Give the layers that carry low-rank updates."""
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+
+
+def as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """Turn a PiSSA adapter's tensors and configuration into those of a LoRA of twice the rank."""
+    found = {}
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "pissa_A0"):
+            continue
+        key_a, key_b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        a, b = state[key_a], state[key_b]
+        found[key_a] = torch.cat([a, layer.pissa_A0.to(a)], 0)
+        found[key_b] = torch.cat([b, -layer.pissa_B0.to(b)], 1)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.init_lora_weights = True
+    return found, config

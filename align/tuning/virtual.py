@@ -1,0 +1,163 @@
+"""Virtual tokens before every text: prefix, prompt and p-tuning, with peft's encoders.
+
+Virtual tokens come first and attention is causal, so what the layers see of them (keys and values)
+is the same for every sequence. It is made once per forward pass and handed to the model as a cache
+that is already filled: the same thing serves packed rows, padded batches and decoding.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+class VirtualTokens(nn.Module):
+    """Hold a frozen transformers model and the encoder of its virtual tokens.
+
+    Args:
+        model: a causal model, with or without its output head.
+        config: one of peft's prompt-learning configurations, complete.
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.peft_config = {"default": config}
+        self.num = config.num_virtual_tokens
+        self.gives_cache = config.peft_type == "PREFIX_TUNING"
+        self.encoder = _encoder(model, config).to(model.device, model.dtype)
+        self._off = False
+
+    @property
+    def config(self) -> Any:
+        """Give the model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Give the device of the model."""
+        return self.model.device
+
+    def get_input_embeddings(self) -> Any:
+        """Give the model's own embeddings."""
+        return self.model.get_input_embeddings()
+
+    def get_base_model(self) -> Any:
+        """Give the model without its virtual tokens."""
+        return self.model
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Leave the virtual tokens away inside the block."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+    def embeddings(self) -> Tensor:
+        """Give what the encoder makes of the virtual tokens: (tokens, width)."""
+        weight = next(self.encoder.parameters())
+        return self.encoder(torch.arange(self.num, device=weight.device))
+
+    def virtual_cache(self, rows: int = 1) -> DynamicCache | None:
+        """Give a cache that holds the virtual tokens of each row; None when switched off."""
+        if self._off:
+            return None
+        found = self._prefix_cache() if self.gives_cache else self._prompt_cache()
+        if rows == 1:
+            return found
+        wide = DynamicCache()
+        for i, layer in enumerate(found.layers):
+            keys, values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+            wide.update(keys, values, i)
+        return wide
+
+    def _prefix_cache(self) -> DynamicCache:
+        config = self.peft_config["default"]
+        heads = config.num_attention_heads
+        parts = self.embeddings().view(self.num, 2 * config.num_layers, heads, -1)
+        parts = parts.permute(1, 2, 0, 3).unsqueeze(1)  # (2 layers, 1, H_kv, V, D)
+        cache = DynamicCache()
+        for i in range(config.num_layers):
+            cache.update(parts[2 * i], parts[2 * i + 1], i)
+        return cache
+
+    def _prompt_cache(self) -> DynamicCache:
+        decoder = self.model.get_decoder() if self.model.can_generate() else self.model
+        cache = DynamicCache()
+        decoder(inputs_embeds=self.embeddings().unsqueeze(0), past_key_values=cache, use_cache=True)
+        return cache
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model behind the virtual tokens; masks and positions speak of the text alone.
+
+        Args:
+            input_ids: (B, T). attention_mask: (B, T so far). position_ids: (B, T).
+            past_key_values: what an earlier call gave back, which holds the virtual tokens.
+            kwargs: handed to the model.
+        """
+        if self._off:
+            num = 0
+        else:
+            num = self.num
+            if past_key_values is None:
+                past_key_values = self.virtual_cache(input_ids.shape[0])
+        if attention_mask is not None and num:
+            ones = attention_mask.new_ones(attention_mask.shape[0], num)
+            attention_mask = torch.cat([ones, attention_mask], dim=1)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=None if position_ids is None else position_ids + num,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, *, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Generate as transformers does; the answer follows ``input_ids`` in the result."""
+        cache = self.virtual_cache(input_ids.shape[0])
+        if cache is None:
+            return self.model.generate(input_ids, attention_mask=attention_mask, **kwargs)
+        # It skips as many ids as the cache holds: these stand for the virtual tokens.
+        known = input_ids.new_zeros(input_ids.shape[0], self.num)
+        whole = torch.cat([known, input_ids], dim=1)
+        mask = torch.cat([torch.ones_like(known), attention_mask], dim=1)
+        out = self.model.generate(whole, attention_mask=mask, past_key_values=cache, **kwargs)
+        return out[:, self.num :]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Give what peft saves of virtual tokens: what the encoder makes of them."""
+        return {"prompt_embeddings": self.embeddings().detach().cpu()}
+
+    @torch.no_grad()
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Take saved virtual tokens; the configuration must be in inference mode."""
+        assert isinstance(self.encoder, nn.Embedding), type(self.encoder)
+        self.encoder.weight.copy_(state["prompt_embeddings"])
+
+
+def _encoder(model: Any, config: Any) -> nn.Module:
+    """Make what turns token numbers into embeddings, or into keys and values: a table or an MLP."""
+    from peft.tuners import PrefixEncoder, PromptEmbedding, PromptEncoder
+
+    prefix = config.peft_type == "PREFIX_TUNING"
+    if config.inference_mode:
+        layers = 2 * config.num_layers if prefix else 1
+        return nn.Embedding(config.num_virtual_tokens, layers * config.token_dim)
+    if prefix:
+        return PrefixEncoder(config)
+    if config.peft_type == "P_TUNING":
+        return PromptEncoder(config)
+    return PromptEmbedding(config, model.get_input_embeddings())

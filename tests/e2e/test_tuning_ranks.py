@@ -1,0 +1,78 @@
+"""Every tuning method under ZeRO-2 and ZeRO-3 on two ranks: the sft steps of one process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_runs as runs
+from tuned_stages import TUNINGS
+
+from align.pipeline.processes import free_port
+from align.recipe.tuning_schema import UNMERGED
+
+WORKER = Path(__file__).parent / "workers" / "tunings.py"
+WEIGHTS = "model/model.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def work(folder: Path, *, ranks: int, stages: tuple[int, ...]) -> None:
+    """Run the worker as ``ranks`` processes; all must end well."""
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(WORKER), "--out", str(folder), "--stages", *map(str, stages)]
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            start_new_session=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tunings")
+    work(folder, ranks=1, stages=(0,))
+    work(folder, ranks=2, stages=(2, 3))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("method", TUNINGS)
+def test_two_ranks_train_and_save_what_one_process_does(out: Path, method: str, stage: int) -> None:
+    one, two = torch.load(out / "steps-1.pt"), torch.load(out / "steps-2.pt")
+    for name in ("loss", "grad_norm"):
+        expected = [step[name] for step in one[method, 0]]
+        found = [step[name] for step in two[method, stage]]
+        assert found == pytest.approx(expected, rel=2e-5)
+    source = load_file(out / "source-1" / WEIGHTS)
+    parts = [WEIGHTS] if method == "full" else [WEIGHTS, ADAPTER]
+    for part in parts:
+        expected, found = (
+            load_file(out / d / part) for d in (f"{method}-0-1", f"{method}-{stage}-2")
+        )
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-6, msg=name)
+    merged = load_file(out / f"{method}-{stage}-2" / WEIGHTS)
+    same = all(torch.equal(merged[name], tensor) for name, tensor in source.items())
+    assert same == (method in UNMERGED)
