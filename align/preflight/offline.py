@@ -40,7 +40,20 @@ def loss_checks(
     ]
     if isinstance(spec, DpoStage) and not spec.reference_free:
         checks.append(("reference", partial(reference, spec, module, task, rows)))
+    if isinstance(spec, RewardStage) and spec.use_margin:
+        checks.append(("margins", partial(margins, task)))
     return checks
+
+
+def margins(task: OfflineTask[Any]) -> Finding:
+    """Count the pairs that say by how much the chosen answer is better."""
+    known = sum(row.margin != 0.0 for row in task.rows)
+    return Finding(
+        f"{known:,} of {len(task.rows):,} pairs have a margin",
+        "more than 0",
+        "ok" if known else "fail",
+        "'use_margin' has no effect on these rows; remove it, or rename the column to 'margin'",
+    )
 
 
 def few_rows(spec: OfflineStage, task: OfflineTask[Any]) -> list[Any]:

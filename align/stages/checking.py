@@ -20,8 +20,11 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
 from align.recipe.load import load_recipe
 from align.recipe.schema import PRODUCES, BaseStage, Recipe
-from align.stages.base import NoPreflightError, StageContext, stage_runner
+from align.stages.base import StageContext, stage_runner
 from align.stages.preflight import CheckedOnly, base_checks, settle
+
+CHECKED = ("base", "sft", "reward", "dpo", "kto", "ppo", "grpo", "evaluate", "merge")
+"""Kinds of stages that end in their preflight where only that is wanted; no other is started."""
 
 
 def main() -> NoReturn:
@@ -91,6 +94,9 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         scratch: empty folder that the stage may write to.
     """
     spec = recipe.stages[name]
+    if spec.kind not in CHECKED:
+        what = f"stages of kind {spec.kind} check nothing before they begin"
+        return Card(name, spec.kind, [Line("preflight", what, "", "not yet")])
     missing = [
         reference
         for reference in dict.fromkeys(recipe.inputs(name).values())
@@ -111,9 +117,6 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
             write_manifest(scratch, {"kind": PRODUCES[spec.kind], "spec_hash": ""})
             os.symlink(scratch, inputs / name)
         return ended.card
-    except NoPreflightError:
-        what = f"stages of kind {spec.kind} check nothing before they begin"
-        return Card(name, spec.kind, [Line("preflight", what, "", "not yet")])
     except AlignError as error:
         return Card(name, spec.kind, [Line("preparation", "stopped", "", "fail", str(error))])
     raise AssertionError(f"stage {name} of kind {spec.kind} went past its preflight")

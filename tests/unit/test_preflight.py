@@ -253,6 +253,14 @@ def test_rows_that_see_each_other_fail(source: Artefact) -> None:
     assert offline.packing(SFT, Leaky(inner), task, rows).verdict == "fail"
 
 
+def test_margins_that_no_pair_has_fail() -> None:
+    pairs = [chat_of().pair_row(e) for e in EXAMPLES]
+    task = OfflineTask(pairs, [], dpo.pair_length, dpo.collate, sft.sft_loss)
+    assert offline.margins(task).verdict == "fail"
+    some = replace(task, rows=[replace(pairs[0], margin=0.5), *pairs[1:]])
+    assert offline.margins(some).value.startswith("1 of 6")
+
+
 def test_model_worse_than_chance_is_a_warning(source: Artefact) -> None:
     task, module = sft_task(), policy(source)
     rows = offline.few_rows(SFT, task)
