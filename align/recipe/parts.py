@@ -17,7 +17,8 @@ def _as_tuple(value: Any) -> Any:
 class Spec(BaseModel):
     """Refuse unknown keys and changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Deferred: only the recipe as a whole is ever validated, and building each class takes time.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class DataSpec(Spec):
