@@ -6,6 +6,7 @@ the weights are pushed under a version of their own, so that the next step begin
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,7 +68,8 @@ class Watch:
         return step % self.spec.every == 0 or step == self.stage.steps
 
     def look(self, step: int) -> dict[str, float]:
-        """Evaluate the policy after ``step`` steps; give the numbers under ``eval/``."""
+        """Evaluate the policy after ``step`` steps; give its numbers and seconds."""
+        began = time.monotonic()
         with self.engine.awake():
             # A version that training never uses: the next step pushes again, which also clears
             # what the engine has cached of these prompts. -1 is an engine without weights.
@@ -88,7 +90,8 @@ class Watch:
         for alarm in alarms:
             log.warning("step %d: %s; %s", step, alarm.reason, alarm.remedy)
         self.metrics.evaluation(step, {**self._record(alarms), "answers": answers[:NUM_SHOWN]})
-        return numbers(seen, answers) | {"eval/alarms": float(len(alarms))}
+        found = numbers(seen, answers) | {"eval/alarms": float(len(alarms))}
+        return found | {"time/watch_s": time.monotonic() - began}
 
     @property
     def stopped_by(self) -> guard.Alarm | None:
