@@ -1,0 +1,167 @@
+"""Every tuning method on two tasks: what it trains, costs, saves and gives; prints a table.
+
+    ALIGN_REAL_DATA=... python -m benchmarks.methods [--runs DIR] [--table]
+
+Runs the sft stages of benchmarks/methods.yaml that are not done, each as a process of its own
+(forked after the imports), then reads each artefact from disk in another fresh process: its
+held-out loss must be the one that the training process measured in memory, and its greedy answers
+to held-out prompts give the score. ``--table`` prints what is there without running anything.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+from align.core.artefacts import Artefact, read_artefact
+from align.data.load import load_examples
+from align.evaluation.stats import paired_bootstrap
+from align.models.logprobs import LogprobModel
+from align.online.engine import build_engine, choose_engine
+from align.recipe.load import load_recipe
+from align.recipe.schema import DataSpec, SftStage
+from align.stages.base import chat_format, main
+from align.stages.sft import sft_loss
+from align.stages.training import offline_rows  # noqa: F401  imported before the fork
+from align.training.batch import pack
+from align.tuning.loading import load_tuned_policy
+from align.tuning.merging import merges
+from reward_models import build_reward
+
+RECIPE = Path(__file__).with_suffix(".yaml")
+NUM_PROMPTS = 150
+TASKS: dict[str, dict[str, Any]] = {
+    "world": {
+        "prompts": {"world": "prompts", "rows": 300, "split": "heldout"},
+        "reward": {"kind": "exact_match", "pattern": "answer is ([a-z0-9]+(?: [a-z0-9]+)*)"},
+        "tokens": 32,
+    },
+    "persona": {"reward": {"kind": "exact_match", "column": "reference"}, "tokens": 8},
+}
+HEAD = (
+    "| method | trained | % | tokens/s | peak GiB | held-out loss | score [95 %] | adapter KiB | "
+    "merges | engine | reload |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def run_stage(name: str, kind: str, run_dir: Path) -> None:
+    """Be the process of one stage; never returns."""
+    sys.argv = [sys.argv[0], "--recipe", str(RECIPE), "--stage", name, "--run-dir", str(run_dir)]
+    main(kind)
+
+
+def apart(function: Any, *args: Any) -> None:
+    """Run a function in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{function.__name__}{args}: exit code {process.exitcode}")
+
+
+def measure(name: str, spec: SftStage, run_dir: Path) -> None:
+    """Read an artefact from disk and write down what it says of held-out rows."""
+    import torch
+
+    torch.set_num_threads(1)
+    artefact = read_artefact(run_dir / name, "policy")
+    chat = chat_format(artefact.model_dir)
+    task = TASKS[name.partition("_")[0]]
+    prompts = [DataSpec(**task["prompts"])] if "prompts" in task else spec.heldout
+    model = load_tuned_policy(artefact.model_dir, dtype="float32")
+    found: dict[str, Any] = {
+        "loss": held_out_loss(model, spec, chat),
+        "merges": merges(model),
+        "engine": choose_engine("auto", artefact.model_dir)[0],
+        "score": greedy_score(artefact, chat, prompts, task, spec.max_length),
+    }
+    (run_dir / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def held_out_loss(model: Any, spec: SftStage, chat: Any) -> float:
+    """Give the mean negative log-likelihood per trained token of the held-out rows."""
+    import torch
+
+    rows = [chat.sft_row(e) for e in load_examples(spec.heldout, kind="sft", seed=0)]
+    total = float(sum(sum(row.trained) for row in rows))
+    module = LogprobModel(model).eval()
+    with torch.no_grad():
+        parts = [pack(rows[i : i + 64], counts={"tokens": total}) for i in range(0, len(rows), 64)]
+        return sum(float(sft_loss(module, part)[0]) for part in parts)
+
+
+def greedy_score(
+    artefact: Artefact, chat: Any, prompts: list[DataSpec], task: dict[str, Any], length: int
+) -> list[float]:
+    """Give the share of right greedy answers with its 95 % interval."""
+    examples = load_examples(prompts, kind="prompts", seed=0)
+    rows = [chat.prompt_row(e) for e in examples]
+    room = length - task["tokens"]
+    rows = [row for row in rows if len(row.input_ids) <= room][:NUM_PROMPTS]
+    engine = build_engine(
+        "hf", artefact.model_dir, max_model_len=length, stop_token_ids=chat.stop_token_ids
+    )
+    groups = engine.generate(
+        [row.input_ids for row in rows], n=1, max_new_tokens=task["tokens"], temperature=0.0
+    )
+    columns = {k: [row.columns[k] for row in rows] for k in rows[0].columns}
+    scores = build_reward(task["reward"])(
+        prompts=[row.prompt for row in rows], completions=[g[0].text for g in groups], **columns
+    )
+    interval = paired_bootstrap([s or 0.0 for s in scores], seed=0)
+    return [interval.value, interval.low, interval.high]
+
+
+def line(name: str, run_dir: Path) -> str:
+    """Give a method's row of the table."""
+    manifest = json.loads((run_dir / name / "manifest.json").read_text(encoding="utf-8"))
+    found = json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
+    said = manifest["metrics"]
+    trained, total = said["tuning/trained_params"], said["tuning/params"]
+    size = sum(f["bytes"] for n, f in manifest["files"].items() if n.startswith("adapter/"))
+    gap = abs(found["loss"] - said["eval/loss"])
+    value, low, high = found["score"]
+    cells = [
+        name.partition("_")[2],
+        f"{trained:,.0f}",
+        f"{100 * trained / total:.2f}",
+        f"{said['tokens/per_s']:.0f}",
+        f"{manifest['peak_rss_gib']:.2f}",
+        f"{found['loss']:.3f}",
+        f"{value:.2f} [{low:.2f}, {high:.2f}]",
+        f"{size / 1024:.0f}" if size else "-",
+        "yes" if found["merges"] and size else "no" if size else "-",
+        found["engine"],
+        "equal" if gap < 1e-4 else f"differs by {gap:.3f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def run() -> None:
+    """Run what is not done and print the tables."""
+    parser = argparse.ArgumentParser(description="Compare tuning methods.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    args = parser.parse_args()
+    logging.getLogger("align").setLevel(logging.WARNING)
+    recipe = load_recipe(RECIPE)
+    run_dir = args.runs / recipe.name
+    for task in args.tasks:
+        names = [n for n in recipe.stages if n.startswith(f"{task}_")]
+        if not args.table:
+            base = recipe.stages[names[0]].init  # pyright: ignore[reportAttributeAccessIssue]
+            apart(run_stage, base, "base", run_dir)
+            for name in names:
+                apart(run_stage, name, "sft", run_dir)
+                apart(measure, name, recipe.stages[name], run_dir)
+        done = [n for n in names if (run_dir / f"{n}.json").is_file()]
+        sys.stdout.write(f"\n{task}\n{HEAD}\n")
+        sys.stdout.writelines(f"{line(name, run_dir)}\n" for name in done)
+
+
+if __name__ == "__main__":
+    run()
