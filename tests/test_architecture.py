@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "align.core": (), "align.losses": ("align.core",), "reward_models": (),
     "align.recipe": ("align.core.errors",),
     "align.data": L2, "align.models": L2,
-    "align.tuning": (*L2, "align.recipe.tuning_schema", "align.models"),
+    "align.tuning": (
+        *L2, "align.recipe.tuning_schema", "align.recipe.adapters", "align.models",
+    ),
     "align.training": L3,
     "align.online": L4, "align.evaluation": L4,
     "align.preflight": L5, "align.stages": (*L5, "align.preflight"),

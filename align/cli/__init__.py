@@ -40,10 +40,13 @@ def check(
     runs: Runs = Path("runs"),
 ) -> None:
     """Say whether a recipe is right; all mistakes at once, each with its line."""
+    from align.recipe.advice import warnings
     from align.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     typer.echo(f"{recipe}: right, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    for line in warnings(loaded):
+        typer.echo(f"{recipe}: warning: {line}")
     if deep or only:
         from align.cli.deep import check_deeply
 

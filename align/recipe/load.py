@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
+from align.recipe.adapters import adapter_problems
 from align.recipe.algorithms import preset_keys
 from align.recipe.effects import idle_options
 from align.recipe.messages import describe, locate, suggest
@@ -70,6 +71,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
     errors += _stage_name_errors(source)
     errors += _reference_errors(specs, source)
+    errors += _adapter_errors(specs, source)
     errors += _idle_errors(specs, source)
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
@@ -134,6 +136,13 @@ def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
             where = locate(path, "extra_forbidden", source.marks)
             found.append(f"{where}: stages.{stage}.{key}: {reason}")
     return found
+
+
+def _adapter_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
+    return [
+        f"{locate(('stages', *key), 'reference', source.marks)}: stages.{'.'.join(key)}: {problem}"
+        for key, problem in adapter_problems(specs).items()
+    ]
 
 
 def _raw_init(stages: Any, stage: str) -> dict[str, str]:

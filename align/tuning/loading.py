@@ -9,6 +9,7 @@ from torch import nn
 
 from align.core.errors import ArtefactError, TrainingError
 from align.models.loading import load_policy, set_dropout
+from align.recipe.adapters import CONTINUED, start_problem
 from align.recipe.tuning_schema import QloraTuning, TuningSpec
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
@@ -104,19 +105,3 @@ def check_start(model_dir: Path, made_by: Any, tuning: TuningSpec) -> None:
     if method in CONTINUED and made_by == tuning.model_dump(mode="json"):
         return
     raise ArtefactError(f"{folder}: {start_problem(method)}")
-
-
-CONTINUED = ("bottleneck", "loreft")
-"""Unmerged adapters whose files hold all that was trained, so that training can go on."""
-
-
-def start_problem(method: str) -> str:
-    """Say why training cannot start on top of an adapter, and what can be done."""
-    if method in CONTINUED:
-        way = f"repeat the same 'tuning' block, which goes on training this {method} adapter"
-    else:
-        way = "only its virtual tokens are saved, not what made them, so it cannot be trained on"
-    return (
-        f"the model was tuned with {method}, whose adapter cannot be merged into its weights; {way}"
-        "; or tune the earlier stage with a method that merges (lora)"
-    )

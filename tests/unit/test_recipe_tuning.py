@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.core.errors import RecipeError
+from align.recipe.advice import warnings
 from align.recipe.load import load_recipe
 from align.recipe.schema import DpoStage, GrpoStage, RewardStage, SftStage
 
@@ -125,3 +126,66 @@ def test_extends_with_another_method_replaces_the_block(tmp_path):
     text = "extends: a.yaml\nstages:\n  sft: {tuning: {method: prompt}}\n"
     (tmp_path / "b.yaml").write_text(text)
     assert load_recipe(tmp_path / "b.yaml").stages["sft"].tuning.method == "prompt"
+
+
+CHAIN = """\
+name: x
+stages:
+  base: {kind: base, path: some/model}
+  sft: {kind: sft, init: base, data: [{world: sft}], tuning: {method: prefix}}
+  dpo: {kind: dpo, init: sft, data: [{world: preference}], tuning: {method: lora}}
+"""
+
+
+def test_stage_on_top_of_an_unmerged_adapter_is_refused_in_the_recipe(tmp_path):
+    (line,) = mistakes(tmp_path, CHAIN)
+    assert line.startswith(
+        "r.yaml:5:26: stages.dpo.init: the model was tuned with prefix, whose adapter cannot be "
+        "merged into its weights; only its virtual tokens are saved"
+    )
+    bottleneck = CHAIN.replace("prefix", "bottleneck")
+    (line,) = mistakes(tmp_path, bottleneck)
+    assert "repeat the same 'tuning' block" in line
+    path = tmp_path / "r.yaml"
+    path.write_text(bottleneck.replace("lora", "bottleneck"))
+    assert load_recipe(path).stages["dpo"].tuning.method == "bottleneck"
+    path.write_text(CHAIN.replace("prefix", "dora"))
+    assert load_recipe(path).stages["sft"].tuning.method == "dora"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "rate", "said"),
+    [
+        ("full", "2.0e-5", None), ("full", "1.0e-3", "0.001 is outside of 1e-05 to 5e-05"),
+        ("lora", "2.0e-4", None), ("qlora", "1.0e-5", "1e-05 is outside of 0.0001 to 0.0003"),
+        ("prompt", "3.0e-1", None),
+    ],
+)  # fmt: skip
+def test_rate_outside_of_what_is_known_to_work_is_a_warning_with_its_source(
+    tmp_path, tuning, rate, said
+):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        RECIPE.replace(
+            "tuning: {method: lora, rank: 4}",
+            f"tuning: {{method: {tuning}}}\n    optim: {{learning_rate: {rate}}}",
+        )
+    )
+    lines = warnings(load_recipe(path))
+    if said is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(f"stages.sft.optim.learning_rate: {said}")
+        assert "arXiv:" in line
+
+
+def test_small_models_take_any_rate(tmp_path):
+    path = tmp_path / "r.yaml"
+    build = "build: {vocab_size: 320}, data: [{world: corpus}], steps: 1"
+    path.write_text(
+        RECIPE.replace("path: some/model", build).replace(
+            "rank: 4}", "rank: 4}\n    optim: {learning_rate: 0.01}"
+        )
+    )
+    assert warnings(load_recipe(path)) == []
