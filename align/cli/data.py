@@ -164,3 +164,83 @@ def explain(
 
     entry = code_of(code)
     typer.echo(f"{entry.code} {entry.severity}: {entry.title}\n\n{entry.why}\n\n{entry.remedy}")
+
+
+@data.command()
+def show(
+    path: DataPath,
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="whose tokens and template")],
+    kind: KindOption = None,
+    form: FormatOption = "auto",
+    rename: RenameOption = None,
+    template: TemplateOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="how many rows")] = 3,
+    line: Annotated[str | None, typer.Option(metavar="N", help="only the row of this line")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write an HTML fragment")
+    ] = None,
+) -> None:
+    """Show rows token by token: trained, masked, stop; without colours trained ones in brackets."""
+    from rich.console import Console
+
+    from align.data.check.others import examples_of
+    from align.data.microscope import as_html, as_text, headline, views
+
+    console = Console(highlight=False, soft_wrap=True)
+    chat = _chat(model, template)
+    shown, fragments = 0, []
+    for example in examples_of(path, kind=kind, form=form, rename=_pairs(rename or ())):
+        if line is not None and example.source.rpartition(":")[2].removeprefix("row ") != line:
+            continue
+        for view in views(example, chat):
+            console.print(headline(view), style="bold", markup=False)
+            console.print(as_text(view, colour=console.is_terminal))
+            fragments.append(as_html(view))
+        shown += 1
+        if shown == rows:
+            break
+    if not shown:
+        raise DataError(f"{path}: no such row" + (f" as line {line}" if line else ""))
+    if html is not None:
+        html.write_text("\n".join(fragments) + "\n", encoding="utf-8")
+
+
+@data.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="as in a recipe")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=".jsonl, .json, .csv, .parquet ...")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="messages, preference, prompt ...")
+    ],
+    form: FormatOption = "auto",
+    rename: RenameOption = None,
+    mix: Annotated[
+        list[str] | None, typer.Option("--mix", metavar="PATH=WEIGHT", help="a further input")
+    ] = None,
+    weight: Annotated[float, typer.Option(min=1e-9, help="weight of IN in a mixture")] = 1.0,
+    heldout: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="write the held-out side here")
+    ] = None,
+    heldout_frac: Annotated[float, typer.Option(min=0.0, max=1.0, help="its share")] = 0.1,
+    answers: Annotated[
+        Literal["chosen", "both"] | None, typer.Option(help="make sft rows of pairs")
+    ] = None,
+    columns: Annotated[bool, typer.Option(help="keep the other fields of the rows")] = True,
+    seed: Annotated[int, typer.Option(help="decides the rest of a mixture")] = 0,
+) -> None:
+    """Write data in another format, mixed and split by a stable hash of the prompt."""
+    from align.data.convert import WRITERS, convert_sides
+    from align.recipe.schema import DataSpec
+
+    if to not in WRITERS:
+        raise DataError(f"--to {to}: expected one of {', '.join(WRITERS)}")
+    common = {"format": form, "rename": _pairs(rename or ()), "answers": answers}
+    specs = [DataSpec.model_validate({"path": source, "weight": weight, **common})]
+    for word in mix or ():
+        path, _, share = word.rpartition("=")
+        specs.append(DataSpec.model_validate({"path": path, "weight": share, **common}))
+    for note in convert_sides(
+        specs, out, heldout=heldout, heldout_frac=heldout_frac, to=to, seed=seed, columns=columns
+    ):
+        output = note["output"]
+        typer.echo(f"{output['path']}: {output['rows']:,} rows of {to}")

@@ -102,10 +102,11 @@ class FormatDetector:
             if first[1] == source:
                 logger.info("%s: format %s", file, form)
             elif first[0] != form:
+                near = _near_misses(row) if isinstance(row, dict) else ""
                 raise DataError(
                     f"{source}: format {form}, but {first[1]} is {first[0]}; split the file or "
-                    "set 'format'",
-                    code="D043",
+                    f"set 'format'{near}",
+                    code="D041" if near else "D043",
                 )
         self.counts[form] += 1
         return form

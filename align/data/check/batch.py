@@ -30,6 +30,7 @@ stands for none."""
 
 _IDENTS = ("id", "uid", "uuid", "row_id", "_id")
 _EXCERPT = 90
+_PLACE = re.compile(r"(?::(\d+|row \d+))?(?::(\d+))?: ")
 _BLANK = re.compile(rb"^[ \t\r]*\n", re.MULTILINE)
 
 
@@ -74,6 +75,8 @@ class Part:
     tally: Tally
     size: int = 0
     rows: int = 0
+    barren: int = 0
+    """Well-formed rows without an example, such as answers that all score the same."""
     table: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.uint64))
     forms: Counter[str] = field(default_factory=Counter)
     roles: Counter[str] = field(default_factory=Counter)
@@ -112,9 +115,12 @@ class BatchChecker:
                 form = detector.format_of(row, source)
                 examples = to_examples(row, kind=plan.load_kind, format=form, source=source)
             except DataError as error:
-                part.tally.add(finding_of(error, source, row))
+                part.tally.add(finding_of(error, batch.name, source, row))
                 continue
-            table.append(self._look(part, examples, source))
+            if examples:
+                table.append(self._look(part, examples, source))
+            else:
+                part.barren += 1
         if table:
             part.table = np.array(table, dtype=np.uint64)
         part.forms = detector.counts
@@ -142,10 +148,8 @@ class BatchChecker:
         only = examples[0] if len(examples) == 1 else None
         label = str(only.label) if only else ""
         place = int(source.rpartition(":")[2].removeprefix("row "))
-        key = hash64(split_key(examples[0])) if examples else 0
-        ident = _ident(examples[0]) if examples else 0
-        return (place, hash64(f"{whole}\0{label}"), key, ident, _same(only),
-                *sketch(hashes), len(whole))  # fmt: skip
+        return (place, hash64(f"{whole}\0{label}"), hash64(split_key(examples[0])),
+                _ident(examples[0]), _same(only), *sketch(hashes), len(whole))  # fmt: skip
 
     def _look_at_tokens(self, part: Part, example: Example, source: str) -> None:
         assert self._tokens is not None
@@ -165,12 +169,19 @@ class BatchChecker:
                 return
 
 
-def finding_of(error: DataError, source: str, row: Any = None) -> Finding:
-    """Make a finding of an error: its place is cut off the message."""
+def finding_of(error: DataError, name: str, source: str, row: Any = None) -> Finding:
+    """Make a finding of an error: the place that its message begins with is cut off.
+
+    Args:
+        error: what was raised. name: the file. source: the place if the message names none.
+        row: the row as read, for the excerpt.
+    """
     found, column = str(error), None
-    if found.startswith(source):
-        head, _, found = found[len(source) :].partition(": ")
-        column = int(head[1:]) if head[1:].isdigit() else None
+    if found.startswith(name) and (match := _PLACE.match(found, len(name))):
+        place, at = match.groups()
+        source = f"{name}:{place}" if place else name
+        column = int(at) if at else None
+        found = found[match.end() :]
     excerpt = "" if row is None or isinstance(row, DataError) else _clipped(_shown(row))
     return Finding(error.code or "D040", source, found, column=column, excerpt=excerpt)
 

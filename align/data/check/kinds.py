@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 from align.core.errors import DataError
@@ -53,20 +54,21 @@ def _renamed(head: Sequence[Item], rename: Mapping[str, str]) -> Iterator[Row]:
 def _kind_of(row: Row, form: str) -> str:
     if isinstance(row, str):
         return "corpus"
-    if _names(row, "chosen") or _names(row, "rejected"):
+    if _names(tuple(row), "chosen") or _names(tuple(row), "rejected"):
         return "preference"
     found = _form_of(row, "sft") if form == "auto" else form
     gives = FORMATS[found].gives if found in FORMATS else ()
-    if found in ("prompt", None) and not _names(row, "completion") and "prompt" in row:
+    if found in ("prompt", None) and not _names(tuple(row), "completion") and "prompt" in row:
         return "math" if _is_number(row.get("answer")) else "prompts"
-    if "unpaired" in gives and _names(row, "label"):
+    if "unpaired" in gives and _names(tuple(row), "label"):
         return "unpaired"
     return gives[0] if gives else "sft"
 
 
-def _names(row: dict, word: str) -> bool:
+@lru_cache(maxsize=1024)
+def _names(fields: tuple[str, ...], word: str) -> bool:
     """Say whether a field has this name, or nearly."""
-    return any(name == word or guess(name, [word]) for name in row)
+    return any(name == word or guess(name, [word]) for name in fields)
 
 
 def _is_number(answer: object) -> bool:

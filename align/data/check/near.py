@@ -12,6 +12,8 @@ THRESHOLD = 0.9
 """Jaccard similarity of word triples."""
 MAX_CANDIDATES = 20_000
 _PERMUTATIONS = 64
+_BANDS = (10, 6)
+"""Bands and rows of the index: 1 - (1 - 0.9^6)^10 = 0.999 of the pairs at 0.9 are compared."""
 _MAX_COMPARED = 50
 """Rows of one MinHash bucket that a row is compared with."""
 
@@ -31,31 +33,38 @@ def candidates(rows: Rows) -> np.ndarray:
 
 
 def look_for_near_copies(
-    rows: Rows, tally: Tally, texts_of: Callable[[Sequence[int]], dict[int, str]]
+    rows: Rows,
+    tally: Tally,
+    texts_of: Callable[[Sequence[int]], dict[int, str]],
+    *,
+    same_prompt: bool,
 ) -> str:
     """Find rows that share nine tenths of their word triples with an earlier row.
 
     Args:
         rows: all good rows. tally: takes the findings. texts_of: gives the texts of rows.
+        same_prompt: compare also rows of one prompt, which in pairs and judged answers repeats by
+            design.
 
     Returns:
         A note where not all candidates were compared, else "".
     """
-    from datasketch import MinHash, MinHashLSH
-
     found = candidates(rows)
     looked_at = found[:MAX_CANDIDATES].tolist()
     if not looked_at:
         return ""
-    texts = texts_of(looked_at)
-    index = MinHashLSH(threshold=THRESHOLD - 0.1, num_perm=_PERMUTATIONS)
+    from datasketch import MinHash, MinHashLSH  # imports scipy: only where it is needed
+
+    texts, keys = texts_of(looked_at), rows.column("key")
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
     shingles: dict[int, set[int]] = {}
     for i in looked_at:
         shingles[i] = grams(words(texts[i]), SHINGLE)
         minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=_folded)
         minhash.update_batch(list(shingles[i]))
         near = [k for k in index.query(minhash)[:_MAX_COMPARED]
-                if similarity(shingles[i], shingles[k]) >= THRESHOLD]  # fmt: skip
+                if (same_prompt or keys[i] != keys[k])
+                and similarity(shingles[i], shingles[k]) >= THRESHOLD]  # fmt: skip
         index.insert(i, minhash)
         if near:
             share = similarity(shingles[i], shingles[min(near)])

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from align.core.errors import DataError
 from align.core.types import Example
@@ -51,12 +51,23 @@ def contamination(paths: Sequence[str]) -> dict[int, dict[int, str]]:
     return dict(found)
 
 
+def examples_of(
+    path: str, *, kind: str | None, form: str, rename: Mapping[str, str]
+) -> Iterator[Example]:
+    """Read the examples of a source for a kind, or for the one that its first rows show."""
+    reading = infer(list(islice(scan_rows(path), HEAD_ROWS)), form=form, rename=rename, kind=kind)
+    load_kind = cast(Kind, "prompts" if reading.kind == "math" else reading.kind)
+    for row, source in read_rows(path):
+        renamed = rename_fields(row, rename, source=source)
+        yield from to_examples(renamed, kind=load_kind, format=form, source=source)
+
+
 def _examples(paths: Sequence[str]) -> Iterator[Example]:
     for path in paths:
-        kind = infer(list(islice(scan_rows(path), HEAD_ROWS)), form="auto", rename={}, kind=None)
-        load_kind: Kind = "corpus" if kind.kind == "corpus" else "prompts"
-        for row, source in read_rows(path):
-            yield from to_examples(row, kind=load_kind, format="auto", source=source)
+        head = list(islice(scan_rows(path), HEAD_ROWS))
+        reading = infer(head, form="auto", rename={}, kind=None)
+        kind = "corpus" if reading.kind == "corpus" else "prompts"
+        yield from examples_of(path, kind=kind, form="auto", rename={})
 
 
 def texts_at(
@@ -91,7 +102,7 @@ def _items_at(source: "Source", places: Mapping[str, int]) -> Iterator[Item]:
         if isinstance(block, DataError):
             return
         pieces = block.split(b"\n")
-        while at < len(lines) and lines[at] < first + len(pieces):
+        while at < len(lines) and lines[at] < first + len(pieces) - (not pieces[-1]):
             piece = pieces[lines[at] - first]
             yield from parse_lines(piece, lines[at], source.name)
             at += 1

@@ -71,6 +71,7 @@ class Report:
     files: list[str] = field(default_factory=list)
     rows: int = 0
     good: int = 0
+    barren: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     roles: Counter[str] = field(default_factory=Counter)
     labels: Counter[bool] = field(default_factory=Counter)
@@ -143,7 +144,12 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
     report.good, report.lengths = len(rows.table), rows.column("length")
     heldout = heldout_keys(request.heldout)
     look_at_all(rows, tally, heldout=heldout)
-    note = look_for_near_copies(rows, tally, lambda ids: texts_at(ids, rows, sources, plan))
+    note = look_for_near_copies(
+        rows,
+        tally,
+        lambda ids: texts_at(ids, rows, sources, plan),
+        same_prompt=plan.kind not in ("preference", "unpaired"),
+    )
     report.notes += [note] if note else []
     _look_at_sums(report, request)
     return report
@@ -157,7 +163,7 @@ def _sources(request: Request, tally: Tally) -> list[Source]:
         try:
             files = find_files(request.path)
         except DataError as error:
-            tally.add(finding_of(error, request.path))
+            tally.add(finding_of(error, request.path, request.path))
             return []
         if not files:
             return [Source(None, request.path, "hub")]
@@ -167,7 +173,7 @@ def _sources(request: Request, tally: Tally) -> list[Source]:
         try:
             sources.append(Source(path, name, reader_of(path, name=name, suffix=suffix)))
         except DataError as error:
-            tally.add(finding_of(error, name))
+            tally.add(finding_of(error, name, name))
     return sources
 
 
@@ -230,6 +236,7 @@ def _checked(sources: Sequence[Source], plan: Plan, *, size: int) -> Iterator[Pa
 def _add(report: Report, part: Part) -> None:
     report.tally.merge(part.tally)
     report.rows += part.rows
+    report.barren += part.barren
     report.forms += part.forms
     report.roles += part.roles
     report.labels += part.labels

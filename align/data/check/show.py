@@ -63,6 +63,8 @@ def summary_lines(report: Report) -> Iterator[str]:
     if report.longer:
         longer = ", ".join(f"{side} {count:,}" for side, count in report.longer.most_common())
         yield f"  longer answer of a pair (words): {longer}"
+    if report.barren:
+        yield f"  {report.barren:,} rows hold no example of this kind"
     for note in report.notes:
         yield from textwrap.wrap(f"  {note}", 100, subsequent_indent="  ")
 
@@ -93,6 +95,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "files": report.files,
         "rows": report.rows,
         "good_rows": report.good,
+        "rows_without_example": report.barren,
         "formats": dict(report.forms),
         "roles": dict(report.roles),
         "labels": {str(label).lower(): count for label, count in report.labels.items()},

@@ -1,0 +1,204 @@
+"""Write data sets in another format, mixed and split, with a note of where they came from."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from align.core.artefacts import file_sha256, write_json_atomic
+from align.core.errors import DataError
+from align.core.types import Example, Text
+from align.data.check.row_rules import text_of
+from align.data.load import Kind, load_examples
+from align.data.sources import data_fingerprint, suffix_of
+from align.recipe.schema import DataSpec
+
+Row = dict[str, Any]
+
+
+def _turns(text: Text | None, role: str) -> list[Row]:
+    if not text:
+        return []
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    return [dict(turn) for turn in text]
+
+
+def _messages(example: Example) -> Row:
+    turns = _turns(example.prompt, "user") + _turns(example.completion, "assistant")
+    label = {} if example.label is None else {"label": example.label}
+    return {"messages": turns, **label}
+
+
+def _prompt_completion(example: Example) -> Row:
+    prompt, answer = list(_turns(example.prompt, "user")), _turns(example.completion, "assistant")
+    if not prompt:  # a conversation: its last answer is the completion
+        prompt, answer = answer[:-1], answer[-1:]
+        if any(turn["role"] == "assistant" for turn in prompt):
+            raise DataError(
+                f"{example.source}: only the last of several answers would be trained; "
+                "use --to messages"
+            )
+    return {"prompt": prompt, "completion": answer}
+
+
+def _preference(example: Example) -> Row:
+    margin = {} if example.margin is None else {"margin": example.margin}
+    return {
+        "prompt": _turns(example.prompt, "user"),
+        "chosen": _turns(example.completion, "assistant"),
+        "rejected": _turns(example.rejected, "assistant"),
+        **margin,
+    }
+
+
+def _unpaired(example: Example) -> Row:
+    return {**_prompt_completion(example), "label": example.label}
+
+
+def _prompt(example: Example) -> Row:
+    return {"prompt": _turns(example.prompt, "user")}
+
+
+def _sharegpt(example: Example) -> Row:
+    names = {"user": "human", "assistant": "gpt"}
+    turns = _messages(example)["messages"]
+    said = [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in turns]
+    return {"conversations": said}
+
+
+def _alpaca(example: Example) -> Row:
+    row = _prompt_completion(example)
+    roles = [turn["role"] for turn in row["prompt"]]
+    if roles not in (["user"], ["system", "user"]) or len(row["completion"]) != 1:
+        raise DataError(f"{example.source}: alpaca holds one question and one answer, not {roles}")
+    system = {"system": row["prompt"][0]["content"]} if len(roles) == 2 else {}
+    asked, answer = row["prompt"][-1]["content"], row["completion"][0]["content"]
+    return {"instruction": asked, "input": "", "output": answer, **system}
+
+
+def _text(example: Example) -> Row:
+    return {"text": text_of(example.completion)}
+
+
+WRITERS: dict[str, tuple[Kind, Callable[[Example], Row]]] = {
+    "messages": ("sft", _messages),
+    "prompt_completion": ("sft", _prompt_completion),
+    "alpaca": ("sft", _alpaca),
+    "sharegpt": ("sft", _sharegpt),
+    "preference": ("preference", _preference),
+    "unpaired": ("unpaired", _unpaired),
+    "prompt": ("prompts", _prompt),
+    "text": ("corpus", _text),
+}
+"""What ``--to`` takes: the kind of data it needs, and how a row is written."""
+
+
+def convert_sides(
+    specs: Sequence[DataSpec],
+    out: Path,
+    *,
+    heldout: Path | None,
+    heldout_frac: float,
+    to: str,
+    seed: int,
+    columns: bool,
+) -> list[dict[str, Any]]:
+    """Convert as ``convert`` does; with ``heldout`` the two sides of the split go to two files."""
+    if heldout is None:
+        return [convert(specs, out, to=to, seed=seed, columns=columns)]
+    notes = []
+    for side, path in (("train", out), ("heldout", heldout)):
+        split = {"split": side, "heldout_frac": heldout_frac}
+        sided = [spec.model_copy(update=split) for spec in specs]
+        notes.append(convert(sided, path, to=to, seed=seed, columns=columns))
+    return notes
+
+
+def convert(
+    specs: Sequence[DataSpec], out: Path, *, to: str, seed: int, columns: bool
+) -> dict[str, Any]:
+    """Load data as a stage would, write it to ``out`` and beside it ``<out>.provenance.json``.
+
+    Args:
+        specs: inputs, with weights and the side of the split. out: .jsonl, .jsonl.gz, .json, .csv,
+            .tsv or .parquet. to: a key of WRITERS. seed: decides the rest of a mixture.
+        columns: keep the other fields of the rows.
+
+    Returns:
+        The provenance: inputs, with sha256 and rows, options, and the output's sha256 and rows.
+
+    Raises:
+        DataError: rows that cannot be used, or that the format cannot hold; nothing is written.
+    """
+    if out.exists():
+        raise DataError(f"{out}: is there already; name another file or remove it")
+    kind, write = WRITERS[to]
+    rows = []
+    for example in load_examples(specs, kind=kind, seed=seed):
+        kept = {k: v for k, v in example.columns.items() if columns}
+        rows.append({**kept, **write(example)})
+    temporary = out.with_name(f".partial-{out.name}")
+    _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
+    temporary.rename(out)
+    note = {
+        "to": to,
+        "seed": seed,
+        "columns": columns,
+        "inputs": [
+            {**spec.model_dump(mode="json", exclude_defaults=True),
+             "files": data_fingerprint(cast(str, spec.path))}
+            for spec in specs
+        ],
+        "output": {"path": str(out), "sha256": file_sha256(out), "rows": len(rows)},
+        "version": metadata.version("align-suite"),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    write_json_atomic(out.with_name(out.name + ".provenance.json"), note)
+    return note
+
+
+def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> None:
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+        return
+    if suffix in (".csv", ".tsv"):
+        text = _table(rows, "\t" if suffix == ".tsv" else ",", path)
+    elif suffix == ".json":
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    elif suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        raise DataError(f"{path.name.removeprefix('.partial-')}: cannot be written; use .jsonl")
+    content = text.encode("utf-8")
+    path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
+
+
+def _table(rows: Iterable[Row], separator: str, path: Path) -> str:
+    """Write rows of single turns as a table of plain texts."""
+    import io
+
+    stream = io.StringIO(newline="")
+    writer: Any = None
+    for row in rows:
+        cells = {name: _cell(value, path) for name, value in row.items()}
+        if writer is None:
+            writer = csv.DictWriter(stream, list(cells), delimiter=separator)
+            writer.writeheader()
+        writer.writerow(cells)
+    return stream.getvalue()
+
+
+def _cell(value: Any, path: Path) -> Any:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content", value)
+    if isinstance(value, list | Mapping):
+        raise DataError(f"{path.name.removeprefix('.partial-')}: a table holds no {value!r:.60}")
+    return value

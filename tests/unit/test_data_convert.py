@@ -1,0 +1,89 @@
+"""align data show and align data convert."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.core.errors import DataError
+from align.data.convert import convert, convert_sides
+from align.data.formats import to_examples
+from align.data.load import load_examples
+from align.data.microscope import as_html, as_text, views
+from align.data.sources import read_rows
+from align.data.split import hash_fraction
+from align.recipe.schema import DataSpec
+from tests.fault_corpus import clean_rows, write_rows
+from tests.unit.test_data_chat import make_tokenizer
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "parquet", "csv"])
+def test_converted_rows_are_read_back_as_the_same_examples(tmp_path: Path, suffix: str):
+    source = tmp_path / "in.jsonl"
+    write_rows(clean_rows("sft"), source, "jsonl")
+    before = load_examples([DataSpec(path=str(source))], kind="sft", seed=0)
+    for to in ("messages", "prompt_completion", "alpaca", "sharegpt"):
+        if suffix == "csv" and to in ("messages", "sharegpt"):
+            continue  # a table holds no conversations
+        out = tmp_path / f"{to}.{suffix}"
+        convert([DataSpec(path=str(source))], out, to=to, seed=0, columns=True)
+        after = load_examples([DataSpec(path=str(out))], kind="sft", seed=0)
+        contents = [[t["content"] for t in e.completion] for e in before]
+        assert [
+            [t["content"] for part in (e.prompt, e.completion) for t in part]
+            if not isinstance(e.prompt, str) else [e.prompt, e.completion]
+            for e in after
+        ] == contents  # fmt: skip
+        assert [e.columns["id"] for e in after] == [e.columns["id"] for e in before]
+
+
+def test_split_sides_follow_the_hash_of_the_prompt_and_make_the_whole(tmp_path: Path):
+    source = tmp_path / "in.jsonl"
+    write_rows(clean_rows("preference", count=80), source, "jsonl")
+    out, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    notes = convert_sides(
+        [DataSpec(path=str(source))], out, heldout=heldout, heldout_frac=0.3, to="preference",
+        seed=0, columns=True,
+    )  # fmt: skip
+    sides = {p: [row for row, _ in read_rows(str(p))] for p in (out, heldout)}
+    for path, rows in sides.items():
+        for row in rows:
+            fraction = hash_fraction(row["prompt"][0]["content"])
+            assert (fraction < 0.3) == (path == heldout)
+    ids = [row["id"] for rows in sides.values() for row in rows]
+    assert sorted(ids) == sorted(f"preference-0-{i}" for i in range(80))
+    assert [note["output"]["rows"] for note in notes] == [len(rows) for rows in sides.values()]
+    note = json.loads((tmp_path / "train.jsonl.provenance.json").read_text())
+    assert note["inputs"][0]["files"][0]["rows"] == 80
+    assert note["inputs"][0]["heldout_frac"] == 0.3
+
+
+def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = clean_rows("sft")
+    rows[2]["messages"] *= 2
+    write_rows(rows, source, "jsonl")
+    spec = DataSpec(path=str(source))
+    with pytest.raises(DataError, match=r"in.jsonl:3: only the last of several answers"):
+        convert([spec], out, to="prompt_completion", seed=0, columns=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    convert([spec], out, to="messages", seed=0, columns=False)
+    with pytest.raises(DataError, match="is there already"):
+        convert([spec], out, to="messages", seed=0, columns=False)
+
+
+def test_microscope_shows_each_token_once_with_what_is_trained():
+    chat_tokens = make_tokenizer(None)
+    from align.data.chat import ChatFormat
+
+    chat = ChatFormat(chat_tokens)
+    row = {"prompt": "héé", "chosen": "漢!", "rejected": "no"}
+    (example,) = to_examples(row, kind="preference", format="auto", source="f:1")
+    chosen, rejected = views(example, chat)
+    # One token a byte: h é é are 1 + 2 + 2 bytes, 漢! are 3 + 1, and each side has its stop.
+    assert chosen.counts() == {"masked": 5, "trained": 4, "stop": 1}
+    assert rejected.counts() == {"masked": 5, "trained": 2, "stop": 1}
+    assert "".join(token.text for token in chosen.tokens) == "héé漢!</s>"
+    assert as_text(chosen, colour=False).plain == "héé[漢!</s>\u2020]"
+    assert as_html(rejected).count("<span") == 8
+    assert "&lt;/s&gt;" in as_html(rejected)
