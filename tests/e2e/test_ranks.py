@@ -1,7 +1,6 @@
 """One process and two ranks, ZeRO 0 to 3: the same steps give the same weights."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -178,28 +177,3 @@ def test_saved_lora_model_is_base_with_adapter(out: Path, stage: int, ranks: int
     assert (found - plain).abs().max() > 1e-3
     final = load(out, "grpo_lora", f"0of{ranks}")[stage]["weights"]
     assert_equal({n: p for n, p in merged.named_parameters() if n in final}, final)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the base model once."""
-    folder = tmp_path_factory.mktemp("base")
-    runs.finish(runs.write_recipe(folder), "base", folder)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "zero", "ranks"), [("sft", 2, 2), ("dpo", 0, 1), ("reward", 3, 2), ("grpo", 3, 2)]
-)
-def test_same_seed_twice_gives_the_same_bytes(
-    base: Path, tmp_path: Path, stage: str, zero: int, ranks: int
-) -> None:
-    recipe = runs.write_recipe(tmp_path)
-    overrides = [f"stages.{stage}.ranks={ranks}", f"stages.{stage}.zero.stage={zero}"]
-    for folder in ("a", "b"):
-        shutil.copytree(base, tmp_path / folder)
-        runs.finish(recipe, stage, tmp_path / folder, ranks=ranks, overrides=overrides)
-    assert runs.weights(tmp_path / "a", stage) == runs.weights(tmp_path / "b", stage)
-    assert runs.weights(tmp_path / "a", stage) != runs.weights(tmp_path / "a", "base")
-    assert runs.numbers(tmp_path / "a", stage) == runs.numbers(tmp_path / "b", stage)
