@@ -43,7 +43,7 @@ from align.online.annotate import annotate
 from align.online.experience import gather_experience
 from align.online.loop import update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, PpoStage, RewardStage
-from align.stages import dpo, kto, reward, sft
+from align.stages import dpo, kto, reward, scorer_rows, sft
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, measured, pick
 
@@ -95,8 +95,11 @@ def reward_curve(model_dir: Path) -> Curve:
     torch.manual_seed(4)
     module = reward.SequenceValues(scorer_from(model_dir, dtype="float32"))
     spec = RewardStage(kind="reward", **OFFLINE)
-    loss_fn = partial(reward.scorer_loss, spec)
-    task = OfflineTask(pairs(), [], dpo.pair_length, reward.collate, loss_fn)
+    rows = [scorer_rows.WeightedPair(pair, (1.0,)) for pair in pairs()]
+    loss_fn = partial(scorer_rows.pair_loss, spec)
+    task = OfflineTask(
+        rows, [], lambda r: dpo.pair_length(r.pair), scorer_rows.collate_pairs, loss_fn
+    )
     return offline(learner_of(module), task)
 
 

@@ -288,7 +288,7 @@ def test_show_names_the_algorithm_that_a_value_comes_from(tmp_path: Path):
     recipe.write_text(
         "name: a\nstages:\n  base: {kind: base, path: ./x}\n  rl:\n    kind: grpo\n    init: base\n"
         "    algorithm: dapo\n    prompts: [{world: prompts, rows: 9}]\n    steps: 1\n"
-        "    rewards: [{kind: regex, pattern: x}]\n    clip: {low: 0.1}\n"
+        "    rewards: [{kind: regex, pattern: x}]\n    minibatches: 2\n    clip: {low: 0.1}\n"
     )
     origins = load_resolved(recipe).origins
     assert origins["stages.rl.clip.high"] == "algorithm: dapo"

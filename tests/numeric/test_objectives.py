@@ -1,25 +1,40 @@
 """GSPO, CISPO, importance by answer and corrected KL: definitions, enumeration and TRL's code."""
 
 import math
+import sys
 from collections import defaultdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent))
+from test_normaliser import gradient
+
+from align.core.types import TokenRow
 from align.losses.kl import corrected_kl
 from align.losses.policy import cispo_policy_loss, gspo_policy_loss, importance_weights
-from align.online.objective import policy_loss, reduce_policy_loss
+from align.online.objective import policy_loss, policy_objective, reduce_policy_loss
 from align.recipe.schema import GrpoStage
-from align.training.batch import PackedBatch
+from align.training.batch import PackedBatch, pack
 
 NAN = float("nan")
 token = st.tuples(st.floats(-3, 0), st.floats(-3, 0), st.booleans())
 answers = st.lists(
     st.tuples(st.lists(token, min_size=1, max_size=5), st.floats(-2, 2)), min_size=1, max_size=4
 )
+
+
+def grpo_stage(**options):
+    return GrpoStage(
+        kind="grpo", init="x", prompts=[{"path": "x"}], steps=1, prompts_per_step=1,
+        rewards=[{"kind": "regex", "pattern": "x"}], sampling={"max_new_tokens": 6}, **options,
+    )  # fmt: skip
 
 
 def row_of(answers):
@@ -168,9 +183,7 @@ TRL = [
 def test_policy_objectives_equal_trl(loss_type, level, options, kl):
     trl = pytest.importorskip("trl", reason="TRL is the oracle of this test")
     beta = 0.1 if kl and level == "token" else 0.0  # TRL's correction is per answer at that level
-    spec = GrpoStage(
-        kind="grpo", init="x", prompts=[{"path": "x"}], steps=1, prompts_per_step=1,
-        rewards=[{"kind": "regex", "pattern": "x"}], sampling={"max_new_tokens": 6},
+    spec = grpo_stage(
         kl={"coef": beta, "place": "loss", "estimator": "k3", "corrected": kl == "corrected"},
         **options,
     )  # fmt: skip
@@ -223,3 +236,42 @@ def test_policy_objectives_equal_trl(loss_type, level, options, kl):
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     torch.testing.assert_close(ours_in.grad, theirs_in.grad, atol=1e-12, rtol=1e-9)
+
+
+REDUCED = [
+    {"aggregation": "token"}, {"aggregation": "sequence"}, {"aggregation": "constant"},
+    {"aggregation": "sequence_sum"}, {"algorithm": "gspo", "clip": {"low": 0.1, "high": 0.1}},
+    {"algorithm": "cispo"}, {"importance": {"level": "geometric", "mode": "mask", "cap": 1.3}},
+]  # fmt: skip
+ROWS = [((3, 5), 3), ((3, 5), 1), ((4,), 4), ((4,), 2), ((9, 2, 6), 5)]
+
+
+@settings(max_examples=6)
+@given(st.permutations(range(len(ROWS))), st.sets(st.integers(1, len(ROWS) - 1)))
+@pytest.mark.parametrize("options", REDUCED, ids=str)
+def test_policy_gradient_is_the_same_for_every_split_into_micro_batches(options, order, cuts):
+    """Micro-batches, padding rows of an idle rank, packing and order: one gradient."""
+    spec = grpo_stage(**options)
+    draw = torch.Generator().manual_seed(1)
+    rows, tokens = [], []
+    for prompt, n in ROWS:
+        ids = (*prompt, *torch.randint(1, 11, (n,), generator=draw).tolist())
+        rows.append(TokenRow(ids, tuple(t >= len(prompt) for t in range(len(ids)))))
+        shape = (2, len(ids))
+        tokens.append((-2 * torch.rand(shape, generator=draw)).tolist())
+    counts = {"tokens": float(sum(n for _, n in ROWS)), "answers": float(len(ROWS))}
+
+    def packed(part):
+        per_token = {
+            "old_logprobs": [tokens[i][0] for i in part],
+            "rollout_logprobs": [tokens[i][1] for i in part],
+            "advantages": [[i - 1.5] * len(rows[i].input_ids) for i in part],
+        }
+        return pack([rows[i] for i in part], counts=counts, per_token=per_token)
+
+    loss_fn = partial(policy_objective, spec, 0.0)
+    whole = gradient([packed(range(len(ROWS)))], loss_fn)
+    edges = [0, *sorted(cuts), len(ROWS)]
+    parts = [packed(order[a:b]) for a, b in pairwise(edges)]
+    found = gradient([*parts, packed([])], loss_fn)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)

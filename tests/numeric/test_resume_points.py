@@ -81,6 +81,7 @@ def attempt(model_dir: Path, name: str, folder: Path) -> dict[str, torch.Tensor]
     return found | {"kl": torch.tensor(run.kl.coef)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_run_killed_after_any_optimiser_step_ends_with_the_same_bytes(
     model_dir: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
