@@ -68,6 +68,25 @@ def test_sft_killed_before_it_stops_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "metric"), [("dpo", "train/ewc"), ("ppo", "policy/ewc"), ("grpo", "policy/ewc")]
+)
+def test_layers_and_ewc_work_in_every_stage_of_a_policy(
+    recipe: Path, whole: Path, tmp_path: Path, stage: str, metric: str
+) -> None:
+    shutil.copytree(whole / "base", tmp_path / "base")
+    ewc = "keep.ewc={coef: 10.0, data: [{world: sft, rows: 4, split: train}]}"
+    settings = ["tuning={method: full}", "steps=2", "layers={freeze_first: 1}", ewc]
+    runs.finish(recipe, stage, tmp_path, **overrides(stage, *settings))
+    before, after = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("base", stage)
+    )
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) == ("layers.0." in name), name
+    assert runs.numbers(tmp_path, stage)[-1][metric] > 0.0
+
+
+@pytest.mark.slow
 def test_reward_model_stopped_early_is_the_best_one(
     recipe: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -15,9 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
 from align.core.errors import ArtefactError
+from align.online.weights import full_weights
 from align.recipe.schema import MergeStage
+from align.recipe.tuning_schema import LoraTuning
 from align.stages.merge import Answered, choose, curve_of
 from align.tuning.interpolate import check_alike, interpolated, mix, write_interpolated
+from align.tuning.wrap import add_tuner
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -77,6 +80,25 @@ def test_written_model_answers_as_the_mean_of_the_weights(pair, tmp_path: Path) 
     ids = torch.tensor([[5, 9, 17, 33, 2]])
     with torch.no_grad():
         torch.testing.assert_close(models[2](ids).logits, models[0](ids).logits)
+
+
+def test_interpolating_a_merged_lora_scales_its_update(tmp_path: Path) -> None:
+    """W + s B A merged, then mixed with W at alpha, is W + s (alpha B) A merged."""
+    source = save_tiny(tiny_model(1, tied=True), tmp_path / "base")
+    tuned = add_tuner(tiny_model(1, tied=True), LoraTuning(method="lora", rank=4))
+    torch.manual_seed(0)
+    updates = [p for name, p in tuned.named_parameters() if "lora_B" in name]
+    for p in updates:
+        torch.nn.init.normal_(p, std=0.1)
+    state = {name: x.clone() for name, x in full_weights(tuned)}
+    tiny = tiny_model(1, tied=True)
+    tiny.load_state_dict(state, strict=False)
+    tiny.save_pretrained(tmp_path / "tuned")
+    for p in updates:
+        p.data.mul_(0.3)
+    expected = dict(full_weights(tuned))
+    for name, tensor in interpolated(source, tmp_path / "tuned", 0.3):
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_low_precision_is_mixed_in_float32_and_keeps_the_sign_of_zero() -> None:

@@ -177,3 +177,10 @@ def test_world_prompts_are_distinct_and_run_out_with_an_error() -> None:
     assert len(set(rows)) == 800
     with pytest.raises(DataError, match="no heldout instance"):
         list(generate("prompts", rows=30, seed=0, split="heldout", heldout_frac=0.0))
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompts"])
+def test_rows_of_chosen_tasks_hold_no_other(kind: str) -> None:
+    rows = list(generate(kind, rows=60, seed=1, tasks=["sort", "count"]))
+    assert len(rows) == 60
+    assert {row.columns["task"] for row in rows} == {"sort", "count"}
