@@ -77,7 +77,7 @@ def _write(name: str, rows: list[dict[str, str]]) -> None:
 
 
 def run_recipe(name: str, seed: int, runs: Path) -> dict[str, dict[str, float]]:
-    """Run all stages of a recipe; give {model: {"old": score, "new": score}}."""
+    """Run all stages of a recipe; give {model: {what the evaluation is named after: score}}."""
     from align.stages.base import run_stage
 
     path, run_dir = ROOT / "recipes" / f"{name}.yaml", runs / f"{name}-{seed}"
@@ -91,10 +91,10 @@ def run_recipe(name: str, seed: int, runs: Path) -> dict[str, dict[str, float]]:
         code = run_stage(spec.kind, arguments)
         assert code == 0, (stage, code)
     found: dict[str, dict[str, float]] = {}
-    for task in ("old", "new"):
-        summary = json.loads((run_dir / f"evaluate_{task}" / "summary.json").read_text())
+    for stage in (s for s in recipe.stages if s.startswith("evaluate_")):
+        summary = json.loads((run_dir / stage / "summary.json").read_text())
         for model, block in summary["models"].items():
-            found.setdefault(model, {})[task] = block["exact_match"][0]
+            found.setdefault(model, {})[stage.removeprefix("evaluate_")] = block["exact_match"][0]
     if "merge" in recipe.stages:
         manifest = json.loads((run_dir / "merge" / "manifest.json").read_text())
         found["merge"]["alpha"] = manifest["alpha"]
@@ -123,7 +123,9 @@ def summarise(name: str, seeds: list[dict[str, dict[str, float]]]) -> dict[str, 
     }
     differences = {
         f"{a}-{b}": {
-            task: interval([s[a][task] - s[b][task] for s in seeds]) for task in ("old", "new")
+            task: interval([s[a][task] - s[b][task] for s in seeds])
+            for task in seeds[0][a]
+            if task in seeds[0][b]
         }
         for a, b in ARMS[name]
     }
