@@ -134,7 +134,7 @@ def summarise(name: str, seeds: list[dict[str, dict[str, float]]]) -> dict[str, 
 
 def main() -> None:
     """Run, print a table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measure what is kept.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "keeping")

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, overload
 
 from align.core.distributed import derive_seed
-from align.core.types import Example, PairRow, TokenRow
+from align.core.types import Example, TokenRow
 from align.recipe.schema import AugmentSpec
-
-Row = TypeVar("Row", TokenRow, PairRow)
 
 
 def augment(example: Example, spec: AugmentSpec, *, seed: int, index: int, epoch: int) -> Example:
@@ -62,24 +60,24 @@ class _Draws:
         return (derive_seed(seed, "augment", *where, self._count) % 2**53) / 2**53
 
 
-class AugmentedRows(Sequence[Row], Generic[Row]):
+class AugmentedRows(Sequence[TokenRow]):
     """Hold tokenised rows that are worded anew in each epoch.
 
     As a sequence it gives the rows as they stand in the data. A row that no longer fits when it is
-    reworded, or whose prompt was cut already, is trained as it stands.
+    reworded is trained as it stands.
 
     Args:
         rows: as they stand, in the order of training data.
-        examples: what each was made from; None where it is never reworded.
+        examples: what each was made from.
         render: example -> row. spec: what to do. seed: of the stage.
         max_length: tokens.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        examples: Sequence[Example | None],
-        render: Callable[[Example], Row],
+        rows: Sequence[TokenRow],
+        examples: Sequence[Example],
+        render: Callable[[Example], TokenRow],
         spec: AugmentSpec,
         *,
         seed: int,
@@ -93,19 +91,15 @@ class AugmentedRows(Sequence[Row], Generic[Row]):
         return len(self._rows)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> TokenRow: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+    def __getitem__(self, index: slice) -> Sequence[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | Sequence[TokenRow]:
         """Give rows as they stand."""
         return self._rows[index]
 
-    def in_epoch(self, index: int, epoch: int) -> Row:
+    def in_epoch(self, index: int, epoch: int) -> TokenRow:
         """Give one row as it is worded in an epoch."""
         example = self._examples[index]
-        if example is None:
-            return self._rows[index]
         row = self._render(augment(example, self._spec, seed=self._seed, index=index, epoch=epoch))
-        sides = [row] if isinstance(row, TokenRow) else [row.chosen, row.rejected]
-        fits = all(len(side.input_ids) <= self._max_length for side in sides)
-        return row if fits else self._rows[index]
+        return row if len(row.input_ids) <= self._max_length else self._rows[index]

@@ -11,7 +11,7 @@ WATCHED = {
     "sft": ("eval/loss",),
     "dpo": ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob"),
     "kto": ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward"),
-    "reward": ("eval/loss", "eval/accuracy", "eval/margin"),
+    "reward": ("eval/loss", "eval/accuracy"),
 }
 """Numbers that each kind of stage measures on its held-out rows."""
 
@@ -102,10 +102,10 @@ def _refuse_ewc(ewc: EwcSpec, kind: str, method: str) -> None:
 
 
 def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
-    if kind not in ("sft", "reward"):
+    if kind != "sft":
         raise ValueError(
-            "keep.augment rewords rows anew in each epoch: in sft and reward; a dpo stage scores "
-            "its rows with the reference once, and an online stage has prompts of its own"
+            f"keep.augment rewords the rows of an sft stage anew in each epoch; a {kind} stage "
+            "compares answers to one prompt as it stands; remove it"
         )
     if augment == AugmentSpec():
         raise ValueError("keep.augment changes nothing; give word_dropout or templates")

@@ -2,7 +2,7 @@
 
 import logging
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.core.types import TokenRow
 from align.data.chat import ChatFormat
@@ -39,7 +39,7 @@ def replayed(spec: OfflineStage | OnlineStage) -> list[DataSpec]:
     return [] if spec.keep.ewc is None else spec.keep.ewc.data
 
 
-def log_likelihood(module: LogprobModel, row: TokenRow) -> Tensor:
+def log_likelihood(module: nn.Module, row: TokenRow) -> Tensor:
     """Sum the log-probabilities (nats) of a row's trained tokens."""
     batch = pack([row])
     return module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs.sum()

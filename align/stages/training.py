@@ -146,7 +146,7 @@ def offline_rows(
         made_from = {id(row): example for row, example in zip(rows, sides[name], strict=True)}
         return AugmentedRows(
             kept,
-            [made_from.get(id(row)) for row in kept],
+            [made_from[id(row)] for row in kept],
             render,
             spec.keep.augment,
             seed=distributed.derive_seed(context.seed, "augment"),

@@ -152,11 +152,11 @@ class Learner:
         ZeRO steps a frozen shard on zero gradients at rate 0: its moments stay 0, but its count
         goes on, and with it the bias correction that one process without ZeRO would make.
         """
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        outer: Any = self._optimizer
+        inner = getattr(outer, "optimizer", outer)
         params = inner.param_groups[group]["params"]
-        if hasattr(self._optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-            numbers = self._optimizer.sub_group_to_group_id
-            flat = self._optimizer.fp32_partitioned_groups_flat
+        if hasattr(outer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+            numbers, flat = outer.sub_group_to_group_id, outer.fp32_partitioned_groups_flat
             params = [flat[i] for i, number in numbers.items() if number == group]
         for state in (inner.state[p] for p in params if p in inner.state):
             step = state.get("step", 0)

@@ -43,7 +43,7 @@ class EarlyStopping:
         self.history.append((step, dict(found)))
         if self.best_step == step:
             self.save(step)
-            self.prune({step} | ({self.checkpointed} - {None}))
+            self.prune({step} | ({self.checkpointed} if self.checkpointed is not None else set()))
         if self.stopped:
             log.info(
                 "%s has not got better for %d evaluations (best %.4g at step %d): the stage ends",

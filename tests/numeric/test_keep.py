@@ -140,7 +140,7 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
                  "tuning": {"method": "lora"}}, "which lora tuning leaves as they are"),
         ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
-        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "with the reference once"),
+        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "answers to one prompt as it stands"),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("grpo", {"keep": STOP}, "stopped by 'watch' with 'guard'"),
     ],

@@ -1,8 +1,6 @@
 """Rewording of the user's side: what changes, what never does, and what decides it."""
 
-import pytest
-
-from align.core.types import Example, PairRow, TokenRow
+from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows, augment
 from align.data.sampler import batch_places, epoch_indices
 from align.recipe.schema import AugmentSpec
@@ -87,17 +85,14 @@ def test_batches_of_any_step_are_the_same_whatever_came_before() -> None:
     assert augmented[:2] == rows[:2]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_rows_that_no_longer_fit_or_were_cut_stand_as_they_are(pairs: bool) -> None:
-    def row(length: int):
-        one = TokenRow((1,) * length, (True,) * length)
-        return PairRow(one, one, 1) if pairs else one
+def test_rows_that_no_longer_fit_stand_as_they_are() -> None:
+    def row(length: int) -> TokenRow:
+        return TokenRow((1,) * length, (True,) * length)
 
-    rows = [row(4), row(4), row(4)]
-    examples = [Example(prompt="long"), Example(prompt="short"), None]
     lengths = {"<long>": 6, "<short>": 5}
     augmented = AugmentedRows(
-        rows, examples, lambda e: row(lengths[e.prompt]), AugmentSpec(templates=["<{text}>"]),
+        [row(4), row(4)], [Example(prompt="long"), Example(prompt="short")],
+        lambda e: row(lengths[e.prompt]), AugmentSpec(templates=["<{text}>"]),
         seed=0, max_length=5,
     )  # fmt: skip
-    assert [augmented.in_epoch(i, 0) for i in range(3)] == [row(4), row(5), row(4)]
+    assert [augmented.in_epoch(i, 0) for i in range(2)] == [row(4), row(5)]
