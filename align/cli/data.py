@@ -157,11 +157,17 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
 
 
 def explain(
-    code: Annotated[str, typer.Argument(metavar="CODE", help="such as D070")],
+    code: Annotated[
+        str | None, typer.Argument(metavar="[CODE]", help="such as D070; all without one")
+    ] = None,
 ) -> None:
     """Say what a finding of the data check means, why it matters and what to do."""
-    from align.data.check.findings import code_of
+    from align.data.check.findings import code_of, codes
 
+    if code is None:
+        for known in codes().values():
+            typer.echo(f"| {known.code} | {known.severity} | {known.title} | {known.remedy} |")
+        return
     entry = code_of(code)
     typer.echo(f"{entry.code} {entry.severity}: {entry.title}\n\n{entry.why}\n\n{entry.remedy}")
 

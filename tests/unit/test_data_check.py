@@ -101,3 +101,10 @@ def test_large_files_give_the_same_findings_in_one_process_and_in_two(
     monkeypatch.setattr(opening, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(run, "PARALLEL_BYTES", 0 if workers == 2 else 2**30)
     assert found(path) == [("D060", "a.jsonl:251"), ("D090", "a.jsonl:201")]
+
+
+def test_the_table_of_codes_in_the_docs_is_the_one_that_is_printed():
+    done = align("explain")
+    printed = done.stdout.decode().strip()
+    assert len(printed.splitlines()) == len(codes())
+    assert printed in (ROOT / "docs" / "data-check.md").read_text(encoding="utf-8")
