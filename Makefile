@@ -7,7 +7,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning test check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -34,6 +34,9 @@ keeping: setup ## Measure over five seeds what EWC, interpolation and unfreezing
 learning: setup ## Learning curves of every online algorithm beside TRL's GRPO (after quickstart)
 	@PYTHONPATH=. $(PY) benchmarks/learning.py
 	@PYTHONPATH=. $(PY) benchmarks/learning.py --draw
+
+methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA names the real one)
+	@$(PY) -m benchmarks.methods
 
 # -rs would repeat -ra of pyproject.toml; the pytest summary is the last thing printed.
 test: setup-test ## Set up with the test extra, then run the tests (PYTEST_ARGS=... is passed on)

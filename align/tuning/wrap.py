@@ -1,6 +1,6 @@
 """Wrap a model by a tuning spec: what is frozen, what is added, what is trained."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,11 +84,11 @@ def peft_config(model: Any, tuning: TuningSpec) -> Any:
     """Give peft's configuration of a method that changes or inserts layers."""
     import peft
 
-    task = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
+    task: dict[str, Any] = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
     if isinstance(tuning, LoraTuning | QloraTuning):
         return peft.LoraConfig(
             r=tuning.rank,
-            lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]
+            lora_alpha=cast("Any", tuning.alpha),
             lora_dropout=tuning.dropout,
             target_modules=_targets(tuning.targets),
             use_rslora=tuning.method == "rslora",
@@ -139,7 +139,7 @@ def virtual_config(model: Any, tuning: PrefixTuning | PromptTuning | PtuningTuni
             f"{type(model).__name__}; use lora or bottleneck"
         )
     config = model.config.get_text_config()
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_virtual_tokens": tuning.virtual_tokens,
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,

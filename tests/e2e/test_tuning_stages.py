@@ -16,15 +16,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 sys.path.insert(0, str(Path(__file__).parent))
 import alone
-from tuned_stages import TUNINGS, make_base, run_plain, run_stage
+from tuned_stages import TUNINGS, make_base, run_plain, run_stage, tuning_spec
 
 from align.core.artefacts import Artefact
 from align.core.errors import ArtefactError
 from align.models.logprobs import LogprobModel
 from align.online.engine import build_engine, choose_engine
+from align.online.weights import full_precision_weights, pushed_weights
 from align.recipe.tuning_schema import UNMERGED, VIRTUAL
 from align.stages.chat import Chat
-from align.tuning.loading import load_scorer, load_tuned_policy
+from align.tuning.loading import load_for_training, load_scorer, load_tuned_policy
 
 METHODS = list(TUNINGS)
 ADAPTED = [m for m in METHODS if m != "full"]
@@ -245,3 +246,21 @@ def test_unmerged_adapter_falls_back_to_hf_by_name(folder):
         "vLLM takes",
     )
     assert "adapter" not in choose_engine("auto", artefact(folder, "sft", "dora").model_dir)[1]
+
+
+def test_qlora_samples_from_the_policy_that_it_trains(folder):
+    model = load_for_training(
+        folder / "base" / "model", tuning_spec("qlora"), dtype="float32"
+    ).eval()
+    row, positions = torch.tensor([IDS]), torch.arange(len(IDS)).unsqueeze(0)
+    with torch.no_grad():
+        trained = LogprobModel(model)(row, positions).logprobs[0, 1:].tolist()
+    engine = build_engine("hf", folder / "base" / "model", max_model_len=64)
+    engine.load_weights(pushed_weights(model), version=1)
+    assert engine.token_logprobs(IDS) == pytest.approx(trained, abs=1e-4)
+    # What is saved is the update beside the full-precision weights: another policy.
+    saved = full_precision_weights(model, folder / "base" / "model")
+    engine.load_weights(saved, version=2)
+    gaps = [abs(a - b) for a, b in zip(engine.token_logprobs(IDS), trained, strict=True)]
+    assert max(gaps) > 1e-2
+    engine.close()
