@@ -39,7 +39,7 @@ from align.online.advantages import overlong_penalty
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
 from align.online.engine import build_engine
-from align.online.experience import Experience
+from align.online.experience import Experience, gather_experience
 from align.online.loop import online_step, rollout
 from align.online.scoring import length_penalty
 from align.recipe.algorithms import PRESETS
@@ -196,8 +196,6 @@ def test_ppo_bootstraps_what_was_cut_with_the_critics_own_value(model_dir) -> No
     shorter = [
         replace(c, token_ids=c.token_ids[:-1], logprobs=c.logprobs[:-1]) for c in longer.completions
     ]
-    from align.online.experience import gather_experience
-
     experience = gather_experience(longer.prompts, [[c] for c in shorter], first_group=0)
     critic, policy = critic_of(model_dir), policy_of(model_dir)
     for micro_tokens in (1, 1000):

@@ -1,6 +1,7 @@
 """The Learner's step against plain AdamW, and what must not change it."""
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -43,15 +45,24 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("model"))
 
 
-def learner_of(module: nn.Module, stage: int = 0, optim: OptimSpec = OPTIM) -> Learner:
-    zero = ZeroSpec(stage=stage)
+def learner_of(
+    module: nn.Module, stage: int = 0, optim: OptimSpec = OPTIM, offload: str = "none"
+) -> Learner:
+    zero = ZeroSpec(stage=stage, offload=offload)
     return Learner(module, optim=optim, zero=zero, dtype="float32", total_steps=STEPS)
 
 
-def trained(model_dir: Path, *, micro_tokens: int, checkpointing: bool = False, stage: int = 0):
+def trained(
+    model_dir: Path,
+    *,
+    micro_tokens: int,
+    checkpointing: bool = False,
+    stage: int = 0,
+    offload: str = "none",
+):
     """Train on the rows; give weights, losses and norms."""
     model = load_policy(model_dir, dtype="float32", gradient_checkpointing=checkpointing)
-    learner = learner_of(LogprobModel(model), stage)
+    learner = learner_of(LogprobModel(model), stage, offload=offload)
     task = OfflineTask([], [], length_of, collate, sft_loss)
     stats = [learner.step(micro_batches(task, ROWS, micro_tokens), sft_loss) for _ in range(STEPS)]
     weights = {n: p.clone() for n, p in full_weights(model)}
@@ -101,6 +112,27 @@ def test_learner_equals_textbook_adamw_for_every_micro_batch_size(
     assert found_norms == pytest.approx(norms, rel=1e-5)
     for name, expected in weights.items():
         torch.testing.assert_close(found[name].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def cpu_adam_is_built() -> bool:
+    """Say whether DeepSpeed's CPU Adam, which offloading uses, has been compiled here."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.rglob("cpu_adam.so"))
+
+
+@pytest.mark.skipif(
+    not cpu_adam_is_built(),
+    reason="DeepSpeed's CPU Adam is not built; minutes once: python -c "
+    "'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'",
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_learner_equals_textbook_adamw(model_dir: Path, stage: int) -> None:
+    weights, losses, norms = plain_adamw()
+    found = trained(model_dir, micro_tokens=20, stage=stage, offload="cpu")
+    assert found[1] == pytest.approx(losses, rel=1e-5)
+    assert found[2] == pytest.approx(norms, rel=1e-5)
+    for name, expected in weights.items():
+        torch.testing.assert_close(found[0][name].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
