@@ -22,6 +22,7 @@ class Row:
         settings: of align's stage.
         lengths: uniform or skewed. rows: rows of a step. longest: tokens of the longest row.
         median: of the skewed lengths, in tokens. prompt_frac: share of a row that is its prompt.
+        stop_frac: probability of the stop token at each place of an answer; 0 leaves it at 1 / V.
         check: (align's number, the other's, rounds, bound) that must agree, as in `same_numbers`.
         target: ratio to reach on CPU. work: further facts for both sides.
     """
@@ -38,6 +39,7 @@ class Row:
     median: int = 120
     prompt_frac: float = 0.4
     settings: Mapping[str, Any] = field(default_factory=lambda: {"micro_tokens": 2048})
+    stop_frac: float = 0.0
     check: Sequence[tuple[str, str, int, float]] = ()
     work: Mapping[str, Any] = field(default_factory=dict)
     warmup: int = 1
@@ -69,6 +71,11 @@ ROWS = {
     "grpo-vllm": Row("grpo", "GRPO 8 x 8 x 64 against TRL with this engine", "steps",
                      f"{TRL}:grpo_vllm", GENERATE, 1.5, 8, 64, lengths="uniform",
                      work={"group_size": 8, "new_tokens": 64}),
+    "grpo-skewed": Row(
+        "grpo", "GRPO 8 x 8 x 512 skewed, a quarter of 32 x 8 x 512, against TRL with this engine",
+        "steps", f"{TRL}:grpo_vllm", GENERATE[1:], 1.5, 8, 64, lengths="uniform", stop_frac=0.008,
+        work={"group_size": 8, "new_tokens": 512}, rounds=3,
+    ),
     "ppo": Row("ppo", "PPO 64 x 64 against TRL 1.12", "steps", "benchmarks.trl_ppo_side:ppo",
                BF16_PPO, 5.0, 64, 64, lengths="uniform",
                work={"group_size": 1, "new_tokens": 64, "minibatches": 2, "update_epochs": 2}),

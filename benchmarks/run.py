@@ -89,7 +89,7 @@ def device_name() -> tuple[dict[str, Any], str]:
 def prepare(row: Row, folder: Path, *, shape: str, dtype: str) -> list[int]:
     """Write model, scorer and rows; give the lengths of the rows in tokens."""
     size = SHAPES[shape]
-    write_model(folder / "base" / "model", size, dtype="float32")
+    write_model(folder / "base" / "model", size, dtype="float32", stop_frac=row.stop_frac)
     if row.kind in ("reward", "ppo"):
         _write_scorer(folder)
     totals = lengths(row.lengths, row.rows, longest=row.longest, median=row.median)

@@ -69,17 +69,18 @@ def write_model(folder: Path, shape: Shape, *, dtype: str, stop_frac: float = 0.
 
 def _set_stop_probability(model: Any, frac: float) -> None:
     """Give every hidden state a large first channel, and let only the stop token read it."""
-    import math
-
     import torch
 
-    vocab, hidden = model.lm_head.weight.shape
+    vocab, _ = model.lm_head.weight.shape
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 5.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[0] = 0.0
-        # Channel 0 dominates the norm: it leaves the last RMSNorm as about sqrt(hidden).
-        model.lm_head.weight[0, 0] = math.log(vocab * frac / (1 - frac)) / math.sqrt(hidden)
+        model.lm_head.weight[0, 0] = 1.0
+        logits = model(torch.randint(SPECIAL, vocab, (1, 64))).logits[0]
+        others = logits[:, 1:].logsumexp(-1).mean()
+        wanted = others + torch.tensor(frac / (1 - frac)).log()
+        model.lm_head.weight[0, 0] = wanted / logits[:, 0].mean()
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
