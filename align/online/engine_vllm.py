@@ -1,7 +1,6 @@
 """vLLM inside the trainer's process, on GPU and CPU: fast sampling from pushed weights."""
 
 import contextlib
-import importlib
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from align.online.engine import (
     load_decoder,
     make_completion,
 )
+from align.online.vllm_sampling import cheapen_sampling
 
 NO_WEIGHTS = -1
 """Version of an engine on an accelerator that dropped its weights when it went to sleep."""
@@ -232,7 +232,7 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
     world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     platform: dict[str, Any] = {"gpu_memory_utilization": options.memory_frac}
     if on_cpu:
-        _skip_rank_compilation()
+        cheapen_sampling()
         platform = {
             "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
             "block_size": CPU_BLOCK_SIZE,
@@ -266,16 +266,6 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
             f"vLLM cannot start on {options.model_dir}: {error}; change sampling.cache_gib, "
             "sampling.memory_frac or max_length as it says, or use sampling.engine: hf"
         ) from error
-
-
-def _skip_rank_compilation() -> None:
-    """Count the rank of a sampled token without torch.compile.
-
-    Nobody reads the rank here, and its compilation with the C++ compiler makes the first call of
-    a fresh machine 14 s slower (2 s with a warm cache) and needs a compiler at all.
-    """
-    sampler: Any = importlib.import_module("vllm.v1.sample.sampler")
-    sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
 @contextlib.contextmanager
