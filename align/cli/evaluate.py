@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from align.core.errors import RecipeError
+
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
 
 
@@ -45,10 +47,22 @@ def eval_(
         str | None, typer.Option(metavar="DIR", help="own task files of lm-evaluation-harness")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="ask again")] = False,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="held-out pairs of a reward model")
+    ] = None,
+    sets: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="its best-of-4 sets (RewardBench 2)")
+    ] = None,
 ) -> None:
-    """Compare checkpoints on held-out tasks: values with intervals, win rates, verdicts."""
+    """Compare checkpoints on held-out tasks, or give the card of reward models."""
+    from align.pipeline.cards import measure_scorers, scorers_among
     from align.pipeline.evaluating import Question, evaluate
 
+    if scorers := scorers_among(checkpoints, runs):
+        found = measure_scorers(scorers, pairs=pairs or (), sets=sets or (), runs=runs, out=out)
+        raise typer.Exit(found)
+    if pairs or sets:
+        raise RecipeError("--pairs and --sets measure reward models; give the folder of one")
     lacking = {"chat_template": chat_template, "pad_token": pad_token}
     question = Question(
         checkpoints=checkpoints,

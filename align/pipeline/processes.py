@@ -164,6 +164,13 @@ def run_chat(artefact: Path, arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(script), str(artefact), *arguments]).returncode
 
 
+def run_card(artefacts: Sequence[str], arguments: Sequence[str]) -> int:
+    """Measure reward models in a process of its own, which writes a file; give its exit code."""
+    script = find_launch_dir() / "card.py"
+    argv = [sys.executable, str(script), *artefacts, *arguments]
+    return subprocess.run(argv, check=False).returncode
+
+
 def run_server(artefact: Path, arguments: Sequence[str]) -> int:
     """Serve a reward model in a process of its own until it is stopped; give its exit code."""
     script = find_launch_dir() / "serve_reward.py"

@@ -1,9 +1,11 @@
 """Turn a run folder into one offline HTML file; no torch, no network, no script."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from align.report import answers, sections
-from align.report.card import reward_cards
+from align.report.card import cards_section, reward_cards
 from align.report.chain import chain_picture
 from align.report.compare import comparison_page, read_two
 from align.report.ledger import ledger
@@ -45,6 +47,12 @@ def build_comparison(first: Path, second: Path) -> Path:
     title = f"{one.recipe.name} and {other.recipe.name}"
     header = tag("header", tag("h1", title))
     return _write(path, document(title, header, *comparison_page(one, other)))
+
+
+def build_cards(path: Path, cards: Mapping[str, Any]) -> Path:
+    """Write a page with the cards of reward models, by their names."""
+    title = "Reward models"
+    return _write(path, document(title, tag("header", tag("h1", title)), cards_section(cards)))
 
 
 def _write(path: Path, html: Markup) -> Path:

@@ -9,7 +9,7 @@ from align.report.plot import Series, plot
 from align.report.read import RunRecord, read_object
 
 Card = Mapping[str, Any]
-ROWS = (
+HEADLINES = (
     ("pair_accuracy", "pair accuracy"),
     ("length_balanced_accuracy", "pair accuracy, length-balanced"),
     ("best_of_set_accuracy", "best-of-4 accuracy"),
@@ -34,18 +34,23 @@ def reward_cards(run: RunRecord) -> Markup | None:
         if stage.kind == "evaluate"
         for name, card in read_object(run.directory / stage.name / CARDS_FILE, []).items()
     ]
-    if not found:
-        return None
+    return cards_section(dict(found)) if found else None
+
+
+def cards_section(cards: Mapping[str, Card]) -> Markup:
+    """Show cards by the names of their models."""
     return tag(
         "section",
         tag("h2", "Reward-model cards"),
         tag("p", "On held-out answers; value with its 95 % interval, drawn over prompts."),
-        *(_card(name, card) for name, card in found),
+        *(_card(name, card) for name, card in cards.items()),
     )
 
 
 def _card(name: str, card: Card) -> Markup:
-    rows: list[list[object]] = [[title, _triple(card[key])] for key, title in ROWS if key in card]
+    rows: list[list[object]] = [
+        [title, _triple(card[key])] for key, title in HEADLINES if key in card
+    ]
     counts = f"{card['num_pairs']} pairs of {card['num_prompts']} prompts"
     if card.get("num_pairs_too_long"):
         counts += f", {card['num_pairs_too_long']} too long"

@@ -3,10 +3,15 @@
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from align.core.artefacts import write_json_atomic
+import pytest
+
+from align.core.artefacts import write_json_atomic, write_manifest
+from align.core.errors import RecipeError
 from align.core.log import CARDS_FILE
 from align.evaluation.card import ScoredPair, ScoredSet, best_of_n, pair_card, set_card
+from align.pipeline.cards import card_lines, scorers_among
 from align.recipe.schema import Recipe
+from align.report import build_cards
 from align.report.card import reward_cards
 from align.report.plot import STANDALONE, Series, picture
 from align.report.read import RunRecord, StageRecord
@@ -67,3 +72,25 @@ def test_picture_places_points_by_their_axes():
     )
     assert low[0] < high[0]
     assert low[1] > high[1]  # y grows upwards
+
+
+def test_cards_have_a_page_of_their_own(tmp_path: Path):
+    found = card()
+    html = build_cards(tmp_path / "card.html", {"runs/a/reward": found}).read_text()
+    assert "runs/a/reward" in html
+    assert f"{found['pair_accuracy'][0]:.3f}" in html
+    lines = card_lines({"a": {**found, "num_pairs_too_long": 3}})
+    assert lines[0] == "a: 40 pairs, 3 too long"
+    assert any(line.startswith("  pair accuracy: ") for line in lines)
+
+
+def test_reward_models_are_told_from_policies(tmp_path: Path):
+    for name, kind in (("rm", "reward_model"), ("other", "reward_model"), ("sft", "policy")):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, {"kind": kind, "spec_hash": "x", "data": []})
+    assert scorers_among(["rm", str(tmp_path / "other")], tmp_path) == [
+        tmp_path / "rm", tmp_path / "other",
+    ]  # fmt: skip
+    assert scorers_among(["sft"], tmp_path) == []
+    with pytest.raises(RecipeError, match="ask twice"):
+        scorers_among(["rm", "sft"], tmp_path)
