@@ -142,13 +142,6 @@ def _online(spec: OnlineStage) -> Iterator[Idle]:
                     "has no effect with one optimiser step per rollout, where every ratio is 1; "
                     "raise minibatches or update_epochs",
                 )
-    named = KlSpec(**preset.get("kl", {}))
-    usual = [("reward", "k1"), ("loss", "k3"), (named.place, named.estimator)]
-    if spec.kl.coef == 0.0 and (spec.kl.place, spec.kl.estimator) not in usual:
-        yield (
-            "kl.estimator",
-            f"'{spec.kl.estimator}' in the {spec.kl.place} has no effect, coef is 0",
-        )
     if all(reward.weight == 0.0 for reward in spec.rewards):
         yield "rewards", "all weights are 0: every answer scores the same"
     if spec.watch is not None and spec.watch.guard is not None:
@@ -161,6 +154,17 @@ def _online(spec: OnlineStage) -> Iterator[Idle]:
                 f"has no effect: it needs {needed} evaluations to raise an alarm, and {spec.steps} "
                 f"steps with every {spec.watch.every} make {looks}",
             )
+
+
+def _kl_of_stage(spec: PpoStage | GrpoStage) -> Iterator[Idle]:
+    preset = PRESETS[spec.algorithm] if isinstance(spec, GrpoStage) else {}
+    named = KlSpec(**preset.get("kl", {}))
+    usual = [("reward", "k1"), ("loss", "k3"), (named.place, named.estimator)]
+    if spec.kl.coef == 0.0 and (spec.kl.place, spec.kl.estimator) not in usual:
+        yield (
+            "kl.estimator",
+            f"'{spec.kl.estimator}' in the {spec.kl.place} has no effect, coef is 0",
+        )
 
 
 def _ppo(spec: PpoStage) -> Iterator[Idle]:
@@ -211,7 +215,8 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (DataSpec, _data), (OptimSpec, _optim), (ZeroSpec, _zero), (SamplingSpec, _sampling),
     (SamplingSpec, _greedy), (TaskSampling, _greedy), (KlSpec, _kl), (ImportanceSpec, _importance),
     (TrainingStage, _training), (OfflineStage, _offline), (BaseStage, _base),
-    (OnlineStage, _online), (PpoStage, _ppo), (GrpoStage, _grpo), (EvaluateStage, _evaluate),
+    (OnlineStage, _online), (PpoStage, _kl_of_stage), (GrpoStage, _kl_of_stage),
+    (PpoStage, _ppo), (GrpoStage, _grpo), (EvaluateStage, _evaluate),
     (EvaluateStage, _repeats), (TaskSpec, _repeats), (EnsembleReward, _ensemble),
     (MathReward, _math), (LengthReward, _length),
 ]  # fmt: skip
