@@ -16,6 +16,7 @@ from align.online.engine import ADAPTER, RolloutEngine
 from align.tuning.inserted import InsertedLayer
 from align.tuning.merging import (
     adapted_layers,
+    adapter_parameters,
     dequantised,
     is_quantised,
     merged_parameters,
@@ -95,9 +96,8 @@ def pushed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if merges(module):
         yield from full_weights(module)
         return
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            yield f"{ADAPTER}{name}", _full(parameter)
+    for name, parameter in adapter_parameters(module):
+        yield f"{ADAPTER}{name}", _full(parameter)
 
 
 def checkpoint_name(name: str) -> str:

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from align.recipe.parts import Count, Spec
 
+OUTSIDE = ("head", "prefix", "prompt", "ptuning")
+"""Tuning methods that train nothing inside a layer."""
+
 
 class UnfreezeSpec(Spec):
     """Begin with the top layer and thaw the next one below it every so often."""
@@ -34,3 +37,12 @@ class LayersSpec(Spec):
         if self == LayersSpec.model_construct():
             raise ValueError("the block changes nothing; give one of its keys, or remove it")
         return self
+
+
+def refuse_outside(layers: LayersSpec | None, method: str) -> None:
+    """Raise ValueError where nothing that trains belongs to a layer."""
+    if layers is not None and method in OUTSIDE:
+        raise ValueError(
+            f"'layers' has no effect with tuning.method {method}, which trains nothing inside a "
+            "layer; remove it, or choose a method such as lora"
+        )

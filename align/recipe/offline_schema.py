@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.recipe.keep_schema import KeepSpec, refuse_unfit
-from align.recipe.layers_schema import LayersSpec
+from align.recipe.layers_schema import LayersSpec, refuse_outside
 from align.recipe.parts import (
     BuildSpec,
     Count,
@@ -64,6 +64,7 @@ class TrainingStage(StageSpec):
             refuse_last(self.tuning, "reward")
         else:
             refuse_head(self.tuning, "policy")
+        refuse_outside(self.layers, self.tuning.method)
         if self.gradient_checkpointing:
             refuse_checkpointing(self.tuning)
         return self

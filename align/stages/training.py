@@ -34,7 +34,7 @@ from align.training.stopping import EarlyStopping
 from align.tuning.ewc import Anchor
 from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training
-from align.tuning.merging import is_quantised
+from align.tuning.merging import adapter_parameters, is_quantised
 from align.tuning.wrap import has_adapter
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def whole_state(
     state = {name: tensor.detach().cpu().clone() for name, tensor in named}
     if not has_adapter(model):
         return state, None
-    with gathered([p for p in model.parameters() if p.requires_grad]):
+    with gathered([p for _, p in adapter_parameters(model)]):
         return state, adapter_state(model)
 
 

@@ -25,6 +25,14 @@ def base_parameters(model: Any) -> Iterator[Tensor]:
     yield from (p for p in base.parameters() if id(p) not in inserted)
 
 
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what trains of an adapted model by name, layers that stand frozen just now included."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in _own_parameters(layer)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or id(parameter) in own:
+            yield name, parameter
+
+
 def _own_parameters(layer: Any) -> Iterator[Tensor]:
     for name, p in layer.named_parameters():
         if not name.startswith("base_layer."):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from test_resume import interrupt
 
+pytestmark = pytest.mark.slow
 # No gain is of 10 nats: the first evaluation stays the best one, whatever the numbers are.
 STOPPING = ["eval_every=2", "keep.early_stopping={patience: 3, min_delta: 10.0}"]
 
@@ -67,7 +68,6 @@ def test_sft_killed_before_it_stops_ends_with_the_same_bytes(
     assert notes[0] == notes[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "metric"), [("dpo", "train/ewc"), ("ppo", "policy/ewc"), ("grpo", "policy/ewc")]
 )
@@ -86,7 +86,6 @@ def test_layers_and_ewc_work_in_every_stage_of_a_policy(
     assert runs.numbers(tmp_path, stage)[-1][metric] > 0.0
 
 
-@pytest.mark.slow
 def test_reward_model_stopped_early_is_the_best_one(
     recipe: Path, whole: Path, tmp_path: Path
 ) -> None:

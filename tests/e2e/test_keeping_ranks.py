@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_ranks import MAX_GRAD_NORM, assert_close, assert_equal, load, one, work
 
+pytestmark = pytest.mark.slow
 SCENARIOS = ("layers", "layers_lora", "layers_bf16", "ewc")
 
 

@@ -141,6 +141,8 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
         ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "answers to one prompt as it stands"),
+        ("sft", {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
+         "trains nothing inside a layer"),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("grpo", {"keep": STOP}, "stopped by 'watch' with 'guard'"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,11 +21,13 @@ from align.core.types import TokenRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.weights import full_weights
-from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
+from align.recipe.schema import LayersSpec, OptimSpec, TuningSpec, ZeroSpec
 from align.stages.sft import collate, sft_loss
 from align.training.layers import plan_layers
 from align.training.learner import Learner
 from align.training.schedule import learning_rate
+from align.tuning.merging import adapter_parameters
+from align.tuning.wrap import add_tuner
 
 ROWS = [
     TokenRow(tuple(3 + (7 * r * t + t) % 60 for t in range(n)), tuple(t > 2 for t in range(n)))
@@ -186,3 +189,14 @@ def test_settings_without_effect_on_the_schedule_are_refused() -> None:
         OptimSpec(schedule="slanted", warmup_frac=0.1)
     with pytest.raises(ValueError, match="'ratio' has no effect with schedule cosine"):
         OptimSpec(ratio=16.0)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_adapters_of_frozen_layers_are_still_saved_and_pushed(method: str) -> None:
+    tuning = TypeAdapter(TuningSpec).validate_python({"method": method})
+    model = add_tuner(tiny_model(1, tied=True), tuning)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in model.named_parameters():
+        if "layers.0." in name:
+            p.requires_grad_(False)
+    assert [name for name, _ in adapter_parameters(model)] == trained
