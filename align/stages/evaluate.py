@@ -24,6 +24,7 @@ from align.recipe.schema import EvaluateStage, TaskSpec
 from align.stages.answering import Answers, sample_all, task_rows
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.card import CardInput, SampledAnswers, build_cards, headlines
+from align.stages.harnessing import harness_blocks
 from align.stages.judging import judge_all
 from align.stages.measuring import (
     TaskRewards,
@@ -49,17 +50,18 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
         for name in spec.models
     }
     baseline = spec.label(spec.baseline)
-    rows = task_rows(spec, artefacts[baseline], context)
-    rewards = task_rewards(spec, context)
-    preflight_evaluate(spec, context, artefacts[baseline].model_dir, rows=rows, rewards=rewards)
-    metrics = context.metrics(len(spec.models))
-    answers, engine_name = sample_all(spec, artefacts, rows, context)
-    answered = measure_all(spec, artefacts, answers, rewards, context, metrics)
-    metrics.close()
-    blocks = {
+    answers: Answers = {}
+    answered: dict[str, dict[str, Answered]] = {}
+    summary: dict[str, Any] = {"models": {}, "engine": "none"}
+    if spec.all_tasks:
+        rows = task_rows(spec, artefacts[baseline], context)
+        rewards = task_rewards(spec, context)
+        preflight_evaluate(spec, context, artefacts[baseline].model_dir, rows=rows, rewards=rewards)
+        answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
+        answered = measure_all(spec, artefacts, answers, rewards, context)
+    summary["tasks"] = {
         task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
-    }
-    summary: dict[str, Any] = {"models": {}, "tasks": blocks, "engine": engine_name}
+    } | harness_blocks(spec, artefacts, context)
     if OWN_TASK in answered:
         own = {name: model.records for name, model in answered[OWN_TASK].items()}
         summary |= build_summary(own, baseline=baseline, seed=context.seed)
@@ -83,10 +85,10 @@ def measure_all(
     answers: Answers,
     rewards: TaskRewards,
     context: StageContext,
-    metrics: MetricsLog,
 ) -> dict[str, dict[str, Answered]]:
     """Measure the answers of every task; give them by task and model, over all ranks."""
     tasks = spec.all_tasks
+    metrics = context.metrics(len(spec.models))
     chat = chat_format(artefacts[spec.label(spec.baseline)].model_dir)
     heldout = {task.name: held_out_rows(task, chat, context) for task in tasks}
     reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
@@ -104,6 +106,7 @@ def measure_all(
             losses = row_losses(policy, heldout[task.name])
             found[task.name][name] = Answered(records, losses)
         _log_model(metrics, i + 1, name, found[tasks[0].name][name].records)
+    metrics.close()
     return found
 
 

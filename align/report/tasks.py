@@ -1,0 +1,132 @@
+"""Checkpoints by tasks: values with intervals and verdicts, and who wins against whom."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from align.report.markup import Markup, even, join, number, table, tag
+from align.report.read import RunRecord
+
+Block = Mapping[str, Any]
+OWN_TASK = "heldout"
+UNITS = {"kl": "nats per answer", "length": "tokens"}
+CLASSES = {"better": "ok", "worse": "bad"}
+
+
+def tasks(run: RunRecord) -> Markup | None:
+    """Show every evaluation task of the run; None where there is none."""
+    blocks: Mapping[str, Block] = run.summary.get("tasks", {})
+    if not blocks:
+        return None
+    return tag(
+        "section",
+        tag("h2", "Tasks and verdicts"),
+        tag("p", "Value with its 95 % interval, and whether the paired difference to the baseline "
+            "is shown: ", tag("span", "better", class_="ok"), " or ",
+            tag("span", "worse", class_="bad"), " where its interval leaves 0 out (1/2 for a win "
+            "rate), else not shown. Of twenty comparisons without any difference, one is shown by "
+            "chance."),
+        *(_task(name, block) for name, block in blocks.items()),
+    )  # fmt: skip
+
+
+def _task(name: str, block: Block) -> Markup:
+    models = block["models"]
+    many = f", {block['samples']} answers each" if block["samples"] > 1 else ""
+    facts = f"{block['prompts']} prompts{many}; against {block['baseline']}"
+    title = "the run's own prompts" if name == OWN_TASK else name
+    rows: list[list[object]] = [
+        [_title(metric), *(_cell(block, model, metric) for model in models)]
+        for metric in block["metrics"]
+    ]
+    rows += [
+        [tag("small", group), *(_triple(row.get(model)) for model in models)]
+        for group, row in block.get("groups", {}).items()
+    ]
+    return join(
+        tag("h3", title, tag("small", facts)),
+        tag("p", block["description"], class_="quiet") if block.get("description") else None,
+        table(["", *models], rows, class_="numbers"),
+        _judge(block.get("judge")),
+        _needed(block),
+        _matrix(block.get("win_matrix", {})),
+    )
+
+
+def _title(metric: str) -> str:
+    unit = UNITS.get(metric)
+    return metric.replace("_", " ") + (f" ({unit})" if unit else "")
+
+
+def _triple(triple: Any, *more: Markup | None) -> Markup | str:
+    if not triple or triple[0] is None:
+        return "-"
+    value, low, high = triple
+    spread = tag("small", f"[{even(low)}, {even(high)}]") if low is not None else None
+    return tag("div", even(value), spread, *more, class_="triple")
+
+
+def _cell(block: Block, model: str, metric: str) -> Markup | str:
+    verdict = block["contrasts"].get(model, {}).get(metric, {}).get("verdict")
+    said = tag("small", verdict, class_=CLASSES.get(verdict)) if verdict else None
+    return _triple(block["models"][model].get(metric), said)
+
+
+def _needed(block: Block) -> Markup | None:
+    """Say what the prompts at hand can show, by the first metric."""
+    metric = block["metrics"][0]
+    found = {
+        model: row[metric]
+        for model, row in block["contrasts"].items()
+        if "detectable" in row[metric]
+    }
+    rows: list[list[object]] = [
+        [model, _triple(told["difference"]), number(told["detectable"]),
+         number(told.get("needed")) if told.get("verdict") == "not shown" else "-"]
+        for model, told in found.items()
+    ]  # fmt: skip
+    if not rows:
+        return None
+    heads = [f"{_title(metric)} against {block['baseline']}", "difference",
+             "smallest one shown in 4 of 5", "prompts to show this one in 4 of 5"]  # fmt: skip
+    return tag("details", tag("summary", "Prompts needed"), table(heads, rows, class_="numbers"))
+
+
+def _matrix(matrix: Mapping[str, Block]) -> Markup | None:
+    if len(matrix) < 2:
+        return None
+    rows: list[list[object]] = [
+        [model, *(_won(row.get(other)) for other in matrix)] for model, row in matrix.items()
+    ]
+    return join(
+        tag("p", "How often the model of the row beats the one of the column, ties half:"),
+        table(["", *matrix], rows, class_="numbers matrix"),
+    )
+
+
+def _won(triple: Any) -> Markup | str:
+    if not triple or triple[0] is None:
+        return ""
+    # The colour says how far from even; the number stands beside it.
+    share = round(100 * triple[0])
+    mix = f"background: color-mix(in srgb, var(--one) {share // 2}%, transparent)"
+    spread = (
+        tag("small", f"[{even(triple[1])}, {even(triple[2])}]") if triple[1] is not None else None
+    )
+    return tag("div", even(triple[0]), spread, class_="triple", style=mix)
+
+
+def _judge(judge: Block | None) -> Markup | None:
+    if judge is None:
+        return None
+    invalid = ", ".join(f"{n} {reason}" for reason, n in judge["invalid"].items()) or "none"
+    rows: list[list[object]] = [
+        ["model", judge["model"]],
+        ["pairs judged", f"{judge['pairs_judged']} of {judge['pairs']}, in both orders"],
+        ["invalid verdicts", invalid],
+        ["prefers the first answer", _triple(judge["first_share"])],
+        ["same verdict in both orders", _triple(judge["consistent"])],
+        ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
+        ["cost", f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
+                 f"${judge['dollars']:.4f}, {judge['seconds']:.1f} s"],
+    ]  # fmt: skip
+    return tag("details", tag("summary", "The judge"), table(["", ""], rows, class_="facts"))
