@@ -39,7 +39,7 @@ def reward_checks(
     prompts: Sequence[PromptRow],
     answers: Answers | None,
 ) -> list[Check]:
-    """Give one check for each reward.
+    """Give one check for each reward that there is something to hold it to.
 
     Args:
         label: what the rewards are for: reward, score or judge.
@@ -49,7 +49,16 @@ def reward_checks(
     return [
         (f"{label} {reward.name}", partial(self_test, spec, reward, prompts, answers))
         for spec, reward in zip(specs, rewards, strict=True)
+        if answers is not None or _testable(spec, prompts)
     ]
+
+
+def _testable(spec: RewardSpec, prompts: Sequence[PromptRow]) -> bool:
+    """Say whether known answers can be made; a line without any would say nothing."""
+    column = _column(spec)
+    if isinstance(spec, ScalarReward):
+        return column in prompts[0].columns
+    return _fixed(spec) is not None or column is not None
 
 
 def self_test(

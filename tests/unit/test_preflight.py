@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -19,14 +20,15 @@ from small_tokenizers import byte_tokenizer
 from align.core.artefacts import Artefact
 from align.core.card import Card, Line, read_card, table
 from align.core.errors import DataError, PreflightError
-from align.core.types import Example, TokenRow
+from align.core.types import Example, PromptRow, TokenRow
 from align.data.chat import ChatFormat
 from align.data.templates import TEMPLATES
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.preflight import offline, tokens
 from align.preflight.checks import Finding, Seen, examine
-from align.recipe.schema import DpoStage, Recipe, SftStage
+from align.preflight.rewards import reward_checks
+from align.recipe.schema import DpoStage, Recipe, RewardSpec, SftStage
 from align.report.markup import Markup
 from align.report.preflight import preflight
 from align.report.read import RunRecord, StageRecord
@@ -34,6 +36,7 @@ from align.stages import dpo, sft
 from align.stages.base import StageContext
 from align.stages.preflight import CheckedOnly, settle
 from align.training.offline import OfflineTask
+from reward_models import build_reward
 
 DPO = DpoStage(kind="dpo", init="x", data=[{"path": "x"}])
 SFT = SftStage(kind="sft", init="x", data=[{"path": "x"}])
@@ -334,3 +337,24 @@ def test_report_shows_the_card_escaped(tmp_path: Path) -> None:
     assert "cut it" in shown
     (tmp_path / "sft" / "preflight.json").write_text("{}")
     assert preflight(run) is None
+
+
+def test_reward_is_held_to_known_answers() -> None:
+    rows = [
+        PromptRow((5,), f"say {i}", {"answer": str(i)}, source=f"a.jsonl:{i}") for i in range(4)
+    ]
+
+    def verdict(**plain) -> str:
+        spec = TypeAdapter(RewardSpec).validate_python(plain)
+        (line,) = examine(reward_checks("reward", [spec], [build_reward(plain)], rows, None))
+        return line.verdict
+
+    assert verdict(kind="math") == "ok"
+    assert verdict(kind="exact_match", pattern=r"so (\d+)\.") == "ok"
+    assert verdict(kind="length", target=3, limit=9) == "ok"
+    # No text can satisfy a pattern that wants letters where the column holds numbers.
+    assert verdict(kind="exact_match", pattern="so ([a-z]+)") == "fail"
+    assert verdict(kind="math", column="solution") == "fail"
+    # What nothing is known of has no line, rather than one that cannot fail.
+    spec = TypeAdapter(RewardSpec).validate_python({"kind": "regex", "pattern": "x"})
+    assert not reward_checks("score", [spec], [build_reward(spec.model_dump())], rows, None)
