@@ -36,7 +36,7 @@ class BenchContext(StageContext):
 
     gate: Gate | None = None
 
-    def artefact(self, reference: str, kind: str) -> Artefact:
+    def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
         """Name a folder of the benchmark; there is no manifest to verify."""
         return Artefact(self.run_dir / reference, {})
 

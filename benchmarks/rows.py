@@ -47,6 +47,7 @@ class Row:
 
 
 LOSS = [("train/loss", "loss", 3, 0.01), ("optim/grad_norm", "grad_norm", 1, 0.02)]
+PAIR_LOSS = [("train/loss", "loss", 2, 0.02), ("optim/grad_norm", "grad_norm", 1, 0.02)]
 SFT = [
     {**GROUPED, **AUTOCAST, "per_device_train_batch_size": 8},
     {**PACKED, **AUTOCAST, "max_length": 1024},
@@ -62,9 +63,9 @@ ROWS = {
     "sft-skewed": Row("sft", "SFT, skewed", "tokens", f"{TRL}:sft", SFT, 1.5, 32, 1024,
                       check=LOSS),
     "reward-skewed": Row("reward", "reward model, skewed", "pairs", f"{TRL}:reward", PAIRS, 2.0,
-                         16, 1024, check=LOSS),
+                         16, 1024, check=PAIR_LOSS),
     "dpo-skewed": Row("dpo", "DPO with reference, skewed", "pairs", f"{TRL}:dpo", PAIRS, 2.0, 16,
-                      1024, check=LOSS),
+                      1024, check=PAIR_LOSS),
     "grpo-generate": Row("grpo", "GRPO 8 x 8 x 64 against generate", "steps", f"{TRL}:grpo",
                          GENERATE, 3.0, 8, 64, lengths="uniform",
                          work={"group_size": 8, "new_tokens": 64}),
