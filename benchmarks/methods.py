@@ -70,7 +70,11 @@ def measure(name: str, spec: SftStage, run_dir: Path) -> None:
     artefact = read_artefact(run_dir / name, "policy")
     chat = chat_format(artefact.model_dir)
     task = TASKS[name.partition("_")[0]]
-    prompts = [DataSpec(**task["prompts"])] if "prompts" in task else spec.heldout
+    prompts = (
+        [DataSpec(**task["prompts"])]
+        if "prompts" in task
+        else [d.model_copy(update={"answers": None}) for d in spec.heldout]
+    )
     model = load_tuned_policy(artefact.model_dir, dtype="float32")
     found: dict[str, Any] = {
         "loss": held_out_loss(model, spec, chat),

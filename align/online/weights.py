@@ -83,8 +83,9 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is not None:
             with gathered(list(layer.parameters())):
-                update = sum(layer.get_delta_weight(a).float() for a in layer.active_adapters)
-            tensor = (tensor.float() + update.cpu()).to(tensor.dtype)
+                for adapter in layer.active_adapters:
+                    update = layer.get_delta_weight(adapter).float().cpu()
+                    tensor = (tensor.float() + update).to(tensor.dtype)
         yield name, tensor
 
 

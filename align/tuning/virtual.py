@@ -71,7 +71,8 @@ class VirtualTokens(nn.Module):
         if rows == 1:
             return found
         wide = DynamicCache()
-        for i, layer in enumerate(found.layers):
+        layers: Any = found.layers
+        for i, layer in enumerate(layers):
             keys, values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
             wide.update(keys, values, i)
         return wide
