@@ -25,7 +25,7 @@ def main() -> None:
             recipe=args.recipe, stage=stage, run_dir=args.run_dir, overrides=args.overrides,
             force=False,
         )  # fmt: skip
-        assert base._run(stage, given) == 0, stage
+        assert base.run_stage(stage, given) == 0, stage
     distributed.shutdown()
     distributed.end_process(0)
 
