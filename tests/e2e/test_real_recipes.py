@@ -105,6 +105,7 @@ def test_model_that_vllm_refuses_says_why_and_goes_on_with_hf(
 
 SHORT = (
     *(f"stages.{name}.threads=1" for name in STAGES),
+    *(f"stages.{name}.epochs=1.0" for name in ("sft", "reward", "dpo")),
     "stages.sft.steps=6", "stages.reward.steps=4", "stages.dpo.steps=4",
     "stages.reward.eval_every=0", "stages.dpo.eval_every=0",
     "stages.sft.batch_size=32",
