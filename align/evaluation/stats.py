@@ -268,7 +268,8 @@ def share_interval(
         trials, z = float(n), NormalDist().inv_cdf(0.5 + level / 2.0)
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(max(room, 0.0) / trials + (z / (2 * trials)) ** 2)
-    ends = (max(0.0, middle - half), min(1.0, middle + half))
+    # Rounding must not put the share itself outside, as it would where there is no success at all.
+    ends = (min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
     return Interval(value, *(low + (high - low) * end for end in ends))
 
 
