@@ -163,3 +163,11 @@ def test_bootstrap_of_one_cluster_gives_no_bounds():
 def test_bootstrap_refuses_scores_it_cannot_pair(a, b, clusters, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(a, b, clusters=clusters)
+
+
+def test_share_without_a_success_lies_in_its_own_interval():
+    # (z^2 / 2n - z^2 / 2n) / (1 + z^2 / n) is 0, but rounds to 7e-18 for some n.
+    for n in range(2, 200):
+        for x in ([0.0] * n, [1.0] * n):
+            found = stats.share_interval(x)
+            assert found.low <= found.value <= found.high
