@@ -13,6 +13,7 @@ from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
 from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
+from align.report.tasks import tasks
 from align.report.watching import watching
 
 REPORT_FILE = "report.html"
@@ -89,6 +90,7 @@ def page(run: RunRecord) -> Markup:
         sections.missing(run),
         tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
         sections.comparison(run),
+        tasks(run),
         sections.expectations(run),
         reward_cards(run),
         earlier(run),

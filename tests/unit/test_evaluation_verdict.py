@@ -158,3 +158,21 @@ def test_tables_and_lines_show_the_block():
     (line,) = detect_lines({"tasks": {"quiz": block}}, 0.1)
     # Differences 0, 0, -1, 1 in turn: variance 8 / 15; (2.8016^2) * 8 / 15 / 0.01 = 418.6.
     assert line == "quiz: prompts to see 0.1 of em: dpo 419"
+
+
+def test_report_shows_values_verdicts_and_the_matrix():
+    from types import SimpleNamespace
+
+    from align.report.tasks import tasks
+
+    models = {"sft": scored([0.0] * 30), "dpo": scored([1.0] * 30), "p<o": scored([0.0] * 30)}
+    block = block_of(models, ["em", "win_rate"]) | {"win_matrix": win_matrix(models)}
+    run: Any = SimpleNamespace(summary={"tasks": {"quiz": block}})
+    html = str(tasks(run))
+    assert '<small class="ok">better</small>' in html
+    assert html.count("not shown</small>") == 2  # p<o by both metrics
+    assert "p&lt;o" in html
+    assert "p<o" not in html
+    assert "beats the one of the column" in html
+    run.summary = {}
+    assert tasks(run) is None
