@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from align.core import distributed
 from align.core.distributed import derive_seed
 from align.core.types import Completion, PromptRow
 from align.online.engine import RolloutEngine
+from align.online.experience import Experience, gather_experience
 from align.recipe.schema import SamplingSpec
 
 
@@ -45,3 +47,33 @@ def sample_groups(
         seeds=seeds,
         stop_token_ids=stop_token_ids,
     )
+
+
+def answer_fixed(
+    engine: RolloutEngine,
+    prompts: Sequence[PromptRow],
+    *,
+    n: int,
+    step: int,
+    seed: int,
+    sampling: SamplingSpec,
+    stop_token_ids: Sequence[int],
+) -> Experience:
+    """Let this rank answer its part of prompts that every rank holds, as evaluations do.
+
+    The same ``step`` draws with the same seeds each time, so that two policies can be compared
+    prompt by prompt. Arguments as of ``sample_groups``.
+    """
+    first = len(prompts) * distributed.rank() // distributed.world_size()
+    mine = distributed.shard(prompts)
+    groups = sample_groups(
+        engine,
+        mine,
+        n=n,
+        step=step,
+        seed=seed,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids,
+        first_position=first,
+    )
+    return gather_experience(mine, groups, first_group=first)

@@ -19,8 +19,8 @@ from align.core.types import PromptRow
 from align.online import guard
 from align.online.annotate import annotate
 from align.online.engine import RolloutEngine
-from align.online.experience import Experience, gather_experience
-from align.online.rollout import sample_groups
+from align.online.experience import Experience
+from align.online.rollout import answer_fixed
 from align.online.scoring import apply_scores, length_penalty, score_answers
 from align.recipe.schema import OnlineStage, WatchSpec
 from align.training.learner import Learner
@@ -115,21 +115,16 @@ class Watch:
         self.checkpointed = guard.best_step(self.history)
 
     def _sample(self) -> Experience:
-        world, rank = distributed.world_size(), distributed.rank()
-        first = len(self.prompts) * rank // world
-        mine = distributed.shard(self.prompts)
-        groups = sample_groups(
+        return answer_fixed(
             self.engine,
-            mine,
+            self.prompts,
             n=self.spec.samples,
             # Each evaluation draws with the same seeds, so that they differ by the weights alone.
             step=0,
             seed=distributed.derive_seed(self.seed, "watch"),
             sampling=self.stage.sampling,
             stop_token_ids=self.stop_token_ids,
-            first_position=first,
         )
-        return gather_experience(mine, groups, first_group=first)
 
     def _judged(self, experience: Experience) -> tuple[list[Answer], float | None]:
         """Score the answers of all ranks by the training's rewards and by gold."""

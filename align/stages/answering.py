@@ -15,8 +15,8 @@ from align.data.chat import ChatFormat
 from align.models.loading import saved_weights
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
-from align.online.experience import Experience, gather_experience
-from align.online.rollout import sample_groups
+from align.online.experience import Experience
+from align.online.rollout import answer_fixed
 from align.online.weights import check_push
 from align.recipe.schema import EvaluateStage, SamplingSpec, TaskSpec
 from align.stages.base import StageContext, chat_format
@@ -88,19 +88,15 @@ def _ask(
     step: int,
     seed: int,
 ) -> Experience:
-    first = len(rows) * distributed.rank() // distributed.world_size()
-    mine = distributed.shard(rows)
-    groups = sample_groups(
+    return answer_fixed(
         engine,
-        mine,
+        rows,
         n=task.samples,
         step=step,
         seed=seed,
         sampling=SamplingSpec(**task.sampling.model_dump()),
         stop_token_ids=chat.stop_token_ids,
-        first_position=first,
     )
-    return gather_experience(mine, groups, first_group=first)
 
 
 def _config(artefact: Artefact) -> Any:

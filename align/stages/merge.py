@@ -16,8 +16,7 @@ from align.evaluation.stats import paired_bootstrap
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
-from align.online.experience import gather_experience
-from align.online.rollout import sample_groups
+from align.online.rollout import answer_fixed
 from align.online.scoring import score_answers
 from align.online.weights import check_push
 from align.preflight.checks import Check, Finding
@@ -176,19 +175,15 @@ def answer(
     context: StageContext,
 ) -> Answered:
     """Let the engine answer this rank's prompts; every rank gets the scores of all."""
-    first = len(rows) * distributed.rank() // distributed.world_size()
-    mine = distributed.shard(rows)
-    groups = sample_groups(
+    held = answer_fixed(
         engine,
-        mine,
+        rows,
         n=spec.samples,
         step=0,  # every alpha draws with the same seeds, so that comparisons are paired
         seed=context.seed,
         sampling=spec.sampling,
         stop_token_ids=stop_token_ids,
-        first_position=first,
     )
-    held = gather_experience(mine, groups, first_group=first)
     scores = score_answers(held.prompts, held.completions, rewards).total
     parts = distributed.gather_objects((scores, held.group_ids.tolist()))
     return Answered([s for part, _ in parts for s in part], [g for _, part in parts for g in part])
