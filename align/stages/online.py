@@ -11,6 +11,7 @@ from torch import nn
 
 from align.core import distributed
 from align.core.errors import TrainingError
+from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
@@ -20,6 +21,7 @@ from align.models.logprobs import LogprobModel
 from align.online.algorithms import ALGORITHMS
 from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
+from align.online.watch import Watch
 from align.online.weights import check_push, pushed_weights
 from align.recipe.schema import EvaluateStage, MergeStage, OnlineStage, PpoStage, WatchSpec
 from align.recipe.tuning_schema import UNMERGED
@@ -81,18 +83,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     metrics = context.metrics(spec.steps)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
-    watch = None
-    if spec.watch is not None:
-        assert reference is not None
-        watch = build_watch(
-            online,
-            spec.watch,
-            prompts=watched_rows(spec, spec.watch, chat, context),
-            gold=build_rewards(spec.watch.gold, context),
-            reference=reference,
-            best=best,
-            metrics=metrics,
-        )
+    watch = begin_watch(online, chat, context, reference=reference, best=best, metrics=metrics)
     checkpoints = context.out / "checkpoints"
     final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
@@ -103,6 +94,31 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)
     return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
+
+
+def begin_watch(
+    online: OnlineRun,
+    chat: ChatFormat,
+    context: StageContext,
+    *,
+    reference: nn.Module | None,
+    best: BestWeights,
+    metrics: MetricsLog,
+) -> Watch | None:
+    """Put together the evaluation while training that the recipe asks for; None without one."""
+    spec = online.spec
+    if spec.watch is None:
+        return None
+    assert reference is not None
+    return build_watch(
+        online,
+        spec.watch,
+        prompts=watched_rows(spec, spec.watch, chat, context),
+        gold=build_rewards(spec.watch.gold, context),
+        reference=reference,
+        best=best,
+        metrics=metrics,
+    )
 
 
 def start_engine(

@@ -82,16 +82,7 @@ def train_offline(
         with ``stopping``, which may end the training early, the held-out numbers are the best.
     """
     engines = {"policy": learner.engine}
-    start = 0
-    last: dict[str, float] = {}
-    found = newest_checkpoint(checkpoints)
-    if found is not None:
-        start, state = load_checkpoint(found, engines)
-        if stopping is not None:
-            stopping.load_state_dict(state["stopping"])
-        learner.steps = start
-        last = metrics.rewind(start)
-        log.info("resumed from %s", found)
+    start, last = _resume(learner, metrics, checkpoints, stopping)
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
         if stopping is not None and stopping.stopped:
@@ -124,6 +115,22 @@ def train_offline(
     if not num_tokens:
         return last
     return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}
+
+
+def _resume(
+    learner: Learner, metrics: MetricsLog, checkpoints: Path, stopping: EarlyStopping | None
+) -> tuple[int, dict[str, float]]:
+    """Take up the newest verified checkpoint; give the steps done and the last line of metrics."""
+    found = newest_checkpoint(checkpoints)
+    if found is None:
+        return 0, {}
+    start, state = load_checkpoint(found, {"policy": learner.engine})
+    if stopping is not None:
+        stopping.load_state_dict(state["stopping"])
+    learner.steps = start
+    last = metrics.rewind(start)
+    log.info("resumed from %s", found)
+    return start, last
 
 
 def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]:
