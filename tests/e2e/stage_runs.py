@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from align.pipeline.processes import stage_argv
+from align.pipeline.processes import free_port, stage_argv
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 LIMIT_S = 240.0
@@ -153,6 +153,30 @@ def end(process: subprocess.Popen[str]) -> None:
     except ProcessLookupError:
         return
     process.wait(timeout=LIMIT_S)
+
+
+def finish_ranks(command: Sequence[str], ranks: int) -> None:
+    """Run a worker as ``ranks`` processes of one group; all must end well."""
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            start_new_session=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        said = [p.communicate(timeout=LIMIT_S)[0] for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
 
 
 def signal_when(

@@ -1,8 +1,5 @@
 """One process and two ranks, ZeRO 0 to 3: the same steps give the same weights."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
-
-from align.pipeline.processes import free_port
 
 WORKER = Path(__file__).parent / "workers" / "ranks.py"
 SCENARIOS = (
@@ -36,28 +31,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def work(folder: Path, scenarios: tuple[str, ...], *, ranks: int, stages: tuple[int, ...]) -> None:
     """Run the worker as ``ranks`` processes; all must end well."""
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(WORKER), "--out", str(folder)]
     command += ["--scenarios", *scenarios, "--stages", *map(str, stages)]
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            start_new_session=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    runs.finish_ranks(command, ranks)
 
 
 def load(out: Path, scenario: str, place: str) -> dict[int, dict]:

@@ -1,8 +1,5 @@
 """Every tuning method under ZeRO-2 and ZeRO-3 on two ranks: the sft steps of one process."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from tuned_stages import TUNINGS
 
-from align.pipeline.processes import free_port
 from align.recipe.tuning_schema import UNMERGED
 
 WORKER = Path(__file__).parent / "workers" / "tunings.py"
@@ -24,27 +20,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 def work(folder: Path, *, ranks: int, stages: tuple[int, ...]) -> None:
     """Run the worker as ``ranks`` processes; all must end well."""
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(WORKER), "--out", str(folder), "--stages", *map(str, stages)]
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            start_new_session=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    runs.finish_ranks(command, ranks)
 
 
 @pytest.fixture(scope="module")
