@@ -41,7 +41,8 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
     arguments = {
         "output_dir": work["out"],
         "total_episodes": 10_000 * work["rows"],
-        "gradient_accumulation_steps": work["rows"] // micro // work["minibatches"],
+        # TRL draws micro x accumulation rows a step and cuts its mini-batches from them.
+        "gradient_accumulation_steps": work["rows"] // micro,
         "num_mini_batches": work["minibatches"],
         "num_ppo_epochs": work["update_epochs"],
         "response_length": work["new_tokens"],
@@ -69,4 +70,5 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[GateCallback(gate)],
     )
+    assert trainer.args.batch_size == work["rows"], trainer.args.batch_size
     trainer.train()
