@@ -169,7 +169,7 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
 
     spec = PpoStage(
         kind="ppo",
-        rewards=[{"kind": "scalar", "model": "scorer"}],
+        rewards=[{"kind": "scalar", "model": "scorer", "dtype": work["dtype"]}],
         minibatches=work["minibatches"],
         update_epochs=work["update_epochs"],
         critic={"optim": {"learning_rate": work["learning_rate"], "schedule": "constant",

@@ -97,22 +97,23 @@ def points(sizes: Sequence[int], measure: Callable[[int], float]) -> dict[str, A
     }
 
 
-def _row(length: int, vocab: int, *, trained_from: int = 1) -> TokenRow:
+def random_row(length: int, vocab: int, *, trained_from: int = 1) -> TokenRow:
+    """Give a row of random tokens, trained from ``trained_from`` on."""
     ids = torch.randint(2, vocab, (length,)).tolist()
     return TokenRow(tuple(ids), tuple(t >= trained_from for t in range(length)))
 
 
 def _rows_step(learner: Learner, lengths: list[int], vocab: int) -> None:
-    rows = [_row(n, vocab) for n in lengths]
+    rows = [random_row(n, vocab) for n in lengths]
     task = OfflineTask(rows, [], length_of, collate, sft_loss)
     learner.step(micro_batches(task, rows, MICRO_TOKENS), sft_loss)
 
 
 def _group_step(learner: Learner, answers: int, vocab: int) -> None:
-    prompt = _row(256, vocab).input_ids
+    prompt = random_row(256, vocab).input_ids
     rows = []
     for _ in range(answers):
-        answer = _row(64, vocab)
+        answer = random_row(64, vocab)
         ids = prompt + answer.input_ids
         rows.append(TokenRow(ids, tuple(t >= 256 for t in range(len(ids)))))
     shared = [0] + [256] * (answers - 1)

@@ -33,7 +33,7 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
         for r in read_rows(folder / "rows.jsonl")
     ]
 
-    def scorer() -> Any:
+    def scorer(**load: Any) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(
             folder / "base" / "model", num_labels=1, **load
         )
@@ -64,8 +64,8 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(folder / "base" / "model", **load),
         ref_model=AutoModelForCausalLM.from_pretrained(folder / "base" / "model", **load),
-        reward_model=scorer(),
-        value_model=scorer(),
+        reward_model=scorer(dtype=getattr(torch, work["dtype"])),
+        value_model=scorer(**load),
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[GateCallback(gate)],

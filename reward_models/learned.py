@@ -150,13 +150,11 @@ class ScalarReward:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def build_scalar(
-    spec: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, device: str | None = None
-) -> ScalarReward:
+def build_scalar(spec: Mapping[str, Any], *, device: str | None = None) -> ScalarReward:
     """Load the scorer of a spec's ``model`` folder onto the accelerator if there is one."""
     from transformers import AutoTokenizer
 
-    model = RewardModel.load(spec["model"], dtype)
+    model = RewardModel.load(spec["model"], getattr(torch, spec.get("dtype", "float32")))
     if spec["kind"] == "scalar" and model.extra.get("supervision") == "steps":
         raise ValueError(
             f"reward '{spec.get('name') or 'scalar'}': {spec['model']} was taught by steps; "

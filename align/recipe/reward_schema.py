@@ -24,6 +24,8 @@ class ScalarReward(RewardBase):
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How the scores of a model with several heads become one."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the backbone's weights; the head computes in float32."""
 
 
 class ProcessReward(RewardBase):
@@ -32,6 +34,7 @@ class ProcessReward(RewardBase):
     kind: Literal["process"]
     model: str
     aggregate: Literal["min", "last", "product"] = "min"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class ExactMatchReward(RewardBase):

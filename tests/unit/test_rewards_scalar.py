@@ -239,6 +239,21 @@ def test_combine_on_one_head_is_refused(tmp_path: Path):
         build_reward({"kind": "scalar", "model": str(tmp_path), "combine": "min"})
 
 
+@pytest.mark.parametrize("kind", ["scalar", "process"])
+def test_reward_in_bfloat16_differs_from_float32_by_rounding_alone(tmp_path: Path, kind: str):
+    model = _model()
+    model.extra = {"supervision": "steps", "step_separator": "a"} if kind == "process" else {}
+    model.save(tmp_path, tokenizer=_tokenizer())
+    ids = {"prompt_ids": [[5]], "completion_ids": [[6, 8, 7, 1]]}
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        reward = build_reward({"kind": kind, "model": str(tmp_path), "dtype": dtype})
+        found += reward(prompts=["hi"], completions=["yes a no"], **ids)
+    # bfloat16 keeps 8 bits of each of the sums, so the two are close but not the same.
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], abs=0.1)
+
+
 def test_process_reward_reads_the_values_at_step_ends(tmp_path: Path):
     model = _model()
     model.extra = {"supervision": "steps", "step_separator": "a"}
