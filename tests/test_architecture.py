@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "launch": ("align.stages",),
 }  # fmt: skip
 HOMES = {
-    "vllm": ("align.online.engine_vllm", "align.online.vllm_sampling"),
+    "vllm": ("align.online.engine_vllm", "align.online.vllm_push",
+             "align.online.vllm_sampling"),
     "deepspeed": (
         "align.core.distributed", "align.core.checkpoints",
         "align.training.learner", "align.online.weights",

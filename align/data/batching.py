@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, micro_tokens: int, ranks: int
+    lengths: Sequence[int], *, micro_tokens: int, ranks: int, padded: bool = False
 ) -> list[list[list[int]]]:
     """Distribute the rows of one optimiser step over ranks and micro-batches.
 
@@ -16,6 +16,8 @@ def plan_micro_batches(
         lengths: tokens of each row.
         micro_tokens: budget of one micro-batch; only a single longer row exceeds it.
         ranks: number of processes.
+        padded: True where rows are padded to the longest of their micro-batch: the budget then
+            counts the padding, and rows of like length stand together.
 
     Returns:
         ``plan[rank][micro]`` is a list of indices into ``lengths``; every index stands in it once.
@@ -29,9 +31,20 @@ def plan_micro_batches(
         rank = min(range(ranks), key=lambda r: (load[r], len(dealt[r]), r))
         dealt[rank].append(i)
         load[rank] += lengths[i]
-    plan = [_first_fit(rows, lengths, micro_tokens=micro_tokens) for rows in dealt]
+    fit = _in_order if padded else _first_fit
+    plan = [fit(rows, lengths, micro_tokens=micro_tokens) for rows in dealt]
     most = max((len(micros) for micros in plan), default=0)
     return [micros + [[] for _ in range(most - len(micros))] for micros in plan]
+
+
+def _in_order(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
+    """Cut rows, longest first, where the next one padded to the first would pass the budget."""
+    micros: list[list[int]] = []
+    for i in rows:
+        if not micros or (len(micros[-1]) + 1) * lengths[micros[-1][0]] > micro_tokens:
+            micros.append([])
+        micros[-1].append(i)
+    return micros
 
 
 def _first_fit(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:

@@ -10,13 +10,14 @@ from typing import Any, Literal, cast
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data import importers, judged
+from align.data.classes import from_classes
 from align.data.faults import check_example
 from align.data.json_reader import Row
 from align.data.turns import guess
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps"]
+Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps", "classes"]
 Reader = Callable[[Any, str], list[Example]]
 
 
@@ -62,6 +63,8 @@ FORMATS: dict[str, Format] = {
                         read=importers.from_unpaired),
     "prompt_completion": _format("prompt+completion", gives="sft",
                                  read=importers.from_prompt_completion),
+    "classes": _format("text+label", "messages+label", "prompt+label", gives="classes",
+                       read=from_classes),
     "text": _format("text", gives="corpus sft", read=importers.from_text),
     "prompt": _format("prompt", "turns", gives="prompts", read=importers.from_prompt),
 }  # fmt: skip
@@ -120,7 +123,8 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     """
     if isinstance(row, str):
         return "text"
-    fits = _fitting(tuple(row))
+    # Any row may have a label beside its text: it names a class only where classes are asked for.
+    fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
     fits = [name for name in fits if not _covered(name, fits, row)]
     if len(fits) > 1:
         wanted = [name for name in fits if kind in FORMATS[name].gives]
@@ -250,8 +254,8 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
 
 
 def _kind_of(example: Example, name: str) -> str:
-    if name == "steps":
-        return "steps"
+    if name in ("steps", "classes"):
+        return name
     if example.rejected is not None:
         return "preference"
     if example.label is not None:

@@ -4,13 +4,13 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
-from align.data.formats import FormatDetector, to_examples
+from align.data.formats import FormatDetector, Kind, to_examples
 from align.data.json_reader import Row
 from align.data.rename import rename_fields
 from align.data.sources import read_rows
@@ -21,7 +21,6 @@ from align.recipe.schema import DataSpec
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps"]
 AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
 

@@ -1,8 +1,9 @@
-"""The supervised loss: negative log-likelihood of the trained tokens."""
+"""The supervised losses: negative log-likelihood of the trained tokens, or of a class."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from align.losses.reduce import Count, token_mean
 
@@ -27,3 +28,27 @@ def nll(
         This micro-batch's share of the mean.
     """
     return token_mean(-logprobs if weights is None else -logprobs * weights, mask, num_tokens)
+
+
+def class_loss(
+    logits: Float[Tensor, "B C"],
+    labels: Int[Tensor, " B"],
+    num_rows: Count,
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Average the cross-entropy between the classes' probabilities and the labels, in nats a row.
+
+    Args:
+        logits: of each class. labels: number of the right class, in [0, C).
+        num_rows: denominator over all ranks and micro-batches of the optimiser step.
+        label_smoothing: share of each target that is spread evenly over all C classes.
+
+    Returns:
+        This micro-batch's share of the mean.
+
+    Reference:
+        arXiv:1512.00567 section 7.
+    """
+    total = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / num_rows

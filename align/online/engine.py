@@ -32,11 +32,13 @@ class RolloutEngine(Protocol):
 
     Attributes:
         name: ``"vllm"`` or ``"hf"``.
+        takes_adapter: True where a push is the policy's adapter alone, not whole weights.
         version: version number of the weights that answer now; 0 are the ones in ``model_dir``.
         start_s: seconds from the call of the constructor to the ready engine.
     """
 
     name: str
+    takes_adapter: bool
     version: int
     start_s: float
 
@@ -45,7 +47,10 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
-        """Replace all weights; names and layout as in a Hugging Face checkpoint."""
+        """Replace all weights; names and layout as in a Hugging Face checkpoint.
+
+        Where ``takes_adapter``, all of the adapter; names as in align.online.weights.
+        """
         ...
 
     def generate(
@@ -102,6 +107,7 @@ class EngineOptions:
         cache_gib: key-value cache on CPU, in GiB.
         stop_token_ids: tokens that end an answer unless a call says otherwise.
         tuning: how the policy that will be pushed is tuned; None for a policy that is not trained.
+        push: what of it vLLM is given, whole weights or the adapter alone.
     """
 
     model_dir: Path
@@ -112,6 +118,7 @@ class EngineOptions:
     cache_gib: float
     stop_token_ids: tuple[int, ...]
     tuning: TuningSpec | None = None
+    push: Literal["merged", "adapter"] = "merged"
 
     @property
     def adds_adapter(self) -> bool:
@@ -131,6 +138,7 @@ def build_engine(
     cache_gib: float = 0.5,
     stop_token_ids: Sequence[int] = (),
     tuning: TuningSpec | None = None,
+    push: Literal["merged", "adapter"] = "merged",
 ) -> RolloutEngine:
     """Build the engine that a recipe asks for and log the choice in one line.
 
@@ -146,6 +154,7 @@ def build_engine(
         cache_gib: key-value cache on CPU, in GiB.
         stop_token_ids: tokens that end an answer unless a call says otherwise.
         tuning: the block of the stage whose policy will be pushed; None without training.
+        push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` beside the weights it starts with.
 
     Raises:
         TrainingError: vLLM was asked for by name and cannot serve this model.
@@ -160,6 +169,7 @@ def build_engine(
         cache_gib=cache_gib,
         stop_token_ids=tuple(stop_token_ids),
         tuning=tuning,
+        push=push,
     )
     name, reason = choose_engine(kind, options.model_dir, tuning)
     if name == "vllm":

@@ -30,6 +30,7 @@ class HfEngine:
     """Sample with ``model.forward``; each row draws from its own generator."""
 
     name = "hf"
+    takes_adapter = False
 
     def __init__(self, options: EngineOptions) -> None:
         """Load the model and its tokenizer onto this rank's device."""

@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,22 @@ from torch import Tensor
 from align.core.errors import TrainingError
 from align.core.types import Completion
 from align.online.engine import (
+    ADAPTER,
     EngineOptions,
     call_seeds,
     check_requests,
     load_decoder,
     make_completion,
 )
+from align.online.vllm_push import (
+    adapter_options,
+    adapter_request,
+    load_adapter,
+    load_in_place,
+    load_packed,
+)
 from align.online.vllm_sampling import cheapen_sampling
+from align.recipe.tuning_schema import LoraTuning
 
 NO_WEIGHTS = -1
 """Version of an engine on an accelerator that dropped its weights when it went to sleep."""
@@ -67,7 +76,10 @@ class VllmEngine:
         # An older way to size the cache, whole GiB only, that overrides cache_gib if present.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         self.options = options
+        self.takes_adapter = options.push == "adapter"
         self.version = 0
+        self._adapter: Any = None
+        self._pushes = 0
         self._calls = 0
         self._asleep = False
         self._on_cpu = not torch.cuda.is_available()
@@ -93,16 +105,15 @@ class VllmEngine:
                 self._sleep()
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
-        """Replace all weights and forget every cached prefix.
+        """Replace all weights, or the adapter, and forget every cached prefix.
 
         Raises:
             TrainingError: a weight is unknown or missing, or the cache could not be reset.
         """
         self._wake()
-        load = _load_packed if self._on_cpu else _load_in_place
         try:
             with _keep_random_state():
-                missing = self._llm.collective_rpc(load, args=(named_tensors,))[0]
+                missing = self._load(named_tensors)
         except (KeyError, ValueError, AttributeError, AssertionError) as error:
             raise TrainingError(
                 f"weights version {version}: vLLM refused them ({type(error).__name__}: {error}); "
@@ -115,6 +126,18 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise TrainingError(f"weights version {version}: vLLM's prefix cache was not reset")
         self.version = version
+
+    def _load(self, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
+        """Give the names of what found no place, or no weight."""
+        if not self.takes_adapter:
+            load = load_packed if self._on_cpu else load_in_place
+            return self._llm.collective_rpc(load, args=(named_tensors,))[0]
+        self._pushes += 1
+        named = ((name.removeprefix(ADAPTER), tensor) for name, tensor in named_tensors)
+        pushed = (self._pushes, named, self.options.tuning)
+        missing = self._llm.collective_rpc(load_adapter, args=pushed)[0]
+        self._adapter = adapter_request(self._pushes)
+        return missing
 
     def generate(
         self,
@@ -201,7 +224,7 @@ class VllmEngine:
         self._wake()
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with _keep_random_state():
-            return self._llm.generate(requests, params, use_tqdm=False)
+            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
 
     def _completion(self, answer: Any, stop: frozenset[int]) -> Completion:
         ids = list(answer.token_ids)
@@ -210,8 +233,9 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         # Level 2 drops the weights: right once the trainer pushes them before each use; level 1
-        # keeps those of model_dir in host memory for an engine that was never pushed to.
-        level = 1 if self.version == 0 else 2
+        # keeps those of model_dir in host memory for an engine that was never pushed to, or only
+        # an adapter beside them.
+        level = 1 if self.version == 0 or self.takes_adapter else 2
         self._llm.sleep(level=level)
         self._asleep = True
         if level == 2:
@@ -245,6 +269,9 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
         }
     else:
         platform["enable_sleep_mode"] = True
+    if options.push == "adapter":
+        assert isinstance(options.tuning, LoraTuning), options.tuning
+        platform |= adapter_options(options.tuning)
     if world_size > 1:
         # This rank's device and no process of its own: the launcher's ranks are the workers.
         platform["distributed_executor_backend"] = "external_launcher"
@@ -291,48 +318,3 @@ def _keep_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if device is not None:
             torch.cuda.set_rng_state(device)
-
-
-def _load_packed(worker: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
-    """Load on CPU, where the first load packed the weights for its GEMM and emptied them.
-
-    Returns:
-        Names of the parameters that got no weight.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    model = worker.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    with _recorded(model) as loaded:
-        worker.model_runner.reload_weights(weights_iterator=named_tensors)
-    # The reload does not repack the head: a tied one would go on with the old weights, silently.
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-    return expected - loaded if loaded else set()
-
-
-def _load_in_place(worker: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
-    """Load on an accelerator; returns the names of the parameters that got no weight."""
-    model = worker.get_model()
-    loaded = model.load_weights(named_tensors)
-    return {name for name, _ in model.named_parameters()} - loaded if loaded else set()
-
-
-@contextlib.contextmanager
-def _recorded(model: Any) -> Iterator[set[str]]:
-    """Note which parameters ``model.load_weights`` fills: vLLM's reload only logs the rest."""
-    loaded: set[str] = set()
-    load: Callable[..., set[str] | None] = model.load_weights
-
-    def recording(weights: Iterator[tuple[str, Tensor]]) -> set[str] | None:
-        names = load(weights)
-        loaded.update(names or ())
-        return names
-
-    model.load_weights = recording
-    try:
-        yield loaded
-    finally:
-        del model.load_weights

@@ -89,12 +89,18 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
         yield name, tensor
 
 
-def pushed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def pushed_weights(
+    module: nn.Module, *, adapter_alone: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield what the sampler needs: full weights or, of an adapter that cannot merge, itself.
 
     The adapter's tensors are named ``adapter.`` and their name in ``module``.
+
+    Args:
+        module: the Hugging Face model or what align.tuning made of it.
+        adapter_alone: yield the adapter although it could be merged.
     """
-    if merges(module):
+    if merges(module) and not adapter_alone:
         yield from full_weights(module)
         return
     for name, parameter in adapter_parameters(module):

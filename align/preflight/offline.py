@@ -200,11 +200,13 @@ def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> lis
 def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
     """Compare weights in memory with those of the artefact, bit by bit, up to 64 tensors."""
     saved = _saved_names(source.model_dir)
+    bare = causal_lm(model)
+    prefix = getattr(bare, "base_model_prefix", "model")
     own = {
         name: tensor
-        for raw, tensor in causal_lm(model).named_parameters()
+        for raw, tensor in bare.named_parameters()
         if not (moved and ".base_layer." in raw)
-        for name in (checkpoint_name(raw), "model." + checkpoint_name(raw))
+        for name in (checkpoint_name(raw), f"{prefix}.{checkpoint_name(raw)}")
         if name in saved
     }
     chosen = spread(sorted(own), NUM_TENSORS)

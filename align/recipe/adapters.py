@@ -14,7 +14,7 @@ def start_problem(method: str) -> str:
     if method in CONTINUED:
         way = (
             f"repeat the same 'tuning' block, which goes on training this {method} adapter (not "
-            "in a reward stage, whose model is another one)"
+            "in a reward or classify stage, whose model is another one)"
         )
     else:
         way = "only its virtual tokens are saved, not what made them, so it cannot be trained on"
@@ -40,7 +40,8 @@ def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
         if made_by is None or made_by.method not in UNMERGED:
             continue
         ours = getattr(spec, "tuning", None)
-        if spec.kind != "reward" and ours == made_by and made_by.method in CONTINUED:
+        same_model = getattr(spec, "new_head", None) is None
+        if same_model and ours == made_by and made_by.method in CONTINUED:
             continue
         found[name, "init"] = start_problem(made_by.method)
     return found

@@ -12,6 +12,7 @@ WATCHED = {
     "dpo": ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob"),
     "kto": ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward"),
     "reward": ("eval/loss", "eval/accuracy"),
+    "classify": ("eval/loss", "eval/accuracy"),
 }
 """Numbers that each kind of stage measures on its held-out rows."""
 
@@ -60,7 +61,7 @@ def refuse_unfit(keep: KeepSpec, kind: str, *, method: str, watched: bool) -> No
     """Raise ValueError for a setting that has no effect, or a wrong one, in this kind of stage.
 
     Args:
-        keep: the block. kind: ``sft``, ``reward``, ``dpo``, ``kto`` or ``online``.
+        keep: the block. kind: ``sft``, ``reward``, ``classify``, ``dpo``, ``kto`` or ``online``.
         method: of ``tuning``. watched: the stage looks at held-out rows while it trains.
     """
     if kind in ("dpo", "kto", "online") and keep.dropout > 0.0:
@@ -89,9 +90,9 @@ def _refuse_stopping(stopping: EarlyStoppingSpec, kind: str, *, watched: bool) -
 
 
 def _refuse_ewc(ewc: EwcSpec, kind: str, method: str) -> None:
-    if kind == "reward":
+    if kind in ("reward", "classify"):
         raise ValueError(
-            "keep.ewc protects what a language model says; a reward stage gives it up for a score"
+            f"keep.ewc protects what a language model says; a {kind} stage gives it up for a score"
         )
     if method != "full":
         raise ValueError(
@@ -105,7 +106,7 @@ def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
     if kind != "sft":
         raise ValueError(
             f"keep.augment rewords the rows of an sft stage anew in each epoch; a {kind} stage "
-            "compares answers to one prompt as it stands; remove it"
+            "takes its rows as they stand; remove it"
         )
     if augment == AugmentSpec():
         raise ValueError("keep.augment changes nothing; give word_dropout or templates")

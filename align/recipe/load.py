@@ -150,10 +150,12 @@ def _raw_init(stages: Any, stage: str) -> dict[str, str]:
     return {"init": init} if isinstance(init, str) else {}
 
 
-def fitting_kinds(key: str) -> tuple[str, ...]:
-    """Give the artefact kinds that a reference may name."""
+def fitting_kinds(key: str, stage_kind: str | None) -> tuple[str, ...]:
+    """Give the artefact kinds that a reference of a stage may name."""
     if key.endswith(".stage"):
         return ("data",)
+    if (stage_kind, key) == ("classify", "init"):
+        return ("policy", "encoder")
     if key == "critic.init":
         return ("policy", "reward_model")
     if key.endswith(".model") or key.startswith("reward_models."):
@@ -164,7 +166,7 @@ def fitting_kinds(key: str) -> tuple[str, ...]:
 def _reference_problem(
     stage: str, key: str, name: str, kinds: Mapping[str, str | None]
 ) -> str | None:
-    wanted = fitting_kinds(key)
+    wanted = fitting_kinds(key, kinds[stage])
     names = list(kinds)
     earlier = names[: names.index(stage)]
     fitting = [n for n in earlier if PRODUCES.get(kinds[n] or "") in wanted]

@@ -40,7 +40,8 @@ class StageSpec(Spec):
 class TrainingStage(StageSpec):
     """Hold what every training stage shares."""
 
-    makes_scorer: ClassVar[bool] = False
+    new_head: ClassVar[str | None] = None
+    """The stage's kind where its model loses the language head for a new one."""
     init: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero: ZeroSpec = ZeroSpec()
@@ -60,8 +61,8 @@ class TrainingStage(StageSpec):
 
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
-        if self.makes_scorer:
-            refuse_last(self.tuning, "reward")
+        if self.new_head:
+            refuse_last(self.tuning, self.new_head)
         else:
             refuse_head(self.tuning, "policy")
         refuse_outside(self.layers, self.tuning.method)
@@ -71,7 +72,7 @@ class TrainingStage(StageSpec):
 
 
 class OfflineStage(TrainingStage):
-    """Hold what sft, reward, dpo and kto share."""
+    """Hold what sft, classify, reward, dpo and kto share."""
 
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
@@ -91,7 +92,7 @@ class OfflineStage(TrainingStage):
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
         kinds = {SftStage: "sft", KtoStage: "kto"}
-        kind = "reward" if self.makes_scorer else kinds.get(type(self), "dpo")
+        kind = self.new_head or kinds.get(type(self), "dpo")
         watched = bool(self.heldout) and self.eval_every > 0
         refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
         if self.mix_cap is not None and len(self.data) < 2:

@@ -14,15 +14,15 @@ from align.recipe.parts import (
     Fraction,
     ImportanceSpec,
     KlSpec,
+    OnlineSampling,
     OptimSpec,
     OverlongSpec,
     Positive,
-    SamplingSpec,
     Spec,
     refuse_answers,
 )
 from align.recipe.reward_schema import RewardSpec, distinct_names
-from align.recipe.tuning_schema import refuse_dropout, refuse_served
+from align.recipe.tuning_schema import refuse_dropout, refuse_pushed, refuse_served
 from align.recipe.watch_schema import WatchSpec, refuse_trained_gold
 
 
@@ -31,7 +31,7 @@ class OnlineStage(TrainingStage):
 
     prompts: list[DataSpec] = Field(min_length=1)
     rewards: list[RewardSpec] = Field(min_length=1)
-    sampling: SamplingSpec = SamplingSpec()
+    sampling: OnlineSampling = OnlineSampling()
     steps: Count
     prompts_per_step: Count = 32
     minibatches: Count = 1
@@ -65,6 +65,8 @@ class OnlineStage(TrainingStage):
         refuse_dropout(self.tuning)
         refuse_unfit(self.keep, "online", method=self.tuning.method, watched=False)
         refuse_served(self.tuning, self.sampling.engine)
+        if self.sampling.push == "adapter":
+            refuse_pushed(self.tuning, self.sampling.engine)
         distinct_names(self.rewards)
         if self.watch is not None and self.watch.guard is not None:
             refuse_trained_gold(self.watch.gold, self.rewards)

@@ -34,7 +34,7 @@ class DataSpec(Spec):
     format: Literal[
         "auto", "messages", "prompt_completion", "preference", "unpaired", "prompt", "alpaca",
         "sharegpt", "openai", "openai_dpo", "hh", "ultrafeedback", "text", "seed_tasks", "oasst",
-        "model_solutions", "steps",
+        "model_solutions", "steps", "classes",
     ] = "auto"  # fmt: skip
     rename: dict[str, str] = {}
     split: Literal["all", "train", "heldout"] = "all"
@@ -137,6 +137,13 @@ class SamplingSpec(Spec):
     """Share of the accelerator's memory for the engine's weights and cache."""
     cache_gib: Positive = 0.5
     """Key-value cache of the engine on CPU, in GiB."""
+
+
+class OnlineSampling(SamplingSpec):
+    """Say also how the policy that is trained comes to the engine."""
+
+    push: Literal["merged", "adapter"] = "merged"
+    """Before each step vLLM gets whole weights, an adapter merged in, or the adapter alone."""
 
 
 class KlSpec(Spec):

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from align.recipe.classify_schema import ClassifyStage, EncoderStage
 from align.recipe.curation_schema import CurateStage, DataStage, SelfInstructStage, WeakLabelStage
 from align.recipe.evaluate_schema import EvaluateStage
 from align.recipe.keep_schema import AugmentSpec, EarlyStoppingSpec, EwcSpec
@@ -40,11 +41,13 @@ __all__ = [
     "AugmentSpec",
     "BaseStage",
     "BuildSpec",
+    "ClassifyStage",
     "CurateStage",
     "DataSpec",
     "DataStage",
     "DpoStage",
     "EarlyStoppingSpec",
+    "EncoderStage",
     "EndpointSpec",
     "EnsembleReward",
     "EvaluateStage",
@@ -82,7 +85,9 @@ __all__ = [
 
 AnyStage = Annotated[
     BaseStage
+    | EncoderStage
     | SftStage
+    | ClassifyStage
     | RewardStage
     | DpoStage
     | KtoStage
@@ -100,6 +105,7 @@ AnyStage = Annotated[
 PRODUCES = {
     "base": "policy", "sft": "policy", "dpo": "policy", "kto": "policy", "ppo": "policy",
     "grpo": "policy", "merge": "policy", "trl": "policy", "reward": "reward_model",
+    "encoder": "encoder", "classify": "classifier",
     "self_instruct": "data", "curate": "data", "weak_label": "data", "evaluate": "evaluation",
 }  # fmt: skip
 """Artefact kind that each stage kind writes."""

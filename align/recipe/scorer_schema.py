@@ -13,7 +13,7 @@ PAIRS_ONLY = ("center_coef", "use_margin", "label_smoothing", "tie_margin", "noi
 class RewardStage(OfflineStage):
     """Train a reward model (arXiv:1706.03741; centring arXiv:2312.09244)."""
 
-    makes_scorer: ClassVar[bool] = True
+    new_head: ClassVar[str | None] = "reward"
     kind: Literal["reward"]
     supervision: Literal["pairs", "answers", "steps"] = "pairs"
     """``pairs`` by Bradley and Terry; ``answers`` with a label each (balanced cross-entropy);

@@ -158,6 +158,10 @@ VIRTUAL = ("prefix", "prompt", "ptuning")
 """Methods that put virtual tokens before the text."""
 
 
+SERVED_RANK = 512
+"""Largest rank of a LoRA that vLLM serves."""
+
+
 def refuse_dropout(tuning: TuningSpec) -> None:
     """Raise ValueError where dropout would blur the comparison with the reference."""
     if isinstance(tuning, LoraTuning | QloraTuning) and tuning.dropout > 0.0:
@@ -188,6 +192,21 @@ def refuse_served(tuning: TuningSpec, engine: str) -> None:
         raise ValueError(
             f"sampling.engine vllm cannot sample from a {tuning.method} adapter, which cannot be "
             "merged; use engine: hf (or auto, which takes it and says so)"
+        )
+
+
+def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
+    """Raise ValueError where vLLM cannot be given the adapter alone."""
+    if engine == "hf":
+        raise ValueError("sampling.push: adapter has no effect with engine hf; remove it")
+    if tuning.method not in ("lora", "rslora"):
+        raise ValueError(
+            f"sampling.push: adapter needs an adapter that vLLM serves (lora or rslora); with "
+            f"{tuning.method} leave it out: whole weights are pushed"
+        )
+    if tuning.rank > SERVED_RANK:
+        raise ValueError(
+            f"sampling.push: adapter: vLLM serves ranks up to {SERVED_RANK}, found {tuning.rank}"
         )
 
 

@@ -23,7 +23,7 @@ from align.recipe.schema import PRODUCES, BaseStage, Recipe
 from align.stages.base import StageContext, stage_runner
 from align.stages.preflight import CheckedOnly, base_checks, settle
 
-CHECKED = ("base", "sft", "reward", "dpo", "kto", "ppo", "grpo", "evaluate", "merge")
+CHECKED = ("base", "sft", "classify", "reward", "dpo", "kto", "ppo", "grpo", "evaluate", "merge")
 """Kinds of stages that end in their preflight where only that is wanted; no other is started."""
 
 

@@ -138,6 +138,7 @@ def start_engine(
         cache_gib=spec.sampling.cache_gib,
         stop_token_ids=chat.stop_token_ids,
         tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
+        push=spec.sampling.push if isinstance(spec, OnlineStage) else "merged",
     )
 
 
@@ -178,7 +179,9 @@ class Push:
     def __call__(self, version: int) -> None:
         """Push under ``version``; the engine starts with version 0, the policy of the start."""
         if version != self.engine.version:
-            self.engine.load_weights(pushed_weights(self.policy.module.model), version=version)
+            policy, alone = self.policy.module.model, self.engine.takes_adapter
+            pushed = pushed_weights(policy, adapter_alone=alone)
+            self.engine.load_weights(pushed, version=version)
         ids = torch.tensor([self.probe], device=distributed.device())
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]

@@ -38,6 +38,8 @@ class OfflineTask(Generic[Row]):
         loss_fn: what the Learner differentiates.
         measure: (learner, rows of the whole batch) -> numbers put into the counts of each of its
             micro-batches before the step; None measures nothing.
+        padded: True where the rows of a micro-batch are padded to its longest, which the token
+            budget then counts.
     """
 
     rows: Sequence[Row]
@@ -46,6 +48,7 @@ class OfflineTask(Generic[Row]):
     collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
     loss_fn: LossFunction
     measure: Callable[[Learner, Sequence[Row]], Mapping[str, float]] | None = None
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ def micro_batches(
         [task.length(row) for row in batch],
         micro_tokens=micro_tokens,
         ranks=distributed.world_size(),
+        padded=task.padded,
     )
     return [task.collate([batch[i] for i in micro], batch) for micro in plan[distributed.rank()]]
 

@@ -31,6 +31,16 @@ def load_scorer(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> Re
     return model.eval()
 
 
+def load_classifier(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a classifier as its artefact means it: with its adapter where that is not merged."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(model_dir), dtype=dtype)
+    whole = with_adapter(model.base_model, model_dir)
+    setattr(model, model.base_model_prefix, whole)
+    return model.eval()
+
+
 def load_for_training(
     model_dir: Path | str,
     tuning: TuningSpec,

@@ -1,5 +1,6 @@
 """Wrap a model by a tuning spec: what is frozen, what is added, what is trained."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from align.recipe.tuning_schema import (
     PromptTuning,
     PtuningTuning,
     QloraTuning,
+    Targets,
     TuningSpec,
     VeraTuning,
 )
@@ -52,6 +54,8 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
 
         if isinstance(tuning, QloraTuning):
             _keep_layout(model)
+        if isinstance(tuning, LoraTuning) and tuning.method == "dora":
+            _check_norms(model, tuning)
         wrapped = peft.get_peft_model(model, peft_config(model, tuning))
         if isinstance(tuning, PissaTuning):
             from align.tuning.pissa import remember_start
@@ -201,19 +205,39 @@ def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
     return [f"{name}.{i}" for i in numbers]
 
 
-def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:
-    """Refuse a block size that peft would change by itself."""
+def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers that ``targets`` names, the output head left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        wanted = tuning.targets == "all-linear" or name.rpartition(".")[2] in tuning.targets
-        if not isinstance(module, nn.Linear) or module is head or not wanted:
-            continue
+        wanted = targets == "all-linear" or name.rpartition(".")[2] in targets
+        if isinstance(module, nn.Linear) and module is not head and wanted:
+            yield name, module
+
+
+def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:
+    """Refuse a block size that peft would change by itself."""
+    for name, module in _linears(model, tuning.targets):
         if module.in_features % tuning.block_size:
             fits = [b for b in range(2, 129) if module.in_features % b == 0]
             raise RecipeError(
                 f"tuning.block_size: {tuning.block_size} does not divide the {module.in_features} "
                 f"inputs of {name}; choose one of {', '.join(map(str, fits))}, or other targets"
             )
+
+
+def _check_norms(model: nn.Module, tuning: LoraTuning) -> None:
+    """Refuse outputs whose weights are all 0: dora divides by their norm, and all is NaN."""
+    norms: dict[str, bool] = {}
+    for name, module in _linears(model, tuning.targets):
+        kind = name.rpartition(".")[2]
+        norms[kind] = norms.get(kind, True) and bool(module.weight.any(1).all())
+    dead, alive = ([kind for kind, ok in norms.items() if ok == held] for held in (False, True))
+    if dead:
+        raise RecipeError(
+            "tuning.method dora divides by the norm of each output's weights, which is 0 for "
+            f"outputs of {', '.join(dead)}; leave these out: tuning.targets: [{', '.join(alive)}], "
+            "or use lora"
+        )
 
 
 def _lacking(model: nn.Module, method: str, wanted: str) -> str:

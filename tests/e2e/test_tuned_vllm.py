@@ -1,4 +1,4 @@
-"""vLLM samples from every policy whose adapter merges: one engine takes each method in turn."""
+"""vLLM samples from every policy whose adapter merges, and from a LoRA that it serves beside."""
 
 import importlib.util
 import sys
@@ -10,8 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import save_tiny, tiny_model
-from tuned_stages import TUNINGS, tuning_spec
+from test_tuning_stages import alone, first_metrics
+from tuned_stages import TUNINGS, make_base, run_stage, tuning_spec
 
+from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine, build_engine
 from align.online.weights import check_push, pushed_weights
@@ -38,15 +40,56 @@ def engine(model_dir: Path) -> Iterator[RolloutEngine]:
     built.close()
 
 
-@pytest.mark.parametrize("method", MERGED)
-def test_vllm_gives_the_greedy_tokens_of_the_adapted_model(engine, model_dir, method):
-    model = load_for_training(model_dir, tuning_spec(method), dtype="float32").eval()
-    generator = torch.Generator().manual_seed(5)
+def disturb(model, seed: int) -> None:
+    """Move what is trained away from where it stands."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_vllm_gives_the_greedy_tokens_of_the_adapted_model(engine, model_dir, method):
+    model = load_for_training(model_dir, tuning_spec(method), dtype="float32").eval()
+    disturb(model, 5)
     engine.load_weights(pushed_weights(model), version=MERGED.index(method) + 1)
+    assert_answers_of(model, engine)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_vllm_serves_each_pushed_adapter_beside_the_weights(model_dir, method):
+    tuning = tuning_spec(method)
+    built = build_engine(
+        "vllm", model_dir, max_model_len=64, cache_gib=0.02, tuning=tuning, push="adapter"
+    )
+    model = load_for_training(model_dir, tuning, dtype="float32").eval()
+    assert_answers_of(model, built)  # before any push: the weights of model_dir
+    for version in (1, 2, 3):
+        disturb(model, version)  # the same prompts, whose prefixes the engine has cached
+        pushed = dict(pushed_weights(model, adapter_alone=True))
+        assert all(".lora_" in name for name in pushed)
+        built.load_weights(iter(pushed.items()), version=version)
+        assert_answers_of(model, built)
+    astray = {name.replace("layers.1", "layers.7"): x for name, x in pushed.items()}
+    with pytest.raises(TrainingError, match=r"7 missing \(model\.layers\.7\."):
+        built.load_weights(iter(astray.items()), version=4)
+    built.close()
+
+
+def test_grpo_samples_from_the_adapter_that_it_trains(tmp_path):
+    with alone.world_of_one():
+        folder = make_base(tmp_path)
+        sampling = {"engine": "vllm", "push": "adapter", "max_new_tokens": 6, "cache_gib": 0.02}
+        found = run_stage(
+            folder, "grpo", {"method": "lora", "rank": 4}, name="g", sampling=sampling
+        )
+    assert found.manifest["metrics"]["engine/vllm"] == 1.0
+    assert abs(found.manifest["metrics"]["kl/sampler"]) < 1e-4
+    assert first_metrics(found)["policy/grad_norm"] > 0.0
+
+
+def assert_answers_of(model, engine: RolloutEngine) -> None:
     probe = list(range(5, 25))
     with torch.no_grad():
         row = torch.tensor([probe])

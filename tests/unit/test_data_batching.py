@@ -58,3 +58,18 @@ def test_sampler_covers_each_epoch_exactly_once(num_rows: int, batch_size: int) 
 def test_sampler_epochs_and_seeds_have_their_own_order() -> None:
     orders = {tuple(epoch_indices(50, seed=s, epoch=e)) for s in range(3) for e in range(3)}
     assert len(orders) == 9
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=40),
+    micro_tokens=st.integers(1, 60),
+    ranks=st.integers(1, 3),
+)
+def test_padded_plan_counts_the_padding(lengths: list[int], micro_tokens: int, ranks: int) -> None:
+    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=ranks, padded=True)
+    assert len({len(micros) for micros in plan}) == 1
+    flat = [i for micros in plan for micro in micros for i in micro]
+    assert sorted(flat) == list(range(len(lengths)))
+    for micro in (micro for micros in plan for micro in micros):
+        area = len(micro) * max((lengths[i] for i in micro), default=0)
+        assert len(micro) <= 1 or area <= micro_tokens

@@ -104,8 +104,9 @@ def test_all_mistakes_come_at_once_in_order_of_line():
 
 def test_wrong_kind_lists_the_kinds_without_pydantic_tags():
     assert mistakes(with_lines("kind: sft", "kind: sftt")) == [
-        "r.yaml:10:11: stages.sft.kind: found 'sftt'; expected one of base, sft, reward, dpo, kto, "
-        "ppo, grpo, trl, self_instruct, curate, weak_label, evaluate, merge; did you mean 'sft'?"
+        "r.yaml:10:11: stages.sft.kind: found 'sftt'; expected one of base, encoder, sft, "
+        "classify, reward, dpo, kto, ppo, grpo, trl, self_instruct, curate, weak_label, evaluate, "
+        "merge; did you mean 'sft'?"
     ]
 
 
@@ -113,7 +114,9 @@ def test_missing_keys_are_reported_at_the_stage():
     (line,) = mistakes(with_lines("    steps: 4\n", ""))
     assert line == "r.yaml:18:3: stages.ppo.steps: missing; expected a whole number"
     (line,) = mistakes(with_lines("    kind: ppo\n", ""))
-    assert line.startswith("r.yaml:18:3: stages.ppo.kind: missing; expected one of base, sft")
+    assert line.startswith(
+        "r.yaml:18:3: stages.ppo.kind: missing; expected one of base, encoder, sft"
+    )
 
 
 def test_types_are_strict():

@@ -1,15 +1,17 @@
 """The ``tuning:`` block: what each method takes, and what is refused before anything is loaded."""
 
 import json
-from typing import Any
+import re
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from align.core.errors import RecipeError
-from align.recipe.advice import warnings
+from align.recipe.advice import RATES, warnings
 from align.recipe.load import load_recipe
-from align.recipe.schema import DpoStage, GrpoStage, RewardStage, SftStage
+from align.recipe.schema import ClassifyStage, DpoStage, GrpoStage, RewardStage, SftStage
+from align.recipe.tuning_schema import TuningSpec
 
 OFFLINE = {"init": "base", "data": [{"world": "sft"}]}
 ONLINE = {
@@ -18,7 +20,7 @@ ONLINE = {
 }  # fmt: skip
 STAGES = {
     "sft": (SftStage, OFFLINE), "reward": (RewardStage, OFFLINE), "dpo": (DpoStage, OFFLINE),
-    "grpo": (GrpoStage, ONLINE),
+    "grpo": (GrpoStage, ONLINE), "classify": (ClassifyStage, OFFLINE),
 }  # fmt: skip
 
 
@@ -158,7 +160,8 @@ def test_stage_on_top_of_an_unmerged_adapter_is_refused_in_the_recipe(tmp_path):
     [
         ("full", "2.0e-5", None), ("full", "1.0e-3", "0.001 is outside of 1e-05 to 5e-05"),
         ("lora", "2.0e-4", None), ("qlora", "1.0e-5", "1e-05 is outside of 0.0001 to 0.0003"),
-        ("prompt", "3.0e-1", None),
+        ("prompt", "3.0e-1", None), ("prompt", "1.0e-5", "1e-05 is outside of 0.001 to 0.3"),
+        ("pissa", "2.0e-4", "0.0002 is outside of 1e-05 to 5e-05"), ("ia3", "3.0e-3", None),
     ],
 )  # fmt: skip
 def test_rate_outside_of_what_is_known_to_work_is_a_warning_with_its_source(
@@ -178,6 +181,40 @@ def test_rate_outside_of_what_is_known_to_work_is_a_warning_with_its_source(
         (line,) = lines
         assert line.startswith(f"stages.sft.optim.learning_rate: {said}")
         assert "arXiv:" in line
+
+
+def test_every_method_has_a_range_with_a_source():
+    classes = get_args(get_args(TuningSpec)[0])
+    methods = [m for c in classes for m in get_args(c.model_fields["method"].annotation)]
+    assert set(RATES) == set(methods)
+    for low, high, source in RATES.values():
+        assert 0.0 < low < high < 1.0
+        assert "arXiv:" in source or "peft's comparison" in source
+
+
+@pytest.mark.parametrize(
+    ("tuning", "sampling", "said"),
+    [
+        ({"method": "lora"}, {"engine": "hf"}, "no effect with engine hf"),
+        ({"method": "dora"}, {}, "needs an adapter that vLLM serves (lora or rslora)"),
+        ({"method": "full"}, {}, "with full leave it out"),
+        ({"method": "rslora", "rank": 513}, {}, "ranks up to 512, found 513"),
+    ],
+)
+def test_an_adapter_alone_is_pushed_only_where_vllm_serves_it(tuning, sampling, said):
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        stage("grpo", tuning, sampling={"push": "adapter", **sampling})
+    assert (
+        stage("grpo", {"method": "lora"}, sampling={"push": "adapter"}).sampling.push == "adapter"
+    )
+
+
+def test_a_classifier_takes_a_head_and_no_end_of_a_prompt():
+    assert stage("classify", {"method": "head"}).tuning.method == "head"
+    with pytest.raises(ValidationError, match="a classify model does not know where a prompt ends"):
+        stage("classify", {"method": "loreft", "last": 2})
+    with pytest.raises(ValidationError, match="a classify stage gives it up for a score"):
+        stage("classify", {"method": "full"}, keep={"ewc": {"coef": 1, "data": [{"world": "sft"}]}})
 
 
 def test_small_models_take_any_rate(tmp_path):

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from align.core import distributed
+from align.recipe.load import load_recipe
 from align.stages import base
 
 
@@ -25,7 +26,8 @@ def main() -> None:
             recipe=args.recipe, stage=stage, run_dir=args.run_dir, overrides=args.overrides,
             force=False,
         )  # fmt: skip
-        assert base.run_stage(stage, given) == 0, stage
+        kind = load_recipe(args.recipe, args.overrides).stages[stage].kind
+        assert base.run_stage(kind, given) == 0, stage
     distributed.shutdown()
     distributed.end_process(0)
 

@@ -1,0 +1,85 @@
+"""Checks on a classifier before its first step: its classes, its tokens, its loss."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from align.core.artefacts import Artefact
+from align.preflight.checks import Check, Finding, at_most
+from align.preflight.offline import few_rows, loss_of, packing, start_checks
+from align.recipe.schema import ClassifyStage
+from align.training.offline import OfflineTask
+
+
+def class_checks(
+    spec: ClassifyStage,
+    module: nn.Module,
+    backbone: nn.Module,
+    task: OfflineTask[Any],
+    classes: Sequence[str],
+    source: Artefact,
+) -> list[Check]:
+    """Give the checks of a classify stage.
+
+    Args:
+        spec: the stage. module: what the Learner will train. backbone: the model below the head.
+        task: rows, batches and loss. classes: their names. source: what ``init`` names.
+    """
+    rows = few_rows(spec, task)
+    return [
+        ("classes", partial(balance, task, classes)),
+        ("tokens", partial(tokens, task, source.model_dir)),
+        *start_checks(spec, backbone, source),
+        ("first loss", partial(first_loss, module, task, rows, len(classes))),
+        ("packing", partial(packing, spec, module, task, rows)),
+    ]
+
+
+def balance(task: OfflineTask[Any], classes: Sequence[str]) -> Finding:
+    """Count the rows of each class; one that is held out only, or never, cannot be judged."""
+    trained = Counter(row.label for row in task.rows)
+    watched = Counter(row.label for row in task.heldout)
+    few = min(classes, key=lambda name: trained[name])
+    most = max(trained.values())
+    value = f"{len(classes)} classes of {trained[few]} ({few!r}) to {most} rows"
+    absent = [name for name in classes if task.heldout and not watched[name]]
+    if absent:
+        return Finding(
+            value, "each class among the held-out rows", "warn",
+            f"no held-out row is {', '.join(absent[:5])}: macro-F1 says nothing of it",
+        )  # fmt: skip
+    return Finding(value, "each class among the held-out rows")
+
+
+def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
+    """See that the model has an embedding for every token and positions for every row."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    embeddings, positions = config["vocab_size"], config.get("max_position_embeddings")
+    rows = [*task.rows, *task.heldout]
+    largest, longest = max(max(r.input_ids) for r in rows), max(len(r.input_ids) for r in rows)
+    fits = largest < embeddings and (positions is None or longest <= positions)
+    return Finding(
+        f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}",
+        "smaller", "ok" if fits else "fail",
+        "lower max_length to the positions of the model, or take the tokenizer it was trained with",
+    )  # fmt: skip
+
+
+def first_loss(
+    module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], num_classes: int
+) -> Finding:
+    """Hold the loss of the fresh head to that of one that knows nothing."""
+    loss = loss_of(module, task, [rows])
+    return at_most(
+        loss, math.log(num_classes) + 0.5,
+        unit=f"nats, of ln {num_classes} = {math.log(num_classes):.3f} for no knowledge",
+        remedy="the fresh head is sure of what it cannot know: the states below it are very large",
+        fails=not math.isfinite(loss),
+    )  # fmt: skip

@@ -1,0 +1,243 @@
+"""Stage classify: sort texts into classes by a new head on a decoder or an encoder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.artefacts import Artefact, read_manifest
+from align.core.errors import ArtefactError, DataError
+from align.core.types import Example, TokenRow
+from align.data.batching import plan_micro_batches
+from align.evaluation.classes import class_scores
+from align.losses.supervised import class_loss
+from align.models.classifier import ClassLogits, classifier_from, save_classifier
+from align.models.loading import load_tokenizer, set_dropout
+from align.online.weights import full_weights
+from align.preflight.classes import class_checks
+from align.recipe.schema import ClassifyStage
+from align.stages.base import StageContext, StageResult
+from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.preflight import settle
+from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
+from align.training.batch import PackedBatch, pack
+from align.training.offline import OfflineTask
+from align.tuning.files import num_trained, save_adapter
+from align.tuning.loading import load_classifier, quantization
+from align.tuning.wrap import add_tuner
+
+PREDICTIONS = "predictions.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow(TokenRow):
+    """Hold a tokenised text and the name of its class."""
+
+    label: str = ""
+
+
+def run(spec: ClassifyStage, context: StageContext) -> StageResult:
+    """Train a classifier, begun from the policy or encoder ``spec.init``, on labelled texts."""
+    source = start_of_classifier(spec, context)
+    render = partial(class_row, load_tokenizer(source.model_dir))
+    rows, watched = offline_rows(spec, context, kind="classes", render=render)
+    classes = classes_of(rows, watched)
+    model = build_classifier(spec, source, classes, seed=context.seed)
+    module = ClassLogits(model)
+    loss_fn = partial(labelled_loss, label_smoothing=spec.label_smoothing)
+    numbered = partial(collate, classes)
+    task = OfflineTask(rows, watched, length_of, numbered, loss_fn, padded=True)
+    checks = class_checks(spec, module, model.base_model, task, classes, source)
+    settle(context, checks)
+    write = partial(save, spec, model, classes, source)
+    best = BestWeights(write, context.out)
+    stopping = build_stopping(spec, best)
+    trained, total = num_trained(model)
+    final = run_offline(module, task, spec, context, stopping=stopping)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    notes: dict[str, Any] = {"classes": classes}
+    if stopping is None:
+        write(out=context.out)
+    else:
+        best.prune({stopping.best_step})
+        best.restore(stopping.best_step)
+        notes |= stopping_notes(stopping)
+    if watched:
+        if stopping is not None or spec.tuning.method == "qlora":
+            # What was saved is another model than the last in memory: earlier, or not in 4 bits.
+            kept = load_classifier(context.out / "model", getattr(torch, spec.dtype))
+            module = ClassLogits(kept.to(distributed.device()))
+        probs = predict(module, task, spec.micro_tokens)
+        notes["heldout"] = judge(probs, watched, classes, seed=context.seed, out=context.out)
+        final |= {f"eval/{name}": notes["heldout"][name][0] for name in ("accuracy", "macro_f1")}
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
+
+
+def start_of_classifier(spec: ClassifyStage, context: StageContext) -> Artefact:
+    """Read the policy or encoder that the stage starts from."""
+    named = spec.init in context.recipe.stages
+    folder = context.run_dir / spec.init if named else Path(spec.init)
+    kind = read_manifest(folder)["kind"]
+    return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+
+
+def class_row(tokenizer: Any, example: Example) -> ClassRow:
+    """Tokenise a text as the tokenizer does by itself, or a conversation by the chat template."""
+    text = example.completion
+    assert text is not None
+    if isinstance(text, str):
+        ids = tokenizer(text)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise DataError(
+            f"{example.source}: a conversation, but the tokenizer has no chat template; give the "
+            "rows a 'text' instead of 'messages' (an encoder reads texts)"
+        )
+    else:
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in text]
+        written = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    label = example.columns["label"]
+    return ClassRow(tuple(ids), (False,) * len(ids), source=example.source, label=label)
+
+
+def classes_of(rows: Sequence[ClassRow], watched: Sequence[ClassRow]) -> list[str]:
+    """Name the classes of the training rows: numbers in their order, else the alphabet's.
+
+    Raises:
+        DataError: there is one only, or a held-out row has another.
+    """
+    found = sorted({row.label for row in rows}, key=_by_number)
+    if len(found) < 2:
+        raise DataError(
+            f"{rows[0].source}: every training row is of class {found[0]!r}; expected two or more"
+        )
+    for row in watched:
+        if row.label not in found:
+            raise DataError(
+                f"{row.source}: class {row.label!r} stands in no training row; there are "
+                f"{', '.join(found[:20])}"
+            )
+    return found
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    is_number = name.removeprefix("-").isdecimal()
+    return (not is_number, int(name) if is_number else 0, name)
+
+
+def build_classifier(
+    spec: ClassifyStage, source: Artefact, classes: Sequence[str], *, seed: int
+) -> Any:
+    """Put a fresh head on the model of ``source``; add what ``tuning`` trains below it.
+
+    Raises:
+        ArtefactError: weights below the head are missing, and ``tuning`` would not train them.
+    """
+    torch.manual_seed(distributed.derive_seed(seed, "head"))
+    held = quantization(spec.tuning, spec.dtype)
+    model, missing = classifier_from(source.model_dir, classes, dtype=spec.dtype, quantization=held)
+    if missing and spec.tuning.method != "full":
+        raise ArtefactError(
+            f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
+            f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
+        )
+    backbone: Any = model.base_model
+    if spec.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.method not in ("full", "head"):
+            backbone.enable_input_require_grads()
+    if spec.keep.dropout:
+        set_dropout(model, spec.keep.dropout)
+    tuned = add_tuner(backbone, spec.tuning, seed=distributed.derive_seed(seed, "tuning"))
+    setattr(model, model.base_model_prefix, tuned)
+    return model.to(distributed.device())
+
+
+def length_of(row: ClassRow) -> int:
+    """Give a row's tokens."""
+    return len(row.input_ids)
+
+
+def collate(
+    classes: Sequence[str], rows: Sequence[ClassRow], batch: Sequence[ClassRow]
+) -> PackedBatch:
+    """Pack rows with the numbers of their classes; the global count is the rows of the batch."""
+    return pack(
+        rows,
+        counts={"rows": float(len(batch))},
+        per_sequence={"label": [float(classes.index(row.label)) for row in rows]},
+    )
+
+
+def labelled_loss(
+    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give this micro-batch's share of the mean cross-entropy, and of the accuracy.
+
+    Targets are smoothed while training only: the held-out loss stays the plain one.
+    """
+    logits = model(batch.input_ids, batch.position_ids)[: batch.num]
+    labels = batch.per_sequence["label"].long()
+    smoothing = label_smoothing if model.training else 0.0
+    right = (logits.detach().argmax(-1) == labels).sum()
+    loss = class_loss(logits, labels, batch.counts["rows"], label_smoothing=smoothing)
+    return loss, {"accuracy": right / batch.counts["rows"]}
+
+
+@torch.no_grad()
+def predict(module: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> Tensor:
+    """Give the probabilities of the classes for each held-out row: (rows, C).
+
+    Every rank runs all rows: under ZeRO-3 the ranks must run as many passes.
+    """
+    module.eval()
+    rows = task.heldout
+    (plan,) = plan_micro_batches(
+        [task.length(row) for row in rows], micro_tokens=micro_tokens, ranks=1, padded=True
+    )
+    found: dict[int, Tensor] = {}
+    for micro in plan:
+        batch = task.collate([rows[i] for i in micro], rows)
+        probs = module(batch.input_ids, batch.position_ids).softmax(-1).cpu()
+        found |= dict(zip(micro, probs, strict=True))
+    return torch.stack([found[i] for i in range(len(rows))])
+
+
+def judge(
+    probs: Tensor, rows: Sequence[ClassRow], classes: Sequence[str], *, seed: int, out: Path
+) -> dict[str, Any]:
+    """Write down what each held-out row was taken for, and give the scores."""
+    chosen = probs.argmax(-1).tolist()
+    if distributed.rank() == 0:
+        with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
+            for row, i, p in zip(rows, chosen, probs.tolist(), strict=True):
+                line = {"source": row.source, "label": row.label, "predicted": classes[i]}
+                line["probs"] = {name: round(x, 6) for name, x in zip(classes, p, strict=True)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    labels = [classes.index(row.label) for row in rows]
+    return class_scores(labels, chosen, classes, seed=seed)
+
+
+def save(
+    spec: ClassifyStage, model: Any, classes: Sequence[str], source: Artefact, *, out: Path
+) -> None:
+    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part."""
+    prefix = model.base_model_prefix
+    weights, adapter = whole_state(model.base_model, source)
+    state = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+    for name, head in model.named_children():
+        if name != prefix:
+            state |= {f"{name}.{n}": x.detach().cpu().clone() for n, x in full_weights(head)}
+    if distributed.rank() == 0:
+        save_classifier(
+            state, classes, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype
+        )
+        if adapter is not None:
+            save_adapter(*adapter, out / "adapter")
+    distributed.barrier()

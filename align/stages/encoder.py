@@ -1,0 +1,37 @@
+"""Stage encoder: bring in an encoder, which a classify stage puts its head on."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel
+
+from align.core import distributed
+from align.core.errors import ArtefactError
+from align.models.loading import load_tokenizer
+from align.recipe.schema import EncoderStage
+from align.stages.base import StageContext, StageResult
+
+
+def run(spec: EncoderStage, context: StageContext) -> StageResult:
+    """Write the encoder's artefact: its own weights and tokenizer."""
+    if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
+        raise ArtefactError(f"{spec.path}: no config.json; expected a folder saved by transformers")
+    tokenizer = load_tokenizer(spec.path)
+    if tokenizer.pad_token_id is None:
+        raise ArtefactError(f"{spec.path}: its tokenizer has no pad token; give it one and save it")
+    kind = _saved_class(spec.path)
+    model, info = kind.from_pretrained(spec.path, output_loading_info=True)
+    # transformers makes what a checkpoint lacks at random: that is none of the encoder.
+    own = {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}
+    if distributed.rank() == 0:
+        model.save_pretrained(str(context.out / "model"), state_dict=own)
+        tokenizer.save_pretrained(str(context.out / "model"))
+    distributed.barrier()
+    return StageResult({"model/parameters": float(sum(x.numel() for x in own.values()))})
+
+
+def _saved_class(path: str) -> Any:
+    """Give the class that the model was saved as, so that no weight of it is lost."""
+    names = AutoConfig.from_pretrained(path).architectures or []
+    return getattr(transformers, names[0], AutoModel) if names else AutoModel

@@ -1,0 +1,17 @@
+"""Train a classifier of texts: a new head on a decoder or an encoder.
+
+Reads the policy or encoder that `init` names and rows of a text and its class. Writes a classifier
+in the format of transformers, and what it makes of each held-out row.
+
+    python launch/classify.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+    deepspeed --num_gpus 8 launch/classify.py --recipe R --stage NAME
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/classify.py --recipe R --stage NAME
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
+checkpoint; the same command goes on from there.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("classify")

@@ -1,0 +1,13 @@
+"""Bring in an encoder such as BERT.
+
+Reads a folder or hub id in the format of transformers. Writes an encoder with its tokenizer.
+
+    python launch/encoder.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
+
+Exit codes: 0 done, 1 failed, 2 the recipe is wrong.
+"""
+
+from align.stages.base import main
+
+if __name__ == "__main__":
+    main("encoder")
