@@ -1,23 +1,18 @@
 """How alike texts are: ROUGE-L for short ones, near-duplicates and TF-IDF distance for many."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-_WORD = re.compile(r"[^\W_]+")
+from align.data.check.words import minhash, shingles, similarity, word_texts
+
 NUM_HASHES = 128
 PROPOSE = 0.7
 """Share of the threshold from which the hashes propose a pair."""
 NUM_FEATURES = 4096
-
-
-def words(text: str) -> list[str]:
-    """Give the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
@@ -56,16 +51,14 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
         (later text, the earlier one that is kept, similarity); a text found is never itself the
         earlier one of another.
     """
-    from datasketch import MinHash, MinHashLSH
+    from datasketch import MinHashLSH
 
     # An index for the threshold itself misses a third of the pairs just above it.
     index = MinHashLSH(threshold=PROPOSE * threshold, num_perm=NUM_HASHES)
-    triples: list[set[str]] = [_triples(text) for text in texts]
-    empty = MinHash(num_perm=NUM_HASHES)
+    triples = [shingles(text) for text in texts]
     for i, own in enumerate(triples):
-        sketch = empty.copy()
-        sketch.update_batch([triple.encode() for triple in sorted(own)])
-        found = [(_jaccard(own, triples[j]), -j) for j in index.query(sketch)]
+        sketch = minhash(own, permutations=NUM_HASHES)
+        found = [(similarity(own, triples[j]), -j) for j in index.query(sketch)]
         value, other = max(found, default=(0.0, 0))
         if found and value >= threshold:
             yield i, -other, value
@@ -73,21 +66,12 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
             index.insert(i, sketch)
 
 
-def _triples(text: str) -> set[str]:
-    found = words(text)
-    return {" ".join(found[i : i + 3]) for i in range(max(1, len(found) - 2))}
-
-
-def _jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b)
-
-
 def tfidf(texts: Sequence[str]) -> NDArray[np.float32]:
     """Give unit vectors of the texts' words: (number of texts, features), hashed where many.
 
     Term frequency is 1 + log(count), inverse document frequency log(N / df) + 1.
     """
-    counts = [Counter(words(text)) for text in texts]
+    counts = [Counter(word_texts(text)) for text in texts]
     df = Counter(word for found in counts for word in found)
     place = {word: i % NUM_FEATURES for i, word in enumerate(sorted(df, key=lambda w: (-df[w], w)))}
     out = np.zeros((len(texts), min(max(len(place), 1), NUM_FEATURES)), np.float32)

@@ -19,8 +19,9 @@ from align.core.errors import DataError, Preempted
 from align.core.signals import stop_requested
 from align.core.types import Completion, PromptRow, Turn
 from align.data.chat import ChatFormat
+from align.data.check.words import word_texts
 from align.data.load import load_examples
-from align.data.novelty import nearest, words
+from align.data.novelty import nearest
 from align.online.engine import RolloutEngine
 from align.online.rollout import sample_groups
 from align.recipe.schema import SelfInstructStage
@@ -182,7 +183,7 @@ def refusal(
     text: str, whole: bool, known: Sequence[dict[str, Any]], spec: SelfInstructStage
 ) -> tuple[str | None, dict[str, Any]]:
     """Say why an instruction is refused, or None; and how near the nearest known one is."""
-    found = words(text)
+    found = word_texts(text)
     if not whole:
         return "cut", {}
     if len(found) < spec.min_words:
@@ -194,7 +195,7 @@ def refusal(
     unfit = sorted(set(found) & {word.lower() for word in spec.refuse_words})
     if unfit:
         return "not for a text model", {"words": unfit}
-    place, value = nearest(found, [words(task["instruction"]) for task in known])
+    place, value = nearest(found, [word_texts(task["instruction"]) for task in known])
     details = {"rouge_l": round(value, 4), "nearest": known[place]["name"] if place >= 0 else None}
     return ("like a known one" if value >= spec.novelty else None), details
 

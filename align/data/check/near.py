@@ -6,7 +6,7 @@ import numpy as np
 
 from align.data.check.findings import Finding, Tally
 from align.data.check.whole import Rows
-from align.data.check.words import SHINGLE, grams, similarity, words
+from align.data.check.words import minhash, shingles, similarity
 
 THRESHOLD = 0.9
 """Jaccard similarity of word triples."""
@@ -53,21 +53,20 @@ def look_for_near_copies(
     looked_at = found[:MAX_CANDIDATES].tolist()
     if not looked_at:
         return ""
-    from datasketch import MinHash, MinHashLSH  # imports scipy: only where it is needed
+    from datasketch import MinHashLSH  # imports scipy: only where it is needed
 
     texts, keys = texts_of(looked_at), rows.column("key")
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
-    shingles: dict[int, set[int]] = {}
+    triples: dict[int, set[int]] = {}
     for i in looked_at:
-        shingles[i] = grams(words(texts[i]), SHINGLE)
-        minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=_folded)
-        minhash.update_batch(list(shingles[i]))
-        near = [k for k in index.query(minhash)[:_MAX_COMPARED]
+        triples[i] = shingles(texts[i])
+        own = minhash(triples[i], permutations=_PERMUTATIONS)
+        near = [k for k in index.query(own)[:_MAX_COMPARED]
                 if (same_prompt or keys[i] != keys[k])
-                and similarity(shingles[i], shingles[k]) >= THRESHOLD]  # fmt: skip
-        index.insert(i, minhash)
+                and similarity(triples[i], triples[k]) >= THRESHOLD]  # fmt: skip
+        index.insert(i, own)
         if near:
-            share = similarity(shingles[i], shingles[min(near)])
+            share = similarity(triples[i], triples[min(near)])
             where = f"shares {share:.0%} of its word triples with {rows.source(min(near))}"
             tally.add(
                 Finding("D092", rows.source(i), where, excerpt=" ".join(texts[i].split())[:90])
@@ -76,7 +75,3 @@ def look_for_near_copies(
         return ""
     of_all = f"{MAX_CANDIDATES:,} of {len(found):,}"
     return f"near copies were looked for among {of_all} rows that may be some"
-
-
-def _folded(value: int) -> int:
-    return value & 0xFFFFFFFF
