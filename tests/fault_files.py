@@ -138,6 +138,10 @@ def _foreign_cases(folder: Path) -> Iterator[tuple[Case, Path]]:
     link.unlink(missing_ok=True)
     os.symlink(folder / "gone.jsonl", link)
     yield Case("dangling link", "jsonl", "D002", ""), link
+    circle = folder / "circle.jsonl"
+    circle.unlink(missing_ok=True)
+    os.symlink(circle, circle)
+    yield Case("link to itself", "jsonl", "D003", ""), circle
     empty = folder / "nothing"
     empty.mkdir(exist_ok=True)
     yield Case("folder without data", "folder", "D004", ""), empty

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
-from align.data.templates import FAMILIES, family_of, template_text
+from align.data.templates import FAMILIES, family_of, template_text, with_stop
 from align.recipe.schema import TokenizerSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
+NO_STOP = "D115"
+"""Code of a template that ends an assistant turn without a stop token."""
+_PROBE: list[Turn] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+]
 _NEEDS = (
     "the tokenizer has no {what}; name one in the recipe: stages.<base>.tokenizer.{key}: {example}"
 )
@@ -32,7 +37,7 @@ class ChatFormat:
     Args:
         tokenizer: a transformers tokenizer; a chat template is needed only for conversations.
         stop_token_ids: generation stops at each of these; None takes the tokenizer's eos. The
-            first is the one appended where the template ends an assistant turn without a stop.
+            first is the one appended to answers that are plain text.
 
     Raises:
         DataError: the tokenizer has no stop token.
@@ -184,8 +189,15 @@ class ChatFormat:
             )
         if stops:
             return ids[: stops[0] + 1], ids[stops[0] + 1 :]
-        answer = text.rstrip()
-        return [*self._plain(answer), self.stop_token_ids[0]], self._plain(text[len(answer) :])
+        names = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
+        raise DataError(
+            f"{source}: the chat template ends the assistant's turn without a stop token: "
+            f"{text[-40:]!r} holds none of {names}, so the model would never learn to stop. "
+            "Choose a template that writes one (stages.<base>.tokenizer.chat_template: "
+            f"{', '.join(FAMILIES)}), name the token that ends its turns (tokenizer.stop_token), "
+            "or let the stop token be added to it (tokenizer.append_stop: true)",
+            code=NO_STOP,
+        )
 
     def _prompt_conversation(self, turns: list[Turn], *, source: str) -> list[int]:
         # Cut at every assistant turn as _conversation does: the ids of a shared history are equal
@@ -267,7 +279,8 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         Tokens that are new to the vocabulary: the caller resizes the embeddings for them.
 
     Raises:
-        RecipeError: a pad token, stop token or chat template is missing in both, all at once.
+        RecipeError: a pad token, stop token or chat template is missing in both, all at once; or
+            ``append_stop`` has no effect.
     """
     known = set(tokenizer.get_vocab())
     family, stop = family_of(spec.chat_template), spec.stop_token
@@ -301,6 +314,27 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
     ]
     if missing:
         raise RecipeError("\n".join(missing))
+    if spec.append_stop:
+        _append_stop(tokenizer)
     added = sorted(set(tokenizer.get_vocab()) - known, key=tokenizer.convert_tokens_to_ids)
     logger.info("tokenizer: added %s, stop token %r", added or "no tokens", tokenizer.eos_token)
     return added
+
+
+def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Change the tokenizer's template so that it ends assistant turns in the stop token.
+
+    Raises:
+        RecipeError: the template does so already.
+    """
+    try:
+        ChatFormat(tokenizer).sft_row(Example(prompt=[], completion=_PROBE, source="append_stop"))
+    except DataError as error:
+        if error.code != NO_STOP:
+            raise
+        tokenizer.chat_template = with_stop(str(tokenizer.chat_template))
+        return
+    raise RecipeError(
+        "tokenizer.append_stop has no effect: the chat template ends assistant turns in "
+        f"{tokenizer.eos_token!r} already; remove it"
+    )

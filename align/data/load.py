@@ -1,10 +1,12 @@
 """Load examples for a stage: read, rename, import, split, limit, mix."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -23,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
+NUM_PLACES = 5
+"""Long rows that a message names."""
+PROMPT_CUT = "prompt cut"
+"""Reason in the ledger of a pair that stays, with the beginning of its prompt cut off."""
 
 
 def load_examples(
@@ -91,14 +97,13 @@ def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    rows: list[Any]
-    lost: list[tuple[int, str]]
-
-
 def fit_rows(
-    rows: Sequence[AnyRow], *, max_length: int, max_lost_frac: float, what: str
+    rows: Sequence[AnyRow],
+    *,
+    max_length: int,
+    max_lost_frac: float,
+    what: str,
+    ledger: Path | None = None,
 ) -> tuple[list[AnyRow], int]:
     """Keep the rows that fit; never cut an answer.
 
@@ -111,6 +116,7 @@ def fit_rows(
         max_length: tokens.
         max_lost_frac: largest share that may be lost.
         what: name of the data in messages.
+        ledger: JSON Lines file to which every row that is lost or cut is added.
 
     Returns:
         The rows kept and how many were lost.
@@ -118,29 +124,56 @@ def fit_rows(
     Raises:
         DataError: more than ``max_lost_frac`` of the rows are lost, or all.
     """
-    fit = _Fit([], [])
-    cut = 0
+    kept: list[AnyRow] = []
+    lost: list[AnyRow] = []
+    cut: list[AnyRow] = []
     for row in rows:
         fitted = fit_row(row, max_length=max_length)
         if fitted is None:
-            fit.lost.append((_length(row), row.source))
-        else:
-            cut += fitted is not row
-            fit.rows.append(fitted)
-    lost = len(fit.lost)
+            lost.append(row)
+            continue
+        kept.append(fitted)
+        if fitted is not row:
+            cut.append(row)
+    for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
+        _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
     if cut:
-        logger.warning("%s: the prompts of %d pairs were cut to %d tokens", what, cut, max_length)
-    if lost > max_lost_frac * len(rows) or not fit.rows:
-        longest = sorted(fit.lost, reverse=True)[:5]
-        places = ", ".join(f"{length} tokens at {source}" for length, source in longest)
+        logger.warning("%s: the prompts of %d of %d pairs were cut to %d tokens: %s", what,
+                       len(cut), len(rows), max_length, _places(cut, ledger))  # fmt: skip
+    if len(lost) > max_lost_frac * len(rows) or not kept:
+        longest = max(map(_length, lost), default=0)
         raise DataError(
-            f"{what}: {lost} of {len(rows)} rows are longer than max_length {max_length} "
-            f"({places or 'no rows'}); at most {max_lost_frac:.1%} may be lost. Raise max_length, "
-            "remove the long rows, or allow it with max_lost_frac"
+            f"{what}: {len(lost)} of {len(rows)} rows are longer than max_length {max_length}: "
+            f"{_places(lost, ledger)}; the longest has {longest} tokens, and at most "
+            f"{max_lost_frac:.1%} may be lost. Raise max_length, remove the long rows, or allow it "
+            "with max_lost_frac",
+            code="D114",
         )
     if lost:
-        logger.warning("%s: lost %d of %d rows longer than %d", what, lost, len(rows), max_length)
-    return fit.rows, lost
+        logger.warning("%s: lost %d of %d rows longer than %d tokens: %s", what, len(lost),
+                       len(rows), max_length, _places(lost, ledger))  # fmt: skip
+    return kept, len(lost)
+
+
+def _places(rows: Sequence[AnyRow], ledger: Path | None) -> str:
+    """Name the first rows, and say where all of them stand."""
+    first = ", ".join(f"{row.source} ({_length(row)} tokens)" for row in rows[:NUM_PLACES])
+    if len(rows) <= NUM_PLACES:
+        return first or "no rows"
+    everywhere = ledger or "what 'align data check' says with --model and --max-length"
+    return f"{first} and {len(rows) - NUM_PLACES} more, all in {everywhere}"
+
+
+def _write_down(
+    rows: Sequence[AnyRow], ledger: Path | None, *, reason: str, max_length: int, what: str
+) -> None:
+    if ledger is None or not rows:
+        return
+    with ledger.open("a", encoding="utf-8") as out:
+        for row in rows:
+            entry = {"source": row.source, "reason": reason, "tokens": _length(row)}
+            entry |= {"max_length": max_length, "of": what}
+            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _length(row: TokenRow | PairRow | PromptRow) -> int:

@@ -34,7 +34,10 @@ def content_of(path: Path, *, name: str) -> str:
         DataError: unreadable, or no data: a Git LFS pointer, a web page, an archive, UTF-16.
     """
     with _open(path, name=name) as stream:
-        head = stream.read(_HEAD_BYTES)
+        try:
+            head = stream.read(_HEAD_BYTES)
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}", code="D003") from error
     if head.startswith(_GZIP):
         with gzip.open(path) as unpacked:
             try:

@@ -79,7 +79,7 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
     files = find_files(path)
     if not files:
         digest, rows = hashlib.sha256(), 0
-        for row, _ in _read_hub(path):
+        for row, _ in read_rows(path):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8"))
             rows += 1
         return [{"path": path, "sha256": digest.hexdigest(), "rows": rows}]
@@ -114,8 +114,13 @@ def _read_hub(path: str) -> Iterator[Item]:
     try:
         data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub client raises types of several libraries
-        raise DataError(
-            f"{path}: no such file here, and not to be had as a hub id: {error}", code="D011"
-        ) from error
+        told = " ".join(str(error).split())
+        message = (
+            f"{path}: no such file or folder here, and not to be had from the hub: {told} Correct "
+            "the name, log in if it is private (hf auth login), or download the data set where "
+            "there is a network and give its folder"
+        )
+        yield DataError(message, code="D011"), path
+        return
     for number, row in enumerate(data, start=1):
         yield dict(row), f"{path}:row {number}"

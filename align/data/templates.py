@@ -78,6 +78,24 @@ FAMILIES = {
 """Names that a recipe may give to ``tokenizer.chat_template``."""
 
 
+# Rewrites the turns before the template sees them, so that whoever renders with the saved template
+# (this suite, vLLM, transformers) writes the same text. Contents of parts are left alone.
+_STOP_AFTER_ANSWERS = (
+    "{%- set ns = namespace(turns=[]) -%}"
+    "{%- for turn in messages -%}"
+    "{%- if turn['role'] == 'assistant' and turn['content'] is string -%}"
+    "{%- set ns.turns = ns.turns + [dict(turn, content=turn['content'] + eos_token)] -%}"
+    "{%- else -%}{%- set ns.turns = ns.turns + [turn] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = ns.turns -%}"
+)
+
+
+def with_stop(template: str) -> str:
+    """Give a template that writes the stop token after the content of every assistant turn."""
+    return _STOP_AFTER_ANSWERS + template
+
+
 def family_of(name: str | None) -> Family:
     """Give what a named template brings with it; a file, or none, brings nothing."""
     return FAMILIES.get(name or "", Family())

@@ -77,6 +77,8 @@ class TokenizerSpec(Spec):
     chat_template: str | None = None
     """``plain``, ``chatml``, ``llama3``, ``qwen2_5``, ``qwen3``, ``qwen3_instruct``, ``gemma3``,
     ``gpt_oss`` or a path to a Jinja file; None keeps the tokenizer's own."""
+    append_stop: bool = False
+    """Let the saved template end every assistant turn in the stop token, where it writes none."""
 
 
 class BuildSpec(Spec):

@@ -1,4 +1,4 @@
-"""The section on data that a run made or left out, with the reasons."""
+"""The section on rows that a run made, left out or cut, with the reasons."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,10 +8,12 @@ from align.report.read import RunRecord, read_lines
 
 LEDGER_FILE = "ledger.jsonl"
 NUM_SHOWN = 5
+PROMPT_CUT = "prompt cut"
+"""The one reason with which a row stays."""
 
 
 def ledger(run: RunRecord) -> Markup | None:
-    """Say of each stage that made data how many rows it kept, and what left and why."""
+    """Say of each stage how many rows it made, what left it or was cut, and why."""
     blocks = [
         _stage(run.directory / stage.name, stage.name, stage.manifest.get("metrics", {}))
         for stage in run.stages
@@ -26,7 +28,8 @@ def _stage(folder: Path, name: str, metrics: dict[str, float]) -> Markup:
     rows = read_lines(folder / LEDGER_FILE, [])
     counts = Counter(str(row.get("reason")) for row in rows)
     kept = metrics.get("rows/kept")
-    said = f"{number(kept)} rows kept, {len(rows)} left out"
+    said = "" if kept is None else f"{number(kept)} rows kept, "
+    said += f"{len(rows) - counts[PROMPT_CUT]} left out"
     lines: list[list[object]] = []
     for reason, count in counts.most_common():
         examples = [row for row in rows if row.get("reason") == reason][:NUM_SHOWN]

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 BEGUN = "begun.json"
 DATA_FILE = "data.jsonl"
 """What a stage that makes data writes, one row a line."""
+LEDGER_FILE = "ledger.jsonl"
+"""One line for each row that left: its place, the reason and the value that decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ class StageContext:
     def check_only(self) -> bool:
         """Say whether the stage ends with its preflight's card (``align check --deep``)."""
         return self.scratch is not None
+
+    @property
+    def ledger(self) -> Path | None:
+        """Give the file for rows that are left out; None where this process keeps none."""
+        keeps = not self.check_only and distributed.rank() == 0
+        return self.out / LEDGER_FILE if keeps else None
 
     def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
         """Read and verify the artefact a recipe names by stage or by path.
@@ -97,9 +105,7 @@ def chat_format(model_dir: Path) -> ChatFormat:
 
 def main(kind: str) -> NoReturn:
     """Run one stage as this process; never returns."""
-    # Python puts the script's folder first: there `trl` and `evaluate` are launch scripts.
-    here = Path(sys.argv[0]).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    forget_launch_scripts()
     args = _arguments(kind)
     signals.install()
     try:
@@ -114,6 +120,15 @@ def main(kind: str) -> NoReturn:
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
+
+
+def forget_launch_scripts() -> None:
+    """Take the script's folder, which Python puts first, out of where modules are looked for.
+
+    There ``trl`` and ``evaluate`` are launch scripts.
+    """
+    here = Path(sys.argv[0]).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
 
 def _arguments(kind: str) -> argparse.Namespace:
@@ -222,6 +237,7 @@ def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -
         if force:
             (context.out / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
+        (context.out / LEDGER_FILE).unlink(missing_ok=True)
         begun = context.out / BEGUN
         identity = {"spec_hash": manifest["spec_hash"], "inputs": manifest["inputs"]}
         resumable = any((context.out / "checkpoints").glob("*-*"))

@@ -58,7 +58,17 @@ def _bring_in(spec: BaseStage) -> tuple[nn.Module, Any]:
     path = str(spec.path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        told = " ".join(str(error).split())
+        raise ArtefactError(
+            f"{path}: no such folder here, and not to be had from the hub: {told} Correct the "
+            "name, log in if it is private (hf auth login), or download the model where there is a "
+            "network and give its folder"
+        ) from error
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, spec.dtype))
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
@@ -82,6 +92,7 @@ def _build_and_pretrain(
         max_length=spec.max_length,
         max_lost_frac=0.01,
         what=f"{context.name}: corpus rows",
+        ledger=context.ledger,
     )
     torch.manual_seed(distributed.derive_seed(context.seed, "weights"))
     module = LogprobModel(Qwen2ForCausalLM(_qwen2_config(spec.build, tokenizer)))

@@ -60,6 +60,8 @@ class CardInput:
     max_lost_frac: float
     seed: int
     answers: SampledAnswers | None = None
+    ledger: Path | None = None
+    """Takes what is too long."""
 
 
 def build_cards(models: Mapping[str, Artefact], given: CardInput) -> dict[str, dict[str, Any]]:
@@ -99,6 +101,7 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
         [chat.pair_row(e) for e in examples],
         max_length=given.max_length,
         max_lost_frac=given.max_lost_frac,
+        ledger=given.ledger,
         what="held-out pairs of the reward model",
     )
     scores = score_token_ids(_load(artefact), [row.input_ids for row in both(rows)])
@@ -144,6 +147,7 @@ def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
         list(longest.values()),
         max_length=given.max_length,
         max_lost_frac=given.max_lost_frac,
+        ledger=given.ledger,
         what="sets of answers",
     )
     fitting = {id(row) for row in kept}

@@ -208,8 +208,9 @@ def reward_cards(
         groups = [record["prompt_index"] for record in records]
         sampled = SampledAnswers(everyone, groups, [record["judge"] for record in records])
     given = CardInput(
-        spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed, sampled
-    )
+        spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed, sampled,
+        context.ledger,
+    )  # fmt: skip
     models = {
         name: context.artefact(name, "reward_model", with_adapter=True)
         for name in spec.reward_models

@@ -28,6 +28,7 @@ def build_anchor(
         max_length=spec.max_length,
         max_lost_frac=spec.max_lost_frac,
         what=f"{context.name}: keep.ewc.data",
+        ledger=context.ledger,
     )
     fisher = scaled(fisher_diagonal(module, rows, log_likelihood), cap=ewc.cap)
     log.info("Fisher information of %d rows of the old task measured", len(rows))

@@ -10,12 +10,9 @@ from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.split import split_key
 from align.recipe.schema import RewardSpec
-from align.stages.base import DATA_FILE, StageContext
+from align.stages.base import DATA_FILE, LEDGER_FILE, StageContext
 from align.stages.online import build_rewards
-from reward_models.base import completion_text
-
-LEDGER_FILE = "ledger.jsonl"
-"""One line for each row that left: its place, the reason and the value that decided."""
+from reward_models.base import MissingColumnError, completion_text
 
 
 class Ledger:
@@ -91,12 +88,19 @@ def score_rows(
     specs: Sequence[RewardSpec],
     context: StageContext,
 ) -> dict[str, list[float | None]]:
-    """Score given answers to the examples' prompts: name of each reward to one score a row."""
+    """Score given answers to the examples' prompts: name of each reward to one score a row.
+
+    Raises:
+        DataError: the rows lack a column that a reward reads.
+    """
     names = sorted({name for example in examples for name in example.columns})
     columns = {name: [example.columns.get(name) for example in examples] for name in names}
     prompts = [_asked(example) for example in examples]
     rewards = build_rewards(list(specs), context)
-    return {r.name: r(prompts=prompts, completions=answers, **columns) for r in rewards}
+    try:
+        return {r.name: r(prompts=prompts, completions=answers, **columns) for r in rewards}
+    except MissingColumnError as error:
+        raise DataError(f"{context.name}: {error}") from error
 
 
 def _asked(example: Example) -> Text:

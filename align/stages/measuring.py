@@ -70,6 +70,7 @@ def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> li
         max_length=task.max_length,
         max_lost_frac=task.max_lost_frac,
         what=f"{context.name}: answers of task {task.name}",
+        ledger=context.ledger,
     )[0]
 
 

@@ -166,6 +166,7 @@ def _fitted(
         max_length=spec.max_length - spec.sampling.max_new_tokens,
         max_lost_frac=spec.max_lost_frac,
         what=f"{context.name}: {what}",
+        ledger=context.ledger,
     )
     return kept
 

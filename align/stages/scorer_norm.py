@@ -92,5 +92,6 @@ def _distinct_prompts(
         max_length=spec.max_length - spec.norm_sampling.max_new_tokens,
         max_lost_frac=1.0,
         what=f"{context.name}: prompts of the reference answers",
+        ledger=context.ledger,
     )
     return kept[: spec.norm_prompts]

@@ -140,6 +140,7 @@ def offline_rows(
             max_length=spec.max_length,
             max_lost_frac=spec.max_lost_frac,
             what=f"{context.name}: {name} rows",
+            ledger=context.ledger,
         )
         if spec.keep.augment is None or name == "held-out":
             return kept

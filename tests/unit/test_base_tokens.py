@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
 
 from align.core.card import Card
+from align.core.errors import ArtefactError, DataError
 from align.data.chat import ChatFormat
 from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
 from align.stages.base import StageContext, chat_format
 from align.stages.base_model import run
+from tests.sixteen_faults import NO_STOP
 
 
 def saved_model(folder: Path, *, tied: bool, rows: int | None = None) -> Path:
@@ -118,3 +120,26 @@ def test_real_llama_takes_a_new_template_and_says_the_same(
     # What it knew it still says: the logits of the old tokens are untouched.
     assert torch.allclose(after[..., : old.config.vocab_size], before, atol=1e-5)
     shutil.rmtree(model_dir)
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    # conftest.py has set the hub's own switches to offline.
+    with pytest.raises(ArtefactError, match=r"someone/a-model: no such folder.*give its folder"):
+        bring_in(Path("someone/a-model"), tmp_path, TokenizerSpec())
+
+
+def test_base_stage_stops_at_a_template_without_a_stop_and_keeps_the_appended_one(
+    tmp_path: Path,
+) -> None:
+    source = saved_model(tmp_path / "in", tied=True)
+    template = tmp_path / "own.jinja"
+    template.write_text(NO_STOP)
+    wish = TokenizerSpec(pad_token="<pad>", chat_template=str(template))
+    with pytest.raises(DataError, match=r"without a stop token.*append_stop: true"):
+        bring_in(source, tmp_path / "without", wish)
+    wish = wish.model_copy(update={"append_stop": True})
+    model_dir, card = bring_in(source, tmp_path / "with", wish)
+    assert {line["verdict"] for line in card["lines"]} == {"ok"}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    assert tokenizer.apply_chat_template(said, tokenize=False) == "user: q\nassistant: a</s>\n"

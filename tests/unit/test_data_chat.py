@@ -81,23 +81,50 @@ def test_prompt_and_completion_train_only_the_completion() -> None:
     assert not row.trained[len(prompt) - 1]
 
 
-def test_stop_token_is_added_and_trained_where_the_template_gives_none() -> None:
-    tokenizer = make_tokenizer(NO_STOP)
-    chat = ChatFormat(tokenizer)
-    turns = [
-        turn("user", "q"),
-        turn("assistant", "one"),
-        turn("user", "r"),
-        turn("assistant", "two"),
-    ]
-    row = chat.sft_row(Example(prompt=[], completion=turns))
-    assert tokenizer.decode(row.input_ids) == (
-        "user:q\nassistant:one</s>\nuser:r\nassistant:two</s>\n"
+TURNS = [
+    turn("user", "q"),
+    turn("assistant", "one"),
+    turn("user", "r"),
+    turn("assistant", "two"),
+]
+
+
+def test_template_without_a_stop_is_refused_with_the_row_and_the_remedy() -> None:
+    chat = ChatFormat(make_tokenizer(NO_STOP))
+    said = (
+        r"a.jsonl:3: .*without a stop token: 'one\\n' holds none of \['</s>'\].*append_stop: true"
     )
+    with pytest.raises(DataError, match=said) as caught:
+        chat.sft_row(Example(prompt=[], completion=TURNS, source="a.jsonl:3"))
+    assert caught.value.code == "D115"
+    # A history is rendered as it was trained, so it is refused as well; a bare question is not.
+    with pytest.raises(DataError, match="without a stop token"):
+        chat.prompt_ids(TURNS[:3])
+    assert chat.decode(chat.prompt_ids(TURNS[:1])) == "user:q\nassistant:"
+
+
+def test_stop_token_is_added_and_trained_where_the_recipe_says_so(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(NO_STOP)
+    apply_tokenizer_spec(tokenizer, TokenizerSpec(append_stop=True))
+    # It is kept by the template, so whoever loads the artefact renders the same.
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = ChatFormat(tokenizer)
+    whole = "user:q\nassistant:one</s>\nuser:r\nassistant:two</s>\n"
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False) == whole
+    row = chat.sft_row(Example(prompt=[], completion=TURNS))
+    assert tokenizer.decode(row.input_ids) == whole
     assert spoken(tokenizer, row.input_ids, row.trained) == "one</s>two</s>"
     # The history that generation starts from is the one that was trained on.
-    head = chat.prompt_ids(turns[:3])
+    head = chat.prompt_ids(TURNS[:3])
     assert tuple(head) == row.input_ids[: len(head)]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_append_stop_without_effect_is_refused(template: str) -> None:
+    spec = TokenizerSpec(append_stop=True, chat_template=template)
+    with pytest.raises(RecipeError, match=r"append_stop has no effect: .* already; remove it"):
+        apply_tokenizer_spec(make_tokenizer(None), spec)
 
 
 def test_template_that_rewrites_earlier_turns_is_refused_with_the_place() -> None:
@@ -175,7 +202,8 @@ def test_pair_shares_the_prompt_ids() -> None:
 def test_pair_ends_with_the_stop_token_as_sampled_answers_do(template: str) -> None:
     # Both templates write a newline after the stop; a scorer trained at that newline would be
     # asked at the stop token, with which generation ends.
-    tokenizer = make_tokenizer(TEMPLATES[template])
+    tokenizer = make_tokenizer(None)
+    apply_tokenizer_spec(tokenizer, TokenizerSpec(chat_template=template))
     example = Example(
         prompt=[turn("user", "q")],
         completion=[turn("assistant", "yes")],

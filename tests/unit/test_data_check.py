@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from align.core.errors import DataError
 from align.data.check import Request, check_data
 from align.data.check.findings import codes
+from align.data.load import load_examples
+from align.recipe.schema import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 U = {"role": "user", "content": "Which river runs through Cairo?"}
@@ -101,6 +105,74 @@ def test_large_files_give_the_same_findings_in_one_process_and_in_two(
     monkeypatch.setattr(opening, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(run, "PARALLEL_BYTES", 0 if workers == 2 else 2**30)
     assert found(path) == [("D060", "a.jsonl:251"), ("D090", "a.jsonl:201")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_read_permission_is_told(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [U, A]}])
+    path.chmod(0)
+    assert found(path) == [("D003", "a.jsonl")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file that opens and fails")
+def test_a_file_that_opens_but_cannot_be_read_is_told(tmp_path: Path):
+    os.symlink("/proc/self/mem", tmp_path / "a.jsonl")  # its first page is not mapped: EIO
+    report = check_data(Request(path=str(tmp_path / "a.jsonl")))
+    (finding,) = report.tally.findings()
+    assert finding.code == "D003"
+    assert "cannot be read: Input/output error" in finding.found
+
+
+def test_prompts_that_are_also_held_out_are_errors_with_both_places(tmp_path: Path):
+    train = [{"prompt": f"What is {i} plus {i}?", "completion": f"{2 * i}"} for i in range(6)]
+    held = [{"prompt": f"What is {i} plus {i}?"} for i in (10, 4, 11)]
+    # Rows of messages are compared by their first user turn, whatever their answer.
+    train[2] = {"prompt": [U], "completion": [A]}
+    held.append({"messages": [U, {**A, "content": "Blue or White Nile?"}]})
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in
+             (("train", train), ("prompts", held[:3]), ("chats", held[3:]))]  # fmt: skip
+    done = align("data", "check", str(paths[0]), "--json",
+                 *(word for path in paths[1:] for word in ("--heldout", str(path))))  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    report = json.loads(done.stdout)
+    assert report["counts"] == {"D100": 2}
+    said = done.stdout.decode()
+    for place, twin in ((5, "prompts.jsonl:2"), (3, "chats.jsonl:1")):
+        assert f"train.jsonl:{place}" in said
+        assert f"held out at {tmp_path / twin}" in said
+
+
+def test_text_of_an_evaluation_set_is_found_from_13_words_in_a_row(tmp_path: Path):
+    words = "a train leaves the old station at noon and meets another one near dusk"
+    assert words.count(" ") == 13
+    question = write(tmp_path / "eval.jsonl", [
+        {"prompt": words}, {"prompt": "Name the five longest rivers"}, {"prompt": "Why?"},
+    ])  # fmt: skip
+    said = [
+        "He said: A train leaves the old station, at noon, and meets another one NEAR here.",  # 13
+        "So a train leaves the old station at noon and meets another one far away",  # 12
+        "now name the five longest rivers of Asia",  # a whole prompt of 5 words
+        "Why? Because",  # a prompt that says nothing
+    ]
+    rows = [{"prompt": f"Question {i}", "completion": text} for i, text in enumerate(said)]
+    path = write(tmp_path / "train.jsonl", rows)
+    done = align("data", "check", str(path), "--eval", str(question), "--json")
+    assert done.returncode == 0, done.stdout
+    report = json.loads(done.stdout)
+    assert report["counts"] == {"D101": 2}
+    assert [finding["source"] for finding in report["findings"]] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path):
+    # conftest.py has set the hub's own switches to offline, so nothing is waited for.
+    done = align("data", "check", "someone/some-data")
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stdout.decode().split())
+    assert "D011 error" in said
+    assert "someone/some-data: no such file or folder here, and not to be had from the hub" in said
+    assert "download the data set where there is a network and give its folder" in said
+    with pytest.raises(DataError, match="not to be had from the hub"):
+        load_examples([DataSpec(path="someone/some-data:test")], kind="sft", seed=0)
 
 
 def test_the_table_of_codes_in_the_docs_is_the_one_that_is_printed():

@@ -1,18 +1,21 @@
 """The seeded faults: every one is found, nearly all at their line, and nothing else is said."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from align.core.errors import DataError
+from align.core.types import PairRow, TokenRow
 from align.data.chat import ChatFormat
 from align.data.check import Request, check_data
 from align.data.load import fit_rows, load_examples
 from align.recipe.schema import DataSpec
 from benchmarks.data_faults import clean_alarms, outcomes
 from tests.fault_corpus import clean_rows, write_rows
-from tests.unit.test_data_chat import NO_STOP, make_tokenizer
+from tests.sixteen_faults import NO_STOP, SIXTEEN
+from tests.unit.test_data_chat import make_tokenizer
 
 ROOT = Path(os.environ.get("ALIGN_REAL_DATA", "/nonexistent")) / "data"
 
@@ -57,50 +60,18 @@ def test_clean_real_files_raise_only_what_was_judged_right():
     assert said == JUDGED_RIGHT
 
 
-def _sft(**turn: object) -> list[dict]:
-    rows = clean_rows("sft")
-    rows[4]["messages"][1] |= turn
-    return rows
+ROW_FAULTS = [name for name, fault in SIXTEEN.items() if fault.in_rows]
 
 
-def _at_four(kind: str, change) -> list[dict]:
-    rows = clean_rows(kind)
-    change(rows[4])
-    return rows
-
-
-# The data faults that a trainer was given (fault, rows, what the stage needs); each must stop the
-# load of a stage with the fifth row named.
-SIXTEEN = {
-    "key contents": ("sft", _at_four("sft", lambda r: r["messages"][1].update(
-        contents=r["messages"][1].pop("content")))),
-    "role bot": ("sft", _sft(role="bot")),
-    "no assistant turn": ("sft", _at_four("sft", lambda r: r["messages"].pop())),
-    "empty assistant": ("sft", _sft(content="")),
-    "content None": ("sft", _sft(content=None)),
-    "content a number": ("sft", _sft(content=3)),
-    "an image part": ("sft", _sft(content=[{"type": "image"}])),
-    "messages a text": ("sft", _at_four("sft", lambda r: r.update(messages="hello"))),
-    "messages missing": ("sft", _at_four("sft", lambda r: r.pop("messages"))),
-    "answer before question": ("sft", _at_four("sft", lambda r: r["messages"].reverse())),
-    "half a surrogate pair": ("sft", _sft(content="\ud83d")),
-    "chosen equal to rejected": ("preference", _at_four(
-        "preference", lambda r: r.update(rejected=r["chosen"]))),
-    "chosen misspelt": ("preference", _at_four(
-        "preference", lambda r: r.update(choosen=r.pop("chosen")))),
-    "rejected null": ("preference", _at_four("preference", lambda r: r.update(rejected=None))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", SIXTEEN)
-def test_a_faulty_row_stops_the_load_of_a_stage_with_its_line(tmp_path: Path, fault: str):
-    kind, rows = SIXTEEN[fault]
+@pytest.mark.parametrize("name", ROW_FAULTS)
+def test_a_stage_and_the_data_check_say_the_same_of_a_faulty_row(tmp_path: Path, name: str):
+    fault = SIXTEEN[name]
     path = tmp_path / "rows.jsonl"
-    write_rows(rows, path, "jsonl")
+    write_rows(fault.rows, path, "jsonl")
     with pytest.raises(DataError, match=rf"{path.name}:5: ") as caught:
-        load_examples([DataSpec(path=str(path))], kind=kind, seed=0)
+        load_examples([DataSpec(path=str(path))], kind=fault.kind, seed=0)
     first = next(line for line in str(caught.value).splitlines() if ":5: " in line)
-    report = check_data(Request(path=str(path), kind=kind))
+    report = check_data(Request(path=str(path), kind=fault.kind))
     (finding,) = [f for f in report.tally.findings() if f.source.endswith(":5")]
     assert first.partition(";")[0].replace("rows.jsonl:1 is", "rows.jsonl is") == (
         f"{finding.source}: {finding.found.partition(';')[0]}"
@@ -120,12 +91,36 @@ def test_rows_lost_to_truncation_stop_a_stage_and_are_named(tmp_path: Path):
     assert (report.tally.counts["D110"], report.tally.counts["D114"]) == (7, 1)
 
 
-def test_a_template_without_a_stop_gets_a_trained_one(tmp_path: Path):
-    # The sixteenth fault is put right instead of refused: the answer ends in a trained stop token.
+def test_the_check_names_rows_whose_template_writes_no_stop(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     write_rows(clean_rows("sft"), path, "jsonl")
     chat = ChatFormat(make_tokenizer(NO_STOP))
-    for example in load_examples([DataSpec(path=str(path))], kind="sft", seed=0):
-        row = chat.sft_row(example)
-        last = max(i for i, trained in enumerate(row.trained) if trained)
-        assert row.input_ids[last] in chat.stop_token_ids
+    report = check_data(Request(path=str(path), chat=lambda: chat))
+    assert report.tally.counts["D115"] == report.rows
+    assert next(iter(report.tally.findings())).source == f"{path}:1"
+
+
+def test_long_rows_are_named_first_to_last_and_all_written_down(tmp_path: Path, caplog):
+    rows = [TokenRow((1,) * n, (True,) * n, f"a.jsonl:{i}") for i, n in enumerate([9] * 7 + [2], 1)]
+    ledger = tmp_path / "ledger.jsonl"
+    with pytest.raises(DataError) as caught:
+        fit_rows(rows, max_length=5, max_lost_frac=0.5, what="sft", ledger=ledger)
+    assert caught.value.code == "D114"
+    first = ", ".join(f"a.jsonl:{i} (9 tokens)" for i in range(1, 6))
+    assert f"7 of 8 rows are longer than max_length 5: {first} and 2 more, all in {ledger};" in str(
+        caught.value
+    )
+    lost = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert lost == [
+        {"source": f"a.jsonl:{i}", "reason": "too long", "tokens": 9, "max_length": 5, "of": "sft"}
+        for i in range(1, 8)
+    ]
+    # With the loss allowed they go, each written down; a pair that is cut stays and is noted.
+    kept, count = fit_rows(rows, max_length=5, max_lost_frac=0.9, what="sft", ledger=ledger)
+    assert ([row.source for row in kept], count) == (["a.jsonl:8"], 7)
+    assert len(ledger.read_text().splitlines()) == 14
+    sides = [TokenRow((1,) * 6, (False,) * 4 + (True,) * 2, "b.jsonl:1") for _ in "ab"]
+    pair = PairRow(*sides, num_prompt_tokens=4, source="b.jsonl:1")
+    assert fit_rows([pair], max_length=5, max_lost_frac=0.0, what="dpo", ledger=ledger)[1] == 0
+    assert json.loads(ledger.read_text().splitlines()[-1])["reason"] == "prompt cut"
+    assert "1 of 1 pairs were cut to 5 tokens: b.jsonl:1 (6 tokens)" in caplog.text

@@ -144,7 +144,7 @@ def test_fit_rows_loses_long_rows_whole_and_refuses_too_many() -> None:
     kept, lost = fit_rows(rows, max_length=5, max_lost_frac=0.5, what="sft")
     assert (kept, lost) == ([rows[0], rows[2]], 1)
     with pytest.raises(
-        DataError, match=r"sft: 1 of 3 rows .* 5 \(6 tokens at a.jsonl:7\).*max_lost"
+        DataError, match=r"sft: 1 of 3 rows .* 5: a.jsonl:7 \(6 tokens\);.*max_lost"
     ):
         fit_rows([row_of(5), row_of(6, "a.jsonl:7"), row_of(4)], max_length=5, max_lost_frac=0.3,
                  what="sft")  # fmt: skip

@@ -142,10 +142,10 @@ def test_sampler_that_stops_elsewhere_than_the_saved_model_fails(source: Artefac
 
 # Appends turn by turn, but ends a conversation of three turns with a word of its own.
 TWO_FACED = (
+    "{% if messages | length == 3 and not add_generation_prompt %}{{ 'HELLO ' }}{% endif %}"
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    "{% if messages | length == 3 and not add_generation_prompt %}{{ 'BYE' }}{% endif %}"
 )
 
 
@@ -154,7 +154,9 @@ def test_template_that_writes_more_at_once_than_by_turns_fails() -> None:
     ends_with_user = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     found = tokens.template(chat, [ends_with_user])
     assert found.verdict == "fail"
-    assert "'" in found.value
+    assert "whole 'HELLOuser:a" in found.value
+    # What follows the last answer is no fault of a template that only appends.
+    assert tokens.template(chat_of(), [ends_with_user]).verdict == "ok"
 
 
 def test_template_that_rewrites_is_a_failed_line_with_the_place() -> None:

@@ -40,7 +40,7 @@ class TokenRules:
         try:
             row = self.render(example)
         except DataError as error:
-            return 0, ("D113", str(error).removeprefix(f"{example.source}: "))
+            return 0, (error.code or "D113", str(error).removeprefix(f"{example.source}: "))
         length, prompt = _lengths(row)
         limit = self._max_length
         if limit is None or fit_row(row, max_length=limit) is not None:
