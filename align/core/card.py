@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CARD_FILE = "preflight.json"
+TOKENS_FILE = "tokens.json"
+"""A few rows of a stage, token by token, as they enter its loss."""
 VERDICTS = ("ok", "warn", "fail", "not yet")
 """``not yet``: an input of the check is not made yet, so nothing was found out."""
 

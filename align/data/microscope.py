@@ -3,7 +3,8 @@
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 from rich.text import Text
 
@@ -13,6 +14,9 @@ from align.data.chat import ChatFormat
 State = Literal["masked", "trained", "stop"]
 _STYLES = {"masked": "dim", "trained": "green", "stop": "bold white on red"}
 _CLASSES = {"masked": "mask", "trained": "train", "stop": "stop"}
+LEFT_OUT = "left out"
+"""State, in a plain view, of the number of tokens that are not shown."""
+_AROUND, _AT_END = 48, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,12 @@ def views(example: Example, chat: ChatFormat) -> Iterator[View]:
     else:
         rows = {"row": chat.sft_row(example)}
     for side, row in rows.items():
-        yield View(example.source, side, tuple(_tokens(row, chat)))
+        yield view_of(row, chat, side=side)
+
+
+def view_of(row: TokenRow, chat: ChatFormat, *, side: str) -> View:
+    """Give the view of a row that is tokenised already."""
+    return View(row.source, side, tuple(_tokens(row, chat)))
 
 
 def _tokens(row: TokenRow, chat: ChatFormat) -> Iterator[Token]:
@@ -90,6 +99,25 @@ def as_text(view: View, *, colour: bool) -> Text:
         text.append(shown, style=_STYLES[token.state])
         last = token.state
     return text if colour or last == "masked" else text.append("]")
+
+
+def plain(view: View) -> dict[str, Any]:
+    """Give a view as plain data for JSON: place, counts of all tokens, and the tokens that matter.
+
+    Of a long row the tokens around the first trained one and the last few are given; between them
+    stands [number of tokens, "left out"].
+    """
+    tokens = view.tokens
+    start = next((i for i, t in enumerate(tokens) if t.state != "masked"), len(tokens))
+    shown = [abs(i - start) <= _AROUND or i >= len(tokens) - _AT_END for i in range(len(tokens))]
+    parts: list[list[Any]] = []
+    for keep, group in groupby(range(len(tokens)), key=shown.__getitem__):
+        places = list(group)
+        if keep:
+            parts += [[tokens[i].text, tokens[i].state] for i in places]
+        else:
+            parts.append([len(places), LEFT_OUT])
+    return {"source": view.source, "side": view.side, "counts": view.counts(), "tokens": parts}
 
 
 def as_html(view: View) -> str:

@@ -11,6 +11,7 @@ from align.report.compare import comparison_page, read_two
 from align.report.ledger import ledger
 from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
+from align.report.microscope import microscope
 from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
 from align.report.tasks import tasks
@@ -101,6 +102,7 @@ def page(run: RunRecord) -> Markup:
         sections.curves(run),
         answers.training_samples(run),
         ledger(run),
+        microscope(run),
         preflight(run),
         sections.cost(run),
         sections.reproduce(run),

@@ -1,7 +1,7 @@
 """The preflight of a stage: put its checks together, keep the card, stop where a line failed."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ from torch import nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
-from align.core.card import CARD_FILE, Card, table
-from align.core.errors import PreflightError
+from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
+from align.core.errors import AlignError, PreflightError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.chat import ChatFormat
 from align.data.load import load_examples
+from align.data.microscope import View, plain, view_of
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
-from align.preflight.checks import Check, Finding, examine
+from align.preflight.checks import Check, Finding, examine, spread
 from align.preflight.offline import loss_checks, start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
@@ -29,7 +30,8 @@ from align.training.offline import OfflineTask
 from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
-
+NUM_SHOWN = 2
+"""Rows of a stage that are kept token by token."""
 
 MADE_UP = [
     Example(
@@ -55,8 +57,16 @@ class CheckedOnly(Exception):
         self.card = card
 
 
-def settle(context: StageContext, checks: Sequence[Check]) -> None:
+def settle(
+    context: StageContext,
+    checks: Sequence[Check],
+    views: Callable[[], Sequence[View]] | None = None,
+) -> None:
     """Run the checks of a stage and keep the card; every rank goes on, or none.
+
+    Args:
+        context: the stage's surroundings. checks: in order.
+        views: gives a few rows token by token, to be kept for the report.
 
     Raises:
         PreflightError: a line failed.
@@ -70,10 +80,33 @@ def settle(context: StageContext, checks: Sequence[Check]) -> None:
         write_json_atomic(context.out / CARD_FILE, card.plain())
         for line in table(card):
             log.info("%s", line)
+        if views is not None:
+            _keep_views(views, context.out / TOKENS_FILE)
     distributed.barrier()
     if card.failed:
         lines = "\n".join(f"  {x.name}: {x.value}: {x.remedy}" for x in card.failed)
         raise PreflightError(f"{context.name}: the preflight failed, nothing was trained\n{lines}")
+
+
+def _keep_views(views: Callable[[], Sequence[View]], path: Path) -> None:
+    try:
+        found = [plain(view) for view in views()]
+    except AlignError as error:  # what refuses the rows is a line of the card
+        log.warning("no rows are shown token by token: %s", error)
+        return
+    write_json_atomic(path, found)
+
+
+def row_views(rows: Sequence[Any], chat: ChatFormat) -> list[View]:
+    """View some rows of a training stage; of a pair both sides."""
+    few = [_sides(row) for row in spread(rows, NUM_SHOWN)]
+    few = few[:1] if len(few[0]) > 1 else few
+    names = ("chosen", "rejected") if len(few[0]) > 1 else ("row",)
+    return [
+        view_of(side, chat, side=name)
+        for sides in few
+        for name, side in zip(names, sides, strict=True)
+    ]
 
 
 def base_checks(model_dir: Path) -> list[Check]:
@@ -125,6 +158,7 @@ def preflight_offline(
             *start_checks(spec, model, source),
             *loss_checks(spec, module, task, vocab_size=vocab_size),
         ],
+        lambda: row_views(task.rows, chat),
     )
 
 
@@ -155,10 +189,22 @@ def preflight_online(
         *reward_checks("reward", spec.rewards, rewards, prompts, probe.own_answers),
     ]
     try:
-        settle(context, checks)
+        settle(context, checks, lambda: answer_views(probe, chat))
     except (PreflightError, CheckedOnly):
         engine.close()
         raise
+
+
+def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
+    """View some answers of the sampler after their prompts, as they will be trained."""
+    prompts, completions = probe.own_answers()
+    found = []
+    for prompt, said in spread(list(zip(prompts, completions, strict=True)), NUM_SHOWN):
+        head, answer = prompt.input_ids, said.token_ids
+        trained = (False,) * len(head) + (True,) * len(answer)
+        row = TokenRow((*head, *answer), trained, prompt.source)
+        found.append(view_of(row, chat, side="sampled answer"))
+    return found
 
 
 def preflight_evaluate(
