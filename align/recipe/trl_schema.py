@@ -40,7 +40,7 @@ class TrlStage(StageSpec):
     zero: ZeroSpec = ZeroSpec()
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Count | None = None
-    """Tokens of a row; longer ones are lost, not cut."""
+    """Tokens of a row; longer ones are lost, not cut. None takes the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
     batch_size: Count = 8
     """Rows of one optimiser step over all ranks."""

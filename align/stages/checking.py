@@ -20,15 +20,24 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
 from align.recipe.load import load_recipe
 from align.recipe.schema import PRODUCES, BaseStage, Recipe
-from align.stages.base import StageContext, stage_runner
+from align.stages.base import (
+    StageContext,
+    forget_launch_scripts,
+    stage_runner,
+    with_data_of_stages,
+)
 from align.stages.preflight import CheckedOnly, base_checks, settle
 
-CHECKED = ("base", "sft", "classify", "reward", "dpo", "kto", "ppo", "grpo", "evaluate", "merge")
+CHECKED = (
+    "base", "sft", "classify", "reward", "dpo", "kto", "ppo", "grpo", "trl", "self_instruct",
+    "curate", "weak_label", "evaluate", "merge",
+)  # fmt: skip
 """Kinds of stages that end in their preflight where only that is wanted; no other is started."""
 
 
 def main() -> NoReturn:
     """Check a recipe as this process; cards go to a file, one JSON object a line."""
+    forget_launch_scripts()
     parser = argparse.ArgumentParser(description="Run the preflight of a recipe's stages.")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--run-dir", required=True, help="folder with finished stages")
@@ -111,7 +120,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
     try:
         if isinstance(spec, BaseStage) and (inputs / name).exists():
             settle(context, base_checks(inputs / name / "model"))
-        stage_runner(spec.kind)(spec, context)
+        stage_runner(spec.kind)(with_data_of_stages(spec, context), context)
     except CheckedOnly as ended:
         if (scratch / "model").is_dir():
             write_manifest(scratch, {"kind": PRODUCES[spec.kind], "spec_hash": ""})

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from align.core.types import Example
 from align.data.load import load_examples
 from align.data.novelty import diverse, near_duplicates, tfidf
+from align.preflight.checks import Check, spread
 from align.recipe.schema import CurateStage
 from align.stages.base import StageContext, StageResult
 from align.stages.making import Ledger, answer_text, question, score_rows, to_row, write_data
+from align.stages.making_checks import (
+    NUM_SCORED,
+    answers_of,
+    row_check,
+    score_checks,
+    words_check,
+)
+from align.stages.preflight import settle
 from align.stages.training import fingerprints
 
 log = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ class Pool:
 def run(spec: CurateStage, context: StageContext) -> StageResult:
     """Write the rows of ``spec.data`` that pass, in their old order."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
+    settle(context, checks(spec, examples, context))
     pool = Pool(examples, list(range(len(examples))), {}, Ledger())
     by_words(pool, spec)
     by_quality(pool, spec, context)
@@ -62,6 +72,17 @@ def run(spec: CurateStage, context: StageContext) -> StageResult:
     return StageResult(found, fingerprints(spec.data))
 
 
+def checks(spec: CurateStage, examples: Sequence[Example], context: StageContext) -> list[Check]:
+    """Give the checks before anything leaves: rows, bounds, scores."""
+    few = spread(examples, NUM_SCORED)
+    by_name = score_rows(few, answers_of(few), spec.quality, context) if spec.quality else {}
+    return [
+        row_check(examples),
+        *words_check(spec, examples),
+        *score_checks("quality", by_name),
+    ]
+
+
 def by_words(pool: Pool, spec: CurateStage) -> None:
     """Drop answers that are too short or too long."""
     if spec.words is None:
@@ -78,8 +99,7 @@ def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
     if not spec.quality or not pool.kept:
         return
     examples = [pool.examples[i] for i in pool.kept]
-    answers = [example.completion for example in examples]
-    by_name = score_rows(examples, [a for a in answers if a is not None], spec.quality, context)
+    by_name = score_rows(examples, answers_of(examples), spec.quality, context)
     for place, i in enumerate(list(pool.kept)):
         scores = {name: values[place] for name, values in by_name.items()}
         if None in scores.values():

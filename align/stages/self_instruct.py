@@ -11,11 +11,12 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.distributed import derive_seed
-from align.core.errors import DataError, Preempted
+from align.core.errors import AlignError, DataError, Preempted
 from align.core.signals import stop_requested
 from align.core.types import Completion, PromptRow, Turn
 from align.data.chat import ChatFormat
@@ -24,13 +25,20 @@ from align.data.load import load_examples
 from align.data.novelty import nearest
 from align.online.engine import RolloutEngine
 from align.online.rollout import sample_groups
+from align.preflight.checks import Check, Finding, spread
+from align.preflight.tokens import prompt_checks
 from align.recipe.schema import SelfInstructStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.making import Ledger, answer_text, question, write_data
 from align.stages.online import start_engine
+from align.stages.preflight import CheckedOnly, settle
 from align.stages.training import fingerprints
 
 log = logging.getLogger(__name__)
+NUM_PROBES = 4
+"""Lists that are shown to the model before the first round."""
+PROBE_STEP = 10**6
+"""Step from which their seeds come: no round has it."""
 
 
 @dataclass(slots=True)
@@ -55,6 +63,11 @@ def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
     start = restore(grown, context)
     engine = start_engine(spec, source.model_dir, chat, context)
     sampler = Sampler(engine, chat, spec, context.seed)
+    try:
+        settle(context, checks(grown, sampler, source.model_dir))
+    except (AlignError, CheckedOnly):
+        engine.close()
+        raise
     metrics = context.metrics(spec.target)
     if start:
         metrics.rewind(len(grown.rows))
@@ -97,6 +110,39 @@ def read_seeds(spec: SelfInstructStage, context: StageContext) -> list[dict[str,
     return list(found.values())
 
 
+def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
+    """Give the checks before the first round: seeds, prompts, and that the sampler goes on."""
+    spec, chat = sampler.spec, sampler.chat
+    dice = random.Random(derive_seed(sampler.seed, "self_instruct", 0))
+    lists = [list_prompt(draw_examples(grown, spec, dice), spec) for _ in range(NUM_PROBES)]
+    tasks = spread(grown.seeds, NUM_PROBES)
+    prompts = [*lists, *(answer_prompt(task, grown, spec, dice) for task in tasks)]
+    rows = [PromptRow(tuple(chat.prompt_ids(p)), p, {}) for p in prompts]
+
+    def seeds() -> Finding:
+        longest = sorted(grown.seeds, key=lambda task: -len(task["instruction"]))
+        worst = len(chat.prompt_ids(list_prompt(longest[: spec.examples], spec)))
+        return Finding(
+            f"{len(grown.seeds):,} different instructions; a list of the longest {spec.examples} "
+            f"has {worst} tokens",
+            f"at most {sampler.room}", "ok" if worst <= sampler.room else "warn",
+            "a round that draws these would stop the stage; show fewer examples, remove long "
+            "seeds or raise max_length",
+        )  # fmt: skip
+
+    def goes_on() -> Finding:
+        said = [first_item(c, spec) for c in sampler.ask(lists, step=PROBE_STEP)]
+        whole = sum(bool(text) and ended for text, ended in said)
+        return Finding(
+            f"{whole} of {len(said)} lists go on with a whole task, by {sampler.engine.name}",
+            "more than 0", "ok" if whole else "warn",
+            "the model ends no item; look at 'wording', and give it more max_new_tokens",
+        )  # fmt: skip
+
+    shown = prompt_checks(chat, rows, model_dir=model_dir)
+    return [("seeds", seeds), *shown, ("sampler", goes_on)]
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -110,15 +156,19 @@ class Sampler:
     spec: SelfInstructStage
     seed: int
 
+    @property
+    def room(self) -> int:
+        """Give the tokens that a prompt may have."""
+        return self.spec.max_length - self.spec.sampling.max_new_tokens
+
     def ask(self, prompts: Sequence[Any], *, step: int) -> list[Completion]:
         """Sample one answer to each prompt: plain text to go on with, or a conversation."""
         rows = [PromptRow(tuple(self.chat.prompt_ids(p)), p, {}) for p in prompts]
-        room = self.spec.max_length - self.spec.sampling.max_new_tokens
         for row in rows:
-            if len(row.input_ids) > room:
+            if len(row.input_ids) > self.room:
                 raise DataError(
                     f"a list of {self.spec.examples} tasks has {len(row.input_ids)} tokens, "
-                    f"{room} fit; show fewer examples, remove long seeds or raise max_length"
+                    f"{self.room} fit; show fewer examples, remove long seeds or raise max_length"
                 )
         with self.engine.awake():
             groups = sample_groups(

@@ -28,10 +28,11 @@ from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.models.loading import disable_dropout, load_tokenizer, save_policy
 from align.recipe.deepspeed import deepspeed_config
-from align.recipe.schema import TrlStage
+from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.online import build_rewards
 from align.stages.training import fingerprints
+from align.stages.trl_preflight import preflight_trl
 from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
@@ -44,18 +45,26 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     source = context.artefact(spec.init, "policy")
     trainer_class, config_class = find_trainer(spec.trainer)
     chat = chat_format(source.model_dir)
-    train = fitting(load_examples(spec.data, kind=spec.rows, seed=context.seed), spec, chat)
-    heldout = fitting(load_examples(spec.heldout, kind=spec.rows, seed=context.seed), spec, chat)
+    args = configuration(config_class, spec, context)
+    # What the recipe leaves open is the trainer's default, at which it cuts without a word.
+    limit = getattr(args, "max_length", None)
+    train, heldout = (
+        fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
+    )
     check_overlap(train, heldout)
+    rewards = build_rewards(spec.rewards, context)
     metrics = context.metrics(spec.steps)
     trainer = trainer_class(
         model=load_model(source.model_dir, spec),
-        args=configuration(config_class, spec, context),
+        args=args,
         train_dataset=to_dataset(train, spec),
         eval_dataset=to_dataset(heldout, spec) if heldout else None,
         processing_class=load_tokenizer(source.model_dir),
         callbacks=[Watcher(metrics, context.out / "checkpoints")],
-        **extras(trainer_class, spec, source.model_dir, context),
+        **extras(trainer_class, spec, source.model_dir, context, rewards),
+    )
+    preflight_trl(
+        spec, context, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
     )
     newest = newest_verified(context.out / "checkpoints")
     if newest is not None:
@@ -80,17 +89,31 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     return StageResult(final, fingerprints(spec.data, spec.heldout))
 
 
-def fitting(examples: list[Example], spec: TrlStage, chat: ChatFormat) -> list[Example]:
-    """Render every row as training would, so that faults show, and leave out those too long.
+def fitting(
+    data: Sequence[DataSpec],
+    spec: TrlStage,
+    context: StageContext,
+    *,
+    chat: ChatFormat,
+    limit: int | None,
+) -> list[Example]:
+    """Load and render every row as training would, so that faults show; lose those too long.
 
     TRL cuts long rows without a word; here they are counted and bounded as in every stage.
     """
+    examples = load_examples(data, kind=spec.rows, seed=context.seed)
     rows = [_longest(example, spec, chat) for example in examples]
-    if not rows or spec.max_length is None:
+    if not rows or limit is None:
         return examples
-    fit_rows(rows, max_length=spec.max_length, max_lost_frac=spec.max_lost_frac, what="trl rows")
-    return [e for e, row in zip(examples, rows, strict=True)
-            if len(row.input_ids) <= spec.max_length]  # fmt: skip
+    kept, _ = fit_rows(
+        rows,
+        max_length=limit,
+        max_lost_frac=spec.max_lost_frac,
+        what=f"{context.name}: rows",
+        ledger=context.ledger,
+    )
+    whole = {id(row) for row in kept}
+    return [e for e, row in zip(examples, rows, strict=True) if id(row) in whole]
 
 
 def _longest(example: Example, spec: TrlStage, chat: ChatFormat) -> TokenRow:
@@ -199,7 +222,11 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
 
 
 def extras(
-    trainer_class: type, spec: TrlStage, model_dir: Path, context: StageContext
+    trainer_class: type,
+    spec: TrlStage,
+    model_dir: Path,
+    context: StageContext,
+    rewards: Sequence[RewardFunction],
 ) -> dict[str, Any]:
     """Give reference and rewards to trainers that take them.
 
@@ -210,8 +237,8 @@ def extras(
     wanted: dict[str, Any] = {}
     if spec.reference:
         wanted["ref_model"] = load_model(model_dir, spec)
-    if spec.rewards:
-        wanted["reward_funcs"] = [_function(r) for r in build_rewards(spec.rewards, context)]
+    if rewards:
+        wanted["reward_funcs"] = [_function(r) for r in rewards]
     strange = sorted(set(wanted) - takes)
     if strange:
         keys = {"ref_model": "reference", "reward_funcs": "rewards"}

@@ -16,10 +16,13 @@ from align.core.types import Example
 from align.data.agreement import ABSTAIN, LabelModel, dawid_skene
 from align.data.load import load_examples
 from align.data.split import hash_fraction
+from align.preflight.checks import spread
 from align.recipe.curation_schema import LabelFunction
 from align.recipe.schema import WeakLabelStage
 from align.stages.base import StageContext, StageResult
 from align.stages.making import Ledger, score_rows, to_row, write_data
+from align.stages.making_checks import NUM_SCORED, row_check, vote_checks
+from align.stages.preflight import settle
 from align.stages.training import fingerprints
 
 log = logging.getLogger(__name__)
@@ -30,9 +33,9 @@ GIVEN = "given"
 def run(spec: WeakLabelStage, context: StageContext) -> StageResult:
     """Write the rows of ``spec.data`` with probable labels."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
+    first = collect_votes(spread(examples, NUM_SCORED), spec, context)
+    settle(context, [row_check(examples), *vote_checks(*first)])
     names, votes = collect_votes(examples, spec, context)
-    if not (votes != ABSTAIN).any():
-        raise ValueError(f"{context.name}: no function gave any vote; look at their bounds")
     model, probabilities = agreed(examples, votes, of=spec.of)
     ledger = Ledger()
     rows = []

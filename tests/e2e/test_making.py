@@ -11,11 +11,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
+from test_deep_check import deep
 
 from align.core.errors import EXIT_PREEMPTED, RecipeError
 from align.data.world import generate
 from align.recipe.load import load_recipe
 from align.stages.base import StageContext
+from align.stages.checking import check_recipe
+from align.stages.online import build_rewards
 from align.stages.trl import configuration, extras, find_trainer
 
 RECIPE = (
@@ -78,6 +81,20 @@ RECIPE = (
     steps: 2
     batch_size: 8
     micro_batch_size: 4
+  whole_sft:
+    kind: trl
+    trainer: SFT
+    init: base
+    rows: sft
+    data: [{path: FOLDER/messages.jsonl}]
+    steps: 2
+  answers_sft:
+    kind: trl
+    trainer: SFT
+    init: base
+    rows: sft
+    data: [{path: FOLDER/rows.jsonl}]
+    steps: 2
 """
 )
 
@@ -115,6 +132,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for e in generate("sft", rows=30, seed=1, split="train")
     ])  # fmt: skip
     write(folder / "rows.jsonl", [*rows, rows[0], rows[1]])
+    write(folder / "messages.jsonl", [
+        {"messages": [*row["prompt"], *row["completion"]]} for row in rows
+    ])  # fmt: skip
     write(folder / "seeds.jsonl", [
         {"prompt": e.prompt[0]["content"].strip(".?"), "completion": e.columns["answer"]}
         for e in generate("sft", rows=20, seed=2, split="train")
@@ -194,6 +214,48 @@ def test_weak_labels_turn_wrong_pairs_and_train_with_their_probability(recipe, r
     assert inputs["data.0.stage"]["path"] == "weak_label"
 
 
+def test_every_stage_is_checked_before_it_begins(recipe, run_dir, tmp_path) -> None:
+    os.symlink(run_dir, tmp_path / "tiny")
+    code, said = deep(recipe, tmp_path)
+    assert code == 0, said
+    # weak_label has run in a test above, or dpo has to wait for it.
+    assert said.splitlines()[-1] in (
+        "9 of 9 stages checked", "8 of 9 stages checked; not checkable yet: dpo"
+    )  # fmt: skip
+    cards = {part.partition(" (")[0]: part for part in re.split(r"\n(?=\w+ \()", "\n" + said)}
+    for stage in ("trl", "orpo", "answers_sft"):
+        for line in ("rows", "trained tokens", "stop tokens", "template", "start"):
+            assert re.search(rf"ok +{line}", cards[stage]), cards[stage]
+    # Of a conversation TRL's SFT trains the questions as well.
+    assert "warn     trained tokens" in cards["whole_sft"]
+    assert "also trains tokens that are not the assistant's" in cards["whole_sft"]
+    for line in ("seeds", "stop tokens", "sampler"):
+        assert line in cards["self_instruct"]
+    assert re.search(r"ok +quality length +16 of 16 rows scored", cards["curate"])
+    assert re.search(r"ok +votes of polite", cards["weak_label"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "line", "remedy"),
+    [
+        ("curate", "words={min: 500}", "words", "no row would stay"),
+        ("curate", "quality=[{kind: exact_match, column: gone}]", "preparation", "gone"),
+        ("weak_label", "use_given=false", "votes", "no function votes on the first rows"),
+    ],
+)
+def test_data_that_cannot_be_made_fails_before_the_stage(
+    recipe, tmp_path, stage, change, line, remedy
+) -> None:
+    silent = "{by: {kind: regex, name: NAME, pattern: 'q(zz)q'}}"
+    functions = ", ".join(silent.replace("NAME", name) for name in "abc")
+    overrides = [f"stages.{stage}.{change}"]
+    if stage == "weak_label":
+        overrides.append(f"stages.weak_label.functions=[{functions}]")
+    (card,) = check_recipe(load_recipe(recipe, overrides), {}, only=stage)
+    (failed,) = card.failed
+    assert (failed.name, remedy in failed.remedy) == (line, True), card
+
+
 @pytest.mark.slow
 def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
     recipe, run_dir, tmp_path
@@ -232,7 +294,7 @@ def trainer_arguments(recipe: Path, change: str, folder: Path) -> None:
     spec, context = loaded.stages["trl"], StageContext(loaded, "trl", folder, 0)
     trainer_class, config_class = find_trainer(spec.trainer)
     configuration(config_class, spec, context)
-    extras(trainer_class, spec, folder, context)
+    extras(trainer_class, spec, folder, context, build_rewards(spec.rewards, context))
 
 
 @pytest.mark.parametrize(

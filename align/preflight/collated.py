@@ -1,0 +1,142 @@
+"""Checks on rows that another trainer's code made: what stands in its batches is what it trains.
+
+A batch holds ``input_ids`` with ``labels`` or ``completion_mask`` beside them, under no prefix or
+under ``chosen_`` and ``rejected_``; padding is what ``attention_mask`` leaves out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from align.core.types import TokenRow
+from align.data.chat import ChatFormat
+from align.preflight.checks import Finding, spread
+from align.preflight.tokens import trained_tokens
+
+MAX_ROWS = 4096
+"""Rows that are looked at, evenly spread."""
+BATCH = 256
+PREFIXES = ("", "chosen_", "rejected_")
+IGNORED = -100
+SURPLUS = 1.2
+"""Trained tokens per token of the answers from which more than the answers must be trained."""
+
+Collate = Callable[[list[Any]], Any]
+
+
+def rows_of(dataset: Sequence[Any], collate: Collate, sources: Sequence[str]) -> list[TokenRow]:
+    """Give the rows of a trainer's data set as its collator hands them to the loss.
+
+    Args:
+        dataset: rows as the trainer prepared them. collate: its collator.
+        sources: the place of each row; where the trainer made other rows, they are numbered.
+
+    Returns:
+        Rows, those of a pair as two; none where its batches hold no tokens.
+    """
+    places = spread(range(len(dataset)), MAX_ROWS)
+    named = sources if len(sources) == len(dataset) else [f"row {i}" for i in range(len(dataset))]
+    found: list[TokenRow] = []
+    for start in range(0, len(places), BATCH):
+        chosen = places[start : start + BATCH]
+        batch = collate([dataset[i] for i in chosen])
+        if not isinstance(batch, Mapping):
+            return []
+        found += _rows(batch, [named[i] for i in chosen])
+    return found
+
+
+def _rows(batch: Mapping[str, Any], sources: Sequence[str]) -> Iterator[TokenRow]:
+    for prefix in PREFIXES:
+        ids = batch.get(f"{prefix}input_ids")
+        trained = _trained(batch, prefix)
+        if ids is None or trained is None:
+            continue
+        real = batch.get(f"{prefix}attention_mask", torch.ones_like(ids)).bool()
+        for i, (tokens, mask, here) in enumerate(zip(ids, trained, real, strict=True)):
+            # Chosen and rejected answers may stand in one batch, one half after the other.
+            kept = mask[here].tolist()
+            # Nothing predicts the first token, so no loss trains it, whatever its label says.
+            yield TokenRow(
+                tuple(tokens[here].tolist()),
+                (False, *map(bool, kept[1:])),
+                sources[i % len(sources)],
+            )
+
+
+def _trained(batch: Mapping[str, Any], prefix: str) -> torch.Tensor | None:
+    labels, mask = batch.get(f"{prefix}labels"), batch.get(f"{prefix}completion_mask")
+    return mask if labels is None else labels != IGNORED
+
+
+def as_many(dataset: Sequence[Any], num_rows: int) -> Finding:
+    """See that the trainer dropped none of the rows that it was given."""
+    value = f"{len(dataset):,} of {num_rows:,} rows are in the trainer's data set"
+    verdict = "ok" if len(dataset) == num_rows else "warn"
+    return Finding(
+        value, "all", verdict,
+        "the trainer packed rows, or left some out for its own reasons (a prompt that fills its "
+        "max_length); its arguments stand in 'args'",
+    )  # fmt: skip
+
+
+def only_answers(
+    chat: ChatFormat, rows: Sequence[TokenRow], num_answer_tokens: int, num_all: int
+) -> Finding:
+    """Count the trained tokens, and hold them to the tokens of the answers.
+
+    Args:
+        chat: knows the stop tokens. rows: as the trainer makes them.
+        num_answer_tokens: trained tokens of the same rows, as this suite renders them.
+        num_all: rows that there are.
+    """
+    found = trained_tokens(rows)
+    total = sum(_said(chat, row.input_ids[a:b]) for row in rows for a, b in _runs(row.trained))
+    looked = "" if len(rows) >= num_all else f", {len(rows):,} of {num_all:,} looked at"
+    value = f"{found.value}{looked}; their answers have {num_answer_tokens:,}"
+    if found.verdict == "ok" and total > SURPLUS * num_answer_tokens:
+        return Finding(
+            value, "the answers", "warn",
+            "the trainer also trains tokens that are not the assistant's; give it rows of prompt "
+            "and completion, or see its arguments (args: {assistant_only_loss: true} in SFT)",
+        )  # fmt: skip
+    return Finding(value, found.bound, found.verdict, found.remedy)
+
+
+def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> Finding:
+    """See that every run of trained tokens holds a stop, with nothing but white space after it."""
+    runs = [(row, start, end) for row in rows for start, end in _runs(row.trained)]
+    bad = [row.source for row, start, end in runs if not _stops(chat, row, start, end, known)]
+    value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"
+    return Finding(
+        value, f"all, by eos_token_id {sorted(known)} of the saved model",
+        "fail" if bad else "ok",
+        f"the trainer's own rendering ends {', '.join(bad[:3])} otherwise: cut at its max_length, "
+        "or by a template without the stop; compare 'align data show'",
+    )  # fmt: skip
+
+
+def _said(chat: ChatFormat, ids: Sequence[int]) -> int:
+    """Count tokens to the first of the stops and the white space that a run ends in."""
+    end = len(ids)
+    while end and (
+        ids[end - 1] in chat.stop_token_ids or not chat.decode(ids[end - 1 : end]).strip()
+    ):
+        end -= 1
+    return min(end + 1, len(ids))
+
+
+def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    start = None
+    for i, now in enumerate([*trained, False]):
+        if now and start is None:
+            start = i
+        if not now and start is not None:
+            yield start, i
+            start = None
+
+
+def _stops(chat: ChatFormat, row: TokenRow, start: int, end: int, known: frozenset[int]) -> bool:
+    last = max((i for i in range(start, end) if row.input_ids[i] in known), default=None)
+    return last is not None and not chat.decode(row.input_ids[last + 1 : end]).strip()
