@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -91,7 +91,7 @@ class StageResult:
     """Hold what a finished stage says of itself in its manifest."""
 
     metrics: Mapping[str, float]
-    data: list[Mapping[str, Any]] = field(default_factory=list)
+    data: Sequence[Mapping[str, Any]] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the manifest."""
 

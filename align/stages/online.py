@@ -23,7 +23,14 @@ from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
 from align.online.weights import check_push, pushed_weights
-from align.recipe.schema import EvaluateStage, MergeStage, OnlineStage, PpoStage, WatchSpec
+from align.recipe.schema import (
+    EvaluateStage,
+    MergeStage,
+    OnlineStage,
+    PpoStage,
+    SelfInstructStage,
+    WatchSpec,
+)
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
@@ -122,7 +129,7 @@ def begin_watch(
 
 
 def start_engine(
-    spec: OnlineStage | EvaluateStage | MergeStage,
+    spec: OnlineStage | EvaluateStage | MergeStage | SelfInstructStage,
     model_dir: Path,
     chat: ChatFormat,
     context: StageContext,
