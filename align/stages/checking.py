@@ -1,7 +1,7 @@
 """The deep check of a recipe: the preflight of every stage whose inputs are there, nothing trained.
 
 Stages run as far as their preflight, in a temporary folder that holds links to what the run has
-finished and the models that base stages bring in by path. The run folder is only read.
+finished and the models that base and encoder stages bring in by path. The run folder is only read.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
 from align.recipe.load import load_recipe
-from align.recipe.schema import PRODUCES, BaseStage, Recipe
+from align.recipe.schema import PRODUCES, BaseStage, EncoderStage, Recipe
 from align.stages.base import (
     StageContext,
     forget_launch_scripts,
@@ -29,10 +29,11 @@ from align.stages.base import (
 from align.stages.preflight import CheckedOnly, base_checks, settle
 
 CHECKED = (
-    "base", "sft", "classify", "reward", "dpo", "kto", "ppo", "grpo", "trl", "self_instruct",
-    "curate", "weak_label", "evaluate", "merge",
+    "base", "encoder", "sft", "classify", "reward", "dpo", "kto", "ppo", "grpo", "trl",
+    "self_instruct", "curate", "weak_label", "evaluate", "merge",
 )  # fmt: skip
 """Kinds of stages that end in their preflight where only that is wanted; no other is started."""
+BRINGS_IN = (BaseStage, EncoderStage)
 
 
 def main() -> NoReturn:
@@ -85,7 +86,7 @@ def check_recipe(
             os.symlink(path, inputs / stage)
         for stage, spec in recipe.stages.items():
             wanted = only is None or stage == only
-            if wanted or (isinstance(spec, BaseStage) and stage not in done):
+            if wanted or (isinstance(spec, BRINGS_IN) and stage not in done):
                 scratch = work / stage
                 scratch.mkdir(parents=True)
                 card = check_stage(recipe, stage, inputs, scratch)
@@ -122,7 +123,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
             settle(context, base_checks(inputs / name / "model"))
         stage_runner(spec.kind)(with_data_of_stages(spec, context), context)
     except CheckedOnly as ended:
-        if (scratch / "model").is_dir():
+        if (scratch / "model").is_dir() and not (inputs / name).exists():
             write_manifest(scratch, {"kind": PRODUCES[spec.kind], "spec_hash": ""})
             os.symlink(scratch, inputs / name)
         return ended.card

@@ -1,5 +1,6 @@
 """Stage encoder: bring in an encoder, which a classify stage puts its head on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from transformers import AutoConfig, AutoModel
 from align.core import distributed
 from align.core.errors import ArtefactError
 from align.models.loading import load_tokenizer
+from align.preflight.checks import Finding
 from align.recipe.schema import EncoderStage
 from align.stages.base import StageContext, StageResult
+from align.stages.preflight import settle
 
 
 def run(spec: EncoderStage, context: StageContext) -> StageResult:
@@ -28,7 +31,18 @@ def run(spec: EncoderStage, context: StageContext) -> StageResult:
         model.save_pretrained(str(context.out / "model"), state_dict=own)
         tokenizer.save_pretrained(str(context.out / "model"))
     distributed.barrier()
+    settle(context, [("vocabulary", partial(fits, model, tokenizer))])
     return StageResult({"model/parameters": float(sum(x.numel() for x in own.values()))})
+
+
+def fits(model: Any, tokenizer: Any) -> Finding:
+    """See that the encoder has an embedding for every token."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    return Finding(
+        f"largest token {largest:,} of {embeddings:,}", "smaller",
+        "ok" if largest < embeddings else "fail", "the tokenizer is another model's",
+    )  # fmt: skip
 
 
 def _saved_class(path: str) -> Any:

@@ -33,6 +33,7 @@ from align.core.errors import ArtefactError, DataError
 from align.recipe.schema import Recipe
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext, _manifest_head, stage_runner
+from align.stages.checking import check_recipe
 
 WORDS = {
     "colour": ["red", "blue", "green"], "animal": ["cat", "dog", "cow"], "number": ["one", "two"],
@@ -271,6 +272,17 @@ def test_a_fresh_process_reads_the_same_probabilities(folder):
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     for line, said in zip(predictions(found), json.loads(out.stdout), strict=True):
         assert line["probs"] == pytest.approx(said, abs=2e-5)
+
+
+def test_deep_check_brings_the_encoder_in_and_checks_what_is_trained_on_it(folder):
+    classify = {"kind": "classify", "init": "bert", "steps": 4, "batch_size": 8,
+                "data": [{"path": str(folder / "train.jsonl")}]}  # fmt: skip
+    bert = {"kind": "encoder", "path": str(folder / "bert_files")}
+    recipe = Recipe.model_validate({"name": "t", "stages": {"bert": bert, "it": classify}})
+    for done in ({}, {"bert": folder / "bert"}):
+        cards = list(check_recipe(recipe, done))
+        assert [card.stage for card in cards] == ["bert", "it"]
+        assert {line.verdict for card in cards for line in card.lines} <= {"ok", "warn"}, cards
 
 
 RANKS = """\

@@ -256,6 +256,17 @@ def test_data_that_cannot_be_made_fails_before_the_stage(
     assert (failed.name, remedy in failed.remedy) == (line, True), card
 
 
+def test_rows_that_trl_would_cut_at_its_own_limit_stop_the_stage(recipe, run_dir, tmp_path) -> None:
+    # The recipe says no max_length; KTO's own is 1024 tokens.
+    long = {"prompt": "q", "completion": "a b c d " * 500, "label": True}
+    path = tmp_path / "long.jsonl"
+    write(path, [{"prompt": "q", "completion": "a", "label": False}, long, long])
+    loaded = load_recipe(recipe, [f"stages.trl.data=[{{path: {path}}}]"])
+    (card,) = check_recipe(loaded, {"base": run_dir / "base"}, only="trl")
+    (failed,) = card.failed
+    assert f"2 of 3 rows are longer than max_length 1024: {path}:2 (" in failed.remedy
+
+
 @pytest.mark.slow
 def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
     recipe, run_dir, tmp_path
