@@ -29,7 +29,7 @@ quickstart: setup ## Set up, then run recipes/quickstart.yaml
 	@$(VENV)/bin/align run recipes/quickstart.yaml
 
 keeping: setup ## Measure over five seeds what EWC, interpolation and unfreezing keep
-	@PYTHONPATH=. $(PY) benchmarks/keeping.py
+	@PYTHONPATH=. $(PY) benchmarks/keeping.py --first-seed 5
 
 learning: setup ## Learning curves of every online algorithm beside TRL's GRPO (after quickstart)
 	@PYTHONPATH=. $(PY) benchmarks/learning.py

@@ -1,6 +1,6 @@
 """Measure what EWC, replay, interpolation and gradual unfreezing keep, over several seeds.
 
-    python benchmarks/keeping.py [--seeds 5] [--only ewc wiseft unfreeze] [--runs DIR] [--out FILE]
+    python benchmarks/keeping.py [--seeds 5] [--first-seed 0] [--only NAME ...] [--runs D] [--out F]
     python benchmarks/keeping.py --data             # write recipes/facts/ again
     make keeping
 
@@ -136,6 +136,7 @@ def main() -> None:
     """Run, print a table, write the results."""
     parser = argparse.ArgumentParser(description="Measure what is kept.")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "keeping")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -148,7 +149,7 @@ def main() -> None:
     for name in args.only:
         began = time.process_time()
         seeds = []
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             seeds.append(run_recipe(name, seed, args.runs))
             sys.stdout.write(f"{name} seed {seed}: {json.dumps(seeds[-1])}\n")
             sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Every tuning method on two tasks: what it trains, costs, saves and gives; prints a table.
 
-    ALIGN_REAL_DATA=... python -m benchmarks.methods [--runs DIR] [--table]
+    ALIGN_REAL_DATA=... python -m benchmarks.methods [--runs DIR] [--tasks T ...] [--methods M ...]
+    ALIGN_REAL_DATA=... python -m benchmarks.methods --table
 
 Runs the sft stages of benchmarks/methods.yaml that are not done, each as a process of its own
 (forked after the imports), then reads each artefact from disk in another fresh process: its
@@ -22,7 +23,7 @@ from align.evaluation.stats import paired_bootstrap
 from align.models.logprobs import LogprobModel
 from align.online.engine import build_engine, choose_engine
 from align.recipe.load import load_recipe
-from align.recipe.schema import DataSpec, SftStage
+from align.recipe.schema import DataSpec, Recipe, SftStage
 from align.stages.base import chat_format, main
 from align.stages.sft import sft_loss
 from align.stages.training import offline_rows  # noqa: F401  imported before the fork
@@ -119,6 +120,12 @@ def greedy_score(
     return [interval.value, interval.low, interval.high]
 
 
+def starts(recipe: Recipe, name: str) -> list[str]:
+    """Name the stages that a stage goes back to, the first one first."""
+    before = recipe.inputs(name).get("init")
+    return [] if before is None else [*starts(recipe, before), before]
+
+
 def line(name: str, run_dir: Path) -> str:
     """Give a method's row of the table."""
     manifest = json.loads((run_dir / name / "manifest.json").read_text(encoding="utf-8"))
@@ -150,6 +157,7 @@ def run() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--methods", nargs="+", help="those to run; all by default")
     args = parser.parse_args()
     logging.getLogger("align").setLevel(logging.WARNING)
     recipe = load_recipe(RECIPE)
@@ -157,9 +165,10 @@ def run() -> None:
     for task in args.tasks:
         names = [n for n in recipe.stages if n.startswith(f"{task}_")]
         if not args.table:
-            base = recipe.stages[names[0]].init  # pyright: ignore[reportAttributeAccessIssue]
-            apart(run_stage, base, "base", run_dir)
-            for name in names:
+            for start in starts(recipe, names[0]):
+                apart(run_stage, start, recipe.stages[start].kind, run_dir)
+            chosen = args.methods or [n.partition("_")[2] for n in names]
+            for name in (f"{task}_{method}" for method in chosen):
                 apart(run_stage, name, "sft", run_dir)
                 apart(measure, name, recipe.stages[name], run_dir)
         done = [n for n in names if (run_dir / f"{n}.json").is_file()]

@@ -217,6 +217,8 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
         found["deepspeed"] = deepspeed_config(spec.zero, optim, dtype=spec.dtype) | {
             "train_micro_batch_size_per_gpu": spec.micro_batch_size,
             "gradient_accumulation_steps": passes,
+            # accelerate says itself where an optimiser step ends.
+            "managed_gradient_accumulation": True,
         }
     return found
 
