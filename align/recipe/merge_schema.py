@@ -8,6 +8,8 @@ from align.recipe.offline_schema import StageSpec
 from align.recipe.parts import Count, DataSpec, Fraction, SamplingSpec, refuse_answers
 from align.recipe.reward_schema import RewardSpec, distinct_names
 
+MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
+
 
 class MergeStage(StageSpec):
     """Interpolate between a model and what was fine-tuned from it (WiSE-FT, arXiv:2109.01903).
@@ -19,8 +21,15 @@ class MergeStage(StageSpec):
     kind: Literal["merge"]
     base: str
     tuned: str
+    others: list[str] = []
+    """More models that were fine-tuned from ``base``, merged with ``tuned`` by ties and dare."""
+    method: MergeMethod = "linear"
+    """All but linear need mergekit: pip install 'align-suite[merge]'."""
+    density: Fraction | None = None
+    """Share of each task vector that ties and dare keep; None is 0.5."""
     alphas: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    """Shares of the fine-tuned weights: 0 is ``base``, 1 is ``tuned``."""
+    """Shares of the fine-tuned weights: 0 is ``base``, 1 is ``tuned``; with ties and dare what the
+    merged task vector is multiplied by."""
     prompts: list[DataSpec] = []
     """Held-out prompts like those that were trained on."""
     shifted: list[DataSpec] = []
@@ -40,6 +49,8 @@ class MergeStage(StageSpec):
     @model_validator(mode="after")
     def _legal(self) -> "MergeStage":
         judged = {"prompts": self.prompts, "shifted": self.shifted, "scores": self.scores}
+        if self.method in ("linear", "slerp") and (self.others or self.density is not None):
+            raise ValueError(f"'others' and 'density' have no effect with method {self.method}")
         if len(set(self.alphas)) != len(self.alphas):
             raise ValueError(f"alphas {self.alphas} holds one twice")
         if len(self.alphas) == 1:

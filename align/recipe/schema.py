@@ -9,7 +9,7 @@ from align.recipe.curation_schema import CurateStage, DataStage, SelfInstructSta
 from align.recipe.evaluate_schema import EvaluateStage
 from align.recipe.keep_schema import AugmentSpec, EarlyStoppingSpec, EwcSpec
 from align.recipe.layers_schema import LayersSpec
-from align.recipe.merge_schema import MergeStage
+from align.recipe.merge_schema import MergeMethod, MergeStage
 from align.recipe.offline_schema import (
     BaseStage,
     DpoStage,
@@ -57,6 +57,7 @@ __all__ = [
     "HarnessSpec",
     "KtoStage",
     "LayersSpec",
+    "MergeMethod",
     "MergeStage",
     "OfflineStage",
     "OnlineStage",
@@ -164,6 +165,8 @@ def references(spec: Any) -> dict[str, str]:
     if isinstance(spec, MergeStage):
         add("base", spec.base)
         add("tuned", spec.tuned)
+        for i, name in enumerate(spec.others):
+            add(f"others.{i}", name)
     if isinstance(spec, EvaluateStage):
         for key, names in (("models", spec.models), ("reward_models", spec.reward_models)):
             for i, name in enumerate(names):

@@ -1,8 +1,12 @@
 """Stage merge: interpolate a model and what was fine-tuned from it; choose alpha by answers."""
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from align.core.errors import ArtefactError
 from align.core.types import PromptRow
 from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
 from align.evaluation.stats import paired_bootstrap
-from align.models.loading import load_policy
+from align.models.loading import load_policy, saved_weights
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
 from align.online.rollout import answer_fixed
@@ -30,6 +34,7 @@ from align.stages.online import build_rewards, prompt_rows, start_engine
 from align.stages.preflight import settle
 from align.stages.training import fingerprints
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
+from align.tuning.kit import check_kit, write_by_kit
 from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
@@ -51,17 +56,20 @@ class Answered:
 
 def run(spec: MergeStage, context: StageContext) -> StageResult:
     """Write the interpolation of ``spec.base`` and ``spec.tuned`` that the rule chooses."""
-    base, tuned = (context.artefact(name, "policy") for name in (spec.base, spec.tuned))
-    for name, artefact in ((spec.base, base), (spec.tuned, tuned)):
+    if spec.method != "linear":
+        check_kit()
+    names = (spec.base, spec.tuned, *spec.others)
+    sources = [context.artefact(name, "policy") for name in names]
+    for name, artefact in zip(names, sources, strict=True):
         refuse_adapter(name, artefact)
-    settle(context, merge_checks(spec, base, tuned, context))
+    settle(context, merge_checks(spec, sources, context))
     curve: list[Point] = []
     alpha = spec.alphas[0]
     if len(spec.alphas) > 1:
-        curve = sweep(spec, base, tuned, context)
+        curve = sweep(spec, sources, context)
         alpha = choose(curve, tolerance=spec.tolerance)
     if distributed.rank() == 0:
-        write_interpolated(base.model_dir, tuned.model_dir, alpha, context.out / "model")
+        write(spec, sources, alpha, context.out / "model", seed=context.seed)
     distributed.barrier()
     log.info("alpha %g written", alpha)
     metrics = {"merge/alpha": alpha}
@@ -73,21 +81,49 @@ def run(spec: MergeStage, context: StageContext) -> StageResult:
     )
 
 
+def write(
+    spec: MergeStage, sources: Sequence[Artefact], alpha: float, out: Path, *, seed: int
+) -> None:
+    """Write the merged model of one alpha; ``sources`` are the base and what was tuned from it."""
+    base, *tuned = (source.model_dir for source in sources)
+    if spec.method == "linear":
+        write_interpolated(base, tuned[0], alpha, out)
+        return
+    density = 0.5 if spec.density is None else spec.density
+    write_by_kit(base, tuned, alpha, out, method=spec.method, density=density, seed=seed)
+
+
+@contextlib.contextmanager
+def merged_weights(
+    spec: MergeStage, sources: Sequence[Artefact], alpha: float, context: StageContext
+) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
+    """Give what yields the merged weights of one alpha, as often as it is called."""
+    base, tuned = sources[0].model_dir, sources[1].model_dir
+    if spec.method == "linear":
+        yield partial(interpolated, base, tuned, alpha)
+        return
+    with tempfile.TemporaryDirectory(dir=context.out) as place:
+        write(spec, sources, alpha, Path(place) / "model", seed=context.seed)
+        yield partial(saved_weights, Path(place) / "model")
+
+
 def merge_checks(
-    spec: MergeStage, base: Artefact, tuned: Artefact, context: StageContext
+    spec: MergeStage, sources: Sequence[Artefact], context: StageContext
 ) -> list[Check]:
     """Give the checks of a merge: models of one form, and scores that tell right from wrong."""
 
     def alike() -> Finding:
-        check_alike(base.model_dir, tuned.model_dir)
-        return Finding(f"{spec.base} and {spec.tuned} have the same weights by name and shape")
+        for source in sources[1:]:
+            check_alike(sources[0].model_dir, source.model_dir)
+        names = ", ".join([spec.tuned, *spec.others])
+        return Finding(f"{names} and {spec.base} have the same weights by name and shape")
 
     found: list[Check] = [("alike", alike)]
     if len(spec.alphas) > 1:
-        chat, rewards = chat_format(base.model_dir), build_rewards(spec.scores, context)
+        chat, rewards = chat_format(sources[0].model_dir), build_rewards(spec.scores, context)
         for name, data in zip(SETS, (spec.prompts, spec.shifted), strict=True):
             rows = _rows(spec, data, context)
-            found += prompt_checks(chat, rows, model_dir=base.model_dir)
+            found += prompt_checks(chat, rows, model_dir=sources[0].model_dir)
             found += reward_checks(f"{name}: score", spec.scores, rewards, rows, None)
     return found
 
@@ -106,8 +142,9 @@ def refuse_adapter(name: str, artefact: Artefact) -> None:
         )
 
 
-def sweep(spec: MergeStage, base: Artefact, tuned: Artefact, context: StageContext) -> list[Point]:
+def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) -> list[Point]:
     """Score every alpha on both sets of prompts; one engine takes the weights in turn."""
+    base, tuned = sources[:2]
     chat = chat_format(base.model_dir)
     sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
     other = chat_format(tuned.model_dir)
@@ -119,8 +156,9 @@ def sweep(spec: MergeStage, base: Artefact, tuned: Artefact, context: StageConte
     metrics = context.metrics(len(spec.alphas))
     found: dict[float, dict[str, Answered]] = {}
     for i, alpha in enumerate(spec.alphas):
-        with engine.awake():
-            push(engine, trainer, base, tuned, alpha, sets["prompts"], spec, version=i + 1)
+        merged = merged_weights(spec, sources, alpha, context)
+        with engine.awake(), merged as weights:
+            push(engine, trainer, weights, sets["prompts"], spec, version=i + 1)
             found[alpha] = {
                 name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
                 for name, rows in sets.items()
@@ -146,20 +184,17 @@ def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list
 def push(
     engine: RolloutEngine,
     trainer: LogprobModel,
-    base: Artefact,
-    tuned: Artefact,
-    alpha: float,
+    weights: Callable[[], Iterator[tuple[str, torch.Tensor]]],
     rows: Sequence[PromptRow],
     spec: MergeStage,
     *,
     version: int,
 ) -> None:
-    """Bring interpolated weights into the engine and prove that it answers with them."""
+    """Bring merged weights into the engine and prove that it answers with them."""
     named = dict(trainer.model.named_parameters())
-    for name, tensor in interpolated(base.model_dir, tuned.model_dir, alpha):
+    for name, tensor in weights():
         named[name].copy_(tensor)
-    weights = interpolated(base.model_dir, tuned.model_dir, alpha)
-    engine.load_weights(weights, version=version)
+    engine.load_weights(weights(), version=version)
     ids = torch.tensor([list(rows[0].input_ids)], device=distributed.device())
     positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     expected = trainer(ids, positions).logprobs[0, 1:].tolist()

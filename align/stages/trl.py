@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
 from align.core.artefacts import hash_tree, write_json_atomic
@@ -81,6 +82,9 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
         final |= found
     metrics.close()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # Under ZeRO-3 transformers would partition every model that is made from here on, and wait
+    # for all ranks: what one rank makes to check the names would hang.
+    unset_hf_deepspeed_config()
     if distributed.rank() == 0:
         tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
         save_policy(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
@@ -297,6 +299,26 @@ def test_an_experimental_trainer_runs(recipe, run_dir) -> None:
     runs.finish(recipe, "orpo", run_dir, kind="trl")
     assert "eval/loss" in runs.numbers(run_dir, "orpo")[-1]
     assert runs.manifest(run_dir, "orpo")["kind"] == "policy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_of_trl_under_zero_on_two_ranks_equals_one_process(
+    recipe, run_dir, tmp_path, stage
+) -> None:
+    """ORPO's loss is a mean over pairs, so ranks and accumulation must not change it."""
+    if not (run_dir / "orpo" / "manifest.json").exists():
+        runs.finish(recipe, "orpo", run_dir, kind="trl")
+    (tmp_path / "base").symlink_to(run_dir / "base")
+    changes = ["stages.orpo.ranks=2", f"stages.orpo.zero.stage={stage}"]
+    runs.finish(recipe, "orpo", tmp_path, kind="trl", ranks=2, overrides=changes)
+    one, two = (runs.numbers(folder, "orpo") for folder in (run_dir, tmp_path))
+    for name in ("train/loss", "optim/grad_norm"):
+        found = [line[name] for line in two if name in line]
+        assert found == pytest.approx([line[name] for line in one if name in line], rel=2e-3)
+    one, two = (load(runs.weights(folder, "orpo")) for folder in (run_dir, tmp_path))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0.0, atol=2e-5, msg=name)
 
 
 def trainer_arguments(recipe: Path, change: str, folder: Path) -> None:
