@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from align.core.artefacts import Artefact
 from align.losses.preference import tail_weights
 from align.models.logprobs import causal_lm
-from align.online.weights import PUSH_TOLERANCE, checkpoint_name
+from align.online.weights import PUSH_TOLERANCE, checkpoint_name, gathered
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
 from align.recipe.tuning_schema import VIRTUAL
@@ -239,4 +239,5 @@ def _saved_tensor(file: Path, name: str) -> Tensor:
 def _equal(own: Tensor, saved: Tensor) -> bool:
     """Say whether a weight is the saved one; one that is held in 4 bits cannot be compared."""
     is_quantised = own.dtype == torch.uint8
-    return is_quantised or torch.equal(saved.to(own.dtype), own.detach().cpu())
+    with gathered([own]):
+        return is_quantised or torch.equal(saved.to(own.dtype), own.detach().cpu())
