@@ -1,6 +1,7 @@
 """Loading and saving of causal language models and their tokenizers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
 from align.models.attention import PACKED
+
+
+@contextmanager
+def bringing_in(path: str) -> Iterator[None]:
+    """Say what to do where a model is neither a folder here nor to be had from the hub.
+
+    Raises:
+        ArtefactError: in place of the hub client's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        told = " ".join(str(error).split())
+        raise ArtefactError(
+            f"{path}: no such folder here, and not to be had from the hub: {told} Correct the "
+            "name, log in if it is private (hf auth login), or download the model where there is a "
+            "network and give its folder"
+        ) from error
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:

@@ -25,7 +25,7 @@ from align.core.types import Example
 from align.data.chat import ChatFormat, apply_tokenizer_spec
 from align.data.load import fit_rows, load_examples
 from align.models.attention import PACKED
-from align.models.loading import add_embeddings
+from align.models.loading import add_embeddings, bringing_in
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import StageContext, StageResult
@@ -58,17 +58,8 @@ def _bring_in(spec: BaseStage) -> tuple[nn.Module, Any]:
     path = str(spec.path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
-    try:
+    with bringing_in(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        if Path(path).exists():
-            raise
-        told = " ".join(str(error).split())
-        raise ArtefactError(
-            f"{path}: no such folder here, and not to be had from the hub: {told} Correct the "
-            "name, log in if it is private (hf auth login), or download the model where there is a "
-            "network and give its folder"
-        ) from error
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, spec.dtype))
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))

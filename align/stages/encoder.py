@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from align.core import distributed
 from align.core.errors import ArtefactError
-from align.models.loading import load_tokenizer
+from align.models.loading import bringing_in, load_tokenizer
 from align.preflight.checks import Finding
 from align.recipe.schema import EncoderStage
 from align.stages.base import StageContext, StageResult
@@ -20,7 +20,8 @@ def run(spec: EncoderStage, context: StageContext) -> StageResult:
     """Write the encoder's artefact: its own weights and tokenizer."""
     if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
         raise ArtefactError(f"{spec.path}: no config.json; expected a folder saved by transformers")
-    tokenizer = load_tokenizer(spec.path)
+    with bringing_in(spec.path):
+        tokenizer = load_tokenizer(spec.path)
     if tokenizer.pad_token_id is None:
         raise ArtefactError(f"{spec.path}: its tokenizer has no pad token; give it one and save it")
     kind = _saved_class(spec.path)

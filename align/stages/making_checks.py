@@ -15,7 +15,7 @@ from align.stages.making import answer_text
 
 Scores = Sequence[float | None]
 NUM_SCORED = 16
-"""Rows that are scored before a stage begins."""
+"""Rows that are scored before a stage begins: too few to stop it, enough for a warning."""
 
 
 def row_check(examples: Sequence[Example]) -> Check:
@@ -59,7 +59,7 @@ def scored(scores: Scores) -> Finding:
     known = [score for score in scores if score is not None]
     value = f"{len(known)} of {len(scores)} rows scored"
     if not known:
-        return Finding(value, "all", "fail", "it can score none of the first rows; see the data")
+        return Finding(value, "all", "warn", "it can score none of these rows, which will leave")
     value += f", from {min(known):.3g} to {max(known):.3g}"
     if len(known) < len(scores):
         return Finding(value, "all", "warn", "rows that it cannot score will leave")
@@ -77,8 +77,8 @@ def vote_checks(names: Sequence[str], votes: NDArray[np.int64]) -> list[Check]:
     def any_vote() -> Finding:
         rows = int((votes != ABSTAIN).any(axis=1).sum())
         return Finding(
-            f"{rows} of {len(votes)} rows have a vote", "more than 0", "ok" if rows else "fail",
-            "no function votes on the first rows; look at good_from, bad_below and min_gap",
+            f"{rows} of {len(votes)} rows have a vote", "more than 0", "ok" if rows else "warn",
+            "no function votes on these rows; look at good_from, bad_below and min_gap",
         )  # fmt: skip
 
     return [*found, ("votes", any_vote)]
@@ -91,7 +91,7 @@ def voted(column: NDArray[np.int64]) -> Finding:
     silent = counts[ABSTAIN] == len(column)
     return Finding(
         value, "some votes", "warn" if silent else "ok",
-        "it votes on none of the first rows; look at its bounds and its column",
+        "it votes on none of these rows; look at its bounds and its column",
     )  # fmt: skip
 
 

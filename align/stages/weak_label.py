@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.core.errors import DataError
 from align.core.types import Example
 from align.data.agreement import ABSTAIN, LabelModel, dawid_skene
 from align.data.load import load_examples
@@ -36,6 +37,8 @@ def run(spec: WeakLabelStage, context: StageContext) -> StageResult:
     first = collect_votes(spread(examples, NUM_SCORED), spec, context)
     settle(context, [row_check(examples), *vote_checks(*first)])
     names, votes = collect_votes(examples, spec, context)
+    if not (votes != ABSTAIN).any():
+        raise DataError(f"{context.name}: no function gave any vote; look at their bounds")
     model, probabilities = agreed(examples, votes, of=spec.of)
     ledger = Ledger()
     rows = []

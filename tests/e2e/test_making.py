@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from test_deep_check import deep
 
-from align.core.errors import EXIT_PREEMPTED, RecipeError
+from align.core.errors import EXIT_PREEMPTED, DataError, RecipeError
 from align.data.world import generate
 from align.recipe.load import load_recipe
+from align.stages import weak_label
 from align.stages.base import StageContext
 from align.stages.checking import check_recipe
 from align.stages.online import build_rewards
@@ -242,20 +243,29 @@ def test_every_stage_is_checked_before_it_begins(recipe, run_dir, tmp_path) -> N
     [
         ("curate", "words={min: 500}", "words", "no row would stay"),
         ("curate", "quality=[{kind: exact_match, column: gone}]", "preparation", "gone"),
-        ("weak_label", "use_given=false", "votes", "no function votes on the first rows"),
     ],
 )
 def test_data_that_cannot_be_made_fails_before_the_stage(
     recipe, tmp_path, stage, change, line, remedy
 ) -> None:
-    silent = "{by: {kind: regex, name: NAME, pattern: 'q(zz)q'}}"
-    functions = ", ".join(silent.replace("NAME", name) for name in "abc")
-    overrides = [f"stages.{stage}.{change}"]
-    if stage == "weak_label":
-        overrides.append(f"stages.weak_label.functions=[{functions}]")
-    (card,) = check_recipe(load_recipe(recipe, overrides), {}, only=stage)
+    (card,) = check_recipe(load_recipe(recipe, [f"stages.{stage}.{change}"]), {}, only=stage)
     (failed,) = card.failed
     assert (failed.name, remedy in failed.remedy) == (line, True), card
+
+
+def test_judges_that_never_vote_warn_before_the_stage_and_stop_it(recipe, tmp_path) -> None:
+    silent = "{by: {kind: regex, name: NAME, pattern: 'q(zz)q'}}"
+    functions = ", ".join(silent.replace("NAME", name) for name in "abc")
+    loaded = load_recipe(recipe, ["stages.weak_label.use_given=false",
+                                  f"stages.weak_label.functions=[{functions}]"])  # fmt: skip
+    (card,) = check_recipe(loaded, {}, only="weak_label")
+    assert [line.name for line in card.lines if line.verdict == "warn"] == [
+        "votes of a", "votes of b", "votes of c", "votes"
+    ]  # fmt: skip
+    context = StageContext(loaded, "weak_label", tmp_path, 0)
+    context.out.mkdir()
+    with pytest.raises(DataError, match="no function gave any vote"):
+        weak_label.run(loaded.stages["weak_label"], context)
 
 
 def test_rows_that_trl_would_cut_at_its_own_limit_stop_the_stage(recipe, run_dir, tmp_path) -> None:
