@@ -199,7 +199,7 @@ def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
     """Raise ValueError where vLLM cannot be given the adapter alone."""
     if engine == "hf":
         raise ValueError("sampling.push: adapter has no effect with engine hf; remove it")
-    if tuning.method not in ("lora", "rslora"):
+    if not isinstance(tuning, LoraTuning) or tuning.method == "dora":
         raise ValueError(
             f"sampling.push: adapter needs an adapter that vLLM serves (lora or rslora); with "
             f"{tuning.method} leave it out: whole weights are pushed"

@@ -25,12 +25,17 @@ from align.recipe.schema import ClassifyStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.preflight import settle
-from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
+from align.stages.training import (
+    fingerprints,
+    offline_rows,
+    run_offline,
+    tuned_below_head,
+    whole_state,
+)
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.loading import load_classifier, quantization
-from align.tuning.wrap import add_tuner
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -147,14 +152,10 @@ def build_classifier(
             f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
             f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
         )
-    backbone: Any = model.base_model
-    if spec.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if spec.tuning.method not in ("full", "head"):
-            backbone.enable_input_require_grads()
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
-    tuned = add_tuner(backbone, spec.tuning, seed=distributed.derive_seed(seed, "tuning"))
+    tuning_seed = distributed.derive_seed(seed, "tuning")
+    tuned = tuned_below_head(spec, model.base_model, seed=tuning_seed)
     setattr(model, model.base_model_prefix, tuned)
     return model.to(distributed.device())
 

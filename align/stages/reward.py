@@ -40,12 +40,17 @@ from align.stages.scorer_rows import (
     pair_loss,
     steps_loss,
 )
-from align.stages.training import fingerprints, offline_rows, run_offline, whole_state
+from align.stages.training import (
+    fingerprints,
+    offline_rows,
+    run_offline,
+    tuned_below_head,
+    whole_state,
+)
 from align.training.batch import PackedBatch
 from align.training.offline import OfflineTask
 from align.tuning.files import num_trained, save_adapter, with_adapter
 from align.tuning.loading import quantization
-from align.tuning.wrap import add_tuner
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
 
@@ -202,14 +207,9 @@ def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
         num_heads=spec.heads,
         quantization=quantization(spec.tuning, spec.dtype),
     )
-    backbone: Any = model.backbone
-    if spec.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if spec.tuning.method not in ("full", "head"):
-            backbone.enable_input_require_grads()
     if spec.keep.dropout:
-        set_dropout(model, spec.keep.dropout)
-    model.backbone = add_tuner(backbone, spec.tuning, seed=spec.seed or 0)
+        set_dropout(model.backbone, spec.keep.dropout)
+    model.backbone = tuned_below_head(spec, model.backbone, seed=spec.seed or 0)
     return model.to(distributed.device())
 
 

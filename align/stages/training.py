@@ -35,7 +35,7 @@ from align.tuning.ewc import Anchor
 from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training
 from align.tuning.merging import adapter_parameters, is_quantised
-from align.tuning.wrap import has_adapter
+from align.tuning.wrap import add_tuner, has_adapter
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,15 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
     trained, total = num_trained(model)
     log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
     return LogprobModel(model)
+
+
+def tuned_below_head(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
+    """Add what ``tuning`` trains to the model that a new head stands on."""
+    if spec.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.method not in ("full", "head"):
+            backbone.enable_input_require_grads()
+    return add_tuner(backbone, spec.tuning, seed=seed)
 
 
 def save_trained_policy(
@@ -115,7 +124,7 @@ def offline_rows(
     spec: OfflineStage,
     context: StageContext,
     *,
-    kind: Literal["sft", "preference", "unpaired", "steps"],
+    kind: Literal["sft", "preference", "unpaired", "steps", "classes"],
     render: Callable[[Example], Any],
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Load and tokenise training and held-out rows; no prompt may stand on both sides.

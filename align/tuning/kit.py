@@ -59,9 +59,9 @@ def write_by_kit(
     seed: int,
 ) -> None:
     """Write a model folder: mergekit's weights, everything else as in the first of ``tuned``."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
+    from mergekit.config import MergeConfiguration  # pyright: ignore[reportMissingImports]
+    from mergekit.merge import run_merge  # pyright: ignore[reportMissingImports]
+    from mergekit.options import MergeOptions  # pyright: ignore[reportMissingImports]
 
     config = kit_config(base, tuned, alpha, method=method, density=density)
     options = MergeOptions(
