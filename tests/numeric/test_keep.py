@@ -140,7 +140,7 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
                  "tuning": {"method": "lora"}}, "which lora tuning leaves as they are"),
         ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
-        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "answers to one prompt as it stands"),
+        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "takes its rows as they stand"),
         ("sft", {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
          "trains nothing inside a layer"),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
