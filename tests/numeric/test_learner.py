@@ -2,14 +2,15 @@
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -114,19 +115,22 @@ def test_learner_equals_textbook_adamw_for_every_micro_batch_size(
         torch.testing.assert_close(found[name].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def cpu_adam_is_built() -> bool:
-    """Say whether DeepSpeed's CPU Adam, which offloading uses, has been compiled here."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    # A build that was killed leaves a lock behind, on which torch would wait for ever.
-    built = [path.parent for path in root.rglob("cpu_adam.so")]
-    return any(not (folder / "lock").exists() for folder in built)
+@pytest.fixture(scope="module")
+def cpu_adam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile DeepSpeed's CPU Adam, which offloading uses: half a minute to two.
+
+    In a folder of its own, because torch would wait for ever on a lock that a killed build left.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        CPUAdamBuilder().load()
+        yield
 
 
-@pytest.mark.skipif(
-    not cpu_adam_is_built(),
-    reason="DeepSpeed's CPU Adam is not built; minutes once: python -c "
-    "'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'",
-)
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler for DeepSpeed's CPU Adam")
+@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_learner_equals_textbook_adamw(model_dir: Path, stage: int) -> None:
     weights, losses, norms = plain_adamw()
