@@ -24,6 +24,7 @@ from align.recipe.parts import (
 )
 from align.recipe.reward_schema import EnsembleReward, LengthReward, MathReward
 from align.recipe.task_schema import TaskSampling, TaskSpec
+from align.recipe.trl_schema import TrlStage
 
 Idle = tuple[str, str]
 """A dotted key below a stage, and why its value has no effect or cannot work."""
@@ -94,7 +95,7 @@ def _sampling(spec: SamplingSpec) -> Iterator[Idle]:
 
 def _greedy(spec: Any) -> Iterator[Idle]:
     if spec.temperature == 0.0 and changed(spec, "top_p"):
-        yield "top_p", "has no effect at temperature 0, which takes the most likely token"
+        yield "top_p", "has no effect at temperature 0, the most likely token; write top_p: 1.0"
 
 
 def _kl(spec: KlSpec) -> Iterator[Idle]:
@@ -119,6 +120,12 @@ def _offline(spec: OfflineStage) -> Iterator[Idle]:
         yield "epochs", "has no effect beside 'steps', which says how long; give one of them"
     if spec.eval_every and not spec.heldout:
         yield "eval_every", "has no effect without 'heldout' rows"
+    yield from _heldout(spec)
+
+
+def _heldout(spec: OfflineStage | TrlStage) -> Iterator[Idle]:
+    if not spec.heldout and changed(spec, "max_contaminated_frac"):
+        yield "max_contaminated_frac", "has no effect without 'heldout' rows"
 
 
 def _base(spec: BaseStage) -> Iterator[Idle]:
@@ -215,6 +222,7 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (DataSpec, _data), (OptimSpec, _optim), (ZeroSpec, _zero), (SamplingSpec, _sampling),
     (SamplingSpec, _greedy), (TaskSampling, _greedy), (KlSpec, _kl), (ImportanceSpec, _importance),
     (TrainingStage, _training), (OfflineStage, _offline), (BaseStage, _base),
+    (TrlStage, _heldout),
     (OnlineStage, _online), (PpoStage, _kl_of_stage), (GrpoStage, _kl_of_stage),
     (PpoStage, _ppo), (GrpoStage, _grpo), (EvaluateStage, _evaluate),
     (EvaluateStage, _repeats), (TaskSpec, _repeats), (EnsembleReward, _ensemble),

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from align.core.errors import RecipeError
 from align.recipe.adapters import adapter_problems
 from align.recipe.algorithms import preset_keys
+from align.recipe.defaults import complete_blocks
 from align.recipe.effects import idle_options
 from align.recipe.messages import describe, locate, suggest
 from align.recipe.overrides import apply_overrides
@@ -61,6 +62,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)
+    complete_blocks(source)
     errors = list(source.errors)
     recipe = None
     try:

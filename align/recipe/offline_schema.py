@@ -86,6 +86,8 @@ class OfflineStage(TrainingStage):
     """Optimiser steps; overrides ``epochs``."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     max_lost_frac: Fraction = 0.01
+    max_contaminated_frac: Fraction = 0.05
+    """Share of the held-out prompts whose words may stand in the training texts."""
 
     @model_validator(mode="after")
     def _answers_for_sft(self) -> "OfflineStage":

@@ -42,6 +42,8 @@ class TrlStage(StageSpec):
     max_length: Count | None = None
     """Tokens of a row; longer ones are lost, not cut. None takes the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
+    max_contaminated_frac: Fraction = 0.05
+    """Share of the held-out prompts whose words may stand in the training texts."""
     batch_size: Count = 8
     """Rows of one optimiser step over all ranks."""
     micro_batch_size: Count = 8

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.recipe.parts import Count, DataSpec, Spec, refuse_answers
+from align.recipe.parts import Count, DataSpec, Fraction, Spec, refuse_answers
 from align.recipe.reward_schema import RewardSpec, distinct_names
 
 AlarmName = Literal[
@@ -31,6 +31,8 @@ class WatchSpec(Spec):
     prompts: list[DataSpec] = Field(min_length=1)
     gold: list[RewardSpec] = Field(min_length=1)
     """Scorers that training never sees; the best checkpoint is the best by their weighted sum."""
+    max_contaminated_frac: Fraction = 0.05
+    """Share of ``prompts`` whose words may stand in the training prompts."""
     samples: Count = 1
     """Answers per prompt."""
     keep: Literal["last", "best"] = "last"

@@ -49,6 +49,10 @@ class StageContext:
     seed: int
     scratch: Path | None = None
     """Folder to write to instead of the stage's own where only the preflight is wanted."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Entries of the manifest that are known before the first step."""
+    checks: list[Any] = field(default_factory=list)
+    """What loading the data has found, as lines for the preflight's card."""
 
     @property
     def out(self) -> Path:
@@ -169,6 +173,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
         write_manifest(
             context.out,
             manifest
+            | context.notes
             | dict(result.notes)
             | {
                 "data": list(result.data),

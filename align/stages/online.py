@@ -34,6 +34,7 @@ from align.recipe.schema import (
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
+from align.stages.contaminated import note_contamination
 from align.stages.keeping import build_anchor, replayed
 from align.stages.preflight import preflight_online
 from align.stages.training import build_policy, fingerprints, save_trained_policy, start_of
@@ -57,6 +58,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     prompts = prompt_rows(spec, chat, context)
+    compare_with_held_out(spec, context)
     engine = start_engine(spec, source.model_dir, chat, context)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.tuning.method in NEW_AT_START:
@@ -160,8 +162,18 @@ def watched_rows(
 ) -> list[PromptRow]:
     """Render the held-out prompts; none of them may be trained on."""
     held_out = load_examples(watch.prompts, kind="prompts", seed=context.seed)
-    check_overlap(load_examples(spec.prompts, kind="prompts", seed=context.seed), held_out)
     return _fitted(held_out, spec, chat, context, what="watched prompts")
+
+
+def compare_with_held_out(spec: OnlineStage, context: StageContext) -> None:
+    """Refuse watched prompts that are trained on; look for those that nearly are."""
+    trained = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    watched, max_frac = [], 0.0
+    if spec.watch is not None:
+        watched = load_examples(spec.watch.prompts, kind="prompts", seed=context.seed)
+        check_overlap(trained, watched)
+        max_frac = spec.watch.max_contaminated_frac
+    note_contamination(context, trained, watched, max_frac=max_frac)
 
 
 def _fitted(

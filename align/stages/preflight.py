@@ -62,7 +62,9 @@ def settle(
     checks: Sequence[Check],
     views: Callable[[], Sequence[View]] | None = None,
 ) -> None:
-    """Run the checks of a stage and keep the card; every rank goes on, or none.
+    """Run the checks of a stage, after those of its context, and keep the card.
+
+    Every rank goes on, or none.
 
     Args:
         context: the stage's surroundings. checks: in order.
@@ -73,7 +75,8 @@ def settle(
         CheckedOnly: the stage was started for its checks alone.
     """
     kind = context.recipe.stages[context.name].kind
-    card = Card(context.name, kind, distributed.broadcast_object(examine(checks)))
+    found = distributed.broadcast_object(examine([*context.checks, *checks]))
+    card = Card(context.name, kind, found)
     if context.check_only:
         raise CheckedOnly(card)
     if distributed.rank() == 0:

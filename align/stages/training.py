@@ -22,6 +22,7 @@ from align.online.weights import full_precision_weights, full_weights, gathered
 from align.recipe.schema import DataSpec, OfflineStage, TrainingStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.contaminated import note_contamination
 from align.stages.keeping import build_anchor, replayed
 from align.training.learner import Learner
 from align.training.offline import (
@@ -139,6 +140,7 @@ def offline_rows(
         "held-out": load_examples(spec.heldout, kind=kind, seed=context.seed),
     }
     check_overlap(*sides.values())
+    note_contamination(context, *sides.values(), max_frac=spec.max_contaminated_frac)
 
     def fitted(name: str) -> Sequence[Any]:
         rows = [render(example) for example in sides[name]]

@@ -31,6 +31,7 @@ from align.models.loading import disable_dropout, load_tokenizer, save_policy
 from align.recipe.deepspeed import deepspeed_config
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.contaminated import note_contamination
 from align.stages.online import build_rewards
 from align.stages.training import fingerprints
 from align.stages.trl_preflight import preflight_trl
@@ -53,6 +54,7 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
         fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
     )
     check_overlap(train, heldout)
+    note_contamination(context, train, heldout, max_frac=spec.max_contaminated_frac)
     rewards = build_rewards(spec.rewards, context)
     metrics = context.metrics(spec.steps)
     trainer = trainer_class(
