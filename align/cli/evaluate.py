@@ -83,14 +83,23 @@ def eval_(
 
 
 def calibrate(
-    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="a reward model, or a URL")],
+    judge: Annotated[
+        str, typer.Argument(metavar="JUDGE", help="a reward model, a URL, or 'longer' (the answer)")
+    ],
     pairs: Annotated[Path, typer.Option(metavar="FILE", help="preference pairs of people")],
     model: Annotated[str | None, typer.Option(metavar="NAME", help="model at the URL")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="pairs to judge; all by default")] = None,
+    heldout_frac: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=1.0, help="only what a recipe with this share holds out"),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE")] = Path("runs/calibration.json"),
     runs: Runs = Path("runs"),
 ) -> None:
     """Measure a judge against people: agreement, Cohen's kappa, position bias."""
     from align.pipeline.evaluating import calibrate as measure
 
-    raise typer.Exit(measure(judge, model=model, pairs=pairs, rows=rows, out=out, runs=runs))
+    found = measure(
+        judge, model=model, pairs=pairs, rows=rows, heldout_frac=heldout_frac, out=out, runs=runs
+    )
+    raise typer.Exit(found)

@@ -20,6 +20,8 @@ from align.recipe.tasks import load_task
 
 STAGE = "evaluate"
 HARNESS_PREFIX = "lm_eval:"
+LONGER = "longer"
+"""The judge of ``align calibrate`` for whom the longer answer wins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +91,35 @@ def evaluate(
 
 
 def calibrate(
-    judge: str, *, model: str | None, pairs: Path, rows: int | None, out: Path, runs: Path
+    judge: str,
+    *,
+    model: str | None,
+    pairs: Path,
+    rows: int | None,
+    heldout_frac: float | None,
+    out: Path,
+    runs: Path,
 ) -> int:
     """Measure a judge on pairs that people have ordered, and show what came out.
 
     Args:
-        judge: URL of an endpoint, or a reward model's RUN/STAGE or folder.
+        judge: URL of an endpoint, a reward model's RUN/STAGE or folder, or ``longer``.
         model: name of the model at the endpoint.
         pairs: file of preference pairs. rows: how many of them; None takes all.
+        heldout_frac: only the pairs that a recipe with this share holds out; None takes all.
         out: JSON file to write. runs: folder that RUN/STAGE is looked up in.
     """
-    endpoint, scorer = _judge(Question([], [], judge=judge, judge_model=model), runs)
-    if endpoint is None and scorer is None:
-        raise RecipeError(f"{judge}: expected a reward model's RUN/STAGE or a URL with --model")
+    scorer = judge if judge == LONGER and model is None else None
+    if scorer is None:
+        endpoint, scorer = _judge(Question([], [], judge=judge, judge_model=model), runs)
+        if endpoint is None and scorer is None:
+            raise RecipeError(
+                f"{judge}: expected a reward model's RUN/STAGE, a URL with --model, or '{LONGER}'"
+            )
     options = ["--pairs", str(pairs), "--out", str(out)]
     options += ["--model", model] if model else []
     options += ["--rows", str(rows)] if rows else []
+    options += ["--heldout-frac", str(heldout_frac)] if heldout_frac else []
     code = run_calibrate(scorer or judge, options)
     if code == EXIT_OK:
         found = json.loads(out.read_text(encoding="utf-8"))

@@ -36,7 +36,8 @@ class WatchSpec(Spec):
     samples: Count = 1
     """Answers per prompt."""
     keep: Literal["last", "best"] = "last"
-    """Which weights become ``model/``; the best by gold always stay under ``best/``."""
+    """Which weights become ``model/``: the best by gold always stay under ``best/``, and become it
+    where the guard ends the stage."""
     guard: GuardSpec | None = None
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import Any
 from align.core import distributed
 from align.core.artefacts import read_artefact, write_json_atomic
 from align.core.errors import EXIT_OK, AlignError
+from align.core.types import Example
 from align.data.load import load_examples
 from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
-from align.evaluation.judge import Bench, Pair, answer, judge_model, plain
+from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model, plain
 from align.evaluation.verdict import Answered, Judged
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
+from align.stages.base import chat_format
 from reward_models import build_reward
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 
 log = logging.getLogger(__name__)
+LONGER = "longer"
+"""The judge for whom the longer answer wins: what a judge of worth must beat."""
 
 
 def open_bench(spec: PairwiseSpec) -> Bench:
@@ -78,7 +83,7 @@ def calibrate(
     """Measure a judge on pairs that people have ordered.
 
     Args:
-        judge: URL of an endpoint, or the folder of a reward model.
+        judge: URL of an endpoint, the folder of a reward model, or LONGER.
         model: name of the model at the endpoint.
         data: preference pairs; the chosen answer is the one that people preferred.
         criteria: what a judge behind an endpoint is to look at. cache: folder of its verdicts.
@@ -100,35 +105,50 @@ def calibrate(
         except JudgeError as error:
             raise AlignError(str(error)) from error
         report = bench.report()
+    elif judge == LONGER:
+        said = scored_orders(pairs, lambda _, answers: [float(len(text)) for text in answers])
     else:
-        folder = read_artefact(judge, "reward_model").model_dir
-        reward = build_reward({"kind": "scalar", "model": str(folder)})
-        turns = {plain(e.prompt): e.prompt for e in examples}
-
-        def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-            said = [[{"role": "assistant", "content": text}] for text in answers]
-            return reward(prompts=[turns[p] for p in prompts], completions=said)
-
-        said = scored_orders(pairs, score)
+        said = _scored(read_artefact(judge, "reward_model").model_dir, examples, pairs)
     found = calibration(pairs, said, clusters=[split_key(e) for e in examples])
     return found | ({"judge": report} if report else {})
+
+
+def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
+    """Give a reward model's verdicts; it has none on pairs longer than its positions."""
+    reward = build_reward({"kind": "scalar", "model": str(folder)})
+    turns = {plain(e.prompt): e.prompt for e in examples}
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        said = [[{"role": "assistant", "content": text}] for text in answers]
+        return reward(prompts=[turns[p] for p in prompts], completions=said)
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf
+    rows = [chat.pair_row(e) for e in examples]
+    fits = [max(len(r.chosen.input_ids), len(r.rejected.input_ids)) <= limit for r in rows]
+    said = iter(scored_orders([p for p, fit in zip(pairs, fits, strict=True) if fit], score))
+    return [next(said) if fit else BothOrders(None, None) for fit in fits]
 
 
 def main() -> None:
     """Measure the judge of the command line; never returns."""
     parser = argparse.ArgumentParser(description="Measure a judge against people.")
-    parser.add_argument("judge", help="URL of an endpoint, or runs/<recipe>/<reward stage>")
+    parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
     parser.add_argument("--model", help="name of the model at the endpoint")
     parser.add_argument("--pairs", required=True, help="file of preference pairs")
     parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
+    parser.add_argument("--heldout-frac", type=float, help="only those held out by this share")
     parser.add_argument("--criteria", default=PairwiseSpec.model_fields["criteria"].default)
     parser.add_argument("--cache", default=EndpointSpec.model_fields["cache"].default)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    data = [DataSpec(path=args.pairs, rows=args.rows)]
+    data = DataSpec(path=args.pairs, rows=args.rows)
+    if args.heldout_frac is not None:
+        held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
+        data = data.model_copy(update=held_out)
     try:
         found = calibrate(
-            args.judge, model=args.model, data=data, criteria=args.criteria, cache=args.cache
+            args.judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(args.out, found)

@@ -56,13 +56,17 @@ def build_watch(
 
 
 def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
-    """Keep the weights that were asked for; give the manifest's notes on it."""
+    """Keep the weights that were asked for; give the manifest's notes on it.
+
+    Where the guard ended the stage these are the best ones, whatever ``keep`` says.
+    """
     top, alarm = guard.best_step(watch.history), watch.stopped_by
     best.prune({top})
-    if watch.spec.keep == "best":
+    restored = watch.spec.keep == "best" or alarm is not None
+    if restored:
         best.restore(top)
     found: dict[str, Any] = {"best_step": top, "last_step": watch.history[-1].step}
-    if watch.spec.keep == "best":
+    if restored:
         found["restored_step"] = top
     if alarm is not None:
         found |= {"stopped_by": "guard", "alarm": alarm.name, "reason": alarm.reason}

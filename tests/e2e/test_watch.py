@@ -104,7 +104,7 @@ def test_watched_ppo_killed_in_the_middle_ends_with_the_same_bytes(
 def test_guard_ends_the_stage_and_restores_the_best_weights(recipe, base, tmp_path) -> None:
     # Training pays for length, gold for brevity: the gold score must fall.
     run_dir = begin(base, tmp_path)
-    gold = "gold: [{kind: length, target: 1, limit: 12}], keep: best, "
+    gold = "gold: [{kind: length, target: 1, limit: 12}], "
     guard = "guard: {window: 3, patience: 1}"
     watch = (
         "stages.grpo.watch={every: 2, samples: 4, prompts: [{world: prompts, rows: 24, "

@@ -145,3 +145,24 @@ def test_conversation_is_written_with_its_roles():
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
     assert plain(turns) == "user: hi\nassistant: yes?"
     assert plain(turns[:1]) == "hi"
+
+
+def test_longer_is_a_judge_and_held_out_pairs_are_those_of_the_split(tmp_path: Path):
+    from align.recipe.schema import DataSpec
+    from align.stages.judging import LONGER, calibrate
+
+    def row(i: int, chosen: str, rejected: str) -> dict[str, str]:
+        return {"prompt": f"question {i}", "chosen": chosen, "rejected": rejected}
+
+    pairs = [row(0, "long", "no"), row(1, "long", "no"), row(2, "no", "long"), row(3, "so", "no")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options: Any = {"model": None, "criteria": "", "cache": None}
+    found = calibrate(LONGER, data=[DataSpec(path=str(path))], **options)
+    # Two right, one wrong, one tie.
+    assert (found["pairs"], found["invalid"]) == (4, 0)
+    assert found["agreement"][0] == 0.625
+    assert found["longer_share"][0] == 1.0
+    assert found["human_longer_share"][0] == pytest.approx(2 / 3)
+    held_out = DataSpec(path=str(path), split="heldout", heldout_frac=0.5)
+    assert 0 < calibrate(LONGER, data=[held_out], **options)["pairs"] < 4
