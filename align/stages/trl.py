@@ -48,8 +48,7 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     trainer_class, config_class = find_trainer(spec.trainer)
     chat = chat_format(source.model_dir)
     args = configuration(config_class, spec, context)
-    # What the recipe leaves open is the trainer's default, at which it cuts without a word.
-    limit = getattr(args, "max_length", None)
+    limit = getattr(args, "max_length", None)  # by default it cuts without a word
     train, heldout = (
         fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
     )
