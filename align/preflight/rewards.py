@@ -10,7 +10,7 @@ from typing import Any
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, spread
-from align.recipe.reward_schema import LengthReward, RepetitionReward
+from align.recipe.reward_schema import LengthReward, RefusalReward, RepetitionReward
 from align.recipe.schema import EnsembleReward, RewardSpec, ScalarReward
 from reward_models.base import MissingColumnError, RewardFunction
 
@@ -120,6 +120,8 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
     if fixed is not None:
         rows = spread(prompts, 1)
         return [Known(rows, [fixed[0]], [fixed[1]])]
+    if isinstance(spec, RefusalReward):
+        return [_refusals(spec, spread(prompts, NUM_ROWS))]
     column = _column(spec)
     if column is None or (isinstance(spec, ScalarReward) and column not in prompts[0].columns):
         return []
@@ -143,6 +145,17 @@ def _fixed(spec: RewardSpec) -> tuple[str, str] | None:
         distinct = " ".join(f"word{i}" for i in range(spec.ngram + 4))
         return distinct, " ".join(["word"] * (spec.ngram + 4))
     return None
+
+
+def _refusals(spec: RefusalReward, rows: Sequence[PromptRow]) -> Known:
+    """Decline where the column says so and reply elsewhere; the wrong answer does the reverse."""
+    declined, replied = "I'm sorry, but I can't help with that.", "Gladly. First take a pencil."
+    due = [_first(_value(row, spec.column)) in spec.declines for row in rows]
+    return Known(
+        list(rows),
+        [declined if d else replied for d in due],
+        [replied if d else declined for d in due],
+    )
 
 
 def _column(spec: RewardSpec) -> str | None:

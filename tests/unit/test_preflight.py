@@ -343,7 +343,13 @@ def test_report_shows_the_card_escaped(tmp_path: Path) -> None:
 
 def test_reward_is_held_to_known_answers() -> None:
     rows = [
-        PromptRow((5,), f"say {i}", {"answer": str(i)}, source=f"a.jsonl:{i}") for i in range(4)
+        PromptRow(
+            (5,),
+            f"say {i}",
+            {"answer": str(i), "label": ("safe", "unsafe")[i % 2]},
+            source=f"a.jsonl:{i}",
+        )
+        for i in range(4)
     ]
 
     def verdict(**plain) -> str:
@@ -354,6 +360,8 @@ def test_reward_is_held_to_known_answers() -> None:
     assert verdict(kind="math") == "ok"
     assert verdict(kind="exact_match", pattern=r"so (\d+)\.") == "ok"
     assert verdict(kind="length", target=3, limit=9) == "ok"
+    assert verdict(kind="refusal", declines=["unsafe"]) == "ok"
+    assert verdict(kind="refusal", declines=["unsafe"], column="risk") == "fail"
     # No text can satisfy a pattern that wants letters where the column holds numbers.
     assert verdict(kind="exact_match", pattern="so ([a-z]+)") == "fail"
     assert verdict(kind="math", column="solution") == "fail"
