@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from align.core import distributed
@@ -56,7 +57,7 @@ def _context(gate: Gate, work: Mapping[str, Any]) -> BenchContext:
     torch.set_num_threads(work["threads"])
     distributed.init_process_group()
     distributed.seed_everything(0)
-    recipe: Any = None  # no stage reads it once artefacts and metrics are given
+    recipe: Any = SimpleNamespace(stages={})  # a stage looks for held-out prompts of others here
     return BenchContext(recipe, "bench", Path(work["folder"]), 0, gate=gate)
 
 
