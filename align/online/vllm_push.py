@@ -11,15 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from align.recipe.tuning_schema import LoraTuning
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Largest ranks that vLLM can be built for."""
+from align.recipe.tuning_schema import SERVED_RANKS, LoraTuning
 
 
 def adapter_options(tuning: LoraTuning) -> dict[str, Any]:
     """Give the options of an engine that serves one adapter of this tuning."""
-    rank = min(r for r in RANKS if r >= tuning.rank)
+    rank = min(r for r in SERVED_RANKS if r >= tuning.rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 

@@ -158,8 +158,8 @@ VIRTUAL = ("prefix", "prompt", "ptuning")
 """Methods that put virtual tokens before the text."""
 
 
-SERVED_RANK = 512
-"""Largest rank of a LoRA that vLLM serves."""
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks of a LoRA that vLLM can be built for."""
 
 
 def refuse_dropout(tuning: TuningSpec) -> None:
@@ -204,9 +204,10 @@ def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
             f"sampling.push: adapter needs an adapter that vLLM serves (lora or rslora); with "
             f"{tuning.method} leave it out: whole weights are pushed"
         )
-    if tuning.rank > SERVED_RANK:
+    if tuning.rank > SERVED_RANKS[-1]:
         raise ValueError(
-            f"sampling.push: adapter: vLLM serves ranks up to {SERVED_RANK}, found {tuning.rank}"
+            f"sampling.push: adapter: vLLM serves ranks up to {SERVED_RANKS[-1]}, found "
+            f"{tuning.rank}"
         )
 
 

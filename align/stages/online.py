@@ -29,7 +29,6 @@ from align.recipe.schema import (
     OnlineStage,
     PpoStage,
     SelfInstructStage,
-    WatchSpec,
 )
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext, StageResult, chat_format
@@ -57,8 +56,8 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     """Reinforce ``spec.init`` with the rewards of the recipe."""
     source = start_of(spec, context)
     chat = chat_format(source.model_dir)
-    prompts = prompt_rows(spec, chat, context)
-    compare_with_held_out(spec, context)
+    asked, held_out = asked_and_watched(spec, context)
+    prompts = _fitted(asked, spec, chat, context, what="prompts")
     engine = start_engine(spec, source.model_dir, chat, context)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.tuning.method in NEW_AT_START:
@@ -92,7 +91,9 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     metrics = context.metrics(spec.steps)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
-    watch = begin_watch(online, chat, context, reference=reference, best=best, metrics=metrics)
+    watch = begin_watch(
+        online, held_out, chat, context, reference=reference, best=best, metrics=metrics
+    )
     checkpoints = context.out / "checkpoints"
     final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
@@ -107,6 +108,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
 
 def begin_watch(
     online: OnlineRun,
+    held_out: Sequence[Example],
     chat: ChatFormat,
     context: StageContext,
     *,
@@ -122,7 +124,7 @@ def begin_watch(
     return build_watch(
         online,
         spec.watch,
-        prompts=watched_rows(spec, spec.watch, chat, context),
+        prompts=_fitted(held_out, spec, chat, context, what="watched prompts"),
         gold=build_rewards(spec.watch.gold, context),
         reference=reference,
         best=best,
@@ -157,23 +159,18 @@ def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[Prom
     return _fitted(examples, spec, chat, context, what="prompts")
 
 
-def watched_rows(
-    spec: OnlineStage, watch: WatchSpec, chat: ChatFormat, context: StageContext
-) -> list[PromptRow]:
-    """Render the held-out prompts; none of them may be trained on."""
-    held_out = load_examples(watch.prompts, kind="prompts", seed=context.seed)
-    return _fitted(held_out, spec, chat, context, what="watched prompts")
-
-
-def compare_with_held_out(spec: OnlineStage, context: StageContext) -> None:
-    """Refuse watched prompts that are trained on; look for those that nearly are."""
-    trained = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+def asked_and_watched(
+    spec: OnlineStage, context: StageContext
+) -> tuple[list[Example], list[Example]]:
+    """Load the prompts to train on and those to watch; none of these may be trained on."""
+    asked = load_examples(spec.prompts, kind="prompts", seed=context.seed)
     watched, max_frac = [], 0.0
     if spec.watch is not None:
         watched = load_examples(spec.watch.prompts, kind="prompts", seed=context.seed)
-        check_overlap(trained, watched)
+        check_overlap(asked, watched)
         max_frac = spec.watch.max_contaminated_frac
-    note_contamination(context, trained, watched, max_frac=max_frac)
+    note_contamination(context, asked, watched, max_frac=max_frac)
+    return asked, watched
 
 
 def _fitted(
