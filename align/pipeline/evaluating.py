@@ -16,12 +16,11 @@ from align.pipeline.processes import run_calibrate
 from align.pipeline.running import run
 from align.pipeline.task_tables import calibration_lines, detect_lines
 from align.pipeline.terminal import Terminal
+from align.recipe.evaluate_schema import LONGER
 from align.recipe.tasks import load_task
 
 STAGE = "evaluate"
 HARNESS_PREFIX = "lm_eval:"
-LONGER = "longer"
-"""The judge of ``align calibrate`` for whom the longer answer wins."""
 
 
 @dataclass(frozen=True, slots=True)

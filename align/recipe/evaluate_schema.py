@@ -12,6 +12,9 @@ from align.recipe.task_schema import HarnessSpec, PairwiseSpec, TaskSampling, Ta
 OWN_TASK = "heldout"
 """Name of the task that the stage's own prompts make."""
 
+LONGER = "longer"
+"""The judge of `align calibrate` for whom the longer answer wins: what a judge must beat."""
+
 
 class EvaluateStage(StageSpec):
     """Compare checkpoints on held-out prompts."""

@@ -18,14 +18,13 @@ from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
 from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model, plain
 from align.evaluation.verdict import Answered, Judged
+from align.recipe.evaluate_schema import LONGER
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.stages.base import chat_format
 from reward_models import build_reward
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 
 log = logging.getLogger(__name__)
-LONGER = "longer"
-"""The judge for whom the longer answer wins: what a judge of worth must beat."""
 
 
 def open_bench(spec: PairwiseSpec) -> Bench:
