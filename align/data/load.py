@@ -137,20 +137,21 @@ def fit_rows(
             cut.append(row)
     for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
         _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
-    of = f"of {len(rows)}"
+    if cut:
+        logger.warning("%s: the prompts of %d of %d pairs were cut to %d tokens: %s", what,
+                       len(cut), len(rows), max_length, _places(cut, ledger))  # fmt: skip
     if len(lost) > max_lost_frac * len(rows) or not kept:
         longest = max(map(_length, lost), default=0)
         raise DataError(
-            f"{what}: {len(lost)} {of} rows are longer than max_length {max_length}: "
+            f"{what}: {len(lost)} of {len(rows)} rows are longer than max_length {max_length}: "
             f"{_places(lost, ledger)}; the longest has {longest} tokens, and at most "
             f"{max_lost_frac:.1%} may be lost. Raise max_length, remove the long rows, or allow it "
             "with max_lost_frac",
             code="D114",
         )
-    for group, said in ((cut, "pairs had their prompt cut"), (lost, "rows were lost")):
-        if group:
-            logger.warning("%s: %d %s %s at %d tokens: %s", what, len(group), of, said, max_length,
-                           _places(group, ledger))  # fmt: skip
+    if lost:
+        logger.warning("%s: lost %d of %d rows longer than %d tokens: %s", what, len(lost),
+                       len(rows), max_length, _places(lost, ledger))  # fmt: skip
     return kept, len(lost)
 
 
