@@ -2,7 +2,7 @@
 # Make .venv: torch, the stack under the constraints file, DeepSpeed, vLLM and this project.
 #
 #   scripts/setup.sh            what training needs
-#   scripts/setup.sh test|dev|sinks|qlora   the extra of pyproject.toml besides
+#   scripts/setup.sh test|dev|sinks|qlora|merge   the extra of pyproject.toml besides
 #
 # PYTHON=PATH        interpreter to use (3.11 or newer); default: the first that fits
 # TORCH_INDEX=URL    package index to take torch from, for this one step
@@ -167,7 +167,7 @@ check_imports() {
 
 main() {
   local vllm=${ALIGN_VLLM:-} pins lines
-  case "$EXTRA" in '' | test | dev | sinks | qlora) ;; *) fail "unknown extra '$EXTRA'" "use: scripts/setup.sh [test|dev|sinks|qlora]" ;; esac
+  case "$EXTRA" in '' | test | dev | sinks | qlora | merge) ;; *) fail "unknown extra '$EXTRA'" "use: scripts/setup.sh [test|dev|sinks|qlora|merge]" ;; esac
   make_venv
   if [ -z "$vllm" ]; then
     if nvidia-smi -L 2>/dev/null | grep -q GPU; then vllm=gpu; else vllm=cpu; fi

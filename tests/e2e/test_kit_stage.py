@@ -1,20 +1,12 @@
 """Stage merge by mergekit: every alpha is answered by the engine, and the chosen one is written."""
 
-import importlib.util
 import sys
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 sys.path.insert(0, str(Path(__file__).parent))
 import alone
 from tuned_stages import make_base, run_plain, run_stage
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None,
-    reason="mergekit (the extra 'merge') is not installed",
-)
 
 
 def test_a_sweep_by_ties_writes_a_policy_that_the_next_stage_takes(tmp_path) -> None:

@@ -17,9 +17,6 @@ from align.recipe.schema import MergeStage
 from align.tuning.interpolate import check_alike
 from align.tuning.kit import check_kit, write_by_kit
 
-HERE = importlib.util.find_spec("mergekit") is not None
-needs_kit = pytest.mark.skipif(not HERE, reason="mergekit (the extra 'merge') is not installed")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -42,7 +39,6 @@ def merged(folders: list[Path], alpha: float, out: Path, method, density: float 
     return weights(out)
 
 
-@needs_kit
 def test_ties_trims_elects_a_sign_and_averages_what_agrees(folders, tmp_path) -> None:
     found = merged(folders, 0.7, tmp_path / "out", "ties", density=0.25)
     base, *tuned = map(weights, folders)
@@ -60,7 +56,6 @@ def test_ties_trims_elects_a_sign_and_averages_what_agrees(folders, tmp_path) ->
         np.testing.assert_allclose(found[name], start + 0.7 * mean, atol=2e-6, err_msg=name)
 
 
-@needs_kit
 def test_dare_drops_at_random_and_rescales_what_stays(folders, tmp_path) -> None:
     found = merged(folders[:2], 1.0, tmp_path / "out", "dare_linear", density=0.25)
     again = merged(folders[:2], 1.0, tmp_path / "again", "dare_linear", density=0.25)
@@ -77,7 +72,6 @@ def test_dare_drops_at_random_and_rescales_what_stays(folders, tmp_path) -> None
     assert 0.2 < stayed / total < 0.3
 
 
-@needs_kit
 def test_slerp_goes_along_the_arc(folders, tmp_path) -> None:
     found = merged(folders[:2], 0.3, tmp_path / "out", "slerp")
     base, tuned = map(weights, folders[:2])
@@ -94,8 +88,8 @@ def test_slerp_goes_along_the_arc(folders, tmp_path) -> None:
         np.testing.assert_allclose(found[name], expected, atol=5e-6, err_msg=name)
 
 
-@pytest.mark.skipif(HERE, reason="mergekit is installed")
-def test_without_the_extra_the_stage_says_how_to_install_it() -> None:
+def test_without_the_extra_the_stage_says_how_to_install_it(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArtefactError, match=r"pip install 'align-suite\[merge\]'"):
         check_kit()
 
