@@ -1,6 +1,7 @@
 """Show a run in the terminal: a live bar and the last sample, or plain lines without a TTY."""
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +17,30 @@ from rich.text import Text
 from align.pipeline.task_tables import judge_lines, stacked, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
+STILL_EVERY_S = 60.0
+"""After how long a line that did not change is written once more."""
 SHOWN = (
     "reward/mean", "kl/reference", "eval/accuracy", "eval/pair_accuracy", "train/loss",
     "eval/loss", "length/mean",
 )  # fmt: skip
 """Metrics worth a place on the progress line, most telling first; at most three are shown."""
+LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
+"""What align.core.log writes for people: rank 0's time and text."""
 
 
 class Tail:
-    """Read the complete lines that were added to a JSON-lines file since the last look."""
+    """Read the complete lines that were added to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.is_file() else 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the new rows; a file cut short by a resume is followed from its new end."""
+        """Give the new rows of a JSON-lines file."""
+        return [row for line in self.lines() if (row := _row(line)) is not None]
+
+    def lines(self) -> list[bytes]:
+        """Give the new lines; a file cut short by a resume is followed from its new end."""
         if not self._path.is_file():
             return []
         size = self._path.stat().st_size
@@ -43,7 +52,7 @@ class Tail:
             block = f.read()
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [row for line in whole.splitlines() if (row := _row(line)) is not None]
+        return whole.splitlines()
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -66,6 +75,8 @@ class Terminal:
         self._began = 0.0
         self._metrics: Tail | None = None
         self._samples: Tail | None = None
+        self._log: Tail | None = None
+        self._said = self._shown = ""
         self._first: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
         self._sample: dict[str, Any] | None = None
@@ -84,12 +95,11 @@ class Terminal:
         self.line(f"[{position}/{count}] {stage}: done already, {reason}")
 
     def begin(self, position: int, count: int, stage: str, kind: str, folder: Path) -> None:
-        """Start following a stage's metrics and samples."""
+        """Start following a stage's metrics, samples and log."""
         self._title = f"[{position}/{count}] {stage}"
-        self._metrics, self._samples = (
-            Tail(folder / "metrics.jsonl"),
-            Tail(folder / "samples.jsonl"),
-        )
+        files = ("metrics.jsonl", "samples.jsonl", "log.txt")
+        self._metrics, self._samples, self._log = (Tail(folder / file) for file in files)
+        self._said = self._shown = ""
         self._first, self._last, self._sample = None, {}, None
         self._began = self._plain_at = time.monotonic()
         if self._console.is_terminal:
@@ -100,17 +110,30 @@ class Terminal:
             self.line(f"{self._title} ({kind}): started")
 
     def update(self) -> None:
-        """Read what the stage wrote and show it; plain lines come at most every 5 s."""
+        """Read what the stage wrote and show it; plain lines come when there is something new.
+
+        That is at most every 5 s, and once a minute while nothing changes.
+        """
         for row in self._metrics.rows() if self._metrics else ():
             self._first = self._first or row
             self._last |= row
         for row in self._samples.rows() if self._samples else ():
             self._sample = row
+        for line in self._log.lines() if self._log else ():
+            if found := LOG_LINE.match(line):
+                self._said = found[1].decode("utf-8", "replace")
         if self._live:
             self._live.update(self._frame())
-        elif self._last and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
-            self._plain_at = time.monotonic()
-            self.line(f"{self._title}: {self._progress_text()}")
+        else:
+            self._plain()
+
+    def _plain(self) -> None:
+        text, now = self._state(), time.monotonic()
+        again = text == self._shown
+        if now - self._plain_at >= (STILL_EVERY_S if again else PLAIN_EVERY_S):
+            self._plain_at, self._shown = now, text
+            so_far = f", {clock(now - self._began)} so far" if again else ""
+            self.line(f"{self._title}: {text}{so_far}")
 
     def end(self, seconds: float) -> None:
         """Say that the stage is done."""
@@ -159,6 +182,13 @@ class Terminal:
             self._live.stop()
             self._live = None
 
+    def _state(self) -> str:
+        """Say how far the steps are; before the first and after the last, what the log says."""
+        step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
+        if self._last and not (self._said and total and step >= total):
+            return self._progress_text()
+        return self._said or "starting"
+
     def _progress_text(self) -> str:
         step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
         parts = [f"step {step}/{total}" if total else f"step {step}"]
@@ -176,8 +206,7 @@ class Terminal:
         bar = ProgressBar(total=total or None, completed=self._last.get("step", 0), width=24,
                           pulse=not total)  # fmt: skip
         elapsed = clock(time.monotonic() - self._began)
-        state = self._progress_text() if self._last else "starting"
-        grid.add_row(Text(self._title, style="bold"), bar, Text(f"{elapsed}  {state}"))
+        grid.add_row(Text(self._title, style="bold"), bar, Text(f"{elapsed}  {self._state()}"))
         rows: list[Any] = [grid]
         if self._sample:
             rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))

@@ -78,6 +78,34 @@ def test_in_a_terminal_the_line_has_pace_metric_time_left_and_sample(tmp_path: P
         assert part in shown
 
 
+def test_without_steps_the_log_speaks_and_nothing_is_said_twice(tmp_path: Path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("align.pipeline.terminal.time.monotonic", lambda: now)
+    (tmp_path / "log.txt").write_text("12:00:00 of the attempt before\n")
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=160, soft_wrap=True, force_terminal=False))
+    terminal.begin(1, 1, "evaluate", "evaluate", tmp_path)
+    log = (tmp_path / "log.txt").open("a")
+    row = {"step": 1, "time_s": 6.0, "total_steps": 1, "reward/mean": 0.5}
+    for now, text in (
+        (10.0, "a library's noise\n12:00:10 sft: 40 answers sampled\n"),
+        (20.0, "12:00:11 [rank 1] another rank\n"),
+        (75.0, ""),
+        (90.0, "12:01:30 cards: 3 of 7 sets\n"),
+    ):
+        log.write(text)
+        log.flush()
+        if now == 90.0:
+            (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        terminal.update()
+    assert shown.getvalue().splitlines() == [
+        "[1/1] evaluate (evaluate): started",
+        "[1/1] evaluate: sft: 40 answers sampled",
+        "[1/1] evaluate: sft: 40 answers sampled, 1 min 15 s so far",
+        "[1/1] evaluate: cards: 3 of 7 sets",
+    ]
+
+
 def test_summary_shows_intervals_and_expectations():
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, width=160, soft_wrap=True))
