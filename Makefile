@@ -11,6 +11,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
+JOBS ?= 2
 export TORCH_INDEX PYTHON
 
 help: ## Show the targets
@@ -38,9 +39,10 @@ learning: setup ## Learning curves of every online algorithm beside TRL's GRPO (
 methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA names the real one)
 	@$(PY) -m benchmarks.methods
 
-# -rs would repeat -ra of pyproject.toml; the pytest summary is the last thing printed.
-test: setup-test ## Set up with the test extra, then run the tests (PYTEST_ARGS=... is passed on)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+# Whole files go to JOBS processes, for what their tests share; in the order of the folders, so that
+# the long ones of tests/e2e begin first. The pytest summary is the last thing printed.
+test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTEST_ARGS=...)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup-dev ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .
