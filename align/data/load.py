@@ -238,7 +238,9 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     if spec.rows is None:
         raise DataError(f"world {spec.world}: how many? give 'rows'")
     if spec.world != kind and kind != "prompts":
-        raise DataError(f"world {spec.world} cannot serve as {kind} data; use world: {kind}")
+        made = kind in ("corpus", "sft", "preference")
+        advice = f"use world: {kind}" if made else "give a file of such rows by 'path'"
+        raise DataError(f"world {spec.world} cannot serve as {kind} data; {advice}")
     if spec.rename or spec.format != "auto":
         raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
     return list(

@@ -54,9 +54,15 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
 
         if isinstance(tuning, QloraTuning):
             _keep_layout(model)
+            _leave_scales_out(model)
         if isinstance(tuning, LoraTuning) and tuning.method == "dora":
             _check_norms(model, tuning)
-        wrapped = peft.get_peft_model(model, peft_config(model, tuning))
+        # DeepSpeed casts parameters to bfloat16 and leaves buffers: VeRA's matrices are buffers.
+        wrapped = peft.get_peft_model(
+            model,
+            peft_config(model, tuning),
+            autocast_adapter_dtype=not isinstance(tuning, VeraTuning),
+        )
         if isinstance(tuning, PissaTuning):
             from align.tuning.pissa import remember_start
 
@@ -73,6 +79,21 @@ def _keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
+
+
+def _leave_scales_out(model: nn.Module) -> None:
+    """Keep what 4-bit weights are scaled by out of checkpoints, from which it cannot be loaded.
+
+    A resumed stage quantises the weights of its start again, to the same scales.
+    """
+
+    def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+            del state[name]
+
+    for module in model.modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.register_state_dict_post_hook(leave_out)
 
 
 def has_adapter(model: nn.Module) -> bool:

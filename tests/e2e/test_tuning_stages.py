@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ from align.tuning.loading import load_for_training, load_scorer, load_tuned_poli
 
 METHODS = list(TUNINGS)
 ADAPTED = [m for m in METHODS if m != "full"]
+RESUMED = [("sft", m) for m in METHODS] + [
+    (kind, m)
+    for kind in ("reward", "classify", "dpo", "kto", "ppo", "grpo")
+    for m in ("lora", "qlora", "bottleneck", "prefix")
+]
+SAVING = {"checkpoint_every": 1, "keep_checkpoints": 2}
 IDS = [5, 90, 17, 33, 120, 12, 8, 77, 201]
 
 
@@ -44,11 +51,16 @@ _DONE: dict[tuple[str, str], Artefact] = {}
 def artefact(folder: Path, kind: str, method: str) -> Artefact:
     """Run a stage once and keep what it wrote."""
     if (kind, method) not in _DONE:
-        tuning = {"method": method, **TUNINGS[method]}
-        if kind == "reward":
-            tuning.pop("last", None)
-        _DONE[kind, method] = run_stage(folder, kind, tuning, name=f"{kind}_{method}")
+        name = f"{kind}_{method}"
+        _DONE[kind, method] = run_stage(folder, kind, block(kind, method), name=name, **SAVING)
     return _DONE[kind, method]
+
+
+def block(kind: str, method: str) -> dict[str, Any]:
+    """Give the tuning block of a method; a scorer does not know where a prompt ends."""
+    keys = TUNINGS[method].items()
+    new_head = kind in ("reward", "classify")
+    return {"method": method, **{k: v for k, v in keys if k != "last" or not new_head}}
 
 
 def first_metrics(found: Artefact) -> dict[str, float]:
@@ -128,7 +140,17 @@ def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, met
     assert abs(found.manifest["metrics"]["kl/sampler"]) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["rslora", "qlora", "prefix", "loreft"])
+@pytest.mark.parametrize("method", METHODS)
+def test_kto_starts_at_its_reference(folder, method):
+    """At the reference every answer's loss is 1 - sigmoid(0)."""
+    loss = first_metrics(artefact(folder, "kto", method))["train/loss"]
+    if method in VIRTUAL:
+        assert abs(loss - 0.5) > 1e-4
+    else:
+        assert loss == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_ppo_trains_policy_and_critic(folder, method):
     found = artefact(folder, "ppo", method)
     assert abs(found.manifest["metrics"]["kl/sampler"]) < 1e-4
@@ -148,6 +170,30 @@ def test_saved_scorer_is_backbone_with_adapter_and_head(folder, method):
     expected = (states @ head).tolist()
     assert scores[0, :9].tolist() == pytest.approx(expected, abs=2e-4)
     assert scores[1, 4].item() == pytest.approx(expected[4], abs=2e-4)
+
+
+@pytest.mark.parametrize(("kind", "method"), RESUMED)
+def test_stage_resumed_from_a_checkpoint_ends_with_the_same_bytes(folder, kind, method):
+    whole = artefact(folder, kind, method)
+    name = f"resumed_{kind}_{method}"
+    kept = "checkpoints/step-00000001"
+    shutil.copytree(whole.path / kept, folder / name / kept)
+    lines = (whole.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / name / "metrics.jsonl").write_text(lines[0], encoding="utf-8")
+    again = run_stage(folder, kind, block(kind, method), name=name, **SAVING)
+    assert first_metrics(again) == first_metrics(whole)  # the step before was not done again
+    files = [p.relative_to(whole.path) for p in whole.path.glob("*/*.safetensors")]
+    assert files
+    for file in files:
+        assert (again.path / file).read_bytes() == (whole.path / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_policy_trains_and_the_engine_has_its_weights(folder, method):
+    name, more = f"bf16_{method}", {"dtype": "bfloat16", "steps": 1, "group_size": 8}
+    found = run_stage(folder, "grpo", block("grpo", method), name=name, **more)
+    assert first_metrics(found)["policy/grad_norm"] > 0.0
+    assert abs(first_metrics(found)["kl/sampler"]) < 0.05
 
 
 def test_reward_head_alone_leaves_the_backbone_as_it_was(folder):

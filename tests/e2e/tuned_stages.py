@@ -1,5 +1,6 @@
 """Run training stages inside the test process on a tiny model, for every tuning method."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,28 @@ STAGES: dict[str, dict[str, Any]] = {
     "sft": {"data": [{"world": "sft", "rows": 8}], **OFFLINE},
     "reward": {"norm_prompts": 4, **PAIRS},
     "dpo": PAIRS,
+    "kto": OFFLINE,
+    "classify": OFFLINE,
     "ppo": {"kl": {"coef": 0.1}, **ONLINE},
     "grpo": {"kl": {"coef": 0.1, "place": "loss", "estimator": "k3"}, "group_size": 2, **ONLINE},
 }
+
+JUDGED: dict[str, list[dict[str, Any]]] = {
+    "kto": [
+        {"prompt": f"{i} plus {i}", "completion": f"it is {2 * i}", "label": i % 2 == 0}
+        for i in range(8)
+    ],
+    "classify": [
+        {"text": f"{word} number {i}", "label": word} for i in range(4) for word in ("red", "blue")
+    ],
+}
+"""Rows of the stages for which the made world has none."""
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def tuning_spec(method: str) -> Any:
@@ -86,6 +106,8 @@ def make_base(folder: Path) -> Path:
 def run_stage(folder: Path, kind: str, tuning: dict[str, Any], *, name: str, **more: Any) -> Any:
     """Run one training stage to its end as the launcher's process would; give its artefact."""
     plain = {"kind": kind, **COMMON, **STAGES[kind], "tuning": tuning, **more}
+    if kind in JUDGED:
+        plain["data"] = [{"path": str(write_rows(folder / f"{kind}.jsonl", JUDGED[kind]))}]
     return run_plain(folder, plain, name=name)
 
 
