@@ -40,7 +40,7 @@ HOMES = {
         "align.training.learner", "align.online.weights",
     ),
     "peft": ("align.tuning",),
-    "trl": ("align.stages.trl", "align.data.chat"),
+    "trl": ("align.stages.trl_trainers", "align.data.chat"),
     "openai": ("reward_models.judge",),
 }  # fmt: skip
 TORCH_FREE = ("align.recipe", "align.pipeline", "align.report", "align.cli", "align.doctor",

@@ -109,6 +109,13 @@ def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> 
     runs = [(row, start, end) for row in rows for start, end in _runs(row.trained)]
     bad = [row.source for row, start, end in runs if not _stops(chat, row, start, end, known)]
     value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"
+    twice = sum(_stops_twice(chat, row.input_ids[a:b], known) for row, a, b in runs)
+    if twice and not bad:
+        return Finding(
+            f"{value}, {twice:,} in two", "one", "warn",
+            "the trainer adds a stop after the template's own, so the model learns to stop twice; "
+            "take a template that writes nothing after its stop",
+        )  # fmt: skip
     return Finding(
         value, f"all, by eos_token_id {sorted(known)} of the saved model",
         "fail" if bad else "ok",
@@ -140,3 +147,8 @@ def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
 def _stops(chat: ChatFormat, row: TokenRow, start: int, end: int, known: frozenset[int]) -> bool:
     last = max((i for i in range(start, end) if row.input_ids[i] in known), default=None)
     return last is not None and not chat.decode(row.input_ids[last + 1 : end]).strip()
+
+
+def _stops_twice(chat: ChatFormat, ids: Sequence[int], known: frozenset[int]) -> bool:
+    said = [i for i in ids if i in known or chat.decode([i]).strip()]
+    return len(said) > 1 and said[-1] in known and said[-2] in known

@@ -160,6 +160,8 @@ def references(spec: Any) -> dict[str, str]:
 
     if isinstance(spec, TrainingStage | TrlStage | SelfInstructStage):
         add("init", spec.init)
+    if isinstance(spec, TrlStage):
+        add("teacher", spec.teacher)
     if isinstance(spec, PpoStage):
         add("critic.init", spec.critic.init)
     if isinstance(spec, MergeStage):

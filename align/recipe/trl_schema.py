@@ -15,6 +15,7 @@ OWNED = (
     "data_seed", "bf16", "fp16", "use_cpu", "save_strategy", "save_steps", "save_total_limit",
     "report_to", "logging_steps", "logging_strategy", "deepspeed", "gradient_checkpointing",
     "max_length", "eval_strategy", "eval_steps", "resume_from_checkpoint", "disable_tqdm",
+    "save_only_model", "ignore_data_skip",
 )  # fmt: skip
 """Arguments that the stage sets itself from the keys every stage has."""
 
@@ -23,15 +24,19 @@ class TrlStage(StageSpec):
     """Run any trainer of TRL with this suite's data, artefacts, metrics and resumption."""
 
     kind: Literal["trl"]
-    trainer: str = Field(pattern=r"^[A-Z][A-Za-z]+$")
-    """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO ..."""
+    trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
+    """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""
     init: str
     reference: bool = False
     """Give the trainer a frozen copy of ``init`` as ``ref_model``."""
+    teacher: str | None = None
+    """Policy that a trainer of distillation learns from (GKD, Distillation, GOLD, IWOPD)."""
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
     rows: Literal["sft", "preference", "unpaired", "prompts"]
     """What the trainer reads."""
+    columns: list[str] = []
+    """Further columns of the rows that it reads (TPO: reference); of prompts it is given all."""
     rewards: list[RewardSpec] = []
     """Handed to online trainers as ``reward_funcs``."""
     args: dict[str, Any] = {}
@@ -68,5 +73,7 @@ class TrlStage(StageSpec):
             raise ValueError("'eval_every' has no effect without 'heldout'")
         if self.optim.min_lr_frac:
             raise ValueError("optim.min_lr_frac has no effect in a trl stage; remove it")
+        if self.columns and self.rows == "prompts":
+            raise ValueError("columns has no effect: trainers on prompts are given all; remove it")
         distinct_names(self.rewards)
         return self

@@ -5,41 +5,46 @@ TRL's. What it gets is what every stage gets: checked rows, a verified policy, a
 that are hashed when they are written and verified before they are loaded.
 """
 
-import importlib
-import inspect
 import logging
 import math
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
 from align.core.artefacts import hash_tree, write_json_atomic
 from align.core.checkpoints import damage
-from align.core.errors import Preempted, RecipeError, TrainingError
+from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.signals import stop_requested
 from align.core.types import Example, TokenRow
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
-from align.models.loading import disable_dropout, load_tokenizer, save_policy
-from align.recipe.deepspeed import deepspeed_config
+from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.contaminated import note_contamination
 from align.stages.online import build_rewards
 from align.stages.training import fingerprints
 from align.stages.trl_preflight import preflight_trl
-from reward_models.base import RewardFunction
+from align.stages.trl_trainers import (
+    build_trainer,
+    check_resumable,
+    configuration,
+    extras,
+    find_trainer,
+    load_model,
+    restore_counts,
+    resume_period,
+)
 
 log = logging.getLogger(__name__)
 HASHES = "hashes.json"
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+CONVERSING = ("GKD", "GOLD", "IWOPD")
+"""Trainers that read whole conversations, as a column ``messages``."""
 
 
 def run(spec: TrlStage, context: StageContext) -> StageResult:
@@ -55,27 +60,38 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     check_overlap(train, heldout)
     note_contamination(context, train, heldout, max_frac=spec.max_contaminated_frac)
     rewards = build_rewards(spec.rewards, context)
-    metrics = context.metrics(spec.steps)
-    trainer = trainer_class(
+    given = extras(trainer_class, spec, source.model_dir, context, rewards)
+    if heldout:
+        given["eval_dataset"] = to_dataset(heldout, spec)
+    trainer = build_trainer(
+        trainer_class,
+        where=context.name,
         model=load_model(source.model_dir, spec),
         args=args,
         train_dataset=to_dataset(train, spec),
-        eval_dataset=to_dataset(heldout, spec) if heldout else None,
         processing_class=load_tokenizer(source.model_dir),
-        callbacks=[Watcher(metrics, context.out / "checkpoints")],
-        **extras(trainer_class, spec, source.model_dir, context, rewards),
+        **given,
     )
+    trainer.train_dataset = end_once(trainer.train_dataset, chat)
+    if heldout:
+        trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
+    period = resume_period(trainer)
+    check_resumable(spec, trainer, where=context.name)
+    metrics = context.metrics(spec.steps)
+    trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
     preflight_trl(
         spec, context, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
     )
     newest = newest_verified(context.out / "checkpoints")
     if newest is not None:
         metrics.rewind(int(newest.name.split("-")[1]))
+        restore_counts(trainer, newest)
         log.info("resumed from %s", newest)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     done = trainer.state.global_step
     if done < spec.steps:
-        raise Preempted(f"stopped on a signal after step {done}; run again to go on from there")
+        whence = "to go on from there" if period else "to begin anew: no checkpoint would hold all"
+        raise Preempted(f"stopped on a signal after step {done}; run again {whence}")
     final = {key: float(value) for key, value in named(last_logs(trainer)).items()}
     if heldout:
         found = named(trainer.evaluate())
@@ -131,142 +147,6 @@ def _longest(example: Example, spec: TrlStage, chat: ChatFormat) -> TokenRow:
     return chat.sft_row(example)
 
 
-def find_trainer(name: str) -> tuple[type, type]:
-    """Find ``<name>Trainer`` and ``<name>Config`` in TRL or in one of its experimental modules.
-
-    Raises:
-        RecipeError: there is no such trainer; the names that there are.
-    """
-    import trl
-    from trl import experimental
-
-    modules = [m.name for m in pkgutil.iter_modules(experimental.__path__) if m.ispkg]
-    if hasattr(trl, f"{name}Trainer"):
-        return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
-    for module in modules:
-        if module.replace("_", "") == name.lower():
-            found = importlib.import_module(f"trl.experimental.{module}")
-            if hasattr(found, f"{name}Trainer"):
-                return getattr(found, f"{name}Trainer"), getattr(found, f"{name}Config")
-            names = [n.removesuffix("Trainer") for n in dir(found) if n.endswith("Trainer")]
-            raise RecipeError(f"trainer: '{name}'; did you mean {' or '.join(names)}?")
-    stable = sorted(n.removesuffix("Trainer") for n in dir(trl) if n.endswith("Trainer"))
-    raise RecipeError(
-        f"trainer: TRL {trl.__version__} has no {name}Trainer; stable ones are "
-        f"{', '.join(stable)}; experimental modules are {', '.join(sorted(modules))}"
-    )
-
-
-def load_model(model_dir: Path, spec: TrlStage) -> Any:
-    """Load the policy as TRL expects it; dropout stays off as in every stage."""
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=getattr(torch, spec.dtype))
-    disable_dropout(model)
-    return model
-
-
-def configuration(config_class: type, spec: TrlStage, context: StageContext) -> Any:
-    """Build the trainer's configuration from the stage's keys and ``args``.
-
-    Raises:
-        RecipeError: the class has no such argument, or refuses a value.
-    """
-    known = set(inspect.signature(config_class).parameters)
-    own = _own_arguments(spec, context)
-    if spec.max_length is not None:
-        own["max_length"] = spec.max_length
-    strange = sorted((set(spec.args) | ({"max_length"} & set(own))) - known)
-    if strange:
-        raise RecipeError(
-            f"{context.name}: {config_class.__name__} has no argument {', '.join(strange)}; "
-            f"it has {', '.join(sorted(known))}"
-        )
-    try:
-        return config_class(**own, **spec.args)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{context.name}: {config_class.__name__}: {error}") from error
-
-
-def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
-    optim, saves = spec.optim, "steps" if spec.checkpoint_every else "no"
-    passes = spec.batch_size // (spec.micro_batch_size * spec.ranks)
-    found = {
-        "output_dir": str(context.out / "checkpoints"),
-        "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": SCHEDULES[optim.schedule],
-        "warmup_steps": round(optim.warmup_frac * spec.steps),
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.betas[0],
-        "adam_beta2": optim.betas[1],
-        "adam_epsilon": optim.eps,
-        "max_grad_norm": optim.max_grad_norm,
-        "max_steps": spec.steps,
-        "per_device_train_batch_size": spec.micro_batch_size,
-        "per_device_eval_batch_size": spec.micro_batch_size,
-        "gradient_accumulation_steps": passes,
-        "gradient_checkpointing": spec.gradient_checkpointing,
-        "seed": context.seed,
-        "bf16": spec.dtype == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),
-        "save_strategy": saves,
-        "save_steps": spec.checkpoint_every or 500,
-        "save_total_limit": spec.keep_checkpoints,
-        "eval_strategy": "steps" if spec.eval_every else "no",
-        "eval_steps": spec.eval_every or None,
-        "logging_steps": 1,
-        # The default shows the last finite loss in place of one that is not.
-        "logging_nan_inf_filter": False,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    if spec.zero.stage or spec.zero.offload != "none":
-        found["deepspeed"] = deepspeed_config(spec.zero, optim, dtype=spec.dtype) | {
-            "train_micro_batch_size_per_gpu": spec.micro_batch_size,
-            "gradient_accumulation_steps": passes,
-            # accelerate says itself where an optimiser step ends.
-            "managed_gradient_accumulation": True,
-        }
-    return found
-
-
-def extras(
-    trainer_class: type,
-    spec: TrlStage,
-    model_dir: Path,
-    context: StageContext,
-    rewards: Sequence[RewardFunction],
-) -> dict[str, Any]:
-    """Give reference and rewards to trainers that take them.
-
-    Raises:
-        RecipeError: the recipe names one that the trainer does not take.
-    """
-    takes = set(inspect.signature(trainer_class).parameters)
-    wanted: dict[str, Any] = {}
-    if spec.reference:
-        wanted["ref_model"] = load_model(model_dir, spec)
-    if rewards:
-        wanted["reward_funcs"] = [_function(r) for r in rewards]
-    strange = sorted(set(wanted) - takes)
-    if strange:
-        keys = {"ref_model": "reference", "reward_funcs": "rewards"}
-        raise RecipeError(
-            f"{context.name}: {trainer_class.__name__} takes no {', '.join(strange)}; remove "
-            f"{', '.join(keys[name] for name in strange)}"
-        )
-    return wanted
-
-
-def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
-    """Give a reward the name that TRL shows; the calling convention is the same."""
-
-    def score(*, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
-        listed = {k: v for k, v in columns.items() if isinstance(v, list)}
-        return reward(prompts=prompts, completions=completions, **listed)
-
-    score.__name__ = reward.name
-    return score
-
-
 def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
     """Write examples in the format that TRL names after their kind; prompts keep their columns."""
     from datasets import Dataset
@@ -275,24 +155,77 @@ def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
 
 
 def _row(example: Example, spec: TrlStage) -> dict[str, Any]:
+    if spec.trainer in CONVERSING:
+        return {"messages": _conversation(example, spec.trainer)}
     if spec.rows == "prompts":
         return {**example.columns, "prompt": example.prompt}
+    further = {name: _column(example, name) for name in spec.columns}
     if spec.rows == "preference":
         sides = {"chosen": example.completion, "rejected": example.rejected}
-        return {"prompt": example.prompt, **sides}
+        return {**further, "prompt": example.prompt, **sides}
     if spec.rows == "unpaired":
         answer = {"completion": example.completion, "label": example.label}
-        return {"prompt": example.prompt, **answer}
+        return {**further, "prompt": example.prompt, **answer}
     if not example.prompt:
-        return {"messages": example.completion}
-    return {"prompt": example.prompt, "completion": example.completion}
+        whole = "text" if isinstance(example.completion, str) else "messages"
+        return {**further, whole: example.completion}
+    return {**further, "prompt": example.prompt, "completion": example.completion}
+
+
+def _conversation(example: Example, trainer: str) -> list[Any]:
+    said = [example.prompt or [], example.completion or []]
+    if any(isinstance(part, str) for part in said):
+        raise DataError(
+            f"{example.source}: plain text, but TRL's {trainer} reads conversations; give prompt "
+            "and completion as messages with role and content"
+        )
+    return [turn for part in said for turn in part]
+
+
+def _column(example: Example, name: str) -> Any:
+    if name not in example.columns:
+        raise DataError(
+            f"{example.source}: no column '{name}', which 'columns' names; the row has "
+            f"{', '.join(sorted(example.columns)) or 'no further ones'}"
+        )
+    return example.columns[name]
+
+
+def end_once(rows: Any, chat: ChatFormat) -> Any:
+    """Cut the second stop token of pairs that TRL's ORPO and CPO tokenise.
+
+    They add one wherever the last token is none: a template that writes a line break after its own
+    stop would teach the model to stop twice. Nothing is trained after the first.
+    """
+    sides = [s for s in ("chosen", "rejected") if f"{s}_labels" in (rows.column_names or ())]
+
+    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for side in sides:
+            end = _first_end(row[f"{side}_input_ids"], chat)
+            for key in ("input_ids", "attention_mask", "labels"):
+                found[f"{side}_{key}"] = row[f"{side}_{key}"][:end]
+        return found
+
+    return rows.map(cut) if sides else rows
+
+
+def _first_end(ids: Sequence[int], chat: ChatFormat) -> int:
+    end = len(ids) - 1
+    if end < 1 or ids[end] not in chat.stop_token_ids:
+        return len(ids)
+    while end > 1 and ids[end - 1] not in chat.stop_token_ids:
+        if chat.decode(ids[end - 1 : end]).strip():
+            return len(ids)
+        end -= 1
+    return end if ids[end - 1] in chat.stop_token_ids else len(ids)
 
 
 class Watcher(TrainerCallback):
     """Mirror TRL's log lines to metrics.jsonl, hash its checkpoints, and stop when asked to."""
 
-    def __init__(self, metrics: MetricsLog, checkpoints: Path) -> None:
-        self.metrics, self.checkpoints = metrics, checkpoints
+    def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int) -> None:
+        self.metrics, self.checkpoints, self.period = metrics, checkpoints, period
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line; a loss that is not finite stops the stage."""
@@ -314,9 +247,10 @@ class Watcher(TrainerCallback):
             write_json_atomic(folder / HASHES, {"files": hash_tree(folder)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop after this step where a signal asked for it."""
-        if stop_requested():
-            control.should_save = control.should_training_stop = True
+        """Stop where a signal asked for it, after a step that can be resumed after, and save."""
+        if stop_requested() and not (self.period and state.global_step % self.period):
+            control.should_training_stop = True
+            control.should_save = self.period > 0
 
 
 def named(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from align.stages import weak_label
 from align.stages.base import StageContext
 from align.stages.checking import check_recipe
 from align.stages.online import build_rewards
-from align.stages.trl import configuration, extras, find_trainer
+from align.stages.trl_trainers import configuration, extras, find_trainer
 
 RECIPE = (
     runs.RECIPE.partition("  sft:")[0].replace("steps: 4", "steps: 40")

@@ -74,6 +74,8 @@ def test_the_first_token_is_trained_by_no_loss_whatever_its_label_says() -> None
 def test_a_trained_run_may_end_in_white_space_after_its_stop_and_in_nothing_else() -> None:
     good = [row("q: yes</s>", 4), row("q: yes</s>\n", 5), row("q: a</s>\nq: b</s>\n", 12)]
     assert collated.stops(CHAT, good, KNOWN).verdict == "ok"
+    twice = collated.stops(CHAT, [*good, row("q: yes</s>\n</s>", 6)], KNOWN)
+    assert (twice.verdict, twice.value[-8:]) == ("warn", "1 in two")
     cut = row("q: yes", 3, source="a:7")
     goes_on = row("q: yes</s> and", 8, source="a:8")
     found = collated.stops(CHAT, [*good, cut, goes_on], KNOWN)

@@ -1,0 +1,254 @@
+"""Every trainer of TRL as a stage: it trains, leaves a policy, and resumes to the same bytes."""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
+import alone
+import stage_runs as runs
+
+from align.core import signals
+from align.core.artefacts import read_artefact
+from align.core.errors import DataError, Preempted, RecipeError
+from align.data.load import load_examples
+from align.data.world import generate
+from align.models.loading import load_policy, load_tokenizer
+from align.recipe.load import load_recipe
+from align.stages import trl
+from align.stages.base import StageContext, chat_format, run_stage
+from align.stages.trl_trainers import build_trainer, configuration, find_trainer, load_model
+
+LENGTH = "rewards: [{kind: length, target: 2, limit: 12}]"
+SHORT = "max_completion_length: 12"
+TRAINERS = {
+    "SFT": ("sft", "", ""),
+    "DPO": ("preference", "", ""),
+    "KTO": ("unpaired", "", ""),
+    "RLOO": ("prompts", LENGTH, f"num_generations: 2, {SHORT}"),
+    "GRPO": ("prompts", LENGTH, f"num_generations: 2, {SHORT}"),
+    "Distillation": ("prompts", "teacher: taught", SHORT),
+    "CPO": ("preference", "", ""),
+    "ORPO": ("preference", "", ""),
+    "TPO": ("preference", "columns: [reference]", ""),
+    "OnlineDPO": ("prompts", LENGTH, "max_new_tokens: 12"),
+    "GKD": ("sft", "teacher: taught", "max_new_tokens: 12"),
+    "GOLD": ("sft", "teacher: taught", SHORT),
+    "A2PO": ("prompts", LENGTH, SHORT),
+    "GMPO": ("prompts", LENGTH, f"num_generations: 2, {SHORT}"),
+    "SDFT": ("prompts", "", f"num_generations: 2, {SHORT}"),
+    # Its usual teacher, a moving average, is in no checkpoint (see below).
+    "SDPO": ("prompts", LENGTH, f"num_generations: 2, teacher_model_kind: base, {SHORT}"),
+}
+UNRESUMABLE = {"IWOPD": ("sft", "teacher: taught", SHORT)}
+STAGE = """\
+  {name}:
+    kind: trl
+    trainer: {name}
+    init: base
+    rows: {rows}
+    data: [{{path: FOLDER/{rows}.jsonl}}]
+    steps: 3
+    batch_size: 4
+    micro_batch_size: 2
+    checkpoint_every: 1
+    optim: {{learning_rate: 1.0e-3}}
+    args: {{{args}}}
+    {extra}
+"""
+TAUGHT = STAGE.format(name="SFT", rows="sft", args="", extra="").replace("  SFT:", "  taught:")
+RECIPE = (
+    runs.RECIPE.partition("  sft:")[0]
+    + TAUGHT.replace("1.0e-3", "1.0e-2")
+    + "".join(
+        STAGE.format(name=name, rows=rows, extra=extra, args=args)
+        for name, (rows, extra, args) in (TRAINERS | UNRESUMABLE).items()
+    )
+)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainers")
+    pairs = [
+        {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected,
+         "reference": e.completion}
+        for e in generate("preference", rows=24, seed=1, split="train")
+    ]  # fmt: skip
+    write(folder / "preference.jsonl", pairs)
+    write(folder / "unpaired.jsonl", [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs for side in ("chosen", "rejected")
+    ])  # fmt: skip
+    write(folder / "prompts.jsonl", [
+        {"prompt": row["prompt"], "privileged_context": row["chosen"][0]["content"]}
+        for row in pairs
+    ])  # fmt: skip
+    write(folder / "sft.jsonl", [
+        {"prompt": e.prompt, "completion": e.completion}
+        for e in generate("sft", rows=24, seed=1, split="train")
+    ])  # fmt: skip
+    write(folder / "text.jsonl", [{"text": f"one two {i}"} for i in range(8)])
+    path = folder / "trainers.yaml"
+    path.write_text(RECIPE.replace("FOLDER", str(folder)))
+    return path
+
+
+def run(recipe: Path, stage: str, run_dir: Path, *changes: str) -> None:
+    """Run one stage in this process."""
+    kind = load_recipe(recipe).stages[stage].kind
+    given = argparse.Namespace(
+        recipe=str(recipe), stage=stage, run_dir=str(run_dir), force=False,
+        overrides=[f"stages.{stage}.{change}" for change in changes],
+    )  # fmt: skip
+    assert run_stage(kind, given) == 0
+
+
+@pytest.fixture(scope="module")
+def run_dir(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Train a base and a teacher, in a world of one."""
+    with alone.world_of_one():
+        folder = tmp_path_factory.mktemp("run")
+        for stage in ("base", "taught"):
+            run(recipe, stage, folder)
+        yield folder
+
+
+@pytest.fixture
+def fresh(run_dir: Path, tmp_path: Path) -> Path:
+    """Give a run of its own that has the base and the teacher."""
+    for stage in ("base", "taught"):
+        (tmp_path / stage).symlink_to(run_dir / stage)
+    return tmp_path
+
+
+def numbers(run_dir: Path, stage: str) -> list[dict[str, float]]:
+    """Give the metrics without the times, TRL's own among them."""
+    timed = ("step_time", "_per_second", "_runtime")
+    lines = runs.numbers(run_dir, stage)
+    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_trains_leaves_a_policy_and_resumes_to_the_same_bytes(
+    recipe: Path, run_dir: Path, fresh: Path, name: str
+) -> None:
+    run(recipe, name, run_dir)
+    # What is left of a stage that was killed after its second step.
+    (fresh / name / "checkpoints").mkdir(parents=True)
+    shutil.copy(run_dir / name / "begun.json", fresh / name)
+    kept = run_dir / name / "checkpoints" / "checkpoint-2"
+    shutil.copytree(kept, fresh / name / "checkpoints" / kept.name)
+    shutil.copy(run_dir / name / "metrics.jsonl", fresh / name)
+    run(recipe, name, fresh)
+    assert runs.weights(fresh, name) == runs.weights(run_dir, name)
+    assert numbers(fresh, name) == numbers(run_dir, name)
+    assert [line["step"] for line in numbers(run_dir, name)] == [1, 2, 3]
+    # A next stage reads it as it reads every policy, and it has moved.
+    found = read_artefact(run_dir / name, "policy")
+    load_policy(found.model_dir, dtype="float32")
+    before, after = (load(runs.weights(run_dir, stage)) for stage in ("base", name))
+    assert max(float((after[k] - before[k]).abs().max()) for k in before) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "after", "checkpoints"),
+    [
+        # 4 passes on one generation, 2 passes a step: whole after every second step.
+        ("GRPO", "args.steps_per_generation=4", 2, ["checkpoint-2"]),
+        ("SDPO", "args.teacher_model_kind=ema", 1, []),
+        ("IWOPD", "keep_checkpoints=2", 1, []),
+    ],
+)
+def test_a_stopped_trainer_goes_on_only_from_what_holds_all_of_it(
+    recipe: Path, run_dir: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, change: str, after: int, checkpoints: list[str],
+) -> None:  # fmt: skip
+    with pytest.raises(
+        RecipeError, match=r"in no checkpoint|out the second model|begin at the first"
+    ):
+        run(recipe, name, fresh, change)
+    changes = (change, "checkpoint_every=0")
+    whole = fresh / "whole"
+    whole.mkdir()
+    for stage in ("base", "taught"):
+        (whole / stage).symlink_to(run_dir / stage)
+    run(recipe, name, whole, *changes)
+    shutil.rmtree(fresh / name)
+    monkeypatch.setattr(signals, "_asked", True)
+    with pytest.raises(Preempted, match=f"after step {after}; run again"):
+        run(recipe, name, fresh, *changes)
+    monkeypatch.setattr(signals, "_asked", False)
+    found = [folder.name for folder in (fresh / name / "checkpoints").glob("checkpoint-*")]
+    assert found == checkpoints
+    run(recipe, name, fresh, *changes)
+    assert runs.weights(fresh, name) == runs.weights(whole, name)
+    assert numbers(fresh, name) == numbers(whole, name)
+
+
+def test_pairs_end_in_one_stop_token_where_the_template_writes_a_line_break_after_it(
+    recipe: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    loaded = load_recipe(recipe)
+    spec, context = loaded.stages["ORPO"], StageContext(loaded, "ORPO", tmp_path, 0)
+    source = read_artefact(run_dir / "base", "policy").model_dir
+    chat, (trainer_class, config_class) = chat_format(source), find_trainer("ORPO")
+    examples = load_examples(spec.data, kind="preference", seed=0)
+    rows = build_trainer(
+        trainer_class, where="x", model=load_model(source, spec),
+        args=configuration(config_class, spec, context),
+        train_dataset=trl.to_dataset(examples, spec), processing_class=load_tokenizer(source),
+    ).train_dataset  # fmt: skip
+    (stop,) = chat.stop_token_ids
+    assert rows[0]["chosen_input_ids"].count(stop) == 2
+    for row, example in zip(trl.end_once(rows, chat), examples, strict=True):
+        pair = chat.pair_row(example)
+        for side, own in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
+            assert len(ids) == len(labels) == len(row[f"{side}_attention_mask"])
+            said = [token for token, kept in zip(own.input_ids, own.trained, strict=True) if kept]
+            trained = [token for token in labels if token != -100]
+            # TRL trains the template's line break after the stop as well.
+            assert trained[: len(said)] == said
+            assert trained[len(said) :] in ([], list(chat.tokenizer("\n")["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("GKD", ["teacher=null"], "GKDTrainer learns from teacher; give teacher"),
+        ("RLOO", ["rewards=[]"], "RLOOTrainer learns from rewards; give rewards"),
+        ("KTO", ["teacher=taught"], "KTOTrainer takes no teacher_model; remove teacher"),
+        ("SFT", ["trainer=Reward"], "TRL's Reward trains a scorer"),
+        ("SFT", ["trainer=AsyncGRPO"], "samples from a vLLM server"),
+        ("TPO", ["columns=[]"], "TPOTrainer refuses its data or arguments"),
+        ("TPO", ["columns=[gold]"], "no column 'gold', which 'columns' names; the row has refer"),
+        ("ORPO", ["rows=sft", "data=[{path: FOLDER/sft.jsonl}]"], "ORPOTrainer refuses its data"),
+        ("GKD", ["data=[{path: FOLDER/text.jsonl}]"], "plain text, but TRL's GKD reads conv"),
+        ("GRPO", ["columns=[a]"], "columns has no effect"),
+        ("SFT", ["args={save_only_model: true}"], "save_only_model are set by the stage's own"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_refused_with_the_reason(
+    recipe: Path, fresh: Path, name: str, changes: list[str], said: str
+) -> None:
+    with pytest.raises((RecipeError, DataError), match=re.escape(said)):
+        run(recipe, name, fresh, *(c.replace("FOLDER", str(recipe.parent)) for c in changes))
+    assert not (fresh / name / "manifest.json").exists()
+
+
+def test_plain_text_trains_as_plain_text(recipe: Path, fresh: Path) -> None:
+    run(recipe, "SFT", fresh, f"data=[{{path: {recipe.parent}/text.jsonl}}]")
+    assert [line["step"] for line in numbers(fresh, "SFT")] == [1, 2, 3]
