@@ -3,6 +3,8 @@
 An evaluate stage samples at temperature 0 unless told otherwise; ``sampling: {max_new_tokens: 32}``
 there changes the length alone. Without this the block would be read by itself, and every key that
 is left out would fall back to what the class of the block says (temperature 1).
+
+The learning rate has no default of a class: it is that of the stage's tuning method.
 """
 
 from collections.abc import Mapping
@@ -10,8 +12,9 @@ from typing import Any, get_args
 
 from align.recipe.algorithms import PRESETS
 from align.recipe.parts import Spec
+from align.recipe.rates import known_rates
 from align.recipe.schema import AnyStage
-from align.recipe.source import Source
+from align.recipe.source import Mark, Source
 
 STAGES: dict[str, type[Spec]] = {
     get_args(stage.model_fields["kind"].annotation)[0]: stage
@@ -22,12 +25,24 @@ STAGES: dict[str, type[Spec]] = {
 def complete_blocks(source: Source) -> None:
     """Write into the blocks of every stage what the stage's own default sets beside them."""
     stages = source.data.get("stages")
-    for stage in stages.values() if isinstance(stages, dict) else ():
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict) and isinstance(stage.get("kind"), str):
+            _complete_rate(source, name, stage)
             kind, algorithm = STAGES.get(stage["kind"]), stage.get("algorithm")
             preset = PRESETS.get(algorithm, {}) if isinstance(algorithm, str) else {}
             if kind is not None:
                 _complete(stage, kind, preset)
+
+
+def _complete_rate(source: Source, name: str, stage: dict[str, Any]) -> None:
+    """Write the learning rate of the stage's tuning method where the recipe leaves it out."""
+    tuning, optim = stage.get("tuning", {"method": "full"}), stage.get("optim", {})
+    method = tuning.get("method") if isinstance(tuning, dict) else None
+    known = known_rates(stage["kind"], method) if isinstance(method, str) else None
+    if known is not None and isinstance(optim, dict) and "learning_rate" not in optim:
+        stage["optim"] = {"learning_rate": known.default, **optim}
+        key = ("stages", name, "optim", "learning_rate")
+        source.marks[key] = Mark(f"default of {method} in {stage['kind']}")
 
 
 def _complete(given: dict[str, Any], kind: type[Spec], preset: Mapping[str, Any]) -> None:

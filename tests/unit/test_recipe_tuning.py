@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from align.core.errors import RecipeError
-from align.recipe.advice import RATES, warnings
-from align.recipe.load import load_recipe
+from align.recipe.advice import warnings
+from align.recipe.load import load_recipe, load_resolved
+from align.recipe.rates import RATES, known_rates
 from align.recipe.schema import ClassifyStage, DpoStage, GrpoStage, RewardStage, SftStage
 from align.recipe.tuning_schema import TuningSpec
 
@@ -187,9 +188,88 @@ def test_every_method_has_a_range_with_a_source():
     classes = get_args(get_args(TuningSpec)[0])
     methods = [m for c in classes for m in get_args(c.model_fields["method"].annotation)]
     assert set(RATES) == set(methods)
-    for low, high, source in RATES.values():
-        assert 0.0 < low < high < 1.0
-        assert "arXiv:" in source or "peft's comparison" in source
+    for kind in ("sft", "dpo"):
+        for method in methods:
+            known = known_rates(kind, method)
+            assert known is not None
+            assert 0.0 < known.low <= known.default < known.high < 1.0
+            assert (
+                "arXiv:" in known.source
+                or "peft's comparison" in known.source
+                or "TRL" in (known.source)
+            )
+
+
+POLICIES = """\
+name: x
+stages:
+  base: {kind: base, path: some/model}
+  sft: {kind: sft, init: base, data: [{world: sft}]}
+  reward: {kind: reward, init: sft, data: [{world: preference}], tuning: {method: head}}
+  dpo: {kind: dpo, init: sft, data: [{world: preference}], tuning: {method: lora}}
+  kto: {kind: kto, init: sft, data: [{world: preference}], optim: {schedule: linear}}
+  ppo:
+    kind: ppo
+    init: sft
+    steps: 1
+    prompts: [{world: prompts}]
+    rewards: [{kind: scalar, model: reward}]
+    tuning: {method: ia3}
+  trl: {kind: trl, trainer: DPO, init: sft, data: [{world: preference}], rows: preference, steps: 1}
+"""
+
+
+def test_rate_that_is_left_out_is_the_default_of_method_and_stage(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(POLICIES)
+    resolved = load_resolved(path)
+    assert warnings(resolved.recipe) == []
+    stages: Any = resolved.recipe.stages
+    found = {name: stages[name].optim.learning_rate for name in stages if name != "base"}
+    # Policy optimisation: 2e-5 / 20, 2e-4 / 20, 5e-3 / 20; the critic and TRL keep one number.
+    assert found == {
+        "sft": 2e-5, "reward": 1e-3, "dpo": 1e-5, "kto": 1e-6, "ppo": 2.5e-4, "trl": 1e-5,
+    }  # fmt: skip
+    assert (stages["kto"].optim.schedule, stages["ppo"].critic.optim.learning_rate) == (
+        "linear", 1e-5,
+    )  # fmt: skip
+    assert resolved.origins["stages.dpo.optim.learning_rate"] == "default of lora in dpo"
+    assert resolved.data["stages"]["dpo"]["optim"]["learning_rate"] == 1e-5
+    given = load_recipe(
+        path, ["stages.dpo.tuning.method=oft", "stages.sft.optim.learning_rate=0.1"]
+    )
+    changed: Any = given.stages
+    assert (changed["dpo"].optim.learning_rate, changed["sft"].optim.learning_rate) == (5e-6, 0.1)
+
+
+def test_mistake_beside_a_rate_that_is_left_out_keeps_its_place(tmp_path):
+    wrongs = [
+        ("optim: {schedule: linear}", "optim: {schedule: lineal}", "lineal", "optim.schedule"),
+        ("optim: {schedule: linear}", "optim: lineal", "lineal", "optim"),
+        ("{method: lora}", "{method: [lora]}", "[lora]", "tuning.method"),
+    ]
+    for old, new, value, key in wrongs:
+        text = POLICIES.replace(old, new)
+        (line,) = mistakes(tmp_path, text)
+        number, words = next((i, x) for i, x in enumerate(text.split("\n"), 1) if value in x)
+        name = words.strip().partition(":")[0]
+        assert line.startswith(f"r.yaml:{number}:{words.index(value) + 1}: stages.{name}.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "said"),
+    [
+        ("dpo", "1.0e-4", "0.0001 is outside of 5e-06 to 3e-05 for lora in dpo: 5e-6 in Zephyr's"),
+        ("kto", "1.0e-5", "1e-05 is outside of 5e-07 to 5e-06 for full in kto: 5e-7 for Zephyr"),
+        ("ppo", "1.0e-5", "1e-05 is outside of 5e-05 to 0.001 for ia3 in ppo: 1/20 to 1/10 of its"),
+        ("reward", "1.0e-5", "1e-05 is outside of 0.0001 to 0.01 for head in reward: Adam's own"),
+    ],
+)
+def test_policy_optimisation_has_rates_of_its_own(tmp_path, name, rate, said):
+    path = tmp_path / "r.yaml"
+    path.write_text(POLICIES)
+    (line,) = warnings(load_recipe(path, [f"stages.{name}.optim.learning_rate={rate}"]))
+    assert line.startswith(f"stages.{name}.optim.learning_rate: {said}")
 
 
 @pytest.mark.parametrize(
