@@ -52,13 +52,22 @@ def completion_text(completion: Text) -> str:
         return completion
     for turn in reversed(completion):
         if turn["role"] == "assistant":
-            content = turn.get("content")
-            if isinstance(content, str):
-                return content
-            if isinstance(content, Sequence):
-                return "".join(part.get("text", "") for part in content)
-            raise InvalidScoreError("assistant turn without text")
+            return turn_text(turn)
     raise InvalidScoreError("no assistant turn")
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """Give the text of one turn, whose content may also be a list of parts.
+
+    Raises:
+        InvalidScoreError: it has none.
+    """
+    content = turn.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "".join(part.get("text", "") for part in content)
+    raise InvalidScoreError(f"{turn['role']} turn without text")
 
 
 def column_values(

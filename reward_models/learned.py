@@ -9,6 +9,7 @@ import torch
 
 from reward_models.base import Text, check_rows, column_values, completion_text
 from reward_models.ensemble import combiner, spread
+from reward_models.paired import pair_ids
 from reward_models.scalar import RewardModel, score_heads
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class ScalarReward:
     With the columns ``prompt_ids`` and ``completion_ids`` (token ids of this scorer's vocabulary,
     see `shares_vocabulary`) exactly those ids are scored: the suite passes what was sampled.
     Without ``prompt_ids``, as inside a TRL trainer, the texts are rendered with the tokenizer.
+    A scorer that is an encoder always reads the texts, as a pair (see `reward_models.paired`); one
+    that is longer than its positions is invalid.
 
     A scorer of several heads is an ensemble: each head's score is normalised by its own mean and
     std, and ``combine`` makes one score of them. A score that is not finite is invalid.
@@ -46,7 +49,7 @@ class ScalarReward:
                 f"reward '{name}': combine '{combine}' has no effect on a scorer with one head; "
                 "train it with 'heads: 3', or leave combine out"
             )
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None and model.reads == "last":
             raise ValueError(f"reward '{name}': its tokenizer has no eos token to end an answer")
         self.model = model
         self.tokenizer = tokenizer
@@ -58,6 +61,7 @@ class ScalarReward:
         self.micro_tokens = micro_tokens
         self.invalid: Counter[str] = Counter()
         self.disagreement = math.nan
+        self._limit = model.max_tokens if model.reads == "first" else None
 
     def shares_vocabulary(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Tell whether token ids of another tokenizer mean the same to this scorer."""
@@ -69,13 +73,20 @@ class ScalarReward:
         """Score each answer; (score - mean) / std of each head where the reward normalises."""
         check_rows(prompts, completions, reward=self.name)
         rows = self.rows(prompts, completions, columns)
-        raw = score_heads(self.model, rows, micro_tokens=self.micro_tokens)
+        fits = [self._limit is None or len(row) <= self._limit for row in rows]
+        short = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        raw = iter(score_heads(self.model, short, micro_tokens=self.micro_tokens))
         mean, std = self.model.mean.view(-1).tolist(), self.model.std.view(-1).tolist()
         if not self.normalise:
             mean, std = [0.0] * len(mean), [1.0] * len(std)
         found: list[float | None] = []
         spreads: list[float] = []
-        for scores in raw:
+        for fit in fits:
+            if not fit:
+                self.invalid[f"longer than the {self._limit} positions of the scorer"] += 1
+                found.append(None)
+                continue
+            scores = next(raw)
             if not all(map(math.isfinite, scores)):
                 self.invalid["score is not finite"] += 1
                 found.append(None)
@@ -94,7 +105,7 @@ class ScalarReward:
         columns: Mapping[str, Any],
     ) -> list[list[int]]:
         """Give the token ids of prompt and answer that are scored."""
-        if "prompt_ids" not in columns:
+        if "prompt_ids" not in columns or self.model.reads == "first":
             pairs = zip(prompts, completions, strict=True)
             return [self._render(prompt, completion) for prompt, completion in pairs]
         heads, answers = (
@@ -117,6 +128,8 @@ class ScalarReward:
 
     def _render(self, prompt: Text, completion: Text) -> list[int]:
         """Tokenise prompt and answer apart, the answer up to and with its stop token."""
+        if self.model.reads == "first":
+            return pair_ids(self.tokenizer, prompt, completion)[0]
         head, answer = self._parts(prompt, completion)
         return [*head, *answer]
 

@@ -1,24 +1,31 @@
-"""The learned scorer: a decoder with one scalar head or several, and its files.
+"""The learned scorer: a decoder or an encoder with one scalar head or several, and its files.
 
-Index t of the values speaks of the text up to and including token t; the score of an answer is
-the value at its last real token, the stop token included, as in training. That position comes
-from lengths or the attention mask, never from comparing ids with the pad id.
+Of a decoder, index t of the values speaks of the text up to and including token t; the score of an
+answer is the value at its last real token, the stop token included, as in training. That position
+comes from lengths or the attention mask, never from comparing ids with the pad id.
+
+An encoder sees the whole text from everywhere. Its score is read from its first token, [CLS], and
+every index of the values holds that one number, so the last of them is the score here too.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from reward_models.paired import token_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "model.safetensors"
 SCORER_FILE = "scorer.json"
+Reads = Literal["last", "first"]
+"""The token that a score is read from: the last one of a decoder, the first one of an encoder."""
 
 
 class ScalarHead(nn.Linear):
@@ -46,9 +53,12 @@ class RewardModel(nn.Module):
     """Give every token of a text a scalar value.
 
     Args:
-        backbone: a transformers decoder without its language-model head (``AutoModel``).
+        backbone: a transformers decoder without its language-model head (``AutoModel``), or an
+            encoder without its pooler.
         hidden_size: width of the backbone's last hidden state.
         num_heads: heads on the one backbone; more than one make an ensemble.
+        reads: ``first`` for an encoder.
+        separator: the token behind which an encoder's token types are 1; None for one without.
         generator: source of the heads' random initial weights.
 
     Attributes:
@@ -66,10 +76,14 @@ class RewardModel(nn.Module):
         hidden_size: int,
         *,
         num_heads: int = 1,
+        reads: Reads = "last",
+        separator: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.reads: Reads = reads
+        self.separator = separator
         self.head = ScalarHead(hidden_size, num_heads, generator=generator)
         self.extra: dict[str, Any] = {}
         shape = (num_heads,) if num_heads > 1 else ()
@@ -85,6 +99,16 @@ class RewardModel(nn.Module):
     def config(self) -> Any:
         """Give the backbone's configuration."""
         return self.backbone.config
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Give the longest text that the backbone has positions for; None where nothing says."""
+        for name, module in self.backbone.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa counts positions from behind its pad id.
+                before = 0 if module.padding_idx is None else module.padding_idx + 1
+                return module.num_embeddings - before
+        return getattr(self.config, "max_position_embeddings", None)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the backbone; arguments are those of transformers."""
@@ -122,13 +146,16 @@ class RewardModel(nn.Module):
 
         Args:
             input_ids: (B, T), or one packed row (1, N) with ``position_ids`` restarting at 0.
-            position_ids: (B, T).
+            position_ids: (B, T); an encoder counts by itself.
             attention_mask: (B, T), 1 on real tokens; right padding.
             kwargs: handed to the backbone.
 
         Returns:
             (B, T) float32, not normalised.
         """
+        if self.reads == "first":
+            assert position_ids is None, "texts of an encoder are rows of their own"
+            return self._of_whole_texts(input_ids, attention_mask)
         output = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -137,6 +164,15 @@ class RewardModel(nn.Module):
             **kwargs,
         )
         return self.head(output.last_hidden_state)
+
+    def _of_whole_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Give every token the value of the first token of its row."""
+        types = {}
+        if self.separator is not None:
+            types["token_type_ids"] = token_types(input_ids, self.separator)
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
+        values = self.head(output.last_hidden_state[:, :1])  # (B, 1) or (B, 1, K)
+        return values.expand(-1, input_ids.shape[1], *values.shape[2:])
 
     def save(
         self,
@@ -164,6 +200,8 @@ class RewardModel(nn.Module):
         self.config.save_pretrained(directory)
         scorer = {**self.extra, **(extra or {})}
         scorer |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        if self.reads == "first":
+            scorer |= {"reads": self.reads, "separator": self.separator}
         text = json.dumps(scorer, indent=2, sort_keys=True) + "\n"
         (directory / SCORER_FILE).write_text(text, encoding="utf-8")
         if tokenizer is not None:
@@ -179,6 +217,10 @@ class RewardModel(nn.Module):
     ) -> "RewardModel":
         """Read a scorer that `save` wrote.
 
+        Args:
+            directory: ``model/`` of a reward stage. dtype: of the weights.
+            attn_implementation: of a decoder; an encoder takes transformers' own choice.
+
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if the weights do not fit the configuration.
@@ -193,12 +235,18 @@ class RewardModel(nn.Module):
                     f"{directory}: no {name}; expected the model folder of a reward stage"
                 )
         scorer = json.loads((directory / SCORER_FILE).read_text(encoding="utf-8"))
+        reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
         config = AutoConfig.from_pretrained(directory)
         backbone = AutoModel.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
+            config,
+            dtype=dtype,
+            attn_implementation=attn_implementation if reads == "last" else None,
         )
+        if reads == "first":
+            drop_pooler(backbone)
         num_heads = len(scorer["mean"]) if isinstance(scorer["mean"], list) else 1
-        model = cls(backbone, config.get_text_config().hidden_size, num_heads=num_heads)
+        width = config.get_text_config().hidden_size
+        model = cls(backbone, width, num_heads=num_heads, reads=reads, separator=separator)
         model.extra = {k: v for k, v in scorer.items() if k not in ("mean", "std")}
         # The head alone: casting the backbone again would round its rotary frequencies.
         model.head.to(dtype)
@@ -208,6 +256,18 @@ class RewardModel(nn.Module):
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
         model.set_normalisation(mean=scorer["mean"], std=scorer["std"])
         return model.eval()
+
+
+def drop_pooler(encoder: Any) -> None:
+    """Take off the layer behind an encoder's states, if it has one: scores are read before it."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+
+
+def reads_first(directory: Path) -> bool:
+    """Say whether a folder holds a scorer that is an encoder."""
+    path = directory / SCORER_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("reads") == "first"
 
 
 def score_token_ids(

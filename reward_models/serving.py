@@ -139,8 +139,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
-def build_app(reward: Scorer, about: Mapping[str, Any]) -> Any:
+def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = True) -> Any:
     """Give the web application: ``GET /health`` says ``about``, ``POST /score`` scores.
+
+    Args:
+        reward: scores. about: what it is.
+        takes_ids: False where it reads texts alone, and a request with token ids is refused.
 
     Raises:
         ImportError: fastapi is not installed.
@@ -166,7 +170,13 @@ def build_app(reward: Scorer, about: Mapping[str, Any]) -> Any:
             if len(data) > MAX_BYTES:
                 return refuse(413, f"more than {MAX_BYTES} bytes; send fewer answers at a time")
         try:
-            future = batcher.submit(read_request(bytes(data)))
+            body = read_request(bytes(data))
+            if not takes_ids and "prompt_ids" in body:
+                raise BadRequestError(
+                    "this reward model is an encoder and reads texts; leave token ids out "
+                    "(token_ids: false)"
+                )
+            future = batcher.submit(body)
             return JSONResponse(await asyncio.wrap_future(future))
         except ValueError as error:  # a request that cannot be scored
             return refuse(422, str(error))

@@ -58,7 +58,9 @@ class TokenRow:
 class PairRow:
     """Hold one tokenised preference pair: both rows begin with the same prompt token ids.
 
-    ``tie`` says that the two answers were judged equally good.
+    ``tie`` says that the two answers were judged equally good; ``shared`` that the prompt may be
+    computed once for both, and be cut from the left. For an encoder, whose prompt also sees the
+    answer, it is False.
     """
 
     chosen: TokenRow
@@ -68,6 +70,7 @@ class PairRow:
     source: str = ""
     tie: bool = False
     label_prob: float = 1.0
+    shared: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,8 @@ def fit_rows(
 
     A sequence that is longer is lost whole. The prompt of a pair is cut from the left as far as
     needed, the same for both answers, so that both survive; the pair is lost when its longer
-    answer leaves no prompt token. Prompts longer than ``max_length`` are lost whole.
+    answer leaves no prompt token, or the prompt must stay whole (``shared`` False). Prompts longer
+    than ``max_length`` are lost whole.
 
     Args:
         rows: tokenised rows.
@@ -193,7 +194,7 @@ def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
     over = _length(pair) - max_length
     if over <= 0:
         return pair
-    if over >= pair.num_prompt_tokens:
+    if over >= pair.num_prompt_tokens or not pair.shared:
         return None
     return replace(
         pair,

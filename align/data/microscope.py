@@ -10,6 +10,7 @@ from rich.text import Text
 
 from align.core.types import Example, TokenRow
 from align.data.chat import ChatFormat
+from align.data.paired import PairedFormat
 
 State = Literal["masked", "trained", "stop"]
 _STYLES = {"masked": "dim", "trained": "green", "stop": "bold white on red"}
@@ -59,12 +60,12 @@ def views(example: Example, chat: ChatFormat) -> Iterator[View]:
         yield view_of(row, chat, side=side)
 
 
-def view_of(row: TokenRow, chat: ChatFormat, *, side: str) -> View:
+def view_of(row: TokenRow, chat: ChatFormat | PairedFormat, *, side: str) -> View:
     """Give the view of a row that is tokenised already."""
     return View(row.source, side, tuple(_tokens(row, chat)))
 
 
-def _tokens(row: TokenRow, chat: ChatFormat) -> Iterator[Token]:
+def _tokens(row: TokenRow, chat: ChatFormat | PairedFormat) -> Iterator[Token]:
     """Give the tokens; text is decoded as far as it is whole, so that no character is torn."""
     start, before = 0, ""
     for i, token in enumerate(row.input_ids):

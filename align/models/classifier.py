@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from align.core.errors import ArtefactError
 from align.models.loading import disable_dropout, load_tokenizer
+from align.models.padded import right_padded
 
 
 class ClassLogits(nn.Module):
@@ -32,14 +33,8 @@ class ClassLogits(nn.Module):
         Args:
             input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence.
         """
-        at = position_ids[0]
-        number = (at == 0).cumsum(0) - 1
-        shape = (int(number[-1]) + 1, int(at.max()) + 1)
-        ids = input_ids.new_full(shape, self.model.config.pad_token_id)
-        ids[number, at] = input_ids[0]
-        mask = input_ids.new_zeros(shape)
-        mask[number, at] = 1
-        return self.model(input_ids=ids, attention_mask=mask).logits.float()
+        laid = right_padded(input_ids, position_ids, fill=self.model.config.pad_token_id)
+        return self.model(input_ids=laid.input_ids, attention_mask=laid.mask).logits.float()
 
 
 def classifier_from(

@@ -1,4 +1,4 @@
-"""Heads on a decoder: scorers begun from a policy or a scorer, and the critic's values."""
+"""Heads on a model: scorers begun from a policy, an encoder or a scorer; the critic's values."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from align.core.errors import ArtefactError
 from align.models.attention import PACKED, segments_from_positions
-from align.models.loading import disable_dropout
-from reward_models.scalar import SCORER_FILE, RewardModel
+from align.models.loading import disable_dropout, load_tokenizer
+from align.models.padded import right_padded
+from reward_models.paired import separator_of
+from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler
 
 
 def scorer_from(
@@ -23,8 +26,10 @@ def scorer_from(
     if (model_dir / SCORER_FILE).is_file():
         model = RewardModel.load(model_dir, kind, attn_implementation=PACKED)
         if model.num_heads != num_heads:
-            width = model.head.in_features
-            model = RewardModel(model.backbone, width, num_heads=num_heads)
+            width, reads, separator = model.head.in_features, model.reads, model.separator
+            model = RewardModel(
+                model.backbone, width, num_heads=num_heads, reads=reads, separator=separator
+            )
             model.head.to(kind)
     else:
         backbone = AutoModel.from_pretrained(
@@ -38,6 +43,59 @@ def scorer_from(
         model.head.to(kind)  # not the whole: rotary buffers must stay float32
     disable_dropout(model)
     return model.train()
+
+
+def scorer_on_encoder(
+    model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
+) -> tuple[RewardModel, list[str]]:
+    """Put fresh random heads on an encoder without its pooler, dropout off.
+
+    Returns:
+        The model, and the weights below the heads that ``model_dir`` lacks: they are random too.
+
+    Raises:
+        ArtefactError: it is no encoder whose tokenizer writes pairs of texts.
+    """
+    kind = getattr(torch, dtype)
+    encoder, info = AutoModel.from_pretrained(
+        str(model_dir), dtype=kind, quantization_config=quantization, output_loading_info=True
+    )
+    if encoder.config.is_encoder_decoder:
+        raise ArtefactError(
+            f"{model_dir}: {type(encoder).__name__} is an encoder and a decoder; a reward stage "
+            "begins from an encoder alone, such as BERT, or from a policy"
+        )
+    try:
+        separator = separator_of(load_tokenizer(model_dir))
+    except ValueError as error:
+        raise ArtefactError(f"{model_dir}: {error}") from error
+    drop_pooler(encoder)
+    if getattr(encoder.config, "type_vocab_size", 0) < 2:
+        separator = None  # the model has one type only, whatever its tokenizer says
+    width = encoder.config.get_text_config().hidden_size
+    model = RewardModel(encoder, width, num_heads=num_heads, reads="first", separator=separator)
+    model.head.to(kind)
+    disable_dropout(model)
+    lacking = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+    return model.train(), sorted(lacking)
+
+
+class TextValues(nn.Module):
+    """Give each token of a packed row the score of its text, by an encoder: (1, N), or K of them.
+
+    Args:
+        model: a scorer that reads whole texts.
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Score the texts of a packed row, each in a row of its own."""
+        laid = right_padded(input_ids, position_ids, fill=0)
+        values = self.model(laid.input_ids, attention_mask=laid.mask)
+        return values[laid.number, laid.at].unsqueeze(0)
 
 
 class ValueModel(nn.Module):

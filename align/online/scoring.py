@@ -25,16 +25,25 @@ class Scores:
 
 
 def score_answers(
-    prompts: Sequence[PromptRow], answers: Sequence[Completion], rewards: Sequence[RewardFunction]
+    prompts: Sequence[PromptRow],
+    answers: Sequence[Completion],
+    rewards: Sequence[RewardFunction],
+    *,
+    with_ids: bool = True,
 ) -> Scores:
     """Score answers with every reward and add them up by weight.
 
     An answer that any reward calls invalid (None) has no total: it is left out, never taken as 0.
+
+    Args:
+        prompts: of each answer. answers: sampled ones. rewards: asked in order.
+        with_ids: hand the token ids on; False where the answers are texts only.
     """
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
-    columns["prompt_ids"] = [list(p.input_ids) for p in prompts]
-    columns["completion_ids"] = [list(a.token_ids) for a in answers]
+    if with_ids:
+        columns["prompt_ids"] = [list(p.input_ids) for p in prompts]
+        columns["completion_ids"] = [list(a.token_ids) for a in answers]
     asked = [p.prompt for p in prompts]
     # The convention of the rewards: a conversation is answered by a conversation.
     said: list[Any] = [

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from align.core.artefacts import Artefact
+from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import causal_lm
 from align.online.weights import PUSH_TOLERANCE, checkpoint_name, gathered
@@ -47,7 +48,7 @@ def loss_checks(
 
 def margins(task: OfflineTask[Any]) -> Finding:
     """Count the pairs that say by how much the chosen answer is better."""
-    known = sum(row.margin != 0.0 for row in task.rows)
+    known = sum(row.pair.margin != 0.0 for row in task.rows)
     return Finding(
         f"{known:,} of {len(task.rows):,} pairs have a margin",
         "more than 0",
@@ -63,6 +64,12 @@ def few_rows(spec: OfflineStage, task: OfflineTask[Any]) -> list[Any]:
         if sum(map(task.length, [*chosen, row])) <= spec.micro_tokens or not chosen:
             chosen.append(row)
     return chosen
+
+
+def sides_of(row: Any) -> list[TokenRow]:
+    """Give the sequences of a row: of a pair both."""
+    pair = row if isinstance(row, TokenRow | PairRow) else row.pair
+    return [pair.chosen, pair.rejected] if isinstance(pair, PairRow) else [pair]
 
 
 @torch.no_grad()

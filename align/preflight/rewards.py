@@ -10,7 +10,12 @@ from typing import Any
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, spread
-from align.recipe.reward_schema import LengthReward, RefusalReward, RepetitionReward
+from align.recipe.reward_schema import (
+    LengthReward,
+    RefusalReward,
+    RemoteReward,
+    RepetitionReward,
+)
 from align.recipe.schema import EnsembleReward, RewardSpec, ScalarReward
 from reward_models.base import MissingColumnError, RewardFunction
 
@@ -56,7 +61,7 @@ def reward_checks(
 def _testable(spec: RewardSpec, prompts: Sequence[PromptRow]) -> bool:
     """Say whether known answers can be made; a line without any would say nothing."""
     column = _column(spec)
-    if isinstance(spec, ScalarReward):
+    if _learned(spec):
         return column in prompts[0].columns
     return _fixed(spec) is not None or column is not None
 
@@ -98,9 +103,9 @@ def self_test(
 
 def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[str, str]:
     """Give verdict and remedy; a learned scorer may be wrong about some answers, a rule may not."""
-    if above == rows or (isinstance(spec, ScalarReward) and 2 * above >= rows):
+    if above == rows or (_learned(spec) and 2 * above >= rows):
         return "ok", ""
-    if isinstance(spec, ScalarReward):
+    if _learned(spec):
         return "warn", "the reward model prefers other rows' answers; is it one for these prompts?"
     if above == 0:
         return "fail", (
@@ -123,7 +128,7 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
     if isinstance(spec, RefusalReward):
         return [_refusals(spec, spread(prompts, NUM_ROWS))]
     column = _column(spec)
-    if column is None or (isinstance(spec, ScalarReward) and column not in prompts[0].columns):
+    if column is None or _reads_ids(spec) or (_learned(spec) and column not in prompts[0].columns):
         return []
     rows = spread(prompts, NUM_ROWS)
     values = [_first(_value(row, column)) for row in rows]
@@ -156,6 +161,20 @@ def _refusals(spec: RefusalReward, rows: Sequence[PromptRow]) -> Known:
         [declined if d else replied for d in due],
         [replied if d else declined for d in due],
     )
+
+
+def _learned(spec: RewardSpec) -> bool:
+    """Say whether a learned scorer has a part in the judgement."""
+    if isinstance(spec, EnsembleReward):
+        return any(map(_learned, spec.members))
+    return isinstance(spec, ScalarReward)
+
+
+def _reads_ids(spec: RewardSpec) -> bool:
+    """Say whether a reward asks for the token ids of answers, which made-up ones lack."""
+    if isinstance(spec, EnsembleReward):
+        return any(map(_reads_ids, spec.members))
+    return isinstance(spec, RemoteReward) and spec.token_ids
 
 
 def _column(spec: RewardSpec) -> str | None:
@@ -207,9 +226,14 @@ def _from_pattern(pattern: str | None) -> list[tuple[str, str]]:
 
 
 def _above(reward: RewardFunction, known: Known) -> int:
-    """Count the rows whose right answer has a higher score than the wrong one."""
+    """Count the rows whose right answer has a higher score than the wrong one.
+
+    The answers are texts that no policy sampled: they have no token ids.
+    """
     right, wrong = (
-        score_answers(known.rows, [_said(text) for text in side], [reward]).by_name[reward.name]
+        score_answers(known.rows, [_said(text) for text in side], [reward], with_ids=False).by_name[
+            reward.name
+        ]
         for side in (known.right, known.wrong)
     )
     return sum(r is not None and w is not None and r > w for r, w in zip(right, wrong, strict=True))

@@ -8,7 +8,7 @@ from align.recipe.offline_schema import OfflineStage, StageSpec
 
 
 class EncoderStage(StageSpec):
-    """Bring in an encoder such as BERT, which cannot generate; a classify stage starts from it."""
+    """Bring in an encoder such as BERT, which cannot generate: for classify and reward stages."""
 
     kind: Literal["encoder"]
     path: str

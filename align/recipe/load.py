@@ -14,6 +14,7 @@ from align.recipe.adapters import adapter_problems
 from align.recipe.algorithms import preset_keys
 from align.recipe.defaults import complete_blocks
 from align.recipe.effects import idle_options
+from align.recipe.encoders import encoder_problems
 from align.recipe.messages import describe, locate, suggest
 from align.recipe.overrides import apply_overrides
 from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
@@ -73,7 +74,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
     errors += _stage_name_errors(source)
     errors += _reference_errors(specs, source)
-    errors += _adapter_errors(specs, source)
+    errors += _start_errors(specs, source)
     errors += _idle_errors(specs, source)
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
@@ -140,10 +141,11 @@ def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     return found
 
 
-def _adapter_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
+def _start_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     return [
-        f"{locate(('stages', *key), 'reference', source.marks)}: stages.{'.'.join(key)}: {problem}"
-        for key, problem in adapter_problems(specs).items()
+        f"{locate(('stages', name, *key.split('.')), 'reference', source.marks)}: "
+        f"stages.{name}.{key}: {problem}"
+        for (name, key), problem in (adapter_problems(specs) | encoder_problems(specs)).items()
     ]
 
 
@@ -156,7 +158,7 @@ def fitting_kinds(key: str, stage_kind: str | None) -> tuple[str, ...]:
     """Give the artefact kinds that a reference of a stage may name."""
     if key.endswith(".stage"):
         return ("data",)
-    if (stage_kind, key) == ("classify", "init"):
+    if key == "init" and stage_kind in ("classify", "reward"):
         return ("policy", "encoder")
     if key == "critic.init":
         return ("policy", "reward_model")

@@ -1,6 +1,7 @@
 """Measure reward models on held-out pairs, sets and sampled answers: the numbers of their card."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 
 from align.core import distributed
 from align.core.artefacts import Artefact
-from align.core.types import Example, PairRow, TokenRow
-from align.data.chat import ChatFormat
+from align.core.types import Example, PairRow, Text, TokenRow
 from align.data.load import fit_rows, load_examples
+from align.data.paired import PairedFormat
 from align.data.sets import AnswerSet, load_sets
 from align.data.split import split_key
 from align.evaluation.card import (
@@ -23,9 +24,10 @@ from align.evaluation.card import (
 )
 from align.evaluation.refusals import refusing_side
 from align.recipe.schema import DataSpec
-from align.stages.base import chat_format
 from align.stages.dpo import both, to_stop
+from align.stages.scorer_format import RowFormat, scorer_format
 from align.tuning.loading import load_scorer
+from reward_models.paired import pair_ids
 from reward_models.scalar import RewardModel, score_token_ids
 
 log = logging.getLogger(__name__)
@@ -41,11 +43,12 @@ class SampledAnswers:
     """Hold several sampled answers to each prompt, for the best-of-n curve.
 
     Attributes:
-        rows: token ids of prompt and answer. groups: number of each answer's prompt.
-        gold: the score that counts, None where invalid.
+        rows: token ids of prompt and answer. texts: both as text, for a scorer that is an encoder.
+        groups: number of each answer's prompt. gold: the score that counts, None where invalid.
     """
 
     rows: Sequence[Sequence[int]]
+    texts: Sequence[tuple[Text, str]]
     groups: Sequence[int]
     gold: Sequence[float | None]
 
@@ -93,18 +96,24 @@ def _load(artefact: Artefact) -> RewardModel:
     return load_scorer(artefact.model_dir).to(distributed.device())
 
 
+def _longest(model: RewardModel, given: CardInput) -> int:
+    """Give the tokens that a text may have; an encoder has no positions for more."""
+    limit = model.max_tokens if model.reads == "first" else None
+    return given.max_length if limit is None else min(limit, given.max_length)
+
+
 def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair], int]:
     """Score the held-out pairs; give also how many were too long."""
-    chat = chat_format(artefact.model_dir)
+    chat, model = scorer_format(artefact), _load(artefact)
     examples = load_examples(given.pairs, kind="preference", seed=given.seed)
     rows, lost = fit_rows(
         [chat.pair_row(e) for e in examples],
-        max_length=given.max_length,
+        max_length=_longest(model, given),
         max_lost_frac=given.max_lost_frac,
         ledger=given.ledger,
         what="held-out pairs of the reward model",
     )
-    scores = score_token_ids(_load(artefact), [row.input_ids for row in both(rows)])
+    scores = score_token_ids(model, [row.input_ids for row in both(rows)])
     named = {e.source: e for e in examples}
     pairs = [
         _pair(row, named[row.source], chat, scores[2 * i : 2 * i + 2]) for i, row in enumerate(rows)
@@ -112,7 +121,7 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
     return pairs, lost
 
 
-def _pair(row: PairRow, example: Example, chat: ChatFormat, scores: Sequence[float]) -> ScoredPair:
+def _pair(row: PairRow, example: Example, chat: RowFormat, scores: Sequence[float]) -> ScoredPair:
     sides = [
         to_stop(side).input_ids[row.num_prompt_tokens :] for side in (row.chosen, row.rejected)
     ]
@@ -139,13 +148,13 @@ def group_of(example: Example) -> str:
 
 def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
     """Score every answer of the sets; a set of which one answer is too long is lost whole."""
-    chat = chat_format(artefact.model_dir)
+    chat, model = scorer_format(artefact), _load(artefact)
     found = load_sets(given.sets)
     rows = {i: _set_rows(chat, s) for i, s in enumerate(found)}
     longest = {i: max(mine, key=lambda row: len(row.input_ids)) for i, mine in rows.items()}
     kept, lost = fit_rows(
         list(longest.values()),
-        max_length=given.max_length,
+        max_length=_longest(model, given),
         max_lost_frac=given.max_lost_frac,
         ledger=given.ledger,
         what="sets of answers",
@@ -153,7 +162,7 @@ def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
     fitting = {id(row) for row in kept}
     chosen = [i for i, row in longest.items() if id(row) in fitting]
     flat = [row.input_ids for i in chosen for row in rows[i]]
-    scores = iter(score_token_ids(_load(artefact), flat))
+    scores = iter(score_token_ids(model, flat))
     if lost:
         log.warning("%d sets of answers are too long", lost)
     return [
@@ -167,7 +176,7 @@ def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
     ]
 
 
-def _set_rows(chat: ChatFormat, answers: AnswerSet) -> list[TokenRow]:
+def _set_rows(chat: RowFormat, answers: AnswerSet) -> list[TokenRow]:
     return [
         to_stop(chat.sft_row(Example(answers.prompt, answer, source=answers.source)))
         for answer in (*answers.chosen, *answers.rejected)
@@ -184,14 +193,27 @@ def _agreement(
 
 
 def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[dict[str, Any]]:
-    """Score the sampled answers; prompts with an answer that gold cannot judge are left out."""
-    scores = score_token_ids(_load(artefact), answers.rows)
-    proxies: dict[int, list[float]] = {}
+    """Score the sampled answers; prompts with an answer that one cannot judge are left out."""
+    proxies: dict[int, list[float | None]] = {}
     golds: dict[int, list[float | None]] = {}
+    scores = _sampled_scores(artefact, answers)
     for group, score, value in zip(answers.groups, scores, answers.gold, strict=True):
         proxies.setdefault(group, []).append(score)
         golds.setdefault(group, []).append(value)
-    whole = {
-        str(k): [v for v in row if v is not None] for k, row in golds.items() if None not in row
-    }
-    return best_of_n({str(k): v for k, v in proxies.items() if str(k) in whole}, whole, seed=seed)
+    judged = {str(k) for k in proxies if None not in (*proxies[k], *golds[k])}
+    proxy, gold = (
+        {str(k): [v for v in row if v is not None] for k, row in side.items() if str(k) in judged}
+        for side in (proxies, golds)
+    )
+    return best_of_n(proxy, gold, seed=seed)
+
+
+def _sampled_scores(artefact: Artefact, answers: SampledAnswers) -> list[float | None]:
+    """Score sampled answers; an encoder reads their texts, and has none of those too long."""
+    model, chat = _load(artefact), scorer_format(artefact)
+    rows = answers.rows
+    if isinstance(chat, PairedFormat):
+        rows = [pair_ids(chat.tokenizer, prompt, answer)[0] for prompt, answer in answers.texts]
+    limit = math.inf if model.reads == "last" else model.max_tokens or math.inf
+    scores = iter(score_token_ids(model, [row for row in rows if len(row) <= limit]))
+    return [next(scores) if len(row) <= limit else None for row in rows]

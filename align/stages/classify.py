@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact, read_manifest
-from align.core.errors import ArtefactError, DataError
+from align.core.artefacts import Artefact
+from align.core.errors import DataError
 from align.core.types import Example, TokenRow
 from align.data.batching import plan_micro_batches
 from align.evaluation.classes import class_scores
@@ -28,7 +28,9 @@ from align.stages.preflight import settle
 from align.stages.training import (
     fingerprints,
     offline_rows,
+    refuse_random,
     run_offline,
+    start_of_head,
     tuned_below_head,
     whole_state,
 )
@@ -49,7 +51,7 @@ class ClassRow(TokenRow):
 
 def run(spec: ClassifyStage, context: StageContext) -> StageResult:
     """Train a classifier, begun from the policy or encoder ``spec.init``, on labelled texts."""
-    source = start_of_classifier(spec, context)
+    source = start_of_head(spec, context)
     render = partial(class_row, load_tokenizer(source.model_dir))
     rows, watched = offline_rows(spec, context, kind="classes", render=render)
     classes = classes_of(rows, watched)
@@ -82,14 +84,6 @@ def run(spec: ClassifyStage, context: StageContext) -> StageResult:
         notes["heldout"] = judge(probs, watched, classes, seed=context.seed, out=context.out)
         final |= {f"eval/{name}": notes["heldout"][name][0] for name in ("accuracy", "macro_f1")}
     return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
-
-
-def start_of_classifier(spec: ClassifyStage, context: StageContext) -> Artefact:
-    """Read the policy or encoder that the stage starts from."""
-    named = spec.init in context.recipe.stages
-    folder = context.run_dir / spec.init if named else Path(spec.init)
-    kind = read_manifest(folder)["kind"]
-    return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
 
 
 def class_row(tokenizer: Any, example: Example) -> ClassRow:
@@ -147,11 +141,7 @@ def build_classifier(
     torch.manual_seed(distributed.derive_seed(seed, "head"))
     held = quantization(spec.tuning, spec.dtype)
     model, missing = classifier_from(source.model_dir, classes, dtype=spec.dtype, quantization=held)
-    if missing and spec.tuning.method != "full":
-        raise ArtefactError(
-            f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
-            f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
-        )
+    refuse_random(missing, spec, source)
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
     tuning_seed = distributed.derive_seed(seed, "tuning")

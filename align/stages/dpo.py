@@ -87,8 +87,12 @@ def refuse_ties(pairs: Sequence[PairRow]) -> None:
 
 
 def pair_length(pair: PairRow) -> int:
-    """Give the tokens of a pair: its prompt, which is computed once, and both answers."""
-    return len(pair.chosen.input_ids) + len(pair.rejected.input_ids) - pair.num_prompt_tokens
+    """Give the tokens of a pair: its prompt, which is computed once, and both answers.
+
+    A pair that shares no prompt counts as the two rows of a padded batch that it fills.
+    """
+    lengths = len(pair.chosen.input_ids), len(pair.rejected.input_ids)
+    return sum(lengths) - pair.num_prompt_tokens if pair.shared else 2 * max(lengths)
 
 
 @torch.no_grad()
@@ -121,7 +125,7 @@ def pack_pairs(
     per_sequence: Mapping[str, Sequence[float]] | None = None,
 ) -> PackedBatch:
     """Pack pairs, each prompt once: sequences 2k and 2k + 1 are chosen and rejected of pair k."""
-    shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens)]
+    shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens * pair.shared)]
     return pack(both(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
 
 

@@ -1,4 +1,4 @@
-"""Stage encoder: bring in an encoder, which a classify stage puts its head on."""
+"""Stage encoder: bring in an encoder, which a classify or reward stage puts its head on."""
 
 from functools import partial
 from pathlib import Path

@@ -201,12 +201,13 @@ def reward_cards(
         mine = answers[OWN_TASK][spec.label(spec.baseline)]
         records = answered[OWN_TASK][spec.label(spec.baseline)].records
         rows = [
-            [*prompt.input_ids, *answer.token_ids]
+            ([*prompt.input_ids, *answer.token_ids], (prompt.prompt, answer.text))
             for prompt, answer in zip(mine.prompts, mine.completions, strict=True)
         ]
         everyone = [row for part in distributed.gather_objects(rows) for row in part]
+        ids, texts = [row[0] for row in everyone], [row[1] for row in everyone]
         groups = [record["prompt_index"] for record in records]
-        sampled = SampledAnswers(everyone, groups, [record["judge"] for record in records])
+        sampled = SampledAnswers(ids, texts, groups, [record["judge"] for record in records])
     given = CardInput(
         spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed, sampled,
         context.ledger,

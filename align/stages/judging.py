@@ -21,8 +21,10 @@ from align.evaluation.verdict import Answered, Judged
 from align.recipe.evaluate_schema import LONGER
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.stages.base import chat_format
-from reward_models import build_reward
+from align.tuning.loading import made_whole
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
+from reward_models.learned import build_scalar
+from reward_models.scalar import reads_first
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +116,16 @@ def calibrate(
 
 def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
     """Give a reward model's verdicts; it has none on pairs longer than its positions."""
-    reward = build_reward({"kind": "scalar", "model": str(folder)})
+    reward = build_scalar({"kind": "scalar", "model": str(folder)})
+    made_whole(reward.model, folder)
     turns = {plain(e.prompt): e.prompt for e in examples}
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         said = [[{"role": "assistant", "content": text}] for text in answers]
         return reward(prompts=[turns[p] for p in prompts], completions=said)
 
+    if reads_first(folder):  # it says itself which pairs are too long
+        return scored_orders(pairs, score)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf
     rows = [chat.pair_row(e) for e in examples]

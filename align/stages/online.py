@@ -39,8 +39,8 @@ from align.stages.preflight import preflight_online
 from align.stages.training import build_policy, fingerprints, save_trained_policy, start_of
 from align.stages.watching import build_watch, finish_watch
 from align.training.learner import Learner
-from align.tuning.files import refuse_unmerged, with_adapter
-from align.tuning.loading import load_tuned_policy
+from align.tuning.files import refuse_unmerged
+from align.tuning.loading import load_tuned_policy, made_whole
 from align.tuning.reference import off_is_start
 from reward_models import build_reward
 from reward_models.base import RewardFunction
@@ -222,10 +222,9 @@ def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunctio
 
 
 def _add_adapters(reward: Any, plain: dict[str, Any]) -> None:
-    """Make the scorers whole whose adapters are not merged; reward_models knows no adapters."""
+    """Make the scorers whole whose adapters are not merged."""
     if plain["kind"] in ("scalar", "process"):
-        model = reward.model
-        model.backbone = with_adapter(model.backbone, plain["model"]).eval()
+        made_whole(reward.model, plain["model"])
     if plain["kind"] == "ensemble":
         for member, inner in zip(reward.members, plain["members"], strict=True):
             _add_adapters(member, inner)

@@ -11,14 +11,15 @@ from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
 from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
 from align.core.errors import AlignError, PreflightError
-from align.core.types import Example, PairRow, PromptRow, TokenRow
+from align.core.types import Example, PromptRow, TokenRow
 from align.data.chat import ChatFormat
 from align.data.load import load_examples
 from align.data.microscope import View, plain, view_of
+from align.data.paired import PairedFormat
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
 from align.preflight.checks import Check, Finding, examine, spread
-from align.preflight.offline import loss_checks, start_checks
+from align.preflight.offline import loss_checks, sides_of, start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
@@ -100,9 +101,9 @@ def _keep_views(views: Callable[[], Sequence[View]], path: Path) -> None:
     write_json_atomic(path, found)
 
 
-def row_views(rows: Sequence[Any], chat: ChatFormat) -> list[View]:
+def row_views(rows: Sequence[Any], chat: ChatFormat | PairedFormat) -> list[View]:
     """View some rows of a training stage; of a pair both sides."""
-    few = [_sides(row) for row in spread(rows, NUM_SHOWN)]
+    few = [sides_of(row) for row in spread(rows, NUM_SHOWN)]
     few = few[:1] if len(few[0]) > 1 else few
     names = ("chosen", "rejected") if len(few[0]) > 1 else ("row",)
     return [
@@ -152,7 +153,7 @@ def preflight_offline(
         task: rows, batches and loss. examples: some of what its rows were made from.
 
     """
-    flat = [side for row in task.rows for side in _sides(row)]
+    flat = [side for row in task.rows for side in sides_of(row)]
     vocab_size = model.get_input_embeddings().num_embeddings
     settle(
         context,
@@ -229,8 +230,3 @@ def preflight_evaluate(
         if task.judge:
             checks += reward_checks(f"{own}judge", task.judge, judge, prompts, None)
     settle(context, checks)
-
-
-def _sides(row: Any) -> list[TokenRow]:
-    pair = row if isinstance(row, TokenRow | PairRow) else row.pair
-    return [pair.chosen, pair.rejected] if isinstance(pair, PairRow) else [pair]

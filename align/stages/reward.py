@@ -1,4 +1,8 @@
-"""Stage reward: a scorer of answers taught by pairs, judged answers or judged steps."""
+"""Stage reward: a scorer of answers taught by pairs, judged answers or judged steps.
+
+It stands on a decoder, or on an encoder: then prompt and answer are a pair of texts, batches are
+padded, and the score of a whole text is what a loss finds at each of its tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,17 +18,20 @@ from align.core.artefacts import Artefact
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
 from align.data.chat import ChatFormat
+from align.data.paired import PairedFormat
 from align.models.attention import segments_from_positions
-from align.models.heads import scorer_from
+from align.models.heads import TextValues, scorer_from, scorer_on_encoder
 from align.models.loading import load_tokenizer, set_dropout
 from align.online.weights import full_weights
 from align.preflight.checks import Seen
+from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
-from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.dpo import both, pair_length, to_stop
 from align.stages.label_noise import noise_report
-from align.stages.preflight import preflight_offline
+from align.stages.preflight import preflight_offline, row_views, settle
+from align.stages.scorer_format import RowFormat, scorer_format
 from align.stages.scorer_norm import Numbers, normalisation, sampled_rows
 from align.stages.scorer_rows import (
     JudgedAnswer,
@@ -43,7 +50,9 @@ from align.stages.scorer_rows import (
 from align.stages.training import (
     fingerprints,
     offline_rows,
+    refuse_random,
     run_offline,
+    start_of_head,
     tuned_below_head,
     whole_state,
 )
@@ -59,17 +68,21 @@ Built = tuple[OfflineTask[Any], Sequence[Example]]
 
 
 def run(spec: RewardStage, context: StageContext) -> StageResult:
-    """Train a scorer, begun from the policy ``spec.init``, on what ``spec.data`` judges."""
-    source = context.artefact(spec.init, "policy")
-    chat = chat_format(source.model_dir)
+    """Train a scorer, begun from ``spec.init``, on what ``spec.data`` judges."""
+    source = start_of_head(spec, context)
+    chat = scorer_format(source)
     build = {"pairs": pair_task, "answers": answer_task, "steps": step_task}[spec.supervision]
     task, examples = build(spec, context, chat)
     model = fresh_scorer(spec, source, context)
-    module = SequenceValues(model)
-    preflight_offline(
-        spec, context, chat=chat, source=source, module=module, model=model.backbone, task=task,
-        examples=examples,
-    )  # fmt: skip
+    module = values_of(model)
+    if isinstance(chat, PairedFormat):
+        checks = paired_checks(spec, chat, module, model, task, source)
+        settle(context, checks, lambda: row_views(task.rows, chat))
+    else:
+        preflight_offline(
+            spec, context, chat=chat, source=source, module=module, model=model.backbone,
+            task=task, examples=examples,
+        )  # fmt: skip
     notes: dict[str, Any] = {}
     if spec.noise_folds:
         pairs = [row.pair for row in task.rows]
@@ -83,10 +96,14 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
     if stopping is not None:
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
+        notes |= stopping_notes(stopping)
+    elif spec.tuning.method == "qlora":
+        save_scorer(spec, model, source, context.out)
+    if stopping is not None or spec.tuning.method == "qlora":
+        # What is saved is another model than the last in memory: earlier, or not in 4 bits.
         kept = context.out / "model"
         model = scorer_from(kept, dtype=spec.dtype, num_heads=spec.heads).to(distributed.device())
         model.backbone = with_adapter(model.backbone, kept)
-        notes |= stopping_notes(stopping)
     numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
     save_scorer(spec, model, source, context.out, numbers=numbers)
     for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
@@ -104,19 +121,22 @@ def train_part(
         steps = max(1, round(steps * (spec.noise_folds - 1) / spec.noise_folds))
     plain = spec.model_copy(update={"heads": 1, "checkpoint_every": 0, "steps": steps})
     rows = [WeightedPair(pair, (1.0,)) for pair in pairs]
-    task = OfflineTask(rows, [], _pair_length, collate_pairs, partial(pair_loss, plain))
     model = fresh_scorer(plain, source, context)
-    run_offline(SequenceValues(model), task, plain, context, stopping=None)
+    task = OfflineTask(
+        rows, [], _pair_length, collate_pairs, partial(pair_loss, plain),
+        padded=model.reads == "first",
+    )  # fmt: skip
+    run_offline(values_of(model), task, plain, context, stopping=None)
     return model
 
 
 def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
-    """Put fresh heads on the decoder of ``source``, by the seed of the stage."""
+    """Put fresh heads on the model of ``source``, by the seed of the stage."""
     torch.manual_seed(distributed.derive_seed(context.seed, "head"))
     return load_scorer(spec, source)
 
 
-def pair_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+def pair_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
     """Learn which of two answers is better."""
     render = Seen(chat.pair_row)
     rows, watched = offline_rows(spec, context, kind="preference", render=render)
@@ -132,6 +152,7 @@ def pair_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Bui
         _pair_length,
         collate_pairs,
         partial(pair_loss, spec),
+        padded=isinstance(chat, PairedFormat),
     )
     return task, render.examples
 
@@ -148,7 +169,7 @@ def _pair_length(row: WeightedPair) -> int:
     return pair_length(row.pair)
 
 
-def answer_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+def answer_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
     """Learn whether an answer is good, from answers that are judged one by one."""
 
     def judged(example: Example) -> JudgedAnswer:
@@ -165,15 +186,19 @@ def answer_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> B
     rows = [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
     watched = [replace(row, weights=(1.0,) * spec.heads) for row in watched]
     loss = partial(judged_loss, spec, classes)
-    return OfflineTask(rows, watched, _length, collate_answers, loss), render.examples
+    task = OfflineTask(
+        rows, watched, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
+    )
+    return task, render.examples
 
 
 def _length(row: TokenRow) -> int:
     return len(row.input_ids)
 
 
-def step_task(spec: RewardStage, context: StageContext, chat: ChatFormat) -> Built:
+def step_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
     """Learn whether a solution is right so far, from steps that are judged one by one."""
+    assert isinstance(chat, ChatFormat), "no encoder judges steps"
     render = Seen(partial(_judged_steps, chat, spec.step_separator))
     rows, watched = offline_rows(spec, context, kind="steps", render=render)
     task = OfflineTask(rows, watched, _length, collate_steps, partial(steps_loss, spec))
@@ -200,17 +225,26 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
 
 
 def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
-    """Put fresh heads on the decoder of ``source``; add what ``tuning`` trains."""
-    model = scorer_from(
-        source.model_dir,
-        dtype=spec.dtype,
-        num_heads=spec.heads,
-        quantization=quantization(spec.tuning, spec.dtype),
-    )
+    """Put fresh heads on the model of ``source``; add what ``tuning`` trains."""
+    held = quantization(spec.tuning, spec.dtype)
+    if source.manifest["kind"] == "encoder":
+        model, missing = scorer_on_encoder(
+            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
+        )
+        refuse_random(missing, spec, source)
+    else:
+        model = scorer_from(
+            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
+        )
     if spec.keep.dropout:
         set_dropout(model.backbone, spec.keep.dropout)
     model.backbone = tuned_below_head(spec, model.backbone, seed=spec.seed or 0)
     return model.to(distributed.device())
+
+
+def values_of(model: RewardModel) -> nn.Module:
+    """Give what a scorer is trained as: from packed rows to a value for each token."""
+    return TextValues(model) if model.reads == "first" else SequenceValues(model)
 
 
 class SequenceValues(nn.Module):
@@ -230,7 +264,7 @@ def reference_numbers(
     spec: RewardStage,
     context: StageContext,
     source: Artefact,
-    chat: ChatFormat,
+    chat: RowFormat,
     *,
     model: RewardModel,
     rows: Sequence[Any],
@@ -240,17 +274,19 @@ def reference_numbers(
         return None
     first = rows[: spec.norm_prompts]
     if spec.norm_sampling is not None:
+        assert isinstance(chat, ChatFormat), "no encoder samples answers"
         references = sampled_rows(spec, context, source, chat)
     elif spec.supervision == "pairs":
         references = both([row.pair for row in first])
     else:
         references = first
-    values = SequenceValues(model).eval()
+    values = values_of(model).eval()
 
     def score(batch: PackedBatch) -> Tensor:
         return final_scores(values(batch.input_ids, batch.position_ids), batch)
 
-    return normalisation(score, references, micro_tokens=spec.micro_tokens)
+    padded = model.reads == "first"
+    return normalisation(score, references, micro_tokens=spec.micro_tokens, padded=padded)
 
 
 def save_scorer(

@@ -24,19 +24,24 @@ Numbers = list[float] | float
 
 @torch.no_grad()
 def normalisation(
-    score: Callable[[PackedBatch], Tensor], rows: Sequence[TokenRow], *, micro_tokens: int
+    score: Callable[[PackedBatch], Tensor],
+    rows: Sequence[TokenRow],
+    *,
+    micro_tokens: int,
+    padded: bool = False,
 ) -> tuple[Numbers, Numbers]:
     """Measure mean and population std of the scores of reference answers (arXiv:1909.08593).
 
     Args:
         score: packed rows -> (num, heads). rows: prompt and answer of each.
-        micro_tokens: token budget of one pass.
+        micro_tokens: token budget of one pass. padded: True where ``score`` pads, see
+            `plan_micro_batches`.
 
     Returns:
         One number each, or one a head where there are several.
     """
     lengths = [len(row.input_ids) for row in rows]
-    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1)[0]
+    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
     found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
     mean, std = found.mean(0), found.std(0, correction=0).clamp(min=1e-6)
     log.info("scores of %d reference answers: mean %s, std %s", len(rows), mean.tolist(),

@@ -9,6 +9,7 @@ from typing import NoReturn
 from align.core.artefacts import read_artefact
 from align.core.errors import AlignError
 from align.core.log import setup_logging
+from align.tuning.loading import made_whole
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
 
     artefact = read_artefact(path, "reward_model")
     reward = build_scalar({"kind": "scalar", "model": str(artefact.model_dir), "combine": combine})
+    made_whole(reward.model, artefact.model_dir)
     about = {
         "artefact": str(path),
         "spec_hash": artefact.manifest["spec_hash"],
@@ -52,4 +54,5 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("listening on %s: whoever reaches it can ask; it knows no passwords", host)
     log.info("reward model %s at http://%s:%d (POST /score, GET /health)", path, host, port)
-    uvicorn.run(build_app(reward, about), host=host, port=port, workers=1, log_level="warning")
+    app = build_app(reward, about, takes_ids=reward.model.reads == "last")
+    uvicorn.run(app, host=host, port=port, workers=1, log_level="warning")

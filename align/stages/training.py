@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact, file_sha256
+from align.core.artefacts import Artefact, file_sha256, read_manifest
+from align.core.errors import ArtefactError
 from align.core.log import MetricsLog
 from align.core.types import Example
 from align.data.augment import AugmentedRows
@@ -47,6 +48,27 @@ def start_of(spec: TrainingStage, context: StageContext) -> Artefact:
     made_by = source.manifest.get("spec", {}).get("tuning")
     check_start(source.model_dir, made_by, spec.tuning)
     return source
+
+
+def start_of_head(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Read the policy or encoder that a stage puts a new head on."""
+    named = spec.init in context.recipe.stages
+    folder = context.run_dir / spec.init if named else Path(spec.init)
+    kind = read_manifest(folder)["kind"]
+    return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+
+
+def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artefact) -> None:
+    """Refuse weights below a new head that the start lacks and ``tuning`` would not train.
+
+    Raises:
+        ArtefactError: there are some in ``missing``.
+    """
+    if missing and spec.tuning.method != "full":
+        raise ArtefactError(
+            f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
+            f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
+        )
 
 
 def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> LogprobModel:

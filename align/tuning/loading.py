@@ -26,7 +26,11 @@ def load_tuned_policy(
 
 def load_scorer(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> RewardModel:
     """Load a reward model as its artefact means it: with its adapter where that is not merged."""
-    model = RewardModel.load(model_dir, dtype)
+    return made_whole(RewardModel.load(model_dir, dtype), model_dir)
+
+
+def made_whole(model: RewardModel, model_dir: Path | str) -> RewardModel:
+    """Add the adapter that a loaded reward model may need; reward_models knows no adapters."""
     model.backbone = with_adapter(model.backbone, model_dir)
     return model.eval()
 

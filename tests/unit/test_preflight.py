@@ -35,6 +35,7 @@ from align.report.read import RunRecord, StageRecord
 from align.stages import dpo, sft
 from align.stages.base import StageContext
 from align.stages.preflight import CheckedOnly, settle
+from align.stages.scorer_rows import WeightedPair, collate_pairs
 from align.training.offline import OfflineTask
 from reward_models import build_reward
 
@@ -259,10 +260,11 @@ def test_rows_that_see_each_other_fail(source: Artefact) -> None:
 
 
 def test_margins_that_no_pair_has_fail() -> None:
-    pairs = [chat_of().pair_row(e) for e in EXAMPLES]
-    task = OfflineTask(pairs, [], dpo.pair_length, dpo.collate, sft.sft_loss)
+    pairs = [WeightedPair(chat_of().pair_row(e), (1.0,)) for e in EXAMPLES]
+    task = OfflineTask(pairs, [], len, collate_pairs, sft.sft_loss)
     assert offline.margins(task).verdict == "fail"
-    some = replace(task, rows=[replace(pairs[0], margin=0.5), *pairs[1:]])
+    first = WeightedPair(replace(pairs[0].pair, margin=0.5), (1.0,))
+    some = replace(task, rows=[first, *pairs[1:]])
     assert offline.margins(some).value.startswith("1 of 6")
 
 

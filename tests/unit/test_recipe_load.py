@@ -96,7 +96,7 @@ def test_all_mistakes_come_at_once_in_order_of_line():
         "r.yaml:2:7: seed: found 'x'; expected a whole number",
         "r.yaml:12:31: stages.sft.data.0.rows: found 0; expected a whole number >= 1",
         "r.yaml:16:11: stages.rm.init: 'stf' is no stage and no folder; expected an earlier stage "
-        "that writes a policy (base, sft) or an artefact's folder; did you mean 'sft'?",
+        "that writes a policy or encoder (base, sft) or an artefact's folder; did you mean 'sft'?",
         "r.yaml:23:31: stages.ppo.rewards.0.model: stage 'sft' (sft) writes a policy; expected an "
         "earlier stage that writes a reward_model (rm)",
     ]

@@ -1,0 +1,84 @@
+"""What a scorer that is an encoder reads: prompt and answer as one pair of texts.
+
+The tokenizer writes the pair as it was made to, BERT's as ``[CLS] prompt [SEP] answer [SEP]``.
+Training and scoring both take their token ids from `pair_ids`. Where the tokenizer tells the two
+texts apart by token types, these follow from the ids: see `separator_of`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from reward_models.base import Text, turn_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def plain_text(text: Text) -> str:
+    """Write a conversation as text: one turn is its content, several are lines ``role: content``.
+
+    Plain text stays as it is.
+    """
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return turn_text(text[0])
+    return "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in text)
+
+
+def pair_ids(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Text, completion: Text
+) -> tuple[list[int], int]:
+    """Tokenise a prompt and its answer as a pair, whatever their length.
+
+    The name of a special token within a text is text: no answer can write a separator.
+
+    Returns:
+        The ids, and how many of them stand before the answer.
+    """
+    found: Any = tokenizer(
+        [plain_text(prompt)], [plain_text(completion)], split_special_tokens=True, verbose=False
+    )
+    ids, parts = list(found["input_ids"][0]), found.sequence_ids(0)
+    return ids, parts.index(1) if 1 in parts else len(ids) - 1
+
+
+def separator_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Give the token after which the second text of a pair begins, by the tokenizer's token types.
+
+    Returns:
+        Its id; None for a tokenizer that gives both texts the same type.
+
+    Raises:
+        ValueError: the types are not 0 up to the first separator and 1 behind it.
+    """
+    found: Any = tokenizer(["a"], ["b"], split_special_tokens=True)
+    ids, parts = found["input_ids"][0], found.sequence_ids(0)
+    start = parts.index(1)
+    if parts[start - 1] is not None:
+        raise ValueError(
+            "its tokenizer puts no token between the two texts of a pair, so an answer could not "
+            "be told from its prompt; give the tokenizer a template for pairs and save it"
+        )
+    types = found.get("token_type_ids", [[0] * len(ids)])[0]
+    if not any(types):
+        return None
+    separator = ids[types.index(1) - 1]
+    if types != _types(ids, separator):
+        raise ValueError(
+            f"its tokenizer gives a pair the token types {types}; expected 0 up to the first "
+            "separator and 1 behind it, as BERT's does"
+        )
+    return separator
+
+
+def token_types(input_ids: "Tensor", separator: int) -> "Tensor":
+    """Give the type of each token: 0 up to the first separator of its row, 1 behind it."""
+    ends = (input_ids == separator).long()
+    return ((ends.cumsum(-1) - ends) > 0).long()
+
+
+def _types(ids: Sequence[int], separator: int) -> list[int]:
+    first = list(ids).index(separator)
+    return [int(i > first) for i in range(len(ids))]

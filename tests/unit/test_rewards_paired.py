@@ -1,0 +1,260 @@
+"""Scorers that are encoders: their texts, token types, padding, positions, files and readers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_encoders import bert_config, wordpiece
+
+from align.core.errors import ArtefactError, DataError
+from align.core.types import Example
+from align.data.load import fit_rows
+from align.data.paired import PairedFormat
+from align.models.heads import TextValues, scorer_on_encoder
+from align.models.padded import right_padded
+from align.stages.dpo import pack_pairs, pair_length
+from align.stages.scorer_rows import final_scores
+from reward_models import build_reward
+from reward_models.paired import pair_ids, plain_text, separator_of, token_types
+from reward_models.scalar import RewardModel, drop_pooler, score_token_ids, token_values
+
+TEXTS = [
+    ("which colour", "red"), ("which colour", "the blue is good"), ("a", ""), ("", "bad"),
+    ("the red is a colour is it", "blue? no."),
+]  # fmt: skip
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def scorer(*, num_heads: int = 1, positions: int = 64) -> RewardModel:
+    torch.manual_seed(0)
+    tokenizer = wordpiece()
+    encoder = BertModel(bert_config(tokenizer, positions=positions), add_pooling_layer=False)
+    separator = tokenizer.sep_token_id
+    model = RewardModel(encoder, 32, num_heads=num_heads, reads="first", separator=separator)
+    return model.eval()
+
+
+def by_hand(model: RewardModel, prompt: str, answer: str) -> list[float]:
+    """Score one text in float64, as transformers' own documentation has it."""
+    encoder = BertModel(model.config, add_pooling_layer=False).double().eval()
+    encoder.load_state_dict(model.backbone.state_dict())
+    given = wordpiece()([prompt], [answer], return_tensors="pt")
+    with torch.no_grad():
+        first = encoder(**given).last_hidden_state[0, 0]
+    return (model.head.weight.detach().double() @ first).tolist()
+
+
+def rows_of(texts: list[tuple[str, str]]) -> list[list[int]]:
+    return [pair_ids(wordpiece(), *text)[0] for text in texts]
+
+
+def test_ids_and_types_are_those_of_the_tokenizer_itself():
+    tokenizer = wordpiece()
+    for prompt, answer in TEXTS:
+        given = tokenizer([prompt], [answer])
+        ids, start = pair_ids(tokenizer, prompt, answer)
+        assert ids == given["input_ids"][0]
+        types = token_types(torch.tensor([ids]), tokenizer.sep_token_id)[0].tolist()
+        assert types == given["token_type_ids"][0]
+        assert types[:start] == [0] * start
+        assert all(types[start:])
+    assert separator_of(tokenizer) == tokenizer.sep_token_id
+
+
+def test_one_turn_is_its_content_and_several_are_lines_with_their_roles():
+    alone = [turn("user", "which colour")]
+    several = [turn("system", "a"), *alone]
+    assert plain_text("which colour") == plain_text(alone) == "which colour"
+    assert plain_text(several) == "system: a\nuser: which colour"
+    said = [turn("assistant", "red")]
+    assert pair_ids(wordpiece(), alone, said) == pair_ids(wordpiece(), "which colour", "red")
+
+
+def test_no_text_can_write_a_separator():
+    tokenizer = wordpiece()
+    ids, start = pair_ids(tokenizer, "a [SEP] bad", "good [SEP] [CLS]")
+    assert ids.count(tokenizer.sep_token_id) == 2
+    assert ids.index(tokenizer.sep_token_id) == start - 1
+    assert ids.count(tokenizer.cls_token_id) == 1
+
+
+def word_tokenizer(pair: str | None) -> PreTrainedTokenizerFast:
+    ids = {name: i for i, name in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b", "c"])}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def test_token_types_of_another_layout_are_refused():
+    assert separator_of(word_tokenizer("<s> $A </s> </s> $B </s>")) is None
+    with pytest.raises(ValueError, match="puts no token between the two texts"):
+        separator_of(word_tokenizer(None))
+    with pytest.raises(ValueError, match="expected 0 up to the first separator"):
+        separator_of(word_tokenizer("$A </s> $B:1 </s>:1 <s>:2"))
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 10_000])
+def test_score_is_the_head_on_the_first_state_whatever_the_batch(micro_tokens: int):
+    model = scorer(num_heads=2)
+    rows = rows_of(TEXTS)
+    found = [v.tolist() for v in token_values(model, rows, micro_tokens=micro_tokens)]
+    for values, row, text in zip(found, rows, TEXTS, strict=True):
+        assert len(values) == len(row)
+        for value in values:  # every token has the score of its text
+            assert value == pytest.approx(by_hand(model, *text), abs=1e-5)
+
+
+def test_scores_would_be_others_without_the_token_types():
+    model = scorer()
+    with_types = score_token_ids(model, rows_of(TEXTS[:2]))
+    model.separator = None
+    assert score_token_ids(model, rows_of(TEXTS[:2])) != pytest.approx(with_types, abs=1e-2)
+
+
+def examples() -> list[Example]:
+    return [
+        Example([turn("user", "which colour")], [turn("assistant", "red")],
+                [turn("assistant", "the blue is bad")], source="a:1"),
+        Example("a", "good", "bad", margin=0.5, label_prob=0.8, source="a:2"),
+    ]  # fmt: skip
+
+
+def test_packed_pairs_score_as_each_text_alone():
+    model = scorer(num_heads=2)
+    pairs = [PairedFormat(wordpiece()).pair_row(e) for e in examples()]
+    batch = pack_pairs(pairs)
+    with torch.no_grad():
+        values = TextValues(model)(batch.input_ids, batch.position_ids)
+    assert values.shape == (1, batch.input_ids.shape[1], 2)
+    texts = [("which colour", "red"), ("which colour", "the blue is bad"), ("a", "good"),
+             ("a", "bad")]  # fmt: skip
+    expected = torch.tensor([by_hand(model, *text) for text in texts])
+    torch.testing.assert_close(final_scores(values, batch), expected.float(), atol=1e-5, rtol=0)
+
+
+def test_padding_holds_each_sequence_from_the_first_column():
+    laid = right_padded(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 0, 1, 2]]), fill=4)
+    assert laid.input_ids.tolist() == [[5, 6, 4], [7, 8, 9]]
+    assert laid.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert laid.input_ids[laid.number, laid.at].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_training_and_scoring_read_the_same_ids(tmp_path: Path):
+    model = scorer()
+    model.save(tmp_path, tokenizer=wordpiece())
+    reward = build_reward({"kind": "scalar", "model": str(tmp_path)})
+    for example in examples():
+        pair = PairedFormat(wordpiece()).pair_row(example)
+        for side, said in ((pair.chosen, example.completion), (pair.rejected, example.rejected)):
+            (row,) = reward.rows([example.prompt], [said], {"prompt_ids": [[1]]})
+            assert tuple(row) == side.input_ids
+        assert pair.chosen.trained == tuple(
+            i >= pair.num_prompt_tokens for i in range(len(pair.chosen.input_ids))
+        )
+        assert pair.margin == (example.margin or 0.0)
+        assert pair.label_prob == example.label_prob
+
+
+def test_pairs_are_never_cut_and_their_length_counts_the_padding(tmp_path: Path):
+    pairs = [PairedFormat(wordpiece()).pair_row(e) for e in examples()]
+    # [CLS] which colour [SEP] red [SEP] and four words in the other answer: 6 and 9 tokens.
+    assert pair_length(pairs[0]) == 18
+    ledger = tmp_path / "ledger.jsonl"
+    kept, lost = fit_rows(pairs, max_length=8, max_lost_frac=1.0, what="pairs", ledger=ledger)
+    assert (kept, lost) == ([pairs[1]], 1)
+    assert '"source": "a:1", "reason": "too long", "tokens": 9' in ledger.read_text()
+
+
+def test_rows_without_two_answers_are_refused():
+    form = PairedFormat(wordpiece())
+    with pytest.raises(DataError, match="a:1: chosen and rejected have the same tokens"):
+        form.pair_row(Example("a", "good", "GOOD", source="a:1"))
+    with pytest.raises(DataError, match="a:1: there is no completion to judge"):
+        form.sft_row(Example("a", "", source="a:1"))
+
+
+def test_saved_scorer_scores_the_same_and_too_long_texts_are_invalid(tmp_path: Path):
+    model = scorer(positions=8)
+    model.set_normalisation(mean=0.25, std=2.0)
+    model.save(tmp_path, tokenizer=wordpiece())
+    again = RewardModel.load(tmp_path)
+    assert (again.reads, again.separator, again.max_tokens) == ("first", model.separator, 8)
+    assert again.extra == {}
+    assert score_token_ids(again, rows_of(TEXTS[:1])) == score_token_ids(model, rows_of(TEXTS[:1]))
+    reward = build_reward({"kind": "scalar", "model": str(tmp_path)})
+    # Eight tokens fit: [CLS] a [SEP] good good good good [SEP].
+    answers = ["good " * 5, "good " * 4]
+    scores = reward(prompts=["a", "a"], completions=answers, prompt_ids=[[1], [1]],
+                    completion_ids=[[2], [2]])  # fmt: skip
+    assert scores[0] is None
+    assert scores[1] == pytest.approx((by_hand(model, "a", answers[1])[0] - 0.25) / 2.0, abs=1e-5)
+    assert reward.invalid == {"longer than the 8 positions of the scorer": 1}
+
+
+def roberta(folder: Path) -> Any:
+    tokenizer = word_tokenizer("<s> $A </s> </s> $B </s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=12, type_vocab_size=1, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = RobertaModel(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_positions_that_begin_behind_the_pad_id_are_counted(tmp_path: Path):
+    whole = roberta(tmp_path)
+    model, lacking = scorer_on_encoder(tmp_path, dtype="float32")
+    assert (model.max_tokens, model.separator, lacking) == (10, None, [])
+    row = [0, 4, 2, 2, *[5] * 5, 2]
+    short = [0, 4, 2, 2, 5, 2]
+    for ids, score in zip((row, short), score_token_ids(model, [row, short]), strict=True):
+        with torch.no_grad():
+            first = whole(input_ids=torch.tensor([ids])).last_hidden_state[0, 0]
+        assert score == pytest.approx(float(model.head.weight.detach() @ first), abs=1e-5)
+    with pytest.raises((IndexError, RuntimeError)):  # no position is made up
+        score_token_ids(model, [[*row, 2]])
+
+
+def test_a_model_that_is_no_encoder_is_refused(tmp_path: Path):
+    from transformers import T5Config, T5Model
+
+    word_tokenizer(None).save_pretrained(tmp_path)
+    T5Model(T5Config(vocab_size=7, d_model=8, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ArtefactError, match="T5Model is an encoder and a decoder"):
+        scorer_on_encoder(tmp_path, dtype="float32")
+
+
+def test_pooler_is_left_out(tmp_path: Path):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(bert_config(wordpiece()))
+    assert any(name.startswith("pooler.") for name in model.state_dict())
+    drop_pooler(model)
+    assert not any(name.startswith("pooler.") for name in model.state_dict())
+    assert model(torch.tensor([[2, 3]])).pooler_output is None
