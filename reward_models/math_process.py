@@ -51,6 +51,7 @@ class LatexVerifier:
             InvalidScoreError: at the time limit, or where the worker or math-verify fails.
         """
         worker = self._running()
+        assert worker.stdin is not None
         request = json.dumps({"answer": answer, "reference": str(value)}) + "\n"
         try:
             worker.stdin.write(request.encode())
@@ -96,6 +97,7 @@ class LatexVerifier:
     def _line(worker: subprocess.Popen[bytes], timeout_s: float) -> bytes:
         """Read one line from the worker, unbuffered so that select sees what is there."""
         deadline = time.monotonic() + timeout_s
+        assert worker.stdout is not None
         handle = worker.stdout.fileno()
         line = b""
         while not line.endswith(b"\n"):
@@ -113,6 +115,7 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
     worker.kill()
     worker.wait()
     for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
         try:
             pipe.close()
         except BrokenPipeError:  # unsent bytes for a process that is gone
@@ -138,7 +141,7 @@ def compare(answer: str, reference: str) -> dict[str, Any]:
     gold = _reference(parse, reference)
     if not gold:
         return {"invalid": "reference holds no expression"}
-    found = parse(answer, parsing_timeout=None)
+    found = parse(answer, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return {"score": float(bool(found) and verify(gold, found, timeout_seconds=None))}
 
 

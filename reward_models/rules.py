@@ -44,7 +44,7 @@ def exact_match(spec: Mapping[str, Any]) -> Rule:
     corrects itself is judged by its end. No match is a wrong answer: 0. A list in the column
     holds several accepted values.
     """
-    pattern = _compile(spec, num_groups=1) if spec.get("pattern") is not None else None
+    pattern: Any = _compile(spec, num_groups=1) if spec.get("pattern") is not None else None
     ignore_case = spec.get("ignore_case", True)
 
     def clean(text: Any) -> str:

@@ -151,7 +151,7 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
 
     chat = chat_format(Path(model))
     if template is not None:
-        pad = chat.tokenizer.pad_token or chat.tokenizer.eos_token
+        pad = str(chat.tokenizer.pad_token or chat.tokenizer.eos_token)
         apply_tokenizer_spec(chat.tokenizer, TokenizerSpec(chat_template=template, pad_token=pad))
     return chat
 

@@ -113,7 +113,7 @@ def rng_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -299,7 +299,7 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
     if special:
         tokenizer.add_special_tokens(special)
     if family.markers:
-        markers = {"additional_special_tokens": list(family.markers)}
+        markers: dict[str, Any] = {"additional_special_tokens": list(family.markers)}
         tokenizer.add_special_tokens(markers, replace_extra_special_tokens=False)
     if spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)

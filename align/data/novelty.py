@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,8 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
     triples = [shingles(text) for text in texts]
     for i, own in enumerate(triples):
         sketch = minhash(own, permutations=NUM_HASHES)
-        found = [(similarity(own, triples[j]), -j) for j in index.query(sketch)]
+        others: list[Any] = index.query(sketch)
+        found = [(similarity(own, triples[j]), -j) for j in others]
         value, other = max(found, default=(0.0, 0))
         if found and value >= threshold:
             yield i, -other, value
@@ -80,7 +82,7 @@ def tfidf(texts: Sequence[str]) -> NDArray[np.float32]:
             weight = (1.0 + math.log(count)) * (math.log(len(texts) / df[word]) + 1.0)
             row[place[word]] += weight
     norms = np.linalg.norm(out, axis=1, keepdims=True)
-    return out / np.where(norms > 0.0, norms, 1.0)
+    return (out / np.where(norms > 0.0, norms, 1.0)).astype(np.float32, copy=False)
 
 
 def diverse(

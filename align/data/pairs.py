@@ -52,7 +52,7 @@ def implicit_pair(chosen: Text, rejected: Text, row: Row, rest: Row, source: str
     Raises:
         DataError: they share none, or differ before the answer.
     """
-    both = (chosen, rejected)
+    both: tuple[Any, Any] = (chosen, rejected)
     pairs = enumerate(zip(chosen, rejected, strict=False))
     count = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):

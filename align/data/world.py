@@ -35,7 +35,7 @@ KINDS = {
     "home": ("cup", "bed", "lamp", "chair", "desk"),
 }
 NOUNS = tuple(word for words in KINDS.values() for word in words)
-NUMBERS = (
+NUMBERS: tuple[str, ...] = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
     "twenty",

@@ -123,7 +123,7 @@ def accuracy_by(
         groups.setdefault(name, []).append(i)
     found = {}
     for name, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        draws = Resampler([prompts[i] for i in rows], seed=seed)
+        draws = Resampler([prompts[int(i)] for i in rows], seed=seed)
         found[name] = {"accuracy": draws.share(wins[rows]), "num_pairs": len(rows)}
     return found
 
@@ -224,7 +224,7 @@ def calibration(differences: Array, prompts: Sequence[str], *, seed: int) -> lis
         rows = np.flatnonzero(place == number)
         if not len(rows):
             continue
-        draws = Resampler([prompts[i] for i in rows], seed=seed)
+        draws = Resampler([prompts[int(i)] for i in rows], seed=seed)
         points.append(
             {
                 "confidence": float(sure[rows].mean()),

@@ -67,7 +67,11 @@ def valid_pairs(
     Raises:
         ValueError: if the lengths differ.
     """
-    rows = [row for row in zip(a, b, clusters, strict=True) if None not in row[:2]]
+    rows = [
+        (x, y, cluster)
+        for x, y, cluster in zip(a, b, clusters, strict=True)
+        if x is not None and y is not None
+    ]
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Hashable, Sequence
 from math import comb
+from typing import TypeVar
 
 from align.evaluation.stats import Interval, share_interval
+
+Prompt = TypeVar("Prompt", bound=Hashable)
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
@@ -24,15 +27,15 @@ def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
 
 
 def pass_by_prompt(
-    scores: Sequence[float | None], prompts: Sequence[Hashable], *, k: int
-) -> dict[Hashable, float]:
+    scores: Sequence[float | None], prompts: Sequence[Prompt], *, k: int
+) -> dict[Prompt, float]:
     """Give pass@k of each prompt that has at least k valid scores; a score of 1 is right.
 
     Args:
         scores: one per answer, None where it is invalid. prompts: the prompt of each answer.
         k: answers of which one must be right.
     """
-    counts: dict[Hashable, list[int]] = {}
+    counts: dict[Prompt, list[int]] = {}
     for score, prompt in zip(scores, prompts, strict=True):
         if score is not None:
             known = counts.setdefault(prompt, [0, 0])

@@ -63,7 +63,7 @@ class _BlockAttention(torch.autograd.Function):
             weights = kept[number] if kept else _weights(q, k, begin, end)
             out = grad[:, :, begin:end].flatten(1, 2)  # (B, G*n, D)
             dv[:, :end] += weights.transpose(1, 2) @ out
-            scores = torch._softmax_backward_data(
+            scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
                 out @ v[:, :end].transpose(1, 2), weights, -1, weights.dtype
             )
             dq[:, :, begin:end] = (scores @ k[:, :end]).unflatten(1, (groups, -1))

@@ -53,7 +53,7 @@ def load_policy(
     Dropout stays off because the log-probabilities of one policy must not depend on chance: the
     ratio of PPO and the reference of DPO are wrong otherwise.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         str(model_dir),
         dtype=getattr(torch, dtype),
         attn_implementation=PACKED,
@@ -83,7 +83,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
         )
 
 
-def _dropout_places(model: nn.Module, rate: float) -> int:
+def _dropout_places(model: Any, rate: float) -> int:
     places = 0
     for module in model.modules():
         if isinstance(module, nn.Dropout):

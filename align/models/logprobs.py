@@ -5,7 +5,7 @@ result at index t is the log-probability of token t given the tokens before it.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,9 @@ def token_logprobs(
 class LogprobModel(nn.Module):
     """Wrap a causal language model so that its forward gives log-probabilities, not logits."""
 
+    model: Any
+    """The causal language model of transformers, or its peft wrapper."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -114,7 +117,7 @@ class LogprobModel(nn.Module):
         )
 
 
-def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Tensor:
+def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run the decoder over one packed row of token ids (N,) and give its last states (N, H)."""
     decoder = causal_lm(model).get_decoder()
     # Virtual tokens stand before every sequence of the row, as a cache that is filled already.
@@ -130,7 +133,7 @@ def hidden_states(model: nn.Module, flat_ids: Tensor, segments: Segments) -> Ten
     return out.last_hidden_state[0]
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """Give the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -180,7 +183,7 @@ def _head(
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
 
 
-def _is_plain(model: nn.Module, head: nn.Module) -> bool:
+def _is_plain(model: nn.Module, head: Any) -> bool:
     """Say whether the head is one whole matrix and nothing else."""
     soft_cap = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
     whole = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")

@@ -162,8 +162,8 @@ def needs_old_logprobs(spec: OnlineStage) -> bool:
 def rollout(run: OnlineRun, step: int) -> tuple[Experience, Scores]:
     """Sample and score this rank's part of the step's prompts."""
     spec = run.spec
-    dynamic = isinstance(spec, GrpoStage) and spec.dynamic_sampling
-    draws = spec.max_draws if dynamic else 1
+    dynamic = spec if isinstance(spec, GrpoStage) and spec.dynamic_sampling else None
+    draws = dynamic.max_draws if dynamic else 1
     wanted = spec.prompts_per_step // distributed.world_size()
     first = distributed.rank() * wanted
     kept: list[tuple[PromptRow, list[Completion]]] = []

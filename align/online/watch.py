@@ -85,7 +85,7 @@ class Watch:
         self.history.append(seen)
         if guard.best_step(self.history) == step:
             self.save(step)
-            self.prune({step} | ({self.checkpointed} - {None}))
+            self.prune({at for at in (step, self.checkpointed) if at is not None})
         alarms = self._alarms()
         for alarm in alarms:
             log.warning("step %d: %s; %s", step, alarm.reason, alarm.remedy)

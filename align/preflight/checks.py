@@ -13,6 +13,7 @@ from align.core.types import Example
 Item = TypeVar("Item")
 MAX_SEEN = 32
 """Examples that are kept of those rendered, at most."""
+Verdict = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Finding:
 
     value: str
     bound: str = ""
-    verdict: Literal["ok", "warn", "fail"] = "ok"
+    verdict: Verdict = "ok"
     remedy: str = ""
 
 

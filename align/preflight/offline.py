@@ -157,7 +157,9 @@ def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
     With a log-ratio of 0: sigmoid and cDPO -log sigmoid(0); robust ((1 - e) - e) / (1 - 2 e) times
     that; hinge max(0, 1 - 0); ipo (0 - 1 / (2 beta))^2.
     """
-    known = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), (LN2, "ln 2"))
+    known: dict[str, tuple[float, str]] = dict.fromkeys(
+        ("sigmoid", "sigmoid_norm", "robust"), (LN2, "ln 2")
+    )
     known["hinge"] = (1.0, "1")
     return known.get(spec.loss, (1.0 / (4.0 * spec.beta**2), "1 / (4 beta^2)"))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
-from align.preflight.checks import Check, Finding, spread
+from align.preflight.checks import Check, Finding, Verdict, spread
 from align.recipe.reward_schema import (
     LengthReward,
     RefusalReward,
@@ -74,7 +74,8 @@ def self_test(
 ) -> Finding:
     """Score known answers and the policy's own; say what came out and how fast."""
     began, scored = time.monotonic(), 0
-    said, verdict, remedy = ["no known answers can be made for it"], "ok", ""
+    said, remedy = ["no known answers can be made for it"], ""
+    verdict: Verdict = "ok"
     try:
         forms = known_answers(spec, prompts)
         results = [_above(reward, known) for known in forms]
@@ -101,7 +102,7 @@ def self_test(
     return Finding(", ".join(said), "right above wrong", verdict, remedy)
 
 
-def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[str, str]:
+def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[Verdict, str]:
     """Give verdict and remedy; a learned scorer may be wrong about some answers, a rule may not."""
     if above == rows or (_learned(spec) and 2 * above >= rows):
         return "ok", ""

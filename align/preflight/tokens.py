@@ -134,7 +134,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
     """Render conversations whole and compare them with what was tokenised turn by turn."""
     if not conversations:
         return Finding("no conversation among the rows: no template is applied")
-    tokenizer = chat.tokenizer
+    tokenizer: Any = chat.tokenizer
     value = f"{len(conversations)} conversations read the same whole and turn by turn"
     for turns in conversations:
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
@@ -168,7 +168,7 @@ def unknown_id(chat: ChatFormat) -> int:
 
     Some tokenizers call their stop token or their BOS so, having no other use for the name.
     """
-    found = chat.tokenizer.unk_token_id
+    found: Any = chat.tokenizer.unk_token_id
     used = (*chat.stop_token_ids, chat.tokenizer.bos_token_id)
     return -1 if found is None or found in used else int(found)
 

@@ -1,6 +1,6 @@
 """Schema of the online stages: ppo and grpo."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,10 @@ class OnlineStage(TrainingStage):
     max_lost_frac: Fraction = 0.01
     watch: WatchSpec | None = None
     """Evaluation on held-out prompts while training, and the guard against over-optimisation."""
+    if TYPE_CHECKING:  # each stage has its own defaults
+        kind: Literal["ppo", "grpo"]
+        kl: KlSpec
+        group_size: int
 
     @model_validator(mode="after")
     def _legal(self) -> "OnlineStage":

@@ -45,7 +45,7 @@ def _baseline(run: RunRecord) -> str | None:
 
 def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup:
     first = next(iter(by_model.values()))
-    known = by_model[baseline].get("completion") if baseline in by_model else None
+    known = by_model.get(baseline or "", {}).get("completion")
     cells = [
         tag(
             "div",

@@ -16,7 +16,7 @@ from transformers import (
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2TokenizerFast,
+    Qwen2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 )
 
 from align.core import distributed
@@ -156,7 +156,7 @@ def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         initializer_range=build.init_std,
-        attn_implementation=PACKED,
+        attn_implementation=PACKED,  # pyright: ignore[reportCallIssue]  # of the base class
     )
 
 

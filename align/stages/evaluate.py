@@ -170,7 +170,7 @@ def _log_model(metrics: MetricsLog, step: int, name: str, records: Sequence[Reco
     found = {
         f"eval/{name}/{column}": sum(known) / len(known)
         for column in records[0]["scores"]
-        if (known := [r["scores"][column] for r in records if r["scores"][column] is not None])
+        if (known := [x for r in records if (x := r["scores"][column]) is not None])
     }
     first = records[0]
     sample = {"prompt": first["prompt"], "completion": first["completion"], "score": first["judge"]}

@@ -190,7 +190,7 @@ def _fitted(
 class Push:
     """Bring the policy's weights into the engine and make sure that it answers with them."""
 
-    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: str) -> None:
+    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: Any) -> None:
         self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
 
     def __call__(self, version: int) -> None:

@@ -142,7 +142,7 @@ def preflight_offline(
     chat: ChatFormat,
     source: Artefact,
     module: nn.Module,
-    model: nn.Module,
+    model: Any,
     task: OfflineTask[Any],
     examples: Sequence[Example],
 ) -> None:

@@ -8,7 +8,7 @@ multiplies by the world size, once, and nothing else is scaled.
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -62,10 +62,12 @@ class Learner:
         self._trained = [(depth, p) for depth, _, p in trained]
         groups, self._depths = _groups(trained, optim)
         optimizer = _adamw(groups, optim, zero)
+        self.engine: Any
+        self._optimizer: Any
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            model_parameters=groups if optimizer is None else None,
+            model_parameters=cast("Any", groups if optimizer is None else None),
             config=_with_optimizer(deepspeed_config(zero, optim, dtype=dtype), optim, optimizer),
             dist_init_required=False,
         )
@@ -77,7 +79,7 @@ class Learner:
         self._norm = 0.0
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """Give the bare module inside the engine."""
         return self.engine.module
 
@@ -127,8 +129,10 @@ class Learner:
         total = 0.0
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad and name in anchor.fisher:
-                penalty, gradient = anchor.pull(name, safe_get_full_fp32_param(parameter))
-                safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient)
+                weight: Any = safe_get_full_fp32_param(parameter)
+                penalty, gradient = anchor.pull(name, weight)
+                full: Any = safe_get_full_grad(parameter)
+                safe_set_full_grad(parameter, full + gradient)
                 total += float(penalty)
         return total
 

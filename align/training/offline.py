@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -140,7 +140,7 @@ def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]
     """Give the rows of one step, a pure function of (seed, step)."""
     places = batch_places(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
     if isinstance(rows, AugmentedRows):
-        return [rows.in_epoch(i, epoch) for i, epoch in places]
+        return [cast("Row", rows.in_epoch(i, epoch)) for i, epoch in places]
     return [rows[i] for i, _ in places]
 
 

@@ -1,6 +1,7 @@
 """Find rows that are nearly the same: rows that share a sketch, compared by MinHash and exactly."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,8 @@ def look_for_near_copies(
     for i in looked_at:
         triples[i] = shingles(texts[i])
         own = minhash(triples[i], permutations=_PERMUTATIONS)
-        near = [k for k in index.query(own)[:_MAX_COMPARED]
+        others: list[Any] = index.query(own)[:_MAX_COMPARED]
+        near = [k for k in others
                 if (same_prompt or keys[i] != keys[k])
                 and similarity(triples[i], triples[k]) >= THRESHOLD]  # fmt: skip
         index.insert(i, own)

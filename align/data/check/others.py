@@ -76,7 +76,7 @@ def texts_at(
     """Read the texts of some rows again."""
     wanted: dict[str, dict[str, int]] = defaultdict(dict)
     for i in ids:
-        wanted[rows.names[rows.file_ids[i]]][rows.source(i)] = i
+        wanted[rows.names[int(rows.file_ids[i])]][rows.source(i)] = i
     texts: dict[int, str] = {}
     for source in sources:
         places = wanted.get(source.name, {})

@@ -1,8 +1,8 @@
 """What is doubtful in one example: the order of turns, pairs that hardly differ, answers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from align.core.types import Example, Text
+from align.core.types import Example, Text, Turn
 from align.data.faults import Fault
 
 
@@ -31,7 +31,7 @@ def _order(example: Example, kind: str) -> Iterator[Fault]:
         yield "D063", f"turn {len(turns) - 1} is a question without an answer"
 
 
-def _turns(text: Text | None) -> Text:
+def _turns(text: Text | None) -> Sequence[Turn]:
     return text if text and not isinstance(text, str) else []
 
 

@@ -1,6 +1,7 @@
 """Check rows as tokens, with the tokenizer of a model."""
 
 import re
+from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
@@ -38,7 +39,7 @@ class TokenRules:
     def look(self, example: Example) -> tuple[int, Fault | None]:
         """Give the tokens of an example (of its longer side) and what is wrong with them."""
         try:
-            row = self.render(example)
+            row: Any = self.render(example)
         except DataError as error:
             return 0, (error.code or "D113", str(error).removeprefix(f"{example.source}: "))
         length, prompt = _lengths(row)
