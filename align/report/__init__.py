@@ -7,6 +7,7 @@ from typing import Any
 from align.report import answers, sections
 from align.report.card import cards_section, reward_cards
 from align.report.chain import chain_picture
+from align.report.classes import classifiers
 from align.report.compare import comparison_page, read_two
 from align.report.ledger import ledger
 from align.report.markup import Markup, duration, tag
@@ -94,6 +95,7 @@ def page(run: RunRecord) -> Markup:
         tasks(run),
         sections.expectations(run),
         reward_cards(run),
+        classifiers(run),
         earlier(run),
         watching(run),
         merges(run),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.core.log import CARDS_FILE
-from align.report.markup import Markup, even, join, table, tag
+from align.report.markup import Markup, even, join, table, tag, triple
 from align.report.plot import Series, plot
 from align.report.read import RunRecord, read_object
 
@@ -49,7 +49,7 @@ def cards_section(cards: Mapping[str, Card]) -> Markup:
 
 def _card(name: str, card: Card) -> Markup:
     rows: list[list[object]] = [
-        [title, _triple(card[key])] for key, title in HEADLINES if key in card
+        [title, triple(card[key])] for key, title in HEADLINES if key in card
     ]
     counts = f"{card['num_pairs']} pairs of {card['num_prompts']} prompts"
     if card.get("num_pairs_too_long"):
@@ -58,9 +58,9 @@ def _card(name: str, card: Card) -> Markup:
         counts += f", {card['num_sets']} sets (chance {even(card['chance'])})"
     other = card.get("agreement")
     if other and "same_side" in other:
-        rows.append([f"prefers the same answer as {other['with']}", _triple(other["same_side"])])
+        rows.append([f"prefers the same answer as {other['with']}", triple(other["same_side"])])
         rows.append([f"pair accuracy minus that of {other['with']}",
-                     _triple(other["accuracy_difference"])])  # fmt: skip
+                     triple(other["accuracy_difference"])])  # fmt: skip
     groups = [_group(title, card[key]) for key, title in GROUPS if len(card.get(key, ())) > 1]
     return join(
         tag("h3", name, tag("small", counts)),
@@ -72,15 +72,9 @@ def _card(name: str, card: Card) -> Markup:
     )
 
 
-def _triple(value: list[float | None]) -> Markup:
-    middle, low, high = value
-    spread = None if low is None else tag("small", f"[{even(low)}, {even(high)}]")
-    return tag("div", even(middle), spread, class_="triple")
-
-
 def _group(title: str, groups: Mapping[str, Any]) -> Markup:
     rows: list[list[object]] = [
-        [name, entry["num_pairs"], _triple(entry["accuracy"])] for name, entry in groups.items()
+        [name, entry["num_pairs"], triple(entry["accuracy"])] for name, entry in groups.items()
     ]
     return table([title, "number", "accuracy"], rows, class_="numbers")
 

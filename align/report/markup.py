@@ -79,6 +79,15 @@ def even(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
+def triple(value: Sequence[float | None] | None, *more: Markup | None) -> Markup | str:
+    """Give [value, low, high] as the value with its interval below; a dash where there is none."""
+    if not value or value[0] is None:
+        return "-"
+    middle, low, high = value
+    spread = None if low is None else tag("small", f"[{even(low)}, {even(high)}]")
+    return tag("div", even(middle), spread, *more, class_="triple")
+
+
 def duration(seconds: float | None) -> str:
     """Write seconds as 42 s, 3 min 5 s or 2 h 10 min."""
     if seconds is None:

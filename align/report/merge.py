@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.report.charts import line_chart
-from align.report.markup import Markup, even, number, table, tag
+from align.report.markup import Markup, number, table, tag, triple
 from align.report.read import RunRecord, StageRecord
 
 SETS = {"prompts": "familiar prompts", "shifted": "shifted prompts"}
@@ -32,7 +32,7 @@ def _merge(stage: StageRecord) -> Markup:
             tag("b", f"{number(point['alpha'])} chosen")
             if point["alpha"] == chosen
             else number(point["alpha"]),
-            *(_triple(point[f"{name}{end}"]) for name in SETS for end in ("", "_gain")),
+            *(triple(point[f"{name}{end}"]) for name in SETS for end in ("", "_gain")),
         ]
         for point in curve
     ]
@@ -56,7 +56,7 @@ def earlier(run: RunRecord) -> Markup | None:
             tag("h3", name),
             table(
                 ["difference", "value"],
-                [[key, _triple(triple)] for key, triple in block.get("differences", {}).items()],
+                [[key, triple(value)] for key, value in block.get("differences", {}).items()],
                 class_="numbers",
             ),
         )
@@ -64,11 +64,3 @@ def earlier(run: RunRecord) -> Markup | None:
         if block.get("differences")
     ]
     return tag("section", tag("h2", "Earlier evaluations"), *parts) if parts else None
-
-
-def _triple(triple: Sequence[float | None]) -> Markup | str:
-    value, low, high = triple
-    if value is None:
-        return "-"
-    spread = None if low is None else tag("small", f"[{even(low)}, {even(high)}]")
-    return tag("div", even(value), spread, class_="triple")

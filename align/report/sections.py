@@ -20,7 +20,7 @@ NUM_FRONT = 6
 def missing(run: RunRecord) -> Markup | None:
     """Say what an unfinished or damaged run lacks; None for a complete one."""
     lines = [_lack(stage) for stage in run.stages if stage.status != "done"]
-    if not run.summary:
+    if not run.summary and any(stage.kind == "evaluate" for stage in run.stages):
         lines.append("No summary.json yet: the comparison needs a finished evaluate stage.")
     lines += run.problems
     if not lines:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from align.report.markup import Markup, even, join, number, table, tag
+from align.report.markup import Markup, even, join, number, table, tag, triple
 from align.report.read import RunRecord
 
 Block = Mapping[str, Any]
@@ -39,7 +39,7 @@ def _task(name: str, block: Block) -> Markup:
         for metric in block["metrics"]
     ]
     rows += [
-        [tag("small", group), *(_triple(row.get(model)) for model in models)]
+        [tag("small", group), *(triple(row.get(model)) for model in models)]
         for group, row in block.get("groups", {}).items()
     ]
     return join(
@@ -57,18 +57,10 @@ def _title(metric: str) -> str:
     return metric.replace("_", " ") + (f" ({unit})" if unit else "")
 
 
-def _triple(triple: Any, *more: Markup | None) -> Markup | str:
-    if not triple or triple[0] is None:
-        return "-"
-    value, low, high = triple
-    spread = tag("small", f"[{even(low)}, {even(high)}]") if low is not None else None
-    return tag("div", even(value), spread, *more, class_="triple")
-
-
 def _cell(block: Block, model: str, metric: str) -> Markup | str:
     verdict = block["contrasts"].get(model, {}).get(metric, {}).get("verdict")
     said = tag("small", verdict, class_=CLASSES.get(verdict)) if verdict else None
-    return _triple(block["models"][model].get(metric), said)
+    return triple(block["models"][model].get(metric), said)
 
 
 def _needed(block: Block) -> Markup | None:
@@ -80,7 +72,7 @@ def _needed(block: Block) -> Markup | None:
         if "detectable" in row[metric]
     }
     rows: list[list[object]] = [
-        [model, _triple(told["difference"]), number(told["detectable"]),
+        [model, triple(told["difference"]), number(told["detectable"]),
          number(told.get("needed")) if told.get("verdict") == "not shown" else "-"]
         for model, told in found.items()
     ]  # fmt: skip
@@ -123,8 +115,8 @@ def _judge(judge: Block | None) -> Markup | None:
         ["model", judge["model"]],
         ["pairs judged", f"{judge['pairs_judged']} of {judge['pairs']}, in both orders"],
         ["invalid verdicts", invalid],
-        ["prefers the first answer", _triple(judge["first_share"])],
-        ["same verdict in both orders", _triple(judge["consistent"])],
+        ["prefers the first answer", triple(judge["first_share"])],
+        ["same verdict in both orders", triple(judge["consistent"])],
         ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
         ["cost", f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
                  f"${judge['dollars']:.4f}, {judge['seconds']:.1f} s"],

@@ -1,5 +1,6 @@
 """The parts of the report: ticks, numbers, panels and the picture of the chain."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from align.recipe.schema import Recipe
 from align.report.chain import depths, direct_edges
 from align.report.charts import tick_label, ticks, unit_of
+from align.report.classes import classifiers
 from align.report.markup import duration, number
 from align.report.merge import earlier, merges
 from align.report.read import RunRecord, StageRecord
@@ -75,9 +77,34 @@ def test_duration_and_units_follow_the_names() -> None:
     assert [unit_of(n) for n in names] == ["nats", "nats", "s", "tokens/s", "fraction"]
 
 
-def run_of(stage: StageRecord, summary: dict) -> RunRecord:
+def run_of(stage: StageRecord, summary: dict, folder: Path = Path("r")) -> RunRecord:
     recipe = Recipe.model_validate({"name": "r", "stages": {"b": {"kind": "base", "path": "x"}}})
-    return RunRecord(Path("r"), recipe, [stage], summary, [])
+    return RunRecord(folder, recipe, [stage], summary, [])
+
+
+def test_classifiers_show_the_matrix_and_the_surest_mistakes(tmp_path: Path) -> None:
+    # Of four rows of "<a>" one is taken as b: recall 3/4; of the two of b none is right.
+    each = {
+        "<a>": {"precision": 0.6, "recall": 0.75, "f1": 2 * 0.45 / 1.35, "support": 4},
+        "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2},
+    }
+    held = {"accuracy": [0.5, 0.2, 0.8], "macro_f1": [1 / 3, 0.1, 0.6], "classes": each,
+            "confusion": [[3, 1], [2, 0]]}  # fmt: skip
+    rows = [("x:1", "<a>", "b", 0.55), ("x:2", "b", "<a>", 0.9), ("x:3", "<a>", "<a>", 0.99)]
+    (tmp_path / "c").mkdir()
+    with (tmp_path / "c" / "predictions.jsonl").open("w") as file:
+        for source, label, taken, p in rows:
+            line = {"source": source, "label": label, "predicted": taken, "probs": {taken: p}}
+            file.write(json.dumps(line) + "\n")
+    manifest = {"heldout": held, "metrics": {"tuning/trained_params": 1234.0}}
+    stage = StageRecord("c", "classify", "done", (), manifest)
+    page = str(classifiers(run_of(stage, {}, tmp_path)))
+    for part in ("0.500", "[0.200, 0.800]", "1,234", "0.750", "0.667", "taken as &lt;a&gt;",
+                 "--one) 52%", "2 of 3 rows are wrong"):  # fmt: skip
+        assert part in page, part
+    assert "x:3" not in page
+    assert page.index("x:2") < page.index("x:1")
+    assert classifiers(run_of(StageRecord("c", "classify", "done", ()), {}, tmp_path)) is None
 
 
 def test_merge_section_shows_the_curve_and_the_chosen_alpha() -> None:
