@@ -229,6 +229,18 @@ def test_a_stage_resumed_from_a_checkpoint_ends_with_the_same_bytes(folder):
     assert again.manifest["metrics"]["eval/loss"] == found.manifest["metrics"]["eval/loss"]
 
 
+def test_layers_are_frozen_and_thawed_in_an_encoder(folder):
+    layers = {"freeze_first": 1, "freeze_embeddings": True, "rate_decay": 0.5}
+    found = train(folder, "layered", layers=layers)
+    kept = load_file(found.model_dir / "model.safetensors")
+    before = load_file(folder / "bert" / "model" / "model.safetensors")
+    moved = {
+        name for name in kept.keys() - {"head.weight"}
+        if not torch.equal(kept[name], before[f"bert.{name.removeprefix('backbone.')}"])
+    }  # fmt: skip
+    assert moved == {name for name in kept if "encoder.layer.1." in name}
+
+
 def test_pairs_that_are_too_long_are_lost_and_written_down(folder):
     rows = [*pair_rows("train"), {"prompt": "a", "chosen": "good " * 70, "rejected": "bad"}]
     data = [{"path": write(folder / "long.jsonl", rows)}]

@@ -1,6 +1,7 @@
 """Scorers that are encoders: their texts, token types, padding, positions, files and readers."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModel,
     BertModel,
+    Olmo2Config,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -24,11 +27,13 @@ from align.data.load import fit_rows
 from align.data.paired import PairedFormat
 from align.models.heads import TextValues, scorer_on_encoder
 from align.models.padded import right_padded
+from align.preflight.paired import tokens, whole_texts
 from align.stages.dpo import pack_pairs, pair_length
 from align.stages.scorer_rows import final_scores
 from reward_models import build_reward
 from reward_models.paired import pair_ids, plain_text, separator_of, token_types
 from reward_models.scalar import RewardModel, drop_pooler, score_token_ids, token_values
+from reward_models.serving import build_app
 
 TEXTS = [
     ("which colour", "red"), ("which colour", "the blue is good"), ("a", ""), ("", "bad"),
@@ -258,3 +263,86 @@ def test_pooler_is_left_out(tmp_path: Path):
     drop_pooler(model)
     assert not any(name.startswith("pooler.") for name in model.state_dict())
     assert model(torch.tensor([[2, 3]])).pooler_output is None
+
+
+KINDS = {
+    "albert": {"embedding_size": 16, "num_hidden_groups": 1},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "type_vocab_size": 0,
+    },
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
+    "electra": {"embedding_size": 16},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_encoders_score_a_text_alike_alone_and_in_a_padded_batch(kind: str, tmp_path: Path):
+    tokenizer = wordpiece()
+    common = {} if kind == "distilbert" else SIZES
+    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2,
+               "eos_token_id": 3}  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), initializer_range=0.2, **common, **KINDS[kind], **special
+    )
+    encoder = AutoModel.from_config(config).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    model, lacking = scorer_on_encoder(tmp_path / "encoder", dtype="float32")
+    typed = kind in ("albert", "electra")
+    assert (lacking, model.separator) == ([], tokenizer.sep_token_id if typed else None)
+    assert model.max_tokens == {"distilbert": 512}.get(kind, 64)
+    model.save(tmp_path / "scorer", tokenizer=tokenizer)
+    again = RewardModel.load(tmp_path / "scorer")
+    scores = score_token_ids(again, rows_of(TEXTS))
+    for (prompt, answer), score in zip(TEXTS, scores, strict=True):
+        given = tokenizer([prompt], [answer], return_tensors="pt", return_token_type_ids=typed)
+        with torch.no_grad():
+            first = encoder(**given).last_hidden_state[0, 0]
+        assert score == pytest.approx(float(model.head.weight.detach() @ first), abs=1e-4)
+    half = build_reward({"kind": "scalar", "model": str(tmp_path / "scorer"), "dtype": "bfloat16"})
+    said = half(prompts=[p for p, _ in TEXTS], completions=[a for _, a in TEXTS])
+    assert said == pytest.approx(scores, abs=0.3)
+
+
+def test_a_model_whose_first_token_sees_nothing_fails_its_preflight(tmp_path: Path):
+    backend = word_tokenizer("<s> $A </s> </s> $B </s>")
+    backend.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = Olmo2Config(vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model, _ = scorer_on_encoder(tmp_path, dtype="float32")
+    rows = [PairedFormat(backend).sft_row(Example("a", text)) for text in ("b", "c", "b c")]
+    found = whole_texts(model, rows)
+    assert (found.verdict, found.value) == ("fail", "3 texts have 1 different scores")
+
+
+def test_tokens_without_an_embedding_or_a_position_fail_the_preflight():
+    model, form = scorer(positions=8), PairedFormat(wordpiece())
+    short = form.sft_row(Example("a", "good"))
+    assert tokens(form, model, [short]).verdict == "ok"
+    assert tokens(form, model, [form.sft_row(Example("a", "\u2603"))]).verdict == "warn"
+    long = tokens(form, model, [short, form.sft_row(Example("a", "good " * 5))])
+    assert (long.verdict, long.remedy) == ("fail", "max_length: 8 leaves such rows out")
+    strange = replace(short, input_ids=(*short.input_ids[:-1], len(form.tokenizer)))
+    assert tokens(form, model, [strange]).verdict == "fail"
+
+
+def test_a_server_of_texts_refuses_token_ids(tmp_path: Path):
+    from fastapi.testclient import TestClient
+
+    scorer().save(tmp_path, tokenizer=wordpiece())
+    reward = build_reward({"kind": "scalar", "model": str(tmp_path)})
+    client = TestClient(build_app(reward, {}, takes_ids=False))
+    body: dict[str, Any] = {"prompts": ["a"], "completions": ["good"]}
+    scores = client.post("/score", json=body).json()["scores"]
+    assert scores == reward(prompts=["a"], completions=["good"])
+    refused = client.post("/score", json={**body, "prompt_ids": [[1]], "completion_ids": [[2]]})
+    assert refused.status_code == 422
+    assert "an encoder and reads texts" in refused.json()["error"]
