@@ -276,7 +276,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
                 break
             continue
         barren += not found
-        examples += [a for e in found if _on_side(e, spec) for a in _answers(e, spec)]
+        examples += [a for e in found if _on_side(e, spec, row) for a in _answers(e, spec)]
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
@@ -303,10 +303,12 @@ def _answers(example: Example, spec: DataSpec) -> list[Example]:
     return [replace(example, completion=side, rejected=None, margin=None) for side in sides]
 
 
-def _on_side(example: Example, spec: DataSpec) -> bool:
+def _on_side(example: Example, spec: DataSpec, row: Row) -> bool:
     if spec.split == "all":
         return True
-    return side_of(split_key(example), heldout_frac=spec.heldout_frac) == spec.split
+    # All wordings of a row stay on one side, whatever seed and phrasing.
+    key = split_key(example) if spec.templates is None else json.dumps(row, sort_keys=True)
+    return side_of(key, heldout_frac=spec.heldout_frac) == spec.split
 
 
 def _choose(examples: list[Example], count: int, *, seed: int, purpose: str) -> list[Example]:

@@ -46,9 +46,10 @@ class Wording:
         for field, template in self.fields.items():
             try:
                 text = template.render(row).strip()
-            except (TemplateError, TypeError, ValueError) as error:
+            except Exception as error:  # what a template computes may raise anything
+                said = str(error) or type(error).__name__
                 raise DataError(
-                    f"{source}: template '{self.name}', {field}: {error}; the row has {sorted(row)}"
+                    f"{source}: template '{self.name}', {field}: {said}; the row has {sorted(row)}"
                 ) from error
             if not text:
                 raise DataError(f"{source}: template '{self.name}' leaves {field} empty")
@@ -92,12 +93,12 @@ def read_wordings(path: str) -> Sequence[Wording]:
         raise DataError(f"{path}: no such file of templates (from {Path.cwd()})")
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of templates, each with name, prompt, ...")
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_given
     )
     errors: list[str] = []
     found = [_wording(entry, f"{path}: entry {i + 1}", environment, errors)
@@ -109,6 +110,13 @@ def read_wordings(path: str) -> Sequence[Wording]:
     if errors:
         raise DataError("\n".join(errors))
     return [wording for wording in found if wording is not None]
+
+
+def _given(value: Any) -> Any:
+    """Refuse an empty field, which Jinja would write as the word None."""
+    if value is None:
+        raise ValueError("a field that it writes is empty (null)")
+    return value
 
 
 def _wording(entry: Any, where: str, environment: Any, errors: list[str]) -> Wording | None:

@@ -25,6 +25,7 @@ from align.stages.making_checks import (
 )
 from align.stages.preflight import settle
 from align.stages.training import fingerprints
+from reward_models.base import completion_text
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,12 @@ class Pool:
         self.ledger.add(self.examples[i].source, reason, **details)
 
     def text(self, i: int) -> str:
-        """Give question and answer of row i."""
-        return f"{question(self.examples[i])}\n{answer_text(self.examples[i])}"
+        """Give question and answers of row i: pairs differ where either answer does."""
+        example = self.examples[i]
+        said = [question(example), answer_text(example)]
+        if example.rejected is not None:
+            said.append(completion_text(example.rejected))
+        return "\n".join(said)
 
 
 def run(spec: CurateStage, context: StageContext) -> StageResult:

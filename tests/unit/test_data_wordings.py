@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from align.core.errors import DataError
 from align.data.load import load_examples
@@ -63,13 +64,44 @@ def test_a_missing_field_names_the_row_the_template_and_what_there_is(tmp_path, 
 
 @pytest.mark.parametrize(
     "attack",
-    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ rows.append(1) }}"],
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ rows.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ text|attr('__class__') }}",
+        "{{ '{0.__class__}'.format(text) }}",
+        "{{ '{x.__class__}'.format_map({'x': text}) }}",
+        "{% include '/etc/passwd' %}",
+        "{{ range(10**9)|list }}",
+        "{{ 1 / 0 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ nothing }}",
+    ],
 )
-def test_templates_run_sandboxed(tmp_path, attack):
+def test_templates_run_sandboxed_and_end_in_an_error_of_the_row(tmp_path, attack):
     path = tmp_path / "evil.yaml"
-    path.write_text(f'- name: evil\n  prompt: "{attack}"\n')
-    with pytest.raises(DataError, match="template 'evil'"):
-        word_row({"rows": []}, "a:1", templates=str(path), phrasing="all", seed=0)
+    path.write_text(yaml.safe_dump([{"name": "evil", "prompt": attack}]))
+    row = {"rows": [], "text": "hi", "nothing": None}
+    with pytest.raises(DataError, match=r"a:1: template 'evil', prompt: .*; the row has"):
+        word_row(row, "a:1", templates=str(path), phrasing="all", seed=0)
+    assert row == {"rows": [], "text": "hi", "nothing": None}
+
+
+def test_all_wordings_of_a_row_stay_on_one_side_of_the_split(tmp_path, templates):
+    path = rows_file(tmp_path, "a", 60)
+    asked = {}
+    for split in ("train", "heldout"):
+        spec = DataSpec(
+            path=path, templates=templates, phrasing="all", split=split, heldout_frac=0.3
+        )
+        found = [e.columns["question"] for e in load_examples([spec], kind="sft", seed=0)]
+        assert sorted(found) == sorted([*set(found)] * 2)  # both wordings of each
+        one = spec.model_copy(update={"phrasing": "one"})
+        assert {e.columns["question"] for e in load_examples([one], kind="sft", seed=5)} == {*found}
+        asked[split] = set(found)
+    assert not asked["train"] & asked["heldout"]
+    assert len(asked["train"] | asked["heldout"]) == 60
+    assert 5 < len(asked["heldout"]) < 35
 
 
 def test_all_mistakes_of_a_file_at_once(tmp_path):
