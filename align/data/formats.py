@@ -215,16 +215,21 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         read = cast(Reader, importers.from_oasst_pairs)
     if (name, kind) == ("model_solutions", "unpaired"):
         read = cast(Reader, judged.from_labelled_solutions)
-    examples = [_fit(_with_label_prob(e), kind, name) for e in read(row, source)]
+    examples = [_fit(_with_label_prob(e, kind), kind, name) for e in read(row, source)]
     for example in examples:
         check_example(example, kind=kind)
     return examples
 
 
-def _with_label_prob(example: Example) -> Example:
+def _with_label_prob(example: Example, kind: Kind) -> Example:
     """Take the column ``label_prob`` of weak labels out of the columns."""
     if "label_prob" not in example.columns:
         return example
+    if kind in ("unpaired", "steps"):
+        raise DataError(
+            f"{example.source}: label_prob has no effect on {kind} rows, whose labels count as "
+            "certain; use them in sft, reward or dpo, or set it aside (rename: {label_prob: was})"
+        )
     rest = dict(example.columns)
     prob = rest.pop("label_prob")
     if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0.0 <= prob <= 1.0:

@@ -183,11 +183,10 @@ def preference_loss(
         answer_sums(logprobs, batch, ld_alpha=spec.ld_alpha), means, ref, ref / lengths.clamp(min=1)
     )
     result = pair_losses(spec, sides)
-    loss = result.loss
+    loss = result.loss - spec.nll_coef * means[0::2]
     if "label_prob" in batch.per_sequence:
-        turned = pair_losses(spec, sides.exchanged()).loss
+        turned = pair_losses(spec, sides.exchanged()).loss - spec.nll_coef * means[1::2]
         loss = soft_labels(loss, turned, batch.per_sequence["label_prob"][0::2])
-    loss = loss - spec.nll_coef * means[0::2]
     margins = result.chosen_rewards - result.rejected_rewards
     stats = {
         "chosen_logprob": sums[0::2].sum() * share,

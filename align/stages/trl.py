@@ -123,6 +123,12 @@ def fitting(
     TRL cuts long rows without a word; here they are counted and bounded as in every stage.
     """
     examples = load_examples(data, kind=spec.rows, seed=context.seed)
+    unsure = [e.source for e in examples if e.label_prob != 1.0 and spec.rows != "prompts"]
+    if unsure:
+        raise DataError(
+            f"{context.name}: label_prob of {len(unsure)} rows has no effect: TRL takes labels as "
+            f"certain ({unsure[0]}); use sft, reward or dpo, or rename: {{label_prob: was}}"
+        )
     rows = [_longest(example, spec, chat) for example in examples]
     if not rows or limit is None:
         return examples

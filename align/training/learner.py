@@ -197,12 +197,15 @@ class Learner:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Say whether weight decay applies: to matrices, not to biases, norms and scalars.
+    """Say whether weight decay applies: to matrices, not to biases, norms and scalings.
 
-    ZeRO-3 shows every parameter as one-dimensional; its true shape is ``ds_shape``.
+    ZeRO-3 shows every parameter as one-dimensional; its true shape is ``ds_shape``. IA3's vectors,
+    shaped (1, n), multiply: 1 leaves the model as it is, and decay would pull them to 0.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) >= 2 and not name.endswith("bias") and "norm" not in name.lower()
+    return len(shape) >= 2 and not (
+        name.endswith("bias") or "norm" in name.lower() or ".ia3_l." in name
+    )
 
 
 def _trained(module: nn.Module, plan: LayerPlan | None) -> list[tuple[int, str, nn.Parameter]]:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -18,9 +27,11 @@ from align.core.types import TokenRow
 from align.models import logprobs
 from align.models.loading import load_policy, set_dropout
 from align.models.logprobs import LogprobModel
-from align.recipe.schema import EarlyStoppingSpec, RewardStage, SftStage
+from align.recipe.schema import EarlyStoppingSpec, RewardStage, SftStage, TuningSpec
 from align.stages.sft import collate, sft_loss
+from align.training.learner import decays
 from align.training.stopping import EarlyStopping
+from align.tuning.wrap import add_tuner
 
 ROWS = [
     TokenRow(tuple(3 + (7 * r * t + t) % 60 for t in range(n)), tuple(t > 2 for t in range(n)))
@@ -123,6 +134,53 @@ def test_early_stopping_goes_on_from_a_checkpoint_as_without_one() -> None:
     assert again.best == {"eval/loss": 1.0}
     with pytest.raises(TrainingError, match="'eval/loss' was not measured, only eval/x"):
         again.look(6, {"eval/x": 1.0})
+
+
+def decaying(model: nn.Module) -> set[str]:
+    """Give what must decay: all but biases and the parameters of norms, by the module's class."""
+    norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    named = dict(model.named_parameters())
+    return {n for n, p in named.items() if id(p) not in norms and n.split(".")[-1] != "bias"}
+
+
+def test_weight_decay_spares_norms_and_biases_of_every_architecture() -> None:
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    gpt2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+    models = [
+        LlamaForCausalLM(LlamaConfig(**small, attention_bias=True)),
+        BertForSequenceClassification(BertConfig(**small)),
+        GPT2LMHeadModel(gpt2),
+    ]
+    for model in models:
+        found = {n for n, p in model.named_parameters() if decays(n, p)}
+        assert found == decaying(model), type(model)
+        assert 0 < len(found) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("method", "decaying"),
+    [("lora", {"lora_A", "lora_B"}), ("dora", {"lora_A", "lora_B"}), ("ia3", set())],
+)
+def test_weight_decay_of_adapters_takes_the_matrices(method: str, decaying: set[str]) -> None:
+    spec = TypeAdapter(TuningSpec).validate_python({"method": method})
+    model = add_tuner(LogprobModel(tiny_model(1, tied=True)).model, spec, seed=0)
+    found = {n for n, p in model.named_parameters() if p.requires_grad and decays(n, p)}
+    assert {
+        part for n in found for part in n.split(".") if part in ("lora_A", "lora_B")
+    } == decaying
+    assert len(found) == sum(p.requires_grad and any(part in n.split(".") for part in decaying)
+                             for n, p in model.named_parameters())  # fmt: skip
+
+
+def test_weight_decay_goes_by_the_name_and_by_the_shape_that_zero_3_hides() -> None:
+    matrix, flat = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(32))
+    assert decays("layers.0.q_proj.weight", matrix)
+    assert not decays("layers.0.q_proj.weight", flat)
+    for name in ("layers.0.q_norm.weight", "layers.0.experts.bias", "encoder.LayerNorm.weight"):
+        assert not decays(name, matrix)
+    flat.ds_shape = torch.Size((4, 8))  # type: ignore[attr-defined]
+    assert decays("layers.0.q_proj.weight", flat)
 
 
 STOP = {"early_stopping": {"metric": "eval/loss"}}

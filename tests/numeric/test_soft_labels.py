@@ -1,14 +1,26 @@
 """Probable labels in the losses: limits, symmetry, and the gradient against finite differences."""
 
 import math
+import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+from engine_models import save_tiny, tiny_model
+
+from align.core.errors import DataError
 from align.core.types import PairRow, TokenRow
+from align.data.formats import to_examples
 from align.losses.preference import bradley_terry_loss, dpo_loss, soft_labels
-from align.stages.sft import collate
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import DpoStage, RewardStage
+from align.stages import dpo, scorer_rows
+from align.stages.sft import collate, sft_loss
 
 
 def test_soft_bradley_terry_is_the_cross_entropy_against_the_probability():
@@ -50,6 +62,78 @@ def test_sft_rows_weigh_as_much_as_their_label_is_probable():
     batch = collate(rows, rows)
     assert batch.counts["tokens"] == 0.25 * 2 + 1
     assert batch.per_token["weight"].tolist() == [[0.25, 0.25, 0.25, 1.0, 1.0]]
+
+
+def words(*ids, start=2):
+    return TokenRow(ids, tuple(t >= start for t in range(len(ids))))
+
+
+def test_the_loss_of_sft_is_weighted_by_row_and_its_count_too():
+    rows = [replace(words(3, 9, 4, 21), label_prob=0.25), words(5, 8, 30)]
+    plain = tiny_model(1, tied=True).double()
+    total = 0.0
+    for row in rows:
+        logprobs = plain(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        for t in range(2, len(row.input_ids)):
+            total -= row.label_prob * logprobs[t - 1, row.input_ids[t]]
+    model = LogprobModel(tiny_model(1, tied=True))
+    loss, _ = sft_loss(model, collate(rows, rows))
+    assert loss.item() == pytest.approx((total / (0.25 * 2 + 1)).item(), rel=1e-5)
+
+
+def mixed(loss_of, pair, prob):
+    """Mix the loss of a certain pair with that of the same pair the other way round."""
+    turned = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+    return prob * loss_of(pair).item() + (1 - prob) * loss_of(turned).item()
+
+
+PAIR = PairRow(words(3, 9, 4, 21), words(3, 9, 30), num_prompt_tokens=2, source="a:1")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"nll_coef": 0.3}, {"loss": "ipo"}, {"loss": "simpo"}, {"loss": "orpo"}]
+)
+def test_an_unsure_pair_of_dpo_pulls_both_ways(tmp_path, changes):
+    spec = DpoStage.model_validate(
+        {"kind": "dpo", "init": "x", "data": [{"path": "x"}], "beta": 0.5, **changes}
+    )
+    # As a stage loads it: the two answers of a pair share their prompt.
+    model = LogprobModel(
+        load_policy(save_tiny(tiny_model(1, tied=True), tmp_path), dtype="float32")
+    )
+    reference = {PAIR.chosen: -9.0, PAIR.rejected: -5.0}
+
+    def loss_of(pair):
+        row = dpo.ReferencePair(pair, reference[pair.chosen], reference[pair.rejected])
+        return dpo.preference_loss(spec, model, dpo.collate([row], [row]))[0]
+
+    unsure = loss_of(replace(PAIR, label_prob=0.8)).item()
+    assert unsure == pytest.approx(mixed(loss_of, PAIR, 0.8), rel=1e-5)
+    assert unsure != pytest.approx(loss_of(PAIR).item(), rel=1e-3)
+
+
+def test_an_unsure_pair_of_a_reward_model_pulls_both_ways():
+    spec = RewardStage.model_validate({"kind": "reward", "init": "x", "data": [{"path": "x"}]})
+    torch.manual_seed(0)
+    values = torch.nn.Embedding(64, 1)
+
+    def loss_of(pair):
+        rows = [scorer_rows.WeightedPair(pair, (1.0,))]
+        batch = scorer_rows.collate_pairs(rows, rows)
+        return scorer_rows.pair_loss(spec, lambda ids, _: values(ids), batch)[0]
+
+    unsure = loss_of(replace(PAIR, label_prob=0.8)).item()
+    assert unsure == pytest.approx(mixed(loss_of, PAIR, 0.8), rel=1e-5)
+    assert unsure != pytest.approx(loss_of(PAIR).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["unpaired", "steps"])
+def test_a_probable_label_where_labels_count_as_certain_is_refused(kind):
+    row = {"prompt": "q", "label_prob": 0.7, "completion": "a", "label": True}
+    if kind == "steps":
+        row = {"prompt": "q", "label_prob": 0.7, "steps": [{"text": "s", "label": True}]}
+    with pytest.raises(DataError, match=f"label_prob has no effect on {kind} rows"):
+        to_examples(row, kind=kind, format="auto", source="a:1")
 
 
 def test_a_pair_keeps_its_probability_when_its_prompt_is_cut():
