@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,25 +159,29 @@ def end(process: subprocess.Popen[str]) -> None:
 def finish_ranks(command: Sequence[str], ranks: int) -> None:
     """Run a worker as ``ranks`` processes of one group; all must end well."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # Files, not pipes: a rank that fills its pipe unread waits for ever, and with it all others.
+    said = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(ranks)]  # noqa: SIM115
     processes = [
         subprocess.Popen(
             command,
-            stdout=subprocess.PIPE,
+            stdout=said[r],
             stderr=subprocess.STDOUT,
-            text=True,
             env=environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
             start_new_session=True,
         )
         for r in range(ranks)
     ]
     try:
-        said = [p.communicate(timeout=LIMIT_S)[0] for p in processes]
+        for process in processes:
+            process.wait(timeout=LIMIT_S)
     finally:
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    for process, file in zip(processes, said, strict=True):
+        with file:
+            file.seek(0)
+            assert process.returncode == 0, file.read()[-3000:]
 
 
 def signal_when(

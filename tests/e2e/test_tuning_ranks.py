@@ -1,4 +1,4 @@
-"""Every tuning method under ZeRO-2 and ZeRO-3 on two ranks: the sft steps of one process."""
+"""Every tuning method under ZeRO-2 and ZeRO-3 on two ranks: the steps of one process."""
 
 import sys
 from pathlib import Path
@@ -38,8 +38,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_train_and_save_what_one_process_does(out: Path, method: str, stage: int) -> None:
     one, two = torch.load(out / "steps-1.pt"), torch.load(out / "steps-2.pt")
     for name in ("loss", "grad_norm"):
-        expected = [step[name] for step in one[method, 0]]
-        found = [step[name] for step in two[method, stage]]
+        expected = [step[name] for step in one["sft", method, 0]]
+        found = [step[name] for step in two["sft", method, stage]]
         assert found == pytest.approx(expected, rel=2e-5)
     source = load_file(out / "source-1" / WEIGHTS)
     parts = [WEIGHTS] if method == "full" else [WEIGHTS, ADAPTER]
@@ -53,3 +53,25 @@ def test_two_ranks_train_and_save_what_one_process_does(out: Path, method: str, 
     merged = load_file(out / f"{method}-{stage}-2" / WEIGHTS)
     same = all(torch.equal(merged[name], tensor) for name, tensor in source.items())
     assert same == (method in UNMERGED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TUNINGS)
+def test_partitioned_checkpoint_goes_on_to_the_same_bytes(out: Path, method: str) -> None:
+    folder = out / f"{method}-3-2"
+    for part in [WEIGHTS] if method == "full" else [WEIGHTS, ADAPTER]:
+        assert (folder / "resumed" / part).read_bytes() == (folder / part).read_bytes(), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("method", ["bottleneck", "loreft"])
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_adapter_off_is_the_reference_on_two_ranks_too(
+    out: Path, kind: str, method: str, stage: int
+) -> None:
+    """What one process finds against a copy of the start, two ranks find with the adapter off."""
+    one, two = (torch.load(out / f"steps-{n}.pt") for n in (1, 2))
+    expected, found = one[kind, method, 0], two[kind, method, stage]
+    for step in range(2):
+        assert found[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-6)

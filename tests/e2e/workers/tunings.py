@@ -1,7 +1,13 @@
-"""Run on one rank and on two: every tuning method takes two sft steps under each ZeRO stage."""
+"""Run on one rank and on two: every tuning method takes a few steps under each ZeRO stage.
+
+Two of sft, under ZeRO-3 the second of them once more from a checkpoint; then of dpo and grpo with
+the two methods that are the suite's own. Their reference is the policy with its adapter off; without ZeRO it is a copy of
+what the policy was loaded from, to which that is compared.
+"""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +21,18 @@ from tuned_stages import TUNINGS, tuning_spec
 
 from align.core import distributed
 from align.core.artefacts import Artefact
+from align.core.checkpoints import load_checkpoint, save_checkpoint
+from align.core.types import PairRow, TokenRow
+from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.recipe.schema import SftStage
+from align.recipe.schema import DpoStage, GrpoStage, SftStage
+from align.stages.dpo import collate, pair_length, preference_loss, reference_pairs
 from align.stages.training import save_trained_policy
 from align.training import learner
+from align.training.learner import Learner
+from align.training.offline import OfflineTask, micro_batches
 from align.tuning.loading import load_for_training
+from align.tuning.reference import start_policy
 
 
 def partition_everything(make: Any) -> Any:
@@ -34,15 +47,70 @@ def partition_everything(make: Any) -> Any:
     return config
 
 
-def train(method: str, stage: int, source: Path, out: Path) -> list[dict[str, float]]:
-    """Take two steps and write the artefact of an sft stage."""
-    tuning = tuning_spec(method)
-    model = load_for_training(source / "model", tuning, dtype="float32", seed=3)
-    module = LogprobModel(model)
-    steps = ranks.sft_steps(ranks.learner_of(module, stage), range(2))
-    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning)
+OWN = ("bottleneck", "loreft")
+
+
+def learner_with(method: str, stage: int, source: Path) -> Learner:
+    """Load the policy with what the method adds."""
+    model = load_for_training(source / "model", tuning_spec(method), dtype="float32", seed=3)
+    return ranks.learner_of(LogprobModel(model), stage)
+
+
+def save(method: str, module: Any, source: Path, out: Path) -> None:
+    """Write the artefact of an sft stage."""
+    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning_spec(method))
     save_trained_policy(spec, module, source=Artefact(source, {}), out=out)
+
+
+def sft(method: str, stage: int, source: Path, out: Path) -> list[dict[str, float]]:
+    """Take two steps; under ZeRO-3 also take the second again from a checkpoint."""
+    trained = learner_with(method, stage, source)
+    steps = ranks.sft_steps(trained, range(1))
+    path = out / "checkpoints"
+    if stage == 3:
+        path = save_checkpoint(path, 1, {"policy": trained.engine}, {}, keep=1)
+    steps += ranks.sft_steps(trained, range(1, 2))
+    save(method, trained.module, source, out)
+    if stage < 3:
+        return steps
+    again = learner_with(method, stage, source)
+    again.steps, _ = load_checkpoint(path, {"policy": again.engine})
+    ranks.sft_steps(again, range(1, 2))
+    save(method, again.module, source, out / "resumed")
     return steps
+
+
+def frozen_start(source: Path) -> LogprobModel:
+    """Load the policy without what the method adds."""
+    return LogprobModel(load_policy(source / "model", dtype="float32")).requires_grad_(False)
+
+
+def dpo(method: str, stage: int, source: Path) -> list[dict[str, float]]:
+    """Take two steps on pairs."""
+    model: Any = load_for_training(source / "model", tuning_spec(method), dtype="float32", seed=3)
+    module = LogprobModel(model)
+    pairs = []
+    for i in range(4):
+        prompt = ranks.numbers(900 + i, 6)
+        sides = [prompt + ranks.numbers(920 + 2 * i + k, 5 + 3 * i + k) for k in range(2)]
+        rows = [TokenRow(tuple(ids), tuple(t > 5 for t in range(len(ids)))) for ids in sides]
+        pairs.append(PairRow(*rows, num_prompt_tokens=6))
+    reference = module if stage else frozen_start(source)
+    with start_policy(model, tuning_spec(method), source / "model"):
+        rows = reference_pairs(reference, pairs, micro_tokens=60)
+    learner = ranks.learner_of(module, stage)
+    loss = partial(preference_loss, DpoStage(kind="dpo", init="x", data=[{"path": "x"}]))
+    task = OfflineTask([], [], lambda row: pair_length(row.pair), collate, loss)
+    return [learner.step(micro_batches(task, rows, 60), loss) for _ in range(2)]
+
+
+def grpo(method: str, stage: int, source: Path) -> list[dict[str, float]]:
+    """Take two steps on answers, with a KL in the loss."""
+    kl = {"coef": 0.1, "place": "loss", "estimator": "k3"}
+    spec = GrpoStage(kind="grpo", group_size=3, kl=kl, **ranks.COMMON)
+    policy = learner_with(method, stage, source)
+    reference = policy.module if stage else frozen_start(source)
+    return ranks.online_steps(spec, policy, None, reference)
 
 
 def main() -> None:
@@ -63,7 +131,10 @@ def main() -> None:
     for stage in args.stages:
         for method in TUNINGS:
             folder = args.out / f"{method}-{stage}-{world}"
-            found[method, stage] = train(method, stage, source, folder)
+            found["sft", method, stage] = sft(method, stage, source, folder)
+        for method in OWN:
+            found["dpo", method, stage] = dpo(method, stage, source)
+            found["grpo", method, stage] = grpo(method, stage, source)
     if distributed.rank() == 0:
         torch.save(found, args.out / f"steps-{world}.pt")
     distributed.shutdown()
