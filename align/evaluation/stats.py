@@ -236,7 +236,8 @@ def share_interval(
 
     Wilson's interval, with as many trials as would give a share this value's standard error
     (the jackknife's over clusters) and Student's quantile. It stays inside the bounds, and needs no
-    spread: where all clusters came out alike, it is Wilson's own with the clusters as trials.
+    spread: where all clusters came out alike, Wilson's upper bound of 0 in n says how many others
+    there may be, and these are taken to lie at one bound or the other.
 
     Args:
         x: one finite value per answer, inside ``bounds``.
@@ -262,10 +263,12 @@ def share_interval(
     if n == 1:
         return Interval(value, float("nan"), float("nan"))
     error, room = _jackknife_error(sums, counts), share * (1.0 - share)
-    if error > 1e-9:
-        trials, z = room / error**2, _student(level, n)
-    else:
-        trials, z = float(n), NormalDist().inv_cdf(0.5 + level / 2.0)
+    if error <= 1e-9:
+        z = NormalDist().inv_cdf(0.5 + level / 2.0)
+        others = z * z / (n + z * z)
+        ends = (share - others * share, share + others * (1.0 - share))
+        return Interval(value, *(low + (high - low) * end for end in ends))
+    trials, z = room / error**2, _student(level, n)
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(max(room, 0.0) / trials + (z / (2 * trials)) ** 2)
     # Rounding must not put the share itself outside, as it would where there is no success at all.

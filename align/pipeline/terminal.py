@@ -24,6 +24,7 @@ SHOWN = (
     "eval/loss", "length/mean",
 )  # fmt: skip
 """Metrics worth a place on the progress line, most telling first; at most three are shown."""
+STARTING = "starting"
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
 """What align.core.log writes for people: rank 0's time and text."""
 
@@ -99,7 +100,7 @@ class Terminal:
         self._title = f"[{position}/{count}] {stage}"
         files = ("metrics.jsonl", "samples.jsonl", "log.txt")
         self._metrics, self._samples, self._log = (Tail(folder / file) for file in files)
-        self._said = self._shown = ""
+        self._said, self._shown = "", STARTING
         self._first, self._last, self._sample = None, {}, None
         self._began = self._plain_at = time.monotonic()
         if self._console.is_terminal:
@@ -187,7 +188,7 @@ class Terminal:
         step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
         if self._last and not (self._said and total and step >= total):
             return self._progress_text()
-        return self._said or "starting"
+        return self._said or STARTING
 
     def _progress_text(self) -> str:
         step, total = self._last.get("step", 0), self._last.get("total_steps", 0)

@@ -28,7 +28,8 @@ def test_win_rate_with_ties_by_hand():
 def test_win_rate_of_ties_alone_is_one_half():
     rate = win_rate([1.0] * 50, [1.0] * 50)
     assert (rate.value, rate.ties) == (0.5, 50)
-    assert rate.low < 0.5 < rate.high
+    # At most 3.8415 / (50 + 3.8415) = 7.13 % of other prompts are no ties: all lost or all won.
+    assert (rate.low, rate.high) == pytest.approx((0.5 - 0.0713 / 2, 0.5 + 0.0713 / 2), abs=1e-4)
 
 
 def test_win_rate_without_spread_has_wilson_bounds():
@@ -92,6 +93,12 @@ def test_difference_is_a_share_on_a_wider_scale():
     assert difference.value == pytest.approx(2 * share.value - 1)
     assert difference.low == pytest.approx(2 * share.low - 1)
     assert difference.high == pytest.approx(2 * share.high - 1)
+
+
+def test_difference_without_a_difference_is_no_wider_than_with_one():
+    none, one = (share_interval([*x, *[0.0] * 59], bounds=(-1.0, 1.0)) for x in ([0.0], [1.0]))
+    assert (none.low, none.high) == pytest.approx((-0.0602, 0.0602), abs=1e-4)
+    assert none.high < 2 * (one.high - one.low)
 
 
 def test_share_refuses_what_is_outside_its_bounds():
