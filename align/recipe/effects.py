@@ -10,6 +10,7 @@ from typing import Any
 
 from align.recipe.algorithms import PRESETS
 from align.recipe.evaluate_schema import EvaluateStage
+from align.recipe.merge_schema import MergeStage
 from align.recipe.offline_schema import BaseStage, OfflineStage, TrainingStage
 from align.recipe.online_schema import GrpoStage, OnlineStage, PpoStage
 from align.recipe.parts import (
@@ -203,6 +204,20 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
         yield "reference", "has no effect: KL is measured on answers drawn at temperature 1 only"
 
 
+def _merge(spec: MergeStage) -> Iterator[Idle]:
+    if len(spec.alphas) == 1:
+        names = ("tolerance", "samples", "sampling", "dtype", "max_length", "max_lost_frac")
+        for name in changed(spec, *names):
+            yield name, "has no effect with a single alpha, which is merged without scoring"
+    if spec.base in (spec.tuned, *spec.others):
+        yield "base", f"'{spec.base}' is what it is merged with: nothing would change"
+
+
+def _trl(spec: TrlStage) -> Iterator[Idle]:
+    if spec.optim.schedule == "slanted":
+        yield "optim.schedule", "TRL's trainers have no slanted schedule; write cosine or linear"
+
+
 def _ensemble(spec: EnsembleReward) -> Iterator[Idle]:
     if spec.combine != "mean_minus_std" and changed(spec, "kappa"):
         yield "kappa", f"has no effect with combine {spec.combine}"
@@ -222,7 +237,7 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (DataSpec, _data), (OptimSpec, _optim), (ZeroSpec, _zero), (SamplingSpec, _sampling),
     (SamplingSpec, _greedy), (TaskSampling, _greedy), (KlSpec, _kl), (ImportanceSpec, _importance),
     (TrainingStage, _training), (OfflineStage, _offline), (BaseStage, _base),
-    (TrlStage, _heldout),
+    (TrlStage, _heldout), (TrlStage, _trl), (MergeStage, _merge),
     (OnlineStage, _online), (PpoStage, _kl_of_stage), (GrpoStage, _kl_of_stage),
     (PpoStage, _ppo), (GrpoStage, _grpo), (EvaluateStage, _evaluate),
     (EvaluateStage, _repeats), (TaskSpec, _repeats), (EnsembleReward, _ensemble),

@@ -40,9 +40,16 @@ class LayersSpec(Spec):
 
 
 def refuse_outside(layers: LayersSpec | None, method: str) -> None:
-    """Raise ValueError where nothing that trains belongs to a layer."""
-    if layers is not None and method in OUTSIDE:
+    """Raise ValueError where nothing that trains belongs to what the block speaks of."""
+    if layers is None:
+        return
+    if method in OUTSIDE:
         raise ValueError(
             f"'layers' has no effect with tuning.method {method}, which trains nothing inside a "
             "layer; remove it, or choose a method such as lora"
+        )
+    if layers.freeze_embeddings and method != "full":
+        raise ValueError(
+            f"'layers.freeze_embeddings' has no effect with tuning.method {method}, which leaves "
+            "the embeddings as they are; remove it"
         )

@@ -124,9 +124,7 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
         for key, name in named.items():
             problem = _reference_problem(stage, key, name, kinds)
             if problem:
-                path: Key = ("stages", stage, *(int(p) if p.isdigit() else p for p in
-                                                key.split(".")))  # fmt: skip
-                where = locate(path, "reference", source.marks)
+                where = locate(_place(stage, key), "reference", source.marks)
                 found.append(f"{where}: stages.{stage}.{key}: {problem}")
     return found
 
@@ -135,18 +133,21 @@ def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     found = []
     for stage, spec in specs.items():
         for key, reason in idle_options(spec) if spec is not None else ():
-            path: Key = ("stages", stage, *(int(p) if p.isdigit() else p for p in key.split(".")))
-            where = locate(path, "extra_forbidden", source.marks)
+            where = locate(_place(stage, key), "extra_forbidden", source.marks)
             found.append(f"{where}: stages.{stage}.{key}: {reason}")
     return found
 
 
 def _start_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     return [
-        f"{locate(('stages', name, *key.split('.')), 'reference', source.marks)}: "
-        f"stages.{name}.{key}: {problem}"
+        f"{locate(_place(name, key), 'reference', source.marks)}: stages.{name}.{key}: {problem}"
         for (name, key), problem in (adapter_problems(specs) | encoder_problems(specs)).items()
     ]
+
+
+def _place(stage: str, key: str) -> Key:
+    """Give the place in the file of a dotted key below a stage."""
+    return ("stages", stage, *(int(part) if part.isdigit() else part for part in key.split(".")))
 
 
 def _raw_init(stages: Any, stage: str) -> dict[str, str]:

@@ -3,13 +3,22 @@
 Each method has only the keys that change something for it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from align.recipe.parts import Count, Fraction, Positive, Spec
+from align.recipe.parts import Count, Positive, Spec
 
-Targets = Literal["all-linear"] | list[str]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _names_one(value: Any) -> Any:
+    if not value:
+        raise ValueError("an empty list names no layer: nothing would be trained")
+    return value
+
+
+Targets = Annotated[Literal["all-linear"] | list[str], AfterValidator(_names_one)]
 """``all-linear`` is every linear layer of the decoder, the output head left out."""
 
 
@@ -35,7 +44,7 @@ class LoraTuning(Spec):
     method: Literal["lora", "rslora", "dora"]
     rank: Count = 16
     alpha: Positive = 32.0
-    dropout: Fraction = 0.0
+    dropout: Rate = 0.0
     targets: Targets = "all-linear"
 
 
@@ -53,7 +62,7 @@ class QloraTuning(Spec):
     method: Literal["qlora"]
     rank: Count = 16
     alpha: Positive = 32.0
-    dropout: Fraction = 0.0
+    dropout: Rate = 0.0
     targets: Targets = "all-linear"
 
 
@@ -122,7 +131,9 @@ class LoreftTuning(Spec):
 
     method: Literal["loreft"]
     rank: Count = 4
-    layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    layers: Annotated[
+        Literal["all"] | list[Annotated[int, Field(ge=0)]], AfterValidator(_names_one)
+    ] = "all"
     """Layers after which hidden states are edited, counted from 0."""
     first: Annotated[int, Field(ge=0)] | None = None
     last: Annotated[int, Field(ge=0)] | None = None

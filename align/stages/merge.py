@@ -17,7 +17,7 @@ from align.core.errors import ArtefactError
 from align.core.types import PromptRow
 from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
 from align.evaluation.stats import paired_bootstrap
-from align.models.loading import load_policy, saved_weights
+from align.models.loading import load_policy, load_tokenizer, saved_weights
 from align.models.logprobs import LogprobModel
 from align.online.engine import RolloutEngine
 from align.online.rollout import answer_fixed
@@ -113,8 +113,15 @@ def merge_checks(
     """Give the checks of a merge: models of one form, and scores that tell right from wrong."""
 
     def alike() -> Finding:
-        for source in sources[1:]:
+        words = load_tokenizer(sources[0].model_dir).get_vocab()
+        for name, source in zip((spec.tuned, *spec.others), sources[1:], strict=True):
             check_alike(sources[0].model_dir, source.model_dir)
+            if load_tokenizer(source.model_dir).get_vocab() != words:
+                raise ArtefactError(
+                    f"{name}: its tokenizer has other tokens than that of {spec.base}, so equal "
+                    "rows of the embeddings stand for different tokens; merge what was fine-tuned "
+                    "from one model"
+                )
         names = ", ".join([spec.tuned, *spec.others])
         return Finding(f"{names} and {spec.base} have the same weights by name and shape")
 

@@ -55,6 +55,8 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
         if isinstance(tuning, QloraTuning):
             _keep_layout(model)
             _leave_scales_out(model)
+        if not isinstance(tuning, Ia3Tuning | BottleneckTuning | LoreftTuning):
+            _check_targets(model, tuning.targets)
         if isinstance(tuning, LoraTuning) and tuning.method == "dora":
             _check_norms(model, tuning)
         # DeepSpeed casts parameters to bfloat16 and leaves buffers: VeRA's matrices are buffers.
@@ -215,7 +217,13 @@ def _projections(model: nn.Module) -> list[str]:
 
 
 def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
-    num = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    num = config.num_hidden_layers
+    if tuning.rank > config.hidden_size:
+        raise RecipeError(
+            f"tuning.rank: {tuning.rank} dimensions of states of {config.hidden_size}; expected "
+            "fewer"
+        )
     numbers = range(num) if tuning.layers == "all" else tuning.layers
     if any(i >= num for i in numbers):
         raise RecipeError(
@@ -233,6 +241,27 @@ def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linea
         wanted = targets == "all-linear" or name.rpartition(".")[2] in targets
         if isinstance(module, nn.Linear) and module is not head and wanted:
             yield name, module
+
+
+def _check_targets(model: nn.Module, targets: Targets) -> None:
+    """Refuse a target that names no linear layer, which peft passes over beside one that does."""
+    if targets == "all-linear":
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (nn.Linear, Conv1D)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    named = {name: m for name, m in model.named_modules() if not (tied and m is head)}
+    kinds = sorted({n.rpartition(".")[2] for n, m in named.items() if isinstance(m, linear)})
+    for target in targets:
+        hit = [m for name, m in named.items() if f".{name}".endswith(f".{target}")]
+        if not hit or not all(isinstance(m, linear) for m in hit):
+            found = type(hit[0]).__name__ if hit else "no layer of its own"
+            raise RecipeError(
+                f"tuning.targets: '{target}' names {found}, expected linear layers of "
+                f"{type(model).__name__}: {', '.join(kinds)}"
+            )
 
 
 def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:

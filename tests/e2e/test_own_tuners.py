@@ -11,13 +11,17 @@ from peft import PeftModel, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import save_tiny, tiny_model
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from align.core.errors import RecipeError
 from align.models.attention import segments_from_positions
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
+from align.recipe.schema import TuningSpec
 from align.tuning.bottleneck import BottleneckConfig
 from align.tuning.loreft import LoreftConfig, prompt_ends
+from align.tuning.wrap import add_tuner
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 CONFIGS: dict[str, Any] = {
@@ -78,6 +82,33 @@ def test_two_adapters_live_side_by_side_and_reload(name, tmp_path):
     again.load_adapter(str(tmp_path / "other"), "other")
     again.set_adapter("other")
     assert torch.equal(logits(again), second)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "oft", "vera"])
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["foo"], "'foo' names no layer of its own, expected linear layers of Qwen2ForCausalLM: "
+         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        (["q_proj", "proj"], "'proj' names no layer"),  # peft takes the first and says nothing
+        (["embed_tokens"], "'embed_tokens' names Embedding"),
+        (["mlp"], "'mlp' names Qwen2MLP"),
+        (["lm_head"], "'lm_head' names no layer"),  # it is the embeddings, too
+    ],
+)  # fmt: skip
+def test_target_that_is_no_linear_layer_is_refused(method, targets, said):
+    spec = TypeAdapter(TuningSpec).validate_python({"method": method, "targets": targets})
+    with pytest.raises(RecipeError, match=f"tuning.targets: {said}"):
+        add_tuner(tiny_model(0, tied=True), spec)
+    head = {"method": "lora", "targets": ["lm_head", "layers.1.mlp.up_proj"]}
+    model = add_tuner(tiny_model(0, tied=False), TypeAdapter(TuningSpec).validate_python(head))
+    assert sum(p.requires_grad for p in model.parameters()) == 4
+
+
+def test_loreft_of_more_dimensions_than_the_states_is_refused():
+    spec = TypeAdapter(TuningSpec).validate_python({"method": "loreft", "rank": 65})
+    with pytest.raises(RecipeError, match=r"tuning.rank: 65 dimensions of states of 64"):
+        add_tuner(tiny_model(0, tied=True), spec)
 
 
 def test_bottleneck_adds_a_small_network_after_a_projection():

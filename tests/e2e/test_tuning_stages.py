@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import alone
 from tuned_stages import TUNINGS, make_base, run_plain, run_stage, tuning_spec
 
-from align.core.artefacts import Artefact
-from align.core.errors import ArtefactError
+from align.core.artefacts import Artefact, write_manifest
+from align.core.errors import ArtefactError, PreflightError
 from align.models.logprobs import LogprobModel
 from align.online.engine import build_engine, choose_engine
 from align.online.weights import full_precision_weights, pushed_weights
@@ -282,6 +282,33 @@ def test_evaluate_compares_policies_with_and_without_unmerged_adapters(folder):
     for model in models:
         # A policy read without its adapter would be the base: KL 0.
         assert abs(summary["models"][str(model)]["kl"][0]) > 1e-3
+
+
+def merged(folder: Path, tuned: Path, name: str) -> Artefact:
+    plain = {"kind": "merge", "base": "base", "tuned": str(tuned), "alphas": [0.5]}
+    return run_plain(folder, plain, name=name)
+
+
+def test_half_of_a_merged_lora_is_the_adapter_at_half_its_scale(folder):
+    tuned = artefact(folder, "sft", "lora")
+    model = by_peft(folder, tuned)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.mul_(0.5)
+    found = merged(folder, tuned.path, "merge")
+    half = AutoModelForCausalLM.from_pretrained(found.model_dir).eval()
+    assert oracle(half, IDS) == pytest.approx(oracle(model, IDS), abs=1e-4)
+
+
+def test_models_of_different_tokens_are_not_merged(folder):
+    other = folder / "other_tokens"
+    shutil.copytree(artefact(folder, "sft", "lora").path, other)
+    file = other / "model" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"<pad>"', '"<blank>"'))
+    (other / "manifest.json").unlink()
+    write_manifest(other, {"kind": "policy", "spec_hash": "other", "spec": {}})
+    with pytest.raises(PreflightError, match="its tokenizer has other tokens than that of base"):
+        merged(folder, other, "mixed")
 
 
 def test_unmerged_adapter_falls_back_to_hf_by_name(folder):

@@ -42,6 +42,8 @@ stages:
     prompts: [{world: prompts, rows: 10}]
     scores: [{kind: math}]
     judge: [{kind: math}]
+  merge: {kind: merge, base: base, tuned: sft, alphas: [0.5]}
+  trl: {kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 2}
 """
 ENSEMBLE = "[{kind: ensemble, members: [{kind: math}, {kind: repetition}], kappa: 2.0}]"
 GUARDED = "{every: 2, prompts: [{world: prompts, rows: 4}], gold: [{kind: repetition}], guard: {}}"
@@ -75,6 +77,10 @@ def test_recipe_itself_is_right() -> None:
         ("sft.zero.offload", "cpu", "no effect with stage 0"),
         ("sft.keep_checkpoints", "3", "no effect with checkpoint_every 0"),
         ("sft.eval_every", "10", "without 'heldout'"),
+        ("merge.tolerance", "0.1", "no effect with a single alpha"),
+        ("merge.sampling", "{engine: hf}", "no effect with a single alpha"),
+        ("merge.base", "sft", "nothing would change"),
+        ("trl.optim.schedule", "slanted", "no slanted schedule"),
         ("found.batch_size", "8", "nothing is trained"),
         ("found.max_length", "8", "nothing is trained"),
         ("found.micro_tokens", "8", "nothing is trained"),

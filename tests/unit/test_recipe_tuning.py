@@ -72,6 +72,10 @@ def test_key_without_effect_on_the_method_is_unknown(tuning, key):
         ("grpo", {"method": "prompt"}, {"sampling": {"engine": "vllm"}}, "cannot be merged"),
         ("reward", {"method": "loreft", "last": 2}, {}, "does not know where a prompt ends"),
         ("sft", {"method": "loreft", "first": 0}, {}, "no token is edited"),
+        ("sft", {"method": "loreft", "layers": []}, {}, "an empty list names no layer"),
+        ("sft", {"method": "vera", "targets": []}, {}, "an empty list names no layer"),
+        ("sft", {"method": "lora", "dropout": 1.0}, {}, "less than 1"),
+        ("dpo", {"method": "lora"}, {"layers": {"freeze_embeddings": True}}, "as they are"),
     ],
 )
 def test_illegal_combination_is_refused_with_its_reason(kind, tuning, more, said):
@@ -154,6 +158,50 @@ def test_stage_on_top_of_an_unmerged_adapter_is_refused_in_the_recipe(tmp_path):
     assert load_recipe(path).stages["dpo"].tuning.method == "bottleneck"
     path.write_text(CHAIN.replace("prefix", "dora"))
     assert load_recipe(path).stages["sft"].tuning.method == "dora"
+
+
+BOTTLENECK = """\
+name: x
+stages:
+  base: {kind: base, path: some/model}
+  sft: {kind: sft, init: base, data: [{world: sft}], tuning: {method: bottleneck}}
+  scorer: {kind: reward, init: base, data: [{world: preference}], tuning: {method: prefix}}
+"""
+ONLINE_KEYS = json.dumps({k: v for k, v in ONLINE.items() if k != "init"})[1:-1]
+SCORES = "[{kind: regex, pattern: x}]"
+
+
+@pytest.mark.parametrize(
+    ("later", "key", "said"),
+    [
+        ("{kind: merge, base: base, tuned: sft, alphas: [0.5]}", "tuned", "takes weights alone"),
+        ("{kind: merge, base: sft, tuned: base, alphas: [0.5]}", "base", "takes weights alone"),
+        ("{kind: merge, base: base, tuned: base, others: [sft], method: ties, alphas: [1]}",
+         "others.0", "takes weights alone"),
+        ("{kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 1}",
+         "init", "takes weights alone"),
+        (f"{{kind: ppo, init: sft, tuning: {{method: bottleneck}}, {ONLINE_KEYS}}}", "init",
+         "name a merged policy or a reward model in 'critic.init'"),
+        (f"{{kind: ppo, init: base, critic: {{init: scorer}}, {ONLINE_KEYS}}}", "critic.init",
+         "takes weights alone"),
+        (f"{{kind: evaluate, models: [base, sft], baseline: base, prompts: [{{path: x}}], "
+         f"scores: {SCORES}, judge: {SCORES}, sampling: {{engine: vllm}}}}", "models.1",
+         "write sampling.engine: hf"),
+    ],
+)  # fmt: skip
+def test_stage_that_cannot_hold_an_unmerged_adapter_is_refused_in_the_recipe(
+    tmp_path, later, key, said
+):
+    lines = mistakes(tmp_path, f"{BOTTLENECK}  later: {later}\n")
+    (line,) = [line for line in lines if f"stages.later.{key}: " in line]
+    assert said in line
+
+
+def test_ppo_goes_on_from_an_adapter_with_a_critic_of_its_own(tmp_path):
+    path = tmp_path / "r.yaml"
+    keys = f"init: sft, tuning: {{method: bottleneck}}, critic: {{init: base}}, {ONLINE_KEYS}"
+    path.write_text(f"{BOTTLENECK}  later: {{kind: ppo, {keys}}}\n")
+    assert load_recipe(path).stages["later"].critic.init == "base"
 
 
 @pytest.mark.parametrize(

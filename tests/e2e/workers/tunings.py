@@ -1,8 +1,8 @@
 """Run on one rank and on two: every tuning method takes a few steps under each ZeRO stage.
 
 Two of sft, under ZeRO-3 the second of them once more from a checkpoint; then of dpo and grpo with
-the two methods that are the suite's own. Their reference is the policy with its adapter off; without ZeRO it is a copy of
-what the policy was loaded from, to which that is compared.
+the two methods that are the suite's own. Their reference is the policy with its adapter off;
+without ZeRO it is a copy of what the policy was loaded from, to which that is compared.
 """
 
 import argparse
