@@ -100,8 +100,8 @@ def _start_head_like_trl(stage: Any, folder: Path) -> None:
 
     load = stage.load_scorer
 
-    def load_with_head(*args: Any) -> Any:
-        model = load(*args)
+    def load_with_head(*args: Any, **keys: Any) -> Any:
+        model = load(*args, **keys)
         with torch.no_grad():
             model.head.weight.copy_(torch.load(folder / "head.pt"))
         return model

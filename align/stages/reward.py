@@ -133,7 +133,7 @@ def train_part(
 def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
     """Put fresh heads on the model of ``source``, by the seed of the stage."""
     torch.manual_seed(distributed.derive_seed(context.seed, "head"))
-    return load_scorer(spec, source)
+    return load_scorer(spec, source, seed=distributed.derive_seed(context.seed, "tuning"))
 
 
 def pair_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
@@ -224,7 +224,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
     return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
 
-def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
+def load_scorer(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
     """Put fresh heads on the model of ``source``; add what ``tuning`` trains."""
     held = quantization(spec.tuning, spec.dtype)
     if source.manifest["kind"] == "encoder":
@@ -238,7 +238,7 @@ def load_scorer(spec: RewardStage, source: Artefact) -> RewardModel:
         )
     if spec.keep.dropout:
         set_dropout(model.backbone, spec.keep.dropout)
-    model.backbone = tuned_below_head(spec, model.backbone, seed=spec.seed or 0)
+    model.backbone = tuned_below_head(spec, model.backbone, seed=seed)
     return model.to(distributed.device())
 
 
