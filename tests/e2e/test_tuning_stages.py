@@ -136,6 +136,8 @@ def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, met
     found = artefact(folder, "grpo", method)
     first = first_metrics(found)
     assert (abs(first["kl/reference"]) > 1e-3) == (method in VIRTUAL)
+    # After a step the policy has left its reference, which it would not with its adapter on.
+    assert found.manifest["metrics"]["kl/reference_k3"] > 1e-5
     assert abs(first["kl/sampler"]) < 1e-4
     assert abs(found.manifest["metrics"]["kl/sampler"]) < 1e-4
 
