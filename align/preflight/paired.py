@@ -34,19 +34,17 @@ def paired_checks(
         model: the scorer in it. task: rows, batches and loss. source: what ``init`` names.
     """
     rows = [side for row in (*task.rows, *task.heldout) for side in sides_of(row)]
-    vocab_size = model.backbone.get_input_embeddings().num_embeddings
     return [
         ("tokens", partial(tokens, chat, model, rows)),
         *start_checks(spec, model.backbone, source),
         ("whole texts", partial(whole_texts, model, rows)),
-        *loss_checks(spec, module, task, vocab_size=vocab_size),
+        *loss_checks(spec, module, task, vocab_size=_embeddings(model)),
     ]
 
 
 def tokens(chat: PairedFormat, model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
     """See that the model has an embedding for every token and positions for every text."""
-    embeddings = model.backbone.get_input_embeddings().num_embeddings  # pyright: ignore
-    positions = model.max_tokens
+    embeddings, positions = _embeddings(model), model.max_tokens
     largest, longest = max(max(r.input_ids) for r in rows), max(len(r.input_ids) for r in rows)
     value = f"largest token {largest:,} of {embeddings:,}, longest text {longest:,} of {positions}"
     if largest >= embeddings:
@@ -60,6 +58,11 @@ def tokens(chat: PairedFormat, model: RewardModel, rows: Sequence[TokenRow]) -> 
         remedy = "the tokenizer cannot write these texts; look at their characters, or change it"
         return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)
     return Finding(value, "smaller")
+
+
+def _embeddings(model: RewardModel) -> int:
+    backbone: Any = model.backbone
+    return backbone.get_input_embeddings().num_embeddings
 
 
 def whole_texts(model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
