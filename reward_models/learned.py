@@ -1,5 +1,6 @@
 """The reward that calls a learned scorer: rendering, normalisation, heads combined."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,20 +16,23 @@ from reward_models.scalar import RewardModel, score_heads
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 class ScalarReward:
     """Score answers with a trained reward model.
 
-    With the columns ``prompt_ids`` and ``completion_ids`` (token ids of this scorer's vocabulary,
-    see `shares_vocabulary`) exactly those ids are scored: the suite passes what was sampled.
-    Without ``prompt_ids``, as inside a TRL trainer, the texts are rendered with the tokenizer.
-    A scorer that is an encoder always reads the texts, as a pair (see `reward_models.paired`); one
-    that is longer than its positions is invalid.
+    With the columns ``prompt_ids`` and ``completion_ids`` (token ids of this scorer's vocabulary)
+    exactly those ids are scored: the suite passes what was sampled. Without ``prompt_ids``, as
+    inside a TRL trainer, or with ids of another vocabulary (see `meet`), the texts are rendered
+    with the tokenizer. A scorer that is an encoder always reads the texts, as a pair (see
+    `reward_models.paired`); one that is longer than its positions is invalid.
 
     A scorer of several heads is an ensemble: each head's score is normalised by its own mean and
     std, and ``combine`` makes one score of them. A score that is not finite is invalid.
 
     Attributes:
+        takes_ids: whether given token ids are scored; False where it reads the texts.
         disagreement: of the last call, as in `EnsembleReward`; NaN for a single head.
     """
 
@@ -61,11 +65,18 @@ class ScalarReward:
         self.micro_tokens = micro_tokens
         self.invalid: Counter[str] = Counter()
         self.disagreement = math.nan
+        self.takes_ids = model.reads == "last"
         self._limit = model.max_tokens if model.reads == "first" else None
 
     def shares_vocabulary(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Tell whether token ids of another tokenizer mean the same to this scorer."""
         return self.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    def meet(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Learn whose token ids will be given: those of another vocabulary are not read."""
+        if self.takes_ids and not self.shares_vocabulary(tokenizer):
+            logger.info("reward %s: another vocabulary than the policy's, reads texts", self.name)
+            self.takes_ids = False
 
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
@@ -105,7 +116,7 @@ class ScalarReward:
         columns: Mapping[str, Any],
     ) -> list[list[int]]:
         """Give the token ids of prompt and answer that are scored."""
-        if "prompt_ids" not in columns or self.model.reads == "first":
+        if "prompt_ids" not in columns or not self.takes_ids:
             pairs = zip(prompts, completions, strict=True)
             return [self._render(prompt, completion) for prompt, completion in pairs]
         heads, answers = (

@@ -92,6 +92,18 @@ class ProcessReward:
         self.invalid: Counter[str] = Counter()
         self.token_rewards: list[list[float]] = []
 
+    def meet(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Learn whose token ids will be given.
+
+        Raises:
+            ValueError: of another vocabulary, so the steps' ends are no tokens of the policy.
+        """
+        if not self._scalar.shares_vocabulary(tokenizer):
+            raise ValueError(
+                f"reward '{self.name}': a process reward lays scores on the policy's tokens, and "
+                "its own are others; train it on a policy with the same tokenizer"
+            )
+
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:

@@ -1,7 +1,6 @@
 """Measure reward models on held-out pairs, sets and sampled answers: the numbers of their card."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.types import Example, PairRow, Text, TokenRow
 from align.data.load import fit_rows, load_examples
-from align.data.paired import PairedFormat
 from align.data.sets import AnswerSet, load_sets
 from align.data.split import split_key
 from align.evaluation.card import (
@@ -23,11 +21,12 @@ from align.evaluation.card import (
     set_card,
 )
 from align.evaluation.refusals import refusing_side
+from align.models.loading import load_tokenizer
 from align.recipe.schema import DataSpec
 from align.stages.dpo import both, to_stop
 from align.stages.scorer_format import RowFormat, scorer_format
 from align.tuning.loading import load_scorer
-from reward_models.paired import pair_ids
+from reward_models.learned import ScalarReward
 from reward_models.scalar import RewardModel, score_token_ids
 
 log = logging.getLogger(__name__)
@@ -43,14 +42,15 @@ class SampledAnswers:
     """Hold several sampled answers to each prompt, for the best-of-n curve.
 
     Attributes:
-        rows: token ids of prompt and answer. texts: both as text, for a scorer that is an encoder.
+        rows: of each answer its prompt and itself, as texts and as token ids.
         groups: number of each answer's prompt. gold: the score that counts, None where invalid.
+        tokenizer: whose token ids they are.
     """
 
-    rows: Sequence[Sequence[int]]
-    texts: Sequence[tuple[Text, str]]
+    rows: Sequence[tuple[Text, str, list[int], list[int]]]
     groups: Sequence[int]
     gold: Sequence[float | None]
+    tokenizer: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +209,14 @@ def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[d
 
 
 def _sampled_scores(artefact: Artefact, answers: SampledAnswers) -> list[float | None]:
-    """Score sampled answers; an encoder reads their texts, and has none of those too long."""
-    model, chat = _load(artefact), scorer_format(artefact)
-    rows = answers.rows
-    if isinstance(chat, PairedFormat):
-        rows = [pair_ids(chat.tokenizer, prompt, answer)[0] for prompt, answer in answers.texts]
-    limit = math.inf if model.reads == "last" else model.max_tokens or math.inf
-    scores = iter(score_token_ids(model, [row for row in rows if len(row) <= limit]))
-    return [next(scores) if len(row) <= limit else None for row in rows]
+    """Score sampled answers by their token ids, or by their texts where it has other tokens."""
+    tokenizer = load_tokenizer(artefact.model_dir)
+    reward = ScalarReward(_load(artefact), tokenizer, normalise=False)
+    reward.meet(answers.tokenizer)
+    prompts, completions, prompt_ids, completion_ids = zip(*answers.rows, strict=True)
+    return reward(
+        prompts=prompts,
+        completions=completions,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+    )

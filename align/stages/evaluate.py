@@ -18,9 +18,10 @@ from align.evaluation.verdict import (
     task_block,
     win_matrix,
 )
+from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.recipe.evaluate_schema import OWN_TASK
-from align.recipe.schema import EvaluateStage, TaskSpec
+from align.recipe.schema import EvaluateStage, RewardSpec, TaskSpec
 from align.stages.answering import Answers, sample_all, task_rows
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.card import CardInput, SampledAnswers, build_cards, headlines
@@ -39,6 +40,7 @@ from align.stages.online import build_rewards
 from align.stages.preflight import preflight_evaluate
 from align.stages.training import fingerprints
 from align.tuning.loading import load_tuned_policy
+from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     summary: dict[str, Any] = {"models": {}, "engine": "none"}
     if spec.all_tasks:
         rows = task_rows(spec, artefacts[baseline], context)
-        rewards = task_rewards(spec, context)
+        rewards = task_rewards(spec, context, load_tokenizer(artefacts[baseline].model_dir))
         preflight_evaluate(spec, context, artefacts[baseline].model_dir, rows=rows, rewards=rewards)
         answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
         answered = measure_all(spec, artefacts, answers, rewards, context)
@@ -65,7 +67,7 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     if OWN_TASK in answered:
         own = {name: model.records for name, model in answered[OWN_TASK].items()}
         summary |= build_summary(own, baseline=baseline, seed=context.seed)
-    cards = reward_cards(spec, context, answers, answered)
+    cards = reward_cards(spec, context, answers, answered, artefacts[baseline])
     summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["expectations"] = check_expectations(summary, spec.expect)
     if distributed.rank() == 0:
@@ -110,12 +112,20 @@ def measure_all(
     return found
 
 
-def task_rewards(spec: EvaluateStage, context: StageContext) -> TaskRewards:
-    """Build each task's grader, and the rewards whose weighted sum decides comparisons."""
+def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> TaskRewards:
+    """Build each task's grader, and the rewards whose weighted sum decides comparisons.
+
+    Args:
+        tokenizer: of the baseline, which every model shares.
+    """
+
+    def build(specs: Sequence[RewardSpec]) -> list[RewardFunction]:
+        return build_rewards(list(specs), context, tokenizer)
+
     return {
         task.name: (
-            build_rewards(task.grader, context),
-            build_rewards(task.judge or ([] if spec.pairwise else task.grader), context),
+            build(task.grader),
+            build(task.judge or ([] if spec.pairwise else task.grader)),
         )
         for task in spec.all_tasks
     }
@@ -192,6 +202,7 @@ def reward_cards(
     context: StageContext,
     answers: Answers,
     answered: Mapping[str, Mapping[str, Answered]],
+    baseline: Artefact,
 ) -> dict[str, dict[str, Any]]:
     """Measure the reward models; the baseline's answers give the best-of-n curve by the judge."""
     if not spec.reward_models:
@@ -201,13 +212,15 @@ def reward_cards(
         mine = answers[OWN_TASK][spec.label(spec.baseline)]
         records = answered[OWN_TASK][spec.label(spec.baseline)].records
         rows = [
-            ([*prompt.input_ids, *answer.token_ids], (prompt.prompt, answer.text))
+            (prompt.prompt, answer.text, list(prompt.input_ids), list(answer.token_ids))
             for prompt, answer in zip(mine.prompts, mine.completions, strict=True)
         ]
-        everyone = [row for part in distributed.gather_objects(rows) for row in part]
-        ids, texts = [row[0] for row in everyone], [row[1] for row in everyone]
-        groups = [record["prompt_index"] for record in records]
-        sampled = SampledAnswers(ids, texts, groups, [record["judge"] for record in records])
+        sampled = SampledAnswers(
+            [row for part in distributed.gather_objects(rows) for row in part],
+            [record["prompt_index"] for record in records],
+            [record["judge"] for record in records],
+            load_tokenizer(baseline.model_dir),
+        )
     given = CardInput(
         spec.pairs, spec.sets, spec.max_length, spec.max_lost_frac, context.seed, sampled,
         context.ledger,

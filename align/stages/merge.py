@@ -127,7 +127,8 @@ def merge_checks(
 
     found: list[Check] = [("alike", alike)]
     if len(spec.alphas) > 1:
-        chat, rewards = chat_format(sources[0].model_dir), build_rewards(spec.scores, context)
+        chat = chat_format(sources[0].model_dir)
+        rewards = build_rewards(spec.scores, context, chat.tokenizer)
         for name, data in zip(SETS, (spec.prompts, spec.shifted), strict=True):
             rows = _rows(spec, data, context)
             found += prompt_checks(chat, rows, model_dir=sources[0].model_dir)
@@ -157,7 +158,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
     other = chat_format(tuned.model_dir)
     for rows in sets.values():
         same_tokens(rows[:8], other, f"model '{spec.tuned}'", spec.base)
-    rewards = build_rewards(spec.scores, context)
+    rewards = build_rewards(spec.scores, context, chat.tokenizer)
     trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
     engine = start_engine(spec, base.model_dir, chat, context)
     metrics = context.metrics(len(spec.alphas))

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from align.core import distributed
-from align.core.errors import TrainingError
+from align.core.errors import ArtefactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
 from align.data.chat import ChatFormat
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
+from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.online.algorithms import ALGORITHMS
 from align.online.engine import RolloutEngine, build_engine
@@ -64,7 +65,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
         with engine.awake():
             engine.load_weights(pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
-    rewards = build_rewards(spec.rewards, context)
+    rewards = build_rewards(spec.rewards, context, chat.tokenizer)
     preflight_online(
         spec, context, chat=chat, source=source, prompts=prompts, engine=engine, module=module,
         reference=reference, rewards=rewards,
@@ -125,7 +126,7 @@ def begin_watch(
         online,
         spec.watch,
         prompts=_fitted(held_out, spec, chat, context, what="watched prompts"),
-        gold=build_rewards(spec.watch.gold, context),
+        gold=build_rewards(spec.watch.gold, context, chat.tokenizer),
         reference=reference,
         best=best,
         metrics=metrics,
@@ -205,11 +206,18 @@ class Push:
         check_push(self.engine, self.probe, found[0, 1:].tolist(), dtype=self.dtype)
 
 
-def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunction]:
+def build_rewards(
+    specs: list[Any], context: StageContext, tokenizer: Any = None
+) -> list[RewardFunction]:
     """Build rewards with stage names resolved to the folders of their reward models.
+
+    Args:
+        specs: as the recipe has them. context: the stage's surroundings.
+        tokenizer: of the policy whose answers are scored; None where no token ids are given.
 
     Raises:
         TrainingError: a reward server or a judge cannot be used.
+        ArtefactError: a process reward has another vocabulary than the policy.
     """
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
@@ -217,17 +225,22 @@ def build_rewards(specs: list[Any], context: StageContext) -> list[RewardFunctio
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
     for reward, p in zip(rewards, plain, strict=True):
-        _add_adapters(reward, p)
+        _complete(reward, p, tokenizer)
     return rewards
 
 
-def _add_adapters(reward: Any, plain: dict[str, Any]) -> None:
-    """Make the scorers whole whose adapters are not merged."""
+def _complete(reward: Any, plain: dict[str, Any], tokenizer: Any) -> None:
+    """Make the scorers whole whose adapters are not merged; tell them whose ids they will get."""
     if plain["kind"] in ("scalar", "process"):
         made_whole(reward.model, plain["model"])
+        try:
+            if tokenizer is not None:
+                reward.meet(tokenizer)
+        except ValueError as error:
+            raise ArtefactError(str(error)) from error
     if plain["kind"] == "ensemble":
         for member, inner in zip(reward.members, plain["members"], strict=True):
-            _add_adapters(member, inner)
+            _complete(member, inner, tokenizer)
 
 
 def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
@@ -265,6 +278,11 @@ def build_critic(
         kind = "reward_model" if _is_reward(spec.critic.init, context) else "policy"
         folder = context.artefact(spec.critic.init, kind).model_dir
     refuse_unmerged(folder, f"the critic of {context.name}")
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(policy_dir).get_vocab():
+        raise ArtefactError(
+            f"critic.init: {spec.critic.init} has another vocabulary than the policy, whose tokens "
+            "it would judge; remove it, and the critic begins from the policy"
+        )
     scorer = scorer_from(folder, dtype=spec.dtype)
     nn.init.zeros_(scorer.head.weight)
     return Learner(

@@ -21,8 +21,9 @@ import stage_runs as runs
 from small_encoders import save_bert
 from tuned_stages import ONLINE, TUNINGS, make_base, run_plain
 
-from align.core.artefacts import Artefact
+from align.core.artefacts import Artefact, write_manifest
 from align.core.errors import ArtefactError
+from align.models.loading import load_tokenizer
 from align.recipe.schema import Recipe
 from align.recipe.tuning_schema import UNMERGED
 from align.stages.base import StageContext
@@ -286,6 +287,18 @@ def test_a_policy_is_reinforced_by_an_encoder(folder, kind):
             numbers = trained.manifest["metrics"]
             members.append((raw - numbers["scorer/mean"]) / numbers["scorer/std"])
         assert shown["score"] == pytest.approx(sum(members) / 2, abs=1e-3)
+
+
+def test_a_critic_of_another_vocabulary_is_refused(folder):
+    shutil.copytree(folder / "base" / "model", folder / "other" / "model")
+    tokenizer = load_tokenizer(folder / "other" / "model")
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(folder / "other" / "model")
+    write_manifest(folder / "other", {"kind": "policy", "spec_hash": "other", "spec": {}})
+    plain = {"kind": "ppo", "init": "base", "max_length": 128, **ONLINE,
+             "critic": {"init": str(folder / "other")}}  # fmt: skip
+    with pytest.raises(ArtefactError, match="has another vocabulary than the policy"):
+        run_plain(folder, plain, name="refused_critic")
 
 
 def test_an_evaluation_judges_by_an_encoder_and_measures_it(folder):

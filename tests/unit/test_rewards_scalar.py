@@ -8,6 +8,7 @@ from transformers import AutoModel, Olmo2Config, PreTrainedTokenizerFast
 
 from reward_models import build_reward
 from reward_models.learned import ScalarReward
+from reward_models.process import ProcessReward
 from reward_models.scalar import RewardModel, ScalarHead, score_heads, score_token_ids
 
 WORDS = ["<pad>", "<eos>", "user", "assistant", "\n", "hi", "yes", "no", "a", "b"]
@@ -195,6 +196,42 @@ def test_token_ids_of_another_vocabulary_are_refused(tmp_path: Path):
     assert reward.shares_vocabulary(_tokenizer())
     with pytest.raises(ValueError, match="another tokenizer"):
         reward(prompts=["x"], completions=["x"], prompt_ids=[[5]], completion_ids=[[10]])
+
+
+def test_token_ids_of_another_vocabulary_are_not_read_but_the_texts(tmp_path: Path):
+    _, reward = _reward(tmp_path)
+    given = {"prompts": ["hi", "a"], "completions": ["yes", "no"]}
+    ids = {"prompt_ids": [[9], [9]], "completion_ids": [[8, 1], [8, 1]]}
+    by_text, by_ids = reward(**given), reward(**given, **ids)
+    assert by_text != pytest.approx(by_ids, abs=1e-3)
+    reward.meet(_tokenizer())
+    assert reward(**given, **ids) == by_ids
+    other = _tokenizer()
+    other.add_tokens(["more"])
+    reward.meet(other)
+    assert reward(**given, **ids) == by_text
+    process = ProcessReward(reward, separator="\n")
+    process.meet(_tokenizer())
+    with pytest.raises(ValueError, match="its own are others"):
+        process.meet(other)
+
+
+def test_made_up_answers_of_the_preflight_are_scored_as_texts(tmp_path: Path):
+    from align.core.types import PromptRow
+    from align.preflight.rewards import FORMS, self_test
+    from align.recipe.schema import ScalarReward as Spec
+
+    _, reward = _reward(tmp_path)
+    right, wrong = ["yes", "no", "a", "b"], ["no", "yes", "yes", "yes"]  # another row's value
+    rows = [PromptRow((5,), "hi", {"reference": value}) for value in right]
+    above = []
+    for before, after in FORMS:
+        sides = [[f"{before}{value}{after}" for value in side] for side in (right, wrong)]
+        scores = [reward(prompts=["hi"] * 4, completions=side) for side in sides]
+        above.append(sum(a > b for a, b in zip(*scores, strict=True)))
+    assert max(above) > 0
+    found = self_test(Spec(kind="scalar", model="x"), reward, rows, None)
+    assert found.value.startswith(f"right above wrong in {max(above)} of 4")
 
 
 def test_score_that_is_not_finite_is_invalid(tmp_path: Path):
