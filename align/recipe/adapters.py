@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from align.recipe.schema import EvaluateStage, TrainingStage, references
+from align.recipe.schema import EvaluateStage, PpoStage, TrainingStage, references
 from align.recipe.tuning_schema import UNMERGED
 
 CONTINUED = ("bottleneck", "loreft")
@@ -50,7 +50,7 @@ def _problem(spec: Any, key: str, made_by: Any) -> str | None:
     if part == "init" and isinstance(spec, TrainingStage):
         if spec.new_head is not None or spec.tuning != made_by or made_by.method not in CONTINUED:
             return start_problem(made_by.method)
-        if spec.kind == "ppo" and spec.critic.init is None:
+        if isinstance(spec, PpoStage) and spec.critic.init is None:
             return (
                 f"{_unmerged(made_by.method)}, and the critic, which would start from it, takes "
                 "weights alone; name a merged policy or a reward model in 'critic.init'"

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
 from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
 from align.online.weights import full_weights
 from align.recipe.schema import TuningSpec
 from align.tuning.files import num_trained
@@ -114,3 +115,18 @@ def test_qlora_holds_doubly_quantised_normal_floats(tmp_path: Path) -> None:
     assert num_trained(model)[0] == 2 * LORA
     layer = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
     assert layer.scaling == {"default": 2.0}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "oft", "bottleneck", "loreft"])
+def test_gradient_checkpointing_gives_the_same_gradients(method: str, tmp_path: Path) -> None:
+    source = save_tiny(tiny_model(1, tied=True), tmp_path / "model")
+    spec = TypeAdapter(TuningSpec).validate_python({"method": method})
+    ids, found = torch.tensor([[5, 9, 17, 33, 2]]), []
+    for on in (False, True):
+        model: Any = load_for_training(source, spec, dtype="float32", gradient_checkpointing=on)
+        states = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        assert bool(states) == on
+        LogprobModel(model.train())(ids).logprobs.sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
