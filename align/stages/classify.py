@@ -25,6 +25,7 @@ from align.recipe.schema import ClassifyStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.preflight import settle
+from align.stages.saved import saved_loss
 from align.stages.training import (
     fingerprints,
     offline_rows,
@@ -80,6 +81,8 @@ def run(spec: ClassifyStage, context: StageContext) -> StageResult:
             # What was saved is another model than the last in memory: earlier, or not in 4 bits.
             kept = load_classifier(context.out / "model", getattr(torch, spec.dtype))
             module = ClassLogits(kept.to(distributed.device()))
+        if spec.tuning.method == "qlora":
+            final |= saved_loss(module, task, spec.micro_tokens)
         probs = predict(module, task, spec.micro_tokens)
         notes["heldout"] = judge(probs, watched, classes, seed=context.seed, out=context.out)
         final |= {f"eval/{name}": notes["heldout"][name][0] for name in ("accuracy", "macro_f1")}

@@ -26,7 +26,7 @@ from align.stages.dpo import to_stop
 from align.stages.preflight import preflight_offline
 from align.stages.training import build_policy, offline_rows, start_of, train_policy
 from align.training.batch import PackedBatch, pack
-from align.training.learner import Learner
+from align.training.learner import infer
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
 
@@ -155,7 +155,7 @@ def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
     )
 
 
-def mismatched_kl(spec: KtoStage, learner: Learner, batch: Sequence[KtoRow]) -> Mapping[str, float]:
+def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> Mapping[str, float]:
     """Estimate the policy's KL to the reference on the mismatched answers of a batch, in nats."""
     plan = plan_micro_batches(
         [len(other(row).input_ids) for row in batch],
@@ -169,7 +169,7 @@ def mismatched_kl(spec: KtoStage, learner: Learner, batch: Sequence[KtoRow]) -> 
         )
         for micro in plan
     ]
-    found = learner.infer(packs, lambda m, b: float((_sums(m, b) - b.per_sequence["ref"]).sum()))
+    found = infer(model, packs, lambda m, b: float((_sums(m, b) - b.per_sequence["ref"]).sum()))
     return {"kl": max(distributed.global_sum(sum(found)) / len(batch), 0.0)}
 
 

@@ -31,6 +31,7 @@ from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.dpo import both, pair_length, to_stop
 from align.stages.label_noise import noise_report
 from align.stages.preflight import preflight_offline, row_views, settle
+from align.stages.saved import read_back, saved_loss
 from align.stages.scorer_format import RowFormat, scorer_format
 from align.stages.scorer_norm import Numbers, normalisation, sampled_rows
 from align.stages.scorer_rows import (
@@ -60,6 +61,7 @@ from align.training.batch import PackedBatch
 from align.training.offline import OfflineTask
 from align.tuning.files import num_trained, save_adapter, with_adapter
 from align.tuning.loading import quantization
+from align.tuning.wrap import has_adapter
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
 
@@ -96,14 +98,14 @@ def run(spec: RewardStage, context: StageContext) -> StageResult:
     if stopping is not None:
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
+        model = saved_scorer(spec, context.out / "model")
         notes |= stopping_notes(stopping)
     elif spec.tuning.method == "qlora":
+        # What is saved is another model than the one in memory: not in 4 bits.
         save_scorer(spec, model, source, context.out)
-    if stopping is not None or spec.tuning.method == "qlora":
-        # What is saved is another model than the last in memory: earlier, or not in 4 bits.
-        kept = context.out / "model"
-        model = scorer_from(kept, dtype=spec.dtype, num_heads=spec.heads).to(distributed.device())
-        model.backbone = with_adapter(model.backbone, kept)
+        model = read_back(partial(saved_scorer, spec, context.out / "model")) or model
+    if spec.tuning.method == "qlora" and not has_adapter(model.backbone):
+        final |= saved_loss(values_of(model), task, spec.micro_tokens)
     numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
     save_scorer(spec, model, source, context.out, numbers=numbers)
     for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
@@ -240,6 +242,13 @@ def load_scorer(spec: RewardStage, source: Artefact, *, seed: int) -> RewardMode
         set_dropout(model.backbone, spec.keep.dropout)
     model.backbone = tuned_below_head(spec, model.backbone, seed=seed)
     return model.to(distributed.device())
+
+
+def saved_scorer(spec: RewardStage, model_dir: Path) -> RewardModel:
+    """Read back a scorer that this stage has saved, with its adapter where that is not merged."""
+    model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads)
+    model.backbone = with_adapter(model.to(distributed.device()).backbone, model_dir)
+    return model
 
 
 def values_of(model: RewardModel) -> nn.Module:

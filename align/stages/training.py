@@ -25,6 +25,7 @@ from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.contaminated import note_contamination
 from align.stages.keeping import build_anchor, replayed
+from align.stages.saved import read_back, saved_loss
 from align.training.learner import Learner
 from align.training.offline import (
     OfflineSchedule,
@@ -35,7 +36,7 @@ from align.training.offline import (
 from align.training.stopping import EarlyStopping
 from align.tuning.ewc import Anchor
 from align.tuning.files import adapter_state, num_trained, save_adapter
-from align.tuning.loading import check_start, load_for_training
+from align.tuning.loading import check_start, load_for_training, load_tuned_policy
 from align.tuning.merging import adapter_parameters, is_quantised
 from align.tuning.wrap import add_tuner, has_adapter
 
@@ -261,4 +262,8 @@ def train_policy(
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
+    if spec.tuning.method == "qlora" and task.heldout:
+        saved = read_back(partial(load_tuned_policy, context.out / "model", dtype=spec.dtype))
+        if saved is not None:
+            final |= saved_loss(LogprobModel(saved), task, spec.micro_tokens)
     return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)

@@ -178,22 +178,36 @@ class Learner:
                 "number; nothing of this step is saved. Lower the learning rate"
             )
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Micro], loss_fn: LossFunction) -> dict[str, float]:
         """Give the global sums of ``loss_fn`` without training, dropout off."""
-        self.engine.eval()
-        totals: dict[str, float] = {}
-        for micro in micro_batches:
-            loss, stats = loss_fn(self.engine, micro)
-            for name, value in {"loss": loss, **stats}.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return distributed.global_sums(totals)
+        return evaluate(self.engine, micro_batches, loss_fn)
 
-    @torch.no_grad()
     def infer(self, micro_batches: Iterable[Micro], fn: Callable[[nn.Module, Micro], Any]) -> list:
         """Apply ``fn(model, micro-batch)`` without gradient, dropout off; results in order."""
-        self.engine.eval()
-        return [fn(self.engine, micro) for micro in micro_batches]
+        return infer(self.engine, micro_batches, fn)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, micro_batches: Iterable[Micro], loss_fn: LossFunction
+) -> dict[str, float]:
+    """Give the global sums of ``loss_fn`` over any model, dropout off."""
+    model.eval()
+    totals: dict[str, float] = {}
+    for micro in micro_batches:
+        loss, stats = loss_fn(model, micro)
+        for name, value in {"loss": loss, **stats}.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return distributed.global_sums(totals)
+
+
+@torch.no_grad()
+def infer(
+    model: nn.Module, micro_batches: Iterable[Micro], fn: Callable[[nn.Module, Micro], Any]
+) -> list:
+    """Apply ``fn(model, micro-batch)`` without gradient, dropout off; results in order."""
+    model.eval()
+    return [fn(model, micro) for micro in micro_batches]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

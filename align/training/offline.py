@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from torch import nn
+
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.errors import Preempted
@@ -20,7 +22,7 @@ from align.data.augment import AugmentedRows
 from align.data.batching import plan_micro_batches
 from align.data.sampler import batch_places
 from align.training.batch import PackedBatch
-from align.training.learner import Learner, LossFunction
+from align.training.learner import Learner, LossFunction, evaluate
 from align.training.stopping import EarlyStopping
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class OfflineTask(Generic[Row]):
         length: tokens of a row.
         collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
         loss_fn: what the Learner differentiates.
-        measure: (learner, rows of the whole batch) -> numbers put into the counts of each of its
+        measure: (model, rows of the whole batch) -> numbers put into the counts of each of its
             micro-batches before the step; None measures nothing.
         padded: True where the rows of a micro-batch are padded to its longest, which the token
             budget then counts.
@@ -47,7 +49,7 @@ class OfflineTask(Generic[Row]):
     length: Callable[[Row], int]
     collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
     loss_fn: LossFunction
-    measure: Callable[[Learner, Sequence[Row]], Mapping[str, float]] | None = None
+    measure: Callable[[nn.Module, Sequence[Row]], Mapping[str, float]] | None = None
     padded: bool = False
 
 
@@ -92,7 +94,8 @@ def train_offline(
             break
         batch = pick(task.rows, schedule, step)
         step_began = time.monotonic()
-        stats = learner.step(measured(learner, task, batch, schedule.micro_tokens), task.loss_fn)
+        micro = measured(learner.engine, task, batch, schedule.micro_tokens)
+        stats = learner.step(micro, task.loss_fn)
         step_tokens = sum(task.length(row) for row in batch)
         num_tokens += step_tokens
         rate = step_tokens / (time.monotonic() - step_began)
@@ -102,7 +105,7 @@ def train_offline(
             done == schedule.total_steps
             or (schedule.eval_every and done % schedule.eval_every == 0)
         ):
-            found_now = evaluate_rows(learner, task, schedule)
+            found_now = evaluate_rows(learner.engine, task, schedule.micro_tokens)
             last |= found_now
             if stopping is not None:
                 stopping.look(done, found_now)
@@ -158,22 +161,23 @@ def micro_batches(
 
 
 def measured(
-    learner: Learner, task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
+    model: nn.Module, task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
 ) -> list[PackedBatch]:
     """Cut a batch into this rank's micro-batches, each with what the task measures of the batch."""
     micro = micro_batches(task, batch, micro_tokens)
     if task.measure is None:
         return micro
-    found = task.measure(learner, batch)
+    found = task.measure(model, batch)
     return [replace(m, counts={**m.counts, **found}) for m in micro]
 
 
-def evaluate_rows(
-    learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule
-) -> dict[str, float]:
-    """Give the loss and the statistics over all held-out rows."""
-    micro = measured(learner, task, task.heldout, schedule.micro_tokens)
-    return named(learner.evaluate(micro, task.loss_fn), group="eval")
+def evaluate_rows(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:
+    """Give the loss and the statistics over all held-out rows, of the model that trains or another.
+
+    Every rank does its part of the rows.
+    """
+    micro = measured(model, task, task.heldout, micro_tokens)
+    return named(evaluate(model, micro, task.loss_fn), group="eval")
 
 
 def named(stats: dict[str, float], *, group: str = "train") -> dict[str, float]:

@@ -53,7 +53,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
         import peft
 
         if isinstance(tuning, QloraTuning):
-            _keep_layout(model)
+            keep_layout(model)
             _leave_scales_out(model)
         if not isinstance(tuning, Ia3Tuning | BottleneckTuning | LoreftTuning):
             _check_targets(model, tuning.targets)
@@ -72,7 +72,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
     return wrapped
 
 
-def _keep_layout(model: nn.Module) -> None:
+def keep_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradient.
 
     On CPUs with bfloat16 instructions it does so in eval mode: it rounds the scales, so that the

@@ -1,6 +1,7 @@
 """Stages encoder and classify: decoders and BERT, read back by transformers and peft alone."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -161,13 +162,18 @@ def by_transformers(found: Artefact, texts: list[str]) -> list[dict[str, float]]
 def test_held_out_predictions_are_those_of_transformers(folder, init, method):
     found = artefact(folder, init, method)
     texts = [HELD_OUT.format(word) for words in WORDS.values() for word in words]
-    lines = predictions(found)
-    for line, expected in zip(lines, by_transformers(found, texts), strict=True):
+    lines, plain = predictions(found), by_transformers(found, texts)
+    for line, expected in zip(lines, plain, strict=True):
         assert line["probs"] == pytest.approx(expected, abs=2e-5)
         assert line["predicted"] == max(expected, key=expected.get)
     right = [line["predicted"] == line["label"] for line in lines]
     assert found.manifest["metrics"]["eval/accuracy"] == pytest.approx(sum(right) / len(right))
     assert found.manifest["classes"] == sorted(WORDS)
+    if method == "qlora":
+        losses = [-math.log(p[line["label"]]) for line, p in zip(lines, plain, strict=True)]
+        said = found.manifest["metrics"]["eval/loss_saved"]
+        assert said == pytest.approx(sum(losses) / len(losses), abs=2e-5)
+        assert said != found.manifest["metrics"]["eval/loss"]
 
 
 @pytest.mark.parametrize("init", ["base", "bert"])
