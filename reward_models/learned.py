@@ -147,22 +147,23 @@ class ScalarReward:
     def _parts(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         if isinstance(prompt, str) and isinstance(completion, str):
             head, answer = self._plain(prompt), self._plain(completion)
-            bos = self.tokenizer.bos_token_id
+            bos: Any = self.tokenizer.bos_token_id
             if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] != head[:1]:
                 head = [bos, *head]
         else:
             head, answer = self._render_turns(prompt, completion)
-        eos = self.tokenizer.eos_token_id
+        eos: Any = self.tokenizer.eos_token_id
         cut = answer.index(eos) if eos in answer else len(answer)
         return head, [*answer[:cut], eos]
 
     def _render_turns(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answer = [{"role": "assistant", "content": completion_text(completion)}]
-        before = self.tokenizer.apply_chat_template(
+        tokenizer: Any = self.tokenizer
+        before: str = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
         )
-        full = self.tokenizer.apply_chat_template(turns + answer, tokenize=False)
+        full: str = tokenizer.apply_chat_template(turns + answer, tokenize=False)
         if not full.startswith(before):
             raise ValueError(
                 f"reward '{self.name}': the chat template rewrites earlier turns; use a template "

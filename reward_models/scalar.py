@@ -112,7 +112,8 @@ class RewardModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the backbone; arguments are those of transformers."""
-        self.backbone.gradient_checkpointing_enable(**kwargs)
+        backbone: Any = self.backbone
+        backbone.gradient_checkpointing_enable(**kwargs)
 
     def set_normalisation(
         self, *, mean: float | Sequence[float], std: float | Sequence[float]
