@@ -112,5 +112,6 @@ def known_rates(kind: str, method: str) -> Rates | None:
         f"1/20 to 1/10 of its supervised rates, as with full and lora, is our choice; those: "
         f"{found.source}",
     )
-    low, default, high = found.low / 20, found.default / 20, found.high / 10
-    return Rates(*(float(f"{rate:.3g}") for rate in (default, low, high)), source)
+    shares = (found.default / 20, found.low / 20, found.high / 10)
+    default, low, high = (float(f"{rate:.3g}") for rate in shares)
+    return Rates(default, low, high, source)
