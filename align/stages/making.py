@@ -35,6 +35,13 @@ def question(example: Example) -> str:
     return split_key(example)
 
 
+def num_questions(example: Example) -> int:
+    """Count the user's turns of a row; plain text is one."""
+    parts = [part for part in (example.prompt, example.completion) if not isinstance(part, str)]
+    found = sum(turn["role"] == "user" for part in parts for turn in part or ())
+    return found + isinstance(example.prompt, str)
+
+
 def answer_text(example: Example) -> str:
     """Give the (chosen) answer of a row: plain text or its last assistant turn."""
     assert example.completion is not None, example.source

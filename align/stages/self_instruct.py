@@ -8,7 +8,6 @@ the instruction and its input are one text.
 
 import logging
 import random
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +19,17 @@ from align.core.errors import AlignError, DataError, Preempted
 from align.core.signals import stop_requested
 from align.core.types import Completion, PromptRow, Turn
 from align.data.chat import ChatFormat
-from align.data.check.words import word_texts
 from align.data.load import load_examples
-from align.data.novelty import nearest
 from align.online.engine import RolloutEngine
 from align.online.rollout import sample_groups
 from align.preflight.checks import Check, Finding, spread
 from align.preflight.tokens import prompt_checks
 from align.recipe.schema import SelfInstructStage
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.making import Ledger, answer_text, question, write_data
+from align.stages.making import Ledger, answer_text, num_questions, question, write_data
 from align.stages.online import start_engine
 from align.stages.preflight import CheckedOnly, settle
+from align.stages.task_lists import finished, first_item, list_prompt, one_line, refusal
 from align.stages.training import fingerprints
 
 log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
     """Grow ``spec.seeds`` by ``spec.target`` rows with the policy ``spec.init``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    grown = Grown(read_seeds(spec, context))
+    grown = read_seeds(spec, context)
     start = restore(grown, context)
     engine = start_engine(spec, source.model_dir, chat, context)
     sampler = Sampler(engine, chat, spec, context.seed)
@@ -91,23 +89,30 @@ def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
     return StageResult(found, fingerprints(spec.seeds))
 
 
-def read_seeds(spec: SelfInstructStage, context: StageContext) -> list[dict[str, Any]]:
-    """Give the seed tasks, each instruction once.
+def read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
+    """Give the seed tasks, each instruction once; conversations of several turns leave.
 
     Raises:
         DataError: there are fewer than a list of examples needs.
     """
     found: dict[str, dict[str, Any]] = {}
+    ledger = Ledger()
     for example in load_examples(spec.seeds, kind="sft", seed=context.seed):
-        task = {"instruction": _one_line(question(example)), "answer": answer_text(example)}
-        found.setdefault(task["instruction"], task | {"name": example.source})
+        text = one_line(question(example))
+        if num_questions(example) > 1:
+            ledger.add(example.source, "seed of several turns")
+        elif text in found:
+            ledger.add(example.source, "seed twice", of=found[text]["name"])
+        else:
+            answer = answer_text(example)
+            found[text] = {"instruction": text, "answer": answer, "name": example.source}
     needed = max(spec.examples, spec.answer_examples)
     if len(found) < needed:
         raise DataError(
             f"{context.name}: {len(found)} different seed instructions, but {needed} are shown at "
-            "a time; add seeds or lower 'examples'"
+            f"a time; left: {ledger.counts() or 'none'}; add seeds or lower 'examples'"
         )
-    return list(found.values())
+    return Grown(list(found.values()), ledger=ledger)
 
 
 def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
@@ -126,25 +131,23 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
             f"{len(grown.seeds):,} different instructions; a list of the longest {spec.examples} "
             f"has {worst} tokens",
             f"at most {sampler.room}", "ok" if worst <= sampler.room else "warn",
-            "a round that draws these would stop the stage; show fewer examples, remove long "
-            "seeds or raise max_length",
+            "lists that do not fit ask for nothing; show fewer examples, remove long seeds or "
+            "raise max_length",
         )  # fmt: skip
 
     def goes_on() -> Finding:
-        said = [first_item(c, spec) for c in sampler.ask(lists, step=PROBE_STEP)]
+        fitting = [prompt for prompt in lists if sampler.fits(prompt)]
+        said = [first_item(c, spec) for c in sampler.ask(fitting, step=PROBE_STEP)]
         whole = sum(bool(text) and ended for text, ended in said)
         return Finding(
-            f"{whole} of {len(said)} lists go on with a whole task, by {sampler.engine.name}",
+            f"{whole} of {len(lists)} lists go on with a whole task, by {sampler.engine.name}",
             "more than 0", "ok" if whole else "warn",
-            "the model ends no item; look at 'wording', and give it more max_new_tokens",
+            "no list fits, or the model ends no item; look at 'wording', give it more "
+            "max_new_tokens or show fewer examples",
         )  # fmt: skip
 
     shown = prompt_checks(chat, rows, model_dir=model_dir)
     return [("seeds", seeds), *shown, ("sampler", goes_on)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +164,15 @@ class Sampler:
         """Give the tokens that a prompt may have."""
         return self.spec.max_length - self.spec.sampling.max_new_tokens
 
+    def fits(self, prompt: Any) -> bool:
+        """Say whether a prompt leaves room for the answer."""
+        return len(self.chat.prompt_ids(prompt)) <= self.room
+
     def ask(self, prompts: Sequence[Any], *, step: int) -> list[Completion]:
         """Sample one answer to each prompt: plain text to go on with, or a conversation."""
+        if not prompts:
+            return []
         rows = [PromptRow(tuple(self.chat.prompt_ids(p)), p, {}) for p in prompts]
-        for row in rows:
-            if len(row.input_ids) > self.room:
-                raise DataError(
-                    f"a list of {self.spec.examples} tasks has {len(row.input_ids)} tokens, "
-                    f"{self.room} fit; show fewer examples, remove long seeds or raise max_length"
-                )
         with self.engine.awake():
             groups = sample_groups(
                 self.engine,
@@ -187,20 +190,34 @@ def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
     """Take one round of new instructions, refuse what must be refused, answer the rest."""
     spec, seed = sampler.spec, sampler.seed
     dice = random.Random(derive_seed(seed, "self_instruct", number))
-    shown = [draw_examples(grown, spec, dice) for _ in range(spec.prompts_per_round)]
-    said = sampler.ask([list_prompt(tasks, spec) for tasks in shown], step=2 * number)
+    drawn = {
+        f"round {number}, {i}": draw_examples(grown, spec, dice)
+        for i in range(spec.prompts_per_round)
+    }
+    asked = {name: list_prompt(tasks, spec) for name, tasks in drawn.items()}
+    asked = with_room(asked, grown, sampler, reason="list too long")
+    said = sampler.ask(list(asked.values()), step=2 * number)
     fresh: list[dict[str, Any]] = []
-    for position, (tasks, completion) in enumerate(zip(shown, said, strict=True)):
-        name = f"round {number}, {position}"
+    for name, completion in zip(asked, said, strict=True):
         text, whole = first_item(completion, spec)
         known = [*grown.tasks, *fresh]
         reason, details = refusal(text, whole, known, spec)
         if reason is not None:
             grown.ledger.add(name, reason, text=text, **details)
             continue
-        examples = [task["name"] for task in tasks]
+        examples = [task["name"] for task in drawn[name]]
         fresh.append({"instruction": text, "name": name, "examples": examples, **details})
     answer_all(grown, sampler, fresh, dice, number)
+
+
+def with_room(
+    asked: dict[str, Any], grown: Grown, sampler: Sampler, *, reason: str
+) -> dict[str, Any]:
+    """Let the candidates leave whose prompt leaves no room for an answer."""
+    kept = {name: prompt for name, prompt in asked.items() if sampler.fits(prompt)}
+    for name in [name for name in asked if name not in kept]:
+        grown.ledger.add(name, reason)
+    return kept
 
 
 def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) -> list[dict]:
@@ -211,45 +228,6 @@ def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) ->
     return tasks
 
 
-def list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str:
-    """Lay out a list of tasks that ends where the next instruction begins."""
-    item = spec.wording.item
-    lines = [
-        item.replace("{number}", str(i)).replace("{instruction}", task["instruction"])
-        for i, task in enumerate(tasks, start=1)
-    ]
-    opening = item.partition("{instruction}")[0].replace("{number}", str(len(tasks) + 1))
-    # Tokenizers join a space to the word after it: it is the model's to write.
-    return (spec.wording.head + "".join(lines) + opening).rstrip(" ")
-
-
-def first_item(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
-    """Give what the model wrote up to the end of the item, and whether the item ended."""
-    text, end, _ = completion.text.partition(spec.wording.item.partition("{instruction}")[2])
-    return _one_line(text), bool(end) or completion.finish_reason == "stop"
-
-
-def refusal(
-    text: str, whole: bool, known: Sequence[dict[str, Any]], spec: SelfInstructStage
-) -> tuple[str | None, dict[str, Any]]:
-    """Say why an instruction is refused, or None; and how near the nearest known one is."""
-    found = word_texts(text)
-    if not whole:
-        return "cut", {}
-    if len(found) < spec.min_words:
-        return "too short", {}
-    if len(found) > spec.max_words:
-        return "too long", {}
-    if text[0] in string.punctuation:
-        return "begins with punctuation", {}
-    unfit = sorted(set(found) & {word.lower() for word in spec.refuse_words})
-    if unfit:
-        return "not for a text model", {"words": unfit}
-    place, value = nearest(found, [word_texts(task["instruction"]) for task in known])
-    details = {"rouge_l": round(value, 4), "nearest": known[place]["name"] if place >= 0 else None}
-    return ("like a known one" if value >= spec.novelty else None), details
-
-
 def answer_all(
     grown: Grown,
     sampler: Sampler,
@@ -258,11 +236,12 @@ def answer_all(
     number: int,
 ) -> None:
     """Let the model answer new instructions; those without a proper answer leave."""
-    if not fresh:
-        return
-    prompts = [answer_prompt(task, grown, sampler.spec, dice) for task in fresh]
-    said = sampler.ask(prompts, step=2 * number + 1)
-    for task, completion in zip(fresh, said, strict=True):
+    tasks = {task["name"]: task for task in fresh}
+    asked = {name: answer_prompt(t, grown, sampler.spec, dice) for name, t in tasks.items()}
+    asked = with_room(asked, grown, sampler, reason="no room for an answer")
+    said = sampler.ask(list(asked.values()), step=2 * number + 1)
+    for name, completion in zip(asked, said, strict=True):
+        task = tasks[name]
         text, whole = finished(completion, sampler.spec)
         if not whole:
             grown.ledger.add(task["name"], "answer cut", text=task["instruction"])
@@ -287,14 +266,6 @@ def answer_prompt(
     )
     opening = solved.partition("{answer}")[0].replace("{instruction}", task["instruction"])
     return (shown + opening).rstrip(" ")
-
-
-def finished(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
-    """Give the answer, and whether the model ended it."""
-    if spec.answer == "chat":
-        return completion.text.strip(), completion.finish_reason == "stop"
-    text, end, _ = completion.text.partition(spec.wording.solved.partition("{answer}")[2])
-    return text.strip(), bool(end) or completion.finish_reason == "stop"
 
 
 def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:

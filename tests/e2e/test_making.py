@@ -102,6 +102,17 @@ RECIPE = (
 )
 
 
+def rouge_l(a: str, b: str) -> float:
+    """Give the F-measure of the longest common subsequence of words, by its recursion."""
+    one, two = (re.findall(r"\w+", text.lower()) for text in (a, b))
+    table = {(i, j): 0 for i in range(len(one) + 1) for j in range(len(two) + 1)}
+    for i, x in enumerate(one, 1):
+        for j, y in enumerate(two, 1):
+            same = table[i - 1, j - 1] + 1
+            table[i, j] = same if x == y else max(table[i - 1, j], table[i, j - 1])
+    return 2 * table[len(one), len(two)] / max(len(one) + len(two), 1)
+
+
 def write(path: Path, rows: list[dict]) -> list[dict]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -138,10 +149,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "messages.jsonl", [
         {"messages": [*row["prompt"], *row["completion"]]} for row in rows
     ])  # fmt: skip
-    write(folder / "seeds.jsonl", [
+    seeds = [
         {"prompt": e.prompt[0]["content"].strip(".?"), "completion": e.columns["answer"]}
         for e in generate("sft", rows=20, seed=2, split="train")
-    ])  # fmt: skip
+    ]
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
+    write(
+        folder / "seeds.jsonl", [*seeds, seeds[3], {"prompt": turns[:3], "completion": turns[3:]}]
+    )
     path = folder / "making.yaml"
     path.write_text(RECIPE.replace("FOLDER", str(folder)))
     return path
@@ -164,13 +179,30 @@ def test_self_instruct_accounts_for_every_candidate_and_resumes_to_the_same_rows
     assert code == -signal.SIGKILL
     assert "resumed from" in runs.finish(recipe, "self_instruct", run_dir)
     rows, ledger = read(folder / "data.jsonl"), read(folder / "ledger.jsonl")
-    assert len(rows) + len(ledger) == 4 * 12
+    candidates = [row["provenance"]["name"] for row in rows]
+    candidates += [line["source"] for line in ledger if line["source"].startswith("round")]
+    assert sorted(candidates) == sorted(f"round {r}, {i}" for r in range(4) for i in range(12))
+    # The two seeds that leave, below; nothing else does before the first round.
+    assert [(line["source"].rpartition(":")[2], line["reason"]) for line in ledger[:2]] == [
+        ("21", "seed twice"), ("22", "seed of several turns")
+    ]  # fmt: skip
+    assert len(rows) + len(ledger) == 4 * 12 + 2
     assert [row["provenance"]["round"] for row in rows] == sorted(
         row["provenance"]["round"] for row in rows
     )
     instructions = [row["prompt"][0]["content"] for row in rows]
     assert len(set(instructions)) == len(instructions)
-    assert all(row["provenance"]["rouge_l"] < 0.7 for row in rows)
+    known = {f"{recipe.parent}/seeds.jsonl:{i + 1}": row["prompt"]
+             for i, row in enumerate(read(recipe.parent / "seeds.jsonl")[:20])}  # fmt: skip
+    for row, text in zip(rows, instructions, strict=True):
+        origin = row["provenance"]
+        # Seeds and what was kept before; candidates that later left for their answer count too.
+        likeness = {name: rouge_l(text, other) for name, other in known.items()}
+        assert max(likeness.values()) < 0.7
+        assert set(origin["examples"]) <= known.keys()
+        assert len(origin["examples"]) == 3
+        assert origin["model"] == runs.manifest(run_dir, "base")["spec_hash"]
+        known[origin["name"]] = text
     before = (folder / "data.jsonl").read_bytes(), (folder / "ledger.jsonl").read_bytes()
     runs.finish(recipe, "self_instruct", run_dir, flags=["--force"])
     assert before == ((folder / "data.jsonl").read_bytes(), (folder / "ledger.jsonl").read_bytes())

@@ -6,6 +6,8 @@ import pytest
 
 from align.data.check.words import word_texts, words
 from align.data.novelty import diverse, near_duplicates, nearest, rouge_l, tfidf
+from align.recipe.schema import SelfInstructStage
+from align.stages.task_lists import refusal
 
 
 def slow_lcs(a, b):
@@ -48,6 +50,25 @@ def test_nearest_is_the_best_of_all_in_spite_of_its_short_cut():
         assert value == max(rouge_l(text, other) for other in pool)
         assert rouge_l(text, pool[place]) == value
     assert nearest(["a"], []) == (-1, 0.0)
+
+
+def test_an_instruction_like_a_seed_or_like_a_new_one_is_refused():
+    spec = SelfInstructStage.model_validate(
+        {"kind": "self_instruct", "init": "x", "seeds": [{"path": "x"}], "target": 1}
+    )
+    seed = {"name": "seed", "instruction": "Name the capital of a country"}
+    new = {"name": "new", "instruction": "Write a poem on the sea at night"}
+    # 5 of 6 and 6 words in common order: 10 / 12; 7 of 8 and 8: 14 / 16.
+    found = refusal("Name the capital of any country", True, [seed, new], spec)
+    assert found == ("like a known one", {"rouge_l": 0.8333, "nearest": "seed"})
+    found = refusal("Write a poem on the sea at dawn.", True, [seed, new], spec)
+    assert found == ("like a known one", {"rouge_l": 0.875, "nearest": "new"})
+    # 3 of 6 and 6: far enough.
+    reason, details = refusal("Name the river of no town", True, [seed, new], spec)
+    assert (reason, details["rouge_l"]) == (None, 0.5)
+    assert refusal("Name it", True, [], spec)[0] == "too short"
+    assert refusal("Describe the picture of a cat", True, [], spec)[0] == "not for a text model"
+    assert refusal("Name the capital of any country", False, [], spec)[0] == "cut"
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else():
