@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from align.recipe.offline_schema import StageSpec
 from align.recipe.parts import Count, DataSpec, Fraction, OptimSpec, ZeroSpec
 from align.recipe.reward_schema import RewardSpec, distinct_names
+from align.recipe.tuning_schema import FullTuning, TuningSpec, refuse_beside, refuse_head
 
 OWNED = (
     "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
@@ -41,6 +42,8 @@ class TrlStage(StageSpec):
     """Handed to online trainers as ``reward_funcs``."""
     args: dict[str, Any] = {}
     """Further arguments of the trainer's configuration class."""
+    tuning: TuningSpec = FullTuning(method="full")
+    """What is trained; the reference of a tuned policy is the model with its adapter off."""
     optim: OptimSpec = OptimSpec()
     zero: ZeroSpec = ZeroSpec()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -76,4 +79,6 @@ class TrlStage(StageSpec):
         if self.columns and self.rows == "prompts":
             raise ValueError("columns has no effect: trainers on prompts are given all; remove it")
         distinct_names(self.rewards)
+        refuse_head(self.tuning, "trl")
+        refuse_beside(self.tuning)
         return self

@@ -188,6 +188,16 @@ def refuse_head(tuning: TuningSpec, kind: str) -> None:
         )
 
 
+def refuse_beside(tuning: TuningSpec) -> None:
+    """Raise ValueError for what TRL's trainers cannot hold: they know peft's own layers only."""
+    if tuning.method in (*UNMERGED, "pissa", "qlora"):
+        raise ValueError(
+            f"tuning.method {tuning.method} is not for trainers of TRL, which save and load "
+            "adapters by themselves, and would not resume exactly; use lora, rslora, dora, ia3, "
+            "oft or vera, or this suite's own stage (sft, dpo, kto, grpo)"
+        )
+
+
 def refuse_checkpointing(tuning: TuningSpec) -> None:
     """Raise ValueError for virtual tokens under gradient checkpointing."""
     if tuning.method in VIRTUAL:

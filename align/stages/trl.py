@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
-from align.core.artefacts import hash_tree, write_json_atomic
+from align.core.artefacts import Artefact, hash_tree, write_json_atomic
 from align.core.checkpoints import damage
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
@@ -28,7 +28,7 @@ from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.contaminated import note_contamination
 from align.stages.online import build_rewards
-from align.stages.training import fingerprints
+from align.stages.training import fingerprints, whole_state
 from align.stages.trl_preflight import preflight_trl
 from align.stages.trl_trainers import (
     build_trainer,
@@ -36,10 +36,12 @@ from align.stages.trl_trainers import (
     configuration,
     extras,
     find_trainer,
-    load_model,
+    load_trained,
     restore_counts,
     resume_period,
 )
+from align.tuning.files import num_trained, save_adapter
+from align.tuning.wrap import has_adapter
 
 log = logging.getLogger(__name__)
 HASHES = "hashes.json"
@@ -66,7 +68,7 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     trainer = build_trainer(
         trainer_class,
         where=context.name,
-        model=load_model(source.model_dir, spec),
+        model=load_trained(source.model_dir, spec, seed=context.seed),
         args=args,
         train_dataset=to_dataset(train, spec),
         processing_class=load_tokenizer(source.model_dir),
@@ -98,16 +100,28 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
         metrics.log(done, found)
         final |= found
     metrics.close()
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained, total = num_trained(trainer.model)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    save(spec, context, trainer, source)
+    return StageResult(final, fingerprints(spec.data, spec.heldout))
+
+
+def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) -> None:
+    """Write model/ and, with an adapter, adapter/; all ranks must take part."""
+    if has_adapter(trainer.model):
+        tensors, adapter = whole_state(trainer.model, source)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+        tensors, adapter = {name: tensor.detach().cpu() for name, tensor in state.items()}, None
     # Under ZeRO-3 transformers would partition every model that is made from here on, and wait
     # for all ranks: what one rank makes to check the names would hang.
     unset_hf_deepspeed_config()
     if distributed.rank() == 0:
-        tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
         save_policy(
             tensors, source_dir=source.model_dir, directory=context.out / "model", dtype=spec.dtype
         )
-    return StageResult(final, fingerprints(spec.data, spec.heldout))
+        if adapter is not None:
+            save_adapter(*adapter, context.out / "adapter")
 
 
 def fitting(

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from align.core.distributed import derive_seed
 from align.core.errors import RecipeError
 from align.models.loading import disable_dropout
 from align.recipe.deepspeed import deepspeed_config
 from align.recipe.schema import TrlStage
 from align.stages.base import StageContext
+from align.tuning.loading import quantization
+from align.tuning.wrap import add_tuner
 from reward_models.base import RewardFunction
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -65,8 +68,20 @@ def find_trainer(name: str) -> tuple[type, type]:
 
 
 def load_model(model_dir: Path, spec: TrlStage) -> Any:
-    """Load the policy as TRL expects it; dropout stays off as in every stage."""
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=getattr(torch, spec.dtype))
+    """Load a frozen model as TRL expects it; dropout stays off as in every stage."""
+    return _load(model_dir, spec, None)
+
+
+def load_trained(model_dir: Path, spec: TrlStage, *, seed: int) -> Any:
+    """Load the policy and add what ``tuning`` trains."""
+    model = _load(model_dir, spec, quantization(spec.tuning, spec.dtype))
+    return add_tuner(model, spec.tuning, seed=derive_seed(seed, "tuning"))
+
+
+def _load(model_dir: Path, spec: TrlStage, quantised: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        str(model_dir), dtype=getattr(torch, spec.dtype), quantization_config=quantised
+    )
     disable_dropout(model)
     return model
 
@@ -197,13 +212,18 @@ def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
         RecipeError: TRL's own words.
     """
     try:
-        return trainer_class(**arguments)
+        trainer = trainer_class(**arguments)
     except (TypeError, ValueError, KeyError, ImportError) as error:
         said = f"{type(error).__name__}: {error}"
         raise RecipeError(
             f"{where}: {trainer_class.__name__} refuses its data or arguments: {said}; look at "
             "'rows' and 'args'"
         ) from error
+    if "ref" in getattr(trainer.model, "peft_config", ()):
+        # A copy of the fresh adapter, which a resumed trainer fills with the trained one. Without
+        # it the reference is the model with the adapter off, which is the same: both begin so.
+        trainer.model.delete_adapter("ref")
+    return trainer
 
 
 def unresumable(trainer: Any) -> str | None:

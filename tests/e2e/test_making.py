@@ -344,15 +344,20 @@ def test_an_experimental_trainer_runs(recipe, run_dir) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "method"), [(2, "full"), (3, "full"), (3, "lora")])
 def test_a_trainer_of_trl_under_zero_on_two_ranks_equals_one_process(
-    recipe, run_dir, tmp_path, stage
+    recipe, run_dir, tmp_path, stage, method
 ) -> None:
     """ORPO's loss is a mean over pairs, so ranks and accumulation must not change it."""
+    tuning = [f"stages.orpo.tuning.method={method}"]
+    if method != "full":
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "base").symlink_to(run_dir / "base")
+        run_dir = tmp_path / "one"
     if not (run_dir / "orpo" / "manifest.json").exists():
-        runs.finish(recipe, "orpo", run_dir, kind="trl")
+        runs.finish(recipe, "orpo", run_dir, kind="trl", overrides=tuning)
     (tmp_path / "base").symlink_to(run_dir / "base")
-    changes = ["stages.orpo.ranks=2", f"stages.orpo.zero.stage={stage}"]
+    changes = ["stages.orpo.ranks=2", f"stages.orpo.zero.stage={stage}", *tuning]
     runs.finish(recipe, "orpo", tmp_path, kind="trl", ranks=2, overrides=changes)
     one, two = (runs.numbers(folder, "orpo") for folder in (run_dir, tmp_path))
     for name in ("train/loss", "optim/grad_norm"):

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 from safetensors.torch import load
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -141,26 +143,61 @@ def numbers(run_dir: Path, stage: str) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
 
 
+def resumed(recipe: Path, whole: Path, part: Path, name: str, *changes: str) -> None:
+    """Run a stage, and once more from what is left of it when it is killed after two steps."""
+    run(recipe, name, whole, *changes)
+    (part / name / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / name / "begun.json", part / name)
+    kept = whole / name / "checkpoints" / "checkpoint-2"
+    shutil.copytree(kept, part / name / "checkpoints" / kept.name)
+    shutil.copy(whole / name / "metrics.jsonl", part / name)
+    run(recipe, name, part, *changes)
+    assert runs.weights(part, name) == runs.weights(whole, name)
+    assert numbers(part, name) == numbers(whole, name)
+    assert [line["step"] for line in numbers(whole, name)] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer_trains_leaves_a_policy_and_resumes_to_the_same_bytes(
     recipe: Path, run_dir: Path, fresh: Path, name: str
 ) -> None:
-    run(recipe, name, run_dir)
-    # What is left of a stage that was killed after its second step.
-    (fresh / name / "checkpoints").mkdir(parents=True)
-    shutil.copy(run_dir / name / "begun.json", fresh / name)
-    kept = run_dir / name / "checkpoints" / "checkpoint-2"
-    shutil.copytree(kept, fresh / name / "checkpoints" / kept.name)
-    shutil.copy(run_dir / name / "metrics.jsonl", fresh / name)
-    run(recipe, name, fresh)
-    assert runs.weights(fresh, name) == runs.weights(run_dir, name)
-    assert numbers(fresh, name) == numbers(run_dir, name)
-    assert [line["step"] for line in numbers(run_dir, name)] == [1, 2, 3]
+    resumed(recipe, run_dir, fresh, name)
     # A next stage reads it as it reads every policy, and it has moved.
     found = read_artefact(run_dir / name, "policy")
     load_policy(found.model_dir, dtype="float32")
     before, after = (load(runs.weights(run_dir, stage)) for stage in ("base", name))
     assert max(float((after[k] - before[k]).abs().max()) for k in before) > 1e-4
+
+
+@pytest.fixture
+def second(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give another run that has the base and the teacher."""
+    folder = tmp_path_factory.mktemp("second")
+    for stage in ("base", "taught"):
+        (folder / stage).symlink_to(run_dir / stage)
+    return folder
+
+
+OTHERS = ("rslora", "dora", "ia3", "oft", "vera")
+TUNED = [*((name, "lora") for name in TRAINERS), *(("KTO", method) for method in OTHERS)]
+
+
+@pytest.mark.parametrize(("name", "method"), TUNED)
+def test_a_tuned_policy_is_saved_merged_and_resumes_to_the_same_bytes(
+    recipe: Path, fresh: Path, second: Path, name: str, method: str
+) -> None:
+    resumed(recipe, fresh, second, name, f"tuning.method={method}")
+    base = load_policy(fresh / "base" / "model", dtype="float32")
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    # peft's own loading and merging of the adapter says what model/ must hold.
+    tuned = peft.PeftModel.from_pretrained(base, str(fresh / name / "adapter"))
+    merged = tuned.merge_and_unload().state_dict()
+    saved = load(runs.weights(fresh, name))
+    for key, tensor in saved.items():
+        torch.testing.assert_close(tensor, merged[key], rtol=0.0, atol=1e-6, msg=key)
+    moved = {k for k in saved if not torch.equal(saved[k], before[k])}
+    assert moved
+    assert all("proj" in k for k in moved), moved
 
 
 @pytest.mark.parametrize(
@@ -238,6 +275,7 @@ def test_pairs_end_in_one_stop_token_where_the_template_writes_a_line_break_afte
         ("ORPO", ["rows=sft", "data=[{path: FOLDER/sft.jsonl}]"], "ORPOTrainer refuses its data"),
         ("GKD", ["data=[{path: FOLDER/text.jsonl}]"], "plain text, but TRL's GKD reads conv"),
         ("GRPO", ["columns=[a]"], "columns has no effect"),
+        ("SFT", ["tuning.method=prefix"], "tuning.method prefix is not for trainers of TRL"),
         ("SFT", ["args={save_only_model: true}"], "save_only_model are set by the stage's own"),
     ],
 )
