@@ -22,7 +22,7 @@ from typing import Any
 
 from align.core.artefacts import Artefact, read_artefact
 from align.data.load import load_examples
-from align.evaluation.stats import paired_bootstrap
+from align.evaluation.stats import share_interval
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.online.engine import build_engine, choose_engine
@@ -130,7 +130,7 @@ def greedy_score(
     scores = build_reward(task["reward"])(
         prompts=[row.prompt for row in rows], completions=[g[0].text for g in groups], **columns
     )
-    interval = paired_bootstrap([s or 0.0 for s in scores], seed=0)
+    interval = share_interval([s or 0.0 for s in scores])
     return [interval.value, interval.low, interval.high]
 
 
