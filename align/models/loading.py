@@ -89,7 +89,7 @@ def _dropout_places(model: Any, rate: float) -> int:
         if isinstance(module, nn.Dropout):
             module.p, places = rate, places + 1
         if isinstance(getattr(module, "attention_dropout", None), int | float):
-            module.attention_dropout, places = rate, places + 1
+            module.attention_dropout, places = rate, places + 1  # pyright: ignore
     return places
 
 

@@ -77,13 +77,27 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     trainer.train_dataset = end_once(trainer.train_dataset, chat)
     if heldout:
         trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
-    period = resume_period(trainer)
     check_resumable(spec, trainer, where=context.name)
-    metrics = context.metrics(spec.steps)
-    trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
     preflight_trl(
         spec, context, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
     )
+    final = trained(trainer, spec, context, evaluated=bool(heldout))
+    trained_params, total = num_trained(trainer.model)
+    final |= {"tuning/trained_params": float(trained_params), "tuning/params": float(total)}
+    save(spec, context, trainer, source)
+    return StageResult(final, fingerprints(spec.data, spec.heldout))
+
+
+def trained(
+    trainer: Any, spec: TrlStage, context: StageContext, *, evaluated: bool
+) -> dict[str, float]:
+    """Train to the end, from the newest checkpoint where there is one; give the last metrics.
+
+    Raises:
+        Preempted: a signal stopped it before.
+    """
+    metrics, period = context.metrics(spec.steps), resume_period(trainer)
+    trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
     newest = newest_verified(context.out / "checkpoints")
     if newest is not None:
         metrics.rewind(int(newest.name.split("-")[1]))
@@ -95,15 +109,12 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
         whence = "to go on from there" if period else "to begin anew: no checkpoint would hold all"
         raise Preempted(f"stopped on a signal after step {done}; run again {whence}")
     final = {key: float(value) for key, value in named(last_logs(trainer)).items()}
-    if heldout:
+    if evaluated:
         found = named(trainer.evaluate())
         metrics.log(done, found)
         final |= found
     metrics.close()
-    trained, total = num_trained(trainer.model)
-    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
-    save(spec, context, trainer, source)
-    return StageResult(final, fingerprints(spec.data, spec.heldout))
+    return final
 
 
 def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) -> None:

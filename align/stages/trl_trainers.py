@@ -18,7 +18,6 @@ from align.models.loading import disable_dropout
 from align.recipe.deepspeed import deepspeed_config
 from align.recipe.schema import TrlStage
 from align.stages.base import StageContext
-from align.tuning.loading import quantization
 from align.tuning.wrap import add_tuner
 from reward_models.base import RewardFunction
 
@@ -68,22 +67,15 @@ def find_trainer(name: str) -> tuple[type, type]:
 
 
 def load_model(model_dir: Path, spec: TrlStage) -> Any:
-    """Load a frozen model as TRL expects it; dropout stays off as in every stage."""
-    return _load(model_dir, spec, None)
+    """Load a model as TRL expects it; dropout stays off as in every stage."""
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=getattr(torch, spec.dtype))
+    disable_dropout(model)
+    return model
 
 
 def load_trained(model_dir: Path, spec: TrlStage, *, seed: int) -> Any:
     """Load the policy and add what ``tuning`` trains."""
-    model = _load(model_dir, spec, quantization(spec.tuning, spec.dtype))
-    return add_tuner(model, spec.tuning, seed=derive_seed(seed, "tuning"))
-
-
-def _load(model_dir: Path, spec: TrlStage, quantised: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=getattr(torch, spec.dtype), quantization_config=quantised
-    )
-    disable_dropout(model)
-    return model
+    return add_tuner(load_model(model_dir, spec), spec.tuning, seed=derive_seed(seed, "tuning"))
 
 
 def configuration(config_class: type, spec: TrlStage, context: StageContext) -> Any:

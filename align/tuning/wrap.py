@@ -243,7 +243,7 @@ def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linea
             yield name, module
 
 
-def _check_targets(model: nn.Module, targets: Targets) -> None:
+def _check_targets(model: Any, targets: Targets) -> None:
     """Refuse a target that names no linear layer, which peft passes over beside one that does."""
     if targets == "all-linear":
         return
