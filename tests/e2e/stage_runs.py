@@ -4,10 +4,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
 
 from align.pipeline.processes import free_port, stage_argv
 
@@ -224,3 +229,31 @@ def samples(run_dir: Path, stage: str) -> str:
 def manifest(run_dir: Path, stage: str) -> dict:
     """Give the stage's manifest."""
     return json.loads((run_dir / stage / "manifest.json").read_text(encoding="utf-8"))
+
+
+def two_ranks_equal_one(
+    template: str, folder: Path, out: Path, *, stages: Sequence[str], metrics: Sequence[str]
+) -> None:
+    """Hold ZeRO-2 and ZeRO-3 on two ranks to one process: saved weights and last metrics.
+
+    Args:
+        template: recipe with ``{zero}``, ``{ranks}`` and ``{folder}``, of stages ``NAME_{zero}``.
+        folder: of the models and data. out: the run's folder. stages: their NAMEs.
+        metrics: those to compare.
+    """
+    worker = str(Path(__file__).parent / "workers" / "stages.py")
+    for ranks, zero in ((1, 0), (2, 2), (2, 3)):
+        recipe = out / f"{zero}.yaml"
+        recipe.write_text(template.format(folder=folder, zero=zero, ranks=ranks), encoding="utf-8")
+        command = [sys.executable, worker, "--recipe", str(recipe), "--run-dir", str(out)]
+        finish_ranks([*command, "--stages", *(f"{name}_{zero}" for name in stages)], ranks)
+    for name in stages:
+        one, *two = (load(weights(out, f"{name}_{zero}")) for zero in (0, 2, 3))
+        expected = manifest(out, f"{name}_0")["metrics"]
+        for zero, found in zip((2, 3), two, strict=True):
+            assert found.keys() == one.keys()
+            for key, tensor in one.items():
+                torch.testing.assert_close(found[key], tensor, rtol=0.0, atol=2e-5, msg=key)
+            said = manifest(out, f"{name}_{zero}")["metrics"]
+            for key in metrics:
+                assert said[key] == pytest.approx(expected[key], rel=1e-4), key

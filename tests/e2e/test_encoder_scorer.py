@@ -398,24 +398,5 @@ stages:
 
 @pytest.mark.slow
 def test_zero_on_two_ranks_equals_one_process(folder, tmp_path):
-    worker = str(Path(__file__).parent / "workers" / "stages.py")
-    names = ("lora", "full")
-    for ranks, zero in ((1, 0), (2, 2), (2, 3)):
-        recipe = tmp_path / f"{zero}.yaml"
-        recipe.write_text(RANKS.format(folder=folder, zero=zero, ranks=ranks), encoding="utf-8")
-        stages = [f"{name}_{zero}" for name in names]
-        command = [sys.executable, worker, "--recipe", str(recipe), "--run-dir", str(tmp_path)]
-        runs.finish_ranks([*command, "--stages", *stages], ranks)
-    for name in names:
-        one, *two = (
-            load_file(tmp_path / f"{name}_{zero}" / "model" / "model.safetensors")
-            for zero in (0, 2, 3)
-        )
-        expected = runs.manifest(tmp_path, f"{name}_0")["metrics"]
-        for zero, found in zip((2, 3), two, strict=True):
-            assert found.keys() == one.keys()
-            for key, tensor in one.items():
-                torch.testing.assert_close(found[key], tensor, rtol=0.0, atol=2e-5, msg=key)
-            said = runs.manifest(tmp_path, f"{name}_{zero}")["metrics"]
-            for key in ("train/loss", "eval/loss", "eval/accuracy", "scorer/mean", "scorer/std"):
-                assert said[key] == pytest.approx(expected[key], rel=1e-4), key
+    metrics = ("train/loss", "eval/loss", "eval/accuracy", "scorer/mean", "scorer/std")
+    runs.two_ranks_equal_one(RANKS, folder, tmp_path, stages=("lora", "full"), metrics=metrics)
