@@ -45,9 +45,9 @@ def measure(hidden: int, layers: int, push: str) -> None:
     """Print one row."""
     import torch
 
-    from align.online.engine import build_engine
-    from align.online.weights import pushed_weights
-    from align.recipe.tuning_schema import LoraTuning
+    from align.recipe.schema.tuning import LoraTuning
+    from align.sampling.build import build_engine
+    from align.sampling.push import pushed_weights
     from align.tuning.loading import load_for_training
 
     torch.set_num_threads(1)

@@ -66,11 +66,14 @@ def _shared(work: Mapping[str, Any]) -> dict[str, Any]:
         "init": "base",
         "dtype": work["dtype"],
         "max_length": work["max_length"],
-        "optim": {"learning_rate": work["learning_rate"], "schedule": "constant",
-                  "warmup_frac": 0.0},
+        "optim": {
+            "learning_rate": work["learning_rate"],
+            "schedule": "constant",
+            "warmup_frac": 0.0,
+        },
         "max_lost_frac": 0.0,
         **work["settings"],
-    }  # fmt: skip
+    }
 
 
 def _offline(work: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def sft(gate: Gate, work: Mapping[str, Any]) -> None:
 
 def reward(gate: Gate, work: Mapping[str, Any]) -> None:
     """Train stage reward; a round is one optimiser step over all pairs."""
-    from align.stages import reward as stage
+    from align.stages.reward import stage as stage
 
     _start_head_like_trl(stage, Path(work["folder"]))
     spec = RewardStage(kind="reward", center_coef=0.0, **_offline(work, "preference"))
@@ -150,10 +153,13 @@ def _online(work: Mapping[str, Any]) -> dict[str, Any]:
         "prompts_per_step": work["rows"],
         "group_size": work["group_size"],
         "steps": FOREVER,
-        "sampling": {"engine": "vllm", "max_new_tokens": work["new_tokens"],
-                     "cache_gib": work["cache_gib"]},
+        "sampling": {
+            "engine": "vllm",
+            "max_new_tokens": work["new_tokens"],
+            "cache_gib": work["cache_gib"],
+        },
         **shared,
-    }  # fmt: skip
+    }
 
 
 def grpo(gate: Gate, work: Mapping[str, Any]) -> None:
@@ -173,18 +179,23 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
         rewards=[{"kind": "scalar", "model": "scorer", "dtype": work["dtype"]}],
         minibatches=work["minibatches"],
         update_epochs=work["update_epochs"],
-        critic={"optim": {"learning_rate": work["learning_rate"], "schedule": "constant",
-                          "warmup_frac": 0.0}},
+        critic={
+            "optim": {
+                "learning_rate": work["learning_rate"],
+                "schedule": "constant",
+                "warmup_frac": 0.0,
+            }
+        },
         **_online(work),
-    )  # fmt: skip
+    )
     run(spec, _context(gate, work))
 
 
 def rollout(gate: Gate, work: Mapping[str, Any]) -> None:
     """Sample groups with the engine alone, as the online loop does."""
-    from align.online.engine import build_engine
-    from align.online.rollout import sample_groups
     from align.recipe.schema import SamplingSpec
+    from align.sampling.build import build_engine
+    from align.sampling.rollout import sample_groups
     from align.stages.base import chat_format
 
     context = _context(gate, work)

@@ -167,9 +167,14 @@ def main() -> int:
     kept = all(row["holds"] for row in rows if row["promised"])
     kept &= max(looked.values()) <= 1 - LEVEL + 3 * (0.05 * 0.95 / args.draws) ** 0.5
     found = {
-        "draws": args.draws, "level": LEVEL, "tolerance": TOLERANCE, "promises_kept": kept,
-        "seconds": round(time.monotonic() - began, 1), "intervals": rows, "false_verdicts": looked,
-    }  # fmt: skip
+        "draws": args.draws,
+        "level": LEVEL,
+        "tolerance": TOLERANCE,
+        "promises_kept": kept,
+        "seconds": round(time.monotonic() - began, 1),
+        "intervals": rows,
+        "false_verdicts": looked,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if kept else 1

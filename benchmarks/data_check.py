@@ -47,8 +47,10 @@ def write_rows(path: Path, count: int) -> None:
                 question, answer = last[0], [*last[1:-1], "other"]
             role = "bot" if draw > 0.999 else "assistant"
             last = [question, *answer]
-            turns = [{"role": "user", "content": question},
-                     {"role": role, "content": " ".join(answer)}]  # fmt: skip
+            turns = [
+                {"role": "user", "content": question},
+                {"role": role, "content": " ".join(answer)},
+            ]
             f.write(json.dumps({"messages": turns, "id": i}) + "\n")
 
 

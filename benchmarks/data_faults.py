@@ -96,8 +96,10 @@ def main() -> None:
     ]
     for o in found:
         if not (o.found and o.placed) or o.others:
-            lines.append(f"- {o.case.fault} ({o.case.form}): found {o.found}, "
-                         f"place {o.placed}, also {', '.join(o.others) or 'nothing'}")  # fmt: skip
+            lines.append(
+                f"- {o.case.fault} ({o.case.form}): found {o.found}, "
+                f"place {o.placed}, also {', '.join(o.others) or 'nothing'}"
+            )
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -33,16 +33,18 @@ from align.core.types import PromptRow
 from align.data.load import load_examples
 from align.data.sampler import batch_indices
 from align.losses.kl import FixedKL
-from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, online_step
-from align.online.rollout import sample_groups
-from align.online.weights import full_weights
 from align.recipe.algorithms import PRESETS
 from align.recipe.schema import DataSpec, GrpoStage, OnlineStage, PpoStage
+from align.sampling.build import build_engine
+from align.sampling.engine import RolloutEngine
+from align.sampling.rollout import sample_groups
 from align.stages.base import chat_format
-from align.stages.online import Push, build_critic, build_reference
-from align.stages.training import build_policy
+from align.stages.offline import build_policy
+from align.stages.online import build_critic, build_reference
+from align.stages.rollouts import Push
 from align.training.learner import Learner
+from align.tuning.export import full_weights
 from reward_models import build_reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,12 +245,23 @@ def train_trl(arena: Arena, seed: int) -> list[Point]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, seed=seed, max_steps=setting.steps, learning_rate=setting.rate,
-            lr_scheduler_type="constant", per_device_train_batch_size=PROMPTS * GROUP,
-            num_generations=GROUP, max_completion_length=TOKENS, shuffle_dataset=False,
-            use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            seed=seed,
+            max_steps=setting.steps,
+            learning_rate=setting.rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=TOKENS,
+            shuffle_dataset=False,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(setting.model_dir, dtype=torch.float32),
             reward_funcs=scored,

@@ -25,13 +25,15 @@ from align.data.load import load_examples
 from align.evaluation.stats import share_interval
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.online.engine import build_engine, choose_engine
 from align.recipe.load import load_recipe
 from align.recipe.schema import DataSpec, Recipe, SftStage
+from align.sampling.build import build_engine, choose_engine
 from align.stages.base import chat_format, main
-from align.stages.saved import LOSS_SAVED
+from align.stages.offline import (
+    LOSS_SAVED,
+    offline_rows,  # noqa: F401  imported before the fork
+)
 from align.stages.sft import collate, length_of, sft_loss
-from align.stages.training import offline_rows  # noqa: F401  imported before the fork
 from align.training.offline import OfflineTask, evaluate_rows
 from align.tuning.loading import load_tuned_policy, quantization
 from align.tuning.merging import merges

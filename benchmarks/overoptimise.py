@@ -18,7 +18,7 @@ import numpy as np
 
 from align.online import guard
 from align.pipeline.processes import find_launch_dir, stage_argv, stage_env
-from align.report.plot import STANDALONE, Series, picture
+from align.report.charts import STANDALONE, Series, picture
 
 log = logging.getLogger("benchmarks")
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,10 +78,11 @@ def run_seed(seed: int, runs: Path, sft: Path, threads: int) -> dict[str, Any]:
     launch("reward", "reward", guarded, own, threads)
     reward = (guarded / "reward").resolve()
     own = [
-        f"stages.ppo.init={sft}", f"stages.ppo.seed={seed}",
+        f"stages.ppo.init={sft}",
+        f"stages.ppo.seed={seed}",
         f"stages.ppo.rewards=[{{kind: scalar, model: {reward}}}]",
         f"stages.ppo.critic.init={reward}",
-    ]  # fmt: skip
+    ]
     launch("ppo", "ppo", guarded, own, threads)
     launch("ppo", "ppo", full, [*own, NO_GUARD], threads)
     manifest = json.loads((guarded / "ppo" / "manifest.json").read_text(encoding="utf-8"))

@@ -154,8 +154,16 @@ def measure(row: Row, scratch: Path, *, shape: str, dtype: str, threads: int) ->
         for side in ("ours", "theirs"):
             share = rate / found[side]["seconds"]["median"] / gflops["median"]
             found[side]["roof_share"] = share
-    return {"spec": asdict(row), "shape": shape, "dtype": dtype, "threads": threads,
-            "tried": tried, "settings": dict(best), "roof_gflops": gflops, **found}  # fmt: skip
+    return {
+        "spec": asdict(row),
+        "shape": shape,
+        "dtype": dtype,
+        "threads": threads,
+        "tried": tried,
+        "settings": dict(best),
+        "roof_gflops": gflops,
+        **found,
+    }
 
 
 def _trained(scratch: Path) -> int:

@@ -10,9 +10,17 @@ from benchmarks.rows import ROWS
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 HEAD = (
-    "work", "to reach", "ratio, wall (least to most)", "ratio, CPU time", "align", "other side",
-    "of the roof, align / other", "peak memory, align / other", "same numbers", "GPU",
-)  # fmt: skip
+    "work",
+    "to reach",
+    "ratio, wall (least to most)",
+    "ratio, CPU time",
+    "align",
+    "other side",
+    "of the roof, align / other",
+    "peak memory, align / other",
+    "same numbers",
+    "GPU",
+)
 
 
 def render(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -182,7 +182,7 @@ def grpo_vllm(gate: Gate, work: Mapping[str, Any]) -> None:
     """
     from trl import GRPOTrainer
 
-    from align.online.engine import build_engine
+    from align.sampling.build import build_engine
 
     engine = build_engine(
         "vllm",

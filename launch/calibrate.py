@@ -5,7 +5,7 @@
 Prints and writes JSON: agreement, Cohen's kappa, position bias, each with its interval.
 """
 
-from align.stages.judging import main
+from align.stages.evaluate.judge import main
 
 if __name__ == "__main__":
     main()

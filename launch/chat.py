@@ -5,7 +5,7 @@
 /reset forgets the conversation, /temperature 0.5 sets it, /quit ends.
 """
 
-from align.stages.chat import main
+from align.stages.tools.chat import main
 
 if __name__ == "__main__":
     main()

@@ -23,8 +23,11 @@ Messages = Sequence[Mapping[str, str]]
 FIRST_WAIT_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
-}  # fmt: skip
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+}
 
 
 class JudgeError(RuntimeError):
@@ -249,8 +252,17 @@ def follows(value: Any, schema: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: the schema uses a keyword that is not checked here.
     """
-    known = {"type", "properties", "required", "additionalProperties", "enum", "minimum",
-             "maximum", "description", "maxLength"}  # fmt: skip
+    known = {
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "enum",
+        "minimum",
+        "maximum",
+        "description",
+        "maxLength",
+    }
     if surplus := set(schema) - known:
         raise ValueError(f"verdict schema: keywords {sorted(surplus)} are not checked; remove them")
     if "enum" in schema and value not in schema["enum"]:

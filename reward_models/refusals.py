@@ -29,3 +29,11 @@ def refusal(spec: Mapping[str, Any]) -> Rule:
         return float(declines(answer) == (str(value) in wanted))
 
     return rule_from_spec(spec, score, column=spec.get("column", "label"))
+
+
+def refusing_side(chosen: str, rejected: str) -> str:
+    """Name the side of a pair that declines: neither, chosen, rejected or both."""
+    sides = (declines(chosen), declines(rejected))
+    return {(False, False): "neither", (True, False): "chosen", (False, True): "rejected"}.get(
+        sides, "both"
+    )

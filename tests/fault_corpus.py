@@ -189,8 +189,11 @@ def _near(rows: list[Row]) -> None:
 
 
 def _swapped(rows: list[Row]) -> None:
-    rows[AT] |= {"prompt": rows[3]["prompt"], "chosen": rows[3]["rejected"],
-                 "rejected": rows[3]["chosen"]}  # fmt: skip
+    rows[AT] |= {
+        "prompt": rows[3]["prompt"],
+        "chosen": rows[3]["rejected"],
+        "rejected": rows[3]["chosen"],
+    }
 
 
 def _other_case(rows: list[Row]) -> None:
@@ -242,8 +245,12 @@ ROW_FAULTS: list[tuple[str, str, Change, str]] = [
     ("ends with the user", "sft", _messages("user", "assistant", "user"), "D063"),
     ("two user turns in a row", "sft", _messages("user", "user", "assistant"), "D064"),
     ("two assistant turns in a row", "sft", _messages("user", "assistant", "assistant"), "D064"),
-    ("system in the middle", "sft", _messages("user", "assistant", "system", "user", "assistant"),
-     "D065"),
+    (
+        "system in the middle",
+        "sft",
+        _messages("user", "assistant", "system", "user", "assistant"),
+        "D065",
+    ),
     ("another format in the file", "sft", lambda rows: _sharegpt(rows), "D043"),
     ("NUL character", "sft", _said(" a\0b"), "D022"),
     ("bidirectional control", "sft", _said(" a \u202e b"), "D024"),
@@ -262,9 +269,12 @@ ROW_FAULTS: list[tuple[str, str, Change, str]] = [
     ("one answer text, one turns", "preference", _set("rejected", "no turns"), "D073"),
     ("margin a text", "preference", _set("margin", "large"), "D074"),
     ("margin negative", "preference", _set("margin", -2.0), "D077"),
-    ("prompt ends with the assistant", "preference",
-     _set("prompt", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]),
-     "D062"),
+    (
+        "prompt ends with the assistant",
+        "preference",
+        _set("prompt", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]),
+        "D062",
+    ),
     ("prompt empty", "preference", _set("prompt", [{"role": "user", "content": " "}]), "D054"),
     ("pair the other way round", "preference", _swapped, "D093"),
     ("label a text", "unpaired", _set("label", "good"), "D080"),
@@ -275,17 +285,31 @@ ROW_FAULTS: list[tuple[str, str, Change, str]] = [
     ("prompt blank", "prompts", _set("prompt", [{"role": "user", "content": ""}]), "D054"),
     ("answer missing", "math", lambda rows: rows[AT].pop("answer"), "D082"),
     ("answer in words", "math", _set("answer", "a dozen"), "D083"),
-]  # fmt: skip
+]
 
-_MIXED_TYPES = {"content a number", "content an image part", "messages a text", "margin a text",
-                "a turn that is a text", "one answer text, one turns", "label a text",
-                "label a number"}  # fmt: skip
+_MIXED_TYPES = {
+    "content a number",
+    "content an image part",
+    "messages a text",
+    "margin a text",
+    "a turn that is a text",
+    "one answer text, one turns",
+    "label a text",
+    "label a number",
+}
 """A table has one type a column, so parquet and arrow cannot hold these."""
-_MISSING_IS_NULL = {"messages missing", "messages misspelt (mesages)", "rejected missing",
-                    "content key misspelt (contents)", "role key misspelt (roles)",
-                    "chosen misspelt (choosen)", "another format in the file",
-                    "a turn without a role", "answer missing",
-                    "prompts of a pair differ"}  # fmt: skip
+_MISSING_IS_NULL = {
+    "messages missing",
+    "messages misspelt (mesages)",
+    "rejected missing",
+    "content key misspelt (contents)",
+    "role key misspelt (roles)",
+    "chosen misspelt (choosen)",
+    "another format in the file",
+    "a turn without a role",
+    "answer missing",
+    "prompts of a pair differ",
+}
 """In a table a missing field is a null, which is another fault."""
 _WHOLE_FAULTS: list[tuple[str, str, Change, str]] = [
     ("labels of one class", "unpaired", _all_labels_true, "D081"),

@@ -115,8 +115,11 @@ def _table_cases(folder: Path) -> Iterator[tuple[Case, Path]]:
             path = folder / f"t{i}{ord(separator)}.{suffix}"
             path.write_bytes("\n".join(rows).encode("latin-1"))
             yield Case(fault, name, code, f":{LINE + 1}"), path
-        twice = _write(folder, f"twice{ord(separator)}.{suffix}",
-                       separator.join(["prompt", "prompt\na", "b\n"]).encode())  # fmt: skip
+        twice = _write(
+            folder,
+            f"twice{ord(separator)}.{suffix}",
+            separator.join(["prompt", "prompt\na", "b\n"]).encode(),
+        )
         yield Case("column name twice", name, "D036", ":1"), twice
         quoted = f'prompt{separator}completion\na{separator}b\n"c{separator}d\n'
         path = _write(folder, f"quote{ord(separator)}.{suffix}", quoted.encode())

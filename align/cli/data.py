@@ -14,8 +14,8 @@ import typer
 from align.core.errors import EXIT_USER, DataError
 
 if TYPE_CHECKING:
-    from align.data.chat import ChatFormat
     from align.data.check import Report, Request
+    from align.data.render.chat import ChatFormat
 
 data = typer.Typer(help="Check, show and convert data files.", no_args_is_help=True)
 
@@ -145,7 +145,7 @@ def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
 
 def _chat(model: str, template: str | None) -> "ChatFormat":
     """Make the renderer of a model, with another chat template if one is named."""
-    from align.data.chat import apply_tokenizer_spec
+    from align.data.render.chat import apply_tokenizer_spec
     from align.recipe.schema import TokenizerSpec
     from align.stages.base import chat_format
 
@@ -190,7 +190,7 @@ def show(
     from rich.console import Console
 
     from align.data.check.others import examples_of
-    from align.data.microscope import as_html, as_text, headline, views
+    from align.data.token_view import as_html, as_text, headline, views
 
     console = Console(highlight=False, soft_wrap=True)
     chat = _chat(model, template)

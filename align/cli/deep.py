@@ -1,12 +1,91 @@
 """``align check --deep``: print the card of each stage as it comes, then what was left open."""
 
-from collections.abc import Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import typer
 
-from align.core.card import Card, table
-from align.pipeline.deep import closing_line, deep_check
+from align.core.card import Card, read_card, table
+from align.core.errors import EXIT_FAILED, RecipeError
+from align.core.text import suggest
+from align.pipeline.planning import plan
+from align.pipeline.processes import find_launch_dir, has_gpu, stage_env
+from align.pipeline.terminal import Tail
+from align.recipe.load import load_recipe
+
+POLL_S = 0.2
+
+
+def deep_check(
+    recipe_path: Path,
+    *,
+    overrides: Sequence[str],
+    run_dir: Path,
+    only: str | None,
+    show: Callable[[Card], None],
+) -> tuple[int, str]:
+    """Run the preflight of every stage whose inputs are there, in a process of its own.
+
+    Args:
+        recipe_path: the YAML file. overrides: ``--set`` texts.
+        run_dir: its finished stages are inputs; it is only read. only: check this stage alone.
+        show: is given each card as soon as it is there.
+
+    Returns:
+        The exit code, and the log where the process itself failed.
+
+    Raises:
+        RecipeError: the recipe is wrong, or has no stage ``only``.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    names = list(recipe.stages)
+    if only is not None and only not in names:
+        raise RecipeError(f"no stage '{only}'; stages are {', '.join(names)}{suggest(only, names)}")
+    done = [stage.name for stage in plan(recipe, run_dir) if stage.status == "done"]
+    with tempfile.TemporaryDirectory(prefix="align-cards-") as folder:
+        cards, log = Path(folder) / "cards.jsonl", Path(folder) / "log.txt"
+        argv = [sys.executable, "-u", str(find_launch_dir() / "check.py")]
+        argv += ["--recipe", str(recipe_path), "--run-dir", str(run_dir), "--cards", str(cards)]
+        argv += [word for text in overrides for word in ("--set", text)]
+        argv += [word for name in done for word in ("--done", name)]
+        argv += ["--only", only] if only is not None else []
+        env = stage_env(ranks=1, threads=None, on_gpu=has_gpu())
+        with log.open("wb") as sink:
+            process = subprocess.Popen(argv, env=env, stdout=sink, stderr=subprocess.STDOUT)
+            code = _follow(process, Tail(cards), show)
+        return code, log.read_text(errors="replace") if code == EXIT_FAILED else ""
+
+
+def _follow(process: subprocess.Popen[bytes], cards: Tail, show: Callable[[Card], None]) -> int:
+    code = None
+    try:
+        while code is None:
+            try:
+                code = process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                code = None
+            for row in cards.rows():
+                show(read_card(row))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    return code if code >= 0 else EXIT_FAILED
+
+
+def closing_line(cards: Sequence[Card]) -> str:
+    """Sum up what was checked: what cannot be checked yet is never counted as passed."""
+    waiting = [c.stage for c in cards if any(line.verdict == "not yet" for line in c.lines)]
+    failed = [c.stage for c in cards if c.failed]
+    parts = [f"{len(cards) - len(waiting)} of {len(cards)} stages checked"]
+    if failed:
+        parts.append(f"failed: {', '.join(failed)}")
+    if waiting:
+        parts.append(f"not checkable yet: {', '.join(waiting)}")
+    return "; ".join(parts)
 
 
 def check_deeply(recipe: Path, overrides: Sequence[str], run_dir: Path, only: str | None) -> None:

@@ -1,11 +1,20 @@
 """The commands eval and calibrate."""
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from align.core.errors import RecipeError
+from align.core.artefacts import MANIFEST, read_manifest
+from align.core.errors import EXIT_OK, RecipeError
+from align.core.log import CARDS_FILE
+from align.pipeline.processes import run_card
+from align.pipeline.terminal import Terminal
+from align.report import build_cards
+from align.report.card import HEADLINES
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
 
@@ -55,8 +64,7 @@ def eval_(
     ] = None,
 ) -> None:
     """Compare checkpoints on held-out tasks, or give the card of reward models."""
-    from align.pipeline.cards import measure_scorers, scorers_among
-    from align.pipeline.evaluating import Question, evaluate
+    from align.cli.eval_recipe import Question, evaluate
 
     if scorers := scorers_among(checkpoints, runs):
         found = measure_scorers(scorers, pairs=pairs or (), sets=sets or (), runs=runs, out=out)
@@ -97,9 +105,82 @@ def calibrate(
     runs: Runs = Path("runs"),
 ) -> None:
     """Measure a judge against people: agreement, Cohen's kappa, position bias."""
-    from align.pipeline.evaluating import calibrate as measure
+    from align.cli.eval_recipe import calibrate as measure
 
     found = measure(
         judge, model=model, pairs=pairs, rows=rows, heldout_frac=heldout_frac, out=out, runs=runs
     )
     raise typer.Exit(found)
+
+
+PAGE_FILE = "card.html"
+
+
+def scorers_among(checkpoints: Sequence[str], runs: Path) -> list[Path]:
+    """Give the folders of the checkpoints if they are reward models; none if they are policies.
+
+    Raises:
+        RecipeError: some are reward models and some are not.
+    """
+    found = []
+    for name in dict.fromkeys(checkpoints):
+        for place in (Path(name), runs / name):
+            if (place / MANIFEST).is_file():
+                if read_manifest(place).get("kind") == "reward_model":
+                    found.append(place)
+                break
+    if found and len(found) != len(set(checkpoints)):
+        raise RecipeError("reward models and policies cannot be evaluated in one go; ask twice")
+    return found
+
+
+def measure_scorers(
+    places: Sequence[Path],
+    *,
+    pairs: Sequence[Path],
+    sets: Sequence[Path],
+    runs: Path,
+    out: Path | None,
+) -> int:
+    """Write cards.json and card.html of reward models and print the headlines.
+
+    Args:
+        places: folders of reward artefacts.
+        pairs: files of held-out pairs; none takes those that the first one's stage held out.
+        sets: files of sets of answers (RewardBench 2).
+        runs: where the answer goes. out: its folder; None names one by the question.
+
+    Returns:
+        The exit code of the process.
+    """
+    options = ["--sets", _as_data(sets)] + (["--pairs", _as_data(pairs)] if pairs else [])
+    asked = json.dumps([[str(p.resolve()) for p in places], options])
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    folder = out or runs / f"card-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / CARDS_FILE
+    code = run_card([str(p) for p in places], [*options, "--out", str(target)])
+    if code == EXIT_OK:
+        cards = json.loads(target.read_text(encoding="utf-8"))
+        build_cards(folder / PAGE_FILE, cards)
+        for line in card_lines(cards):
+            Terminal().line(line)
+        Terminal().line(str(folder / PAGE_FILE))
+    return code
+
+
+def _as_data(files: Sequence[Path]) -> str:
+    return json.dumps([{"path": str(file)} for file in files])
+
+
+def card_lines(cards: Mapping[str, Any]) -> list[str]:
+    """Give the headline numbers of each card with their intervals, one a line."""
+    lines = []
+    for name, card in cards.items():
+        lines.append(f"{name}: {card['num_pairs']} pairs, {card['num_pairs_too_long']} too long")
+        for key, title in HEADLINES:
+            if key in card:
+                value, low, high = card[key]
+                spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+                lines.append(f"  {title}: {value:.3f}{spread}")
+    return lines

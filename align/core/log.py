@@ -19,17 +19,39 @@ CARDS_FILE = "cards.json"
 EVALUATIONS_FILE = "evaluations.jsonl"
 FILES = (SAMPLES_FILE, EVALUATIONS_FILE, METRICS_FILE)
 HEADLINE = (
-    "train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/reference",
-    "policy/clip_frac", "value/explained_variance", "length/mean", "optim/learning_rate",
+    "train/loss",
+    "eval/loss",
+    "train/accuracy",
+    "eval/accuracy",
+    "reward/mean",
+    "kl/reference",
+    "policy/clip_frac",
+    "value/explained_variance",
+    "length/mean",
+    "optim/learning_rate",
     "tokens/per_s",
-)  # fmt: skip
+)
 """Metrics of the human line, in this order; the file holds all of them."""
 LINE_METRICS = 7
 QUIET = (
-    "DeepSpeed", "accelerate", "asyncio", "datasets", "filelock", "fsspec", "httpcore", "httpx",
-    "huggingface_hub", "matplotlib", "numba", "torch.distributed", "torch._dynamo",
-    "torch._inductor", "transformers", "urllib3", "vllm",
-)  # fmt: skip
+    "DeepSpeed",
+    "accelerate",
+    "asyncio",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "httpcore",
+    "httpx",
+    "huggingface_hub",
+    "matplotlib",
+    "numba",
+    "torch.distributed",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "urllib3",
+    "vllm",
+)
 
 log = logging.getLogger("align")
 

@@ -14,7 +14,7 @@ from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.check.row_rules import text_of
 from align.data.load import Kind, load_examples
-from align.data.sources import data_fingerprint, suffix_of
+from align.data.reading.sources import data_fingerprint, suffix_of
 from align.recipe.schema import DataSpec
 
 Row = dict[str, Any]
@@ -150,14 +150,16 @@ def convert(
         "seed": seed,
         "columns": columns,
         "inputs": [
-            {**spec.model_dump(mode="json", exclude_defaults=True),
-             "files": data_fingerprint(cast(str, spec.path))}
+            {
+                **spec.model_dump(mode="json", exclude_defaults=True),
+                "files": data_fingerprint(cast(str, spec.path)),
+            }
             for spec in specs
         ],
         "output": {"path": str(out), "sha256": file_sha256(out), "rows": len(rows)},
         "version": metadata.version("align-suite"),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     write_json_atomic(out.with_name(out.name + ".provenance.json"), note)
     return note
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -12,14 +13,36 @@ import numpy as np
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
-from align.data.formats import FormatDetector, Kind, to_examples
-from align.data.json_reader import Row
-from align.data.rename import rename_fields
-from align.data.sources import read_rows
+from align.data.formats.detect import FormatDetector, Kind, to_examples
+from align.data.reading.json import Row
+from align.data.reading.sources import read_rows
 from align.data.split import side_of, split_key
+from align.data.toy import generate
 from align.data.wordings import word_row
-from align.data.world import generate
 from align.recipe.schema import DataSpec
+
+
+def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
+    """Give the row with its fields renamed ``{old: new}``.
+
+    Raises:
+        DataError: a field is missing, or two would have one name.
+    """
+    if not rename:
+        return row
+    if isinstance(row, str):
+        raise DataError(f"{source}: 'rename' has no effect on plain text; remove it", code="D044")
+    missing = sorted(set(rename) - set(row))
+    if missing:
+        message = f"{source}: rename: no field {missing}; the row has {sorted(row)}"
+        raise DataError(message, code="D040")
+    names = Counter(rename.get(key, key) for key in row)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        message = f"{source}: rename: {twice} would stand twice in {sorted(row)}"
+        raise DataError(message, code="D042")
+    return {rename.get(key, key): value for key, value in row.items()}
+
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +162,14 @@ def fit_rows(
     for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
         _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
     if cut:
-        logger.warning("%s: the prompts of %d of %d pairs were cut to %d tokens: %s", what,
-                       len(cut), len(rows), max_length, _places(cut, ledger))  # fmt: skip
+        logger.warning(
+            "%s: the prompts of %d of %d pairs were cut to %d tokens: %s",
+            what,
+            len(cut),
+            len(rows),
+            max_length,
+            _places(cut, ledger),
+        )
     if len(lost) > max_lost_frac * len(rows) or not kept:
         longest = max(map(_length, lost), default=0)
         raise DataError(
@@ -151,8 +180,14 @@ def fit_rows(
             code="D114",
         )
     if lost:
-        logger.warning("%s: lost %d of %d rows longer than %d tokens: %s", what, len(lost),
-                       len(rows), max_length, _places(lost, ledger))  # fmt: skip
+        logger.warning(
+            "%s: lost %d of %d rows longer than %d tokens: %s",
+            what,
+            len(lost),
+            len(rows),
+            max_length,
+            _places(lost, ledger),
+        )
     return kept, len(lost)
 
 
@@ -246,10 +281,14 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
     return list(
         generate(
-            spec.world, rows=spec.rows, seed=seed, split=spec.split, heldout_frac=spec.heldout_frac,
+            spec.world,
+            rows=spec.rows,
+            seed=seed,
+            split=spec.split,
+            heldout_frac=spec.heldout_frac,
             **({"tasks": spec.tasks} if spec.tasks else {}),
         )
-    )  # fmt: skip
+    )
 
 
 def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:

@@ -101,8 +101,10 @@ def read_wordings(path: str) -> Sequence[Wording]:
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=_given
     )
     errors: list[str] = []
-    found = [_wording(entry, f"{path}: entry {i + 1}", environment, errors)
-             for i, entry in enumerate(entries)]  # fmt: skip
+    found = [
+        _wording(entry, f"{path}: entry {i + 1}", environment, errors)
+        for i, entry in enumerate(entries)
+    ]
     names = [wording.name for wording in found if wording is not None]
     errors += [
         f"{path}: two templates are called '{n}'" for n in {n for n in names if names.count(n) > 1}

@@ -32,8 +32,10 @@ def calibration(
     results = [p.result for p in said]
     longer = [len(p.ours) > len(p.theirs) for p in pairs]
     unequal = [len(p.ours) != len(p.theirs) for p in pairs]
-    won = [None if r is None or not u else (r if long else 1 - r)
-           for r, long, u in zip(results, longer, unequal, strict=True)]  # fmt: skip
+    won = [
+        None if r is None or not u else (r if long else 1 - r)
+        for r, long, u in zip(results, longer, unequal, strict=True)
+    ]
     human = [float(long) if u else None for long, u in zip(longer, unequal, strict=True)]
     return {
         "pairs": len(pairs),

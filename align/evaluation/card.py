@@ -93,10 +93,8 @@ def pair_card(pairs: Sequence[ScoredPair], *, seed: int) -> dict[str, Any]:
             table[rows, 0] - table[rows, 1], table[rows, 2] - table[rows, 3]
         ),
         "ece": lambda rows: _ece(table[rows, 0] - table[rows, 1]),
-        "log_loss": lambda rows: float(
-            np.logaddexp(0.0, table[rows, 1] - table[rows, 0]).mean()
-        ),
-    }  # fmt: skip
+        "log_loss": lambda rows: float(np.logaddexp(0.0, table[rows, 1] - table[rows, 0]).mean()),
+    }
     for name, statistic in statistics.items():
         found[name] = draws.interval(statistic)
     for name, key in (

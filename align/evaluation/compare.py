@@ -263,8 +263,11 @@ def build_summary(
         deltas.update({f"{pair}/{key}": value for key, value in result.differences.items()})
         wins, ties, losses = (won.wins, won.ties, won.losses) if won else (0, 0, 0)
         counts[pair] = {
-            "wins": wins, "ties": ties, "losses": losses, "invalid": result.num_invalid,
-        }  # fmt: skip
+            "wins": wins,
+            "ties": ties,
+            "losses": losses,
+            "invalid": result.num_invalid,
+        }
     return {"models": blocks, "differences": deltas, "comparisons": counts}
 
 

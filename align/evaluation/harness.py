@@ -17,9 +17,15 @@ from align.evaluation.compare import Record
 REMEDY = "python -m venv lm && lm/bin/pip install 'lm-eval[hf]==0.4.13'"
 LOG_TAIL = 15
 NOT_PASSED_ON = (
-    "PYTHONPATH", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def harness_argv(

@@ -22,10 +22,11 @@ from align.evaluation.compare import (
 )
 from align.evaluation.length import length_controlled_win_rate
 from align.evaluation.passk import pass_by_prompt
-from align.evaluation.power import prompts_needed, smallest_difference
 from align.evaluation.stats import (
     Interval,
+    prompts_needed,
     ratio_bootstrap,
+    smallest_difference,
     standard_error,
     win_rate_of,
 )
@@ -108,10 +109,12 @@ def task_block(
     """
     others = [name for name in models if name != baseline]
     findings = {
-        name: {m: find(m, models[name], _other(models, name, baseline), judged.get(name), seed=seed)
-               for m in metrics}
+        name: {
+            m: find(m, models[name], _other(models, name, baseline), judged.get(name), seed=seed)
+            for m in metrics
+        }
         for name in models
-    }  # fmt: skip
+    }
     first = models[baseline].records
     block: dict[str, Any] = {
         "baseline": baseline,

@@ -22,8 +22,8 @@ from align.online.advantages import (
     reward_to_go,
     shaped_rewards,
 )
-from align.online.experience import Experience
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
+from align.sampling.experience import Experience
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,8 +155,13 @@ def alarms(history: Sequence[Evaluation], *, window: int) -> list[Alarm]:
     if len(history) < window:
         return []
     checks: Sequence[Callable[[Sequence[Evaluation], int], Alarm | None]] = (
-        _gold_slope, _proxy_gap, _length, _repetition, _one_reward, _disagreement
-    )  # fmt: skip
+        _gold_slope,
+        _proxy_gap,
+        _length,
+        _repetition,
+        _one_reward,
+        _disagreement,
+    )
     return [alarm for check in checks if (alarm := check(history, window)) is not None]
 
 

@@ -13,18 +13,15 @@ from torch import nn
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.distributed import stop_requested
 from align.core.errors import Preempted, TrainingError
 from align.core.log import MetricsLog
-from align.core.signals import stop_requested
 from align.core.types import Completion, PromptRow
 from align.data.sampler import batch_indices
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate, local_plan
-from align.online.engine import RolloutEngine
-from align.online.experience import Experience, gather_experience
 from align.online.objective import critic_objective, policy_objective
-from align.online.rollout import sample_groups
 from align.online.scoring import (
     Scores,
     apply_scores,
@@ -36,6 +33,9 @@ from align.online.scoring import (
 from align.online.summary import summarise
 from align.online.watch import Watch
 from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
+from align.sampling.engine import RolloutEngine
+from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import sample_groups
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
 
@@ -291,7 +291,10 @@ def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -
 
 
 def _named(stats: dict[str, float], group: str) -> dict[str, float]:
-    moved = {"sampler_kl": "kl/sampler", "sampler_gap": "sampler/logprob_gap",
-             "importance_weight": "sampler/importance_weight",
-             "importance_bounded": "sampler/bounded_frac"}  # fmt: skip
+    moved = {
+        "sampler_kl": "kl/sampler",
+        "sampler_gap": "sampler/logprob_gap",
+        "importance_weight": "sampler/importance_weight",
+        "importance_bounded": "sampler/bounded_frac",
+    }
     return {moved.get(k, f"{group}/{k}"): v for k, v in stats.items()}

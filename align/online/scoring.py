@@ -11,8 +11,8 @@ from torch import Tensor
 from align.core import distributed
 from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
-from align.online.experience import Experience
 from align.recipe.schema import OnlineStage
+from align.sampling.experience import Experience
 from reward_models.base import RewardFunction
 
 

@@ -6,9 +6,9 @@ import torch
 
 from align.core import distributed
 from align.online.advantages import dead_groups
-from align.online.experience import Experience
 from align.online.scoring import Scores
 from align.recipe.schema import OnlineStage
+from align.sampling.experience import Experience
 
 
 def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:

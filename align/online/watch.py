@@ -18,11 +18,11 @@ from align.core.log import MetricsLog
 from align.core.types import PromptRow
 from align.online import guard
 from align.online.annotate import annotate
-from align.online.engine import RolloutEngine
-from align.online.experience import Experience
-from align.online.rollout import answer_fixed
 from align.online.scoring import apply_scores, length_penalty, score_answers
 from align.recipe.schema import OnlineStage, WatchSpec
+from align.sampling.engine import RolloutEngine
+from align.sampling.experience import Experience
+from align.sampling.rollout import answer_fixed
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
 

@@ -21,6 +21,7 @@ from align.core.errors import (
     AlignError,
     RecipeError,
 )
+from align.core.text import suggest
 from align.pipeline.planning import PlannedStage, plan
 from align.pipeline.processes import (
     StageProcess,
@@ -33,7 +34,6 @@ from align.pipeline.processes import (
 from align.pipeline.summary import add_seconds, forget_seconds, summarise
 from align.pipeline.terminal import Terminal
 from align.recipe.load import load_recipe
-from align.recipe.messages import suggest
 from align.recipe.schema import Recipe
 
 POLL_S = 0.2

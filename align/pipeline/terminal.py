@@ -14,15 +14,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from align.pipeline.task_tables import judge_lines, stacked, task_tables, verdict_lines
+from align.report.tables import judge_lines, stacked, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
 STILL_EVERY_S = 60.0
 """After how long a line that did not change is written once more."""
 SHOWN = (
-    "reward/mean", "kl/reference", "eval/accuracy", "eval/pair_accuracy", "train/loss",
-    "eval/loss", "length/mean",
-)  # fmt: skip
+    "reward/mean",
+    "kl/reference",
+    "eval/accuracy",
+    "eval/pair_accuracy",
+    "train/loss",
+    "eval/loss",
+    "length/mean",
+)
 """Metrics worth a place on the progress line, most telling first; at most three are shown."""
 STARTING = "starting"
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
@@ -204,8 +209,9 @@ class Terminal:
     def _frame(self) -> Group:
         grid = Table.grid(padding=(0, 1))
         total = self._last.get("total_steps") or 0
-        bar = ProgressBar(total=total or None, completed=self._last.get("step", 0), width=24,
-                          pulse=not total)  # fmt: skip
+        bar = ProgressBar(
+            total=total or None, completed=self._last.get("step", 0), width=24, pulse=not total
+        )
         elapsed = clock(time.monotonic() - self._began)
         grid.add_row(Text(self._title, style="bold"), bar, Text(f"{elapsed}  {self._state()}"))
         rows: list[Any] = [grid]

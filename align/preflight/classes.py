@@ -51,9 +51,11 @@ def balance(task: OfflineTask[Any], classes: Sequence[str]) -> Finding:
     absent = [name for name in classes if task.heldout and not watched[name]]
     if absent:
         return Finding(
-            value, "each class among the held-out rows", "warn",
+            value,
+            "each class among the held-out rows",
+            "warn",
             f"no held-out row is {', '.join(absent[:5])}: macro-F1 says nothing of it",
-        )  # fmt: skip
+        )
     return Finding(value, "each class among the held-out rows")
 
 
@@ -67,9 +69,10 @@ def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
     fits = largest < embeddings and (positions is None or longest <= positions)
     return Finding(
         f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}",
-        "smaller", "ok" if fits else "fail",
+        "smaller",
+        "ok" if fits else "fail",
         "lower max_length to the positions of the model, or take the tokenizer it was trained with",
-    )  # fmt: skip
+    )
 
 
 def first_loss(
@@ -78,8 +81,9 @@ def first_loss(
     """Hold the loss of the fresh head to that of one that knows nothing."""
     loss = loss_of(module, task, [rows])
     return at_most(
-        loss, math.log(num_classes) + 0.5,
+        loss,
+        math.log(num_classes) + 0.5,
         unit=f"nats, of ln {num_classes} = {math.log(num_classes):.3f} for no knowledge",
         remedy="the fresh head is sure of what it cannot know: the states below it are very large",
         fails=not math.isfinite(loss),
-    )  # fmt: skip
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from align.core.types import TokenRow
-from align.data.chat import ChatFormat
+from align.data.render.chat import ChatFormat
 from align.preflight.checks import Finding, spread
 from align.preflight.tokens import trained_tokens
 
@@ -75,10 +75,12 @@ def as_many(dataset: Sequence[Any], num_rows: int) -> Finding:
     value = f"{len(dataset):,} of {num_rows:,} rows are in the trainer's data set"
     verdict = "ok" if len(dataset) == num_rows else "warn"
     return Finding(
-        value, "all", verdict,
+        value,
+        "all",
+        verdict,
         "the trainer packed rows, or left some out for its own reasons (a prompt that fills its "
         "max_length); its arguments stand in 'args'",
-    )  # fmt: skip
+    )
 
 
 def only_answers(
@@ -97,10 +99,12 @@ def only_answers(
     value = f"{found.value}{looked}; their answers have {num_answer_tokens:,}"
     if found.verdict == "ok" and total > SURPLUS * num_answer_tokens:
         return Finding(
-            value, "the answers", "warn",
+            value,
+            "the answers",
+            "warn",
             "the trainer also trains tokens that are not the assistant's; give it rows of prompt "
             "and completion, or see its arguments (args: {assistant_only_loss: true} in SFT)",
-        )  # fmt: skip
+        )
     return Finding(value, found.bound, found.verdict, found.remedy)
 
 
@@ -112,16 +116,19 @@ def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> 
     twice = sum(_stops_twice(chat, row.input_ids[a:b], known) for row, a, b in runs)
     if twice and not bad:
         return Finding(
-            f"{value}, {twice:,} in two", "one", "warn",
+            f"{value}, {twice:,} in two",
+            "one",
+            "warn",
             "the trainer adds a stop after the template's own, so the model learns to stop twice; "
             "take a template that writes nothing after its stop",
-        )  # fmt: skip
+        )
     return Finding(
-        value, f"all, by eos_token_id {sorted(known)} of the saved model",
+        value,
+        f"all, by eos_token_id {sorted(known)} of the saved model",
         "fail" if bad else "ok",
         f"the trainer's own rendering ends {', '.join(bad[:3])} otherwise: cut at its max_length, "
         "or by a template without the stop; compare 'align data show'",
-    )  # fmt: skip
+    )
 
 
 def _said(chat: ChatFormat, ids: Sequence[int]) -> int:

@@ -14,11 +14,12 @@ from align.core.artefacts import Artefact
 from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import causal_lm
-from align.online.weights import PUSH_TOLERANCE, checkpoint_name, gathered
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
-from align.recipe.tuning_schema import VIRTUAL
+from align.recipe.schema.tuning import VIRTUAL
+from align.sampling.push import PUSH_TOLERANCE
 from align.training.offline import OfflineTask
+from align.tuning.export import checkpoint_name, gathered
 
 NUM_ROWS = 4
 NUM_TENSORS = 64
@@ -93,10 +94,13 @@ def first_loss(
     virtual = spec.tuning.method in VIRTUAL
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
-            loss, open_dpo_limit(spec, vocab_size), unit="nats, for a model no worse than chance",
+            loss,
+            open_dpo_limit(spec, vocab_size),
+            unit="nats, for a model no worse than chance",
             remedy="the model predicts these answers worse than chance does: is it another model's "
-            "tokenizer?", fails=not math.isfinite(loss),
-        )  # fmt: skip
+            "tokenizer?",
+            fails=not math.isfinite(loss),
+        )
     if isinstance(spec, DpoStage | KtoStage):
         counts = task.collate(rows, rows).counts
         expected, what = (
@@ -118,15 +122,21 @@ def first_loss(
         )
     if isinstance(spec, RewardStage):
         return at_most(
-            loss, LN2 + 0.5, unit="nats, of ln 2 = 0.693 for a scorer that knows nothing",
+            loss,
+            LN2 + 0.5,
+            unit="nats, of ln 2 = 0.693 for a scorer that knows nothing",
             remedy="the fresh scorer is sure of what it cannot know; look at margins and "
-            "center_coef", fails=not math.isfinite(loss),
-        )  # fmt: skip
+            "center_coef",
+            fails=not math.isfinite(loss),
+        )
     return at_most(
-        loss, math.log(vocab_size), unit="nats per trained token",
+        loss,
+        math.log(vocab_size),
+        unit="nats per trained token",
         remedy="the model predicts these answers worse than chance does: is it another model's "
-        "tokenizer, or a model that was never pretrained?", fails=not math.isfinite(loss),
-    )  # fmt: skip
+        "tokenizer, or a model that was never pretrained?",
+        fails=not math.isfinite(loss),
+    )
 
 
 @torch.no_grad()
@@ -144,11 +154,12 @@ def reference(
     gap = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
     per_token = gap.abs() / batch.segment_sums(batch.mask.float()).clamp(min=1.0)
     return at_most(
-        float(per_token.max()), PUSH_TOLERANCE[spec.dtype],
+        float(per_token.max()),
+        PUSH_TOLERANCE[spec.dtype],
         unit=f"nats a token between policy and reference, {len(gap)} answers",
         remedy="the reference is not the model that the stage starts from",
         fails=spec.tuning.method not in VIRTUAL,
-    )  # fmt: skip
+    )
 
 
 def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
@@ -188,10 +199,11 @@ def packing(
     together = loss_of(module, task, [rows])
     alone = loss_of(module, task, [[row] for row in rows])
     return at_most(
-        abs(together - alone), PUSH_TOLERANCE[spec.dtype] * max(1.0, abs(alone)),
+        abs(together - alone),
+        PUSH_TOLERANCE[spec.dtype] * max(1.0, abs(alone)),
         unit=f"between {len(rows)} rows packed and alone",
         remedy="rows of one pack see each other; report it with the versions of 'align doctor'",
-    )  # fmt: skip
+    )
 
 
 def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:
@@ -220,8 +232,14 @@ def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
     }
     chosen = spread(sorted(own), NUM_TENSORS)
     different = [n for n in chosen if not _equal(own[n], _saved_tensor(saved[n], n))]
-    sha = next((f["sha256"][:12] for n, f in source.manifest["files"].items()
-                if n.startswith("model/") and n.endswith(".safetensors")), "")  # fmt: skip
+    sha = next(
+        (
+            f["sha256"][:12]
+            for n, f in source.manifest["files"].items()
+            if n.startswith("model/") and n.endswith(".safetensors")
+        ),
+        "",
+    )
     name = source.path.name
     return Finding(
         f"{len(chosen) - len(different)} of {len(chosen)} tensors are those of {name} ({sha})",

@@ -8,7 +8,7 @@ from torch import nn
 
 from align.core.artefacts import Artefact
 from align.core.types import TokenRow
-from align.data.paired import PairedFormat
+from align.data.render.encoder_pairs import PairedFormat
 from align.preflight.checks import Check, Finding, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
 from align.recipe.schema import RewardStage
@@ -70,8 +70,9 @@ def whole_texts(model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
     texts = list(dict.fromkeys(row.input_ids for row in spread(rows, NUM_SCORED)))
     scores = set(score_token_ids(model, texts))
     return Finding(
-        f"{len(texts)} texts have {len(scores)} different scores", "2 or more",
+        f"{len(texts)} texts have {len(scores)} different scores",
+        "2 or more",
         "ok" if len(scores) > 1 or len(texts) == 1 else "fail",
         "the first token does not see what follows it, so this is no encoder; bring it in with "
         "kind: base and begin from that",
-    )  # fmt: skip
+    )

@@ -10,13 +10,13 @@ from typing import Any
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, Verdict, spread
-from align.recipe.reward_schema import (
+from align.recipe.schema import EnsembleReward, RewardSpec, ScalarReward
+from align.recipe.schema.rewards import (
     LengthReward,
     RefusalReward,
     RemoteReward,
     RepetitionReward,
 )
-from align.recipe.schema import EnsembleReward, RewardSpec, ScalarReward
 from reward_models.base import MissingColumnError, RewardFunction
 
 NUM_ROWS = 8
@@ -133,14 +133,21 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
         return []
     rows = spread(prompts, NUM_ROWS)
     values = [_first(_value(row, column)) for row in rows]
-    pairs = [(row, mine, other) for row, mine in zip(rows, values, strict=True)
-             if (other := _other(values, mine)) is not None]  # fmt: skip
+    pairs = [
+        (row, mine, other)
+        for row, mine in zip(rows, values, strict=True)
+        if (other := _other(values, mine)) is not None
+    ]
     forms = [*FORMS, *_from_pattern(getattr(spec, "pattern", None))]
     return [
-        Known([row for row, _, _ in pairs], [f"{before}{v}{after}" for _, v, _ in pairs],
-              [f"{before}{w}{after}" for _, _, w in pairs])
-        for before, after in forms if pairs
-    ]  # fmt: skip
+        Known(
+            [row for row, _, _ in pairs],
+            [f"{before}{v}{after}" for _, v, _ in pairs],
+            [f"{before}{w}{after}" for _, _, w in pairs],
+        )
+        for before, after in forms
+        if pairs
+    ]
 
 
 def _fixed(spec: RewardSpec) -> tuple[str, str] | None:

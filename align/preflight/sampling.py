@@ -12,12 +12,12 @@ from align.core.distributed import derive_seed
 from align.core.types import Completion, PromptRow
 from align.models.attention import segments_from_positions
 from align.models.logprobs import LogprobModel, hidden_states, token_logits
-from align.online.engine import RolloutEngine
-from align.online.experience import Experience, gather_experience
-from align.online.weights import PUSH_TOLERANCE
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import OnlineStage
-from align.recipe.tuning_schema import VIRTUAL
+from align.recipe.schema.tuning import VIRTUAL
+from align.sampling.engine import RolloutEngine
+from align.sampling.experience import Experience, gather_experience
+from align.sampling.push import PUSH_TOLERANCE
 from align.training.batch import PackedBatch
 
 Logprobs = Callable[[PackedBatch], Tensor]
@@ -53,8 +53,10 @@ class Probe:
     def checks(self) -> list[Check]:
         """Give the checks in the order in which one explains the next."""
         found: list[Check] = [
-            ("sampler", self.sampler), ("greedy", self.greedy), ("ratio", self.ratio)
-        ]  # fmt: skip
+            ("sampler", self.sampler),
+            ("greedy", self.greedy),
+            ("ratio", self.ratio),
+        ]
         return found if self.reference is None else [*found, ("reference", self.kl)]
 
     @cached_property
@@ -83,12 +85,13 @@ class Probe:
         batch = _whole(self.sampled)
         gap = (batch.per_token["rollout_logprobs"] - self._logprobs(batch))[batch.mask].abs()
         return at_most(
-            float(gap.max()), PUSH_TOLERANCE[self.spec.dtype],
+            float(gap.max()),
+            PUSH_TOLERANCE[self.spec.dtype],
             unit=f"nats at most between {self.engine.name} and trainer, {gap.mean():.2g} on "
             f"average, {gap.numel()} tokens",
             remedy="sampler and trainer are not the same model; take sampling.engine: hf, and "
             "report it with the versions of 'align doctor'",
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def greedy(self) -> Finding:
@@ -123,11 +126,12 @@ class Probe:
         )
         ratio = torch.exp(together - alone)[self.sampled.completion]
         return at_most(
-            float((ratio - 1.0).abs().max()), PUSH_TOLERANCE[self.spec.dtype],
+            float((ratio - 1.0).abs().max()),
+            PUSH_TOLERANCE[self.spec.dtype],
             unit="from 1: probability ratio of the policy and itself",
             remedy="log-probabilities depend on what an answer is packed with; report it with the "
             "versions of 'align doctor'",
-        )  # fmt: skip
+        )
 
     def kl(self) -> Finding:
         """Compare the reference with the policy on sampled answers: their KL begins at 0."""
@@ -140,13 +144,17 @@ class Probe:
         gap = (policy - reference)[batch.mask]
         virtual = self.spec.tuning.method in VIRTUAL
         return at_most(
-            float(gap.abs().max()), PUSH_TOLERANCE[self.spec.dtype],
+            float(gap.abs().max()),
+            PUSH_TOLERANCE[self.spec.dtype],
             unit=f"nats at most between policy and reference, KL {float(gap.mean()):.2g} a token",
             remedy="the policy begins away from its reference"
-            + (f", as {self.spec.tuning.method} tuning does" if virtual else
-               "; the reference must be the model that the stage starts from"),
+            + (
+                f", as {self.spec.tuning.method} tuning does"
+                if virtual
+                else "; the reference must be the model that the stage starts from"
+            ),
             fails=not virtual,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def _logprobs(self, batch: PackedBatch, model: LogprobModel | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Checks on token rows: what is trained, where it stops, what the template wrote, the BOS.
 
 They read the rows as they enter the loss and the files of the model, and render whole conversations
-at once, so that they do not repeat how align.data.chat makes rows.
+at once, so that they do not repeat how align.data.render.chat makes rows.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.types import Example, PromptRow, TokenRow, Turn
-from align.data.chat import ChatFormat
+from align.data.render.chat import ChatFormat
 from align.preflight.checks import Check, Finding, spread
 
 NUM_RENDERED = 16
@@ -104,10 +104,12 @@ def stop_tokens(chat: ChatFormat, rows: Sequence[TokenRow], stops: frozenset[int
     wrong = [source for token, source in ends if token not in stops]
     if wrong:
         return Finding(
-            value, bound, "fail",
+            value,
+            bound,
+            "fail",
             f"{len(wrong)} turns ({', '.join(wrong[:3])}) end in a token that generation does not "
             "stop on; name it in stages.<base>.tokenizer.stop_token",
-        )  # fmt: skip
+        )
     return Finding(value, bound)
 
 
@@ -156,10 +158,12 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
             )
     if "strftime_now" in str(tokenizer.chat_template):
         return Finding(
-            value, "the same text every day", "warn",
+            value,
+            "the same text every day",
+            "warn",
             "the template writes today's date into every prompt, so another day's run sees other "
             "tokens; choose a family's template with tokenizer.chat_template",
-        )  # fmt: skip
+        )
     return Finding(value, "the same text")
 
 
@@ -183,16 +187,20 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
     value = f"{single:,} of {len(rows):,} rows begin with one {chat.tokenizer.bos_token!r}"
     if double:
         return Finding(
-            f"{value}, {double:,} with two", "never two", "fail",
+            f"{value}, {double:,} with two",
+            "never two",
+            "fail",
             "the template writes a BOS and the tokenizer adds one; take it out of the template",
-        )  # fmt: skip
+        )
     writes = list(chat.tokenizer("a")["input_ids"])[:1] == [bos]
     if writes and single < len(rows):
         return Finding(
-            value, "all: the tokenizer writes one", "warn",
+            value,
+            "all: the tokenizer writes one",
+            "warn",
             "these rows begin without the BOS that the model was trained with: the template leaves "
             "it out, or prompts were cut from the left",
-        )  # fmt: skip
+        )
     return Finding(value, "never two")
 
 

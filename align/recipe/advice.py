@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.recipe.rates import known_rates
+from align.recipe.algorithms import known_rates
 from align.recipe.schema import Recipe, TrainingStage
 
 SMALL_WIDTH = 512

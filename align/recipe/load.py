@@ -4,22 +4,131 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
-from align.recipe.adapters import adapter_problems
-from align.recipe.algorithms import preset_keys
-from align.recipe.defaults import complete_blocks
-from align.recipe.effects import idle_options
-from align.recipe.encoders import encoder_problems
-from align.recipe.messages import describe, locate, suggest
+from align.core.text import suggest
+from align.recipe.algorithms import PRESETS, known_rates, preset_keys
+from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
+from align.recipe.rules import adapter_problems, encoder_problems, idle_options
 from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
+from align.recipe.schema.common import Spec
 from align.recipe.source import Key, Mark, Source, read_source
-from align.recipe.tasks import expand_tasks
+
+SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
+
+
+def shipped_tasks() -> list[str]:
+    """Name the tasks that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def find_task(name: str) -> Path:
+    """Find the file of a task: one that is shipped, by name, or any by path.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    shipped = SHIPPED / f"{name}.yaml"
+    if "/" not in name and shipped.is_file():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = shipped_tasks()
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise RecipeError(f"no task '{name}'; expected a file or one of {', '.join(names)}{hint}")
+
+
+def load_task(name: str) -> Source:
+    """Read a task; its paths that begin with ``./`` or ``../`` are taken from its own folder.
+
+    Raises:
+        RecipeError: there is no such task, or it is not YAML.
+    """
+    path = find_task(name)
+    source = read_source(path)
+    for part in ("prompts", "answers"):
+        entries = source.data.get(part)
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and str(entry.get("path", "")).startswith(("./", "../")):
+                entry["path"] = str(path.parent / entry["path"])
+    return source
+
+
+def expand_tasks(source: Source) -> None:
+    """Replace each name in ``tasks`` of an evaluate stage by what stands in the task's file."""
+    stages = source.data.get("stages")
+    for stage, spec in stages.items() if isinstance(stages, dict) else ():
+        tasks = spec.get("tasks") if isinstance(spec, dict) else None
+        if not isinstance(tasks, list) or spec.get("kind") != "evaluate":
+            continue
+        for i, name in enumerate(tasks):
+            if isinstance(name, str):
+                _expand(source, tasks, ("stages", stage, "tasks", i))
+
+
+def _expand(source: Source, tasks: list[Any], key: Key) -> None:
+    place = int(key[-1])
+    try:
+        task = load_task(tasks[place])
+    except RecipeError as error:
+        mark = source.marks.get(key)
+        where = f"{mark.at_value()}: " if mark else ""
+        source.errors.append(f"{where}{'.'.join(map(str, key))}: {error}")
+        tasks[place] = None
+        return
+    source.errors += task.errors
+    tasks[place] = task.data
+    source.marks |= {(*key, *inner): mark for inner, mark in task.marks.items()}
+
+
+STAGES: dict[str, type[Spec]] = {
+    get_args(stage.model_fields["kind"].annotation)[0]: stage
+    for stage in get_args(get_args(AnyStage)[0])
+}
+
+
+def complete_blocks(source: Source) -> None:
+    """Write into the blocks of every stage what the stage's own default sets beside them."""
+    stages = source.data.get("stages")
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict) and isinstance(stage.get("kind"), str):
+            _complete_rate(source, name, stage)
+            kind, algorithm = STAGES.get(stage["kind"]), stage.get("algorithm")
+            preset = PRESETS.get(algorithm, {}) if isinstance(algorithm, str) else {}
+            if kind is not None:
+                _complete(stage, kind, preset)
+
+
+def _complete_rate(source: Source, name: str, stage: dict[str, Any]) -> None:
+    """Write the learning rate of the stage's tuning method where the recipe leaves it out."""
+    tuning, optim = stage.get("tuning", {"method": "full"}), stage.get("optim", {})
+    method = tuning.get("method") if isinstance(tuning, dict) else None
+    known = known_rates(stage["kind"], method) if isinstance(method, str) else None
+    if known is not None and isinstance(optim, dict) and "learning_rate" not in optim:
+        stage["optim"] = {"learning_rate": known.default, **optim}
+        key = ("stages", name, "optim", "learning_rate")
+        source.marks[key] = Mark(f"default of {method} in {stage['kind']}")
+
+
+def _complete(given: dict[str, Any], kind: type[Spec], preset: Mapping[str, Any]) -> None:
+    """Complete the blocks of ``given`` in place; ``preset`` goes before the class's defaults."""
+    for name, field in kind.model_fields.items():
+        block, default = given.get(name), field.default
+        # A default of one of several classes (tuning) belongs to another method than is given.
+        if not isinstance(block, dict) or field.annotation is not type(default):
+            continue
+        above = preset.get(name, {})
+        for key in sorted(default.model_fields_set - set(block) - set(above)):
+            block[key] = default.model_dump(mode="json", include={key})[key]
+        _complete(block, type(default), above)
+
 
 _STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
 _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")

@@ -2,26 +2,45 @@
 
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from align.core.text import shown, suggest
 from align.recipe.schema import Recipe
-from align.recipe.source import Key, Mark, dotted, shown
+from align.recipe.source import Key, Mark, dotted
 
 ALIASES = {
-    "lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps",
-    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "micro_tokens", "max_seq_length": "max_length",
-    "model_name_or_path": "init", "model": "init", "dataset": "data", "datasets": "data",
-    "lora_r": "rank", "r": "rank", "lora_alpha": "alpha", "target_modules": "targets",
-    "init_kl_coef": "coef", "num_generations": "group_size", "n": "group_size",
-    "mask_truncated_completions": "truncation", "epsilon": "low", "epsilon_high": "high",
-    "max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens",
-    "loss_type": "loss", "gpus": "ranks", "world_size": "ranks", "bf16": "dtype",
-    "max_grad_norm_": "max_grad_norm", "gradient_clipping": "max_grad_norm",
-}  # fmt: skip
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro_tokens",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "init",
+    "model": "init",
+    "dataset": "data",
+    "datasets": "data",
+    "lora_r": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "init_kl_coef": "coef",
+    "num_generations": "group_size",
+    "n": "group_size",
+    "mask_truncated_completions": "truncation",
+    "epsilon": "low",
+    "epsilon_high": "high",
+    "max_completion_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "loss_type": "loss",
+    "gpus": "ranks",
+    "world_size": "ranks",
+    "bf16": "dtype",
+    "max_grad_norm_": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+}
 """What other suites call the same thing; used for suggestions only."""
 
 MOVED = {"lora": "write 'tuning: {method: lora, rank: ...}' instead"}
@@ -167,12 +186,6 @@ def expected(kind: Any) -> str:
     if origin is dict:
         return "a mapping"
     return _WORDS.get(kind, "another value")
-
-
-def suggest(name: str, candidates: Iterable[str]) -> str:
-    """Give ``; did you mean 'x'?`` for the nearest candidate, or nothing."""
-    close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _what(

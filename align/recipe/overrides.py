@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from align.recipe.messages import suggest
-from align.recipe.source import Mark, Source, dotted, forget, parse_value, shown
+from align.core.text import shown, suggest
+from align.recipe.source import Mark, Source, dotted, forget, parse_value
 
 ORIGIN = "--set"
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from align.core.errors import RecipeError
+from align.core.text import shown
 
 Key = tuple[str | int, ...]
 
@@ -70,15 +71,21 @@ for _kind, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
     ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
-     list("-+.0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+        list("-+.0123456789"),
+    ),
     ("merge", r"^<<$", ["<"]),
-):  # fmt: skip
+):
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    "null": lambda _: None, "bool": lambda t: t.lower() == "true", "int": int, "float": float,
-}  # fmt: skip
+    "null": lambda _: None,
+    "bool": lambda t: t.lower() == "true",
+    "int": int,
+    "float": float,
+}
 
 
 def read_source(path: Path | str) -> Source:
@@ -319,17 +326,3 @@ def forget(marks: dict[Key, Mark], key: Key) -> None:
 def dotted(key: Sequence[str | int]) -> str:
     """Write a key path as people do: ``stages.ppo.rewards.0.model``."""
     return ".".join(str(k) for k in key)
-
-
-def shown(value: Any) -> str:
-    """Describe a value for a message, shortened."""
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -87,8 +87,12 @@ def page(run: RunRecord) -> Markup:
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
     return document(
         run.recipe.name,
-        tag("header", tag("h1", run.recipe.name), tag("p", run.recipe.description),
-            tag("p", head, class_="quiet")),
+        tag(
+            "header",
+            tag("h1", run.recipe.name),
+            tag("p", run.recipe.description),
+            tag("p", head, class_="quiet"),
+        ),
         sections.missing(run),
         tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
         sections.comparison(run),
@@ -108,4 +112,4 @@ def page(run: RunRecord) -> Markup:
         preflight(run),
         sections.cost(run),
         sections.reproduce(run),
-    )  # fmt: skip
+    )

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from align.report.charts import Series, plot
 from align.report.markup import Markup, join, number, tag
-from align.report.plot import Series, plot
 from align.report.read import Row, RunRecord
 
 NUM_PROMPTS, NUM_OPEN, MAX_TEXT, MAX_DOTS = 40, 8, 1500, 150
@@ -30,12 +30,15 @@ def side_by_side(run: RunRecord) -> Markup | None:
     return tag(
         "section",
         tag("h2", "The same prompts, each checkpoint's answer"),
-        tag("p", f"{len(shown)} of {len(keys)} held-out prompts, evenly spread; the first answer "
+        tag(
+            "p",
+            f"{len(shown)} of {len(keys)} held-out prompts, evenly spread; the first answer "
             "of each model with the judge's score.",
-            f" What {baseline} does not say is marked." if baseline else ""),
+            f" What {baseline} does not say is marked." if baseline else "",
+        ),
         *shown[:NUM_OPEN],
         tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
-    )  # fmt: skip
+    )
 
 
 def _baseline(run: RunRecord) -> str | None:
@@ -83,10 +86,15 @@ def reward_and_length(run: RunRecord) -> Markup | None:
                 by_model.setdefault(row["model"], []).append((row["length"], row["score"]))
         for model, dots in by_model.items():
             shown = dots[:: max(1, len(dots) // MAX_DOTS)]
-            charts.append(plot(
-                model, [Series("", shown, style="points")], x_label="length (tokens)",
-                y_label="judge's score", note=f"{len(shown)} answers",
-            ))  # fmt: skip
+            charts.append(
+                plot(
+                    model,
+                    [Series("", shown, style="points")],
+                    x_label="length (tokens)",
+                    y_label="judge's score",
+                    note=f"{len(shown)} answers",
+                )
+            )
     if not charts:
         return None
     said = "A cloud that climbs to the right: longer answers win. Look whether they are better."

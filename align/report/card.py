@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.core.log import CARDS_FILE
+from align.report.charts import Series, plot
 from align.report.markup import Markup, even, join, table, tag, triple
-from align.report.plot import Series, plot
 from align.report.read import RunRecord, read_object
 
 Card = Mapping[str, Any]
@@ -59,8 +59,9 @@ def _card(name: str, card: Card) -> Markup:
     other = card.get("agreement")
     if other and "same_side" in other:
         rows.append([f"prefers the same answer as {other['with']}", triple(other["same_side"])])
-        rows.append([f"pair accuracy minus that of {other['with']}",
-                     triple(other["accuracy_difference"])])  # fmt: skip
+        rows.append(
+            [f"pair accuracy minus that of {other['with']}", triple(other["accuracy_difference"])]
+        )
     groups = [_group(title, card[key]) for key, title in GROUPS if len(card.get(key, ())) > 1]
     return join(
         tag("h3", name, tag("small", counts)),
@@ -96,15 +97,21 @@ def calibration_plot(card: Card) -> Markup:
         [(p["accuracy"][1], p["accuracy"][2]) for p in points],
     )
     ideal = Series("calibrated", [(0.5, 0.5), (1.0, 1.0)], style="dashed", colour=3)
-    return plot("calibration", [measured, ideal], x_label="confidence", y_label="accuracy",
-                note=f"sigmoid of the score difference, error {even(card['ece'][0])}")  # fmt: skip
+    return plot(
+        "calibration",
+        [measured, ideal],
+        x_label="confidence",
+        y_label="accuracy",
+        note=f"sigmoid of the score difference, error {even(card['ece'][0])}",
+    )
 
 
 def groups_plot(card: Card) -> Markup | None:
     """Draw the pair accuracy where the chosen answer is shorter, equal and longer."""
     order = ("chosen shorter", "about equal", "chosen longer")
-    known = [(i, card["by_length"][name]) for i, name in enumerate(order)
-             if name in card["by_length"]]  # fmt: skip
+    known = [
+        (i, card["by_length"][name]) for i, name in enumerate(order) if name in card["by_length"]
+    ]
     if len(known) < 2:
         return None
     found = Series(
@@ -114,8 +121,12 @@ def groups_plot(card: Card) -> Markup | None:
         style="points",
     )
     chance = Series("chance", [(-1.0, 0.5), (1.0, 0.5)], style="dashed", colour=3)
-    return plot("length", [found, chance], x_label="chosen: -1 shorter, 0 equal, 1 longer",
-                y_label="accuracy")  # fmt: skip
+    return plot(
+        "length",
+        [found, chance],
+        x_label="chosen: -1 shorter, 0 equal, 1 longer",
+        y_label="accuracy",
+    )
 
 
 def best_of_n_plot(card: Card) -> Markup | None:
@@ -128,6 +139,7 @@ def best_of_n_plot(card: Card) -> Markup | None:
         [(p["n"], p["gold"][0]) for p in points],
         [(p["gold"][1], p["gold"][2]) for p in points],
     )
-    ideal = Series("best there is", [(p["n"], p["best_possible"]) for p in points],
-                   style="dashed", colour=3)  # fmt: skip
+    ideal = Series(
+        "best there is", [(p["n"], p["best_possible"]) for p in points], style="dashed", colour=3
+    )
     return plot("best of n", [picked, ideal], x_label="answers to choose from", y_label="gold")

@@ -10,8 +10,12 @@ Item = tuple[str, int]
 """Something that takes up room in a column: a stage's box or the lane of a passing arrow."""
 
 BOX_WIDTH, BOX_HEIGHT, LANE_HEIGHT, GAP_X, GAP_Y = 136, 58, 8, 42, 16
-SIGNS = {"done": "✓ done", "changed": "≠ other recipe", "unfinished": "… unfinished",
-         "not started": "○ not started"}  # fmt: skip
+SIGNS = {
+    "done": "✓ done",
+    "changed": "≠ other recipe",
+    "unfinished": "… unfinished",
+    "not started": "○ not started",
+}
 
 
 def depths(stages: Sequence[StageRecord]) -> dict[str, int]:
@@ -50,9 +54,15 @@ def chain_picture(stages: Sequence[StageRecord]) -> Markup:
         for column in [depths(stages)[stage.name]]
     ]
     svg = tag(
-        "svg", *arrows, *boxes, viewBox=f"0 0 {width} {height:.0f}", width=width,
-        height=f"{height:.0f}", role="img", aria_label="the stages and what each takes",
-    )  # fmt: skip
+        "svg",
+        *arrows,
+        *boxes,
+        viewBox=f"0 0 {width} {height:.0f}",
+        width=width,
+        height=f"{height:.0f}",
+        role="img",
+        aria_label="the stages and what each takes",
+    )
     return tag("div", svg, class_="wide chain")
 
 

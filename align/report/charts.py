@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from align.report.markup import Markup, join, number, tag
 
@@ -13,11 +14,24 @@ LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
 MAX_POINTS = 240
 
 UNITS = {
-    "loss": "nats", "learning_rate": "rate", "per_s": "tokens/s", "perplexity": "",
-    "grad_norm": "norm", "mean": "score", "std": "score", "tokens": "tokens", "sampled": "tokens",
-    "accuracy": "fraction", "explained_variance": "fraction", "coef": "", "num": "answers",
-    "importance_weight": "ratio", "logprob_gap": "nats", "entropy": "nats", "margin": "nats",
-}  # fmt: skip
+    "loss": "nats",
+    "learning_rate": "rate",
+    "per_s": "tokens/s",
+    "perplexity": "",
+    "grad_norm": "norm",
+    "mean": "score",
+    "std": "score",
+    "tokens": "tokens",
+    "sampled": "tokens",
+    "accuracy": "fraction",
+    "explained_variance": "fraction",
+    "coef": "",
+    "num": "answers",
+    "importance_weight": "ratio",
+    "logprob_gap": "nats",
+    "entropy": "nats",
+    "margin": "nats",
+}
 
 
 def unit_of(name: str) -> str:
@@ -98,9 +112,14 @@ def line_chart(
         [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
     )
     svg = tag(
-        "svg", axes, _shade(band, frame), *lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+        "svg",
+        axes,
+        _shade(band, frame),
+        *lines,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
         aria_label=f"{title} over {x_label}",
-    )  # fmt: skip
+    )
     return tag("figure", _caption(title, thinned), svg)
 
 
@@ -193,3 +212,94 @@ def tick_label(value: float, all_ticks: Sequence[float]) -> str:
     if step >= 1000 and all(abs(v / 1000 - round(v / 1000)) < 1e-6 for v in all_ticks):
         return f"{value / 1000:.0f}k"
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+STANDALONE = """
+svg { font: 11px system-ui, sans-serif; background: #fff }
+.axes line { stroke: #ddd } text { fill: #444 } .end { text-anchor: end }
+.middle { text-anchor: middle } polyline { fill: none; stroke-width: 1.6 }
+.line1 { stroke: #0b62d6; fill: #0b62d6 } .line2 { stroke: #c2410c; fill: #c2410c }
+.line3 { stroke: #4d7c0f; fill: #4d7c0f } polyline { fill: none !important }
+.dashed { stroke-dasharray: 5 3 } .faint { opacity: 0.55 }
+"""
+"""Style of a picture that stands outside the report's page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Hold one set of places.
+
+    Attributes:
+        label: its name in the caption; empty names nothing.
+        points: (x, y). bounds: (low, high) of each y, None where unknown.
+        style: ``line``, ``dashed`` or ``points``. colour: 1, 2 or 3.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    bounds: Sequence[tuple[float | None, float | None]] = ()
+    style: str = "line"
+    colour: int = 1
+
+
+def plot(
+    title: str, series: Sequence[Series], *, x_label: str, y_label: str, note: str = ""
+) -> Markup:
+    """Draw one panel with its caption."""
+    known = [s for s in series if s.points]
+    if not known:
+        return tag("figure", tag("figcaption", tag("b", title), tag("small", " no number")))
+    keys = [tag("span", tag("i", class_=f"key line{s.colour}"), s.label) for s in known if s.label]
+    caption = tag("figcaption", tag("b", title), *keys, tag("small", note) if note else None)
+    return tag("figure", caption, picture(title, known, x_label=x_label, y_label=y_label))
+
+
+def picture(
+    title: str, series: Sequence[Series], *, x_label: str, y_label: str, style: str | None = None
+) -> Markup:
+    """Give the svg element alone; ``style`` makes it a file of its own."""
+    xs = [x for s in series for x, _ in s.points]
+    ys = [y for s in series for _, y in s.points]
+    ys += [b for s in series for pair in s.bounds for b in pair if b is not None]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    axes = draw_axes(x_ticks, y_ticks, frame, (x_label, y_label))
+    marks = [mark for s in series for mark in _marks(s, frame)]
+    return tag(
+        "svg",
+        tag("style", Markup(style)) if style else None,
+        axes,
+        *marks,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=title,
+        xmlns="http://www.w3.org/2000/svg" if style else None,
+    )
+
+
+def _marks(series: Series, frame: tuple[float, float, float, float]) -> list[Markup]:
+    name = f"line{series.colour}"
+    places = [place(x, y, frame) for x, y in series.points]
+    marks: list[Markup] = []
+    for (x, _), (low, high) in zip(series.points, series.bounds, strict=False):
+        if low is not None and high is not None:
+            (px, bottom), (_, top) = place(x, low, frame), place(x, high, frame)
+            marks.append(
+                tag(
+                    "line",
+                    x1=f"{px:.1f}",
+                    x2=f"{px:.1f}",
+                    y1=f"{bottom:.1f}",
+                    y2=f"{top:.1f}",
+                    class_=f"{name} faint",
+                )
+            )
+    if series.style != "points" and len(places) > 1:
+        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dashed = f"{name} dashed" if series.style == "dashed" else name
+        marks.append(tag("polyline", points=where, class_=dashed))
+    if series.style != "dashed":
+        marks += [
+            tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="2.2", class_=name) for x, y in places
+        ]
+    return marks

@@ -19,10 +19,16 @@ def microscope(run: RunRecord) -> Markup | None:
     if not found:
         return None
     legend = tag(
-        "p", "A few rows of each training stage, one shade a token: ", tag("i", "masked"),
-        " tokens are read, ", tag("b", "trained"), " ones enter the loss, and an answer ends in a ",
-        tag("u", "stop\u2020"), ".", class_="tokens",
-    )  # fmt: skip
+        "p",
+        "A few rows of each training stage, one shade a token: ",
+        tag("i", "masked"),
+        " tokens are read, ",
+        tag("b", "trained"),
+        " ones enter the loss, and an answer ends in a ",
+        tag("u", "stop\u2020"),
+        ".",
+        class_="tokens",
+    )
     blocks = [
         tag("details", tag("summary", name), *map(_view, rows), open=None if i else "open")
         for i, (name, rows) in enumerate(found.items())
@@ -41,9 +47,10 @@ def _view(view: Mapping[str, Any]) -> Markup:
     counts: Mapping[str, int] = view["counts"]
     told = ", ".join(f"{counts[state]} {state}" for state in ("masked", "trained", "stop"))
     caption = tag(
-        "figcaption", tag("b", f"{view['source']} {view['side']}"),
+        "figcaption",
+        tag("b", f"{view['source']} {view['side']}"),
         tag("span", f"{sum(counts.values())} tokens: {told}"),
-    )  # fmt: skip
+    )
     shown = [tag(ELEMENTS[state], _text(text, state)) for text, state in view["tokens"]]
     return tag("figure", caption, tag("pre", *shown), class_="tokens")
 

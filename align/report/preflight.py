@@ -28,10 +28,16 @@ def _read(path: Path) -> Card | None:
 
 def _card(card: Card) -> Markup:
     rows: list[list[object]] = [
-        [line.name, tag("span", line.verdict, class_=CLASSES.get(line.verdict)), line.value,
-         line.bound, line.remedy if line.verdict != "ok" else "", f"{line.seconds:.2f} s"]
+        [
+            line.name,
+            tag("span", line.verdict, class_=CLASSES.get(line.verdict)),
+            line.value,
+            line.bound,
+            line.remedy if line.verdict != "ok" else "",
+            f"{line.seconds:.2f} s",
+        ]
         for line in card.lines
-    ]  # fmt: skip
+    ]
     calm = all(line.verdict == "ok" for line in card.lines)
     heads: list[object] = ["check", "verdict", "measured", "bound", "what to do", "took"]
     return tag(

@@ -11,9 +11,16 @@ from align.report.read import Row, RunRecord, StageRecord
 
 FIXED = frozenset({"step", "time_s", "total_steps"})
 FRONT = (
-    "loss", "accuracy", "reward/mean", "kl/reference_per_answer", "kl/reference", "length/mean",
-    "policy/clip_frac", "value/explained_variance", "optim/grad_norm",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    "reward/mean",
+    "kl/reference_per_answer",
+    "kl/reference",
+    "length/mean",
+    "policy/clip_frac",
+    "value/explained_variance",
+    "optim/grad_norm",
+)
 NUM_FRONT = 6
 
 
@@ -58,13 +65,18 @@ def comparison(run: RunRecord) -> Markup | None:
         cells = [_cell(block, n, better=_differs(run.summary, model, baseline, n)) for n in names]
         rows.append([label, *cells])
     parts = [
-        tag("p", "Value with its 95 % interval below. ", tag("b", "Bold"), " where the interval of "
+        tag(
+            "p",
+            "Value with its 95 % interval below. ",
+            tag("b", "Bold"),
+            " where the interval of "
             "the paired difference to the baseline excludes 0 (for a win rate: where its interval "
-            "excludes 0.5); it says that there is a difference, not that it is a good one."),
+            "excludes 0.5); it says that there is a difference, not that it is a good one.",
+        ),
         table(["model", *(_title(n) for n in names)], rows, class_="numbers"),
         _difference_table(run.summary),
         _reward_models(run.summary),
-    ]  # fmt: skip
+    ]
     return tag("section", tag("h2", "Comparison on held-out prompts"), *parts)
 
 
@@ -231,12 +243,20 @@ def cost(run: RunRecord) -> Markup:
         steps = stage.metrics[-1].get("step") if stage.metrics else None
         ranks = stage.manifest.get("ranks", run.recipe.stages[stage.name].ranks)
         seconds = duration(stage.seconds if stage.seconds is not None else told.get("seconds"))
-        rows.append([stage.name, stage.kind, ranks, number(steps), seconds, number(peak),
-                     number(speed)])  # fmt: skip
+        rows.append(
+            [stage.name, stage.kind, ranks, number(steps), seconds, number(peak), number(speed)]
+        )
     total = run.summary.get("seconds") or sum(s.seconds or 0.0 for s in run.stages)
     rows.append(["all", "", "", "", duration(total), "", ""])
-    heads: list[object] = ["stage", "kind", "ranks", "steps", "wall time",
-                           "peak memory, all ranks (GiB)", "tokens/s"]  # fmt: skip
+    heads: list[object] = [
+        "stage",
+        "kind",
+        "ranks",
+        "steps",
+        "wall time",
+        "peak memory, all ranks (GiB)",
+        "tokens/s",
+    ]
     return tag("section", tag("h2", "Cost"), table(heads, rows, class_="numbers"))
 
 
@@ -266,15 +286,24 @@ def reproduce(run: RunRecord) -> Markup:
     return tag(
         "section",
         tag("h2", "How to reproduce"),
-        tag("p", f"Save the recipe below as {run.recipe.name}.yaml and run the command; on CPU the "
-            "same seed and versions give the same weights, byte for byte."),
+        tag(
+            "p",
+            f"Save the recipe below as {run.recipe.name}.yaml and run the command; on CPU the "
+            "same seed and versions give the same weights, byte for byte.",
+        ),
         table(["", ""], facts, class_="facts"),
         _data_table(data) if data else None,
-        tag("details", tag("summary", "Recipe (keys that differ from their defaults)"),
-            tag("pre", text)),
-        tag("details", tag("summary", "summary.json"),
-            tag("pre", json.dumps(run.summary, indent=1, ensure_ascii=False))),
-    )  # fmt: skip
+        tag(
+            "details",
+            tag("summary", "Recipe (keys that differ from their defaults)"),
+            tag("pre", text),
+        ),
+        tag(
+            "details",
+            tag("summary", "summary.json"),
+            tag("pre", json.dumps(run.summary, indent=1, ensure_ascii=False)),
+        ),
+    )
 
 
 def _data_table(data: Mapping[str, list[object]]) -> Markup:

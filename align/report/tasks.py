@@ -20,13 +20,19 @@ def tasks(run: RunRecord) -> Markup | None:
     return tag(
         "section",
         tag("h2", "Tasks and verdicts"),
-        tag("p", "Value with its 95 % interval, and whether the paired difference to the baseline "
-            "is shown: ", tag("span", "better", class_="ok"), " or ",
-            tag("span", "worse", class_="bad"), " where its interval leaves 0 out (1/2 for a win "
+        tag(
+            "p",
+            "Value with its 95 % interval, and whether the paired difference to the baseline "
+            "is shown: ",
+            tag("span", "better", class_="ok"),
+            " or ",
+            tag("span", "worse", class_="bad"),
+            " where its interval leaves 0 out (1/2 for a win "
             "rate), else not shown. Of twenty comparisons without any difference, one is shown by "
-            "chance."),
+            "chance.",
+        ),
         *(_task(name, block) for name, block in blocks.items()),
-    )  # fmt: skip
+    )
 
 
 def _task(name: str, block: Block) -> Markup:
@@ -72,14 +78,22 @@ def _needed(block: Block) -> Markup | None:
         if "detectable" in row[metric]
     }
     rows: list[list[object]] = [
-        [model, triple(told["difference"]), number(told["detectable"]),
-         number(told.get("needed")) if told.get("verdict") == "not shown" else "-"]
+        [
+            model,
+            triple(told["difference"]),
+            number(told["detectable"]),
+            number(told.get("needed")) if told.get("verdict") == "not shown" else "-",
+        ]
         for model, told in found.items()
-    ]  # fmt: skip
+    ]
     if not rows:
         return None
-    heads = [f"{_title(metric)} against {block['baseline']}", "difference",
-             "smallest one shown in 4 of 5", "prompts to show this one in 4 of 5"]  # fmt: skip
+    heads = [
+        f"{_title(metric)} against {block['baseline']}",
+        "difference",
+        "smallest one shown in 4 of 5",
+        "prompts to show this one in 4 of 5",
+    ]
     return tag("details", tag("summary", "Prompts needed"), table(heads, rows, class_="numbers"))
 
 
@@ -118,7 +132,10 @@ def _judge(judge: Block | None) -> Markup | None:
         ["prefers the first answer", triple(judge["first_share"])],
         ["same verdict in both orders", triple(judge["consistent"])],
         ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
-        ["cost", f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
-                 f"${judge['dollars']:.4f}, {judge['seconds']:.1f} s"],
-    ]  # fmt: skip
+        [
+            "cost",
+            f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
+            f"${judge['dollars']:.4f}, {judge['seconds']:.1f} s",
+        ],
+    ]
     return tag("details", tag("summary", "The judge"), table(["", ""], rows, class_="facts"))

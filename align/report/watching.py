@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from align.core.log import EVALUATIONS_FILE
-from align.report.charts import line_chart
+from align.report.charts import Series, line_chart, plot
 from align.report.markup import Markup, number, table, tag
-from align.report.plot import Series, plot
 from align.report.read import Row, RunRecord, StageRecord, read_lines
 
 NUM_CURVE = 60

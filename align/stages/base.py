@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core import distributed, signals
+from align.core import distributed
+from align.core import distributed as signals
 from align.core.artefacts import (
     MANIFEST,
     Artefact,
@@ -26,10 +27,13 @@ from align.core.artefacts import (
 )
 from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
 from align.core.log import MetricsLog, setup_logging
-from align.data.chat import ChatFormat
+from align.data.render.chat import ChatFormat
+from align.data.render.encoder_pairs import PairedFormat
+from align.models.loading import load_tokenizer
 from align.recipe.load import load_recipe
 from align.recipe.schema import PRODUCES, DataSpec, Recipe, Spec
 from align.tuning.files import refuse_unmerged
+from reward_models.scalar import reads_first
 
 log = logging.getLogger(__name__)
 BEGUN = "begun.json"
@@ -271,10 +275,30 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
     return spec.model_copy(update={k: with_data_of_stages(v, context) for k, v in found.items()})
 
 
-MODULES = {"base": "base_model", "ppo": "online", "grpo": "online"}
+MODULES = {
+    "base": "base_model",
+    "ppo": "online",
+    "grpo": "online",
+    "reward": "reward.stage",
+    "evaluate": "evaluate.stage",
+    "trl": "trl.stage",
+    "self_instruct": "data.self_instruct",
+    "curate": "data.curate",
+    "weak_label": "data.weak_label",
+}
 """Stage kinds whose module in align.stages has another name."""
 
 
 def stage_runner(kind: str) -> Any:
     """Give the function ``run(spec, context)`` of a stage kind."""
     return import_module(f"align.stages.{MODULES.get(kind, kind)}").run
+
+
+RowFormat = ChatFormat | PairedFormat
+
+
+def scorer_format(artefact: Artefact) -> RowFormat:
+    """Give the renderer of a scorer, or of the policy or encoder that one begins from."""
+    if artefact.manifest["kind"] == "encoder" or reads_first(artefact.model_dir):
+        return PairedFormat(load_tokenizer(artefact.model_dir))
+    return chat_format(artefact.model_dir)

@@ -22,16 +22,16 @@ from transformers import (
 from align.core import distributed
 from align.core.errors import ArtefactError
 from align.core.types import Example
-from align.data.chat import ChatFormat, apply_tokenizer_spec
 from align.data.load import fit_rows, load_examples
+from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.models.attention import PACKED
 from align.models.loading import add_embeddings, bringing_in
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import StageContext, StageResult
+from align.stages.offline import fingerprints
 from align.stages.preflight import base_checks, corpus_checks, settle
 from align.stages.sft import collate, length_of, sft_loss
-from align.stages.training import fingerprints
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, train_offline
 

@@ -19,24 +19,24 @@ from align.evaluation.classes import class_scores
 from align.losses.supervised import class_loss
 from align.models.classifier import ClassLogits, classifier_from, save_classifier
 from align.models.loading import load_tokenizer, set_dropout
-from align.online.weights import full_weights
 from align.preflight.classes import class_checks
 from align.recipe.schema import ClassifyStage
 from align.stages.base import StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
-from align.stages.preflight import settle
-from align.stages.saved import saved_loss
-from align.stages.training import (
+from align.stages.offline import (
     fingerprints,
     offline_rows,
     refuse_random,
     run_offline,
+    saved_loss,
     start_of_head,
     tuned_below_head,
     whole_state,
 )
+from align.stages.preflight import settle
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
+from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.loading import load_classifier, quantization
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from align.core.errors import AlignError
 from align.core.types import Example
-from align.data.contamination import MIN_WORDS, Contamination, find_contamination
 from align.data.load import load_examples
+from align.data.text.contamination import MIN_WORDS, Contamination, find_contamination
 from align.preflight.checks import Finding
 from align.recipe.schema import EvaluateStage
 from align.stages.base import StageContext

@@ -1,6 +1,6 @@
 """Stage dpo: direct preference optimisation with reference log-probabilities computed once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.errors import DataError
-from align.core.types import PairRow, TokenRow
+from align.core.types import PairRow
 from align.data.batching import plan_micro_batches
 from align.losses.preference import (
     PreferenceLoss,
@@ -22,9 +22,9 @@ from align.losses.preference import (
 from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.offline import build_policy, offline_rows, start_of, train_policy
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, start_of, train_policy
-from align.training.batch import PackedBatch, pack
+from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
 
@@ -66,9 +66,15 @@ def run(spec: DpoStage, context: StageContext) -> StageResult:
         partial(preference_loss, spec),
     )
     preflight_offline(
-        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        spec,
+        context,
+        chat=chat,
+        source=source,
+        module=module,
+        model=module.model,
+        task=task,
         examples=render.examples,
-    )  # fmt: skip
+    )
     return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
@@ -84,15 +90,6 @@ def refuse_ties(pairs: Sequence[PairRow]) -> None:
             f"{ties[0]}: tie: true, and {len(ties)} pairs in all; dpo needs a winner in each: "
             "leave them out, or train a reward stage with tie_margin on them"
         )
-
-
-def pair_length(pair: PairRow) -> int:
-    """Give the tokens of a pair: its prompt, which is computed once, and both answers.
-
-    A pair that shares no prompt counts as the two rows of a padded batch that it fills.
-    """
-    lengths = len(pair.chosen.input_ids), len(pair.rejected.input_ids)
-    return sum(lengths) - pair.num_prompt_tokens if pair.shared else 2 * max(lengths)
 
 
 @torch.no_grad()
@@ -118,32 +115,6 @@ def reference_pairs(
     return [ReferencePair(pair, *found[i]) for i, pair in enumerate(pairs)]
 
 
-def pack_pairs(
-    pairs: Sequence[PairRow],
-    *,
-    counts: Mapping[str, float] | None = None,
-    per_sequence: Mapping[str, Sequence[float]] | None = None,
-) -> PackedBatch:
-    """Pack pairs, each prompt once: sequences 2k and 2k + 1 are chosen and rejected of pair k."""
-    shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens * pair.shared)]
-    return pack(both(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
-
-
-def both(pairs: Sequence[PairRow]) -> list[TokenRow]:
-    """Lay chosen and rejected side by side: rows 2k and 2k + 1 are pair k.
-
-    What a template writes after the stop token (a line break, say) is left out: sampled answers end
-    with the stop token, and a scorer must see the ending that it was trained on.
-    """
-    return [to_stop(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
-
-
-def to_stop(row: TokenRow) -> TokenRow:
-    """Cut a row after its last trained token."""
-    end = max(t for t, trained in enumerate(row.trained) if trained) + 1
-    return TokenRow(row.input_ids[:end], row.trained[:end], row.source)
-
-
 def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:
     """Pack pairs; the global count is the pairs of the whole batch."""
     return pack_pairs(
@@ -154,13 +125,6 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
             **label_probs([row.pair for row in rows]),
         },
     )
-
-
-def label_probs(pairs: Sequence[PairRow]) -> dict[str, list[float]]:
-    """Give the probability of each pair's label, twice, where one of them is not certain."""
-    if all(pair.label_prob == 1.0 for pair in pairs):
-        return {}
-    return {"label_prob": [pair.label_prob for pair in pairs for _ in range(2)]}
 
 
 def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:

@@ -41,9 +41,11 @@ def fits(model: Any, tokenizer: Any) -> Finding:
     embeddings = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     return Finding(
-        f"largest token {largest:,} of {embeddings:,}", "smaller",
-        "ok" if largest < embeddings else "fail", "the tokenizer is another model's",
-    )  # fmt: skip
+        f"largest token {largest:,} of {embeddings:,}",
+        "smaller",
+        "ok" if largest < embeddings else "fail",
+        "the tokenizer is another model's",
+    )
 
 
 def _saved_class(path: str) -> Any:

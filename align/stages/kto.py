@@ -17,15 +17,14 @@ from align.core import distributed
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
 from align.data.batching import plan_micro_batches
-from align.data.chat import ChatFormat
+from align.data.render.chat import ChatFormat
 from align.losses.preference import kto_loss
 from align.preflight.checks import Seen
 from align.recipe.schema import KtoStage
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.dpo import to_stop
+from align.stages.offline import build_policy, offline_rows, start_of, train_policy
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, start_of, train_policy
-from align.training.batch import PackedBatch, pack
+from align.training.batch import PackedBatch, pack, to_stop
 from align.training.learner import infer
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
@@ -67,9 +66,15 @@ def run(spec: KtoStage, context: StageContext) -> StageResult:
         measure=partial(mismatched_kl, spec),
     )
     preflight_offline(
-        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        spec,
+        context,
+        chat=chat,
+        source=source,
+        module=module,
+        model=module.model,
+        task=task,
         examples=render.examples,
-    )  # fmt: skip
+    )
     return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 

@@ -19,20 +19,20 @@ from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pai
 from align.evaluation.stats import paired_bootstrap
 from align.models.loading import load_policy, load_tokenizer, saved_weights
 from align.models.logprobs import LogprobModel
-from align.online.engine import RolloutEngine
-from align.online.rollout import answer_fixed
 from align.online.scoring import score_answers
-from align.online.weights import check_push
 from align.preflight.checks import Check, Finding
 from align.preflight.rewards import reward_checks
 from align.preflight.tokens import prompt_checks
 from align.recipe.schema import DataSpec, MergeStage
-from align.recipe.tuning_schema import UNMERGED
-from align.stages.answering import same_tokens
+from align.recipe.schema.tuning import UNMERGED
+from align.sampling.engine import RolloutEngine
+from align.sampling.push import check_push
+from align.sampling.rollout import answer_fixed
 from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.online import build_rewards, prompt_rows, start_engine
+from align.stages.evaluate.answers import same_tokens
+from align.stages.offline import fingerprints
 from align.stages.preflight import settle
-from align.stages.training import fingerprints
+from align.stages.rollouts import build_rewards, prompt_rows, start_engine
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
 from align.tuning.kit import check_kit, write_by_kit
 from reward_models.base import RewardFunction

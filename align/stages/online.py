@@ -6,47 +6,104 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from align.core import distributed
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtefactError, DataError
 from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
-from align.data.chat import ChatFormat
-from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.load import check_overlap, load_examples
+from align.data.render.chat import ChatFormat
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
+from align.online import guard
 from align.online.algorithms import ALGORITHMS
-from align.online.engine import RolloutEngine, build_engine
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
-from align.online.weights import check_push, pushed_weights
 from align.recipe.schema import (
-    EvaluateStage,
-    MergeStage,
     OnlineStage,
     PpoStage,
-    SelfInstructStage,
+    WatchSpec,
 )
-from align.recipe.tuning_schema import UNMERGED
+from align.recipe.schema.tuning import UNMERGED
+from align.sampling.push import pushed_weights
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
 from align.stages.contaminated import note_contamination
-from align.stages.keeping import build_anchor, replayed
+from align.stages.offline import (
+    build_anchor,
+    build_policy,
+    fingerprints,
+    replayed,
+    save_trained_policy,
+    start_of,
+)
 from align.stages.preflight import preflight_online
-from align.stages.training import build_policy, fingerprints, save_trained_policy, start_of
-from align.stages.watching import build_watch, finish_watch
+from align.stages.rollouts import Push, build_rewards, fitted, start_engine
 from align.training.learner import Learner
 from align.tuning.files import refuse_unmerged
-from align.tuning.loading import load_tuned_policy, made_whole
+from align.tuning.loading import load_tuned_policy
 from align.tuning.reference import off_is_start
-from reward_models import build_reward
 from reward_models.base import RewardFunction
-from reward_models.judge import JudgeError
-from reward_models.remote import RemoteRewardError
+
+
+def build_watch(
+    run: OnlineRun,
+    spec: WatchSpec,
+    *,
+    prompts: Sequence[PromptRow],
+    gold: Sequence[RewardFunction],
+    reference: nn.Module,
+    best: BestWeights,
+    metrics: MetricsLog,
+) -> Watch:
+    """Put together what evaluates an online run while it trains.
+
+    Raises:
+        DataError: there are fewer held-out prompts than ranks.
+    """
+    if len(prompts) < max(2, distributed.world_size()):
+        raise DataError(
+            f"watch.prompts: {len(prompts)} rows for {distributed.world_size()} ranks; expected at "
+            "least one for each rank, and two for an interval"
+        )
+    return Watch(
+        stage=run.spec,
+        spec=spec,
+        seed=run.seed,
+        prompts=prompts,
+        rewards=run.rewards,
+        gold=gold,
+        engine=run.engine,
+        stop_token_ids=run.stop_token_ids,
+        push=run.push,
+        policy=run.policy,
+        reference=reference,
+        save=best.save,
+        prune=best.prune,
+        metrics=metrics,
+    )
+
+
+def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
+    """Keep the weights that were asked for; give the manifest's notes on it.
+
+    Where the guard ended the stage these are the best ones, whatever ``keep`` says.
+    """
+    top, alarm = guard.best_step(watch.history), watch.stopped_by
+    best.prune({top})
+    restored = watch.spec.keep == "best" or alarm is not None
+    if restored:
+        best.restore(top)
+    found: dict[str, Any] = {"best_step": top, "last_step": watch.history[-1].step}
+    if restored:
+        found["restored_step"] = top
+    if alarm is not None:
+        found |= {"stopped_by": "guard", "alarm": alarm.name, "reason": alarm.reason}
+    return {"watch": found}
+
 
 log = logging.getLogger(__name__)
 NEW_AT_START = (*UNMERGED, "qlora")
@@ -58,7 +115,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     source = start_of(spec, context)
     chat = chat_format(source.model_dir)
     asked, held_out = asked_and_watched(spec, context)
-    prompts = _fitted(asked, spec, chat, context, what="prompts")
+    prompts = fitted(asked, spec, chat, context, what="prompts")
     engine = start_engine(spec, source.model_dir, chat, context)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.tuning.method in NEW_AT_START:
@@ -67,15 +124,26 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context, chat.tokenizer)
     preflight_online(
-        spec, context, chat=chat, source=source, prompts=prompts, engine=engine, module=module,
-        reference=reference, rewards=rewards,
-    )  # fmt: skip
+        spec,
+        context,
+        chat=chat,
+        source=source,
+        prompts=prompts,
+        engine=engine,
+        module=module,
+        reference=reference,
+        rewards=rewards,
+    )
     updates = spec.steps * spec.minibatches * spec.update_epochs
     policy = Learner(
-        module, optim=spec.optim, zero=spec.zero, dtype=spec.dtype, total_steps=updates,
+        module,
+        optim=spec.optim,
+        zero=spec.zero,
+        dtype=spec.dtype,
+        total_steps=updates,
         layers=spec.layers,
         anchor=build_anchor(spec, module, chat, context),
-    )  # fmt: skip
+    )
     online = OnlineRun(
         spec=spec,
         seed=context.seed,
@@ -125,39 +193,12 @@ def begin_watch(
     return build_watch(
         online,
         spec.watch,
-        prompts=_fitted(held_out, spec, chat, context, what="watched prompts"),
+        prompts=fitted(held_out, spec, chat, context, what="watched prompts"),
         gold=build_rewards(spec.watch.gold, context, chat.tokenizer),
         reference=reference,
         best=best,
         metrics=metrics,
     )
-
-
-def start_engine(
-    spec: OnlineStage | EvaluateStage | MergeStage | SelfInstructStage,
-    model_dir: Path,
-    chat: ChatFormat,
-    context: StageContext,
-) -> RolloutEngine:
-    """Start the sampler that the recipe asks for, with the weights in ``model_dir``."""
-    return build_engine(
-        spec.sampling.engine,
-        model_dir,
-        dtype=spec.dtype,
-        max_model_len=spec.max_length,
-        seed=context.seed,
-        memory_frac=spec.sampling.memory_frac,
-        cache_gib=spec.sampling.cache_gib,
-        stop_token_ids=chat.stop_token_ids,
-        tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
-        push=spec.sampling.push if isinstance(spec, OnlineStage) else "merged",
-    )
-
-
-def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
-    """Render the prompts; those too long to be answered in full are lost, counted and bounded."""
-    examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
-    return _fitted(examples, spec, chat, context, what="prompts")
 
 
 def asked_and_watched(
@@ -172,84 +213,6 @@ def asked_and_watched(
         max_frac = spec.watch.max_contaminated_frac
     note_contamination(context, asked, watched, max_frac=max_frac)
     return asked, watched
-
-
-def _fitted(
-    examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
-) -> list[PromptRow]:
-    rows = [chat.prompt_row(e) for e in examples]
-    kept, _ = fit_rows(
-        rows,
-        max_length=spec.max_length - spec.sampling.max_new_tokens,
-        max_lost_frac=spec.max_lost_frac,
-        what=f"{context.name}: {what}",
-        ledger=context.ledger,
-    )
-    return kept
-
-
-class Push:
-    """Bring the policy's weights into the engine and make sure that it answers with them."""
-
-    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: Any) -> None:
-        self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
-
-    def __call__(self, version: int) -> None:
-        """Push under ``version``; the engine starts with version 0, the policy of the start."""
-        if version != self.engine.version:
-            policy, alone = self.policy.module.model, self.engine.takes_adapter
-            pushed = pushed_weights(policy, adapter_alone=alone)
-            self.engine.load_weights(pushed, version=version)
-        ids = torch.tensor([self.probe], device=distributed.device())
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]
-        check_push(self.engine, self.probe, found[0, 1:].tolist(), dtype=self.dtype)
-
-
-def build_rewards(
-    specs: list[Any], context: StageContext, tokenizer: Any = None
-) -> list[RewardFunction]:
-    """Build rewards with stage names resolved to the folders of their reward models.
-
-    Args:
-        specs: as the recipe has them. context: the stage's surroundings.
-        tokenizer: of the policy whose answers are scored; None where no token ids are given.
-
-    Raises:
-        TrainingError: a reward server or a judge cannot be used.
-        ArtefactError: a process reward has another vocabulary than the policy.
-    """
-    plain = [_resolved(s.model_dump(), context) for s in specs]
-    try:
-        rewards = [build_reward(p) for p in plain]
-    except (RemoteRewardError, JudgeError) as error:
-        raise TrainingError(str(error)) from error
-    for reward, p in zip(rewards, plain, strict=True):
-        _complete(reward, p, tokenizer)
-    return rewards
-
-
-def _complete(reward: Any, plain: dict[str, Any], tokenizer: Any) -> None:
-    """Make the scorers whole whose adapters are not merged; tell them whose ids they will get."""
-    if plain["kind"] in ("scalar", "process"):
-        made_whole(reward.model, plain["model"])
-        try:
-            if tokenizer is not None:
-                reward.meet(tokenizer)
-        except ValueError as error:
-            raise ArtefactError(str(error)) from error
-    if plain["kind"] == "ensemble":
-        for member, inner in zip(reward.members, plain["members"], strict=True):
-            _complete(member, inner, tokenizer)
-
-
-def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
-    if plain["kind"] in ("scalar", "process"):
-        found = context.artefact(plain["model"], "reward_model", with_adapter=True)
-        plain["model"] = str(found.model_dir)
-    if plain["kind"] == "ensemble":
-        plain["members"] = [_resolved(m, context) for m in plain["members"]]
-    return plain
 
 
 def build_reference(

@@ -12,21 +12,21 @@ from align.core.artefacts import Artefact, write_json_atomic
 from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
 from align.core.errors import AlignError, PreflightError
 from align.core.types import Example, PromptRow, TokenRow
-from align.data.chat import ChatFormat
 from align.data.load import load_examples
-from align.data.microscope import View, plain, view_of
-from align.data.paired import PairedFormat
+from align.data.render.chat import ChatFormat
+from align.data.render.encoder_pairs import PairedFormat
+from align.data.token_view import View, plain, view_of
 from align.models.logprobs import LogprobModel
-from align.online.engine import RolloutEngine
 from align.preflight.checks import Check, Finding, examine, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
-from align.recipe.evaluate_schema import OWN_TASK
 from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage, OnlineStage
+from align.recipe.schema.evaluate import OWN_TASK
+from align.sampling.engine import RolloutEngine
 from align.stages.base import StageContext, chat_format
-from align.stages.measuring import TaskRewards
+from align.stages.evaluate.measure import TaskRewards
 from align.training.offline import OfflineTask
 from reward_models.base import RewardFunction
 
@@ -129,8 +129,10 @@ def corpus_checks(spec: BaseStage, context: StageContext) -> list[Check]:
         empty = sum(not text.strip() for text in texts)
         return Finding(
             f"{len(texts):,} texts, {sum(map(len, texts)):,} characters, {empty} empty",
-            "none empty", "fail" if empty else "ok", "remove the empty rows",
-        )  # fmt: skip
+            "none empty",
+            "fail" if empty else "ok",
+            "remove the empty rows",
+        )
 
     return [("corpus", corpus)]
 
@@ -183,9 +185,14 @@ def preflight_online(
     The sampler is closed where the stage ends here.
     """
     probe = Probe(
-        spec, engine=engine, module=module, reference=reference, prompts=prompts,
-        stop_token_ids=chat.stop_token_ids, seed=context.seed,
-    )  # fmt: skip
+        spec,
+        engine=engine,
+        module=module,
+        reference=reference,
+        prompts=prompts,
+        stop_token_ids=chat.stop_token_ids,
+        seed=context.seed,
+    )
     checks = [
         *prompt_checks(chat, prompts, model_dir=source.model_dir),
         *start_checks(spec, module.model, source),

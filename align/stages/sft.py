@@ -10,8 +10,8 @@ from align.losses.supervised import nll
 from align.preflight.checks import Seen
 from align.recipe.schema import SftStage
 from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.offline import build_policy, offline_rows, start_of, train_policy
 from align.stages.preflight import preflight_offline
-from align.stages.training import build_policy, offline_rows, start_of, train_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 
@@ -26,9 +26,15 @@ def run(spec: SftStage, context: StageContext) -> StageResult:
     loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
     task = OfflineTask(rows, watched, length_of, collate, loss_fn)
     preflight_offline(
-        spec, context, chat=chat, source=source, module=module, model=module.model, task=task,
+        spec,
+        context,
+        chat=chat,
+        source=source,
+        module=module,
+        model=module.model,
+        task=task,
         examples=render.examples,
-    )  # fmt: skip
+    )
     return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.core import distributed
-from align.core.types import TokenRow
+from align.core.types import PairRow, TokenRow
 
 T = TypeVar("T")
 
@@ -89,3 +89,45 @@ def pack(
 
 def _joined(rows: Sequence[Sequence[T]], skip: Sequence[int]) -> list[T]:
     return [x for row, n in zip(rows, skip, strict=True) for x in row[n:]]
+
+
+def pair_length(pair: PairRow) -> int:
+    """Give the tokens of a pair: its prompt, which is computed once, and both answers.
+
+    A pair that shares no prompt counts as the two rows of a padded batch that it fills.
+    """
+    lengths = len(pair.chosen.input_ids), len(pair.rejected.input_ids)
+    return sum(lengths) - pair.num_prompt_tokens if pair.shared else 2 * max(lengths)
+
+
+def pack_pairs(
+    pairs: Sequence[PairRow],
+    *,
+    counts: Mapping[str, float] | None = None,
+    per_sequence: Mapping[str, Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Pack pairs, each prompt once: sequences 2k and 2k + 1 are chosen and rejected of pair k."""
+    shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens * pair.shared)]
+    return pack(both(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
+
+
+def both(pairs: Sequence[PairRow]) -> list[TokenRow]:
+    """Lay chosen and rejected side by side: rows 2k and 2k + 1 are pair k.
+
+    What a template writes after the stop token (a line break, say) is left out: sampled answers end
+    with the stop token, and a scorer must see the ending that it was trained on.
+    """
+    return [to_stop(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
+
+
+def to_stop(row: TokenRow) -> TokenRow:
+    """Cut a row after its last trained token."""
+    end = max(t for t, trained in enumerate(row.trained) if trained) + 1
+    return TokenRow(row.input_ids[:end], row.trained[:end], row.source)
+
+
+def label_probs(pairs: Sequence[PairRow]) -> dict[str, list[float]]:
+    """Give the probability of each pair's label, twice, where one of them is not certain."""
+    if all(pair.label_prob == 1.0 for pair in pairs):
+        return {}
+    return {"label_prob": [pair.label_prob for pair in pairs for _ in range(2)]}

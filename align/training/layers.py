@@ -90,9 +90,10 @@ def plan_layers(spec: LayersSpec, names: Sequence[str], *, total_steps: int) -> 
         assert spec.unfreeze is not None
         log.warning(
             "layers.unfreeze: %d steps with a thaw every %d leave %s frozen to the end",
-            total_steps, spec.unfreeze.every_steps,
+            total_steps,
+            spec.unfreeze.every_steps,
             ", ".join("the embeddings" if d < 0 else f"layer {d}" for d in unmeant),
-        )  # fmt: skip
+        )
     return plan
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.distributed import stop_requested
 from align.core.errors import Preempted
 from align.core.log import MetricsLog
-from align.core.signals import stop_requested
 from align.data.augment import AugmentedRows
 from align.data.batching import plan_micro_batches
 from align.data.sampler import batch_places

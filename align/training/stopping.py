@@ -47,8 +47,11 @@ class EarlyStopping:
         if self.stopped:
             log.info(
                 "%s has not got better for %d evaluations (best %.4g at step %d): the stage ends",
-                self.spec.metric, self.spec.patience, self._value(self._best), self.best_step,
-            )  # fmt: skip
+                self.spec.metric,
+                self.spec.patience,
+                self._value(self._best),
+                self.best_step,
+            )
 
     @property
     def best_step(self) -> int:

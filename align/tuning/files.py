@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from align.core.errors import ArtefactError
 
 UNMERGED_TYPES = {
-    "BOTTLENECK": "bottleneck", "LOREFT": "loreft", "PREFIX_TUNING": "prefix",
-    "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning",
-}  # fmt: skip
+    "BOTTLENECK": "bottleneck",
+    "LOREFT": "loreft",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "ptuning",
+}
 """peft's names of the adapters that stay beside the model, and ours."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

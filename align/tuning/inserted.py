@@ -59,9 +59,15 @@ class InsertedModel(BaseTuner):
         raise NotImplementedError
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str,
-        parent: nn.Module, current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         layer = target if isinstance(target, InsertedLayer) else InsertedLayer(target)
         parameter = next(layer.get_base_layer().parameters())
         net = self.build(peft_config, _width(layer.get_base_layer(), self.model))

@@ -9,8 +9,8 @@ from torch import nn
 
 from align.core.errors import ArtefactError, TrainingError
 from align.models.loading import load_policy, set_dropout
-from align.recipe.adapters import CONTINUED, start_problem
-from align.recipe.tuning_schema import QloraTuning, TuningSpec
+from align.recipe.rules import CONTINUED, start_problem
+from align.recipe.schema.tuning import QloraTuning, TuningSpec
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel

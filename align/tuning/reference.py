@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from align.recipe.tuning_schema import TuningSpec
+from align.recipe.schema.tuning import TuningSpec
 from align.tuning.files import unmerged_adapter
 
 

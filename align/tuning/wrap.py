@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from align.core.errors import RecipeError
-from align.recipe.tuning_schema import (
+from align.recipe.schema.tuning import (
     BottleneckTuning,
     FullTuning,
     HeadTuning,

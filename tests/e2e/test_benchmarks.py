@@ -13,9 +13,14 @@ from benchmarks.table import render
 def test_both_sides_of_the_smallest_row_compute_the_same_loss_and_gradient_norm(tmp_path):
     row = ROWS["sft-skewed"]
     row = replace(
-        row, rows=4, longest=48, median=16, rounds=2, candidates=row.candidates[:1],
+        row,
+        rows=4,
+        longest=48,
+        median=16,
+        rounds=2,
+        candidates=row.candidates[:1],
         check=[(a, b, n, 1e-4) for a, b, n, _ in row.check],
-    )  # fmt: skip
+    )
     found = measure(row, tmp_path, shape="tiny", dtype="float32", threads=1)
     assert found["same"]["equal"], found["same"]
     assert len(found["ours"]["rates"]) == len(found["theirs"]["rates"]) == 2

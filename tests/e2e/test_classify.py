@@ -32,13 +32,15 @@ from tuned_stages import TUNINGS, make_base
 from align.core.artefacts import Artefact, read_artefact, write_manifest
 from align.core.errors import ArtefactError, DataError
 from align.recipe.schema import Recipe
-from align.recipe.tuning_schema import UNMERGED
+from align.recipe.schema.tuning import UNMERGED
 from align.stages.base import StageContext, _manifest_head, stage_runner
-from align.stages.checking import check_recipe
+from align.stages.tools.deep_check import check_recipe
 
 WORDS = {
-    "colour": ["red", "blue", "green"], "animal": ["cat", "dog", "cow"], "number": ["one", "two"],
-}  # fmt: skip
+    "colour": ["red", "blue", "green"],
+    "animal": ["cat", "dog", "cow"],
+    "number": ["one", "two"],
+}
 HELD_OUT = "now the {}"
 FRAMES = ["{}", "the {}", "this is {} here", "I said {} and {} again", "a {} in the middle of all"]
 CASES = [
@@ -79,10 +81,15 @@ def save_bert(folder: Path, *, pooler: bool = True) -> str:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(ids), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=32, pad_token_id=ids["[PAD]"],
+        vocab_size=len(ids),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=ids["[PAD]"],
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     model = BertForPreTraining(config) if pooler else BertModel(config, add_pooling_layer=False)
     model.save_pretrained(folder)
     return str(folder)
@@ -116,12 +123,17 @@ def run_stage(folder: Path, name: str, plain: dict[str, Any]) -> Artefact:
 def classify(folder: Path, name: str, init: str, method: str, **more: Any) -> Artefact:
     tuning = {k: v for k, v in TUNINGS.get(method, {}).items() if k != "last"}
     plain = {
-        "kind": "classify", "init": init, "steps": 4, "batch_size": 8, "micro_tokens": 64,
+        "kind": "classify",
+        "init": init,
+        "steps": 4,
+        "batch_size": 8,
+        "micro_tokens": 64,
         "data": [{"path": str(folder / "train.jsonl")}],
         "heldout": [{"path": str(folder / "heldout.jsonl")}],
         "optim": {"learning_rate": 1e-2, "schedule": "constant", "warmup_frac": 0.0},
-        "tuning": {"method": method, **tuning}, **more,
-    }  # fmt: skip
+        "tuning": {"method": method, **tuning},
+        **more,
+    }
     return run_stage(folder, name, plain)
 
 
@@ -281,8 +293,13 @@ def test_a_fresh_process_reads_the_same_probabilities(folder):
 
 
 def test_deep_check_brings_the_encoder_in_and_checks_what_is_trained_on_it(folder):
-    classify = {"kind": "classify", "init": "bert", "steps": 4, "batch_size": 8,
-                "data": [{"path": str(folder / "train.jsonl")}]}  # fmt: skip
+    classify = {
+        "kind": "classify",
+        "init": "bert",
+        "steps": 4,
+        "batch_size": 8,
+        "data": [{"path": str(folder / "train.jsonl")}],
+    }
     bert = {"kind": "encoder", "path": str(folder / "bert_files")}
     recipe = Recipe.model_validate({"name": "t", "stages": {"bert": bert, "it": classify}})
     gone = Recipe.model_validate({"name": "t", "stages": {"bert": {**bert, "path": "some/bert"}}})

@@ -35,9 +35,10 @@ def options(stage: str, folder: Path) -> list[str]:
         watch = f"{{every: 2, prompts: [{{path: {held}}}], gold: [{{kind: repetition, ngram: 2}}]}}"
         return [f"stages.grpo.prompts=[{{path: {data}}}]", f"stages.grpo.watch={watch}"]
     return [
-        f"stages.{stage}.data=[{{path: {data}}}]", f"stages.{stage}.heldout=[{{path: {held}}}]",
+        f"stages.{stage}.data=[{{path: {data}}}]",
+        f"stages.{stage}.heldout=[{{path: {held}}}]",
         f"stages.{stage}.steps=2",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

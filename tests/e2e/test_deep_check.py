@@ -16,11 +16,25 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def deep(recipe: Path, runs: Path, *words: str) -> tuple[int, str]:
     """Run the deep check by the command line; give the exit code and all that was written."""
     done = subprocess.run(
-        [sys.executable, "-m", "align.cli", "check", str(recipe), "--deep", "--runs", str(runs),
-         *words],
-        cwd=ROOT, env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)}, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "align.cli",
+            "check",
+            str(recipe),
+            "--deep",
+            "--runs",
+            str(runs),
+            *words,
+        ],
+        cwd=ROOT,
+        env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 

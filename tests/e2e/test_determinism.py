@@ -41,12 +41,15 @@ def work(recipe: Path, run_dir: Path, stages: tuple[str, ...], *, ranks: int) ->
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
             start_new_session=True,
         )
         for r in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
     finally:

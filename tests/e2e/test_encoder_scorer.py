@@ -25,13 +25,13 @@ from align.core.artefacts import Artefact, write_manifest
 from align.core.errors import ArtefactError
 from align.models.loading import load_tokenizer
 from align.recipe.schema import Recipe
-from align.recipe.tuning_schema import UNMERGED
+from align.recipe.schema.tuning import UNMERGED
 from align.stages.base import StageContext
-from align.stages.card import CardInput, build_cards
-from align.stages.checking import check_recipe
-from align.stages.judging import calibrate
-from align.stages.measure_scorers import sources
-from align.stages.online import build_rewards
+from align.stages.evaluate.judge import calibrate
+from align.stages.evaluate.reward_cards import CardInput, build_cards
+from align.stages.rollouts import build_rewards
+from align.stages.tools.deep_check import check_recipe
+from align.stages.tools.reward_cards import sources
 from align.tuning.loading import load_scorer
 
 COLOURS, FRAMES = ("red", "blue"), ("the {} is", "{} is the colour", "which {}", "is {} the {}")
@@ -47,10 +47,15 @@ def pair_rows(part: str) -> list[dict[str, Any]]:
     """Make pairs whose better answer says "good", after prompts of one part of the letters."""
     letters = {"train": "abcdefgh", "heldout": "wxyz"}[part]
     return [
-        {"prompt": f"{letter} which {colour}", "chosen": frame.replace("{}", colour) + " good",
-         "rejected": f"bad {frame.replace('{}', colour)}"}
-        for letter in letters for colour in COLOURS for frame in FRAMES
-    ]  # fmt: skip
+        {
+            "prompt": f"{letter} which {colour}",
+            "chosen": frame.replace("{}", colour) + " good",
+            "rejected": f"bad {frame.replace('{}', colour)}",
+        }
+        for letter in letters
+        for colour in COLOURS
+        for frame in FRAMES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +74,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def train(folder: Path, name: str, method: str = "full", **more: Any) -> Artefact:
     tuning = {k: v for k, v in TUNINGS.get(method, {}).items() if k != "last"}
     plain = {
-        "kind": "reward", "init": str(folder / "bert"), "steps": 3, "batch_size": 8,
-        "micro_tokens": 128, "max_length": 64,
+        "kind": "reward",
+        "init": str(folder / "bert"),
+        "steps": 3,
+        "batch_size": 8,
+        "micro_tokens": 128,
+        "max_length": 64,
         "data": [{"path": str(folder / "train.jsonl")}],
         "heldout": [{"path": str(folder / "heldout.jsonl")}],
         "optim": {"learning_rate": 1e-2, "schedule": "constant", "warmup_frac": 0.0},
-        "tuning": {"method": method, **tuning}, **more,
-    }  # fmt: skip
+        "tuning": {"method": method, **tuning},
+        **more,
+    }
     return run_plain(folder, plain, name=name)
 
 
@@ -112,8 +122,12 @@ def scores_of(
     folder: Path, found: Artefact, texts: list[tuple[str, str]], **spec: Any
 ) -> list[float | None]:
     """Score texts as any stage does that reads a reward of the recipe."""
-    plain = {"kind": "grpo", "init": "base", **ONLINE,
-             "rewards": [{"kind": "scalar", "model": str(found.path), **spec}]}  # fmt: skip
+    plain = {
+        "kind": "grpo",
+        "init": "base",
+        **ONLINE,
+        "rewards": [{"kind": "scalar", "model": str(found.path), **spec}],
+    }
     recipe = Recipe.model_validate(
         {"name": "t", "stages": {"base": {"kind": "base", "path": "x"}, "it": plain}}
     )
@@ -121,9 +135,11 @@ def scores_of(
     (reward,) = build_rewards(list(recipe.stages["it"].rewards), context)
     ids = [[1]] * len(texts)  # of another vocabulary, as a policy's are
     return reward(
-        prompts=[p for p, _ in texts], completions=[a for _, a in texts],
-        prompt_ids=ids, completion_ids=ids,
-    )  # fmt: skip
+        prompts=[p for p, _ in texts],
+        completions=[a for _, a in texts],
+        prompt_ids=ids,
+        completion_ids=ids,
+    )
 
 
 def answers(part: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -156,8 +172,15 @@ def test_scores_are_those_of_transformers(folder, method):
 
 
 def test_the_first_loss_is_that_of_bradley_and_terry_on_each_pair_alone(folder):
-    found = train(folder, "still", "head", optim={"learning_rate": 1e-12}, steps=1, batch_size=64,
-                  center_coef=0.0)  # fmt: skip
+    found = train(
+        folder,
+        "still",
+        "head",
+        optim={"learning_rate": 1e-12},
+        steps=1,
+        batch_size=64,
+        center_coef=0.0,
+    )
     chosen, rejected = (torch.tensor(by_transformers(found, side)) for side in answers("train"))
     expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
     assert found.manifest["metrics"]["train/loss"] == pytest.approx(float(expected), abs=1e-5)
@@ -187,10 +210,18 @@ def test_heads_ties_soft_labels_noise_and_early_stopping_work_on_an_encoder(fold
         row | {"tie": i % 8 == 0, "label_prob": 0.9} for i, row in enumerate(pair_rows("train"))
     ]
     found = train(
-        folder, "many", "bottleneck", data=[{"path": write(folder / "ties.jsonl", rows)}],
-        heads=2, tie_margin=1.1, noise_folds=2, steps=4, eval_every=1, gradient_checkpointing=True,
+        folder,
+        "many",
+        "bottleneck",
+        data=[{"path": write(folder / "ties.jsonl", rows)}],
+        heads=2,
+        tie_margin=1.1,
+        noise_folds=2,
+        steps=4,
+        eval_every=1,
+        gradient_checkpointing=True,
         keep={"dropout": 0.1, "early_stopping": {"metric": "eval/loss", "patience": 2}},
-    )  # fmt: skip
+    )
     texts = answers("heldout")[0]
     numbers = json.loads((found.model_dir / "scorer.json").read_text())
     assert (numbers["reads"], len(numbers["mean"]), len(numbers["std"])) == ("first", 2, 2)
@@ -207,12 +238,21 @@ def test_heads_ties_soft_labels_noise_and_early_stopping_work_on_an_encoder(fold
 def test_answers_judged_one_by_one_teach_an_encoder(folder):
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in pair_rows("train") for side in ("chosen", "rejected")
-    ]  # fmt: skip
+        for row in pair_rows("train")
+        for side in ("chosen", "rejected")
+    ]
     data = [{"path": write(folder / "judged.jsonl", rows)}]
     optim = {"learning_rate": 3e-3, "warmup_frac": 0.1}
-    found = train(folder, "judged", supervision="answers", data=data, heldout=[], steps=40,
-                  batch_size=16, optim=optim)  # fmt: skip
+    found = train(
+        folder,
+        "judged",
+        supervision="answers",
+        data=data,
+        heldout=[],
+        steps=40,
+        batch_size=16,
+        optim=optim,
+    )
     for side, sign in zip(answers("heldout"), (1, -1), strict=True):
         scores = [s[0] * sign for s in by_transformers(found, side)]
         assert sum(score > 0 for score in scores) > 0.9 * len(scores)
@@ -236,9 +276,10 @@ def test_layers_are_frozen_and_thawed_in_an_encoder(folder):
     kept = load_file(found.model_dir / "model.safetensors")
     before = load_file(folder / "bert" / "model" / "model.safetensors")
     moved = {
-        name for name in kept.keys() - {"head.weight"}
+        name
+        for name in kept.keys() - {"head.weight"}
         if not torch.equal(kept[name], before[f"bert.{name.removeprefix('backbone.')}"])
-    }  # fmt: skip
+    }
     assert moved == {name for name in kept if "encoder.layer.1." in name}
 
 
@@ -295,8 +336,13 @@ def test_a_critic_of_another_vocabulary_is_refused(folder):
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(folder / "other" / "model")
     write_manifest(folder / "other", {"kind": "policy", "spec_hash": "other", "spec": {}})
-    plain = {"kind": "ppo", "init": "base", "max_length": 128, **ONLINE,
-             "critic": {"init": str(folder / "other")}}  # fmt: skip
+    plain = {
+        "kind": "ppo",
+        "init": "base",
+        "max_length": 128,
+        **ONLINE,
+        "critic": {"init": str(folder / "other")},
+    }
     with pytest.raises(ArtefactError, match="has another vocabulary than the policy"):
         run_plain(folder, plain, name="refused_critic")
 
@@ -304,17 +350,24 @@ def test_a_critic_of_another_vocabulary_is_refused(folder):
 def test_an_evaluation_judges_by_an_encoder_and_measures_it(folder):
     reward = str(artefact(folder, "bottleneck").path)
     pairs = [{"path": str(folder / "heldout.jsonl")}]
-    sets = [{"prompt": r["prompt"], "chosen": [r["chosen"]], "rejected": [r["rejected"]]}
-            for r in pair_rows("heldout")]  # fmt: skip
+    sets = [
+        {"prompt": r["prompt"], "chosen": [r["chosen"]], "rejected": [r["rejected"]]}
+        for r in pair_rows("heldout")
+    ]
     plain = {
-        "kind": "evaluate", "models": [str(folder / "base")], "baseline": str(folder / "base"),
-        "prompts": [{"world": "prompts", "rows": 6}], "samples": 2,
+        "kind": "evaluate",
+        "models": [str(folder / "base")],
+        "baseline": str(folder / "base"),
+        "prompts": [{"world": "prompts", "rows": 6}],
+        "samples": 2,
         "scores": [{"kind": "scalar", "model": reward}],
         "judge": [{"kind": "length", "target": 2, "limit": 12}],
-        "reward_models": [reward, str(artefact(folder, "full").path)], "pairs": pairs,
+        "reward_models": [reward, str(artefact(folder, "full").path)],
+        "pairs": pairs,
         "sets": [{"path": write(folder / "sets.jsonl", sets)}],
-        "sampling": {"engine": "hf", "max_new_tokens": 6, "temperature": 1.0}, "max_length": 128,
-    }  # fmt: skip
+        "sampling": {"engine": "hf", "max_new_tokens": 6, "temperature": 1.0},
+        "max_length": 128,
+    }
     found = run_plain(folder, plain, name="judged_by_it")
     cards = json.loads((found.path / "cards.json").read_text())
     for method in ("bottleneck", "full"):
@@ -355,8 +408,15 @@ def test_an_adapter_beside_the_encoder_is_added_wherever_scores_are_asked_for(fo
 
 def test_deep_check_passes_a_reward_stage_on_an_encoder(folder):
     bert = {"kind": "encoder", "path": str(folder / "bert_files")}
-    reward = {"kind": "reward", "init": "bert", "steps": 4, "batch_size": 8, "max_length": 64,
-              "use_margin": True, "data": [{"path": str(folder / "margins.jsonl")}]}  # fmt: skip
+    reward = {
+        "kind": "reward",
+        "init": "bert",
+        "steps": 4,
+        "batch_size": 8,
+        "max_length": 64,
+        "use_margin": True,
+        "data": [{"path": str(folder / "margins.jsonl")}],
+    }
     rows = [row | {"margin": 0.1} for row in pair_rows("train")]
     write(folder / "margins.jsonl", rows)
     recipe = Recipe.model_validate({"name": "t", "stages": {"bert": bert, "rm": reward}})

@@ -17,10 +17,12 @@ from engine_models import exact_logprobs, save_tiny, tiny_model
 
 from align.core.errors import DataError, TrainingError
 from align.core.types import PromptRow
-from align.online.engine import RolloutEngine, build_engine
-from align.online.rollout import sample_groups
-from align.online.weights import check_push, full_weights
 from align.recipe.schema import SamplingSpec
+from align.sampling.build import build_engine
+from align.sampling.engine import RolloutEngine
+from align.sampling.push import check_push
+from align.sampling.rollout import sample_groups
+from align.tuning.export import full_weights
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"

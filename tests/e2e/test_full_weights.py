@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import tiny_model
 
 from align.core.errors import TrainingError
-from align.online.weights import full_weights
+from align.tuning.export import full_weights
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])

@@ -21,11 +21,21 @@ from reward_models.judge import Endpoint, JudgeClient, JudgeError
 LIMIT_S = 300.0
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 OPTIONS = (
-    "--served-model-name", "tiny", "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
-    "--max-model-len", "1024", "--hf-overrides", '{"max_position_embeddings": 1024}',
+    "--served-model-name",
+    "tiny",
+    "--host",
+    "127.0.0.1",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-model-len",
+    "1024",
+    "--hf-overrides",
+    '{"max_position_embeddings": 1024}',
     # A model this small would fill its answer with the spaces that JSON allows between tokens.
-    "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
-)  # fmt: skip
+    "--structured-outputs-config",
+    '{"backend": "xgrammar", "disable_any_whitespace": true}',
+)
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,11 @@ def stopping_sft() -> dict[str, list[str]]:
 def test_sft_stops_early_and_keeps_the_best_weights(whole: Path) -> None:
     said = runs.manifest(whole, "sft")
     assert said["early_stopping"] == {
-        "metric": "eval/loss", "best_step": 2, "last_step": 8, "stopped": True,
-    }  # fmt: skip
+        "metric": "eval/loss",
+        "best_step": 2,
+        "last_step": 8,
+        "stopped": True,
+    }
     seen = {line["step"]: line.get("eval/loss") for line in runs.numbers(whole, "sft")}
     assert max(seen) == 8
     assert said["metrics"]["eval/loss"] == seen[2] != seen[8]

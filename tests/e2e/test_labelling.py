@@ -18,7 +18,7 @@ from tuned_stages import make_base, run_plain, run_stage, write_rows
 
 from align.core.types import Example
 from align.stages.base import chat_format
-from align.stages.dpo import to_stop
+from align.training.batch import to_stop
 from reward_models.scalar import RewardModel, score_token_ids
 
 ANSWERS = ["yes indeed.", "no", "yes", "no way, not at all.", "maybe so"]
@@ -60,10 +60,13 @@ def test_a_judge_a_model_and_a_rule_vote_or_abstain(folder: Path, judge: Server)
     path = write_rows(folder / "answers.jsonl", rows)
     functions = [
         {"by": by_judge(judge), "good_from": 0.8, "bad_below": 0.2},
-        {"by": {"kind": "scalar", "model": str(folder / "reward")},
-         "good_from": 0.0, "bad_below": 0.0},
+        {
+            "by": {"kind": "scalar", "model": str(folder / "reward")},
+            "good_from": 0.0,
+            "bad_below": 0.0,
+        },
         {"by": {"kind": "regex", "name": "ended", "pattern": "[.]$"}, "good_from": 1.0},
-    ]  # fmt: skip
+    ]
     plain = {"kind": "weak_label", "of": "sft", "data": [{"path": str(path)}]}
     found = run_plain(folder, plain | {"functions": functions}, name="labels")
     made = lines(found.path / "data.jsonl")
@@ -101,5 +104,9 @@ def test_pairs_that_share_one_answer_are_no_duplicates_and_every_row_is_accounte
         f"{path}:{i}" for i in (1, 2, 4)
     ]
     (left,) = lines(found.path / "ledger.jsonl")
-    assert left == {"source": f"{path}:3", "reason": "near-duplicate", "of": f"{path}:1",
-                    "similarity": 1.0}  # fmt: skip
+    assert left == {
+        "source": f"{path}:3",
+        "reason": "near-duplicate",
+        "of": f"{path}:1",
+        "similarity": 1.0,
+    }

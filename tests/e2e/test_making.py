@@ -16,13 +16,13 @@ import stage_runs as runs
 from test_deep_check import deep
 
 from align.core.errors import EXIT_PREEMPTED, DataError, RecipeError
-from align.data.world import generate
+from align.data.toy import generate
 from align.recipe.load import load_recipe
-from align.stages import weak_label
 from align.stages.base import StageContext
-from align.stages.checking import check_recipe
-from align.stages.online import build_rewards
-from align.stages.trl_trainers import configuration, extras, find_trainer
+from align.stages.data import weak_label
+from align.stages.rollouts import build_rewards
+from align.stages.tools.deep_check import check_recipe
+from align.stages.trl.trainers import configuration, extras, find_trainer
 
 RECIPE = (
     runs.RECIPE.partition("  sft:")[0].replace("steps: 4", "steps: 40")
@@ -133,22 +133,33 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in pairs[::4]:
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     write(folder / "pairs.jsonl", pairs)
-    write(folder / "heldout.jsonl", [
-        {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected}
-        for e in generate("preference", rows=8, seed=1, split="heldout")
-    ])  # fmt: skip
-    write(folder / "unpaired.jsonl", [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in pairs for side in ("chosen", "rejected")
-    ])  # fmt: skip
-    rows = write(folder / "rows.jsonl", [
-        {"prompt": e.prompt, "completion": e.completion}
-        for e in generate("sft", rows=30, seed=1, split="train")
-    ])  # fmt: skip
+    write(
+        folder / "heldout.jsonl",
+        [
+            {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected}
+            for e in generate("preference", rows=8, seed=1, split="heldout")
+        ],
+    )
+    write(
+        folder / "unpaired.jsonl",
+        [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in pairs
+            for side in ("chosen", "rejected")
+        ],
+    )
+    rows = write(
+        folder / "rows.jsonl",
+        [
+            {"prompt": e.prompt, "completion": e.completion}
+            for e in generate("sft", rows=30, seed=1, split="train")
+        ],
+    )
     write(folder / "rows.jsonl", [*rows, rows[0], rows[1]])
-    write(folder / "messages.jsonl", [
-        {"messages": [*row["prompt"], *row["completion"]]} for row in rows
-    ])  # fmt: skip
+    write(
+        folder / "messages.jsonl",
+        [{"messages": [*row["prompt"], *row["completion"]]} for row in rows],
+    )
     seeds = [
         {"prompt": e.prompt[0]["content"].strip(".?"), "completion": e.columns["answer"]}
         for e in generate("sft", rows=20, seed=2, split="train")
@@ -184,16 +195,19 @@ def test_self_instruct_accounts_for_every_candidate_and_resumes_to_the_same_rows
     assert sorted(candidates) == sorted(f"round {r}, {i}" for r in range(4) for i in range(12))
     # The two seeds that leave, below; nothing else does before the first round.
     assert [(line["source"].rpartition(":")[2], line["reason"]) for line in ledger[:2]] == [
-        ("21", "seed twice"), ("22", "seed of several turns")
-    ]  # fmt: skip
+        ("21", "seed twice"),
+        ("22", "seed of several turns"),
+    ]
     assert len(rows) + len(ledger) == 4 * 12 + 2
     assert [row["provenance"]["round"] for row in rows] == sorted(
         row["provenance"]["round"] for row in rows
     )
     instructions = [row["prompt"][0]["content"] for row in rows]
     assert len(set(instructions)) == len(instructions)
-    known = {f"{recipe.parent}/seeds.jsonl:{i + 1}": row["prompt"]
-             for i, row in enumerate(read(recipe.parent / "seeds.jsonl")[:20])}  # fmt: skip
+    known = {
+        f"{recipe.parent}/seeds.jsonl:{i + 1}": row["prompt"]
+        for i, row in enumerate(read(recipe.parent / "seeds.jsonl")[:20])
+    }
     for row, text in zip(rows, instructions, strict=True):
         origin = row["provenance"]
         # Seeds and what was kept before; candidates that later left for their answer count too.
@@ -255,8 +269,9 @@ def test_every_stage_is_checked_before_it_begins(recipe, run_dir, tmp_path) -> N
     assert code == 0, said
     # weak_label has run in a test above, or dpo has to wait for it.
     assert said.splitlines()[-1] in (
-        "9 of 9 stages checked", "8 of 9 stages checked; not checkable yet: dpo"
-    )  # fmt: skip
+        "9 of 9 stages checked",
+        "8 of 9 stages checked; not checkable yet: dpo",
+    )
     cards = {part.partition(" (")[0]: part for part in re.split(r"\n(?=\w+ \()", "\n" + said)}
     for stage in ("trl", "orpo", "answers_sft"):
         for line in ("rows", "trained tokens", "stop tokens", "template", "start"):
@@ -288,12 +303,16 @@ def test_data_that_cannot_be_made_fails_before_the_stage(
 def test_judges_that_never_vote_warn_before_the_stage_and_stop_it(recipe, tmp_path) -> None:
     silent = "{by: {kind: regex, name: NAME, pattern: 'q(zz)q'}}"
     functions = ", ".join(silent.replace("NAME", name) for name in "abc")
-    loaded = load_recipe(recipe, ["stages.weak_label.use_given=false",
-                                  f"stages.weak_label.functions=[{functions}]"])  # fmt: skip
+    loaded = load_recipe(
+        recipe, ["stages.weak_label.use_given=false", f"stages.weak_label.functions=[{functions}]"]
+    )
     (card,) = check_recipe(loaded, {}, only="weak_label")
     assert [line.name for line in card.lines if line.verdict == "warn"] == [
-        "votes of a", "votes of b", "votes of c", "votes"
-    ]  # fmt: skip
+        "votes of a",
+        "votes of b",
+        "votes of c",
+        "votes",
+    ]
     context = StageContext(loaded, "weak_label", tmp_path, 0)
     context.out.mkdir()
     with pytest.raises(DataError, match="no function gave any vote"):
@@ -322,8 +341,10 @@ def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
     written = tmp_path / "trl" / "metrics.jsonl"
     code, said = runs.signal_when(begun, written.exists, signal.SIGTERM)
     assert code == EXIT_PREEMPTED, said[-3000:]
-    newest = max((tmp_path / "trl" / "checkpoints").glob("checkpoint-*"),
-                 key=lambda p: int(p.name.split("-")[1]))  # fmt: skip
+    newest = max(
+        (tmp_path / "trl" / "checkpoints").glob("checkpoint-*"),
+        key=lambda p: int(p.name.split("-")[1]),
+    )
     assert (newest / "hashes.json").exists()
     damaged = newest.with_name("checkpoint-5")
     damaged.mkdir(exist_ok=True)

@@ -88,14 +88,17 @@ def test_two_adapters_live_side_by_side_and_reload(name, tmp_path):
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["foo"], "'foo' names no layer of its own, expected linear layers of Qwen2ForCausalLM: "
-         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        (
+            ["foo"],
+            "'foo' names no layer of its own, expected linear layers of Qwen2ForCausalLM: "
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
         (["q_proj", "proj"], "'proj' names no layer"),  # peft takes the first and says nothing
         (["embed_tokens"], "'embed_tokens' names Embedding"),
         (["mlp"], "'mlp' names Qwen2MLP"),
         (["lm_head"], "'lm_head' names no layer"),  # it is the embeddings, too
     ],
-)  # fmt: skip
+)
 def test_target_that_is_no_linear_layer_is_refused(method, targets, said):
     spec = TypeAdapter(TuningSpec).validate_python({"method": method, "targets": targets})
     with pytest.raises(RecipeError, match=f"tuning.targets: {said}"):

@@ -26,10 +26,15 @@ from align.models.logprobs import LogprobModel
 from align.recipe.schema import DataSpec, Recipe
 from align.stages import kto, sft
 from align.stages.base import StageContext, chat_format
-from align.stages.dpo import both
-from align.stages.saved import LOSS_SAVED, read_back
-from align.stages.training import build_policy, offline_rows, start_of, train_policy
-from align.training.batch import pack
+from align.stages.offline import (
+    LOSS_SAVED,
+    build_policy,
+    offline_rows,
+    read_back,
+    start_of,
+    train_policy,
+)
+from align.training.batch import both, pack
 from align.training.offline import OfflineTask
 from align.tuning.loading import load_for_training
 
@@ -91,8 +96,11 @@ def test_fresh_process_has_the_trained_model_and_the_loss_of_the_saved_one(folde
             assert trained.tolist() == pytest.approx(logprobs, abs=1e-5)
     losses = {}
     for name, by_row in found.items():
-        pairs = [p for row, all_ in zip(held, by_row, strict=True)
-                 for p in zip(row.trained[1:], all_, strict=True)]  # fmt: skip
+        pairs = [
+            p
+            for row, all_ in zip(held, by_row, strict=True)
+            for p in zip(row.trained[1:], all_, strict=True)
+        ]
         losses[name] = -mean([logprob for counts, logprob in pairs if counts])
     assert result.metrics["eval/loss"] == pytest.approx(losses["adapter"], abs=1e-6)
     assert result.metrics[LOSS_SAVED] == pytest.approx(losses["model"], abs=1e-6)

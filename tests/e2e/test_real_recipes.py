@@ -22,9 +22,14 @@ def align_run(recipe: Path, runs: Path, *overrides: str) -> tuple[int, str]:
     words = [word for text in overrides for word in ("--set", text)]
     done = subprocess.run(
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--runs", str(runs), *words],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=400,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 
@@ -106,13 +111,18 @@ def test_model_that_vllm_refuses_says_why_and_goes_on_with_hf(
 SHORT = (
     *(f"stages.{name}.threads=1" for name in STAGES),
     *(f"stages.{name}.epochs=1.0" for name in ("sft", "reward", "dpo")),
-    "stages.sft.steps=6", "stages.reward.steps=4", "stages.dpo.steps=4",
-    "stages.reward.eval_every=0", "stages.dpo.eval_every=0",
+    "stages.sft.steps=6",
+    "stages.reward.steps=4",
+    "stages.dpo.steps=4",
+    "stages.reward.eval_every=0",
+    "stages.dpo.eval_every=0",
     "stages.sft.batch_size=32",
-    "stages.ppo.steps=2", "stages.ppo.prompts_per_step=16",
-    "stages.grpo.steps=2", "stages.grpo.prompts_per_step=8",
+    "stages.ppo.steps=2",
+    "stages.ppo.prompts_per_step=16",
+    "stages.grpo.steps=2",
+    "stages.grpo.prompts_per_step=8",
     "stages.evaluate.prompts.0.rows=40",
-)  # fmt: skip
+)
 
 
 @pytest.mark.real

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 
-from align.data.world import NUMBERS, generate
+from align.data.toy import NUMBERS, generate
 from reward_models import build_reward
 
 NUM_PAIRS, NUM_FLIPPED = 400, 80
@@ -49,15 +49,25 @@ def test_planted_label_noise_is_found_by_scorers_that_did_not_see_it(base) -> No
         if example.columns["answer"] in bad.split("answer is ")[-1] and len(rows) < NUM_PAIRS:
             flip = len(rows) * NUM_FLIPPED % NUM_PAIRS < NUM_FLIPPED
             sides = (bad, good) if flip else (good, bad)
-            rows.append({"prompt": example.prompt, "chosen": say(sides[0]),
-                         "rejected": say(sides[1]), "flip": flip})  # fmt: skip
+            rows.append(
+                {
+                    "prompt": example.prompt,
+                    "chosen": say(sides[0]),
+                    "rejected": say(sides[1]),
+                    "flip": flip,
+                }
+            )
     assert sum(row["flip"] for row in rows) == NUM_FLIPPED
     data = write(base[1] / "noisy.jsonl", rows)
     out = train(
-        base, f"stages.reward.data=[{{path: {data}}}]", "stages.reward.noise_folds=2",
-        "stages.reward.steps=60", "stages.reward.batch_size=32", "stages.reward.micro_tokens=4096",
+        base,
+        f"stages.reward.data=[{{path: {data}}}]",
+        "stages.reward.noise_folds=2",
+        "stages.reward.steps=60",
+        "stages.reward.batch_size=32",
+        "stages.reward.micro_tokens=4096",
         "stages.reward.heads=2",
-    )  # fmt: skip
+    )
     report = [json.loads(line) for line in (out / "noise.jsonl").read_text().splitlines()]
     assert len(report) == NUM_PAIRS
     assert {line["row"] for line in report} == {f"{data}:{i + 1}" for i in range(NUM_PAIRS)}
@@ -85,11 +95,14 @@ def test_answers_judged_one_by_one_teach_a_scorer(base) -> None:
     ]
     data = write(base[1] / "judged.jsonl", rows)
     train(
-        base, f"stages.reward.data=[{{path: {data}, split: train}}]",
+        base,
+        f"stages.reward.data=[{{path: {data}, split: train}}]",
         f"stages.reward.heldout=[{{path: {data}, split: heldout}}]",
-        "stages.reward.supervision=answers", "stages.reward.steps=60",
-        "stages.reward.batch_size=32", "stages.reward.micro_tokens=4096",
-    )  # fmt: skip
+        "stages.reward.supervision=answers",
+        "stages.reward.steps=60",
+        "stages.reward.batch_size=32",
+        "stages.reward.micro_tokens=4096",
+    )
     found = runs.manifest(base[1] / "run", "reward")["metrics"]
     assert found["eval/accuracy"] > 0.65
 
@@ -101,18 +114,24 @@ def test_steps_judged_one_by_one_teach_a_process_reward(base) -> None:
         {
             "prompt": f"what is {NUMBERS[i % 7]}?",
             "steps": [
-                {"text": f"step {NUMBERS[j]} is {'good' if j < i % 4 else 'bad'}.",
-                 "label": j < i % 4}
+                {
+                    "text": f"step {NUMBERS[j]} is {'good' if j < i % 4 else 'bad'}.",
+                    "label": j < i % 4,
+                }
                 for j in range(3)
             ],
         }
         for i in range(120)
-    ]  # fmt: skip
+    ]
     out = train(
-        base, f"stages.reward.data=[{{path: {write(base[1] / 'steps.jsonl', rows)}}}]",
-        "stages.reward.supervision=steps", "stages.reward.norm_prompts=64",
-        "stages.reward.steps=40", "stages.reward.batch_size=16", "stages.reward.micro_tokens=4096",
-    )  # fmt: skip
+        base,
+        f"stages.reward.data=[{{path: {write(base[1] / 'steps.jsonl', rows)}}}]",
+        "stages.reward.supervision=steps",
+        "stages.reward.norm_prompts=64",
+        "stages.reward.steps=40",
+        "stages.reward.batch_size=16",
+        "stages.reward.micro_tokens=4096",
+    )
     reward = build_reward({"kind": "process", "model": str(out / "model"), "aggregate": "min"})
     asked = [{"role": "user", "content": "what is two?"}]
     good, bad = ("step zero is good.\nstep one is good.", "step zero is good.\nstep one is bad.")

@@ -51,10 +51,15 @@ answers: [{path: "./told.jsonl"}]
 
 def align(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "align.cli", *words], cwd=ROOT, timeout=300, text=True, check=False,
+        [sys.executable, "-m", "align.cli", *words],
+        cwd=ROOT,
+        timeout=300,
+        text=True,
+        check=False,
         env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
@@ -73,20 +78,39 @@ def test_shipped_and_own_tasks_give_every_metric_with_interval_and_verdict(
     align("run", str(tmp_path / "small.yaml"), "--runs", str(tmp_path))
     shipped = "gsm8k,multiple_choice,traits,over_refusal,instructions"
     said = align(
-        "eval", "small/base", "small/sft", "--tasks", f"{shipped},{tmp_path}/own.yaml",
-        "--judge", "small/reward", "--limit", "4", "--engine", "hf", "--runs", str(tmp_path),
-        "--out", str(tmp_path / "answer"), "--detect", "0.2",
-    )  # fmt: skip
+        "eval",
+        "small/base",
+        "small/sft",
+        "--tasks",
+        f"{shipped},{tmp_path}/own.yaml",
+        "--judge",
+        "small/reward",
+        "--limit",
+        "4",
+        "--engine",
+        "hf",
+        "--runs",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "answer"),
+        "--detect",
+        "0.2",
+    )
     tasks = json.loads((tmp_path / "answer" / "evaluate" / "summary.json").read_text())["tasks"]
     metrics = {
         "gsm8k": ["math", "win_rate", "length", "repeats", "stop_rate"],
         "multiple_choice": ["right_choice", "gives_a_letter", "length", "stop_rate"],
         "traits": ["trait", "yes_or_no", "win_rate", "length", "stop_rate"],
         "over_refusal": ["right_refusal", "length", "repeats", "stop_rate"],
-        "instructions": ["win_rate", "length_controlled_win_rate", "length", "repeats",
-                         "stop_rate"],
+        "instructions": [
+            "win_rate",
+            "length_controlled_win_rate",
+            "length",
+            "repeats",
+            "stop_rate",
+        ],
         "own": ["length", "repeats", "stop_rate", "kl", "perplexity"],
-    }  # fmt: skip
+    }
     assert {name: block["metrics"] for name, block in tasks.items()} == metrics
     for name, names in metrics.items():
         for metric in names:

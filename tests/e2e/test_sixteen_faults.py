@@ -42,9 +42,13 @@ def start_of(name: str, fault: Fault, folder: Path) -> tuple[str, str, str]:
     write_rows(fault.rows, home / "rows.jsonl", "jsonl")
     init = folder / ("base" if fault.template is None else "no_stop")
     stage = {
-        "kind": fault.stage, "init": str(init), "data": [{"path": str(home / "rows.jsonl")}],
-        "steps": 1, "batch_size": 4, "max_length": fault.max_length,
-    }  # fmt: skip
+        "kind": fault.stage,
+        "init": str(init),
+        "data": [{"path": str(home / "rows.jsonl")}],
+        "steps": 1,
+        "batch_size": 4,
+        "max_length": fault.max_length,
+    }
     recipe = home / "recipe.yaml"
     recipe.write_text(json.dumps({"name": "sixteen", "stages": {"train": stage}}))
     return fault.stage, str(recipe), str(home)
@@ -55,9 +59,14 @@ def test_each_of_the_sixteen_faults_stops_its_stage_with_the_row_named(folder: P
     assert len(SIXTEEN) == 16
     started = [start_of(name, fault, folder) for name, fault in SIXTEEN.items()]
     done = subprocess.run(
-        [sys.executable, str(WORKER)], input=json.dumps(started), capture_output=True, text=True,
-        env=stage_runs.environment(), timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, str(WORKER)],
+        input=json.dumps(started),
+        capture_output=True,
+        text=True,
+        env=stage_runs.environment(),
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     ends = dict(zip(SIXTEEN, json.loads(done.stdout.splitlines()[-1]), strict=True))
     assert {name: code for name, (code, _) in ends.items()} == dict.fromkeys(SIXTEEN, 2), ends
@@ -81,16 +90,32 @@ def test_each_of_the_sixteen_faults_stops_its_stage_with_the_row_named(folder: P
 def test_align_run_ends_with_2_and_the_row(folder: Path, tmp_path: Path) -> None:
     write_rows(SIXTEEN["role bot"].rows, tmp_path / "rows.jsonl", "jsonl")
     recipe = tmp_path / "stops.yaml"
-    recipe.write_text(json.dumps({"name": "stops", "stages": {
-        "base": {"kind": "base", "path": str(folder / "base" / "model")},
-        "sft": {"kind": "sft", "init": "base", "steps": 1,
-                "data": [{"path": str(tmp_path / "rows.jsonl")}]},
-    }}))  # fmt: skip
+    recipe.write_text(
+        json.dumps(
+            {
+                "name": "stops",
+                "stages": {
+                    "base": {"kind": "base", "path": str(folder / "base" / "model")},
+                    "sft": {
+                        "kind": "sft",
+                        "init": "base",
+                        "steps": 1,
+                        "data": [{"path": str(tmp_path / "rows.jsonl")}],
+                    },
+                },
+            }
+        )
+    )
     done = subprocess.run(
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--runs", str(tmp_path / "runs")],
-        cwd=ROOT, env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)}, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stdout
     said = "".join(done.stdout.split())
     assert f"{tmp_path / 'rows.jsonl'}:5:messages[1]:role'bot'" in said

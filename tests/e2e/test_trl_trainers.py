@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 import alone
 import stage_runs as runs
 
-from align.core import signals
+from align.core import distributed as signals
 from align.core.artefacts import read_artefact
 from align.core.errors import DataError, Preempted, RecipeError
 from align.data.load import load_examples
-from align.data.world import generate
+from align.data.toy import generate
 from align.models.loading import load_policy, load_tokenizer
 from align.recipe.load import load_recipe
-from align.stages import trl
 from align.stages.base import StageContext, chat_format, run_stage
-from align.stages.trl_trainers import build_trainer, configuration, find_trainer, load_model
+from align.stages.trl import stage as trl
+from align.stages.trl.trainers import build_trainer, configuration, find_trainer, load_model
 
 LENGTH = "rewards: [{kind: length, target: 2, limit: 12}]"
 SHORT = "max_completion_length: 12"
@@ -85,23 +85,37 @@ def write(path: Path, rows: list[dict]) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainers")
     pairs = [
-        {"prompt": e.prompt, "chosen": e.completion, "rejected": e.rejected,
-         "reference": e.completion}
+        {
+            "prompt": e.prompt,
+            "chosen": e.completion,
+            "rejected": e.rejected,
+            "reference": e.completion,
+        }
         for e in generate("preference", rows=24, seed=1, split="train")
-    ]  # fmt: skip
+    ]
     write(folder / "preference.jsonl", pairs)
-    write(folder / "unpaired.jsonl", [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in pairs for side in ("chosen", "rejected")
-    ])  # fmt: skip
-    write(folder / "prompts.jsonl", [
-        {"prompt": row["prompt"], "privileged_context": row["chosen"][0]["content"]}
-        for row in pairs
-    ])  # fmt: skip
-    write(folder / "sft.jsonl", [
-        {"prompt": e.prompt, "completion": e.completion}
-        for e in generate("sft", rows=24, seed=1, split="train")
-    ])  # fmt: skip
+    write(
+        folder / "unpaired.jsonl",
+        [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in pairs
+            for side in ("chosen", "rejected")
+        ],
+    )
+    write(
+        folder / "prompts.jsonl",
+        [
+            {"prompt": row["prompt"], "privileged_context": row["chosen"][0]["content"]}
+            for row in pairs
+        ],
+    )
+    write(
+        folder / "sft.jsonl",
+        [
+            {"prompt": e.prompt, "completion": e.completion}
+            for e in generate("sft", rows=24, seed=1, split="train")
+        ],
+    )
     write(folder / "text.jsonl", [{"text": f"one two {i}"} for i in range(8)])
     path = folder / "trainers.yaml"
     path.write_text(RECIPE.replace("FOLDER", str(folder)))
@@ -112,9 +126,12 @@ def run(recipe: Path, stage: str, run_dir: Path, *changes: str) -> None:
     """Run one stage in this process."""
     kind = load_recipe(recipe).stages[stage].kind
     given = argparse.Namespace(
-        recipe=str(recipe), stage=stage, run_dir=str(run_dir), force=False,
+        recipe=str(recipe),
+        stage=stage,
+        run_dir=str(run_dir),
+        force=False,
         overrides=[f"stages.{stage}.{change}" for change in changes],
-    )  # fmt: skip
+    )
     assert run_stage(kind, given) == 0
 
 
@@ -210,9 +227,15 @@ def test_a_tuned_policy_is_saved_merged_and_resumes_to_the_same_bytes(
     ],
 )
 def test_a_stopped_trainer_goes_on_only_from_what_holds_all_of_it(
-    recipe: Path, run_dir: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, change: str, after: int, checkpoints: list[str],
-) -> None:  # fmt: skip
+    recipe: Path,
+    run_dir: Path,
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: str,
+    after: int,
+    checkpoints: list[str],
+) -> None:
     with pytest.raises(
         RecipeError, match=r"in no checkpoint|out the second model|begin at the first"
     ):
@@ -244,10 +267,13 @@ def test_pairs_end_in_one_stop_token_where_the_template_writes_a_line_break_afte
     chat, (trainer_class, config_class) = chat_format(source), find_trainer("ORPO")
     examples = load_examples(spec.data, kind="preference", seed=0)
     rows = build_trainer(
-        trainer_class, where="x", model=load_model(source, spec),
+        trainer_class,
+        where="x",
+        model=load_model(source, spec),
         args=configuration(config_class, spec, context),
-        train_dataset=trl.to_dataset(examples, spec), processing_class=load_tokenizer(source),
-    ).train_dataset  # fmt: skip
+        train_dataset=trl.to_dataset(examples, spec),
+        processing_class=load_tokenizer(source),
+    ).train_dataset
     (stop,) = chat.stop_token_ids
     assert rows[0]["chosen_input_ids"].count(stop) == 2
     for row, example in zip(trl.end_once(rows, chat), examples, strict=True):

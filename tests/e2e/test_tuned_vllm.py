@@ -15,9 +15,10 @@ from tuned_stages import TUNINGS, make_base, run_stage, tuning_spec
 
 from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
-from align.online.engine import RolloutEngine, build_engine
-from align.online.weights import check_push, pushed_weights
-from align.recipe.tuning_schema import UNMERGED
+from align.recipe.schema.tuning import UNMERGED
+from align.sampling.build import build_engine
+from align.sampling.engine import RolloutEngine
+from align.sampling.push import check_push, pushed_weights
 from align.tuning.loading import load_for_training
 
 pytestmark = [

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from tuned_stages import TUNINGS
 
-from align.recipe.tuning_schema import UNMERGED
+from align.recipe.schema.tuning import UNMERGED
 
 WORKER = Path(__file__).parent / "workers" / "tunings.py"
 WEIGHTS = "model/model.safetensors"

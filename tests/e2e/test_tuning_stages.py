@@ -22,10 +22,11 @@ from tuned_stages import TUNINGS, make_base, run_plain, run_stage, tuning_spec
 from align.core.artefacts import Artefact, write_manifest
 from align.core.errors import ArtefactError, PreflightError
 from align.models.logprobs import LogprobModel
-from align.online.engine import build_engine, choose_engine
-from align.online.weights import full_precision_weights, pushed_weights
-from align.recipe.tuning_schema import UNMERGED, VIRTUAL
-from align.stages.chat import Chat
+from align.recipe.schema.tuning import UNMERGED, VIRTUAL
+from align.sampling.build import build_engine, choose_engine
+from align.sampling.push import pushed_weights
+from align.stages.tools.chat import Chat
+from align.tuning.export import full_precision_weights
 from align.tuning.loading import load_for_training, load_scorer, load_tuned_policy
 
 METHODS = list(TUNINGS)

@@ -111,13 +111,18 @@ def test_guard_ends_the_stage_and_restores_the_best_weights(recipe, base, tmp_pa
         "split: heldout}], " + gold + guard + "}"
     )
     said = runs.finish(
-        recipe, "grpo", run_dir,
+        recipe,
+        "grpo",
+        run_dir,
         overrides=[
-            "stages.grpo.steps=40", watch, "stages.grpo.optim.learning_rate=0.01",
-            "stages.grpo.kl.coef=0.0", "stages.grpo.group_size=8",
+            "stages.grpo.steps=40",
+            watch,
+            "stages.grpo.optim.learning_rate=0.01",
+            "stages.grpo.kl.coef=0.0",
+            "stages.grpo.group_size=8",
             "stages.grpo.rewards=[{kind: regex, pattern: '^.{30}'}]",
         ],
-    )  # fmt: skip
+    )
     notes = runs.manifest(run_dir, "grpo")["watch"]
     assert notes["stopped_by"] == "guard", said[-3000:]
     assert notes["alarm"] == "gold_slope"

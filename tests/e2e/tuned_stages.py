@@ -9,10 +9,10 @@ from pydantic import TypeAdapter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from align.core.artefacts import read_artefact, write_manifest
-from align.data.chat import apply_tokenizer_spec
 from align.data.load import load_examples
+from align.data.render.chat import apply_tokenizer_spec
 from align.recipe.schema import BuildSpec, DataSpec, Recipe, TokenizerSpec
-from align.recipe.tuning_schema import TuningSpec
+from align.recipe.schema.tuning import TuningSpec
 from align.stages.base import StageContext, _manifest_head, stage_runner
 from align.stages.base_model import _save, train_tokenizer
 
@@ -42,10 +42,12 @@ COMMON: dict[str, Any] = {
 OFFLINE = {"steps": 2, "batch_size": 4}
 PAIRS = {"data": [{"world": "preference", "rows": 8}], **OFFLINE}
 ONLINE = {
-    "prompts": [{"world": "prompts", "rows": 8}], "steps": 2, "prompts_per_step": 4,
+    "prompts": [{"world": "prompts", "rows": 8}],
+    "steps": 2,
+    "prompts_per_step": 4,
     "rewards": [{"kind": "length", "target": 2, "limit": 12}],
     "sampling": {"engine": "hf", "max_new_tokens": 6},
-}  # fmt: skip
+}
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"data": [{"world": "sft", "rows": 8}], **OFFLINE},
     "reward": {"norm_prompts": 4, **PAIRS},

@@ -11,8 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import tiny_model
 
-from align.online.engine import build_engine
-from align.online.weights import check_push, full_weights
+from align.sampling.build import build_engine
+from align.sampling.push import check_push
+from align.tuning.export import full_weights
 
 PROBE = [3, 9, 27, 17, 51, 25, 11, 33]
 

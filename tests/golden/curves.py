@@ -40,10 +40,12 @@ from align.core.types import Completion, PairRow, PromptRow, TokenRow
 from align.models.heads import scorer_from
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
-from align.online.experience import gather_experience
 from align.online.loop import update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, PpoStage, RewardStage
-from align.stages import dpo, kto, reward, scorer_rows, sft
+from align.sampling.experience import gather_experience
+from align.stages import dpo, kto, sft
+from align.stages.reward import stage as reward
+from align.stages.reward import tasks as scorer_rows
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, measured, pick
 
@@ -184,9 +186,13 @@ def grpo_curve(model_dir: Path) -> Curve:
 
 
 CURVES: dict[str, Callable[[Path], Curve]] = {
-    "sft": sft_curve, "reward": reward_curve, "dpo": dpo_curve, "kto": kto_curve,
-    "ppo": ppo_curve, "grpo": grpo_curve,
-}  # fmt: skip
+    "sft": sft_curve,
+    "reward": reward_curve,
+    "dpo": dpo_curve,
+    "kto": kto_curve,
+    "ppo": ppo_curve,
+    "grpo": grpo_curve,
+}
 
 
 def recorded(name: str) -> Curve:

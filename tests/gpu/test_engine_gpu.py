@@ -9,8 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import exact_logprobs, save_tiny, tiny_model
 
-from align.online.engine import build_engine
-from align.online.weights import check_push, full_weights
+from align.sampling.build import build_engine
+from align.sampling.push import check_push
+from align.tuning.export import full_weights
 
 PROBE = [(7 * i + 3) % 61 + 2 for i in range(40)]
 

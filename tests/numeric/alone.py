@@ -19,9 +19,12 @@ def world_of_one() -> Iterator[None]:
 
     before = dict(os.environ)
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(free_port()),
-    )  # fmt: skip
+    )
     distributed.init_process_group()
     deepspeed.init_distributed("gloo", verbose=False)
     try:

@@ -16,11 +16,11 @@ from align.losses.kl import FixedKL
 from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.online.experience import Experience, gather_experience
 from align.online.loop import OnlineRun
 from align.online.scoring import Scores, apply_scores
 from align.recipe.schema import GrpoStage, OptimSpec, PpoStage, ZeroSpec
-from align.recipe.tuning_schema import FullTuning, LoraTuning, TuningSpec
+from align.recipe.schema.tuning import FullTuning, LoraTuning, TuningSpec
+from align.sampling.experience import Experience, gather_experience
 from align.training.learner import Learner
 from align.tuning.wrap import add_tuner
 
@@ -123,10 +123,18 @@ def at_answers(x: Tensor, experience: Experience) -> list[list[float]]:
 
 def run_of(spec: Any, policy: Learner, **parts: Any) -> OnlineRun:
     given = {
-        "spec": spec, "seed": 3, "prompts": [], "rewards": [], "engine": None, "push": None,
-        "stop_token_ids": STOP, "policy": policy, "critic": None, "reference": None,
+        "spec": spec,
+        "seed": 3,
+        "prompts": [],
+        "rewards": [],
+        "engine": None,
+        "push": None,
+        "stop_token_ids": STOP,
+        "policy": policy,
+        "critic": None,
+        "reference": None,
         "kl": FixedKL(spec.kl.coef),
-    }  # fmt: skip
+    }
     return OnlineRun(**(given | parts))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align.data.agreement import ABSTAIN, dawid_skene
+from align.data.text.label_model import ABSTAIN, dawid_skene
 
 
 def drawn(seed, rows, rights, coverage=1.0):

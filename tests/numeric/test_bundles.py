@@ -38,14 +38,14 @@ from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
-from align.online.engine import build_engine
-from align.online.experience import Experience, gather_experience
 from align.online.loop import online_step, rollout
 from align.online.scoring import length_penalty
 from align.recipe.algorithms import PRESETS
 from align.recipe.load import load_resolved
 from align.recipe.schema import GrpoStage
-from align.stages.online import Push
+from align.sampling.build import build_engine
+from align.sampling.experience import Experience, gather_experience
+from align.stages.rollouts import Push
 from reward_models import build_reward
 
 LENGTHS = ((5, 3, 2), (1, 9, 4))

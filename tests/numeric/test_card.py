@@ -97,8 +97,10 @@ def test_a_model_that_draws_its_labels_from_its_own_probabilities_is_calibrated(
 def test_length_correlation_is_one_for_a_model_that_counts_tokens():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 100, size=(60, 2))
-    longer = [pair(float(c), float(r), tokens=(int(c), int(r)), prompt=str(i))
-              for i, (c, r) in enumerate(tokens)]  # fmt: skip
+    longer = [
+        pair(float(c), float(r), tokens=(int(c), int(r)), prompt=str(i))
+        for i, (c, r) in enumerate(tokens)
+    ]
     card = pair_card(longer, seed=0)
     assert card["length_correlation"][0] == pytest.approx(1.0)
     assert card["length_correlation_in_pair"][0] == pytest.approx(1.0)

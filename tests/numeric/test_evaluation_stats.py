@@ -8,9 +8,14 @@ from scipy.optimize import minimize
 
 from align.evaluation.length import length_controlled_win_rate
 from align.evaluation.passk import pass_at_k, pass_at_k_interval
-from align.evaluation.power import prompts_needed, smallest_difference
 from align.evaluation.sequential import ConfidenceSequence
-from align.evaluation.stats import share_interval, standard_error, win_rate_of
+from align.evaluation.stats import (
+    prompts_needed,
+    share_interval,
+    smallest_difference,
+    standard_error,
+    win_rate_of,
+)
 from benchmarks.coverage import Case, clustered, measure, ties
 
 

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import alone
 
 from align.core.errors import DataError
-from align.online.weights import full_weights
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
 from align.training.learner import Learner
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
+from align.tuning.export import full_weights
 
 
 @pytest.fixture(scope="module", autouse=True)

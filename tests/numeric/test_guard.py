@@ -45,14 +45,18 @@ def history_of(
         found.append(
             Evaluation(
                 **{
-                    "step": 5 * i, "kl": 0.5 * i, "gold": scattered(value),
+                    "step": 5 * i,
+                    "kl": 0.5 * i,
+                    "gold": scattered(value),
                     "proxy": scattered(proxy[i] if proxy else 0.0),
                     "length": [10.0 + 0.01 * p for p in range(NUM_PROMPTS)],
-                    "repetition": [0.0] * NUM_PROMPTS, "rewards": {"a": 0.0}, "disagreement": None,
+                    "repetition": [0.0] * NUM_PROMPTS,
+                    "rewards": {"a": 0.0},
+                    "disagreement": None,
                     **fields,
                 }
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
 from align.core.errors import ArtefactError
-from align.online.weights import full_weights
 from align.recipe.schema import MergeStage
-from align.recipe.tuning_schema import LoraTuning
+from align.recipe.schema.tuning import LoraTuning
 from align.stages.merge import Answered, choose, curve_of
+from align.tuning.export import full_weights
 from align.tuning.interpolate import check_alike, interpolated, mix, write_interpolated
 from align.tuning.wrap import add_tuner
 
@@ -164,10 +164,17 @@ def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
         ({}, "give prompts, shifted, scores"),
         ({"alphas": [0.5], "prompts": [{"path": "x"}]}, "a single alpha is not scored; remove"),
         ({"alphas": [0.5, 0.5]}, "holds one twice"),
-        ({"alphas": [0.0, 0.5], "prompts": [{"path": "x"}], "shifted": [{"path": "x"}],
-          "scores": [{"kind": "math"}]}, "alphas must hold 1.0"),
+        (
+            {
+                "alphas": [0.0, 0.5],
+                "prompts": [{"path": "x"}],
+                "shifted": [{"path": "x"}],
+                "scores": [{"kind": "math"}],
+            },
+            "alphas must hold 1.0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_without_sense_are_refused(keys: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         MergeStage.model_validate({"kind": "merge", "base": "a", "tuned": "b", **keys})

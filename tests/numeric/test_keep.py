@@ -144,8 +144,13 @@ def decaying(model: nn.Module) -> set[str]:
 
 
 def test_weight_decay_spares_norms_and_biases_of_every_architecture() -> None:
-    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
+    small = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     gpt2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
     models = [
         LlamaForCausalLM(LlamaConfig(**small, attention_bias=True)),
@@ -169,8 +174,10 @@ def test_weight_decay_of_adapters_takes_the_matrices(method: str, decaying: set[
     assert {
         part for n in found for part in n.split(".") if part in ("lora_A", "lora_B")
     } == decaying
-    assert len(found) == sum(p.requires_grad and any(part in n.split(".") for part in decaying)
-                             for n, p in model.named_parameters())  # fmt: skip
+    assert len(found) == sum(
+        p.requires_grad and any(part in n.split(".") for part in decaying)
+        for n, p in model.named_parameters()
+    )
 
 
 def test_weight_decay_goes_by_the_name_and_by_the_shape_that_zero_3_hides() -> None:
@@ -190,21 +197,30 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
     ("kind", "keys", "said"),
     [
         ("sft", {"keep": STOP}, "needs 'heldout' rows and 'eval_every'"),
-        ("sft", {"keep": {"early_stopping": {"metric": "eval/accuracy"}}},
-         "found 'eval/accuracy'; a sft stage measures eval/loss"),
+        (
+            "sft",
+            {"keep": {"early_stopping": {"metric": "eval/accuracy"}}},
+            "found 'eval/accuracy'; a sft stage measures eval/loss",
+        ),
         ("sft", {"keep": {"augment": {}}}, "keep.augment changes nothing"),
         ("sft", {"keep": {"augment": {"templates": ["no slot"]}}}, "must hold {text} once"),
-        ("sft", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}},
-                 "tuning": {"method": "lora"}}, "which lora tuning leaves as they are"),
+        (
+            "sft",
+            {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}, "tuning": {"method": "lora"}},
+            "which lora tuning leaves as they are",
+        ),
         ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "takes its rows as they stand"),
-        ("sft", {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
-         "trains nothing inside a layer"),
+        (
+            "sft",
+            {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
+            "trains nothing inside a layer",
+        ),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("grpo", {"keep": STOP}, "stopped by 'watch' with 'guard'"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_fit_the_stage_are_refused(kind: str, keys: dict, said: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 

@@ -20,12 +20,11 @@ from align.core.errors import TrainingError
 from align.core.types import TokenRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.online.weights import full_weights
 from align.recipe.schema import LayersSpec, OptimSpec, TuningSpec, ZeroSpec
 from align.stages.sft import collate, sft_loss
 from align.training.layers import plan_layers
-from align.training.learner import Learner
-from align.training.schedule import learning_rate
+from align.training.learner import Learner, learning_rate
+from align.tuning.export import full_weights
 from align.tuning.merging import adapter_parameters
 from align.tuning.wrap import add_tuner
 
@@ -34,9 +33,13 @@ ROWS = [
     for r, n in enumerate((9, 4, 17))
 ]
 OPTIM = OptimSpec(
-    learning_rate=5e-3, schedule="constant", warmup_frac=0.0, weight_decay=0.1, max_grad_norm=0.3,
+    learning_rate=5e-3,
+    schedule="constant",
+    warmup_frac=0.0,
+    weight_decay=0.1,
+    max_grad_norm=0.3,
     eps=1e-4,
-)  # fmt: skip
+)
 STEPS = 6
 LAYERS = LayersSpec(unfreeze={"every_steps": 2}, rate_decay=0.5)
 # Two layers; the final norm counts with the top one. (first step, share of the rate)
@@ -58,9 +61,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def learner_of(model_dir: Path, layers: LayersSpec, stage: int = 0, offload: str = "none"):
     model = load_policy(model_dir, dtype="float32")
     learner = Learner(
-        LogprobModel(model), optim=OPTIM, zero=ZeroSpec(stage=stage, offload=offload),
-        dtype="float32", total_steps=STEPS, layers=layers,
-    )  # fmt: skip
+        LogprobModel(model),
+        optim=OPTIM,
+        zero=ZeroSpec(stage=stage, offload=offload),
+        dtype="float32",
+        total_steps=STEPS,
+        layers=layers,
+    )
     return model, learner
 
 
@@ -128,14 +135,23 @@ NAMES = [f"model.layers.{i}.mlp.weight" for i in range(4)]
 @pytest.mark.parametrize(
     ("spec", "expected"),  # shares of embeddings, layers 0 to 3 at steps 0, 5, 10, 15, 20
     [
-        ({"unfreeze": {"every_steps": 5}, "rate_decay": 0.5},
-         [(0, 0, 0, 0, 1), (0, 0, 0, 0.5, 1), (0, 0, 0.25, 0.5, 1), (0, 0.125, 0.25, 0.5, 1),
-          (0.0625, 0.125, 0.25, 0.5, 1)]),
-        ({"unfreeze": {"every_steps": 5}, "freeze_first": 2},
-         [(0, 0, 0, 0, 1), (0, 0, 0, 1, 1), (1, 0, 0, 1, 1), (1, 0, 0, 1, 1), (1, 0, 0, 1, 1)]),
+        (
+            {"unfreeze": {"every_steps": 5}, "rate_decay": 0.5},
+            [
+                (0, 0, 0, 0, 1),
+                (0, 0, 0, 0.5, 1),
+                (0, 0, 0.25, 0.5, 1),
+                (0, 0.125, 0.25, 0.5, 1),
+                (0.0625, 0.125, 0.25, 0.5, 1),
+            ],
+        ),
+        (
+            {"unfreeze": {"every_steps": 5}, "freeze_first": 2},
+            [(0, 0, 0, 0, 1), (0, 0, 0, 1, 1), (1, 0, 0, 1, 1), (1, 0, 0, 1, 1), (1, 0, 0, 1, 1)],
+        ),
         ({"freeze_embeddings": True, "freeze_first": 1}, [(0, 0, 1, 1, 1)] * 5),
     ],
-)  # fmt: skip
+)
 def test_plan_gives_the_share_of_each_layer(spec: dict, expected: list) -> None:
     plan = plan_layers(LayersSpec.model_validate(spec), NAMES, total_steps=30)
     found = [tuple(plan.share(d, step) for d in range(-1, 4)) for step in range(0, 25, 5)]

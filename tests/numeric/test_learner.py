@@ -21,11 +21,11 @@ from align.core.errors import TrainingError
 from align.core.types import TokenRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.online.weights import full_weights
 from align.recipe.schema import OptimSpec, ZeroSpec
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
 from align.training.offline import OfflineTask, micro_batches
+from align.tuning.export import full_weights
 
 ROWS = [
     TokenRow(tuple(3 + (7 * r * t + t) % 60 for t in range(n)), tuple(t > 2 for t in range(n)))
@@ -33,9 +33,14 @@ ROWS = [
 ]
 # A key's bias has gradient 0 but for rounding; with a small eps Adam would make a step of it.
 OPTIM = OptimSpec(
-    learning_rate=5e-3, schedule="linear", warmup_frac=0.25, weight_decay=0.1, betas=(0.9, 0.95),
-    max_grad_norm=0.3, eps=1e-4,
-)  # fmt: skip
+    learning_rate=5e-3,
+    schedule="linear",
+    warmup_frac=0.25,
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    max_grad_norm=0.3,
+    eps=1e-4,
+)
 STEPS = 4
 
 

@@ -78,8 +78,14 @@ def test_sft_gradient_is_the_token_mean_for_every_split(order: list[int], cuts: 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "robust"])
 @pytest.mark.parametrize("split", [[[0, 1, 2]], [[0], [1], [2]], [[2, 0], [], [1]]])
 def test_dpo_gradient_does_not_depend_on_the_split(kind: str, split: list[list[int]]) -> None:
-    spec = DpoStage(kind="dpo", init="x", data=[{"path": "x"}], beta=0.3, loss=kind,
-                    label_smoothing=0.1 if kind == "robust" else 0.0)  # fmt: skip
+    spec = DpoStage(
+        kind="dpo",
+        init="x",
+        data=[{"path": "x"}],
+        beta=0.3,
+        loss=kind,
+        label_smoothing=0.1 if kind == "robust" else 0.0,
+    )
     rows = [dpo.ReferencePair(p, -1.0 - i, -2.0) for i, p in enumerate(PAIRS)]
     loss_fn = partial(dpo.preference_loss, spec)
     whole = gradient([dpo.collate(rows, rows)], loss_fn)

@@ -32,9 +32,15 @@ answers = st.lists(
 
 def grpo_stage(**options):
     return GrpoStage(
-        kind="grpo", init="x", prompts=[{"path": "x"}], steps=1, prompts_per_step=1,
-        rewards=[{"kind": "regex", "pattern": "x"}], sampling={"max_new_tokens": 6}, **options,
-    )  # fmt: skip
+        kind="grpo",
+        init="x",
+        prompts=[{"path": "x"}],
+        steps=1,
+        prompts_per_step=1,
+        rewards=[{"kind": "regex", "pattern": "x"}],
+        sampling={"max_new_tokens": 6},
+        **options,
+    )
 
 
 def row_of(answers):
@@ -127,9 +133,15 @@ def test_importance_by_answer_by_hand(level, mode, bounds, expected, batched):
     if batched:
         old, sampler, mask = (x.unsqueeze(0) for x in (old, sampler, mask))
     weights = importance_weights(
-        old, sampler, mask, mode=mode, level=level, **bounds,
-        segment_ids=torch.tensor([0, 0, 1, 1, 1, 1]), num_segments=2,
-    )  # fmt: skip
+        old,
+        sampler,
+        mask,
+        mode=mode,
+        level=level,
+        **bounds,
+        segment_ids=torch.tensor([0, 0, 1, 1, 1, 1]),
+        num_segments=2,
+    )
     assert weights.flatten().tolist() == pytest.approx([*expected, 0.0])
 
 
@@ -140,10 +152,15 @@ def test_importance_product_over_answers_turns_the_samplers_mean_into_the_traine
     pairs = [(a, b) for a in range(3) for b in range(3)]
     flat = torch.tensor(pairs).flatten()
     weights = importance_weights(
-        trainer.log()[flat], sampler.log()[flat], torch.ones(18, dtype=torch.bool),
-        mode="truncate", cap=100.0, level="sequence",
-        segment_ids=torch.arange(9).repeat_interleave(2), num_segments=9,
-    )  # fmt: skip
+        trainer.log()[flat],
+        sampler.log()[flat],
+        torch.ones(18, dtype=torch.bool),
+        mode="truncate",
+        cap=100.0,
+        level="sequence",
+        segment_ids=torch.arange(9).repeat_interleave(2),
+        num_segments=9,
+    )
     value = [3.0 * a - b * b for a, b in pairs]
     expected = sum(trainer[a] * trainer[b] * v for (a, b), v in zip(pairs, value, strict=True))
     found = sum(
@@ -186,7 +203,7 @@ def test_policy_objectives_equal_trl(loss_type, level, options, kl):
     spec = grpo_stage(
         kl={"coef": beta, "place": "loss", "estimator": "k3", "corrected": kl == "corrected"},
         **options,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(4)
     rows, width = 4, 6
     lengths = torch.tensor([6, 2, 1, 4])
@@ -195,36 +212,53 @@ def test_policy_objectives_equal_trl(loss_type, level, options, kl):
     advantages = torch.tensor([1.0, -0.5, 0.7, -2.0], dtype=torch.float64)
     theirs_in = new.clone().requires_grad_()
     state = SimpleNamespace(
-        accelerator=SimpleNamespace(
-            gather=lambda x: x, reduce=lambda x, **_: x, num_processes=1
-        ),
-        model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, **_: x, num_processes=1),
+        model=SimpleNamespace(training=True),
+        _metrics=defaultdict(lambda: defaultdict(list)),
         args=SimpleNamespace(use_bias_correction_kl=kl == "corrected", delta=None),
-        beta=beta, loss_type=loss_type, importance_sampling_level=level,
-        epsilon_low=spec.clip.low, use_vllm=False, aux_loss_enabled=False,
+        beta=beta,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_low=spec.clip.low,
+        use_vllm=False,
+        aux_loss_enabled=False,
         epsilon_high=1 + spec.clip.high if loss_type == "cispo" else spec.clip.high,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, max_completion_length=width,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        max_completion_length=width,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
         _get_per_token_logps_and_entropies=lambda *a, **k: (theirs_in, new * 0 + 1, None),
-    )  # fmt: skip
+    )
     state.args.steps_per_generation = 1
     theirs = trl.GRPOTrainer._compute_loss(
-        state, None,
-        {"prompt_ids": torch.zeros(rows, 1), "prompt_mask": torch.ones(rows, 1),
-         "completion_ids": torch.zeros(rows, width), "completion_mask": mask.long(),
-         "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
-         "num_items_in_batch": mask.sum()},
-    )  # fmt: skip
+        state,
+        None,
+        {
+            "prompt_ids": torch.zeros(rows, 1),
+            "prompt_mask": torch.ones(rows, 1),
+            "completion_ids": torch.zeros(rows, width),
+            "completion_mask": mask.long(),
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+            "num_items_in_batch": mask.sum(),
+        },
+    )
     theirs.backward()
     ours_in = new.clone().requires_grad_()
     flat = {n: x[mask].unsqueeze(0) for n, x in {"new": ours_in, "old": old, "ref": ref}.items()}
     ids = torch.arange(rows).repeat_interleave(lengths)
     ones = torch.ones(1, len(ids), dtype=torch.bool)
     batch = PackedBatch(
-        input_ids=ones.long(), position_ids=ones.long(), mask=ones, segment_ids=ids, num=rows,
+        input_ids=ones.long(),
+        position_ids=ones.long(),
+        mask=ones,
+        segment_ids=ids,
+        num=rows,
         counts={"tokens": float(len(ids)), "answers": float(rows)},
         per_token={"advantages": advantages[ids].unsqueeze(0)},
-    )  # fmt: skip
+    )
     loss = policy_loss(spec, flat["new"], flat["old"], batch).loss
     if beta:
         x = flat["new"] - flat["ref"]
@@ -239,10 +273,14 @@ def test_policy_objectives_equal_trl(loss_type, level, options, kl):
 
 
 REDUCED = [
-    {"aggregation": "token"}, {"aggregation": "sequence"}, {"aggregation": "constant"},
-    {"aggregation": "sequence_sum"}, {"algorithm": "gspo", "clip": {"low": 0.1, "high": 0.1}},
-    {"algorithm": "cispo"}, {"importance": {"level": "geometric", "mode": "mask", "cap": 1.3}},
-]  # fmt: skip
+    {"aggregation": "token"},
+    {"aggregation": "sequence"},
+    {"aggregation": "constant"},
+    {"aggregation": "sequence_sum"},
+    {"algorithm": "gspo", "clip": {"low": 0.1, "high": 0.1}},
+    {"algorithm": "cispo"},
+    {"importance": {"level": "geometric", "mode": "mask", "cap": 1.3}},
+]
 ROWS = [((3, 5), 3), ((3, 5), 1), ((4,), 4), ((4,), 2), ((9, 2, 6), 5)]
 
 

@@ -36,9 +36,9 @@ from align.core.errors import TrainingError
 from align.core.types import PromptRow
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
-from align.online.engine import build_engine
-from align.online.experience import Experience
 from align.online.loop import needs_old_logprobs, rollout, update
+from align.sampling.build import build_engine
+from align.sampling.experience import Experience
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))

@@ -36,12 +36,12 @@ from align.core.types import PromptRow
 from align.losses.value import explained_variance
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
-from align.online.engine import build_engine
 from align.online.loop import online_step, update
 from align.online.scoring import Scores
 from align.online.summary import summarise
-from align.recipe.tuning_schema import TuningSpec
-from align.stages.online import Push
+from align.recipe.schema.tuning import TuningSpec
+from align.sampling.build import build_engine
+from align.stages.rollouts import Push
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))

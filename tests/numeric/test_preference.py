@@ -175,10 +175,17 @@ def test_dpo_loss_equals_trl(kind, eps):
     ref = -torch.rand(2 * pairs, generator=generator).double() * lengths
     model = TokenTable(logps)
     state = trl_state(
-        model=model, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], beta=beta,
-        label_smoothing=eps, use_weighting=False,
-    )  # fmt: skip
+        model=model,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=eps,
+        use_weighting=False,
+    )
     inputs = {
         "input_ids": torch.zeros(2 * pairs, width, dtype=torch.long),
         "attention_mask": torch.ones(2 * pairs, width),
@@ -190,9 +197,14 @@ def test_dpo_loss_equals_trl(kind, eps):
     by = lengths if kind == "ipo" else torch.ones_like(lengths)
     policy, reference = logps.sum(1) / by, ref / by
     ours = dpo_loss(
-        policy[:pairs], policy[pairs:], reference[:pairs], reference[pairs:],
-        beta=beta, label_smoothing=eps, kind=kind,
-    )  # fmt: skip
+        policy[:pairs],
+        policy[pairs:],
+        reference[:pairs],
+        reference[pairs:],
+        beta=beta,
+        label_smoothing=eps,
+        kind=kind,
+    )
     assert ours.loss.mean().item() == pytest.approx(theirs.item(), rel=1e-12)
 
 

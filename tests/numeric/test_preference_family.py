@@ -57,9 +57,14 @@ def test_orpo_of_a_certain_answer_is_finite():
 @given(st.floats(-9, 9), st.floats(-9, 9), st.booleans(), st.floats(0, 3))
 def test_kto_equals_the_definition(policy, ref, good, kl):
     out = kto_loss(
-        column(policy), column(ref), torch.tensor([good]), kl=kl, beta=0.3,
-        desirable_weight=1.5, undesirable_weight=0.5,
-    )  # fmt: skip
+        column(policy),
+        column(ref),
+        torch.tensor([good]),
+        kl=kl,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+    )
     z = 0.3 * (policy - ref - kl) * (1 if good else -1)
     expected = (1.5 if good else 0.5) * (1 - 1 / (1 + math.exp(-z)))
     assert out.item() == pytest.approx(expected, rel=1e-9)
@@ -116,29 +121,46 @@ class Table(torch.nn.Module):
 
 def ours(spec, logps, ref):
     """Give the stage's own loss over the three pairs."""
-    ids = torch.cat([torch.full((int(LENGTHS[k]),), 2 * p + s) for p in range(3)
-                     for s, k in ((0, p), (1, p + 3))])  # fmt: skip
+    ids = torch.cat(
+        [
+            torch.full((int(LENGTHS[k]),), 2 * p + s)
+            for p in range(3)
+            for s, k in ((0, p), (1, p + 3))
+        ]
+    )
     ones = torch.ones(1, len(ids), dtype=torch.bool)
     refs = torch.stack([ref[:3], ref[3:]], 1).flatten()
     batch = dpo.PackedBatch(
-        input_ids=ones.long(), position_ids=ones.long(), mask=ones, segment_ids=ids, num=6,
-        counts={"pairs": 3.0}, per_sequence={"ref": refs},
-    )  # fmt: skip
+        input_ids=ones.long(),
+        position_ids=ones.long(),
+        mask=ones,
+        segment_ids=ids,
+        num=6,
+        counts={"pairs": 3.0},
+        per_sequence={"ref": refs},
+    )
     return dpo.preference_loss(spec, Table(logps), batch)[0].item()
 
 
 def trl_dpo(trl, logps, ref, **settings):
     model = TokenTable(logps)
     state = trl_state(
-        model=model, aux_loss_enabled=False, precompute_ref_logps=True, beta=0.3,
-        f_divergence_type="reverse_kl", use_weighting=False, label_smoothing=0.0,
+        model=model,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        beta=0.3,
+        f_divergence_type="reverse_kl",
+        use_weighting=False,
+        label_smoothing=0.0,
         **({"ld_alpha": None, "loss_weights": [1.0]} | settings),
-    )  # fmt: skip
+    )
     inputs = {
         "input_ids": torch.zeros(6, WIDTH, dtype=torch.long),
-        "attention_mask": torch.ones(6, WIDTH), "completion_mask": MASK.long(),
-        "ref_chosen_logps": ref[:3], "ref_rejected_logps": ref[3:],
-    }  # fmt: skip
+        "attention_mask": torch.ones(6, WIDTH),
+        "completion_mask": MASK.long(),
+        "ref_chosen_logps": ref[:3],
+        "ref_rejected_logps": ref[3:],
+    }
     return trl.DPOTrainer._compute_loss(state, model, inputs, False).item()
 
 
@@ -192,15 +214,24 @@ def test_kto_equals_trl(shift):
     good = torch.tensor([True, False, True, True, False, False])
     model = TokenTable(logps)
     state = trl_state(
-        model=model, aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True,
-        beta=0.3, loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7,
+        model=model,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        beta=0.3,
+        loss_type="kto",
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
         _compute_kl_logps=lambda *_: other.sum(1),
-    )  # fmt: skip
+    )
     inputs = {
         "input_ids": torch.zeros(6, WIDTH, dtype=torch.long),
-        "attention_mask": torch.ones(6, WIDTH), "completion_mask": MASK.long(),
-        "label": good, "ref_logps": ref, "ref_KL_logps": other_ref,
-    }  # fmt: skip
+        "attention_mask": torch.ones(6, WIDTH),
+        "completion_mask": MASK.long(),
+        "label": good,
+        "ref_logps": ref,
+        "ref_KL_logps": other_ref,
+    }
     theirs = trl.KTOTrainer._compute_loss(state, model, inputs, False)
     kl = max(float((other.sum(1) - other_ref).mean()), 0.0)
     found = kto_loss(
@@ -210,9 +241,12 @@ def test_kto_equals_trl(shift):
 
 
 KINDS = [
-    {"loss": "sigmoid_norm"}, {"loss": "simpo", "gamma": 0.2}, {"loss": "orpo"},
-    {"nll_coef": 0.5}, {"ld_alpha": 0.3},
-]  # fmt: skip
+    {"loss": "sigmoid_norm"},
+    {"loss": "simpo", "gamma": 0.2},
+    {"loss": "orpo"},
+    {"nll_coef": 0.5},
+    {"ld_alpha": 0.3},
+]
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -227,8 +261,11 @@ def test_pair_gradients_do_not_depend_on_the_split(options, split):
 
 def judged():
     sides = [(p.chosen, p.rejected) for p in PAIRS]
-    rows = [KtoRow(r.input_ids, r.trained, good=good) for c, d in sides
-            for r, good in ((c, True), (d, False))]  # fmt: skip
+    rows = [
+        KtoRow(r.input_ids, r.trained, good=good)
+        for c, d in sides
+        for r, good in ((c, True), (d, False))
+    ]
     return kto.mismatch(rows, max_length=8)
 
 

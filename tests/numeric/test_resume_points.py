@@ -23,17 +23,22 @@ from online_parts import STOP, critic_of, grpo_spec, policy_of, ppo_spec, refere
 from align.core.log import MetricsLog
 from align.core.types import PromptRow
 from align.losses.kl import AdaptiveKL
-from align.online.engine import build_engine
 from align.online.loop import OnlineRun, train_online
-from align.stages.online import Push
+from align.sampling.build import build_engine
+from align.stages.rollouts import Push
 from align.training.learner import Learner
 from reward_models import build_reward
 
 SPECS: dict[str, Any] = {
-    "ppo": ppo_spec(steps=2, minibatches=2, update_epochs=1, checkpoint_every=1,
-                    kl={"coef": 0.1, "target": 0.5, "horizon": 20}),
+    "ppo": ppo_spec(
+        steps=2,
+        minibatches=2,
+        update_epochs=1,
+        checkpoint_every=1,
+        kl={"coef": 0.1, "target": 0.5, "horizon": 20},
+    ),
     "grpo": grpo_spec(steps=3, minibatches=2, checkpoint_every=2),
-}  # fmt: skip
+}
 # Optimiser steps: 2 rollouts of 2 mini-batches of policy and critic; 3 of 2 of the policy. PPO is
 # killed in its second rollout, where a checkpoint is there, and at the end of its first.
 CALLS = {"ppo": range(4, 2 * 2 * 2 + 1), "grpo": range(1, 3 * 2 + 1)}
@@ -60,10 +65,14 @@ def new_run(model_dir: Path, name: str) -> OnlineRun:
         parts = {"critic": critic_of(model_dir), "kl": AdaptiveKL(0.1, target=0.5, horizon=20)}
         parts["reference"] = reference_of(model_dir)
     return run_of(
-        spec, policy, prompts=prompts, engine=engine,
+        spec,
+        policy,
+        prompts=prompts,
+        engine=engine,
         rewards=[build_reward({"kind": "regex", "pattern": "w4"})],
-        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"), **parts,
-    )  # fmt: skip
+        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
+        **parts,
+    )
 
 
 def attempt(model_dir: Path, name: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -101,10 +101,13 @@ def test_writing_more_steps_does_not_pay_where_a_plain_sum_would():
     assert sum(padded) > 5 * sum(short)  # what a sum over steps pays for nothing new
     for aggregate in ("min", "last", "product"):
         returns = [
-            sum(increments(chances, range(len(chances)), aggregate=aggregate,
-                           num_tokens=len(chances)))
+            sum(
+                increments(
+                    chances, range(len(chances)), aggregate=aggregate, num_tokens=len(chances)
+                )
+            )
             for chances in (short, padded)
-        ]  # fmt: skip
+        ]
         assert returns[1] <= returns[0] + 1e-12
 
 

@@ -56,8 +56,11 @@ def test_logprobs_equal_each_answer_alone(groups, alike) -> None:
     assert out.logprobs[batch.mask].tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-7)
 
 
-GROUPS = [([5, 9, 2, 33], [[7, 1], [8, 8, 3, 1], [60]]), ([4], [[11, 12, 13, 14, 15, 1]]),
-          ([3, 2, 1], [[2], [9, 9]])]  # fmt: skip
+GROUPS = [
+    ([5, 9, 2, 33], [[7, 1], [8, 8, 3, 1], [60]]),
+    ([4], [[11, 12, 13, 14, 15, 1]]),
+    ([3, 2, 1], [[2], [9, 9]]),
+]
 
 
 def test_gradients_equal_those_of_prompts_computed_for_each_answer() -> None:

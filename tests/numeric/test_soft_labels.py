@@ -14,12 +14,13 @@ from engine_models import save_tiny, tiny_model
 
 from align.core.errors import DataError
 from align.core.types import PairRow, TokenRow
-from align.data.formats import to_examples
+from align.data.formats.detect import to_examples
 from align.losses.preference import bradley_terry_loss, dpo_loss, soft_labels
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import DpoStage, RewardStage
-from align.stages import dpo, scorer_rows
+from align.stages import dpo
+from align.stages.reward import tasks as scorer_rows
 from align.stages.sft import collate, sft_loss
 
 

@@ -14,15 +14,22 @@ from engine_models import save_tiny, tiny_model
 
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
-from align.online.weights import full_weights
 from align.recipe.schema import TuningSpec
+from align.tuning.export import full_weights
 from align.tuning.files import num_trained
 from align.tuning.loading import load_for_training
 from align.tuning.wrap import add_tuner
 
 # Two layers of width 64, keys and values 32 wide, inner layer 96: inputs and outputs of each.
-LINEAR = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "o": (64, 64), "gate": (64, 96),
-          "up": (64, 96), "down": (96, 64)}  # fmt: skip
+LINEAR = {
+    "q": (64, 64),
+    "k": (64, 32),
+    "v": (64, 32),
+    "o": (64, 64),
+    "gate": (64, 96),
+    "up": (64, 96),
+    "down": (96, 64),
+}
 OUTPUTS = sum(out for _, out in LINEAR.values())
 LORA = sum(4 * (a + b) for a, b in LINEAR.values())
 BLOCK = 32 * 31 // 2  # free numbers of a rotation in 32 dimensions
@@ -53,7 +60,7 @@ def tuned(method: str, **keys: Any) -> Any:
         ("loreft", {"rank": 4}, 2 * (2 * 64 * 4 + 4)),
         ("loreft", {"rank": 4, "layers": [1]}, 2 * 64 * 4 + 4),
     ],
-)  # fmt: skip
+)
 def test_as_many_numbers_train_as_the_method_has(method: str, keys: dict, expected: int) -> None:
     assert num_trained(tuned(method, **keys))[0] == expected
 

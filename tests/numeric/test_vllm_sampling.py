@@ -2,7 +2,7 @@
 
 import torch
 
-from align.online.vllm_sampling import draw_tokens
+from align.sampling.vllm_sampler import draw_tokens
 
 
 def test_draws_have_the_frequencies_of_the_distribution():

@@ -43,10 +43,13 @@ class Handler(BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": None, "refusal": None, **body}
             reason = message.pop("finish_reason", "stop")
             body = {
-                "id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
                 "choices": [{"index": 0, "message": message, "finish_reason": reason}],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-            }  # fmt: skip
+            }
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

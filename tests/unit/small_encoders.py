@@ -22,10 +22,15 @@ def wordpiece() -> BertTokenizer:
 def bert_config(tokenizer: Any, *, positions: int = 64) -> BertConfig:
     """Give the sizes of the test encoder; its states are far from each other."""
     return BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=positions, initializer_range=0.2,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.2,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
 
 
 def save_bert(folder: Path, *, pooler: bool = True, positions: int = 64) -> str:

@@ -14,7 +14,7 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.card import Card
 from align.core.errors import ArtefactError, DataError
-from align.data.chat import ChatFormat
+from align.data.render.chat import ChatFormat
 from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
 from align.stages.base import StageContext, chat_format
 from align.stages.base_model import run
@@ -30,10 +30,16 @@ def saved_model(folder: Path, *, tied: bool, rows: int | None = None) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(1)
     config = Qwen2Config(
-        vocab_size=rows or len(tokenizer), hidden_size=32, intermediate_size=48,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=rows or len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -59,8 +65,10 @@ def test_added_tokens_begin_as_the_mean_of_the_others(tmp_path: Path, tied: bool
     number = old.config.vocab_size
     assert sorted(ids) == [number, number + 1]
     assert new.config.vocab_size == len(tokenizer) == number + 2
-    pairs = [(old.get_input_embeddings().weight, new.get_input_embeddings().weight),
-             (old.lm_head.weight, new.lm_head.weight)]  # fmt: skip
+    pairs = [
+        (old.get_input_embeddings().weight, new.get_input_embeddings().weight),
+        (old.lm_head.weight, new.lm_head.weight),
+    ]
     for before, after in pairs:
         assert torch.equal(after[:number], before)
         expected = before.double().mean(0)

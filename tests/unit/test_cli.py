@@ -67,10 +67,16 @@ def test_shell_chain_starts_each_stage_in_order_and_stops_at_the_first_failure(t
     Path("r.yaml").write_text(RECIPE + "  again: {kind: sft, init: sft, data: [{world: sft}]}\n")
     done = subprocess.run(
         ["sh", "launch/chain.sh", "r.yaml", "--set", "seed=4"],
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
-             "RANKS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "RANKS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     assert Path("calls.txt").read_text().splitlines() == [
         "--recipe r.yaml --stage base --run-dir runs/toy --set seed=4",

@@ -78,8 +78,7 @@ def test_batches_of_any_step_are_the_same_whatever_came_before() -> None:
     order = [epoch_indices(5, seed=6, epoch=e) for e in (5, 6)]
     assert [i for i, _ in places] == [order[0][3], order[0][4], order[1][0], order[1][1]]
     spec = AugmentSpec(word_dropout=0.5)
-    expected = [render(augment(examples[i], spec, seed=3, index=i, epoch=e))
-                for i, e in places]  # fmt: skip
+    expected = [render(augment(examples[i], spec, seed=3, index=i, epoch=e)) for i, e in places]
     assert late == expected
     assert augmented[2] == rows[2]
     assert augmented[:2] == rows[:2]
@@ -91,8 +90,11 @@ def test_rows_that_no_longer_fit_stand_as_they_are() -> None:
 
     lengths = {"<long>": 6, "<short>": 5}
     augmented = AugmentedRows(
-        [row(4), row(4)], [Example(prompt="long"), Example(prompt="short")],
-        lambda e: row(lengths[e.prompt]), AugmentSpec(templates=["<{text}>"]),
-        seed=0, max_length=5,
-    )  # fmt: skip
+        [row(4), row(4)],
+        [Example(prompt="long"), Example(prompt="short")],
+        lambda e: row(lengths[e.prompt]),
+        AugmentSpec(templates=["<{text}>"]),
+        seed=0,
+        max_length=5,
+    )
     assert [augmented.in_epoch(i, 0) for i in range(2)] == [row(4), row(5)]

@@ -11,8 +11,8 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
-from align.data.chat import ChatFormat, apply_tokenizer_spec
-from align.data.templates import TEMPLATES
+from align.data.render.chat import ChatFormat, apply_tokenizer_spec
+from align.data.render.templates import TEMPLATES
 from align.recipe.schema import TokenizerSpec
 
 # ChatML with transformers' own mark of what the assistant says, stop token included.
@@ -52,9 +52,14 @@ def test_assistant_mask_agrees_with_transformers_generation_mask() -> None:
     chat = ChatFormat(tokenizer)
     conversations = [
         [turn("user", "hi"), turn("assistant", "hello there")],
-        [turn("system", "be brief"), turn("user", "a\nb"), turn("assistant", " 1\n"),
-         turn("user", "more"), turn("assistant", "ünï\n\ncode 漢")],
-    ]  # fmt: skip
+        [
+            turn("system", "be brief"),
+            turn("user", "a\nb"),
+            turn("assistant", " 1\n"),
+            turn("user", "more"),
+            turn("assistant", "ünï\n\ncode 漢"),
+        ],
+    ]
     for turns in conversations:
         row = chat.sft_row(Example(prompt=[], completion=turns))
         theirs = tokenizer.apply_chat_template(

@@ -67,8 +67,9 @@ def test_command_line_ends_with_2_on_errors_and_0_on_warnings(tmp_path: Path):
     assert (done.returncode, json.loads(done.stdout)["counts"]) == (0, {"D090": 1})
     done = align("explain", "D070")
     assert (done.returncode, done.stdout.decode().splitlines()[0]) == (
-        0, "D070 error: chosen equals rejected",
-    )  # fmt: skip
+        0,
+        "D070 error: chosen equals rejected",
+    )
     done = align("data", "check", str(warned), "--max-length", "5")
     assert done.returncode == 2
     assert b"--model" in done.stderr
@@ -95,8 +96,8 @@ def test_many_findings_of_one_code_are_counted_and_a_few_shown(tmp_path: Path):
 def test_large_files_give_the_same_findings_in_one_process_and_in_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ):
-    from align.data import opening
     from align.data.check import run
+    from align.data.reading import files as opening
 
     rows = [{"messages": [{**U, "content": f"How much is {i} and {i}?"}, A]} for i in range(300)]
     rows[200] = rows[100]
@@ -129,10 +130,17 @@ def test_prompts_that_are_also_held_out_are_errors_with_both_places(tmp_path: Pa
     # Rows of messages are compared by their first user turn, whatever their answer.
     train[2] = {"prompt": [U], "completion": [A]}
     held.append({"messages": [U, {**A, "content": "Blue or White Nile?"}]})
-    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in
-             (("train", train), ("prompts", held[:3]), ("chats", held[3:]))]  # fmt: skip
-    done = align("data", "check", str(paths[0]), "--json",
-                 *(word for path in paths[1:] for word in ("--heldout", str(path))))  # fmt: skip
+    paths = [
+        write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("train", train), ("prompts", held[:3]), ("chats", held[3:]))
+    ]
+    done = align(
+        "data",
+        "check",
+        str(paths[0]),
+        "--json",
+        *(word for path in paths[1:] for word in ("--heldout", str(path))),
+    )
     assert done.returncode == 2, done.stderr
     report = json.loads(done.stdout)
     assert report["counts"] == {"D100": 2}
@@ -145,9 +153,14 @@ def test_prompts_that_are_also_held_out_are_errors_with_both_places(tmp_path: Pa
 def test_text_of_an_evaluation_set_is_found_from_13_words_in_a_row(tmp_path: Path):
     words = "a train leaves the old station at noon and meets another one near dusk"
     assert words.count(" ") == 13
-    question = write(tmp_path / "eval.jsonl", [
-        {"prompt": words}, {"prompt": "Name the five longest rivers"}, {"prompt": "Why?"},
-    ])  # fmt: skip
+    question = write(
+        tmp_path / "eval.jsonl",
+        [
+            {"prompt": words},
+            {"prompt": "Name the five longest rivers"},
+            {"prompt": "Why?"},
+        ],
+    )
     said = [
         "He said: A train leaves the old station, at noon, and meets another one NEAR here.",  # 13
         "So a train leaves the old station at noon and meets another one far away",  # 12

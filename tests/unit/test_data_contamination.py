@@ -1,7 +1,7 @@
 """Held-out prompts that stand in the training texts are found, with the place of both rows."""
 
 from align.core.types import Example
-from align.data.contamination import Contamination, find_contamination
+from align.data.text.contamination import Contamination, find_contamination
 from align.stages.contaminated import describe
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"

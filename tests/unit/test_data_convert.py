@@ -7,11 +7,11 @@ import pytest
 
 from align.core.errors import DataError
 from align.data.convert import convert, convert_sides
-from align.data.formats import to_examples
+from align.data.formats.detect import to_examples
 from align.data.load import load_examples
-from align.data.microscope import as_html, as_text, views
-from align.data.sources import read_rows
+from align.data.reading.sources import read_rows
 from align.data.split import hash_fraction
+from align.data.token_view import as_html, as_text, views
 from align.recipe.schema import DataSpec
 from tests.fault_corpus import clean_rows, write_rows
 from tests.unit.test_data_chat import make_tokenizer
@@ -31,9 +31,10 @@ def test_converted_rows_are_read_back_as_the_same_examples(tmp_path: Path, suffi
         contents = [[t["content"] for t in e.completion] for e in before]
         assert [
             [t["content"] for part in (e.prompt, e.completion) for t in part]
-            if not isinstance(e.prompt, str) else [e.prompt, e.completion]
+            if not isinstance(e.prompt, str)
+            else [e.prompt, e.completion]
             for e in after
-        ] == contents  # fmt: skip
+        ] == contents
         assert [e.columns["id"] for e in after] == [e.columns["id"] for e in before]
 
 
@@ -42,9 +43,14 @@ def test_split_sides_follow_the_hash_of_the_prompt_and_make_the_whole(tmp_path: 
     write_rows(clean_rows("preference", count=80), source, "jsonl")
     out, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     notes = convert_sides(
-        [DataSpec(path=str(source))], out, heldout=heldout, heldout_frac=0.3, to="preference",
-        seed=0, columns=True,
-    )  # fmt: skip
+        [DataSpec(path=str(source))],
+        out,
+        heldout=heldout,
+        heldout_frac=0.3,
+        to="preference",
+        seed=0,
+        columns=True,
+    )
     sides = {p: [row for row, _ in read_rows(str(p))] for p in (out, heldout)}
     for path, rows in sides.items():
         for row in rows:
@@ -74,7 +80,7 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path: P
 
 def test_microscope_shows_each_token_once_with_what_is_trained():
     chat_tokens = make_tokenizer(None)
-    from align.data.chat import ChatFormat
+    from align.data.render.chat import ChatFormat
 
     chat = ChatFormat(chat_tokens)
     row = {"prompt": "héé", "chosen": "漢!", "rejected": "no"}

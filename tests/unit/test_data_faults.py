@@ -8,9 +8,9 @@ import pytest
 
 from align.core.errors import DataError
 from align.core.types import PairRow, TokenRow
-from align.data.chat import ChatFormat
 from align.data.check import Request, check_data
 from align.data.load import fit_rows, load_examples
+from align.data.render.chat import ChatFormat
 from align.recipe.schema import DataSpec
 from benchmarks.data_faults import clean_alarms, outcomes
 from tests.fault_corpus import clean_rows, write_rows

@@ -4,7 +4,7 @@ import pytest
 
 from align.core.errors import DataError
 from align.core.types import Example
-from align.data.formats import FormatDetector, detect, to_examples
+from align.data.formats.detect import FormatDetector, detect, to_examples
 
 U = {"role": "user", "content": "Q"}
 A = {"role": "assistant", "content": "A"}
@@ -26,29 +26,65 @@ def one(row, kind: str, form: str = "auto") -> tuple:
         ("prompt_completion", {"prompt": [U], "completion": [A]}, ([U], [A])),
         ("prompt_completion", {"prompt": [U], "completion": "A"}, ([U], [A])),
         ("prompt_completion", {"prompt": "p", "completion": "c<|endoftext|>"}, ("p", "c")),
-        ("alpaca", {"instruction": "I", "input": "", "output": "A"},
-         ([{"role": "user", "content": "I"}], [A])),
-        ("alpaca", {"instruction": "I", "input": "X", "output": "A", "system": "S",
-                    "history": [["Q", "B"]]},
-         ([S, U, B, {"role": "user", "content": "I\n\nX"}], [A])),
+        (
+            "alpaca",
+            {"instruction": "I", "input": "", "output": "A"},
+            ([{"role": "user", "content": "I"}], [A]),
+        ),
+        (
+            "alpaca",
+            {
+                "instruction": "I",
+                "input": "X",
+                "output": "A",
+                "system": "S",
+                "history": [["Q", "B"]],
+            },
+            ([S, U, B, {"role": "user", "content": "I\n\nX"}], [A]),
+        ),
         ("alpaca", {"instruction": "Q", "response": "A"}, ([U], [A])),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Q"},
-                                        {"from": "gpt", "value": "A"}], "system": "S"},
-         ([], [S, U, A])),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Q"},
-                                        {"from": "function_call", "value": '{"f": 1}'},
-                                        {"from": "observation", "value": "7"},
-                                        {"from": "gpt", "value": "A"}]},
-         ([], [U, {"role": "assistant", "content": '{"f": 1}'},
-               {"role": "tool", "content": "7"}, A])),
-        ("messages", {"messages": [{**U, "content": [{"type": "text", "text": "Q"}]}, A]},
-         ([], [U, A])),
-        ("seed_tasks", {"instruction": "Q", "instances": [{"input": "", "output": "A"}]},
-         ([U], [A])),
+        (
+            "sharegpt",
+            {
+                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+                "system": "S",
+            },
+            ([], [S, U, A]),
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "Q"},
+                    {"from": "function_call", "value": '{"f": 1}'},
+                    {"from": "observation", "value": "7"},
+                    {"from": "gpt", "value": "A"},
+                ]
+            },
+            (
+                [],
+                [
+                    U,
+                    {"role": "assistant", "content": '{"f": 1}'},
+                    {"role": "tool", "content": "7"},
+                    A,
+                ],
+            ),
+        ),
+        (
+            "messages",
+            {"messages": [{**U, "content": [{"type": "text", "text": "Q"}]}, A]},
+            ([], [U, A]),
+        ),
+        (
+            "seed_tasks",
+            {"instruction": "Q", "instances": [{"input": "", "output": "A"}]},
+            ([U], [A]),
+        ),
         ("text", {"text": "prose"}, ("", "prose")),
         ("text", "prose", ("", "prose")),
     ],
-)  # fmt: skip
+)
 def test_sft_rows_of_each_format(name: str, row, expected: tuple) -> None:
     assert detect(row, kind="sft", source="f:1") == name
     assert one(row, "sft") == (*expected, None)
@@ -68,24 +104,55 @@ HH = "\n\nHuman: Q\n\nAssistant: B\n\nHuman: Q\n\nAssistant:"
         # One answer goes on where the other stops: the shared answer is no part of the prompt.
         ("preference", {"chosen": [U, A, U, B], "rejected": [U, A]}, ([U], [A, U, B], [A])),
         # The border is moved back to the space: "blue" and "black" share the letters "bl".
-        ("preference", {"chosen": "the sky is blue", "rejected": "the sky is black"},
-         ("the sky is", " blue", " black")),
+        (
+            "preference",
+            {"chosen": "the sky is blue", "rejected": "the sky is black"},
+            ("the sky is", " blue", " black"),
+        ),
         ("hh", {"chosen": f"{HH} A", "rejected": f"{HH} B"}, ([U, B, U], [A], [B])),
-        ("openai_dpo", {"input": {"messages": [U]}, "preferred_output": [A],
-                        "non_preferred_output": [B]}, ([U], [A], [B])),
-        ("preference", {"prompt": "Q", "chosen": [U, A], "rejected": [U, B], "prompt_id": "1"},
-         ([U], [A], [B])),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}],
-                      "chosen": {"from": "gpt", "value": "A"},
-                      "rejected": {"from": "gpt", "value": "B"}}, ([U], [A], [B])),
-        ("ultrafeedback", {"instruction": "Q", "completions": [
-            {"response": "B", "overall_score": 2.0}, {"response": "A", "overall_score": 9.0},
-            {"response": "C", "overall_score": 5.0}]}, ([U], [A], [B])),
-        ("model_solutions", {"question": "Q", "ground_truth": "G",
-                             "m1": {"solution": "B", "is_correct": False},
-                             "m2": {"solution": "A", "is_correct": True}}, ([U], [A], [B])),
+        (
+            "openai_dpo",
+            {"input": {"messages": [U]}, "preferred_output": [A], "non_preferred_output": [B]},
+            ([U], [A], [B]),
+        ),
+        (
+            "preference",
+            {"prompt": "Q", "chosen": [U, A], "rejected": [U, B], "prompt_id": "1"},
+            ([U], [A], [B]),
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [{"from": "human", "value": "Q"}],
+                "chosen": {"from": "gpt", "value": "A"},
+                "rejected": {"from": "gpt", "value": "B"},
+            },
+            ([U], [A], [B]),
+        ),
+        (
+            "ultrafeedback",
+            {
+                "instruction": "Q",
+                "completions": [
+                    {"response": "B", "overall_score": 2.0},
+                    {"response": "A", "overall_score": 9.0},
+                    {"response": "C", "overall_score": 5.0},
+                ],
+            },
+            ([U], [A], [B]),
+        ),
+        (
+            "model_solutions",
+            {
+                "question": "Q",
+                "ground_truth": "G",
+                "m1": {"solution": "B", "is_correct": False},
+                "m2": {"solution": "A", "is_correct": True},
+            },
+            ([U], [A], [B]),
+        ),
     ],
-)  # fmt: skip
+)
 def test_preference_rows_of_each_format(name: str, row: dict, expected: tuple) -> None:
     assert detect(row, kind="preference", source="f:1") == name
     assert one(row, "preference") == expected
@@ -99,11 +166,12 @@ def test_oasst_tree_gives_the_best_branch_and_best_against_worst() -> None:
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
     tree = node(
-        "prompter", "Q",
+        "prompter",
+        "Q",
         node("assistant", "B", rank=1),
         node("assistant", "A", node("prompter", "Q2"), rank=0),
         node("assistant", "C", rank=2),
-    )  # fmt: skip
+    )
     row = {"message_tree_id": "t", "prompt": tree}
     assert one(row, "sft") == ([], [U, A], None)
     worst = {"role": "assistant", "content": "C"}

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from align.core.errors import DataError
 from align.core.types import Example
-from align.data.chat import is_tie
-from align.data.formats import detect, to_examples
+from align.data.formats.detect import detect, to_examples
+from align.data.render.chat import is_tie
 from align.recipe.schema import RewardStage
 
 DATA = [{"path": "x.jsonl"}]
@@ -54,11 +54,12 @@ def test_steps_are_no_pairs():
 
 def test_attempts_with_outcomes_become_judged_answers():
     row = {
-        "question": "2+2?", "ground_truth": "4",
+        "question": "2+2?",
+        "ground_truth": "4",
         "small": {"solution": "5", "is_correct": False},
         "large": {"solution": "4", "is_correct": True},
         "other": {"solution": "4", "is_correct": True},
-    }  # fmt: skip
+    }
     found = read(row, "unpaired")
     assert [(e.completion[0]["content"], e.label) for e in found] == [("5", False), ("4", True)]
 

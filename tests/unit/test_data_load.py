@@ -146,8 +146,12 @@ def test_fit_rows_loses_long_rows_whole_and_refuses_too_many() -> None:
     with pytest.raises(
         DataError, match=r"sft: 1 of 3 rows .* 5: a.jsonl:7 \(6 tokens\);.*max_lost"
     ):
-        fit_rows([row_of(5), row_of(6, "a.jsonl:7"), row_of(4)], max_length=5, max_lost_frac=0.3,
-                 what="sft")  # fmt: skip
+        fit_rows(
+            [row_of(5), row_of(6, "a.jsonl:7"), row_of(4)],
+            max_length=5,
+            max_lost_frac=0.3,
+            what="sft",
+        )
 
 
 def test_fit_rows_cuts_the_shared_prompt_of_a_pair_from_the_left() -> None:

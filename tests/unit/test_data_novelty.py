@@ -4,10 +4,10 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from align.data.check.words import word_texts, words
-from align.data.novelty import diverse, near_duplicates, nearest, rouge_l, tfidf
+from align.data.text.ngrams import word_texts, words
+from align.data.text.similarity import diverse, near_duplicates, nearest, rouge_l, tfidf
 from align.recipe.schema import SelfInstructStage
-from align.stages.task_lists import refusal
+from align.stages.data.self_instruct import refusal
 
 
 def slow_lcs(a, b):

@@ -7,7 +7,7 @@ import pytest
 
 from align.core.errors import DataError
 from align.data.load import load_examples
-from align.data.sources import read_rows
+from align.data.reading.sources import read_rows
 from align.recipe.schema import DataSpec
 
 pytestmark = pytest.mark.real
@@ -81,18 +81,30 @@ GOOD = [
 
 # file, kind, what the message must say about which row.
 BAD = [
-    ("raw/whole/axolotl_conversation.missingturns.json", "sft",
-     "missingturns.json:1: completion[1]: the content of the assistant is empty"),
-    ("raw/whole/openai_chat_toy_first4.jsonl", "sft",
-     "first4.jsonl:4: an assistant turn before any user turn"),
-    ("raw/whole/llamafactory_reason_tool_use_demo_50.jsonl", "sft",
-     "demo_50.jsonl:1: messages[2].content: a part of type 'reasoning' cannot be kept"),
-    ("raw/whole/llamafactory_v1_dpo_demo.jsonl", "preference",
-     "demo.jsonl:1: no known format has the fields ['chosen_messages', 'rejected_messages']"),
+    (
+        "raw/whole/axolotl_conversation.missingturns.json",
+        "sft",
+        "missingturns.json:1: completion[1]: the content of the assistant is empty",
+    ),
+    (
+        "raw/whole/openai_chat_toy_first4.jsonl",
+        "sft",
+        "first4.jsonl:4: an assistant turn before any user turn",
+    ),
+    (
+        "raw/whole/llamafactory_reason_tool_use_demo_50.jsonl",
+        "sft",
+        "demo_50.jsonl:1: messages[2].content: a part of type 'reasoning' cannot be kept",
+    ),
+    (
+        "raw/whole/llamafactory_v1_dpo_demo.jsonl",
+        "preference",
+        "demo.jsonl:1: no known format has the fields ['chosen_messages', 'rejected_messages']",
+    ),
     ("raw/TruthfulQA.csv", "preference", "TruthfulQA.csv:2: no known format has the fields"),
     ("preference/truthfulqa.jsonl", "sft", "preference data, the stage needs sft"),
     ("unpaired/xstest_overrefusal.jsonl", "sft", "unpaired data, the stage needs sft"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)

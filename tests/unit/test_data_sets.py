@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import DataError
-from align.data.sets import load_sets
-from align.evaluation.refusals import declines, refusing_side
+from align.data.formats.sets import load_sets
 from align.recipe.schema import DataSpec
+from reward_models.refusals import declines, refusing_side
 
 
 def write(path: Path, *rows: dict) -> list[DataSpec]:

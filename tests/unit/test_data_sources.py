@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from align.core.errors import DataError
-from align.data.sources import data_fingerprint, read_rows
+from align.data.reading.sources import data_fingerprint, read_rows
 
 ROWS = [{"a": 1, "b": "x\u2028y"}, {"a": 2, "b": 'quote "q", comma'}]
 

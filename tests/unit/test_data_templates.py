@@ -14,8 +14,8 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
-from align.data import templates
-from align.data.chat import ChatFormat, apply_tokenizer_spec
+from align.data.render import templates
+from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.recipe.schema import TokenizerSpec
 
 STOCK = Path(trl.__file__).parent / "chat_templates"
@@ -27,11 +27,16 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 CONVERSATIONS = [
     [turn("user", "What is 6 x 7?"), turn("assistant", "42")],
-    [turn("system", "Answer in one line."), turn("user", "What rhymes with 'day'?"),
-     turn("assistant", "'say', and \"may\"."), turn("user", "One more?\nPlease."),
-     turn("assistant", "  'naïve' does not;\n\n'play' does. 漢"), turn("user", "ok"),
-     turn("assistant", "Good bye")],
-]  # fmt: skip
+    [
+        turn("system", "Answer in one line."),
+        turn("user", "What rhymes with 'day'?"),
+        turn("assistant", "'say', and \"may\"."),
+        turn("user", "One more?\nPlease."),
+        turn("assistant", "  'naïve' does not;\n\n'play' does. 漢"),
+        turn("user", "ok"),
+        turn("assistant", "Good bye"),
+    ],
+]
 # What a family writes between the header and the words of an answer; it is sampled, so trained.
 BEFORE = {"qwen3": "<think>\n\n</think>\n\n", "gpt_oss": "<|channel|>final<|message|>"}
 TRIMS = ("llama3", "gemma3")
@@ -81,9 +86,12 @@ def test_mask_agrees_with_trls_generation_markers(name: str) -> None:
         assert list(row.input_ids) == theirs["input_ids"]
         line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
         different = [
-            i for i, own, other in zip(row.input_ids, row.trained, theirs["assistant_masks"],
-                                       strict=True) if bool(other) != own
-        ]  # fmt: skip
+            i
+            for i, own, other in zip(
+                row.input_ids, row.trained, theirs["assistant_masks"], strict=True
+            )
+            if bool(other) != own
+        ]
         assert set(different) <= set(line_break)
 
 

@@ -58,8 +58,9 @@ def test_a_missing_field_names_the_row_the_template_and_what_there_is(tmp_path, 
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question": "q?", "reply": "r"}\n')
     with pytest.raises(DataError, match=r"bad.jsonl:1: template .*'answer' is undefined.*reply"):
-        load_examples([DataSpec(path=str(path), templates=templates, phrasing="all")],
-                      kind="sft", seed=0)  # fmt: skip
+        load_examples(
+            [DataSpec(path=str(path), templates=templates, phrasing="all")], kind="sft", seed=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,10 +117,12 @@ def test_mixing_is_proportional_up_to_the_cap(tmp_path):
     # 40, 10 and 2 rows with cap 20: weights 20, 10, 2. The largest n / w is 40 / 20 = 2, so each
     # row of the big set stands there once and the others come to 2 * 10 = 20 and 2 * 2 = 4.
     specs = [
-        DataSpec(path=rows_file(tmp_path, name, count), rename={"question": "prompt",
-                                                                "answer": "completion"})
+        DataSpec(
+            path=rows_file(tmp_path, name, count),
+            rename={"question": "prompt", "answer": "completion"},
+        )
         for name, count in (("a", 40), ("b", 10), ("c", 2))
-    ]  # fmt: skip
+    ]
     mixed = load_examples(specs, kind="sft", seed=0, mix_cap=20)
     names = [str(example.prompt)[0] for example in mixed]
     assert [names.count(n) for n in "abc"] == [40, 20, 4]

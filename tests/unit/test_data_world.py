@@ -9,7 +9,7 @@ from align.core.errors import DataError
 from align.core.types import Example
 from align.data.load import check_overlap
 from align.data.split import hash_fraction
-from align.data.world import (
+from align.data.toy import (
     ANSWER_PATTERN,
     BRIEF_WORDS,
     FINISHED_PATTERN,
@@ -22,10 +22,28 @@ from align.data.world import (
 )
 
 WORDS = [
-    "zero", "one", "two", "three", "four", "five", "six",
-    "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-]  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 PLACE = {word: kind for kind, words in KINDS.items() for word in words}
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from align.core.errors import TrainingError
-from align.online.engine import build_engine, choose_engine
-from align.online.engine_hf import sample
+from align.sampling.build import build_engine, choose_engine
+from align.sampling.hf import sample
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
@@ -55,6 +55,6 @@ def test_auto_takes_vllm_where_it_serves_the_model(tmp_path, head_size):
 def test_head_sizes_are_those_of_the_installed_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    from align.online.engine import CPU_HEAD_SIZES
+    from align.sampling.build import CPU_HEAD_SIZES
 
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()

@@ -21,12 +21,16 @@ def line(doc: int, **more: object) -> dict:
 
 
 def test_scores_by_question_are_read_by_task_and_filter(tmp_path: Path):
-    write_log(tmp_path, "my_quiz", [
-        line(1, filter="strict", metrics=["exact_match"], exact_match=1.0),
-        line(0, filter="strict", metrics=["exact_match"], exact_match=0.0),
-        line(0, filter="loose", metrics=["exact_match"], exact_match=1),
-        line(1, filter="loose", metrics=["exact_match"], exact_match=1),
-    ])  # fmt: skip
+    write_log(
+        tmp_path,
+        "my_quiz",
+        [
+            line(1, filter="strict", metrics=["exact_match"], exact_match=1.0),
+            line(0, filter="strict", metrics=["exact_match"], exact_match=0.0),
+            line(0, filter="loose", metrics=["exact_match"], exact_match=1),
+            line(1, filter="loose", metrics=["exact_match"], exact_match=1),
+        ],
+    )
     write_log(tmp_path, "arc", [line(0, filter="none", metrics=["acc", "x"], acc=1.0, x=[1, 2])])
     found = read_harness(tmp_path, what="sft")
     assert list(found) == ["arc", "my_quiz"]
@@ -54,9 +58,18 @@ def test_environment_without_the_harness_is_told_with_the_remedy(tmp_path: Path)
 
 def test_command_line_names_model_tasks_and_options():
     argv = harness_argv(
-        "py", Path("m"), Path("o"), tasks=["a", "b"], backend="vllm", dtype="bfloat16",
-        batch_size=4, include_path="own", limit=7, num_fewshot=0, chat_template=True,
-    )  # fmt: skip
+        "py",
+        Path("m"),
+        Path("o"),
+        tasks=["a", "b"],
+        backend="vllm",
+        dtype="bfloat16",
+        batch_size=4,
+        include_path="own",
+        limit=7,
+        num_fewshot=0,
+        chat_template=True,
+    )
     text = " ".join(argv)
     assert text.startswith("py -m lm_eval --model vllm --model_args pretrained=m,dtype=bfloat16")
     assert "--tasks a,b --batch_size 4 --output_path o --log_samples" in text

@@ -149,7 +149,7 @@ def test_conversation_is_written_with_its_roles():
 
 def test_longer_is_a_judge_and_held_out_pairs_are_those_of_the_split(tmp_path: Path):
     from align.recipe.schema import DataSpec
-    from align.stages.judging import LONGER, calibrate
+    from align.stages.evaluate.judge import LONGER, calibrate
 
     def row(i: int, chosen: str, rejected: str) -> dict[str, str]:
         return {"prompt": f"question {i}", "chosen": chosen, "rejected": rejected}

@@ -16,15 +16,24 @@ from align.evaluation.verdict import (
     verdict,
     win_matrix,
 )
-from align.pipeline.task_tables import detect_lines, task_tables, verdict_lines
+from align.report.tables import detect_lines, task_tables, verdict_lines
 
 
 def record(prompt: int, sample: int = 0, **changes: Any) -> dict[str, Any]:
     return {
-        "prompt_index": prompt, "sample_index": sample, "prompt": "?", "completion": "!",
-        "scores": {"em": 1.0}, "judge": 1.0, "length": 10, "repeats": 0.0, "kl": None,
-        "finish_reason": "stop", "group": None, **changes,
-    }  # fmt: skip
+        "prompt_index": prompt,
+        "sample_index": sample,
+        "prompt": "?",
+        "completion": "!",
+        "scores": {"em": 1.0},
+        "judge": 1.0,
+        "length": 10,
+        "repeats": 0.0,
+        "kl": None,
+        "finish_reason": "stop",
+        "group": None,
+        **changes,
+    }
 
 
 def scored(values: list[float], **changes: Any) -> list[dict[str, Any]]:
@@ -63,8 +72,12 @@ def test_block_compares_each_model_with_the_baseline():
     # 12 wins, 8 ties: (12 + 4) / 20.
     assert block["models"]["dpo"]["win_rate"][0] == pytest.approx(0.8)
     assert block["comparisons"]["dpo"] == {
-        "wins": 12, "ties": 8, "losses": 0, "invalid": 0, "sequential": False,
-    }  # fmt: skip
+        "wins": 12,
+        "ties": 8,
+        "losses": 0,
+        "invalid": 0,
+        "sequential": False,
+    }
     assert block["models"]["sft"]["win_rate"] == [None, None, None]
     json.dumps(block, allow_nan=False)
 

@@ -11,9 +11,9 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.card import TOKENS_FILE
 from align.core.types import Example, TokenRow
-from align.data.chat import ChatFormat
-from align.data.microscope import plain, view_of, views
-from align.data.templates import TEMPLATES
+from align.data.render.chat import ChatFormat
+from align.data.render.templates import TEMPLATES
+from align.data.token_view import plain, view_of, views
 from align.report import build_report
 
 CHAT = ChatFormat(byte_tokenizer(TEMPLATES["plain"]))
@@ -37,8 +37,13 @@ def test_of_a_long_row_the_turn_to_the_answer_and_its_end_are_kept() -> None:
     assert found["counts"] == {"masked": 500, "trained": 500, "stop": 1}
     # 48 on both sides of the first trained one, and the last 8.
     assert [state for _, state in found["tokens"]] == [
-        "left out", *["masked"] * 48, *["trained"] * 49, "left out", *["trained"] * 7, "stop",
-    ]  # fmt: skip
+        "left out",
+        *["masked"] * 48,
+        *["trained"] * 49,
+        "left out",
+        *["trained"] * 7,
+        "stop",
+    ]
     assert [n for n, state in found["tokens"] if state == "left out"] == [452, 444]
 
 

@@ -276,7 +276,9 @@ def test_last_stage_writes_the_summary_with_the_cost_of_each_stage():
     summary = json.loads(Path("runs/toy/summary.json").read_text())
     timings = json.loads(Path("runs/toy/timings.json").read_text())
     assert summary["stages"]["sft"] == {
-        "seconds": timings["sft"], "peak_rss_gib": 0.1, "tokens_per_s": None,
-    }  # fmt: skip
+        "seconds": timings["sft"],
+        "peak_rss_gib": 0.1,
+        "tokens_per_s": None,
+    }
     assert summary["seconds"] == pytest.approx(timings["base"] + timings["sft"], abs=0.01)
     assert Path("runs/toy/report.html").is_file()

@@ -30,11 +30,17 @@ stages:
 def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     found = {
-        "first": {"models": {"base": {"n": 1}}, "reward_models": {"a": 1, "both": 2},
-                  "expectations": [{"key": "x"}]},
-        "second": {"models": {"base": {"n": 2}}, "reward_models": {"b": 3, "both": 4},
-                   "expectations": [{"key": "y"}]},
-    }  # fmt: skip
+        "first": {
+            "models": {"base": {"n": 1}},
+            "reward_models": {"a": 1, "both": 2},
+            "expectations": [{"key": "x"}],
+        },
+        "second": {
+            "models": {"base": {"n": 2}},
+            "reward_models": {"b": 3, "both": 4},
+            "expectations": [{"key": "y"}],
+        },
+    }
     for name in ("base", "first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": {}, "seconds": 1.0}))

@@ -20,8 +20,13 @@ def test_eta_uses_the_pace_of_this_attempt():
 
 def test_numbers_and_times_are_written_short():
     assert [number(v) for v in (0.5, 1.23456, 12345.0, 1e-5, 0, None)] == [
-        "0.5", "1.235", "1.23e+04", "1e-05", "0", "-",
-    ]  # fmt: skip
+        "0.5",
+        "1.235",
+        "1.23e+04",
+        "1e-05",
+        "0",
+        "-",
+    ]
     assert [clock(s) for s in (4.4, 65, 7260)] == ["4 s", "1 min 05 s", "2 h 01 min"]
     assert cell([0.5, 0.4, 0.6]) == "0.5 [0.4, 0.6]"
 
@@ -113,14 +118,22 @@ def test_summary_shows_intervals_and_expectations():
         "models": {"sft": {"exact_match": [0.5, 0.4, 0.6]}, "dpo": {"kl": [1.0, 0.5, 1.5]}},
         "reward_models": {"rm": {"pair_accuracy": [0.9, 0.85, 0.95]}},
         "differences": {"dpo-sft/exact_match": [0.1, 0.02, 0.2]},
-        "expectations": [{"key": "models/dpo/kl", "band": [0, 20], "value": 1.0, "holds": True},
-                         {"key": "x", "band": [1, None], "value": 0.5, "holds": False}],
+        "expectations": [
+            {"key": "models/dpo/kl", "band": [0, 20], "value": 1.0, "holds": True},
+            {"key": "x", "band": [1, None], "value": 0.5, "holds": False},
+        ],
         "seconds": 130.0,
-    }  # fmt: skip
+    }
     terminal.summary(summary, Path("runs/x/summary.json"), Path("runs/x/report.html"))
     text = shown.getvalue()
     for part in (
-        "0.50", "0.40..0.60", "0.90", "0.85..0.95", "0.1 [0.02, 0.2]", "2 min 10 s in all",
-        "holds: models/dpo/kl = 1 in [0, 20]", "DOES NOT HOLD: x = 0.5 in [1, None]",
-    ):  # fmt: skip
+        "0.50",
+        "0.40..0.60",
+        "0.90",
+        "0.85..0.95",
+        "0.1 [0.02, 0.2]",
+        "2 min 10 s in all",
+        "holds: models/dpo/kl = 1 in [0, 20]",
+        "DOES NOT HOLD: x = 0.5 in [1, None]",
+    ):
         assert part in text

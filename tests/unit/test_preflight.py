@@ -21,8 +21,8 @@ from align.core.artefacts import Artefact
 from align.core.card import Card, Line, read_card, table
 from align.core.errors import DataError, PreflightError
 from align.core.types import Example, PromptRow, TokenRow
-from align.data.chat import ChatFormat
-from align.data.templates import TEMPLATES
+from align.data.render.chat import ChatFormat
+from align.data.render.templates import TEMPLATES
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.preflight import offline, tokens
@@ -35,7 +35,7 @@ from align.report.read import RunRecord, StageRecord
 from align.stages import dpo, sft
 from align.stages.base import StageContext
 from align.stages.preflight import CheckedOnly, settle
-from align.stages.scorer_rows import WeightedPair, collate_pairs
+from align.stages.reward.tasks import WeightedPair, collate_pairs
 from align.training.offline import OfflineTask
 from reward_models import build_reward
 
@@ -69,10 +69,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     tokenizer = byte_tokenizer(TEMPLATES["plain"])
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     files = {"model/model.safetensors": {"sha256": "ab" * 32}}
@@ -166,8 +172,12 @@ def test_template_that_rewrites_is_a_failed_line_with_the_place() -> None:
         "'assistant' else m['content'][:1] }}{{ '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
-    turns = [turn("user", "q"), turn("assistant", "one"), turn("user", "r"),
-             turn("assistant", "two")]  # fmt: skip
+    turns = [
+        turn("user", "q"),
+        turn("assistant", "one"),
+        turn("user", "r"),
+        turn("assistant", "two"),
+    ]
     (line,) = examine([("template", partial(tokens.template, chat_of(rewrites), [turns]))])
     assert line.verdict == "fail"
     assert "first difference at character" in line.remedy
@@ -208,11 +218,15 @@ def test_model_that_is_not_the_artefact_fails(source: Artefact) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "options", "value"),
-    [("sigmoid", {}, math.log(2)), ("sigmoid", {"label_smoothing": 0.2}, math.log(2)),
-     ("robust", {"label_smoothing": 0.2}, math.log(2)), ("hinge", {}, 1.0),
-     # (0 - 1 / (2 * 0.25))^2 = 2^2
-     ("ipo", {"beta": 0.25}, 4.0)],
-)  # fmt: skip
+    [
+        ("sigmoid", {}, math.log(2)),
+        ("sigmoid", {"label_smoothing": 0.2}, math.log(2)),
+        ("robust", {"label_smoothing": 0.2}, math.log(2)),
+        ("hinge", {}, 1.0),
+        # (0 - 1 / (2 * 0.25))^2 = 2^2
+        ("ipo", {"beta": 0.25}, 4.0),
+    ],
+)
 def test_first_dpo_loss_is_that_of_equal_models(
     source: Artefact, loss: str, options: dict, value: float
 ) -> None:

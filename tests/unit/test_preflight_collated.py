@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
 
 from align.core.types import TokenRow
-from align.data.chat import ChatFormat
-from align.data.templates import TEMPLATES
+from align.data.render.chat import ChatFormat
+from align.data.render.templates import TEMPLATES
 from align.preflight import collated
 
 CHAT = ChatFormat(byte_tokenizer(TEMPLATES["plain"]))
@@ -51,8 +51,9 @@ def test_both_answers_of_a_pair_are_read_whichever_way_they_are_collated() -> No
     stacked = {
         "input_ids": torch.tensor([[1, 2], [1, 3]]),
         "completion_mask": torch.tensor([[0, 1], [0, 1]]),
-        "KL_input_ids": torch.tensor([[7, 7]]), "KL_completion_mask": torch.tensor([[1, 1]]),
-    }  # fmt: skip
+        "KL_input_ids": torch.tensor([[7, 7]]),
+        "KL_completion_mask": torch.tensor([[1, 1]]),
+    }
     apart = {
         f"{side}_{key}": torch.tensor([value])
         for side, token in (("chosen", 2), ("rejected", 3))

@@ -61,8 +61,9 @@ def test_blocks_of_every_depth_keep_the_stage_default(path: Path):
     assert (stage(path, "ppo").kl.coef, stage(path, "ppo").kl.target) == (0.05, 2.0)
     assert stage(path, "ppo").critic.optim.schedule == "constant"
     assert (stage(path, "base").optim.learning_rate, stage(path, "base").optim.schedule) == (
-        1e-3, "linear",
-    )  # fmt: skip
+        1e-3,
+        "linear",
+    )
     kl = stage(path, "grpo").kl
     assert (kl.coef, kl.place, kl.estimator) == (0.1, "loss", "k3")
     assert stage(path, "grpo").tuning.rank == 4

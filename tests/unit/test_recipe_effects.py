@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import RecipeError
-from align.recipe.effects import idle_options
 from align.recipe.load import load_recipe, load_resolved
+from align.recipe.rules import idle_options
 from align.recipe.schema import GrpoStage
 from align.recipe.show import resolved_yaml
 
@@ -129,9 +129,10 @@ def test_options_that_cancel_each_other_are_refused(overrides: tuple[str, str]) 
 
 
 def test_each_is_named_at_its_own_line_and_column() -> None:
-    text = RECIPE.replace("    rewards: [{kind: math}]\n    steps: 4\n  grpo", (
-        "    rewards: [{kind: math}]\n    steps: 4\n    kl: {coef: 0.1, horizon: 50}\n  grpo"
-    )).replace("rows: 100}]", "rows: 100}]\n    keep_checkpoints: 3")  # fmt: skip
+    text = RECIPE.replace(
+        "    rewards: [{kind: math}]\n    steps: 4\n  grpo",
+        ("    rewards: [{kind: math}]\n    steps: 4\n    kl: {coef: 0.1, horizon: 50}\n  grpo"),
+    ).replace("rows: 100}]", "rows: 100}]\n    keep_checkpoints: 3")
     Path("r.yaml").write_text(text)
     assert mistakes() == [
         "r.yaml:13:5: stages.sft.keep_checkpoints: has no effect with checkpoint_every 0, which "
@@ -180,7 +181,13 @@ def test_wide_clip_of_answer_ratios_is_refused() -> None:
 
 def test_parts_without_a_stage_are_checked_too() -> None:
     spec = GrpoStage.model_validate(
-        {"kind": "grpo", "init": "x", "prompts": [{"path": "x"}], "steps": 4, "max_draws": 7,
-         "rewards": [{"kind": "math"}]}
-    )  # fmt: skip
+        {
+            "kind": "grpo",
+            "init": "x",
+            "prompts": [{"path": "x"}],
+            "steps": 4,
+            "max_draws": 7,
+            "rewards": [{"kind": "math"}],
+        }
+    )
     assert [key for key, _ in idle_options(spec)] == ["max_draws"]

@@ -77,9 +77,14 @@ def test_unknown_key_is_reported_at_its_own_column_with_the_near_name():
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("lr", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"),
-     ("num_train_epochs", "epochs"), ("lora_alpha", "tuning.alpha"), ("batchsize", "batch_size")],
-)  # fmt: skip
+    [
+        ("lr", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("num_train_epochs", "epochs"),
+        ("lora_alpha", "tuning.alpha"),
+        ("batchsize", "batch_size"),
+    ],
+)
 def test_unknown_key_suggests_where_the_setting_lives(written: str, meant: str):
     lines = mistakes(with_lines("    init: base", f"    init: base\n    {written}: 1"))
     assert lines == [f"r.yaml:12:5: stages.sft.{written}: unknown key; did you mean '{meant}'?"]
@@ -213,9 +218,14 @@ def test_set_changes_values_creates_optional_ones_and_picks_list_items():
 
 def test_set_mistakes_are_reported_with_suggestions():
     lines = mistakes(
-        GOOD, "stages.ppp.steps=1", "stages.ppo.kl.coeff=1", "stages.ppo.rewards.3.weight=1",
-        "stages.ppo.steps.x=1", "steps", "seed=[",
-    )  # fmt: skip
+        GOOD,
+        "stages.ppp.steps=1",
+        "stages.ppo.kl.coeff=1",
+        "stages.ppo.rewards.3.weight=1",
+        "stages.ppo.steps.x=1",
+        "steps",
+        "seed=[",
+    )
     assert lines[0] == (
         "--set: stages.ppp.steps: no stage 'ppp'; stages are base, sft, rm, ppo; did you mean "
         "'ppo'?"

@@ -9,20 +9,25 @@ from pydantic import ValidationError
 
 from align.core.errors import RecipeError
 from align.recipe.advice import warnings
+from align.recipe.algorithms import RATES, known_rates
 from align.recipe.load import load_recipe, load_resolved
-from align.recipe.rates import RATES, known_rates
 from align.recipe.schema import ClassifyStage, DpoStage, GrpoStage, RewardStage, SftStage
-from align.recipe.tuning_schema import TuningSpec
+from align.recipe.schema.tuning import TuningSpec
 
 OFFLINE = {"init": "base", "data": [{"world": "sft"}]}
 ONLINE = {
-    "init": "base", "steps": 1, "prompts": [{"world": "prompts"}],
+    "init": "base",
+    "steps": 1,
+    "prompts": [{"world": "prompts"}],
     "rewards": [{"kind": "regex", "pattern": "x"}],
-}  # fmt: skip
+}
 STAGES = {
-    "sft": (SftStage, OFFLINE), "reward": (RewardStage, OFFLINE), "dpo": (DpoStage, OFFLINE),
-    "grpo": (GrpoStage, ONLINE), "classify": (ClassifyStage, OFFLINE),
-}  # fmt: skip
+    "sft": (SftStage, OFFLINE),
+    "reward": (RewardStage, OFFLINE),
+    "dpo": (DpoStage, OFFLINE),
+    "grpo": (GrpoStage, ONLINE),
+    "classify": (ClassifyStage, OFFLINE),
+}
 
 
 def stage(kind: str, tuning: dict[str, Any], **more: Any) -> Any:
@@ -34,15 +39,23 @@ def stage(kind: str, tuning: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize(
     "tuning",
     [
-        {"method": "full"}, {"method": "lora"}, {"method": "rslora", "rank": 64},
-        {"method": "dora", "alpha": 8}, {"method": "pissa", "rank": 2}, {"method": "qlora"},
-        {"method": "ia3"}, {"method": "oft", "block_size": 4}, {"method": "vera", "rank": 32},
-        {"method": "bottleneck", "size": 8}, {"method": "prefix", "hidden": 32},
-        {"method": "prompt", "virtual_tokens": 4}, {"method": "ptuning"},
+        {"method": "full"},
+        {"method": "lora"},
+        {"method": "rslora", "rank": 64},
+        {"method": "dora", "alpha": 8},
+        {"method": "pissa", "rank": 2},
+        {"method": "qlora"},
+        {"method": "ia3"},
+        {"method": "oft", "block_size": 4},
+        {"method": "vera", "rank": 32},
+        {"method": "bottleneck", "size": 8},
+        {"method": "prefix", "hidden": 32},
+        {"method": "prompt", "virtual_tokens": 4},
+        {"method": "ptuning"},
         {"method": "loreft", "layers": [0, 3], "first": 2},
     ],
     ids=lambda t: t["method"],
-)  # fmt: skip
+)
 def test_method_is_valid_in_every_training_stage(tuning):
     for kind in STAGES:
         assert stage(kind, tuning).tuning.method == tuning["method"]
@@ -50,10 +63,14 @@ def test_method_is_valid_in_every_training_stage(tuning):
 
 @pytest.mark.parametrize(
     ("tuning", "key"),
-    [({"method": "full", "rank": 4}, "rank"), ({"method": "pissa", "alpha": 4}, "alpha"),
-     ({"method": "ia3", "rank": 4}, "rank"), ({"method": "prompt", "hidden": 4}, "hidden"),
-     ({"method": "bottleneck", "rank": 4}, "rank")],
-)  # fmt: skip
+    [
+        ({"method": "full", "rank": 4}, "rank"),
+        ({"method": "pissa", "alpha": 4}, "alpha"),
+        ({"method": "ia3", "rank": 4}, "rank"),
+        ({"method": "prompt", "hidden": 4}, "hidden"),
+        ({"method": "bottleneck", "rank": 4}, "rank"),
+    ],
+)
 def test_key_without_effect_on_the_method_is_unknown(tuning, key):
     with pytest.raises(ValidationError) as caught:
         stage("sft", tuning)
@@ -176,19 +193,34 @@ SCORES = "[{kind: regex, pattern: x}]"
     [
         ("{kind: merge, base: base, tuned: sft, alphas: [0.5]}", "tuned", "takes weights alone"),
         ("{kind: merge, base: sft, tuned: base, alphas: [0.5]}", "base", "takes weights alone"),
-        ("{kind: merge, base: base, tuned: base, others: [sft], method: ties, alphas: [1]}",
-         "others.0", "takes weights alone"),
-        ("{kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 1}",
-         "init", "takes weights alone"),
-        (f"{{kind: ppo, init: sft, tuning: {{method: bottleneck}}, {ONLINE_KEYS}}}", "init",
-         "name a merged policy or a reward model in 'critic.init'"),
-        (f"{{kind: ppo, init: base, critic: {{init: scorer}}, {ONLINE_KEYS}}}", "critic.init",
-         "takes weights alone"),
-        (f"{{kind: evaluate, models: [base, sft], baseline: base, prompts: [{{path: x}}], "
-         f"scores: {SCORES}, judge: {SCORES}, sampling: {{engine: vllm}}}}", "models.1",
-         "write sampling.engine: hf"),
+        (
+            "{kind: merge, base: base, tuned: base, others: [sft], method: ties, alphas: [1]}",
+            "others.0",
+            "takes weights alone",
+        ),
+        (
+            "{kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 1}",
+            "init",
+            "takes weights alone",
+        ),
+        (
+            f"{{kind: ppo, init: sft, tuning: {{method: bottleneck}}, {ONLINE_KEYS}}}",
+            "init",
+            "name a merged policy or a reward model in 'critic.init'",
+        ),
+        (
+            f"{{kind: ppo, init: base, critic: {{init: scorer}}, {ONLINE_KEYS}}}",
+            "critic.init",
+            "takes weights alone",
+        ),
+        (
+            f"{{kind: evaluate, models: [base, sft], baseline: base, prompts: [{{path: x}}], "
+            f"scores: {SCORES}, judge: {SCORES}, sampling: {{engine: vllm}}}}",
+            "models.1",
+            "write sampling.engine: hf",
+        ),
     ],
-)  # fmt: skip
+)
 def test_stage_that_cannot_hold_an_unmerged_adapter_is_refused_in_the_recipe(
     tmp_path, later, key, said
 ):
@@ -207,12 +239,16 @@ def test_ppo_goes_on_from_an_adapter_with_a_critic_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("tuning", "rate", "said"),
     [
-        ("full", "2.0e-5", None), ("full", "1.0e-3", "0.001 is outside of 1e-05 to 5e-05"),
-        ("lora", "2.0e-4", None), ("qlora", "1.0e-5", "1e-05 is outside of 0.0001 to 0.0003"),
-        ("prompt", "3.0e-1", None), ("prompt", "1.0e-5", "1e-05 is outside of 0.001 to 0.3"),
-        ("pissa", "2.0e-4", "0.0002 is outside of 1e-05 to 5e-05"), ("ia3", "3.0e-3", None),
+        ("full", "2.0e-5", None),
+        ("full", "1.0e-3", "0.001 is outside of 1e-05 to 5e-05"),
+        ("lora", "2.0e-4", None),
+        ("qlora", "1.0e-5", "1e-05 is outside of 0.0001 to 0.0003"),
+        ("prompt", "3.0e-1", None),
+        ("prompt", "1.0e-5", "1e-05 is outside of 0.001 to 0.3"),
+        ("pissa", "2.0e-4", "0.0002 is outside of 1e-05 to 5e-05"),
+        ("ia3", "3.0e-3", None),
     ],
-)  # fmt: skip
+)
 def test_rate_outside_of_what_is_known_to_work_is_a_warning_with_its_source(
     tmp_path, tuning, rate, said
 ):
@@ -276,11 +312,17 @@ def test_rate_that_is_left_out_is_the_default_of_method_and_stage(tmp_path):
     found = {name: stages[name].optim.learning_rate for name in stages if name != "base"}
     # Policy optimisation: 2e-5 / 20, 2e-4 / 20, 5e-3 / 20; the critic and TRL keep one number.
     assert found == {
-        "sft": 2e-5, "reward": 1e-3, "dpo": 1e-5, "kto": 1e-6, "ppo": 2.5e-4, "trl": 1e-5,
-    }  # fmt: skip
+        "sft": 2e-5,
+        "reward": 1e-3,
+        "dpo": 1e-5,
+        "kto": 1e-6,
+        "ppo": 2.5e-4,
+        "trl": 1e-5,
+    }
     assert (stages["kto"].optim.schedule, stages["ppo"].critic.optim.learning_rate) == (
-        "linear", 1e-5,
-    )  # fmt: skip
+        "linear",
+        1e-5,
+    )
     assert resolved.origins["stages.dpo.optim.learning_rate"] == "default of lora in dpo"
     assert resolved.data["stages"]["dpo"]["optim"]["learning_rate"] == 1e-5
     given = load_recipe(

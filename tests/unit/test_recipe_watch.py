@@ -14,12 +14,14 @@ def stage(**watch: Any) -> GrpoStage:
     given = {"every": 5, "prompts": [{"world": "prompts", "rows": 9}], "gold": [RULE]}
     return GrpoStage.model_validate(
         {
-            "kind": "grpo", "init": "sft", "steps": 9,
+            "kind": "grpo",
+            "init": "sft",
+            "steps": 9,
             "prompts": [{"world": "prompts", "rows": 9}],
             "rewards": [{"kind": "scalar", "model": "rm"}, {**RULE, "weight": 0.0}],
             "watch": {**given, **watch},
         }
-    )  # fmt: skip
+    )
 
 
 def test_gold_models_are_inputs_of_the_stage() -> None:

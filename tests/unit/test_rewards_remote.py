@@ -47,9 +47,14 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=48, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
     model = RewardModel(AutoModel.from_config(config), 32, num_heads=2)
     model.set_normalisation(mean=[0.1, 0.2], std=[2.0, 3.0])
     model.save(folder / "model", tokenizer=tokenizer)
@@ -134,8 +139,12 @@ def test_server_refuses_what_is_no_request_and_goes_on(server: str):
     code, said = post(server, json.dumps({"prompts": ["a"], "completions": []}).encode())
     assert code == 422
     assert "equal length" in said
-    unknown = {"prompts": ["a"], "completions": ["a"], "prompt_ids": [[2]],
-               "completion_ids": [[999]]}  # fmt: skip
+    unknown = {
+        "prompts": ["a"],
+        "completions": ["a"],
+        "prompt_ids": [[2]],
+        "completion_ids": [[999]],
+    }
     code, said = post(server, json.dumps(unknown).encode())
     assert code == 422
     assert "another tokenizer" in said

@@ -134,7 +134,7 @@ def test_unknown_kind_lists_the_known():
 def test_every_kind_of_the_recipe_schema_can_be_built():
     from typing import get_args
 
-    from align.recipe import reward_schema as schema
+    from align.recipe.schema import rewards as schema
 
     union = get_args(schema.RewardSpec)[0]
     kinds = {get_args(model.model_fields["kind"].annotation)[0] for model in get_args(union)}
@@ -142,7 +142,7 @@ def test_every_kind_of_the_recipe_schema_can_be_built():
 
 
 def test_defaults_are_those_of_the_recipe_schema():
-    from align.recipe import reward_schema as schema
+    from align.recipe.schema import rewards as schema
 
     full = schema.ExactMatchReward(kind="exact_match", name="em", weight=2.0).model_dump()
     reward = build_reward(full)

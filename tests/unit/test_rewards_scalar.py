@@ -180,7 +180,7 @@ def test_reward_renders_text_and_conversations_with_one_stop_token(tmp_path: Pat
 
 def test_rendering_equals_what_training_sees(tmp_path: Path):
     from align.core.types import Example
-    from align.data.chat import ChatFormat
+    from align.data.render.chat import ChatFormat
 
     _, reward = _reward(tmp_path)
     user = [{"role": "user", "content": "hi a"}]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from align.stages.chat import Chat, talk
+from align.stages.tools.chat import Chat, talk
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% if m['role'] == 'assistant' %}"
@@ -31,9 +31,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     # Not Qwen2: transformers would load its own tokenizer class for that architecture.
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        eos_token_id=0,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -55,16 +61,24 @@ def test_chat_answers_greedily_what_a_plain_loop_over_the_model_gives(model_dir:
     # Words 0 and 1, <eos> and <unk>, are special and not shown.
     expected = " ".join(WORDS[i] for i in ids[4:] if i > 1)
     assert chat.turns == [
-        {"role": "user", "content": "a b"}, {"role": "assistant", "content": expected},
-    ]  # fmt: skip
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": expected},
+    ]
     assert shown.split() == expected.split()
 
 
 def test_chat_commands_reset_set_the_temperature_and_quit(model_dir: Path):
     chat, shown = say(
-        model_dir, "a\n", "/reset\n", "/temperature 0.5\n", "/temperature x\n", "/nope\n", "\n",
-        "/quit\n", "b\n",
-    )  # fmt: skip
+        model_dir,
+        "a\n",
+        "/reset\n",
+        "/temperature 0.5\n",
+        "/temperature x\n",
+        "/nope\n",
+        "\n",
+        "/quit\n",
+        "b\n",
+    )
     assert chat.turns == []
     assert chat.temperature == 0.5
     assert "found 'x'; expected a number >= 0" in shown

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.cli.eval_recipe import Question, find_checkpoint, label_all, question_recipe
 from align.core.errors import RecipeError
-from align.pipeline.evaluating import Question, find_checkpoint, label_all, question_recipe
-from align.recipe.load import load_recipe
-from align.recipe.tasks import shipped_tasks
+from align.recipe.load import load_recipe, shipped_tasks
 
 RECIPE = """\
 name: toy
@@ -118,11 +117,16 @@ def test_question_about_checkpoints_becomes_a_valid_recipe():
     (Path("hf/model") / "config.json").write_text("{}")
     plain = question_recipe(
         Question(
-            ["a/dpo", "hf/model"], ["world"], baseline="a/sft", samples=5, limit=7,
-            judge="a/reward", tokenizer={"chat_template": "plain"},
+            ["a/dpo", "hf/model"],
+            ["world"],
+            baseline="a/sft",
+            samples=5,
+            limit=7,
+            judge="a/reward",
+            tokenizer={"chat_template": "plain"},
         ),
         Path("runs"),
-    )  # fmt: skip
+    )
     recipe = load_recipe(written(plain))
     spec = recipe.stages["evaluate"]
     assert spec.models == ["runs/a/sft", "runs/a/dpo", "model"]
@@ -170,8 +174,11 @@ def test_command_tells_a_missing_checkpoint_with_exit_code_2():
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", "align.cli", "eval", "runs/none/sft"],
-        capture_output=True, text=True, check=False, env=env,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+    )
     assert done.returncode == 2
     assert "'runs/none/sft': no checkpoint" in done.stderr
     assert "Traceback" not in done.stderr

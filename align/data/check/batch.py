@@ -4,24 +4,29 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from align.core.errors import DataError
 from align.core.types import Example
-from align.data.chat import ChatFormat
 from align.data.check.findings import Finding, Tally
 from align.data.check.row_rules import doubts, text_of
 from align.data.check.text_rules import text_faults
 from align.data.check.tokens import TokenRules
-from align.data.check.words import grams, sketch, words
-from align.data.formats import FormatDetector, Kind, to_examples
-from align.data.json_reader import Item, Row, parse_lines
-from align.data.rename import rename_fields
+from align.data.formats.detect import FormatDetector, Kind, to_examples
+from align.data.load import rename_fields
+from align.data.reading.files import blocks
+from align.data.reading.json import Item, Row, parse_lines
+from align.data.reading.readers import READERS
+from align.data.reading.sources import scan_rows
+from align.data.render.chat import ChatFormat
 from align.data.split import split_key
+from align.data.text.ngrams import grams, sketch, words
 
 COLUMNS = ("place", "whole", "key", "ident", "same", "low", "high", "length")
 """Of each good row: its line or number; hashes of all its texts, of what decides its split, of its
@@ -148,8 +153,15 @@ class BatchChecker:
         only = examples[0] if len(examples) == 1 else None
         label = str(only.label) if only else ""
         place = int(source.rpartition(":")[2].removeprefix("row "))
-        return (place, hash64(f"{whole}\0{label}"), hash64(split_key(examples[0])),
-                _ident(examples[0]), _same(only), *sketch(hashes), len(whole))  # fmt: skip
+        return (
+            place,
+            hash64(f"{whole}\0{label}"),
+            hash64(split_key(examples[0])),
+            _ident(examples[0]),
+            _same(only),
+            *sketch(hashes),
+            len(whole),
+        )
 
     def _look_at_tokens(self, part: Part, example: Example, source: str) -> None:
         assert self._tokens is not None
@@ -248,3 +260,37 @@ def _shown(row: Row) -> str:
 def _clipped(text: str) -> str:
     line = " ".join(text[: 2 * _EXCERPT].split())
     return line if len(line) <= _EXCERPT else line[: _EXCERPT - 3] + "..."
+
+
+BATCH_ROWS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Hold one file: its path (None for the hub), its name in messages and its reader."""
+
+    path: Path | None
+    name: str
+    reader: str
+
+    @property
+    def counted(self) -> bool:
+        """Say whether places are row numbers and not lines."""
+        return self.reader in ("parquet", "arrow", "hub")
+
+    def items(self) -> Iterator[Item]:
+        """Read all rows."""
+        return READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
+
+    def batches(self) -> Iterator[Batch]:
+        """Cut the file into batches."""
+        if self.reader != "lines" or self.path is None:
+            items = self.items()
+            while batch := list(islice(items, BATCH_ROWS)):
+                yield Batch(self.name, batch)
+            return
+        for block, first in blocks(self.path, name=self.name):
+            if isinstance(block, DataError):
+                yield Batch(self.name, [(block, f"{self.name}:{first}")])
+            else:
+                yield Batch(self.name, block, first=first, size=len(block))

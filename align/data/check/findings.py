@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from align.core.errors import DataError
-from align.data.turns import guess
+from align.data.formats.turns import guess
 
 Severity = Literal["error", "warning"]
 

@@ -8,10 +8,10 @@ from functools import lru_cache
 from typing import cast
 
 from align.core.errors import DataError
-from align.data.formats import FORMATS, Kind, detect
-from align.data.json_reader import Item, Row
-from align.data.rename import rename_fields
-from align.data.turns import guess
+from align.data.formats.detect import FORMATS, Kind, detect
+from align.data.formats.turns import guess
+from align.data.load import rename_fields
+from align.data.reading.json import Item, Row
 
 HEAD_ROWS = 100
 _LONGEST_NUMBER = 20

@@ -7,7 +7,7 @@ import numpy as np
 
 from align.data.check.findings import Finding, Tally
 from align.data.check.whole import Rows
-from align.data.check.words import minhash, shingles, similarity
+from align.data.text.ngrams import minhash, shingles, similarity
 
 THRESHOLD = 0.9
 """Jaccard similarity of word triples."""
@@ -63,9 +63,12 @@ def look_for_near_copies(
         triples[i] = shingles(texts[i])
         own = minhash(triples[i], permutations=_PERMUTATIONS)
         others: list[Any] = index.query(own)[:_MAX_COMPARED]
-        near = [k for k in others
-                if (same_prompt or keys[i] != keys[k])
-                and similarity(triples[i], triples[k]) >= THRESHOLD]  # fmt: skip
+        near = [
+            k
+            for k in others
+            if (same_prompt or keys[i] != keys[k])
+            and similarity(triples[i], triples[k]) >= THRESHOLD
+        ]
         index.insert(i, own)
         if near:
             share = similarity(triples[i], triples[min(near)])

@@ -11,16 +11,16 @@ from align.data.check.batch import Plan, hash64, row_text
 from align.data.check.kinds import HEAD_ROWS, infer
 from align.data.check.row_rules import text_of
 from align.data.check.whole import Rows
-from align.data.check.words import grams, words
-from align.data.formats import Kind, detect, to_examples
-from align.data.json_reader import Item, parse_lines
-from align.data.opening import blocks
-from align.data.rename import rename_fields
-from align.data.sources import read_rows, scan_rows
+from align.data.formats.detect import Kind, detect, to_examples
+from align.data.load import rename_fields
+from align.data.reading.files import blocks
+from align.data.reading.json import Item, parse_lines
+from align.data.reading.sources import read_rows, scan_rows
 from align.data.split import split_key
+from align.data.text.ngrams import grams, words
 
 if TYPE_CHECKING:
-    from align.data.check.run import Source
+    from align.data.check.batch import Source
 
 GRAM_WORDS = 13
 """Words in a row that make a contamination, as in arXiv:2005.14165 appendix C."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from align.core.types import Example, Text, Turn
-from align.data.faults import Fault
+from align.data.formats.faults import Fault
 
 
 def doubts(example: Example, *, kind: str) -> Iterator[Fault]:

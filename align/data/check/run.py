@@ -12,19 +12,16 @@ from typing import Any
 import numpy as np
 
 from align.core.errors import DataError
-from align.data.chat import ChatFormat
-from align.data.check.batch import Batch, BatchChecker, Part, Plan, finding_of
+from align.data.check.batch import Batch, BatchChecker, Part, Plan, Source, finding_of
 from align.data.check.findings import Finding, Tally
 from align.data.check.kinds import HEAD_ROWS, infer
 from align.data.check.near import look_for_near_copies
 from align.data.check.others import contamination, heldout_keys, texts_at
 from align.data.check.whole import join, look_at_all, look_at_balance
-from align.data.json_reader import Item
-from align.data.opening import blocks
-from align.data.readers import READERS, reader_of
-from align.data.sources import find_files, scan_rows, suffix_of
+from align.data.reading.readers import reader_of
+from align.data.reading.sources import find_files, suffix_of
+from align.data.render.chat import ChatFormat
 
-BATCH_ROWS = 2000
 PARALLEL_BYTES = 2**24
 """Sources smaller than this are checked in this process: starting others costs more."""
 LOST_FRAC = 0.01
@@ -80,37 +77,6 @@ class Report:
     tokens: list[int] = field(default_factory=list)
     lost: int = 0
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Hold one file: its path (None for the hub), its name in messages and its reader."""
-
-    path: Path | None
-    name: str
-    reader: str
-
-    @property
-    def counted(self) -> bool:
-        """Say whether places are row numbers and not lines."""
-        return self.reader in ("parquet", "arrow", "hub")
-
-    def items(self) -> Iterator[Item]:
-        """Read all rows."""
-        return READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
-
-    def batches(self) -> Iterator[Batch]:
-        """Cut the file into batches."""
-        if self.reader != "lines" or self.path is None:
-            items = self.items()
-            while batch := list(islice(items, BATCH_ROWS)):
-                yield Batch(self.name, batch)
-            return
-        for block, first in blocks(self.path, name=self.name):
-            if isinstance(block, DataError):
-                yield Batch(self.name, [(block, f"{self.name}:{first}")])
-            else:
-                yield Batch(self.name, block, first=first, size=len(block))
 
 
 def check_data(request: Request, *, progress: Callable[[int, int], Any] | None = None) -> Report:

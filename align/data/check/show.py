@@ -87,8 +87,10 @@ def _many(count: int, what: str) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Give a report as plain values."""
-    lengths = {what: float(np.quantile(report.lengths, q)) if report.good else None
-               for what, q in _QUANTILES}  # fmt: skip
+    lengths = {
+        what: float(np.quantile(report.lengths, q)) if report.good else None
+        for what, q in _QUANTILES
+    }
     return {
         "path": report.path,
         "kind": report.kind,

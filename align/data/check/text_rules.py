@@ -3,10 +3,25 @@
 import re
 from collections.abc import Iterator
 
-from align.data.faults import Fault
+from align.data.formats.faults import Fault
 
-_HINTS = ("@", "<|", "[INST]", "[/INST]", "_of_turn>", "<<SYS>>", "sk-", "AKIA", "gh", "hf_",
-          "xox", "AIza", "PRIVATE KEY", "eyJ", "{{")  # fmt: skip
+_HINTS = (
+    "@",
+    "<|",
+    "[INST]",
+    "[/INST]",
+    "_of_turn>",
+    "<<SYS>>",
+    "sk-",
+    "AKIA",
+    "gh",
+    "hf_",
+    "xox",
+    "AIza",
+    "PRIVATE KEY",
+    "eyJ",
+    "{{",
+)
 """A text without any of these, and without bidirectional controls, is not looked at further."""
 
 _CONTROL_TOKENS = re.compile(

@@ -5,9 +5,9 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
-from align.data.chat import ChatFormat
-from align.data.faults import Fault
+from align.data.formats.faults import Fault
 from align.data.load import fit_row
+from align.data.render.chat import ChatFormat
 
 Tokenised = TokenRow | PairRow | PromptRow
 

@@ -27,10 +27,8 @@ from align.models.heads import ValueModel
 from align.models.logprobs import LogprobModel
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
-from align.online.experience import Experience, gather_experience
 from align.online.loop import OnlineRun, update
 from align.online.scoring import Scores, apply_scores
-from align.online.weights import full_weights
 from align.recipe.schema import (
     GrpoStage,
     LayersSpec,
@@ -40,13 +38,14 @@ from align.recipe.schema import (
     SftStage,
     ZeroSpec,
 )
-from align.recipe.tuning_schema import FullTuning, LoraTuning, TuningSpec
-from align.stages.keeping import log_likelihood
+from align.recipe.schema.tuning import FullTuning, LoraTuning, TuningSpec
+from align.sampling.experience import Experience, gather_experience
+from align.stages.offline import log_likelihood, save_trained_policy
 from align.stages.sft import collate, length_of, sft_loss
-from align.stages.training import save_trained_policy
 from align.training.learner import Learner
 from align.training.offline import OfflineTask, micro_batches
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
+from align.tuning.export import full_weights
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
@@ -225,9 +224,18 @@ def online_steps(
     spec: OnlineStage, policy: Learner, critic: Learner | None, reference: torch.nn.Module | None
 ) -> list[dict[str, float]]:
     run = OnlineRun(
-        spec=spec, seed=0, prompts=[], rewards=[], engine=None, stop_token_ids=(), push=None,
-        policy=policy, critic=critic, reference=reference, kl=FixedKL(spec.kl.coef),
-    )  # fmt: skip
+        spec=spec,
+        seed=0,
+        prompts=[],
+        rewards=[],
+        engine=None,
+        stop_token_ids=(),
+        push=None,
+        policy=policy,
+        critic=critic,
+        reference=reference,
+        kl=FixedKL(spec.kl.coef),
+    )
     found = []
     for step in range(2):
         experience = annotate(

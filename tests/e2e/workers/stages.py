@@ -23,9 +23,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for stage in args.stages:
         given = argparse.Namespace(
-            recipe=args.recipe, stage=stage, run_dir=args.run_dir, overrides=args.overrides,
+            recipe=args.recipe,
+            stage=stage,
+            run_dir=args.run_dir,
+            overrides=args.overrides,
             force=False,
-        )  # fmt: skip
+        )
         kind = load_recipe(args.recipe, args.overrides).stages[stage].kind
         assert base.run_stage(kind, given) == 0, stage
     distributed.shutdown()

@@ -26,9 +26,10 @@ from align.core.types import PairRow, TokenRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import DpoStage, GrpoStage, SftStage
-from align.stages.dpo import collate, pair_length, preference_loss, reference_pairs
-from align.stages.training import save_trained_policy
+from align.stages.dpo import collate, preference_loss, reference_pairs
+from align.stages.offline import save_trained_policy
 from align.training import learner
+from align.training.batch import pair_length
 from align.training.learner import Learner
 from align.training.offline import OfflineTask, micro_batches
 from align.tuning.loading import load_for_training

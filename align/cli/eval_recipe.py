@@ -1,0 +1,269 @@
+"""Turn a question about checkpoints into a recipe with one evaluate stage, and run it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.core.artefacts import MANIFEST, read_manifest
+from align.core.errors import EXIT_OK, RecipeError
+from align.pipeline.processes import run_calibrate
+from align.pipeline.running import run
+from align.pipeline.terminal import Terminal
+from align.recipe.load import load_task
+from align.recipe.schema.evaluate import LONGER
+from align.report.tables import calibration_lines, detect_lines
+
+STAGE = "evaluate"
+HARNESS_PREFIX = "lm_eval:"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Hold what ``align eval`` was asked.
+
+    Attributes:
+        checkpoints: folders of artefacts, RUN/STAGE, or folders saved by transformers.
+        tasks: names of shipped tasks, paths, or ``lm_eval:NAME``.
+        baseline: the checkpoint that the others are compared with; None is the first.
+        samples: answers per prompt. limit: prompts per task. Both None: as the task says.
+        judge: ``rule``, a reward model's RUN/STAGE or folder, or the URL of an endpoint.
+        judge_model: name of the model at the endpoint.
+        engine, dtype: of the sampling.
+        tokenizer: what a transformers folder lacks (pad_token, chat_template ...).
+        harness: Python with lm-eval. harness_backend: hf or vllm. harness_path: own task files.
+    """
+
+    checkpoints: Sequence[str]
+    tasks: Sequence[str]
+    baseline: str | None = None
+    samples: int | None = None
+    limit: int | None = None
+    judge: str = "rule"
+    judge_model: str | None = None
+    engine: str = "auto"
+    dtype: str = "float32"
+    tokenizer: Mapping[str, str] | None = None
+    harness: str | None = None
+    harness_backend: str = "hf"
+    harness_path: str | None = None
+
+
+def evaluate(
+    question: Question,
+    *,
+    runs: Path,
+    out: Path | None = None,
+    force: bool = False,
+    detect: float | None = None,
+) -> int:
+    """Answer a question; the same one asked again is answered from what lies on disk.
+
+    Args:
+        question: what is asked.
+        runs: folder that RUN/STAGE is looked up in, and where the answer goes.
+        out: folder of the answer; None names one by the question.
+        force: ask again.
+        detect: also say how many prompts show a difference of this size.
+
+    Returns:
+        The exit code of the stage.
+    """
+    recipe = question_recipe(question, runs)
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    folder = out or runs / f"eval-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "eval.yaml"
+    named = {"name": re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name) or "eval", **recipe}
+    path.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    code = run(path, run_dir=folder, force=force)
+    if code == EXIT_OK and detect is not None:
+        summary = json.loads((folder / STAGE / "summary.json").read_text(encoding="utf-8"))
+        for line in detect_lines(summary, detect):
+            Terminal().line(line)
+    return code
+
+
+def calibrate(
+    judge: str,
+    *,
+    model: str | None,
+    pairs: Path,
+    rows: int | None,
+    heldout_frac: float | None,
+    out: Path,
+    runs: Path,
+) -> int:
+    """Measure a judge on pairs that people have ordered, and show what came out.
+
+    Args:
+        judge: URL of an endpoint, a reward model's RUN/STAGE or folder, or ``longer``.
+        model: name of the model at the endpoint.
+        pairs: file of preference pairs. rows: how many of them; None takes all.
+        heldout_frac: only the pairs that a recipe with this share holds out; None takes all.
+        out: JSON file to write. runs: folder that RUN/STAGE is looked up in.
+    """
+    scorer = judge if judge == LONGER and model is None else None
+    if scorer is None:
+        endpoint, scorer = _judge(Question([], [], judge=judge, judge_model=model), runs)
+        if endpoint is None and scorer is None:
+            raise RecipeError(
+                f"{judge}: expected a reward model's RUN/STAGE, a URL with --model, or '{LONGER}'"
+            )
+    options = ["--pairs", str(pairs), "--out", str(out)]
+    options += ["--model", model] if model else []
+    options += ["--rows", str(rows)] if rows else []
+    options += ["--heldout-frac", str(heldout_frac)] if heldout_frac else []
+    code = run_calibrate(scorer or judge, options)
+    if code == EXIT_OK:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        for line in calibration_lines(found):
+            Terminal().line(line)
+    return code
+
+
+def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
+    """Write a question as a recipe: plain data without a name.
+
+    Raises:
+        RecipeError: a checkpoint or task does not exist, or the options do not fit together.
+    """
+    asked = list(dict.fromkeys(question.checkpoints))
+    baseline = question.baseline or asked[0]
+    places = {name: find_checkpoint(name, runs) for name in asked}
+    labels = label_all(places.values())
+    chosen = [p for name, p in places.items() if baseline in (name, labels[p])]
+    if not chosen:
+        place = find_checkpoint(baseline, runs)
+        places = {baseline: place, **places}
+        labels, chosen = label_all(places.values()), [place]
+    stages: dict[str, Any] = {}
+    models: dict[str, str] = {}
+    for place in places.values():
+        if (place / MANIFEST).is_file():
+            models[str(place)] = labels[place]
+        else:
+            stages[labels[place]] = {
+                "kind": "base",
+                "path": str(place),
+                "dtype": question.dtype,
+                "tokenizer": dict(question.tokenizer or {}),
+            }
+            models[labels[place]] = labels[place]
+    reference = next(m for m, label in models.items() if label == labels[chosen[0]])
+    stages[STAGE] = {
+        "kind": "evaluate",
+        "models": list(models),
+        "labels": {model: label for model, label in models.items() if model != label},
+        "baseline": reference,
+        "dtype": question.dtype,
+        "sampling": {"engine": question.engine},
+        **_asked_tasks(question, runs),
+    }
+    return {"stages": stages}
+
+
+def find_checkpoint(name: str, runs: Path) -> Path:
+    """Find a policy: an artefact or a folder saved by transformers, given by path or RUN/STAGE.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for place in (Path(name), runs / name):
+        if (place / MANIFEST).is_file():
+            kind = read_manifest(place).get("kind")
+            if kind != "policy":
+                raise RecipeError(f"{place}: holds a {kind}; expected a policy to evaluate")
+            return place
+        if (place / "config.json").is_file():
+            return place
+    raise RecipeError(
+        f"'{name}': no checkpoint; expected RUN/STAGE (looked in {runs}), the folder of a finished "
+        f"stage ({MANIFEST} in it) or a folder saved by transformers (config.json in it)"
+    )
+
+
+def label_all(places: Any) -> dict[Path, str]:
+    """Name checkpoints by their last folder; where two are alike, by the last two."""
+    found = list(dict.fromkeys(places))
+    for depth in (1, 2, 3):
+        labels = {p: _label(p, depth) for p in found}
+        if len(set(labels.values())) == len(found) and STAGE not in labels.values():
+            return labels
+    return {p: f"model{i}" for i, p in enumerate(found)}
+
+
+def _label(place: Path, depth: int) -> str:
+    parts = place.resolve().parts[-depth:]
+    return re.sub(r"[^A-Za-z0-9_-]", "-", "-".join(parts)) or "model"
+
+
+def _asked_tasks(question: Question, runs: Path) -> dict[str, Any]:
+    """Write the tasks out, with what the question changes about them."""
+    own = [name for name in question.tasks if not name.startswith(HARNESS_PREFIX)]
+    theirs = [n.removeprefix(HARNESS_PREFIX) for n in question.tasks if n not in own]
+    pairwise, scorer = _judge(question, runs)
+    tasks = []
+    for name in own:
+        source = load_task(name)
+        if source.errors:
+            raise RecipeError("\n".join(source.errors))
+        task = source.data
+        if question.samples is not None:
+            task["samples"] = question.samples
+        if question.limit is not None:
+            for entry in task.get("prompts") or []:
+                entry["rows"] = min(question.limit, entry.get("rows") or question.limit)
+        if scorer is not None:
+            task["judge"] = [{"kind": "scalar", "model": scorer}]
+        elif pairwise is not None:
+            task.pop("judge", None)
+        tasks.append(task)
+    asked: dict[str, Any] = {"tasks": tasks} if tasks else {}
+    if pairwise is not None:
+        asked["pairwise"] = pairwise
+    if theirs:
+        asked["harness"] = _harness(question, theirs)
+    elif question.harness:
+        raise RecipeError(f"--lm-eval has no effect without a task {HARNESS_PREFIX}NAME; remove it")
+    return asked
+
+
+def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Give the judge behind an endpoint, or the reward model, that decides comparisons."""
+    name = question.judge
+    if name.startswith(("http://", "https://")):
+        if question.judge_model is None:
+            raise RecipeError(f"judge {name}: which model there? name it (--judge-model, --model)")
+        return {"endpoint": {"url": name, "model": question.judge_model}}, None
+    if question.judge_model is not None:
+        raise RecipeError(
+            f"model '{question.judge_model}' has no effect on judge {name}; remove it"
+        )
+    if name == "rule":
+        return None, None
+    for place in (Path(name), runs / name):
+        if (place / MANIFEST).is_file() and read_manifest(place).get("kind") == "reward_model":
+            return None, str(place)
+    raise RecipeError(f"judge {name}: expected 'rule', a reward model's RUN/STAGE, or a URL")
+
+
+def _harness(question: Question, tasks: Sequence[str]) -> dict[str, Any]:
+    if question.harness is None:
+        raise RecipeError(
+            f"task {HARNESS_PREFIX}{tasks[0]}: lm-evaluation-harness runs in an environment of its "
+            "own; make one with 'python -m venv lm && lm/bin/pip install lm-eval[hf]==0.4.13' and "
+            "give --lm-eval lm/bin/python"
+        )
+    return {
+        "python": question.harness,
+        "tasks": list(tasks),
+        "backend": question.harness_backend,
+        "include_path": question.harness_path,
+        "limit": question.limit,
+    }

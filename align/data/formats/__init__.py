@@ -1,0 +1,1 @@
+"""Detect a row's format and turn it into an example."""

@@ -1,0 +1,93 @@
+"""Make the pair of a preference row: what is the prompt, and which answers follow it."""
+
+from math import isfinite
+from typing import Any
+
+from align.core.errors import DataError
+from align.core.types import Example, Text, Turn
+from align.data.formats.turns import shown
+
+Row = dict[str, Any]
+
+
+def make_pair(
+    prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
+) -> Example:
+    """Make the example of a pair, with the margin of its row."""
+    return Example(
+        prompt, chosen, rejected, margin=_margin(row, source), columns=rest, source=source
+    )
+
+
+def explicit_pair(
+    prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
+) -> Example:
+    """Make a pair with a prompt of its own, which the answers may repeat.
+
+    Raises:
+        DataError: only one side repeats it, or a side begins with something else.
+    """
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        return make_pair(prompt, chosen, rejected, row, rest, source)
+    asked = as_turns(prompt, "user")
+    sides = [as_turns(side, "assistant") for side in (chosen, rejected)]
+    repeats = [side[: len(asked)] == asked for side in sides]
+    if any(repeats):
+        if not all(repeats):
+            raise DataError(
+                f"{source}: only one of chosen and rejected repeats the prompt", code="D071"
+            )
+        sides = [side[len(asked) :] for side in sides]
+    elif any(side[0]["role"] != "assistant" for side in sides):
+        raise DataError(
+            f"{source}: chosen and rejected begin neither with the prompt nor an answer",
+            code="D071",
+        )
+    return make_pair(asked, sides[0], sides[1], row, rest, source)
+
+
+def implicit_pair(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
+    """Make a pair whose prompt is the shared beginning of both sides.
+
+    Raises:
+        DataError: they share none, or differ before the answer.
+    """
+    both: tuple[Any, Any] = (chosen, rejected)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    count = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        # Back to a word border, so that no word is torn between prompt and answer.
+        while 0 < count < len(chosen) and not chosen[count].isspace():
+            count -= 1
+    else:
+        while count and chosen[count - 1]["role"] == "assistant":
+            count -= 1  # a shared beginning of the answer belongs to the answer
+        if any(side[count : count + 1] and side[count]["role"] != "assistant" for side in both):
+            raise DataError(
+                f"{source}: the prompts of chosen and rejected differ at turn {count}", code="D071"
+            )
+    if count == 0:
+        raise DataError(
+            f"{source}: chosen and rejected share no beginning, so there is no prompt; "
+            "give a field 'prompt'",
+            code="D072",
+        )
+    return make_pair(chosen[:count], chosen[count:], rejected[count:], row, rest, source)
+
+
+def _margin(row: Row, source: str) -> float | None:
+    if "margin" in row:
+        value = row["margin"]
+    elif "score_chosen" in row and "score_rejected" in row:
+        both = (row["score_chosen"], row["score_rejected"])
+        value = both[0] - both[1] if all(isinstance(v, int | float) for v in both) else both
+    else:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise DataError(f"{source}: margin: expected a number, found {shown(value)}", code="D074")
+    return float(value)
+
+
+def as_turns(text: Text, role: str) -> list[Turn]:
+    """Make turns of a text; turns stay as they are."""
+    return [Turn(role=role, content=text)] if isinstance(text, str) else list(text)

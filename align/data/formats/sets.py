@@ -1,0 +1,114 @@
+"""Read sets of answers to one prompt, good ones and bad ones, in the form of RewardBench 2."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import DataError
+from align.core.types import Example, Text, Turn
+from align.data.formats.turns import shown, to_text
+from align.data.load import MAX_REPORTED
+from align.data.reading.sources import read_rows
+from align.data.split import side_of, split_key
+from align.recipe.schema import DataSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSet:
+    """Hold one prompt with its answers.
+
+    Attributes:
+        group: the row's ``subset``, else the file's name. source: ``file:line``.
+    """
+
+    prompt: Text
+    chosen: tuple[Text, ...]
+    rejected: tuple[Text, ...]
+    group: str
+    source: str
+
+
+def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
+    """Load rows ``{prompt, chosen: [answer ...], rejected: [answer ...]}`` in file order.
+
+    A prompt or answer that is a string is taken as one turn of the user or the assistant, as in
+    RewardBench 2; both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
+    (model_solutions) are read too; those without a right and a wrong one make no set. ``split`` and
+    ``rename`` work as elsewhere.
+
+    Raises:
+        DataError: a row is faulty (up to 20 are listed), or nothing is left.
+    """
+    found: list[AnswerSet] = []
+    errors: list[str] = []
+    for spec in specs:
+        _check_spec(spec)
+        assert spec.path is not None
+        kept: list[AnswerSet] = []
+        for row, source in read_rows(spec.path):
+            try:
+                row = _attempts(row) if isinstance(row, dict) else row
+                if row is None:
+                    continue
+                answers = _set_of(row, spec, source)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            key = split_key(Example(answers.prompt))
+            if spec.split in ("all", side_of(key, heldout_frac=spec.heldout_frac)):
+                kept.append(answers)
+        found += kept[: spec.rows]
+    if errors:
+        more = "\n... and more" if len(errors) > MAX_REPORTED else ""
+        raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
+    if not found:
+        raise DataError("sets: no rows are left; check the files, or take split: all")
+    return found
+
+
+def _check_spec(spec: DataSpec) -> None:
+    if spec.path is None or spec.format != "auto" or spec.weight != 1.0:
+        raise DataError(
+            f"{spec.path or spec.world}: sets of answers are read from a 'path' of rows with "
+            "prompt, chosen and rejected; 'world', 'format' and 'weight' have no effect"
+        )
+
+
+def _attempts(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Make a set of a question's attempts; None where all are right, or all wrong."""
+    tried = [v for v in row.values() if isinstance(v, dict) and "is_correct" in v]
+    if "question" not in row or not tried:
+        return row
+    right = list(dict.fromkeys(v["solution"] for v in tried if v["is_correct"] is True))
+    wrong = list(dict.fromkeys(v["solution"] for v in tried if v["is_correct"] is False))
+    return (
+        {"prompt": row["question"], "chosen": right, "rejected": wrong} if right and wrong else None
+    )
+
+
+def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: plain text; expected fields prompt, chosen and rejected")
+    row = {spec.rename.get(key, key): value for key, value in row.items()}
+    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+    if missing:
+        raise DataError(f"{source}: no field {missing}; the row has {sorted(row)}")
+    chosen, rejected = (_answers(row[name], name, source) for name in ("chosen", "rejected"))
+    prompt = to_text(row["prompt"], field="prompt", source=source)
+    if isinstance(prompt, str):
+        prompt = [Turn(role="user", content=prompt)]
+    stem = Path(source.rpartition(":")[0]).stem
+    return AnswerSet(prompt, chosen, rejected, str(row.get("subset") or stem), source)
+
+
+def _answers(value: Any, field: str, source: str) -> tuple[Text, ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{source}: {field}: expected a list of answers, found {shown(value)}")
+    if isinstance(value[0], dict):
+        raise DataError(
+            f"{source}: {field}: a list of turns is one answer; expected a list of answers, each a "
+            "text or a list of turns"
+        )
+    texts = [to_text(a, field=f"{field}[{i}]", source=source) for i, a in enumerate(value)]
+    return tuple([Turn(role="assistant", content=t)] if isinstance(t, str) else t for t in texts)

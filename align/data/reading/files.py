@@ -1,0 +1,171 @@
+"""Open a data file by what stands in it: packed or not, text or table, or no data at all."""
+
+import codecs
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from align.core.errors import DataError
+
+BLOCK_BYTES = 2**22
+_HEAD_BYTES = 1024
+_GZIP = b"\x1f\x8b"
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "packed by bzip2",
+    b"\xfd7zXZ": "packed by xz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"7z\xbc\xaf": "a 7z archive",
+}
+_WIDE = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_LFS = b"version https://git-lfs"
+_HTML = re.compile(rb"\s*(?:<!doctype html|<html\b)", re.IGNORECASE)
+
+
+def content_of(path: Path, *, name: str) -> str:
+    """Say what a file holds: ``text``, ``parquet`` or ``arrow``, whatever its name says.
+
+    Raises:
+        DataError: unreadable, or no data: a Git LFS pointer, a web page, an archive, UTF-16.
+    """
+    with _open(path, name=name) as stream:
+        try:
+            head = stream.read(_HEAD_BYTES)
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}", code="D003") from error
+    if head.startswith(_GZIP):
+        with gzip.open(path) as unpacked:
+            try:
+                head = unpacked.read(_HEAD_BYTES)
+            except (OSError, EOFError, zlib.error):
+                return "text"  # the reader reports it, with the line it comes to
+        if head.startswith(tuple(_TABLES)):
+            raise DataError(f"{name}: parquet or arrow inside gzip; unpack it first", code="D008")
+    else:
+        for magic, what in _TABLES.items():
+            if head.startswith(magic):
+                return what
+    _refuse(head, name)
+    return "text"
+
+
+def _open(path: Path, *, name: str) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else error
+        raise DataError(f"{name}: {what}", code="D002") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}", code="D003") from error
+
+
+def _refuse(head: bytes, name: str) -> None:
+    """Raise where the first bytes are those of something else than data."""
+    if head.startswith(_LFS):
+        raise DataError(
+            f"{name}:1: a Git LFS pointer, not the data itself; fetch it with 'git lfs pull'",
+            code="D006",
+        )
+    if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
+        raise DataError(
+            f"{name}:1: a web page, not data; the download ended at an error or log-in page",
+            code="D007",
+        )
+    for magic, what in _ARCHIVES.items():
+        if head.startswith(magic):
+            raise DataError(f"{name}: {what}; unpack it first, or pack it with gzip", code="D008")
+    wide = next((what for bom, what in _WIDE.items() if head.startswith(bom)), None)
+    if wide is None and head[1:200:2].count(0) > 0.4 * len(head[1:200:2]) > 2:
+        wide = "UTF-16"
+    if wide:
+        raise DataError(f"{name}:1: {wide}, not UTF-8; save the file as UTF-8", code="D021")
+
+
+def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
+    """Give the bytes of a file, unpacked and without a byte order mark, in pieces of some MiB.
+
+    Where a packed file breaks off, the last thing given is the error; all that could be unpacked
+    stands before it.
+    """
+    with _open(path, name=name) as raw:
+        packed = raw.read(2) == _GZIP
+        raw.seek(0)
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
+        first = True
+        while True:
+            try:
+                piece = stream.read(BLOCK_BYTES)
+            except (OSError, EOFError, zlib.error) as error:
+                what = "broken gzip" if packed else "cannot be read"
+                code = "D009" if packed else "D003"
+                yield DataError(f"{name}: {what}: {error}", code=code)
+                return
+            if not piece:
+                return
+            yield piece.removeprefix(codecs.BOM_UTF8) if first else piece
+            first = False
+
+
+def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
+    """Give whole lines in blocks of a few MiB, each with the number of its first line."""
+    line = 1
+    rest: list[bytes] = []
+    for piece in chunks(path, name=name):
+        if isinstance(piece, DataError):
+            block = b"".join(rest)
+            if block:
+                yield block, line
+            yield piece, line + block.count(b"\n")
+            return
+        end = piece.rfind(b"\n") + 1
+        if not end:
+            rest.append(piece)
+            continue
+        block = b"".join([*rest, piece[:end]])
+        yield block, line
+        line += block.count(b"\n")
+        rest = [piece[end:]] if piece[end:] else []
+    if rest:
+        yield b"".join(rest), line
+
+
+def decoded(block: bytes, first: int, *, name: str) -> Iterator[tuple[str | DataError, int]]:
+    """Give the lines of a block as text (ends kept) with their numbers; a bad line is an error."""
+    try:
+        text = block.decode("utf-8")
+    except UnicodeDecodeError:
+        text = None
+    if text is not None and "\0" not in text:
+        # Not splitlines: U+2028 and its like are ordinary characters inside a JSON string.
+        pieces = text.split("\n")
+        last = pieces.pop()
+        for number, piece in enumerate(pieces, start=first):
+            yield piece + "\n", number
+        if last:
+            yield last, first + len(pieces)
+        return
+    for number, raw in enumerate(block.split(b"\n"), start=first):
+        yield _line(raw, number, name=name), number
+
+
+def _line(raw: bytes, number: int, *, name: str) -> str | DataError:
+    if b"\0" in raw:
+        column = raw.index(b"\0") + 1
+        return DataError(f"{name}:{number}:{column}: a NUL byte; the file is damaged", code="D022")
+    try:
+        return raw.decode("utf-8") + "\n"
+    except UnicodeDecodeError as error:
+        return DataError(
+            f"{name}:{number}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8",
+            code="D020",
+        )

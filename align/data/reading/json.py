@@ -1,0 +1,199 @@
+"""Read rows of JSON: one object a line, or an array or objects that follow one another."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import DataError
+from align.data.reading.files import blocks, chunks, decoded
+
+Row = dict[str, Any] | str
+Item = tuple[Row | DataError, str]
+
+_TAIL_CHARS = 2**16
+"""An error further than this from the end of what was read is no matter of reading on."""
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def parse_lines(block: bytes, first: int, name: str) -> Iterator[Item]:
+    """Parse a block of JSON Lines."""
+    for line, number in decoded(block, first, name=name):
+        source = f"{name}:{number}"
+        if isinstance(line, DataError):
+            yield line, source
+        elif text := line.strip():
+            yield _parse(text, line, source), source
+
+
+def _parse(text: str, line: str, source: str) -> Row | DataError:
+    try:
+        return _mapping(_DECODER.decode(text), source)
+    except json.JSONDecodeError as error:
+        column = error.pos + 1 + len(line) - len(line.lstrip())
+        return _broken(error.msg, f"{source}:{column}", at_end=error.pos >= len(text))
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{source}: broken JSON: {error}", code="D033")
+
+
+def _broken(message: str, where: str, *, at_end: bool) -> DataError:
+    cut = at_end or message.startswith("Unterminated")
+    what = "JSON that breaks off" if cut else "broken JSON"
+    return DataError(f"{where}: {what}: {message}", code="D031" if cut else "D030")
+
+
+def _mapping(row: Any, source: str) -> Row | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(
+        f"{source}: expected an object with named fields, found {str(row)[:60]!r}", code="D032"
+    )
+
+
+def read_lines(path: Path, name: str) -> Iterator[Item]:
+    """Read JSON Lines."""
+    for block, first in blocks(path, name=name):
+        if isinstance(block, DataError):
+            yield block, f"{name}:{first}"
+        else:
+            yield from parse_lines(block, first, name)
+
+
+class _Tape:
+    """Hold the part of a JSON text that is being read, and the line of a place in it."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._pieces = chunks(path, name=name)
+        self.name, self.text, self.at = name, "", 0
+        self._undecoded = b""
+        self._mark, self._mark_line = 0, 1
+        self.fault: DataError | None = None
+
+    def more(self) -> bool:
+        """Forget what was read and read as much again as is left; False at the end."""
+        self.line_at(self.at)
+        self._mark = 0
+        self.text, self.at = self.text[self.at :], 0
+        wanted, got = max(1, len(self.text)), 0
+        while got < wanted and self.fault is None:
+            piece = next(self._pieces, b"")
+            if isinstance(piece, DataError):
+                self.fault = piece
+            elif not piece:
+                if self._undecoded:
+                    self._decode(b"", final=True)
+                return got > 0
+            else:
+                got += len(piece)
+                self._decode(piece, final=False)
+        return self.fault is None
+
+    def _decode(self, piece: bytes, *, final: bool) -> None:
+        raw = self._undecoded + piece
+        try:
+            self.text += raw.decode("utf-8")
+            self._undecoded = b""
+        except UnicodeDecodeError as error:
+            self.text += raw[: error.start].decode("utf-8")
+            self._undecoded = raw[error.start :]
+            if final or len(self._undecoded) > 3:
+                self.fault = DataError(
+                    f"{self.line_at(len(self.text))}: byte {raw[error.start]:#04x} is not UTF-8; "
+                    "save the file as UTF-8",
+                    code="D020",
+                )
+
+    def skip(self) -> str:
+        """Move to the next character that is no white space, and give it ("" at the end)."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self.fault or not self.more():
+                return ""
+
+    def line_at(self, at: int) -> str:
+        """Name the line of a place; cheap where places are asked for in order."""
+        if at >= self._mark:
+            self._mark_line += self.text.count("\n", self._mark, at)
+        else:
+            self._mark_line -= self.text.count("\n", at, self._mark)
+        self._mark = at
+        return f"{self.name}:{self._mark_line}"
+
+    def column_at(self, at: int) -> int:
+        """Give the column of a place, from 1."""
+        return at - self.text.rfind("\n", 0, at)
+
+    def value(self) -> Any:
+        """Decode the value that begins here."""
+        while True:
+            try:
+                row, self.at = _DECODER.raw_decode(self.text, self.at)
+                return row
+            except json.JSONDecodeError as error:
+                before = self.at
+                at_end = len(self.text) - error.pos < _TAIL_CHARS or "Unterminated" in error.msg
+                if at_end and self.fault is None and self.more():
+                    continue
+                if self.fault:
+                    raise self.fault from error
+                at = error.pos - (before - self.at)
+                where = f"{self.line_at(at)}:{self.column_at(at)}"
+                at_end = at >= len(self.text.rstrip())
+                raise _broken(error.msg, where, at_end=at_end) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self.line_at(self.at)}: broken JSON: {error}", code="D033"
+                ) from error
+
+
+def read_values(path: Path, name: str) -> Iterator[Item]:
+    """Decode a JSON array element by element, or objects that stand one after the other.
+
+    What follows a broken element is not read: where it begins cannot be told.
+    """
+    tape = _Tape(path, name)
+    inside = tape.skip() == "["
+    tape.at += inside
+    try:
+        first = True
+        while mark := tape.skip():
+            if inside and mark == "]":
+                tape.at += 1
+                if tape.skip():
+                    raise _unexpected(tape, "nothing after the end of the array")
+                return
+            if inside and not first:
+                if mark != ",":
+                    raise _unexpected(tape, "',' or ']'")
+                tape.at += 1
+                tape.skip()
+            first = False
+            source = tape.line_at(tape.at)
+            yield _mapping(tape.value(), source), source
+        if tape.fault:
+            raise tape.fault
+        if inside:
+            raise DataError(
+                f"{tape.line_at(tape.at)}: JSON that breaks off: the array does not end",
+                code="D031",
+            )
+    except DataError as error:
+        yield error, tape.line_at(tape.at)
+
+
+def _unexpected(tape: _Tape, wanted: str) -> DataError:
+    where = f"{tape.line_at(tape.at)}:{tape.column_at(tape.at)}"
+    return DataError(
+        f"{where}: broken JSON: expected {wanted}, found {tape.text[tape.at : tape.at + 20]!r}",
+        code="D030",
+    )

@@ -1,0 +1,216 @@
+"""Read the rows of one file of each format, streaming; a row that cannot be read is an error.
+
+Each reader gives ``(row or DataError, source)`` where the source is ``file:line`` (the line a row
+starts on) or ``file:row N``. Readers go on after an error where the format allows it.
+"""
+
+import csv
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from align.core.errors import DataError
+from align.data.reading.files import blocks, content_of, decoded
+from align.data.reading.json import Item, read_lines, read_values
+
+SEPARATORS = ",;\t|"
+_END_MARK = "<|endoftext|>"
+_SNIFFED_LINES = 50
+
+
+def scan(path: Path, *, name: str, suffix: str) -> Iterator[Item]:
+    """Read a file with the reader that fits its content, and its suffix where both may be.
+
+    Args:
+        path: the file. name: how messages call it.
+        suffix: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, or "" to go by content alone.
+    """
+    try:
+        reader = reader_of(path, name=name, suffix=suffix)
+    except DataError as error:
+        yield error, name
+        return
+    yield from READERS[reader](path, name)
+
+
+def reader_of(path: Path, *, name: str, suffix: str) -> str:
+    """Name the reader of a file: a key of READERS.
+
+    Raises:
+        DataError: the file is no data.
+    """
+    content = content_of(path, name=name)
+    if content != "text":
+        return content
+    head = _head(path, name)
+    start = "".join(head).lstrip()[:1]
+    if suffix in (".jsonl", ".json", ".parquet", ".arrow") or (not suffix and start in ("{", "[")):
+        if start == "[":
+            return "values"
+        return "lines" if suffix == ".jsonl" or _looks_like_lines(head) else "values"
+    if suffix in (".csv", ".tsv"):
+        return "table"
+    if suffix == ".txt" or not any(separator in "".join(head[:1]) for separator in SEPARATORS):
+        return "text"
+    return "table"
+
+
+def _head(path: Path, name: str) -> list[str]:
+    """Give the first lines that can be decoded, without blank ones."""
+    for block, first in blocks(path, name=name):
+        if isinstance(block, DataError):
+            return []
+        lines = itertools.islice(decoded(block, first, name=name), _SNIFFED_LINES)
+        return [line for line, _ in lines if isinstance(line, str) and line.strip()]
+    return []
+
+
+def _looks_like_lines(head: list[str]) -> bool:
+    """Say whether a .json file is JSON Lines: its second line begins an object as the first did.
+
+    One whole object that stands alone on a line is read the same either way.
+    """
+    return len(head) > 1 and head[1].startswith("{")
+
+
+class _Lines:
+    """Give a csv reader its lines and remember what is wrong with them."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._blocks, self._name = blocks(path, name=name), name
+        self.faults: list[DataError] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for block, first in self._blocks:
+            if isinstance(block, DataError):
+                self.faults.append(block)
+                return
+            for line, _ in decoded(block, first, name=self._name):
+                if isinstance(line, DataError):
+                    self.faults.append(line)
+                    yield "\n"
+                else:
+                    yield line
+
+
+def _read_table(path: Path, name: str) -> Iterator[Item]:
+    csv.field_size_limit(2**31 - 1)
+    lines = _Lines(path, name)
+    reader = csv.reader(iter(lines), delimiter=_separator(_head(path, name)), strict=True)
+    header: list[str] | None = None
+    line = 0
+    try:
+        for cells in reader:
+            source, line = f"{name}:{line + 1}", reader.line_num
+            for fault in lines.faults:
+                yield fault, source
+            lines.faults.clear()
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    message = f"{source}: a column name stands twice in {header}"
+                    yield DataError(message, code="D036"), source
+                    return
+            elif len(cells) != len(header):
+                message = f"{source}: {len(cells)} cells, but the header names {len(header)}"
+                yield DataError(message, code="D035"), source
+            else:
+                yield dict(zip(header, cells, strict=True)), source
+        for fault in lines.faults:
+            yield fault, name
+    except csv.Error as error:
+        message = f"{name}:{line + 1}: broken table: {error}"
+        yield DataError(message, code="D037"), f"{name}:{line + 1}"
+
+
+def _separator(head: list[str]) -> str:
+    """Choose the separator that cuts most rows of the head into as many cells as the first."""
+
+    def fitness(separator: str) -> tuple[int, int]:
+        try:
+            rows = [row for row in csv.reader(head, delimiter=separator) if row]
+        except csv.Error:
+            return 0, 0
+        width = len(rows[0]) if rows else 0
+        return (sum(len(row) == width for row in rows), width) if width > 1 else (0, 0)
+
+    return max(SEPARATORS, key=fitness)
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            number = itertools.count(1)
+            for batch in table.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    yield row, f"{name}:row {next(number)}"
+    except (pyarrow.ArrowException, OSError) as error:
+        yield DataError(f"{name}: broken parquet: {error}", code="D010"), name
+
+
+def _read_arrow(path: Path, name: str) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.ipc
+
+    number = itertools.count(1)
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            if path.open("rb").read(6) == b"ARROW1":
+                table = pyarrow.ipc.open_file(source)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield row, f"{name}:row {next(number)}"
+    except (pyarrow.ArrowException, OSError) as error:
+        yield DataError(f"{name}: broken arrow: {error}", code="D010"), name
+
+
+def _read_text(path: Path, name: str) -> Iterator[Item]:
+    """Cut plain text at ``<|endoftext|>`` alone on a line, or at blank lines without any mark."""
+    pieces = (block for block, _ in blocks(path, name=name))
+    marked = any(_END_MARK.encode() in piece for piece in pieces if isinstance(piece, bytes))
+    document: list[str] = []
+    start = 1
+    for line, number in _text_lines(path, name):
+        if isinstance(line, DataError):
+            yield line, f"{name}:{number}"
+            continue
+        if line == _END_MARK if marked else not line.strip():
+            yield from _document(document, start, name)
+            document, start = [], number + 1
+        else:
+            document.append(line)
+    yield from _document(document, start, name)
+
+
+def _text_lines(path: Path, name: str) -> Iterator[tuple[str | DataError, int]]:
+    for block, first in blocks(path, name=name):
+        if isinstance(block, DataError):
+            yield block, first
+            continue
+        for line, number in decoded(block, first, name=name):
+            is_text = isinstance(line, str)
+            yield (line.removesuffix("\n").removesuffix("\r") if is_text else line), number
+
+
+def _document(lines: list[str], start: int, name: str) -> Iterator[Item]:
+    skipped = next((i for i, line in enumerate(lines) if line.strip()), None)
+    if skipped is not None:
+        yield "\n".join(lines).strip("\n"), f"{name}:{start + skipped}"
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {
+    "lines": read_lines,
+    "values": read_values,
+    "table": _read_table,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "text": _read_text,
+}

@@ -1,0 +1,1 @@
+"""Render conversations as token ids with a training mask."""

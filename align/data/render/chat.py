@@ -1,0 +1,340 @@
+"""Turn examples into token rows; decide which tokens are trained by rendering prefixes.
+
+An assistant turn is what the template adds when the conversation grows by it: the text
+``render(turns[:i], add_generation_prompt=True)`` must be a prefix of ``render(turns[:i + 1])``.
+Each side of such a seam is tokenised on its own, so the ids before an answer are exactly the ids
+that generation starts from. Nothing is decided by comparing token ids with the pad id.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from align.core.errors import DataError, RecipeError
+from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
+from align.data.render.templates import FAMILIES, family_of, template_text, with_stop
+from align.recipe.schema import TokenizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+NO_STOP = "D115"
+"""Code of a template that ends an assistant turn without a stop token."""
+_PROBE: list[Turn] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+]
+_NEEDS = (
+    "the tokenizer has no {what}; name one in the recipe: stages.<base>.tokenizer.{key}: {example}"
+)
+
+
+class ChatFormat:
+    """Render prompts, conversations and pairs with one tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer; a chat template is needed only for conversations.
+        stop_token_ids: generation stops at each of these; None takes the tokenizer's eos. The
+            first is the one appended to answers that are plain text.
+
+    Raises:
+        DataError: the tokenizer has no stop token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        if stop_token_ids is None:
+            eos = tokenizer.eos_token_id
+            stop_token_ids = (eos,) if isinstance(eos, int) else ()
+        if not stop_token_ids:
+            raise DataError(_NEEDS.format(what="stop token", key="stop_token", example="</s>"))
+        self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
+        self._bos = _leading_bos(tokenizer)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Give the text of token ids without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """Give the ids after which the model answers (with the generation prompt, one BOS).
+
+        A plain string is tokenised as it stands, with the BOS the tokenizer adds by itself.
+
+        Raises:
+            DataError: a conversation, but the tokenizer has no chat template or it fails.
+        """
+        if isinstance(prompt, str):
+            ids = self._plain(prompt)
+            return ids if self._bos and ids[:1] == self._bos else self._bos + ids
+        return self._prompt_conversation(list(prompt), source="prompt")
+
+    def prompt_row(self, example: Example) -> PromptRow:
+        """Tokenise the prompt of an example and keep its columns for the rewards."""
+        return PromptRow(
+            input_ids=tuple(self.prompt_ids(example.prompt)),
+            prompt=example.prompt,
+            columns=example.columns,
+            source=example.source,
+        )
+
+    def sft_row(self, example: Example) -> TokenRow:
+        """Tokenise prompt and completion; every assistant turn of the completion is trained.
+
+        A plain-text row trains the completion and the stop token; with an empty prompt (corpus)
+        that is BOS (untrained), text and stop token.
+
+        Raises:
+            DataError: the template rewrites earlier turns, or there is nothing to train.
+        """
+        row = self._row(example.prompt, example.completion, source=example.source)
+        return replace(row, label_prob=example.label_prob)
+
+    def pair_row(self, example: Example) -> PairRow:
+        """Tokenise both answers after one shared prompt; both start with the same prompt ids.
+
+        Both end with their stop token: a scorer reads the last token, and sampled answers end so.
+
+        Raises:
+            DataError: both answers have the same ids, or the template cannot be split.
+        """
+        prompt = tuple(self.prompt_ids(example.prompt))
+        chosen = self._until_stop(example.prompt, example.completion, source=example.source)
+        rejected = self._until_stop(example.prompt, example.rejected, source=example.source)
+        for row in (chosen, rejected):
+            if row.input_ids[: len(prompt)] != prompt:
+                raise DataError(
+                    f"{example.source}: the answer changes how the prompt is rendered; "
+                    "use a chat template that only appends"
+                )
+        if chosen.input_ids == rejected.input_ids:
+            raise DataError(f"{example.source}: chosen and rejected have the same tokens")
+        return PairRow(
+            chosen=chosen,
+            rejected=rejected,
+            num_prompt_tokens=len(prompt),
+            margin=example.margin or 0.0,
+            source=example.source,
+            tie=is_tie(example),
+            label_prob=example.label_prob,
+        )
+
+    def _until_stop(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
+        """Give a row without what the template writes after the last trained token."""
+        row = self._row(prompt, completion, source=source)
+        end = len(row.trained) - row.trained[::-1].index(True)
+        return TokenRow(row.input_ids[:end], row.trained[:end], source=source)
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _row(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
+        if not completion:
+            raise DataError(f"{source}: there is no completion to train on")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            head = self.prompt_ids(prompt)
+            answer = self._plain(completion)
+            if not answer or answer[-1] not in self.stop_token_ids:
+                answer.append(self.stop_token_ids[0])
+            trained = (False,) * len(head) + (True,) * len(answer)
+            return TokenRow(tuple(head + answer), trained, source=source)
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}] if prompt else []
+        return self._conversation(list(prompt), list(completion), source=source)
+
+    def _conversation(self, prompt: list[Turn], answer: list[Turn], *, source: str) -> TokenRow:
+        ids: list[int] = []
+        trained: list[bool] = []
+        done = ""
+        turns = prompt + answer
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            head, full = self._around(turns, i, done=done, source=source)
+            before = self._plain(head[len(done) :])
+            said, after = self._said(full[len(head) :], source=source)
+            ids += before + said + after
+            train = [i >= len(prompt)] * len(said)
+            trained += [False] * len(before) + train + [False] * len(after)
+            done = full
+        if not any(trained):
+            raise DataError(f"{source}: there is no assistant turn to train on")
+        return TokenRow(tuple(ids), tuple(trained), source=source)
+
+    def _around(self, turns: list[Turn], i: int, *, done: str, source: str) -> tuple[str, str]:
+        """Render up to turn i (with the generation prompt) and with it; check both prefixes."""
+        head = self._render(turns[:i], add_generation_prompt=True, source=source)
+        full = self._render(turns[: i + 1], add_generation_prompt=False, source=source)
+        _check_prefix(done, head, source=source)
+        _check_prefix(head, full, source=source)
+        return head, full
+
+    def _said(self, text: str, *, source: str) -> tuple[list[int], list[int]]:
+        """Split what the template writes for an answer into (ends in a stop token, the rest)."""
+        ids = self._plain(text)
+        stops = [k for k, token in enumerate(ids) if token in self.stop_token_ids]
+        if len(stops) > 1:
+            stop = self.tokenizer.convert_ids_to_tokens(ids[stops[0]])
+            raise DataError(
+                f"{source}: the answer itself contains the stop token {stop!r}; remove it there, "
+                "the template writes the stop at the end of the turn"
+            )
+        if stops:
+            return ids[: stops[0] + 1], ids[stops[0] + 1 :]
+        names = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
+        raise DataError(
+            f"{source}: the chat template ends the assistant's turn without a stop token: "
+            f"{text[-40:]!r} holds none of {names}, so the model would never learn to stop. "
+            "Choose a template that writes one (stages.<base>.tokenizer.chat_template: "
+            f"{', '.join(FAMILIES)}), name the token that ends its turns (tokenizer.stop_token), "
+            "or let the stop token be added to it (tokenizer.append_stop: true)",
+            code=NO_STOP,
+        )
+
+    def _prompt_conversation(self, turns: list[Turn], *, source: str) -> list[int]:
+        # Cut at every assistant turn as _conversation does: the ids of a shared history are equal
+        # in training and in generation whatever the tokenizer does at the seams.
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+        ids: list[int] = []
+        done = ""
+        if last >= 0:
+            ids += self._conversation([], turns[: last + 1], source=source).input_ids
+            done = self._render(turns[: last + 1], add_generation_prompt=False, source=source)
+        head = self._render(turns, add_generation_prompt=True, source=source)
+        _check_prefix(done, head, source=source)
+        return ids + self._plain(head[len(done) :])
+
+    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, source: str) -> str:
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                f"{source}: a conversation, but "
+                + _NEEDS.format(what="chat template", key="chat_template", example="plain")
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # Jinja templates raise any type by raise_exception
+            roles = [turn["role"] for turn in turns]
+            raise DataError(
+                f"{source}: the chat template refuses roles {roles}: {error}"
+            ) from error
+
+
+def is_tie(example: Example) -> bool:
+    """Read the column ``tie`` of a pair; absent means that there is a winner.
+
+    Raises:
+        DataError: it is neither true nor false.
+    """
+    tie = example.columns.get("tie", False)
+    if isinstance(tie, str) and tie.lower() in ("true", "false"):
+        tie = tie.lower() == "true"  # a csv file has no booleans
+    if not isinstance(tie, bool):
+        raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
+    return tie
+
+
+def _check_prefix(before: str, after: str, *, source: str) -> None:
+    if after.startswith(before):
+        return
+    at = next(
+        (k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    raise DataError(
+        f"{source}: the chat template rewrites earlier turns, so the trained tokens cannot be "
+        f"told apart; first difference at character {at}: {before[at : at + 40]!r} becomes "
+        f"{after[at : at + 40]!r}; use a template that only appends: "
+        f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
+    )
+
+
+def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    bos = tokenizer.bos_token_id
+    ids = list(tokenizer("a")["input_ids"])
+    return [bos] if isinstance(bos, int) and ids[:1] == [bos] else []
+
+
+def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSpec) -> list[str]:
+    """Give the tokenizer the pad token, stop token and chat template that a recipe names.
+
+    Args:
+        tokenizer: changed in place.
+        spec: what the recipe names; a family's template brings its markers and its stop token.
+
+    Returns:
+        Tokens that are new to the vocabulary: the caller resizes the embeddings for them.
+
+    Raises:
+        RecipeError: a pad token, stop token or chat template is missing in both, all at once; or
+            ``append_stop`` has no effect.
+    """
+    known = set(tokenizer.get_vocab())
+    family, stop = family_of(spec.chat_template), spec.stop_token
+    if family.stop is not None:
+        if stop not in (None, family.stop):
+            raise RecipeError(
+                f"tokenizer.stop_token: {stop!r} with chat_template {spec.chat_template}, whose "
+                f"turns end in {family.stop!r}; remove stop_token or use another template"
+            )
+        stop = family.stop
+    special: dict[str, Any] = {}
+    if stop is not None:
+        special["eos_token"] = stop
+    if spec.pad_token is not None:
+        special["pad_token"] = spec.pad_token
+    if special:
+        tokenizer.add_special_tokens(special)
+    if family.markers:
+        markers: dict[str, Any] = {"additional_special_tokens": list(family.markers)}
+        tokenizer.add_special_tokens(markers, replace_extra_special_tokens=False)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = template_text(spec.chat_template)
+    missing = [
+        _NEEDS.format(what=what, key=key, example=example)
+        for what, key, example, value in (
+            ("pad token", "pad_token", "<pad>", tokenizer.pad_token),
+            ("stop token", "stop_token", "</s>", tokenizer.eos_token),
+            ("chat template", "chat_template", "plain", tokenizer.chat_template),
+        )
+        if value is None
+    ]
+    if missing:
+        raise RecipeError("\n".join(missing))
+    if spec.append_stop:
+        _append_stop(tokenizer)
+    added = sorted(set(tokenizer.get_vocab()) - known, key=tokenizer.convert_tokens_to_ids)
+    logger.info("tokenizer: added %s, stop token %r", added or "no tokens", tokenizer.eos_token)
+    return added
+
+
+def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Change the tokenizer's template so that it ends assistant turns in the stop token.
+
+    Raises:
+        RecipeError: the template does so already.
+    """
+    try:
+        ChatFormat(tokenizer).sft_row(Example(prompt=[], completion=_PROBE, source="append_stop"))
+    except DataError as error:
+        if error.code != NO_STOP:
+            raise
+        tokenizer.chat_template = with_stop(str(tokenizer.chat_template))
+        return
+    raise RecipeError(
+        "tokenizer.append_stop has no effect: the chat template ends assistant turns in "
+        f"{tokenizer.eos_token!r} already; remove it"
+    )

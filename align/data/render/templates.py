@@ -1,0 +1,145 @@
+"""Chat templates that a recipe may name: plain text, ChatML, and one for each family of models.
+
+Masks come from rendering a conversation turn by turn (align.data.render.chat), so a template may
+only append. Stock templates of some families do not: Qwen3 takes the reasoning out of earlier
+answers, gpt-oss ends the last answer in another token than those before it. TRL ships training
+versions of them; its files are read from the installed package.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.core.errors import RecipeError
+
+PLAIN = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ 'Assistant:\n' + message['content'] + eos_token + '\n' }}"
+    "{% else %}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+CHATML = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
+"""Templates of our own, for base models that have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Say what a template brings with it.
+
+    Attributes:
+        markers: special tokens that it writes; each becomes one token of the vocabulary.
+        stop: the marker that ends an assistant turn; None leaves it to the tokenizer's eos.
+        file: name among TRL's templates; None for one of our own.
+        changes: (old, new) texts that make TRL's file append only.
+    """
+
+    markers: tuple[str, ...] = ()
+    stop: str | None = None
+    file: str | None = None
+    changes: tuple[tuple[str, str], ...] = ()
+
+
+_CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
+# Harmony ends earlier answers in <|end|> and only the last in <|return|>; and it writes the date.
+_GPT_OSS_CHANGES = (
+    (
+        'message.content + "<|end|>" }}\n            {%- set last_tool_call.name = none %}',
+        'message.content + "<|return|>" }}\n            {%- set last_tool_call.name = none %}',
+    ),
+    ('    {{- "Current date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}\n', ""),
+)
+FAMILIES = {
+    "plain": Family(),
+    "chatml": Family(_CHATML_MARKERS, "<|im_end|>"),
+    "llama3": Family(
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", "llama3_training"
+    ),
+    "qwen2_5": Family(_CHATML_MARKERS, "<|im_end|>", "qwen2_5_training"),
+    "qwen3": Family(_CHATML_MARKERS, "<|im_end|>", "qwen3_training"),
+    "qwen3_instruct": Family(_CHATML_MARKERS, "<|im_end|>", "qwen3_instruct_2507_training"),
+    "gemma3": Family(("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "gemma3_training"),
+    "gpt_oss": Family(
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),
+        "<|return|>",
+        "gptoss_training",
+        _GPT_OSS_CHANGES,
+    ),
+}
+"""Names that a recipe may give to ``tokenizer.chat_template``."""
+
+
+# Rewrites the turns before the template sees them, so that whoever renders with the saved template
+# (this suite, vLLM, transformers) writes the same text. Contents of parts are left alone.
+_STOP_AFTER_ANSWERS = (
+    "{%- set ns = namespace(turns=[]) -%}"
+    "{%- for turn in messages -%}"
+    "{%- if turn['role'] == 'assistant' and turn['content'] is string -%}"
+    "{%- set ns.turns = ns.turns + [dict(turn, content=turn['content'] + eos_token)] -%}"
+    "{%- else -%}{%- set ns.turns = ns.turns + [turn] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = ns.turns -%}"
+)
+
+
+def with_stop(template: str) -> str:
+    """Give a template that writes the stop token after the content of every assistant turn."""
+    return _STOP_AFTER_ANSWERS + template
+
+
+def family_of(name: str | None) -> Family:
+    """Give what a named template brings with it; a file, or none, brings nothing."""
+    return FAMILIES.get(name or "", Family())
+
+
+def template_text(name: str) -> str:
+    """Give the Jinja text of a named template or of a file.
+
+    Raises:
+        RecipeError: there is no such name and no such file, or TRL has no such template any more.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    family = FAMILIES.get(name)
+    if family is not None and family.file is not None:
+        return _changed(_trl_text(family.file), family, name)
+    path = Path(name)
+    if not path.is_file():
+        raise RecipeError(
+            f"tokenizer.chat_template: {name!r} is neither one of {', '.join(FAMILIES)} nor a file"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _trl_text(file: str) -> str:
+    # Read, not imported: the import of TRL's own module takes seconds.
+    found = importlib.util.find_spec("trl")
+    path = Path(found.origin or "").parent / "chat_templates" / f"{file}.jinja" if found else None
+    if path is None or not path.is_file():
+        raise RecipeError(
+            f"tokenizer.chat_template: trl has no template {file}.jinja; install trl 1.16, or name "
+            "a Jinja file of your own"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _changed(text: str, family: Family, name: str) -> str:
+    for old, new in family.changes:
+        if old not in text:
+            raise RecipeError(
+                f"tokenizer.chat_template: {name} is written for trl 1.16, and this version's "
+                f"template lacks {old[:40]!r}; install trl 1.16, or name a Jinja file of your own"
+            )
+        text = text.replace(old, new)
+    return text

@@ -1,0 +1,1 @@
+"""Text statistics: n-grams, near duplicates, contamination."""

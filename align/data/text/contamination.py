@@ -1,0 +1,130 @@
+"""Find held-out prompts whose words stand in the training texts, whatever the split says.
+
+The split keeps a prompt on one side by its exact first message; a quoted or slightly changed copy
+passes it. Here a held-out prompt is contaminated when most of its runs of 13 words stand in
+training texts; one of 8 to 12 words, when a training turn has just these words.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.core.types import Example, Text
+from align.data.text.ngrams import grams, words
+
+GRAM_WORDS = 13
+"""As in arXiv:2005.14165 appendix C."""
+MIN_WORDS = 8
+"""Shorter prompts are so common that they say nothing."""
+SHARE = 0.8
+"""Share of a prompt's runs that must stand in training: a common preamble alone does not count.
+The limit is that of arXiv:2307.09288 section A.6 for its worst class."""
+NUM_NOTED = 10
+Place = tuple[str, str]
+"""A contaminated held-out row, and the training row that has most of its words."""
+Wanted = tuple[str, set[int]]
+"""A held-out row and its runs of words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """Hold what an overlap check found.
+
+    Attributes:
+        checked: held-out prompts long enough to tell. skipped: those of fewer than 8 words.
+        places: the contaminated ones.
+    """
+
+    checked: int
+    skipped: int
+    places: Sequence[Place]
+
+    @property
+    def frac(self) -> float:
+        """Give the contaminated share of the prompts checked."""
+        return len(self.places) / self.checked if self.checked else 0.0
+
+    def note(self) -> dict[str, Any]:
+        """Give the entry of a manifest."""
+        return {
+            "checked": self.checked,
+            "contaminated": len(self.places),
+            "frac": round(self.frac, 4),
+            "too_short": self.skipped,
+            "first": [list(both) for both in self.places[:NUM_NOTED]],
+        }
+
+
+def find_contamination(
+    train: Sequence[Example], heldout: Mapping[str, Sequence[Example]]
+) -> dict[str, Contamination]:
+    """Compare sets of held-out prompts with every turn of the training rows.
+
+    Args:
+        train: rows of any kind. heldout: the sets, each under a name.
+    """
+    wanted = {name: list(_long_enough(rows)) for name, rows in heldout.items()}
+    looked_for = set[int]().union(*(own for rows in wanted.values() for _, own in rows))
+    seen: set[int] = set()
+    for _, runs in _runs_of(train, looked_for):
+        seen |= runs
+    found = {}
+    for name, rows in wanted.items():
+        bad = [(source, own) for source, own in rows if len(own & seen) >= SHARE * len(own)]
+        skipped = len(heldout[name]) - len(rows)
+        found[name] = Contamination(len(rows), skipped, _nearest(bad, train))
+    return found
+
+
+def _long_enough(examples: Iterable[Example]) -> Iterator[Wanted]:
+    """Give source and runs of the prompts that have words enough to tell."""
+    for example in examples:
+        hashes = [words(turn) for turn in _asked(example)]
+        if sum(map(len, hashes)) >= MIN_WORDS:
+            yield example.source, set().union(*map(_runs, hashes))
+
+
+def _nearest(contaminated: Sequence[Wanted], train: Sequence[Example]) -> list[Place]:
+    """Find for each contaminated row the training row that has most of its runs."""
+    best = [(0, "")] * len(contaminated)
+    owners: dict[int, list[int]] = {}
+    for i, (_, own) in enumerate(contaminated):
+        for run in own:
+            owners.setdefault(run, []).append(i)
+    for source, runs in _runs_of(train, set(owners)):
+        for i, count in Counter(i for run in runs for i in owners[run]).items():
+            if count > best[i][0]:
+                best[i] = (count, source)
+    return [(source, best[i][1]) for i, (source, _) in enumerate(contaminated)]
+
+
+def _runs_of(examples: Sequence[Example], wanted: set[int]) -> Iterator[tuple[str, set[int]]]:
+    """Give source and wanted runs of every different turn that has some."""
+    known: set[str] = set()
+    for example in examples if wanted else ():
+        for turn in _turns(example.prompt, example.completion, example.rejected):
+            if turn not in known:
+                known.add(turn)
+                if runs := _runs(words(turn)) & wanted:
+                    yield example.source, runs
+
+
+def _runs(hashes: list[int]) -> set[int]:
+    return grams(hashes, min(GRAM_WORDS, len(hashes)))
+
+
+def _asked(example: Example) -> list[str]:
+    """Give what the user says in a row's prompt, or in all of a conversation without a prompt."""
+    text = example.prompt or example.completion
+    if not text or isinstance(text, str):
+        return list(_turns(example.prompt))
+    return [turn["content"] for turn in text if turn["role"] == "user"]
+
+
+def _turns(*texts: Text | None) -> Iterator[str]:
+    for text in texts:
+        if isinstance(text, str):
+            yield text
+        elif text:
+            yield from (turn["content"] for turn in text)

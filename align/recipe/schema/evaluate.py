@@ -1,0 +1,287 @@
+"""Schema of the evaluate stage."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.recipe.schema.common import (
+    Count,
+    DataSpec,
+    EndpointSpec,
+    Fraction,
+    SamplingSpec,
+    Spec,
+    refuse_answers,
+)
+from align.recipe.schema.offline import StageSpec
+from align.recipe.schema.rewards import RewardSpec, distinct_names
+
+MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
+
+
+class MergeStage(StageSpec):
+    """Interpolate between a model and what was fine-tuned from it (WiSE-FT, arXiv:2109.01903).
+
+    With several alphas each is scored on prompts like those of the fine-tuning and on shifted
+    ones; a single alpha is merged as it is.
+    """
+
+    kind: Literal["merge"]
+    base: str
+    tuned: str
+    others: list[str] = []
+    """More models that were fine-tuned from ``base``, merged with ``tuned`` by ties and dare."""
+    method: MergeMethod = "linear"
+    """All but linear need mergekit: pip install 'align-suite[merge]'."""
+    density: Fraction | None = None
+    """Share of each task vector that ties and dare keep; None is 0.5."""
+    alphas: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    """Shares of the fine-tuned weights: 0 is ``base``, 1 is ``tuned``; with ties and dare what the
+    merged task vector is multiplied by."""
+    prompts: list[DataSpec] = []
+    """Held-out prompts like those that were trained on."""
+    shifted: list[DataSpec] = []
+    """Held-out prompts of another kind: what the base could do and should still do."""
+    scores: list[RewardSpec] = []
+    """Their weighted sum is the score of an answer."""
+    tolerance: Annotated[float, Field(ge=0.0)] = 0.01
+    """Chosen is the best alpha on ``shifted`` among those that score on ``prompts`` at most this
+    much (in the unit of the score) below alpha 1; of equal ones the largest."""
+    samples: Count = 1
+    sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the engine while scoring; the file keeps that of ``tuned``."""
+    max_length: Count = 1024
+    max_lost_frac: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _legal(self) -> "MergeStage":
+        judged = {"prompts": self.prompts, "shifted": self.shifted, "scores": self.scores}
+        if self.method in ("linear", "slerp") and (self.others or self.density is not None):
+            raise ValueError(f"'others' and 'density' have no effect with method {self.method}")
+        if len(set(self.alphas)) != len(self.alphas):
+            raise ValueError(f"alphas {self.alphas} holds one twice")
+        if len(self.alphas) == 1:
+            given = [key for key, value in judged.items() if value]
+            if given:
+                raise ValueError(f"a single alpha is not scored; remove {', '.join(given)}")
+            return self
+        missing = [key for key, value in judged.items() if not value]
+        if missing:
+            raise ValueError(f"several alphas are scored to choose one; give {', '.join(missing)}")
+        if 1.0 not in self.alphas:
+            raise ValueError("alphas must hold 1.0, against which 'tolerance' is measured")
+        refuse_answers([*self.prompts, *self.shifted], "merge")
+        distinct_names(self.scores)
+        return self
+
+
+WIN_RATES = ("win_rate", "length_controlled_win_rate")
+MEASURED = ("kl", "length", "repeats", "stop_rate", "perplexity")
+_PASS = re.compile(r"pass@([1-9][0-9]*)")
+
+
+class PairwiseSpec(Spec):
+    """Let a language model say which of two answers is better, in both orders."""
+
+    endpoint: EndpointSpec
+    criteria: str = "Judge which answer helps the user more: correct, on the question, clear."
+    sequential: bool = True
+    """Stop as soon as the verdict is clear; the interval then holds at every moment together."""
+    batch: Count = 32
+    """Prompts that are judged between two looks at the verdict."""
+
+
+class TaskSampling(Spec):
+    """Say how the answers of a task are drawn."""
+
+    max_new_tokens: Count = 128
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class TaskSpec(Spec):
+    """Ask held-out prompts, grade the answers, and say which metrics are reported."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str = ""
+    prompts: list[DataSpec] = Field(min_length=1)
+    grader: list[RewardSpec] = []
+    """Each becomes a metric under its name (default: its kind); higher is better."""
+    judge: list[RewardSpec] = []
+    """The weighted sum decides each comparison; none takes the stage's ``pairwise`` judge, or
+    without one the weighted sum of the grader."""
+    metrics: list[str] = []
+    """What is reported, the deciding metric first; none reports all that apply."""
+    samples: Count = 1
+    """Answers to each prompt: the mean over them is avg@k."""
+    sampling: TaskSampling = TaskSampling()
+    max_length: Count = 1024
+    max_lost_frac: Fraction = 0.0
+    """Share of the prompts, and of the answers, that may be lost to ``max_length``."""
+    answers: list[DataSpec] = []
+    """Held-out answers for the metric ``perplexity``."""
+    by: str | None = None
+    """Column of the prompts by whose values the deciding metric is also reported."""
+
+    @property
+    def grades(self) -> list[str]:
+        """Name the metrics of the grader."""
+        return [reward.name or reward.kind for reward in self.grader]
+
+    @property
+    def reported(self) -> list[str]:
+        """Name the metrics that are reported, the deciding one first."""
+        if self.metrics:
+            return self.metrics
+        measured = [m for m in MEASURED if m not in ("kl", "perplexity")]
+        if self.sampling.temperature == 1.0:
+            measured = ["kl", *measured]
+        return [*WIN_RATES, *self.grades, *measured, *(["perplexity"] if self.answers else [])]
+
+    @property
+    def passes(self) -> list[int]:
+        """Give the k of each metric ``pass@k``."""
+        return [int(found[1]) for m in self.reported if (found := _PASS.fullmatch(m))]
+
+    @model_validator(mode="after")
+    def _legal(self) -> "TaskSpec":
+        refuse_answers(self.prompts, "evaluate")
+        distinct_names(self.grader)
+        distinct_names(self.judge)
+        taken = {*WIN_RATES, *MEASURED, "judge"} & set(self.grades)
+        if taken:
+            raise ValueError(f"grader: the names {sorted(taken)} are taken; give another 'name'")
+        known = [*self.grades, *WIN_RATES, *MEASURED]
+        for metric in self.metrics:
+            if metric not in known and not _PASS.fullmatch(metric):
+                raise ValueError(f"no metric '{metric}'; one of {', '.join(known)}, pass@k")
+        if too_many := [k for k in self.passes if k > self.samples]:
+            raise ValueError(f"pass@{too_many[0]} needs samples: {too_many[0]} or more")
+        if self.passes and not self.grader:
+            raise ValueError("pass@k needs a 'grader' that says what is right")
+        if "kl" in self.metrics and self.sampling.temperature != 1.0:
+            raise ValueError("the estimate of kl needs sampling.temperature: 1.0")
+        if ("perplexity" in self.reported) != bool(self.answers):
+            raise ValueError("the metric 'perplexity' and 'answers' need each other")
+        return self
+
+
+class HarnessSpec(Spec):
+    """Run tasks of lm-evaluation-harness in an environment of its own."""
+
+    python: str
+    """Python of the environment in which lm-eval is installed."""
+    tasks: list[str] = Field(min_length=1)
+    backend: Literal["hf", "vllm"] = "hf"
+    include_path: str | None = None
+    """Folder of own task files."""
+    limit: Count | None = None
+    """Questions of each task; None asks all."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Count = 8
+    chat_template: bool = False
+    """Ask through the model's chat template."""
+
+
+OWN_TASK = "heldout"
+"""Name of the task that the stage's own prompts make."""
+
+LONGER = "longer"
+"""The judge of `align calibrate` for whom the longer answer wins: what a judge must beat."""
+
+
+class EvaluateStage(StageSpec):
+    """Compare checkpoints on held-out prompts."""
+
+    kind: Literal["evaluate"]
+    models: list[str] = Field(min_length=1)
+    labels: dict[str, str] = {}
+    """Names in tables for ``models`` that are given by path."""
+    baseline: str
+    reference: str | None = None
+    """Policy the KL is measured against; None is the baseline."""
+    tasks: list[TaskSpec] = []
+    """Each by name (align/evaluation/tasks/), by the path of a file, or written out."""
+    pairwise: PairwiseSpec | None = None
+    """Judge behind an endpoint, for tasks without a ``judge`` of their own."""
+    harness: HarnessSpec | None = None
+    """Tasks of lm-evaluation-harness, in an environment of its own."""
+    prompts: list[DataSpec] = []
+    """A task of the stage's own, with ``scores`` and ``judge``."""
+    scores: list[RewardSpec] = []
+    """Each becomes a column of the table under its name (default: its kind)."""
+    judge: list[RewardSpec] = []
+    """The weighted sum decides each comparison; equal sums are ties."""
+    samples: Count = 1
+    sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: Count = 1024
+    reward_models: list[str] = []
+    pairs: list[DataSpec] = []
+    """Held-out pairs on which each reward model's card is measured."""
+    sets: list[DataSpec] = []
+    """Rows ``{prompt, chosen: [..], rejected: [..]}`` (RewardBench 2) for best-of-4 accuracy."""
+    max_lost_frac: Fraction = 0.0
+    """Share of the prompts, and of the pairs, that may be lost to ``max_length``."""
+    expect: dict[str, tuple[float | None, float | None]] = {}
+    """Bands such as ``models/dpo/kl: [0, 20]`` or ``differences/grpo-sft/exact_match: [0.1, null]``
+    on summary.json; the report and the terminal say which hold."""
+
+    def label(self, model: str) -> str:
+        """Give the name of a model in tables."""
+        return self.labels.get(model, model)
+
+    @property
+    def all_tasks(self) -> list[TaskSpec]:
+        """Give the task of the stage's own prompts, if it has any, then the others."""
+        return [self._own_task(), *self.tasks] if self.prompts else list(self.tasks)
+
+    def _own_task(self) -> TaskSpec:
+        sampling = self.sampling.model_dump(include=set(TaskSampling.model_fields))
+        return TaskSpec(
+            name=OWN_TASK,
+            prompts=self.prompts,
+            grader=self.scores,
+            judge=self.judge,
+            samples=self.samples,
+            sampling=TaskSampling(**sampling),
+            max_length=self.max_length,
+            max_lost_frac=self.max_lost_frac,
+        )
+
+    @model_validator(mode="after")
+    def _legal(self) -> "EvaluateStage":
+        if self.baseline not in self.models:
+            raise ValueError(f"baseline '{self.baseline}' is not among models {self.models}")
+        shown = [self.label(model) for model in self.models]
+        if unknown := sorted(set(self.labels) - set(self.models)):
+            raise ValueError(f"labels: {unknown} are not among models {self.models}")
+        if len(set(shown)) < len(shown):
+            raise ValueError(f"two models have the same name in tables: {shown}; set 'labels'")
+        self._something_to_do()
+        if self.reward_models and not self.pairs:
+            raise ValueError("'reward_models' needs 'pairs' to measure them on")
+        if self.sets and not self.reward_models:
+            raise ValueError("'sets' has no effect without 'reward_models'; remove it")
+        refuse_answers([*self.pairs, *self.sets], "evaluate")
+        return self
+
+    def _something_to_do(self) -> None:
+        parts = {"prompts": self.prompts, "scores": self.scores, "judge": self.judge}
+        if any(parts.values()) and not all(parts.values()):
+            missing = [name for name, value in parts.items() if not value]
+            raise ValueError(f"prompts, scores and judge belong together; {missing} missing")
+        if not (self.prompts or self.tasks or self.harness):
+            raise ValueError("nothing to ask: give prompts, scores and judge, or tasks, or harness")
+        names = [task.name for task in self.all_tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tasks have the same name: {names}; '{OWN_TASK}' are the prompts")
+        for task in self.tasks:
+            if not (task.judge or task.grader or self.pairwise):
+                raise ValueError(
+                    f"task '{task.name}' has no grader, so it needs a judge: give 'pairwise'"
+                )
+        if self.pairwise and all(task.judge for task in self.all_tasks):
+            raise ValueError("'pairwise' has no effect: every task has a 'judge' of its own")

@@ -1,0 +1,111 @@
+"""Schema of the stage that runs a trainer of TRL."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from align.recipe.schema.common import Count, DataSpec, Fraction, OptimSpec, ZeroSpec
+from align.recipe.schema.offline import StageSpec
+from align.recipe.schema.rewards import RewardSpec, distinct_names
+from align.recipe.schema.tuning import FullTuning, TuningSpec, refuse_beside, refuse_head
+
+OWNED = (
+    "output_dir",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "logging_steps",
+    "logging_strategy",
+    "deepspeed",
+    "gradient_checkpointing",
+    "max_length",
+    "eval_strategy",
+    "eval_steps",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "save_only_model",
+    "ignore_data_skip",
+)
+"""Arguments that the stage sets itself from the keys every stage has."""
+
+
+class TrlStage(StageSpec):
+    """Run any trainer of TRL with this suite's data, artefacts, metrics and resumption."""
+
+    kind: Literal["trl"]
+    trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
+    """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""
+    init: str
+    reference: bool = False
+    """Give the trainer a frozen copy of ``init`` as ``ref_model``."""
+    teacher: str | None = None
+    """Policy that a trainer of distillation learns from (GKD, Distillation, GOLD, IWOPD)."""
+    data: list[DataSpec] = Field(min_length=1)
+    heldout: list[DataSpec] = []
+    rows: Literal["sft", "preference", "unpaired", "prompts"]
+    """What the trainer reads."""
+    columns: list[str] = []
+    """Further columns of the rows that it reads (TPO: reference); of prompts it is given all."""
+    rewards: list[RewardSpec] = []
+    """Handed to online trainers as ``reward_funcs``."""
+    args: dict[str, Any] = {}
+    """Further arguments of the trainer's configuration class."""
+    tuning: TuningSpec = FullTuning(method="full")
+    """What is trained; the reference of a tuned policy is the model with its adapter off."""
+    optim: OptimSpec = OptimSpec()
+    zero: ZeroSpec = ZeroSpec()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: Count | None = None
+    """Tokens of a row; longer ones are lost, not cut. None takes the trainer's own limit."""
+    max_lost_frac: Fraction = 0.01
+    max_contaminated_frac: Fraction = 0.05
+    """Share of the held-out prompts whose words may stand in the training texts."""
+    batch_size: Count = 8
+    """Rows of one optimiser step over all ranks."""
+    micro_batch_size: Count = 8
+    """Rows of one forward-backward pass on one rank."""
+    gradient_checkpointing: bool = False
+    steps: Count
+    eval_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _legal(self) -> "TrlStage":
+        owned = {"optim", "steps", *OWNED} & set(self.args)
+        if owned:
+            raise ValueError(
+                f"args: {', '.join(sorted(owned))} are set by the stage's own keys (optim, steps, "
+                "batch_size, micro_batch_size, dtype, checkpoint_every, eval_every, max_length)"
+            )
+        if self.batch_size % (self.micro_batch_size * self.ranks):
+            raise ValueError("batch_size must be a multiple of micro_batch_size x ranks")
+        if self.eval_every and not self.heldout:
+            raise ValueError("'eval_every' has no effect without 'heldout'")
+        if self.optim.min_lr_frac:
+            raise ValueError("optim.min_lr_frac has no effect in a trl stage; remove it")
+        if self.columns and self.rows == "prompts":
+            raise ValueError("columns has no effect: trainers on prompts are given all; remove it")
+        distinct_names(self.rewards)
+        refuse_head(self.tuning, "trl")
+        refuse_beside(self.tuning)
+        return self

@@ -1,0 +1,1 @@
+"""Rollouts: engines, weight sync, sampled experience."""

@@ -1,0 +1,144 @@
+"""Choose and build a rollout engine: vLLM where it can serve the model, else Hugging Face."""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from align.core.errors import TrainingError
+from align.recipe.schema.tuning import UNMERGED, TuningSpec
+from align.sampling.engine import EngineOptions, RolloutEngine
+from align.tuning.files import unmerged_adapter
+
+log = logging.getLogger(__name__)
+
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes for which vLLM's CPU attention is built (vllm 0.31, ``cpu_attn.py``)."""
+
+
+def build_engine(
+    kind: Literal["auto", "vllm", "hf"],
+    model_dir: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_model_len: int = 1024,
+    seed: int = 0,
+    memory_frac: float = 0.3,
+    cache_gib: float = 0.5,
+    stop_token_ids: Sequence[int] = (),
+    tuning: TuningSpec | None = None,
+    push: Literal["merged", "adapter"] = "merged",
+) -> RolloutEngine:
+    """Build the engine that a recipe asks for and log the choice in one line.
+
+    Under several ranks every rank must call this at the same point: vLLM makes process groups.
+
+    Args:
+        kind: ``auto`` takes vLLM wherever it can serve this model and says why when it cannot.
+        model_dir: Hugging Face model folder with its tokenizer.
+        dtype: number format of the engine's weights.
+        max_model_len: prompt and answer together, in tokens; never more than the model's positions.
+        seed: source of the seeds of calls that name none.
+        memory_frac: share of the accelerator's memory for weights and cache.
+        cache_gib: key-value cache on CPU, in GiB.
+        stop_token_ids: tokens that end an answer unless a call says otherwise.
+        tuning: the block of the stage whose policy will be pushed; None without training.
+        push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` beside the weights it starts with.
+
+    Raises:
+        TrainingError: vLLM was asked for by name and cannot serve this model.
+    """
+    positions = _read_config(Path(model_dir)).get("max_position_embeddings") or max_model_len
+    options = EngineOptions(
+        model_dir=Path(model_dir),
+        dtype=dtype,
+        max_model_len=min(max_model_len, positions),
+        seed=seed,
+        memory_frac=memory_frac,
+        cache_gib=cache_gib,
+        stop_token_ids=tuple(stop_token_ids),
+        tuning=tuning,
+        push=push,
+    )
+    name, reason = choose_engine(kind, options.model_dir, tuning)
+    if name == "vllm":
+        from align.sampling.vllm import VllmEngine as Engine
+    else:
+        from align.sampling.hf import HfEngine as Engine
+    engine = Engine(options)
+    log.info(
+        "rollout engine: %s (%s); %s, up to %d tokens, ready in %.1f s",
+        *(name, reason, dtype, options.max_model_len, engine.start_s),
+    )
+    return engine
+
+
+def choose_engine(
+    kind: Literal["auto", "vllm", "hf"], model_dir: str | Path, tuning: TuningSpec | None = None
+) -> tuple[Literal["vllm", "hf"], str]:
+    """Choose the engine for a model without importing vLLM.
+
+    Returns:
+        The engine's name and the reason in words.
+
+    Raises:
+        TrainingError: vLLM was asked for by name and cannot serve this model.
+    """
+    if kind == "hf":
+        return "hf", "asked for by the recipe"
+    obstacle = adapter_obstacle(model_dir, tuning) or vllm_obstacle(model_dir)
+    if obstacle is None:
+        return "vllm", "asked for by the recipe" if kind == "vllm" else "installed, fits the model"
+    if kind == "vllm":
+        raise TrainingError(
+            f"sampling.engine: vllm cannot serve {model_dir}: {obstacle}; "
+            "use engine: hf (or auto), or a model that vLLM takes"
+        )
+    return "hf", f"vllm cannot serve this model: {obstacle}"
+
+
+def adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str | None:
+    """Say why vLLM cannot hold the policy's adapter, or None where it has none that matters."""
+    found = unmerged_adapter(model_dir)
+    method = found[1] if found is not None else tuning.method if tuning is not None else "full"
+    if method not in UNMERGED:
+        return None
+    return f"its {method} adapter cannot be merged into the weights that vLLM takes"
+
+
+def vllm_obstacle(model_dir: str | Path) -> str | None:
+    """Say why vLLM cannot serve a model here, or None when nothing is known against it."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    config = _read_config(Path(model_dir))
+    if torch.cuda.is_available():
+        return None
+    head_size = _head_size(config)
+    if head_size is not None and head_size not in CPU_HEAD_SIZES:
+        allowed = ", ".join(map(str, CPU_HEAD_SIZES))
+        return f"head size {head_size} is not among those of its CPU attention ({allowed})"
+    return None
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise TrainingError(
+            f"{path}: cannot be read as a model configuration ({error}); "
+            "give the folder of a saved Hugging Face model"
+        ) from error
+
+
+def _head_size(config: dict[str, Any]) -> int | None:
+    if config.get("head_dim"):
+        return int(config["head_dim"])
+    if config.get("hidden_size") and config.get("num_attention_heads"):
+        return int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return None

@@ -1,0 +1,320 @@
+"""vLLM inside the trainer's process, on GPU and CPU: fast sampling from pushed weights."""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.core.errors import TrainingError
+from align.core.types import Completion
+from align.recipe.schema.tuning import LoraTuning
+from align.sampling.engine import (
+    ADAPTER,
+    EngineOptions,
+    call_seeds,
+    check_requests,
+    load_decoder,
+    make_completion,
+)
+from align.sampling.vllm_push import (
+    adapter_options,
+    adapter_request,
+    load_adapter,
+    load_in_place,
+    load_packed,
+)
+from align.sampling.vllm_sampler import cheapen_sampling
+
+NO_WEIGHTS = -1
+"""Version of an engine on an accelerator that dropped its weights when it went to sleep."""
+
+MAX_RUNNING = 256
+"""Answers that are decoded at the same time on CPU."""
+
+MAX_BATCHED_TOKENS = 4096
+"""Prompt tokens of one step on CPU."""
+
+CPU_BLOCK_SIZE = 32
+"""Tokens of a cache block: the smallest its CPU attention takes, so that short prompts share."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Read by vLLM when it is imported; a user's own setting wins."""
+
+
+class VllmEngine:
+    """Drive one vLLM engine, tensor parallel 1, in this process.
+
+    Under several ranks each rank has its own engine and its own requests; only construction
+    needs all ranks at once, because vLLM makes process groups inside the trainer's world.
+    """
+
+    name = "vllm"
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Start vLLM on the weights of ``options.model_dir``.
+
+        Raises:
+            TrainingError: vLLM cannot start; the message holds its reason.
+        """
+        started = time.perf_counter()
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        # An older way to size the cache, whole GiB only, that overrides cache_gib if present.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        self.options = options
+        self.takes_adapter = options.push == "adapter"
+        self.version = 0
+        self._adapter: Any = None
+        self._pushes = 0
+        self._calls = 0
+        self._asleep = False
+        self._on_cpu = not torch.cuda.is_available()
+        self._owns_world = not torch.distributed.is_initialized()
+        self._decode = load_decoder(options.model_dir)
+        with _keep_random_state(), _keep_threads():
+            self._llm = _start(options, on_cpu=self._on_cpu)
+        if not self._owns_world:
+            # Its clean-up, which also runs at exit, destroys the trainer's process group.
+            self._core_client._finalizer.detach()
+        if not self._on_cpu:
+            self._sleep()
+        self.start_s = time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Hold the accelerator's memory inside the block; on CPU there is nothing to hand over."""
+        self._wake()
+        try:
+            yield
+        finally:
+            if not self._on_cpu:
+                self._sleep()
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
+        """Replace all weights, or the adapter, and forget every cached prefix.
+
+        Raises:
+            TrainingError: a weight is unknown or missing, or the cache could not be reset.
+        """
+        self._wake()
+        try:
+            with _keep_random_state():
+                missing = self._load(named_tensors)
+        except (KeyError, ValueError, AttributeError, AssertionError) as error:
+            raise TrainingError(
+                f"weights version {version}: vLLM refused them ({type(error).__name__}: {error}); "
+                "the engine was built from another model or its vLLM version is not supported"
+            ) from error
+        if missing:
+            names = ", ".join(sorted(missing)[:5])
+            raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")
+        # Entries computed with the old weights would be mixed into the new policy's answers.
+        if not self._llm.reset_prefix_cache():
+            raise TrainingError(f"weights version {version}: vLLM's prefix cache was not reset")
+        self.version = version
+
+    def _load(self, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
+        """Give the names of what found no place, or no weight."""
+        if not self.takes_adapter:
+            load = load_packed if self._on_cpu else load_in_place
+            return self._llm.collective_rpc(load, args=(named_tensors,))[0]
+        self._pushes += 1
+        named = ((name.removeprefix(ADAPTER), tensor) for name, tensor in named_tensors)
+        pushed = (self._pushes, named, self.options.tuning)
+        missing = self._llm.collective_rpc(load_adapter, args=pushed)[0]
+        self._adapter = adapter_request(self._pushes)
+        return missing
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample ``n`` answers to each prompt; see ``RolloutEngine.generate``."""
+        from vllm import SamplingParams
+
+        check_requests(
+            prompts,
+            seeds=seeds,
+            max_new_tokens=max_new_tokens,
+            max_model_len=self.options.max_model_len,
+        )
+        if seeds is None:
+            seeds = call_seeds(self.options.seed, self._calls, len(prompts))
+        self._calls += 1
+        if not prompts:
+            return []
+        stop = frozenset(self.options.stop_token_ids if stop_token_ids is None else stop_token_ids)
+        params = [
+            SamplingParams(
+                n=1 if temperature == 0.0 else n,
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop_token_ids=sorted(stop),
+                # Only the recipe's stop tokens end an answer, not those of the model's config.
+                ignore_eos=True,
+                logprobs=0,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self._run(prompts, params)
+        groups = [
+            [self._completion(answer, stop) for answer in sorted(o.outputs, key=lambda a: a.index)]
+            for o in outputs
+        ]
+        # vLLM refuses n > 1 without randomness: all n answers are the one that it gave.
+        return [group * n for group in groups] if temperature == 0.0 else groups
+
+    def token_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Score tokens 1 .. T-1 of a sequence with the current weights, temperature 1, in nats."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        output = self._run([token_ids], [params])[0]
+        return [
+            output.prompt_logprobs[t][token].logprob for t, token in enumerate(token_ids) if t > 0
+        ]
+
+    def close(self) -> None:
+        """Give all memory back and leave the trainer's process group alone."""
+        client = self._core_client
+        if self._owns_world:
+            client.shutdown()
+        else:
+            from vllm.distributed.parallel_state import destroy_model_parallel
+
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
+            destroy_model_parallel()
+        del self._llm
+
+    @property
+    def _core_client(self) -> Any:
+        return self._llm.llm_engine.engine_core
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        if self.version == NO_WEIGHTS:
+            raise TrainingError(
+                "the vLLM engine dropped its weights when it went to sleep; "
+                "call load_weights before each round of generate"
+            )
+        self._wake()
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        with _keep_random_state():
+            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
+
+    def _completion(self, answer: Any, stop: frozenset[int]) -> Completion:
+        ids = list(answer.token_ids)
+        logprobs = [entry[token].logprob for entry, token in zip(answer.logprobs, ids, strict=True)]
+        return make_completion(ids, logprobs, stop=stop, decode=self._decode, version=self.version)
+
+    def _sleep(self) -> None:
+        # Level 2 drops the weights: right once the trainer pushes them before each use; level 1
+        # keeps those of model_dir in host memory for an engine that was never pushed to, or only
+        # an adapter beside them.
+        level = 1 if self.version == 0 or self.takes_adapter else 2
+        self._llm.sleep(level=level)
+        self._asleep = True
+        if level == 2:
+            self.version = NO_WEIGHTS
+
+    def _wake(self) -> None:
+        if self._asleep:
+            # The trainer's cached but free blocks are invisible to vLLM's allocator.
+            torch.cuda.empty_cache()
+            self._llm.wake_up()
+            self._asleep = False
+
+
+def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
+    """Construct vLLM with the least start-up work."""
+    from vllm import LLM
+
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    platform: dict[str, Any] = {"gpu_memory_utilization": options.memory_frac}
+    if on_cpu:
+        cheapen_sampling()
+        platform = {
+            "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
+            "block_size": CPU_BLOCK_SIZE,
+            "max_num_seqs": MAX_RUNNING,
+            # A prompt split over two steps rewinds its request's generator, which torch's CPU
+            # generator cannot do: vLLM 0.31 dies of it ("does not use offset").
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, options.max_model_len),
+            "enforce_eager": True,
+        }
+    else:
+        platform["enable_sleep_mode"] = True
+    if options.push == "adapter":
+        assert isinstance(options.tuning, LoraTuning), options.tuning
+        platform |= adapter_options(options.tuning)
+    if world_size > 1:
+        # This rank's device and no process of its own: the launcher's ranks are the workers.
+        platform["distributed_executor_backend"] = "external_launcher"
+    try:
+        return LLM(
+            model=str(options.model_dir),
+            skip_tokenizer_init=True,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            seed=options.seed,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            use_tqdm_on_load=False,
+            **platform,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f"vLLM cannot start on {options.model_dir}: {error}; change sampling.cache_gib, "
+            "sampling.memory_frac or max_length as it says, or use sampling.engine: hf"
+        ) from error
+
+
+@contextlib.contextmanager
+def _keep_threads() -> Iterator[None]:
+    """Give the trainer ``torch.set_num_threads`` back, which vLLM replaces by a no-op."""
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+
+
+@contextlib.contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Give the trainer its random numbers back: vLLM reseeds at start and draws when sampling."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)

@@ -1,0 +1,1 @@
+"""Stages that produce training rows."""

@@ -1,0 +1,151 @@
+"""Stage curate: keep few, good and different rows (LIMA, arXiv:2305.11206), and say what left.
+
+In this order: length of the answer, quality, near-duplicates, diversity. Where two rows are alike
+the better one stays; without quality, the earlier one.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from align.core.types import Example
+from align.data.load import load_examples
+from align.data.text.similarity import diverse, near_duplicates, tfidf
+from align.preflight.checks import Check, spread
+from align.recipe.schema import CurateStage
+from align.stages.base import StageContext, StageResult
+from align.stages.data.checks import (
+    NUM_SCORED,
+    answers_of,
+    row_check,
+    score_checks,
+    words_check,
+)
+from align.stages.data.rows import Ledger, answer_text, question, score_rows, to_row, write_data
+from align.stages.offline import fingerprints
+from align.stages.preflight import settle
+from reward_models.base import completion_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pool:
+    """Hold the rows that are still in, best first, and the ledger of those that left."""
+
+    examples: Sequence[Example]
+    kept: list[int]
+    quality: dict[int, float]
+    ledger: Ledger
+
+    def drop(self, i: int, reason: str, **details: object) -> None:
+        """Let row i leave."""
+        self.kept.remove(i)
+        self.ledger.add(self.examples[i].source, reason, **details)
+
+    def text(self, i: int) -> str:
+        """Give question and answers of row i: pairs differ where either answer does."""
+        example = self.examples[i]
+        said = [question(example), answer_text(example)]
+        if example.rejected is not None:
+            said.append(completion_text(example.rejected))
+        return "\n".join(said)
+
+
+def run(spec: CurateStage, context: StageContext) -> StageResult:
+    """Write the rows of ``spec.data`` that pass, in their old order."""
+    examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
+    settle(context, checks(spec, examples, context))
+    pool = Pool(examples, list(range(len(examples))), {}, Ledger())
+    by_words(pool, spec)
+    by_quality(pool, spec, context)
+    by_likeness(pool, spec)
+    by_diversity(pool, spec)
+    rows = [
+        to_row(examples[i]) | ({"quality": pool.quality[i]} if pool.quality else {})
+        for i in sorted(pool.kept)
+    ]
+    count = write_data(context, rows, pool.ledger)
+    found = {"rows/in": float(len(examples)), "rows/kept": float(count)}
+    found |= {f"left/{reason}": float(n) for reason, n in pool.ledger.counts().items()}
+    log.info(
+        "%s: kept %d of %d rows; left: %s", context.name, count, len(examples), pool.ledger.counts()
+    )
+    metrics = context.metrics(1)
+    metrics.log(1, found)
+    metrics.close()
+    return StageResult(found, fingerprints(spec.data))
+
+
+def checks(spec: CurateStage, examples: Sequence[Example], context: StageContext) -> list[Check]:
+    """Give the checks before anything leaves: rows, bounds, scores."""
+    few = spread(examples, NUM_SCORED)
+    by_name = score_rows(few, answers_of(few), spec.quality, context) if spec.quality else {}
+    return [
+        row_check(examples),
+        *words_check(spec, examples),
+        *score_checks("quality", by_name),
+    ]
+
+
+def by_words(pool: Pool, spec: CurateStage) -> None:
+    """Drop answers that are too short or too long."""
+    if spec.words is None:
+        return
+    most = spec.words.max or math.inf
+    for i in list(pool.kept):
+        count = len(answer_text(pool.examples[i]).split())
+        if not spec.words.min <= count <= most:
+            pool.drop(i, "too short" if count < spec.words.min else "too long", words=count)
+
+
+def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
+    """Score the rows, drop the bad ones and sort the rest, the best first."""
+    if not spec.quality or not pool.kept:
+        return
+    examples = [pool.examples[i] for i in pool.kept]
+    by_name = score_rows(examples, answers_of(examples), spec.quality, context)
+    for place, i in enumerate(list(pool.kept)):
+        scores = {name: values[place] for name, values in by_name.items()}
+        if None in scores.values():
+            pool.drop(i, "quality unknown", scores=scores)
+            continue
+        parts = [r.weight * (scores[r.name or r.kind] or 0.0) for r in spec.quality]
+        pool.quality[i] = sum(parts)
+        if spec.min_quality is not None and pool.quality[i] < spec.min_quality:
+            pool.drop(i, "low quality", quality=pool.quality[i])
+    pool.kept.sort(key=lambda i: -pool.quality[i])
+    if spec.keep_frac is not None:
+        for i in pool.kept[math.ceil(spec.keep_frac * len(pool.kept)) :]:
+            pool.drop(i, "lower quality", quality=pool.quality[i])
+
+
+def by_likeness(pool: Pool, spec: CurateStage) -> None:
+    """Drop rows that repeat a better one almost word for word."""
+    if spec.near_duplicates is None:
+        return
+    order = list(pool.kept)
+    texts = [pool.text(i) for i in order]
+    for late, early, value in near_duplicates(texts, threshold=spec.near_duplicates):
+        twin = pool.examples[order[early]].source
+        pool.drop(order[late], "near-duplicate", of=twin, similarity=round(value, 4))
+
+
+def by_diversity(pool: Pool, spec: CurateStage) -> None:
+    """Take the best rows that differ from each other, up to a number."""
+    if spec.diversity is None or not pool.kept:
+        return
+    order = list(pool.kept)
+    taken, passed = diverse(
+        tfidf([pool.text(i) for i in order]),
+        range(len(order)),
+        rows=spec.diversity.rows,
+        min_distance=spec.diversity.min_distance,
+    )
+    chosen = {order[place] for place in taken}
+    for place, i in enumerate(order):
+        if place in passed:
+            pool.drop(i, "too like another", distance=round(passed[place], 4))
+        elif i not in chosen:
+            pool.drop(i, "enough rows")

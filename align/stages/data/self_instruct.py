@@ -1,0 +1,366 @@
+"""Stage self_instruct: a model grows a set of instructions from a few (arXiv:2212.10560).
+
+Each round shows the model lists of known instructions and takes what it goes on with. New ones
+that are like a known one, too short, too long or not for a text model are refused; the model then
+answers the rest. Differences from the paper: no separate treatment of classification tasks, and
+the instruction and its input are one text.
+"""
+
+import logging
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.distributed import derive_seed, stop_requested
+from align.core.errors import AlignError, DataError, Preempted
+from align.core.types import Completion, PromptRow, Turn
+from align.data.load import load_examples
+from align.data.render.chat import ChatFormat
+from align.data.text.ngrams import word_texts
+from align.data.text.similarity import nearest
+from align.preflight.checks import Check, Finding, spread
+from align.preflight.tokens import prompt_checks
+from align.recipe.schema import SelfInstructStage
+from align.sampling.engine import RolloutEngine
+from align.sampling.rollout import sample_groups
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.data.rows import Ledger, answer_text, num_questions, question, write_data
+from align.stages.offline import fingerprints
+from align.stages.preflight import CheckedOnly, settle
+from align.stages.rollouts import start_engine
+
+
+def list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str:
+    """Lay out a list of tasks that ends where the next instruction begins."""
+    item = spec.wording.item
+    lines = [
+        item.replace("{number}", str(i)).replace("{instruction}", task["instruction"])
+        for i, task in enumerate(tasks, start=1)
+    ]
+    opening = item.partition("{instruction}")[0].replace("{number}", str(len(tasks) + 1))
+    # Tokenizers join a space to the word after it: it is the model's to write.
+    return (spec.wording.head + "".join(lines) + opening).rstrip(" ")
+
+
+def first_item(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
+    """Give what the model wrote up to the end of the item, and whether the item ended."""
+    text, end, _ = completion.text.partition(spec.wording.item.partition("{instruction}")[2])
+    return one_line(text), bool(end) or completion.finish_reason == "stop"
+
+
+def refusal(
+    text: str, whole: bool, known: Sequence[dict[str, Any]], spec: SelfInstructStage
+) -> tuple[str | None, dict[str, Any]]:
+    """Say why an instruction is refused, or None; and how near the nearest known one is."""
+    found = word_texts(text)
+    if not whole:
+        return "cut", {}
+    if len(found) < spec.min_words:
+        return "too short", {}
+    if len(found) > spec.max_words:
+        return "too long", {}
+    if text[0] in string.punctuation:
+        return "begins with punctuation", {}
+    unfit = sorted(set(found) & {word.lower() for word in spec.refuse_words})
+    if unfit:
+        return "not for a text model", {"words": unfit}
+    place, value = nearest(found, [word_texts(task["instruction"]) for task in known])
+    details = {"rouge_l": round(value, 4), "nearest": known[place]["name"] if place >= 0 else None}
+    return ("like a known one" if value >= spec.novelty else None), details
+
+
+def finished(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
+    """Give the answer, and whether the model ended it."""
+    if spec.answer == "chat":
+        return completion.text.strip(), completion.finish_reason == "stop"
+    text, end, _ = completion.text.partition(spec.wording.solved.partition("{answer}")[2])
+    return text.strip(), bool(end) or completion.finish_reason == "stop"
+
+
+def one_line(text: str) -> str:
+    """Give a text on one line, its words a space apart."""
+    return " ".join(text.split())
+
+
+log = logging.getLogger(__name__)
+NUM_PROBES = 4
+"""Lists that are shown to the model before the first round."""
+PROBE_STEP = 10**6
+"""Step from which their seeds come: no round has it."""
+
+
+@dataclass(slots=True)
+class Grown:
+    """Hold the tasks that are known: seeds first, then what was grown, with provenance."""
+
+    seeds: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """Give every known task: ``instruction``, ``answer``, ``name``."""
+        return [*self.seeds, *self.rows]
+
+
+def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
+    """Grow ``spec.seeds`` by ``spec.target`` rows with the policy ``spec.init``."""
+    source = context.artefact(spec.init, "policy")
+    chat = chat_format(source.model_dir)
+    grown = read_seeds(spec, context)
+    start = restore(grown, context)
+    engine = start_engine(spec, source.model_dir, chat, context)
+    sampler = Sampler(engine, chat, spec, context.seed)
+    try:
+        settle(context, checks(grown, sampler, source.model_dir))
+    except (AlignError, CheckedOnly):
+        engine.close()
+        raise
+    metrics = context.metrics(spec.target)
+    if start:
+        metrics.rewind(len(grown.rows))
+    for number in range(start, spec.max_rounds):
+        if len(grown.rows) >= spec.target:
+            break
+        one_round(grown, sampler, number)
+        log_round(metrics, grown, number)
+        save(grown, number + 1, context)
+        if stop_requested():
+            raise Preempted(f"stopped on a signal after round {number + 1}; run again to go on")
+    metrics.close()
+    engine.close()
+    if len(grown.rows) < spec.target:
+        log.warning(
+            "%s: %d of %d rows after %d rounds; left: %s",
+            context.name,
+            len(grown.rows),
+            spec.target,
+            spec.max_rounds,
+            grown.ledger.counts(),
+        )
+    origin = {"stage": "self_instruct", "model": source.manifest["spec_hash"]}
+    count = write_data(context, (to_row(row, origin) for row in grown.rows), grown.ledger)
+    found = {"rows/kept": float(count), "rows/target": float(spec.target)}
+    found |= {f"left/{reason}": float(n) for reason, n in grown.ledger.counts().items()}
+    return StageResult(found, fingerprints(spec.seeds))
+
+
+def read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
+    """Give the seed tasks, each instruction once; conversations of several turns leave.
+
+    Raises:
+        DataError: there are fewer than a list of examples needs.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    ledger = Ledger()
+    for example in load_examples(spec.seeds, kind="sft", seed=context.seed):
+        text = one_line(question(example))
+        if num_questions(example) > 1:
+            ledger.add(example.source, "seed of several turns")
+        elif text in found:
+            ledger.add(example.source, "seed twice", of=found[text]["name"])
+        else:
+            answer = answer_text(example)
+            found[text] = {"instruction": text, "answer": answer, "name": example.source}
+    needed = max(spec.examples, spec.answer_examples)
+    if len(found) < needed:
+        raise DataError(
+            f"{context.name}: {len(found)} different seed instructions, but {needed} are shown at "
+            f"a time; left: {ledger.counts() or 'none'}; add seeds or lower 'examples'"
+        )
+    return Grown(list(found.values()), ledger=ledger)
+
+
+def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
+    """Give the checks before the first round: seeds, prompts, and that the sampler goes on."""
+    spec, chat = sampler.spec, sampler.chat
+    dice = random.Random(derive_seed(sampler.seed, "self_instruct", 0))
+    lists = [list_prompt(draw_examples(grown, spec, dice), spec) for _ in range(NUM_PROBES)]
+    tasks = spread(grown.seeds, NUM_PROBES)
+    prompts = [*lists, *(answer_prompt(task, grown, spec, dice) for task in tasks)]
+    rows = [PromptRow(tuple(chat.prompt_ids(p)), p, {}) for p in prompts]
+
+    def seeds() -> Finding:
+        longest = sorted(grown.seeds, key=lambda task: -len(task["instruction"]))
+        worst = len(chat.prompt_ids(list_prompt(longest[: spec.examples], spec)))
+        return Finding(
+            f"{len(grown.seeds):,} different instructions; a list of the longest {spec.examples} "
+            f"has {worst} tokens",
+            f"at most {sampler.room}",
+            "ok" if worst <= sampler.room else "warn",
+            "lists that do not fit ask for nothing; show fewer examples, remove long seeds or "
+            "raise max_length",
+        )
+
+    def goes_on() -> Finding:
+        fitting = [prompt for prompt in lists if sampler.fits(prompt)]
+        said = [first_item(c, spec) for c in sampler.ask(fitting, step=PROBE_STEP)]
+        whole = sum(bool(text) and ended for text, ended in said)
+        return Finding(
+            f"{whole} of {len(lists)} lists go on with a whole task, by {sampler.engine.name}",
+            "more than 0",
+            "ok" if whole else "warn",
+            "no list fits, or the model ends no item; look at 'wording', give it more "
+            "max_new_tokens or show fewer examples",
+        )
+
+    shown = prompt_checks(chat, rows, model_dir=model_dir)
+    return [("seeds", seeds), *shown, ("sampler", goes_on)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Ask the model; what it says is a function of (seed, round, position)."""
+
+    engine: RolloutEngine
+    chat: ChatFormat
+    spec: SelfInstructStage
+    seed: int
+
+    @property
+    def room(self) -> int:
+        """Give the tokens that a prompt may have."""
+        return self.spec.max_length - self.spec.sampling.max_new_tokens
+
+    def fits(self, prompt: Any) -> bool:
+        """Say whether a prompt leaves room for the answer."""
+        return len(self.chat.prompt_ids(prompt)) <= self.room
+
+    def ask(self, prompts: Sequence[Any], *, step: int) -> list[Completion]:
+        """Sample one answer to each prompt: plain text to go on with, or a conversation."""
+        if not prompts:
+            return []
+        rows = [PromptRow(tuple(self.chat.prompt_ids(p)), p, {}) for p in prompts]
+        with self.engine.awake():
+            groups = sample_groups(
+                self.engine,
+                rows,
+                n=1,
+                step=step,
+                seed=self.seed,
+                sampling=self.spec.sampling,
+                stop_token_ids=self.chat.stop_token_ids,
+            )
+        return [group[0] for group in groups]
+
+
+def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
+    """Take one round of new instructions, refuse what must be refused, answer the rest."""
+    spec, seed = sampler.spec, sampler.seed
+    dice = random.Random(derive_seed(seed, "self_instruct", number))
+    drawn = {
+        f"round {number}, {i}": draw_examples(grown, spec, dice)
+        for i in range(spec.prompts_per_round)
+    }
+    asked = {name: list_prompt(tasks, spec) for name, tasks in drawn.items()}
+    asked = with_room(asked, grown, sampler, reason="list too long")
+    said = sampler.ask(list(asked.values()), step=2 * number)
+    fresh: list[dict[str, Any]] = []
+    for name, completion in zip(asked, said, strict=True):
+        text, whole = first_item(completion, spec)
+        known = [*grown.tasks, *fresh]
+        reason, details = refusal(text, whole, known, spec)
+        if reason is not None:
+            grown.ledger.add(name, reason, text=text, **details)
+            continue
+        examples = [task["name"] for task in drawn[name]]
+        fresh.append({"instruction": text, "name": name, "examples": examples, **details})
+    answer_all(grown, sampler, fresh, dice, number)
+
+
+def with_room(
+    asked: dict[str, Any], grown: Grown, sampler: Sampler, *, reason: str
+) -> dict[str, Any]:
+    """Let the candidates leave whose prompt leaves no room for an answer."""
+    kept = {name: prompt for name, prompt in asked.items() if sampler.fits(prompt)}
+    for name in [name for name in asked if name not in kept]:
+        grown.ledger.add(name, reason)
+    return kept
+
+
+def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) -> list[dict]:
+    """Draw the tasks of one list: mostly seeds, a few grown ones, mixed."""
+    own = dice.sample(grown.rows, min(spec.grown_examples, len(grown.rows)))
+    tasks = [*dice.sample(grown.seeds, spec.examples - len(own)), *own]
+    dice.shuffle(tasks)
+    return tasks
+
+
+def answer_all(
+    grown: Grown,
+    sampler: Sampler,
+    fresh: Sequence[dict[str, Any]],
+    dice: random.Random,
+    number: int,
+) -> None:
+    """Let the model answer new instructions; those without a proper answer leave."""
+    tasks = {task["name"]: task for task in fresh}
+    asked = {name: answer_prompt(t, grown, sampler.spec, dice) for name, t in tasks.items()}
+    asked = with_room(asked, grown, sampler, reason="no room for an answer")
+    said = sampler.ask(list(asked.values()), step=2 * number + 1)
+    for name, completion in zip(asked, said, strict=True):
+        task = tasks[name]
+        text, whole = finished(completion, sampler.spec)
+        if not whole:
+            grown.ledger.add(task["name"], "answer cut", text=task["instruction"])
+        elif not text:
+            grown.ledger.add(task["name"], "answer empty", text=task["instruction"])
+        elif text == task["instruction"]:
+            grown.ledger.add(task["name"], "answer repeats the task", text=text)
+        else:
+            grown.rows.append({**task, "answer": text, "round": number})
+
+
+def answer_prompt(
+    task: dict[str, Any], grown: Grown, spec: SelfInstructStage, dice: random.Random
+) -> Any:
+    """Ask for an answer by the chat template, or by going on with solved seeds."""
+    if spec.answer == "chat":
+        return [Turn(role="user", content=task["instruction"])]
+    solved = spec.wording.solved
+    shown = "".join(
+        solved.replace("{instruction}", t["instruction"]).replace("{answer}", t["answer"])
+        for t in dice.sample(grown.seeds, spec.answer_examples)
+    )
+    opening = solved.partition("{answer}")[0].replace("{instruction}", task["instruction"])
+    return (shown + opening).rstrip(" ")
+
+
+def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """Write a grown task as an sft row with where it comes from."""
+    known = ("round", "name", "examples", "rouge_l", "nearest")
+    return {
+        "prompt": [Turn(role="user", content=row["instruction"])],
+        "completion": [Turn(role="assistant", content=row["answer"])],
+        "provenance": {**origin, **{key: row[key] for key in known}},
+    }
+
+
+def log_round(metrics: Any, grown: Grown, number: int) -> None:
+    """Log how far the stage has come and the newest task."""
+    found = {"rows/kept": float(len(grown.rows)), "round": float(number + 1)}
+    found |= {f"left/{reason}": float(n) for reason, n in grown.ledger.counts().items()}
+    last = grown.rows[-1] if grown.rows else {"instruction": "", "answer": ""}
+    sample = {"prompt": last["instruction"], "completion": last["answer"], "score": None}
+    metrics.log(len(grown.rows), {k: v for k, v in found.items() if "/" in k}, sample=sample)
+
+
+def save(grown: Grown, rounds: int, context: StageContext) -> None:
+    """Keep what was grown so far, so that a killed stage goes on from here."""
+    state = {"rows": grown.rows, "ledger": grown.ledger.entries}
+    save_checkpoint(context.out / "checkpoints", rounds, {}, state, keep=1)
+
+
+def restore(grown: Grown, context: StageContext) -> int:
+    """Take up the newest checkpoint; give the number of rounds done."""
+    found = newest_checkpoint(context.out / "checkpoints")
+    if found is None:
+        return 0
+    rounds, state = load_checkpoint(found, {})
+    grown.rows, grown.ledger.entries = state["rows"], state["ledger"]
+    log.info("resumed from %s: %d rows", found, len(grown.rows))
+    return rounds

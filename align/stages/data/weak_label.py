@@ -1,0 +1,159 @@
+"""Stage weak_label: several weak judges vote on each row; what they agree on becomes its label.
+
+Of pairs the more probable answer becomes the chosen one; of sft rows every row stays. Each row
+carries ``label_prob``, the probability that its label is right, and weighs so much in the loss.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.load import load_examples
+from align.data.split import hash_fraction
+from align.data.text.label_model import ABSTAIN, LabelModel, dawid_skene
+from align.preflight.checks import spread
+from align.recipe.schema import WeakLabelStage
+from align.recipe.schema.data_stages import LabelFunction
+from align.stages.base import StageContext, StageResult
+from align.stages.data.checks import NUM_SCORED, row_check, vote_checks
+from align.stages.data.rows import Ledger, score_rows, to_row, write_data
+from align.stages.offline import fingerprints
+from align.stages.preflight import settle
+
+log = logging.getLogger(__name__)
+GIVEN = "given"
+"""Name of the voter that is the order in the data."""
+
+
+def run(spec: WeakLabelStage, context: StageContext) -> StageResult:
+    """Write the rows of ``spec.data`` with probable labels."""
+    examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
+    first = collect_votes(spread(examples, NUM_SCORED), spec, context)
+    settle(context, [row_check(examples), *vote_checks(*first)])
+    names, votes = collect_votes(examples, spec, context)
+    if not (votes != ABSTAIN).any():
+        raise DataError(f"{context.name}: no function gave any vote; look at their bounds")
+    model, probabilities = agreed(examples, votes, of=spec.of)
+    ledger = Ledger()
+    rows = []
+    for example, own, prob in zip(examples, votes, probabilities, strict=True):
+        labelled, sure = with_label(example, float(prob), of=spec.of)
+        voted = {n: None if v == ABSTAIN else int(v) for n, v in zip(names, own, strict=True)}
+        if sure < spec.min_confidence:
+            ledger.add(example.source, "unsure", confidence=round(sure, 4), votes=voted)
+            continue
+        rows.append({**to_row(labelled), "label_prob": labelled.label_prob, "votes": voted})
+    count = write_data(context, rows, ledger)
+    found = {"rows/in": float(len(examples)), "rows/kept": float(count)}
+    found |= summarise(names, votes, model)
+    log.info("%s: %s", context.name, ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+    metrics = context.metrics(1)
+    metrics.log(1, found)
+    metrics.close()
+    return StageResult(found, fingerprints(spec.data))
+
+
+def agreed(
+    examples: Sequence[Example], votes: NDArray[np.int64], *, of: str
+) -> tuple[LabelModel, NDArray[np.float64]]:
+    """Fit the label model; give it and each row's probability of label 1.
+
+    In the data the better answer always stands first. A voter that repeats that order would vote 1
+    on every row, which says nothing; so pairs are shown to the model in an order drawn by the hash
+    of their place, and its answer is turned back.
+    """
+    if of == "sft":
+        model = dawid_skene(votes)
+        return model, model.probabilities
+    turned = np.array([hash_fraction(example.source) < 0.5 for example in examples])
+    shown = np.where((votes != ABSTAIN) & turned[:, None], 1 - votes, votes)
+    model = dawid_skene(shown)
+    return model, np.where(turned, 1.0 - model.probabilities, model.probabilities)
+
+
+def collect_votes(
+    examples: Sequence[Example], spec: WeakLabelStage, context: StageContext
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Give the voters' names and their votes: (rows, voters) of 0, 1 or ABSTAIN."""
+    chosen = _scores(examples, "completion", spec, context)
+    names = [function.name for function in spec.functions]
+    if spec.of == "sft":
+        columns = [
+            [_verdict(function, score) for score in chosen[function.name]]
+            for function in spec.functions
+        ]
+        return names, np.array(columns, dtype=np.int64).T
+    rejected = _scores(examples, "rejected", spec, context)
+    columns = [
+        [
+            _preference(function, a, b)
+            for a, b in zip(chosen[function.name], rejected[function.name], strict=True)
+        ]
+        for function in spec.functions
+    ]
+    if spec.use_given is not False:
+        names, columns = [*names, GIVEN], [*columns, [1] * len(examples)]
+    return names, np.array(columns, dtype=np.int64).T
+
+
+def _scores(
+    examples: Sequence[Example], side: str, spec: WeakLabelStage, context: StageContext
+) -> dict[str, list[float | None]]:
+    answers: list[Any] = [getattr(example, side) for example in examples]
+    return score_rows(examples, answers, [function.by for function in spec.functions], context)
+
+
+def _verdict(function: LabelFunction, score: float | None) -> int:
+    if score is not None and function.good_from is not None and score >= function.good_from:
+        return 1
+    if score is not None and function.bad_below is not None and score < function.bad_below:
+        return 0
+    return ABSTAIN
+
+
+def _preference(function: LabelFunction, chosen: float | None, rejected: float | None) -> int:
+    if chosen is None or rejected is None or abs(chosen - rejected) <= (function.min_gap or 0.0):
+        return ABSTAIN
+    return int(chosen > rejected)
+
+
+def with_label(example: Example, prob: float, *, of: str) -> tuple[Example, float]:
+    """Give the row with its probable label, and how probable that label is.
+
+    Args:
+        example: a row. prob: probability that its answer is good (sft) or the better one.
+        of: ``sft`` keeps the answer whatever it is worth; ``preference`` may turn the pair.
+    """
+    if of == "sft":
+        return replace(example, label_prob=prob), max(prob, 1.0 - prob)
+    if prob >= 0.5:
+        return replace(example, label_prob=prob), prob
+    # A margin said how much better the other one was.
+    turned = replace(
+        example,
+        completion=example.rejected,
+        rejected=example.completion,
+        margin=None,
+        label_prob=1.0 - prob,
+    )
+    return turned, 1.0 - prob
+
+
+def summarise(
+    names: Sequence[str], votes: NDArray[np.int64], model: LabelModel
+) -> dict[str, float]:
+    """Say of each voter how often it votes and how often it is probably right."""
+    found = {"label/prior": model.prior}
+    found["label/confidence"] = float(
+        np.maximum(model.probabilities, 1 - model.probabilities).mean()
+    )
+    for j, name in enumerate(names):
+        found[f"{name}/coverage"] = float((votes[:, j] != ABSTAIN).mean())
+        found[f"{name}/accuracy"] = model.accuracy(j)
+    return found

@@ -1,0 +1,124 @@
+"""Let checkpoints answer the prompts of evaluation tasks through one engine, in turn."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.errors import ArtefactError
+from align.core.types import PromptRow
+from align.data.render.chat import ChatFormat
+from align.models.loading import saved_weights
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import EvaluateStage, SamplingSpec, TaskSpec
+from align.sampling.engine import RolloutEngine
+from align.sampling.experience import Experience
+from align.sampling.push import check_push
+from align.sampling.rollout import answer_fixed
+from align.stages.base import StageContext, chat_format
+from align.stages.rollouts import prompt_rows, start_engine
+from align.tuning.files import unmerged_adapter
+from align.tuning.loading import load_tuned_policy
+
+log = logging.getLogger(__name__)
+Answers = dict[str, dict[str, Experience]]
+"""Task to model to its answers of this rank."""
+
+
+def task_rows(
+    spec: EvaluateStage, artefact: Artefact, context: StageContext
+) -> dict[str, list[PromptRow]]:
+    """Render the prompts of every task with the baseline's tokenizer."""
+    chat = chat_format(artefact.model_dir)
+    return {task.name: prompt_rows(task, chat, context) for task in spec.all_tasks}
+
+
+def sample_all(
+    spec: EvaluateStage,
+    artefacts: Mapping[str, Artefact],
+    rows: Mapping[str, Sequence[PromptRow]],
+    context: StageContext,
+) -> tuple[Answers, str]:
+    """Let each checkpoint answer this rank's prompts of all tasks; name the engine.
+
+    One engine takes the checkpoints' weights in turn; each draws with the same seeds, so that
+    comparisons are paired.
+    """
+    answers: Answers = {task.name: {} for task in spec.all_tasks}
+    longest = max(task.max_length for task in spec.all_tasks)
+    roomy = spec.model_copy(update={"max_length": longest})
+    engine: RolloutEngine | None = None
+    held: Artefact | None = None
+    names: list[str] = []
+    for version, (name, artefact) in enumerate(artefacts.items()):
+        chat = chat_format(artefact.model_dir)
+        for task_name, prompts in rows.items():
+            same_tokens(prompts[:8], chat, f"{task_name}: model '{name}'", spec.baseline)
+        if engine is None or held is None or _config(held) != _config(artefact):
+            if engine is not None:
+                engine.close()
+            engine = start_engine(roomy, artefact.model_dir, chat, context)
+            held = artefact
+            names.append(engine.name)
+        with engine.awake():
+            if held is not artefact:
+                engine.load_weights(saved_weights(artefact.model_dir), version=version)
+                probe = next(iter(rows.values()))[0].input_ids
+                check_push(engine, probe, trainer_logprobs(artefact, probe, spec), dtype=spec.dtype)
+            for i, task in enumerate(spec.all_tasks):
+                found = _ask(engine, task, rows[task.name], chat, step=i, seed=context.seed)
+                answers[task.name][name] = found
+        num = sum(len(answers[task][name].completions) for task in answers)
+        log.info("%s: %d answers sampled", name, num)
+    assert engine is not None
+    engine.close()
+    return answers, "+".join(dict.fromkeys(names))
+
+
+def _ask(
+    engine: RolloutEngine,
+    task: TaskSpec,
+    rows: Sequence[PromptRow],
+    chat: ChatFormat,
+    *,
+    step: int,
+    seed: int,
+) -> Experience:
+    return answer_fixed(
+        engine,
+        rows,
+        n=task.samples,
+        step=step,
+        seed=seed,
+        sampling=SamplingSpec(**task.sampling.model_dump()),
+        stop_token_ids=chat.stop_token_ids,
+    )
+
+
+def _config(artefact: Artefact) -> Any:
+    """Give what an engine is built for: the architecture, and an adapter that is not merged."""
+    config = json.loads((artefact.model_dir / "config.json").read_text(encoding="utf-8"))
+    return config, unmerged_adapter(artefact.model_dir)
+
+
+def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline: str) -> None:
+    """Raise ArtefactError where another checkpoint renders the prompts to other tokens."""
+    for row in rows:
+        if list(row.input_ids) != list(chat.prompt_ids(row.prompt)):
+            raise ArtefactError(
+                f"{what} renders {row.source} to other tokens than '{baseline}' does; "
+                "compare checkpoints of one tokenizer and template"
+            )
+
+
+@torch.no_grad()
+def trainer_logprobs(artefact: Artefact, ids: Sequence[int], spec: EvaluateStage) -> list[float]:
+    """Give the log-probabilities of tokens 1 .. T-1 under a saved model."""
+    model = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+    row = torch.tensor([list(ids)], device=distributed.device())
+    positions = torch.arange(row.shape[1], device=row.device).unsqueeze(0)
+    return model(row, positions).logprobs[0, 1:].tolist()

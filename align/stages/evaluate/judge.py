@@ -1,0 +1,163 @@
+"""Ask the judge of an evaluate stage, and measure a judge against people."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.core import distributed
+from align.core.artefacts import read_artefact, write_json_atomic
+from align.core.errors import EXIT_OK, AlignError
+from align.core.types import Example
+from align.data.load import load_examples
+from align.data.split import split_key
+from align.evaluation.calibrate import calibration, scored_orders
+from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model, plain
+from align.evaluation.verdict import Answered, Judged
+from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
+from align.recipe.schema.evaluate import LONGER
+from align.stages.base import chat_format
+from align.tuning.loading import made_whole
+from reward_models.judge import Endpoint, JudgeClient, JudgeError
+from reward_models.learned import build_scalar
+from reward_models.scalar import reads_first
+
+log = logging.getLogger(__name__)
+
+
+def open_bench(spec: PairwiseSpec) -> Bench:
+    """Reach the judge that a recipe names."""
+    plain_spec = spec.endpoint.model_dump()
+    cache = plain_spec.pop("cache")
+    endpoint = Endpoint(**plain_spec, cache=Path(cache) if cache else None)
+    try:
+        return Bench(JudgeClient(endpoint), spec.criteria)
+    except JudgeError as error:
+        raise AlignError(str(error)) from error
+
+
+def judge_all(
+    spec: EvaluateStage, answered: Mapping[str, Answered], *, seed: int
+) -> tuple[dict[str, Judged], dict[str, Any]]:
+    """Judge every other model's answers to a task against the baseline's; rank 0 asks for all.
+
+    Returns:
+        Each model's judged pairs, and what the judge said, cost and was swayed by.
+    """
+    assert spec.pairwise is not None
+    found: tuple[dict[str, Judged], dict[str, Any]] | None = None
+    if distributed.rank() == 0:
+        baseline = spec.label(spec.baseline)
+        bench = open_bench(spec.pairwise)
+        judged = {
+            name: _judge_one(spec.pairwise, bench, model, answered[baseline], seed=seed)
+            for name, model in answered.items()
+            if name != baseline
+        }
+        found = judged, bench.report()
+    return distributed.broadcast_object(found)
+
+
+def _judge_one(
+    spec: PairwiseSpec, bench: Bench, model: Answered, other: Answered, *, seed: int
+) -> Judged:
+    try:
+        return judge_model(
+            bench,
+            model.records,
+            other.records,
+            sequential=spec.sequential,
+            batch=spec.batch,
+            seed=seed,
+        )
+    except JudgeError as error:
+        raise AlignError(str(error)) from error
+
+
+def calibrate(
+    judge: str, *, model: str | None, data: Sequence[DataSpec], criteria: str, cache: str | None
+) -> dict[str, Any]:
+    """Measure a judge on pairs that people have ordered.
+
+    Args:
+        judge: URL of an endpoint, the folder of a reward model, or LONGER.
+        model: name of the model at the endpoint.
+        data: preference pairs; the chosen answer is the one that people preferred.
+        criteria: what a judge behind an endpoint is to look at. cache: folder of its verdicts.
+    """
+    examples = load_examples(data, kind="preference", seed=0)
+    pairs = [
+        Pair(plain(e.prompt), answer(e.completion or ""), answer(e.rejected or ""))
+        for e in examples
+    ]
+    report: dict[str, Any] = {}
+    if model is not None:
+        spec = PairwiseSpec(
+            endpoint=EndpointSpec(url=judge, model=model, cache=cache), criteria=criteria
+        )
+        bench = open_bench(spec)
+        bench.offered = len(pairs)
+        try:
+            said = bench.judge(pairs)
+        except JudgeError as error:
+            raise AlignError(str(error)) from error
+        report = bench.report()
+    elif judge == LONGER:
+        said = scored_orders(pairs, lambda _, answers: [float(len(text)) for text in answers])
+    else:
+        said = _scored(read_artefact(judge, "reward_model").model_dir, examples, pairs)
+    found = calibration(pairs, said, clusters=[split_key(e) for e in examples])
+    return found | ({"judge": report} if report else {})
+
+
+def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
+    """Give a reward model's verdicts; it has none on pairs longer than its positions."""
+    reward = build_scalar({"kind": "scalar", "model": str(folder)})
+    made_whole(reward.model, folder)
+    turns = {plain(e.prompt): e.prompt for e in examples}
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        said = [[{"role": "assistant", "content": text}] for text in answers]
+        return reward(prompts=[turns[p] for p in prompts], completions=said)
+
+    if reads_first(folder):  # it says itself which pairs are too long
+        return scored_orders(pairs, score)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf
+    rows = [chat.pair_row(e) for e in examples]
+    fits = [max(len(r.chosen.input_ids), len(r.rejected.input_ids)) <= limit for r in rows]
+    said = iter(scored_orders([p for p, fit in zip(pairs, fits, strict=True) if fit], score))
+    return [next(said) if fit else BothOrders(None, None) for fit in fits]
+
+
+def main() -> None:
+    """Measure the judge of the command line; never returns."""
+    parser = argparse.ArgumentParser(description="Measure a judge against people.")
+    parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
+    parser.add_argument("--model", help="name of the model at the endpoint")
+    parser.add_argument("--pairs", required=True, help="file of preference pairs")
+    parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
+    parser.add_argument("--heldout-frac", type=float, help="only those held out by this share")
+    parser.add_argument("--criteria", default=PairwiseSpec.model_fields["criteria"].default)
+    parser.add_argument("--cache", default=EndpointSpec.model_fields["cache"].default)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    data = DataSpec(path=args.pairs, rows=args.rows)
+    if args.heldout_frac is not None:
+        held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
+        data = data.model_copy(update=held_out)
+    try:
+        found = calibrate(
+            args.judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(args.out, found)
+    except AlignError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.exit(EXIT_OK)

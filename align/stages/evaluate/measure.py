@@ -1,0 +1,138 @@
+"""Measure what checkpoints answered: scores, KL to the reference, perplexity, repetition."""
+
+from collections.abc import Sequence
+
+import torch
+
+from align.core import distributed
+from align.core.types import TokenRow
+from align.data.batching import plan_micro_batches
+from align.data.load import fit_rows, load_examples
+from align.data.render.chat import ChatFormat
+from align.evaluation.compare import Record
+from align.evaluation.verdict import RowLoss
+from align.models.logprobs import LogprobModel
+from align.online.annotate import local_plan
+from align.online.guard import repeated_share
+from align.online.scoring import score_answers
+from align.recipe.schema import EvaluateStage, TaskSpec
+from align.sampling.experience import Experience
+from align.stages.base import StageContext
+from align.training.batch import pack
+from align.tuning.loading import load_tuned_policy
+from reward_models.base import RewardFunction
+
+TaskRewards = dict[str, tuple[list[RewardFunction], list[RewardFunction]]]
+"""Task to its grader and its judge."""
+MICRO_TOKENS = 16384
+"""Tokens of one forward pass."""
+
+
+def wants_kl(task: TaskSpec) -> bool:
+    """Say whether KL is reported and can be estimated.
+
+    The estimate is unbiased for answers drawn from the policy itself: at temperature 1.
+    """
+    return task.sampling.temperature == 1.0 and "kl" in task.reported
+
+
+def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
+    """Load the policy that KL is measured against."""
+    artefact = context.artefact(spec.reference or spec.baseline, "policy", with_adapter=True)
+    return LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+
+
+@torch.no_grad()
+def kl_per_answer(
+    answers: Experience, *, policy: LogprobModel, reference: LogprobModel
+) -> list[float]:
+    """Estimate KL(policy || reference) in nats per answer: log-ratio summed over its tokens."""
+    policy.eval()
+    plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
+    out = torch.zeros(answers.input_ids.shape)
+    for rows in plan:
+        batch = answers.micro(rows, {})
+        log_ratio = (
+            policy(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+            - reference(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+        )
+        answers.spread(rows, log_ratio, out)
+    return out.sum(1).tolist()
+
+
+def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> list[TokenRow]:
+    """Tokenise the held-out answers of a task's perplexity."""
+    if not task.answers:
+        return []
+    examples = load_examples(task.answers, kind="sft", seed=context.seed)
+    return fit_rows(
+        [chat.sft_row(e) for e in examples],
+        max_length=task.max_length,
+        max_lost_frac=task.max_lost_frac,
+        what=f"{context.name}: answers of task {task.name}",
+        ledger=context.ledger,
+    )[0]
+
+
+@torch.no_grad()
+def row_losses(policy: LogprobModel, rows: Sequence[TokenRow]) -> list[RowLoss]:
+    """Give the negative log-likelihood of each row's trained tokens, over all ranks."""
+    if not rows:
+        return []
+    policy.eval()
+    plan = plan_micro_batches(
+        [len(row.input_ids) for row in rows],
+        micro_tokens=MICRO_TOKENS,
+        ranks=distributed.world_size(),
+    )[distributed.rank()]
+    mine: dict[int, RowLoss] = {}
+    for micro in plan:
+        batch = pack([rows[i] for i in micro])
+        logprobs = policy(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+        nats = batch.segment_sums(-logprobs.double() * batch.mask).tolist()
+        for i, value in zip(micro, nats, strict=True):
+            mine[i] = RowLoss(value, sum(rows[i].trained))
+    every = {i: loss for part in distributed.gather_objects(mine) for i, loss in part.items()}
+    return [every[i] for i in range(len(rows))]
+
+
+def to_records(
+    answers: Experience,
+    kl: Sequence[float | None],
+    *,
+    scores: Sequence[RewardFunction],
+    judge: Sequence[RewardFunction],
+    by: str | None = None,
+) -> list[Record]:
+    """Give one record per answer with everything that was measured of it.
+
+    Args:
+        answers: of this rank. kl: nats of each answer, None where not measured.
+        scores: rewards of the table. judge: rewards whose weighted sum decides comparisons.
+        by: column that the records are grouped by.
+    """
+    columns = score_answers(answers.prompts, answers.completions, scores).by_name
+    verdicts: list[float | None] = [None] * len(answers.completions)
+    if judge:
+        verdicts = score_answers(answers.prompts, answers.completions, judge).total
+    groups = answers.group_ids.tolist()
+    seen: dict[int, int] = {}
+    records: list[Record] = []
+    for i, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True)):
+        sample = seen[groups[i]] = seen.get(groups[i], -1) + 1
+        records.append(
+            {
+                "prompt_index": groups[i],
+                "sample_index": sample,
+                "prompt": prompt.prompt,
+                "completion": answer.text,
+                "scores": {name: values[i] for name, values in columns.items()},
+                "judge": verdicts[i],
+                "length": len(answer.token_ids),
+                "repeats": repeated_share(answer.text),
+                "kl": kl[i],
+                "finish_reason": answer.finish_reason,
+                "group": None if by is None else str(prompt.columns.get(by)),
+            }
+        )
+    return records

@@ -1,0 +1,227 @@
+"""Measure reward models on held-out pairs, sets and sampled answers: the numbers of their card."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.types import Example, PairRow, Text, TokenRow
+from align.data.formats.sets import AnswerSet, load_sets
+from align.data.load import fit_rows, load_examples
+from align.data.split import split_key
+from align.evaluation.card import (
+    ScoredPair,
+    ScoredSet,
+    agreement,
+    best_of_n,
+    pair_card,
+    set_card,
+)
+from align.models.loading import load_tokenizer
+from align.recipe.schema import DataSpec
+from align.stages.base import RowFormat, scorer_format
+from align.training.batch import both, to_stop
+from align.tuning.loading import load_scorer
+from reward_models.learned import ScalarReward
+from reward_models.refusals import refusing_side
+from reward_models.scalar import RewardModel, score_token_ids
+
+log = logging.getLogger(__name__)
+HEADLINES = (
+    "pair_accuracy",
+    "length_balanced_accuracy",
+    "best_of_set_accuracy",
+    "log_loss",
+    "ece",
+    "length_correlation",
+    "length_correlation_in_pair",
+)
+"""What the table of reward models shows of a card."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledAnswers:
+    """Hold several sampled answers to each prompt, for the best-of-n curve.
+
+    Attributes:
+        rows: of each answer its prompt and itself, as texts and as token ids.
+        groups: number of each answer's prompt. gold: the score that counts, None where invalid.
+        tokenizer: whose token ids they are.
+    """
+
+    rows: Sequence[tuple[Text, str, list[int], list[int]]]
+    groups: Sequence[int]
+    gold: Sequence[float | None]
+    tokenizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class CardInput:
+    """Say what reward models are measured on; ``max_lost_frac`` bounds what is too long."""
+
+    pairs: Sequence[DataSpec]
+    sets: Sequence[DataSpec]
+    max_length: int
+    max_lost_frac: float
+    seed: int
+    answers: SampledAnswers | None = None
+    ledger: Path | None = None
+    """Takes what is too long."""
+
+
+def build_cards(models: Mapping[str, Artefact], given: CardInput) -> dict[str, dict[str, Any]]:
+    """Measure each reward model; with several, each is also compared with the first other one."""
+    scored = {name: _scored_pairs(artefact, given) for name, artefact in models.items()}
+    cards: dict[str, dict[str, Any]] = {}
+    for name, artefact in models.items():
+        card, lost = pair_card(scored[name][0], seed=given.seed), scored[name][1]
+        card["num_pairs_too_long"] = lost
+        if given.sets:
+            card |= set_card(_scored_sets(artefact, given), seed=given.seed)
+        other = next((n for n in models if n != name), None)
+        if other is not None:
+            found = _agreement(scored[name][0], scored[other][0], given.seed)
+            card["agreement"] = {"with": other, **found}
+        if given.answers is not None:
+            card["best_of_n"] = _best_of_n(artefact, given.answers, given.seed)
+        cards[name] = card
+        log.info("%s: pair accuracy %s on %d pairs", name, card["pair_accuracy"], card["num_pairs"])
+    return cards
+
+
+def headlines(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the [value, low, high] of a card that its row in a table shows."""
+    return {name: card[name] for name in HEADLINES if name in card}
+
+
+def _load(artefact: Artefact) -> RewardModel:
+    return load_scorer(artefact.model_dir).to(distributed.device())
+
+
+def _longest(model: RewardModel, given: CardInput) -> int:
+    """Give the tokens that a text may have; an encoder has no positions for more."""
+    limit = model.max_tokens if model.reads == "first" else None
+    return given.max_length if limit is None else min(limit, given.max_length)
+
+
+def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair], int]:
+    """Score the held-out pairs; give also how many were too long."""
+    chat, model = scorer_format(artefact), _load(artefact)
+    examples = load_examples(given.pairs, kind="preference", seed=given.seed)
+    rows, lost = fit_rows(
+        [chat.pair_row(e) for e in examples],
+        max_length=_longest(model, given),
+        max_lost_frac=given.max_lost_frac,
+        ledger=given.ledger,
+        what="held-out pairs of the reward model",
+    )
+    scores = score_token_ids(model, [row.input_ids for row in both(rows)])
+    named = {e.source: e for e in examples}
+    pairs = [
+        _pair(row, named[row.source], chat, scores[2 * i : 2 * i + 2]) for i, row in enumerate(rows)
+    ]
+    return pairs, lost
+
+
+def _pair(row: PairRow, example: Example, chat: RowFormat, scores: Sequence[float]) -> ScoredPair:
+    sides = [
+        to_stop(side).input_ids[row.num_prompt_tokens :] for side in (row.chosen, row.rejected)
+    ]
+    texts = [chat.decode(ids) for ids in sides]
+    return ScoredPair(
+        source=group_of(example),
+        prompt=split_key(example),
+        chosen=scores[0],
+        rejected=scores[1],
+        chosen_tokens=len(sides[0]),
+        rejected_tokens=len(sides[1]),
+        refuses=refusing_side(texts[0], texts[1]),
+    )
+
+
+def group_of(example: Example) -> str:
+    """Name where an example comes from: its column ``subset``, else its file, else the world."""
+    if example.columns.get("subset"):
+        return str(example.columns["subset"])
+    if example.source.startswith("world:"):
+        return "world"
+    return Path(example.source.rpartition(":")[0]).stem
+
+
+def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
+    """Score every answer of the sets; a set of which one answer is too long is lost whole."""
+    chat, model = scorer_format(artefact), _load(artefact)
+    found = load_sets(given.sets)
+    rows = {i: _set_rows(chat, s) for i, s in enumerate(found)}
+    longest = {i: max(mine, key=lambda row: len(row.input_ids)) for i, mine in rows.items()}
+    kept, lost = fit_rows(
+        list(longest.values()),
+        max_length=_longest(model, given),
+        max_lost_frac=given.max_lost_frac,
+        ledger=given.ledger,
+        what="sets of answers",
+    )
+    fitting = {id(row) for row in kept}
+    chosen = [i for i, row in longest.items() if id(row) in fitting]
+    flat = [row.input_ids for i in chosen for row in rows[i]]
+    scores = iter(score_token_ids(model, flat))
+    if lost:
+        log.warning("%d sets of answers are too long", lost)
+    return [
+        ScoredSet(
+            source=found[i].group,
+            prompt=split_key(Example(found[i].prompt)),
+            chosen=tuple(next(scores) for _ in found[i].chosen),
+            rejected=tuple(next(scores) for _ in found[i].rejected),
+        )
+        for i in chosen
+    ]
+
+
+def _set_rows(chat: RowFormat, answers: AnswerSet) -> list[TokenRow]:
+    return [
+        to_stop(chat.sft_row(Example(answers.prompt, answer, source=answers.source)))
+        for answer in (*answers.chosen, *answers.rejected)
+    ]
+
+
+def _agreement(
+    pairs: Sequence[ScoredPair], others: Sequence[ScoredPair], seed: int
+) -> dict[str, Any]:
+    """Compare two models, which must have read the same pairs."""
+    if [(p.source, p.prompt) for p in pairs] != [(p.source, p.prompt) for p in others]:
+        return {"problem": "the two models do not read the same pairs: other lengths in tokens"}
+    return dict(agreement(pairs, others, seed=seed))
+
+
+def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[dict[str, Any]]:
+    """Score the sampled answers; prompts with an answer that one cannot judge are left out."""
+    proxies: dict[int, list[float | None]] = {}
+    golds: dict[int, list[float | None]] = {}
+    scores = _sampled_scores(artefact, answers)
+    for group, score, value in zip(answers.groups, scores, answers.gold, strict=True):
+        proxies.setdefault(group, []).append(score)
+        golds.setdefault(group, []).append(value)
+    judged = {str(k) for k in proxies if None not in (*proxies[k], *golds[k])}
+    proxy, gold = (
+        {str(k): [v for v in row if v is not None] for k, row in side.items() if str(k) in judged}
+        for side in (proxies, golds)
+    )
+    return best_of_n(proxy, gold, seed=seed)
+
+
+def _sampled_scores(artefact: Artefact, answers: SampledAnswers) -> list[float | None]:
+    """Score sampled answers by their token ids, or by their texts where it has other tokens."""
+    tokenizer = load_tokenizer(artefact.model_dir)
+    reward = ScalarReward(_load(artefact), tokenizer, normalise=False)
+    reward.meet(answers.tokenizer)
+    prompts, completions, prompt_ids, completion_ids = zip(*answers.rows, strict=True)
+    return reward(
+        prompts=prompts,
+        completions=completions,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+    )

@@ -1,0 +1,240 @@
+"""Stage evaluate: checkpoints answer held-out prompts through one engine and are compared."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.core import distributed
+from align.core.artefacts import Artefact, write_json_atomic
+from align.core.log import CARDS_FILE, MetricsLog
+from align.evaluation.compare import Record, build_summary, check_expectations
+from align.evaluation.verdict import (
+    WIN_RATES,
+    Answered,
+    Judged,
+    judged_by_score,
+    task_block,
+    win_matrix,
+)
+from align.models.loading import load_tokenizer
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import EvaluateStage, RewardSpec, TaskSpec
+from align.recipe.schema.evaluate import OWN_TASK
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.evaluate.answers import Answers, sample_all, task_rows
+from align.stages.evaluate.harness import harness_blocks
+from align.stages.evaluate.judge import judge_all
+from align.stages.evaluate.measure import (
+    TaskRewards,
+    held_out_rows,
+    kl_per_answer,
+    load_reference,
+    row_losses,
+    to_records,
+    wants_kl,
+)
+from align.stages.evaluate.reward_cards import CardInput, SampledAnswers, build_cards, headlines
+from align.stages.offline import fingerprints
+from align.stages.preflight import preflight_evaluate
+from align.stages.rollouts import build_rewards
+from align.tuning.loading import load_tuned_policy
+from reward_models.base import RewardFunction
+
+log = logging.getLogger(__name__)
+
+
+def run(spec: EvaluateStage, context: StageContext) -> StageResult:
+    """Sample, score and compare; write summary.json and samples.jsonl."""
+    artefacts = {
+        spec.label(name): context.artefact(name, "policy", with_adapter=True)
+        for name in spec.models
+    }
+    baseline = spec.label(spec.baseline)
+    answers: Answers = {}
+    answered: dict[str, dict[str, Answered]] = {}
+    summary: dict[str, Any] = {"models": {}, "engine": "none"}
+    if spec.all_tasks:
+        rows = task_rows(spec, artefacts[baseline], context)
+        rewards = task_rewards(spec, context, load_tokenizer(artefacts[baseline].model_dir))
+        preflight_evaluate(spec, context, artefacts[baseline].model_dir, rows=rows, rewards=rewards)
+        answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
+        answered = measure_all(spec, artefacts, answers, rewards, context)
+    summary["tasks"] = {
+        task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
+    } | harness_blocks(spec, artefacts, context)
+    if OWN_TASK in answered:
+        own = {name: model.records for name, model in answered[OWN_TASK].items()}
+        summary |= build_summary(own, baseline=baseline, seed=context.seed)
+    cards = reward_cards(spec, context, answers, answered, artefacts[baseline])
+    summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
+    summary["expectations"] = check_expectations(summary, spec.expect)
+    if distributed.rank() == 0:
+        write_json_atomic(context.out / "summary.json", summary)
+        write_samples(context.out / "samples.jsonl", answered)
+        if cards:
+            write_json_atomic(context.out / CARDS_FILE, cards)
+        for line in summary["expectations"]:
+            log.info("expected %s in %s: %s", line["key"], line["band"], _verdict(line))
+    data = [part for task in spec.all_tasks for part in (task.prompts, task.answers)]
+    return StageResult(headline(summary), fingerprints(*data, spec.pairs, spec.sets))
+
+
+def measure_all(
+    spec: EvaluateStage,
+    artefacts: Mapping[str, Artefact],
+    answers: Answers,
+    rewards: TaskRewards,
+    context: StageContext,
+) -> dict[str, dict[str, Answered]]:
+    """Measure the answers of every task; give them by task and model, over all ranks."""
+    tasks = spec.all_tasks
+    metrics = context.metrics(len(spec.models))
+    chat = chat_format(artefacts[spec.label(spec.baseline)].model_dir)
+    heldout = {task.name: held_out_rows(task, chat, context) for task in tasks}
+    reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
+    found: dict[str, dict[str, Answered]] = {task.name: {} for task in tasks}
+    for i, (name, artefact) in enumerate(artefacts.items()):
+        policy = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype))
+        for task in tasks:
+            experience = answers[task.name][name]
+            kl: Sequence[float | None] = [None] * len(experience.completions)
+            if wants_kl(task) and reference is not None:
+                kl = kl_per_answer(experience, policy=policy, reference=reference)
+            grader, judge = rewards[task.name]
+            mine = to_records(experience, kl, scores=grader, judge=judge, by=task.by)
+            records = [r for part in distributed.gather_objects(mine) for r in part]
+            losses = row_losses(policy, heldout[task.name])
+            found[task.name][name] = Answered(records, losses)
+        _log_model(metrics, i + 1, name, found[tasks[0].name][name].records)
+    metrics.close()
+    return found
+
+
+def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> TaskRewards:
+    """Build each task's grader, and the rewards whose weighted sum decides comparisons.
+
+    Args:
+        tokenizer: of the baseline, which every model shares.
+    """
+
+    def build(specs: Sequence[RewardSpec]) -> list[RewardFunction]:
+        return build_rewards(list(specs), context, tokenizer)
+
+    return {
+        task.name: (
+            build(task.grader),
+            build(task.judge or ([] if spec.pairwise else task.grader)),
+        )
+        for task in spec.all_tasks
+    }
+
+
+def summarise(
+    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], context: StageContext
+) -> dict[str, Any]:
+    """Compare the models on one task."""
+    baseline = spec.label(spec.baseline)
+    records = {name: model.records for name, model in answered.items()}
+    told: dict[str, Any] = {"description": task.description}
+    if spec.pairwise and not task.judge:
+        judged, told["judge"] = judge_all(spec, answered, seed=context.seed)
+    else:
+        judged = {
+            name: Judged(judged_by_score(mine, records[baseline]))
+            for name, mine in records.items()
+            if name != baseline
+        }
+        told["win_matrix"] = win_matrix(records)
+    metrics = [m for m in task.reported if judged or m not in WIN_RATES]
+    block = task_block(
+        answered, baseline=baseline, metrics=metrics, judged=judged, seed=context.seed
+    )
+    return told | block
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Give the manifest's numbers: every model's metrics, those of tasks under the task's name."""
+    rows = [
+        (name, row)
+        for part in ("models", "reward_models")
+        for name, row in summary.get(part, {}).items()
+    ]
+    rows += [
+        (f"{task}/{name}", row)
+        for task, block in summary["tasks"].items()
+        for name, row in block["models"].items()
+        if task != OWN_TASK
+    ]
+    return {
+        f"{name}/{metric}": value[0]
+        for name, row in rows
+        for metric, value in row.items()
+        if value[0] is not None
+    }
+
+
+def _verdict(line: Mapping[str, Any]) -> str:
+    return f"{line['value']} {'holds' if line['holds'] else 'DOES NOT HOLD'}"
+
+
+def _log_model(metrics: MetricsLog, step: int, name: str, records: Sequence[Record]) -> None:
+    found = {
+        f"eval/{name}/{column}": sum(known) / len(known)
+        for column in records[0]["scores"]
+        if (known := [x for r in records if (x := r["scores"][column]) is not None])
+    }
+    first = records[0]
+    sample = {"prompt": first["prompt"], "completion": first["completion"], "score": first["judge"]}
+    metrics.log(step, found, sample=sample)
+
+
+def write_samples(path: Path, answered: Mapping[str, Mapping[str, Answered]]) -> None:
+    """Write every answer, one JSON object a line."""
+    with path.open("w", encoding="utf-8") as f:
+        for task, models in answered.items():
+            for model, found in models.items():
+                for row in found.records:
+                    line = {"task": task, "model": model, **row, "score": row["judge"]}
+                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def reward_cards(
+    spec: EvaluateStage,
+    context: StageContext,
+    answers: Answers,
+    answered: Mapping[str, Mapping[str, Answered]],
+    baseline: Artefact,
+) -> dict[str, dict[str, Any]]:
+    """Measure the reward models; the baseline's answers give the best-of-n curve by the judge."""
+    if not spec.reward_models:
+        return {}
+    sampled = None
+    if OWN_TASK in answered and spec.samples > 1:
+        mine = answers[OWN_TASK][spec.label(spec.baseline)]
+        records = answered[OWN_TASK][spec.label(spec.baseline)].records
+        rows = [
+            (prompt.prompt, answer.text, list(prompt.input_ids), list(answer.token_ids))
+            for prompt, answer in zip(mine.prompts, mine.completions, strict=True)
+        ]
+        sampled = SampledAnswers(
+            [row for part in distributed.gather_objects(rows) for row in part],
+            [record["prompt_index"] for record in records],
+            [record["judge"] for record in records],
+            load_tokenizer(baseline.model_dir),
+        )
+    given = CardInput(
+        spec.pairs,
+        spec.sets,
+        spec.max_length,
+        spec.max_lost_frac,
+        context.seed,
+        sampled,
+        context.ledger,
+    )
+    models = {
+        name: context.artefact(name, "reward_model", with_adapter=True)
+        for name in spec.reward_models
+    }
+    return build_cards(models, given)

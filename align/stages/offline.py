@@ -1,0 +1,334 @@
+"""What the training stages share: policies in and out, data, and the offline schedule."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.artefacts import Artefact, file_sha256, read_manifest
+from align.core.errors import ArtefactError
+from align.core.log import MetricsLog
+from align.core.types import Example, TokenRow
+from align.data.augment import AugmentedRows
+from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.reading.sources import data_fingerprint
+from align.data.render.chat import ChatFormat
+from align.models.loading import save_policy
+from align.models.logprobs import LogprobModel
+from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
+from align.stages.base import StageContext, StageResult
+from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.contaminated import note_contamination
+from align.training.batch import pack
+from align.training.learner import Learner
+from align.training.offline import (
+    OfflineSchedule,
+    OfflineTask,
+    evaluate_rows,
+    total_steps,
+    train_offline,
+)
+from align.training.stopping import EarlyStopping
+from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
+from align.tuning.export import full_precision_weights, full_weights, gathered
+from align.tuning.files import adapter_state, num_trained, save_adapter
+from align.tuning.loading import check_start, load_for_training, load_tuned_policy
+from align.tuning.merging import adapter_parameters, is_quantised
+from align.tuning.wrap import add_tuner, has_adapter
+
+LOSS_SAVED = "eval/loss_saved"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def read_back(load: Callable[[], Model]) -> Model | None:
+    """Load what was saved beside the trained model; None on every rank where it does not fit.
+
+    Full-precision weights take four times the memory of those in 4 bits or more, so on an
+    accelerator that holds the one the other may not fit. All ranks must take part.
+    """
+    try:
+        model = load()
+    except torch.OutOfMemoryError:
+        model = None
+    if distributed.global_sum(float(model is None)):
+        log.warning(
+            "the saved full-precision model does not fit beside the trained one: %s is not "
+            "measured; an evaluate stage can score what was saved",
+            LOSS_SAVED,
+        )
+        return None
+    return model
+
+
+def saved_loss(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:
+    """Give the held-out loss of what was saved, under its own name; nothing without held-out rows.
+
+    The task's references (dpo, kto) stay those of the training: the 4-bit start.
+    """
+    if not task.heldout:
+        return {}
+    return {LOSS_SAVED: evaluate_rows(model, task, micro_tokens)["eval/loss"]}
+
+
+def build_anchor(
+    spec: OfflineStage | OnlineStage, module: LogprobModel, chat: ChatFormat, context: StageContext
+) -> Anchor | None:
+    """Measure what the old task needs of the policy as it is now; None without ``keep.ewc``."""
+    ewc = spec.keep.ewc
+    if ewc is None:
+        return None
+    rows, _ = fit_rows(
+        [chat.sft_row(e) for e in load_examples(ewc.data, kind="sft", seed=context.seed)],
+        max_length=spec.max_length,
+        max_lost_frac=spec.max_lost_frac,
+        what=f"{context.name}: keep.ewc.data",
+        ledger=context.ledger,
+    )
+    fisher = scaled(fisher_diagonal(module, rows, log_likelihood), cap=ewc.cap)
+    log.info("Fisher information of %d rows of the old task measured", len(rows))
+    return anchor_at(module, fisher, coef=ewc.coef)
+
+
+def replayed(spec: OfflineStage | OnlineStage) -> list[DataSpec]:
+    """Give the data of the old task that the stage reads, for the manifest."""
+    return [] if spec.keep.ewc is None else spec.keep.ewc.data
+
+
+def log_likelihood(module: nn.Module, row: TokenRow) -> Tensor:
+    """Sum the log-probabilities (nats) of a row's trained tokens."""
+    batch = pack([row])
+    return module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs.sum()
+
+
+log = logging.getLogger(__name__)
+
+
+def start_of(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Read the policy that a stage starts from; refuse one that its tuning cannot go on from."""
+    source = context.artefact(spec.init, "policy", with_adapter=True)
+    made_by = source.manifest.get("spec", {}).get("tuning")
+    check_start(source.model_dir, made_by, spec.tuning)
+    return source
+
+
+def start_of_head(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Read the policy or encoder that a stage puts a new head on."""
+    named = spec.init in context.recipe.stages
+    folder = context.run_dir / spec.init if named else Path(spec.init)
+    kind = read_manifest(folder)["kind"]
+    return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+
+
+def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artefact) -> None:
+    """Refuse weights below a new head that the start lacks and ``tuning`` would not train.
+
+    Raises:
+        ArtefactError: there are some in ``missing``.
+    """
+    if missing and spec.tuning.method != "full":
+        raise ArtefactError(
+            f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
+            f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
+        )
+
+
+def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> LogprobModel:
+    """Load the policy of a training stage and add what its recipe's ``tuning`` trains."""
+    model = load_for_training(
+        model_dir,
+        spec.tuning,
+        dtype=spec.dtype,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        dropout=spec.keep.dropout,
+        seed=distributed.derive_seed(seed, "tuning"),
+    )
+    trained, total = num_trained(model)
+    log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")
+    return LogprobModel(model)
+
+
+def tuned_below_head(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
+    """Add what ``tuning`` trains to the model that a new head stands on."""
+    if spec.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.method not in ("full", "head"):
+            backbone.enable_input_require_grads()
+    return add_tuner(backbone, spec.tuning, seed=seed)
+
+
+def save_trained_policy(
+    spec: TrainingStage, module: LogprobModel, *, source: Artefact, out: Path
+) -> None:
+    """Write model/ and, with an adapter, adapter/; all ranks must take part.
+
+    model/ holds the adapter merged where that is possible, and else the frozen weights.
+    """
+    state, adapter = whole_state(module.model, source)
+    if distributed.rank() == 0:
+        save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
+        if adapter is not None:
+            save_adapter(*adapter, out / "adapter")
+    distributed.barrier()
+
+
+def whole_state(
+    model: nn.Module, source: Artefact
+) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
+    """Copy a trained model's weights, and its adapter's tensors and configuration if it has one.
+
+    Under ZeRO-3 each rank holds but a part of them: all ranks must take part.
+    """
+    if any(map(is_quantised, model.parameters())):
+        named = full_precision_weights(model, source.model_dir)
+    else:
+        named = full_weights(model)
+    state = {name: tensor.detach().cpu().clone() for name, tensor in named}
+    if not has_adapter(model):
+        return state, None
+    with gathered([p for _, p in adapter_parameters(model)]):
+        return state, adapter_state(model)
+
+
+def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:
+    """Derive the schedule of an offline stage from its recipe and the number of its rows."""
+    return OfflineSchedule(
+        total_steps=total_steps(
+            num_rows, batch_size=spec.batch_size, epochs=spec.epochs, steps=spec.steps
+        ),
+        batch_size=spec.batch_size,
+        micro_tokens=spec.micro_tokens,
+        eval_every=spec.eval_every,
+        checkpoint_every=spec.checkpoint_every,
+        keep_checkpoints=spec.keep_checkpoints,
+        seed=distributed.derive_seed(seed, "batches"),
+    )
+
+
+def offline_rows(
+    spec: OfflineStage,
+    context: StageContext,
+    *,
+    kind: Literal["sft", "preference", "unpaired", "steps", "classes"],
+    render: Callable[[Example], Any],
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Load and tokenise training and held-out rows; no prompt may stand on both sides.
+
+    Args:
+        spec: the stage; its ``max_length`` and ``max_lost_frac`` bound what is lost.
+        context: the stage's surroundings. kind: what the rows must hold.
+        render: example -> tokenised row.
+    """
+    sides = {
+        "training": load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap),
+        "held-out": load_examples(spec.heldout, kind=kind, seed=context.seed),
+    }
+    check_overlap(*sides.values())
+    note_contamination(context, *sides.values(), max_frac=spec.max_contaminated_frac)
+
+    def fitted(name: str) -> Sequence[Any]:
+        rows = [render(example) for example in sides[name]]
+        if not rows:
+            return []
+        kept, _ = fit_rows(
+            rows,
+            max_length=spec.max_length,
+            max_lost_frac=spec.max_lost_frac,
+            what=f"{context.name}: {name} rows",
+            ledger=context.ledger,
+        )
+        if spec.keep.augment is None or name == "held-out":
+            return kept
+        made_from = {id(row): example for row, example in zip(rows, sides[name], strict=True)}
+        return AugmentedRows(
+            kept,
+            [made_from[id(row)] for row in kept],
+            render,
+            spec.keep.augment,
+            seed=distributed.derive_seed(context.seed, "augment"),
+            max_length=spec.max_length,
+        )
+
+    return fitted("training"), fitted("held-out")
+
+
+def run_offline(
+    module: nn.Module,
+    task: OfflineTask[Any],
+    spec: OfflineStage,
+    context: StageContext,
+    *,
+    stopping: EarlyStopping | None,
+    anchor: Anchor | None = None,
+) -> dict[str, float]:
+    """Train ``module`` on an offline task; give the last metrics."""
+    schedule = offline_schedule(spec, len(task.rows), context.seed)
+    learner = Learner(
+        module,
+        optim=spec.optim,
+        zero=spec.zero,
+        dtype=spec.dtype,
+        total_steps=schedule.total_steps,
+        layers=spec.layers,
+        anchor=anchor,
+    )
+    metrics: MetricsLog = context.metrics(schedule.total_steps)
+    final = train_offline(
+        learner,
+        task,
+        schedule,
+        metrics=metrics,
+        checkpoints=context.out / "checkpoints",
+        stopping=stopping,
+    )
+    metrics.close()
+    return final
+
+
+def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
+    """Give path, sha256 and rows of every file behind the data specs, for the manifest."""
+    found: list[dict[str, Any]] = []
+    for spec in (spec for group in groups for spec in group):
+        if spec.path is not None:
+            found += data_fingerprint(spec.path)
+        else:
+            found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
+        if spec.templates is not None:
+            sha256 = file_sha256(Path(spec.templates))
+            found.append({"path": spec.templates, "rows": None, "sha256": sha256})
+    return found
+
+
+def train_policy(
+    spec: OfflineStage,
+    module: LogprobModel,
+    task: OfflineTask[Any],
+    *,
+    source: Artefact,
+    chat: ChatFormat,
+    context: StageContext,
+) -> StageResult:
+    """Train the policy of an offline stage, save it and sum the stage up."""
+    anchor = build_anchor(spec, module, chat, context)
+    write = partial(save_trained_policy, spec, module, source=source)
+    best = BestWeights(write, context.out)
+    stopping = build_stopping(spec, best)
+    final = run_offline(module, task, spec, context, stopping=stopping, anchor=anchor)
+    trained, total = num_trained(module.model)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    notes = {}
+    if stopping is None:
+        write(out=context.out)
+    else:
+        best.prune({stopping.best_step})
+        best.restore(stopping.best_step)
+        notes = stopping_notes(stopping)
+    if spec.tuning.method == "qlora" and task.heldout:
+        saved = read_back(partial(load_tuned_policy, context.out / "model", dtype=spec.dtype))
+        if saved is not None:
+            final |= saved_loss(LogprobModel(saved), task, spec.micro_tokens)
+    return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)

@@ -1,0 +1,104 @@
+"""Find pairs whose label is likely wrong: each is judged by a scorer that was not taught by it."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.core import distributed
+from align.core.types import PairRow
+from align.stages.base import StageContext
+from align.training.batch import both
+from reward_models.scalar import RewardModel, score_token_ids
+
+log = logging.getLogger(__name__)
+NOISE_FILE = "noise.jsonl"
+
+
+def noise_report(
+    pairs: Sequence[PairRow],
+    context: StageContext,
+    *,
+    folds: int,
+    train: Callable[[list[PairRow], StageContext], RewardModel],
+) -> dict[str, Any]:
+    """Write noise.jsonl, likeliest mistakes first; give its summary for the manifest.
+
+    The pairs are cut into ``folds`` parts, a prompt's pairs never in two of them. Each part is
+    scored by a scorer trained on the others; ``probability`` = sigmoid(rejected - chosen) is what
+    that scorer gives the rejected answer, and above 0.5 the pair is flagged. Ties are left out.
+
+    Args:
+        pairs: the training pairs. context: the stage's surroundings.
+        folds: parts, at least 2.
+        train: (pairs, surroundings of the part) -> scorer; every rank takes part.
+    """
+    rows = [pair for pair in pairs if not pair.tie]
+    part_of = cut(rows, folds=folds, seed=context.seed)
+    lines: list[dict[str, Any]] = []
+    for part in range(folds):
+        inside = replace(context, name=f"{context.name}/noise-{part + 1}")
+        _empty(inside.out)
+        others = [row for row, p in zip(rows, part_of, strict=True) if p != part]
+        ties = [pair for pair in pairs if pair.tie]
+        judged = [row for row, p in zip(rows, part_of, strict=True) if p == part]
+        scores = score_token_ids(
+            train([*others, *ties], inside), [r.input_ids for r in both(judged)]
+        )
+        for row, chosen, rejected in zip(judged, scores[0::2], scores[1::2], strict=True):
+            probability = 1.0 / (1.0 + math.exp(min(chosen - rejected, 700.0)))
+            lines.append(
+                {
+                    "row": row.source,
+                    "probability": probability,
+                    "part": part + 1,
+                    "flagged": probability > 0.5,
+                }
+            )
+        distributed.barrier()
+        if distributed.rank() == 0:
+            shutil.rmtree(inside.out)
+    lines.sort(key=lambda line: (-line["probability"], line["row"]))
+    if distributed.rank() == 0:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (context.out / NOISE_FILE).write_text(text, encoding="utf-8")
+    flagged = sum(line["flagged"] for line in lines)
+    log.info("labels: %d of %d pairs are likely wrong, see %s", flagged, len(lines), NOISE_FILE)
+    return {
+        "pairs": len(lines),
+        "flagged": flagged,
+        "flagged_frac": flagged / max(len(lines), 1),
+        "mean_probability": sum(line["probability"] for line in lines) / max(len(lines), 1),
+        "folds": folds,
+        "file": NOISE_FILE,
+    }
+
+
+def cut(pairs: Sequence[PairRow], *, folds: int, seed: int) -> list[int]:
+    """Give the part of each pair, from 0; pairs of one prompt share theirs.
+
+    Raises:
+        ValueError: there are fewer prompts than parts.
+    """
+    prompts = [pair.chosen.input_ids[: pair.num_prompt_tokens] for pair in pairs]
+    names = list(dict.fromkeys(prompts))
+    if len(names) < folds:
+        raise ValueError(f"noise_folds: {len(names)} prompts cannot be cut into {folds} parts")
+    rng = np.random.default_rng(distributed.derive_seed(seed, "noise"))
+    place = {names[i]: k % folds for k, i in enumerate(rng.permutation(len(names)).tolist())}
+    return [place[prompt] for prompt in prompts]
+
+
+def _empty(folder: Path) -> None:
+    """Begin a part anew: what an interrupted one left is not gone on from."""
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    distributed.barrier()

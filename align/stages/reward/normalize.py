@@ -1,0 +1,103 @@
+"""Measure a scorer's mean and std on reference answers: those of the data, or sampled ones."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.types import PromptRow, TokenRow
+from align.data.batching import plan_micro_batches
+from align.data.load import fit_rows, load_examples
+from align.data.render.chat import ChatFormat
+from align.recipe.schema import RewardStage
+from align.sampling.build import build_engine
+from align.sampling.rollout import sample_groups
+from align.stages.base import StageContext
+from align.training.batch import PackedBatch, pack
+
+log = logging.getLogger(__name__)
+Numbers = list[float] | float
+
+
+@torch.no_grad()
+def normalisation(
+    score: Callable[[PackedBatch], Tensor],
+    rows: Sequence[TokenRow],
+    *,
+    micro_tokens: int,
+    padded: bool = False,
+) -> tuple[Numbers, Numbers]:
+    """Measure mean and population std of the scores of reference answers (arXiv:1909.08593).
+
+    Args:
+        score: packed rows -> (num, heads). rows: prompt and answer of each.
+        micro_tokens: token budget of one pass. padded: True where ``score`` pads, see
+            `plan_micro_batches`.
+
+    Returns:
+        One number each, or one a head where there are several.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
+    found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
+    mean, std = found.mean(0), found.std(0, correction=0).clamp(min=1e-6)
+    log.info(
+        "scores of %d reference answers: mean %s, std %s", len(rows), mean.tolist(), std.tolist()
+    )
+    return (mean.item(), std.item()) if mean.numel() == 1 else (mean.tolist(), std.tolist())
+
+
+def sampled_rows(
+    spec: RewardStage, context: StageContext, source: Artefact, chat: ChatFormat
+) -> list[TokenRow]:
+    """Let the policy that the scorer began from answer the first prompts of the data."""
+    assert spec.norm_sampling is not None
+    prompts = _distinct_prompts(spec, context, chat)
+    engine = build_engine(
+        spec.norm_sampling.engine,
+        source.model_dir,
+        dtype=spec.dtype,
+        max_model_len=spec.max_length,
+        seed=context.seed,
+        memory_frac=spec.norm_sampling.memory_frac,
+        cache_gib=spec.norm_sampling.cache_gib,
+        stop_token_ids=chat.stop_token_ids,
+    )
+    with engine.awake():
+        groups = sample_groups(
+            engine,
+            prompts,
+            n=1,
+            step=0,
+            seed=distributed.derive_seed(context.seed, "norm"),
+            sampling=spec.norm_sampling,
+            stop_token_ids=chat.stop_token_ids,
+        )
+    engine.close()
+    rows = []
+    for prompt, (answer,) in zip(prompts, groups, strict=True):
+        ids = (*prompt.input_ids, *answer.token_ids)
+        rows.append(TokenRow(ids, (False,) * len(ids), prompt.source))
+    return rows
+
+
+def _distinct_prompts(
+    spec: RewardStage, context: StageContext, chat: ChatFormat
+) -> list[PromptRow]:
+    assert spec.norm_sampling is not None
+    examples = load_examples(spec.data, kind="prompts", seed=context.seed)
+    found: dict[tuple[int, ...], PromptRow] = {}
+    for example in examples:
+        row = chat.prompt_row(example)
+        found.setdefault(row.input_ids, row)
+    kept, _ = fit_rows(
+        list(found.values()),
+        max_length=spec.max_length - spec.norm_sampling.max_new_tokens,
+        max_lost_frac=1.0,
+        what=f"{context.name}: prompts of the reference answers",
+        ledger=context.ledger,
+    )
+    return kept[: spec.norm_prompts]

@@ -1,0 +1,339 @@
+"""Stage reward: a scorer of answers taught by pairs, judged answers or judged steps.
+
+It stands on a decoder, or on an encoder: then prompt and answer are a pair of texts, batches are
+padded, and the score of a whole text is what a loss finds at each of its tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.artefacts import Artefact
+from align.core.errors import DataError
+from align.core.types import Example, PairRow, TokenRow
+from align.data.render.chat import ChatFormat
+from align.data.render.encoder_pairs import PairedFormat
+from align.models.attention import segments_from_positions
+from align.models.heads import TextValues, scorer_from, scorer_on_encoder
+from align.models.loading import load_tokenizer, set_dropout
+from align.preflight.checks import Seen
+from align.preflight.paired import paired_checks
+from align.recipe.schema import RewardStage
+from align.stages.base import RowFormat, StageContext, StageResult, scorer_format
+from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.offline import (
+    fingerprints,
+    offline_rows,
+    read_back,
+    refuse_random,
+    run_offline,
+    saved_loss,
+    start_of_head,
+    tuned_below_head,
+    whole_state,
+)
+from align.stages.preflight import preflight_offline, row_views, settle
+from align.stages.reward.label_noise import noise_report
+from align.stages.reward.normalize import Numbers, normalisation, sampled_rows
+from align.stages.reward.tasks import (
+    JudgedAnswer,
+    JudgedSteps,
+    WeightedPair,
+    class_weights,
+    collate_answers,
+    collate_pairs,
+    collate_steps,
+    final_scores,
+    head_weights,
+    judged_loss,
+    pair_loss,
+    steps_loss,
+)
+from align.training.batch import PackedBatch, both, pair_length, to_stop
+from align.training.offline import OfflineTask
+from align.tuning.export import full_weights
+from align.tuning.files import num_trained, save_adapter, with_adapter
+from align.tuning.loading import quantization
+from align.tuning.wrap import has_adapter
+from reward_models.process import step_ends
+from reward_models.scalar import RewardModel
+
+Built = tuple[OfflineTask[Any], Sequence[Example]]
+"""A task, and some of the examples that its rows were made from."""
+
+
+def run(spec: RewardStage, context: StageContext) -> StageResult:
+    """Train a scorer, begun from ``spec.init``, on what ``spec.data`` judges."""
+    source = start_of_head(spec, context)
+    chat = scorer_format(source)
+    build = {"pairs": pair_task, "answers": answer_task, "steps": step_task}[spec.supervision]
+    task, examples = build(spec, context, chat)
+    model = fresh_scorer(spec, source, context)
+    module = values_of(model)
+    if isinstance(chat, PairedFormat):
+        checks = paired_checks(spec, chat, module, model, task, source)
+        settle(context, checks, lambda: row_views(task.rows, chat))
+    else:
+        preflight_offline(
+            spec,
+            context,
+            chat=chat,
+            source=source,
+            module=module,
+            model=model.backbone,
+            task=task,
+            examples=examples,
+        )
+    notes: dict[str, Any] = {}
+    if spec.noise_folds:
+        pairs = [row.pair for row in task.rows]
+        train = partial(train_part, spec, source)
+        notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=train)
+    best = BestWeights(partial(save_scorer, spec, model, source), context.out)
+    stopping = build_stopping(spec, best)
+    trained, total = num_trained(model)
+    final = run_offline(module, task, spec, context, stopping=stopping)
+    final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    if stopping is not None:
+        best.prune({stopping.best_step})
+        best.restore(stopping.best_step)
+        model = saved_scorer(spec, context.out / "model")
+        notes |= stopping_notes(stopping)
+    elif spec.tuning.method == "qlora":
+        # What is saved is another model than the one in memory: not in 4 bits.
+        save_scorer(spec, model, source, context.out)
+        model = read_back(partial(saved_scorer, spec, context.out / "model")) or model
+    if spec.tuning.method == "qlora" and not has_adapter(model.backbone):
+        final |= saved_loss(values_of(model), task, spec.micro_tokens)
+    numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
+    save_scorer(spec, model, source, context.out, numbers=numbers)
+    for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
+        many = value if isinstance(value, list) else [value]
+        final[f"scorer/{name}"] = sum(many) / len(many)
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
+
+
+def train_part(
+    spec: RewardStage, source: Artefact, pairs: list[PairRow], context: StageContext
+) -> RewardModel:
+    """Train a scorer of one head on a part of the pairs, for as many epochs as the stage."""
+    steps = spec.steps
+    if steps is not None:
+        steps = max(1, round(steps * (spec.noise_folds - 1) / spec.noise_folds))
+    plain = spec.model_copy(update={"heads": 1, "checkpoint_every": 0, "steps": steps})
+    rows = [WeightedPair(pair, (1.0,)) for pair in pairs]
+    model = fresh_scorer(plain, source, context)
+    task = OfflineTask(
+        rows,
+        [],
+        _pair_length,
+        collate_pairs,
+        partial(pair_loss, plain),
+        padded=model.reads == "first",
+    )
+    run_offline(values_of(model), task, plain, context, stopping=None)
+    return model
+
+
+def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
+    """Put fresh heads on the model of ``source``, by the seed of the stage."""
+    torch.manual_seed(distributed.derive_seed(context.seed, "head"))
+    return load_scorer(spec, source, seed=distributed.derive_seed(context.seed, "tuning"))
+
+
+def pair_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+    """Learn which of two answers is better."""
+    render = Seen(chat.pair_row)
+    rows, watched = offline_rows(spec, context, kind="preference", render=render)
+    ties = [pair.source for pair in (*rows, *watched) if pair.tie]
+    if ties and spec.tie_margin is None:
+        raise DataError(
+            f"{ties[0]}: tie: true, and {len(ties)} pairs in all; set tie_margin (1.1 lets equal "
+            "answers tie half of the time), or leave these pairs out"
+        )
+    task = OfflineTask(
+        weighted(rows, spec, context),
+        [WeightedPair(pair, (1.0,) * spec.heads) for pair in watched],
+        _pair_length,
+        collate_pairs,
+        partial(pair_loss, spec),
+        padded=isinstance(chat, PairedFormat),
+    )
+    return task, render.examples
+
+
+def weighted(
+    pairs: Sequence[PairRow], spec: RewardStage, context: StageContext
+) -> list[WeightedPair]:
+    """Give each pair its weight in the bootstrap sample of each head."""
+    weights = head_weights(len(pairs), spec.heads, seed=context.seed)
+    return [WeightedPair(*both_of) for both_of in zip(pairs, weights, strict=True)]
+
+
+def _pair_length(row: WeightedPair) -> int:
+    return pair_length(row.pair)
+
+
+def answer_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+    """Learn whether an answer is good, from answers that are judged one by one."""
+
+    def judged(example: Example) -> JudgedAnswer:
+        row = to_stop(chat.sft_row(example))
+        return JudgedAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
+
+    render = Seen(judged)
+    rows, watched = offline_rows(spec, context, kind="unpaired", render=render)
+    try:
+        classes = class_weights(rows)
+    except ValueError as error:
+        raise DataError(f"{context.name}: {error}") from error
+    weights = head_weights(len(rows), spec.heads, seed=context.seed)
+    rows = [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
+    watched = [replace(row, weights=(1.0,) * spec.heads) for row in watched]
+    loss = partial(judged_loss, spec, classes)
+    task = OfflineTask(
+        rows, watched, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
+    )
+    return task, render.examples
+
+
+def _length(row: TokenRow) -> int:
+    return len(row.input_ids)
+
+
+def step_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+    """Learn whether a solution is right so far, from steps that are judged one by one."""
+    assert isinstance(chat, ChatFormat), "no encoder judges steps"
+    render = Seen(partial(_judged_steps, chat, spec.step_separator))
+    rows, watched = offline_rows(spec, context, kind="steps", render=render)
+    task = OfflineTask(rows, watched, _length, collate_steps, partial(steps_loss, spec))
+    return task, render.examples
+
+
+def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedSteps:
+    steps, labels = example.columns["steps"], example.columns["step_labels"]
+    if any(separator in step for step in steps):
+        raise DataError(
+            f"{example.source}: a step holds the separator {separator!r}; split it there, or set "
+            "another step_separator"
+        )
+    row = to_stop(chat.sft_row(replace(example, completion=separator.join(steps))))
+    first = row.trained.index(True)
+    ends = step_ends(row.input_ids[first:], chat.tokenizer, separator)
+    if len(ends) != len(steps):
+        raise DataError(
+            f"{example.source}: {len(steps)} steps, but the tokenizer shows {len(ends)} of them: "
+            f"no token of its own for {separator!r}; set another step_separator"
+        )
+    places = tuple(first + end for end in ends)
+    return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
+
+
+def load_scorer(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
+    """Put fresh heads on the model of ``source``; add what ``tuning`` trains."""
+    held = quantization(spec.tuning, spec.dtype)
+    if source.manifest["kind"] == "encoder":
+        model, missing = scorer_on_encoder(
+            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
+        )
+        refuse_random(missing, spec, source)
+    else:
+        model = scorer_from(
+            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
+        )
+    if spec.keep.dropout:
+        set_dropout(model.backbone, spec.keep.dropout)
+    model.backbone = tuned_below_head(spec, model.backbone, seed=seed)
+    return model.to(distributed.device())
+
+
+def saved_scorer(spec: RewardStage, model_dir: Path) -> RewardModel:
+    """Read back a scorer that this stage has saved, with its adapter where that is not merged."""
+    model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads)
+    model.backbone = with_adapter(model.to(distributed.device()).backbone, model_dir)
+    return model
+
+
+def values_of(model: RewardModel) -> nn.Module:
+    """Give what a scorer is trained as: from packed rows to a value for each token."""
+    return TextValues(model) if model.reads == "first" else SequenceValues(model)
+
+
+class SequenceValues(nn.Module):
+    """Give the values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Score every token of the packed row in the light of its sequence so far."""
+        segments = segments_from_positions(position_ids[0])
+        return self.model(input_ids, position_ids=position_ids, segments=segments)
+
+
+def reference_numbers(
+    spec: RewardStage,
+    context: StageContext,
+    source: Artefact,
+    chat: RowFormat,
+    *,
+    model: RewardModel,
+    rows: Sequence[Any],
+) -> tuple[Numbers, Numbers] | None:
+    """Measure the scorer's mean and std; a process reward has none."""
+    if spec.supervision == "steps" or spec.norm_prompts == 0:
+        return None
+    first = rows[: spec.norm_prompts]
+    if spec.norm_sampling is not None:
+        assert isinstance(chat, ChatFormat), "no encoder samples answers"
+        references = sampled_rows(spec, context, source, chat)
+    elif spec.supervision == "pairs":
+        references = both([row.pair for row in first])
+    else:
+        references = first
+    values = values_of(model).eval()
+
+    def score(batch: PackedBatch) -> Tensor:
+        return final_scores(values(batch.input_ids, batch.position_ids), batch)
+
+    padded = model.reads == "first"
+    return normalisation(score, references, micro_tokens=spec.micro_tokens, padded=padded)
+
+
+def save_scorer(
+    spec: RewardStage,
+    model: RewardModel,
+    source: Artefact,
+    out: Path,
+    *,
+    numbers: tuple[Numbers, Numbers] | None = None,
+) -> None:
+    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part.
+
+    Args:
+        numbers: mean and std of the scores on reference answers; None leaves scores as they are.
+    """
+    if numbers is not None:
+        model.set_normalisation(mean=numbers[0], std=numbers[1])
+    model.extra = {"supervision": spec.supervision}
+    if spec.supervision == "steps":
+        model.extra["step_separator"] = spec.step_separator
+    backbone, adapter = whole_state(model.backbone, source)
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
+    if distributed.rank() == 0:
+        if adapter is not None:
+            save_adapter(*adapter, out / "adapter")
+        model.save(
+            out / "model",
+            tokenizer=load_tokenizer(source.model_dir),
+            state_dict=state,
+        )
+    distributed.barrier()

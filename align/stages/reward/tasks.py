@@ -1,0 +1,210 @@
+"""What a scorer is taught by: rows of pairs, judged answers or judged steps, and their losses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from align.core import distributed
+from align.core.types import PairRow, TokenRow
+from align.losses.preference import bradley_terry_loss, soft_labels
+from align.losses.scorer import answer_loss, step_loss, tie_loss
+from align.recipe.schema import RewardStage
+from align.training.batch import PackedBatch, label_probs, pack, pack_pairs
+
+Stats = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedPair:
+    """Hold a pair and how much it counts for each head."""
+
+    pair: PairRow
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer(TokenRow):
+    """Hold a tokenised answer with its label and how much it counts for each head."""
+
+    good: bool = False
+    weights: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedSteps(TokenRow):
+    """Hold a tokenised solution; ``ends`` are the places of its steps' last tokens."""
+
+    ends: tuple[int, ...] = ()
+    labels: tuple[bool, ...] = ()
+
+
+def head_weights(num_rows: int, num_heads: int, *, seed: int) -> list[tuple[float, ...]]:
+    """Draw how often each row stands in the bootstrap sample of each head: Poisson with mean 1.
+
+    One head sees every row once. The sum of a head's weights is the number of rows in expectation
+    only, so losses are divided by the number of rows.
+
+    Reference: Oza and Russell 2001, "Online bagging and boosting".
+    """
+    if num_heads == 1:
+        return [(1.0,)] * num_rows
+    rng = np.random.default_rng(distributed.derive_seed(seed, "bootstrap"))
+    drawn = rng.poisson(1.0, size=(num_rows, num_heads)).astype(float)
+    return [tuple(row) for row in drawn.tolist()]
+
+
+def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Pick the values at the last token of each sequence, its stop token: (num, heads)."""
+    n = batch.segment_ids.numel()
+    last = torch.ones(n, dtype=torch.bool, device=values.device)
+    last[:-1] = batch.segment_ids[1:] != batch.segment_ids[:-1]
+    return values.reshape(n, -1)[last][: batch.num]
+
+
+def _weights(batch: PackedBatch, num_heads: int) -> Tensor:
+    """Lay the weights of the sequences out by head: (num, heads)."""
+    return torch.stack([batch.per_sequence[f"weight/{k}"] for k in range(num_heads)], dim=1)
+
+
+def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -> PackedBatch:
+    """Pack pairs; the global counts are the pairs of the whole batch, and those with a winner."""
+    return pack_pairs(
+        [row.pair for row in rows],
+        counts={
+            "pairs": float(len(batch)),
+            "ranked": float(sum(not row.pair.tie for row in batch)),
+        },
+        per_sequence={
+            "margin": [m for row in rows for m in (row.pair.margin,) * 2],
+            "tie": [t for row in rows for t in (float(row.pair.tie),) * 2],
+            **label_probs([row.pair for row in rows]),
+            **{
+                f"weight/{k}": [w for row in rows for w in (row.weights[k],) * 2]
+                for k in range(len(batch[0].weights))
+            },
+        },
+    )
+
+
+def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
+    """Give the loss of (chosen, rejected) scores of one head; labels may be probable only."""
+    certain = certain_objective(spec, batch)
+    if "label_prob" not in batch.per_sequence:
+        return certain
+    label_prob = batch.per_sequence["label_prob"][0::2]
+    return lambda a, b: soft_labels(certain(a, b), certain(b, a), label_prob)
+
+
+def certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
+    """Give the loss of (chosen, rejected) scores of one head where every label is right."""
+    if spec.tie_margin is not None:
+        tie = batch.per_sequence["tie"][0::2] > 0.5
+        return partial(tie_loss, tie=tie, tie_margin=spec.tie_margin, center_coef=spec.center_coef)
+    return partial(
+        bradley_terry_loss,
+        margin=batch.per_sequence["margin"][0::2] if spec.use_margin else None,
+        center_coef=spec.center_coef,
+        label_smoothing=spec.label_smoothing,
+    )
+
+
+def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
+    """Give this micro-batch's share of the mean loss per pair and head."""
+    values = model(batch.input_ids, batch.position_ids)
+    scores = final_scores(values, batch)
+    chosen, rejected = scores[0::2], scores[1::2]  # (pairs, heads)
+    objective = pair_objective(spec, batch)
+    losses = [objective(chosen[:, k], rejected[:, k]) for k in range(spec.heads)]
+    weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)[0::2]
+    gap = (chosen - rejected).mean(1)
+    ranked = batch.per_sequence["tie"][0::2] < 0.5
+    share = 1.0 / max(batch.counts["ranked"], 1.0)
+    stats = {
+        "accuracy": ((gap > 0) & ranked).sum() * share,
+        "margin": (gap * ranked).sum() * share,
+    }
+    total = weighted.sum() / (batch.counts["pairs"] * spec.heads)
+    return total + 0.0 * values.sum(), stats
+
+
+def collate_answers(rows: Sequence[JudgedAnswer], batch: Sequence[JudgedAnswer]) -> PackedBatch:
+    """Pack answers; the global count is the answers of the whole batch."""
+    return pack(
+        rows,
+        counts={"answers": float(len(batch))},
+        per_sequence={
+            "good": [float(row.good) for row in rows],
+            **{
+                f"weight/{k}": [row.weights[k] for row in rows]
+                for k in range(len(batch[0].weights))
+            },
+        },
+    )
+
+
+def judged_loss(
+    spec: RewardStage,
+    class_weights: tuple[float, float],
+    model: nn.Module,
+    batch: PackedBatch,
+) -> tuple[Tensor, Stats]:
+    """Give this micro-batch's share of the mean balanced cross-entropy per answer and head."""
+    values = model(batch.input_ids, batch.position_ids)
+    scores = final_scores(values, batch)  # (answers, heads)
+    good = batch.per_sequence["good"] > 0.5
+    bad_weight, good_weight = class_weights
+    losses = [
+        answer_loss(scores[:, k], good, good_weight=good_weight, bad_weight=bad_weight)
+        for k in range(spec.heads)
+    ]
+    weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)
+    share = 1.0 / batch.counts["answers"]
+    right = (scores.mean(1) > 0) == good
+    total = weighted.sum() * share / spec.heads
+    return total + 0.0 * values.sum(), {"accuracy": right.sum() * share}
+
+
+def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
+    """Give n / (2 n_class) of bad and of good answers, so that both count the same in all.
+
+    Raises:
+        ValueError: one class is empty.
+    """
+    num_good = sum(row.good for row in rows)
+    num_bad = len(rows) - num_good
+    if not num_good or not num_bad:
+        raise ValueError(f"{num_good} good and {num_bad} bad answers; both are needed")
+    return len(rows) / (2.0 * num_bad), len(rows) / (2.0 * num_good)
+
+
+def collate_steps(rows: Sequence[JudgedSteps], batch: Sequence[JudgedSteps]) -> PackedBatch:
+    """Pack solutions; the global count is the judged steps of the whole batch."""
+    marks = [dict(zip(row.ends, row.labels, strict=True)) for row in rows]
+    return pack(
+        rows,
+        counts={"steps": float(sum(len(row.ends) for row in batch))},
+        per_token={
+            "end": [
+                [float(t in mark) for t in range(len(row.input_ids))]
+                for row, mark in zip(rows, marks, strict=True)
+            ],
+            "label": [
+                [float(mark.get(t, False)) for t in range(len(row.input_ids))]
+                for row, mark in zip(rows, marks, strict=True)
+            ],
+        },
+    )
+
+
+def steps_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
+    """Give this micro-batch's share of the mean cross-entropy per step."""
+    values = model(batch.input_ids, batch.position_ids)
+    ends, labels = batch.per_token["end"] > 0.5, batch.per_token["label"]
+    share = 1.0 / batch.counts["steps"]
+    right = ((values > 0) == (labels > 0.5)) & ends
+    loss = step_loss(values, labels, ends)
+    return loss.sum() * share + 0.0 * values.sum(), {"accuracy": right.sum() * share}

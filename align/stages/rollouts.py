@@ -1,0 +1,135 @@
+"""What stages that sample share: engine, prompts, weight sync and rewards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.core import distributed
+from align.core.errors import ArtefactError, TrainingError
+from align.core.types import Example, PromptRow
+from align.data.load import fit_rows, load_examples
+from align.data.render.chat import ChatFormat
+from align.recipe.schema import (
+    EvaluateStage,
+    MergeStage,
+    OnlineStage,
+    SelfInstructStage,
+)
+from align.sampling.build import build_engine
+from align.sampling.engine import RolloutEngine
+from align.sampling.push import check_push, pushed_weights
+from align.stages.base import StageContext
+from align.training.learner import Learner
+from align.tuning.loading import made_whole
+from reward_models import build_reward
+from reward_models.base import RewardFunction
+from reward_models.judge import JudgeError
+from reward_models.remote import RemoteRewardError
+
+
+def start_engine(
+    spec: OnlineStage | EvaluateStage | MergeStage | SelfInstructStage,
+    model_dir: Path,
+    chat: ChatFormat,
+    context: StageContext,
+) -> RolloutEngine:
+    """Start the sampler that the recipe asks for, with the weights in ``model_dir``."""
+    return build_engine(
+        spec.sampling.engine,
+        model_dir,
+        dtype=spec.dtype,
+        max_model_len=spec.max_length,
+        seed=context.seed,
+        memory_frac=spec.sampling.memory_frac,
+        cache_gib=spec.sampling.cache_gib,
+        stop_token_ids=chat.stop_token_ids,
+        tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
+        push=spec.sampling.push if isinstance(spec, OnlineStage) else "merged",
+    )
+
+
+def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
+    """Render the prompts; those too long to be answered in full are lost, counted and bounded."""
+    examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    return fitted(examples, spec, chat, context, what="prompts")
+
+
+def fitted(
+    examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
+) -> list[PromptRow]:
+    """Render prompts and drop those that do not fit, noted in the ledger."""
+    rows = [chat.prompt_row(e) for e in examples]
+    kept, _ = fit_rows(
+        rows,
+        max_length=spec.max_length - spec.sampling.max_new_tokens,
+        max_lost_frac=spec.max_lost_frac,
+        what=f"{context.name}: {what}",
+        ledger=context.ledger,
+    )
+    return kept
+
+
+class Push:
+    """Bring the policy's weights into the engine and make sure that it answers with them."""
+
+    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: Any) -> None:
+        self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
+
+    def __call__(self, version: int) -> None:
+        """Push under ``version``; the engine starts with version 0, the policy of the start."""
+        if version != self.engine.version:
+            policy, alone = self.policy.module.model, self.engine.takes_adapter
+            pushed = pushed_weights(policy, adapter_alone=alone)
+            self.engine.load_weights(pushed, version=version)
+        ids = torch.tensor([self.probe], device=distributed.device())
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]
+        check_push(self.engine, self.probe, found[0, 1:].tolist(), dtype=self.dtype)
+
+
+def build_rewards(
+    specs: list[Any], context: StageContext, tokenizer: Any = None
+) -> list[RewardFunction]:
+    """Build rewards with stage names resolved to the folders of their reward models.
+
+    Args:
+        specs: as the recipe has them. context: the stage's surroundings.
+        tokenizer: of the policy whose answers are scored; None where no token ids are given.
+
+    Raises:
+        TrainingError: a reward server or a judge cannot be used.
+        ArtefactError: a process reward has another vocabulary than the policy.
+    """
+    plain = [_resolved(s.model_dump(), context) for s in specs]
+    try:
+        rewards = [build_reward(p) for p in plain]
+    except (RemoteRewardError, JudgeError) as error:
+        raise TrainingError(str(error)) from error
+    for reward, p in zip(rewards, plain, strict=True):
+        _complete(reward, p, tokenizer)
+    return rewards
+
+
+def _complete(reward: Any, plain: dict[str, Any], tokenizer: Any) -> None:
+    """Make the scorers whole whose adapters are not merged; tell them whose ids they will get."""
+    if plain["kind"] in ("scalar", "process"):
+        made_whole(reward.model, plain["model"])
+        try:
+            if tokenizer is not None:
+                reward.meet(tokenizer)
+        except ValueError as error:
+            raise ArtefactError(str(error)) from error
+    if plain["kind"] == "ensemble":
+        for member, inner in zip(reward.members, plain["members"], strict=True):
+            _complete(member, inner, tokenizer)
+
+
+def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
+    if plain["kind"] in ("scalar", "process"):
+        found = context.artefact(plain["model"], "reward_model", with_adapter=True)
+        plain["model"] = str(found.model_dir)
+    if plain["kind"] == "ensemble":
+        plain["members"] = [_resolved(m, context) for m in plain["members"]]
+    return plain

@@ -1,0 +1,1 @@
+"""Commands that run models outside a recipe's stages."""

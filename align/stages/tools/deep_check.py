@@ -1,0 +1,145 @@
+"""The deep check of a recipe: the preflight of every stage whose inputs are there, nothing trained.
+
+Stages run as far as their preflight, in a temporary folder that holds links to what the run has
+finished and the models that base and encoder stages bring in by path. The run folder is only read.
+"""
+
+import argparse
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from align.core import distributed
+from align.core.artefacts import write_manifest
+from align.core.card import Card, Line
+from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
+from align.core.log import log, setup_logging
+from align.recipe.load import load_recipe
+from align.recipe.schema import PRODUCES, BaseStage, EncoderStage, Recipe
+from align.stages.base import (
+    StageContext,
+    forget_launch_scripts,
+    stage_runner,
+    with_data_of_stages,
+)
+from align.stages.preflight import CheckedOnly, base_checks, settle
+
+CHECKED = (
+    "base",
+    "encoder",
+    "sft",
+    "classify",
+    "reward",
+    "dpo",
+    "kto",
+    "ppo",
+    "grpo",
+    "trl",
+    "self_instruct",
+    "curate",
+    "weak_label",
+    "evaluate",
+    "merge",
+)
+"""Kinds of stages that end in their preflight where only that is wanted; no other is started."""
+BRINGS_IN = (BaseStage, EncoderStage)
+
+
+def main() -> NoReturn:
+    """Check a recipe as this process; cards go to a file, one JSON object a line."""
+    forget_launch_scripts()
+    parser = argparse.ArgumentParser(description="Run the preflight of a recipe's stages.")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--run-dir", required=True, help="folder with finished stages")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--done", action="append", default=[], help="a finished stage")
+    parser.add_argument("--only", help="the one stage to check")
+    parser.add_argument("--cards", required=True, type=Path, help="where the cards are written")
+    args = parser.parse_args()
+    code = EXIT_OK
+    try:
+        distributed.init_process_group()
+        setup_logging(0)
+        recipe = load_recipe(args.recipe, args.overrides)
+        done = {name: Path(args.run_dir).resolve() / name for name in args.done}
+        with args.cards.open("a", encoding="utf-8") as out:
+            for card in check_recipe(recipe, done, only=args.only):
+                out.write(json.dumps(card.plain()) + "\n")
+                out.flush()
+                code = EXIT_USER if card.failed else code
+    except AlignError as error:
+        log.error("%s", error)
+        code = error.exit_code
+    except Exception:
+        log.exception("the deep check itself failed")
+        code = EXIT_FAILED
+    distributed.end_process(code)
+
+
+def check_recipe(
+    recipe: Recipe, done: dict[str, Path], *, only: str | None = None
+) -> Iterator[Card]:
+    """Check the stages of a recipe in order.
+
+    Args:
+        recipe: a valid recipe. done: finished stages and their folders.
+        only: check this stage alone; its inputs are still brought in.
+
+    Yields:
+        One card for each stage; a stage whose inputs are not made yet has one line that says so.
+    """
+    with tempfile.TemporaryDirectory(prefix="align-check-") as name:
+        inputs, work = Path(name) / "inputs", Path(name) / "work"
+        inputs.mkdir()
+        for stage, path in done.items():
+            os.symlink(path, inputs / stage)
+        for stage, spec in recipe.stages.items():
+            wanted = only is None or stage == only
+            if wanted or (isinstance(spec, BRINGS_IN) and stage not in done):
+                scratch = work / stage
+                scratch.mkdir(parents=True)
+                card = check_stage(recipe, stage, inputs, scratch)
+                gc.collect()
+                if wanted:
+                    yield card
+
+
+def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
+    """Run one stage up to its preflight.
+
+    Args:
+        inputs: folder of the artefacts that there are, by stage; a model that a base stage brings
+            in by path is added to it.
+        scratch: empty folder that the stage may write to.
+    """
+    spec = recipe.stages[name]
+    if spec.kind not in CHECKED:
+        what = f"stages of kind {spec.kind} check nothing before they begin"
+        return Card(name, spec.kind, [Line("preflight", what, "", "not yet")])
+    missing = [
+        reference
+        for reference in dict.fromkeys(recipe.inputs(name).values())
+        if reference in recipe.stages and not (inputs / reference).exists()
+    ]
+    if missing:
+        what = f"needs {', '.join(missing)}, not made yet"
+        remedy = "run the recipe that far and check again; each stage also checks itself first"
+        return Card(name, spec.kind, [Line("inputs", what, "", "not yet", remedy)])
+    seed = recipe.seed if spec.seed is None else spec.seed
+    context = StageContext(recipe, name, inputs, seed, scratch=scratch)
+    try:
+        if isinstance(spec, BaseStage) and (inputs / name).exists():
+            settle(context, base_checks(inputs / name / "model"))
+        stage_runner(spec.kind)(with_data_of_stages(spec, context), context)
+    except CheckedOnly as ended:
+        if (scratch / "model").is_dir() and not (inputs / name).exists():
+            write_manifest(scratch, {"kind": PRODUCES[spec.kind], "spec_hash": ""})
+            os.symlink(scratch, inputs / name)
+        return ended.card
+    except AlignError as error:
+        return Card(name, spec.kind, [Line("preparation", "stopped", "", "fail", str(error))])
+    raise AssertionError(f"stage {name} of kind {spec.kind} went past its preflight")

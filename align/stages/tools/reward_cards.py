@@ -1,0 +1,65 @@
+"""Measure reward models outside a recipe, for ``align eval`` on reward artefacts."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from align.core.artefacts import Artefact, read_artefact, write_json_atomic
+from align.core.errors import EXIT_OK, AlignError, DataError
+from align.core.log import setup_logging
+from align.recipe.schema import DataSpec
+from align.stages.evaluate.reward_cards import CardInput, build_cards
+
+log = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Measure and write; never returns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artefacts", nargs="+", type=Path, help="folders of reward stages")
+    parser.add_argument("--pairs", help="data sources as JSON; default: what the stage held out")
+    parser.add_argument("--sets", default="[]", help="data sources as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    setup_logging(0)
+    code = EXIT_OK
+    try:
+        models = {str(path): read_artefact(path, "reward_model") for path in args.artefacts}
+        write_json_atomic(args.out, measure(models, args.pairs, args.sets))
+    except AlignError as error:
+        log.error("%s", error)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def measure(models: dict[str, Artefact], pairs: str | None, sets: str) -> dict[str, Any]:
+    """Give the card of each model on the same data.
+
+    Raises:
+        DataError: no pairs are named, and the first model's stage held none out.
+    """
+    first = next(iter(models.values())).manifest
+    spec = first["spec"]
+    named = json.loads(pairs) if pairs else spec.get("heldout", [])
+    if not named or (not pairs and spec.get("supervision", "pairs") != "pairs"):
+        raise DataError(
+            f"{next(iter(models))}: its stage held out no pairs; name some with --pairs FILE"
+        )
+    given = CardInput(
+        pairs=sources(named),
+        sets=sources(json.loads(sets)),
+        max_length=spec["max_length"],
+        # Rows that do not fit are counted on the card; the stage that trained bounded them.
+        max_lost_frac=1.0,
+        seed=first["seed"],
+    )
+    return build_cards(models, given)
+
+
+def sources(plain: Sequence[dict[str, Any]]) -> list[DataSpec]:
+    """Read data sources that are written as in a recipe."""
+    return [DataSpec.model_validate(source) for source in plain]

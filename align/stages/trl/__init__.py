@@ -1,0 +1,1 @@
+"""Any TRL trainer as a stage."""

@@ -1,0 +1,95 @@
+"""The preflight of stage trl: the rows as TRL's own code made them, and the model it holds."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from align.core.artefacts import Artefact
+from align.core.types import Example, TokenRow
+from align.data.render.chat import ChatFormat
+from align.data.token_view import View, view_of
+from align.preflight import collated, tokens
+from align.preflight.checks import MAX_SEEN, Check, spread
+from align.preflight.offline import same_weights
+from align.preflight.rewards import reward_checks
+from align.recipe.schema import TrlStage
+from align.stages.base import StageContext
+from align.stages.preflight import NUM_SHOWN, settle
+from reward_models.base import RewardFunction
+
+
+def preflight_trl(
+    spec: TrlStage,
+    context: StageContext,
+    *,
+    trainer: Any,
+    examples: Sequence[Example],
+    chat: ChatFormat,
+    source: Artefact,
+    rewards: Sequence[RewardFunction],
+) -> None:
+    """Check what a trainer of TRL is about to train on.
+
+    Args:
+        spec: the stage. context: its surroundings. trainer: ready to train.
+        examples: what its data set was made from. chat: this suite's renderer.
+        source: what ``init`` names. rewards: handed to an online trainer.
+    """
+    start: Check = ("start", partial(same_weights, trainer.model, source, moved=False))
+    if spec.rows == "prompts":
+        prompts = [chat.prompt_row(example) for example in examples]
+        checks = tokens.prompt_checks(chat, prompts, model_dir=source.model_dir)
+        checks += reward_checks("reward", spec.rewards, rewards, prompts, None)
+        settle(context, [*checks, start])
+        return
+    dataset = trainer.train_dataset
+    made = collated.rows_of(dataset, trainer.data_collator, [e.source for e in examples])
+    few = spread(examples, MAX_SEEN)
+    if made:
+        checks = collated_checks(spec, dataset, made, examples, chat=chat, source=source)
+    else:  # its batches hold no tokens that say what is trained: this suite's rendering of the rows
+        own = own_rows(spec, few, chat)
+        checks = tokens.row_checks(chat, own, few, model_dir=source.model_dir)
+    settle(context, [*checks, start], lambda: views(made or own_rows(spec, few, chat), chat))
+
+
+def collated_checks(
+    spec: TrlStage,
+    dataset: Sequence[Any],
+    made: Sequence[TokenRow],
+    examples: Sequence[Example],
+    *,
+    chat: ChatFormat,
+    source: Artefact,
+) -> list[Check]:
+    """Give the lines of a card on rows that TRL made."""
+    answers = own_rows(spec, spread(examples, collated.MAX_ROWS), chat)
+    num_answer_tokens = sum(sum(row.trained) for row in answers)
+    ids = [row.input_ids for row in made]
+    conversations = [
+        tokens.chat_turns(e.prompt, e.completion) for e in examples if not tokens.is_text(e)
+    ]
+    stops = tokens.saved_stops(source.model_dir)
+    num_all = len(examples) * (2 if spec.rows == "preference" else 1)
+    counted = partial(collated.only_answers, chat, made, num_answer_tokens, num_all)
+    return [
+        ("rows", partial(collated.as_many, dataset, len(examples))),
+        ("trained tokens", counted),
+        ("stop tokens", partial(collated.stops, chat, made, stops)),
+        ("template", partial(tokens.template, chat, spread(conversations, tokens.NUM_RENDERED))),
+        ("first token", partial(tokens.first_token, chat, ids)),
+        ("vocabulary", partial(tokens.vocabulary, chat, ids, source.model_dir)),
+    ]
+
+
+def own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> list[TokenRow]:
+    """Render examples as this suite does, the answers of a pair as two rows."""
+    if spec.rows != "preference":
+        return [chat.sft_row(example) for example in examples]
+    pairs = [chat.pair_row(example) for example in examples]
+    return [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+
+
+def views(rows: Sequence[TokenRow], chat: ChatFormat) -> list[View]:
+    """View some rows as the trainer made them."""
+    return [view_of(row, chat, side="row") for row in spread(rows, NUM_SHOWN)]

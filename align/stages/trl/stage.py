@@ -1,0 +1,315 @@
+"""Stage trl: any trainer of TRL with this suite's data, artefacts, metrics and resumption.
+
+The trainer's own code does the training: what it normalises by and how exactly it resumes is
+TRL's. What it gets is what every stage gets: checked rows, a verified policy, and checkpoints
+that are hashed when they are written and verified before they are loaded.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from align.core import distributed
+from align.core.artefacts import Artefact, hash_tree, write_json_atomic
+from align.core.checkpoints import damage
+from align.core.distributed import stop_requested
+from align.core.errors import DataError, Preempted, TrainingError
+from align.core.log import MetricsLog
+from align.core.types import Example, TokenRow
+from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.render.chat import ChatFormat
+from align.models.loading import load_tokenizer, save_policy
+from align.recipe.schema import DataSpec, TrlStage
+from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.contaminated import note_contamination
+from align.stages.offline import fingerprints, whole_state
+from align.stages.rollouts import build_rewards
+from align.stages.trl.preflight import preflight_trl
+from align.stages.trl.trainers import (
+    build_trainer,
+    check_resumable,
+    configuration,
+    extras,
+    find_trainer,
+    load_trained,
+    restore_counts,
+    resume_period,
+)
+from align.tuning.files import num_trained, save_adapter
+from align.tuning.wrap import has_adapter
+
+log = logging.getLogger(__name__)
+HASHES = "hashes.json"
+CONVERSING = ("GKD", "GOLD", "IWOPD")
+"""Trainers that read whole conversations, as a column ``messages``."""
+
+
+def run(spec: TrlStage, context: StageContext) -> StageResult:
+    """Train ``spec.init`` with the trainer of TRL that the recipe names."""
+    source = context.artefact(spec.init, "policy")
+    trainer_class, config_class = find_trainer(spec.trainer)
+    chat = chat_format(source.model_dir)
+    args = configuration(config_class, spec, context)
+    limit = getattr(args, "max_length", None)  # by default it cuts without a word
+    train, heldout = (
+        fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
+    )
+    check_overlap(train, heldout)
+    note_contamination(context, train, heldout, max_frac=spec.max_contaminated_frac)
+    rewards = build_rewards(spec.rewards, context)
+    given = extras(trainer_class, spec, source.model_dir, context, rewards)
+    if heldout:
+        given["eval_dataset"] = to_dataset(heldout, spec)
+    trainer = build_trainer(
+        trainer_class,
+        where=context.name,
+        model=load_trained(source.model_dir, spec, seed=context.seed),
+        args=args,
+        train_dataset=to_dataset(train, spec),
+        processing_class=load_tokenizer(source.model_dir),
+        **given,
+    )
+    trainer.train_dataset = end_once(trainer.train_dataset, chat)
+    if heldout:
+        trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
+    check_resumable(spec, trainer, where=context.name)
+    preflight_trl(
+        spec, context, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
+    )
+    final = trained(trainer, spec, context, evaluated=bool(heldout))
+    trained_params, total = num_trained(trainer.model)
+    final |= {"tuning/trained_params": float(trained_params), "tuning/params": float(total)}
+    save(spec, context, trainer, source)
+    return StageResult(final, fingerprints(spec.data, spec.heldout))
+
+
+def trained(
+    trainer: Any, spec: TrlStage, context: StageContext, *, evaluated: bool
+) -> dict[str, float]:
+    """Train to the end, from the newest checkpoint where there is one; give the last metrics.
+
+    Raises:
+        Preempted: a signal stopped it before.
+    """
+    metrics, period = context.metrics(spec.steps), resume_period(trainer)
+    trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
+    newest = newest_verified(context.out / "checkpoints")
+    if newest is not None:
+        metrics.rewind(int(newest.name.split("-")[1]))
+        restore_counts(trainer, newest)
+        log.info("resumed from %s", newest)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    done = trainer.state.global_step
+    if done < spec.steps:
+        whence = "to go on from there" if period else "to begin anew: no checkpoint would hold all"
+        raise Preempted(f"stopped on a signal after step {done}; run again {whence}")
+    final = {key: float(value) for key, value in named(last_logs(trainer)).items()}
+    if evaluated:
+        found = named(trainer.evaluate())
+        metrics.log(done, found)
+        final |= found
+    metrics.close()
+    return final
+
+
+def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) -> None:
+    """Write model/ and, with an adapter, adapter/; all ranks must take part."""
+    if has_adapter(trainer.model):
+        tensors, adapter = whole_state(trainer.model, source)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+        tensors, adapter = {name: tensor.detach().cpu() for name, tensor in state.items()}, None
+    # Under ZeRO-3 transformers would partition every model that is made from here on, and wait
+    # for all ranks: what one rank makes to check the names would hang.
+    unset_hf_deepspeed_config()
+    if distributed.rank() == 0:
+        save_policy(
+            tensors, source_dir=source.model_dir, directory=context.out / "model", dtype=spec.dtype
+        )
+        if adapter is not None:
+            save_adapter(*adapter, context.out / "adapter")
+
+
+def fitting(
+    data: Sequence[DataSpec],
+    spec: TrlStage,
+    context: StageContext,
+    *,
+    chat: ChatFormat,
+    limit: int | None,
+) -> list[Example]:
+    """Load and render every row as training would, so that faults show; lose those too long.
+
+    TRL cuts long rows without a word; here they are counted and bounded as in every stage.
+    """
+    examples = load_examples(data, kind=spec.rows, seed=context.seed)
+    unsure = [e.source for e in examples if e.label_prob != 1.0 and spec.rows != "prompts"]
+    if unsure:
+        raise DataError(
+            f"{context.name}: label_prob of {len(unsure)} rows has no effect: TRL takes labels as "
+            f"certain ({unsure[0]}); use sft, reward or dpo, or rename: {{label_prob: was}}"
+        )
+    rows = [_longest(example, spec, chat) for example in examples]
+    if not rows or limit is None:
+        return examples
+    kept, _ = fit_rows(
+        rows,
+        max_length=limit,
+        max_lost_frac=spec.max_lost_frac,
+        what=f"{context.name}: rows",
+        ledger=context.ledger,
+    )
+    whole = {id(row) for row in kept}
+    return [e for e, row in zip(examples, rows, strict=True) if id(row) in whole]
+
+
+def _longest(example: Example, spec: TrlStage, chat: ChatFormat) -> TokenRow:
+    if spec.rows == "prompts":
+        ids = chat.prompt_row(example).input_ids
+        return TokenRow(ids, (False,) * len(ids), example.source)
+    if spec.rows == "preference":
+        pair = chat.pair_row(example)
+        return max((pair.chosen, pair.rejected), key=lambda row: len(row.input_ids))
+    return chat.sft_row(example)
+
+
+def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
+    """Write examples in the format that TRL names after their kind; prompts keep their columns."""
+    from datasets import Dataset
+
+    return Dataset.from_list([_row(example, spec) for example in examples])
+
+
+def _row(example: Example, spec: TrlStage) -> dict[str, Any]:
+    if spec.trainer in CONVERSING:
+        return {"messages": _conversation(example, spec.trainer)}
+    if spec.rows == "prompts":
+        return {**example.columns, "prompt": example.prompt}
+    further = {name: _column(example, name) for name in spec.columns}
+    if spec.rows == "preference":
+        sides = {"chosen": example.completion, "rejected": example.rejected}
+        return {**further, "prompt": example.prompt, **sides}
+    if spec.rows == "unpaired":
+        answer = {"completion": example.completion, "label": example.label}
+        return {**further, "prompt": example.prompt, **answer}
+    if not example.prompt:
+        whole = "text" if isinstance(example.completion, str) else "messages"
+        return {**further, whole: example.completion}
+    return {**further, "prompt": example.prompt, "completion": example.completion}
+
+
+def _conversation(example: Example, trainer: str) -> list[Any]:
+    said = [example.prompt or [], example.completion or []]
+    if any(isinstance(part, str) for part in said):
+        raise DataError(
+            f"{example.source}: plain text, but TRL's {trainer} reads conversations; give prompt "
+            "and completion as messages with role and content"
+        )
+    return [turn for part in said for turn in part]
+
+
+def _column(example: Example, name: str) -> Any:
+    if name not in example.columns:
+        raise DataError(
+            f"{example.source}: no column '{name}', which 'columns' names; the row has "
+            f"{', '.join(sorted(example.columns)) or 'no further ones'}"
+        )
+    return example.columns[name]
+
+
+def end_once(rows: Any, chat: ChatFormat) -> Any:
+    """Cut the second stop token of pairs that TRL's ORPO and CPO tokenise.
+
+    They add one wherever the last token is none: a template that writes a line break after its own
+    stop would teach the model to stop twice. Nothing is trained after the first.
+    """
+    sides = [s for s in ("chosen", "rejected") if f"{s}_labels" in (rows.column_names or ())]
+
+    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for side in sides:
+            end = _first_end(row[f"{side}_input_ids"], chat)
+            for key in ("input_ids", "attention_mask", "labels"):
+                found[f"{side}_{key}"] = row[f"{side}_{key}"][:end]
+        return found
+
+    return rows.map(cut) if sides else rows
+
+
+def _first_end(ids: Sequence[int], chat: ChatFormat) -> int:
+    end = len(ids) - 1
+    if end < 1 or ids[end] not in chat.stop_token_ids:
+        return len(ids)
+    while end > 1 and ids[end - 1] not in chat.stop_token_ids:
+        if chat.decode(ids[end - 1 : end]).strip():
+            return len(ids)
+        end -= 1
+    return end if ids[end - 1] in chat.stop_token_ids else len(ids)
+
+
+class Watcher(TrainerCallback):
+    """Mirror TRL's log lines to metrics.jsonl, hash its checkpoints, and stop when asked to."""
+
+    def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int) -> None:
+        self.metrics, self.checkpoints, self.period = metrics, checkpoints, period
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write one line; a loss that is not finite stops the stage."""
+        found = named(logs or {})
+        loss = found.get("train/loss", 0.0)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"optimiser step {state.global_step}: the loss is {loss}, expected a finite "
+                "number; nothing of this step is saved. Lower the learning rate"
+            )
+        if "train/train_runtime" not in found and found:
+            self.metrics.log(state.global_step, found)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Hash what was saved; the hashes are written last."""
+        distributed.barrier()
+        if distributed.rank() == 0:
+            folder = self.checkpoints / f"checkpoint-{state.global_step}"
+            write_json_atomic(folder / HASHES, {"files": hash_tree(folder)})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop where a signal asked for it, after a step that can be resumed after, and save."""
+        if stop_requested() and not (self.period and state.global_step % self.period):
+            control.should_training_stop = True
+            control.should_save = self.period > 0
+
+
+def named(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Bring TRL's names into the form group/name."""
+    moved = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
+    found: dict[str, float] = {}
+    for key, value in logs.items():
+        if isinstance(value, int | float) and key not in ("epoch", "total_flos"):
+            name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            found[moved.get(key, name)] = float(value)
+    return found
+
+
+def last_logs(trainer: Any) -> dict[str, Any]:
+    """Give TRL's last log line of a training step."""
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return {k: v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
+
+
+def newest_verified(checkpoints: Path) -> Path | None:
+    """Find the newest checkpoint whose every file has its recorded hash; name damaged ones."""
+    found = None
+    if distributed.rank() == 0:
+        folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
+        for folder in folders:
+            problem = damage(folder, record=HASHES)
+            if problem is None:
+                found = folder
+                break
+            log.warning("%s: damaged (%s); trying the one before it", folder, problem)
+    return distributed.broadcast_object(found)

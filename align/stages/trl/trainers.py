@@ -1,0 +1,276 @@
+"""The trainers of TRL: finding one by name, building it, and the steps it can resume after."""
+
+import importlib
+import inspect
+import json
+import math
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.core.distributed import derive_seed
+from align.core.errors import RecipeError
+from align.models.loading import disable_dropout
+from align.recipe.schema import TrlStage
+from align.stages.base import StageContext
+from align.training.deepspeed import deepspeed_config
+from align.tuning.wrap import add_tuner
+from reward_models.base import RewardFunction
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_SERVER = (
+    "samples from a vLLM server that runs beside the stage and is sent the weights over NCCL; "
+    "kind: grpo samples inside the stage"
+)
+REFUSED = {
+    "Reward": "trains a scorer, and a trl stage writes a policy; use kind: reward",
+    "AsyncGRPO": _SERVER,
+    "AsyncDistillation": f"{_SERVER}, and Distillation does without a server",
+}
+"""Trainers that cannot be a stage, and why."""
+MOVING = (
+    "SyncRefModelCallback",
+    "SyncTeacherModelCallback",
+    "PEFTAdapterEMACallback",
+    "BEMACallback",
+)
+"""Callbacks of TRL that move a second model along with the policy."""
+
+
+def find_trainer(name: str) -> tuple[type, type]:
+    """Find ``<name>Trainer`` and ``<name>Config`` in TRL or in one of its experimental modules.
+
+    Raises:
+        RecipeError: there is no such trainer; the names that there are. Or it cannot be a stage.
+    """
+    import trl
+    from trl import experimental
+
+    if name in REFUSED:
+        raise RecipeError(f"trainer: TRL's {name} {REFUSED[name]}")
+    modules = [m.name for m in pkgutil.iter_modules(experimental.__path__) if m.ispkg]
+    if hasattr(trl, f"{name}Trainer"):
+        return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    for module in modules:
+        if module.replace("_", "") == name.lower():
+            found = importlib.import_module(f"trl.experimental.{module}")
+            if hasattr(found, f"{name}Trainer"):
+                return getattr(found, f"{name}Trainer"), getattr(found, f"{name}Config")
+            names = [n.removesuffix("Trainer") for n in dir(found) if n.endswith("Trainer")]
+            raise RecipeError(f"trainer: '{name}'; did you mean {' or '.join(names)}?")
+    stable = sorted(n.removesuffix("Trainer") for n in dir(trl) if n.endswith("Trainer"))
+    raise RecipeError(
+        f"trainer: TRL {trl.__version__} has no {name}Trainer; stable ones are "
+        f"{', '.join(stable)}; experimental modules are {', '.join(sorted(modules))}"
+    )
+
+
+def load_model(model_dir: Path, spec: TrlStage) -> Any:
+    """Load a model as TRL expects it; dropout stays off as in every stage."""
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=getattr(torch, spec.dtype))
+    disable_dropout(model)
+    return model
+
+
+def load_trained(model_dir: Path, spec: TrlStage, *, seed: int) -> Any:
+    """Load the policy and add what ``tuning`` trains."""
+    return add_tuner(load_model(model_dir, spec), spec.tuning, seed=derive_seed(seed, "tuning"))
+
+
+def configuration(config_class: type, spec: TrlStage, context: StageContext) -> Any:
+    """Build the trainer's configuration from the stage's keys and ``args``.
+
+    Raises:
+        RecipeError: the class has no such argument, or refuses a value.
+    """
+    known = set(inspect.signature(config_class).parameters)
+    own = _own_arguments(spec, context)
+    if spec.max_length is not None:
+        own["max_length"] = spec.max_length
+    strange = sorted((set(spec.args) | ({"max_length"} & set(own))) - known)
+    if strange:
+        raise RecipeError(
+            f"{context.name}: {config_class.__name__} has no argument {', '.join(strange)}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+    try:
+        return config_class(**own, **spec.args)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{context.name}: {config_class.__name__}: {error}") from error
+
+
+def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
+    optim, saves = spec.optim, "steps" if spec.checkpoint_every else "no"
+    passes = spec.batch_size // (spec.micro_batch_size * spec.ranks)
+    found = {
+        "output_dir": str(context.out / "checkpoints"),
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": SCHEDULES[optim.schedule],
+        "warmup_steps": round(optim.warmup_frac * spec.steps),
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "max_grad_norm": optim.max_grad_norm,
+        "max_steps": spec.steps,
+        "per_device_train_batch_size": spec.micro_batch_size,
+        "per_device_eval_batch_size": spec.micro_batch_size,
+        "gradient_accumulation_steps": passes,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "seed": context.seed,
+        "bf16": spec.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": saves,
+        "save_steps": spec.checkpoint_every or 500,
+        "save_total_limit": spec.keep_checkpoints,
+        "eval_strategy": "steps" if spec.eval_every else "no",
+        "eval_steps": spec.eval_every or None,
+        "logging_steps": 1,
+        # The default shows the last finite loss in place of one that is not.
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    if spec.zero.stage or spec.zero.offload != "none":
+        found["deepspeed"] = deepspeed_config(spec.zero, optim, dtype=spec.dtype) | {
+            "train_micro_batch_size_per_gpu": spec.micro_batch_size,
+            "gradient_accumulation_steps": passes,
+            # accelerate says itself where an optimiser step ends.
+            "managed_gradient_accumulation": True,
+        }
+    return found
+
+
+def extras(
+    trainer_class: type,
+    spec: TrlStage,
+    model_dir: Path,
+    context: StageContext,
+    rewards: Sequence[RewardFunction],
+) -> dict[str, Any]:
+    """Give reference, teacher and rewards to trainers that take them.
+
+    Raises:
+        RecipeError: the recipe names one that the trainer does not take, or lacks one it needs.
+    """
+    takes = set(inspect.signature(trainer_class).parameters)
+    keys = {
+        "ref_model": ("reference", spec.reference),
+        "teacher_model": ("teacher", spec.teacher is not None),
+        "reward_funcs": ("rewards", bool(rewards)),
+        "eval_dataset": ("heldout", bool(spec.heldout)),
+    }
+    strange = sorted(name for name, (_, given) in keys.items() if given and name not in takes)
+    if strange:
+        raise RecipeError(
+            f"{context.name}: {trainer_class.__name__} takes no {', '.join(strange)}; remove "
+            f"{', '.join(keys[name][0] for name in strange)}"
+        )
+    needed = takes & {"teacher_model", "reward_funcs"}
+    missing = sorted(keys[name][0] for name in needed if not keys[name][1])
+    if missing:
+        raise RecipeError(
+            f"{context.name}: {trainer_class.__name__} learns from {' and '.join(missing)}; give "
+            f"{' and '.join(missing)} (see docs/data-stages.md)"
+        )
+    wanted: dict[str, Any] = {}
+    if spec.reference:
+        wanted["ref_model"] = load_model(model_dir, spec)
+    if spec.teacher is not None:
+        wanted["teacher_model"] = load_model(
+            context.artefact(spec.teacher, "policy").model_dir, spec
+        )
+    if rewards:
+        wanted["reward_funcs"] = [_function(r) for r in rewards]
+    return wanted
+
+
+def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
+    """Give a reward the name that TRL shows; the calling convention is the same."""
+
+    def score(*, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+        listed = {k: v for k, v in columns.items() if isinstance(v, list)}
+        return reward(prompts=prompts, completions=completions, **listed)
+
+    score.__name__ = reward.name
+    return score
+
+
+def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
+    """Build a trainer; what TRL has against its data or arguments is the recipe's to put right.
+
+    Raises:
+        RecipeError: TRL's own words.
+    """
+    try:
+        trainer = trainer_class(**arguments)
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise RecipeError(
+            f"{where}: {trainer_class.__name__} refuses its data or arguments: {said}; look at "
+            "'rows' and 'args'"
+        ) from error
+    if "ref" in getattr(trainer.model, "peft_config", ()):
+        # A copy of the fresh adapter, which a resumed trainer fills with the trained one. Without
+        # it the reference is the model with the adapter off, which is the same: both begin so.
+        trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def unresumable(trainer: Any) -> str | None:
+    """Say why no checkpoint holds all that a trainer goes on from; None where one does."""
+    if type(trainer).__name__ == "IWOPDTrainer":
+        return "its batches begin at the first one again"
+    if any(type(c).__name__ in MOVING for c in trainer.callback_handler.callbacks):
+        return (
+            "its checkpoints leave out the second model that it moves along with the policy "
+            "(teacher_model_kind: ema, sync_ref_model)"
+        )
+    return None
+
+
+def resume_period(trainer: Any) -> int:
+    """Give every how many optimiser steps a checkpoint holds all that training goes on from.
+
+    Answers that serve several steps (``steps_per_generation``, ``num_iterations``) stand in no
+    checkpoint, so it is whole only where new ones are drawn.
+
+    Returns:
+        1 for most trainers; 0, never, where ``unresumable`` has a reason.
+    """
+    if unresumable(trainer):
+        return 0
+    args, passes = vars(trainer.args), trainer.args.gradient_accumulation_steps
+    uses = (args.get("steps_per_generation") or 1) * args.get("num_iterations", 1)
+    return math.lcm(uses, passes) // passes
+
+
+def check_resumable(spec: TrlStage, trainer: Any, *, where: str) -> None:
+    """Refuse checkpoints from which the stage would go on differently.
+
+    Raises:
+        RecipeError: ``checkpoint_every`` is not a multiple of the period.
+    """
+    reason, period = unresumable(trainer), resume_period(trainer)
+    if spec.checkpoint_every and reason:
+        raise RecipeError(
+            f"{where}: a resumed {spec.trainer} of TRL goes on differently: {reason}; remove "
+            "checkpoint_every, and a stage that is stopped begins anew"
+        )
+    if spec.checkpoint_every and spec.checkpoint_every % period:
+        raise RecipeError(
+            f"{where}: checkpoint_every is {spec.checkpoint_every}, but answers serve {period} "
+            f"steps and stand in no checkpoint; use a multiple of {period}"
+        )
+
+
+def restore_counts(trainer: Any, checkpoint: Path) -> None:
+    """Take up the count of tokens, which TRL keeps in its log lines only."""
+    if hasattr(trainer, "_total_train_tokens"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        counts = [int(line["num_tokens"]) for line in state["log_history"] if "num_tokens" in line]
+        trainer._total_train_tokens = max(counts, default=0)

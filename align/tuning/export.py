@@ -1,0 +1,156 @@
+"""Export full weights from a (sharded, adapted) model, tensor by tensor."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.core.errors import TrainingError
+from align.models.loading import saved_weights
+from align.models.logprobs import causal_lm
+from align.tuning.inserted import InsertedLayer
+from align.tuning.merging import (
+    adapted_layers,
+    dequantised,
+    is_quantised,
+    merged_parameters,
+)
+
+_WRAPPED = ("base_layer.", "original_module.")
+
+
+def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight in full under its checkpoint name, one at a time.
+
+    Works on a plain model, on one under ZeRO 0-3 and on one with an adapter: an adapter that can
+    be merged is added to copies, one layer at a time, and the model stays as it is; one that
+    cannot is left away. Weights in 4 bits come as what they stand for. A tied weight comes once,
+    under its first name. Under ZeRO-3 every rank must take all weights, in step.
+
+    Args:
+        module: the Hugging Face model or what align.tuning made of it (no DeepSpeed engine).
+
+    Yields:
+        Name and detached tensor; under ZeRO-3 and of an adapted layer a copy, else the parameter's
+        own memory.
+    """
+    base: Any = causal_lm(module)
+    layers = adapted_layers(base)
+    _refuse_adapted_ties(base)
+    done: set[str] = set()
+    for name, parameter in base.named_parameters():
+        owner, inner = _owner(name, layers)
+        if owner is not None and not inner.startswith("base_layer."):
+            continue
+        if owner is not None and not isinstance(layers[owner], InsertedLayer):
+            if owner not in done:
+                done.add(owner)
+                yield from _merged(owner, layers[owner])
+        elif ".modules_to_save." not in name:
+            saved = _saved_copy(base, name)
+            yield checkpoint_name(name), full_tensor(parameter if saved is None else saved)
+
+
+def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of ``model_dir`` with the updates that were trained beside 4-bit copies.
+
+    Merging into the 4-bit weights instead would keep their rounding (arXiv:2305.14314 trains the
+    update beside it): what is saved is the full-precision model.
+
+    Args:
+        module: a model of the qlora method, with or without its head.
+        model_dir: what it was quantised from.
+    """
+    base: Any = causal_lm(module)
+    layers = adapted_layers(base)
+    names = {checkpoint_name(n) for n, _ in base.named_parameters()}
+    for saved_name, tensor in saved_weights(model_dir):
+        name = saved_name
+        if name not in names:
+            name = name.removeprefix(f"{base.base_model_prefix}.")
+        if name not in names:
+            continue
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is not None:
+            with gathered(list(layer.parameters())):
+                for adapter in layer.active_adapters:
+                    update = layer.get_delta_weight(adapter).float().cpu()
+                    tensor = (tensor.float() + update).to(tensor.dtype)
+        yield name, tensor
+
+
+def checkpoint_name(name: str) -> str:
+    """Strip what peft adds to a parameter's name.
+
+    ``base_model.model.model.norm.weight`` becomes ``model.norm.weight``.
+    """
+    name = name.removeprefix("base_model.model.")
+    for part in _WRAPPED:
+        name = name.replace(part, "")
+    return name
+
+
+@torch.no_grad()
+def full_tensor(parameter: Tensor) -> Tensor:
+    """Give a whole weight."""
+    with gathered([parameter]):
+        if is_quantised(parameter):
+            return dequantised(parameter)
+        weight = parameter.detach()
+        # Gathered memory is freed on leaving; a loader may keep the tensor longer.
+        return weight.clone() if hasattr(parameter, "ds_id") else weight
+
+
+def _merged(owner: str, layer: Any) -> list[tuple[str, Tensor]]:
+    """Give the weights of an adapted layer, its adapter added."""
+    with gathered(list(layer.parameters())):
+        found = merged_parameters(layer)
+        return [(f"{checkpoint_name(owner)}.{name}", x.clone()) for name, x in found]
+
+
+def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
+    """Find the adapted layer that a parameter belongs to, and the rest of its name."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        if (owner := ".".join(parts[:i])) in layers:
+            return owner, ".".join(parts[i:])
+    return None, name
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[Tensor]) -> Iterator[None]:
+    """Hold ZeRO-3 parameters whole inside the block; nothing to do for others."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _saved_copy(module: nn.Module, name: str) -> Tensor | None:
+    """Find the trained copy that stands in for a module listed in peft's modules_to_save."""
+    owner, wrapped, rest = name.partition(".original_module.")
+    if not wrapped:
+        return None
+    wrapper: Any = module.get_submodule(owner)
+    if wrapper.disable_adapters:
+        return None
+    return wrapper.modules_to_save[wrapper.active_adapters[0]].get_parameter(rest)
+
+
+def _refuse_adapted_ties(module: nn.Module) -> None:
+    """Refuse an adapter on one side of a tie: merged into the shared weight it changes both."""
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and any(part in f"{other} {name}" for part in _WRAPPED):
+            raise TrainingError(
+                f"{checkpoint_name(other)} and {checkpoint_name(name)} are one tied weight and "
+                "one of them has an adapter; leave both out of tuning.targets, or untie them"
+            )
