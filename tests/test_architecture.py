@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import structure
+
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("align", "reward_models", "launch")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 450
@@ -159,6 +161,11 @@ def test_functions_and_files_are_short():
                 if count > MAX_FUNCTION_LINES:
                     wrong.append(f"{module}.{node.name}: {count} lines")
     assert not sorted(wrong)
+
+
+def test_no_import_circles():
+    graph = {module: imports(module, at_import=True) & TREES.keys() - {module} for module in TREES}
+    assert structure.circles(graph) == []
 
 
 def test_nothing_prints():
