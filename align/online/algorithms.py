@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.core import distributed
+from align.core.errors import TrainingError
 from align.losses.kl import kl_estimate
 from align.losses.reduce import masked_moments, masked_whiten
 from align.online.advantages import (
@@ -66,7 +67,12 @@ def grpo(experience: Experience, spec: OnlineStage, kl_coef: float) -> Experienc
     Answers without a valid score take no part in their group, nor in the loss.
     """
     assert isinstance(spec, GrpoStage)
-    advantages = WITHOUT_CRITIC[spec.estimator](experience, spec, kl_coef)
+    estimate = WITHOUT_CRITIC.get(spec.estimator)
+    if estimate is None:
+        raise TrainingError(
+            f"unknown estimator '{spec.estimator}'; expected one of {', '.join(WITHOUT_CRITIC)}"
+        )
+    advantages = estimate(experience, spec, kl_coef)
     return experience.with_tokens(advantages=advantages)
 
 
@@ -83,9 +89,14 @@ def from_groups(experience: Experience, spec: GrpoStage, kl_coef: float) -> Tens
         groups = experience.group_ids[valid]
         if spec.estimator == "leave_one_out":
             per_answer[valid] = leave_one_out(scores[valid], groups)
-        else:
+        elif spec.estimator == "group_relative":
             scale = "none" if spec.scale == "batch" else spec.scale
             per_answer[valid] = group_relative(scores[valid], groups, scale=scale)
+        else:
+            raise TrainingError(
+                f"estimator '{spec.estimator}' does not compare the answers of a group; expected "
+                "group_relative or leave_one_out"
+            )
     if spec.scale == "batch":
         moments = {
             "count": float(valid.sum()),

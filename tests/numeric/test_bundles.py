@@ -34,7 +34,9 @@ from online_parts import (
     scored,
 )
 
+from align.core.errors import TrainingError
 from align.core.types import Completion, PromptRow
+from align.online import algorithms
 from align.online.advantages import overlong_penalty
 from align.online.algorithms import ALGORITHMS
 from align.online.annotate import annotate
@@ -153,6 +155,17 @@ def test_grpo_of_a_group_with_one_valid_answer_is_exactly_zero():
         found = advantages(experience, **({"kl": {"coef": 0.0}} | options))
         assert {a for row in found[:3] for a in row} == {0.0}
         assert found[3][0] < 0.0 < found[4][0]
+
+
+def test_an_unknown_estimator_is_an_error_and_never_group_relative(monkeypatch):
+    experience = known(SCORES)
+    spec = grpo_spec(group_size=3).model_copy(update={"estimator": "max_rl"})
+    with pytest.raises(TrainingError, match="unknown estimator 'max_rl'"):
+        ALGORITHMS["grpo"].estimate(experience, spec, 0.0)
+    # Listed, but not taught to the function that it is listed with.
+    monkeypatch.setitem(algorithms.WITHOUT_CRITIC, "max_rl", algorithms.from_groups)
+    with pytest.raises(TrainingError, match="max_rl"):
+        ALGORITHMS["grpo"].estimate(experience, spec, 0.0)
 
 
 @given(st.integers(1, 60), st.floats(0.05, 1.0))
