@@ -1,101 +1,50 @@
 """Reward functions: learned scorers, rules and mathematics; nothing here imports ``align``.
 
 ``build_reward(spec)`` turns the plain dict of one reward in a recipe into a callable with TRL's
-convention, so that the same reward serves PPO, GRPO, evaluation and any TRL trainer.
+convention, so that the same reward serves PPO, GRPO, evaluation and any TRL trainer. A further
+reward is a class in ``specs.py`` and a builder, named in ``BUILDERS``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from reward_models.base import RewardFunction
+from reward_models.specs import RewardBase, read_spec
 
-
-def _scalar(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import learned
-
-    return learned.build_scalar(spec)
-
-
-def _process(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import process
-
-    return process.build_process(spec)
-
-
-def _remote(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import remote
-
-    return remote.build_remote(spec)
-
-
-def _judge(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import judging
-
-    return judging.build_judge(spec)
-
-
-def _math(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import math
-
-    return math.build_math(spec)
-
-
-def _ensemble(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import ensemble
-
-    return ensemble.build_ensemble(spec, build_reward)
-
-
-def _refusal(spec: Mapping[str, Any]) -> RewardFunction:
-    from reward_models import refusals
-
-    return refusals.refusal(spec)
-
-
-def _rule(kind: str) -> Callable[[Mapping[str, Any]], RewardFunction]:
-    def build(spec: Mapping[str, Any]) -> RewardFunction:
-        from reward_models import rules
-
-        return rules.RULES[kind](spec)
-
-    return build
-
-
-REWARDS: dict[str, Callable[[Mapping[str, Any]], RewardFunction]] = {
-    "scalar": _scalar,
-    "process": _process,
-    "remote": _remote,
-    "judge": _judge,
-    "exact_match": _rule("exact_match"),
-    "regex": _rule("regex"),
-    "format": _rule("format"),
-    "length": _rule("length"),
-    "repetition": _rule("repetition"),
-    "refusal": _refusal,
-    "math": _math,
-    "ensemble": _ensemble,
+BUILDERS = {
+    "scalar": "learned.build_scalar",
+    "process": "process.build_process",
+    "remote": "remote.build_remote",
+    "judge": "judging.build_judge",
+    "exact_match": "rules.exact_match",
+    "regex": "rules.regex_found",
+    "format": "rules.format_matches",
+    "length": "rules.length",
+    "repetition": "rules.repetition",
+    "refusal": "refusals.refusal",
+    "math": "math.build_math",
+    "ensemble": "ensemble.build_ensemble",
 }
-"""Reward kind to its builder; the builders import torch only where they need it."""
+"""Reward kind to its builder in this package, imported on use: learned scorers need torch."""
 
 
-def build_reward(spec: Mapping[str, Any]) -> RewardFunction:
+def build_reward(spec: Mapping[str, Any] | RewardBase) -> RewardFunction:
     """Build the reward that one entry of a recipe describes.
 
     Args:
-        spec: the entry as a plain dict (``RewardSpec.model_dump()``); ``model`` of a scalar reward
-            is already the directory that holds the scorer. Absent optional keys take the
-            defaults of the recipe schema.
+        spec: the entry, as a plain dict or checked already; ``model`` of a learned reward is the
+            folder that holds the scorer. Absent keys take the defaults of ``reward_models.specs``.
 
     Returns:
         The reward, with ``name`` (default: its kind), ``weight`` and ``invalid``.
 
     Raises:
-        ValueError: on an unknown kind or a setting that cannot work.
+        ValueError: on an unknown kind or key, or a setting that cannot work.
     """
-    kind = spec.get("kind")
-    if kind not in REWARDS:
-        raise ValueError(f"reward kind {kind!r} is unknown; use one of {', '.join(REWARDS)}")
-    return REWARDS[kind](spec)
+    checked = spec if isinstance(spec, RewardBase) else read_spec(spec)
+    module, _, builder = BUILDERS[checked.kind].rpartition(".")
+    return getattr(import_module(f"reward_models.{module}"), builder)(checked)
 
 
-__all__ = ["REWARDS", "RewardFunction", "build_reward"]
+__all__ = ["BUILDERS", "RewardFunction", "build_reward"]

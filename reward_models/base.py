@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from reward_models.specs import RewardBase
+
 logger = logging.getLogger(__name__)
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -161,12 +163,7 @@ class Rule:
 
 
 def rule_from_spec(
-    spec: Mapping[str, Any], function: Callable[[str, Any], float], *, column: str | None = None
+    spec: RewardBase, function: Callable[[str, Any], float], *, column: str | None = None
 ) -> Rule:
     """Wrap a row function as the reward that ``spec`` names."""
-    return Rule(
-        function,
-        name=spec.get("name") or spec["kind"],
-        weight=spec.get("weight", 1.0),
-        column=column,
-    )
+    return Rule(function, name=spec.label, weight=spec.weight, column=column)

@@ -4,10 +4,11 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from reward_models.base import RewardFunction, Text, check_rows
+from reward_models.specs import EnsembleSpec
 
 logger = logging.getLogger(__name__)
 
@@ -100,14 +101,14 @@ class EnsembleReward:
         return combined
 
 
-def build_ensemble(
-    spec: Mapping[str, Any], build: Callable[[Mapping[str, Any]], RewardFunction]
-) -> EnsembleReward:
-    """Build the ensemble of a spec; ``build`` makes each member from its own spec."""
+def build_ensemble(spec: EnsembleSpec) -> EnsembleReward:
+    """Build the ensemble of a spec, each member from its own."""
+    from reward_models import build_reward
+
     return EnsembleReward(
-        [build(member) for member in spec["members"]],
-        combine=spec.get("combine", "mean"),
-        kappa=spec.get("kappa", 1.0),
-        name=spec.get("name") or "ensemble",
-        weight=spec.get("weight", 1.0),
+        [build_reward(member) for member in spec.members],
+        combine=spec.combine,
+        kappa=spec.kappa,
+        name=spec.label,
+        weight=spec.weight,
     )

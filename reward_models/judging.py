@@ -14,6 +14,7 @@ from reward_models.base import (
     completion_text,
 )
 from reward_models.judge import Endpoint, JudgeClient, Verdict
+from reward_models.specs import JudgeSpec
 
 log = logging.getLogger(__name__)
 
@@ -106,18 +107,15 @@ def _as_text(turns: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def build_judge(spec: Mapping[str, Any]) -> JudgeReward:
+def build_judge(spec: JudgeSpec) -> JudgeReward:
     """Build the judge of a spec; its endpoint is first asked when answers are scored."""
-    told = dict(spec["endpoint"])
-    if told.get("cache") is not None:
-        told["cache"] = Path(told["cache"])
-    if "dollars_per_million" in told:
-        told["dollars_per_million"] = tuple(told["dollars_per_million"])
+    endpoint = spec.endpoint.model_dump()
+    cache = endpoint.pop("cache")
     return JudgeReward(
-        JudgeClient(Endpoint(**told)),
-        criteria=spec["criteria"],
-        scale=tuple(spec.get("scale", (1, 10))),
-        reference=spec.get("reference"),
-        name=spec.get("name") or "judge",
-        weight=spec.get("weight", 1.0),
+        JudgeClient(Endpoint(**endpoint, cache=None if cache is None else Path(cache))),
+        criteria=spec.criteria,
+        scale=spec.scale,
+        reference=spec.reference,
+        name=spec.label,
+        weight=spec.weight,
     )

@@ -12,6 +12,7 @@ from reward_models.base import Text, check_rows, column_values, completion_text
 from reward_models.ensemble import combiner, spread
 from reward_models.paired import pair_ids
 from reward_models.scalar import RewardModel, score_heads
+from reward_models.specs import ProcessSpec, ScalarSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,23 +176,29 @@ class ScalarReward:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def build_scalar(spec: Mapping[str, Any], *, device: str | None = None) -> ScalarReward:
-    """Load the scorer of a spec's ``model`` folder onto the accelerator if there is one."""
+def build_scalar(spec: ScalarSpec) -> ScalarReward:
+    """Load the scorer of a spec's ``model`` folder onto the accelerator if there is one.
+
+    Raises:
+        ValueError: the scorer was taught by steps.
+    """
+    found = load_scalar(spec, combine=spec.combine, kappa=spec.kappa, normalise=spec.normalise)
+    if found.model.extra.get("supervision") == "steps":
+        raise ValueError(
+            f"reward '{spec.label}': {spec.model} was taught by steps; use kind: process"
+        )
+    return found
+
+
+def load_scalar(spec: ScalarSpec | ProcessSpec, **options: Any) -> ScalarReward:
+    """Load the scorer in ``spec.model`` as a reward with further ``options`` of its class."""
     from transformers import AutoTokenizer
 
-    model = RewardModel.load(spec["model"], getattr(torch, spec.get("dtype", "float32")))
-    if spec["kind"] == "scalar" and model.extra.get("supervision") == "steps":
-        raise ValueError(
-            f"reward '{spec.get('name') or 'scalar'}': {spec['model']} was taught by steps; "
-            "use kind: process"
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = RewardModel.load(spec.model, getattr(torch, spec.dtype))
     return ScalarReward(
-        model.to(device),
-        AutoTokenizer.from_pretrained(spec["model"]),
-        normalise=spec.get("normalise", True),
-        combine=spec.get("combine", "mean"),
-        kappa=spec.get("kappa", 1.0),
-        name=spec.get("name") or "scalar",
-        weight=spec.get("weight", 1.0),
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        AutoTokenizer.from_pretrained(spec.model),
+        name=spec.label,
+        weight=spec.weight,
+        **options,
     )

@@ -5,7 +5,6 @@ such a marker it is the last number of the text.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -13,6 +12,7 @@ from typing import Any
 
 from reward_models.base import InvalidScoreError, Rule, rule_from_spec
 from reward_models.math_process import LatexVerifier
+from reward_models.specs import MathSpec
 
 MAX_DIGITS = 400
 """Longest number, in characters, that is read; longer ones are no answer to any exercise."""
@@ -140,7 +140,7 @@ def _number_score(answer: str, value: Any) -> float:
     return float(found is not None and same_number(found, reference))
 
 
-def build_math(spec: Mapping[str, Any]) -> Rule:
+def build_math(spec: MathSpec) -> Rule:
     """Build the reward that compares the final number, or with ``latex`` the final expression.
 
     Args:
@@ -150,6 +150,6 @@ def build_math(spec: Mapping[str, Any]) -> Rule:
         ValueError: if ``latex`` is set and math-verify is not installed.
     """
     function = _number_score
-    if spec.get("latex", False):
-        function = LatexVerifier(timeout_s=spec.get("timeout_s", 5.0)).score
-    return rule_from_spec(spec, function, column=spec.get("column", "answer"))
+    if spec.latex:
+        function = LatexVerifier(timeout_s=spec.timeout_s).score
+    return rule_from_spec(spec, function, column=spec.column)

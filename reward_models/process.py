@@ -11,12 +11,13 @@ Reference: potential-based shaping, Ng, Harada and Russell 1999; step scores arX
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.base import Text, check_rows
-from reward_models.learned import ScalarReward
+from reward_models.learned import ScalarReward, load_scalar
 from reward_models.scalar import RewardModel, token_values
+from reward_models.specs import ProcessSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,24 +144,19 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x > -700.0 else 0.0
 
 
-def build_process(spec: Mapping[str, Any]) -> ProcessReward:
+def build_process(spec: ProcessSpec) -> ProcessReward:
     """Load the process reward of a spec's ``model`` folder.
 
     Raises:
         ValueError: the scorer was not taught by steps.
     """
-    from reward_models.learned import build_scalar
-
-    scalar = build_scalar({**spec, "name": spec.get("name") or "process", "normalise": False})
+    scalar = load_scalar(spec, normalise=False)
     model: RewardModel = scalar.model
     if model.extra.get("supervision") != "steps":
         raise ValueError(
-            f"reward '{scalar.name}': {spec['model']} was taught by "
+            f"reward '{scalar.name}': {spec.model} was taught by "
             f"{model.extra.get('supervision', 'pairs')}; a process reward needs a reward stage "
             "with supervision: steps, any other is kind: scalar"
         )
-    return ProcessReward(
-        scalar,
-        separator=model.extra["step_separator"],
-        aggregate=spec.get("aggregate", "min"),
-    )
+    separator = model.extra["step_separator"]
+    return ProcessReward(scalar, separator=separator, aggregate=spec.aggregate)

@@ -1,10 +1,10 @@
 """Tell answers that decline from answers that answer, by their opening words."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from reward_models.base import Rule, rule_from_spec
+from reward_models.specs import RefusalSpec
 
 OPENING_CHARACTERS = 160
 """A refusal says so at once; later "I cannot" mostly belongs to an answer."""
@@ -21,14 +21,14 @@ def declines(answer: str) -> bool:
     return _DECLINES.search(answer[:OPENING_CHARACTERS].replace("\u2019", "'")) is not None
 
 
-def refusal(spec: Mapping[str, Any]) -> Rule:
+def refusal(spec: RefusalSpec) -> Rule:
     """Score 1 when an answer declines exactly where the column's value asks for it."""
-    wanted = {str(value) for value in spec["declines"]}
+    wanted = {str(value) for value in spec.declines}
 
     def score(answer: str, value: Any) -> float:
         return float(declines(answer) == (str(value) in wanted))
 
-    return rule_from_spec(spec, score, column=spec.get("column", "label"))
+    return rule_from_spec(spec, score, column=spec.column)
 
 
 def refusing_side(chosen: str, rejected: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_models.base import Text, check_rows, column_values
+from reward_models.specs import RemoteSpec
 
 FIRST_WAIT_S = 0.2
 """Wait before the first retry; each further one waits twice as long."""
@@ -155,18 +156,18 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def build_remote(spec: Mapping[str, Any]) -> RemoteReward:
+def build_remote(spec: RemoteSpec) -> RemoteReward:
     """Reach the server of a spec.
 
     Raises:
         RemoteRewardError: it cannot be reached.
     """
     return RemoteReward(
-        spec["url"],
-        deadline_s=spec.get("deadline_s", 60.0),
-        retries=spec.get("retries", 4),
-        max_failures=spec.get("max_failures", 3),
-        token_ids=spec.get("token_ids", False),
-        name=spec.get("name") or "remote",
-        weight=spec.get("weight", 1.0),
+        spec.url,
+        deadline_s=spec.deadline_s,
+        retries=spec.retries,
+        max_failures=spec.max_failures,
+        token_ids=spec.token_ids,
+        name=spec.label,
+        weight=spec.weight,
     )

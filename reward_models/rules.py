@@ -1,25 +1,34 @@
 """Rewards that are plain rules on the answer's text: match, regex, format, length, repetition."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import regex
 
 from reward_models.base import InvalidScoreError, Rule, rule_from_spec
+from reward_models.specs import (
+    ExactMatchSpec,
+    FormatSpec,
+    LengthSpec,
+    RegexSpec,
+    RepetitionSpec,
+)
+
+PatternSpec = ExactMatchSpec | RegexSpec | FormatSpec
 
 PATTERN_TIMEOUT_S = 1.0
 """Time limit of one pattern on one answer: patterns can take exponential time."""
 
 
-def _compile(spec: Mapping[str, Any], *, num_groups: int | None = None) -> regex.Pattern[str]:
+def _compile(spec: PatternSpec, *, num_groups: int | None = None) -> regex.Pattern[str]:
     """Compile the pattern of a spec; the grammar is that of ``re`` (``regex`` version 0).
 
     Raises:
         ValueError: if the pattern is malformed or has another number of groups than needed.
     """
-    where = f"reward '{spec.get('name') or spec['kind']}': pattern {spec['pattern']!r}"
+    where = f"reward '{spec.label}': pattern {spec.pattern!r}"
     try:
-        pattern = regex.compile(spec["pattern"])
+        pattern = regex.compile(spec.pattern or "")
     except regex.error as error:
         raise ValueError(f"{where} is not a regular expression: {error}") from error
     if num_groups is not None and pattern.groups != num_groups:
@@ -37,19 +46,18 @@ def _within_limit(find: Callable[[], Any]) -> Any:
         raise InvalidScoreError("pattern timed out") from None
 
 
-def exact_match(spec: Mapping[str, Any]) -> Rule:
+def exact_match(spec: ExactMatchSpec) -> Rule:
     """Score 1 when the answer, or what ``pattern`` captures of it, equals the column's value.
 
     Surrounding whitespace never counts. The last match of the pattern is taken, so an answer that
     corrects itself is judged by its end. No match is a wrong answer: 0. A list in the column
     holds several accepted values.
     """
-    pattern: Any = _compile(spec, num_groups=1) if spec.get("pattern") is not None else None
-    ignore_case = spec.get("ignore_case", True)
+    pattern: Any = _compile(spec, num_groups=1) if spec.pattern is not None else None
 
     def clean(text: Any) -> str:
         stripped = str(text).strip()
-        return stripped.casefold() if ignore_case else stripped
+        return stripped.casefold() if spec.ignore_case else stripped
 
     def score(answer: str, value: Any) -> float:
         if pattern is not None:
@@ -60,10 +68,10 @@ def exact_match(spec: Mapping[str, Any]) -> Rule:
         accepted = value if isinstance(value, list | tuple) else [value]
         return float(clean(answer) in {clean(v) for v in accepted})
 
-    return rule_from_spec(spec, score, column=spec.get("column", "answer"))
+    return rule_from_spec(spec, score, column=spec.column)
 
 
-def regex_found(spec: Mapping[str, Any]) -> Rule:
+def regex_found(spec: RegexSpec) -> Rule:
     """Score 1 when the pattern is found anywhere in the answer."""
     pattern = _compile(spec)
 
@@ -74,7 +82,7 @@ def regex_found(spec: Mapping[str, Any]) -> Rule:
     return rule_from_spec(spec, score)
 
 
-def format_matches(spec: Mapping[str, Any]) -> Rule:
+def format_matches(spec: FormatSpec) -> Rule:
     """Score 1 when the whole answer, from first to last character, has the form of the pattern."""
     pattern = _compile(spec)
 
@@ -85,17 +93,16 @@ def format_matches(spec: Mapping[str, Any]) -> Rule:
     return rule_from_spec(spec, score)
 
 
-def length(spec: Mapping[str, Any]) -> Rule:
+def length(spec: LengthSpec) -> Rule:
     """Score 1 up to ``target`` words, 0 from ``limit`` words on, a straight line between.
 
     Raises:
         ValueError: if ``limit`` is not above ``target``.
     """
-    target, limit = spec["target"], spec["limit"]
+    target, limit = spec.target, spec.limit
     if limit <= target:
         raise ValueError(
-            f"reward '{spec.get('name') or spec['kind']}': limit {limit} must be above target "
-            f"{target} (both in words)"
+            f"reward '{spec.label}': limit {limit} must be above target {target} (both in words)"
         )
 
     def score(answer: str, value: Any) -> float:
@@ -105,12 +112,12 @@ def length(spec: Mapping[str, Any]) -> Rule:
     return rule_from_spec(spec, score)
 
 
-def repetition(spec: Mapping[str, Any]) -> Rule:
+def repetition(spec: RepetitionSpec) -> Rule:
     """Score the share of the answer's word n-grams that are distinct.
 
     An answer with fewer than ``ngram`` words repeats nothing and scores 1.
     """
-    ngram = spec.get("ngram", 3)
+    ngram = spec.ngram
 
     def score(answer: str, value: Any) -> float:
         words = answer.split()
@@ -118,12 +125,3 @@ def repetition(spec: Mapping[str, Any]) -> Rule:
         return len(set(grams)) / len(grams) if grams else 1.0
 
     return rule_from_spec(spec, score)
-
-
-RULES: dict[str, Callable[[Mapping[str, Any]], Rule]] = {
-    "exact_match": exact_match,
-    "regex": regex_found,
-    "format": format_matches,
-    "length": length,
-    "repetition": repetition,
-}

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "align.core": (),
     "align.losses": ("align.core",),
     "reward_models": (),
-    "align.recipe": ("align.core.errors", "align.core.text"),
+    "align.recipe": ("align.core.errors", "align.core.text", "reward_models.specs"),
     "align.data": L2,
     "align.models": L2,
     "align.tuning": (*L2, "align.recipe.rules", "align.models"),

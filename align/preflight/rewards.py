@@ -10,14 +10,9 @@ from typing import Any
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, Verdict, spread
-from align.recipe.schema import EnsembleReward, RewardSpec, ScalarReward
-from align.recipe.schema.rewards import (
-    LengthReward,
-    RefusalReward,
-    RemoteReward,
-    RepetitionReward,
-)
+from align.recipe.schema import EnsembleSpec, RewardSpec, ScalarSpec
 from reward_models.base import MissingColumnError, RewardFunction
+from reward_models.specs import LengthSpec, RefusalSpec, RemoteSpec, RepetitionSpec
 
 NUM_ROWS = 8
 FORMS = (("", ""), ("#### ", ""), ("The answer is ", "."), ("\\boxed{", "}"))
@@ -126,7 +121,7 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
     if fixed is not None:
         rows = spread(prompts, 1)
         return [Known(rows, [fixed[0]], [fixed[1]])]
-    if isinstance(spec, RefusalReward):
+    if isinstance(spec, RefusalSpec):
         return [_refusals(spec, spread(prompts, NUM_ROWS))]
     column = _column(spec)
     if column is None or _reads_ids(spec) or (_learned(spec) and column not in prompts[0].columns):
@@ -152,15 +147,15 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
 
 def _fixed(spec: RewardSpec) -> tuple[str, str] | None:
     """Give a right and a wrong answer where the rule looks at nothing but the text."""
-    if isinstance(spec, LengthReward):
+    if isinstance(spec, LengthSpec):
         return "word", " ".join(["word"] * spec.limit)
-    if isinstance(spec, RepetitionReward):
+    if isinstance(spec, RepetitionSpec):
         distinct = " ".join(f"word{i}" for i in range(spec.ngram + 4))
         return distinct, " ".join(["word"] * (spec.ngram + 4))
     return None
 
 
-def _refusals(spec: RefusalReward, rows: Sequence[PromptRow]) -> Known:
+def _refusals(spec: RefusalSpec, rows: Sequence[PromptRow]) -> Known:
     """Decline where the column says so and reply elsewhere; the wrong answer does the reverse."""
     declined, replied = "I'm sorry, but I can't help with that.", "Gladly. First take a pencil."
     due = [_first(_value(row, spec.column)) in spec.declines for row in rows]
@@ -173,23 +168,23 @@ def _refusals(spec: RefusalReward, rows: Sequence[PromptRow]) -> Known:
 
 def _learned(spec: RewardSpec) -> bool:
     """Say whether a learned scorer has a part in the judgement."""
-    if isinstance(spec, EnsembleReward):
+    if isinstance(spec, EnsembleSpec):
         return any(map(_learned, spec.members))
-    return isinstance(spec, ScalarReward)
+    return isinstance(spec, ScalarSpec)
 
 
 def _reads_ids(spec: RewardSpec) -> bool:
     """Say whether a reward asks for the token ids of answers, which made-up ones lack."""
-    if isinstance(spec, EnsembleReward):
+    if isinstance(spec, EnsembleSpec):
         return any(map(_reads_ids, spec.members))
-    return isinstance(spec, RemoteReward) and spec.token_ids
+    return isinstance(spec, RemoteSpec) and spec.token_ids
 
 
 def _column(spec: RewardSpec) -> str | None:
     """Name the column with the right answer; a learned scorer is held to the row's reference."""
-    if isinstance(spec, ScalarReward):
+    if isinstance(spec, ScalarSpec):
         return "reference"
-    if isinstance(spec, EnsembleReward):
+    if isinstance(spec, EnsembleSpec):
         return next((c for m in spec.members if (c := _column(m)) is not None), None)
     return spec.model_dump().get("column")
 

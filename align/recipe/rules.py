@@ -32,9 +32,9 @@ from align.recipe.schema.offline import (
     TrainingStage,
 )
 from align.recipe.schema.online import GrpoStage, OnlineStage, PpoStage
-from align.recipe.schema.rewards import EnsembleReward, LengthReward, MathReward
 from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.tuning import UNMERGED, VIRTUAL
+from reward_models.specs import EnsembleSpec, LengthSpec, MathSpec
 
 Idle = tuple[str, str]
 """A dotted key below a stage, and why its value has no effect or cannot work."""
@@ -227,17 +227,17 @@ def _trl(spec: TrlStage) -> Iterator[Idle]:
         yield "optim.schedule", "TRL's trainers have no slanted schedule; write cosine or linear"
 
 
-def _ensemble(spec: EnsembleReward) -> Iterator[Idle]:
+def _ensemble(spec: EnsembleSpec) -> Iterator[Idle]:
     if spec.combine != "mean_minus_std" and changed(spec, "kappa"):
         yield "kappa", f"has no effect with combine {spec.combine}"
 
 
-def _math(spec: MathReward) -> Iterator[Idle]:
+def _math(spec: MathSpec) -> Iterator[Idle]:
     if not spec.latex and changed(spec, "timeout_s"):
         yield "timeout_s", "has no effect without latex: numbers are compared at once"
 
 
-def _length(spec: LengthReward) -> Iterator[Idle]:
+def _length(spec: LengthSpec) -> Iterator[Idle]:
     if spec.limit <= spec.target:
         yield "limit", f"found {spec.limit}; expected more words than target {spec.target}"
 
@@ -265,9 +265,9 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (EvaluateStage, _evaluate),
     (EvaluateStage, _repeats),
     (TaskSpec, _repeats),
-    (EnsembleReward, _ensemble),
-    (MathReward, _math),
-    (LengthReward, _length),
+    (EnsembleSpec, _ensemble),
+    (MathSpec, _math),
+    (LengthSpec, _length),
 ]
 """Part of a recipe and what must hold of it; a part that is several kinds meets all its rules."""
 

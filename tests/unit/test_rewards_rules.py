@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
 
-from reward_models import REWARDS, build_reward
+from reward_models import BUILDERS, build_reward
 from reward_models.base import Rule
+from reward_models.specs import RewardSpec, kinds
 
 
 def _scores(spec: dict[str, Any], completions: list[Any], **columns: Any) -> list[float | None]:
@@ -131,23 +133,53 @@ def test_unknown_kind_lists_the_known():
         build_reward({"kind": "exactmatch"})
 
 
-def test_every_kind_of_the_recipe_schema_can_be_built():
-    from typing import get_args
-
-    from align.recipe.schema import rewards as schema
-
-    union = get_args(schema.RewardSpec)[0]
-    kinds = {get_args(model.model_fields["kind"].annotation)[0] for model in get_args(union)}
-    assert kinds == set(REWARDS)
+def test_every_kind_of_reward_has_a_builder():
+    assert set(kinds()) == set(BUILDERS)
+    for place in BUILDERS.values():
+        module, _, name = place.rpartition(".")
+        assert callable(getattr(import_module(f"reward_models.{module}"), name)), place
 
 
-def test_defaults_are_those_of_the_recipe_schema():
-    from align.recipe.schema import rewards as schema
+def test_recipes_are_checked_by_the_same_classes():
+    from align.recipe import schema
 
-    full = schema.ExactMatchReward(kind="exact_match", name="em", weight=2.0).model_dump()
-    reward = build_reward(full)
-    assert (reward.name, reward.__name__, reward.weight) == ("em", "em", 2.0)
-    assert reward(prompts=["?"], completions=["A"], answer=["a"]) == [1.0]
+    assert schema.RewardSpec is RewardSpec
+    full = kinds()["exact_match"](kind="exact_match", name="em", weight=2.0)
+    for given in (full, full.model_dump(), {"kind": "exact_match", "name": "em", "weight": 2.0}):
+        reward = build_reward(given)
+        assert (reward.name, reward.__name__, reward.weight) == ("em", "em", 2.0)
+        assert reward(prompts=["?"], completions=["A"], answer=["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_unknown_key_of_any_kind_is_refused(kind: str):
+    required = {k: None for k, f in kinds()[kind].model_fields.items() if f.is_required()}
+    with pytest.raises(ValueError, match=r"reward '.*': (.*; )?unknown key 'weigth'; did you mean"):
+        build_reward({**required, "kind": kind, "weigth": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "exact_match", "ignore_cas": False}, "unknown key 'ignore_cas'.*'ignore_case'"),
+        ({"kind": "length", "target": 3}, "reward 'length': 'limit' is missing"),
+        ({"kind": "regex", "name": "re"}, "reward 're': 'pattern' is missing"),
+        ({"kind": "repetition", "ngram": 0}, "reward 'repetition': ngram: found 0; .*"),
+        ({}, "reward kind None is unknown; use one of scalar, .*"),
+        (
+            {"kind": "ensemble", "members": [{"kind": "regex", "patern": "a"}] * 2},
+            "unknown key 'members.0.patern'; did you mean 'pattern'",
+        ),
+        (
+            {"kind": "judge", "endpoint": {"url": "http://x", "model": "m", "retry": 1}},
+            "reward 'judge': unknown key 'endpoint.retry'; did you mean 'retries'",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_line(spec: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message) as told:
+        build_reward(spec)
+    assert "\n" not in str(told.value)
 
 
 def _ensemble(combine: str, **keys: Any) -> Callable[..., list[float | None]]:

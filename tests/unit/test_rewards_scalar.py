@@ -219,7 +219,7 @@ def test_token_ids_of_another_vocabulary_are_not_read_but_the_texts(tmp_path: Pa
 def test_made_up_answers_of_the_preflight_are_scored_as_texts(tmp_path: Path):
     from align.core.types import PromptRow
     from align.preflight.rewards import FORMS, self_test
-    from align.recipe.schema import ScalarReward as Spec
+    from reward_models.specs import ScalarSpec as Spec
 
     _, reward = _reward(tmp_path)
     right, wrong = ["yes", "no", "a", "b"], ["no", "yes", "yes", "yes"]  # another row's value

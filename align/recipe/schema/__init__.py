@@ -20,7 +20,6 @@ from align.recipe.schema.data_stages import (
     WeakLabelStage,
 )
 from align.recipe.schema.evaluate import (
-    EndpointSpec,
     EvaluateStage,
     HarnessSpec,
     MergeMethod,
@@ -44,9 +43,9 @@ from align.recipe.schema.offline import (
     TrainingStage,
 )
 from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
-from align.recipe.schema.rewards import EnsembleReward, ProcessReward, RewardSpec, ScalarReward
 from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.tuning import TuningSpec
+from reward_models.specs import EndpointSpec, EnsembleSpec, ProcessSpec, RewardSpec, ScalarSpec
 
 __all__ = [
     "PRODUCES",
@@ -62,7 +61,7 @@ __all__ = [
     "EarlyStoppingSpec",
     "EncoderStage",
     "EndpointSpec",
-    "EnsembleReward",
+    "EnsembleSpec",
     "EvaluateStage",
     "EwcSpec",
     "GrpoStage",
@@ -81,7 +80,7 @@ __all__ = [
     "RewardSpec",
     "RewardStage",
     "SamplingSpec",
-    "ScalarReward",
+    "ScalarSpec",
     "SelfInstructStage",
     "SftStage",
     "SinkSpec",
@@ -173,7 +172,7 @@ def references(spec: Any) -> dict[str, str]:
     def walk(part: Any, key: str) -> None:
         if isinstance(part, DataSpec):
             add(f"{key}.stage", part.stage)
-        elif isinstance(part, ScalarReward | ProcessReward):
+        elif isinstance(part, ScalarSpec | ProcessSpec):
             add(f"{key}.model", part.model)
         elif isinstance(part, list):
             for i, item in enumerate(part):

@@ -2,23 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from reward_models.specs import Count, Positive, RewardSpec, Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 def _as_tuple(value: Any) -> Any:
     """Take a list for a tuple also where it is no JSON any more: after a stage's presets."""
     return tuple(value) if isinstance(value, list) else value
-
-
-class Spec(BaseModel):
-    """Refuse unknown keys and changes after validation."""
-
-    # Deferred: only the recipe as a whole is ever validated, and building each class takes time.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class DataSpec(Spec):
@@ -228,20 +221,9 @@ class OverlongSpec(Spec):
     """Points taken from the score of an answer at the limit."""
 
 
-class EndpointSpec(Spec):
-    """Name a language model behind an OpenAI-compatible API, and how it is asked."""
-
-    url: str
-    """Base of the API, such as http://127.0.0.1:8000/v1."""
-    model: str
-    api_key_env: str | None = None
-    """Environment variable that holds the key; None sends none."""
-    max_tokens: Count = 256
-    concurrency: Count = 8
-    timeout_s: Positive = 60.0
-    deadline_s: Positive = 3600.0
-    retries: Annotated[int, Field(ge=0)] = 4
-    cache: str | None = "runs/judge-cache"
-    """Folder of the verdicts by the hash of what was asked; null keeps none."""
-    dollars_per_million: tuple[float, float] = (0.0, 0.0)
-    """Prices of a million prompt tokens and of a million answer tokens."""
+def distinct_names(rewards: list[RewardSpec]) -> None:
+    """Raise ValueError where two rewards would write one column."""
+    names = [reward.name or reward.kind for reward in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two rewards are called '{name}'; give each its own 'name'")

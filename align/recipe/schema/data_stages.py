@@ -4,9 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.recipe.schema.common import Count, DataSpec, Fraction, SamplingSpec, Spec, refuse_answers
+from align.recipe.schema.common import (
+    Count,
+    DataSpec,
+    Fraction,
+    SamplingSpec,
+    Spec,
+    distinct_names,
+    refuse_answers,
+)
 from align.recipe.schema.offline import StageSpec
-from align.recipe.schema.rewards import RewardSpec, distinct_names
+from reward_models.specs import RewardSpec
 
 NOT_TEXT = (
     "image",

@@ -8,14 +8,14 @@ from pydantic import Field, model_validator
 from align.recipe.schema.common import (
     Count,
     DataSpec,
-    EndpointSpec,
     Fraction,
     SamplingSpec,
     Spec,
+    distinct_names,
     refuse_answers,
 )
 from align.recipe.schema.offline import StageSpec
-from align.recipe.schema.rewards import RewardSpec, distinct_names
+from reward_models.specs import EndpointSpec, RewardSpec
 
 MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
 

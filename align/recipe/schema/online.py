@@ -17,11 +17,12 @@ from align.recipe.schema.common import (
     OverlongSpec,
     Positive,
     Spec,
+    distinct_names,
     refuse_answers,
 )
 from align.recipe.schema.offline import TrainingStage, refuse_unfit
-from align.recipe.schema.rewards import RewardSpec, distinct_names
 from align.recipe.schema.tuning import refuse_dropout, refuse_pushed, refuse_served
+from reward_models.specs import RewardSpec
 
 AlarmName = Literal["gold_slope", "proxy_gap", "length", "repetition", "one_reward", "disagreement"]
 

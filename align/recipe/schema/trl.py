@@ -4,10 +4,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from align.recipe.schema.common import Count, DataSpec, Fraction, OptimSpec, ZeroSpec
+from align.recipe.schema.common import (
+    Count,
+    DataSpec,
+    Fraction,
+    OptimSpec,
+    ZeroSpec,
+    distinct_names,
+)
 from align.recipe.schema.offline import StageSpec
-from align.recipe.schema.rewards import RewardSpec, distinct_names
 from align.recipe.schema.tuning import FullTuning, TuningSpec, refuse_beside, refuse_head
+from reward_models.specs import RewardSpec
 
 OWNED = (
     "output_dir",

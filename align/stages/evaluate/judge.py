@@ -25,6 +25,7 @@ from align.tuning.loading import made_whole
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 from reward_models.learned import build_scalar
 from reward_models.scalar import reads_first
+from reward_models.specs import ScalarSpec
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def calibrate(
 
 def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
     """Give a reward model's verdicts; it has none on pairs longer than its positions."""
-    reward = build_scalar({"kind": "scalar", "model": str(folder)})
+    reward = build_scalar(ScalarSpec(kind="scalar", model=str(folder)))
     made_whole(reward.model, folder)
     turns = {plain(e.prompt): e.prompt for e in examples}
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from align.core.artefacts import read_artefact
 from align.core.errors import AlignError
@@ -41,10 +41,11 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
         raise ValueError(
             f"serving needs fastapi and uvicorn ({error}); run: pip install 'align-suite[serve]'"
         ) from error
-    from reward_models.learned import build_scalar
+    from reward_models import build_reward
 
     artefact = read_artefact(path, "reward_model")
-    reward = build_scalar({"kind": "scalar", "model": str(artefact.model_dir), "combine": combine})
+    given = {"kind": "scalar", "model": str(artefact.model_dir), "combine": combine}
+    reward: Any = build_reward(given)
     made_whole(reward.model, artefact.model_dir)
     about = {
         "artefact": str(path),
