@@ -16,7 +16,6 @@ from align.losses.preference import tail_weights
 from align.models.logprobs import causal_lm
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
-from align.recipe.schema.tuning import VIRTUAL
 from align.sampling.push import PUSH_TOLERANCE
 from align.training.offline import OfflineTask
 from align.tuning.export import checkpoint_name, gathered
@@ -91,7 +90,7 @@ def first_loss(
     """Hold the loss before the first step to what it must be."""
     loss = loss_of(module, task, [rows])
     # Fresh virtual tokens change what the policy says; the reference is without them.
-    virtual = spec.tuning.method in VIRTUAL
+    virtual = spec.tuning.virtual
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
             loss,
@@ -158,7 +157,7 @@ def reference(
         PUSH_TOLERANCE[spec.dtype],
         unit=f"nats a token between policy and reference, {len(gap)} answers",
         remedy="the reference is not the model that the stage starts from",
-        fails=spec.tuning.method not in VIRTUAL,
+        fails=not spec.tuning.virtual,
     )
 
 

@@ -14,7 +14,6 @@ from align.models.attention import segments_from_positions
 from align.models.logprobs import LogprobModel, hidden_states, token_logits
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import OnlineStage
-from align.recipe.schema.tuning import VIRTUAL
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience, gather_experience
 from align.sampling.push import PUSH_TOLERANCE
@@ -142,7 +141,7 @@ class Probe:
         with self.module.model.disable_adapter() if own else nullcontext():
             reference = self._logprobs(batch, self.reference)
         gap = (policy - reference)[batch.mask]
-        virtual = self.spec.tuning.method in VIRTUAL
+        virtual = self.spec.tuning.virtual
         return at_most(
             float(gap.abs().max()),
             PUSH_TOLERANCE[self.spec.dtype],

@@ -21,7 +21,7 @@ def warnings(recipe: Recipe) -> list[str]:
 
 
 def _rate(name: str, spec: Any) -> list[str]:
-    known, rate = known_rates(spec.kind, spec.tuning.method), spec.optim.learning_rate
+    known, rate = known_rates(spec.family, spec.tuning.method), spec.optim.learning_rate
     if known is None or known.low <= rate <= known.high:
         return []
     return [

@@ -114,10 +114,6 @@ def preset_keys(name: str) -> dict[str, str]:
     return dict.fromkeys(keys(PRESETS[name], ""), f"algorithm: {name}")
 
 
-SUPERVISED = ("sft", "reward", "classify")
-POLICY = ("dpo", "kto", "ppo", "grpo")
-
-
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Hold what is known of a method's learning rate.
@@ -229,20 +225,17 @@ POLICY_SOURCES = {
 """What the rates of policy optimisation rest on; a method without an entry takes their ratio."""
 
 
-def known_rates(kind: str, method: str) -> Rates | None:
-    """Give what is known of a method's rate in a stage; None for a stage or method without any.
+def known_rates(family: str, method: str) -> Rates | None:
+    """Return what is known of a method's rate in a family of stages; None for an unknown method.
 
     Policy optimisation takes a twentieth of the supervised default, from a twentieth of the lowest
     to a tenth of the highest rate: so published rates of full and LoRA training relate.
     """
     found = RATES.get(method)
-    if found is None or kind in SUPERVISED:
+    if found is None or family == "supervised":
         return found
-    if kind not in POLICY:
-        return None
-    family = "lora" if found is _LORA else method
     source = POLICY_SOURCES.get(
-        family,
+        "lora" if found is _LORA else method,
         f"1/20 to 1/10 of its supervised rates, as with full and lora, is our choice; those: "
         f"{found.source}",
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,7 +16,17 @@ from align.recipe.algorithms import PRESETS, known_rates, preset_keys
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
-from align.recipe.schema import PRODUCES, AnyStage, GrpoStage, Recipe, references
+from align.recipe.schema import (
+    STAGES,
+    AnyStage,
+    GrpoStage,
+    Recipe,
+    StageSpec,
+    TrainingStage,
+    ref_of,
+    reference_kinds,
+    references,
+)
 from align.recipe.schema.common import Spec
 from align.recipe.source import Key, Mark, Source, read_source
 
@@ -88,12 +98,6 @@ def _expand(source: Source, tasks: list[Any], key: Key) -> None:
     source.marks |= {(*key, *inner): mark for inner, mark in task.marks.items()}
 
 
-STAGES: dict[str, type[Spec]] = {
-    get_args(stage.model_fields["kind"].annotation)[0]: stage
-    for stage in get_args(get_args(AnyStage)[0])
-}
-
-
 def complete_blocks(source: Source) -> None:
     """Write into the blocks of every stage what the stage's own default sets beside them."""
     stages = source.data.get("stages")
@@ -110,7 +114,10 @@ def _complete_rate(source: Source, name: str, stage: dict[str, Any]) -> None:
     """Write the learning rate of the stage's tuning method where the recipe leaves it out."""
     tuning, optim = stage.get("tuning", {"method": "full"}), stage.get("optim", {})
     method = tuning.get("method") if isinstance(tuning, dict) else None
-    known = known_rates(stage["kind"], method) if isinstance(method, str) else None
+    kind = STAGES.get(stage["kind"])
+    if not (isinstance(method, str) and kind is not None and issubclass(kind, TrainingStage)):
+        return
+    known = known_rates(kind.family, method)
     if known is not None and isinstance(optim, dict) and "learning_rate" not in optim:
         stage["optim"] = {"learning_rate": known.default, **optim}
         key = ("stages", name, "optim", "learning_rate")
@@ -230,8 +237,9 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     found = []
     for stage, spec in specs.items():
         named = references(spec) if spec is not None else _raw_init(raw, stage)
+        wanted = reference_kinds(spec) if spec is not None else _init_kinds(kinds[stage])
         for key, name in named.items():
-            problem = _reference_problem(stage, key, name, kinds)
+            problem = _reference_problem(stage, name, wanted.get(key, ("policy",)), kinds)
             if problem:
                 where = locate(_place(stage, key), "reference", source.marks)
                 found.append(f"{where}: stages.{stage}.{key}: {problem}")
@@ -264,26 +272,24 @@ def _raw_init(stages: Any, stage: str) -> dict[str, str]:
     return {"init": init} if isinstance(init, str) else {}
 
 
-def fitting_kinds(key: str, stage_kind: str | None) -> tuple[str, ...]:
-    """Give the artefact kinds that a reference of a stage may name."""
-    if key.endswith(".stage"):
-        return ("data",)
-    if key == "init" and stage_kind in ("classify", "reward"):
-        return ("policy", "encoder")
-    if key == "critic.init":
-        return ("policy", "reward_model")
-    if key.endswith(".model") or key.startswith("reward_models."):
-        return ("reward_model",)
-    return ("policy",)
+def _init_kinds(kind: Any) -> dict[str, tuple[str, ...]]:
+    stage = _class_of(kind)
+    field = stage.model_fields.get("init") if stage is not None else None
+    mark = ref_of(field) if field is not None else None
+    return {"init": mark.kinds} if mark is not None else {}
+
+
+def _class_of(kind: Any) -> type[StageSpec] | None:
+    """Return the class of what a recipe names as a kind, None where there is none."""
+    return STAGES.get(kind) if isinstance(kind, str) else None
 
 
 def _reference_problem(
-    stage: str, key: str, name: str, kinds: Mapping[str, str | None]
+    stage: str, name: str, wanted: Sequence[str], kinds: Mapping[str, Any]
 ) -> str | None:
-    wanted = fitting_kinds(key, kinds[stage])
     names = list(kinds)
     earlier = names[: names.index(stage)]
-    fitting = [n for n in earlier if PRODUCES.get(kinds[n] or "") in wanted]
+    fitting = [n for n in earlier if (made := _class_of(kinds[n])) and made.produces in wanted]
     expected = f"expected an earlier stage that writes a {' or '.join(wanted)}"
     listed = f" ({', '.join(fitting)})" if fitting else ""
     if name == stage:
@@ -291,10 +297,10 @@ def _reference_problem(
     if name in kinds and name not in earlier:
         return f"stage '{name}' comes later; {expected}{listed}, or move '{name}' before '{stage}'"
     if name in kinds:
-        produced = PRODUCES.get(kinds[name] or "")
-        if produced is None or produced in wanted:
+        made_by = _class_of(kinds[name])
+        if made_by is None or made_by.produces in wanted:
             return None
-        return f"stage '{name}' ({kinds[name]}) writes a {produced}; {expected}{listed}"
+        return f"stage '{name}' ({kinds[name]}) writes a {made_by.produces}; {expected}{listed}"
     return _path_problem(name, wanted, f"{expected}{listed}", fitting)
 
 

@@ -33,7 +33,7 @@ from align.recipe.schema.offline import (
 )
 from align.recipe.schema.online import GrpoStage, OnlineStage, PpoStage
 from align.recipe.schema.trl import TrlStage
-from align.recipe.schema.tuning import UNMERGED, VIRTUAL
+from align.recipe.schema.tuning import METHODS
 from reward_models.specs import EnsembleSpec, LengthSpec, MathSpec
 
 Idle = tuple[str, str]
@@ -272,15 +272,13 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
 """Part of a recipe and what must hold of it; a part that is several kinds meets all its rules."""
 
 
-CONTINUED = ("bottleneck", "loreft")
-"""Unmerged adapters whose files hold all that was trained, so that training can go on."""
 WHOLE = ("init", "base", "tuned", "others", "critic")
 """Keys that name a model of which only the weights are read, but for ``init`` where it trains."""
 
 
 def start_problem(method: str) -> str:
     """Say why training cannot start on top of an adapter, and what can be done."""
-    if method in CONTINUED:
+    if METHODS[method].continues:
         way = (
             f"repeat the same 'tuning' block, which goes on training this {method} adapter (not "
             "in a reward or classify stage, whose model is another one)"
@@ -303,7 +301,7 @@ def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     for name, spec in stages.items():
         for key, reference in references(spec).items() if spec is not None else ():
             made_by = getattr(stages.get(reference), "tuning", None)
-            if made_by is not None and made_by.method in UNMERGED:
+            if made_by is not None and not made_by.merges:
                 problem = _problem(spec, key, made_by)
                 if problem is not None:
                     found[name, key] = problem
@@ -314,7 +312,7 @@ def _problem(spec: Any, key: str, made_by: Any) -> str | None:
     """Say what is wrong where ``key`` names a model whose adapter is not merged."""
     part = key.partition(".")[0]
     if part == "init" and isinstance(spec, TrainingStage):
-        if spec.new_head is not None or spec.tuning != made_by or made_by.method not in CONTINUED:
+        if spec.new_head is not None or spec.tuning != made_by or not made_by.continues:
             return start_problem(made_by.method)
         if isinstance(spec, PpoStage) and spec.critic.init is None:
             return (
@@ -393,7 +391,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _head(spec: RewardStage | ClassifyStage) -> Iterator[Problem]:
     method = spec.tuning.method
-    if method in VIRTUAL:
+    if spec.tuning.virtual:
         yield (
             "tuning.method",
             f"{method} puts virtual tokens before the text of a decoder, and init is an encoder; "

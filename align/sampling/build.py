@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from align.core.errors import TrainingError
-from align.recipe.schema.tuning import UNMERGED, TuningSpec
+from align.recipe.schema.tuning import METHODS, TuningSpec
 from align.sampling.engine import EngineOptions, RolloutEngine
 from align.tuning.files import unmerged_adapter
 
@@ -106,7 +106,7 @@ def adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str | 
     """Say why vLLM cannot hold the policy's adapter, or None where it has none that matters."""
     found = unmerged_adapter(model_dir)
     method = found[1] if found is not None else tuning.method if tuning is not None else "full"
-    if method not in UNMERGED:
+    if METHODS[method].merges:
         return None
     return f"its {method} adapter cannot be merged into the weights that vLLM takes"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from align.core.distributed import derive_seed
 from align.core.errors import DataError
 from align.core.types import Completion
-from align.recipe.schema.tuning import UNMERGED, TuningSpec
+from align.recipe.schema.tuning import TuningSpec
 from align.tuning.files import unmerged_adapter
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class EngineOptions:
     @property
     def adds_adapter(self) -> bool:
         """Say whether an adapter that cannot be merged is added to what is in ``model_dir``."""
-        tuned = self.tuning is not None and self.tuning.method in UNMERGED
+        tuned = self.tuning is not None and not self.tuning.merges
         return tuned and unmerged_adapter(self.model_dir) is None
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from align.recipe.schema.tuning import SERVED_RANKS, LoraTuning
+from align.recipe.schema.tuning import LoraTuning
 
 
 def adapter_options(tuning: LoraTuning) -> dict[str, Any]:
     """Give the options of an engine that serves one adapter of this tuning."""
-    rank = min(r for r in SERVED_RANKS if r >= tuning.rank)
+    rank = min(r for r in tuning.served_ranks if r >= tuning.rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 

@@ -31,7 +31,7 @@ from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.loading import load_tokenizer
 from align.recipe.load import load_recipe
-from align.recipe.schema import PRODUCES, DataSpec, Recipe, Spec
+from align.recipe.schema import STAGES, DataSpec, Recipe, Spec
 from align.tuning.files import refuse_unmerged
 from reward_models.scalar import reads_first
 
@@ -215,7 +215,7 @@ def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
         hashes[key] = upstream["spec_hash"] if named else reference
     plain = spec.model_dump(mode="json")
     return {
-        "kind": PRODUCES[spec.kind],
+        "kind": spec.produces,
         "stage": context.name,
         "stage_kind": spec.kind,
         "spec": plain,
@@ -275,23 +275,9 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
     return spec.model_copy(update={k: with_data_of_stages(v, context) for k, v in found.items()})
 
 
-MODULES = {
-    "base": "base_model",
-    "ppo": "online",
-    "grpo": "online",
-    "reward": "reward.stage",
-    "evaluate": "evaluate.stage",
-    "trl": "trl.stage",
-    "self_instruct": "data.self_instruct",
-    "curate": "data.curate",
-    "weak_label": "data.weak_label",
-}
-"""Stage kinds whose module in align.stages has another name."""
-
-
 def stage_runner(kind: str) -> Any:
     """Give the function ``run(spec, context)`` of a stage kind."""
-    return import_module(f"align.stages.{MODULES.get(kind, kind)}").run
+    return import_module(f"align.stages.{STAGES[kind].module}").run
 
 
 RowFormat = ChatFormat | PairedFormat

@@ -24,7 +24,7 @@ from align.preflight.checks import Check, Finding
 from align.preflight.rewards import reward_checks
 from align.preflight.tokens import prompt_checks
 from align.recipe.schema import DataSpec, MergeStage
-from align.recipe.schema.tuning import UNMERGED
+from align.recipe.schema.tuning import METHODS
 from align.sampling.engine import RolloutEngine
 from align.sampling.push import check_push
 from align.sampling.rollout import answer_fixed
@@ -143,9 +143,10 @@ def refuse_adapter(name: str, artefact: Artefact) -> None:
         ArtefactError: its stage tuned by a method that cannot be merged.
     """
     tuning = artefact.manifest.get("spec", {}).get("tuning") or {}
-    if tuning.get("method") in UNMERGED:
+    method = tuning.get("method", "full")
+    if not METHODS[method].merges:
         raise ArtefactError(
-            f"{name}: tuned by {tuning['method']}, whose adapter is no part of the weights; "
+            f"{name}: tuned by {method}, whose adapter is no part of the weights; "
             "interpolate models of full or LoRA-like tuning"
         )
 

@@ -27,7 +27,6 @@ from align.recipe.schema import (
     PpoStage,
     WatchSpec,
 )
-from align.recipe.schema.tuning import UNMERGED
 from align.sampling.push import pushed_weights
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
@@ -106,8 +105,6 @@ def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
 
 
 log = logging.getLogger(__name__)
-NEW_AT_START = (*UNMERGED, "qlora")
-"""Methods whose policy is not what ``init`` holds before the first step, or not to the engine."""
 
 
 def run(spec: OnlineStage, context: StageContext) -> StageResult:
@@ -118,7 +115,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     prompts = fitted(asked, spec, chat, context, what="prompts")
     engine = start_engine(spec, source.model_dir, chat, context)
     module = build_policy(spec, source.model_dir, seed=context.seed)
-    if spec.tuning.method in NEW_AT_START:
+    if spec.tuning.new_at_start:
         with engine.awake():
             engine.load_weights(pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)

@@ -12,15 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from align.core.errors import ArtefactError
-
-UNMERGED_TYPES = {
-    "BOTTLENECK": "bottleneck",
-    "LOREFT": "loreft",
-    "PREFIX_TUNING": "prefix",
-    "PROMPT_TUNING": "prompt",
-    "P_TUNING": "ptuning",
-}
-"""peft's names of the adapters that stay beside the model, and ours."""
+from align.recipe.schema.tuning import METHODS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,7 +30,8 @@ def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
     if not (folder / CONFIG).is_file():
         return None
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
-    return (folder, UNMERGED_TYPES[kind]) if kind in UNMERGED_TYPES else None
+    methods = [method for method, tuning in METHODS.items() if tuning.peft_type == kind]
+    return (folder, methods[0]) if methods else None
 
 
 def refuse_unmerged(model_dir: Path, reader: str) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from align.core.errors import ArtefactError, TrainingError
 from align.models.loading import load_policy, set_dropout
-from align.recipe.rules import CONTINUED, start_problem
-from align.recipe.schema.tuning import QloraTuning, TuningSpec
+from align.recipe.rules import start_problem
+from align.recipe.schema.tuning import METHODS, QloraTuning, TuningSpec
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
@@ -116,6 +116,6 @@ def check_start(model_dir: Path, made_by: Any, tuning: TuningSpec) -> None:
     if found is None:
         return
     folder, method = found
-    if method in CONTINUED and made_by == tuning.model_dump(mode="json"):
+    if METHODS[method].continues and made_by == tuning.model_dump(mode="json"):
         return
     raise ArtefactError(f"{folder}: {start_problem(method)}")

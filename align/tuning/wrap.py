@@ -9,6 +9,7 @@ from torch import nn
 from align.core.errors import RecipeError
 from align.recipe.schema.tuning import (
     BottleneckTuning,
+    DoraTuning,
     FullTuning,
     HeadTuning,
     Ia3Tuning,
@@ -57,7 +58,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
             _leave_scales_out(model)
         if not isinstance(tuning, Ia3Tuning | BottleneckTuning | LoreftTuning):
             _check_targets(model, tuning.targets)
-        if isinstance(tuning, LoraTuning) and tuning.method == "dora":
+        if isinstance(tuning, DoraTuning):
             _check_norms(model, tuning)
         # DeepSpeed casts parameters to bfloat16 and leaves buffers: VeRA's matrices are buffers.
         wrapped = peft.get_peft_model(
@@ -119,7 +120,7 @@ def peft_config(model: Any, tuning: TuningSpec) -> Any:
             lora_dropout=tuning.dropout,
             target_modules=_targets(tuning.targets),
             use_rslora=tuning.method == "rslora",
-            use_dora=tuning.method == "dora",
+            use_dora=isinstance(tuning, DoraTuning),
             **task,
         )
     if isinstance(tuning, PissaTuning):

@@ -32,7 +32,7 @@ from tuned_stages import TUNINGS, make_base
 from align.core.artefacts import Artefact, read_artefact, write_manifest
 from align.core.errors import ArtefactError, DataError
 from align.recipe.schema import Recipe
-from align.recipe.schema.tuning import UNMERGED
+from align.recipe.schema.tuning import METHODS as CLASSES
 from align.stages.base import StageContext, _manifest_head, stage_runner
 from align.stages.tools.deep_check import check_recipe
 
@@ -155,7 +155,8 @@ def predictions(found: Artefact) -> list[dict[str, Any]]:
 def by_transformers(found: Artefact, texts: list[str]) -> list[dict[str, float]]:
     """Give the probabilities of each text by itself, without padding or code of this suite."""
     model = AutoModelForSequenceClassification.from_pretrained(found.model_dir)
-    if (found.path / "adapter").is_dir() and found.manifest["spec"]["tuning"]["method"] in UNMERGED:
+    method = found.manifest["spec"]["tuning"]["method"]
+    if (found.path / "adapter").is_dir() and not CLASSES[method].merges:
         name = model.base_model_prefix
         tuned = PeftModel.from_pretrained(getattr(model, name), str(found.path / "adapter"))
         setattr(model, name, tuned)

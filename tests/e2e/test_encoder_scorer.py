@@ -25,7 +25,7 @@ from align.core.artefacts import Artefact, write_manifest
 from align.core.errors import ArtefactError
 from align.models.loading import load_tokenizer
 from align.recipe.schema import Recipe
-from align.recipe.schema.tuning import UNMERGED
+from align.recipe.schema.tuning import METHODS as CLASSES
 from align.stages.base import StageContext
 from align.stages.evaluate.judge import calibrate
 from align.stages.evaluate.reward_cards import CardInput, build_cards
@@ -106,7 +106,7 @@ def by_transformers(found: Artefact, texts: list[tuple[str, str]]) -> list[list[
     encoder.load_state_dict(
         {n.removeprefix("backbone."): w for n, w in weights.items() if n != "head.weight"}
     )
-    if found.manifest["spec"]["tuning"]["method"] in UNMERGED:
+    if not CLASSES[found.manifest["spec"]["tuning"]["method"]].merges:
         encoder = PeftModel.from_pretrained(encoder, str(found.path / "adapter"))
     encoder.double().eval()
     tokenizer = BertTokenizer.from_pretrained(found.model_dir)

@@ -15,7 +15,7 @@ from tuned_stages import TUNINGS, make_base, run_stage, tuning_spec
 
 from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
-from align.recipe.schema.tuning import UNMERGED
+from align.recipe.schema.tuning import METHODS
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
 from align.sampling.push import check_push, pushed_weights
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
-MERGED = [m for m in TUNINGS if m not in UNMERGED]
+MERGED = [m for m in TUNINGS if METHODS[m].merges]
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [11]]
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from tuned_stages import TUNINGS
 
-from align.recipe.schema.tuning import UNMERGED
+from align.recipe.schema.tuning import METHODS
 
 WORKER = Path(__file__).parent / "workers" / "tunings.py"
 WEIGHTS = "model/model.safetensors"
@@ -54,7 +54,7 @@ def test_two_ranks_train_and_save_what_one_process_does(out: Path, method: str, 
             torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-6, msg=name)
     merged = load_file(out / f"{method}-{stage}-2" / WEIGHTS)
     same = all(torch.equal(merged[name], tensor) for name, tensor in source.items())
-    assert same == (method in UNMERGED)
+    assert same == (not METHODS[method].merges)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tuned_stages import TUNINGS, make_base, run_plain, run_stage, tuning_spec
 from align.core.artefacts import Artefact, write_manifest
 from align.core.errors import ArtefactError, PreflightError
 from align.models.logprobs import LogprobModel
-from align.recipe.schema.tuning import UNMERGED, VIRTUAL
+from align.recipe.schema.tuning import METHODS as CLASSES
 from align.sampling.build import build_engine, choose_engine
 from align.sampling.push import pushed_weights
 from align.stages.tools.chat import Chat
@@ -97,7 +97,7 @@ def test_saved_policy_is_base_with_adapter(folder, method):
         load_file(d / "model.safetensors") for d in (found.model_dir, folder / "base" / "model")
     )
     frozen = all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert frozen == (method in UNMERGED)
+    assert frozen == (not CLASSES[method].merges)
 
 
 @pytest.mark.parametrize("method", ADAPTED)
@@ -125,7 +125,7 @@ def test_engine_gives_the_greedy_tokens_of_transformers(folder, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_dpo_starts_at_its_reference(folder, method):
     found = artefact(folder, "dpo", method)
-    if method in VIRTUAL:
+    if CLASSES[method].virtual:
         # Virtual tokens change the policy before the first step; the reference is without them.
         assert abs(first_metrics(found)["train/loss"] - 0.6931) > 1e-3
     else:
@@ -136,7 +136,7 @@ def test_dpo_starts_at_its_reference(folder, method):
 def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, method):
     found = artefact(folder, "grpo", method)
     first = first_metrics(found)
-    assert (abs(first["kl/reference"]) > 1e-3) == (method in VIRTUAL)
+    assert (abs(first["kl/reference"]) > 1e-3) == CLASSES[method].virtual
     # After a step the policy has left its reference, which it would not with its adapter on.
     assert found.manifest["metrics"]["kl/reference_k3"] > 1e-5
     assert abs(first["kl/sampler"]) < 1e-4
@@ -147,7 +147,7 @@ def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, met
 def test_kto_starts_at_its_reference(folder, method):
     """At the reference every answer's loss is 1 - sigmoid(0)."""
     loss = first_metrics(artefact(folder, "kto", method))["train/loss"]
-    if method in VIRTUAL:
+    if CLASSES[method].virtual:
         assert abs(loss - 0.5) > 1e-4
     else:
         assert loss == pytest.approx(0.5, abs=1e-5)

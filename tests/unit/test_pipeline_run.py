@@ -32,7 +32,6 @@ from pathlib import Path
 import yaml
 from align.core.artefacts import read_manifest, spec_hash, write_manifest
 from align.recipe.load import load_recipe
-from align.recipe.schema import PRODUCES
 
 parser = argparse.ArgumentParser()
 for name in ("--recipe", "--stage", "--run-dir"):
@@ -61,7 +60,7 @@ if Path(f"{args.stage}.exit").exists():
 hashes = {k: read_manifest(run_dir / v)["spec_hash"] for k, v in recipe.inputs(args.stage).items()}
 plain = spec.model_dump(mode="json")
 write_manifest(out, {
-    "kind": PRODUCES[spec.kind], "stage": args.stage, "stage_kind": spec.kind, "spec": plain,
+    "kind": spec.produces, "stage": args.stage, "stage_kind": spec.kind, "spec": plain,
     "spec_hash": spec_hash(plain, seed=recipe.seed, inputs=hashes),
     "inputs": {k: {"spec_hash": h} for k, h in hashes.items()},
     "seed": recipe.seed, "data": [], "seconds": 1.0, "peak_rss_gib": 0.1, "metrics": {},

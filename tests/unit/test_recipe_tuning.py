@@ -272,9 +272,9 @@ def test_every_method_has_a_range_with_a_source():
     classes = get_args(get_args(TuningSpec)[0])
     methods = [m for c in classes for m in get_args(c.model_fields["method"].annotation)]
     assert set(RATES) == set(methods)
-    for kind in ("sft", "dpo"):
+    for family in ("supervised", "policy"):
         for method in methods:
-            known = known_rates(kind, method)
+            known = known_rates(family, method)
             assert known is not None
             assert 0.0 < known.low <= known.default < known.high < 1.0
             assert (

@@ -77,7 +77,8 @@ FORMATS: dict[str, Format] = {
 }
 """In order of precedence: a format whose fields another one's contain stands after it."""
 
-_ALIASES = {"openai": "messages"}
+ALIASES = {"openai": "messages"}
+"""Further names that a recipe may give a format."""
 
 
 class FormatDetector:
@@ -89,7 +90,7 @@ class FormatDetector:
     """
 
     def __init__(self, form: str, *, kind: Kind) -> None:
-        self._form = _ALIASES.get(form, form)
+        self._form = ALIASES.get(form, form)
         self._kind: Kind = kind
         self._of_file: dict[str, tuple[str, str]] = {}
         self.counts: Counter[str] = Counter()
@@ -204,7 +205,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     Raises:
         DataError: the row is not of this format, does not serve the kind, or is faulty.
     """
-    name = _ALIASES.get(format, format)
+    name = ALIASES.get(format, format)
     if name == "auto":
         name = detect(row, kind=kind, source=source)
     form = FORMATS[name]

@@ -1,13 +1,16 @@
 """The recipe schema: every key a recipe may hold, its default, its range. No torch here."""
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from align.recipe.schema.common import (
     BuildSpec,
     DataSpec,
     OptimSpec,
+    Ref,
     SamplingSpec,
     Spec,
     TokenizerSpec,
@@ -40,15 +43,16 @@ from align.recipe.schema.offline import (
     OfflineStage,
     RewardStage,
     SftStage,
+    StageSpec,
     TrainingStage,
 )
 from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
 from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.tuning import TuningSpec
-from reward_models.specs import EndpointSpec, EnsembleSpec, ProcessSpec, RewardSpec, ScalarSpec
+from reward_models.specs import EndpointSpec, EnsembleSpec, RewardSpec, ScalarSpec
 
 __all__ = [
-    "PRODUCES",
+    "STAGES",
     "AnyStage",
     "AugmentSpec",
     "BaseStage",
@@ -85,6 +89,7 @@ __all__ = [
     "SftStage",
     "SinkSpec",
     "Spec",
+    "StageSpec",
     "TaskSpec",
     "TokenizerSpec",
     "TrainingStage",
@@ -93,6 +98,8 @@ __all__ = [
     "WatchSpec",
     "WeakLabelStage",
     "ZeroSpec",
+    "ref_of",
+    "reference_kinds",
     "references",
 ]
 
@@ -115,24 +122,11 @@ AnyStage = Annotated[
     Field(discriminator="kind"),
 ]
 
-PRODUCES = {
-    "base": "policy",
-    "sft": "policy",
-    "dpo": "policy",
-    "kto": "policy",
-    "ppo": "policy",
-    "grpo": "policy",
-    "merge": "policy",
-    "trl": "policy",
-    "reward": "reward_model",
-    "encoder": "encoder",
-    "classify": "classifier",
-    "self_instruct": "data",
-    "curate": "data",
-    "weak_label": "data",
-    "evaluate": "evaluation",
+STAGES: dict[str, type[StageSpec]] = {
+    get_args(stage.model_fields["kind"].annotation)[0]: stage
+    for stage in get_args(get_args(AnyStage)[0])
 }
-"""Artefact kind that each stage kind writes."""
+"""Stage kind to its class: the one list of kinds. What a kind is to the others stands there."""
 
 
 class SinkSpec(Spec):
@@ -153,49 +147,42 @@ class Recipe(Spec):
     stages: dict[str, AnyStage] = Field(min_length=1)
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """Give the references of a stage to others: dotted key -> stage name, path or hub id."""
+        """Return the references of a stage to others: dotted key -> stage name, path or hub id."""
         return references(self.stages[stage])
 
 
-def references(spec: Any) -> dict[str, str]:
-    """Find every reference to another stage or a model in a stage spec.
+def references(spec: Spec) -> dict[str, str]:
+    """Return every reference of a stage to another stage or a model.
 
     Returns:
         Dotted key (``init``, ``data.0.stage``, ``rewards.0.model``, ``models.1`` ...) to the name.
     """
-    found: dict[str, str] = {}
+    return {key: name for key, name, _ in _marked(spec, "")}
 
-    def add(key: str, value: str | None) -> None:
-        if value is not None:
-            found[key] = value
 
-    def walk(part: Any, key: str) -> None:
-        if isinstance(part, DataSpec):
-            add(f"{key}.stage", part.stage)
-        elif isinstance(part, ScalarSpec | ProcessSpec):
-            add(f"{key}.model", part.model)
-        elif isinstance(part, list):
-            for i, item in enumerate(part):
-                walk(item, f"{key}.{i}")
-        elif isinstance(part, Spec):
-            for name in type(part).model_fields:
-                walk(getattr(part, name), f"{key}.{name}" if key else name)
+def reference_kinds(spec: Spec) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of artifact that each reference of a stage may name, by its dotted key."""
+    return {key: mark.kinds for key, _, mark in _marked(spec, "")}
 
-    if isinstance(spec, TrainingStage | TrlStage | SelfInstructStage):
-        add("init", spec.init)
-    if isinstance(spec, TrlStage):
-        add("teacher", spec.teacher)
-    if isinstance(spec, PpoStage):
-        add("critic.init", spec.critic.init)
-    if isinstance(spec, MergeStage):
-        add("base", spec.base)
-        add("tuned", spec.tuned)
-        for i, name in enumerate(spec.others):
-            add(f"others.{i}", name)
-    if isinstance(spec, EvaluateStage):
-        for key, names in (("models", spec.models), ("reward_models", spec.reward_models)):
-            for i, name in enumerate(names):
-                add(f"{key}.{i}", name)
-        add("reference", spec.reference)
-    walk(spec, "")
-    return found
+
+def _marked(part: Any, key: str) -> Iterator[tuple[str, str, Ref]]:
+    """Walk a spec for the fields that are marked by ``Ref``."""
+    if isinstance(part, list):
+        for i, item in enumerate(part):
+            yield from _marked(item, f"{key}{i}.")
+    if not isinstance(part, Spec):
+        return
+    for name, field in type(part).model_fields.items():
+        value, here = getattr(part, name), f"{key}{name}"
+        mark = ref_of(field)
+        if mark is None:
+            yield from _marked(value, f"{here}.")
+        elif isinstance(value, list):
+            yield from ((f"{here}.{i}", item, mark) for i, item in enumerate(value))
+        elif value is not None:
+            yield here, value, mark
+
+
+def ref_of(field: FieldInfo) -> Ref | None:
+    """Return the mark of a field that names an artifact, None for any other."""
+    return next((mark for mark in field.metadata if isinstance(mark, Ref)), None)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from reward_models.specs import Count, Positive, RewardSpec, Spec
+from reward_models.specs import Count, Positive, Ref, RewardSpec, Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -19,7 +19,7 @@ class DataSpec(Spec):
     writes data, or the made ``world``."""
 
     path: str | None = None
-    stage: str | None = None
+    stage: Annotated[str | None, Ref("data")] = None
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
     tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
     """Tasks of the world that rows are drawn from; empty is all five."""

@@ -1,6 +1,6 @@
 """Schema of the stages that make data: self_instruct, curate and weak_label."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,7 @@ from align.recipe.schema.common import (
     Count,
     DataSpec,
     Fraction,
+    Ref,
     SamplingSpec,
     Spec,
     distinct_names,
@@ -38,6 +39,9 @@ NOT_TEXT = (
 
 class DataStage(StageSpec):
     """Hold what the stages that write data.jsonl share; they run as one process."""
+
+    produces: ClassVar[str] = "data"
+    checked: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _one_rank(self) -> "DataStage":
@@ -74,8 +78,9 @@ class WordingSpec(Spec):
 class SelfInstructStage(DataStage):
     """Grow a set of instructions from a few by a model (Self-Instruct, arXiv:2212.10560)."""
 
+    module: ClassVar[str] = "data.self_instruct"
     kind: Literal["self_instruct"]
-    init: str
+    init: Annotated[str, Ref("policy")]
     seeds: list[DataSpec] = Field(min_length=1)
     """Rows of instruction and answer, usually written by people."""
     target: Count
@@ -138,6 +143,7 @@ class DiversitySpec(Spec):
 class CurateStage(DataStage):
     """Keep few, good and different rows (LIMA, arXiv:2305.11206), with a ledger of what left."""
 
+    module: ClassVar[str] = "data.curate"
     kind: Literal["curate"]
     data: list[DataSpec] = Field(min_length=1)
     of: Literal["sft", "preference"] = "sft"
@@ -183,6 +189,7 @@ class LabelFunction(Spec):
 class WeakLabelStage(DataStage):
     """Label rows by several weak judges, weighed by how well they agree (Dawid and Skene, 1979)."""
 
+    module: ClassVar[str] = "data.weak_label"
     kind: Literal["weak_label"]
     data: list[DataSpec] = Field(min_length=1)
     of: Literal["sft", "preference"]

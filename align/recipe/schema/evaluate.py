@@ -1,7 +1,7 @@
 """Schema of the evaluate stage."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,7 @@ from align.recipe.schema.common import (
     Count,
     DataSpec,
     Fraction,
+    Ref,
     SamplingSpec,
     Spec,
     distinct_names,
@@ -27,10 +28,13 @@ class MergeStage(StageSpec):
     ones; a single alpha is merged as it is.
     """
 
+    produces: ClassVar[str] = "policy"
+    module: ClassVar[str] = "merge"
+    checked: ClassVar[bool] = True
     kind: Literal["merge"]
-    base: str
-    tuned: str
-    others: list[str] = []
+    base: Annotated[str, Ref("policy")]
+    tuned: Annotated[str, Ref("policy")]
+    others: Annotated[list[str], Ref("policy")] = []
     """More models that were fine-tuned from ``base``, merged with ``tuned`` by ties and dare."""
     method: MergeMethod = "linear"
     """All but linear need mergekit: pip install 'align-suite[merge]'."""
@@ -195,12 +199,15 @@ LONGER = "longer"
 class EvaluateStage(StageSpec):
     """Compare checkpoints on held-out prompts."""
 
+    produces: ClassVar[str] = "evaluation"
+    module: ClassVar[str] = "evaluate.stage"
+    checked: ClassVar[bool] = True
     kind: Literal["evaluate"]
-    models: list[str] = Field(min_length=1)
+    models: Annotated[list[str], Ref("policy")] = Field(min_length=1)
     labels: dict[str, str] = {}
     """Names in tables for ``models`` that are given by path."""
     baseline: str
-    reference: str | None = None
+    reference: Annotated[str | None, Ref("policy")] = None
     """Policy the KL is measured against; None is the baseline."""
     tasks: list[TaskSpec] = []
     """Each by name (align/evaluation/tasks/), by the path of a file, or written out."""
@@ -218,7 +225,7 @@ class EvaluateStage(StageSpec):
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Count = 1024
-    reward_models: list[str] = []
+    reward_models: Annotated[list[str], Ref("reward_model")] = []
     pairs: list[DataSpec] = []
     """Held-out pairs on which each reward model's card is measured."""
     sets: list[DataSpec] = []

@@ -1,6 +1,6 @@
 """Schema of what every stage has, of the base stage and of the offline stages."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from align.recipe.schema.common import (
     Fraction,
     OptimSpec,
     Positive,
+    Ref,
     SamplingSpec,
     Spec,
     TokenizerSpec,
@@ -25,9 +26,6 @@ from align.recipe.schema.tuning import (
     refuse_head,
     refuse_last,
 )
-
-OUTSIDE = ("head", "prefix", "prompt", "ptuning")
-"""Tuning methods that train nothing inside a layer."""
 
 
 class UnfreezeSpec(Spec):
@@ -59,31 +57,23 @@ class LayersSpec(Spec):
         return self
 
 
-def refuse_outside(layers: LayersSpec | None, method: str) -> None:
+def refuse_outside(layers: LayersSpec | None, tuning: TuningSpec) -> None:
     """Raise ValueError where nothing that trains belongs to what the block speaks of."""
     if layers is None:
         return
-    if method in OUTSIDE:
+    if not tuning.inside_layers:
         raise ValueError(
-            f"'layers' has no effect with tuning.method {method}, which trains nothing inside a "
-            "layer; remove it, or choose a method such as lora"
+            f"'layers' has no effect with tuning.method {tuning.method}, which trains nothing "
+            "inside a layer; remove it, or choose a method such as lora"
         )
-    if layers.freeze_embeddings and method != "full":
+    if layers.freeze_embeddings and tuning.method != "full":
         raise ValueError(
-            f"'layers.freeze_embeddings' has no effect with tuning.method {method}, which leaves "
-            "the embeddings as they are; remove it"
+            f"'layers.freeze_embeddings' has no effect with tuning.method {tuning.method}, which "
+            "leaves the embeddings as they are; remove it"
         )
 
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-WATCHED = {
-    "sft": ("eval/loss",),
-    "dpo": ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob"),
-    "kto": ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward"),
-    "reward": ("eval/loss", "eval/accuracy"),
-    "classify": ("eval/loss", "eval/accuracy"),
-}
-"""Numbers that each kind of stage measures on its held-out rows."""
 
 
 class EarlyStoppingSpec(Spec):
@@ -126,67 +116,17 @@ class KeepSpec(Spec):
     augment: AugmentSpec | None = None
 
 
-def refuse_unfit(keep: KeepSpec, kind: str, *, method: str, watched: bool) -> None:
-    """Raise ValueError for a setting that has no effect, or a wrong one, in this kind of stage.
-
-    Args:
-        keep: the block. kind: ``sft``, ``reward``, ``classify``, ``dpo``, ``kto`` or ``online``.
-        method: of ``tuning``. watched: the stage looks at held-out rows while it trains.
-    """
-    if kind in ("dpo", "kto", "online") and keep.dropout > 0.0:
-        raise ValueError("keep.dropout would make the policy differ from its reference by chance")
-    if keep.early_stopping is not None:
-        _refuse_stopping(keep.early_stopping, kind, watched=watched)
-    if keep.ewc is not None:
-        _refuse_ewc(keep.ewc, kind, method)
-    if keep.augment is not None:
-        _refuse_augment(keep.augment, kind)
-
-
-def _refuse_stopping(stopping: EarlyStoppingSpec, kind: str, *, watched: bool) -> None:
-    if kind not in WATCHED:
-        raise ValueError(
-            "keep.early_stopping watches held-out rows; an online stage is watched and stopped by "
-            "'watch' with 'guard'"
-        )
-    if stopping.metric not in WATCHED[kind]:
-        raise ValueError(
-            f"keep.early_stopping.metric: found '{stopping.metric}'; a {kind} stage measures "
-            + ", ".join(WATCHED[kind])
-        )
-    if not watched:
-        raise ValueError("keep.early_stopping needs 'heldout' rows and 'eval_every' of 1 or more")
-
-
-def _refuse_ewc(ewc: EwcSpec, kind: str, method: str) -> None:
-    if kind in ("reward", "classify"):
-        raise ValueError(
-            f"keep.ewc protects what a language model says; a {kind} stage gives it up for a score"
-        )
-    if method != "full":
-        raise ValueError(
-            f"keep.ewc pulls the weights of the model back, which {method} tuning leaves as they "
-            "are; use full tuning, or remove it"
-        )
-    refuse_answers(ewc.data, "ewc")
-
-
-def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
-    if kind != "sft":
-        raise ValueError(
-            f"keep.augment rewords the rows of an sft stage anew in each epoch; a {kind} stage "
-            "takes its rows as they stand; remove it"
-        )
-    if augment == AugmentSpec():
-        raise ValueError("keep.augment changes nothing; give word_dropout or templates")
-    for template in augment.templates:
-        if template.count("{text}") != 1:
-            raise ValueError(f"keep.augment.templates: {template!r} must hold {{text}} once")
-
-
 class StageSpec(Spec):
-    """Hold what every stage has: who starts it and with how many processes."""
+    """Base of every stage: what its kind is to the others, and how its processes are started."""
 
+    produces: ClassVar[str]
+    """Kind of the artifact that it writes."""
+    module: ClassVar[str]
+    """Module of ``align.stages`` whose ``run(spec, context)`` is the stage."""
+    checked: ClassVar[bool] = False
+    """It ends in its preflight where only that is wanted (``align check --deep``)."""
+    if TYPE_CHECKING:  # each class has its own
+        kind: str
     ranks: Count = 1
     threads: Count | None = None
     """CPU threads of each rank; None divides the cores among the ranks of this node."""
@@ -196,9 +136,16 @@ class StageSpec(Spec):
 class TrainingStage(StageSpec):
     """Hold what every training stage shares."""
 
+    produces: ClassVar[str] = "policy"
+    checked: ClassVar[bool] = True
+    family: ClassVar[Literal["supervised", "policy"]]
+    """It learns right answers, or a policy that is held against its reference. The family sets
+    the learning rates that are known to work."""
+    heldout_metrics: ClassVar[tuple[str, ...]] = ()
+    """Numbers that it measures on held-out rows while it trains."""
     new_head: ClassVar[str | None] = None
     """The stage's kind where its model loses the language head for a new one."""
-    init: str
+    init: Annotated[str, Ref("policy")]
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero: ZeroSpec = ZeroSpec()
     optim: OptimSpec = OptimSpec()
@@ -221,10 +168,69 @@ class TrainingStage(StageSpec):
             refuse_last(self.tuning, self.new_head)
         else:
             refuse_head(self.tuning, "policy")
-        refuse_outside(self.layers, self.tuning.method)
+        refuse_outside(self.layers, self.tuning)
         if self.gradient_checkpointing:
             refuse_checkpointing(self.tuning)
         return self
+
+
+def refuse_unfit(stage: TrainingStage, *, watched: bool) -> None:
+    """Raise ValueError for a setting of ``keep`` that has no effect, or a wrong one, in a stage.
+
+    Args:
+        stage: the stage. watched: it looks at held-out rows while it trains.
+    """
+    keep = stage.keep
+    if stage.family == "policy" and keep.dropout > 0.0:
+        raise ValueError("keep.dropout would make the policy differ from its reference by chance")
+    if keep.early_stopping is not None:
+        _refuse_stopping(keep.early_stopping, stage, watched=watched)
+    if keep.ewc is not None:
+        _refuse_ewc(keep.ewc, stage)
+    if keep.augment is not None:
+        _refuse_augment(keep.augment, stage.kind)
+
+
+def _refuse_stopping(stopping: EarlyStoppingSpec, stage: TrainingStage, *, watched: bool) -> None:
+    if not stage.heldout_metrics:
+        raise ValueError(
+            "keep.early_stopping watches held-out rows; an online stage is watched and stopped by "
+            "'watch' with 'guard'"
+        )
+    if stopping.metric not in stage.heldout_metrics:
+        raise ValueError(
+            f"keep.early_stopping.metric: found '{stopping.metric}'; a {stage.kind} stage measures "
+            + ", ".join(stage.heldout_metrics)
+        )
+    if not watched:
+        raise ValueError("keep.early_stopping needs 'heldout' rows and 'eval_every' of 1 or more")
+
+
+def _refuse_ewc(ewc: EwcSpec, stage: TrainingStage) -> None:
+    if stage.new_head:
+        raise ValueError(
+            "keep.ewc protects what a language model says; "
+            f"a {stage.kind} stage gives it up for a score"
+        )
+    if stage.tuning.method != "full":
+        raise ValueError(
+            f"keep.ewc pulls the weights of the model back, which {stage.tuning.method} tuning "
+            "leaves as they are; use full tuning, or remove it"
+        )
+    refuse_answers(ewc.data, "ewc")
+
+
+def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
+    if kind != "sft":
+        raise ValueError(
+            f"keep.augment rewords the rows of an sft stage anew in each epoch; a {kind} stage "
+            "takes its rows as they stand; remove it"
+        )
+    if augment == AugmentSpec():
+        raise ValueError("keep.augment changes nothing; give word_dropout or templates")
+    for template in augment.templates:
+        if template.count("{text}") != 1:
+            raise ValueError(f"keep.augment.templates: {template!r} must hold {{text}} once")
 
 
 class OfflineStage(TrainingStage):
@@ -249,10 +255,7 @@ class OfflineStage(TrainingStage):
     def _answers_for_sft(self) -> "OfflineStage":
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
-        kinds = {SftStage: "sft", KtoStage: "kto"}
-        kind = self.new_head or kinds.get(type(self), "dpo")
-        watched = bool(self.heldout) and self.eval_every > 0
-        refuse_unfit(self.keep, kind, method=self.tuning.method, watched=watched)
+        refuse_unfit(self, watched=bool(self.heldout) and self.eval_every > 0)
         if self.mix_cap is not None and len(self.data) < 2:
             raise ValueError("'mix_cap' has no effect on one data set; remove it")
         if self.mix_cap is not None and any(spec.weight != 1.0 for spec in self.data):
@@ -263,6 +266,9 @@ class OfflineStage(TrainingStage):
 class BaseStage(StageSpec):
     """Bring in a model (``path``) or build and pretrain a small one (``build``)."""
 
+    produces: ClassVar[str] = "policy"
+    module: ClassVar[str] = "base_model"
+    checked: ClassVar[bool] = True
     kind: Literal["base"]
     path: str | None = None
     build: BuildSpec | None = None
@@ -290,6 +296,9 @@ class BaseStage(StageSpec):
 class SftStage(OfflineStage):
     """Supervised fine-tuning on the assistant turns."""
 
+    module: ClassVar[str] = "sft"
+    family: ClassVar = "supervised"
+    heldout_metrics: ClassVar = ("eval/loss",)
     kind: Literal["sft"]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
@@ -298,6 +307,9 @@ class SftStage(OfflineStage):
 class DpoStage(OfflineStage):
     """Direct preference optimisation (arXiv:2305.18290) and close relatives."""
 
+    module: ClassVar[str] = "dpo"
+    family: ClassVar = "policy"
+    heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob")
     kind: Literal["dpo"]
     beta: Positive = 0.1
     loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo"] = "sigmoid"
@@ -339,6 +351,9 @@ class DpoStage(OfflineStage):
 class KtoStage(OfflineStage):
     """Learn from single answers judged good or bad (KTO, arXiv:2402.01306)."""
 
+    module: ClassVar[str] = "kto"
+    family: ClassVar = "policy"
+    heldout_metrics: ClassVar = ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward")
     kind: Literal["kto"]
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
@@ -352,14 +367,16 @@ class KtoStage(OfflineStage):
         return self
 
 
-PAIRS_ONLY = ("center_coef", "use_margin", "label_smoothing", "tie_margin", "noise_folds")
-
-
 class RewardStage(OfflineStage):
     """Train a reward model (arXiv:1706.03741; centring arXiv:2312.09244)."""
 
+    produces: ClassVar[str] = "reward_model"
+    module: ClassVar[str] = "reward.stage"
+    family: ClassVar = "supervised"
+    heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy")
     new_head: ClassVar[str | None] = "reward"
     kind: Literal["reward"]
+    init: Annotated[str, Ref("policy", "encoder")]
     supervision: Literal["pairs", "answers", "steps"] = "pairs"
     """``pairs`` by Bradley and Terry; ``answers`` with a label each (balanced cross-entropy);
     ``steps`` of a solution with a label each (process reward, arXiv:2305.20050)."""
@@ -385,7 +402,8 @@ class RewardStage(OfflineStage):
     @model_validator(mode="after")
     def _has_effect(self) -> "RewardStage":
         if self.supervision != "pairs":
-            self._refuse(PAIRS_ONLY, f"with supervision {self.supervision}")
+            only = ("center_coef", "use_margin", "label_smoothing", "tie_margin", "noise_folds")
+            self._refuse(only, f"with supervision {self.supervision}")
         if self.supervision == "steps":
             # A process reward is a probability: it is not normalised.
             self._refuse(("heads", "norm_prompts", "norm_sampling"), "with supervision steps")
@@ -409,6 +427,9 @@ class RewardStage(OfflineStage):
 class EncoderStage(StageSpec):
     """Bring in an encoder such as BERT, which cannot generate: for classify and reward stages."""
 
+    produces: ClassVar[str] = "encoder"
+    module: ClassVar[str] = "encoder"
+    checked: ClassVar[bool] = True
     kind: Literal["encoder"]
     path: str
     """Folder or hub id in the format of transformers."""
@@ -417,7 +438,12 @@ class EncoderStage(StageSpec):
 class ClassifyStage(OfflineStage):
     """Sort texts into classes with a new head on a decoder or an encoder."""
 
+    produces: ClassVar[str] = "classifier"
+    module: ClassVar[str] = "classify"
+    family: ClassVar = "supervised"
+    heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy")
     new_head: ClassVar[str | None] = "classify"
     kind: Literal["classify"]
+    init: Annotated[str, Ref("policy", "encoder")]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of each target spread evenly over the classes (arXiv:1512.00567 section 7)."""

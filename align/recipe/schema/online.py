@@ -1,6 +1,6 @@
 """Schema of the online stages: ppo and grpo."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from align.recipe.schema.common import (
     OptimSpec,
     OverlongSpec,
     Positive,
+    Ref,
     Spec,
     distinct_names,
     refuse_answers,
@@ -80,6 +81,8 @@ def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> No
 class OnlineStage(TrainingStage):
     """Hold what ppo and grpo share."""
 
+    module: ClassVar[str] = "online"
+    family: ClassVar = "policy"
     prompts: list[DataSpec] = Field(min_length=1)
     rewards: list[RewardSpec] = Field(min_length=1)
     sampling: OnlineSampling = OnlineSampling()
@@ -118,7 +121,7 @@ class OnlineStage(TrainingStage):
             raise ValueError("max_length must leave room for a prompt before max_new_tokens")
         refuse_answers(self.prompts, "reinforcement")
         refuse_dropout(self.tuning)
-        refuse_unfit(self.keep, "online", method=self.tuning.method, watched=False)
+        refuse_unfit(self, watched=False)
         refuse_served(self.tuning, self.sampling.engine)
         if self.sampling.push == "adapter":
             refuse_pushed(self.tuning, self.sampling.engine)
@@ -131,7 +134,7 @@ class OnlineStage(TrainingStage):
 class CriticSpec(Spec):
     """Describe PPO's value network; ``init`` None starts it from the policy's weights."""
 
-    init: str | None = None
+    init: Annotated[str | None, Ref("policy", "reward_model")] = None
     optim: OptimSpec = OptimSpec(learning_rate=1e-5, schedule="constant")
     clip: Positive = 0.2
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -1,6 +1,6 @@
 """Schema of the stage that runs a trainer of TRL."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,7 @@ from align.recipe.schema.common import (
     DataSpec,
     Fraction,
     OptimSpec,
+    Ref,
     ZeroSpec,
     distinct_names,
 )
@@ -58,13 +59,16 @@ OWNED = (
 class TrlStage(StageSpec):
     """Run any trainer of TRL with this suite's data, artefacts, metrics and resumption."""
 
+    produces: ClassVar[str] = "policy"
+    module: ClassVar[str] = "trl.stage"
+    checked: ClassVar[bool] = True
     kind: Literal["trl"]
     trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
     """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""
-    init: str
+    init: Annotated[str, Ref("policy")]
     reference: bool = False
     """Give the trainer a frozen copy of ``init`` as ``ref_model``."""
-    teacher: str | None = None
+    teacher: Annotated[str | None, Ref("policy")] = None
     """Policy that a trainer of distillation learns from (GKD, Distillation, GOLD, IWOPD)."""
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []

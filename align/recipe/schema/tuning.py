@@ -3,7 +3,7 @@
 Each method has only the keys that change something for it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,43 +22,90 @@ Targets = Annotated[Literal["all-linear"] | list[str], AfterValidator(_names_one
 """``all-linear`` is every linear layer of the decoder, the output head left out."""
 
 
-class FullTuning(Spec):
+class Tuning(Spec):
+    """Base of the methods, with what a method can do where it is not as usual."""
+
+    merges: ClassVar[bool] = True
+    """The adapter can be added into the weights; else it stays beside the model."""
+    virtual: ClassVar[bool] = False
+    """It puts virtual tokens before the text."""
+    inside_layers: ClassVar[bool] = True
+    """It trains something inside the layers."""
+    continues: ClassVar[bool] = False
+    """An unmerged adapter whose files hold all that was trained, so that training can go on."""
+    new_at_start: ClassVar[bool] = False
+    """The policy is not what ``init`` holds before the first step, or not to the engine."""
+    in_trl: ClassVar[bool] = True
+    """TRL's trainers, which save and load adapters by themselves, can hold and resume it."""
+    served_ranks: ClassVar[tuple[int, ...]] = ()
+    """Largest ranks of the adapter alone that vLLM can be built for."""
+    peft_type: ClassVar[str | None] = None
+    """peft's name of an adapter that stays beside the model."""
+
+
+class BesideTuning(Tuning):
+    """Base of the methods whose adapter cannot be merged."""
+
+    merges: ClassVar[bool] = False
+    new_at_start: ClassVar[bool] = True
+    in_trl: ClassVar[bool] = False
+
+
+class VirtualTuning(BesideTuning):
+    """Base of the methods that put virtual tokens before the text."""
+
+    virtual: ClassVar[bool] = True
+    inside_layers: ClassVar[bool] = False
+
+
+class FullTuning(Tuning):
     """Train every weight."""
 
     method: Literal["full"] = "full"
 
 
-class HeadTuning(Spec):
+class HeadTuning(Tuning):
     """Freeze the backbone and train the new task head of a reward or classify stage."""
 
+    inside_layers: ClassVar[bool] = False
     method: Literal["head"]
 
 
-class LoraTuning(Spec):
-    """Add low-rank updates (arXiv:2106.09685; rslora 2312.03732; dora 2402.09353).
+class LoraTuning(Tuning):
+    """Add low-rank updates (arXiv:2106.09685).
 
-    ``rslora`` scales by alpha / sqrt(rank) instead of alpha / rank; ``dora`` trains the norm of
-    each output's weights apart from their direction.
+    ``rslora`` scales by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732).
     """
 
-    method: Literal["lora", "rslora", "dora"]
+    served_ranks: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128, 256, 320, 512)
+    method: Literal["lora", "rslora"]
     rank: Count = 16
     alpha: Positive = 32.0
     dropout: Rate = 0.0
     targets: Targets = "all-linear"
 
 
-class PissaTuning(Spec):
+class DoraTuning(LoraTuning):
+    """Train the norm of each output's weights apart from their direction (arXiv:2402.09353)."""
+
+    served_ranks: ClassVar[tuple[int, ...]] = ()
+    method: Literal["dora"]
+
+
+class PissaTuning(Tuning):
     """Train the leading singular directions of each weight (arXiv:2404.02948), alpha = rank."""
 
+    in_trl: ClassVar[bool] = False
     method: Literal["pissa"]
     rank: Count = 16
     targets: Targets = "all-linear"
 
 
-class QloraTuning(Spec):
+class QloraTuning(Tuning):
     """Add low-rank updates to weights held in 4 bits, doubly quantised NF4 (arXiv:2305.14314)."""
 
+    new_at_start: ClassVar[bool] = True
+    in_trl: ClassVar[bool] = False
     method: Literal["qlora"]
     rank: Count = 16
     alpha: Positive = 32.0
@@ -66,13 +113,13 @@ class QloraTuning(Spec):
     targets: Targets = "all-linear"
 
 
-class Ia3Tuning(Spec):
+class Ia3Tuning(Tuning):
     """Scale keys, values and the inner activations of the MLP by trained vectors (2205.05638)."""
 
     method: Literal["ia3"]
 
 
-class OftTuning(Spec):
+class OftTuning(Tuning):
     """Rotate the inputs of each weight by trained orthogonal blocks (arXiv:2306.07280)."""
 
     method: Literal["oft"]
@@ -81,7 +128,7 @@ class OftTuning(Spec):
     targets: Targets = "all-linear"
 
 
-class VeraTuning(Spec):
+class VeraTuning(Tuning):
     """Scale shared random low-rank matrices by trained vectors (arXiv:2310.11454)."""
 
     method: Literal["vera"]
@@ -89,46 +136,53 @@ class VeraTuning(Spec):
     targets: Targets = "all-linear"
 
 
-class BottleneckTuning(Spec):
+class BottleneckTuning(BesideTuning):
     """Insert small two-layer networks after attention and after the MLP (arXiv:1902.00751)."""
 
+    continues: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "BOTTLENECK"
     method: Literal["bottleneck"]
     size: Count = 64
     """Units of the inner layer."""
 
 
-class PrefixTuning(Spec):
+class PrefixTuning(VirtualTuning):
     """Train keys and values of virtual tokens in every layer, through a small MLP (2101.00190)."""
 
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     method: Literal["prefix"]
     virtual_tokens: Count = 16
     hidden: Count | None = None
     """Units of that MLP; None is the model's hidden size."""
 
 
-class PromptTuning(Spec):
+class PromptTuning(VirtualTuning):
     """Train the embeddings of virtual tokens (arXiv:2104.08691), begun from those of real ones."""
 
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     method: Literal["prompt"]
     virtual_tokens: Count = 16
 
 
-class PtuningTuning(Spec):
+class PtuningTuning(VirtualTuning):
     """Train virtual tokens whose embeddings an MLP makes (arXiv:2103.10385)."""
 
+    peft_type: ClassVar[str | None] = "P_TUNING"
     method: Literal["ptuning"]
     virtual_tokens: Count = 16
     hidden: Count = 128
     """Units of that MLP."""
 
 
-class LoreftTuning(Spec):
+class LoreftTuning(BesideTuning):
     """Edit hidden states in a low-rank subspace (arXiv:2404.03592 eq. 2).
 
     By default every token is edited. ``first`` and ``last`` edit that many tokens at the start and
     the end of the prompt instead; the tokens of the answer then stay as they are.
     """
 
+    continues: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "LOREFT"
     method: Literal["loreft"]
     rank: Count = 4
     layers: Annotated[
@@ -149,6 +203,7 @@ TuningSpec = Annotated[
     FullTuning
     | HeadTuning
     | LoraTuning
+    | DoraTuning
     | PissaTuning
     | QloraTuning
     | Ia3Tuning
@@ -162,15 +217,12 @@ TuningSpec = Annotated[
     Field(discriminator="method"),
 ]
 
-UNMERGED = ("bottleneck", "prefix", "prompt", "ptuning", "loreft")
-"""Methods whose adapter cannot be added into the weights: it stays beside the model."""
-
-VIRTUAL = ("prefix", "prompt", "ptuning")
-"""Methods that put virtual tokens before the text."""
-
-
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Largest ranks of a LoRA that vLLM can be built for."""
+METHODS: dict[str, type[Tuning]] = {
+    method: tuning
+    for tuning in get_args(get_args(TuningSpec)[0])
+    for method in get_args(tuning.model_fields["method"].annotation)
+}
+"""Method to its class."""
 
 
 def refuse_dropout(tuning: TuningSpec) -> None:
@@ -190,7 +242,7 @@ def refuse_head(tuning: TuningSpec, kind: str) -> None:
 
 def refuse_beside(tuning: TuningSpec) -> None:
     """Raise ValueError for what TRL's trainers cannot hold: they know peft's own layers only."""
-    if tuning.method in (*UNMERGED, "pissa", "qlora"):
+    if not tuning.in_trl:
         raise ValueError(
             f"tuning.method {tuning.method} is not for trainers of TRL, which save and load "
             "adapters by themselves, and would not resume exactly; use lora, rslora, dora, ia3, "
@@ -200,7 +252,7 @@ def refuse_beside(tuning: TuningSpec) -> None:
 
 def refuse_checkpointing(tuning: TuningSpec) -> None:
     """Raise ValueError for virtual tokens under gradient checkpointing."""
-    if tuning.method in VIRTUAL:
+    if tuning.virtual:
         raise ValueError(
             "gradient_checkpointing drops the cache that carries the virtual tokens of "
             f"{tuning.method} tuning; set it to false, or choose a method such as lora"
@@ -209,7 +261,7 @@ def refuse_checkpointing(tuning: TuningSpec) -> None:
 
 def refuse_served(tuning: TuningSpec, engine: str) -> None:
     """Raise ValueError where vLLM is asked for by name and cannot hold the adapter."""
-    if tuning.method in UNMERGED and engine == "vllm":
+    if not tuning.merges and engine == "vllm":
         raise ValueError(
             f"sampling.engine vllm cannot sample from a {tuning.method} adapter, which cannot be "
             "merged; use engine: hf (or auto, which takes it and says so)"
@@ -220,15 +272,15 @@ def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
     """Raise ValueError where vLLM cannot be given the adapter alone."""
     if engine == "hf":
         raise ValueError("sampling.push: adapter has no effect with engine hf; remove it")
-    if not isinstance(tuning, LoraTuning) or tuning.method == "dora":
+    if not isinstance(tuning, LoraTuning) or not tuning.served_ranks:
         raise ValueError(
             f"sampling.push: adapter needs an adapter that vLLM serves (lora or rslora); with "
             f"{tuning.method} leave it out: whole weights are pushed"
         )
-    if tuning.rank > SERVED_RANKS[-1]:
+    if tuning.rank > tuning.served_ranks[-1]:
         raise ValueError(
-            f"sampling.push: adapter: vLLM serves ranks up to {SERVED_RANKS[-1]}, found "
-            f"{tuning.rank}"
+            f"sampling.push: adapter: vLLM serves ranks up to {tuning.served_ranks[-1]}, "
+            f"found {tuning.rank}"
         )
 
 

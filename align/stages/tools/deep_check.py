@@ -19,7 +19,7 @@ from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
 from align.recipe.load import load_recipe
-from align.recipe.schema import PRODUCES, BaseStage, EncoderStage, Recipe
+from align.recipe.schema import BaseStage, EncoderStage, Recipe
 from align.stages.base import (
     StageContext,
     forget_launch_scripts,
@@ -28,24 +28,6 @@ from align.stages.base import (
 )
 from align.stages.preflight import CheckedOnly, base_checks, settle
 
-CHECKED = (
-    "base",
-    "encoder",
-    "sft",
-    "classify",
-    "reward",
-    "dpo",
-    "kto",
-    "ppo",
-    "grpo",
-    "trl",
-    "self_instruct",
-    "curate",
-    "weak_label",
-    "evaluate",
-    "merge",
-)
-"""Kinds of stages that end in their preflight where only that is wanted; no other is started."""
 BRINGS_IN = (BaseStage, EncoderStage)
 
 
@@ -117,7 +99,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         scratch: empty folder that the stage may write to.
     """
     spec = recipe.stages[name]
-    if spec.kind not in CHECKED:
+    if not spec.checked:
         what = f"stages of kind {spec.kind} check nothing before they begin"
         return Card(name, spec.kind, [Line("preflight", what, "", "not yet")])
     missing = [
@@ -137,7 +119,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         stage_runner(spec.kind)(with_data_of_stages(spec, context), context)
     except CheckedOnly as ended:
         if (scratch / "model").is_dir() and not (inputs / name).exists():
-            write_manifest(scratch, {"kind": PRODUCES[spec.kind], "spec_hash": ""})
+            write_manifest(scratch, {"kind": spec.produces, "spec_hash": ""})
             os.symlink(scratch, inputs / name)
         return ended.card
     except AlignError as error:
