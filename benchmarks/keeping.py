@@ -93,7 +93,7 @@ def run_recipe(name: str, seed: int, runs: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for stage in (s for s in recipe.stages if s.startswith("evaluate_")):
         summary = json.loads((run_dir / stage / "summary.json").read_text())
-        for model, block in summary["models"].items():
+        for model, block in summary["tasks"]["heldout"]["models"].items():
             found.setdefault(model, {})[stage.removeprefix("evaluate_")] = block["exact_match"][0]
     if "merge" in recipe.stages:
         manifest = json.loads((run_dir / "merge" / "manifest.json").read_text())

@@ -1,15 +1,15 @@
-"""From scored answers to the blocks of summary.json: intervals, win rates, differences, bands.
+"""Records of scored responses, intervals of their means and differences, and a recipe's bands.
 
-Pure functions on plain records. An answer that could not be scored (None) is counted and left
-out; in a comparison it leaves with its partner.
+Pure functions on plain records. A response that could not be scored (None) is counted and left
+out; in a comparison its partner is left out too.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_interval, win_rate
+from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_interval
+from align.recipe.schema.evaluate import OWN_TASK
 
 Triple = list[float | None]
 """[value, low, high]; None where there is nothing to estimate from."""
@@ -34,21 +34,6 @@ class Record(TypedDict):
     kl: float | None
     finish_reason: str
     group: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Hold how model a compares with model b on the same prompts.
-
-    Attributes:
-        win_rate: by the judge, ties half; None where no pair could be judged.
-        num_invalid: pairs left out of the win rate.
-        differences: metric to the interval of the mean of a - b.
-    """
-
-    win_rate: WinRate | None
-    num_invalid: int
-    differences: dict[str, Triple]
 
 
 def as_triple(interval: Interval | WinRate | None) -> Triple:
@@ -143,34 +128,6 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float 
     return columns
 
 
-def summarise_model(records: Sequence[Record], *, seed: int = 0) -> dict[str, Triple]:
-    """Summarise the answers of one model.
-
-    Args:
-        records: at least one; samples of one prompt share ``prompt_index`` and count as one
-            cluster in the intervals.
-        seed: of the bootstrap.
-
-    Returns:
-        Metric to [value, low, high]; where answers had to be left out also ``<metric>_invalid``,
-        their number (a count has no spread: three times the same).
-
-    Raises:
-        ValueError: if there is no record or the records' scores differ in name.
-    """
-    if not records:
-        raise ValueError("no answers to summarise; the evaluation has no prompts")
-    clusters = [record["prompt_index"] for record in records]
-    block: dict[str, Triple] = {}
-    for name, of in columns_of(records).items():
-        values = [of(record) for record in records]
-        share = name not in UNBOUNDED
-        block[name] = as_triple(mean_interval(values, clusters, seed=seed, share=share))
-        if num_invalid := float(sum(value is None for value in values)):
-            block[f"{name}_invalid"] = [num_invalid] * 3
-    return block
-
-
 def by_place(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
     """Index records by (prompt_index, sample_index), which must be unique."""
     places = {(record["prompt_index"], record["sample_index"]): record for record in records}
@@ -182,117 +139,54 @@ def by_place(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
     return places
 
 
-def compare(
-    records_a: Sequence[Record], records_b: Sequence[Record], *, seed: int = 0
-) -> Comparison:
-    """Compare two models' answers to the same prompts, pair by pair.
-
-    Args:
-        records_a: answers of the model in question.
-        records_b: answers of the baseline: the same (prompt_index, sample_index) in any order.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: if the two sides do not answer the same prompts.
-    """
-    places_a, places_b = by_place(records_a), by_place(records_b)
-    alone = places_a.keys() ^ places_b.keys()
-    if alone or not places_a:
-        raise ValueError(
-            f"{len(alone)} of {len(places_a.keys() | places_b.keys())} (prompt, sample) places "
-            "are answered by one model only; compare models on the same prompts"
-        )
-    places = sorted(places_a)
-    clusters = [prompt for prompt, _ in places]
-    columns_b = columns_of(records_b)
-    values = {
-        name: ([of(places_a[place]) for place in places], [of(places_b[place]) for place in places])
-        for name, of in columns_of(records_a).items()
-        if name in columns_b
-    }
-    judged_a, judged_b, names = valid_pairs(*values["judge"], clusters)
-    return Comparison(
-        win_rate=win_rate(judged_a, judged_b, clusters=names) if judged_a else None,
-        num_invalid=len(places) - len(judged_a),
-        differences={
-            name: as_triple(
-                difference_interval(a, b, clusters, seed=seed, share=name not in UNBOUNDED)
-            )
-            for name, (a, b) in values.items()
-        },
-    )
-
-
-def differences(
-    models: Mapping[str, Sequence[Record]], *, baseline: str, seed: int = 0
-) -> dict[str, Triple]:
-    """Give ``"<model>-<baseline>/<metric>"`` -> [value, low, high] for every other model."""
-    return {
-        f"{name}-{baseline}/{metric}": triple
-        for name, records in models.items()
-        if name != baseline
-        for metric, triple in compare(records, models[baseline], seed=seed).differences.items()
-    }
-
-
-def build_summary(
-    models: Mapping[str, Sequence[Record]], *, baseline: str, seed: int = 0
-) -> dict[str, Any]:
-    """Give the blocks ``models``, ``differences`` and ``comparisons`` of summary.json.
-
-    The baseline's win rate against itself is 0.5 without uncertainty. ``comparisons`` holds the
-    judge's wins, ties, losses and the pairs left out as invalid.
-
-    Raises:
-        ValueError: if the baseline is not among the models or they answer different prompts.
-    """
-    if baseline not in models:
-        raise ValueError(f"baseline '{baseline}' is not among the models {list(models)}")
-    blocks: dict[str, dict[str, Triple]] = {}
-    deltas: dict[str, Triple] = {}
-    counts: dict[str, dict[str, int]] = {}
-    for name, records in models.items():
-        blocks[name] = summarise_model(records, seed=seed)
-        if name == baseline:
-            blocks[name][f"win_rate_vs_{baseline}"] = [0.5, 0.5, 0.5]
-            continue
-        result = compare(records, models[baseline], seed=seed)
-        won = result.win_rate
-        blocks[name][f"win_rate_vs_{baseline}"] = as_triple(won)
-        pair = f"{name}-{baseline}"
-        deltas.update({f"{pair}/{key}": value for key, value in result.differences.items()})
-        wins, ties, losses = (won.wins, won.ties, won.losses) if won else (0, 0, 0)
-        counts[pair] = {
-            "wins": wins,
-            "ties": ties,
-            "losses": losses,
-            "invalid": result.num_invalid,
-        }
-    return {"models": blocks, "differences": deltas, "comparisons": counts}
-
-
 def _look_up(summary: Mapping[str, Any], key: str) -> Any:
-    """Follow a key of slashes through nested dicts; a dict's own key may hold slashes too."""
-    if key in summary:
-        return summary[key]
-    if key.endswith("_invalid") and key.removesuffix("_invalid") in summary:
-        return 0.0  # counted, and none was: the block leaves zeros out
+    """Return the number or interval that a key of ``expect`` names.
+
+    ``models/...`` and ``differences/...`` refer to the stage's own prompts (task ``heldout``);
+    every other key is a path through summary.json. A key of a mapping may contain slashes.
+
+    Raises:
+        KeyError: with the part that leads nowhere.
+    """
+    own = summary.get("tasks", {}).get(OWN_TASK, {})
     head, _, rest = key.partition("/")
-    if not rest or not isinstance(summary.get(head), Mapping):
-        raise KeyError(key)
-    return _look_up(summary[head], rest)
+    if head == "models":
+        model, _, metric = rest.partition("/")
+        if metric == f"win_rate_vs_{own.get('baseline')}":
+            metric = "win_rate"
+        if metric.endswith("_invalid") and metric.removesuffix("_invalid") in own["models"][model]:
+            # What was never invalid is not listed.
+            return own["invalid"].get(model, {}).get(metric.removesuffix("_invalid"), 0)
+        return own.get("models", {})[model][metric]
+    if head == "differences":
+        pair, _, metric = rest.partition("/")
+        model = pair.removesuffix(f"-{own.get('baseline')}")
+        if model == pair:
+            raise KeyError(pair)
+        return own.get("contrasts", {})[model][metric]["difference"]
+    return _walk(summary, key)
+
+
+def _walk(part: Mapping[str, Any], key: str) -> Any:
+    if key in part:
+        return part[key]
+    for cut in (i for i, letter in enumerate(key) if letter == "/"):
+        if isinstance(part.get(key[:cut]), Mapping):
+            return _walk(part[key[:cut]], key[cut + 1 :])
+    raise KeyError(key)
 
 
 def check_expectations(
     summary: Mapping[str, Any],
     expect: Mapping[str, Sequence[float | None]],
 ) -> list[dict[str, Any]]:
-    """Say which of a recipe's bands the summary keeps to.
+    """Return whether the summary keeps to each of a recipe's bands.
 
     Args:
         summary: what summary.json holds.
-        expect: key (``models/dpo/kl``; the end of an interval as ``models/dpo/kl:low`` or
-            ``:high``) to (lowest, highest) allowed value, None for no bound.
+        expect: key (``models/dpo/kl``, ``differences/grpo-sft/exact_match``; the end of an
+            interval as ``models/dpo/kl:low`` or ``:high``) to (lowest, highest) allowed value,
+            None for no bound.
 
     Returns:
         One entry a key: ``key``, ``band``, ``value``, ``holds``; a key that leads to no number

@@ -105,7 +105,8 @@ def task_block(
     Returns:
         ``models`` (model to metric to [value, low, high]), ``contrasts`` (other model to metric to
         difference, verdict and prompts needed), ``groups`` (group to model to the first graded
-        metric, where records have groups), ``comparisons`` (the judge's counts).
+        metric, where records have groups), ``comparisons`` (the judge's counts), ``invalid`` (model
+        to metric to the number of responses left out, where there are any).
     """
     others = [name for name in models if name != baseline]
     findings = {
@@ -130,6 +131,8 @@ def task_block(
         },
         "comparisons": {name: _counts(pairs) for name, pairs in judged.items()},
     }
+    if invalid := {name: found for name in models if (found := _invalid(models[name], metrics))}:
+        block["invalid"] = invalid
     if groups := _groups(models, metrics):
         block["groups"] = groups
     return block
@@ -258,6 +261,17 @@ def _counts(pairs: Judged) -> dict[str, int | bool]:
     }
 
 
+def _invalid(model: Answered, metrics: Sequence[str]) -> dict[str, int]:
+    """Return how many responses each metric leaves out because they could not be scored."""
+    columns = columns_of(model.records)
+    counts = {
+        name: sum(columns[name](record) is None for record in model.records)
+        for name in (*metrics, "judge")
+        if name in columns
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
 def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str, Any]:
     """Break the first graded metric down by the records' group."""
     records = next(iter(models.values())).records
@@ -292,8 +306,17 @@ def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, T
 def judged_by_score(
     records: Sequence[Record], others: Sequence[Record]
 ) -> dict[Place, float | None]:
-    """Judge pairs by the records' ``judge`` scores: 1, 1/2 or 0; None where a score is invalid."""
+    """Return 1, 1/2 or 0 for each pair by the records' ``judge`` scores; None if one is invalid.
+
+    Raises:
+        ValueError: the two sides do not answer the same prompts.
+    """
     mine, theirs = by_place(records), by_place(others)
+    if alone := mine.keys() ^ theirs.keys():
+        raise ValueError(
+            f"{len(alone)} of {len(mine.keys() | theirs.keys())} (prompt, sample) places are "
+            "answered by one model only; compare models on the same prompts"
+        )
     results: dict[Place, float | None] = {}
     for place in sorted(mine):
         a, b = mine[place]["judge"], theirs[place]["judge"]

@@ -31,9 +31,9 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Join the last evaluation's results with the cost of each stage.
 
     Reward models and expectations are those of all evaluations; a reward model that several have
-    measured stands once for each, the earlier ones as ``<evaluation>/<reward model>``. ``earlier``
-    holds models and differences of the evaluations before the last, such as the scores on an old
-    task before and after a new one was learnt.
+    measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``. ``earlier``
+    holds the tasks of the evaluations before the last, such as the scores on an old task before
+    and after a new one was learned.
     """
     summary: dict[str, Any] = {}
     latest = ""
@@ -65,6 +65,5 @@ def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[s
     expectations = [*earlier.get("expectations", []), *later.get("expectations", [])]
     joined = later | {"reward_models": kept | measured, "expectations": expectations}
     if earlier:
-        own = {key: earlier[key] for key in ("models", "differences") if key in earlier}
-        joined["earlier"] = earlier.get("earlier", {}) | {name: own}
+        joined["earlier"] = earlier.get("earlier", {}) | {name: {"tasks": earlier["tasks"]}}
     return joined

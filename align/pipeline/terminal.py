@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from align.report.tables import judge_lines, stacked, task_tables, verdict_lines
+from align.report.tables import judge_lines, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
 STILL_EVERY_S = 60.0
@@ -173,7 +172,7 @@ class Terminal:
     def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
         """Show the comparison, what was expected of it, and where to read on."""
         self._stop_live()
-        for table in [*summary_tables(summary), *task_tables(summary)]:
+        for table in task_tables(summary):
             self._console.print(table)
         for line in [*verdict_lines(summary), *judge_lines(summary)]:
             self.line(line)
@@ -274,40 +273,3 @@ def number(value: Any) -> str:
     if value == 0 or 0.001 <= abs(value) < 10000:
         return f"{value:.3f}".rstrip("0").rstrip(".")
     return f"{value:.3g}"
-
-
-def cell(value: Any) -> str:
-    """Write ``[value, low, high]`` as ``value [low, high]``."""
-    if isinstance(value, list) and len(value) == 3:
-        return f"{number(value[0])} [{number(value[1])}, {number(value[2])}]"
-    return number(value)
-
-
-def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Make the tables that end a run: models, reward models, differences.
-
-    Models stand side by side with the interval under each value, so that five of them fit into a
-    terminal of 80 columns.
-    """
-    tables = []
-    for title in ("models", "reward_models"):
-        rows: Mapping[str, Mapping[str, Any]] = summary.get(title, {})
-        metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
-        if rows:
-            table = Table(
-                "",
-                *rows,
-                title=f"{title.replace('_', ' ')} (95 % intervals)",
-                box=SIMPLE_HEAD,
-                pad_edge=False,
-                padding=(0, 1, 0, 0),
-            )
-            for metric in metrics:
-                table.add_row(metric, *(stacked(row.get(metric)) for row in rows.values()))
-            tables.append(table)
-    if differences := summary.get("differences"):
-        table = Table("difference", "value (95 % interval)", box=SIMPLE_HEAD)
-        for name, value in differences.items():
-            table.add_row(name, cell(value))
-        tables.append(table)
-    return tables

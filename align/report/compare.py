@@ -7,7 +7,7 @@ from typing import Any
 
 from align.report.charts import line_chart
 from align.report.markup import Markup, even, join, number, table, tag
-from align.report.read import Row, RunRecord, read_run
+from align.report.read import Row, RunRecord, own_models, read_run
 from align.report.sections import panels_of
 
 MAX_PANELS = 12
@@ -43,7 +43,7 @@ def _label(first: RunRecord, second: RunRecord, which: int) -> str:
 
 def _numbers(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Markup | None:
     rows: list[list[object]] = []
-    ours, theirs = (run.summary.get("models", {}) for run in (first, second))
+    ours, theirs = (own_models(run.summary) for run in (first, second))
     for model in [name for name in ours if name in theirs]:
         for metric, a in ours[model].items():
             b = theirs[model].get(metric)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.recipe.schema.evaluate import OWN_TASK
 from align.report.charts import line_chart
 from align.report.markup import Markup, number, table, tag, triple
 from align.report.read import RunRecord, StageRecord
@@ -56,11 +57,21 @@ def earlier(run: RunRecord) -> Markup | None:
             tag("h3", name),
             table(
                 ["difference", "value"],
-                [[key, triple(value)] for key, value in block.get("differences", {}).items()],
+                rows,
                 class_="numbers",
             ),
         )
         for name, block in found.items()
-        if block.get("differences")
+        if (rows := _differences(block))
     ]
     return tag("section", tag("h2", "Earlier evaluations"), *parts) if parts else None
+
+
+def _differences(evaluation: Mapping[str, Any]) -> list[list[object]]:
+    own = evaluation.get("tasks", {}).get(OWN_TASK, {})
+    return [
+        [f"{model} - {own['baseline']}: {metric}", triple(told["difference"])]
+        for model, row in own.get("contrasts", {}).items()
+        for metric, told in row.items()
+        if told["null"] == 0.0
+    ]

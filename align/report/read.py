@@ -11,6 +11,7 @@ from align.core.artefacts import MANIFEST
 from align.core.errors import ArtefactError, RecipeError
 from align.core.log import METRICS_FILE, SAMPLES_FILE
 from align.recipe.schema import Recipe
+from align.recipe.schema.evaluate import OWN_TASK
 
 Row = dict[str, Any]
 
@@ -99,6 +100,11 @@ def _read_summary(run_dir: Path, recipe: Recipe, problems: list[str]) -> Row:
         if summary := read_object(folder / "summary.json", problems):
             return summary
     return {}
+
+
+def own_models(summary: Row) -> Row:
+    """Return each model's metrics on the run's own prompts."""
+    return summary.get("tasks", {}).get(OWN_TASK, {}).get("models", {})
 
 
 def read_object(path: Path, problems: list[str]) -> Row:

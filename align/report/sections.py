@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import yaml
 
 from align.report.charts import Band, Points, line_chart
-from align.report.markup import Markup, duration, even, join, number, table, tag
+from align.report.markup import Markup, duration, join, number, table, tag, triple
 from align.report.read import Row, RunRecord, StageRecord
 
 FIXED = frozenset({"step", "time_s", "total_steps"})
@@ -50,99 +50,17 @@ def _list(lines: Iterable[object]) -> Markup:
     return tag("ul", *(tag("li", line) for line in lines))
 
 
-def comparison(run: RunRecord) -> Markup | None:
-    """Compare the models: one row each, one column a metric, intervals under the values."""
-    models: Mapping[str, Row] = run.summary.get("models", {})
-    if not models:
-        return None
-    names = list(dict.fromkeys(metric for block in models.values() for metric in block))
-    names = [n for n in names if not n.endswith("_invalid")]
-    names.sort(key=lambda n: (not n.startswith("win_rate"), n in ("kl", "length", "stop_rate")))
-    baseline = next((n.partition("_vs_")[2] for n in names if n.startswith("win_rate_vs_")), None)
-    rows: list[list[object]] = []
-    for model, block in models.items():
-        label = join(model, tag("small", " baseline")) if model == baseline else model
-        cells = [_cell(block, n, better=_differs(run.summary, model, baseline, n)) for n in names]
-        rows.append([label, *cells])
-    parts = [
-        tag(
-            "p",
-            "Value with its 95 % interval below. ",
-            tag("b", "Bold"),
-            " where the interval of "
-            "the paired difference to the baseline excludes 0 (for a win rate: where its interval "
-            "excludes 0.5); it says that there is a difference, not that it is a good one.",
-        ),
-        table(["model", *(_title(n) for n in names)], rows, class_="numbers"),
-        _difference_table(run.summary),
-        _reward_models(run.summary),
-    ]
-    return tag("section", tag("h2", "Comparison on held-out prompts"), *parts)
-
-
-def _title(metric: str) -> str:
-    unit = {"kl": "nats per answer", "length": "tokens"}.get(metric)
-    return metric.replace("_", " ") + (f" ({unit})" if unit else "")
-
-
-def _cell(block: Row, metric: str, *, better: bool) -> Markup | str:
-    triple = block.get(metric)
-    if triple is None:
-        return "-"
-    value, low, high = triple
-    shown = tag("b", even(value)) if better else even(value)
-    spread = None if low == high else tag("small", f"[{even(low)}, {even(high)}]")
-    invalid = block.get(f"{metric}_invalid")
-    left_out = tag("small", f"{invalid[0]:.0f} answers left out") if invalid else None
-    return tag("div", shown, spread, left_out, class_="triple")
-
-
-def _differs(summary: Row, model: str, baseline: str | None, metric: str) -> bool:
-    if model == baseline:
-        return False
-    if metric.startswith("win_rate_vs_"):
-        return _excludes(summary["models"][model].get(metric), 0.5)
-    return _excludes(summary.get("differences", {}).get(f"{model}-{baseline}/{metric}"), 0.0)
-
-
-def _excludes(triple: Sequence[float | None] | None, value: float) -> bool:
-    if triple is None or triple[1] is None or triple[2] is None:
-        return False
-    return not triple[1] <= value <= triple[2]
-
-
-def _difference_table(summary: Row) -> Markup | None:
-    found = summary.get("differences", {})
-    if not found:
-        return None
-    rows: list[list[object]] = []
-    for key, triple in found.items():
-        pair, _, metric = key.partition("/")
-        sure = _excludes(triple, 0.0)
-        rows.append([f"{pair} {_title(metric)}", _cell({"d": triple}, "d", better=sure)])
-    counts = [
-        f"{pair}: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses"
-        + (f", {c['invalid']} pairs left out as invalid" if c.get("invalid") else "")
-        for pair, c in summary.get("comparisons", {}).items()
-    ]
-    return tag(
-        "details",
-        tag("summary", "Paired differences and judged pairs"),
-        table(["difference", "value"], rows, class_="numbers"),
-        _list(counts) if counts else None,
-    )
-
-
-def _reward_models(summary: Row) -> Markup | None:
-    found = summary.get("reward_models", {})
+def reward_models(run: RunRecord) -> Markup | None:
+    """Show what each reward model scores on held-out pairs; None where none was measured."""
+    found: Mapping[str, Row] = run.summary.get("reward_models", {})
     if not found:
         return None
     names = list(dict.fromkeys(name for block in found.values() for name in block))
     rows: list[list[object]] = [
-        [model, *(_cell(block, n, better=False) for n in names)] for model, block in found.items()
+        [model, *(triple(block.get(n)) for n in names)] for model, block in found.items()
     ]
-    heads: list[object] = ["reward model", *(f"held-out {_title(n)}" for n in names)]
-    return table(heads, rows, class_="numbers")
+    heads: list[object] = ["reward model", *(f"held-out {n.replace('_', ' ')}" for n in names)]
+    return tag("section", tag("h2", "Reward models"), table(heads, rows, class_="numbers"))
 
 
 def expectations(run: RunRecord) -> Markup | None:

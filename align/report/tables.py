@@ -1,4 +1,4 @@
-"""Show what checkpoints did on evaluation tasks: values, intervals, verdicts, the win matrix."""
+"""Terminal tables of an evaluation: values, intervals, verdicts, win rates, reward models."""
 
 from collections.abc import Iterator, Mapping
 from math import ceil
@@ -14,25 +14,44 @@ Block = Mapping[str, Any]
 
 
 def task_tables(summary: Block) -> Iterator[Table]:
-    """Make a table for each task, and one of who wins against whom."""
+    """Yield a table for each task, its win rates of every pair, and one of the reward models.
+
+    Models stand side by side with the interval under each value, so that five of them fit into a
+    terminal of 80 columns.
+    """
     for name, block in summary.get("tasks", {}).items():
-        if name != OWN_TASK:  # its values stand in the table of the models
-            yield _values(name, block)
+        title = "held-out prompts" if name == OWN_TASK else name
+        yield _values(title, block)
         if len(block.get("win_matrix", {})) > 2:
-            yield _matrix(name, block["win_matrix"])
+            yield _matrix(title, block["win_matrix"])
+    if rows := summary.get("reward_models"):
+        yield _reward_models(rows)
+
+
+def _reward_models(rows: Mapping[str, Block]) -> Table:
+    table = _table(*rows, title="reward models (95 % intervals)")
+    for metric in dict.fromkeys(name for row in rows.values() for name in row):
+        table.add_row(metric, *(stacked(row.get(metric)) for row in rows.values()))
+    return table
+
+
+def _table(*names: str, title: str) -> Table:
+    return Table("", *names, title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _values(name: str, block: Block) -> Table:
     models = block["models"]
     answers = f" x {block['samples']} answers" if block["samples"] > 1 else ""
     title = f"{name}: {block['prompts']} prompts{answers}, against {block['baseline']}"
-    table = Table("", *models, title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _table(*models, title=title)
     for metric in block["metrics"]:
         cells = []
         for model, row in models.items():
             contrast = block["contrasts"].get(model, {}).get(metric, {})
             verdict = MARKS.get(contrast.get("verdict", ""), "")
-            cells.append("\n".join(filter(None, [stacked(row.get(metric)), verdict])))
+            invalid = block.get("invalid", {}).get(model, {}).get(metric)
+            left_out = f"[dim]{invalid} invalid[/]" if invalid else ""
+            cells.append("\n".join(filter(None, [stacked(row.get(metric)), verdict, left_out])))
         table.add_row(_title(metric), *cells)
     for group, row in block.get("groups", {}).items():
         table.add_row(f"  [dim]{group}[/]", *(stacked(row.get(model)) for model in models))

@@ -1,35 +1,34 @@
-"""Checkpoints by tasks: values with intervals and verdicts, and who wins against whom."""
+"""Checkpoints by task: values with intervals and verdicts, differences, win rates of every pair."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from align.recipe.schema.evaluate import OWN_TASK
 from align.report.markup import Markup, even, join, number, table, tag, triple
 from align.report.read import RunRecord
 
 Block = Mapping[str, Any]
-OWN_TASK = "heldout"
 UNITS = {"kl": "nats per answer", "length": "tokens"}
 CLASSES = {"better": "ok", "worse": "bad"}
 
 
 def tasks(run: RunRecord) -> Markup | None:
-    """Show every evaluation task of the run; None where there is none."""
+    """Show every evaluation task of the run, its own prompts first; None without a task."""
     blocks: Mapping[str, Block] = run.summary.get("tasks", {})
     if not blocks:
         return None
     return tag(
         "section",
-        tag("h2", "Tasks and verdicts"),
+        tag("h2", "Comparison on held-out prompts"),
         tag(
             "p",
-            "Value with its 95 % interval, and whether the paired difference to the baseline "
-            "is shown: ",
+            "Each value is shown with its 95 % confidence interval. The verdict is ",
             tag("span", "better", class_="ok"),
             " or ",
             tag("span", "worse", class_="bad"),
-            " where its interval leaves 0 out (1/2 for a win "
-            "rate), else not shown. Of twenty comparisons without any difference, one is shown by "
-            "chance.",
+            " if the interval of the paired difference to the baseline excludes 0 (1/2 for a win "
+            "rate), otherwise not shown. Of twenty comparisons without a real difference, one is "
+            "expected to be shown by chance.",
         ),
         *(_task(name, block) for name, block in blocks.items()),
     )
@@ -53,6 +52,7 @@ def _task(name: str, block: Block) -> Markup:
         tag("p", block["description"], class_="quiet") if block.get("description") else None,
         table(["", *models], rows, class_="numbers"),
         _judge(block.get("judge")),
+        _differences(block),
         _needed(block),
         _matrix(block.get("win_matrix", {})),
     )
@@ -66,7 +66,35 @@ def _title(metric: str) -> str:
 def _cell(block: Block, model: str, metric: str) -> Markup | str:
     verdict = block["contrasts"].get(model, {}).get(metric, {}).get("verdict")
     said = tag("small", verdict, class_=CLASSES.get(verdict)) if verdict else None
-    return triple(block["models"][model].get(metric), said)
+    invalid = block.get("invalid", {}).get(model, {}).get(metric)
+    left_out = tag("small", f"{invalid} responses left out") if invalid else None
+    return triple(block["models"][model].get(metric), said, left_out)
+
+
+def _differences(block: Block) -> Markup | None:
+    """Show the paired difference of every metric, and the pairs that the judge decided."""
+    rows: list[list[object]] = [
+        [f"{model}: {_title(metric)}", triple(told["difference"])]
+        for model, row in block["contrasts"].items()
+        for metric, told in row.items()
+        if told["difference"][0] is not None
+    ]
+    if not rows:
+        return None
+    counts = [
+        tag(
+            "li",
+            f"{model}: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses",
+            f", {c['invalid']} pairs left out as invalid" if c.get("invalid") else None,
+        )
+        for model, c in block.get("comparisons", {}).items()
+    ]
+    return tag(
+        "details",
+        tag("summary", f"Paired differences to {block['baseline']}, and judged pairs"),
+        table(["model: metric", "difference"], rows, class_="numbers"),
+        tag("ul", *counts) if counts else None,
+    )
 
 
 def _needed(block: Block) -> Markup | None:

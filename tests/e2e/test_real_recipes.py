@@ -132,14 +132,15 @@ def test_short_persona_chain_runs_through_to_the_summary(real_data: Path, tmp_pa
     run = tmp_path / "persona"
     assert code == 0, shown + logs(run)
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["models"]) == {"base", "sft", "dpo", "ppo", "grpo"}
-    for row in summary["models"].values():
+    models = summary["tasks"]["heldout"]["models"]
+    assert set(models) == {"base", "sft", "dpo", "ppo", "grpo"}
+    for row in models.values():
         value, low, high = row["trait"]
         assert 0.0 <= low <= value <= high <= 1.0
     accuracy, low, high = summary["reward_models"]["reward"]["pair_accuracy"]
     assert 0.0 < low <= accuracy <= high < 1.0
     # The stories' model has never been asked a question: it does not answer Yes or No.
-    assert summary["models"]["base"]["yes_or_no"][0] == 0.0
+    assert models["base"]["yes_or_no"][0] == 0.0
     assert set(summary["stages"]) == set(STAGES)
     assert (run / "report.html").is_file()
     # Held-out statements come from the hash split: none of them is trained on.

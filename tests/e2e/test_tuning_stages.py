@@ -284,7 +284,7 @@ def test_evaluate_compares_policies_with_and_without_unmerged_adapters(folder):
     assert summary["engine"] == "hf"
     for model in models:
         # A policy read without its adapter would be the base: KL 0.
-        assert abs(summary["models"][str(model)]["kl"][0]) > 1e-3
+        assert abs(summary["tasks"]["heldout"]["models"][str(model)]["kl"][0]) > 1e-3
 
 
 def merged(folder: Path, tuned: Path, name: str) -> Artefact:

@@ -31,12 +31,12 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     (tmp_path / "r.yaml").write_text(RECIPE)
     found = {
         "first": {
-            "models": {"base": {"n": 1}},
+            "tasks": {"heldout": {"models": {"base": {"n": 1}}}},
             "reward_models": {"a": 1, "both": 2},
             "expectations": [{"key": "x"}],
         },
         "second": {
-            "models": {"base": {"n": 2}},
+            "tasks": {"heldout": {"models": {"base": {"n": 2}}}},
             "reward_models": {"b": 3, "both": 4},
             "expectations": [{"key": "y"}],
         },
@@ -49,6 +49,6 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     summary = summarise(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
     assert summary["reward_models"] == {"a": 1, "first/both": 2, "b": 3, "both": 4}
     assert summary["expectations"] == [{"key": "x"}, {"key": "y"}]
-    assert summary["models"] == {"base": {"n": 2}}
-    assert summary["earlier"] == {"first": {"models": {"base": {"n": 1}}}}
+    assert summary["tasks"] == found["second"]["tasks"]
+    assert summary["earlier"] == {"first": {"tasks": found["first"]["tasks"]}}
     assert summary["seconds"] == 3.0

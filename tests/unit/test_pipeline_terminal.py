@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from align.pipeline.terminal import Tail, Terminal, cell, clock, eta_s, number, sample_text
+from align.pipeline.terminal import Tail, Terminal, clock, eta_s, number, sample_text
 
 
 def test_eta_uses_the_pace_of_this_attempt():
@@ -28,7 +28,6 @@ def test_numbers_and_times_are_written_short():
         "-",
     ]
     assert [clock(s) for s in (4.4, 65, 7260)] == ["4 s", "1 min 05 s", "2 h 01 min"]
-    assert cell([0.5, 0.4, 0.6]) == "0.5 [0.4, 0.6]"
 
 
 def test_sample_is_one_line():
@@ -111,13 +110,25 @@ def test_without_steps_the_log_speaks_and_nothing_is_said_twice(tmp_path: Path, 
     ]
 
 
+HELDOUT = {
+    "baseline": "sft",
+    "metrics": ["exact_match"],
+    "prompts": 40,
+    "samples": 1,
+    "models": {"sft": {"exact_match": [0.5, 0.4, 0.6]}, "dpo": {"exact_match": [0.7, 0.6, 0.8]}},
+    "contrasts": {
+        "dpo": {"exact_match": {"difference": [0.2, 0.1, 0.3], "null": 0.0, "verdict": "better"}}
+    },
+    "invalid": {"dpo": {"exact_match": 2}},
+}
+
+
 def test_summary_shows_intervals_and_expectations():
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, width=160, soft_wrap=True))
     summary = {
-        "models": {"sft": {"exact_match": [0.5, 0.4, 0.6]}, "dpo": {"kl": [1.0, 0.5, 1.5]}},
+        "tasks": {"heldout": HELDOUT},
         "reward_models": {"rm": {"pair_accuracy": [0.9, 0.85, 0.95]}},
-        "differences": {"dpo-sft/exact_match": [0.1, 0.02, 0.2]},
         "expectations": [
             {"key": "models/dpo/kl", "band": [0, 20], "value": 1.0, "holds": True},
             {"key": "x", "band": [1, None], "value": 0.5, "holds": False},
@@ -131,7 +142,10 @@ def test_summary_shows_intervals_and_expectations():
         "0.40..0.60",
         "0.90",
         "0.85..0.95",
-        "0.1 [0.02, 0.2]",
+        "held-out prompts: 40 prompts, against sft",
+        "better",
+        "2 invalid",
+        "heldout: dpo better than sft by exact_match",
         "2 min 10 s in all",
         "holds: models/dpo/kl = 1 in [0, 20]",
         "DOES NOT HOLD: x = 0.5 in [1, None]",

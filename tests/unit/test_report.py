@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -154,37 +155,53 @@ def evaluation_samples() -> list[dict[str, Any]]:
     ]
 
 
-def summary() -> dict[str, Any]:
-    def block(exact: float, win: float, reward: float, kl: float) -> dict[str, Any]:
-        def around(x: float, d: float) -> list[float]:
-            return [x, x - d, x + d]
+METRICS = ("win_rate", "exact_match", "reward", "judge", "length", "kl", "stop_rate")
 
+
+def summary() -> dict[str, Any]:
+    def around(x: float, d: float) -> list[float]:
+        return [x, x - d, x + d]
+
+    def block(exact: float, reward: float, kl: float, win: float | None = None) -> dict[str, Any]:
         return {
+            "win_rate": [None] * 3 if win is None else around(win, 0.05),
             "exact_match": around(exact, 0.031),
+            "reward": around(reward, 0.1),
             "judge": around(exact + 0.2, 0.04),
             "length": around(13.25, 0.8),
             "kl": around(kl, 0.2),
             "stop_rate": around(0.9, 0.05),
-            "reward": around(reward, 0.1),
-            "win_rate_vs_sft": around(win, 0.05 if win != 0.5 else 0),
         }
 
+    def told(difference: list[float | None], verdict: str, null: float = 0.0) -> dict[str, Any]:
+        return {"difference": difference, "null": null, "verdict": verdict}
+
     models = {
-        "base": block(0.043, 0.061, -1.2, 9.4),
-        "sft": block(0.592, 0.5, 0.1, 0.0),
-        "dpo": block(0.601, 0.713, 0.9, 3.1),
-        "ppo": block(0.624, 0.664, 1.3, 2.2),
-        "grpo": block(0.741, 0.531, 0.2, 1.4),
+        "base": block(0.043, -1.2, 9.4, 0.061),
+        "sft": block(0.592, 0.1, 0.0),
+        "dpo": block(0.601, 0.9, 3.1, 0.713),
+        "ppo": block(0.624, 1.3, 2.2, 0.664),
+        "grpo": block(0.741, 0.2, 1.4, 0.531),
     }
-    models["dpo"]["judge_invalid"] = [3.0, 3.0, 3.0]
     models["base"]["reward"] = [None, None, None]
-    return {
+    unknown = told([None, None, None], "not shown")
+    contrasts = {name: dict.fromkeys(METRICS, unknown) for name in models if name != "sft"}
+    contrasts["grpo"]["exact_match"] = told([0.149, 0.112, 0.187], "better")
+    contrasts["dpo"]["exact_match"] = told([0.009, -0.02, 0.04], "not shown")
+    contrasts["dpo"]["win_rate"] = told(around(0.713, 0.05), "better", null=0.5)
+    contrasts["base"]["win_rate"] = told(around(0.061, 0.05), "worse", null=0.5)
+    own = {
+        "baseline": "sft",
+        "metrics": list(METRICS),
+        "prompts": 200,
+        "samples": 1,
         "models": models,
-        "differences": {
-            "grpo-sft/exact_match": [0.149, 0.112, 0.187],
-            "dpo-sft/exact_match": [0.009, -0.02, 0.04],
-        },
-        "comparisons": {"dpo-sft": {"wins": 120, "ties": 40, "losses": 37, "invalid": 3}},
+        "contrasts": contrasts,
+        "comparisons": {"dpo": {"wins": 120, "ties": 40, "losses": 37, "invalid": 3}},
+        "invalid": {"dpo": {"judge": 3}},
+    }
+    return {
+        "tasks": {"heldout": own},
         "reward_models": {"reward": {"pair_accuracy": [0.914, 0.881, 0.941]}},
         "stages": {"sft": {"seconds": 61.4, "peak_rss_gib": 1.875, "tokens_per_s": 5230.0}},
         "seconds": 251.0,
@@ -282,17 +299,22 @@ def test_report_table_holds_numbers_and_intervals_of_summary(page: Page) -> None
         "13.25",
         "[12.45, 14.05]",
         "[0.881, 0.941]",
-        "120 wins, 40 ties, 37 losses, 3 pairs left out",
-        "3 answers left out",
+        "120 wins, 40 ties, 37 losses",
+        "3 pairs left out as invalid",
+        "3 responses left out",
     ):
         assert text in page.text, text
 
 
-def test_report_bold_is_where_the_interval_excludes_the_baseline(page: Page) -> None:
-    # win rates: base 0.061, dpo 0.713, ppo 0.664 +- 0.05 exclude 0.5; grpo 0.531 +- 0.05 does not.
-    # exact match: grpo's paired difference excludes 0, dpo's does not, base and ppo have none.
-    assert {"0.061", "0.713", "0.664", "0.741"} <= set(page.bold)
-    assert not {"0.531", "0.601", "0.592", "0.043", "0.500"} & set(page.bold)
+def test_report_gives_a_verdict_where_the_interval_excludes_no_difference(page: Page) -> None:
+    # By hand from summary(): grpo's exact match and dpo's win rate are better, base's is worse.
+    rows = re.findall(r"<tr>.*?</tr>", page.source)
+    (exact,) = [row for row in rows if '<th scope="row">exact match</th>' in row]
+    (won,) = [row for row in rows if '<th scope="row">win rate</th>' in row]
+    assert re.findall(r'"(ok|bad)">(better|worse)', exact) == [("ok", "better")]
+    assert re.findall(r'"(ok|bad)">(better|worse)', won) == [("bad", "worse"), ("ok", "better")]
+    assert "0.741" in exact.split("<td>")[5]
+    assert 'class="ok">better' in exact.split("<td>")[5]
 
 
 def test_report_says_which_expectations_hold(page: Page) -> None:

@@ -154,13 +154,13 @@ def test_merge_section_shows_the_curve_and_the_chosen_alpha() -> None:
 
 
 def test_earlier_evaluations_show_what_an_old_task_has_lost() -> None:
-    lost = {"plain-old/exact_match": [-0.5, -0.625, -0.375]}
-    summary = {
-        "earlier": {"evaluate_old": {"models": {}, "differences": lost}, "x": {"models": {}}}
-    }
+    lost = {"exact_match": {"difference": [-0.5, -0.625, -0.375], "null": 0.0}}
+    own = {"baseline": "old", "contrasts": {"plain": lost}}
+    summary = {"earlier": {"evaluate_old": {"tasks": {"heldout": own}}, "x": {"tasks": {}}}}
     stage = StageRecord("b", "base", "done", ())
     page = str(earlier(run_of(stage, summary)))
     assert "evaluate_old" in page
+    assert "plain - old: exact_match" in page
     assert "-0.500" in page
     assert "[-0.625, -0.375]" in page
     assert ">x<" not in page

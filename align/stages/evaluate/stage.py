@@ -9,7 +9,7 @@ from typing import Any
 from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
 from align.core.log import CARDS_FILE, MetricsLog
-from align.evaluation.compare import Record, build_summary, check_expectations
+from align.evaluation.compare import Record, check_expectations
 from align.evaluation.verdict import (
     WIN_RATES,
     Answered,
@@ -54,7 +54,7 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     baseline = spec.label(spec.baseline)
     answers: Answers = {}
     answered: dict[str, dict[str, Answered]] = {}
-    summary: dict[str, Any] = {"models": {}, "engine": "none"}
+    summary: dict[str, Any] = {"engine": "none"}
     if spec.all_tasks:
         rows = task_rows(spec, artefacts[baseline], context)
         rewards = task_rewards(spec, context, load_tokenizer(artefacts[baseline].model_dir))
@@ -64,9 +64,6 @@ def run(spec: EvaluateStage, context: StageContext) -> StageResult:
     summary["tasks"] = {
         task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
     } | harness_blocks(spec, artefacts, context)
-    if OWN_TASK in answered:
-        own = {name: model.records for name, model in answered[OWN_TASK].items()}
-        summary |= build_summary(own, baseline=baseline, seed=context.seed)
     cards = reward_cards(spec, context, answers, answered, artefacts[baseline])
     summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["expectations"] = check_expectations(summary, spec.expect)
@@ -155,18 +152,13 @@ def summarise(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Give the manifest's numbers: every model's metrics, those of tasks under the task's name."""
+    """Return the manifest's numbers: each model's metrics, prefixed by the task's name."""
     rows = [
-        (name, row)
-        for part in ("models", "reward_models")
-        for name, row in summary.get(part, {}).items()
-    ]
-    rows += [
-        (f"{task}/{name}", row)
+        (name if task == OWN_TASK else f"{task}/{name}", row)
         for task, block in summary["tasks"].items()
         for name, row in block["models"].items()
-        if task != OWN_TASK
     ]
+    rows += summary["reward_models"].items()
     return {
         f"{name}/{metric}": value[0]
         for name, row in rows
