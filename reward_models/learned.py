@@ -139,7 +139,7 @@ class ScalarReward:
         return len(self._parts(prompt, completion)[0])
 
     def _render(self, prompt: Text, completion: Text) -> list[int]:
-        """Tokenise prompt and answer apart, the answer up to and with its stop token."""
+        """Return the ids of prompt and answer, the answer up to and with its stop token."""
         if self.model.reads == "first":
             return pair_ids(self.tokenizer, prompt, completion)[0]
         head, answer = self._parts(prompt, completion)
@@ -147,7 +147,7 @@ class ScalarReward:
 
     def _parts(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         if isinstance(prompt, str) and isinstance(completion, str):
-            head, answer = self._plain(prompt), self._plain(completion)
+            head, answer = self._split(prompt, completion)
             bos: Any = self.tokenizer.bos_token_id
             if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] != head[:1]:
                 head = [bos, *head]
@@ -170,9 +170,18 @@ class ScalarReward:
                 f"reward '{self.name}': the chat template rewrites earlier turns; use a template "
                 "that only appends"
             )
-        return self._plain(before), self._plain(full[len(before) :].rstrip())
+        return self._split(before, full[len(before) :].rstrip())
 
-    def _plain(self, text: str) -> list[int]:
+    def _split(self, before: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokenize prompt and answer as one text, as the scorer's training rows were.
+
+        Where a token would reach from one into the other, they are tokenized apart.
+        """
+        head, whole = self._ids(before), self._ids(before + answer)
+        same = whole[: len(head)] == head
+        return head, whole[len(head) :] if same else self._ids(answer)
+
+    def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from align.core.types import Example, PromptRow, TokenRow, Turn
 from align.data.render.chat import ChatFormat
+from align.data.render.token_text import num_shared
 from align.preflight.checks import Check, Finding, spread
 
 NUM_RENDERED = 16
@@ -133,25 +134,24 @@ def generation_stops(chat: ChatFormat, stops: frozenset[int]) -> Finding:
 
 
 def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Finding:
-    """Render conversations whole and compare them with what was tokenised turn by turn."""
+    """Compare rows with the ids that ``apply_chat_template`` returns for the whole conversation."""
     if not conversations:
         return Finding("no conversation among the rows: no template is applied")
     tokenizer: Any = chat.tokenizer
-    value = f"{len(conversations)} conversations read the same whole and turn by turn"
+    value = f"{len(conversations)} conversations have the ids of apply_chat_template"
     for turns in conversations:
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
-        whole = str(tokenizer.apply_chat_template(list(turns), tokenize=False))
-        pieces = str(tokenizer.decode(list(row.input_ids), skip_special_tokens=False))
-        if unknown_id(chat) in row.input_ids:
-            continue  # an unknown character cannot be read back
-        one, other = ("".join(text.split()) for text in (whole, pieces))
+        found = tokenizer.apply_chat_template(list(turns), tokenize=True, return_dict=False)
         # No row holds what is said after the last answer.
-        same = one == other if turns[-1]["role"] == "assistant" else one.startswith(other)
-        if not same:
-            at = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
+        at = num_shared(whole, row.input_ids)
+        if at < max(len(whole), len(row.input_ids)):
+            one, other = (
+                tokenizer.decode(list(ids)[at : at + 8]) for ids in (whole, row.input_ids)
+            )
             return Finding(
-                f"whole {one[at : at + 30]!r}, turn by turn {other[at : at + 30]!r}",
-                "the same text",
+                f"token {at}: whole {one!r}, as trained {other!r}",
+                "the same ids",
                 "fail",
                 "the template writes a conversation otherwise than it grows; choose one that only "
                 "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
@@ -164,7 +164,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
             "the template writes today's date into every prompt, so another day's run sees other "
             "tokens; choose a family's template with tokenizer.chat_template",
         )
-    return Finding(value, "the same text")
+    return Finding(value, "the same ids")
 
 
 def unknown_id(chat: ChatFormat) -> int:

@@ -161,7 +161,7 @@ def test_template_that_writes_more_at_once_than_by_turns_fails() -> None:
     ends_with_user = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     found = tokens.template(chat, [ends_with_user])
     assert found.verdict == "fail"
-    assert "whole 'HELLOuser:a" in found.value
+    assert found.value == "token 0: whole 'HELLO us', as trained 'user:aas'"
     # What follows the last answer is no fault of a template that only appends.
     assert tokens.template(chat_of(), [ends_with_user]).verdict == "ok"
 

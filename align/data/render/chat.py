@@ -2,8 +2,9 @@
 
 An assistant turn is what the template adds when the conversation grows by it: the text
 ``render(turns[:i], add_generation_prompt=True)`` must be a prefix of ``render(turns[:i + 1])``.
-Each side of such a seam is tokenised on its own, so the ids before an answer are exactly the ids
-that generation starts from. Nothing is decided by comparing token ids with the pad id.
+The whole text is tokenized once, so the ids are those of ``apply_chat_template(tokenize=True)``
+with every tokenizer; the mask comes from the characters at which each turn begins and ends.
+Nothing is decided by comparing token ids with the pad id.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
 from align.data.render.templates import FAMILIES, family_of, template_text, with_stop
+from align.data.render.token_text import TokenText, num_shared
 from align.recipe.schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -71,8 +73,8 @@ class ChatFormat:
             DataError: a conversation, but the tokenizer has no chat template or it fails.
         """
         if isinstance(prompt, str):
-            ids = self._plain(prompt)
-            return ids if self._bos and ids[:1] == self._bos else self._bos + ids
+            ids = TokenText(self.tokenizer, prompt).ids
+            return self._missing_bos(ids) + ids
         return self._prompt_conversation(list(prompt), source="prompt")
 
     def prompt_row(self, example: Example) -> PromptRow:
@@ -104,21 +106,15 @@ class ChatFormat:
         Raises:
             DataError: both answers have the same ids, or the template cannot be split.
         """
-        prompt = tuple(self.prompt_ids(example.prompt))
         chosen = self._until_stop(example.prompt, example.completion, source=example.source)
         rejected = self._until_stop(example.prompt, example.rejected, source=example.source)
-        for row in (chosen, rejected):
-            if row.input_ids[: len(prompt)] != prompt:
-                raise DataError(
-                    f"{example.source}: the answer changes how the prompt is rendered; "
-                    "use a chat template that only appends"
-                )
         if chosen.input_ids == rejected.input_ids:
             raise DataError(f"{example.source}: chosen and rejected have the same tokens")
+        shared = num_shared(chosen.input_ids, rejected.input_ids)
         return PairRow(
             chosen=chosen,
             rejected=rejected,
-            num_prompt_tokens=len(prompt),
+            num_prompt_tokens=min(shared, *(row.trained.index(True) for row in (chosen, rejected))),
             margin=example.margin or 0.0,
             source=example.source,
             tie=is_tie(example),
@@ -131,43 +127,53 @@ class ChatFormat:
         end = len(row.trained) - row.trained[::-1].index(True)
         return TokenRow(row.input_ids[:end], row.trained[:end], source=source)
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _missing_bos(self, ids: list[int]) -> list[int]:
+        """Return the BOS that the tokenizer writes by itself, unless the text begins with it."""
+        return [] if ids[:1] == self._bos else self._bos
 
     def _row(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
         if not completion:
             raise DataError(f"{source}: there is no completion to train on")
         if isinstance(prompt, str) and isinstance(completion, str):
-            head = self.prompt_ids(prompt)
-            answer = self._plain(completion)
-            if not answer or answer[-1] not in self.stop_token_ids:
-                answer.append(self.stop_token_ids[0])
-            trained = (False,) * len(head) + (True,) * len(answer)
-            return TokenRow(tuple(head + answer), trained, source=source)
+            return self._plain_row(prompt, completion, source=source)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt else []
         return self._conversation(list(prompt), list(completion), source=source)
 
+    def _plain_row(self, prompt: str, completion: str, *, source: str) -> TokenRow:
+        head = self.prompt_ids(prompt)
+        whole = TokenText(self.tokenizer, prompt + completion).ids
+        whole = self._missing_bos(whole) + whole
+        answer = whole[len(head) :]
+        if whole[: len(head)] != head:
+            # A token would reach from the prompt into the answer, and generation, which starts
+            # from the prompt's tokens, could never write it.
+            answer = TokenText(self.tokenizer, completion).ids
+        if not answer or answer[-1] not in self.stop_token_ids:
+            answer.append(self.stop_token_ids[0])
+        trained = (False,) * len(head) + (True,) * len(answer)
+        return TokenRow(tuple(head + answer), trained, source=source)
+
     def _conversation(self, prompt: list[Turn], answer: list[Turn], *, source: str) -> TokenRow:
-        ids: list[int] = []
-        trained: list[bool] = []
-        done = ""
         turns = prompt + answer
+        ends: list[tuple[int, int, int]] = []
+        done = ""
         for i, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            head, full = self._around(turns, i, done=done, source=source)
-            before = self._plain(head[len(done) :])
-            said, after = self._said(full[len(head) :], source=source)
-            ids += before + said + after
-            train = [i >= len(prompt)] * len(said)
-            trained += [False] * len(before) + train + [False] * len(after)
-            done = full
+            if turn["role"] == "assistant":
+                head, done = self._around(turns, i, done=done, source=source)
+                ends.append((i, len(head), len(done)))
+        text = TokenText(self.tokenizer, done)
+        trained = [False] * len(text.ids)
+        for i, begin, end in ends:
+            start, stop = text.before(begin), text.before(end)
+            stop = self._stop_in(text.ids[start:stop], done[begin:end], source=source) + start
+            if i >= len(prompt):
+                trained[start : stop + 1] = [True] * (stop + 1 - start)
         if not any(trained):
             raise DataError(f"{source}: there is no assistant turn to train on")
-        return TokenRow(tuple(ids), tuple(trained), source=source)
+        return TokenRow(tuple(text.ids), tuple(trained), source=source)
 
     def _around(self, turns: list[Turn], i: int, *, done: str, source: str) -> tuple[str, str]:
         """Render up to turn i (with the generation prompt) and with it; check both prefixes."""
@@ -177,9 +183,8 @@ class ChatFormat:
         _check_prefix(head, full, source=source)
         return head, full
 
-    def _said(self, text: str, *, source: str) -> tuple[list[int], list[int]]:
-        """Split what the template writes for an answer into (ends in a stop token, the rest)."""
-        ids = self._plain(text)
+    def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
+        """Return the place of the one stop token in what the template writes for an answer."""
         stops = [k for k, token in enumerate(ids) if token in self.stop_token_ids]
         if len(stops) > 1:
             stop = self.tokenizer.convert_ids_to_tokens(ids[stops[0]])
@@ -188,7 +193,7 @@ class ChatFormat:
                 "the template writes the stop at the end of the turn"
             )
         if stops:
-            return ids[: stops[0] + 1], ids[stops[0] + 1 :]
+            return stops[0]
         names = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
         raise DataError(
             f"{source}: the chat template ends the assistant's turn without a stop token: "
@@ -200,17 +205,15 @@ class ChatFormat:
         )
 
     def _prompt_conversation(self, turns: list[Turn], *, source: str) -> list[int]:
-        # Cut at every assistant turn as _conversation does: the ids of a shared history are equal
-        # in training and in generation whatever the tokenizer does at the seams.
+        # A history must be one that could be trained on: it ends its answers and only grows.
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
-        ids: list[int] = []
         done = ""
         if last >= 0:
-            ids += self._conversation([], turns[: last + 1], source=source).input_ids
+            self._conversation([], turns[: last + 1], source=source)
             done = self._render(turns[: last + 1], add_generation_prompt=False, source=source)
         head = self._render(turns, add_generation_prompt=True, source=source)
         _check_prefix(done, head, source=source)
-        return ids + self._plain(head[len(done) :])
+        return TokenText(self.tokenizer, head).ids
 
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, source: str) -> str:
         if self.tokenizer.chat_template is None:
