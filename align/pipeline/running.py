@@ -252,7 +252,11 @@ def _tail(log: Path, start: int) -> list[str]:
 
 
 def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
-    """Write summary.json and the report once every stage is done."""
+    """Write summary.json and the report once every stage is done.
+
+    Returns:
+        The exit code: 1 if an expectation of the recipe does not hold.
+    """
     missing = [name for name in recipe.stages if not (run_dir / name / MANIFEST).is_file()]
     if missing:
         terminal.line(f"not run yet: {', '.join(missing)}")
@@ -263,7 +267,8 @@ def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
 
     report = build_report(run_dir)
     terminal.summary(summary, run_dir / "summary.json", report)
-    return EXIT_OK
+    kept = all(entry["holds"] for entry in summary.get("expectations", []))
+    return EXIT_OK if kept else EXIT_FAILED
 
 
 @contextmanager

@@ -170,16 +170,12 @@ class Terminal:
             self.line(f"    {text}")
 
     def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
-        """Show the comparison, what was expected of it, and where to read on."""
+        """Show whether the expectations hold, the verdicts, the tables, and where to read on."""
         self._stop_live()
+        for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
+            self.line(line)
         for table in task_tables(summary):
             self._console.print(table)
-        for line in [*verdict_lines(summary), *judge_lines(summary)]:
-            self.line(line)
-        for entry in summary.get("expectations", []):
-            low, high = entry["band"]
-            state = "holds" if entry["holds"] else "DOES NOT HOLD"
-            self.line(f"{state}: {entry['key']} = {number(entry['value'])} in [{low}, {high}]")
         self.line(f"{clock(summary['seconds'])} in all; {path}; {report}")
 
     def _stop_live(self) -> None:
@@ -217,6 +213,22 @@ class Terminal:
         if self._sample:
             rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))
         return Group(*rows)
+
+
+def expectation_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return one line on all of a recipe's expectations, then one for each that failed."""
+    found = summary.get("expectations", [])
+    failed = [entry for entry in found if not entry["holds"]]
+    if not failed:
+        return [f"all {len(found)} expectations hold"] if found else []
+    lines = [f"FAILED: {len(failed)} of {len(found)} expectations do not hold"]
+    for entry in failed:
+        low, high = entry["band"]
+        reason = f" ({entry['problem']})" if "problem" in entry else ""
+        lines.append(
+            f"  {entry['key']} = {number(entry['value'])}, expected in [{low}, {high}]{reason}"
+        )
+    return lines
 
 
 def plan_lines(planned: Sequence[Any]) -> list[str]:

@@ -281,3 +281,13 @@ def test_last_stage_writes_the_summary_with_the_cost_of_each_stage():
     }
     assert summary["seconds"] == pytest.approx(timings["base"] + timings["sft"], abs=0.01)
     assert Path("runs/toy/report.html").is_file()
+
+
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
+def test_expectation_that_does_not_hold_is_exit_code_1(holds: bool, code: int):
+    Path("r.yaml").write_text(RECIPE.rpartition("  dpo")[0])
+    assert start()[0] == 0
+    entry = {"key": "seconds", "band": [0, 1], "value": 2.0, "holds": holds}
+    evaluation = {"tasks": {}, "expectations": [entry]}
+    Path("runs/toy/sft/summary.json").write_text(json.dumps(evaluation))
+    assert start()[:2] == (code, [])
