@@ -34,7 +34,7 @@ from align.data.load import load_examples
 from align.data.sampler import batch_indices
 from align.losses.kl import FixedKL
 from align.online.loop import OnlineRun, online_step
-from align.recipe.algorithms import PRESETS
+from align.recipe.algorithms import ALGORITHMS
 from align.recipe.schema import DataSpec, GrpoStage, OnlineStage, PpoStage
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
@@ -48,7 +48,7 @@ from align.tuning.export import full_weights
 from reward_models import build_reward
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("trl grpo", *PRESETS, "ppo")
+NAMES = ("trl grpo", *ALGORITHMS)
 REWARD = {"kind": "exact_match", "pattern": r"answer is ([a-z0-9]+(?: [a-z0-9]+)*)"}
 PROMPTS, GROUP, TOKENS, WATCHED = 16, 8, 32, 400
 Point = dict[str, float]

@@ -1,11 +1,17 @@
-"""From scores to advantages: PPO's way with a critic, and those of the algorithms without one.
+"""The bundle that tells one online algorithm from another, built from a stage's recipe.
 
-An algorithm is an entry of align/recipe/algorithms.py; what is new about how it compares answers
-is one short function here and one line in ``WITHOUT_CRITIC``.
+An algorithm is a line of ``align.recipe.algorithms.ALGORITHMS`` and a function that computes its
+advantages. The names of the function's parameters say what it takes of a step: ``scores``,
+``group_ids`` and ``greedy_scores`` of the responses that are trained, (B,), for one advantage per
+response; or ``rewards``, ``values``, ``mask`` and ``bootstrap``, (B, T), for one per token. Any
+other parameter is an option of the stage, such as ``scale`` or ``gamma``.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -14,153 +20,227 @@ from align.core import distributed
 from align.core.errors import TrainingError
 from align.losses.kl import kl_estimate
 from align.losses.reduce import masked_moments, masked_whiten
-from align.online.advantages import (
-    against_greedy,
-    batch_scaled,
-    gae,
-    group_relative,
-    leave_one_out,
-    reward_to_go,
-    shaped_rewards,
-)
-from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
+from align.online.advantages import ESTIMATORS, batch_scaled, shaped_rewards
+from align.online.objective import critic_objective, policy_objective
+from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
+from align.training.learner import LossFunction
+
+Estimator = Callable[..., Tensor | tuple[Tensor, Tensor]]
+PER_RESPONSE = ("scores", "group_ids", "greedy_scores")
+PER_TOKEN = ("rewards", "values", "mask", "bootstrap")
 
 
 @dataclass(frozen=True, slots=True)
-class Algorithm:
-    """Hold what distinguishes one online method from another."""
+class OnlineAlgorithm:
+    """What distinguishes one online algorithm from another.
 
-    estimate: Callable[[Experience, OnlineStage, float], Experience]
-    """(experience, spec, KL coefficient) -> experience with ``advantages`` (and ``returns``)."""
-    critic: bool
-
-
-def ppo(experience: Experience, spec: OnlineStage, kl_coef: float) -> Experience:
-    """Estimate advantages by GAE on shaped rewards, whitened over the batch of all ranks.
-
-    After the last token comes nothing, worth 0; ``truncation: bootstrap`` gives an answer cut at
-    the length limit the critic's value of where it was cut.
-
-    Reference: arXiv:1707.06347 eq. 11, arXiv:1909.08593 section 2; bootstrap arXiv:1712.00378.
+    Attributes:
+        estimate: (experience, KL coefficient) -> experience with ``advantages`` (and ``returns``).
+        policy_objective: (model, micro-batch, ``kl_coef``) -> loss and statistics of the policy.
+        critic_objective: loss and statistics of the critic; None without one.
+        critic_warmup_steps: first steps, in which only the critic learns.
+        needs_old_logprobs: whether the policy before the update must be asked. With one optimizer
+            step per rollout the old policy is the current one, and dropout is off.
+        needs_greedy: whether the greedy response to each prompt is sampled and scored too.
     """
-    assert isinstance(spec, PpoStage)
-    mask, tokens = experience.mask, experience.per_token
-    rewards = _token_rewards(experience, spec, kl_coef)
-    if spec.whiten_rewards:
-        rewards = _whiten(rewards, mask, center=False)
-    advantages, returns = gae(
-        rewards,
-        tokens["values"],
-        mask,
-        gamma=spec.gamma,
-        lam=spec.lam,
-        bootstrap=experience.bootstrap,
+
+    estimate: Callable[[Experience, float], Experience]
+    policy_objective: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    critic_objective: LossFunction | None
+    critic_warmup_steps: int
+    needs_old_logprobs: bool
+    needs_greedy: bool
+
+
+def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
+    """Return the algorithm that a stage's recipe asks for.
+
+    Raises:
+        TrainingError: its estimator is unknown, or takes what no step has.
+    """
+    facts = spec.algorithm_facts
+    several = spec.minibatches * spec.update_epochs > 1
+    kl_in_loss = "corrected" if spec.kl.corrected else spec.kl.estimator
+    objective = partial(
+        policy_objective,
+        temperature=spec.sampling.temperature,
+        objective=spec.objective,
+        clip={"clip_low": spec.clip.low, "clip_high": spec.clip.high},
+        dual_clip=spec.clip.dual,
+        importance=spec.importance.model_dump(),
+        kl_in_loss=kl_in_loss if spec.kl.place == "loss" else None,
+        aggregation=spec.aggregation,
+        max_tokens=spec.sampling.max_new_tokens,
     )
-    advantages = _whiten(advantages, mask, center=True)
-    return experience.with_tokens(advantages=advantages, returns=returns)
+    return OnlineAlgorithm(
+        estimate=_build_estimate(spec),
+        policy_objective=objective,
+        critic_objective=spec.critic and partial(critic_objective, clip=spec.critic.clip),
+        critic_warmup_steps=spec.critic.warmup_steps if spec.critic else 0,
+        needs_old_logprobs=several or spec.kl.coef > 0.0 or facts.needs_critic,
+        needs_greedy=facts.needs_greedy,
+    )
 
 
-def grpo(experience: Experience, spec: OnlineStage, kl_coef: float) -> Experience:
-    """Estimate advantages without a critic, by the recipe's estimator.
+def find_estimator(name: str) -> Estimator:
+    """Return the function of an estimator: a known one, or ``module:function``.
 
-    Answers without a valid score take no part in their group, nor in the loss.
+    Raises:
+        TrainingError: there is none of that name.
     """
-    assert isinstance(spec, GrpoStage)
-    estimate = WITHOUT_CRITIC.get(spec.estimator)
-    if estimate is None:
+    module, separator, function = name.partition(":")
+    if not separator:
+        if name not in ESTIMATORS:
+            raise TrainingError(
+                f"unknown estimator '{name}'; expected one of {', '.join(ESTIMATORS)}, or "
+                "module:function"
+            )
+        return ESTIMATORS[name]
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(f"estimator '{name}' cannot be imported: {error}") from error
+
+
+def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experience]:
+    estimator = find_estimator(spec.estimator)
+    parameters = inspect.signature(estimator).parameters
+    inputs = tuple(name for name in parameters if name in (*PER_RESPONSE, *PER_TOKEN))
+    fields = type(spec).model_fields
+    options = {n: getattr(spec, n) for n in parameters if n in fields and n not in inputs}
+    per_response = bool(set(inputs) & set(PER_RESPONSE))
+    unknown = [
+        name
+        for name, parameter in parameters.items()
+        if name not in (*inputs, *options) and parameter.default is parameter.empty
+    ]
+    if unknown or not inputs or (per_response and set(inputs) & set(PER_TOKEN)):
         raise TrainingError(
-            f"unknown estimator '{spec.estimator}'; expected one of {', '.join(WITHOUT_CRITIC)}"
+            f"estimator '{spec.estimator}' takes {', '.join(parameters)}; expected some of "
+            f"{', '.join(PER_RESPONSE)}, or some of {', '.join(PER_TOKEN)}, and options of a "
+            f"{spec.kind} stage"
         )
-    advantages = estimate(experience, spec, kl_coef)
-    return experience.with_tokens(advantages=advantages)
+    kl_in_reward = spec.kl.estimator if spec.kl.place == "reward" else None
+    if not per_response:
+        return partial(
+            estimate_per_token,
+            estimator=partial(estimator, **options),
+            inputs=inputs,
+            kl_in_reward=kl_in_reward,
+            whiten_rewards=spec.whiten_rewards,
+        )
+    batch_scale = spec.scale == "batch"
+    if batch_scale and "scale" in options:
+        options["scale"] = "none"
+    return partial(
+        estimate_per_response,
+        estimator=partial(estimator, **options),
+        inputs=inputs,
+        kl_in_reward=kl_in_reward,
+        batch_scale=batch_scale,
+    )
 
 
-def from_groups(experience: Experience, spec: GrpoStage, kl_coef: float) -> Tensor:
-    """Give every token of an answer how much better than its group's others the answer was.
+def estimate_per_response(
+    experience: Experience,
+    kl_coef: float,
+    *,
+    estimator: Estimator,
+    inputs: tuple[str, ...],
+    kl_in_reward: str | None,
+    batch_scale: bool,
+) -> Experience:
+    """Return the experience with one advantage for all tokens of a response.
+
+    Responses without a valid score take no part in their group, nor in the loss.
+
+    Args:
+        experience: scored responses. kl_coef: price of one nat, in units of the score.
+        estimator: from ``inputs`` of the trained responses to their advantages.
+        kl_in_reward: estimator of the KL that is taken off the score; None takes nothing off.
+        batch_scale: divide by the standard deviation over the batch of all ranks.
 
     Reference: arXiv:2402.03300 eq. 3; scale none arXiv:2503.20783; scale batch arXiv:2501.03262;
-    leave_one_out arXiv:2402.14740.
+    leave_one_out arXiv:2402.14740; greedy arXiv:2310.10505.
     """
-    scores = _penalised(experience, spec, kl_coef)
-    valid = experience.mask.any(1)
-    per_answer = torch.zeros_like(scores)
-    if bool(valid.any()):
-        groups = experience.group_ids[valid]
-        if spec.estimator == "leave_one_out":
-            per_answer[valid] = leave_one_out(scores[valid], groups)
-        elif spec.estimator == "group_relative":
-            scale = "none" if spec.scale == "batch" else spec.scale
-            per_answer[valid] = group_relative(scores[valid], groups, scale=scale)
-        else:
-            raise TrainingError(
-                f"estimator '{spec.estimator}' does not compare the answers of a group; expected "
-                "group_relative or leave_one_out"
-            )
-    if spec.scale == "batch":
-        moments = {
-            "count": float(valid.sum()),
-            "total_sq": float(per_answer.double().square().sum()),
-        }
-        per_answer = batch_scaled(per_answer, **distributed.global_sums(moments))
-    return per_answer.unsqueeze(1) * experience.mask
+    scores = experience.scores  # (B,)
+    kl = _kl(experience, kl_in_reward, kl_coef)  # (B, T)
+    if kl is not None:
+        scores = scores - kl_coef * (kl * experience.completion).sum(1)
+    found = {"scores": scores, "group_ids": experience.group_ids}
+    if experience.greedy_scores is not None:
+        found["greedy_scores"] = experience.greedy_scores
+    trained = experience.mask.any(1)
+    advantages = torch.zeros_like(scores)
+    if bool(trained.any()):
+        result = estimator(**{name: found[name][trained] for name in inputs})
+        assert isinstance(result, Tensor), "one advantage per response expected"
+        advantages[trained] = result
+    if batch_scale:
+        squares = float(advantages.double().square().sum())
+        moments = {"count": float(trained.sum()), "total_sq": squares}
+        advantages = batch_scaled(advantages, **distributed.global_sums(moments))
+    return experience.with_tokens(advantages=advantages.unsqueeze(1) * experience.mask)
 
 
-def from_rewards_to_go(experience: Experience, spec: GrpoStage, kl_coef: float) -> Tensor:
-    """Give each token what is still to come, whitened over the tokens of all ranks.
+def estimate_per_token(
+    experience: Experience,
+    kl_coef: float,
+    *,
+    estimator: Estimator,
+    inputs: tuple[str, ...],
+    kl_in_reward: str | None,
+    whiten_rewards: bool,
+) -> Experience:
+    """Return the experience with advantages of tokens, whitened over the batch of all ranks.
 
-    Reference: arXiv:2501.03262 (REINFORCE++).
+    After the last token comes nothing, worth 0; ``truncation: bootstrap`` gives a response cut at
+    the length limit the critic's value of where it was cut.
+
+    Args:
+        experience: scored responses. kl_coef: price of one nat, in units of the score.
+        estimator: from ``inputs`` to advantages, or to advantages and returns.
+        kl_in_reward: estimator of the KL that is taken off the rewards; None takes nothing off.
+        whiten_rewards: divide the rewards by their standard deviation first.
+
+    Reference: gae arXiv:1707.06347 eq. 11, arXiv:1909.08593 section 2; bootstrap arXiv:1712.00378;
+    reward_to_go arXiv:2501.03262 (REINFORCE++).
     """
-    rewards = _token_rewards(experience, spec, kl_coef)
-    return _whiten(reward_to_go(rewards, experience.mask), experience.mask, center=True)
+    mask = experience.mask
+    rewards = _token_rewards(experience, _kl(experience, kl_in_reward, kl_coef), kl_coef)  # (B, T)
+    if whiten_rewards:
+        rewards = _whiten(rewards, mask, center=False)
+    found: Mapping[str, Tensor | None] = {
+        "rewards": rewards,
+        "values": experience.per_token.get("values"),
+        "mask": mask,
+        "bootstrap": experience.bootstrap,
+    }
+    result = estimator(**{name: found[name] for name in inputs})
+    advantages, *returns = result if isinstance(result, tuple) else (result,)
+    experience = experience.with_tokens(advantages=_whiten(advantages, mask, center=True))
+    return experience.with_tokens(returns=returns[0]) if returns else experience
 
 
-def from_greedy(experience: Experience, spec: GrpoStage, kl_coef: float) -> Tensor:
-    """Give every token of an answer how much better than the greedy answer it was.
-
-    Reference: arXiv:2310.10505 (ReMax).
-    """
-    assert experience.greedy_scores is not None
-    advantages = against_greedy(_penalised(experience, spec, kl_coef), experience.greedy_scores)
-    return advantages.nan_to_num(0.0).unsqueeze(1) * experience.mask
-
-
-ALGORITHMS = {"ppo": Algorithm(ppo, critic=True), "grpo": Algorithm(grpo, critic=False)}
-WITHOUT_CRITIC: dict[str, Callable[[Experience, GrpoStage, float], Tensor]] = {
-    "group_relative": from_groups,
-    "leave_one_out": from_groups,
-    "reward_to_go": from_rewards_to_go,
-    "greedy": from_greedy,
-}
-
-
-def _kl_in_reward(experience: Experience, spec: OnlineStage, kl_coef: float) -> Tensor | None:
-    """Give the KL estimate of each token where the recipe takes it off the reward."""
-    if spec.kl.place != "reward" or kl_coef == 0.0:
+def _kl(experience: Experience, kl_in_reward: str | None, kl_coef: float) -> Tensor | None:
+    """Return the KL estimate of each token where it is taken off the reward, (B, T)."""
+    if kl_in_reward is None or kl_coef == 0.0:
         return None
     tokens = experience.per_token
-    return kl_estimate(tokens["old_logprobs"], tokens["ref_logprobs"], spec.kl.estimator)
+    return kl_estimate(tokens["old_logprobs"], tokens["ref_logprobs"], kl_in_reward)
 
 
-def _token_rewards(experience: Experience, spec: OnlineStage, kl_coef: float) -> Tensor:
-    kl = _kl_in_reward(experience, spec, kl_coef)
+def _token_rewards(experience: Experience, kl: Tensor | None, kl_coef: float) -> Tensor:
     kl = torch.zeros_like(experience.per_token["rollout_logprobs"]) if kl is None else kl
     scores = experience.scores.nan_to_num(0.0)
     steps = experience.per_token.get("step_rewards")
     if steps is None:
         return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
-    # What the steps do not explain stands at the last token, so that the sum stays the score.
+    # What the steps do not explain goes to the last token, so that the sum stays the score.
     steps = steps.masked_fill(~experience.mask, 0.0)
     rest = scores - steps.sum(1)
     return shaped_rewards(rest, kl, experience.mask, kl_coef=kl_coef) + steps
-
-
-def _penalised(experience: Experience, spec: OnlineStage, kl_coef: float) -> Tensor:
-    """Give scores minus the KL of the whole answer, where the recipe takes it off the reward."""
-    kl = _kl_in_reward(experience, spec, kl_coef)
-    if kl is None:
-        return experience.scores
-    return experience.scores - kl_coef * (kl * experience.completion).sum(1)
 
 
 def _whiten(x: Tensor, mask: Tensor, *, center: bool) -> Tensor:

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,8 @@ from align.core.log import MetricsLog
 from align.core.types import Completion, PromptRow
 from align.data.sampler import batch_indices
 from align.losses.kl import AdaptiveKL, FixedKL
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import OnlineAlgorithm
 from align.online.annotate import annotate, local_plan
-from align.online.objective import critic_objective, policy_objective
 from align.online.scoring import (
     Scores,
     apply_scores,
@@ -32,7 +32,7 @@ from align.online.scoring import (
 )
 from align.online.summary import summarise
 from align.online.watch import Watch
-from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
+from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience, gather_experience
 from align.sampling.rollout import sample_groups
@@ -44,15 +44,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class OnlineRun:
-    """Hold the parts of one online stage.
+    """The parts of one online stage.
 
     Attributes:
+        algorithm: advantages and objectives, as the recipe asks for them.
         push: brings the policy's present weights into the engine under a version number.
         reference: the frozen policy of the start of this stage; the learner's own module when its
             adapter is to be switched off; None when no KL is asked for.
     """
 
     spec: OnlineStage
+    algorithm: OnlineAlgorithm
     seed: int
     prompts: Sequence[PromptRow]
     rewards: Sequence[RewardFunction]
@@ -111,63 +113,86 @@ def train_online(
     return last
 
 
+class Timer:
+    """Seconds of the phases of a step, by the names of their metrics."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure the block as ``time/<phase>_s``."""
+        began = time.monotonic()
+        yield
+        self.seconds[f"time/{phase}_s"] = time.monotonic() - began
+
+
 def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Take one step; give its metrics and one sampled answer to look at."""
-    spec, began = run.spec, time.monotonic()
-    with run.engine.awake():
-        run.push(step)
-        pushed = time.monotonic()
-        experience, scores = rollout(run, step)
-    sampled = time.monotonic()
-    algorithm = ALGORITHMS[spec.kind]
-    experience = annotate(
-        experience,
-        run.policy,
-        spec,
-        old=needs_old_logprobs(spec),
-        reference=run.reference,
-        critic=run.critic,
-    )
-    kl_coef = run.kl.coef
-    experience = algorithm.estimate(experience, spec, kl_coef)
-    stats = update(run, experience, step, kl_coef)
-    done = time.monotonic()
-    found = summarise(experience, scores, spec) | disagreement(run.rewards) | stats
+    """Take one step; return its metrics and its first sample."""
+    timer, kl_coef = Timer(), run.kl.coef
+    with timer("step"):
+        with run.engine.awake():  # the sampler owns the accelerator's memory in this block
+            with timer("push"):
+                run.push(step)
+            with timer("rollout"):
+                groups = sample(run, step)
+        with timer("score"):
+            experience, scores = score(run, groups)
+        with timer("update"):
+            experience = annotate(
+                experience,
+                run.policy,
+                run.spec,
+                old=run.algorithm.needs_old_logprobs,
+                reference=run.reference,
+                critic=run.critic,
+            )
+            experience = run.algorithm.estimate(experience, kl_coef)  # advantages, returns
+            stats = update(run, experience, step=step, kl_coef=kl_coef)
+    found = summarise(experience, scores, run.spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
-    found |= {
-        "kl/coef": kl_coef,
-        "time/push_s": pushed - began,
-        "time/rollout_s": sampled - pushed,
-        "time/update_s": done - sampled,
-        "tokens/per_s": found["tokens/sampled"] / (done - began),
-    }
-    best = {
+    found |= timer.seconds
+    found |= {"kl/coef": kl_coef, "tokens/per_s": found["tokens/sampled"] / found["time/step_s"]}
+    first = {
         "prompt": experience.prompts[0].prompt,
         "completion": experience.completions[0].text,
         "score": scores.total[0],
     }
-    return found, best
+    return found, first
 
 
-def needs_old_logprobs(spec: OnlineStage) -> bool:
-    """Say whether the old policy differs from the current one in some update, or KL needs it.
+Groups = list[tuple[PromptRow, list[Completion]]]
+"""Prompts, each with its sampled responses."""
 
-    With one optimiser step per rollout the old policy IS the current one, and dropout is off.
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the engine answered to this rank's prompts of a step.
+
+    Attributes:
+        groups: prompts and their sampled responses.
+        greedy: the same prompts and the most likely response to each; None if not needed.
+        first_group: number of the first prompt in the step's batch over all ranks.
     """
-    several = spec.minibatches * spec.update_epochs > 1
-    return several or spec.kl.coef > 0.0 or isinstance(spec, PpoStage)
+
+    groups: Groups
+    greedy: Groups | None
+    first_group: int
 
 
-def rollout(run: OnlineRun, step: int) -> tuple[Experience, Scores]:
-    """Sample and score this rank's part of the step's prompts."""
+def sample(run: OnlineRun, step: int) -> Samples:
+    """Sample responses to this rank's part of the step's prompts.
+
+    With ``dynamic_sampling`` prompts are drawn again until enough groups have unequal scores; the
+    last groups are filled up with what was drawn before.
+    """
     spec = run.spec
-    dynamic = spec if isinstance(spec, GrpoStage) and spec.dynamic_sampling else None
-    draws = dynamic.max_draws if dynamic else 1
+    draws = spec.max_draws if spec.dynamic_sampling else 1
     wanted = spec.prompts_per_step // distributed.world_size()
     first = distributed.rank() * wanted
-    kept: list[tuple[PromptRow, list[Completion]]] = []
-    spare: list[tuple[PromptRow, list[Completion]]] = []
+    kept: Groups = []
+    spare: Groups = []
     for draw in range(draws):
         number = step * draws + draw
         indices = batch_indices(
@@ -187,43 +212,43 @@ def rollout(run: OnlineRun, step: int) -> tuple[Experience, Scores]:
             stop_token_ids=run.stop_token_ids,
             first_position=first,
         )
-        pairs = list(zip(mine, groups, strict=True))
-        if not dynamic:
-            kept = pairs
-            break
-        live = [_has_signal(run, p, g) for p, g in pairs]
-        kept += [pair for pair, alive in zip(pairs, live, strict=True) if alive]
-        spare += [pair for pair, alive in zip(pairs, live, strict=True) if not alive]
+        for prompt, group in zip(mine, groups, strict=True):
+            live = not spec.dynamic_sampling or _has_signal(run, prompt, group)
+            (kept if live else spare).append((prompt, group))
         if len(kept) >= wanted:
             break
     kept = (kept + spare)[:wanted]
-    experience, scores = _scored(run, kept, first_group=first)
-    if isinstance(spec, GrpoStage) and spec.estimator == "greedy":
-        experience = _with_greedy_scores(run, experience)
-    return experience, scores
+    greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
+    return Samples(kept, greedy, first)
 
 
-def _with_greedy_scores(run: OnlineRun, experience: Experience) -> Experience:
-    """Score the most likely answer to each prompt; without that score nothing is trained."""
-    rows = range(0, len(experience.prompts), run.spec.group_size)
-    prompts = [experience.prompts[i] for i in rows]
-    greedy = run.engine.generate(
+def _greedy(run: OnlineRun, prompts: Sequence[PromptRow]) -> Groups:
+    """Return the most likely response to each prompt."""
+    found = run.engine.generate(
         [row.input_ids for row in prompts],
         n=1,
         max_new_tokens=run.spec.sampling.max_new_tokens,
         temperature=0.0,
         stop_token_ids=run.stop_token_ids,
     )
-    pairs = list(zip(prompts, greedy, strict=True))
-    scores = _scored(run, pairs, first_group=0)[0].scores
-    scores = scores.repeat_interleave(run.spec.group_size)
-    mask = experience.mask & ~scores.isnan().unsqueeze(1)
-    return replace(experience, greedy_scores=scores, mask=mask)
+    return list(zip(prompts, found, strict=True))
 
 
-def _scored(
-    run: OnlineRun, pairs: Sequence[tuple[PromptRow, list[Completion]]], *, first_group: int
-) -> tuple[Experience, Scores]:
+def score(run: OnlineRun, samples: Samples) -> tuple[Experience, Scores]:
+    """Score the responses of a step, and the greedy ones that they are compared with.
+
+    Responses whose greedy counterpart has no score are not trained.
+    """
+    experience, scores = _scored(run, samples.groups, first_group=samples.first_group)
+    if samples.greedy is None:
+        return experience, scores
+    greedy = _scored(run, samples.greedy, first_group=0)[0].scores  # (P,)
+    greedy = greedy.repeat_interleave(run.spec.group_size)  # (B,)
+    mask = experience.mask & ~greedy.isnan().unsqueeze(1)
+    return replace(experience, greedy_scores=greedy, mask=mask), scores
+
+
+def _scored(run: OnlineRun, pairs: Groups, *, first_group: int) -> tuple[Experience, Scores]:
     experience = gather_experience(
         [p for p, _ in pairs], [g for _, g in pairs], first_group=first_group
     )
@@ -245,16 +270,17 @@ def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> b
     return len(set(experience.scores[experience.mask.any(1)].tolist())) > 1
 
 
-def update(run: OnlineRun, experience: Experience, step: int, kl_coef: float) -> dict[str, float]:
-    """Take ``update_epochs`` x ``minibatches`` optimiser steps on the experience.
+def update(
+    run: OnlineRun, experience: Experience, *, step: int, kl_coef: float
+) -> dict[str, float]:
+    """Take ``update_epochs`` x ``minibatches`` optimizer steps on the experience.
 
     Mini-batches are cut along prompts, in order; which prompts stand where is already random.
 
     Returns:
-        The mean of each statistic over the optimiser steps.
+        The mean of each statistic over the optimizer steps.
     """
-    spec = run.spec
-    train_policy = not (isinstance(spec, PpoStage) and step < spec.critic.warmup_steps)
+    spec, algorithm = run.spec, run.algorithm
     answers = len(experience.lengths)
     size = math.ceil(answers / spec.minibatches)
     totals: dict[str, float] = {}
@@ -264,13 +290,12 @@ def update(run: OnlineRun, experience: Experience, step: int, kl_coef: float) ->
             rows = list(range(start, min(start + size, answers)))
             micro = _micro_batches(experience, rows, spec.micro_tokens)
             found: dict[str, float] = {}
-            if train_policy:
-                objective = partial(policy_objective, spec, kl_coef)
+            if step >= algorithm.critic_warmup_steps:
+                objective = partial(algorithm.policy_objective, kl_coef=kl_coef)
                 found |= _named(run.policy.step(micro, objective), "policy")
             if run.critic is not None:
-                assert isinstance(spec, PpoStage)
-                objective = partial(critic_objective, spec)
-                found |= _named(run.critic.step(micro, objective), "value")
+                assert algorithm.critic_objective is not None
+                found |= _named(run.critic.step(micro, algorithm.critic_objective), "value")
             for name, value in found.items():
                 totals[name] = totals.get(name, 0.0) + value / num
     return totals

@@ -1,5 +1,8 @@
 """What the policy and the critic are differentiated through in an online step."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,22 +15,41 @@ from align.losses.policy import (
     importance_weights,
 )
 from align.losses.value import clipped_value_loss
-from align.recipe.schema import GrpoStage, OnlineStage, PpoStage
 from align.training.batch import PackedBatch
 
 
 def policy_objective(
-    spec: OnlineStage, kl_coef: float, model: nn.Module, batch: PackedBatch
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    kl_coef: float,
+    temperature: float,
+    objective: str,
+    clip: Mapping[str, float],
+    dual_clip: float | None,
+    importance: Mapping[str, Any],
+    kl_in_loss: str | None,
+    aggregation: str,
+    max_tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the clipped policy loss and of its statistics.
+    """Return this micro-batch's part of the clipped policy loss and of its statistics.
 
-    Without ``old_logprobs`` the batch takes part in exactly one optimiser step per rollout, so the
+    Without ``old_logprobs`` the batch takes part in exactly one optimizer step per rollout, so the
     old policy is the current one and its log-probabilities are the detached current ones.
+
+    Args:
+        model: the policy. batch: packed responses with their advantages.
+        kl_coef: weight of the KL in the loss. temperature: at which responses were sampled.
+        objective: clip, gspo or cispo. clip: ``clip_low`` and ``clip_high``.
+        dual_clip: bound of the loss where the advantage is negative; None has none.
+        importance: options of ``importance_weights``, sampler against trainer.
+        kl_in_loss: an estimator of ``kl_estimate``, or corrected; None adds no KL.
+        aggregation, max_tokens: see ``reduce_policy_loss``.
     """
     out = model(
         batch.input_ids,
         batch.position_ids,
-        temperature=spec.sampling.temperature,
+        temperature=temperature,
         entropy=True,
         mask=batch.mask,
     )
@@ -39,16 +61,16 @@ def policy_objective(
         mask,
         segment_ids=batch.segment_ids,
         num_segments=max(batch.num, 1),
-        **spec.importance.model_dump(),
+        **importance,
     )
-    parts = policy_loss(spec, logprobs, old, batch)
+    parts = policy_loss(logprobs, old, batch, objective=objective, clip=clip, dual_clip=dual_clip)
     loss = parts.loss * weights
-    if spec.kl.place == "loss" and kl_coef > 0.0:
+    if kl_in_loss is not None and kl_coef > 0.0:
         ref = tokens["ref_logprobs"]
         kl = (
             corrected_kl(logprobs, old, ref)
-            if spec.kl.corrected
-            else kl_estimate(logprobs, ref, spec.kl.estimator)
+            if kl_in_loss == "corrected"
+            else kl_estimate(logprobs, ref, kl_in_loss)
         )
         loss = loss + kl_coef * kl.masked_fill(~mask, 0.0)
     share = 1.0 / max(batch.counts["tokens"], 1.0)
@@ -65,22 +87,32 @@ def policy_objective(
         "sampler_kl": token_share(tokens["rollout_logprobs"] - old),
         "sampler_gap": token_share((tokens["rollout_logprobs"] - old).abs()),
         "importance_weight": token_share(weights),
-        "importance_bounded": token_share((weights == 0.0) | (weights >= spec.importance.cap)),
+        "importance_bounded": token_share((weights == 0.0) | (weights >= importance["cap"])),
     }
-    return reduce_policy_loss(spec, loss, batch) + 0.0 * logprobs.sum(), stats
+    total = reduce_policy_loss(loss, batch, aggregation=aggregation, max_tokens=max_tokens)
+    return total + 0.0 * logprobs.sum(), stats
 
 
-def policy_loss(spec: OnlineStage, logprobs: Tensor, old: Tensor, batch: PackedBatch) -> PerToken:
-    """Give the loss of each token, (1, N), by the recipe's objective."""
-    advantages, mask = batch.per_token["advantages"], batch.mask
-    clip = {"clip_low": spec.clip.low, "clip_high": spec.clip.high}
-    objective = spec.objective if isinstance(spec, GrpoStage) else "clip"
+def policy_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    batch: PackedBatch,
+    *,
+    objective: str,
+    clip: Mapping[str, float],
+    dual_clip: float | None = None,
+) -> PerToken:
+    """Return the loss of each token, (1, N), by one of three objectives.
+
+    clip: the probability ratio of each token is clipped. gspo: that of each response. cispo: the
+    weight of each token, never its gradient.
+    """
+    advantages, mask = batch.per_token["advantages"], batch.mask  # (1, N)
     if objective == "clip":
-        return clipped_policy_loss(
-            logprobs, old, advantages, mask, **clip, dual_clip=spec.clip.dual
-        )
+        return clipped_policy_loss(logprobs, old, advantages, mask, **clip, dual_clip=dual_clip)
     if objective == "cispo":
         return cispo_policy_loss(logprobs, old, advantages, mask, **clip)
+    assert objective == "gspo", f"unknown objective {objective!r}"
     parts = gspo_policy_loss(
         logprobs[0],
         old[0],
@@ -94,34 +126,36 @@ def policy_loss(spec: OnlineStage, logprobs: Tensor, old: Tensor, batch: PackedB
     return PerToken(*rows)
 
 
-def reduce_policy_loss(spec: OnlineStage, loss: Tensor, batch: PackedBatch) -> Tensor:
-    """Average per-token losses (1, N) by the recipe's rule, with global counts.
+def reduce_policy_loss(
+    loss: Tensor, batch: PackedBatch, *, aggregation: str, max_tokens: int
+) -> Tensor:
+    """Average per-token losses (1, N) with global counts, by one of four rules.
 
-    token: over all trained tokens. sequence: over tokens of each answer, then over answers.
-    sequence_sum: sum over tokens of each answer, then mean over answers.
-    constant: over answers times max_new_tokens (Dr. GRPO, arXiv:2503.20783).
+    token: over all trained tokens. sequence: over tokens of each response, then over responses.
+    sequence_sum: sum over tokens of each response, then mean over responses.
+    constant: over responses times ``max_tokens`` (Dr. GRPO, arXiv:2503.20783).
     """
-    kind = spec.aggregation if isinstance(spec, GrpoStage) else "token"
     loss = loss.masked_fill(~batch.mask, 0.0)
-    if kind == "token":
+    if aggregation == "token":
         return loss.sum() / max(batch.counts["tokens"], 1.0)
     answers = max(batch.counts["answers"], 1.0)
-    if kind == "sequence_sum":
+    if aggregation == "sequence_sum":
         return loss.sum() / answers
-    if kind == "constant":
-        return loss.sum() / (answers * spec.sampling.max_new_tokens)
-    lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)
+    if aggregation == "constant":
+        return loss.sum() / (answers * max_tokens)
+    assert aggregation == "sequence", f"unknown aggregation {aggregation!r}"
+    lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)  # (num,)
     return (batch.segment_sums(loss) / lengths).sum() / answers
 
 
 def critic_objective(
-    spec: PpoStage, model: nn.Module, batch: PackedBatch
+    model: nn.Module, batch: PackedBatch, *, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the clipped value loss."""
+    """Return this micro-batch's part of the clipped value loss."""
     values = model(batch.input_ids, batch.position_ids)
     tokens, mask = batch.per_token, batch.mask
-    loss = clipped_value_loss(values, tokens["values"], tokens["returns"], clip=spec.critic.clip)
+    loss = clipped_value_loss(values, tokens["values"], tokens["returns"], clip=clip)
     share = 1.0 / max(batch.counts["tokens"], 1.0)
-    clipped = (values.detach() - tokens["values"]).abs() > spec.critic.clip
+    clipped = (values.detach() - tokens["values"]).abs() > clip
     stats = {"clip_frac": (clipped & mask).sum() * share}
     return loss.masked_fill(~mask, 0.0).sum() * share + 0.0 * values.sum(), stats

@@ -1,93 +1,151 @@
-"""Online algorithms without a critic as bundles of options: one entry each.
+"""Online algorithms as bundles of options: one entry of ``ALGORITHMS`` each.
 
-An algorithm is a named set of defaults for a ``kind: grpo`` stage; every option can still be given
-in the recipe, and ``align show`` prints the whole set. docs/algorithms.md has formulas, deviations
-and curves. Coefficients of KL are moderate ones of ours: the papers tune them to the task.
+An algorithm is a named set of defaults for a stage; every option can still be given in the recipe,
+and ``align show`` prints the whole set. docs/algorithms.md has formulas, deviations and curves.
+Coefficients of KL are moderate ones of ours: the papers tune them to the task.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
-AlgorithmName = Literal[
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "rloo",
-    "reinforce++",
-    "reinforce++-baseline",
-    "gspo",
-    "cispo",
-    "remax",
-]
+from align.core.text import suggest
 
-PRESETS: dict[str, dict[str, Any]] = {
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """An online algorithm: how it compares responses, and the defaults of its stage's options.
+
+    Attributes:
+        estimator: its advantages; a name of ``align.online.advantages.ESTIMATORS``, or
+            ``module:function`` for a function elsewhere.
+        needs_critic: True where a value network is trained beside the policy.
+        needs_greedy: True where the greedy response to every prompt is sampled and scored too.
+        compares_group: True where the responses to one prompt are compared with each other.
+        scales: what the advantages may be divided by.
+        scale, objective, aggregation: defaults of the stage's options of these names.
+        options: defaults of further options of the stage.
+    """
+
+    estimator: str = "group_relative"
+    needs_critic: bool = False
+    needs_greedy: bool = False
+    compares_group: bool = True
+    scales: tuple[str, ...] = ("std", "batch", "none")
+    scale: str = "std"
+    objective: str = "clip"
+    aggregation: str = "token"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Return what a stage of this algorithm sets otherwise than plain GRPO does."""
+        names = ("estimator", "scale", "objective", "aggregation")
+        own = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(_PLAIN, n)}
+        return {**own, **self.options}
+
+
+_PLAIN = Algorithm()
+ALGORITHMS: dict[str, Algorithm] = {
     # arXiv:2402.03300. The paper averages each answer first (aggregation: sequence) and has
     # kl: {coef: 0.04}; without KL and over tokens is how it is used since.
-    "grpo": {},
+    "grpo": _PLAIN,
     # arXiv:2503.20783: no division by the standard deviation nor by the answer's length.
-    "dr_grpo": {"scale": "none", "aggregation": "constant"},
+    "dr_grpo": Algorithm(scale="none", aggregation="constant"),
     # arXiv:2503.14476: clip-higher, token loss, soft overlong punishment, dynamic sampling.
-    "dapo": {
-        "clip": {"low": 0.2, "high": 0.28},
-        "aggregation": "token",
-        "dynamic_sampling": True,
-        "overlong": {"buffer_frac": 0.2},
-    },
+    "dapo": Algorithm(
+        options={
+            "clip": {"low": 0.2, "high": 0.28},
+            "dynamic_sampling": True,
+            "overlong": {"buffer_frac": 0.2},
+        },
+    ),
     # arXiv:2402.14740: REINFORCE against the mean of the other answers.
-    "rloo": {
-        "estimator": "leave_one_out",
-        "scale": "none",
-        "aggregation": "sequence_sum",
-        "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
-    },
+    "rloo": Algorithm(
+        "leave_one_out",
+        scales=("none",),
+        scale="none",
+        aggregation="sequence_sum",
+        options={"kl": {"coef": 0.05, "place": "reward", "estimator": "k1"}},
+    ),
     # arXiv:2501.03262: KL in the reward, reward to go, normalised over the whole batch.
-    "reinforce++": {
-        "estimator": "reward_to_go",
-        "scale": "batch",
-        "group_size": 1,
-        "kl": {"coef": 0.01, "place": "reward", "estimator": "k1"},
-    },
+    "reinforce++": Algorithm(
+        "reward_to_go",
+        compares_group=False,
+        scales=("batch",),
+        scale="batch",
+        options={
+            "group_size": 1,
+            "kl": {"coef": 0.01, "place": "reward", "estimator": "k1"},
+        },
+    ),
     # The same paper: minus the group's mean, over the batch's standard deviation, k2 as a loss.
-    "reinforce++-baseline": {
-        "scale": "batch",
-        "kl": {"coef": 0.01, "place": "loss", "estimator": "k2"},
-    },
+    "reinforce++-baseline": Algorithm(
+        scale="batch",
+        options={"kl": {"coef": 0.01, "place": "loss", "estimator": "k2"}},
+    ),
     # arXiv:2507.18071: one ratio per answer, the geometric mean over its tokens.
-    "gspo": {
-        "objective": "gspo",
-        "clip": {"low": 3e-4, "high": 4e-4},
-        "aggregation": "sequence",
-    },
+    "gspo": Algorithm(
+        objective="gspo",
+        aggregation="sequence",
+        options={"clip": {"low": 3e-4, "high": 4e-4}},
+    ),
     # arXiv:2506.13585: the weight is clipped, above only, and never the gradient.
-    "cispo": {"objective": "cispo", "clip": {"low": 1.0, "high": 4.0}, "aggregation": "token"},
+    "cispo": Algorithm(objective="cispo", options={"clip": {"low": 1.0, "high": 4.0}}),
     # arXiv:2310.10505: REINFORCE against the score of the greedy answer.
-    "remax": {
-        "estimator": "greedy",
-        "scale": "none",
-        "group_size": 1,
-        "aggregation": "sequence_sum",
-        "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
-    },
+    "remax": Algorithm(
+        "greedy",
+        needs_greedy=True,
+        compares_group=False,
+        scales=("none",),
+        scale="none",
+        aggregation="sequence_sum",
+        options={
+            "group_size": 1,
+            "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
+        },
+    ),
+    # arXiv:1707.06347, arXiv:1909.08593. It has a stage kind of its own, for the critic's options.
+    "ppo": Algorithm(
+        "gae", needs_critic=True, compares_group=False, scales=("none",), scale="none"
+    ),
 }
-assert set(PRESETS) == set(get_args(AlgorithmName))
+"""Every algorithm by its name in a recipe; a new one is a line here and a function."""
 
-SCALES = {
-    "group_relative": ("std", "batch", "none"),
-    "leave_one_out": ("none",),
-    "reward_to_go": ("batch",),
-    "greedy": ("none",),
-}
-"""What an estimator's advantages may be divided by."""
+
+def of_estimator(name: str) -> Algorithm:
+    """Return the first algorithm with an estimator: what it needs is the estimator's need."""
+    return next(algorithm for algorithm in ALGORITHMS.values() if algorithm.estimator == name)
+
+
+def known_algorithm(name: str) -> str:
+    """Return the name of an algorithm without a critic; raise ValueError for any other."""
+    return _one_of(name, [n for n, a in ALGORITHMS.items() if not a.needs_critic])
+
+
+def known_estimator(name: str) -> str:
+    """Return the name of an estimator without a critic; raise ValueError for any other."""
+    return _one_of(name, [a.estimator for a in ALGORITHMS.values() if not a.needs_critic])
+
+
+def _one_of(name: str, names: list[str]) -> str:
+    if name not in names:
+        known = ", ".join(f"'{n}'" for n in dict.fromkeys(names))
+        raise ValueError(f"found '{name}'; expected one of {known}{suggest(name, names)}")
+    return name
+
+
+def defaults_of(name: Any) -> dict[str, Any]:
+    """Return the defaults that an algorithm sets; none for what names no algorithm."""
+    known = isinstance(name, str) and name in ALGORITHMS
+    return ALGORITHMS[name].defaults if known else {}
 
 
 def with_preset(given: Any) -> Any:
     """Lay a stage's own options over those of its algorithm; what is no stage passes through."""
     if not isinstance(given, dict):
         return given
-    name = given.get("algorithm")
-    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    return _over(preset, given)
+    return _over(defaults_of(given.get("algorithm")), given)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +169,7 @@ def preset_keys(name: str) -> dict[str, str]:
             found += keys(value, f"{here}.") if isinstance(value, dict) else [here]
         return found
 
-    return dict.fromkeys(keys(PRESETS[name], ""), f"algorithm: {name}")
+    return dict.fromkeys(keys(defaults_of(name), ""), f"algorithm: {name}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
 from align.core.text import suggest
-from align.recipe.algorithms import PRESETS, known_rates, preset_keys
+from align.recipe.algorithms import defaults_of, known_rates, preset_keys
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
@@ -104,10 +104,9 @@ def complete_blocks(source: Source) -> None:
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict) and isinstance(stage.get("kind"), str):
             _complete_rate(source, name, stage)
-            kind, algorithm = STAGES.get(stage["kind"]), stage.get("algorithm")
-            preset = PRESETS.get(algorithm, {}) if isinstance(algorithm, str) else {}
+            kind = STAGES.get(stage["kind"])
             if kind is not None:
-                _complete(stage, kind, preset)
+                _complete(stage, kind, defaults_of(stage.get("algorithm")))
 
 
 def _complete_rate(source: Source, name: str, stage: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.recipe.algorithms import PRESETS
+from align.recipe.algorithms import defaults_of
 from align.recipe.schema import references
 from align.recipe.schema.common import (
     ClipSpec,
@@ -149,7 +149,7 @@ def _base(spec: BaseStage) -> Iterator[Idle]:
 
 
 def _online(spec: OnlineStage) -> Iterator[Idle]:
-    preset = PRESETS[spec.algorithm] if isinstance(spec, GrpoStage) else {}
+    preset = defaults_of(spec.algorithm) if isinstance(spec, GrpoStage) else {}
     if spec.minibatches * spec.update_epochs == 1:
         plain = ClipSpec(**preset.get("clip", {}))
         for name in ClipSpec.model_fields:
@@ -174,7 +174,7 @@ def _online(spec: OnlineStage) -> Iterator[Idle]:
 
 
 def _kl_of_stage(spec: PpoStage | GrpoStage) -> Iterator[Idle]:
-    preset = PRESETS[spec.algorithm] if isinstance(spec, GrpoStage) else {}
+    preset = defaults_of(spec.algorithm) if isinstance(spec, GrpoStage) else {}
     named = KlSpec(**preset.get("kl", {}))
     usual = [("reward", "k1"), ("loss", "k3"), (named.place, named.estimator)]
     if spec.kl.coef == 0.0 and (spec.kl.place, spec.kl.estimator) not in usual:

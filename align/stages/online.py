@@ -19,14 +19,10 @@ from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.online import guard
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
-from align.recipe.schema import (
-    OnlineStage,
-    PpoStage,
-    WatchSpec,
-)
+from align.recipe.schema import OnlineStage, WatchSpec
 from align.sampling.push import pushed_weights
 from align.stages.base import StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
@@ -143,6 +139,7 @@ def run(spec: OnlineStage, context: StageContext) -> StageResult:
     )
     online = OnlineRun(
         spec=spec,
+        algorithm=build_algorithm(spec),
         seed=context.seed,
         prompts=prompts,
         rewards=rewards,
@@ -230,9 +227,8 @@ def build_critic(
 
     All its weights are trained, whatever ``tuning`` says of the policy.
     """
-    if not ALGORITHMS[spec.kind].critic:
+    if spec.critic is None:
         return None
-    assert isinstance(spec, PpoStage)
     folder = policy_dir
     if spec.critic.init is not None:
         kind = "reward_model" if _is_reward(spec.critic.init, context) else "policy"

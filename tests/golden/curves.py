@@ -38,7 +38,7 @@ from online_parts import (
 
 from align.core.types import Completion, PairRow, PromptRow, TokenRow
 from align.models.heads import scorer_from
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, PpoStage, RewardStage
@@ -165,8 +165,8 @@ def online(spec: Any, model_dir: Path) -> Curve:
         experience = annotate(
             answers(step), policy, spec, old=True, reference=run.reference, critic=critic
         )
-        experience = ALGORITHMS[spec.kind].estimate(experience, spec, spec.kl.coef)
-        stats = update(run, experience, step, spec.kl.coef)
+        experience = build_algorithm(spec).estimate(experience, spec.kl.coef)
+        stats = update(run, experience, step=step, kl_coef=spec.kl.coef)
         for name, values in curve.items():
             values.append(stats[names[name]])
     return curve

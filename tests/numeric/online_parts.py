@@ -16,6 +16,7 @@ from align.losses.kl import FixedKL
 from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
+from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun
 from align.online.scoring import Scores, apply_scores
 from align.recipe.schema import GrpoStage, OptimSpec, PpoStage, ZeroSpec
@@ -124,6 +125,7 @@ def at_answers(x: Tensor, experience: Experience) -> list[list[float]]:
 def run_of(spec: Any, policy: Learner, **parts: Any) -> OnlineRun:
     given = {
         "spec": spec,
+        "algorithm": build_algorithm(spec),
         "seed": 3,
         "prompts": [],
         "rewards": [],

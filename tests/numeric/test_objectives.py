@@ -19,7 +19,8 @@ from test_normaliser import gradient
 from align.core.types import TokenRow
 from align.losses.kl import corrected_kl
 from align.losses.policy import cispo_policy_loss, gspo_policy_loss, importance_weights
-from align.online.objective import policy_loss, policy_objective, reduce_policy_loss
+from align.online.algorithms import build_algorithm
+from align.online.objective import policy_loss, reduce_policy_loss
 from align.recipe.schema import GrpoStage
 from align.training.batch import PackedBatch, pack
 
@@ -259,14 +260,22 @@ def test_policy_objectives_equal_trl(loss_type, level, options, kl):
         counts={"tokens": float(len(ids)), "answers": float(rows)},
         per_token={"advantages": advantages[ids].unsqueeze(0)},
     )
-    loss = policy_loss(spec, flat["new"], flat["old"], batch).loss
+    loss = policy_loss(
+        flat["new"],
+        flat["old"],
+        batch,
+        objective=spec.objective,
+        clip={"clip_low": spec.clip.low, "clip_high": spec.clip.high},
+    ).loss
     if beta:
         x = flat["new"] - flat["ref"]
         k3 = torch.exp(-x) - 1 + x
         loss = loss + beta * (
             corrected_kl(flat["new"], flat["old"], flat["ref"]) if kl == "corrected" else k3
         )
-    ours = reduce_policy_loss(spec, loss, batch)
+    ours = reduce_policy_loss(
+        loss, batch, aggregation=spec.aggregation, max_tokens=spec.sampling.max_new_tokens
+    )
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     torch.testing.assert_close(ours_in.grad, theirs_in.grad, atol=1e-12, rtol=1e-9)
@@ -307,7 +316,7 @@ def test_policy_gradient_is_the_same_for_every_split_into_micro_batches(options,
         }
         return pack([rows[i] for i in part], counts=counts, per_token=per_token)
 
-    loss_fn = partial(policy_objective, spec, 0.0)
+    loss_fn = partial(build_algorithm(spec).policy_objective, kl_coef=0.0)
     whole = gradient([packed(range(len(ROWS)))], loss_fn)
     edges = [0, *sorted(cuts), len(ROWS)]
     parts = [packed(order[a:b]) for a, b in pairwise(edges)]

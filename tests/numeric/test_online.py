@@ -34,9 +34,9 @@ from online_parts import (
 
 from align.core.errors import TrainingError
 from align.core.types import PromptRow
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
-from align.online.loop import needs_old_logprobs, rollout, update
+from align.online.loop import sample, score, update
 from align.sampling.build import build_engine
 from align.sampling.experience import Experience
 from reward_models import build_reward
@@ -142,8 +142,8 @@ def test_reference_with_the_adapter_off_is_the_start_of_the_stage(model_dir) -> 
     assert (moved.per_token["old_logprobs"][keep] - found).abs().max() > 1e-2
     before = [p.detach().clone() for p in policy.module.parameters() if p.requires_grad]
     assert len(before) == 28  # A and B of seven matrices in two layers
-    trained = ALGORITHMS["grpo"].estimate(scored(moved, [0.0, 1.0, 2.0, 1.0, 0.0, 3.0]), spec, 0.1)
-    update(run_of(spec, policy), trained, 0, 0.1)
+    trained = build_algorithm(spec).estimate(scored(moved, [0.0, 1.0, 2.0, 1.0, 0.0, 3.0]), 0.1)
+    update(run_of(spec, policy), trained, step=0, kl_coef=0.1)
     after = [p for p in policy.module.parameters() if p.requires_grad]
     assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
@@ -151,17 +151,17 @@ def test_reference_with_the_adapter_off_is_the_start_of_the_stage(model_dir) -> 
 @pytest.mark.parametrize("importance", ["none", "truncate", "mask"])
 def test_old_logprobs_are_not_needed_for_one_step_of_grpo(model_dir, importance) -> None:
     spec = grpo_spec(importance={"mode": importance})
-    assert not needs_old_logprobs(spec)
-    assert needs_old_logprobs(grpo_spec(update_epochs=2))
-    assert needs_old_logprobs(grpo_spec(minibatches=2))
-    assert needs_old_logprobs(ppo_spec(update_epochs=1, kl={"coef": 0.0}))
+    assert not build_algorithm(spec).needs_old_logprobs
+    assert build_algorithm(grpo_spec(update_epochs=2)).needs_old_logprobs
+    assert build_algorithm(grpo_spec(minibatches=2)).needs_old_logprobs
+    assert build_algorithm(ppo_spec(update_epochs=1, kl={"coef": 0.0})).needs_old_logprobs
     found = []
     for old in (False, True):
         policy = policy_of(model_dir)
         experience = scored(sampled(LENGTHS), [0.0, 1.0, 2.0, 1.0, 0.0, 3.0])
         experience = annotate(experience, policy, spec, old=old, reference=None, critic=None)
-        experience = ALGORITHMS["grpo"].estimate(experience, spec, 0.0)
-        stats = update(run_of(spec, policy), experience, 0, 0.0)
+        experience = build_algorithm(spec).estimate(experience, 0.0)
+        stats = update(run_of(spec, policy), experience, step=0, kl_coef=0.0)
         found.append((weights(policy), stats))
     for skipped, computed in zip(found[0][0], found[1][0], strict=True):
         torch.testing.assert_close(skipped, computed, atol=1e-6, rtol=1e-6)
@@ -180,7 +180,7 @@ def test_group_relative_leaves_answers_without_a_score_out(model_dir) -> None:
     """
     spec = grpo_spec(group_size=4)
     experience = scored(sampled(GROUPS_OF_FOUR), SCORES)
-    found = ALGORITHMS["grpo"].estimate(experience, spec, 0.0)
+    found = build_algorithm(spec).estimate(experience, 0.0)
     first, second = math.sqrt(7.0) + 1e-4, math.sqrt(19 / 3) + 1e-4
     expected = [-2 / first, -1 / first, 3 / first, 0]
     expected += [-7 / 3 / second, -1 / 3 / second, 0, 8 / 3 / second]
@@ -215,8 +215,8 @@ def test_answers_without_a_score_do_not_change_the_update(model_dir) -> None:
                     per_token={k: v[rows] for k, v in experience.per_token.items()},
                 )
                 scores = [0.0, 1.0, 2.0, 0.0]
-            experience = ALGORITHMS["grpo"].estimate(scored(experience, scores), spec, 0.0)
-            update(run_of(spec, policy), experience, 0, 0.0)
+            experience = build_algorithm(spec).estimate(scored(experience, scores), 0.0)
+            update(run_of(spec, policy), experience, step=0, kl_coef=0.0)
             found.append(weights(policy))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
@@ -225,9 +225,9 @@ def test_answers_without_a_score_do_not_change_the_update(model_dir) -> None:
 def test_step_without_any_score_stops_the_run(model_dir) -> None:
     spec, policy = grpo_spec(), policy_of(model_dir)
     experience = scored(sampled(((2, 3),)), [None, None])
-    experience = ALGORITHMS["grpo"].estimate(experience, spec, 0.0)
+    experience = build_algorithm(spec).estimate(experience, 0.0)
     with pytest.raises(TrainingError, match="no answer of this mini-batch has a valid score"):
-        update(run_of(spec, policy), experience, 0, 0.0)
+        update(run_of(spec, policy), experience, step=0, kl_coef=0.0)
 
 
 def test_truncated_score_replaces_the_score_of_cut_answers_only() -> None:
@@ -244,7 +244,7 @@ def test_mask_truncated_leaves_cut_answers_out_of_loss_and_group() -> None:
     spec = grpo_spec(group_size=3, scale="none", truncation="mask")
     experience = scored(sampled(((2, 3, 4),), length=(1,)), [1.0, 100.0, 4.0], mask_truncated=True)
     assert experience.mask.any(1).tolist() == [True, False, True]
-    found = ALGORITHMS["grpo"].estimate(experience, spec, 0.0).per_token["advantages"]
+    found = build_algorithm(spec).estimate(experience, 0.0).per_token["advantages"]
     # Mean of 1 and 4 is 2.5.
     assert [row.abs().max().item() for row in found] == pytest.approx([1.5, 0.0, 1.5])
     assert found[0].min().item() == pytest.approx(-1.5)
@@ -280,7 +280,7 @@ def test_dynamic_sampling_fills_the_step_with_live_groups(model_dir, rules) -> N
             engine=engine,
             stop_token_ids=tuple(range(1, 24)),
         )
-        experience, scores = rollout(run, 0)
+        experience, scores = score(run, sample(run, 0))
         assert len(experience.scores) == len(scores.total) == 24
         assert experience.group_ids.tolist() == [g for g in range(8) for _ in range(3)]
         found[dynamic] = live(experience, 3)

@@ -34,7 +34,7 @@ from online_parts import (
 
 from align.core.types import PromptRow
 from align.losses.value import explained_variance
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import online_step, update
 from align.online.scoring import Scores
@@ -140,7 +140,7 @@ def test_whole_ppo_step_equals_float64_by_hand(model_dir, other_dir) -> None:
     found = annotate(
         experience, policy, spec, old=True, reference=reference_of(other_dir), critic=critic
     )
-    found = ALGORITHMS["ppo"].estimate(found, spec, 0.3)
+    found = build_algorithm(spec).estimate(found, 0.3)
     values = naive_values(critic, experience)
     advantages, returns = naive_ppo(
         naive_logprobs(1, experience), naive_logprobs(2, experience), values, [1.5, -0.5]
@@ -149,7 +149,7 @@ def test_whole_ppo_step_equals_float64_by_hand(model_dir, other_dir) -> None:
         rows = at_answers(found.per_token[name], experience)
         for row, naive in zip(rows, expected, strict=True):
             assert row == pytest.approx(naive, abs=1e-4), name
-    stats = update(run_of(spec, policy, critic=critic), found, 0, 0.3)
+    stats = update(run_of(spec, policy, critic=critic), found, step=0, kl_coef=0.3)
     # The ratio is 1 and whitened advantages have mean 0; the critic's loss is half the mean square.
     rows = zip(values, returns, strict=True)
     errors = [(v - r) ** 2 for vs, rs in rows for v, r in zip(vs, rs, strict=True)]
@@ -168,7 +168,7 @@ def test_ppo_policy_gradient_equals_float64_by_hand(model_dir, other_dir) -> Non
     found = annotate(
         experience, policy, spec, old=True, reference=reference_of(other_dir), critic=critic
     )
-    found = ALGORITHMS["ppo"].estimate(found, spec, 0.3)
+    found = build_algorithm(spec).estimate(found, 0.3)
     advantages, _ = naive_ppo(
         naive_logprobs(1, experience),
         naive_logprobs(2, experience),
@@ -188,7 +188,7 @@ def test_ppo_policy_gradient_equals_float64_by_hand(model_dir, other_dir) -> Non
     names = [n for n, _ in model.named_parameters()]
     gradients = torch.autograd.grad(total, list(model.parameters()))
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-    stats = update(run_of(spec, policy, critic=critic), found, 0, 0.3)
+    stats = update(run_of(spec, policy, critic=critic), found, step=0, kl_coef=0.3)
     assert stats["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     moved = dict(policy.module.model.named_parameters())
     before = dict(model.named_parameters())

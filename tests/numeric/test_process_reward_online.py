@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from online_parts import ppo_spec
 
 from align.core.types import Completion, PromptRow
-from align.online.algorithms import ppo
+from align.online.algorithms import build_algorithm
 from align.online.scoring import apply_scores, score_answers, step_rewards
 from align.sampling.experience import Experience, gather_experience
 from reward_models.process import increments, potentials
@@ -56,7 +56,7 @@ def experience_of(*, dense: bool) -> Experience:
 
 def returns_of(*, dense: bool) -> torch.Tensor:
     spec = ppo_spec(kl={"coef": 0.0}, gamma=1.0, lam=1.0)
-    found = ppo(experience_of(dense=dense), spec, 0.0)
+    found = build_algorithm(spec).estimate(experience_of(dense=dense), 0.0)
     return found.per_token["returns"][:, 2:]  # the answers' tokens
 
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from align.data.formats.detect import ALIASES, FORMATS
-from align.recipe.algorithms import PRESETS, RATES, AlgorithmName, known_rates
+from align.online.advantages import ESTIMATORS
+from align.recipe.algorithms import ALGORITHMS, RATES, known_rates
 from align.recipe.schema import STAGES, DataSpec, Spec, TrainingStage, ref_of, references
 from align.recipe.schema.tuning import METHODS
 
@@ -177,8 +178,8 @@ def test_data_formats_are_those_of_the_schema():
     assert sorted(named) == sorted(["auto", *FORMATS, *ALIASES])
 
 
-def test_algorithms_have_a_preset_each():
-    assert sorted(PRESETS) == sorted(get_args(AlgorithmName))
+def test_algorithms_have_an_estimator_each():
+    assert {algorithm.estimator for algorithm in ALGORITHMS.values()} == set(ESTIMATORS)
 
 
 def test_what_each_tuning_method_can_do():

@@ -2,9 +2,16 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from align.recipe.algorithms import SCALES, AlgorithmName, with_preset
+from align.recipe.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    known_algorithm,
+    known_estimator,
+    of_estimator,
+    with_preset,
+)
 from align.recipe.schema.common import (
     ClipSpec,
     Count,
@@ -78,6 +85,16 @@ def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> No
             )
 
 
+class CriticSpec(Spec):
+    """Describe PPO's value network; ``init`` None starts it from the policy's weights."""
+
+    init: Annotated[str | None, Ref("policy", "reward_model")] = None
+    optim: OptimSpec = OptimSpec(learning_rate=1e-5, schedule="constant")
+    clip: Positive = 0.2
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Rollout steps in which only the critic learns."""
+
+
 class OnlineStage(TrainingStage):
     """Hold what ppo and grpo share."""
 
@@ -102,10 +119,23 @@ class OnlineStage(TrainingStage):
     max_lost_frac: Fraction = 0.01
     watch: WatchSpec | None = None
     """Evaluation on held-out prompts while training, and the guard against over-optimisation."""
-    if TYPE_CHECKING:  # each stage has its own defaults
+    if TYPE_CHECKING:  # each stage has its own defaults, or a fixed value
         kind: Literal["ppo", "grpo"]
         kl: KlSpec
         group_size: int
+        estimator: str
+        scale: str
+        objective: str
+        aggregation: str
+        dynamic_sampling: bool
+        max_draws: int
+        critic: CriticSpec | None
+        whiten_rewards: bool
+
+    @property
+    def algorithm_facts(self) -> Algorithm:
+        """Return what the stage's estimator needs."""
+        return of_estimator(self.estimator)
 
     @model_validator(mode="after")
     def _legal(self) -> "OnlineStage":
@@ -131,18 +161,15 @@ class OnlineStage(TrainingStage):
         return self
 
 
-class CriticSpec(Spec):
-    """Describe PPO's value network; ``init`` None starts it from the policy's weights."""
-
-    init: Annotated[str | None, Ref("policy", "reward_model")] = None
-    optim: OptimSpec = OptimSpec(learning_rate=1e-5, schedule="constant")
-    clip: Positive = 0.2
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Rollout steps in which only the critic learns."""
-
-
 class PpoStage(OnlineStage):
     """PPO with a learned critic (arXiv:1707.06347, arXiv:1909.08593)."""
+
+    estimator: ClassVar[str] = ALGORITHMS["ppo"].estimator
+    scale: ClassVar[str] = ALGORITHMS["ppo"].scale
+    objective: ClassVar[str] = ALGORITHMS["ppo"].objective
+    aggregation: ClassVar[str] = ALGORITHMS["ppo"].aggregation
+    dynamic_sampling: ClassVar[bool] = False
+    max_draws: ClassVar[int] = 1
 
     kind: Literal["ppo"]
     group_size: Count = 1
@@ -166,14 +193,15 @@ class PpoStage(OnlineStage):
 class GrpoStage(OnlineStage):
     """Policy optimisation without a critic: the options that tell its algorithms apart."""
 
+    critic: ClassVar[None] = None
+    whiten_rewards: ClassVar[bool] = False
+
     kind: Literal["grpo"]
-    algorithm: AlgorithmName = "grpo"
+    algorithm: Annotated[str, AfterValidator(known_algorithm)] = "grpo"
     """Named set of defaults for the options of this stage (align/recipe/algorithms.py)."""
     group_size: Count = 8
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
-    estimator: Literal["group_relative", "leave_one_out", "reward_to_go", "greedy"] = (
-        "group_relative"
-    )
+    estimator: Annotated[str, AfterValidator(known_estimator)] = "group_relative"
     """Score against the group's mean, the mean of the others, nothing, or the greedy answer's."""
     scale: Literal["std", "batch", "none"] = "std"
     """Divide by the group's standard deviation, the whole batch's, or nothing (Dr. GRPO)."""
@@ -193,16 +221,15 @@ class GrpoStage(OnlineStage):
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> "GrpoStage":
-        scales = SCALES[self.estimator]
-        if self.scale not in scales:
+        facts = self.algorithm_facts
+        if self.scale not in facts.scales:
             raise ValueError(
                 f"'scale: {self.scale}' has no effect with {self.estimator}; write "
-                f"scale: {' or '.join(scales)}"
+                f"scale: {' or '.join(facts.scales)}"
             )
-        grouped = self.estimator in ("group_relative", "leave_one_out")
-        if self.group_size == 1 and grouped:
+        if self.group_size == 1 and facts.compares_group:
             raise ValueError(f"{self.estimator} compares answers: group_size must be 2 or more")
-        if self.dynamic_sampling and not grouped:
+        if self.dynamic_sampling and not facts.compares_group:
             raise ValueError(f"'dynamic_sampling' has no effect with {self.estimator}; remove it")
         if self.truncation == "bootstrap":
             raise ValueError("truncation: bootstrap needs PPO's critic; use terminal or mask")

@@ -25,7 +25,7 @@ from align.models import logprobs
 from align.models.attention import PACKED
 from align.models.heads import ValueModel
 from align.models.logprobs import LogprobModel
-from align.online.algorithms import ALGORITHMS
+from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import OnlineRun, update
 from align.online.scoring import Scores, apply_scores
@@ -225,6 +225,7 @@ def online_steps(
 ) -> list[dict[str, float]]:
     run = OnlineRun(
         spec=spec,
+        algorithm=build_algorithm(spec),
         seed=0,
         prompts=[],
         rewards=[],
@@ -241,8 +242,8 @@ def online_steps(
         experience = annotate(
             my_experience(), policy, spec, old=True, reference=reference, critic=critic
         )
-        experience = ALGORITHMS[spec.kind].estimate(experience, spec, spec.kl.coef)
-        found.append(update(run, experience, step, spec.kl.coef))
+        experience = build_algorithm(spec).estimate(experience, spec.kl.coef)
+        found.append(update(run, experience, step=step, kl_coef=spec.kl.coef))
     return found
 
 
