@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from align.online import guard
-from align.pipeline.processes import find_launch_dir, stage_argv, stage_env
+from align.pipeline.processes import stage_argv, stage_env
 from align.report.charts import STANDALONE, Series, picture
 
 log = logging.getLogger("benchmarks")
@@ -60,9 +60,9 @@ def launch(stage: str, kind: str, run_dir: Path, overrides: Sequence[str], threa
     if (run_dir / stage / "manifest.json").is_file():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    words = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(run_dir)]
+    words = [kind, "--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(run_dir)]
     words += [word for text in overrides for word in ("--set", text)]
-    argv = stage_argv(find_launch_dir() / f"{kind}.py", words, ranks=1, on_gpu=False)
+    argv = stage_argv(words, ranks=1, on_gpu=False)
     env = stage_env(ranks=1, threads=threads, on_gpu=False)
     with (run_dir / f"{stage}.log").open("wb") as out:
         code = subprocess.run(argv, env=env, stdout=out, stderr=out, check=False).returncode

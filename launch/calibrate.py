@@ -5,7 +5,7 @@
 Prints and writes JSON: agreement, Cohen's kappa, position bias, each with its interval.
 """
 
-from align.stages.evaluate.judge import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main()
+    become("align.stages.tools.calibrate")

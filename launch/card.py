@@ -6,7 +6,7 @@ JSON is a list of data sources as in a recipe. Without --pairs those that the re
 Writes one JSON object: name of the model to its card.
 """
 
-from align.stages.tools.reward_cards import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main()
+    become("align.stages.tools.reward_cards")

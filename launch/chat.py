@@ -5,7 +5,7 @@
 /reset forgets the conversation, /temperature 0.5 sets it, /quit ends.
 """
 
-from align.stages.tools.chat import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main()
+    become("align.stages.tools.chat")

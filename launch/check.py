@@ -5,7 +5,7 @@
 ``align check R --deep`` starts this and prints the cards. Exit codes: 0 no line failed, 2 one did.
 """
 
-from align.stages.tools.deep_check import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main()
+    become("align.stages.tools.deep_check")

@@ -8,7 +8,7 @@ Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a
 command goes on from there.
 """
 
-from align.stages.base import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main("curate")
+    become("align.stages", "curate")

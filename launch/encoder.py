@@ -7,7 +7,7 @@ Reads a folder or hub id in the format of transformers. Writes an encoder with i
 Exit codes: 0 done, 1 failed, 2 the recipe is wrong.
 """
 
-from align.stages.base import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main("encoder")
+    become("align.stages", "encoder")

@@ -6,7 +6,7 @@ One process, one scorer; requests that come close together are scored in one bat
 passwords: listen on other addresses than this machine's own only in a network you trust.
 """
 
-from align.stages.tools.serve import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main()
+    become("align.stages.tools.serve")

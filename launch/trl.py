@@ -10,7 +10,7 @@ Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a
 checkpoint; the same command goes on from there.
 """
 
-from align.stages.base import main
+from align.stages.entry import become
 
 if __name__ == "__main__":
-    main("trl")
+    become("align.stages", "trl")

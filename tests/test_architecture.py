@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "align.stages": (*L5, "align.preflight"),
     "align.pipeline": ("align.core", "align.recipe", "align.report"),
     "align.report": ("align.core", "align.recipe"),
+    "align.__main__": ("align.cli",),
     "align.cli": ("align.core", "align.recipe", "align.pipeline", "align.report", "align.doctor"),
     "align.doctor": ("align.core", "align.recipe"),
     "launch": ("align.stages",),

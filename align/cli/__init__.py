@@ -8,20 +8,42 @@ import typer
 
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
-from align.core.errors import EXIT_USER, AlignError
+from align.core.errors import EXIT_OK, EXIT_USER, AlignError
 
 cli = typer.Typer(
     name="align",
     help="Make language models follow instructions and preferences, from one recipe.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+
+def _show_version(wanted: bool) -> None:
+    from align import __version__
+
+    if wanted:
+        typer.echo(f"align {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Make language models follow instructions and preferences, from one recipe."""
+
+
 cli.add_typer(data, name="data")
 cli.command()(explain)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the YAML file")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped one's name")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="stages.ppo.kl.coef=0.1, any number of times"),
@@ -123,10 +145,10 @@ def chat(
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
     """Talk to a checkpoint; /reset forgets the conversation, /quit ends it."""
-    from align.pipeline.processes import run_chat
+    from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
-    raise typer.Exit(run_chat(artefact, [*options, "--seed", str(seed)]))
+    raise typer.Exit(run_tool("chat", [str(artefact), *options, "--seed", str(seed)]))
 
 
 @cli.command(name="serve-reward")
@@ -139,10 +161,14 @@ def serve_reward(
     ] = "mean",
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
-    from align.pipeline.processes import run_server
+    from align.pipeline.processes import run_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]
-    raise typer.Exit(run_server(artefact, options))
+    try:
+        code = run_tool("serve", [str(artefact), *options])
+    except KeyboardInterrupt:  # the usual end of a server
+        code = EXIT_OK
+    raise typer.Exit(code)
 
 
 @cli.command()

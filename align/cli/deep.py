@@ -12,7 +12,7 @@ from align.core.card import Card, read_card, table
 from align.core.errors import EXIT_FAILED, RecipeError
 from align.core.text import suggest
 from align.pipeline.planning import plan
-from align.pipeline.processes import find_launch_dir, has_gpu, stage_env
+from align.pipeline.processes import has_gpu, stage_env
 from align.pipeline.terminal import Tail
 from align.recipe.load import load_recipe
 
@@ -47,7 +47,7 @@ def deep_check(
     done = [stage.name for stage in plan(recipe, run_dir) if stage.status == "done"]
     with tempfile.TemporaryDirectory(prefix="align-cards-") as folder:
         cards, log = Path(folder) / "cards.jsonl", Path(folder) / "log.txt"
-        argv = [sys.executable, "-u", str(find_launch_dir() / "check.py")]
+        argv = [sys.executable, "-u", "-m", "align.stages.tools.deep_check"]
         argv += ["--recipe", str(recipe_path), "--run-dir", str(run_dir), "--cards", str(cards)]
         argv += [word for text in overrides for word in ("--set", text)]
         argv += [word for name in done for word in ("--done", name)]

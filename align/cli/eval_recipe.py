@@ -12,7 +12,7 @@ import yaml
 
 from align.core.artefacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
-from align.pipeline.processes import run_calibrate
+from align.pipeline.processes import run_tool
 from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 from align.recipe.load import load_task
@@ -119,7 +119,7 @@ def calibrate(
     options += ["--model", model] if model else []
     options += ["--rows", str(rows)] if rows else []
     options += ["--heldout-frac", str(heldout_frac)] if heldout_frac else []
-    code = run_calibrate(scorer or judge, options)
+    code = run_tool("calibrate", [scorer or judge, *options], quiet=True)
     if code == EXIT_OK:
         found = json.loads(out.read_text(encoding="utf-8"))
         for line in calibration_lines(found):

@@ -11,7 +11,7 @@ import typer
 from align.core.artefacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
 from align.core.log import CARDS_FILE
-from align.pipeline.processes import run_card
+from align.pipeline.processes import run_tool
 from align.pipeline.terminal import Terminal
 from align.report import build_cards
 from align.report.card import HEADLINES
@@ -159,7 +159,7 @@ def measure_scorers(
     folder = out or runs / f"card-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / CARDS_FILE
-    code = run_card([str(p) for p in places], [*options, "--out", str(target)])
+    code = run_tool("reward_cards", [*map(str, places), *options, "--out", str(target)])
     if code == EXIT_OK:
         cards = json.loads(target.read_text(encoding="utf-8"))
         build_cards(folder / PAGE_FILE, cards)

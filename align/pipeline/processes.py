@@ -9,23 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from align.core.errors import AlignError
-
-
-def find_launch_dir() -> Path:
-    """Find the folder of launch scripts beside the package.
-
-    Raises:
-        AlignError: the package was installed without its checkout.
-    """
-    folder = Path(__file__).resolve().parents[2] / "launch"
-    if not folder.is_dir():
-        raise AlignError(
-            f"{folder}: no launch scripts beside the package; install from a checkout with "
-            "pip install -e ."
-        )
-    return folder
-
 
 def has_gpu() -> bool:
     """Say whether nvidia-smi lists a device; torch is not imported for it."""
@@ -40,15 +23,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def stage_argv(script: Path, arguments: Sequence[str], *, ranks: int, on_gpu: bool) -> list[str]:
-    """Give the command line of a stage: plain Python for one rank, deepspeed for more."""
+STAGE_MODULE = "align.stages"
+"""``python -m`` of it with a kind and a recipe is a stage."""
+
+
+def stage_argv(
+    arguments: Sequence[str], *, ranks: int, on_gpu: bool, module: str = STAGE_MODULE
+) -> list[str]:
+    """Return the command line of a stage: plain Python for one rank, deepspeed for more."""
     if ranks == 1:
-        return [sys.executable, "-u", str(script), *arguments]
+        return [sys.executable, "-u", "-m", module, *arguments]
     count = "--num_gpus" if on_gpu else "--num_accelerators"
     return [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
         *(count, str(ranks), "--master_port", str(free_port())),
-        *(str(script), *arguments),
+        *("--module", module, *arguments),
     ]
 
 
@@ -61,6 +50,8 @@ def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     env["TOKENIZERS_PARALLELISM"] = "false"
+    # No file of the working directory may stand in for a module (trl.py, datasets.py).
+    env["PYTHONSAFEPATH"] = "1"
     if not on_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
     return env
@@ -77,9 +68,9 @@ class StageProcess:
     """Hold a running stage: its launcher and ranks share one session of their own."""
 
     def __init__(
-        self, argv: Sequence[str], *, env: Mapping[str, str], log: Path, script: Path
+        self, argv: Sequence[str], *, env: Mapping[str, str], log: Path, module: str = STAGE_MODULE
     ) -> None:
-        self._script = str(script)
+        self._module = module
         self._log = log.open("ab")
         self.log_start = self._log.tell()
         self._process = subprocess.Popen(
@@ -105,7 +96,7 @@ class StageProcess:
         its exit code would hide that of the ranks. It ends by itself when they do.
         """
         for pid, command in self._members():
-            if self._script in command and "deepspeed.launcher" not in " ".join(command):
+            if self._module in command and "deepspeed.launcher" not in " ".join(command):
                 _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
@@ -158,33 +149,15 @@ def exit_reason(code: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def run_chat(artefact: Path, arguments: Sequence[str]) -> int:
-    """Talk to an artefact in a process of its own; give its exit code."""
-    script = find_launch_dir() / "chat.py"
-    return subprocess.run([sys.executable, str(script), str(artefact), *arguments]).returncode
+def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
+    """Run a module of align.stages.tools as a process of its own.
 
+    Args:
+        name: of the module. arguments: its command line. quiet: its standard output is dropped.
 
-def run_card(artefacts: Sequence[str], arguments: Sequence[str]) -> int:
-    """Measure reward models in a process of its own, which writes a file; give its exit code."""
-    script = find_launch_dir() / "card.py"
-    argv = [sys.executable, str(script), *artefacts, *arguments]
-    return subprocess.run(argv, check=False).returncode
-
-
-def run_server(artefact: Path, arguments: Sequence[str]) -> int:
-    """Serve a reward model in a process of its own until it is stopped; give its exit code."""
-    script = find_launch_dir() / "serve_reward.py"
-    argv = [sys.executable, str(script), str(artefact), *arguments]
-    try:
-        return subprocess.run(argv, check=False).returncode
-    except KeyboardInterrupt:
-        return 0
-
-
-def run_calibrate(judge: str, arguments: Sequence[str]) -> int:
-    """Measure a judge in a process of its own, which writes a file; give its exit code."""
-    script = find_launch_dir() / "calibrate.py"
-    done = subprocess.run(
-        [sys.executable, str(script), judge, *arguments], stdout=subprocess.DEVNULL
-    )
-    return done.returncode
+    Returns:
+        Its exit code.
+    """
+    argv = [sys.executable, "-P", "-m", f"align.stages.tools.{name}", *arguments]
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.run(argv, stdout=output, check=False).returncode

@@ -18,15 +18,14 @@ from align.core.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER,
-    AlignError,
     RecipeError,
 )
 from align.core.text import suggest
 from align.pipeline.planning import PlannedStage, plan
 from align.pipeline.processes import (
+    STAGE_MODULE,
     StageProcess,
     exit_reason,
-    find_launch_dir,
     has_gpu,
     stage_argv,
     stage_env,
@@ -50,7 +49,7 @@ def run(
     force: bool = False,
     only: str | None = None,
     from_: str | None = None,
-    launch_dir: Path | None = None,
+    module: str = STAGE_MODULE,
     terminal: Terminal | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
@@ -64,7 +63,7 @@ def run(
             them every selected stage that depends on them.
         only: run this stage alone.
         from_: leave out the stages before this one.
-        launch_dir: folder of ``<kind>.py`` scripts; None is the one beside the package.
+        module: what is started for a stage, with its kind and ``--recipe`` as arguments.
         terminal: where progress is shown; None is standard output.
         grace_s: seconds between a signal's passing on and the end of patience.
 
@@ -77,7 +76,6 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     folder = Path(run_dir or Path("runs") / recipe.name)
     terminal = terminal or Terminal()
-    launch_dir = launch_dir or find_launch_dir()
     with _locked(folder):
         planned = plan(recipe, folder)
         chosen = select(recipe, planned, only=only, from_=from_)
@@ -94,12 +92,11 @@ def run(
             if stage.name in again or stage.status == "to do":
                 _set_aside(folder / stage.name)
                 forget_seconds(folder, stage.name)
-            arguments = ["--recipe", str(recipe_path), "--stage", stage.name]
+            arguments = [stage.kind, "--recipe", str(recipe_path), "--stage", stage.name]
             arguments += ["--run-dir", str(folder)]
             arguments += [word for text in overrides for word in ("--set", text)]
             terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
-            script = launch_dir / f"{stage.kind}.py"
-            code = _run_stage(recipe, stage.name, script, arguments, folder, terminal, grace_s)
+            code = _run_stage(recipe, stage.name, module, arguments, folder, terminal, grace_s)
             if code != EXIT_OK:
                 return code
         return _finish(recipe, folder, terminal)
@@ -179,23 +176,21 @@ def _set_aside(folder: Path) -> None:
 def _run_stage(
     recipe: Recipe,
     name: str,
-    script: Path,
+    module: str,
     arguments: Sequence[str],
     run_dir: Path,
     terminal: Terminal,
     grace_s: float,
 ) -> int:
     spec = recipe.stages[name]
-    if not script.is_file():
-        raise AlignError(f"{script}: no launch script for stages of kind '{spec.kind}'")
     folder = run_dir / name
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = has_gpu()
     log = folder / "log.txt"
-    argv = stage_argv(script, arguments, ranks=spec.ranks, on_gpu=on_gpu)
+    argv = stage_argv(arguments, ranks=spec.ranks, on_gpu=on_gpu, module=module)
     env = stage_env(ranks=spec.ranks, threads=spec.threads, on_gpu=on_gpu)
     began = time.monotonic()
-    process = StageProcess(argv, env=env, log=log, script=script)
+    process = StageProcess(argv, env=env, log=log, module=module)
     try:
         code, stopped = _watch(process, terminal, grace_s)
     finally:

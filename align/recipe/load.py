@@ -28,7 +28,7 @@ from align.recipe.schema import (
     references,
 )
 from align.recipe.schema.common import Spec
-from align.recipe.source import Key, Mark, Source, read_source
+from align.recipe.source import Key, Mark, Source, find_recipe, read_source
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
 
@@ -159,7 +159,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Load and check a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a shipped recipe.
         overrides: ``stages.ppo.kl.coef=0.1`` texts, laid over the file in order.
 
     Raises:
@@ -174,7 +174,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    source = read_source(path)
+    source = read_source(find_recipe(path))
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)

@@ -88,6 +88,18 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
+SHIPPED = Path(__file__).parents[1] / "recipes"
+"""Recipes that come with the package; in a checkout a link to the top-level folder."""
+
+
+def find_recipe(name: Path | str) -> Path:
+    """Return the file of a recipe: any by path, or one that is shipped by its bare name."""
+    path = Path(name)
+    shipped = SHIPPED / f"{path}.yaml"
+    bare = path.name == str(name) and not path.suffix
+    return shipped if bare and not path.exists() and shipped.is_file() else path
+
+
 def read_source(path: Path | str) -> Source:
     """Read a recipe and everything it extends.
 
@@ -158,11 +170,10 @@ def _near_files(path: Path) -> str:
     from difflib import get_close_matches
 
     folder = path.parent if path.parent.is_dir() else Path("recipes")
-    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    close = get_close_matches(path.name, names, n=1) or get_close_matches(
-        path.name + ".yaml", names, n=1
-    )
-    return f"; did you mean '{folder / close[0]}'?" if close else ""
+    places = {shipped.stem: shipped.stem for shipped in SHIPPED.glob("*.yaml")}
+    places |= {near.stem: str(near) for near in folder.glob("*.yaml")}
+    close = get_close_matches(path.stem, places, n=1)
+    return f"; did you mean '{places[close[0]]}'?" if close else ""
 
 
 class _Reader:

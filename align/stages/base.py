@@ -5,7 +5,6 @@ import json
 import logging
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,13 +110,12 @@ def chat_format(model_dir: Path) -> ChatFormat:
     return ChatFormat(load_tokenizer(model_dir), stop_token_ids=stop_token_ids(model_dir))
 
 
-def main(kind: str) -> NoReturn:
-    """Run one stage as this process; never returns."""
-    forget_launch_scripts()
-    args = _arguments(kind)
+def main() -> NoReturn:
+    """Run the stage of the command line as this process; never returns."""
+    args = _arguments()
     signals.install()
     try:
-        code = run_stage(kind, args)
+        code = run_stage(args.kind, args)
     except AlignError as e:
         setup_logging(distributed.rank())
         log.error("%s", e)
@@ -130,19 +128,13 @@ def main(kind: str) -> NoReturn:
     distributed.end_process(code)
 
 
-def forget_launch_scripts() -> None:
-    """Take the script's folder, which Python puts first, out of where modules are looked for.
-
-    There ``trl`` and ``evaluate`` are launch scripts.
-    """
-    here = Path(sys.argv[0]).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
-
-
-def _arguments(kind: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Run one '{kind}' stage of a recipe.")
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m align.stages", description="Run one stage of a recipe as this process."
+    )
+    parser.add_argument("kind", choices=STAGES, help="kind of the stage")
     parser.add_argument("--recipe", required=True, help="the YAML file")
-    parser.add_argument("--stage", help=f"stage name; default: the only '{kind}' stage")
+    parser.add_argument("--stage", help="stage name; default: the only one of this kind")
     parser.add_argument("--run-dir", help="folder of the run; default: runs/<recipe name>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--force", action="store_true", help="redo a stage that is there already")

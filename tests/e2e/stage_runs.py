@@ -16,7 +16,6 @@ from safetensors.torch import load
 
 from align.pipeline.processes import free_port, stage_argv
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 LIMIT_S = 240.0
 
 RECIPE = """\
@@ -122,11 +121,11 @@ def start(
     kind: str | None = None,
 ) -> subprocess.Popen[str]:
     """Start a stage in a session of its own; ``kind`` where it is not the stage's name."""
-    arguments = ["--recipe", str(recipe), "--stage", stage, "--run-dir", str(run_dir)]
+    arguments = [kind or stage, "--recipe", str(recipe), "--stage", stage]
+    arguments += ["--run-dir", str(run_dir)]
     arguments += [word for o in overrides for word in ("--set", o)] + list(flags)
-    script = LAUNCH / f"{kind or stage}.py"
     return subprocess.Popen(
-        stage_argv(script, arguments, ranks=ranks, on_gpu=False),
+        stage_argv(arguments, ranks=ranks, on_gpu=False),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,10 +1,13 @@
 """The command line as a user calls it: messages, exit codes, no tracebacks."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import align as align_package
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -82,6 +85,49 @@ def test_shell_chain_starts_each_stage_in_order_and_stops_at_the_first_failure(t
         "--recipe r.yaml --stage base --run-dir runs/toy --set seed=4",
         "--recipe r.yaml --stage sft --run-dir runs/toy --set seed=4 --set stages.sft.ranks=1",
     ]
+
+
+def test_a_launch_script_becomes_a_module_without_its_own_folder(tmp_path: Path):
+    # launch/trl.py must not stand in for the library trl, nor a file of the working directory.
+    for folder in ("launch", "found"):
+        (tmp_path / folder).mkdir()
+    call = "from align.stages.entry import become\nbecome('align_probe', 'trl')\n"
+    (tmp_path / "launch" / "trl.py").write_text(call)
+    probe = "import sys, trl\nprint(trl.__file__, *sys.argv[1:])\n"
+    (tmp_path / "found" / "align_probe.py").write_text(probe)
+    done = subprocess.run(
+        [sys.executable, "trl.py", "--local_rank=0", "--recipe", "r"],
+        cwd=tmp_path / "launch",
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'found'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    library, *words = done.stdout.split()
+    assert Path(library).parts[-2:] == ("trl", "__init__.py")
+    assert words == ["trl", "--local_rank=0", "--recipe", "r"]
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-h"], ["run", "-h"]])
+def test_version_and_help_of_the_command(words: list[str]):
+    done = subprocess.run(
+        [sys.executable, "-m", "align", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = f"align {align_package.__version__}" if words == ["--version"] else "Usage:"
+    assert expected in done.stdout
+
+
+def test_a_shipped_recipe_is_found_by_its_name():
+    done = align("check", "quickstart")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "quickstart: right, 7 stages" in done.stdout
+    done = align("check", "quickstar")
+    assert done.returncode == 2
+    assert "did you mean 'quickstart'?" in done.stderr
+    Path("quickstart").write_text(RECIPE)
+    assert "right, 2 stages" in align("check", "quickstart").stdout
 
 
 def test_chat_with_something_that_is_no_artefact_ends_with_2():

@@ -34,6 +34,7 @@ from align.core.artefacts import read_manifest, spec_hash, write_manifest
 from align.recipe.load import load_recipe
 
 parser = argparse.ArgumentParser()
+parser.add_argument("kind")
 for name in ("--recipe", "--stage", "--run-dir"):
     parser.add_argument(name, required=True)
 parser.add_argument("--set", action="append", default=[])
@@ -71,11 +72,9 @@ write_manifest(out, {
 @pytest.fixture(autouse=True)
 def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     Path("r.yaml").write_text(RECIPE)
-    Path("launch").mkdir()
-    for kind in ("base", "sft", "dpo"):
-        Path(f"launch/{kind}.py").write_text(STAGE)
+    Path("toy_stages.py").write_text(STAGE)
 
 
 def start(**options: object) -> tuple[int, list[str], str]:
@@ -83,7 +82,7 @@ def start(**options: object) -> tuple[int, list[str], str]:
     Path("calls.txt").write_text("")
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, width=200, soft_wrap=True))
-    code = run("r.yaml", launch_dir=Path("launch"), terminal=terminal, **options)
+    code = run("r.yaml", module="toy_stages", terminal=terminal, **options)
     return code, Path("calls.txt").read_text().split(), shown.getvalue()
 
 
@@ -184,7 +183,7 @@ def test_exit_code_of_a_failed_stage_is_passed_on(stage_code: int, code: int):
 
 
 def test_exit_0_without_a_manifest_is_a_failure():
-    Path("launch/base.py").write_text("pass\n")
+    Path("toy_stages.py").write_text("pass\n")
     assert start()[0] == 1
 
 
@@ -229,10 +228,7 @@ def test_threads_follow_the_recipe_and_the_stage_hears_of_overrides():
 
 def test_sigterm_reaches_the_stage_and_its_code_75_comes_back():
     Path("base.wait").write_text("")
-    code = (
-        "import sys; from pathlib import Path; from align.pipeline import run;"
-        "sys.exit(run('r.yaml', launch_dir=Path('launch').resolve()))"
-    )
+    code = "import sys; from align.pipeline import run;sys.exit(run('r.yaml', module='toy_stages'))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     metrics = Path("runs/toy/base/metrics.jsonl")
     while not metrics.exists() and process.poll() is None:

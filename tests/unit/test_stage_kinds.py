@@ -151,7 +151,7 @@ def test_every_stage_has_a_launch_script_that_starts_it():
     assert scripts.keys() == STAGES.keys() | TOOLS
     for kind in STAGES:
         calls = [n for n in ast.walk(ast.parse(scripts[kind])) if isinstance(n, ast.Call)]
-        assert [ast.unparse(call) for call in calls] == [f"main('{kind}')"]
+        assert [ast.unparse(call) for call in calls] == [f"become('align.stages', '{kind}')"]
         assert f"launch/{kind}.py --recipe R" in scripts[kind]
 
 

@@ -1,17 +1,15 @@
 """Ask the judge of an evaluate stage, and measure a judge against people."""
 
-import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.core import distributed
-from align.core.artefacts import read_artefact, write_json_atomic
-from align.core.errors import EXIT_OK, AlignError
+from align.core.artefacts import read_artefact
+from align.core.errors import AlignError
 from align.core.types import Example
 from align.data.load import load_examples
 from align.data.split import split_key
@@ -133,32 +131,3 @@ def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) ->
     fits = [max(len(r.chosen.input_ids), len(r.rejected.input_ids)) <= limit for r in rows]
     said = iter(scored_orders([p for p, fit in zip(pairs, fits, strict=True) if fit], score))
     return [next(said) if fit else BothOrders(None, None) for fit in fits]
-
-
-def main() -> None:
-    """Measure the judge of the command line; never returns."""
-    parser = argparse.ArgumentParser(description="Measure a judge against people.")
-    parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
-    parser.add_argument("--model", help="name of the model at the endpoint")
-    parser.add_argument("--pairs", required=True, help="file of preference pairs")
-    parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
-    parser.add_argument("--heldout-frac", type=float, help="only those held out by this share")
-    parser.add_argument("--criteria", default=PairwiseSpec.model_fields["criteria"].default)
-    parser.add_argument("--cache", default=EndpointSpec.model_fields["cache"].default)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    args = parser.parse_args()
-    data = DataSpec(path=args.pairs, rows=args.rows)
-    if args.heldout_frac is not None:
-        held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
-        data = data.model_copy(update=held_out)
-    try:
-        found = calibrate(
-            args.judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(args.out, found)
-    except AlignError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.exit(EXIT_OK)

@@ -161,3 +161,7 @@ def main() -> None:
         sys.stdout.write(f"{args.artefact}: {HELP}{kind}\n")
     talk(chat, _typed_lines() if typed else iter(sys.stdin), sys.stdout)
     sys.exit(EXIT_OK)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,6 @@ from align.recipe.load import load_recipe
 from align.recipe.schema import BaseStage, EncoderStage, Recipe
 from align.stages.base import (
     StageContext,
-    forget_launch_scripts,
     stage_runner,
     with_data_of_stages,
 )
@@ -33,7 +32,6 @@ BRINGS_IN = (BaseStage, EncoderStage)
 
 def main() -> NoReturn:
     """Check a recipe as this process; cards go to a file, one JSON object a line."""
-    forget_launch_scripts()
     parser = argparse.ArgumentParser(description="Run the preflight of a recipe's stages.")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--run-dir", required=True, help="folder with finished stages")
@@ -125,3 +123,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
     except AlignError as error:
         return Card(name, spec.kind, [Line("preparation", "stopped", "", "fail", str(error))])
     raise AssertionError(f"stage {name} of kind {spec.kind} went past its preflight")
+
+
+if __name__ == "__main__":
+    main()

@@ -63,3 +63,7 @@ def measure(models: dict[str, Artefact], pairs: str | None, sets: str) -> dict[s
 def sources(plain: Sequence[dict[str, Any]]) -> list[DataSpec]:
     """Read data sources that are written as in a recipe."""
     return [DataSpec.model_validate(source) for source in plain]
+
+
+if __name__ == "__main__":
+    main()

@@ -57,3 +57,7 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
     log.info("reward model %s at http://%s:%d (POST /score, GET /health)", path, host, port)
     app = build_app(reward, about, takes_ids=reward.model.reads == "last")
     uvicorn.run(app, host=host, port=port, workers=1, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

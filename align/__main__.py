@@ -1,0 +1,5 @@
+"""``python -m align`` is the command ``align``."""
+
+from align.cli import app
+
+app()

@@ -1,0 +1,45 @@
+"""Measure a judge (an endpoint or a reward model) on preference pairs that people have ordered."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from align.core.artefacts import write_json_atomic
+from align.core.errors import EXIT_OK, AlignError
+from align.recipe.schema import DataSpec, EndpointSpec, PairwiseSpec
+from align.stages.evaluate.judge import calibrate
+
+
+def main() -> NoReturn:
+    """Measure the judge of the command line; never returns."""
+    parser = argparse.ArgumentParser(description="Measure a judge against people.")
+    parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
+    parser.add_argument("--model", help="name of the model at the endpoint")
+    parser.add_argument("--pairs", required=True, help="file of preference pairs")
+    parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
+    parser.add_argument("--heldout-frac", type=float, help="only those held out by this share")
+    parser.add_argument("--criteria", default=PairwiseSpec.model_fields["criteria"].default)
+    parser.add_argument("--cache", default=EndpointSpec.model_fields["cache"].default)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    data = DataSpec(path=args.pairs, rows=args.rows)
+    if args.heldout_frac is not None:
+        held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
+        data = data.model_copy(update=held_out)
+    try:
+        found = calibrate(
+            args.judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(args.out, found)
+    except AlignError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.exit(EXIT_OK)
+
+
+if __name__ == "__main__":
+    main()
