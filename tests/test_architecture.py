@@ -1,6 +1,7 @@
 """Hold every source file to the layers, the homes of heavy libraries and the size limits."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,3 +178,19 @@ def test_nothing_prints():
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
     ]
     assert not sorted(wrong)
+
+
+def test_the_architecture_page_names_every_folder_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = page.partition("## Rooms")[2].partition("## ")[0]
+    named = set(re.findall(r"^\| `([a-z_/]+)` \|", rows, re.MULTILINE))
+    found = {
+        str(path.parent.relative_to(ROOT))
+        for top in TOPS
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert named == found - {"align"}
+    paths = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", page))
+    missing = {p for p in paths if not ((ROOT / "align" / p).exists() or (ROOT / p).exists())}
+    assert not missing
