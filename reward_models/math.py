@@ -1,54 +1,31 @@
-"""Reward for mathematics: the final number, or LaTeX expression, of an answer is the right one.
+"""Reward for mathematics: the final number, or LaTeX expression, of a response is the right one.
 
 The final answer is what follows the last of ``####``, ``\\boxed{...}`` and "answer is"; without
-such a marker it is the last number of the text.
+such a marker it is the last line, or else the last number of the text. What was thought before the
+end of a block ``<think>`` is not looked at.
 """
 
 import re
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
 from typing import Any
 
 from reward_models.base import InvalidScoreError, Rule, rule_from_spec
 from reward_models.math_process import LatexVerifier
+from reward_models.numbers import MAX_STATEMENT, Number, holds_digits, last_number, read_number
 from reward_models.specs import MathSpec
 
-MAX_DIGITS = 400
-"""Longest number, in characters, that is read; longer ones are no answer to any exercise."""
-
-_NUMBER = re.compile(
-    r"""
-    (?<![\w./])                                 # not inside a word or another number
-    (?P<sign>[-+\u2212]?)                       # a minus before a digit, not after one: 10-5
-    [\\]?[$\u20ac\u00a3]?
-    (?P<sign_after_currency>-?)
-    (?:(?P<whole>\d+)[ ](?=\d+[ ]?/[ ]?\d))?    # the 1 of the mixed number 1 1/2
-    (?P<main>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
-    (?P<exponent>[eE][-+]?\d{1,2}(?![\w.]))?
-    (?:[ ]?/[ ]?(?P<denominator>\d+(?:\.\d+)?))?
-    (?!\d)
-    (?!(?:st|nd|rd|th)\b)                       # an ordinal is not a quantity
-    (?P<percent>[ ]?[\\]?%)?
-    """,
-    re.VERBOSE,
+_MARKER = re.compile(r"####|\\(?:boxed|fbox)\s*\{|\banswers?[*_]*\s*(?:is\b|[:=])", re.IGNORECASE)
+_THINK = re.compile(r"<(/?)(?:think|thinking|reasoning|thought)>", re.IGNORECASE)
+_TAG = re.compile(r"</?[A-Za-z][\w-]*>|<\|[^|<>]*\|>")
+_DISPLAY = re.compile(r"\$\$|\\[\[\]]")
+_CLAUSE_END = re.compile(
+    r"[.!?;](?:\s+|$)|,\s+(?=[^\W\d_])|\s\((?=[^\W\d_])"
+    r"|\s(?:because|since|as|so|which|where|for)\s",
+    re.IGNORECASE,
 )
-_MARKER = re.compile(r"####|\\boxed\s*\{|\banswer\s*(?:is\b|:|=)", re.IGNORECASE)
-_LATEX_FRACTION = re.compile(r"(-?)\\[dt]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*(-?[\d.]+)\s*\}")
-_LATEX_COMMA = re.compile(r"\{,\}|,\\!")
-_DECORATION = re.compile(r"\*\*|\\[,;!]|\\(?:text|mathrm|mathbf)\b|[{}]")
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """Hold an exact number and whether a percent sign followed it."""
-
-    value: Fraction
-    is_percent: bool = False
 
 
 def _braced(text: str, start: int) -> str:
-    """Give what stands between the brace opened just before ``start`` and its partner."""
+    """Return what stands between the brace opened just before ``start`` and its partner."""
     depth = 1
     for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -57,70 +34,44 @@ def _braced(text: str, start: int) -> str:
     return text[start:]
 
 
-def _marked_answer(text: str) -> str | None:
-    """Give what follows the last marker: the braces' content or the sentence, within the line."""
-    markers = list(_MARKER.finditer(text))
-    if not markers:
-        return None
-    last = markers[-1]
-    if last.group().endswith("{"):
-        return _braced(text, last.end())
-    line = text[last.end() :].lstrip().split("\n", 1)[0]
-    sentences = re.split(r"[.!?;](?:\s+|$)", line)
-    return next((s for s in sentences if any(c.isdigit() for c in s)), "")
-
-
-def _plain_fractions(text: str) -> str:
-    def plain(match: re.Match[str]) -> str:
-        sign, top, bottom = match.groups()
-        minuses = [sign, top[:1], bottom[:1]].count("-")
-        return f" {'-' if minuses % 2 else ''}{top.lstrip('-')}/{bottom.lstrip('-')} "
-
-    text = _LATEX_COMMA.sub(",", text)
-    return _DECORATION.sub(" ", _LATEX_FRACTION.sub(plain, text))
-
-
-def _number(match: re.Match[str]) -> Number | None:
-    if len(match.group()) > MAX_DIGITS:
-        return None
-    mantissa = match["main"].replace(",", "")
-    try:
-        value = Fraction(Decimal(mantissa + (match["exponent"] or "")))
-        if match["denominator"] is not None:
-            value /= Fraction(Decimal(match["denominator"]))
-        if match["whole"] is not None:
-            value += int(match["whole"])
-    except (ZeroDivisionError, InvalidOperation):
-        return None
-    is_negative = match["sign"] in ("-", "\u2212") or match["sign_after_currency"] == "-"
-    return Number(-value if is_negative else value, match["percent"] is not None)
-
-
-def _numbers(text: str) -> list[Number | None]:
-    return [_number(match) for match in _NUMBER.finditer(_plain_fractions(text))]
-
-
 def final_number(text: str) -> Number | None:
-    """Read the final number of an answer, exactly.
+    """Return the final number of a response, exactly.
 
-    After a marker the first number counts (the one after the last ``=`` where there is an
-    equation), so listing several candidates gains nothing; without a marker the last of the text.
-    Read are signs, thousands commas, decimals, exponents, fractions, mixed numbers, currency and
-    percent signs.
+    A marked answer must be one number: beside it only words, a unit and punctuation may stand.
+    The first clause with digits counts, so listing several candidates gains nothing. Read are
+    signs, thousands, decimals, exponents, powers, fractions, mixed numbers, currency and percent.
 
     Returns:
         The number, or None where there is none (a marker without a number has none).
     """
-    marked = _marked_answer(text)
-    if marked is None:
-        found = _numbers(text)
-        return found[-1] if found else None
-    found = _numbers(marked.rsplit("=", 1)[-1])
-    return found[0] if found else None
+    thoughts = list(_THINK.finditer(text))
+    if thoughts and not thoughts[-1][1]:  # still thinking where it was cut
+        return None
+    text = text[thoughts[-1].end() :] if thoughts else text
+    text = _DISPLAY.sub(" ", _TAG.sub(" ", text))
+    markers = list(_MARKER.finditer(text))
+    if not markers:
+        line = _last_line(text)
+        return read_number(line) or last_number(line)
+    last = markers[-1]
+    if last.group().endswith("{"):
+        return read_number(_braced(text, last.end()), is_latex=True)
+    rest = text[last.end() :].lstrip(" \t\n\r:*_=$")
+    line = rest.split("\n", 1)[0][:MAX_STATEMENT]
+    clause = next((c for c in _CLAUSE_END.split(line) if holds_digits(c)), None)
+    if clause is not None:
+        return read_number(clause)
+    # "The answer is this:", and the number by itself at the end.
+    return None if last.group() == "####" else read_number(_last_line(rest))
+
+
+def _last_line(text: str) -> str:
+    """Return the last line with digits, empty where there is none."""
+    return next((line for line in reversed(text.splitlines()) if holds_digits(line)), "")
 
 
 def same_number(answer: Number, reference: Number) -> bool:
-    """Tell whether two numbers are equal.
+    """Return whether two numbers are equal.
 
     Where only one has a percent sign, both readings count: 50% answers 50 and 0.5.
     """
@@ -132,10 +83,23 @@ def same_number(answer: Number, reference: Number) -> bool:
     return scaled[0] == scaled[1]
 
 
-def _number_score(answer: str, value: Any) -> float:
-    reference = final_number(str(value))
-    if reference is None:
+def reference_number(value: Any) -> Number:
+    """Return the one number that a reference is; a worked solution ends with a marker.
+
+    Raises:
+        InvalidScoreError: it is no number, several, or an expression.
+    """
+    text = str(value)
+    found = final_number(text) if _MARKER.search(text) else read_number(text)
+    if found is not None:
+        return found
+    if not holds_digits(text) and text.replace(" ", "").isalpha():
         raise InvalidScoreError("reference holds no number")
+    raise InvalidScoreError("reference is not one number; use latex: true")
+
+
+def _number_score(answer: str, value: Any) -> float:
+    reference = reference_number(value)
     found = final_number(answer)
     return float(found is not None and same_number(found, reference))
 

@@ -1,5 +1,6 @@
 """Rewards that are plain rules on the answer's text: match, regex, format, length, repetition."""
 
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def _compile(spec: PatternSpec, *, num_groups: int | None = None) -> regex.Patte
     """
     where = f"reward '{spec.label}': pattern {spec.pattern!r}"
     try:
-        pattern = regex.compile(spec.pattern or "")
+        pattern = regex.compile(_composed(spec.pattern or ""))
     except regex.error as error:
         raise ValueError(f"{where} is not a regular expression: {error}") from error
     if num_groups is not None and pattern.groups != num_groups:
@@ -37,6 +38,17 @@ def _compile(spec: PatternSpec, *, num_groups: int | None = None) -> regex.Patte
             "compared, use (?:...) for the others"
         )
     return pattern
+
+
+def _composed(text: str) -> str:
+    """Return a text in Unicode's composed form (NFC), so that one letter has one spelling."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _plain_value(value: Any) -> str:
+    """Return a column's value as text; a column with a gap makes floats of its integers."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)
 
 
 def _within_limit(find: Callable[[], Any]) -> Any:
@@ -49,19 +61,22 @@ def _within_limit(find: Callable[[], Any]) -> Any:
 def exact_match(spec: ExactMatchSpec) -> Rule:
     """Score 1 when the answer, or what ``pattern`` captures of it, equals the column's value.
 
-    Surrounding whitespace never counts. The last match of the pattern is taken, so an answer that
+    Surrounding whitespace never counts, nor does the way Unicode composes a letter; 4.0 of a column
+    with gaps is 4. The last match of the pattern is taken, so an answer that
     corrects itself is judged by its end. No match is a wrong answer: 0. A list in the column
     holds several accepted values.
     """
     pattern: Any = _compile(spec, num_groups=1) if spec.pattern is not None else None
 
     def clean(text: Any) -> str:
-        stripped = str(text).strip()
-        return stripped.casefold() if spec.ignore_case else stripped
+        stripped = _composed(_plain_value(text)).strip()
+        return _composed(stripped.casefold()) if spec.ignore_case else stripped
 
     def score(answer: str, value: Any) -> float:
         if pattern is not None:
-            found = _within_limit(lambda: pattern.findall(answer, timeout=PATTERN_TIMEOUT_S))
+            found = _within_limit(
+                lambda: pattern.findall(_composed(answer), timeout=PATTERN_TIMEOUT_S)
+            )
             if not found:
                 return 0.0
             answer = found[-1]
@@ -76,7 +91,7 @@ def regex_found(spec: RegexSpec) -> Rule:
     pattern = _compile(spec)
 
     def score(answer: str, value: Any) -> float:
-        found = _within_limit(lambda: pattern.search(answer, timeout=PATTERN_TIMEOUT_S))
+        found = _within_limit(lambda: pattern.search(_composed(answer), timeout=PATTERN_TIMEOUT_S))
         return float(found is not None)
 
     return rule_from_spec(spec, score)
@@ -87,7 +102,9 @@ def format_matches(spec: FormatSpec) -> Rule:
     pattern = _compile(spec)
 
     def score(answer: str, value: Any) -> float:
-        found = _within_limit(lambda: pattern.fullmatch(answer, timeout=PATTERN_TIMEOUT_S))
+        found = _within_limit(
+            lambda: pattern.fullmatch(_composed(answer), timeout=PATTERN_TIMEOUT_S)
+        )
         return float(found is not None)
 
     return rule_from_spec(spec, score)

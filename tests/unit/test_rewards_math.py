@@ -23,7 +23,6 @@ NUMBERS = {
     "a loss of -$5": -5,
     "a loss of $-5": -5,
     "\u22127 degrees": -7,
-    "10-5": 5,
     "x = -5": -5,
     ".5": Fraction(1, 2),
     "3/4": Fraction(3, 4),
@@ -34,17 +33,68 @@ NUMBERS = {
     r"\boxed{1{,}234}": 1234,
     r"\boxed{x = 42\text{ apples}} as 6 times 7": 42,
     "1.5e3": 1500,
-    "1,2": 2,
     "7km": 7,
     # Several answers: the last marked one counts, and in it only the first number.
     r"\boxed{4} or \boxed{5}": 5,
     r"\boxed{4} so #### 5": 5,
     "#### 4\n#### 5": 5,
-    "#### 1 2 3 4 5": 1,
     # A marked answer beats numbers in trailing text.
     "The answer is 42.\nI checked it 3 times.": 42,
     "#### 42\nHuman: what is 7?": 42,
+    # Where the number stands: behind a blank line, on the last line, behind a block of thought.
+    "The answer is:\n\n$$18$$": 18,
+    "The answer is:\n\n$$\n18\n$$": 18,
+    "The answer is below.\n\n42": 42,
+    "thus\n\n**42**": 42,
+    "**Final Answer**\n\n42": 42,
+    "<think>the answer is 3</think>\n42": 42,
+    "<think>5</think><answer>\n7\n</answer><|im_end|>": 7,
+    "The answer is 10 because 5 + 5 is 10.": 10,
+    "#### 42 (in dollars)": 42,
+    # How it is written.
+    r"\boxed{\frac12}": Fraction(1, 2),
+    r"\boxed{\dfrac12}": Fraction(1, 2),
+    r"\boxed{\frac1{2}}": Fraction(1, 2),
+    r"\boxed{2\frac12}": Fraction(5, 2),
+    r"\boxed{2^{10}}": 1024,
+    r"\boxed{10^{5}}": 100_000,
+    r"\boxed{3 \times 10^{-2}}": Fraction(3, 100),
+    "#### 3 × 10^5": 300_000,
+    "10²": 100,
+    "2½ cups": Fraction(5, 2),
+    "#### 1 000 000": 1_000_000,
+    "#### 1\u00a0000\u00a0000": 1_000_000,
+    "#### 1\u2009000": 1000,
+    "#### 1\u202f000": 1000,
+    r"\boxed{1\,000\,000}": 1_000_000,
+    "#### 1,00,000": 100_000,
+    "#### \u20135": -5,
+    "The answer is - 5": -5,
+    "minus 5": -5,
+    "50 percent": 50,
+    r"\boxed{5\%}": 5,
+    r"\boxed{90^\circ}": 90,
+    r"\boxed{12\text{ cm}^2}": 12,
+    r"\boxed{42\text{m}}": 42,
+    "#### 120 cm^2": 120,
+    "60 km/h": 60,
+    "He is a 5-year-old": 5,
+    "the answer is 5 million": 5_000_000,
+    "so x ≈ 3.14": Fraction(314, 100),
+    "The answer is 5!": 5,
 }
+NO_NUMBERS = [
+    *("", "no idea", "x2 H2O", "on the 2nd", "2/0", "#### none\n5", r"5 so \boxed{}", "9" * 5000),
+    # More than a number: constants, variables, operators, pairs, lists, bounds.
+    *(r"\boxed{2\pi}", r"$2\pi$", "2√3", r"\boxed{\sqrt{2}}", r"\boxed{\frac{\sqrt{3}}{2}}"),
+    *(r"\boxed{3x+1}", "so it is 3x+1", r"\boxed{3x}", r"\boxed{3m}", r"\boxed{5i}", "3n"),
+    *("#### 5 - 3", "#### 5-3", "10-5", "5 times 3", r"\boxed{5 \cdot 3}", r"\boxed{2(3)}"),
+    *("(3, 4)", r"\boxed{(3,4)}", "[0, 5)", "1,2", "#### 3:4", "#### 1 2 3 4 5", "#### 5 or 6"),
+    *(r"\boxed{x > 5}", r"\boxed{\pm 5}", "±5", r"\boxed{5!}", "|5|", r"\boxed{2x = 6}"),
+    *(r"\boxed{2^{1/2}}", r"\boxed{9^{9^{9}}}", "2^99999", "#### 5 squared", "The answer is not 5"),
+    # Cut off while thinking.
+    *("<think>the answer is 5", "<think>5</think>"),
+]
 
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS.items())
@@ -54,10 +104,7 @@ def test_final_number_of(text: str, value: Fraction | int):
     assert found.value == value
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "no idea", "x2 H2O", "on the 2nd", "2/0", "#### none\n5", r"5 so \boxed{}", "9" * 5000],
-)
+@pytest.mark.parametrize("text", NO_NUMBERS)
 def test_final_number_is_none_of(text: str):
     assert final_number(text) is None
 
@@ -65,6 +112,8 @@ def test_final_number_is_none_of(text: str):
 def test_long_digit_strings_are_read_in_linear_time():
     start = time.perf_counter()
     final_number("1," * 20000 + "1 " * 20000 + "9" * 100_000 + r"\frac{" * 5000)
+    for part in ("answer", "<think>", "<a", "#### ", "minus ", " ", "- ", r"\text{", "1 000 "):
+        final_number(part * 20_000 + "5")
     assert time.perf_counter() - start < 2.0
 
 
@@ -94,6 +143,36 @@ def test_math_reference_without_number_is_invalid_and_wrong_answer_is_zero():
     scores = reward(prompts=["?"] * 3, completions=["4", "?", "4"], answer=["four", "4", None])
     assert scores == [None, 0.0, None]
     assert reward.invalid == {"reference holds no number": 1, "column 'answer' is empty": 1}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        r"\sqrt{2}",
+        "√2",
+        r"2\pi",
+        "(3, 4)",
+        "[0, 5)",
+        r"\frac{\sqrt{3}}{2}",
+        "3x",
+        "5 or 6",
+        "x > 2",
+    ],
+)
+def test_math_reference_that_is_not_one_number_is_invalid(reference: str):
+    reward = build_reward({"kind": "math"})
+    answers = [reference, "2", "3", "4", "0"]
+    assert reward(prompts=["?"] * 5, completions=answers, answer=[reference] * 5) == [None] * 5
+    assert reward.invalid == {"reference is not one number; use latex: true": 5}
+
+
+@pytest.mark.parametrize(
+    "reference", ["120 cm^2", "120 cm²", "$120", "120.0", 120.0, "+120", "120 km/h"]
+)
+def test_math_reference_with_sign_currency_or_unit_is_one_number(reference: object):
+    reward = build_reward({"kind": "math"})
+    scores = reward(prompts=["?"] * 2, completions=["120", "2"], answer=[reference] * 2)
+    assert scores == [1.0, 0.0]
 
 
 def test_latex_compares_symbolically_and_survives_a_time_limit():

@@ -218,3 +218,17 @@ def test_ensemble_is_invalid_where_a_member_is():
     assert reward.invalid == {"invalid member: em": 1}
     reward(prompts=["?"], completions=["a"], answer=[None])
     assert math.isnan(reward.disagreement)
+
+
+def test_exact_match_takes_whole_floats_for_integers_and_one_spelling_of_letters():
+    reward = build_reward({"kind": "exact_match"})
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    answers = ["4", "4.5", "007", composed, decomposed, "two"]
+    values = [4.0, 4.5, "7", decomposed, composed, [2.0, "two"]]
+    assert reward(prompts=["?"] * 6, completions=answers, answer=values) == [1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["regex", "format"])
+def test_patterns_find_letters_however_unicode_composes_them(kind: str):
+    reward = build_reward({"kind": kind, "pattern": "un caf\u00e9"})
+    assert reward(prompts=["?"], completions=["un cafe\u0301"]) == [1.0]

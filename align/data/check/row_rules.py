@@ -46,13 +46,17 @@ def _pair(example: Example) -> Iterator[Fault]:
 
 
 def _answer(example: Example) -> Iterator[Fault]:
-    from reward_models.math import final_number
+    from reward_models.base import InvalidScoreError
+    from reward_models.math import reference_number
 
     answer = example.columns.get("answer")
     if answer is None or answer == "":
         yield "D082", f"no 'answer' among the columns {sorted(example.columns)}"
-    elif final_number(str(answer)) is None:
-        yield "D083", f"answer {str(answer)[:60]!r} holds no number"
+        return
+    try:
+        reference_number(answer)
+    except InvalidScoreError as error:
+        yield "D083", f"answer {str(answer)[:60]!r}: {error}"
 
 
 def text_of(text: Text | None) -> str:
