@@ -1,6 +1,7 @@
 """What every reward shares: the call convention, invalid scores, columns, the text of an answer."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -42,6 +43,20 @@ class MissingColumnError(KeyError):
 
 class InvalidScoreError(Exception):
     """Raise inside a rule when it cannot judge a row; the message is the counted reason."""
+
+
+def finite_score(value: Any) -> float | None:
+    """Return what someone else gave as a score as a float, None unless it is a finite number.
+
+    A truth value, a text, a list and a number beyond floats are no scores.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        score = float(value)
+    except OverflowError:
+        return None
+    return score if math.isfinite(score) else None
 
 
 def completion_text(completion: Text) -> str:
@@ -150,7 +165,10 @@ class Rule:
         try:
             if self.column is not None and value is None:
                 raise InvalidScoreError(f"column '{self.column}' is empty")
-            return float(self.function(completion_text(completion), value))
+            score = float(self.function(completion_text(completion), value))
+            if not math.isfinite(score):
+                raise InvalidScoreError("score is not finite")
+            return score
         except InvalidScoreError as error:
             reason = str(error)
         # A rule may fail in any way on text that a model made up; the row is reported, not lost.

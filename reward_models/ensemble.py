@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reward_models.base import RewardFunction, Text, check_rows
+from reward_models.base import RewardFunction, Text, check_rows, finite_score
 from reward_models.specs import EnsembleSpec
 
 logger = logging.getLogger(__name__)
@@ -87,15 +87,23 @@ class EnsembleReward:
             scores = [
                 member.weight * score
                 for member, score in zip(self.members, row, strict=True)
-                if score is not None
+                if score is not None and math.isfinite(score)
             ]
             if len(scores) < len(row):
-                failed = [m.name for m, s in zip(self.members, row, strict=True) if s is None]
+                failed = [
+                    m.name
+                    for m, s in zip(self.members, row, strict=True)
+                    if s is None or not math.isfinite(s)
+                ]
                 self.invalid[f"invalid member: {', '.join(failed)}"] += 1
                 combined.append(None)
                 continue
-            spreads.append(spread(scores))
-            combined.append(self.combine(scores))
+            together = finite_score(self.combine(scores))
+            if together is None:
+                self.invalid["score is not finite"] += 1
+            else:
+                spreads.append(spread(scores))
+            combined.append(together)
         self.disagreement = statistics.fmean(spreads) if spreads else math.nan
         logger.info("reward %s: members disagree by %.4g (std)", self.name, self.disagreement)
         return combined

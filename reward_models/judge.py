@@ -20,6 +20,8 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation of ``{"role": ..., "content": ...}`` turns."""
+MAX_REPLY_BYTES = 4 * 2**20
+"""Longest reply to one request that is read."""
 FIRST_WAIT_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -32,6 +34,10 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 class JudgeError(RuntimeError):
     """Report an endpoint that cannot be used or did not answer in time."""
+
+
+class _MalformedReplyError(ValueError):
+    """Report a reply that is none of the protocol's; the message is the counted reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +122,9 @@ class JudgeClient:
             schema: JSON schema of a verdict: an object of strings, numbers and enumerations.
 
         Raises:
-            JudgeError: the endpoint refuses the request, cannot be reached, or ``deadline_s`` is
-                over; verdicts that came before stay in the cache.
+            JudgeError: the endpoint refuses the request, cannot be reached, sends nothing but
+                replies of another protocol, or ``deadline_s`` is over; verdicts that came before
+                stay in the cache.
         """
         began = time.monotonic()
         wanted = {self._key(messages, schema): messages for messages in conversations}
@@ -135,6 +142,12 @@ class JudgeClient:
             read_verdict(answers[self._key(messages, schema)], schema) for messages in conversations
         ]
         self.cost.invalid.update(v.invalid for v in found if v.invalid)
+        malformed = [answer["malformed"] for answer in answers.values() if "malformed" in answer]
+        if malformed and len(malformed) == len(answers):
+            raise JudgeError(
+                f"{self._where}: no reply follows the protocol ({malformed[0]}); expected an "
+                "OpenAI-compatible chat completion with choices"
+            )
         return found
 
     def _key(self, messages: Messages, schema: Mapping[str, Any]) -> str:
@@ -163,17 +176,28 @@ class JudgeClient:
             with self._lock:
                 self.cost.cached += 1
             return known
-        answer = self._send(self._request(messages, schema), began)
+        try:
+            answer = self._send(self._request(messages, schema), began)
+        except _MalformedReplyError as error:
+            return {"malformed": str(error)}
         if place is not None:
             _write(place, answer)
         return answer
 
+    @property
+    def _where(self) -> str:
+        return f"judge {self.endpoint.model} at {self.endpoint.url}"
+
     def _send(self, request: Mapping[str, Any], began: float) -> dict[str, Any]:
-        """Send one request until it is answered; give what the cache keeps of the answer."""
+        """Send one request until it is answered; return what the cache keeps of the answer."""
+        import httpx
         import openai
 
-        later = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
-        where = f"judge {self.endpoint.model} at {self.endpoint.url}"
+        later = (
+            *(openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError),
+            *(httpx.HTTPError, TimeoutError),
+        )
+        where = self._where
         for attempt in range(self.endpoint.retries + 1):
             left = self.endpoint.deadline_s - (time.monotonic() - began)
             if left <= 0:
@@ -182,9 +206,7 @@ class JudgeClient:
                     "deadline_s or concurrency; with a cache the same command goes on from here"
                 )
             try:
-                limit = min(self.endpoint.timeout_s, left)
-                answer = self._client.chat.completions.create(**request, timeout=limit)
-                return self._counted(answer)
+                return self._counted(self._exchange(request, min(self.endpoint.timeout_s, left)))
             except later as error:
                 if attempt == self.endpoint.retries:
                     raise JudgeError(
@@ -201,23 +223,57 @@ class JudgeClient:
                 ) from error
         raise AssertionError("the last try returns or raises")
 
-    def _counted(self, answer: Any) -> dict[str, Any]:
-        usage = answer.usage
+    def _exchange(self, request: Mapping[str, Any], limit_s: float) -> Any:
+        """Send one request and return the JSON value of its reply, all within the limit."""
+        end, text = time.monotonic() + limit_s, bytearray()
+        streaming = self._client.chat.completions.with_streaming_response
+        with streaming.create(**request, timeout=limit_s) as reply:
+            for part in reply.iter_bytes():
+                text += part
+                if len(text) > MAX_REPLY_BYTES:
+                    raise _MalformedReplyError(f"reply: more than {MAX_REPLY_BYTES} bytes")
+                # The client's own timeout starts anew with every part.
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no whole reply within {limit_s:.1f} s")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _MalformedReplyError("reply: not JSON") from error
+
+    def _counted(self, reply: Any) -> dict[str, Any]:
+        """Return what the cache keeps of a reply.
+
+        Raises:
+            _MalformedReplyError: it is none of the protocol's.
+        """
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        usage = usage if isinstance(usage, dict) else {}
         with self._lock:
             self.cost.requests += 1
-            self.cost.prompt_tokens += usage.prompt_tokens if usage else 0
-            self.cost.answer_tokens += usage.completion_tokens if usage else 0
-        choice = answer.choices[0]
+            self.cost.prompt_tokens += _count(usage.get("prompt_tokens"))
+            self.cost.answer_tokens += _count(usage.get("completion_tokens"))
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(choice, dict) or not isinstance(message, dict):
+            raise _MalformedReplyError("reply: no choices with a message")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):
+            raise _MalformedReplyError(f"reply: content is a {type(content).__name__}")
         return {
-            "content": choice.message.content,
-            "refusal": choice.message.refusal,
-            "finish_reason": choice.finish_reason,
+            "content": content,
+            "refusal": message.get("refusal"),
+            "finish_reason": choice.get("finish_reason"),
         }
+
+
+def _count(tokens: Any) -> int:
+    return tokens if type(tokens) is int and tokens > 0 else 0
 
 
 def _client(endpoint: Endpoint) -> Any:
     try:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
     except ImportError as error:
         raise JudgeError(
             "a judge behind an endpoint needs the package openai; run: pip install openai"
@@ -225,7 +281,12 @@ def _client(endpoint: Endpoint) -> Any:
     key = os.environ.get(endpoint.api_key_env) if endpoint.api_key_env else "none"
     if key is None:
         raise JudgeError(f"the environment variable {endpoint.api_key_env} (api_key_env) is unset")
-    return OpenAI(base_url=endpoint.url, api_key=key, max_retries=0)
+    return OpenAI(
+        base_url=endpoint.url,
+        api_key=key,
+        max_retries=0,
+        http_client=DefaultHttpxClient(follow_redirects=False),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -234,14 +295,19 @@ def _reason(error: Exception) -> str:
 
 
 def read_verdict(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> Verdict:
-    """Read a verdict, or say why there is none: ``refusal``, ``cut``, ``not JSON``, ``schema``."""
+    """Return the verdict of a reply, or why there is none.
+
+    Reasons are ``refusal``, ``cut``, ``not JSON``, ``schema`` and those of a malformed reply.
+    """
+    if "malformed" in answer:
+        return Verdict(None, answer["malformed"])
     if answer.get("refusal") or answer.get("finish_reason") == "content_filter":
         return Verdict(None, "refusal")
     if answer.get("finish_reason") == "length":
         return Verdict(None, "cut")
     try:
         value = json.loads(answer.get("content") or "")
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return Verdict(None, "not JSON")
     return Verdict(value) if follows(value, schema) else Verdict(None, "schema")
 
@@ -285,11 +351,16 @@ def follows(value: Any, schema: Mapping[str, Any]) -> bool:
 
 def _read(place: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
+        found = json.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JudgeError(f"{place}: a cached verdict is not JSON ({error}); delete it") from error
+    if not isinstance(found, dict):
+        raise JudgeError(
+            f"{place}: a cached verdict is a {type(found).__name__}, expected an object; delete it"
+        )
+    return found
 
 
 def _write(place: Path, answer: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ class ScalarReward:
     exactly those ids are scored: the suite passes what was sampled. Without ``prompt_ids``, as
     inside a TRL trainer, or with ids of another vocabulary (see `meet`), the texts are rendered
     with the tokenizer. A scorer that is an encoder always reads the texts, as a pair (see
-    `reward_models.paired`); one that is longer than its positions is invalid.
+    `reward_models.paired`). What is longer than the scorer's positions is invalid.
 
     A scorer of several heads is an ensemble: each head's score is normalised by its own mean and
     std, and ``combine`` makes one score of them. A score that is not finite is invalid.
@@ -67,7 +67,7 @@ class ScalarReward:
         self.invalid: Counter[str] = Counter()
         self.disagreement = math.nan
         self.takes_ids = model.reads == "last"
-        self._limit = model.max_tokens if model.reads == "first" else None
+        self._limit = model.max_tokens
 
     def shares_vocabulary(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Tell whether token ids of another tokenizer mean the same to this scorer."""

@@ -1,25 +1,36 @@
-"""The reward behind HTTP: ask a server that ``align serve-reward`` started.
+"""The reward behind HTTP: ask a server that ``align serve-reward`` started, or one of your own.
 
 Only the standard library is needed. A request that fails is sent again with growing waits until the
-deadline. A server that cannot be reached when the reward is built is an error before anything is
+deadline, which holds for the whole exchange: an answer that drips is cut off. Redirects are not
+followed. A server that cannot be reached when the reward is built is an error before anything is
 trained; one that fails later makes answers invalid, a few times, and then ends the stage.
 """
 
+import http.client
 import json
+import logging
 import math
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from email.message import Message
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
-from reward_models.base import Text, check_rows, column_values
+from reward_models.base import Text, check_rows, column_values, finite_score
 from reward_models.specs import RemoteSpec
 
+log = logging.getLogger(__name__)
 FIRST_WAIT_S = 0.2
 """Wait before the first retry; each further one waits twice as long."""
 ROWS_PER_REQUEST = 256
+MAX_ANSWER_BYTES = 16 * 2**20
+"""Longest reply that is read."""
+FAILURES = (OSError, ValueError, http.client.HTTPException, RecursionError)
+"""What an exchange with a server can end with."""
 
 
 class RemoteRewardError(RuntimeError):
@@ -27,14 +38,15 @@ class RemoteRewardError(RuntimeError):
 
 
 class _Refused(Exception):
-    """Hold what a server said against a request; sending it again would not help."""
+    """What a server said against a request; sending it again would not help."""
 
 
 class RemoteReward:
     """Score answers on a server.
 
     Texts are sent and the server renders them with the scorer's own template. With ``token_ids``
-    the sampled ids go too and are scored, which is exact where both share a tokenizer.
+    the sampled ids go too and are scored, which is exact where both share a tokenizer. The row's
+    own columns go as ``columns``. Only finite numbers count as scores.
 
     Attributes:
         disagreement: of the last call, as the server gives it; NaN for a single head.
@@ -52,6 +64,10 @@ class RemoteReward:
         weight: float = 1.0,
     ) -> None:
         self.url = url.rstrip("/")
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise RemoteRewardError(
+                f"reward '{name}': url {url!r} is no address; expected http://HOST:PORT"
+            )
         self.deadline_s = deadline_s
         self.retries = retries
         self.max_failures = max_failures
@@ -64,7 +80,7 @@ class RemoteReward:
         self._failures = 0
         try:
             self.server = self._ask("/health", None)
-        except (_Refused, OSError, ValueError) as error:
+        except (_Refused, *FAILURES) as error:
             raise RemoteRewardError(
                 f"reward '{name}': no reward server at {self.url} ({_reason(error)}); start one "
                 "with 'align serve-reward RUN/STAGE' and give its address as url"
@@ -89,29 +105,35 @@ class RemoteReward:
                 body[column] = column_values(
                     columns, column, reward=self.name, num_rows=len(completions)
                 )
+        own = {k: v for k, v in columns.items() if k not in ("prompt_ids", "completion_ids")}
         scores: list[float | None] = []
         spreads: list[float] = []
         for start in range(0, len(completions), ROWS_PER_REQUEST):
-            part = {k: list(v[start : start + ROWS_PER_REQUEST]) for k, v in body.items()}
-            answer = self._scored(part)
-            scores += answer["scores"]
-            if answer.get("disagreement") is not None:
-                spreads.append(answer["disagreement"])
+            here = slice(start, start + ROWS_PER_REQUEST)
+            part: dict[str, Any] = {k: list(v[here]) for k, v in body.items()}
+            if own:
+                part["columns"] = {k: _plain(list(v[here])) for k, v in own.items()}
+            found, spread = self._scored(part)
+            scores += found
+            if spread is not None:
+                spreads.append(spread)
         self.disagreement = sum(spreads) / len(spreads) if spreads else math.nan
         return scores
 
-    def _scored(self, part: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Give the server's answer to one request; invalid scores where it failed."""
+    def _scored(self, part: Mapping[str, Any]) -> tuple[list[float | None], float | None]:
+        """Return the scores of one request, invalid ones where it failed, and their spread."""
         num_rows = len(part["completions"])
         try:
             answer = self._ask("/score", part)
-            if len(answer["scores"]) != num_rows:
-                raise ValueError(f"{len(answer['scores'])} scores for {num_rows} answers")
+            given = answer.get("scores")
+            if not isinstance(given, list) or len(given) != num_rows:
+                size = len(given) if isinstance(given, list) else type(given).__name__
+                raise ValueError(f"{size} scores for {num_rows} answers")
         except _Refused as error:
             raise RemoteRewardError(
                 f"reward '{self.name}': {self.url} refused the request: {error}"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except FAILURES as error:
             self._failures += 1
             reason = f"server: {type(error).__name__}"
             self.invalid[reason] += num_rows
@@ -120,36 +142,105 @@ class RemoteReward:
                     f"reward '{self.name}': {self.url} did not answer {self._failures} times in a "
                     f"row ({_reason(error)}); look at the server, then run the stage again"
                 ) from error
-            return {"scores": [None] * num_rows}
+            return [None] * num_rows, None
         self._failures = 0
-        self.invalid["server: invalid"] += sum(score is None for score in answer["scores"])
-        self.invalid += Counter()  # forgets reasons counted 0 times
-        return answer
+        scores = [finite_score(score) for score in given]
+        for score, said in zip(scores, given, strict=True):
+            if score is None:
+                self.invalid[_fault(said)] += 1
+        return scores, finite_score(answer.get("disagreement"))
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         """Send a request until it is answered, ``retries`` or the deadline are used up."""
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
-        request = urllib.request.Request(
-            self.url + path, data=data, headers={"Content-Type": "application/json"}
-        )
+        data = None if body is None else json.dumps(body, default=str).encode()
         end = time.monotonic() + self.deadline_s
         for attempt in range(self.retries + 1):
-            left = end - time.monotonic()
             try:
-                with urllib.request.urlopen(request, timeout=max(left, 0.01)) as answer:
-                    return json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                said = error.read(2000).decode(errors="replace")
-                if error.code < 500 and error.code != 429:
-                    raise _Refused(f"{error.code}: {said}") from error
-                failure: OSError = error
-            except OSError as error:
-                failure = error
-            wait = FIRST_WAIT_S * 2**attempt
-            if attempt == self.retries or time.monotonic() + wait >= end:
-                raise failure
+                return self._exchange(path, data, max(end - time.monotonic(), 0.01))
+            except (OSError, http.client.HTTPException) as error:
+                wait = FIRST_WAIT_S * 2**attempt
+                if attempt == self.retries or time.monotonic() + wait >= end:
+                    raise
+                reason = _reason(error)
+            log.info("reward %s: %s; asking again in %.1f s", self.name, reason, wait)
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
+
+    def _exchange(self, path: str, data: bytes | None, limit_s: float) -> dict[str, Any]:
+        """Send one request and read its reply, all within the limit.
+
+        Raises:
+            _Refused: the server says that the request is wrong.
+            OSError, HTTPException, ValueError, RecursionError: there is no readable answer.
+        """
+        address = urlsplit(self.url)
+        secure = address.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(address.netloc.rpartition("@")[2], timeout=limit_s)
+        began = time.monotonic()
+        connection.connect()
+        # A timeout of the socket starts anew with every byte; this one ends the whole exchange.
+        cut = threading.Timer(limit_s, _shut, [connection.sock])
+        cut.start()
+        try:
+            method = "GET" if data is None else "POST"
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request(method, address.path + path, body=data, headers=headers)
+            answer = connection.getresponse()
+            text = answer.read(MAX_ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() - began >= limit_s:
+                raise TimeoutError(f"no whole answer within {limit_s:.1f} s") from error
+            raise
+        finally:
+            cut.cancel()
+            connection.close()
+        if time.monotonic() - began >= limit_s:
+            raise TimeoutError(f"no whole answer within {limit_s:.1f} s")
+        return _read_answer(answer.status, text)
+
+
+def _read_answer(status: int, text: bytes) -> dict[str, Any]:
+    said = text[:2000].decode(errors="replace")
+    if 300 <= status < 400:
+        raise _Refused(f"{status}: redirects are not followed; give the final address as url")
+    if status >= 500 or status == 429:
+        raise HTTPError("", status, said[:200], Message(), None)
+    if status != 200:
+        raise _Refused(f"{status}: {said}")
+    if len(text) > MAX_ANSWER_BYTES:
+        raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes of answer")
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object with scores, found a {type(found).__name__}")
+    return found
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # the other side was first
+        return
+
+
+def _fault(score: Any) -> str:
+    """Return the counted reason why something is no score."""
+    if score is None:
+        return "server: invalid"
+    if isinstance(score, int | float) and not isinstance(score, bool):
+        return "server: score is not finite"
+    return f"server: score is a {type(score).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a column's value as JSON has it; numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def _reason(error: BaseException) -> str:

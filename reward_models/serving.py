@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from reward_models.base import InvalidScoreError
+
 MAX_ROWS = 1024
 """Answers of one request."""
 MAX_BYTES = 16 * 2**20
@@ -18,6 +20,8 @@ BATCH_ROWS = 512
 """Answers that are scored together."""
 WAIT_S = 0.005
 """How long the first request of a batch waits for others."""
+READ_TIMEOUT_S = 30.0
+"""How long a request may take to arrive."""
 MAX_WAITING = 64
 """Requests that may wait for the scorer; more are told to come again."""
 FIELDS = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -104,12 +108,15 @@ def read_request(data: bytes) -> dict[str, list[Any]]:
     """
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON ({error})") from error
-    if not isinstance(body, dict) or not {"prompts", "completions"} <= set(body) <= set(FIELDS):
+    needed, known = {"prompts", "completions"}, {*FIELDS, "columns"}
+    if not isinstance(body, dict) or not needed <= set(body) <= known:
         raise BadRequestError(
-            "expected an object with prompts, completions and, if known, prompt_ids, completion_ids"
+            "expected an object with prompts, completions and, if known, prompt_ids, "
+            "completion_ids, columns"
         )
+    body.pop("columns", None)  # for servers with rules of their own; a scorer reads the texts
     if ("prompt_ids" in body) != ("completion_ids" in body):
         raise BadRequestError("prompt_ids and completion_ids go together")
     lengths = {name: len(v) if isinstance(v, list) else -1 for name, v in body.items()}
@@ -120,9 +127,15 @@ def read_request(data: bytes) -> dict[str, list[Any]]:
     for name in ("prompts", "completions"):
         if not all(isinstance(x, str) or _is_turns(x) for x in body[name]):
             raise BadRequestError(f"{name}: expected texts or lists of turns {{role, content}}")
+        if not all(_is_encodable(x) for x in body[name]):
+            raise BadRequestError(f"{name}: a text holds half a surrogate pair, which is no letter")
+    if not all(isinstance(x, str) or _has_answer(x) for x in body["completions"]):
+        raise BadRequestError("completions: expected an assistant turn among the turns")
     for name in ("prompt_ids", "completion_ids"):
         if name in body and not all(_is_ids(x) for x in body[name]):
-            raise BadRequestError(f"{name}: expected lists of token ids, integers from 0")
+            raise BadRequestError(
+                f"{name}: expected lists of token ids, integers from 0, not empty"
+            )
     return body
 
 
@@ -136,7 +149,20 @@ def _is_turns(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    return isinstance(value, list) and bool(value) and all(type(x) is int and x >= 0 for x in value)
+
+
+def _is_encodable(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else [turn["content"] for turn in value]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _has_answer(turns: Sequence[Mapping[str, Any]]) -> bool:
+    return any(turn["role"] == "assistant" for turn in turns)
 
 
 def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = True) -> Any:
@@ -151,6 +177,7 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
     """
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
 
     app = FastAPI(title="align reward", docs_url=None, redoc_url=None, openapi_url=None)
     batcher = Batcher(reward)
@@ -165,10 +192,16 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
     @app.post("/score")
     async def score(request: Request) -> JSONResponse:
         data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BYTES:
-                return refuse(413, f"more than {MAX_BYTES} bytes; send fewer answers at a time")
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > MAX_BYTES:
+                        return refuse(413, f"more than {MAX_BYTES} bytes; send fewer answers")
+        except TimeoutError:
+            return refuse(408, f"the request did not arrive within {READ_TIMEOUT_S:g} s")
+        except ClientDisconnect:
+            return refuse(400, "the client left")
         try:
             body = read_request(bytes(data))
             if not takes_ids and "prompt_ids" in body:
@@ -178,7 +211,7 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
                 )
             future = batcher.submit(body)
             return JSONResponse(await asyncio.wrap_future(future))
-        except ValueError as error:  # a request that cannot be scored
+        except (ValueError, InvalidScoreError) as error:  # a request that cannot be scored
             return refuse(422, str(error))
         except queue.Full:
             return refuse(503, f"{MAX_WAITING} requests wait already")

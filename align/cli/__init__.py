@@ -8,7 +8,7 @@ import typer
 
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
-from align.core.errors import EXIT_OK, EXIT_USER, AlignError
+from align.core.errors import EXIT_USER, AlignError
 
 cli = typer.Typer(
     name="align",
@@ -161,14 +161,10 @@ def serve_reward(
     ] = "mean",
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
-    from align.pipeline.processes import run_tool
+    from align.pipeline.processes import become_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]
-    try:
-        code = run_tool("serve", [str(artefact), *options])
-    except KeyboardInterrupt:  # the usual end of a server
-        code = EXIT_OK
-    raise typer.Exit(code)
+    become_tool("serve", [str(artefact), *options])
 
 
 @cli.command()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 def has_gpu() -> bool:
@@ -161,3 +162,11 @@ def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int
     argv = [sys.executable, "-P", "-m", f"align.stages.tools.{name}", *arguments]
     output = subprocess.DEVNULL if quiet else None
     return subprocess.run(argv, stdout=output, check=False).returncode
+
+
+def become_tool(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Turn this process into a module of align.stages.tools, so that signals to it arrive there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    module = f"align.stages.tools.{name}"
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])

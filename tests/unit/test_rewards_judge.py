@@ -14,6 +14,7 @@ pytest.importorskip("openai", reason="the judge's client is the package openai")
 
 sys.path.insert(0, str(Path(__file__).parent))
 from judge_server import Server, running
+from raw_server import serving, whole
 
 from reward_models import build_reward, judge
 from reward_models.base import MissingColumnError
@@ -223,3 +224,75 @@ def test_judge_reward_counts_what_is_no_verdict(server: Server) -> None:
     found = reward(prompts=["q"] * 4, completions=list(replies))
     assert found == [None, None, None, 1.0]
     assert reward.invalid == {"judge: schema": 1, "judge: refusal": 1, "judge: not JSON": 1}
+
+
+CHOICE = {"message": {"content": '{"winner": "tie"}'}, "finish_reason": "stop"}
+MALFORMED = {
+    "choices empty": whole({"choices": []}),
+    "choices null": whole({"choices": None}),
+    "choice a text": whole({"choices": ["tie"]}),
+    "no message": whole({"choices": [{"finish_reason": "stop"}]}),
+    "null": whole(None),
+    "list": whole([CHOICE]),
+    "html": whole(b"<html>"),
+    "empty": whole(b""),
+    "deep": whole(b"[" * 200_000),
+    "content a list": whole({"choices": [{"message": {"content": [{"text": "tie"}]}}]}),
+}
+
+
+@pytest.mark.parametrize("reply", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_reply_of_another_protocol_is_counted_and_alone_an_error(reply: bytes):
+    def answers(body: dict[str, Any]) -> Iterator[bytes]:
+        good = body["messages"][0]["content"] == "good"
+        yield whole({"choices": [CHOICE], "usage": None}) if good else reply
+
+    with serving(answers) as http:
+        client = JudgeClient(judge.Endpoint(url=f"{http.url}/v1", model="m", retries=0))
+        good, bad = client.ask(questions("good", "bad"), SCHEMA)
+        assert good.value == {"winner": "tie"}
+        assert bad.value is None
+        assert client.cost.invalid == {bad.invalid: 1}
+        with pytest.raises(JudgeError, match="no reply follows the protocol"):
+            client.ask(questions("bad"), SCHEMA)
+        assert client.cost.invalid == {bad.invalid: 2}
+
+
+def test_a_judges_reply_that_drips_or_does_not_end_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judge, "MAX_REPLY_BYTES", 10_000)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+    spec = {"model": "m", "retries": 0, "timeout_s": 0.4}
+    with serving(lambda body: iter([head, *[b" "] * 200]), pause_s=0.05) as http:
+        began = time.monotonic()
+        with pytest.raises(JudgeError, match="no answer after 1 tries"):
+            JudgeClient(judge.Endpoint(url=f"{http.url}/v1", **spec)).ask(questions("a"), SCHEMA)
+        assert time.monotonic() - began < 5.0
+    spec["timeout_s"] = 20.0
+    with serving(lambda body: iter([head, *[b" " * 1000] * 100_000])) as http:
+        client = JudgeClient(judge.Endpoint(url=f"{http.url}/v1", **spec))
+        with pytest.raises(JudgeError, match="more than 10000 bytes"):
+            client.ask(questions("a"), SCHEMA)
+
+
+def test_a_judge_is_not_followed_to_another_place():
+    moved = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"
+    with serving(lambda body: iter([moved])) as http:
+        with pytest.raises(JudgeError, match="refused"):
+            JudgeClient(judge.Endpoint(url=f"{http.url}/v1", model="m")).ask(questions("a"), SCHEMA)
+        assert http.paths == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_a_cached_verdict_that_is_no_object_is_reported(server: Server, tmp_path: Path, text: str):
+    server.reply = lambda request: (200, say("tie"))
+    endpoint = server.endpoint(cache=tmp_path)
+    JudgeClient(endpoint).ask(questions("a"), SCHEMA)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(text)
+    with pytest.raises(JudgeError, match="delete it"):
+        JudgeClient(endpoint).ask(questions("a"), SCHEMA)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "NaN", '{"winner": NaN}'])
+def test_a_verdict_that_cannot_be_read_is_invalid(content: str):
+    assert read_verdict({"content": content}, SCHEMA).value is None

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from reward_models import build_reward
 from reward_models.remote import RemoteRewardError
 from reward_models.scalar import RewardModel
 from reward_models.serving import BadRequestError, read_request
+
+sys.path.insert(0, str(Path(__file__).parent))
+from raw_server import serving, whole
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "serve_reward.py"
 WORDS = ["<pad>", "<eos>", "hi", "yes", "no", "a", "b"]
@@ -165,11 +169,141 @@ def test_server_refuses_what_is_no_request_and_goes_on(server: str):
         {"prompts": ["a"], "completions": ["a"], "prompt_ids": [[-1]], "completion_ids": [[1]]},
         {"prompts": ["a"], "completions": ["a"], "model": "x"},
         {"prompts": ["a"] * 1025, "completions": ["a"] * 1025},
+        {"prompts": ["a"], "completions": ["a"], "prompt_ids": [[]], "completion_ids": [[]]},
+        {"prompts": ["a"], "completions": ["half \ud83d"]},
+        {"prompts": ["a"], "completions": [[{"role": "user", "content": "a"}]]},
+        {"prompts": ["a"], "completions": [[]]},
     ],
 )
 def test_requests_are_checked(body: dict):
     with pytest.raises(BadRequestError):
         read_request(json.dumps(body).encode())
+
+
+def test_a_body_that_is_nested_too_deep_is_a_bad_request():
+    with pytest.raises(BadRequestError, match="not JSON"):
+        read_request(b"[" * 200_000)
+
+
+def test_columns_of_the_row_are_taken_and_left_out():
+    body = {"prompts": ["a"], "completions": ["b"], "columns": {"answer": ["c"]}}
+    assert set(read_request(json.dumps(body).encode())) == {"prompts", "completions"}
+
+
+def test_server_answers_invalid_for_a_text_beyond_its_positions(server: str):
+    code, said = post(
+        server, json.dumps({"prompts": ["hi", "hi"], "completions": ["no " * 500, "no"]}).encode()
+    )
+    long, short = json.loads(said)["scores"]
+    assert (code, long, type(short)) == (200, None, float)
+
+
+SCORES = [
+    (0.5, 0.5, None),
+    (2, 2.0, None),
+    ("0.5", None, "server: score is a str"),
+    (True, None, "server: score is a bool"),
+    ([1.0], None, "server: score is a list"),
+    ({"score": 1.0}, None, "server: score is a dict"),
+    (None, None, "server: invalid"),
+    (float("inf"), None, "server: score is not finite"),
+    (float("-inf"), None, "server: score is not finite"),
+    (float("nan"), None, "server: score is not finite"),
+    (10**400, None, "server: score is not finite"),
+]
+
+
+@pytest.mark.parametrize(("given", "score", "reason"), SCORES, ids=[str(s[0])[:8] for s in SCORES])
+def test_only_finite_numbers_of_a_server_are_scores(given: object, score: object, reason: str):
+    with serving(lambda body: iter([whole({"scores": [given, 1.5]})])) as http:
+        reward = build_reward({"kind": "remote", "url": http.url})
+        assert reward(prompts=["a"] * 2, completions=["b"] * 2) == [score, 1.5]
+    assert reward.invalid == ({reason: 1} if reason else {})
+
+
+REPLIES = {
+    "list": whole([1.0, 1.0]),
+    "text": whole("0.5"),
+    "null": whole(None),
+    "scores a dict": whole({"scores": {"a": 1.0, "b": 2.0}}),
+    "scores a text": whole({"scores": "ab"}),
+    "no scores": whole({"rewards": [1.0, 1.0]}),
+    "too few": whole({"scores": [1.0]}),
+    "html": whole(b"<html>hello</html>"),
+    "empty": whole(b""),
+    "deep": whole(b"[" * 200_000),
+    "cut": b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"sc',
+    "no protocol": b"hello\r\n\r\n",
+    "nothing": b"",
+    "long line": b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
+def test_a_reply_of_another_form_is_invalid_and_counted(reply: bytes):
+    with serving(lambda body: iter([reply])) as http:
+        reward = build_reward({"kind": "remote", "url": http.url, "retries": 0, "max_failures": 2})
+        assert reward(prompts=["a"] * 2, completions=["b"] * 2) == [None, None]
+        assert sum(reward.invalid.values()) == 2
+        with pytest.raises(RemoteRewardError, match="2 times in a row"):
+            reward(prompts=["a"] * 2, completions=["b"] * 2)
+
+
+def test_the_deadline_holds_for_a_reply_that_drips():
+    for reply in (b'HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"scores"', b"HTTP/1.1 200 OK"):
+        parts = [reply, *(b" " for _ in range(400))]
+        with serving(lambda body, parts=parts: iter(parts), pause_s=0.05) as http:
+            reward = build_reward({"kind": "remote", "url": http.url})
+            reward.deadline_s = 0.5
+            began = time.monotonic()
+            assert reward(prompts=["a"], completions=["b"]) == [None]
+            assert time.monotonic() - began < 5.0
+        assert reward.invalid == {"server: TimeoutError": 1}
+
+
+def test_a_reply_without_end_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch):
+    from reward_models import remote
+
+    monkeypatch.setattr(remote, "MAX_ANSWER_BYTES", 10_000)
+    endless = b"HTTP/1.1 200 OK\r\n\r\n"
+    with serving(lambda body: (part for part in (endless, *repeat(b" " * 1000, 10**6)))) as http:
+        reward = build_reward({"kind": "remote", "url": http.url, "retries": 0})
+        assert reward(prompts=["a"], completions=["b"]) == [None]
+    assert reward.invalid == {"server: ValueError": 1}
+
+
+def test_redirects_are_refused():
+    moved = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"
+    with serving(lambda body: iter([moved])) as http:
+        reward = build_reward({"kind": "remote", "url": http.url})
+        with pytest.raises(RemoteRewardError, match="redirects are not followed"):
+            reward(prompts=["a"], completions=["b"])
+        assert http.paths == ["/health", "/score"]
+
+
+def test_the_server_gets_the_columns_of_the_rows():
+    with serving(lambda body: iter([whole({"scores": [0.0] * len(body["prompts"])})])) as http:
+        reward = build_reward({"kind": "remote", "url": http.url})
+        reward(prompts=["a"] * 2, completions=["b"] * 2, answer=["4", float("nan")], prompt_ids=[])
+    assert http.seen[0]["columns"] == {"answer": ["4", None]}
+
+
+def test_a_signal_to_the_command_ends_the_server(artefact: Path):
+    port = free_port()
+    argv = [sys.executable, "-m", "align.cli", "serve-reward", str(artefact), "--port", str(port)]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 90.0
+    while True:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert process.poll() is None
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_no_server_is_an_error_before_training():

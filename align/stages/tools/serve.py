@@ -12,6 +12,8 @@ from align.core.log import setup_logging
 from align.tuning.loading import made_whole
 
 log = logging.getLogger(__name__)
+MAX_CONNECTIONS = 256
+"""Connections at a time; more are told to come again, so half-sent requests hold up nobody."""
 
 
 def main() -> NoReturn:
@@ -56,7 +58,14 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
         log.warning("listening on %s: whoever reaches it can ask; it knows no passwords", host)
     log.info("reward model %s at http://%s:%d (POST /score, GET /health)", path, host, port)
     app = build_app(reward, about, takes_ids=reward.model.reads == "last")
-    uvicorn.run(app, host=host, port=port, workers=1, log_level="warning")
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        workers=1,
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+    )
 
 
 if __name__ == "__main__":
