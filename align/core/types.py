@@ -8,14 +8,23 @@ token are trained, the prompt is not.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Turn(TypedDict):
-    """Hold one turn of a conversation."""
+    """One turn of a conversation.
+
+    ``weight`` multiplies the loss of an assistant turn (absent is 1, 0 leaves it untrained); each
+    entry of ``tool_calls`` is ``{"type": "function", "function": {"name", "arguments"}}``.
+    """
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    weight: NotRequired[float]
 
 
 Text = str | Sequence[Turn]
@@ -42,16 +51,26 @@ class Example:
     """Probability that the answer is good (sft) or the chosen one the better (preference)."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Schemas of the tools that the template shows the model."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as ``enable_thinking``."""
+    weight: float = 1.0
+    """Multiplies the loss of the row (sft)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Hold one tokenised sequence; ``trained[t]`` says whether token t enters the loss."""
+    """Hold one tokenised sequence; ``trained[t]`` says whether token t enters the loss.
+
+    ``weights[t]`` multiplies the loss of token t; empty is 1 for every token.
+    """
 
     input_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     source: str = ""
     label_prob: float = 1.0
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +100,8 @@ class PromptRow:
     prompt: Text
     columns: Mapping[str, Any]
     source: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,14 @@ def _turns(text: Text | None, role: str) -> list[Row]:
     return [dict(turn) for turn in text]
 
 
+def extra_fields(example: Example) -> Row:
+    """Return the fields in which a row of any format holds tools, arguments and its weight."""
+    fields: Row = {"tools": [dict(tool) for tool in example.tools]} if example.tools else {}
+    if example.template_kwargs:
+        fields["chat_template_kwargs"] = dict(example.template_kwargs)
+    return fields if example.weight == 1.0 else {**fields, "weight": example.weight}
+
+
 def _messages(example: Example) -> Row:
     turns = _turns(example.prompt, "user") + _turns(example.completion, "assistant")
     label = {} if example.label is None else {"label": example.label}
@@ -67,7 +75,14 @@ def _prompt(example: Example) -> Row:
 def _sharegpt(example: Example) -> Row:
     names = {"user": "human", "assistant": "gpt"}
     turns = _messages(example)["messages"]
-    said = [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in turns]
+    said = [
+        {
+            "from": names.get(turn["role"], turn["role"]),
+            "value": turn["content"],
+            **{key: value for key, value in turn.items() if key not in ("role", "content")},
+        }
+        for turn in turns
+    ]
     return {"conversations": said}
 
 
@@ -76,9 +91,21 @@ def _alpaca(example: Example) -> Row:
     roles = [turn["role"] for turn in row["prompt"]]
     if roles not in (["user"], ["system", "user"]) or len(row["completion"]) != 1:
         raise DataError(f"{example.source}: alpaca holds one question and one answer, not {roles}")
+    _refuse_more(example, "alpaca")
     system = {"system": row["prompt"][0]["content"]} if len(roles) == 2 else {}
     asked, answer = row["prompt"][-1]["content"], row["completion"][0]["content"]
     return {"instruction": asked, "input": "", "output": answer, **system}
+
+
+def _refuse_more(example: Example, form: str) -> None:
+    """Raise where an example holds more than the contents of its turns."""
+    turns = [*_turns(example.prompt, "user"), *_turns(example.completion, "assistant")]
+    more = sorted({key for turn in turns for key in turn} - {"role", "content"})
+    if more or example.tools:
+        raise DataError(
+            f"{example.source}: {form} has no place for {', '.join(more or ['tools'])}; "
+            "use --to messages"
+        )
 
 
 def _text(example: Example) -> Row:
@@ -141,7 +168,7 @@ def convert(
     rows = []
     for example in load_examples(specs, kind=kind, seed=seed):
         kept = {k: v for k, v in example.columns.items() if columns}
-        rows.append({**kept, **write(example)})
+        rows.append({**kept, **extra_fields(example), **write(example)})
     temporary = out.with_name(f".partial-{out.name}")
     _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
     temporary.rename(out)

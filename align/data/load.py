@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats.detect import FormatDetector, Kind, to_examples
+from align.data.formats.pairs import as_chat
 from align.data.reading.json import Row
 from align.data.reading.sources import read_rows
 from align.data.split import side_of, split_key
@@ -21,9 +22,19 @@ from align.data.toy import generate
 from align.data.wordings import word_row
 from align.recipe.schema import DataSpec
 
+_MISSING = object()
+
+
+def _nested(row: Mapping[str, Any], path: str) -> Any:
+    """Return what stands at ``outer.inner`` of a row, whose outer field stays as it is."""
+    value: Any = row
+    for name in path.split("."):
+        value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+    return value
+
 
 def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
-    """Give the row with its fields renamed ``{old: new}``.
+    """Return the row with its fields renamed ``{old: new}``; ``outer.inner`` names a nested one.
 
     Raises:
         DataError: a field is missing, or two would have one name.
@@ -32,6 +43,8 @@ def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
         return row
     if isinstance(row, str):
         raise DataError(f"{source}: 'rename' has no effect on plain text; remove it", code="D044")
+    nested = {old: _nested(row, old) for old in rename if old not in row and "." in old}
+    row = {**row, **{old: value for old, value in nested.items() if value is not _MISSING}}
     missing = sorted(set(rename) - set(row))
     if missing:
         message = f"{source}: rename: no field {missing}; the row has {sorted(row)}"
@@ -308,7 +321,8 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
             row = rename_fields(row, spec.rename, source=source)
             for worded in _worded(row, spec, source, seed):
                 form = detector.format_of(worded, source)
-                found += to_examples(worded, kind=kind, format=form, source=source)
+                made = to_examples(worded, kind=kind, format=form, source=source)
+                found += [as_chat(e) for e in made] if spec.strings == "chat" else made
         except DataError as error:
             errors.append(str(error))
             if len(errors) > MAX_REPORTED:
@@ -324,6 +338,10 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         logger.warning("%s: %d of %d rows hold no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
+    beside = sorted({name for example in examples for name in example.columns})
+    if beside:
+        use = "columns for the rewards" if kind == "prompts" else "columns that are not trained on"
+        logger.info("%s: %s: %s", spec.path, use, ", ".join(beside))
     return examples
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from align.core.types import Example, PromptRow, TokenRow, Turn
 from align.data.render.chat import ChatFormat
+from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
 from align.preflight.checks import Check, Finding, spread
 
@@ -141,7 +142,8 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
     value = f"{len(conversations)} conversations have the ids of apply_chat_template"
     for turns in conversations:
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
-        found = tokenizer.apply_chat_template(list(turns), tokenize=True, return_dict=False)
+        said = [message_of(turn) for turn in turns]
+        found = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
         # No row holds what is said after the last answer.
         whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
         at = num_shared(whole, row.input_ids)

@@ -15,6 +15,7 @@ from align.core.artefacts import Artefact
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
 from align.data.batching import plan_micro_batches
+from align.data.render.content import check_plain
 from align.evaluation.classes import class_scores
 from align.losses.supervised import class_loss
 from align.models.classifier import ClassLogits, classifier_from, save_classifier
@@ -101,6 +102,7 @@ def class_row(tokenizer: Any, example: Example) -> ClassRow:
             "rows a 'text' instead of 'messages' (an encoder reads texts)"
         )
     else:
+        check_plain(example, reader="a classifier")
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in text]
         written = tokenizer.apply_chat_template(turns, tokenize=False)
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]

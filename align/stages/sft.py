@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from operator import mul
 
 from torch import Tensor, nn
 
@@ -46,15 +47,24 @@ def length_of(row: TokenRow) -> int:
 def collate(rows: Sequence[TokenRow], batch: Sequence[TokenRow]) -> PackedBatch:
     """Pack rows; the global count is the trained tokens of the whole batch, by their weight.
 
-    A row weighs as much as its label is probable (weak labels; 1 for all others).
+    A row weighs as much as its label is probable (weak labels; 1 for all others), times the
+    weights that its turns or the row itself were given.
     """
-    weights = [[row.label_prob] * len(row.input_ids) for row in rows]
-    weighed = any(row.label_prob != 1.0 for row in rows)
+    weighed = any(row.label_prob != 1.0 or row.weights for row in rows)
     return pack(
         rows,
-        counts={"tokens": float(sum(row.label_prob * sum(row.trained) for row in batch))},
-        per_token={"weight": weights} if weighed else None,
+        counts={"tokens": float(sum(row.label_prob * _trained(row) for row in batch))},
+        per_token={"weight": [weights_of(row) for row in rows]} if weighed else None,
     )
+
+
+def _trained(row: TokenRow) -> float:
+    return sum(map(mul, row.weights, row.trained)) if row.weights else sum(row.trained)
+
+
+def weights_of(row: TokenRow) -> list[float]:
+    """Return what the loss of each token of a row is multiplied by."""
+    return [row.label_prob * weight for weight in row.weights or (1.0,) * len(row.input_ids)]
 
 
 def sft_loss(

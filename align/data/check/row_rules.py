@@ -1,5 +1,6 @@
 """What is doubtful in one example: the order of turns, pairs that hardly differ, answers."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from align.core.types import Example, Text, Turn
@@ -60,7 +61,15 @@ def _answer(example: Example) -> Iterator[Fault]:
 
 
 def text_of(text: Text | None) -> str:
-    """Give a text, or the contents of its turns joined by blank lines."""
+    """Return a text, or all that its turns hold, joined by blank lines."""
     if text is None or isinstance(text, str):
         return text or ""
-    return "\n\n".join([turn["content"] for turn in text])
+    return "\n\n".join([said for turn in text for said in _said(turn)])
+
+
+def _said(turn: Turn) -> Iterator[str]:
+    if "reasoning_content" in turn:
+        yield turn["reasoning_content"]
+    yield turn["content"]
+    if "tool_calls" in turn:
+        yield json.dumps(turn["tool_calls"], ensure_ascii=False)

@@ -10,9 +10,10 @@ from typing import Any, Literal, cast
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats import importers
-from align.data.formats import importers as judged
 from align.data.formats.faults import check_example
 from align.data.formats.importers import from_classes
+from align.data.formats.questions import ASKED
+from align.data.formats.row_keys import Extras, apply_extras, clean_columns, take_extras
 from align.data.formats.turns import guess
 from align.data.reading.json import Row
 
@@ -24,17 +25,48 @@ Reader = Callable[[Any, str], list[Example]]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Say which fields a format has and what it gives."""
+    """One way to read a row.
+
+    Attributes:
+        fields: each list of fields that is enough to read a row.
+        gives: kinds of data that come of it. read: the importer.
+        uses: further fields that the importer reads where they are there.
+        when: what else a row must show; None is nothing. over: formats of the same fields that
+            this one takes the row from.
+        last: read a row so only where no other format fits.
+    """
 
     fields: tuple[tuple[str, ...], ...]
     gives: tuple[str, ...]
     read: Reader
+    uses: tuple[str, ...] = ()
+    when: Callable[[Any], bool] | None = None
+    over: tuple[str, ...] = ()
+    last: bool = False
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Return every field that the importer reads."""
+        return frozenset(self.uses).union(*self.fields)
+
+    def most_fields(self, row: Collection[str]) -> frozenset[str]:
+        """Return the longest of the lists of fields that the row has; empty where none is whole."""
+        whole = [option for option in self.fields if all(field in row for field in option)]
+        return frozenset(max(whole, key=len, default=()))
 
 
-def _format(*fields: str, gives: str, read: Reader) -> Format:
-    """Write alternatives as ``a|b``: each field list that fits is enough."""
-    options = tuple(tuple(option.split("+")) for option in fields)
-    return Format(options, tuple(gives.split()), read)
+def _format(*fields: str, gives: str, read: Reader, uses: str = "", **options: Any) -> Format:
+    """Return a format; each of ``fields`` is one list of fields, joined by ``+``."""
+    lists = tuple(tuple(option.split("+")) for option in fields)
+    return Format(lists, tuple(gives.split()), read, tuple(uses.split()), **options)
+
+
+def _is_hh(row: dict[str, Any]) -> bool:
+    return isinstance(row["chosen"], str) and "\n\nAssistant:" in row["chosen"]
+
+
+def _has_attempts(row: dict[str, Any]) -> bool:
+    return any(isinstance(value, dict) and "is_correct" in value for value in row.values())
 
 
 FORMATS: dict[str, Format] = {
@@ -43,39 +75,100 @@ FORMATS: dict[str, Format] = {
         gives="preference",
         read=importers.from_openai_dpo,
     ),
-    "hh": _format("chosen+rejected", gives="preference", read=importers.from_hh),
-    "preference": _format("chosen+rejected", gives="preference", read=importers.from_preference),
+    "hh": _format(
+        "chosen+rejected",
+        gives="preference",
+        read=importers.from_hh,
+        when=_is_hh,
+        over=("preference",),
+    ),
+    "preference": _format(
+        "chosen+rejected",
+        *(f"{asked}+chosen+rejected" for asked in ASKED),
+        "chosen_messages+rejected_messages",
+        gives="preference",
+        read=importers.from_preference,
+        uses="input history margin score_chosen score_rejected",
+        over=("unpaired", "question_answer"),
+    ),
     "ultrafeedback": _format(
         "instruction+completions", gives="preference", read=importers.from_ultrafeedback
     ),
     "model_solutions": _format(
-        "question+ground_truth", gives="preference unpaired", read=importers.from_model_solutions
+        "question+ground_truth",
+        gives="preference unpaired",
+        read=importers.from_model_solutions,
+        when=_has_attempts,
     ),
     "steps": _format(
-        "prompt+steps", "prompt+completions+labels", gives="steps", read=judged.from_steps
+        "prompt+steps", "prompt+completions+labels", gives="steps", read=importers.from_steps
     ),
     "oasst": _format(
         "message_tree_id+prompt", gives="sft preference", read=importers.from_oasst_best
     ),
     "sharegpt": _format(
-        "conversations", gives="sft preference unpaired", read=importers.from_sharegpt
+        "conversations",
+        "conversations+chosen+rejected",
+        gives="sft preference unpaired",
+        read=importers.from_sharegpt,
+        uses="label kto_tag margin",
     ),
-    "messages": _format("messages", gives="sft unpaired", read=importers.from_messages),
+    "messages": _format(
+        "messages",
+        gives="sft unpaired",
+        read=importers.from_messages,
+        uses="label kto_tag",
+        over=("question_answer",),
+    ),
     "seed_tasks": _format("instruction+instances", gives="sft", read=importers.from_seed_tasks),
     "alpaca": _format(
-        "instruction+output", "instruction+response", gives="sft", read=importers.from_alpaca
+        "instruction+output",
+        "instruction+input+output",
+        "instruction+response",
+        gives="sft unpaired",
+        read=importers.from_alpaca,
+        uses="input history kto_tag",
+        over=("question_answer",),
     ),
-    "unpaired": _format("prompt+completion+label", gives="unpaired", read=importers.from_unpaired),
+    "dolly": _format("instruction+context+response", gives="sft", read=importers.from_alpaca),
+    "unpaired": _format(
+        "prompt+completion+label",
+        gives="unpaired",
+        read=importers.from_unpaired,
+        uses="input",
+        over=("question_answer",),
+    ),
     "prompt_completion": _format(
-        "prompt+completion", gives="sft", read=importers.from_prompt_completion
+        "prompt+completion",
+        "prompt+response",
+        "input+output",
+        gives="sft",
+        read=importers.from_prompt_completion,
+        uses="input",
+        over=("question_answer",),
     ),
+    "question_answer": _format(
+        "question+answer",
+        "question+response",
+        "query+response",
+        "query+answer",
+        "problem+solution",
+        gives="sft",
+        read=importers.from_question_answer,
+        uses="input",
+    ),
+    "segments": _format("segments", gives="sft", read=importers.from_segments),
     "classes": _format(
         "text+label", "messages+label", "prompt+label", gives="classes", read=from_classes
     ),
-    "text": _format("text", gives="corpus sft", read=importers.from_text),
-    "prompt": _format("prompt", "turns", gives="prompts", read=importers.from_prompt),
+    "verl": _format("prompt+reward_model", gives="prompts", read=importers.from_verl),
+    "text": _format("text", gives="corpus sft", read=importers.from_text, last=True),
+    "prompt": _format(
+        "prompt", "turns", gives="prompts", read=importers.from_prompt, uses="input", last=True
+    ),
 }
-"""In order of precedence: a format whose fields another one's contain stands after it."""
+"""How rows are read. Of formats that fit, one whose fields are more takes the row from one whose
+fields are among them; then ``over`` and ``last`` decide, then the kind that the stage needs."""
 
 ALIASES = {"openai": "messages"}
 """Further names that a recipe may give a format."""
@@ -133,7 +226,8 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
         return "text"
     # Any row may have a label beside its text: it names a class only where classes are asked for.
     fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
-    fits = [name for name in fits if not _covered(name, fits, row)]
+    fits = [n for n in fits if (when := FORMATS[n].when) is None or when(row)]
+    fits = [name for name in fits if not any(_takes(other, name, row) for other in fits)]
     if len(fits) > 1:
         wanted = [name for name in fits if kind in FORMATS[name].gives]
         fits = wanted or fits
@@ -167,29 +261,17 @@ def _expected(kind: Kind) -> str:
     )
 
 
-def _has(fields: Collection[str], form: Format) -> bool:
-    return any(all(field in fields for field in option) for option in form.fields)
-
-
 @lru_cache(maxsize=1024)
 def _fitting(fields: tuple[str, ...]) -> list[str]:
-    return [name for name, form in FORMATS.items() if _has(fields, form)]
+    return [name for name, form in FORMATS.items() if form.most_fields(fields)]
 
 
-def _covered(name: str, fits: list[str], row: dict[str, Any]) -> bool:
-    """Say whether another fitting format reads all fields of this one and more."""
-    pair = "chosen" in row and "rejected" in row
-    if name == "hh":
-        return not (isinstance(row["chosen"], str) and "\n\nAssistant:" in row["chosen"])
-    if name == "preference":
-        return "sharegpt" in fits or not _covered("hh", fits, row)
-    if name == "model_solutions":
-        return not any(isinstance(v, dict) and "is_correct" in v for v in row.values())
-    if name == "prompt":
-        return len(fits) > 1
-    if name == "prompt_completion":
-        return "unpaired" in fits
-    return name == "unpaired" and pair
+def _takes(name: str, other: str, row: Collection[str]) -> bool:
+    """Return whether a fitting format takes the row from another one that fits."""
+    one, two = FORMATS[name], FORMATS[other]
+    if one.last != two.last:
+        return two.last
+    return other in one.over or one.most_fields(row) > two.most_fields(row)
 
 
 def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Example]:
@@ -213,19 +295,28 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         raise DataError(
             f"{source}: plain text, but the format is {format}; use format: text", code="D044"
         )
-    if isinstance(row, dict) and not _has(row, form):
+    if isinstance(row, dict) and not form.most_fields(row):
         wanted = " or ".join(", ".join(option) for option in form.fields)
         raise DataError(
             f"{source}: format {name} needs {wanted}; the row has {sorted(row)}", code="D040"
         )
+    extras = Extras()
+    if isinstance(row, dict):
+        used = form.used | (set(row) if name == "model_solutions" else set())
+        row, extras = take_extras(row, kind=kind, used=used, source=source)
+        if extras.weight == 0.0:
+            return []
     read = form.read
     if (name, kind) == ("oasst", "preference"):
         read = cast(Reader, importers.from_oasst_pairs)
     if (name, kind) == ("model_solutions", "unpaired"):
-        read = cast(Reader, judged.from_labelled_solutions)
-    examples = [_fit(_with_label_prob(e, kind), kind, name) for e in read(row, source)]
-    for example in examples:
-        check_example(example, kind=kind)
+        read = cast(Reader, importers.from_labelled_solutions)
+    examples = []
+    for example in read(row, source):
+        example = apply_extras(example, extras)
+        example = replace(example, columns=clean_columns(example.columns))
+        examples.append(_fit(_with_label_prob(example, kind), kind, name))
+        check_example(examples[-1], kind=kind)
     return examples
 
 

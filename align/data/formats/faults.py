@@ -1,9 +1,9 @@
 """Say what makes an example unfit for training; stages and ``align data check`` share it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from align.core.errors import DataError
-from align.core.types import Example, Text
+from align.core.types import Example, Text, Turn
 
 Fault = tuple[str, str]
 """Code (an entry of align/data/check/codes.yaml) and what was found."""
@@ -39,6 +39,7 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
         for answer in (completion, rejected):
             if answer and not isinstance(answer, str):
                 yield from _answer_faults(prompt, answer)
+                yield from _weight_faults(answer, kind)
     if kind != "corpus" and prompt and not isinstance(prompt, str):
         last = prompt[-1]["role"]
         if last not in ("user", "tool"):
@@ -55,9 +56,11 @@ def _content_faults(text: Text, name: str) -> Iterator[Fault]:
         return
     for i, turn in enumerate(text):
         content = turn["content"]
-        if not content or content.isspace():
+        may_be_empty = turn["role"] == "tool" or "tool_calls" in turn
+        if (not content or content.isspace()) and not may_be_empty:
             yield "D054", f"{name}[{i}]: the content of the {turn['role']} is empty"
-        yield from _damage(content, f"{name}[{i}]")
+        for said in (content, turn.get("reasoning_content", "")):
+            yield from _damage(said, f"{name}[{i}]")
 
 
 def _damage(text: str, name: str) -> Iterator[Fault]:
@@ -70,6 +73,15 @@ def _damage(text: str, name: str) -> Iterator[Fault]:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
             yield "D023", f"{name}: half of a surrogate pair, {half}, at character {error.start}"
+
+
+def _weight_faults(answer: Sequence[Turn], kind: str) -> Iterator[Fault]:
+    weights = [turn.get("weight", 1.0) for turn in answer if turn["role"] == "assistant"]
+    odd = [weight for weight in weights if weight not in (0.0, 1.0)]
+    if weights and not any(weights):
+        yield "D058", "every assistant turn has weight 0, so nothing is trained"
+    elif kind != "sft" and odd:
+        yield "D058", f"a turn of weight {odd[0]:g} has an effect in sft only, not in {kind} data"
 
 
 def _answer_faults(prompt: Text, answer: Text) -> Iterator[Fault]:

@@ -11,47 +11,86 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns, explicit_pair, implicit_pair, make_pair
+from align.data.formats.questions import (
+    ASKED,
+    other_fields,
+    question_and_answer,
+    question_of,
+    text_field,
+    with_input,
+)
 from align.data.formats.turns import not_text, shown, to_text, to_turns
 
 Row = dict[str, Any]
 
-_END_MARK = "<|endoftext|>"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+_FINAL = re.compile(r"####\s*(.+?)\s*$")
+"""Where the number stands in an answer of GSM8K."""
 
 
 def from_messages(row: Row, source: str) -> list[Example]:
     """Read ``messages``; with a ``label`` the last turn is judged (unpaired)."""
     turns = to_turns(row["messages"], field="messages", source=source)
-    rest = _rest(row, "messages")
-    if "label" in row:
-        return [_judged(turns[:-1], turns[-1:], row, _rest(row, "messages", "label"), source)]
+    rest = other_fields(row, "messages", *_LABELS)
+    if _label_name(row):
+        return [_judged(turns[:-1], turns[-1:], row, rest, source)]
     return [Example(prompt=[], completion=turns, columns=rest, source=source)]
 
 
 def from_prompt_completion(row: Row, source: str) -> list[Example]:
-    """Read ``prompt`` and ``completion``, both text or both turns."""
-    prompt, completion = _prompt_and(row, "completion", source=source)
-    return [
-        Example(
-            prompt=prompt,
-            completion=completion,
-            columns=_rest(row, "prompt", "completion"),
-            source=source,
-        )
-    ]
+    """Read a question (``prompt``) and its answer (``completion``), text or turns."""
+    prompt, completion, rest = question_and_answer(row, source)
+    return [Example(prompt=prompt, completion=completion, columns=rest, source=source)]
+
+
+def from_question_answer(row: Row, source: str) -> list[Example]:
+    """Read a question and its answer as turns.
+
+    For rewards the column ``answer`` holds the row's own answer, or what follows ``####`` in it,
+    and ``solution`` the whole.
+    """
+    prompt, completion, rest = question_and_answer(row, source)
+    said = as_turns(completion, "assistant")
+    whole = said[-1]["content"]
+    final = _FINAL.search(whole)
+    answer = {"answer": final.group(1), "solution": whole} if final else {"answer": whole}
+    return [Example(as_turns(prompt, "user"), said, columns={**answer, **rest}, source=source)]
 
 
 def from_unpaired(row: Row, source: str) -> list[Example]:
     """Read ``prompt``, ``completion`` and the judgement ``label``."""
-    prompt, completion = _prompt_and(row, "completion", source=source)
-    return [_judged(prompt, completion, row, _rest(row, "prompt", "completion", "label"), source)]
+    prompt, completion, rest = question_and_answer(row, source)
+    return [_judged(prompt, completion, row, other_fields(rest, *_LABELS), source)]
+
+
+def from_segments(row: Row, source: str) -> list[Example]:
+    """Read axolotl's ``input_output`` rows: texts, of which those with label true are trained."""
+    segments = row["segments"]
+    if not isinstance(segments, list) or not all(isinstance(s, dict) for s in segments):
+        raise DataError(
+            f"{source}: segments: expected a list of {{label, text}}, found {shown(segments)}",
+            code="D050",
+        )
+    labels = [bool(segment.get("label")) for segment in segments]
+    texts = [text_field(s, "text", f"{source}: segments[{i}]") for i, s in enumerate(segments)]
+    start = labels.index(True) if True in labels else len(labels)
+    if not all(labels[start:]) or start == len(labels):
+        raise DataError(
+            f"{source}: segments: text that is not trained follows text that is, or none is "
+            "trained; write the row as messages, where every assistant turn is trained",
+            code="D058",
+        )
+    prompt, completion = "".join(texts[:start]), "".join(texts[start:])
+    return [Example(prompt, completion, columns=other_fields(row, "segments"), source=source)]
 
 
 def from_prompt(row: Row, source: str) -> list[Example]:
     """Read ``prompt`` alone, or the first of MT-bench's ``turns``."""
     if "prompt" in row:
-        prompt = to_text(row["prompt"], field="prompt", source=source)
-        return [Example(prompt=prompt, columns=_rest(row, "prompt"), source=source)]
+        prompt, rest = question_of(row, source)
+        return [Example(prompt=prompt, columns=rest, source=source)]
     turns = row["turns"]
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
         raise DataError(
@@ -61,16 +100,27 @@ def from_prompt(row: Row, source: str) -> list[Example]:
     return [Example(prompt=prompt, columns=dict(row), source=source)]
 
 
+def from_verl(row: Row, source: str) -> list[Example]:
+    """Read verl's rows: ``prompt``, and the column ``answer`` of ``reward_model.ground_truth``."""
+    prompt = to_text(row["prompt"], field="prompt", source=source)
+    model = row["reward_model"]
+    truth = model.get("ground_truth") if isinstance(model, dict) else None
+    answer = {} if truth is None else {"answer": truth}
+    return [
+        Example(prompt=prompt, columns={**answer, **other_fields(row, "prompt")}, source=source)
+    ]
+
+
 def from_preference(row: Row, source: str) -> list[Example]:
-    """Read ``chosen`` and ``rejected`` with an explicit or implicit ``prompt``."""
-    chosen = to_text(row["chosen"], field="chosen", source=source)
-    rejected = to_text(row["rejected"], field="rejected", source=source)
+    """Read ``chosen`` and ``rejected`` with an explicit question or their shared beginning."""
+    names = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
+    chosen, rejected = (to_text(row[name], field=name, source=source) for name in names)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(f"{source}: chosen and rejected: one is text, the other turns", code="D073")
-    rest = _rest(row, "prompt", "chosen", "rejected", "margin")
-    if "prompt" not in row:
+    rest = other_fields(row, *names, "margin")
+    if not any(name in row for name in ASKED):
         return [implicit_pair(chosen, rejected, row, rest, source)]
-    prompt = to_text(row["prompt"], field="prompt", source=source)
+    prompt, rest = question_of(rest, source)
     return [explicit_pair(prompt, chosen, rejected, row, rest, source)]
 
 
@@ -78,7 +128,9 @@ def from_hh(row: Row, source: str) -> list[Example]:
     r"""Read ``chosen`` and ``rejected`` dialogues of "\n\nHuman: ... \n\nAssistant: ..."."""
     sides = [_hh_turns(row[side], field=side, source=source) for side in ("chosen", "rejected")]
     return [
-        implicit_pair(sides[0], sides[1], row, _rest(row, "chosen", "rejected", "margin"), source)
+        implicit_pair(
+            sides[0], sides[1], row, other_fields(row, "chosen", "rejected", "margin"), source
+        )
     ]
 
 
@@ -92,38 +144,29 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (to_turns(row[name], field=name, source=source) for name in names)
     prompt = to_turns(given["messages"], field="input.messages", source=source)
-    return [make_pair(prompt, chosen, rejected, row, _rest(row, "input", *names), source)]
+    return [make_pair(prompt, chosen, rejected, row, other_fields(row, "input", *names), source)]
 
 
 def from_alpaca(row: Row, source: str) -> list[Example]:
-    """Read ``instruction``, ``input``, ``output`` (or ``response``), ``system``, ``history``."""
+    """Read ``instruction``, ``input`` (dolly: ``context``), ``history`` and the answer."""
     output = "output" if "output" in row else "response"
-    used = ("instruction", "input", "system", "history", output)
-    prompt = [Turn(role="system", content=_str(row, "system", source))] if row.get("system") else []
-    for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(
-                f"{source}: history: expected [question, answer], {shown(pair)}", code="D050"
-            )
-        prompt.append(Turn(role="user", content=str(pair[0])))
-        prompt.append(Turn(role="assistant", content=str(pair[1])))
-    asked = _with_input(_str(row, "instruction", source), row.get("input"), source)
-    prompt.append(Turn(role="user", content=asked))
-    answer = [Turn(role="assistant", content=_str(row, output, source))]
-    return [Example(prompt, answer, columns=_rest(row, *used), source=source)]
+    row = {"input" if key == "context" else key: value for key, value in row.items()}
+    prompt, rest = question_of(row, source)
+    answer = [Turn(role="assistant", content=text_field(row, output, source))]
+    rest = other_fields(rest, output, "kto_tag")
+    if "kto_tag" in row:
+        return [_judged(as_turns(prompt, "user"), answer, row, rest, source)]
+    return [Example(as_turns(prompt, "user"), answer, columns=rest, source=source)]
 
 
 def from_sharegpt(row: Row, source: str) -> list[Example]:
     """Read ``conversations`` of from/value turns; chosen/rejected make it a preference row."""
     turns = to_turns(row["conversations"], field="conversations", source=source)
-    if row.get("system"):
-        turns = [Turn(role="system", content=_str(row, "system", source)), *turns]
-    used = ("conversations", "system", "chosen", "rejected", "label", "margin")
-    rest = _rest(row, *used)
+    rest = other_fields(row, "conversations", "chosen", "rejected", "margin", *_LABELS)
     if "chosen" in row and "rejected" in row:
         sides = [to_turns(row[s], field=s, source=source) for s in ("chosen", "rejected")]
         return [make_pair(turns, sides[0], sides[1], row, rest, source)]
-    if "label" in row:
+    if _label_name(row):
         return [_judged(turns[:-1], turns[-1:], row, rest, source)]
     return [Example(prompt=[], completion=turns, columns=rest, source=source)]
 
@@ -146,26 +189,26 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
     best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
     if best[0] == worst[0]:
         return []
-    prompt = [Turn(role="user", content=_str(row, "instruction", source))]
+    prompt = [Turn(role="user", content=text_field(row, "instruction", source))]
     sides = [[Turn(role="assistant", content=side[1])] for side in (best, worst)]
-    rest = _rest(row, "instruction", "completions")
+    rest = other_fields(row, "instruction", "completions")
     return [make_pair(prompt, sides[0], sides[1], {"margin": best[0] - worst[0]}, rest, source)]
 
 
 def from_text(row: Row | str, source: str) -> list[Example]:
     """Read plain text: a paragraph of a .txt file or the field ``text``."""
-    text = row if isinstance(row, str) else _str(row, "text", source)
-    rest = {} if isinstance(row, str) else _rest(row, "text")
+    text = row if isinstance(row, str) else text_field(row, "text", source)
+    rest = {} if isinstance(row, str) else other_fields(row, "text")
     return [Example(prompt="", completion=text, columns=rest, source=source)]
 
 
 def from_seed_tasks(row: Row, source: str) -> list[Example]:
     """Read self-instruct seed tasks: ``instruction`` and ``instances`` of input and output."""
-    rest = _rest(row, "instruction", "instances")
+    rest = other_fields(row, "instruction", "instances")
     examples = []
     for instance in row["instances"]:
-        asked = _with_input(_str(row, "instruction", source), instance.get("input"), source)
-        answer = [Turn(role="assistant", content=_str(instance, "output", source))]
+        asked = with_input(text_field(row, "instruction", source), instance.get("input"), source)
+        answer = [Turn(role="assistant", content=text_field(instance, "output", source))]
         prompt = [Turn(role="user", content=asked)]
         examples.append(Example(prompt, answer, columns=rest, source=source))
     return examples
@@ -180,13 +223,13 @@ def from_oasst_best(row: Row, source: str) -> list[Example]:
         node = next(iter(_ranked(node)), None)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
-    rest = _rest(row, "prompt")
+    rest = other_fields(row, "prompt")
     return [Example(prompt=[], completion=turns, columns=rest, source=source)] if turns else []
 
 
 def from_oasst_pairs(row: Row, source: str) -> list[Example]:
     """Read best against worst reply at every ranked assistant branching of an OASST tree."""
-    rest = _rest(row, "prompt")
+    rest = other_fields(row, "prompt")
     pairs: list[Example] = []
     branches: list[tuple[list[Turn], Row]] = [([], row["prompt"])]
     while branches:
@@ -207,8 +250,8 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
     right = [v["solution"] for v in tried.values() if v["is_correct"] is True]
     wrong = [v["solution"] for v in tried.values() if v["is_correct"] is False]
-    prompt = [Turn(role="user", content=_str(row, "question", source))]
-    rest = _rest(row, "question", *tried)
+    prompt = [Turn(role="user", content=text_field(row, "question", source))]
+    rest = other_fields(row, "question", *tried)
     if not right:
         return []
     chosen = [Turn(role="assistant", content=right[0])]
@@ -228,48 +271,28 @@ def _oasst_turn(node: Row, source: str) -> Turn:
         raise DataError(
             f"{source}: role {node.get('role')!r}: expected prompter or assistant", code="D053"
         )
-    return Turn(role=role, content=_str(node, "text", source))
+    return Turn(role=role, content=text_field(node, "text", source))
 
 
-def _rest(row: Row, *used: str) -> Row:
-    return {key: value for key, value in row.items() if key not in used}
+_LABELS = ("label", "kto_tag")
 
 
-def _str(row: Row, field: str, source: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise not_text(value, field=field, source=source)
-    return value
-
-
-def _with_input(instruction: str, given: object, source: str) -> str:
-    if given is None or given == "":
-        return instruction
-    if not isinstance(given, str):
-        raise not_text(given, field="input", source=source)
-    return f"{instruction}\n\n{given}"
+def _label_name(row: Row) -> str | None:
+    return next((name for name in _LABELS if name in row), None)
 
 
 def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) -> Example:
-    label = row["label"]
+    name = _label_name(row) or "label"
+    label = row[name]
     if isinstance(label, str) and label.lower() in ("true", "false"):
         label = label.lower() == "true"  # a csv file has no booleans
     if not isinstance(label, bool):
         raise DataError(
-            f"{source}: label: expected true or false, found {shown(label)}; a label that does "
+            f"{source}: {name}: expected true or false, found {shown(label)}; a label that does "
             "not judge the answer needs another name (rename: {label: class})",
             code="D080",
         )
     return Example(prompt, completion, label=label, columns=rest, source=source)
-
-
-def _prompt_and(row: Row, field: str, *, source: str) -> tuple[Text, Text]:
-    prompt = to_text(row["prompt"], field="prompt", source=source)
-    answer = to_text(row[field], field=field, source=source)
-    if isinstance(prompt, str) and isinstance(answer, str):
-        # The stop marker of old completion files; the tokenizer's own stop token takes its place.
-        return prompt, answer.removesuffix(_END_MARK)
-    return as_turns(prompt, "user"), as_turns(answer, "assistant")
 
 
 def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:
@@ -331,7 +354,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
         raise DataError(f"{source}: steps: there is none", code="D050")
     for i, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text.strip():
-            raise not_text(text, field=f"steps[{i}]", source=source)
+            raise not_text(text, where=f"{source}: steps[{i}]")
         if not isinstance(label, bool):
             raise DataError(
                 f"{source}: steps[{i}]: label: expected true or false, {shown(label)}", code="D080"

@@ -1,5 +1,6 @@
 """Make the pair of a preference row: what is the prompt, and which answers follow it."""
 
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -86,6 +87,18 @@ def _margin(row: Row, source: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise DataError(f"{source}: margin: expected a number, found {shown(value)}", code="D074")
     return float(value)
+
+
+def as_chat(example: Example) -> Example:
+    """Return an example whose plain prompt and answers are turns of user and assistant."""
+    if not isinstance(example.prompt, str) or not example.prompt:
+        return example
+    completion, rejected = (
+        None if side is None else as_turns(side, "assistant")
+        for side in (example.completion, example.rejected)
+    )
+    asked = as_turns(example.prompt, "user")
+    return replace(example, prompt=asked, completion=completion, rejected=rejected)
 
 
 def as_turns(text: Text, role: str) -> list[Turn]:

@@ -1,12 +1,13 @@
 """Check and convert turns of a conversation, whatever names a format gives them."""
 
 import difflib
-import json
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Text, Turn
+from align.data.formats.tools import call_of, calls_of, is_call
 
 Row = dict[str, Any]
 
@@ -20,6 +21,7 @@ _MEANT = {
     "ai": "assistant",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
 }
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -31,16 +33,46 @@ _SHAREGPT_ROLES = {
     "bard": "assistant",
     "system": "system",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "tool_response": "tool",
     "tool": "tool",
 }
+_CALLS = ("function_call", "tool_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = (
+    "weight",
+    "loss_weight",
+    "loss",
+    "loss_mask",
+    "train",
+    "training",
+    "trainable",
+)
+_USED = (
+    *("role", "content", "from", "value"),
+    *("tool_calls", "function_call", "tool_call_id", "name"),
+    *_REASONING,
+    *_WEIGHTS,
+)
+_HARMLESS = (
+    *("id", "message_id", "uuid", "idx", "index", "lang", "language", "model", "metadata"),
+    *("timestamp", "created_at", "create_time", "date"),
+)
+"""Keys that carry neither text nor loss; what they hold is left out."""
+_PARTS = ("text", "input_text", "output_text")
+
+
+def is_nothing(value: Any) -> bool:
+    """Return whether a field holds nothing, so that leaving it out loses nothing."""
+    return isinstance(value, str | list | dict | None) and not value
 
 
 def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
     """Check a list of turns; text parts of a content list are joined.
 
     Raises:
-        DataError: not a list of turns, an unknown role, a content that is not text.
+        DataError: not a list of turns, an unknown role or key, a content that is not text.
     """
     if isinstance(value, dict):
         value = [value]
@@ -48,83 +80,147 @@ def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
         raise DataError(
             f"{source}: {field}: expected a list of turns, found {shown(value)}", code="D050"
         )
-    return [_turn(turn, field=f"{field}[{i}]", source=source) for i, turn in enumerate(value)]
+    return [_turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)]
 
 
-def _turn(turn: Any, *, field: str, source: str) -> Turn:
+def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict):
-        raise DataError(f"{source}: {field}: expected a turn, found {shown(turn)}", code="D050")
-    if "from" in turn and "value" in turn:
-        return _sharegpt_turn(turn, field=field, source=source)
-    for key in ("role", "content"):
+        raise DataError(f"{where}: expected a turn, found {shown(turn)}", code="D050")
+    said = "from" if "from" in turn and "role" not in turn else "role"
+    text = "value" if "value" in turn and "content" not in turn else "content"
+    _check_keys(turn, said, text, where)
+    role = _role_of(turn[said], _SHAREGPT_ROLES if said == "from" else ROLES, said, where)
+    content, reasoning, calls = _content_of(turn.get(text), turn, text, where)
+    if reasoning and role != "assistant":
+        raise DataError(f"{where}: reasoning in a turn of {role}, expected assistant", code="D056")
+    if calls and role != "assistant":
+        raise DataError(f"{where}: tool_calls in a turn of {role}, expected assistant", code="D057")
+    found = Turn(role=role, content=content)
+    if reasoning:
+        found["reasoning_content"] = reasoning
+    if calls:
+        found["tool_calls"] = calls
+    for key in ("tool_call_id", "name"):
+        if not is_nothing(turn.get(key)):
+            found[key] = str(turn[key])
+    weight = _weight_of(turn, role, where)
+    if weight != 1.0:
+        found["weight"] = weight
+    return found
+
+
+def _check_keys(turn: Row, said: str, text: str, where: str) -> None:
+    """Raise unless the turn has a role and a content, and nothing that would be left out."""
+    called = not is_nothing(turn.get("tool_calls")) or not is_nothing(turn.get("function_call"))
+    needed = (said,) if called else (said, text)
+    for key in needed:
         if key not in turn:
             near = next((k for k in turn if guess(k, [key])), None)
             hint = f"; did you mean '{key}' by '{near}'?" if near else ""
             raise DataError(
-                f"{source}: {field}: no '{key}' in a turn with {sorted(turn)}{hint}",
+                f"{where}: no '{key}' in a turn with {sorted(turn)}{hint}",
                 code="D052" if near else "D051",
             )
-    role = turn["role"]
-    if role not in ROLES:
-        meant = _MEANT.get(str(role).lower())
-        hint = f"; did you mean '{meant}'?" if meant else guess(str(role), ROLES)
+    strange = [k for k in turn if k not in (*_USED, *_HARMLESS) and not is_nothing(turn[k])]
+    if strange:
+        hint = guess(strange[0], _USED)
         raise DataError(
-            f"{source}: {field}: role {role!r}: expected one of {ROLES}{hint}", code="D053"
+            f"{where}: unknown key '{strange[0]}' of a turn, {shown(turn[strange[0]])}, would be "
+            f"left out{hint or '; remove it, or write its text into content'}",
+            code="D052" if hint else "D059",
         )
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
+
+
+def _role_of(role: Any, known: Iterable[str], key: str, where: str) -> str:
+    if role in known:
+        return _SHAREGPT_ROLES[role] if key == "from" else role
+    meant = _MEANT.get(str(role).lower()) if key == "role" else None
+    hint = f"; did you mean '{meant}'?" if meant else guess(str(role), known)
+    raise DataError(
+        f"{where}: {key} {role!r}: expected one of {tuple(known)}{hint}",
+        code="D053",
+    )
+
+
+def _content_of(
+    value: Any, turn: Row, text: str, where: str
+) -> tuple[str, str, list[dict[str, Any]]]:
+    """Return a turn's text, reasoning and tool calls, from its content and the keys beside it."""
+    if turn.get("from") in _CALLS and is_call(value):
+        return "", "", calls_of(value, where=f"{where}.{text}")
+    named = [key for key in _REASONING if not is_nothing(turn.get(key))]
+    reasons = list(dict.fromkeys(_text(turn[key], f"{where}.{key}") for key in named))
+    if len(reasons) > 1:
+        raise DataError(f"{where}: {' and '.join(named)} differ; keep one", code="D056")
+    calls = calls_of(turn.get("tool_calls"), where=f"{where}.tool_calls")
+    if not is_nothing(turn.get("function_call")):
+        calls.append(call_of(turn["function_call"], where=f"{where}.function_call"))
+    if isinstance(value, list):
+        said, thought, called = _parts_of(value, f"{where}.{text}")
+        return said, "\n".join([*reasons, *thought]), [*calls, *called]
+    if value is None and calls:
+        return "", "".join(reasons), calls
+    return _text(value, f"{where}.{text}"), "".join(reasons), calls
+
+
+def _parts_of(parts: list[Any], where: str) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """Return the text, the reasoning and the tool calls of a content's parts, in this order."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        value = (
+            next((part[k] for k in ("text", "value", kind) if k in part), None) if kind else None
+        )
+        if kind == "tool_call" and is_call(value):
+            calls += calls_of(value, where=where)
+        elif kind in _PARTS and isinstance(value, str) and not calls:
+            texts.append(value)
+        elif kind in _REASONING and isinstance(value, str) and not texts and not calls:
+            thoughts.append(value)
+        else:
             raise DataError(
-                f"{source}: {field}: {key} cannot be kept; write the call as text in 'content'",
-                code="D057",
+                f"{where}: a part of type {kind!r} cannot be kept; only reasoning, text and "
+                "tool_call parts, in this order",
+                code="D056",
             )
-    weight = turn.get("weight", turn.get("loss_weight"))
-    if role == "assistant" and weight is not None and weight != 1:
-        raise DataError(
-            f"{source}: {field}: an assistant turn of weight {weight} cannot be kept; "
-            "only weight 1 is trained",
-            code="D058",
-        )
-    content = _content(turn["content"], field=f"{field}.content", source=source)
-    return Turn(role=role, content=content)
+    return "\n".join(texts), thoughts, calls
 
 
-def _content(value: Any, *, field: str, source: str) -> str:
+def _weight_of(turn: Row, role: str, where: str) -> float:
+    """Return the weight of a turn's loss: 1 unless one of its keys says otherwise."""
+    given = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or not isfinite(value) or value < 0:
+            raise DataError(
+                f"{where}.{key}: expected true, false or a number from 0, found {shown(value)}",
+                code="D058",
+            )
+    found = {float(value) for value in given.values()}
+    if len(found) > 1:
+        raise DataError(f"{where}: {' and '.join(given)} differ; keep one", code="D058")
+    if role != "assistant":
+        if any(found):
+            raise DataError(
+                f"{where}: {next(iter(given))} {shown(next(iter(given.values())))} on a turn of "
+                f"{role}; only assistant turns are trained, so remove it or set it to 0",
+                code="D058",
+            )
+        return 1.0
+    return found.pop() if found else 1.0
+
+
+def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        texts = []
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            text = part.get("text", part.get("value")) if kind == "text" else None
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{source}: {field}: a part of type {kind!r} cannot be kept; only text parts",
-                    code="D056",
-                )
-            texts.append(text)
-        return "\n".join(texts)
-    raise not_text(value, field=field, source=source)
+    raise not_text(value, where=where)
 
 
-def not_text(value: Any, *, field: str, source: str) -> DataError:
-    """Make the error of a field that should hold text."""
+def not_text(value: Any, *, where: str) -> DataError:
+    """Return the error of a field that should hold text."""
     code = "D054" if value is None or isinstance(value, str) else "D055"
-    return DataError(f"{source}: {field}: expected text, found {shown(value)}", code=code)
-
-
-def _sharegpt_turn(turn: Row, *, field: str, source: str) -> Turn:
-    role = _SHAREGPT_ROLES.get(turn["from"])
-    if role is None:
-        hint = guess(str(turn["from"]), _SHAREGPT_ROLES)
-        raise DataError(
-            f"{source}: {field}: from {turn['from']!r}: expected one of "
-            f"{tuple(_SHAREGPT_ROLES)}{hint}",
-            code="D053",
-        )
-    value = turn["value"]
-    if turn["from"] == "function_call" and not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False)
-    return Turn(role=role, content=_content(value, field=f"{field}.value", source=source))
+    return DataError(f"{where}: expected text, found {shown(value)}", code=code)
 
 
 def to_text(value: Any, *, field: str, source: str) -> Text:
@@ -138,13 +234,13 @@ def to_text(value: Any, *, field: str, source: str) -> Text:
     return to_turns(value, field=field, source=source)
 
 
-def guess(word: str, known: Iterable[str]) -> str:
-    """Give "; did you mean ...?" with the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.7)
+def guess(word: str, known: Iterable[str], *, cutoff: float = 0.7) -> str:
+    """Return "; did you mean ...?" with the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def shown(value: Any) -> str:
-    """Give a short form of a value for messages."""
+    """Return a short form of a value for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

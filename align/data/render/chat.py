@@ -8,12 +8,20 @@ Nothing is decided by comparing token ids with the pad id.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
+from align.data.render.content import (
+    check_shape,
+    check_tools,
+    check_turns,
+    message_of,
+    shape_of,
+)
 from align.data.render.templates import FAMILIES, family_of, template_text, with_stop
 from align.data.render.token_text import TokenText, num_shared
 from align.recipe.schema import TokenizerSpec
@@ -22,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+PLAIN_STRINGS = (
+    "prompts and completions that are plain text are tokenized as they stand, without the model's "
+    "chat template; set strings: chat on the data source to render them as turns"
+)
 NO_STOP = "D115"
 """Code of a template that ends an assistant turn without a stop token."""
 _PROBE: list[Turn] = [
@@ -59,12 +71,20 @@ class ChatFormat:
             raise DataError(_NEEDS.format(what="stop token", key="stop_token", example="</s>"))
         self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
         self._bos = _leading_bos(tokenizer)
+        self._shapes: set[str] = set()
+        self._told = False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def prompt_ids(self, prompt: Text) -> list[int]:
+    def prompt_ids(
+        self,
+        prompt: Text,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Give the ids after which the model answers (with the generation prompt, one BOS).
 
         A plain string is tokenised as it stands, with the BOS the tokenizer adds by itself.
@@ -75,15 +95,23 @@ class ChatFormat:
         if isinstance(prompt, str):
             ids = TokenText(self.tokenizer, prompt).ids
             return self._missing_bos(ids) + ids
-        return self._prompt_conversation(list(prompt), source="prompt")
+        given = Example(prompt, source="prompt", tools=tools, template_kwargs=template_kwargs or {})
+        return self._prompt_conversation(list(prompt), given)
 
     def prompt_row(self, example: Example) -> PromptRow:
         """Tokenise the prompt of an example and keep its columns for the rewards."""
+        prompt = example.prompt
+        if isinstance(prompt, str):
+            ids = self.prompt_ids(prompt)
+        else:
+            ids = self._prompt_conversation(list(prompt), example)
         return PromptRow(
-            input_ids=tuple(self.prompt_ids(example.prompt)),
-            prompt=example.prompt,
+            input_ids=tuple(ids),
+            prompt=prompt,
             columns=example.columns,
             source=example.source,
+            tools=example.tools,
+            template_kwargs=example.template_kwargs,
         )
 
     def sft_row(self, example: Example) -> TokenRow:
@@ -95,7 +123,7 @@ class ChatFormat:
         Raises:
             DataError: the template rewrites earlier turns, or there is nothing to train.
         """
-        row = self._row(example.prompt, example.completion, source=example.source)
+        row = self._row(example, example.completion)
         return replace(row, label_prob=example.label_prob)
 
     def pair_row(self, example: Example) -> PairRow:
@@ -106,8 +134,8 @@ class ChatFormat:
         Raises:
             DataError: both answers have the same ids, or the template cannot be split.
         """
-        chosen = self._until_stop(example.prompt, example.completion, source=example.source)
-        rejected = self._until_stop(example.prompt, example.rejected, source=example.source)
+        chosen = self._until_stop(example, example.completion)
+        rejected = self._until_stop(example, example.rejected)
         if chosen.input_ids == rejected.input_ids:
             raise DataError(f"{example.source}: chosen and rejected have the same tokens")
         shared = num_shared(chosen.input_ids, rejected.input_ids)
@@ -121,28 +149,32 @@ class ChatFormat:
             label_prob=example.label_prob,
         )
 
-    def _until_stop(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
-        """Give a row without what the template writes after the last trained token."""
-        row = self._row(prompt, completion, source=source)
+    def _until_stop(self, example: Example, completion: Text | None) -> TokenRow:
+        """Return a row without what the template writes after the last trained token."""
+        row = self._row(example, completion)
         end = len(row.trained) - row.trained[::-1].index(True)
-        return TokenRow(row.input_ids[:end], row.trained[:end], source=source)
+        return TokenRow(row.input_ids[:end], row.trained[:end], source=row.source)
 
     def _missing_bos(self, ids: list[int]) -> list[int]:
         """Return the BOS that the tokenizer writes by itself, unless the text begins with it."""
         return [] if ids[:1] == self._bos else self._bos
 
-    def _row(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
+    def _row(self, example: Example, completion: Text | None) -> TokenRow:
+        prompt = example.prompt
         if not completion:
-            raise DataError(f"{source}: there is no completion to train on")
+            raise DataError(f"{example.source}: there is no completion to train on")
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self._plain_row(prompt, completion, source=source)
+            return self._plain_row(prompt, completion, example)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt else []
-        return self._conversation(list(prompt), list(completion), source=source)
+        return self._conversation(list(prompt), list(completion), example)
 
-    def _plain_row(self, prompt: str, completion: str, *, source: str) -> TokenRow:
+    def _plain_row(self, prompt: str, completion: str, example: Example) -> TokenRow:
+        if prompt and self.tokenizer.chat_template is not None and not self._told:
+            logger.info(PLAIN_STRINGS)
+            self._told = True
         head = self.prompt_ids(prompt)
         whole = TokenText(self.tokenizer, prompt + completion).ids
         whole = self._missing_bos(whole) + whole
@@ -153,34 +185,51 @@ class ChatFormat:
             answer = TokenText(self.tokenizer, completion).ids
         if not answer or answer[-1] not in self.stop_token_ids:
             answer.append(self.stop_token_ids[0])
-        trained = (False,) * len(head) + (True,) * len(answer)
-        return TokenRow(tuple(head + answer), trained, source=source)
+        weights = [0.0] * len(head) + [example.weight] * len(answer)
+        return _weighed(head + answer, weights, example.source)
 
-    def _conversation(self, prompt: list[Turn], answer: list[Turn], *, source: str) -> TokenRow:
-        turns = prompt + answer
+    def _conversation(self, prompt: list[Turn], answer: list[Turn], example: Example) -> TokenRow:
+        turns, source = prompt + answer, example.source
         ends: list[tuple[int, int, int]] = []
         done = ""
         for i, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                head, done = self._around(turns, i, done=done, source=source)
+                head, done = self._around(turns, i, example, done=done)
                 ends.append((i, len(head), len(done)))
         text = TokenText(self.tokenizer, done)
-        trained = [False] * len(text.ids)
+        weights = [0.0] * len(text.ids)
+        place, first = 0, 0
         for i, begin, end in ends:
             start, stop = text.before(begin), text.before(end)
             stop = self._stop_in(text.ids[start:stop], done[begin:end], source=source) + start
             if i >= len(prompt):
-                trained[start : stop + 1] = [True] * (stop + 1 - start)
-        if not any(trained):
+                weight = turns[i].get("weight", 1.0) * example.weight
+                weights[start : stop + 1] = [weight] * (stop + 1 - start)
+            check_turns(turns[first:i], done[:begin], first=first, source=source, begin=place)
+            said = done[: text.end_of(stop)]
+            check_turns([turns[i]], said, first=i, source=source, begin=begin)
+            place, first = end, i + 1
+        if not any(weights):
             raise DataError(f"{source}: there is no assistant turn to train on")
-        return TokenRow(tuple(text.ids), tuple(trained), source=source)
+        self._check_shape(turns[:first], done, example)
+        return _weighed(text.ids, weights, source)
 
-    def _around(self, turns: list[Turn], i: int, *, done: str, source: str) -> tuple[str, str]:
+    def _check_shape(self, turns: Sequence[Turn], rendered: str, example: Example) -> None:
+        """Check the tools, and once for each shape of conversations every turn's place."""
+        check_tools(example.tools, rendered, source=example.source)
+        shape = shape_of(turns, bool(example.tools), example.template_kwargs)
+        if shape not in self._shapes:
+            asks = turns[-1]["role"] != "assistant"
+            render = partial(self._render, example=example, add_generation_prompt=asks)
+            check_shape(turns, render, source=example.source)
+            self._shapes.add(shape)
+
+    def _around(self, turns: list[Turn], i: int, example: Example, *, done: str) -> tuple[str, str]:
         """Render up to turn i (with the generation prompt) and with it; check both prefixes."""
-        head = self._render(turns[:i], add_generation_prompt=True, source=source)
-        full = self._render(turns[: i + 1], add_generation_prompt=False, source=source)
-        _check_prefix(done, head, source=source)
-        _check_prefix(head, full, source=source)
+        head = self._render(turns[:i], example=example, add_generation_prompt=True)
+        full = self._render(turns[: i + 1], example=example, add_generation_prompt=False)
+        _check_prefix(done, head, source=example.source)
+        _check_prefix(head, full, source=example.source)
         return head, full
 
     def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
@@ -204,36 +253,51 @@ class ChatFormat:
             code=NO_STOP,
         )
 
-    def _prompt_conversation(self, turns: list[Turn], *, source: str) -> list[int]:
+    def _prompt_conversation(self, turns: list[Turn], example: Example) -> list[int]:
         # A history must be one that could be trained on: it ends its answers and only grows.
+        turns = [cast(Turn, {k: v for k, v in t.items() if k != "weight"}) for t in turns]
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
         done = ""
         if last >= 0:
-            self._conversation([], turns[: last + 1], source=source)
-            done = self._render(turns[: last + 1], add_generation_prompt=False, source=source)
-        head = self._render(turns, add_generation_prompt=True, source=source)
-        _check_prefix(done, head, source=source)
+            self._conversation([], turns[: last + 1], replace(example, weight=1.0))
+            done = self._render(turns[: last + 1], example=example, add_generation_prompt=False)
+        head = self._render(turns, example=example, add_generation_prompt=True)
+        _check_prefix(done, head, source=example.source)
+        rest = turns[last + 1 :]
+        check_turns(rest, head, first=last + 1, source=example.source, begin=len(done))
+        self._check_shape(turns, head, example)
         return TokenText(self.tokenizer, head).ids
 
-    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, source: str) -> str:
+    def _render(
+        self, turns: Sequence[Turn], *, example: Example, add_generation_prompt: bool
+    ) -> str:
         if self.tokenizer.chat_template is None:
             raise DataError(
-                f"{source}: a conversation, but "
+                f"{example.source}: a conversation, but "
                 + _NEEDS.format(what="chat template", key="chat_template", example="plain")
             )
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+                    [message_of(turn) for turn in turns],
+                    tools=[dict(tool) for tool in example.tools] or None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    **example.template_kwargs,
                 )
             )
         except Exception as error:  # Jinja templates raise any type by raise_exception
             roles = [turn["role"] for turn in turns]
             raise DataError(
-                f"{source}: the chat template refuses roles {roles}: {error}"
+                f"{example.source}: the chat template refuses roles {roles}: {error}"
             ) from error
+
+
+def _weighed(ids: Sequence[int], weights: Sequence[float], source: str) -> TokenRow:
+    """Return a row that trains the tokens of a weight above 0."""
+    trained = tuple(weight > 0.0 for weight in weights)
+    plain = all(weight in (0.0, 1.0) for weight in weights)
+    return TokenRow(tuple(ids), trained, source, weights=() if plain else tuple(weights))
 
 
 def is_tie(example: Example) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, Text, TokenRow
 from align.data.render.chat import is_tie
+from align.data.render.content import check_plain
 from reward_models.paired import pair_ids
 
 if TYPE_CHECKING:
@@ -35,16 +36,18 @@ class PairedFormat:
         """Tokenise prompt and completion.
 
         Raises:
-            DataError: there is no completion.
+            DataError: there is no completion, or more than an encoder reads.
         """
+        check_plain(example, reader="an encoder")
         return self._row(example.prompt, example.completion, source=example.source)
 
     def pair_row(self, example: Example) -> PairRow:
         """Tokenise both answers, each with the prompt before it.
 
         Raises:
-            DataError: an answer is missing, or both have the same tokens.
+            DataError: an answer is missing, both have the same tokens, or more than is read.
         """
+        check_plain(example, reader="an encoder")
         chosen = self._row(example.prompt, example.completion, source=example.source)
         rejected = self._row(example.prompt, example.rejected, source=example.source)
         if chosen.input_ids == rejected.input_ids:

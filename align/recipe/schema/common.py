@@ -43,8 +43,15 @@ class DataSpec(Spec):
         "model_solutions",
         "steps",
         "classes",
+        "dolly",
+        "question_answer",
+        "segments",
+        "verl",
     ] = "auto"
     rename: dict[str, str] = {}
+    """Fields by new names, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
+    strings: Literal["text", "chat"] = "text"
+    """Plain prompt and answer texts: as they stand, or as turns by the chat template."""
     split: Literal["all", "train", "heldout"] = "all"
     heldout_frac: Fraction = 0.1
     weight: Positive = 1.0

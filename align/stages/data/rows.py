@@ -8,6 +8,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
+from align.data.convert import extra_fields
 from align.data.split import split_key
 from align.recipe.schema import RewardSpec
 from align.stages.base import DATA_FILE, LEDGER_FILE, StageContext
@@ -61,6 +62,7 @@ def to_row(example: Example) -> dict[str, Any]:
         row["messages" if not isinstance(example.completion, str) else "text"] = example.completion
     if example.label_prob != 1.0:
         row["label_prob"] = example.label_prob
+    row |= extra_fields(example)
     return {**row, "from": example.source}
 
 

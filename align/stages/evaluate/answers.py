@@ -108,7 +108,8 @@ def _config(artefact: Artefact) -> Any:
 def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline: str) -> None:
     """Raise ArtefactError where another checkpoint renders the prompts to other tokens."""
     for row in rows:
-        if list(row.input_ids) != list(chat.prompt_ids(row.prompt)):
+        ids = chat.prompt_ids(row.prompt, tools=row.tools, template_kwargs=row.template_kwargs)
+        if list(row.input_ids) != ids:
             raise ArtefactError(
                 f"{what} renders {row.source} to other tokens than '{baseline}' does; "
                 "compare checkpoints of one tokenizer and template"

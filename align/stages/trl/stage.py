@@ -23,6 +23,7 @@ from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.load import check_overlap, fit_rows, load_examples
 from align.data.render.chat import ChatFormat
+from align.data.render.content import check_plain
 from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import StageContext, StageResult, chat_format
@@ -148,6 +149,13 @@ def fitting(
     TRL cuts long rows without a word; here they are counted and bounded as in every stage.
     """
     examples = load_examples(data, kind=spec.rows, seed=context.seed)
+    for example in examples:
+        check_plain(example, reader="kind: trl")
+        if spec.rows != "prompts" and _is_weighed(example):
+            raise DataError(
+                f"{example.source}: the weight of the row or of a turn has no effect: TRL trains "
+                "every turn alike; use sft, or remove it"
+            )
     unsure = [e.source for e in examples if e.label_prob != 1.0 and spec.rows != "prompts"]
     if unsure:
         raise DataError(
@@ -166,6 +174,12 @@ def fitting(
     )
     whole = {id(row) for row in kept}
     return [e for e, row in zip(examples, rows, strict=True) if id(row) in whole]
+
+
+def _is_weighed(example: Example) -> bool:
+    sides = (example.prompt, example.completion, example.rejected)
+    turns = [turn for side in sides if side and not isinstance(side, str) for turn in side]
+    return example.weight != 1.0 or any("weight" in turn for turn in turns)
 
 
 def _longest(example: Example, spec: TrlStage, chat: ChatFormat) -> TokenRow:

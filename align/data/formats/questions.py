@@ -1,0 +1,81 @@
+"""Find the question and the answer of a row, whatever its fields are called."""
+
+from typing import Any
+
+from align.core.errors import DataError
+from align.core.types import Text, Turn
+from align.data.formats.pairs import as_turns
+from align.data.formats.turns import not_text, shown, to_text
+
+Row = dict[str, Any]
+
+ASKED = ("prompt", "question", "instruction", "query", "problem", "input")
+"""What may hold the question of a row, the first that is there."""
+_ANSWERED = ("completion", "response", "output", "solution", "answer")
+_END_MARK = "<|endoftext|>"
+
+
+def other_fields(row: Row, *used: str) -> Row:
+    """Return the fields of a row that are not used."""
+    return {key: value for key, value in row.items() if key not in used}
+
+
+def text_field(row: Row, field: str, source: str) -> str:
+    """Return a field that must hold text."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise not_text(value, where=f"{source}: {field}")
+    return value
+
+
+def with_input(instruction: str, given: object, source: str) -> str:
+    """Return an instruction with the input it is about, where there is one."""
+    if given is None or given == "":
+        return instruction
+    if not isinstance(given, str):
+        raise not_text(given, where=f"{source}: input")
+    return f"{instruction}\n\n{given}"
+
+
+def question_of(row: Row, source: str) -> tuple[Text, Row]:
+    """Return the question of a row, with its ``input`` and ``history``, and the other fields."""
+    name = next(name for name in ASKED if name in row)
+    asked = to_text(row[name], field=name, source=source)
+    given = row.get("input") if name != "input" else None
+    before = _history(row.get("history"), source)
+    if isinstance(asked, str):
+        asked = with_input(asked, given, source)
+    elif given or before:
+        raise DataError(
+            f"{source}: {'input' if given else 'history'} beside a {name} of turns has no place "
+            "among them; write it into the turns, or set it aside (rename: {input: was_input})",
+            code="D045",
+        )
+    turns = [*before, *as_turns(asked, "user")]
+    return (turns if before else asked), other_fields(row, name, "input", "history")
+
+
+def _history(value: Any, source: str) -> list[Turn]:
+    turns: list[Turn] = []
+    for i, pair in enumerate(value or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(
+                f"{source}: history: expected [question, answer], {shown(pair)}", code="D050"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            if not isinstance(text, str):
+                raise not_text(text, where=f"{source}: history[{i}]: {role}")
+            turns.append(Turn(role=role, content=text))
+    return turns
+
+
+def question_and_answer(row: Row, source: str) -> tuple[Text, Text, Row]:
+    """Return question and answer of a row, both text or both turns, and the other fields."""
+    prompt, rest = question_of(row, source)
+    name = next(name for name in _ANSWERED if name in rest)
+    answer = to_text(rest[name], field=name, source=source)
+    rest = other_fields(rest, name)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        # The stop marker of old completion files; the tokenizer's own stop token takes its place.
+        return prompt, answer.removesuffix(_END_MARK), rest
+    return as_turns(prompt, "user"), as_turns(answer, "assistant"), rest

@@ -1,0 +1,233 @@
+"""Keys that a row of any format may have beside its own fields: none of them is dropped.
+
+A key is used by the row's format, or by this module; or it is a column, which the rewards get; or
+it carries text or loss that nothing would use, and the row is refused by the key's name.
+"""
+
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, isnan
+from typing import Any
+
+from align.core.errors import DataError
+from align.core.types import Example, Text, Turn
+from align.data.formats.pairs import as_turns
+from align.data.formats.tools import parsed, schemas_of
+from align.data.formats.turns import guess, is_nothing, not_text, shown
+
+Row = dict[str, Any]
+
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+WEIGHTS = ("weight", "loss_weight", "sample_weight")
+TEMPLATE = "chat_template_kwargs"
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_TEXTS = ("input", "context", "documents", "choices", "options")
+"""Text of the question that only some formats have a place for."""
+_TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
+_LOSS = ("loss", "loss_mask", "train", "training", "trainable")
+_NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
+_OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generation_prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a row says beside the fields of its format."""
+
+    system: str = ""
+    reasoning: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> tuple[Row, Extras]:
+    """Return the row without the keys that every format shares, and what they say.
+
+    Args:
+        row: fields of the row. kind: what the stage needs. used: keys that the row's format reads.
+        source: ``file:line`` for messages.
+
+    Raises:
+        DataError: a key carries text or loss that would be dropped, or is nearly such a key.
+    """
+    given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
+    shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
+    shared += REASONING if kind == "sft" else ()
+    _refuse(given, kind, shared, source)
+    taken = {key: given[key] for key in shared if key in given}
+    rest = {k: v for k, v in row.items() if k in used or (k not in taken and k not in shared)}
+    extras = Extras(
+        system=_one_text(taken, SYSTEM, source),
+        reasoning=_one_text(taken, REASONING, source),
+        tools=_tools(taken, source),
+        template_kwargs=_template_kwargs(taken.get(TEMPLATE), source),
+        weight=_weight(taken, source),
+    )
+    return rest, extras
+
+
+def _refuse(given: Row, kind: str, shared: Sequence[str], source: str) -> None:
+    away = "or pass it to the rewards as a column by another name (rename: {{{0}: {0}_column}})"
+    for key in given:
+        if key in _MEDIA:
+            raise DataError(
+                f"{source}: {key}: images, video and audio cannot be trained on; remove the row, "
+                f"{away.format(key)}",
+                code="D056",
+            )
+        if key in (*_TURNS, *_LOSS, *(_TEXTS if kind != "prompts" else ())) or (
+            key in (*REASONING, *WEIGHTS) and key not in shared and kind != "prompts"
+        ):
+            raise DataError(
+                f"{source}: {key}: {shown(given[key])} would be dropped, since {kind} rows of this "
+                f"format have no place for it; write it into the turns it belongs to, "
+                f"{away.format(key)}",
+                code="D045",
+            )
+    known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS)
+    known += () if kind == "prompts" else (*_TEXTS, *REASONING)
+    for key in given:
+        near = "" if key in known else guess(key, known, cutoff=0.85)
+        if near:
+            raise DataError(
+                f"{source}: unknown key '{key}', {shown(given[key])}, would be left out{near} "
+                "Rename it if it is another thing",
+                code="D041",
+            )
+
+
+def _one_text(taken: Row, names: Sequence[str], source: str) -> str:
+    found = [name for name in names if name in taken]
+    for name in found:
+        if not isinstance(taken[name], str):
+            raise not_text(taken[name], where=f"{source}: {name}")
+    if len({taken[name] for name in found}) > 1:
+        raise DataError(f"{source}: {' and '.join(found)} differ; keep one", code="D042")
+    return taken[found[0]] if found else ""
+
+
+def _tools(taken: Row, source: str) -> tuple[Mapping[str, Any], ...]:
+    found = [name for name in TOOLS if name in taken]
+    if len(found) > 1:
+        raise DataError(f"{source}: {' and '.join(found)}: keep one", code="D042")
+    return schemas_of(taken[found[0]], where=f"{source}: {found[0]}") if found else ()
+
+
+def _template_kwargs(value: Any, source: str) -> Mapping[str, Any]:
+    found = parsed(value)
+    if found is None:
+        return {}
+    own = [key for key in _OWN_ARGUMENTS if isinstance(found, dict) and key in found]
+    if not isinstance(found, dict) or own:
+        raise DataError(
+            f"{source}: {TEMPLATE}: expected an object of arguments of the chat template other "
+            f"than {', '.join(_OWN_ARGUMENTS)}, found {shown(found)}",
+            code="D045",
+        )
+    return {key: item for key, item in found.items() if item is not None}
+
+
+def _weight(taken: Row, source: str) -> float:
+    found = [name for name in WEIGHTS if name in taken]
+    if len(found) > 1:
+        raise DataError(f"{source}: {' and '.join(found)}: keep one", code="D042")
+    if not found:
+        return 1.0
+    value = parsed(taken[found[0]])  # a csv file has no numbers
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise DataError(
+            f"{source}: {found[0]}: expected a number, found {shown(value)}", code="D058"
+        )
+    if value < 0:
+        raise DataError(f"{source}: {found[0]}: expected at least 0, found {value}", code="D058")
+    return float(value)
+
+
+def apply_extras(example: Example, extras: Extras) -> Example:
+    """Return the example with the system turn, tools, reasoning and weight of its row.
+
+    Raises:
+        DataError: the conversation begins with another system turn, or has no place for them.
+    """
+    chat = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
+    if not chat:
+        return replace(example, weight=extras.weight)
+    if (
+        example.completion is not None
+        and not example.prompt
+        and isinstance(example.completion, str)
+    ):
+        raise DataError(
+            f"{example.source}: system, tools, reasoning and {TEMPLATE} belong to conversations, "
+            "but the row is plain text; remove them, or use rows of messages",
+            code="D045",
+        )
+    prompt: Text = as_turns(example.prompt, "user") if example.prompt else []
+    completion = None if example.completion is None else as_turns(example.completion, "assistant")
+    rejected = None if example.rejected is None else as_turns(example.rejected, "assistant")
+    if extras.system:
+        if prompt or completion is None:
+            prompt = _with_system(prompt, extras.system, example.source)
+        else:
+            completion = _with_system(completion, extras.system, example.source)
+    if extras.reasoning:
+        completion = _with_reasoning(completion or [], extras.reasoning, example.source)
+    return replace(
+        example,
+        prompt=prompt,
+        completion=completion,
+        rejected=rejected,
+        tools=extras.tools,
+        template_kwargs=extras.template_kwargs,
+        weight=extras.weight,
+    )
+
+
+def _with_system(turns: Sequence[Turn], system: str, source: str) -> list[Turn]:
+    first = turns[0] if turns else None
+    if first is not None and first["role"] in ("system", "developer"):
+        if first["content"] == system:
+            return list(turns)
+        raise DataError(
+            f"{source}: the row has a system prompt in a column and another as its first turn; "
+            "keep one",
+            code="D042",
+        )
+    return [Turn(role="system", content=system), *turns]
+
+
+def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[Turn]:
+    said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if len(said) != 1 or "reasoning_content" in turns[said[0]]:
+        raise DataError(
+            f"{source}: reasoning in a column, but {len(said)} assistant turns, or one that has "
+            "its own; write it into the turn (reasoning_content)",
+            code="D045",
+        )
+    found = list(turns)
+    found[said[0]] = {**found[said[0]], "reasoning_content": reasoning}
+    return found
+
+
+def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns as rewards compare them with the text of an answer.
+
+    A table writes whole numbers as floats where a column has empty cells: 4.0 becomes 4 again, NaN
+    becomes null. Texts are composed (NFC), as models write them.
+    """
+    return {key: _clean(value) for key, value in columns.items()}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else unicodedata.normalize("NFC", value)
+    if isinstance(value, float):
+        if isnan(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return value

@@ -1,0 +1,98 @@
+"""Read tool schemas and tool calls into the one form that chat templates take."""
+
+import json
+from typing import Any
+
+from align.core.errors import DataError
+
+Item = dict[str, Any]
+
+
+def parsed(value: Any) -> Any:
+    """Return what a text of JSON holds, and anything else (also broken JSON) as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
+    """Return tool schemas as ``{"type": "function", "function": {...}}``.
+
+    Args:
+        value: a list of schemas, with or without that wrapper, or of texts of JSON; or all of it
+            as one text of JSON.
+        where: the place, for messages.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    found = parsed(value)
+    if found is None or found == "":
+        return ()
+    listed = [parsed(item) for item in (found if isinstance(found, list) else [found])]
+    schemas = []
+    for i, item in enumerate(listed):
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{where}[{i}]: expected the schema of a tool with a name, found {item!r:.60}; if "
+                "it is no schema, give the column another name with 'rename'",
+                code="D057",
+            )
+        wrapped = item if "function" in item else {"type": "function", "function": item}
+        schemas.append({"type": "function", **wrapped})
+    return tuple(schemas)
+
+
+def is_call(value: Any) -> bool:
+    """Return whether a value is a tool call, or a list of them, as text of JSON or parsed."""
+    found = parsed(value)
+    items = found if isinstance(found, list) else [found]
+    return bool(items) and all(
+        isinstance(item, dict) and {"name", "arguments"} <= set(item.get("function", item))
+        for item in items
+    )
+
+
+def calls_of(value: Any, *, where: str) -> list[Item]:
+    """Return tool calls with parsed arguments, as servers pass them to a chat template.
+
+    Raises:
+        DataError: an entry has no name and arguments, or its arguments are no JSON object.
+    """
+    found = parsed(value)
+    if found is None or found == "":
+        return []
+    items = found if isinstance(found, list) else [found]
+    return [call_of(item, where=f"{where}[{i}]") for i, item in enumerate(items)]
+
+
+def call_of(value: Any, *, where: str) -> Item:
+    """Return one tool call; see ``calls_of``."""
+    item = parsed(value)
+    call = item.get("function", item) if isinstance(item, dict) else None
+    arguments = parsed(call.get("arguments")) if isinstance(call, dict) else None
+    if arguments == "":
+        arguments = {}
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or not isinstance(arguments, dict)
+    ):
+        raise DataError(
+            f"{where}: expected a tool call with name and arguments (an object, or its JSON), "
+            f"found {item!r:.60}",
+            code="D057",
+        )
+    known = ("name", "arguments", "id", "type", "index", "function")
+    strange = [k for k in (*item, *call) if k not in known and item.get(k, call.get(k))]
+    if strange:
+        raise DataError(
+            f"{where}: unknown key '{strange[0]}' of a tool call would be left out; remove it",
+            code="D057",
+        )
+    named = {"id": item["id"]} if item.get("id") else {}
+    return {**named, "type": "function", "function": {"name": call["name"], "arguments": arguments}}

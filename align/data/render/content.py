@@ -1,0 +1,163 @@
+"""Prove that a chat template writes all that a row holds: turns, tools and reasoning, in order."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from align.core.errors import DataError
+from align.core.types import Example, Turn
+
+DROPS = "D116"
+"""Code of a row of which the template leaves something out."""
+_THINK_TAGS = re.compile(r"</?think>")
+
+
+def message_of(turn: Turn) -> dict[str, Any]:
+    """Return a turn as chat templates read it: reasoning by both of its usual names, no weight."""
+    found: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+    if "reasoning_content" in turn:
+        found["thinking"] = turn["reasoning_content"]
+    return found
+
+
+def check_plain(example: Example, *, reader: str) -> None:
+    """Raise where an example has more than the contents of turns, which is all that is read.
+
+    Args:
+        example: any example. reader: what reads it, for messages.
+    """
+    sides = (example.prompt, example.completion, example.rejected)
+    turns = [turn for side in sides if side and not isinstance(side, str) for turn in side]
+    more = [key for key in ("reasoning_content", "tool_calls") if any(key in t for t in turns)]
+    more += ["tools"] if example.tools else []
+    more += ["chat_template_kwargs"] if example.template_kwargs else []
+    if more:
+        raise DataError(
+            f"{example.source}: {reader} reads the contents of turns only, so {more[0]} would be "
+            "dropped; write it into the content of a turn, or remove it",
+            code=DROPS,
+        )
+
+
+def check_turns(
+    turns: Sequence[Turn], rendered: str, *, first: int, source: str, begin: int = 0
+) -> int:
+    """Return where the last of the turns ends in a rendered text.
+
+    Args:
+        turns: some turns of a conversation. rendered: what the template writes for them.
+        first: number of the first of them, for messages. source: ``file:line``, for messages.
+        begin: character from which they are looked for.
+
+    Raises:
+        DataError: a text of a turn is not there, or not in its order.
+    """
+    at = begin
+    for i, turn in enumerate(turns, start=first):
+        for name, text in _texts(turn):
+            end = _end_of(text, rendered, at)
+            if end is None:
+                raise _dropped(f"turn {i}: role {turn['role']}{name}", text, source)
+            at = end
+    return at
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], rendered: str, *, source: str) -> None:
+    """Raise unless the names and descriptions of all tools stand in a rendered text."""
+    for tool in tools:
+        function = tool["function"]
+        for text in (function["name"], *_described(function)):
+            if _end_of(text, rendered, 0) is None:
+                raise _dropped(f"the tool {function['name']!r}", text, source)
+
+
+def check_shape(
+    turns: Sequence[Turn], render: Callable[[Sequence[Turn]], str], *, source: str
+) -> None:
+    """Raise unless a template writes the content of every turn of a conversation of this shape.
+
+    Each content is replaced by a word that stands nowhere else, so that no turn is taken for
+    written because its text happens to be part of another.
+    """
+    marked = [_marked(turn, i) for i, turn in enumerate(turns)]
+    try:
+        rendered = render(marked)
+    except DataError:
+        return  # a template may refuse made-up contents; that of the row itself was rendered
+    check_turns(marked, rendered, first=0, source=source)
+
+
+def shape_of(turns: Sequence[Turn], *options: object) -> str:
+    """Return what a template's choice of what to write may depend on, contents apart."""
+    return repr(([(turn["role"], sorted(turn)) for turn in turns], options))
+
+
+def _marked(turn: Turn, i: int) -> Turn:
+    marked: Any = dict(turn)
+    if turn["content"]:
+        marked["content"] = f"qzx{i}c"
+    if "reasoning_content" in turn:
+        marked["reasoning_content"] = f"qzx{i}r"
+    return marked
+
+
+def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a turn in the order of templates, each with what it is called."""
+    if "reasoning_content" in turn:
+        yield ", its reasoning", turn["reasoning_content"]
+    for text in _THINK_TAGS.split(turn["content"]):
+        yield "", text
+    for call in turn.get("tool_calls", ()):
+        yield ", its tool call", call["function"]["name"]
+        for value in _leaves(call["function"]["arguments"]):
+            yield ", the arguments of its tool call", value
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def _described(schema: Any) -> Iterator[str]:
+    """Yield the descriptions of a schema and the names of its parameters."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _described(item)
+    elif isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key == "description" and isinstance(value, str):
+                yield value
+            elif key == "properties" and isinstance(value, Mapping):
+                yield from value
+            yield from _described(value)
+
+
+def _end_of(text: str, rendered: str, at: int) -> int | None:
+    """Return where a text ends in another, plain or as JSON; white space around it is ignored."""
+    wanted = text.strip()
+    if not wanted:
+        return at
+    for form in (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
+        found = rendered.find(form, at)
+        if found >= 0:
+            return found + len(form)
+    return None
+
+
+def _dropped(what: str, text: str, source: str) -> DataError:
+    return DataError(
+        f"{source}: the chat template drops {what} ({text.strip()[:40]!r}); choose a template that "
+        "writes it (stages.<base>.tokenizer.chat_template: qwen3 writes tools, tool calls and "
+        "reasoning), or write it into the content of a turn",
+        code=DROPS,
+    )

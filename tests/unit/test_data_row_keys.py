@@ -1,0 +1,373 @@
+"""No key of a row or a turn is dropped: it is used, or a column, or the row is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.convert import WRITERS, convert
+from align.data.formats.detect import FORMATS, detect, to_examples
+from align.data.load import load_examples
+from align.recipe.schema import DataSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+U, A, B = (
+    {"role": r, "content": c} for r, c in (("user", "Q"), ("assistant", "A"), ("assistant", "B"))
+)
+TOOL = {"name": "qzxtool", "description": "Look.", "parameters": {"type": "object"}}
+# A row of each format that users bring, with the kind it is asked for.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "messages": ("sft", {"messages": [U, A]}),
+    "sharegpt": (
+        "sft",
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    ),
+    "alpaca": ("sft", {"instruction": "Q", "output": "A"}),
+    "dolly": ("sft", {"instruction": "Q", "context": "C", "response": "A"}),
+    "prompt_completion": ("sft", {"prompt": "Q", "completion": "A"}),
+    "question_answer": ("sft", {"question": "Q", "answer": "A"}),
+    "preference": ("preference", {"prompt": [U], "chosen": [A], "rejected": [B]}),
+    "preference, text": ("preference", {"question": "Q", "chosen": "A", "rejected": "B"}),
+    "unpaired": ("unpaired", {"prompt": "Q", "completion": "A", "label": True}),
+    "prompt": ("prompts", {"prompt": "Q"}),
+    "messages, prompts": ("prompts", {"messages": [U]}),
+    "verl": ("prompts", {"prompt": [U], "reward_model": {"ground_truth": "7"}}),
+}
+KEYS: dict[str, Any] = {
+    "system": "qzxsystem",
+    "tools": [TOOL],
+    "chat_template_kwargs": {"qzxkwarg": False},
+    "weight": 0.25,
+    "reasoning_content": "qzxreason",
+    "input": "qzxinput",
+    "context": "qzxcontext",
+    "history": [["qzxbefore", "qzxthen"]],
+    "choices": ["qzxone", "qzxtwo"],
+    "images": ["qzximage.png"],
+    "loss": False,
+    "sytem": "qzxmisspelt",
+    "topic": "qzxtopic",
+}
+
+
+def trained_on(example: Example) -> str:
+    """Return all that an example holds beside its columns."""
+    parts = (example.prompt, example.completion, example.rejected, example.tools)
+    return json.dumps([parts, example.template_kwargs, example.weight])
+
+
+def outcome(name: str, key: str) -> str:
+    kind, row = ROWS[name]
+    form = name.split(",")[0]
+    try:
+        (example,) = to_examples({**row, key: KEYS[key]}, kind=kind, format=form, source="a:7")
+    except DataError as error:
+        refused = error
+    else:
+        refused = None
+    if refused is not None:
+        assert str(refused).startswith("a:7: ")
+        assert key in str(refused)
+        return str(refused.code)
+    marks = [m for m in json.dumps(KEYS[key]).replace('"', " ").split() if m.startswith("qzx")]
+    marks = [mark.rstrip(",:]}") for mark in marks] or [json.dumps(KEYS[key])]
+    if all(mark in trained_on(example) for mark in marks):
+        return "used"
+    assert example.columns.get(key) == KEYS[key], f"{key} of {name} is dropped"
+    return "column"
+
+
+def table() -> str:
+    lines = [f"| | {' | '.join(ROWS)} |", "|---" * (len(ROWS) + 1) + "|"]
+    lines += [f"| {key} | {' | '.join(outcome(name, key) for name in ROWS)} |" for key in KEYS]
+    return "\n".join(lines)
+
+
+def test_every_key_in_every_format_is_used_or_a_column_or_refused_by_name() -> None:
+    printed = table()
+    assert printed in (ROOT / "docs/data-check.md").read_text()
+
+
+def test_system_column_is_a_turn_wherever_it_stands() -> None:
+    for name, (kind, row) in ROWS.items():
+        form = name.split(",")[0]
+        given = {**row, "system": "Be brief."}
+        (example,) = to_examples(given, kind=kind, format=form, source="a:1")
+        first = (example.prompt or example.completion)[0]
+        assert first == {"role": "system", "content": "Be brief."}, name
+    twice = {"system": "One.", "messages": [{"role": "system", "content": "Two."}, U, A]}
+    with pytest.raises(DataError, match="a:1: the row has a system prompt in a column and another"):
+        to_examples(twice, kind="sft", format="auto", source="a:1")
+
+
+@pytest.mark.parametrize("key", ["loss", "train", "trainable", "loss_mask", "weight", "training"])
+@pytest.mark.parametrize("value", [False, 0, 0.0])
+def test_turn_that_is_not_trained_has_weight_0(key: str, value: object) -> None:
+    row = {"messages": [U, {**A, key: value}, U, {**B, key: 1}]}
+    (example,) = to_examples(row, kind="sft", format="auto", source="a:1")
+    assert [turn.get("weight", 1.0) for turn in example.completion] == [1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({**A, "weight": -1}, r"messages\[1\].weight: expected true, false or a number from 0"),
+        ({**A, "weight": "1"}, r"messages\[1\].weight: expected true, false or a number from 0"),
+        ({**A, "weight": 1, "train": False}, r"messages\[1\]: weight and train differ"),
+        ({**A, "weight": 0}, "every assistant turn has weight 0"),
+        ({**A, "weigth": 0}, r"unknown key 'weigth'.*did you mean 'weight'"),
+        ({**A, "emotion": "glad"}, r"unknown key 'emotion' of a turn, 'glad', would be left out"),
+        ({**A, "images": ["x.png"]}, "unknown key 'images'"),
+        ({**A, "reasoning": "a", "thinking": "b"}, "reasoning and thinking differ"),
+        ({**A, "tool_calls": [{"name": "f", "arguments": "[1"}]}, "expected a tool call with name"),
+        ({**U, "reasoning_content": "hm"}, "reasoning in a turn of user"),
+        ({**U, "loss": True}, "loss True on a turn of user; only assistant turns are trained"),
+    ],
+)
+def test_key_of_a_turn_that_cannot_be_kept_is_refused(turn: dict, message: str) -> None:
+    row = {"messages": [U, turn, *([A] if turn["role"] == "user" else [])]}
+    with pytest.raises(DataError, match=rf"a:3: .*{message}"):
+        to_examples(row, kind="sft", format="auto", source="a:3")
+
+
+def test_keys_that_hold_nothing_are_harmless() -> None:
+    # As tables write turns: every key of any turn, most of them null.
+    empty = {"tool_calls": None, "images": [], "emotion": None, "reasoning": "", "weight": None}
+    (example,) = to_examples(
+        {"messages": [{**U, **empty}, {**A, **empty, "id": "7"}], "images": [], "input": ""},
+        kind="sft",
+        format="auto",
+        source="a:1",
+    )
+    assert example.completion == [U, A]
+
+
+def test_tool_calls_of_every_layout_come_to_one_form() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    wanted = [{"type": "function", "function": call}]
+    as_text = {"name": "add", "arguments": '{"a": 1}'}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": wanted},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": as_text}]},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([call])},
+        {"role": "assistant", "content": None, "function_call": as_text},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(call)}]},
+        {"from": "function_call", "value": json.dumps(call)},
+    ]
+    for turn in turns:
+        row = {"messages": [U, turn, {"role": "tool", "content": "7"}, A], "tools": [TOOL]}
+        (example,) = to_examples(row, kind="sft", format="auto", source="a:1")
+        assert example.completion[1] == {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": wanted,
+        }
+        assert example.tools == ({"type": "function", "function": TOOL},)
+    for given in (json.dumps([TOOL]), [json.dumps(TOOL)], TOOL):
+        (example,) = to_examples(
+            {"messages": [U, A], "tools": given}, kind="sft", format="auto", source="a:1"
+        )
+        assert example.tools == ({"type": "function", "function": TOOL},)
+
+
+def test_history_must_hold_texts() -> None:
+    row = {"instruction": "Q", "output": "A", "history": [["a", "b"], ["c", None]]}
+    with pytest.raises(DataError, match=r"a:2: history\[1\]: assistant: expected text, found None"):
+        to_examples(row, kind="sft", format="auto", source="a:2")
+    row["history"] = [["a", 42]]
+    with pytest.raises(DataError, match=r"a:2: history\[0\]: assistant: expected text, found 42"):
+        to_examples(row, kind="sft", format="auto", source="a:2")
+
+
+S = {"role": "system", "content": "S"}
+ARRIVING = [
+    # name, kind, row, prompt, completion, rejected
+    (
+        "Orca pairs",
+        "preference",
+        {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
+        [S, U],
+        [A],
+        [B],
+    ),
+    (
+        "Alpaca preference",
+        "preference",
+        {"instruction": "Q", "input": "I", "chosen": "A", "rejected": "B"},
+        "Q\n\nI",
+        "A",
+        "B",
+    ),
+    (
+        "LLaMA-Factory KTO",
+        "unpaired",
+        {"instruction": "Q", "input": "", "output": "A", "kto_tag": False},
+        [U],
+        [A],
+        None,
+    ),
+    ("GSM8K", "sft", {"question": "Q", "answer": "A"}, [U], [A], None),
+    ("query/response", "sft", {"query": "Q", "response": "A"}, [U], [A], None),
+    (
+        "dolly",
+        "sft",
+        {"instruction": "Q", "context": "C", "response": "A", "category": "x"},
+        [{"role": "user", "content": "Q\n\nC"}],
+        [A],
+        None,
+    ),
+    (
+        "OpenOrca",
+        "sft",
+        {"id": "1", "system_prompt": "S", "question": "Q", "response": "A"},
+        [S, U],
+        [A],
+        None,
+    ),
+    (
+        "OpenAI RFT",
+        "prompts",
+        {"messages": [S, U], "reference_answer": {"x": 1}},
+        [S, U],
+        None,
+        None,
+    ),
+    (
+        "LLaMA-Factory v1 pairs",
+        "preference",
+        {"chosen_messages": [U, {**A, "loss_weight": 1.0}], "rejected_messages": [U, B]},
+        [U],
+        [A],
+        [B],
+    ),
+    (
+        "axolotl segments",
+        "sft",
+        {"segments": [{"label": False, "text": "Q"}, {"label": True, "text": "A"}]},
+        "Q",
+        "A",
+        None,
+    ),
+    (
+        "Stanford Alpaca",
+        "sft",
+        {"instruction": "Q", "input": "", "output": "A", "text": "all"},
+        [U],
+        [A],
+        None,
+    ),
+    (
+        "verl",
+        "prompts",
+        {
+            "data_source": "x",
+            "prompt": [U],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "7"},
+            "extra_info": {},
+        },
+        [U],
+        None,
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ARRIVING, ids=[case[0] for case in ARRIVING])
+def test_layout_that_users_bring_is_read_as_it_is(case: tuple) -> None:
+    _, kind, row, prompt, completion, rejected = case
+    (example,) = to_examples(row, kind=kind, format="auto", source="a:1")
+    assert (example.prompt, example.completion, example.rejected) == (prompt, completion, rejected)
+
+
+def test_answers_for_rewards_come_from_their_usual_places() -> None:
+    truth = {"prompt": [U], "reward_model": {"style": "rule", "ground_truth": "7"}}
+    (example,) = to_examples(truth, kind="prompts", format="auto", source="a:1")
+    assert example.columns["answer"] == "7"
+    worked = {"question": "Q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,200"}
+    (example,) = to_examples(worked, kind="prompts", format="auto", source="a:1")
+    assert example.columns["answer"] == "1,200"
+    assert example.columns["solution"] == worked["answer"]
+    (example,) = to_examples(worked, kind="sft", format="auto", source="a:1")
+    assert example.completion[0]["content"] == worked["answer"]
+
+
+def test_columns_of_tables_are_what_an_answer_is_compared_with() -> None:
+    row = {"prompt": "Q", "answer": 4.0, "score": 0.5, "name": "cafe\u0301", "all": [2.0, None]}
+    (example,) = to_examples(row, kind="prompts", format="auto", source="a:1")
+    assert repr(example.columns["answer"]) == "4"
+    assert example.columns["score"] == 0.5
+    assert example.columns["name"] == "caf\u00e9"
+    assert repr(example.columns["all"]) == "[2, None]"
+
+
+def test_new_format_needs_only_its_entry_in_the_table() -> None:
+    for name, form in FORMATS.items():
+        for option in form.fields:
+            row: dict[str, Any] = dict.fromkeys(option, "x")
+            if form.when is not None:
+                continue
+            kind = form.gives[0]
+            assert FORMATS[detect(row, kind=kind, source="a:1")].most_fields(row) == set(option), (
+                name
+            )
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rename_reaches_into_nested_fields(tmp_path: Path) -> None:
+    row = {"q": "Q", "reward_model": {"ground_truth": "7", "style": "rule"}}
+    path = write(tmp_path / "a.jsonl", [row])
+    rename = {"q": "prompt", "reward_model.ground_truth": "answer"}
+    (example,) = load_examples([DataSpec(path=path, rename=rename)], kind="prompts", seed=0)
+    assert (example.prompt, example.columns["answer"]) == ("Q", "7")
+    assert example.columns["reward_model"] == row["reward_model"]
+    with pytest.raises(DataError, match=r"a.jsonl:1: rename: no field \['reward_model.truth'\]"):
+        load_examples(
+            [DataSpec(path=path, rename={"reward_model.truth": "answer"})], kind="prompts", seed=0
+        )
+
+
+def test_strings_are_rendered_as_turns_where_the_recipe_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A"}])
+    (text,) = load_examples([DataSpec(path=path)], kind="sft", seed=0)
+    assert (text.prompt, text.completion) == ("Q", "A")
+    (chat,) = load_examples([DataSpec(path=path, strings="chat")], kind="sft", seed=0)
+    assert (chat.prompt, chat.completion) == ([U], [A])
+
+
+@pytest.mark.parametrize("to", ["messages", "sharegpt", "prompt_completion"])
+def test_convert_keeps_all_that_a_row_holds(tmp_path: Path, to: str) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        U,
+        {**A, "reasoning_content": "hm", "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        {**B, "weight": 0.5},
+    ]
+    row = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}, "weight": 2.0}
+    if to == "prompt_completion":
+        row |= {"prompt": turns[:3], "completion": turns[3:]}
+    else:
+        row |= {"messages": turns}
+    spec = DataSpec(path=write(tmp_path / "a.jsonl", [row]))
+    out = tmp_path / "b.jsonl"
+    convert([spec], out, to=to, seed=0, columns=True)
+    (before,) = load_examples([spec], kind=WRITERS[to][0], seed=0)
+    (after,) = load_examples([DataSpec(path=str(out))], kind=WRITERS[to][0], seed=0)
+    assert trained_on(after) == trained_on(before)
+    assert before.weight == 2.0
+
+
+def test_row_of_weight_0_is_no_example() -> None:
+    row = {"messages": [U, A], "weight": 0}
+    assert to_examples(row, kind="sft", format="auto", source="a:1") == []
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 0.5}
+    with pytest.raises(DataError, match=r"a:1: weight: .*preference"):
+        to_examples(row, kind="preference", format="auto", source="a:1")
