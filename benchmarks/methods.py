@@ -58,8 +58,9 @@ HEAD = (
 
 def run_stage(name: str, kind: str, run_dir: Path) -> None:
     """Be the process of one stage; never returns."""
-    sys.argv = [sys.argv[0], "--recipe", str(RECIPE), "--stage", name, "--run-dir", str(run_dir)]
-    main(kind)
+    words = [kind, "--recipe", str(RECIPE), "--stage", name, "--run-dir", str(run_dir)]
+    sys.argv = [sys.argv[0], *words]
+    main()
 
 
 def apart(function: Any, *args: Any) -> None:

@@ -72,7 +72,7 @@ def check(
     if deep or only:
         from align.cli.deep import check_deeply
 
-        check_deeply(recipe, overrides or (), runs / loaded.name, only)
+        check_deeply(loaded, runs / loaded.name, only)
 
 
 @cli.command()
@@ -104,11 +104,9 @@ def run(
 ) -> None:
     """Run the stages that are not done; an interrupted one goes on from its checkpoint."""
     from align.pipeline import run as run_recipe
-    from align.recipe.load import load_recipe
 
-    run_dir = runs / load_recipe(recipe, overrides or ()).name
     code = run_recipe(
-        recipe, overrides=overrides or (), run_dir=run_dir, force=force, only=only, from_=from_
+        recipe, overrides=overrides or (), runs=runs, force=force, only=only, from_=from_
     )
     raise typer.Exit(code)
 

@@ -14,15 +14,15 @@ from align.core.text import suggest
 from align.pipeline.planning import plan
 from align.pipeline.processes import has_gpu, stage_env
 from align.pipeline.terminal import Tail
-from align.recipe.load import load_recipe
+from align.recipe.load import RECIPE_FILE, write_resolved
+from align.recipe.schema import Recipe
 
 POLL_S = 0.2
 
 
 def deep_check(
-    recipe_path: Path,
+    recipe: Recipe,
     *,
-    overrides: Sequence[str],
     run_dir: Path,
     only: str | None,
     show: Callable[[Card], None],
@@ -30,7 +30,7 @@ def deep_check(
     """Run the preflight of every stage whose inputs are there, in a process of its own.
 
     Args:
-        recipe_path: the YAML file. overrides: ``--set`` texts.
+        recipe: what is checked.
         run_dir: its finished stages are inputs; it is only read. only: check this stage alone.
         show: is given each card as soon as it is there.
 
@@ -38,9 +38,8 @@ def deep_check(
         The exit code, and the log where the process itself failed.
 
     Raises:
-        RecipeError: the recipe is wrong, or has no stage ``only``.
+        RecipeError: the recipe has no stage ``only``.
     """
-    recipe = load_recipe(recipe_path, overrides)
     names = list(recipe.stages)
     if only is not None and only not in names:
         raise RecipeError(f"no stage '{only}'; stages are {', '.join(names)}{suggest(only, names)}")
@@ -48,8 +47,9 @@ def deep_check(
     with tempfile.TemporaryDirectory(prefix="align-cards-") as folder:
         cards, log = Path(folder) / "cards.jsonl", Path(folder) / "log.txt"
         argv = [sys.executable, "-u", "-m", "align.stages.tools.deep_check"]
-        argv += ["--recipe", str(recipe_path), "--run-dir", str(run_dir), "--cards", str(cards)]
-        argv += [word for text in overrides for word in ("--set", text)]
+        write_resolved(recipe, Path(folder) / RECIPE_FILE)
+        argv += ["--resolved", f"{folder}/{RECIPE_FILE}", "--run-dir", str(run_dir)]
+        argv += ["--cards", str(cards)]
         argv += [word for name in done for word in ("--done", name)]
         argv += ["--only", only] if only is not None else []
         env = stage_env(ranks=1, threads=None, on_gpu=has_gpu())
@@ -88,7 +88,7 @@ def closing_line(cards: Sequence[Card]) -> str:
     return "; ".join(parts)
 
 
-def check_deeply(recipe: Path, overrides: Sequence[str], run_dir: Path, only: str | None) -> None:
+def check_deeply(recipe: Recipe, run_dir: Path, only: str | None) -> None:
     """Run the deep check and end with its exit code."""
     cards: list[Card] = []
 
@@ -97,7 +97,7 @@ def check_deeply(recipe: Path, overrides: Sequence[str], run_dir: Path, only: st
         for line in table(card):
             typer.echo(line)
 
-    code, log = deep_check(recipe, overrides=overrides, run_dir=run_dir, only=only, show=show)
+    code, log = deep_check(recipe, run_dir=run_dir, only=only, show=show)
     if log:
         typer.echo(log, err=True)
     if cards:

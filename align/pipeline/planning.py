@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.core.artefacts import MANIFEST, file_sha256, read_manifest, spec_hash
+from align.recipe.load import RECIPE_FILE
 from align.recipe.schema import Recipe
 
 Status = Literal["done", "changed", "half-done", "to do"]
@@ -38,18 +39,12 @@ def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
         inputs = recipe.inputs(name)
         hashes[name] = spec_hash(
             spec.model_dump(mode="json"),
-            seed=stage_seed(recipe, name),
+            seed=recipe.seed_of(name),
             inputs={key: hashes.get(ref, ref) for key, ref in inputs.items()},
         )
         status, reason = _status(recipe, name, Path(run_dir), hashes)
         planned.append(PlannedStage(name, spec.kind, status, reason))
     return planned
-
-
-def stage_seed(recipe: Recipe, name: str) -> int:
-    """Give the seed a stage uses: its own, or the recipe's."""
-    own = recipe.stages[name].seed
-    return recipe.seed if own is None else own
 
 
 def _status(
@@ -63,7 +58,7 @@ def _status(
         return "changed", _what_changed(recipe, name, manifest, hashes)
     for key, entry in manifest.get("inputs", {}).items():
         upstream = recipe.inputs(name)[key]
-        path = (run_dir / upstream if upstream in recipe.stages else Path(upstream)) / MANIFEST
+        path = recipe.folder_of(upstream, run_dir) / MANIFEST
         recorded = entry.get("manifest_sha256")
         if recorded and path.is_file() and file_sha256(path) != recorded:
             return "changed", f"its input {upstream} was made anew since"
@@ -77,7 +72,7 @@ def _status(
 def _unfinished_status(recipe: Recipe, name: str, folder: Path) -> tuple[Status, str]:
     import yaml
 
-    begun = folder / "recipe.yaml"
+    begun = folder / RECIPE_FILE
     if not begun.is_file():
         return "to do", ""
     try:
@@ -88,8 +83,8 @@ def _unfinished_status(recipe: Recipe, name: str, folder: Path) -> tuple[Status,
         return "changed", f"begun, but {begun} cannot be read"
     new = recipe.stages[name].model_dump(mode="json")
     different = _differences(old, new)
-    if old_seed != stage_seed(recipe, name):
-        different.append(f"seed {old_seed} -> {stage_seed(recipe, name)}")
+    if old_seed != recipe.seed_of(name):
+        different.append(f"seed {old_seed} -> {recipe.seed_of(name)}")
     kept = sorted((folder / "checkpoints").glob("*"))
     if different and not kept:
         return "to do", "an earlier try with other settings left nothing to go on from"
@@ -103,7 +98,7 @@ def _what_changed(
 ) -> str:
     new = recipe.stages[name].model_dump(mode="json")
     different = _differences(manifest.get("spec", {}), new)
-    seed = stage_seed(recipe, name)
+    seed = recipe.seed_of(name)
     if manifest.get("seed") != seed:
         different.append(f"seed {manifest.get('seed')} -> {seed}")
     recorded = manifest.get("inputs", {})

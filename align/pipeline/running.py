@@ -32,7 +32,7 @@ from align.pipeline.processes import (
 )
 from align.pipeline.summary import add_seconds, forget_seconds, summarise
 from align.pipeline.terminal import Terminal
-from align.recipe.load import load_recipe
+from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
 from align.recipe.schema import Recipe
 
 POLL_S = 0.2
@@ -45,6 +45,7 @@ def run(
     recipe_path: Path | str,
     *,
     overrides: Sequence[str] = (),
+    runs: Path | str = "runs",
     run_dir: Path | str | None = None,
     force: bool = False,
     only: str | None = None,
@@ -58,12 +59,13 @@ def run(
     Args:
         recipe_path: the YAML file.
         overrides: ``--set`` texts.
-        run_dir: folder of the run; None is ``runs/<recipe name>``.
+        runs: folder of all runs.
+        run_dir: folder of the run; None is ``<runs>/<recipe name>``.
         force: run changed stages again, and the stage named by ``only`` or ``from_``, and with
             them every selected stage that depends on them.
         only: run this stage alone.
         from_: leave out the stages before this one.
-        module: what is started for a stage, with its kind and ``--recipe`` as arguments.
+        module: what is started for a stage, with its kind and the resolved recipe.
         terminal: where progress is shown; None is standard output.
         grace_s: seconds between a signal's passing on and the end of patience.
 
@@ -74,7 +76,7 @@ def run(
         AlignError: nothing was started, because of what the message says.
     """
     recipe = load_recipe(recipe_path, overrides)
-    folder = Path(run_dir or Path("runs") / recipe.name)
+    folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
     with _locked(folder):
         planned = plan(recipe, folder)
@@ -92,9 +94,10 @@ def run(
             if stage.name in again or stage.status == "to do":
                 _set_aside(folder / stage.name)
                 forget_seconds(folder, stage.name)
-            arguments = [stage.kind, "--recipe", str(recipe_path), "--stage", stage.name]
+            resolved = folder / stage.name / RECIPE_FILE
+            write_resolved(recipe, resolved)
+            arguments = [stage.kind, "--resolved", str(resolved), "--stage", stage.name]
             arguments += ["--run-dir", str(folder)]
-            arguments += [word for text in overrides for word in ("--set", text)]
             terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
             code = _run_stage(recipe, stage.name, module, arguments, folder, terminal, grace_s)
             if code != EXIT_OK:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
@@ -140,6 +141,10 @@ _STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
 _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
 
 
+RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe in the folder of each stage that was begun."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Hold a valid recipe with where each value comes from.
@@ -153,6 +158,30 @@ class Resolved:
     recipe: Recipe
     origins: Mapping[str, str]
     data: Mapping[str, Any]
+
+
+def write_resolved(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with every default, for the process of a stage and for the report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def read_resolved(path: Path | str) -> Recipe:
+    """Read what ``write_resolved`` wrote: checked as data, no file is extended, nothing laid over.
+
+    Raises:
+        RecipeError: it is not there, or not a recipe of this version.
+    """
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return Recipe.model_validate_json(json.dumps(plain), strict=True)
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as a resolved recipe ({error}); run the stage again"
+        ) from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

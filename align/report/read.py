@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from align.core.artefacts import MANIFEST
-from align.core.errors import ArtefactError, RecipeError
+from align.core.errors import ArtefactError
 from align.core.log import METRICS_FILE, SAMPLES_FILE
+from align.recipe.load import RECIPE_FILE, read_resolved
 from align.recipe.schema import Recipe
 from align.recipe.schema.evaluate import OWN_TASK
 
@@ -65,18 +64,13 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def _newest_recipe(run_dir: Path) -> Recipe:
-    found = sorted(run_dir.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
+    found = sorted(run_dir.glob(f"*/{RECIPE_FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ArtefactError(
             f"{run_dir}: no stage found (no */recipe.yaml); expected a run folder such as "
             "runs/<recipe name>; start one with 'align run RECIPE'"
         )
-    try:
-        return Recipe.model_validate(yaml.safe_load(found[-1].read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(
-            f"{found[-1]}: cannot be read as a resolved recipe ({error}); run the stage again"
-        ) from error
+    return read_resolved(found[-1])
 
 
 def _read_stage(run_dir: Path, recipe: Recipe, name: str, problems: list[str]) -> StageRecord:

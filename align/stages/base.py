@@ -29,7 +29,7 @@ from align.core.log import MetricsLog, setup_logging
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.loading import load_tokenizer
-from align.recipe.load import load_recipe
+from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
 from align.recipe.schema import STAGES, DataSpec, Recipe, Spec
 from align.tuning.files import refuse_unmerged
 from reward_models.scalar import reads_first
@@ -73,6 +73,10 @@ class StageContext:
         keeps = not self.check_only and distributed.rank() == 0
         return self.out / LEDGER_FILE if keeps else None
 
+    def folder_of(self, reference: str) -> Path:
+        """Return the folder that a reference of the recipe names."""
+        return self.recipe.folder_of(reference, self.run_dir)
+
     def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
         """Read and verify the artefact a recipe names by stage or by path.
 
@@ -81,8 +85,7 @@ class StageContext:
             with_adapter: True where the caller adds the adapter that ``model/`` may need (see
                 align.tuning.files); else an artefact that needs one is refused.
         """
-        named = reference in self.recipe.stages
-        found = read_artefact(self.run_dir / reference if named else Path(reference), kind)
+        found = read_artefact(self.folder_of(reference), kind)
         if not with_adapter:
             refuse_unmerged(found.model_dir, f"stage {self.name}")
         return found
@@ -133,7 +136,9 @@ def _arguments() -> argparse.Namespace:
         prog="python -m align.stages", description="Run one stage of a recipe as this process."
     )
     parser.add_argument("kind", choices=STAGES, help="kind of the stage")
-    parser.add_argument("--recipe", required=True, help="the YAML file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
+    source.add_argument("--resolved", help="resolved recipe, as align run hands it on")
     parser.add_argument("--stage", help="stage name; default: the only one of this kind")
     parser.add_argument("--run-dir", help="folder of the run; default: runs/<recipe name>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
@@ -145,22 +150,25 @@ def _arguments() -> argparse.Namespace:
 def run_stage(kind: str, args: argparse.Namespace) -> int:
     """Run one stage in this process, which must then join no other world; give the exit code."""
     began = time.monotonic()
-    recipe = load_recipe(args.recipe, args.overrides)
+    handed = args.resolved is not None
+    recipe = read_resolved(args.resolved) if handed else load_recipe(args.recipe, args.overrides)
     name = args.stage or _only_stage(recipe, kind)
     spec = recipe.stages.get(name)
     if spec is None or spec.kind != kind:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
-        raise ArtefactError(f"{args.recipe}: stage '{name}' of kind '{kind}' expected, {found}")
+        raise ArtefactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
     distributed.init_process_group()
     setup_logging(distributed.rank())
     run_dir = Path(args.run_dir or Path("runs") / recipe.name)
-    seed = recipe.seed if spec.seed is None else spec.seed
+    seed = recipe.seed_of(name)
     context = StageContext(recipe, name, run_dir, seed)
     manifest = _manifest_head(context, spec)
     if not args.force and _finished(context.out, manifest["spec_hash"]):
         return EXIT_OK
     context.out.mkdir(parents=True, exist_ok=True)
     _begin(context, manifest, force=args.force)
+    if not handed and distributed.rank() == 0:
+        write_resolved(recipe, context.out / RECIPE_FILE)
     distributed.seed_everything(seed)
     result = stage_runner(kind)(with_data_of_stages(spec, context), context)
     distributed.barrier()
@@ -196,14 +204,14 @@ def _only_stage(recipe: Recipe, kind: str) -> str:
 def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
     inputs, hashes = {}, {}
     for key, reference in context.recipe.inputs(context.name).items():
-        named = reference in context.recipe.stages
-        path = context.run_dir / reference if named else Path(reference)
+        path = context.folder_of(reference)
         upstream = read_manifest(path)
         inputs[key] = {
             "path": str(reference),
             "spec_hash": upstream["spec_hash"],
             "manifest_sha256": file_sha256(path / MANIFEST),
         }
+        named = reference in context.recipe.stages
         hashes[key] = upstream["spec_hash"] if named else reference
     plain = spec.model_dump(mode="json")
     return {
@@ -232,8 +240,6 @@ def _finished(out: Path, expected_hash: str) -> bool:
 
 def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -> None:
     """Write down what this stage is made from; refuse checkpoints of something else."""
-    import yaml
-
     if distributed.rank() == 0:
         if force:
             (context.out / MANIFEST).unlink(missing_ok=True)
@@ -248,8 +254,6 @@ def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -
                 "recipe has now; use --force to begin anew"
             )
         write_json_atomic(begun, identity)
-        text = yaml.safe_dump(context.recipe.model_dump(mode="json"), sort_keys=False)
-        (context.out / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
 def with_data_of_stages(spec: Any, context: StageContext) -> Any:

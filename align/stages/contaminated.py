@@ -61,9 +61,9 @@ def describe(found: Contamination, *, max_frac: float | None) -> Finding:
 def _evaluated(context: StageContext) -> list[Example]:
     """Load what the recipe's evaluate stages will ask, but for what stages of the run make."""
     examples: list[Example] = []
-    for spec in context.recipe.stages.values():
+    for name, spec in context.recipe.stages.items():
         if isinstance(spec, EvaluateStage):
             prompts = [p for task in spec.all_tasks for p in task.prompts if p.stage is None]
-            seed = context.recipe.seed if spec.seed is None else spec.seed
+            seed = context.recipe.seed_of(name)
             examples += load_examples(prompts, kind="prompts", seed=seed)
     return examples

@@ -118,9 +118,7 @@ def start_of(spec: TrainingStage, context: StageContext) -> Artefact:
 
 def start_of_head(spec: TrainingStage, context: StageContext) -> Artefact:
     """Read the policy or encoder that a stage puts a new head on."""
-    named = spec.init in context.recipe.stages
-    folder = context.run_dir / spec.init if named else Path(spec.init)
-    kind = read_manifest(folder)["kind"]
+    kind = read_manifest(context.folder_of(spec.init))["kind"]
     return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
 
 

@@ -253,9 +253,7 @@ def build_critic(
 def _is_reward(reference: str, context: StageContext) -> bool:
     from align.core.artefacts import read_manifest
 
-    named = reference in context.recipe.stages
-    path = context.run_dir / reference if named else Path(reference)
-    return read_manifest(path)["kind"] == "reward_model"
+    return read_manifest(context.folder_of(reference))["kind"] == "reward_model"
 
 
 def build_kl(spec: OnlineStage) -> FixedKL | AdaptiveKL:

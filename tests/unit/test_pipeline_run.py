@@ -14,7 +14,7 @@ from rich.console import Console
 from align.core.errors import RecipeError
 from align.pipeline import plan, run
 from align.pipeline.terminal import Terminal
-from align.recipe.load import load_recipe
+from align.recipe.load import load_recipe, read_resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -29,22 +29,21 @@ stages:
 STAGE = """\
 import argparse, json, os, signal, sys
 from pathlib import Path
-import yaml
 from align.core.artefacts import read_manifest, spec_hash, write_manifest
-from align.recipe.load import load_recipe
+from align.recipe.load import read_resolved
 
 parser = argparse.ArgumentParser()
 parser.add_argument("kind")
-for name in ("--recipe", "--stage", "--run-dir"):
+for name in ("--resolved", "--stage", "--run-dir"):
     parser.add_argument(name, required=True)
-parser.add_argument("--set", action="append", default=[])
 args = parser.parse_args()
-recipe = load_recipe(args.recipe, args.set)
+recipe = read_resolved(args.resolved)
 spec, run_dir = recipe.stages[args.stage], Path(args.run_dir)
 out = run_dir / args.stage
 with open("calls.txt", "a") as f:
     f.write(args.stage + "\\n")
-(out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+if Path("edit").exists():
+    Path("r.yaml").write_text("not a recipe")
 Path(f"{args.stage}.env").write_text(json.dumps(dict(os.environ)))
 if Path(f"{args.stage}.wait").exists():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -287,3 +286,19 @@ def test_expectation_that_does_not_hold_is_exit_code_1(holds: bool, code: int):
     evaluation = {"tasks": {}, "expectations": [entry]}
     Path("runs/toy/sft/summary.json").write_text(json.dumps(evaluation))
     assert start()[:2] == (code, [])
+
+
+def test_the_recipe_is_read_once_whatever_happens_to_the_file():
+    Path("edit").write_text("")
+    overrides = ["stages.dpo.beta=0.3"]
+    assert start(only="base", overrides=overrides)[0] == 0
+    assert Path("r.yaml").read_text() == "not a recipe"
+    Path("r.yaml").write_text(RECIPE)
+    code, calls, _ = start(from_="sft", overrides=overrides)
+    # The file was broken as sft began; dpo still got what was read, the override with it.
+    assert calls == ["sft", "dpo"], code
+    manifest = json.loads(Path("runs/toy/dpo/manifest.json").read_text())
+    assert manifest["spec"]["beta"] == 0.3
+    Path("r.yaml").write_text(RECIPE)
+    written = read_resolved("runs/toy/dpo/recipe.yaml")
+    assert written == load_recipe("r.yaml", overrides)

@@ -1,6 +1,7 @@
 """The recipe schema: every key a recipe may hold, its default, its range. No torch here."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import Field
@@ -149,6 +150,15 @@ class Recipe(Spec):
     def inputs(self, stage: str) -> dict[str, str]:
         """Return the references of a stage to others: dotted key -> stage name, path or hub id."""
         return references(self.stages[stage])
+
+    def seed_of(self, stage: str) -> int:
+        """Return the seed of a stage: its own, or the recipe's."""
+        own = self.stages[stage].seed
+        return self.seed if own is None else own
+
+    def folder_of(self, reference: str, run_dir: Path) -> Path:
+        """Return the folder that a reference names: a stage's in the run, or any other."""
+        return run_dir / reference if reference in self.stages else Path(reference)
 
 
 def references(spec: Spec) -> dict[str, str]:

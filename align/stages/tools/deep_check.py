@@ -18,7 +18,7 @@ from align.core.artefacts import write_manifest
 from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
-from align.recipe.load import load_recipe
+from align.recipe.load import read_resolved
 from align.recipe.schema import BaseStage, EncoderStage, Recipe
 from align.stages.base import (
     StageContext,
@@ -33,9 +33,8 @@ BRINGS_IN = (BaseStage, EncoderStage)
 def main() -> NoReturn:
     """Check a recipe as this process; cards go to a file, one JSON object a line."""
     parser = argparse.ArgumentParser(description="Run the preflight of a recipe's stages.")
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--resolved", required=True, help="resolved recipe")
     parser.add_argument("--run-dir", required=True, help="folder with finished stages")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--done", action="append", default=[], help="a finished stage")
     parser.add_argument("--only", help="the one stage to check")
     parser.add_argument("--cards", required=True, type=Path, help="where the cards are written")
@@ -44,7 +43,7 @@ def main() -> NoReturn:
     try:
         distributed.init_process_group()
         setup_logging(0)
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = read_resolved(args.resolved)
         done = {name: Path(args.run_dir).resolve() / name for name in args.done}
         with args.cards.open("a", encoding="utf-8") as out:
             for card in check_recipe(recipe, done, only=args.only):
@@ -109,8 +108,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         what = f"needs {', '.join(missing)}, not made yet"
         remedy = "run the recipe that far and check again; each stage also checks itself first"
         return Card(name, spec.kind, [Line("inputs", what, "", "not yet", remedy)])
-    seed = recipe.seed if spec.seed is None else spec.seed
-    context = StageContext(recipe, name, inputs, seed, scratch=scratch)
+    context = StageContext(recipe, name, inputs, recipe.seed_of(name), scratch=scratch)
     try:
         if isinstance(spec, BaseStage) and (inputs / name).exists():
             settle(context, base_checks(inputs / name / "model"))

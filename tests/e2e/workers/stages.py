@@ -24,6 +24,7 @@ def main() -> None:
     for stage in args.stages:
         given = argparse.Namespace(
             recipe=args.recipe,
+            resolved=None,
             stage=stage,
             run_dir=args.run_dir,
             overrides=args.overrides,
