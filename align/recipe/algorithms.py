@@ -17,6 +17,7 @@ class Algorithm:
     """An online algorithm: how it compares responses, and the defaults of its stage's options.
 
     Attributes:
+        says: its formula, an edge case and its paper, as ``align show`` prints them.
         estimator: its advantages; a name of ``align.online.advantages.ESTIMATORS``, or
             ``module:function`` for a function elsewhere.
         needs_critic: True where a value network is trained beside the policy.
@@ -35,6 +36,7 @@ class Algorithm:
     scale: str = "std"
     objective: str = "clip"
     aggregation: str = "token"
+    says: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,32 +47,44 @@ class Algorithm:
         return {**own, **self.options}
 
 
-_PLAIN = Algorithm()
+_PLAIN = Algorithm(
+    says="A = (R - group mean) / (group std + 1e-4) in the clipped loss, averaged over tokens; a "
+    "group of equal scores has advantage 0 (arXiv:2402.03300, which averages each response first "
+    "and has kl: {coef: 0.04}; without KL and over tokens is how it is used since)",
+)
 ALGORITHMS: dict[str, Algorithm] = {
-    # arXiv:2402.03300. The paper averages each answer first (aggregation: sequence) and has
-    # kl: {coef: 0.04}; without KL and over tokens is how it is used since.
     "grpo": _PLAIN,
-    # arXiv:2503.20783: no division by the standard deviation nor by the answer's length.
-    "dr_grpo": Algorithm(scale="none", aggregation="constant"),
-    # arXiv:2503.14476: clip-higher, token loss, soft overlong punishment, dynamic sampling.
+    "dr_grpo": Algorithm(
+        scale="none",
+        aggregation="constant",
+        says="A = R - group mean, summed over tokens and divided by responses x max_new_tokens: "
+        "neither the spread of a group nor the length of a response weighs it; a group of equal "
+        "scores has advantage 0 (arXiv:2503.20783)",
+    ),
     "dapo": Algorithm(
+        says="A as in grpo, of R less a penalty of overlong responses; the ratio is clipped to "
+        "[0.8, 1.28]; groups of equal scores are drawn again, at most max_draws times "
+        "(arXiv:2503.14476)",
         options={
             "clip": {"low": 0.2, "high": 0.28},
             "dynamic_sampling": True,
             "overlong": {"buffer_frac": 0.2},
         },
     ),
-    # arXiv:2402.14740: REINFORCE against the mean of the other answers.
     "rloo": Algorithm(
         "leave_one_out",
+        says="A = R - KL - mean of the other responses to the prompt, summed over tokens; the only "
+        "valid response of a group has advantage 0 (arXiv:2402.14740)",
         scales=("none",),
         scale="none",
         aggregation="sequence_sum",
         options={"kl": {"coef": 0.05, "place": "reward", "estimator": "k1"}},
     ),
-    # arXiv:2501.03262: KL in the reward, reward to go, normalised over the whole batch.
     "reinforce++": Algorithm(
         "reward_to_go",
+        says="A of a token = R less the KL from that token on, whitened over the batch of all "
+        "ranks; nothing is compared within a group, so one response to a prompt is enough "
+        "(arXiv:2501.03262)",
         compares_group=False,
         scales=("batch",),
         scale="batch",
@@ -79,22 +93,31 @@ ALGORITHMS: dict[str, Algorithm] = {
             "kl": {"coef": 0.01, "place": "reward", "estimator": "k1"},
         },
     ),
-    # The same paper: minus the group's mean, over the batch's standard deviation, k2 as a loss.
     "reinforce++-baseline": Algorithm(
+        says="A = (R - group mean) / std over the whole batch, and k2 to the reference as a loss; "
+        "a group of equal scores has advantage 0 (arXiv:2501.03262)",
         scale="batch",
         options={"kl": {"coef": 0.01, "place": "loss", "estimator": "k2"}},
     ),
-    # arXiv:2507.18071: one ratio per answer, the geometric mean over its tokens.
     "gspo": Algorithm(
+        says="A as in grpo, times one ratio per response, exp(mean(log p - log p_old)), clipped to "
+        "[1 - 3e-4, 1 + 4e-4]; with one optimizer step per rollout the ratio is 1 "
+        "(arXiv:2507.18071)",
         objective="gspo",
         aggregation="sequence",
         options={"clip": {"low": 3e-4, "high": 4e-4}},
     ),
-    # arXiv:2506.13585: the weight is clipped, above only, and never the gradient.
-    "cispo": Algorithm(objective="cispo", options={"clip": {"low": 1.0, "high": 4.0}}),
-    # arXiv:2310.10505: REINFORCE against the score of the greedy answer.
+    "cispo": Algorithm(
+        objective="cispo",
+        says="A as in grpo; loss -min(r, 5) A log p with no gradient through the weight min(r, 5): "
+        "a token beyond the bound weighs less and still has a gradient (arXiv:2506.13585, which "
+        "does not give its bound)",
+        options={"clip": {"low": 1.0, "high": 4.0}},
+    ),
     "remax": Algorithm(
         "greedy",
+        says="A = R - KL - R of the greedy response, which is one response more to each prompt; "
+        "one that scores like the greedy one has advantage 0 but for its KL (arXiv:2310.10505)",
         needs_greedy=True,
         compares_group=False,
         scales=("none",),
@@ -105,9 +128,16 @@ ALGORITHMS: dict[str, Algorithm] = {
             "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
         },
     ),
-    # arXiv:1707.06347, arXiv:1909.08593. It has a stage kind of its own, for the critic's options.
+    # It has a stage kind of its own, for the critic's options.
     "ppo": Algorithm(
-        "gae", needs_critic=True, compares_group=False, scales=("none",), scale="none"
+        "gae",
+        says="A_t = delta_t + gamma lam A_t+1 with delta_t = r_t + gamma V_t+1 - V_t, whitened "
+        "over the batch; the value behind a response that was cut is 0 unless 'truncation' says "
+        "otherwise (arXiv:1707.06347, arXiv:1506.02438, arXiv:1909.08593)",
+        needs_critic=True,
+        compares_group=False,
+        scales=("none",),
+        scale="none",
     ),
 }
 """Every algorithm by its name in a recipe; a new one is a line here and a function."""
@@ -142,7 +172,10 @@ def defaults_of(name: Any) -> dict[str, Any]:
 
 
 def with_preset(given: Any) -> Any:
-    """Lay a stage's own options over those of its algorithm; what is no stage passes through."""
+    """Lay a stage's own options over those of its algorithm; what is no stage passes through.
+
+    A recipe's file has them laid in already, with their origin; this is for specs built in Python.
+    """
     if not isinstance(given, dict):
         return given
     return _over(defaults_of(given.get("algorithm")), given)
@@ -157,19 +190,6 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def preset_keys(name: str) -> dict[str, str]:
-    """Give the dotted keys that an algorithm sets, each with the words for where it comes from."""
-
-    def keys(values: Mapping[str, Any], before: str) -> list[str]:
-        found: list[str] = []
-        for key, value in values.items():
-            here = f"{before}{key}"
-            found += keys(value, f"{here}.") if isinstance(value, dict) else [here]
-        return found
-
-    return dict.fromkeys(keys(defaults_of(name), ""), f"algorithm: {name}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
 from align.core.text import suggest
-from align.recipe.algorithms import defaults_of, known_rates, preset_keys
+from align.recipe.algorithms import defaults_of, known_rates
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
 from align.recipe.schema import (
     STAGES,
     AnyStage,
-    GrpoStage,
     Recipe,
     StageSpec,
     TrainingStage,
@@ -100,41 +99,61 @@ def _expand(source: Source, tasks: list[Any], key: Key) -> None:
 
 
 def complete_blocks(source: Source) -> None:
-    """Write into the blocks of every stage what the stage's own default sets beside them."""
+    """Write into every stage, where the recipe says nothing, what more than one class decides.
+
+    That is what the stage's algorithm sets, the rate of its tuning method, and in a block that is
+    given in part what the stage's own default sets beside it.
+    """
     stages = source.data.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
-        if isinstance(stage, dict) and isinstance(stage.get("kind"), str):
-            _complete_rate(source, name, stage)
-            kind = STAGES.get(stage["kind"])
-            if kind is not None:
-                _complete(stage, kind, defaults_of(stage.get("algorithm")))
+        kind = _class_of(stage.get("kind")) if isinstance(stage, dict) else None
+        if kind is None:
+            continue
+        if "algorithm" in kind.model_fields:
+            algorithm = stage.get("algorithm")
+            mark = Mark(f"algorithm: {algorithm}")
+            _lay_in(source, ("stages", name), stage, defaults_of(algorithm), mark)
+        if issubclass(kind, TrainingStage):
+            _lay_in_rate(source, name, stage, kind)
+        _complete(stage, kind)
 
 
-def _complete_rate(source: Source, name: str, stage: dict[str, Any]) -> None:
+def _lay_in(
+    source: Source, key: Key, given: dict[str, Any], below: Mapping[str, Any], mark: Mark
+) -> None:
+    """Write into ``given``, which stands at ``key``, what ``below`` has and it has not."""
+    for name, value in below.items():
+        here = (*key, name)
+        if name not in given:
+            source.marks[here] = mark
+            given[name] = {} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and isinstance(given[name], dict):
+            _lay_in(source, here, given[name], value, mark)
+
+
+def _lay_in_rate(
+    source: Source, name: str, stage: dict[str, Any], kind: type[TrainingStage]
+) -> None:
     """Write the learning rate of the stage's tuning method where the recipe leaves it out."""
-    tuning, optim = stage.get("tuning", {"method": "full"}), stage.get("optim", {})
+    tuning = stage.get("tuning", {"method": "full"})
     method = tuning.get("method") if isinstance(tuning, dict) else None
-    kind = STAGES.get(stage["kind"])
-    if not (isinstance(method, str) and kind is not None and issubclass(kind, TrainingStage)):
-        return
-    known = known_rates(kind.family, method)
-    if known is not None and isinstance(optim, dict) and "learning_rate" not in optim:
-        stage["optim"] = {"learning_rate": known.default, **optim}
-        key = ("stages", name, "optim", "learning_rate")
-        source.marks[key] = Mark(f"default of {method} in {stage['kind']}")
+    known = known_rates(kind.family, method) if isinstance(method, str) else None
+    if known is not None:
+        below = {"optim": {"learning_rate": known.default}}
+        mark = Mark(f"default of {method} in {stage['kind']}")
+        _lay_in(source, ("stages", name), stage, below, mark)
 
 
-def _complete(given: dict[str, Any], kind: type[Spec], preset: Mapping[str, Any]) -> None:
-    """Complete the blocks of ``given`` in place; ``preset`` goes before the class's defaults."""
+def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
+    """Complete the blocks of ``given`` in place by what the default of each sets."""
     for name, field in kind.model_fields.items():
         block, default = given.get(name), field.default
         # A default of one of several classes (tuning) belongs to another method than is given.
         if not isinstance(block, dict) or field.annotation is not type(default):
             continue
-        above = preset.get(name, {})
-        for key in sorted(default.model_fields_set - set(block) - set(above)):
+        for key in sorted(default.model_fields_set - set(block)):
             block[key] = default.model_dump(mode="json", include={key})[key]
-        _complete(block, type(default), above)
+        _complete(block, type(default))
 
 
 _STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -223,7 +242,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
-    return Resolved(recipe, _with_presets(_origins(data, source.marks), recipe), data)
+    return Resolved(recipe, _origins(data, source.marks), data)
 
 
 def _by_place(line: str) -> tuple[str, int, int]:
@@ -363,13 +382,3 @@ def _origins(data: Any, marks: Mapping[Key, Mark], key: Key = ()) -> dict[str, s
         else:
             found[".".join(map(str, here))] = marks[here].origin if here in marks else "default"
     return found
-
-
-def _with_presets(origins: dict[str, str], recipe: Recipe) -> dict[str, str]:
-    """Name the algorithm where a value is neither given nor the schema's default."""
-    for name, spec in recipe.stages.items():
-        if isinstance(spec, GrpoStage):
-            for key, words in preset_keys(spec.algorithm).items():
-                if origins.get(f"stages.{name}.{key}") == "default":
-                    origins[f"stages.{name}.{key}"] = words
-    return origins

@@ -148,10 +148,14 @@ def _base(spec: BaseStage) -> Iterator[Idle]:
         yield "build.num_kv_heads", f"must divide num_heads {spec.build.num_heads}"
 
 
+def _preset(spec: OnlineStage, block: str) -> Mapping[str, Any]:
+    """Return what the stage's algorithm sets in a block, which is no choice of the recipe's."""
+    return defaults_of(getattr(spec, "algorithm", None)).get(block, {})
+
+
 def _online(spec: OnlineStage) -> Iterator[Idle]:
-    preset = defaults_of(spec.algorithm) if isinstance(spec, GrpoStage) else {}
     if spec.minibatches * spec.update_epochs == 1:
-        plain = ClipSpec(**preset.get("clip", {}))
+        plain = ClipSpec(**_preset(spec, "clip"))
         for name in ClipSpec.model_fields:
             if getattr(spec.clip, name) != getattr(plain, name):
                 yield (
@@ -174,8 +178,7 @@ def _online(spec: OnlineStage) -> Iterator[Idle]:
 
 
 def _kl_of_stage(spec: PpoStage | GrpoStage) -> Iterator[Idle]:
-    preset = defaults_of(spec.algorithm) if isinstance(spec, GrpoStage) else {}
-    named = KlSpec(**preset.get("kl", {}))
+    named = KlSpec(**_preset(spec, "kl"))
     usual = [("reward", "k1"), ("loss", "k3"), (named.place, named.estimator)]
     if spec.kl.coef == 0.0 and (spec.kl.place, spec.kl.estimator) not in usual:
         yield (

@@ -1,10 +1,13 @@
 """Write a resolved recipe as YAML, every value followed by where it comes from."""
 
 import json
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from align.recipe.algorithms import ALGORITHMS
 from align.recipe.load import Resolved
+from align.recipe.schema import OnlineStage
 from align.recipe.source import plain_scalar
 
 
@@ -20,12 +23,23 @@ def resolved_yaml(resolved: Resolved, *, origins: bool = True) -> str:
     """
     lines: list[tuple[str, str]] = []
     _write(resolved.data, resolved.origins, "", "", lines)
+    for name, spec in resolved.recipe.stages.items():
+        if isinstance(spec, OnlineStage):
+            _explain(lines, name, getattr(spec, "algorithm", spec.kind))
     if not origins:
         return "".join(text + "\n" for text, _ in lines)
     width = min(60, max(len(text) for text, origin in lines if origin))
     return "".join(
         (f"{text:<{width}}  # {origin}" if origin else text) + "\n" for text, origin in lines
     )
+
+
+def _explain(lines: list[tuple[str, str]], stage: str, algorithm: str) -> None:
+    """Write what an algorithm computes below the name of the stage that runs it."""
+    begin = next(i for i, line in enumerate(lines) if line[0] == f"  {_scalar(stage)}:")
+    says = ALGORITHMS[algorithm].says
+    said = textwrap.wrap(f"{algorithm}: {says}", 92) if says else []
+    lines[begin + 1 : begin + 1] = [(f"    # {line}", "") for line in said]
 
 
 def _write(

@@ -1,11 +1,15 @@
 """A block that is given in part keeps what its stage's default sets beside it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.recipe.algorithms import ALGORITHMS
 from align.recipe.load import load_recipe, load_resolved
+from align.recipe.schema import GrpoStage
+from align.recipe.show import resolved_yaml
 
 RECIPE = """\
 name: toy
@@ -77,3 +81,40 @@ def test_algorithm_goes_before_the_stage_default(path: Path):
     assert (kl.coef, kl.place, kl.estimator) == (0.1, "reward", "k1")
     named = load_resolved(path, ["stages.grpo.algorithm=rloo"])
     assert named.origins["stages.grpo.kl.place"] == "algorithm: rloo"
+    assert named.origins["stages.grpo.aggregation"] == "algorithm: rloo"
+    assert named.origins["stages.grpo.kl.coef"].endswith("r.yaml:19")
+    for block in ("null", "{penalty: 2.0}"):
+        words = ["stages.grpo.algorithm=dapo", f"stages.grpo.overlong={block}"]
+        overlong = stage(path, "grpo", *words).overlong
+        assert overlong is None or (overlong.buffer_frac, overlong.penalty) == (0.2, 2.0)
+
+
+def test_a_file_and_python_give_one_stage_for_every_algorithm(path: Path):
+    for name, algorithm in ALGORITHMS.items():
+        if not algorithm.needs_critic:
+            made = stage(path, "grpo", f"stages.grpo.algorithm={name}")
+            given = {
+                "kind": "grpo",
+                "init": "base",
+                "prompts": [{"world": "prompts"}],
+                "rewards": [{"kind": "math"}],
+                "steps": 4,
+                "kl": {"place": "loss", "estimator": "k3"} | algorithm.defaults.get("kl", {}),
+                "tuning": {"method": "lora", "rank": 4},
+                "optim": {"learning_rate": made.optim.learning_rate},
+            }
+            given["kl"]["coef"] = 0.1
+            assert made == GrpoStage.model_validate(given | {"algorithm": name})
+
+
+def test_show_explains_each_algorithm_and_stays_yaml(path: Path):
+    for name, algorithm in ALGORITHMS.items():
+        assert re.search(r"arXiv:\d{4}\.\d{5}", algorithm.says), name
+        assert ";" in algorithm.says, f"{name}: expected a formula and an edge case"
+        words = [] if algorithm.needs_critic else [f"stages.grpo.algorithm={name}"]
+        resolved = load_resolved(path, words)
+        shown = resolved_yaml(resolved)
+        told = " ".join(line.strip(" #") for line in shown.splitlines() if line.startswith("    #"))
+        assert f"{name}: {algorithm.says}" in told
+        (path.parent / "again.yaml").write_text(shown)
+        assert load_recipe(path.parent / "again.yaml") == resolved.recipe
