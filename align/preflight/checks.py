@@ -4,15 +4,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from align.core.card import Line
 from align.core.errors import AlignError
-from align.core.types import Example
 
 Item = TypeVar("Item")
 MAX_SEEN = 32
-"""Examples that are kept of those rendered, at most."""
+"""Examples of a stage that its checks look at, at most."""
 Verdict = Literal["ok", "warn", "fail"]
 
 
@@ -48,27 +47,6 @@ def at_most(value: float, limit: float, *, unit: str, remedy: str, fails: bool =
     held = math.isfinite(value) and value <= limit
     verdict = "ok" if held else "fail" if fails else "warn"
     return Finding(f"{value:.3g} {unit}".strip(), f"at most {limit:g}", verdict, remedy)
-
-
-class Seen(Generic[Item]):
-    """Render examples and keep some of them, evenly spread, for the checks.
-
-    Args:
-        render: example -> tokenised row.
-    """
-
-    def __init__(self, render: Callable[[Example], Item]) -> None:
-        self.examples: list[Example] = []
-        self._render, self._count, self._stride = render, 0, 1
-
-    def __call__(self, example: Example) -> Item:
-        """Render one example."""
-        if self._count % self._stride == 0:
-            self.examples.append(example)
-        if len(self.examples) == MAX_SEEN:
-            self.examples, self._stride = self.examples[::2], 2 * self._stride
-        self._count += 1
-        return self._render(example)
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -6,8 +6,9 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,10 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
 from align.core.log import MetricsLog, setup_logging
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
+from align.data.token_view import View
 from align.models.loading import load_tokenizer
+from align.preflight.checks import Check
+from align.preflight.run import keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
 from align.recipe.schema import STAGES, DataSpec, Recipe, Spec
 from align.tuning.files import refuse_unmerged
@@ -52,10 +56,8 @@ class StageContext:
     seed: int
     scratch: Path | None = None
     """Folder to write to instead of the stage's own where only the preflight is wanted."""
-    notes: dict[str, Any] = field(default_factory=dict)
-    """Entries of the manifest that are known before the first step."""
-    checks: list[Any] = field(default_factory=list)
-    """What loading the data has found, as lines for the preflight's card."""
+    resources: ExitStack = field(default_factory=ExitStack)
+    """What the stage holds, such as its engine; closed when it has ended, however it ends."""
 
     @property
     def out(self) -> Path:
@@ -104,6 +106,23 @@ class StageResult:
     data: Sequence[Mapping[str, Any]] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A stage whose inputs are read and whose parts are built, before anything is trained.
+
+    Attributes:
+        train: trains, writes the stage's files and returns what its manifest says.
+        checks: the lines of the preflight's card, in order.
+        views: returns a few rows token by token, for the report.
+        notes: entries of the manifest that are known before the first step.
+    """
+
+    train: Callable[[], StageResult]
+    checks: Sequence[Check] = ()
+    views: Callable[[], Sequence[View]] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def chat_format(model_dir: Path) -> ChatFormat:
@@ -170,14 +189,13 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     if not handed and distributed.rank() == 0:
         write_resolved(recipe, context.out / RECIPE_FILE)
     distributed.seed_everything(seed)
-    result = stage_runner(kind)(with_data_of_stages(spec, context), context)
+    result = prepare_and_train(spec, context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     if distributed.rank() == 0:
         write_manifest(
             context.out,
             manifest
-            | context.notes
             | dict(result.notes)
             | {
                 "data": list(result.data),
@@ -271,9 +289,25 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
     return spec.model_copy(update={k: with_data_of_stages(v, context) for k, v in found.items()})
 
 
-def stage_runner(kind: str) -> Any:
-    """Give the function ``run(spec, context)`` of a stage kind."""
-    return import_module(f"align.stages.{STAGES[kind].module}").run
+def prepare_stage(spec: Any, context: StageContext) -> Prepared:
+    """Read a stage's inputs and build its parts, by the ``prepare`` of its kind's module."""
+    module = import_module(f"align.stages.{STAGES[spec.kind].module}")
+    return module.prepare(with_data_of_stages(spec, context), context)
+
+
+def prepare_and_train(spec: Any, context: StageContext) -> StageResult:
+    """Prepare a stage, run its checks, write their card, and train.
+
+    Raises:
+        PreflightError: a check failed; nothing was trained.
+    """
+    with context.resources:
+        prepared = prepare_stage(spec, context)
+        if prepared.checks:
+            card = run_checks(context.name, spec.kind, prepared.checks)
+            keep_card(card, context.out, views=prepared.views)
+        result = prepared.train()
+    return replace(result, notes={**prepared.notes, **result.notes})
 
 
 RowFormat = ChatFormat | PairedFormat

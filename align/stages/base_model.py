@@ -5,6 +5,7 @@ token and chat template, and a generation configuration that stops where trainin
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,43 @@ from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.models.attention import PACKED
 from align.models.loading import add_embeddings, bringing_in
 from align.models.logprobs import LogprobModel
+from align.preflight.run import keep_card, run_checks
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
-from align.stages.base import StageContext, StageResult
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.offline import fingerprints
-from align.stages.preflight import base_checks, corpus_checks, settle
+from align.stages.preflight import base_checks, corpus_checks
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, train_offline
 
 
-def run(spec: BaseStage, context: StageContext) -> StageResult:
-    """Write the base policy's artefact."""
+def prepare(spec: BaseStage, context: StageContext) -> Prepared:
+    """Import the model of ``spec.path``; one that is built is pretrained after the checks."""
     out = context.out / "model"
-    if spec.path is not None:
-        model, tokenizer = _bring_in(spec)
-        metrics: dict[str, float] = {}
-    else:
-        if context.check_only:
-            settle(context, corpus_checks(spec, context))
-        model, tokenizer, metrics = _build_and_pretrain(spec, context)
-    if distributed.rank() == 0:
-        _save(model, tokenizer, out)
-    distributed.barrier()
-    settle(context, base_checks(out))
+    if spec.path is None:
+        checks = corpus_checks(spec, context)
+        return Prepared(train=partial(build_and_pretrain, spec, context), checks=checks)
+    model, tokenizer = _import_model(spec)
+    _save_once(model, tokenizer, out)
+    return Prepared(train=partial(_result, spec, model, {}), checks=base_checks(out))
+
+
+def build_and_pretrain(spec: BaseStage, context: StageContext) -> StageResult:
+    """Pretrain a new model, save it, and check what was saved as an imported one is."""
+    out = context.out / "model"
+    model, tokenizer, metrics = _build_and_pretrain(spec, context)
+    _save_once(model, tokenizer, out)
+    checks = [*corpus_checks(spec, context), *base_checks(out)]
+    keep_card(run_checks(context.name, spec.kind, checks), context.out)
+    return _result(spec, model, metrics)
+
+
+def _result(spec: BaseStage, model: nn.Module, metrics: dict[str, float]) -> StageResult:
     total = float(sum(p.numel() for p in model.parameters()))
     return StageResult(metrics | {"model/parameters": total}, fingerprints(spec.data))
 
 
-def _bring_in(spec: BaseStage) -> tuple[nn.Module, Any]:
+def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
     path = str(spec.path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
@@ -158,6 +168,13 @@ def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
         initializer_range=build.init_std,
         attn_implementation=PACKED,  # pyright: ignore[reportCallIssue]  # of the base class
     )
+
+
+def _save_once(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write the model and its tokenizer; all ranks must take part."""
+    if distributed.rank() == 0:
+        _save(model, tokenizer, out)
+    distributed.barrier()
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:

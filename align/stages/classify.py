@@ -22,19 +22,18 @@ from align.models.classifier import ClassLogits, classifier_from, save_classifie
 from align.models.loading import load_tokenizer, set_dropout
 from align.preflight.classes import class_checks
 from align.recipe.schema import ClassifyStage
-from align.stages.base import StageContext, StageResult
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.offline import (
+    add_tuner_to_backbone,
     fingerprints,
+    load_backbone,
     offline_rows,
     refuse_random,
     run_offline,
     saved_loss,
-    start_of_head,
-    tuned_below_head,
     whole_state,
 )
-from align.stages.preflight import settle
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 from align.tuning.export import full_weights
@@ -51,19 +50,47 @@ class ClassRow(TokenRow):
     label: str = ""
 
 
-def run(spec: ClassifyStage, context: StageContext) -> StageResult:
-    """Train a classifier, begun from the policy or encoder ``spec.init``, on labelled texts."""
-    source = start_of_head(spec, context)
+def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
+    """Read the labelled texts, and put a fresh head on the policy or encoder ``spec.init``."""
+    source = load_backbone(spec, context)
     render = partial(class_row, load_tokenizer(source.model_dir))
-    rows, watched = offline_rows(spec, context, kind="classes", render=render)
-    classes = classes_of(rows, watched)
+    data = offline_rows(spec, context, kind="classes", render=render)
+    classes = classes_of(data.training, data.heldout)
     model = build_classifier(spec, source, classes, seed=context.seed)
-    module = ClassLogits(model)
     loss_fn = partial(labelled_loss, label_smoothing=spec.label_smoothing)
     numbered = partial(collate, classes)
-    task = OfflineTask(rows, watched, length_of, numbered, loss_fn, padded=True)
-    checks = class_checks(spec, module, model.base_model, task, classes, source)
-    settle(context, checks)
+    task = OfflineTask(data.training, data.heldout, length_of, numbered, loss_fn, padded=True)
+    module = ClassLogits(model)
+    return Prepared(
+        train=partial(
+            train,
+            spec,
+            context,
+            source=source,
+            classes=classes,
+            model=model,
+            module=module,
+            task=task,
+        ),
+        checks=[
+            *data.checks,
+            *class_checks(spec, module, model.base_model, task, classes, source),
+        ],
+        notes=data.notes,
+    )
+
+
+def train(
+    spec: ClassifyStage,
+    context: StageContext,
+    *,
+    source: Artefact,
+    classes: list[str],
+    model: Any,
+    module: ClassLogits,
+    task: OfflineTask[Any],
+) -> StageResult:
+    """Train a classifier, save it, and score what was saved on the held-out rows."""
     write = partial(save, spec, model, classes, source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
@@ -77,7 +104,7 @@ def run(spec: ClassifyStage, context: StageContext) -> StageResult:
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes |= stopping_notes(stopping)
-    if watched:
+    if task.heldout:
         if stopping is not None or spec.tuning.method == "qlora":
             # What was saved is another model than the last in memory: earlier, or not in 4 bits.
             kept = load_classifier(context.out / "model", getattr(torch, spec.dtype))
@@ -85,7 +112,7 @@ def run(spec: ClassifyStage, context: StageContext) -> StageResult:
         if spec.tuning.method == "qlora":
             final |= saved_loss(module, task, spec.micro_tokens)
         probs = predict(module, task, spec.micro_tokens)
-        notes["heldout"] = judge(probs, watched, classes, seed=context.seed, out=context.out)
+        notes["heldout"] = judge(probs, task.heldout, classes, seed=context.seed, out=context.out)
         final |= {f"eval/{name}": notes["heldout"][name][0] for name in ("accuracy", "macro_f1")}
     return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
 
@@ -150,7 +177,7 @@ def build_classifier(
     if spec.keep.dropout:
         set_dropout(model, spec.keep.dropout)
     tuning_seed = distributed.derive_seed(seed, "tuning")
-    tuned = tuned_below_head(spec, model.base_model, seed=tuning_seed)
+    tuned = add_tuner_to_backbone(spec, model.base_model, seed=tuning_seed)
     setattr(model, model.base_model_prefix, tuned)
     return model.to(distributed.device())
 

@@ -1,12 +1,13 @@
 """The preflight's lines on held-out prompts that stand in the texts a stage trains on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from align.core.errors import AlignError
 from align.core.types import Example
 from align.data.load import load_examples
 from align.data.text.contamination import MIN_WORDS, Contamination, find_contamination
-from align.preflight.checks import Finding
+from align.preflight.checks import Check, Finding
 from align.recipe.schema import EvaluateStage
 from align.stages.base import StageContext
 
@@ -14,30 +15,33 @@ NUM_SHOWN = 5
 EVALUATION = "evaluation"
 
 
-def note_contamination(
+def contamination_checks(
     context: StageContext,
     train: Sequence[Example],
     heldout: Sequence[Example],
     *,
     max_frac: float,
-) -> None:
-    """Compare what a stage trains on with held-out prompts; the preflight's card gets the result.
+) -> tuple[list[Check], dict[str, Any]]:
+    """Compare what a stage trains on with held-out prompts; return the card's lines and the notes.
 
     The stage's own held-out rows stop it where more than ``max_frac`` of them are contaminated;
     those of the recipe's evaluate stages, which may ask on purpose what was taught, only warn.
     """
+    checks: list[Check] = []
+    notes: dict[str, Any] = {}
     try:
         sides = {"": heldout, EVALUATION: _evaluated(context)}
     except AlignError as error:
         sides = {"": heldout}
         unread = Finding("not compared", "", "warn", f"its prompts cannot be read: {error}")
-        context.checks.append((f"contamination: {EVALUATION}", lambda: unread))
+        checks.append((f"contamination: {EVALUATION}", lambda: unread))
     sides = {name: rows for name, rows in sides.items() if rows}
     for side, found in find_contamination(train, sides).items():
         name = f"contamination: {side}" if side else "contamination"
         finding = describe(found, max_frac=None if side else max_frac)
-        context.checks.append((name, lambda finding=finding: finding))
-        context.notes.setdefault("contamination", {})[side or "heldout"] = found.note()
+        checks.append((name, lambda finding=finding: finding))
+        notes.setdefault("contamination", {})[side or "heldout"] = found.note()
+    return checks, notes
 
 
 def describe(found: Contamination, *, max_frac: float | None) -> Finding:

@@ -19,11 +19,9 @@ from align.losses.preference import (
     soft_labels,
     tail_weights,
 )
-from align.preflight.checks import Seen
 from align.recipe.schema import DpoStage
-from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.offline import build_policy, offline_rows, start_of, train_policy
-from align.stages.preflight import preflight_offline
+from align.stages.base import Prepared, StageContext, chat_format
+from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
@@ -41,41 +39,33 @@ class ReferencePair:
     ref_rejected: float
 
 
-def run(spec: DpoStage, context: StageContext) -> StageResult:
-    """Move ``spec.init`` towards the chosen answers of ``spec.data``."""
-    source = start_of(spec, context)
+def prepare(spec: DpoStage, context: StageContext) -> Prepared:
+    """Read the pairs, build the policy of ``spec.init`` and ask it, as the reference, once."""
+    source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    render = Seen(chat.pair_row)
-    rows, watched = offline_rows(spec, context, kind="preference", render=render)
-    refuse_ties([*rows, *watched])
+    data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    pairs = [*data.training, *data.heldout]
+    refuse_ties(pairs)
     module = build_policy(spec, source.model_dir, seed=context.seed)
-    pairs = [*rows, *watched]
     if spec.reference_free:
-        referenced = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
+        rows = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
     else:
         # Before the first step the policy is the reference, but for a new adapter that changes it.
         with start_policy(module.model, spec.tuning, source.model_dir):
-            referenced = reference_pairs(
+            rows = reference_pairs(
                 module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
             )
+    num_training = len(data.training)
     task = OfflineTask(
-        referenced[: len(rows)],
-        referenced[len(rows) :],
+        rows[:num_training],
+        rows[num_training:],
         lambda row: pair_length(row.pair),
         collate,
         partial(preference_loss, spec),
     )
-    preflight_offline(
-        spec,
-        context,
-        chat=chat,
-        source=source,
-        module=module,
-        model=module.model,
-        task=task,
-        examples=render.examples,
+    return prepare_policy(
+        spec, context, data=data, module=module, task=task, source=source, chat=chat
     )
-    return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
 def refuse_ties(pairs: Sequence[PairRow]) -> None:

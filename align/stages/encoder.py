@@ -12,12 +12,11 @@ from align.core.errors import ArtefactError
 from align.models.loading import bringing_in, load_tokenizer
 from align.preflight.checks import Finding
 from align.recipe.schema import EncoderStage
-from align.stages.base import StageContext, StageResult
-from align.stages.preflight import settle
+from align.stages.base import Prepared, StageContext, StageResult
 
 
-def run(spec: EncoderStage, context: StageContext) -> StageResult:
-    """Write the encoder's artefact: its own weights and tokenizer."""
+def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
+    """Import the encoder: its own weights and tokenizer."""
     if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
         raise ArtefactError(f"{spec.path}: no config.json; expected a folder saved by transformers")
     with bringing_in(spec.path):
@@ -32,8 +31,11 @@ def run(spec: EncoderStage, context: StageContext) -> StageResult:
         model.save_pretrained(str(context.out / "model"), state_dict=own)
         tokenizer.save_pretrained(str(context.out / "model"))
     distributed.barrier()
-    settle(context, [("vocabulary", partial(fits, model, tokenizer))])
-    return StageResult({"model/parameters": float(sum(x.numel() for x in own.values()))})
+    total = float(sum(x.numel() for x in own.values()))
+    return Prepared(
+        train=lambda: StageResult({"model/parameters": total}),
+        checks=[("vocabulary", partial(fits, model, tokenizer))],
+    )
 
 
 def fits(model: Any, tokenizer: Any) -> Finding:

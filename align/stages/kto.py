@@ -19,11 +19,9 @@ from align.core.types import Example, TokenRow
 from align.data.batching import plan_micro_batches
 from align.data.render.chat import ChatFormat
 from align.losses.preference import kto_loss
-from align.preflight.checks import Seen
 from align.recipe.schema import KtoStage
-from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.offline import build_policy, offline_rows, start_of, train_policy
-from align.stages.preflight import preflight_offline
+from align.stages.base import Prepared, StageContext, chat_format
+from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, pack, to_stop
 from align.training.learner import infer
 from align.training.offline import OfflineTask
@@ -46,36 +44,29 @@ class KtoRow(TokenRow):
     ref_mismatched: float = 0.0
 
 
-def run(spec: KtoStage, context: StageContext) -> StageResult:
-    """Move ``spec.init`` towards the good answers of ``spec.data`` and away from the bad."""
-    source = start_of(spec, context)
+def prepare(spec: KtoStage, context: StageContext) -> Prepared:
+    """Read the labelled responses, build the policy and ask it, as the reference, once."""
+    source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    render = Seen(partial(judged_row, chat))
-    sides = offline_rows(spec, context, kind="unpaired", render=render)
-    rows, watched = (mismatch(side, max_length=spec.max_length) for side in sides)
+    data = offline_rows(spec, context, kind="unpaired", render=partial(judged_row, chat))
+    training, heldout = (
+        mismatch(rows, max_length=spec.max_length) for rows in (data.training, data.heldout)
+    )
     module = build_policy(spec, source.model_dir, seed=context.seed)
     # Before the first step the policy is the reference, but for a new adapter that changes it.
     with start_policy(module.model, spec.tuning, source.model_dir):
-        referenced = reference_rows(module, [*rows, *watched], micro_tokens=spec.micro_tokens)
+        rows = reference_rows(module, [*training, *heldout], micro_tokens=spec.micro_tokens)
     task = OfflineTask(
-        referenced[: len(rows)],
-        referenced[len(rows) :],
+        rows[: len(training)],
+        rows[len(training) :],
         lambda row: len(row.input_ids),
         collate,
         partial(judged_loss, spec),
         measure=partial(mismatched_kl, spec),
     )
-    preflight_offline(
-        spec,
-        context,
-        chat=chat,
-        source=source,
-        module=module,
-        model=module.model,
-        task=task,
-        examples=render.examples,
+    return prepare_policy(
+        spec, context, data=data, module=module, task=task, source=source, chat=chat
     )
-    return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
 def judged_row(chat: ChatFormat, example: Example) -> KtoRow:

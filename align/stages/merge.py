@@ -28,10 +28,9 @@ from align.recipe.schema.tuning import METHODS
 from align.sampling.engine import RolloutEngine
 from align.sampling.push import check_push
 from align.sampling.rollout import answer_fixed
-from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.evaluate.answers import same_tokens
 from align.stages.offline import fingerprints
-from align.stages.preflight import settle
 from align.stages.rollouts import build_rewards, prompt_rows, start_engine
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
 from align.tuning.kit import check_kit, write_by_kit
@@ -43,8 +42,8 @@ SETS = ("prompts", "shifted")
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """Hold the scores of all answers of one alpha to one set of prompts.
+class AlphaScores:
+    """The scores of all responses of one alpha to one set of prompts.
 
     Attributes:
         scores: one per answer, None where invalid. prompts: number of the prompt of each.
@@ -54,15 +53,22 @@ class Answered:
     prompts: list[int]
 
 
-def run(spec: MergeStage, context: StageContext) -> StageResult:
-    """Write the interpolation of ``spec.base`` and ``spec.tuned`` that the rule chooses."""
+def prepare(spec: MergeStage, context: StageContext) -> Prepared:
+    """Read ``spec.base``, ``spec.tuned`` and what else is merged."""
     if spec.method != "linear":
         check_kit()
     names = (spec.base, spec.tuned, *spec.others)
     sources = [context.artefact(name, "policy") for name in names]
     for name, artefact in zip(names, sources, strict=True):
         refuse_adapter(name, artefact)
-    settle(context, merge_checks(spec, sources, context))
+    return Prepared(
+        train=partial(merge, spec, context, sources),
+        checks=merge_checks(spec, sources, context),
+    )
+
+
+def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) -> StageResult:
+    """Write the interpolation that the rule chooses."""
     curve: list[Point] = []
     alpha = spec.alphas[0]
     if len(spec.alphas) > 1:
@@ -161,26 +167,25 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
         same_tokens(rows[:8], other, f"model '{spec.tuned}'", spec.base)
     rewards = build_rewards(spec.scores, context, chat.tokenizer)
     trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
-    engine = start_engine(spec, base.model_dir, chat, context)
     metrics = context.metrics(len(spec.alphas))
-    found: dict[float, dict[str, Answered]] = {}
-    for i, alpha in enumerate(spec.alphas):
-        merged = merged_weights(spec, sources, alpha, context)
-        with engine.awake(), merged as weights:
-            push(engine, trainer, weights, sets["prompts"], spec, version=i + 1)
-            found[alpha] = {
-                name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
-                for name, rows in sets.items()
+    found: dict[float, dict[str, AlphaScores]] = {}
+    with contextlib.closing(start_engine(spec, base.model_dir, chat, context)) as engine:
+        for i, alpha in enumerate(spec.alphas):
+            merged = merged_weights(spec, sources, alpha, context)
+            with engine.awake(), merged as weights:
+                push(engine, trainer, weights, sets["prompts"], spec, version=i + 1)
+                found[alpha] = {
+                    name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
+                    for name, rows in sets.items()
+                }
+            seen = {
+                f"merge/{name}": point[0]
+                for name, a in found[alpha].items()
+                if (point := as_triple(mean_interval(a.scores, a.prompts, seed=context.seed)))[0]
+                is not None
             }
-        seen = {
-            f"merge/{name}": point[0]
-            for name, a in found[alpha].items()
-            if (point := as_triple(mean_interval(a.scores, a.prompts, seed=context.seed)))[0]
-            is not None
-        }
-        metrics.log(i + 1, {"merge/alpha": alpha, **seen})
+            metrics.log(i + 1, {"merge/alpha": alpha, **seen})
     metrics.close()
-    engine.close()
     return curve_of(found, seed=context.seed)
 
 
@@ -217,7 +222,7 @@ def answer(
     spec: MergeStage,
     stop_token_ids: tuple[int, ...],
     context: StageContext,
-) -> Answered:
+) -> AlphaScores:
     """Let the engine answer this rank's prompts; every rank gets the scores of all."""
     held = answer_fixed(
         engine,
@@ -230,10 +235,12 @@ def answer(
     )
     scores = score_answers(held.prompts, held.completions, rewards).total
     parts = distributed.gather_objects((scores, held.group_ids.tolist()))
-    return Answered([s for part, _ in parts for s in part], [g for _, part in parts for g in part])
+    return AlphaScores(
+        [s for part, _ in parts for s in part], [g for _, part in parts for g in part]
+    )
 
 
-def curve_of(found: Mapping[float, Mapping[str, Answered]], *, seed: int) -> list[Point]:
+def curve_of(found: Mapping[float, Mapping[str, AlphaScores]], *, seed: int) -> list[Point]:
     """Give each alpha's score on both sets, and its paired difference to alpha 1.
 
     Returns:

@@ -1,7 +1,8 @@
 """What the training stages share: policies in and out, data, and the offline schedule."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,10 +21,12 @@ from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
 from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
+from align.preflight.checks import MAX_SEEN, Check, spread
 from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
-from align.stages.base import StageContext, StageResult
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
-from align.stages.contaminated import note_contamination
+from align.stages.contaminated import contamination_checks
+from align.stages.preflight import offline_checks, row_views
 from align.training.batch import pack
 from align.training.learner import Learner
 from align.training.offline import (
@@ -108,16 +111,16 @@ def log_likelihood(module: nn.Module, row: TokenRow) -> Tensor:
 log = logging.getLogger(__name__)
 
 
-def start_of(spec: TrainingStage, context: StageContext) -> Artefact:
-    """Read the policy that a stage starts from; refuse one that its tuning cannot go on from."""
+def load_init(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Return the policy that a stage starts from; refuse one whose tuning cannot be continued."""
     source = context.artefact(spec.init, "policy", with_adapter=True)
     made_by = source.manifest.get("spec", {}).get("tuning")
     check_start(source.model_dir, made_by, spec.tuning)
     return source
 
 
-def start_of_head(spec: TrainingStage, context: StageContext) -> Artefact:
-    """Read the policy or encoder that a stage puts a new head on."""
+def load_backbone(spec: TrainingStage, context: StageContext) -> Artefact:
+    """Return the policy or encoder that a stage puts a new head on."""
     kind = read_manifest(context.folder_of(spec.init))["kind"]
     return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
 
@@ -150,8 +153,8 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
     return LogprobModel(model)
 
 
-def tuned_below_head(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
-    """Add what ``tuning`` trains to the model that a new head stands on."""
+def add_tuner_to_backbone(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
+    """Return the model below a new head with what ``tuning`` trains."""
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         if spec.tuning.method not in ("full", "head"):
@@ -207,29 +210,46 @@ def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSch
     )
 
 
+@dataclass(frozen=True, slots=True)
+class OfflineRows:
+    """The tokenized rows of an offline stage, and what loading them has found.
+
+    Attributes:
+        training: rows to train on. heldout: rows that the loss is measured on.
+        examples: some of the examples that the rows were made from, for the preflight.
+        checks: lines of the preflight's card. notes: entries of the manifest.
+    """
+
+    training: Sequence[Any]
+    heldout: Sequence[Any]
+    examples: Sequence[Example]
+    checks: Sequence[Check]
+    notes: Mapping[str, Any]
+
+
 def offline_rows(
     spec: OfflineStage,
     context: StageContext,
     *,
     kind: Literal["sft", "preference", "unpaired", "steps", "classes"],
     render: Callable[[Example], Any],
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Load and tokenise training and held-out rows; no prompt may stand on both sides.
+) -> OfflineRows:
+    """Load and tokenize training and held-out rows; no prompt may be on both sides.
 
     Args:
         spec: the stage; its ``max_length`` and ``max_lost_frac`` bound what is lost.
         context: the stage's surroundings. kind: what the rows must hold.
-        render: example -> tokenised row.
+        render: example -> tokenized row.
     """
-    sides = {
-        "training": load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap),
-        "held-out": load_examples(spec.heldout, kind=kind, seed=context.seed),
-    }
-    check_overlap(*sides.values())
-    note_contamination(context, *sides.values(), max_frac=spec.max_contaminated_frac)
+    training = load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap)
+    heldout = load_examples(spec.heldout, kind=kind, seed=context.seed)
+    check_overlap(training, heldout)
+    checks, notes = contamination_checks(
+        context, training, heldout, max_frac=spec.max_contaminated_frac
+    )
 
-    def fitted(name: str) -> Sequence[Any]:
-        rows = [render(example) for example in sides[name]]
+    def fitted(examples: Sequence[Example], name: str) -> Sequence[Any]:
+        rows = [render(example) for example in examples]
         if not rows:
             return []
         kept, _ = fit_rows(
@@ -239,9 +259,9 @@ def offline_rows(
             what=f"{context.name}: {name} rows",
             ledger=context.ledger,
         )
-        if spec.keep.augment is None or name == "held-out":
+        if spec.keep.augment is None or examples is heldout:
             return kept
-        made_from = {id(row): example for row, example in zip(rows, sides[name], strict=True)}
+        made_from = {id(row): example for row, example in zip(rows, examples, strict=True)}
         return AugmentedRows(
             kept,
             [made_from[id(row)] for row in kept],
@@ -251,7 +271,13 @@ def offline_rows(
             max_length=spec.max_length,
         )
 
-    return fitted("training"), fitted("held-out")
+    return OfflineRows(
+        fitted(training, "training"),
+        fitted(heldout, "held-out"),
+        spread([*training, *heldout], MAX_SEEN),
+        checks,
+        notes,
+    )
 
 
 def run_offline(
@@ -299,6 +325,34 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
             sha256 = file_sha256(Path(spec.templates))
             found.append({"path": spec.templates, "rows": None, "sha256": sha256})
     return found
+
+
+def prepare_policy(
+    spec: OfflineStage,
+    context: StageContext,
+    *,
+    data: OfflineRows,
+    module: LogprobModel,
+    task: OfflineTask[Any],
+    source: Artefact,
+    chat: ChatFormat,
+) -> Prepared:
+    """Return an offline stage that is ready to train its policy."""
+    checks = offline_checks(
+        spec,
+        chat=chat,
+        source=source,
+        module=module,
+        model=module.model,
+        task=task,
+        examples=data.examples,
+    )
+    return Prepared(
+        train=partial(train_policy, spec, module, task, source=source, chat=chat, context=context),
+        checks=[*data.checks, *checks],
+        views=lambda: row_views(task.rows, chat),
+        notes=data.notes,
+    )
 
 
 def train_policy(

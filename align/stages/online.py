@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from align.core import distributed
+from align.core.artefacts import Artefact, read_manifest
 from align.core.errors import ArtefactError, DataError
 from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
@@ -22,20 +25,25 @@ from align.online import guard
 from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
+from align.preflight.offline import start_checks
+from align.preflight.rewards import reward_checks
+from align.preflight.sampling import Probe
+from align.preflight.tokens import prompt_checks
 from align.recipe.schema import OnlineStage, WatchSpec
+from align.sampling.engine import RolloutEngine
 from align.sampling.push import pushed_weights
-from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
-from align.stages.contaminated import note_contamination
+from align.stages.contaminated import contamination_checks
 from align.stages.offline import (
     build_anchor,
     build_policy,
     fingerprints,
+    load_init,
     replayed,
     save_trained_policy,
-    start_of,
 )
-from align.stages.preflight import preflight_online
+from align.stages.preflight import answer_views
 from align.stages.rollouts import Push, build_rewards, fitted, start_engine
 from align.training.learner import Learner
 from align.tuning.files import refuse_unmerged
@@ -103,110 +111,150 @@ def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
 log = logging.getLogger(__name__)
 
 
-def run(spec: OnlineStage, context: StageContext) -> StageResult:
-    """Reinforce ``spec.init`` with the rewards of the recipe."""
-    source = start_of(spec, context)
+def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
+    """Read the prompts; build the policy ``spec.init``, its reference, the engine and rewards."""
+    source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    asked, held_out = asked_and_watched(spec, context)
-    prompts = fitted(asked, spec, chat, context, what="prompts")
-    engine = start_engine(spec, source.model_dir, chat, context)
+    training, heldout = load_prompts(spec, context)
+    checks, notes = contamination_checks(
+        context,
+        training,
+        heldout,
+        max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
+    )
+    prompts = fitted(training, spec, chat, context, what="prompts")
+    engine = context.resources.enter_context(
+        closing(start_engine(spec, source.model_dir, chat, context))
+    )
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.tuning.new_at_start:
         with engine.awake():
             engine.load_weights(pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context, chat.tokenizer)
-    preflight_online(
+    probe = Probe(
         spec,
-        context,
-        chat=chat,
-        source=source,
-        prompts=prompts,
         engine=engine,
         module=module,
         reference=reference,
-        rewards=rewards,
-    )
-    updates = spec.steps * spec.minibatches * spec.update_epochs
-    policy = Learner(
-        module,
-        optim=spec.optim,
-        zero=spec.zero,
-        dtype=spec.dtype,
-        total_steps=updates,
-        layers=spec.layers,
-        anchor=build_anchor(spec, module, chat, context),
-    )
-    online = OnlineRun(
-        spec=spec,
-        algorithm=build_algorithm(spec),
-        seed=context.seed,
         prompts=prompts,
-        rewards=rewards,
-        engine=engine,
         stop_token_ids=chat.stop_token_ids,
-        push=Push(engine, policy, prompts[0].input_ids, dtype=spec.dtype),
-        policy=policy,
-        critic=build_critic(spec, source.model_dir, context, updates),
-        reference=reference if spec.kl.coef > 0.0 else None,
-        kl=build_kl(spec),
+        seed=context.seed,
     )
+    parts = Parts(source, chat, prompts, heldout, engine, module, reference, rewards)
+    return Prepared(
+        train=partial(train, spec, context, parts),
+        checks=[
+            *checks,
+            *prompt_checks(chat, prompts, model_dir=source.model_dir),
+            *start_checks(spec, module.model, source),
+            *probe.checks(),
+            *reward_checks("reward", spec.rewards, rewards, prompts, probe.own_answers),
+        ],
+        views=lambda: answer_views(probe, chat),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an online stage is built from, checked before it trains.
+
+    Attributes:
+        source: what ``init`` names. chat: its renderer.
+        prompts: to train on. heldout: to evaluate on while training.
+        engine: the sampler. module: the policy. rewards: of the training.
+        reference: the policy of the start; None where no KL is asked for.
+    """
+
+    source: Artefact
+    chat: ChatFormat
+    prompts: Sequence[PromptRow]
+    heldout: Sequence[Example]
+    engine: RolloutEngine
+    module: LogprobModel
+    reference: LogprobModel | None
+    rewards: Sequence[RewardFunction]
+
+
+def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult:
+    """Reinforce the policy with the rewards, and write it before the engine is closed."""
+    online = build_run(spec, context, parts)
     metrics = context.metrics(spec.steps)
-    write = partial(save_trained_policy, spec, module, source=source)
+    write = partial(save_trained_policy, spec, parts.module, source=parts.source)
     best = BestWeights(write, context.out)
-    watch = begin_watch(
-        online, held_out, chat, context, reference=reference, best=best, metrics=metrics
-    )
+    watch = begin_watch(online, context, parts, best=best, metrics=metrics)
     checkpoints = context.out / "checkpoints"
     final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
-    engine.close()
     if watch is None or watch.spec.keep == "last":
         write(out=context.out)
-    final |= {"engine/vllm": float(engine.name == "vllm")}
+    final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)
     return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
 
 
+def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineRun:
+    """Return the online loop's parts: policy and critic under their learners, and the KL."""
+    updates = spec.steps * spec.minibatches * spec.update_epochs
+    policy = Learner(
+        parts.module,
+        optim=spec.optim,
+        zero=spec.zero,
+        dtype=spec.dtype,
+        total_steps=updates,
+        layers=spec.layers,
+        anchor=build_anchor(spec, parts.module, parts.chat, context),
+    )
+    return OnlineRun(
+        spec=spec,
+        algorithm=build_algorithm(spec),
+        seed=context.seed,
+        prompts=parts.prompts,
+        rewards=parts.rewards,
+        engine=parts.engine,
+        stop_token_ids=parts.chat.stop_token_ids,
+        push=Push(parts.engine, policy, parts.prompts[0].input_ids, dtype=spec.dtype),
+        policy=policy,
+        critic=build_critic(spec, parts.source.model_dir, context, updates),
+        reference=parts.reference if spec.kl.coef > 0.0 else None,
+        kl=build_kl(spec),
+    )
+
+
 def begin_watch(
     online: OnlineRun,
-    held_out: Sequence[Example],
-    chat: ChatFormat,
     context: StageContext,
+    parts: Parts,
     *,
-    reference: nn.Module | None,
     best: BestWeights,
     metrics: MetricsLog,
 ) -> Watch | None:
-    """Put together the evaluation while training that the recipe asks for; None without one."""
+    """Return the evaluation while training that the recipe asks for; None without one."""
     spec = online.spec
     if spec.watch is None:
         return None
-    assert reference is not None
+    assert parts.reference is not None
     return build_watch(
         online,
         spec.watch,
-        prompts=fitted(held_out, spec, chat, context, what="watched prompts"),
-        gold=build_rewards(spec.watch.gold, context, chat.tokenizer),
-        reference=reference,
+        prompts=fitted(parts.heldout, spec, parts.chat, context, what="watched prompts"),
+        gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer),
+        reference=parts.reference,
         best=best,
         metrics=metrics,
     )
 
 
-def asked_and_watched(
-    spec: OnlineStage, context: StageContext
-) -> tuple[list[Example], list[Example]]:
-    """Load the prompts to train on and those to watch; none of these may be trained on."""
-    asked = load_examples(spec.prompts, kind="prompts", seed=context.seed)
-    watched, max_frac = [], 0.0
-    if spec.watch is not None:
-        watched = load_examples(spec.watch.prompts, kind="prompts", seed=context.seed)
-        check_overlap(asked, watched)
-        max_frac = spec.watch.max_contaminated_frac
-    note_contamination(context, asked, watched, max_frac=max_frac)
-    return asked, watched
+def load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example], list[Example]]:
+    """Load the prompts to train on and those held out; none may be on both sides."""
+    training = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    if spec.watch is None:
+        return training, []
+    heldout = load_examples(spec.watch.prompts, kind="prompts", seed=context.seed)
+    check_overlap(training, heldout)
+    return training, heldout
 
 
 def build_reference(
@@ -251,8 +299,6 @@ def build_critic(
 
 
 def _is_reward(reference: str, context: StageContext) -> bool:
-    from align.core.artefacts import read_manifest
-
     return read_manifest(context.folder_of(reference))["kind"] == "reward_model"
 
 

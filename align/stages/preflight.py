@@ -1,36 +1,28 @@
-"""The preflight of a stage: put its checks together, keep the card, stop where a line failed."""
+"""The checks of each family of stages, put together, and the rows that the report shows."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from align.core import distributed
-from align.core.artefacts import Artefact, write_json_atomic
-from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
-from align.core.errors import AlignError, PreflightError
+from align.core.artefacts import Artefact
 from align.core.types import Example, PromptRow, TokenRow
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
-from align.data.token_view import View, plain, view_of
-from align.models.logprobs import LogprobModel
-from align.preflight.checks import Check, Finding, examine, spread
+from align.data.token_view import View, view_of
+from align.preflight.checks import Check, Finding, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
-from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage, OnlineStage
+from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage
 from align.recipe.schema.evaluate import OWN_TASK
-from align.sampling.engine import RolloutEngine
 from align.stages.base import StageContext, chat_format
 from align.stages.evaluate.measure import TaskRewards
 from align.training.offline import OfflineTask
-from reward_models.base import RewardFunction
 
-log = logging.getLogger(__name__)
 NUM_SHOWN = 2
 """Rows of a stage that are kept token by token."""
 
@@ -48,57 +40,6 @@ MADE_UP = [
     ),
 ]
 """Conversations of one turn and of several, for models that bring no data with them."""
-
-
-class CheckedOnly(Exception):
-    """End a stage that was started for its checks alone; holds the card."""
-
-    def __init__(self, card: Card) -> None:
-        super().__init__(card.stage)
-        self.card = card
-
-
-def settle(
-    context: StageContext,
-    checks: Sequence[Check],
-    views: Callable[[], Sequence[View]] | None = None,
-) -> None:
-    """Run the checks of a stage, after those of its context, and keep the card.
-
-    Every rank goes on, or none.
-
-    Args:
-        context: the stage's surroundings. checks: in order.
-        views: gives a few rows token by token, to be kept for the report.
-
-    Raises:
-        PreflightError: a line failed.
-        CheckedOnly: the stage was started for its checks alone.
-    """
-    kind = context.recipe.stages[context.name].kind
-    found = distributed.broadcast_object(examine([*context.checks, *checks]))
-    card = Card(context.name, kind, found)
-    if context.check_only:
-        raise CheckedOnly(card)
-    if distributed.rank() == 0:
-        write_json_atomic(context.out / CARD_FILE, card.plain())
-        for line in table(card):
-            log.info("%s", line)
-        if views is not None:
-            _keep_views(views, context.out / TOKENS_FILE)
-    distributed.barrier()
-    if card.failed:
-        lines = "\n".join(f"  {x.name}: {x.value}: {x.remedy}" for x in card.failed)
-        raise PreflightError(f"{context.name}: the preflight failed, nothing was trained\n{lines}")
-
-
-def _keep_views(views: Callable[[], Sequence[View]], path: Path) -> None:
-    try:
-        found = [plain(view) for view in views()]
-    except AlignError as error:  # what refuses the rows is a line of the card
-        log.warning("no rows are shown token by token: %s", error)
-        return
-    write_json_atomic(path, found)
 
 
 def row_views(rows: Sequence[Any], chat: ChatFormat | PairedFormat) -> list[View]:
@@ -137,9 +78,8 @@ def corpus_checks(spec: BaseStage, context: StageContext) -> list[Check]:
     return [("corpus", corpus)]
 
 
-def preflight_offline(
+def offline_checks(
     spec: OfflineStage,
-    context: StageContext,
     *,
     chat: ChatFormat,
     source: Artefact,
@@ -147,63 +87,20 @@ def preflight_offline(
     model: Any,
     task: OfflineTask[Any],
     examples: Sequence[Example],
-) -> None:
-    """Check an offline stage: its rows, the model it starts from, its loss.
+) -> list[Check]:
+    """Return the checks of an offline stage: its rows, the model it starts from, its loss.
 
     Args:
         module: what the loss is called with. model: the transformers or peft model inside it.
         task: rows, batches and loss. examples: some of what its rows were made from.
-
     """
     flat = [side for row in task.rows for side in sides_of(row)]
     vocab_size = model.get_input_embeddings().num_embeddings
-    settle(
-        context,
-        [
-            *row_checks(chat, flat, examples, model_dir=source.model_dir),
-            *start_checks(spec, model, source),
-            *loss_checks(spec, module, task, vocab_size=vocab_size),
-        ],
-        lambda: row_views(task.rows, chat),
-    )
-
-
-def preflight_online(
-    spec: OnlineStage,
-    context: StageContext,
-    *,
-    chat: ChatFormat,
-    source: Artefact,
-    prompts: Sequence[PromptRow],
-    engine: RolloutEngine,
-    module: LogprobModel,
-    reference: LogprobModel | None,
-    rewards: Sequence[RewardFunction],
-) -> None:
-    """Check an online stage: prompts, sampler against trainer and reference, rewards.
-
-    The sampler is closed where the stage ends here.
-    """
-    probe = Probe(
-        spec,
-        engine=engine,
-        module=module,
-        reference=reference,
-        prompts=prompts,
-        stop_token_ids=chat.stop_token_ids,
-        seed=context.seed,
-    )
-    checks = [
-        *prompt_checks(chat, prompts, model_dir=source.model_dir),
-        *start_checks(spec, module.model, source),
-        *probe.checks(),
-        *reward_checks("reward", spec.rewards, rewards, prompts, probe.own_answers),
+    return [
+        *row_checks(chat, flat, examples, model_dir=source.model_dir),
+        *start_checks(spec, model, source),
+        *loss_checks(spec, module, task, vocab_size=vocab_size),
     ]
-    try:
-        settle(context, checks, lambda: answer_views(probe, chat))
-    except (PreflightError, CheckedOnly):
-        engine.close()
-        raise
 
 
 def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
@@ -218,15 +115,14 @@ def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
     return found
 
 
-def preflight_evaluate(
+def evaluate_checks(
     spec: EvaluateStage,
-    context: StageContext,
     model_dir: Path,
     *,
     rows: Mapping[str, Sequence[PromptRow]],
     rewards: TaskRewards,
-) -> None:
-    """Check an evaluation: its prompts, and that graders and judges tell right from wrong."""
+) -> list[Check]:
+    """Return the checks of an evaluation: its prompts, graders and judges."""
     chat = chat_format(model_dir)
     everything = [row for task in rows.values() for row in task]
     checks = [*prompt_checks(chat, everything, model_dir=model_dir)]
@@ -236,4 +132,4 @@ def preflight_evaluate(
         checks += reward_checks(f"{own}score", task.grader, grader, prompts, None)
         if task.judge:
             checks += reward_checks(f"{own}judge", task.judge, judge, prompts, None)
-    settle(context, checks)
+    return checks

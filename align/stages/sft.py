@@ -8,39 +8,28 @@ from torch import Tensor, nn
 
 from align.core.types import TokenRow
 from align.losses.supervised import nll
-from align.preflight.checks import Seen
 from align.recipe.schema import SftStage
-from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.offline import build_policy, offline_rows, start_of, train_policy
-from align.stages.preflight import preflight_offline
+from align.stages.base import Prepared, StageContext, chat_format
+from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, pack
 from align.training.offline import OfflineTask
 
 
-def run(spec: SftStage, context: StageContext) -> StageResult:
-    """Fine-tune ``spec.init`` on the rows of ``spec.data``."""
-    source = start_of(spec, context)
+def prepare(spec: SftStage, context: StageContext) -> Prepared:
+    """Read the rows and build the policy of ``spec.init``, to be fine-tuned on them."""
+    source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    render = Seen(chat.sft_row)
-    rows, watched = offline_rows(spec, context, kind="sft", render=render)
+    data = offline_rows(spec, context, kind="sft", render=chat.sft_row)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
-    task = OfflineTask(rows, watched, length_of, collate, loss_fn)
-    preflight_offline(
-        spec,
-        context,
-        chat=chat,
-        source=source,
-        module=module,
-        model=module.model,
-        task=task,
-        examples=render.examples,
+    task = OfflineTask(data.training, data.heldout, length_of, collate, loss_fn)
+    return prepare_policy(
+        spec, context, data=data, module=module, task=task, source=source, chat=chat
     )
-    return train_policy(spec, module, task, source=source, chat=chat, context=context)
 
 
 def length_of(row: TokenRow) -> int:
-    """Give a row's tokens."""
+    """Return the number of tokens in a row."""
     return len(row.input_ids)
 
 

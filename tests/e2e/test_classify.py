@@ -33,7 +33,7 @@ from align.core.artefacts import Artefact, read_artefact, write_manifest
 from align.core.errors import ArtefactError, DataError
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS as CLASSES
-from align.stages.base import StageContext, _manifest_head, stage_runner
+from align.stages.base import StageContext, _manifest_head, prepare_and_train
 from align.stages.tools.deep_check import check_recipe
 
 WORDS = {
@@ -114,7 +114,7 @@ def run_stage(folder: Path, name: str, plain: dict[str, Any]) -> Artefact:
     context = StageContext(recipe, name, folder, 0)
     context.out.mkdir(parents=True, exist_ok=True)
     spec = recipe.stages[name]
-    result = stage_runner(plain["kind"])(spec, context)
+    result = prepare_and_train(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | dict(result.notes) | {"metrics": dict(result.metrics)})
     return read_artefact(context.out, head["kind"])

@@ -18,8 +18,7 @@ from test_deep_check import deep
 from align.core.errors import EXIT_PREEMPTED, DataError, RecipeError
 from align.data.toy import generate
 from align.recipe.load import load_recipe
-from align.stages.base import StageContext
-from align.stages.data import weak_label
+from align.stages.base import StageContext, prepare_and_train
 from align.stages.rollouts import build_rewards
 from align.stages.tools.deep_check import check_recipe
 from align.stages.trl.trainers import configuration, extras, find_trainer
@@ -316,7 +315,7 @@ def test_judges_that_never_vote_warn_before_the_stage_and_stop_it(recipe, tmp_pa
     context = StageContext(loaded, "weak_label", tmp_path, 0)
     context.out.mkdir()
     with pytest.raises(DataError, match="no function gave any vote"):
-        weak_label.run(loaded.stages["weak_label"], context)
+        prepare_and_train(loaded.stages["weak_label"], context)
 
 
 def test_rows_that_trl_would_cut_at_its_own_limit_stop_the_stage(recipe, run_dir, tmp_path) -> None:

@@ -13,7 +13,7 @@ from align.data.load import load_examples
 from align.data.render.chat import apply_tokenizer_spec
 from align.recipe.schema import BuildSpec, DataSpec, Recipe, TokenizerSpec
 from align.recipe.schema.tuning import TuningSpec
-from align.stages.base import StageContext, _manifest_head, stage_runner
+from align.stages.base import StageContext, _manifest_head, prepare_and_train
 from align.stages.base_model import _save, train_tokenizer
 
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def run_plain(folder: Path, plain: dict[str, Any], *, name: str) -> Any:
     context = StageContext(recipe, name, folder, 0)
     context.out.mkdir(parents=True, exist_ok=True)
     spec = recipe.stages[name]
-    result = stage_runner(plain["kind"])(spec, context)
+    result = prepare_and_train(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | {"metrics": dict(result.metrics)})
     return read_artefact(context.out, head["kind"])

@@ -16,8 +16,7 @@ from align.core.card import Card
 from align.core.errors import ArtefactError, DataError
 from align.data.render.chat import ChatFormat
 from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
-from align.stages.base import StageContext, chat_format
-from align.stages.base_model import run
+from align.stages.base import StageContext, chat_format, prepare_and_train
 from tests.sixteen_faults import NO_STOP
 
 
@@ -49,7 +48,7 @@ def bring_in(path: Path, out: Path, tokenizer: TokenizerSpec) -> tuple[Path, Car
     spec = BaseStage(kind="base", path=str(path), tokenizer=tokenizer)
     recipe = Recipe(name="r", stages={"base": spec})
     (out / "base").mkdir(parents=True)
-    run(spec, StageContext(recipe, "base", out, 0))
+    prepare_and_train(spec, StageContext(recipe, "base", out, 0))
     card = json.loads((out / "base" / "preflight.json").read_text())
     return out / "base" / "model", card
 

@@ -26,16 +26,16 @@ from align.data.render.templates import TEMPLATES
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.preflight import offline, tokens
-from align.preflight.checks import Finding, Seen, examine
+from align.preflight.checks import MAX_SEEN, Check, Finding, examine, spread
 from align.preflight.rewards import reward_checks
-from align.recipe.schema import DpoStage, Recipe, RewardSpec, SftStage
+from align.recipe.schema import DpoStage, Recipe, RewardSpec, SftStage, Spec
 from align.report.markup import Markup
 from align.report.preflight import preflight
 from align.report.read import RunRecord, StageRecord
 from align.stages import dpo, sft
-from align.stages.base import StageContext
-from align.stages.preflight import CheckedOnly, settle
+from align.stages.base import Prepared, StageContext, StageResult, prepare_and_train
 from align.stages.reward.tasks import WeightedPair, collate_pairs
+from align.stages.tools.deep_check import check_stage
 from align.training.offline import OfflineTask
 from reward_models import build_reward
 
@@ -290,13 +290,12 @@ def test_model_worse_than_chance_is_a_warning(source: Artefact) -> None:
     assert offline.first_loss(SFT, module, task, rows, 2).verdict == "warn"
 
 
-def test_seen_keeps_examples_spread_over_all() -> None:
-    seen = Seen(lambda example: example.source)
-    assert [seen(Example(prompt="", source=str(i))) for i in range(1000)][-1] == "999"
-    kept = [int(e.source) for e in seen.examples]
-    assert 16 <= len(kept) < 32
+def test_spread_takes_examples_evenly_over_all() -> None:
+    kept = spread(range(1000), MAX_SEEN)
+    assert len(kept) == MAX_SEEN
     assert kept[-1] > 900
     assert len({b - a for a, b in pairwise(kept)}) == 1
+    assert spread([1, 2, 3], MAX_SEEN) == [1, 2, 3]
 
 
 def test_error_of_a_check_becomes_a_failed_line() -> None:
@@ -307,26 +306,57 @@ def test_error_of_a_check_becomes_a_failed_line() -> None:
     assert (line.verdict, line.remedy) == ("fail", "b.jsonl:4: no turns")
 
 
-def context(tmp_path: Path, **options) -> StageContext:
+def fake_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checks: list[Check]
+) -> tuple[StageContext, list[str]]:
+    """Put a stage of two checks in the place of sft; return its context and what happens in it."""
+    happened: list[str] = []
     recipe = Recipe(name="r", stages={"sft": SFT})
     (tmp_path / "sft").mkdir()
-    return StageContext(recipe, "sft", tmp_path, 0, **options)
+    context = StageContext(recipe, "sft", tmp_path, 0)
+
+    def train() -> StageResult:
+        happened.append("trained")
+        return StageResult({}, notes={"late": 2})
+
+    def prepare(spec: Spec, context: StageContext) -> Prepared:
+        context.resources.callback(happened.append, "closed")
+        return Prepared(train=train, checks=checks, notes={"early": 1})
+
+    monkeypatch.setattr(sft, "prepare", prepare)
+    return context, happened
 
 
-def test_failed_line_stops_the_stage_and_the_card_is_kept(tmp_path: Path) -> None:
-    bad = ("bos", lambda: Finding("3 rows with two", "never", "fail", "take one out"))
+BAD = ("bos", lambda: Finding("3 rows with two", "never", "fail", "take one out"))
+FINE = ("fine", lambda: Finding("1"))
+
+
+def test_failed_line_stops_the_stage_and_the_card_is_kept(tmp_path, monkeypatch) -> None:
+    context, happened = fake_stage(tmp_path, monkeypatch, [FINE, BAD])
     with pytest.raises(PreflightError, match="bos: 3 rows with two: take one out") as caught:
-        settle(context(tmp_path), [("fine", lambda: Finding("1")), bad])
+        prepare_and_train(SFT, context)
     assert caught.value.exit_code == 2
+    assert happened == ["closed"]
     card = read_card(json.loads((tmp_path / "sft" / "preflight.json").read_text()))
     assert [(line.name, line.verdict) for line in card.lines] == [("fine", "ok"), ("bos", "fail")]
 
 
-def test_check_only_ends_with_the_card_and_writes_nothing(tmp_path: Path) -> None:
-    bad = ("bos", lambda: Finding("3", "never", "fail", "take one out"))
-    with pytest.raises(CheckedOnly) as caught:
-        settle(context(tmp_path, scratch=tmp_path), [bad])
-    assert [line.verdict for line in caught.value.card.lines] == ["fail"]
+def test_a_stage_trains_after_its_checks_and_then_gives_back_what_it_holds(
+    tmp_path, monkeypatch
+) -> None:
+    context, happened = fake_stage(tmp_path, monkeypatch, [FINE])
+    assert prepare_and_train(SFT, context).notes == {"early": 1, "late": 2}
+    assert happened == ["trained", "closed"]
+
+
+def test_deep_check_ends_with_the_card_and_writes_nothing(tmp_path, monkeypatch) -> None:
+    context, happened = fake_stage(tmp_path, monkeypatch, [BAD])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    card = check_stage(context.recipe, "sft", tmp_path, scratch)
+    assert [line.verdict for line in card.lines] == ["fail"]
+    assert happened == ["closed"]
+    assert not list(scratch.iterdir())
     assert not (tmp_path / "sft" / "preflight.json").exists()
 
 

@@ -41,7 +41,6 @@ class DataStage(StageSpec):
     """Hold what the stages that write data.jsonl share; they run as one process."""
 
     produces: ClassVar[str] = "data"
-    checked: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _one_rank(self) -> "DataStage":

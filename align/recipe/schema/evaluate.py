@@ -30,7 +30,6 @@ class MergeStage(StageSpec):
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "merge"
-    checked: ClassVar[bool] = True
     kind: Literal["merge"]
     base: Annotated[str, Ref("policy")]
     tuned: Annotated[str, Ref("policy")]
@@ -201,7 +200,6 @@ class EvaluateStage(StageSpec):
 
     produces: ClassVar[str] = "evaluation"
     module: ClassVar[str] = "evaluate.stage"
-    checked: ClassVar[bool] = True
     kind: Literal["evaluate"]
     models: Annotated[list[str], Ref("policy")] = Field(min_length=1)
     labels: dict[str, str] = {}

@@ -122,9 +122,7 @@ class StageSpec(Spec):
     produces: ClassVar[str]
     """Kind of the artifact that it writes."""
     module: ClassVar[str]
-    """Module of ``align.stages`` whose ``run(spec, context)`` is the stage."""
-    checked: ClassVar[bool] = False
-    """It ends in its preflight where only that is wanted (``align check --deep``)."""
+    """Module of ``align.stages`` whose ``prepare(spec, context)`` makes the stage ready."""
     if TYPE_CHECKING:  # each class has its own
         kind: str
     ranks: Count = 1
@@ -137,7 +135,6 @@ class TrainingStage(StageSpec):
     """Hold what every training stage shares."""
 
     produces: ClassVar[str] = "policy"
-    checked: ClassVar[bool] = True
     family: ClassVar[Literal["supervised", "policy"]]
     """It learns right answers, or a policy that is held against its reference. The family sets
     the learning rates that are known to work."""
@@ -268,7 +265,6 @@ class BaseStage(StageSpec):
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "base_model"
-    checked: ClassVar[bool] = True
     kind: Literal["base"]
     path: str | None = None
     build: BuildSpec | None = None
@@ -429,7 +425,6 @@ class EncoderStage(StageSpec):
 
     produces: ClassVar[str] = "encoder"
     module: ClassVar[str] = "encoder"
-    checked: ClassVar[bool] = True
     kind: Literal["encoder"]
     path: str
     """Folder or hub id in the format of transformers."""

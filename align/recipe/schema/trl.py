@@ -61,7 +61,6 @@ class TrlStage(StageSpec):
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "trl.stage"
-    checked: ClassVar[bool] = True
     kind: Literal["trl"]
     trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
     """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""

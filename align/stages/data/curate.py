@@ -8,13 +8,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from align.core.types import Example
 from align.data.load import load_examples
 from align.data.text.similarity import diverse, near_duplicates, tfidf
 from align.preflight.checks import Check, spread
 from align.recipe.schema import CurateStage
-from align.stages.base import StageContext, StageResult
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.data.checks import (
     NUM_SCORED,
     answers_of,
@@ -24,7 +25,6 @@ from align.stages.data.checks import (
 )
 from align.stages.data.rows import Ledger, answer_text, question, score_rows, to_row, write_data
 from align.stages.offline import fingerprints
-from align.stages.preflight import settle
 from reward_models.base import completion_text
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,16 @@ class Pool:
         return "\n".join(said)
 
 
-def run(spec: CurateStage, context: StageContext) -> StageResult:
-    """Write the rows of ``spec.data`` that pass, in their old order."""
+def prepare(spec: CurateStage, context: StageContext) -> Prepared:
+    """Read the rows of ``spec.data``."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
-    settle(context, checks(spec, examples, context))
+    return Prepared(
+        train=partial(curate, spec, context, examples), checks=checks(spec, examples, context)
+    )
+
+
+def curate(spec: CurateStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
+    """Write the rows that pass, in their old order."""
     pool = Pool(examples, list(range(len(examples))), {}, Ledger())
     by_words(pool, spec)
     by_quality(pool, spec, context)

@@ -10,13 +10,16 @@ import logging
 import random
 import string
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from align.core.artefacts import Artefact
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.distributed import derive_seed, stop_requested
-from align.core.errors import AlignError, DataError, Preempted
+from align.core.errors import DataError, Preempted
 from align.core.types import Completion, PromptRow, Turn
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
@@ -27,10 +30,9 @@ from align.preflight.tokens import prompt_checks
 from align.recipe.schema import SelfInstructStage
 from align.sampling.engine import RolloutEngine
 from align.sampling.rollout import sample_groups
-from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.data.rows import Ledger, answer_text, num_questions, question, write_data
 from align.stages.offline import fingerprints
-from align.stages.preflight import CheckedOnly, settle
 from align.stages.rollouts import start_engine
 
 
@@ -107,19 +109,32 @@ class Grown:
         return [*self.seeds, *self.rows]
 
 
-def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
-    """Grow ``spec.seeds`` by ``spec.target`` rows with the policy ``spec.init``."""
+def prepare(spec: SelfInstructStage, context: StageContext) -> Prepared:
+    """Read ``spec.seeds`` and start the engine with the policy ``spec.init``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     grown = read_seeds(spec, context)
     start = restore(grown, context)
-    engine = start_engine(spec, source.model_dir, chat, context)
+    engine = context.resources.enter_context(
+        closing(start_engine(spec, source.model_dir, chat, context))
+    )
     sampler = Sampler(engine, chat, spec, context.seed)
-    try:
-        settle(context, checks(grown, sampler, source.model_dir))
-    except (AlignError, CheckedOnly):
-        engine.close()
-        raise
+    return Prepared(
+        train=partial(grow, spec, context, sampler, grown=grown, start=start, source=source),
+        checks=checks(grown, sampler, source.model_dir),
+    )
+
+
+def grow(
+    spec: SelfInstructStage,
+    context: StageContext,
+    sampler: "Sampler",
+    *,
+    grown: Grown,
+    start: int,
+    source: Artefact,
+) -> StageResult:
+    """Grow the seeds by ``spec.target`` rows, from round ``start``."""
     metrics = context.metrics(spec.target)
     if start:
         metrics.rewind(len(grown.rows))
@@ -132,7 +147,6 @@ def run(spec: SelfInstructStage, context: StageContext) -> StageResult:
         if stop_requested():
             raise Preempted(f"stopped on a signal after round {number + 1}; run again to go on")
     metrics.close()
-    engine.close()
     if len(grown.rows) < spec.target:
         log.warning(
             "%s: %d of %d rows after %d rounds; left: %s",

@@ -7,6 +7,7 @@ carries ``label_prob``, the probability that its label is right, and weighs so m
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,28 @@ from align.data.text.label_model import ABSTAIN, LabelModel, dawid_skene
 from align.preflight.checks import spread
 from align.recipe.schema import WeakLabelStage
 from align.recipe.schema.data_stages import LabelFunction
-from align.stages.base import StageContext, StageResult
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.data.checks import NUM_SCORED, row_check, vote_checks
 from align.stages.data.rows import Ledger, score_rows, to_row, write_data
 from align.stages.offline import fingerprints
-from align.stages.preflight import settle
 
 log = logging.getLogger(__name__)
 GIVEN = "given"
 """Name of the voter that is the order in the data."""
 
 
-def run(spec: WeakLabelStage, context: StageContext) -> StageResult:
-    """Write the rows of ``spec.data`` with probable labels."""
+def prepare(spec: WeakLabelStage, context: StageContext) -> Prepared:
+    """Read the rows of ``spec.data``, and collect votes on a few."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
     first = collect_votes(spread(examples, NUM_SCORED), spec, context)
-    settle(context, [row_check(examples), *vote_checks(*first)])
+    return Prepared(
+        train=partial(label, spec, context, examples),
+        checks=[row_check(examples), *vote_checks(*first)],
+    )
+
+
+def label(spec: WeakLabelStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
+    """Write the rows with probable labels."""
     names, votes = collect_votes(examples, spec, context)
     if not (votes != ABSTAIN).any():
         raise DataError(f"{context.name}: no function gave any vote; look at their bounds")

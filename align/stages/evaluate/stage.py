@@ -3,12 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
 from align.core.log import CARDS_FILE, MetricsLog
+from align.core.types import PromptRow
 from align.evaluation.compare import Record, check_expectations
 from align.evaluation.verdict import (
     WIN_RATES,
@@ -22,7 +24,7 @@ from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import EvaluateStage, RewardSpec, TaskSpec
 from align.recipe.schema.evaluate import OWN_TASK
-from align.stages.base import StageContext, StageResult, chat_format
+from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.evaluate.answers import Answers, sample_all, task_rows
 from align.stages.evaluate.harness import harness_blocks
 from align.stages.evaluate.judge import judge_all
@@ -37,7 +39,7 @@ from align.stages.evaluate.measure import (
 )
 from align.stages.evaluate.reward_cards import CardInput, SampledAnswers, build_cards, headlines
 from align.stages.offline import fingerprints
-from align.stages.preflight import preflight_evaluate
+from align.stages.preflight import evaluate_checks
 from align.stages.rollouts import build_rewards
 from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
@@ -45,20 +47,37 @@ from reward_models.base import RewardFunction
 log = logging.getLogger(__name__)
 
 
-def run(spec: EvaluateStage, context: StageContext) -> StageResult:
-    """Sample, score and compare; write summary.json and samples.jsonl."""
+def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
+    """Read the models and the prompts of the tasks, and build their graders and judges."""
     artefacts = {
         spec.label(name): context.artefact(name, "policy", with_adapter=True)
         for name in spec.models
     }
+    if not spec.all_tasks:
+        return Prepared(train=partial(evaluate, spec, context, artefacts, rows={}, rewards={}))
+    baseline = artefacts[spec.label(spec.baseline)].model_dir
+    rows = task_rows(spec, artefacts[spec.label(spec.baseline)], context)
+    rewards = task_rewards(spec, context, load_tokenizer(baseline))
+    return Prepared(
+        train=partial(evaluate, spec, context, artefacts, rows=rows, rewards=rewards),
+        checks=evaluate_checks(spec, baseline, rows=rows, rewards=rewards),
+    )
+
+
+def evaluate(
+    spec: EvaluateStage,
+    context: StageContext,
+    artefacts: Mapping[str, Artefact],
+    *,
+    rows: Mapping[str, Sequence[PromptRow]],
+    rewards: TaskRewards,
+) -> StageResult:
+    """Sample, score and compare; write summary.json and samples.jsonl."""
     baseline = spec.label(spec.baseline)
     answers: Answers = {}
     answered: dict[str, dict[str, Answered]] = {}
     summary: dict[str, Any] = {"engine": "none"}
     if spec.all_tasks:
-        rows = task_rows(spec, artefacts[baseline], context)
-        rewards = task_rewards(spec, context, load_tokenizer(artefacts[baseline].model_dir))
-        preflight_evaluate(spec, context, artefacts[baseline].model_dir, rows=rows, rewards=rewards)
         answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
         answered = measure_all(spec, artefacts, answers, rewards, context)
     summary["tasks"] = {

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def sampled_rows(
         cache_gib=spec.norm_sampling.cache_gib,
         stop_token_ids=chat.stop_token_ids,
     )
-    with engine.awake():
+    with closing(engine), engine.awake():
         groups = sample_groups(
             engine,
             prompts,
@@ -76,7 +77,6 @@ def sampled_rows(
             sampling=spec.norm_sampling,
             stop_token_ids=chat.stop_token_ids,
         )
-    engine.close()
     rows = []
     for prompt, (answer,) in zip(prompts, groups, strict=True):
         ids = (*prompt.input_ids, *answer.token_ids)

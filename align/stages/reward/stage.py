@@ -22,23 +22,23 @@ from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
 from align.models.heads import TextValues, scorer_from, scorer_on_encoder
 from align.models.loading import load_tokenizer, set_dropout
-from align.preflight.checks import Seen
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
-from align.stages.base import RowFormat, StageContext, StageResult, scorer_format
+from align.stages.base import Prepared, RowFormat, StageContext, StageResult, scorer_format
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.offline import (
+    OfflineRows,
+    add_tuner_to_backbone,
     fingerprints,
+    load_backbone,
     offline_rows,
     read_back,
     refuse_random,
     run_offline,
     saved_loss,
-    start_of_head,
-    tuned_below_head,
     whole_state,
 )
-from align.stages.preflight import preflight_offline, row_views, settle
+from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
 from align.stages.reward.normalize import Numbers, normalisation, sampled_rows
 from align.stages.reward.tasks import (
@@ -64,49 +64,62 @@ from align.tuning.wrap import has_adapter
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
 
-Built = tuple[OfflineTask[Any], Sequence[Example]]
-"""A task, and some of the examples that its rows were made from."""
 
-
-def run(spec: RewardStage, context: StageContext) -> StageResult:
-    """Train a scorer, begun from ``spec.init``, on what ``spec.data`` judges."""
-    source = start_of_head(spec, context)
+def prepare(spec: RewardStage, context: StageContext) -> Prepared:
+    """Read what ``spec.data`` judges, and put fresh heads on the model of ``spec.init``."""
+    source = load_backbone(spec, context)
     chat = scorer_format(source)
     build = {"pairs": pair_task, "answers": answer_task, "steps": step_task}[spec.supervision]
-    task, examples = build(spec, context, chat)
+    task, data = build(spec, context, chat)
     model = fresh_scorer(spec, source, context)
     module = values_of(model)
     if isinstance(chat, PairedFormat):
         checks = paired_checks(spec, chat, module, model, task, source)
-        settle(context, checks, lambda: row_views(task.rows, chat))
     else:
-        preflight_offline(
+        checks = offline_checks(
             spec,
-            context,
             chat=chat,
             source=source,
             module=module,
             model=model.backbone,
             task=task,
-            examples=examples,
+            examples=data.examples,
         )
+    return Prepared(
+        train=partial(train, spec, context, source=source, chat=chat, task=task, model=model),
+        checks=[*data.checks, *checks],
+        views=lambda: row_views(task.rows, chat),
+        notes=data.notes,
+    )
+
+
+def train(
+    spec: RewardStage,
+    context: StageContext,
+    *,
+    source: Artefact,
+    chat: RowFormat,
+    task: OfflineTask[Any],
+    model: RewardModel,
+) -> StageResult:
+    """Train a reward model, measure its scores on reference responses, and save it."""
     notes: dict[str, Any] = {}
     if spec.noise_folds:
         pairs = [row.pair for row in task.rows]
-        train = partial(train_part, spec, source)
-        notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=train)
+        part = partial(train_part, spec, source)
+        notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=part)
     best = BestWeights(partial(save_scorer, spec, model, source), context.out)
     stopping = build_stopping(spec, best)
     trained, total = num_trained(model)
-    final = run_offline(module, task, spec, context, stopping=stopping)
+    final = run_offline(values_of(model), task, spec, context, stopping=stopping)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    # What is saved may be another model than the one in memory: earlier, or not in 4 bits.
     if stopping is not None:
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         model = saved_scorer(spec, context.out / "model")
         notes |= stopping_notes(stopping)
     elif spec.tuning.method == "qlora":
-        # What is saved is another model than the one in memory: not in 4 bits.
         save_scorer(spec, model, source, context.out)
         model = read_back(partial(saved_scorer, spec, context.out / "model")) or model
     if spec.tuning.method == "qlora" and not has_adapter(model.backbone):
@@ -144,28 +157,29 @@ def train_part(
 def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
     """Put fresh heads on the model of ``source``, by the seed of the stage."""
     torch.manual_seed(distributed.derive_seed(context.seed, "head"))
-    return load_scorer(spec, source, seed=distributed.derive_seed(context.seed, "tuning"))
+    return new_reward_model(spec, source, seed=distributed.derive_seed(context.seed, "tuning"))
 
 
-def pair_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+def pair_task(
+    spec: RewardStage, context: StageContext, chat: RowFormat
+) -> tuple[OfflineTask[Any], OfflineRows]:
     """Learn which of two answers is better."""
-    render = Seen(chat.pair_row)
-    rows, watched = offline_rows(spec, context, kind="preference", render=render)
-    ties = [pair.source for pair in (*rows, *watched) if pair.tie]
+    data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    ties = [pair.source for pair in (*data.training, *data.heldout) if pair.tie]
     if ties and spec.tie_margin is None:
         raise DataError(
             f"{ties[0]}: tie: true, and {len(ties)} pairs in all; set tie_margin (1.1 lets equal "
             "answers tie half of the time), or leave these pairs out"
         )
     task = OfflineTask(
-        weighted(rows, spec, context),
-        [WeightedPair(pair, (1.0,) * spec.heads) for pair in watched],
+        weighted(data.training, spec, context),
+        [WeightedPair(pair, (1.0,) * spec.heads) for pair in data.heldout],
         _pair_length,
         collate_pairs,
         partial(pair_loss, spec),
         padded=isinstance(chat, PairedFormat),
     )
-    return task, render.examples
+    return task, data
 
 
 def weighted(
@@ -180,40 +194,45 @@ def _pair_length(row: WeightedPair) -> int:
     return pair_length(row.pair)
 
 
-def answer_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+def answer_task(
+    spec: RewardStage, context: StageContext, chat: RowFormat
+) -> tuple[OfflineTask[Any], OfflineRows]:
     """Learn whether an answer is good, from answers that are judged one by one."""
 
     def judged(example: Example) -> JudgedAnswer:
         row = to_stop(chat.sft_row(example))
         return JudgedAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
 
-    render = Seen(judged)
-    rows, watched = offline_rows(spec, context, kind="unpaired", render=render)
+    data = offline_rows(spec, context, kind="unpaired", render=judged)
     try:
-        classes = class_weights(rows)
+        classes = class_weights(data.training)
     except ValueError as error:
         raise DataError(f"{context.name}: {error}") from error
-    weights = head_weights(len(rows), spec.heads, seed=context.seed)
-    rows = [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
-    watched = [replace(row, weights=(1.0,) * spec.heads) for row in watched]
+    weights = head_weights(len(data.training), spec.heads, seed=context.seed)
+    rows = [replace(row, weights=w) for row, w in zip(data.training, weights, strict=True)]
+    heldout = [replace(row, weights=(1.0,) * spec.heads) for row in data.heldout]
     loss = partial(judged_loss, spec, classes)
     task = OfflineTask(
-        rows, watched, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
+        rows, heldout, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
     )
-    return task, render.examples
+    return task, data
 
 
 def _length(row: TokenRow) -> int:
     return len(row.input_ids)
 
 
-def step_task(spec: RewardStage, context: StageContext, chat: RowFormat) -> Built:
+def step_task(
+    spec: RewardStage, context: StageContext, chat: RowFormat
+) -> tuple[OfflineTask[Any], OfflineRows]:
     """Learn whether a solution is right so far, from steps that are judged one by one."""
     assert isinstance(chat, ChatFormat), "no encoder judges steps"
-    render = Seen(partial(_judged_steps, chat, spec.step_separator))
-    rows, watched = offline_rows(spec, context, kind="steps", render=render)
-    task = OfflineTask(rows, watched, _length, collate_steps, partial(steps_loss, spec))
-    return task, render.examples
+    render = partial(_judged_steps, chat, spec.step_separator)
+    data = offline_rows(spec, context, kind="steps", render=render)
+    task = OfflineTask(
+        data.training, data.heldout, _length, collate_steps, partial(steps_loss, spec)
+    )
+    return task, data
 
 
 def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedSteps:
@@ -235,7 +254,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
     return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
 
-def load_scorer(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
+def new_reward_model(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
     """Put fresh heads on the model of ``source``; add what ``tuning`` trains."""
     held = quantization(spec.tuning, spec.dtype)
     if source.manifest["kind"] == "encoder":
@@ -249,7 +268,7 @@ def load_scorer(spec: RewardStage, source: Artefact, *, seed: int) -> RewardMode
         )
     if spec.keep.dropout:
         set_dropout(model.backbone, spec.keep.dropout)
-    model.backbone = tuned_below_head(spec, model.backbone, seed=seed)
+    model.backbone = add_tuner_to_backbone(spec, model.backbone, seed=seed)
     return model.to(distributed.device())
 
 

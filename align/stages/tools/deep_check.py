@@ -18,14 +18,14 @@ from align.core.artefacts import write_manifest
 from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.log import log, setup_logging
+from align.preflight.run import run_checks
 from align.recipe.load import read_resolved
 from align.recipe.schema import BaseStage, EncoderStage, Recipe
 from align.stages.base import (
     StageContext,
-    stage_runner,
-    with_data_of_stages,
+    prepare_stage,
 )
-from align.stages.preflight import CheckedOnly, base_checks, settle
+from align.stages.preflight import base_checks
 
 BRINGS_IN = (BaseStage, EncoderStage)
 
@@ -96,9 +96,6 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         scratch: empty folder that the stage may write to.
     """
     spec = recipe.stages[name]
-    if not spec.checked:
-        what = f"stages of kind {spec.kind} check nothing before they begin"
-        return Card(name, spec.kind, [Line("preflight", what, "", "not yet")])
     missing = [
         reference
         for reference in dict.fromkeys(recipe.inputs(name).values())
@@ -111,16 +108,15 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
     context = StageContext(recipe, name, inputs, recipe.seed_of(name), scratch=scratch)
     try:
         if isinstance(spec, BaseStage) and (inputs / name).exists():
-            settle(context, base_checks(inputs / name / "model"))
-        stage_runner(spec.kind)(with_data_of_stages(spec, context), context)
-    except CheckedOnly as ended:
-        if (scratch / "model").is_dir() and not (inputs / name).exists():
-            write_manifest(scratch, {"kind": spec.produces, "spec_hash": ""})
-            os.symlink(scratch, inputs / name)
-        return ended.card
+            return run_checks(name, spec.kind, base_checks(inputs / name / "model"))
+        with context.resources:
+            card = run_checks(name, spec.kind, prepare_stage(spec, context).checks)
     except AlignError as error:
         return Card(name, spec.kind, [Line("preparation", "stopped", "", "fail", str(error))])
-    raise AssertionError(f"stage {name} of kind {spec.kind} went past its preflight")
+    if (scratch / "model").is_dir() and not (inputs / name).exists():
+        write_manifest(scratch, {"kind": spec.produces, "spec_hash": ""})
+        os.symlink(scratch, inputs / name)
+    return card
 
 
 if __name__ == "__main__":

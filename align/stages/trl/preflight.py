@@ -1,6 +1,6 @@
 """The preflight of stage trl: the rows as TRL's own code made them, and the model it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,25 +13,23 @@ from align.preflight.checks import MAX_SEEN, Check, spread
 from align.preflight.offline import same_weights
 from align.preflight.rewards import reward_checks
 from align.recipe.schema import TrlStage
-from align.stages.base import StageContext
-from align.stages.preflight import NUM_SHOWN, settle
+from align.stages.preflight import NUM_SHOWN
 from reward_models.base import RewardFunction
 
 
 def preflight_trl(
     spec: TrlStage,
-    context: StageContext,
     *,
     trainer: Any,
     examples: Sequence[Example],
     chat: ChatFormat,
     source: Artefact,
     rewards: Sequence[RewardFunction],
-) -> None:
-    """Check what a trainer of TRL is about to train on.
+) -> tuple[list[Check], Callable[[], list[View]] | None]:
+    """Return the checks of what a trainer of TRL is about to train on, and rows to be shown.
 
     Args:
-        spec: the stage. context: its surroundings. trainer: ready to train.
+        spec: the stage. trainer: ready to train.
         examples: what its data set was made from. chat: this suite's renderer.
         source: what ``init`` names. rewards: handed to an online trainer.
     """
@@ -40,8 +38,7 @@ def preflight_trl(
         prompts = [chat.prompt_row(example) for example in examples]
         checks = tokens.prompt_checks(chat, prompts, model_dir=source.model_dir)
         checks += reward_checks("reward", spec.rewards, rewards, prompts, None)
-        settle(context, [*checks, start])
-        return
+        return [*checks, start], None
     dataset = trainer.train_dataset
     made = collated.rows_of(dataset, trainer.data_collator, [e.source for e in examples])
     few = spread(examples, MAX_SEEN)
@@ -50,7 +47,7 @@ def preflight_trl(
     else:  # its batches hold no tokens that say what is trained: this suite's rendering of the rows
         own = own_rows(spec, few, chat)
         checks = tokens.row_checks(chat, own, few, model_dir=source.model_dir)
-    settle(context, [*checks, start], lambda: views(made or own_rows(spec, few, chat), chat))
+    return [*checks, start], lambda: views(made or own_rows(spec, few, chat), chat)
 
 
 def collated_checks(

@@ -8,6 +8,7 @@ that are hashed when they are written and verified before they are loaded.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from align.data.render.chat import ChatFormat
 from align.data.render.content import check_plain
 from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
-from align.stages.base import StageContext, StageResult, chat_format
-from align.stages.contaminated import note_contamination
+from align.stages.base import Prepared, StageContext, StageResult, chat_format
+from align.stages.contaminated import contamination_checks
 from align.stages.offline import fingerprints, whole_state
 from align.stages.rollouts import build_rewards
 from align.stages.trl.preflight import preflight_trl
@@ -50,8 +51,8 @@ CONVERSING = ("GKD", "GOLD", "IWOPD")
 """Trainers that read whole conversations, as a column ``messages``."""
 
 
-def run(spec: TrlStage, context: StageContext) -> StageResult:
-    """Train ``spec.init`` with the trainer of TRL that the recipe names."""
+def prepare(spec: TrlStage, context: StageContext) -> Prepared:
+    """Build the trainer of TRL that the recipe names, with ``spec.init`` and the rows."""
     source = context.artefact(spec.init, "policy")
     trainer_class, config_class = find_trainer(spec.trainer)
     chat = chat_format(source.model_dir)
@@ -61,7 +62,9 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
         fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
     )
     check_overlap(train, heldout)
-    note_contamination(context, train, heldout, max_frac=spec.max_contaminated_frac)
+    contamination, notes = contamination_checks(
+        context, train, heldout, max_frac=spec.max_contaminated_frac
+    )
     rewards = build_rewards(spec.rewards, context)
     given = extras(trainer_class, spec, source.model_dir, context, rewards)
     if heldout:
@@ -79,10 +82,23 @@ def run(spec: TrlStage, context: StageContext) -> StageResult:
     if heldout:
         trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
     check_resumable(spec, trainer, where=context.name)
-    preflight_trl(
-        spec, context, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
+    checks, views = preflight_trl(
+        spec, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
     )
-    final = trained(trainer, spec, context, evaluated=bool(heldout))
+    evaluated = bool(heldout)
+    return Prepared(
+        train=partial(train_and_save, spec, context, trainer, source=source, evaluated=evaluated),
+        checks=[*contamination, *checks],
+        views=views,
+        notes=notes,
+    )
+
+
+def train_and_save(
+    spec: TrlStage, context: StageContext, trainer: Any, *, source: Artefact, evaluated: bool
+) -> StageResult:
+    """Train with a trainer of TRL and save the model as every stage does."""
+    final = trained(trainer, spec, context, evaluated=evaluated)
     trained_params, total = num_trained(trainer.model)
     final |= {"tuning/trained_params": float(trained_params), "tuning/params": float(total)}
     save(spec, context, trainer, source)
