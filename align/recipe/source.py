@@ -253,7 +253,11 @@ class _Reader:
             return None
 
     def expanded(self, text: str, key: Key) -> tuple[str, bool]:
-        """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` is a literal ``${NAME}``."""
+        """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` is a literal ``${NAME}``.
+
+        ``${RECIPE_DIR}`` is the folder of the file that it stands in.
+        """
+        known = os.environ | {"RECIPE_DIR": str(Path(self.file).parent)}
 
         def replace(match: re.Match[str]) -> str:
             name, default = match.group(1), match.group(2)
@@ -266,7 +270,7 @@ class _Reader:
                     "a literal '${' is written '$${'",
                 )
                 return ""
-            value = os.environ.get(name, default)
+            value = known.get(name, default)
             if value is None:
                 self.problem(
                     key,

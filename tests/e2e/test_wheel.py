@@ -71,7 +71,9 @@ def test_a_shipped_recipe_is_checked_shown_and_begun_outside_the_checkout(
     places = work("-c", where, cwd=tmp_path, site=site).split()
     assert all(Path(place).is_relative_to(site) for place in places)
     assert "right, 7 stages" in work("-m", "align", "check", "quickstart", cwd=tmp_path, site=site)
-    work("-m", "align", "check", "ewc", cwd=tmp_path, site=site)
+    facts = "from align.recipe.load import load_recipe; from pathlib import Path; "
+    facts += "print(Path(load_recipe('ewc').stages['base'].data[0].path).is_file())"
+    assert work("-c", facts, cwd=tmp_path, site=site) == "True\n"
     settings = ["seed=3", "stages.base.steps=2", "stages.base.data.0.rows=64", "stages.sft.steps=1"]
     words = ["quickstart", *(word for text in settings for word in ("--set", text))]
     work("-m", "align", "run", *words, "--only", "base", cwd=tmp_path, site=site)

@@ -313,3 +313,16 @@ def test_check_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "right, 4 stages" in done.stdout
+
+
+def test_recipe_dir_is_the_folder_of_the_file_it_stands_in():
+    Path("above").mkdir()
+    Path("above/base.yaml").write_text(
+        "name: x\nstages:\n  base: {kind: base, build: {}, steps: 1, "
+        'data: [{path: "${RECIPE_DIR}/rows.jsonl"}, {path: "$${RECIPE_DIR}/b"}]}\n'
+    )
+    Path("child.yaml").write_text("extends: above/base.yaml\nname: y\ndescription: ${RECIPE_DIR}\n")
+    recipe = load_recipe("child.yaml")
+    assert recipe.description == "."
+    assert [d.path for d in recipe.stages["base"].data] == ["above/rows.jsonl", "${RECIPE_DIR}/b"]
+    assert load_recipe(Path("child.yaml").resolve()).description == str(Path.cwd())
