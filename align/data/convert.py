@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from align.core.artefacts import file_sha256, write_json_atomic
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.check.row_rules import text_of
-from align.data.load import Kind, load_examples
+from align.data.load import Kind, load_examples, source_of
 from align.data.reading.sources import data_fingerprint, suffix_of
 from align.recipe.schema import DataSpec
 
@@ -179,7 +179,7 @@ def convert(
         "inputs": [
             {
                 **spec.model_dump(mode="json", exclude_defaults=True),
-                "files": data_fingerprint(cast(str, spec.path)),
+                "files": data_fingerprint(source_of(spec)[0]),
             }
             for spec in specs
         ],

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
 from align.data.reading.json import Row
-from align.data.reading.sources import read_rows
+from align.data.reading.sources import named_source, read_rows
 from align.data.split import side_of, split_key
 from align.data.toy import generate
 from align.data.wordings import word_row
@@ -297,11 +297,17 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
             spec.world,
             rows=spec.rows,
             seed=seed,
-            split=spec.split,
+            split=cast(Literal["all", "train", "heldout"], spec.split),
             heldout_frac=spec.heldout_frac,
             **({"tasks": spec.tasks} if spec.tasks else {}),
         )
     )
+
+
+def source_of(spec: DataSpec) -> tuple[str, str]:
+    """Return the name by which the source of a spec is read, and which side of it by hash."""
+    assert spec.path is not None
+    return named_source(spec.path, config=spec.config, revision=spec.revision, split=spec.split)
 
 
 def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
@@ -315,7 +321,8 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     examples: list[Example] = []
     errors: list[str] = []
     barren = 0
-    for row, source in read_rows(spec.path):
+    name, side = source_of(spec)
+    for row, source in read_rows(name):
         try:
             found: list[Example] = []
             row = rename_fields(row, spec.rename, source=source)
@@ -329,7 +336,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
                 break
             continue
         barren += not found
-        examples += [a for e in found if _on_side(e, spec, row) for a in _answers(e, spec)]
+        examples += [a for e in found if _on_side(e, spec, row, side) for a in _answers(e, spec)]
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
@@ -360,12 +367,12 @@ def _answers(example: Example, spec: DataSpec) -> list[Example]:
     return [replace(example, completion=side, rejected=None, margin=None) for side in sides]
 
 
-def _on_side(example: Example, spec: DataSpec, row: Row) -> bool:
-    if spec.split == "all":
+def _on_side(example: Example, spec: DataSpec, row: Row, side: str) -> bool:
+    if side == "all":
         return True
     # All wordings of a row stay on one side, whatever seed and phrasing.
     key = split_key(example) if spec.templates is None else json.dumps(row, sort_keys=True)
-    return side_of(key, heldout_frac=spec.heldout_frac) == spec.split
+    return side_of(key, heldout_frac=spec.heldout_frac) == side
 
 
 def _choose(examples: list[Example], count: int, *, seed: int, purpose: str) -> list[Example]:

@@ -16,7 +16,7 @@ from align.core.errors import ArtefactError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
-from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.load import check_overlap, fit_rows, load_examples, source_of
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
 from align.models.loading import save_policy
@@ -318,7 +318,7 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for spec in (spec for group in groups for spec in group):
         if spec.path is not None:
-            found += data_fingerprint(spec.path)
+            found += data_fingerprint(source_of(spec)[0])
         else:
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
         if spec.templates is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.turns import shown, to_text
-from align.data.load import MAX_REPORTED
+from align.data.load import MAX_REPORTED, source_of
 from align.data.reading.sources import read_rows
 from align.data.split import side_of, split_key
 from align.recipe.schema import DataSpec
@@ -46,7 +46,8 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
         _check_spec(spec)
         assert spec.path is not None
         kept: list[AnswerSet] = []
-        for row, source in read_rows(spec.path):
+        name, side = source_of(spec)
+        for row, source in read_rows(name):
             try:
                 row = _attempts(row) if isinstance(row, dict) else row
                 if row is None:
@@ -56,7 +57,7 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
                 errors.append(str(error))
                 continue
             key = split_key(Example(answers.prompt))
-            if spec.split in ("all", side_of(key, heldout_frac=spec.heldout_frac)):
+            if side in ("all", side_of(key, heldout_frac=spec.heldout_frac)):
                 kept.append(answers)
         found += kept[: spec.rows]
     if errors:

@@ -8,6 +8,7 @@ import csv
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from align.core.errors import DataError
 from align.data.reading.files import blocks, content_of, decoded
@@ -16,6 +17,7 @@ from align.data.reading.json import Item, read_lines, read_values
 SEPARATORS = ",;\t|"
 _END_MARK = "<|endoftext|>"
 _SNIFFED_LINES = 50
+_TURN_FIELDS = ("role", "content", "from", "value")
 
 
 def scan(path: Path, *, name: str, suffix: str) -> Iterator[Item]:
@@ -139,6 +141,24 @@ def _separator(head: list[str]) -> str:
     return max(SEPARATORS, key=fitness)
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a typed table without the fields that its nested objects do not have.
+
+    All objects of a column have the same fields there: null stands where a row had none, and would
+    be rendered as an argument of a tool call, say. A turn keeps its role and content.
+    """
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        kept = ((k, v) for k, v in value.items() if v is not None or k in _TURN_FIELDS)
+        return {key: _without_nulls(item) for key, item in kept}
+    return value
+
+
 def _read_parquet(path: Path, name: str) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
@@ -148,7 +168,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Item]:
             number = itertools.count(1)
             for batch in table.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
-                    yield row, f"{name}:row {next(number)}"
+                    yield without_nulls(row), f"{name}:row {next(number)}"
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"{name}: broken parquet: {error}", code="D010"), name
 
@@ -167,7 +187,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
                 batches = iter(pyarrow.ipc.open_stream(source))
             for batch in batches:
                 for row in batch.to_pylist():
-                    yield row, f"{name}:row {next(number)}"
+                    yield without_nulls(row), f"{name}:row {next(number)}"
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"{name}: broken arrow: {error}", code="D010"), name
 

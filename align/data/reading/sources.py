@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,12 +11,82 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.data.formats.turns import guess
 from align.data.reading.json import Item, Row
-from align.data.reading.readers import scan
+from align.data.reading.readers import scan, without_nulls
+from align.data.reading.splits import files_of, several_splits, splits_of
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _SUFFIXES = (*_PLAIN, *(f"{s}.gz" for s in _PLAIN if s not in (".parquet", ".arrow")))
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_CHOICE = re.compile(
+    r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
+)
+SIDES = ("all", "train", "heldout")
+"""What ``split`` takes for data without splits of its own; see align/data/split.py."""
+
+
+def named_source(
+    path: str, *, config: str | None = None, revision: str | None = None, split: str = "all"
+) -> tuple[str, str]:
+    """Return the name by which a source is read, and which side of it by hash.
+
+    A name is ``path@revision#config:split``, of which all but the path may be absent. Where the
+    data has splits of its own, ``split`` names one of them and all of it is taken.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    name = path + (f"@{revision}" if revision else "") + (f"#{config}" if config else "")
+    if split == "all":
+        return name, split
+    own = own_splits(name)
+    if split in own:
+        return f"{name}:{split}", "all"
+    if split in SIDES and len(own) <= 1:
+        return name, split
+    if own:
+        hint = f"; 'path: {path}:{own[0]}' with 'split: {split}' divides {own[0]} by its prompts"
+        raise DataError(
+            f"{name}: no split '{split}'; it has {', '.join(own)}{hint if split in SIDES else ''}",
+            code="D013",
+        )
+    raise DataError(
+        f"{name}: split '{split}': the data has no splits of its own; expected one of "
+        f"{', '.join(SIDES)}{guess(split, SIDES)}",
+        code="D013",
+    )
+
+
+def own_splits(name: str) -> list[str]:
+    """Return the names of the splits that a source has of its own and that its name leaves open."""
+    path, config, revision, split = _choice(name)
+    if split is not None or (glob.glob(path) and not Path(path).is_dir()):
+        return []
+    if Path(path).is_dir():
+        return list(splits_of(Path(path), _data_files(Path(path)), name=name, config=config))
+    if not _HUB_ID.match(path):
+        return []
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_split_names(path, config, revision=revision))
+    except Exception:  # reading it reports what is wrong, as for every hub id
+        logger.info("%s: its splits cannot be asked for", name)
+        return []
+
+
+def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
+    """Return path, configuration, revision and split of a source's name."""
+    expanded = os.path.expanduser(os.path.expandvars(name))
+    if Path(expanded).exists() or (found := _CHOICE.match(expanded)) is None:
+        return expanded, None, None, None
+    path = found["path"]
+    if Path(path).is_dir() or _HUB_ID.match(path):
+        return path, found["config"], found["revision"], found["split"]
+    return expanded, None, None, None
 
 
 def read_rows(path: str) -> Iterator[tuple[Row, str]]:
@@ -24,8 +95,9 @@ def read_rows(path: str) -> Iterator[tuple[Row, str]]:
     Args:
         path: a file (jsonl, json, csv or tsv with any separator, parquet, arrow, txt; the texts
             also gzipped; what a file holds decides, not its name), a folder (all such files in it,
-            by name), a glob, or a hub id ``owner/name`` with an optional ``:split`` when nothing
-            of that name exists here. Environment variables are expanded.
+            by name; of several splits one must be chosen), a glob, or a hub id ``owner/name`` when
+            nothing of that name exists here. Folders and hub ids take a choice behind the name:
+            ``@revision``, ``#config``, ``:split``. Environment variables are expanded.
 
     Returns:
         Dictionaries, or strings for .txt: its documents end at ``<|endoftext|>`` alone on a line,
@@ -58,18 +130,19 @@ def find_files(path: str) -> list[Path]:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded:
         raise DataError(f"{path}: an environment variable in it is not set", code="D001")
-    here = Path(expanded)
+    plain, config, _, split = _choice(path)
+    here = Path(plain)
     if here.is_file() or (here.is_symlink() and not here.exists()):
         return [_known(here)]
     if here.is_dir():
-        found = sorted(p for p in here.rglob("*") if suffix_of(p) and not p.is_dir())
+        found = _data_files(here)
         if not found:
             raise DataError(f"{path}: the folder holds no {', '.join(_PLAIN)} file", code="D004")
-        return found
+        return files_of(here, found, name=path, config=config, split=split)
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if Path(p).is_file())
     if found:
         return [_known(p) for p in found]
-    if _HUB_ID.match(path) and not suffix_of(here) and not here.parent.is_dir():
+    if _HUB_ID.match(plain) and not suffix_of(here) and not here.parent.is_dir():
         return []
     raise DataError(f"{path}: no such file, folder or glob (from {Path.cwd()})", code="D001")
 
@@ -92,6 +165,10 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
     return prints
 
 
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if suffix_of(p) and not p.is_dir())
+
+
 def suffix_of(path: Path) -> str:
     """Give the suffix that says what a file holds, without ``.gz``; "" if it says nothing."""
     name = path.name.lower()
@@ -110,9 +187,15 @@ def _known(path: Path) -> Path:
 def _read_hub(path: str) -> Iterator[Item]:
     import datasets
 
-    name, _, split = path.partition(":")
+    name, config, revision, split = _choice(path)
     try:
-        data = datasets.load_dataset(name, split=split or "train")
+        if split is None:
+            known = list(datasets.get_dataset_split_names(name, config, revision=revision))
+            if len(known) > 1:
+                yield several_splits(path, known), path
+                return
+            split = known[0]
+        data = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises types of several libraries
         told = " ".join(str(error).split())
         message = (
@@ -123,4 +206,4 @@ def _read_hub(path: str) -> Iterator[Item]:
         yield DataError(message, code="D011"), path
         return
     for number, row in enumerate(data, start=1):
-        yield dict(row), f"{path}:row {number}"
+        yield without_nulls(dict(row)), f"{path}:row {number}"

@@ -52,7 +52,13 @@ class DataSpec(Spec):
     """Fields by new names, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
     strings: Literal["text", "chat"] = "text"
     """Plain prompt and answer texts: as they stand, or as turns by the chat template."""
-    split: Literal["all", "train", "heldout"] = "all"
+    split: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "all"
+    """``all``, or ``train`` or ``heldout`` by a hash of the prompt; for data that has splits of its
+    own (a data set repository, a folder of save_to_disk, a hub id), the name of one of them."""
+    config: str | None = None
+    """Configuration of a data set repository or hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
     heldout_frac: Fraction = 0.1
     weight: Positive = 1.0
     answers: Literal["chosen", "both"] | None = None
@@ -67,6 +73,11 @@ class DataSpec(Spec):
     def _one_source(self) -> "DataSpec":
         if [self.path, self.stage, self.world].count(None) != 2:
             raise ValueError("give exactly one of 'path', 'stage' and 'world'")
+        sides = ("all", "train", "heldout")
+        if self.path is None and self.split not in sides:
+            raise ValueError(f"split: expected one of {', '.join(sides)}, found '{self.split}'")
+        if self.path is None and (self.config is not None or self.revision is not None):
+            raise ValueError("'config' and 'revision' are those of a 'path'; remove them")
         if self.world is not None and self.answers is not None:
             raise ValueError("'answers' is for files of preference pairs; use world: sft")
         if self.tasks and self.world is None:

@@ -1,0 +1,167 @@
+"""Find the splits that a folder of data has of its own, so that they are never joined unasked.
+
+A folder of ``datasets.save_to_disk`` lists them; a data set repository names them in its card
+(``configs`` in README.md) or by the names of its files: train, validation and test.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.core.errors import DataError
+from align.data.formats.turns import guess
+
+_INDEX_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_UNNAMED = "other"
+"""What the files of a folder are called whose names name no split, where others' do."""
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+
+Splits = dict[str, list[Path]]
+
+
+def files_of(
+    folder: Path, found: Sequence[Path], *, name: str, config: str | None, split: str | None
+) -> list[Path]:
+    """Return the data files of a folder, those of one split where it has several.
+
+    Args:
+        folder: the folder. found: all files in it that may hold data.
+        name: the source as the user wrote it. config, split: what the user chose, or None.
+
+    Raises:
+        DataError: several splits or configurations and none is chosen, or there is no such one.
+    """
+    splits = splits_of(folder, found, name=name, config=config)
+    if split is not None:
+        if split not in splits:
+            known = f"it has {', '.join(splits)}" if splits else "it has no splits of its own"
+            raise DataError(
+                f"{name}: no split '{split}'; {known}{guess(split, splits)}", code="D013"
+            )
+        return splits[split]
+    if len(splits) > 1:
+        raise several_splits(name, list(splits))
+    return next(iter(splits.values()), [path for path in found if not _is_index(path)])
+
+
+def several_splits(name: str, splits: Sequence[str]) -> DataError:
+    """Return the error of a source whose splits would be joined."""
+    return DataError(
+        f"{name}: has the splits {', '.join(splits)}, which are never joined; choose one with "
+        f"'split: {splits[0]}' in the recipe, or by the name {name}:{splits[0]}",
+        code="D013",
+    )
+
+
+def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | None) -> Splits:
+    """Return the files of each split that a folder has of its own; empty where it has none.
+
+    Raises:
+        DataError: the folder's index or card is broken, or names configurations of which none was
+            chosen.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        listed = _index(folder / "dataset_dict.json")["splits"]
+        return {split: _saved_files(folder / split) for split in listed}
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"all": _saved_files(folder)}
+    configs = _configs(folder)
+    if configs:
+        return _of_config(folder, configs, name=name, config=config)
+    if config is not None:
+        raise DataError(f"{name}: no configuration '{config}': the folder names none", code="D013")
+    return _by_name(folder, [path for path in found if not _is_index(path)])
+
+
+def _is_index(path: Path) -> bool:
+    if path.name == "state.json":
+        return (path.parent / "dataset_info.json").is_file()
+    return path.name in _INDEX_FILES
+
+
+def _index(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: broken index of a saved data set: {error}", code="D013"
+        ) from error
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    listed = [folder / entry["filename"] for entry in _index(folder / "state.json")["_data_files"]]
+    missing = [path for path in listed if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such file, but {folder}/state.json lists it", code="D002"
+        )
+    return listed
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """Return the configurations that the card of a data set repository names."""
+    card = folder / "README.md"
+    matter = _FRONT_MATTER.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+    if matter is None:
+        return []
+    try:
+        found = yaml.safe_load(matter.group(1))
+    except yaml.YAMLError as error:
+        raise DataError(
+            f"{card}: the card's header is not valid YAML: {error}", code="D013"
+        ) from error
+    configs = found.get("configs") if isinstance(found, dict) else None
+    return [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
+
+
+def _of_config(
+    folder: Path, configs: Sequence[dict[str, Any]], *, name: str, config: str | None
+) -> Splits:
+    names = [str(entry.get("config_name", "default")) for entry in configs]
+    chosen = config
+    if chosen is None:
+        default = [n for n, entry in zip(names, configs, strict=True) if entry.get("default")]
+        chosen = (default or [n for n in names if n == "default" or len(names) == 1] or [""])[0]
+    if chosen not in names:
+        asked = f"no configuration '{config}'; it" if config else "it"
+        hint = guess(config or "", names)
+        raise DataError(
+            f"{name}: {asked} has the configurations {', '.join(names)}{hint}; "
+            f"choose one with 'config: {names[0]}' in the recipe, or by the name {name}#{names[0]}",
+            code="D013",
+        )
+    given = configs[names.index(chosen)]["data_files"]
+    entries = given if isinstance(given, list) else [given]
+    splits: Splits = {}
+    for entry in entries:
+        is_split = isinstance(entry, dict)
+        patterns = entry["path"] if is_split else entry
+        split = str(entry.get("split", "train")) if is_split else "train"
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            files = sorted(path for path in folder.glob(pattern) if path.is_file())
+            if not files:
+                raise DataError(
+                    f"{name}: the card names {pattern} for split {split}, but no such file is here",
+                    code="D002",
+                )
+            splits.setdefault(split, []).extend(files)
+    return splits
+
+
+def _by_name(folder: Path, found: Sequence[Path]) -> Splits:
+    """Return the files by the splits that their names or folders name; empty where all are one."""
+    splits: Splits = {}
+    for path in found:
+        words = set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower()))
+        named = [split for split, names in _NAMES.items() if words & set(names)]
+        splits.setdefault(named[0] if len(named) == 1 else _UNNAMED, []).append(path)
+    return splits if len(splits) > 1 else {}
