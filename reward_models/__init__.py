@@ -24,6 +24,7 @@ BUILDERS = {
     "repetition": "rules.repetition",
     "refusal": "refusals.refusal",
     "math": "math.build_math",
+    "python": "own.build_python",
     "ensemble": "ensemble.build_ensemble",
 }
 """Reward kind to its builder in this package, imported on use: learned scorers need torch."""

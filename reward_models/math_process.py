@@ -5,19 +5,13 @@ JSON reply per line on stdout. `LatexVerifier` starts it, reuses it, and kills i
 """
 
 import importlib.util
-import json
 import logging
-import os
 import resource
-import select
-import subprocess
-import sys
-import time
-import weakref
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from reward_models.base import InvalidScoreError
+from reward_models.worker import Worker, WorkerError, serve
 
 START_TIMEOUT_S = 120.0
 """Seconds the worker may take to import sympy on a busy machine; no answer is charged for it."""
@@ -42,84 +36,24 @@ class LatexVerifier:
                 "install it or remove 'latex: true'"
             )
         self.timeout_s = timeout_s
-        self._worker: subprocess.Popen[bytes] | None = None
+        self.worker = Worker(
+            "reward_models.math_process", start_timeout_s=START_TIMEOUT_S, name="verifier"
+        )
 
     def score(self, answer: str, value: Any) -> float:
-        """Give 1.0 where the answer's final expression equals the reference, else 0.0.
+        """Return 1.0 where the answer's final expression equals the reference, else 0.0.
 
         Raises:
             InvalidScoreError: at the time limit, or where the worker or math-verify fails.
         """
-        worker = self._running()
-        assert worker.stdin is not None
-        request = json.dumps({"answer": answer, "reference": str(value)}) + "\n"
+        request = {"answer": answer, "reference": str(value)}
         try:
-            worker.stdin.write(request.encode())
-            worker.stdin.flush()
-            reply = json.loads(self._line(worker, self.timeout_s))
-        except TimeoutError:
-            self.close()
-            raise InvalidScoreError("verifier timed out") from None
-        except (BrokenPipeError, EOFError):
-            self.close()
-            raise InvalidScoreError("verifier died") from None
+            reply = self.worker.ask(request, self.timeout_s)
+        except WorkerError as error:
+            raise InvalidScoreError(str(error)) from None
         if "invalid" in reply:
             raise InvalidScoreError(reply["invalid"])
         return reply["score"]
-
-    def close(self) -> None:
-        """Kill the worker; the next answer starts another."""
-        if self._worker is not None:
-            _kill(self._worker)
-            self._worker = None
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._worker is not None and self._worker.poll() is None:
-            return self._worker
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, os.environ.get("PYTHONPATH", "")]
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "reward_models.math_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
-        )
-        weakref.finalize(self, _kill, worker)
-        try:
-            self._line(worker, START_TIMEOUT_S)
-        except (TimeoutError, EOFError) as error:
-            _kill(worker)
-            raise InvalidScoreError("verifier did not start") from error
-        self._worker = worker
-        return worker
-
-    @staticmethod
-    def _line(worker: subprocess.Popen[bytes], timeout_s: float) -> bytes:
-        """Read one line from the worker, unbuffered so that select sees what is there."""
-        deadline = time.monotonic() + timeout_s
-        assert worker.stdout is not None
-        handle = worker.stdout.fileno()
-        line = b""
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            chunk = os.read(handle, 65536)
-            if not chunk:
-                raise EOFError
-            line += chunk
-        return line
-
-
-def _kill(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
-    worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        assert pipe is not None
-        try:
-            pipe.close()
-        except BrokenPipeError:  # unsent bytes for a process that is gone
-            continue
 
 
 def _reference(parse: Any, text: str) -> list[Any]:
@@ -145,26 +79,21 @@ def compare(answer: str, reference: str) -> dict[str, Any]:
     return {"score": float(bool(found) and verify(gold, found, timeout_seconds=None))}
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def _prepare() -> tuple[str, Any]:
     import math_verify  # noqa: F401  (its seconds of import come before the first time limit)
 
     # It warns that its own time limit is off; here the process that waits holds the limit.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    replies.write('"ready"\n')
-    replies.flush()
-    for line in sys.stdin:
-        try:
-            reply = compare(**json.loads(line))
-        # Whatever sympy raises on made-up input is reported to the caller, who counts it.
-        except Exception as error:
-            reply = {"invalid": f"verifier: {type(error).__name__}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+    return "ready", _reply
+
+
+def _reply(request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return compare(**request)
+    # Whatever sympy raises on made-up input is reported to the caller, who counts it.
+    except Exception as error:
+        return {"invalid": f"verifier: {type(error).__name__}"}
 
 
 if __name__ == "__main__":
-    serve()
+    serve(_prepare, limit=(resource.RLIMIT_AS, MEMORY_BYTES))

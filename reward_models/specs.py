@@ -187,6 +187,25 @@ class JudgeSpec(RewardBase):
         return self
 
 
+class PythonSpec(RewardBase):
+    """Score with a function of one's own: TRL's, verl's or OpenRLHF's convention."""
+
+    kind: Literal["python"]
+    path: Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$")]
+    """``FILE.py:FUNCTION``, from the recipe's folder, or ``MODULE:FUNCTION``; a class will do."""
+    args: dict[str, Any] = {}
+    """Given to the function by keyword, to a class when it is made."""
+    deadline_s: Positive = 30.0
+    """Of one call, in seconds; then the process of the function is killed and started again."""
+    memory_gib: Positive = 8.0
+    """What the process may hold."""
+
+    @property
+    def label(self) -> str:
+        """The reward's name in tables and metrics: its own, or the function's."""
+        return self.name or self.path.rpartition(":")[2]
+
+
 class EnsembleSpec(RewardBase):
     """Combine rewards that judge the same thing."""
 
@@ -208,6 +227,7 @@ RewardSpec = Annotated[
     | MathSpec
     | RemoteSpec
     | JudgeSpec
+    | PythonSpec
     | EnsembleSpec,
     Field(discriminator="kind"),
 ]

@@ -23,7 +23,10 @@ MAY_IMPORT = {
     "align.core": (),
     "align.losses": ("align.core",),
     "reward_models": (),
-    "align.recipe": ("align.core.errors", "align.core.text", "reward_models.specs"),
+    "align.recipe": (
+        *("align.core.errors", "align.core.text", "align.core.sources"),
+        "reward_models.specs",
+    ),
     "align.data": L2,
     "align.models": L2,
     "align.tuning": (*L2, "align.recipe.rules", "align.models"),

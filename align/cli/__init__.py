@@ -8,6 +8,7 @@ import typer
 
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
+from align.cli.reward import reward
 from align.core.errors import EXIT_USER, AlignError
 
 cli = typer.Typer(
@@ -39,6 +40,7 @@ def options(
 
 
 cli.add_typer(data, name="data")
+cli.add_typer(reward, name="reward")
 cli.command()(explain)
 
 RecipePath = Annotated[

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import ArtefactError
+from align.core.sources import with_source_hashes
 
 MANIFEST = "manifest.json"
 PACKAGES = (
@@ -44,7 +45,11 @@ class Artefact:
 
 
 def spec_hash(spec: Mapping[str, Any], *, seed: int, inputs: Mapping[str, str]) -> str:
-    """Hash what decides a stage's result: its resolved spec, the seed and its inputs' hashes."""
+    """Return the hash of what decides a stage's result: resolved spec, seed and inputs' hashes.
+
+    Code of the user's that the spec names counts by its content.
+    """
+    spec = with_source_hashes(spec)
     text = json.dumps({"spec": spec, "seed": seed, "inputs": dict(inputs)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -19,6 +19,10 @@ FORMS = (("", ""), ("#### ", ""), ("The answer is ", "."), ("\\boxed{", "}"))
 """What may stand before and after a final answer; the form that a reward reads best is taken."""
 _PLAIN = re.compile(r"(?:\\\W|[^\\\[\].*+?{}|^$()])*")
 """A pattern that stands for exactly one text: ordinary characters, and escaped special ones."""
+DEAD = (
+    "all groups are dead: answers that score alike teach nothing; look at some of them, at the "
+    "reward, and at what the template writes before the answer"
+)
 Answers = Callable[[], tuple[Sequence[PromptRow], Sequence[Completion]]]
 """Prompts and the policy's own answers to them."""
 
@@ -85,6 +89,11 @@ def self_test(
             scored += len(scores)
             lost = sum(score is None for score in scores)
             said.append(f"{lost} of {len(scores)} own answers invalid")
+            known = {score for score in scores if score is not None}
+            if len(known) == 1 and len(scores) - lost > 1:
+                verdict = "warn" if verdict == "ok" else verdict
+                said.append(f"all others score {known.pop():g}")
+                remedy = remedy or DEAD
             if lost == len(scores):
                 verdict = "fail"
                 remedy = f"no answer can be scored ({_reasons(reward)}); nothing could be trained"

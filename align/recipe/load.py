@@ -16,6 +16,7 @@ from align.core.text import suggest
 from align.recipe.algorithms import defaults_of, known_rates
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
+from align.recipe.own_code import place_own_code
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
 from align.recipe.schema import (
     STAGES,
@@ -63,6 +64,7 @@ def load_task(name: str) -> Source:
     """
     path = find_task(name)
     source = read_source(path)
+    place_own_code(source, path.parent)
     for part in ("prompts", "answers"):
         entries = source.data.get(part)
         for entry in entries if isinstance(entries, list) else ():
@@ -226,6 +228,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)
+    place_own_code(source, Path(path).parent)
     complete_blocks(source)
     errors = list(source.errors)
     recipe = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from align.core import distributed
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat
@@ -100,6 +100,7 @@ def build_rewards(
 
     Raises:
         TrainingError: a reward server or a judge cannot be used.
+        RecipeError: a reward cannot be built as the recipe has it; own code does not load.
         ArtefactError: a process reward has another vocabulary than the policy.
     """
     plain = [_resolved(s.model_dump(), context) for s in specs]
@@ -107,6 +108,8 @@ def build_rewards(
         rewards = [build_reward(p) for p in plain]
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
+    except ValueError as error:
+        raise RecipeError(f"{context.name}: {error}") from error
     for reward, p in zip(rewards, plain, strict=True):
         _complete(reward, p, tokenizer)
     return rewards

@@ -1,0 +1,66 @@
+"""The command align reward test: a reward's scores side by side, and what attacks it earns."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align.core.errors import EXIT_FAILED, EXIT_OK, RecipeError
+
+if TYPE_CHECKING:
+    from reward_models.base import RewardFunction
+
+reward = typer.Typer(help="Try rewards of your own.", no_args_is_help=True)
+
+
+@reward.callback()
+def _commands() -> None:
+    """Try rewards of your own."""
+
+
+@reward.command("test")
+def try_out(
+    path: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="or MODULE:FUNCTION")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="rows with prompt and answer")],
+    args: Annotated[str, typer.Option(metavar="JSON", help="arguments of the function")] = "{}",
+    rows: Annotated[int, typer.Option(min=2, help="rows that are tried")] = 16,
+    deadline: Annotated[float, typer.Option(min=0.1, help="seconds of one call")] = 30.0,
+) -> None:
+    """Score right answers, wrong ones and attacks side by side; 1 if an attack pays."""
+    from align.data.load import load_examples
+    from align.recipe.schema import DataSpec
+    from reward_models.base import MissingColumnError
+    from reward_models.trial import try_reward, weaknesses
+
+    examples = load_examples([DataSpec(path=str(data))], kind="prompts", seed=0)[:rows]
+    names = sorted({name for example in examples for name in example.columns})
+    columns: dict[str, Any] = {n: [e.columns.get(n) for e in examples] for n in names}
+    built = _built(path, args, deadline)
+    try:
+        outcomes = try_reward(built, [example.prompt for example in examples], columns)
+    except (MissingColumnError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    typer.echo(f"{path} on {len(examples)} rows of {data}")
+    for outcome in outcomes:
+        shown = " ".join("-" if s is None else f"{s:.3g}" for s in outcome.scores[:8])
+        mean = "none" if outcome.mean is None else f"{outcome.mean:.3f}"
+        typer.echo(f"  {outcome.response.name:24s} mean {mean:>8s}   {shown}")
+    for reason, count in built.invalid.most_common():
+        typer.echo(f"  no score: {count} x {reason}")
+    found = weaknesses(outcomes)
+    for line in found:
+        typer.echo(f"weak: {line}")
+    typer.echo("no attack pays" if not found else f"{len(found)} weaknesses")
+    raise typer.Exit(EXIT_FAILED if found else EXIT_OK)
+
+
+def _built(path: str, args: str, deadline_s: float) -> "RewardFunction":
+    from reward_models import build_reward
+
+    try:
+        given = json.loads(args)
+        spec = {"kind": "python", "path": path, "args": given, "deadline_s": deadline_s}
+        return build_reward(spec)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error

@@ -1,0 +1,49 @@
+"""Own code in a recipe: found from the recipe's folder, and checked without running it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align.core.sources import source_file, source_names
+from align.core.text import suggest
+from align.recipe.source import Key, Source
+
+
+def place_own_code(source: Source, folder: Path) -> None:
+    """Make the files of ``kind: python`` absolute, taken from ``folder``; note those not there."""
+    for key, block in _blocks(source.data, ()):
+        path = block.get("path")
+        if not isinstance(path, str) or ":" not in path:  # the schema says what is expected
+            continue
+        place, _, name = path.rpartition(":")
+        if place.endswith(".py"):
+            path = block["path"] = f"{(folder / place).resolve()}:{name}"
+        if problem := _problem(path):
+            mark = source.marks.get((*key, "path"))
+            where = f"{mark.at_value()}: " if mark else ""
+            source.errors.append(f"{where}{'.'.join(map(str, (*key, 'path')))}: {problem}")
+
+
+def _problem(path: str) -> str | None:
+    place, _, name = path.rpartition(":")
+    file = source_file(path)
+    if file is None:
+        where = "no such file" if place.endswith(".py") else "no such module on Python's path"
+        return f"{place}: {where}; expected FILE.py:FUNCTION, from the recipe's folder"
+    names = source_names(file)
+    if names is None:
+        return f"{file} is not Python; run: python -m py_compile {file}"
+    if name not in names:
+        return f"{file} has no '{name}'{suggest(name, names)}"
+    return None
+
+
+def _blocks(value: Any, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
+    if isinstance(value, dict):
+        if value.get("kind") == "python":
+            yield key, value
+        for name, inner in value.items():
+            yield from _blocks(inner, (*key, name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _blocks(inner, (*key, i))

@@ -1,0 +1,217 @@
+"""The worker that runs a reward function of the user's: ``python -m reward_models.own_process``.
+
+The function is TRL's, verl's or OpenRLHF's by the names of its parameters (`style_of`). It is given
+one batch at a time and answers one score for each response, or the reason why there is none.
+"""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reward_models.base import InvalidScoreError, completion_text, finite_score
+from reward_models.paired import plain_text
+from reward_models.worker import serve
+
+STYLES = {"verl": ("solution_str", "ground_truth"), "openrlhf": ("queries",)}
+"""Parameters by which the function of another suite is known; any other is TRL's."""
+TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
+"""Columns that may hold what verl calls ground_truth and OpenRLHF labels; the first counts."""
+
+
+def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function that ``FILE.py:NAME`` or ``MODULE:NAME`` names, its ``args`` filled in.
+
+    A class is made with ``args``, and what it makes is called.
+    """
+    place, _, name = path.rpartition(":")
+    if place.endswith(".py"):
+        file = Path(place).resolve()
+        sys.path.insert(0, str(file.parent))  # for modules that lie beside it
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None, file
+        assert spec.loader is not None, file
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        module = importlib.import_module(place)
+    found = getattr(module, name)
+    if inspect.isclass(found):
+        return found(**args)
+    return partial(found, **args) if args else found
+
+
+def style_of(function: Callable[..., Any]) -> str:
+    """Return whose convention a function follows: trl, verl or openrlhf."""
+    names = _parameters(function)
+    fitting = [style for style, needed in STYLES.items() if names.keys() >= set(needed)]
+    return fitting[0] if fitting and "completions" not in names else "trl"
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in: it is given everything
+        return {"columns": inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)}
+
+
+class Scorer:
+    """Call a function by its own convention and make plain scores of what it returns."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.style = style_of(function)
+        self.parameters = _parameters(function)
+        kinds = [parameter.kind for parameter in self.parameters.values()]
+        self.takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        self.loop = asyncio.new_event_loop()
+
+    def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``scores`` with ``reasons`` for those that are None, or a ``missing`` column."""
+        rows = len(request["completions"])
+        try:
+            given = self._given(request)
+            lacking = [
+                name
+                for name, p in self.parameters.items()
+                if p.default is p.empty
+                and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+                and name not in given
+            ]
+            if lacking:
+                return {"missing": lacking[0]}
+            if self.style == "verl":
+                found = [self._result(self._call(_row(given, i))) for i in range(rows)]
+                return _reply([score for score, _ in found], [reason for _, reason in found])
+            return self._scores(self._call(given), rows)
+        # Whatever the user's code does, ending the process included, is a reason and no score.
+        except BaseException as error:
+            return _failed(error, rows)
+
+    def _call(self, given: Mapping[str, Any]) -> Any:
+        result = self.function(**given)
+        return self.loop.run_until_complete(result) if inspect.isawaitable(result) else result
+
+    def _given(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        columns = dict(request["columns"])
+        prompts, completions = request["prompts"], request["completions"]
+        if self.style == "trl":
+            known = {
+                "trainer_state": None,
+                "log_extra": _ignore,
+                "log_metric": _ignore,
+                **columns,
+                "prompts": prompts,
+                "completions": completions,
+            }
+            hidden = {"prompt_ids"} - self.parameters.keys()
+        else:
+            known = _of_other_suite(self.style, prompts, completions, columns)
+            hidden = set()
+        return {
+            name: value
+            for name, value in known.items()
+            if name not in hidden and (self.takes_all or name in self.parameters)
+        }
+
+    def _scores(self, result: Any, rows: int) -> dict[str, Any]:
+        if self.style == "openrlhf" and isinstance(result, Mapping):
+            result = result.get("rewards", result.get("scores"))
+        if hasattr(result, "tolist"):
+            result = result.tolist()
+        if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+            return _all_invalid(f"returned a {type(result).__name__}, no list of scores", rows)
+        given = list(result)
+        if len(given) != rows:
+            return _all_invalid(f"returned {len(given)} scores for {rows} responses", rows)
+        found = [self._result(value) for value in given]
+        return _reply([score for score, _ in found], [reason for _, reason in found])
+
+    def _result(self, value: Any) -> tuple[float | None, str | None]:
+        """Return a score, or None and the reason."""
+        if self.style == "verl" and isinstance(value, Mapping):
+            value = value.get("score")
+        if value is None:
+            return None, "no score (None)"
+        if getattr(value, "size", None) == 1 or callable(getattr(value, "numel", None)):
+            value = value.item() if hasattr(value, "item") else value
+        score = finite_score(float(value) if isinstance(value, bool) else value)
+        if score is None and isinstance(value, int | float):
+            return None, "score is not finite"
+        return score, None if score is not None else f"score is a {type(value).__name__}"
+
+
+def _of_other_suite(
+    style: str, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments that verl (one value a row) or OpenRLHF hands to a function."""
+    answers = [completion_text(completion) for completion in completions]
+    rows = range(len(answers))
+    truth = next((columns[name] for name in TRUTH if name in columns), None)
+    if truth is None and "reward_model" in columns:
+        truth = [(value or {}).get("ground_truth") for value in columns["reward_model"]]
+    if style == "openrlhf":
+        asked = [plain_text(prompt) for prompt in prompts]
+        known: dict[str, Any] = {
+            "queries": [asked[i] + answers[i] for i in rows],
+            "prompts": asked,
+        }
+        return known if truth is None else known | {"labels": truth}
+    known = {
+        "data_source": columns.get("data_source", ["" for _ in rows]),
+        "solution_str": answers,
+        "extra_info": columns.get("extra_info", [{} for _ in rows]),
+    }
+    return known if truth is None else known | {"ground_truth": truth}
+
+
+def _row(given: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {name: values[i] for name, values in given.items()}
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stand for what TRL hands over for logging."""
+
+
+def _reply(scores: list[float | None], reasons: list[str | None]) -> dict[str, Any]:
+    return {"scores": scores, "reasons": reasons}
+
+
+def _all_invalid(reason: str, rows: int) -> dict[str, Any]:
+    return _reply([None] * rows, [reason] * rows)
+
+
+def _failed(error: BaseException, rows: int) -> dict[str, Any]:
+    if isinstance(error, InvalidScoreError):
+        return _all_invalid(str(error), rows)
+    said = "".join(traceback.format_exception(error, limit=-3))[-2000:]
+    reply = _all_invalid(f"raised {type(error).__name__}", rows)
+    return {**reply, "raised": said, "spent": isinstance(error, MemoryError)}
+
+
+def _prepare() -> tuple[Any, Callable[[Mapping[str, Any]], Any]]:
+    told = json.loads(sys.argv[1])
+    try:
+        scorer = Scorer(load(told["path"], told["args"]))
+    # Loading runs the user's module, which may do anything; the parent says what it was.
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        return {"failed": f"{type(error).__name__}: {error}{where}"[:1000]}, lambda request: {}
+    return {"style": scorer.style}, scorer
+
+
+if __name__ == "__main__":
+    size = int(json.loads(sys.argv[1])["memory_gib"] * 2**30)
+    serve(_prepare, limit=(resource.RLIMIT_DATA, size))

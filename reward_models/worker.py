@@ -1,0 +1,144 @@
+"""A process of its own for code that can hang, eat memory or die: asked line by line in JSON.
+
+The worker is ``python -m MODULE``; `Worker` starts it, asks it under a time limit and kills it, and
+`serve` is its loop. Where the parent dies, the worker's input ends and so does the worker.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """Report a worker that gave no answer; the message is the reason."""
+
+
+class Worker:
+    """A process that is started when it is first asked, and again after it was killed."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str] = (),
+        *,
+        start_timeout_s: float,
+        name: str = "worker",
+    ) -> None:
+        self.module, self.arguments, self.name = module, arguments, name
+        self.start_timeout_s = start_timeout_s
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Any:
+        """Start the process if none runs; return what it said first, None if one runs.
+
+        Raises:
+            WorkerError: it does not begin in time, or dies.
+        """
+        if self.process is not None and self.process.poll() is None:
+            return None
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", self.module, *self.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+            process_group=0,
+        )
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+        weakref.finalize(self, _kill, self.process)
+        return self._exchange(b"", self.start_timeout_s, "did not start")
+
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> Any:
+        """Return the reply to a request.
+
+        Raises:
+            WorkerError: it timed out or died; it is killed, and the next request starts another.
+        """
+        self.start()
+        return self._exchange(json.dumps(request, default=str).encode() + b"\n", timeout_s, "died")
+
+    def close(self) -> None:
+        """Kill the process with all that it started."""
+        if self.process is not None:
+            _kill(self.process)
+            self.process = None
+
+    def _exchange(self, request: bytes, timeout_s: float, failed: str) -> Any:
+        """Write a request and read one line, both within the time limit."""
+        process = self.process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        writer, reader = process.stdin.fileno(), process.stdout.fileno()
+        deadline, line, left = time.monotonic() + timeout_s, bytearray(), memoryview(request)
+        try:
+            while not line.endswith(b"\n"):
+                wait_s = max(0.0, deadline - time.monotonic())
+                ready, free, _ = select.select([reader], [writer] if left else [], [], wait_s)
+                if not ready and not free:
+                    raise WorkerError(f"{self.name} timed out")
+                if free:
+                    left = left[os.write(writer, left[:65536]) :]
+                if ready:
+                    part = os.read(reader, 65536)
+                    if not part:
+                        raise WorkerError(f"{self.name} {failed}")
+                    line += part
+            return json.loads(line)
+        except (BrokenPipeError, ValueError):
+            self.close()
+            raise WorkerError(f"{self.name} {failed}") from None
+        except WorkerError:
+            self.close()
+            raise
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # it has ended by itself
+        process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        try:
+            pipe.close()
+        except BrokenPipeError:  # unsent bytes for a process that is gone
+            continue
+
+
+def serve(
+    answer: Callable[[], tuple[Any, Callable[[Mapping[str, Any]], Any]]],
+    *,
+    limit: tuple[int, int],
+) -> None:
+    """Answer requests until stdin ends; what the code prints goes to standard error.
+
+    Args:
+        answer: prepares (imports, loads) and returns the first reply and the function of requests.
+        limit: resource of ``resource.setrlimit`` and bytes, set once all is prepared.
+    """
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    requests = os.fdopen(os.dup(sys.stdin.fileno()))
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with open(os.devnull) as nothing:  # code that reads its input must not read the requests
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+    first, function = answer()
+    kind, size = limit
+    resource.setrlimit(kind, (size, size))
+    replies.write(json.dumps(first) + "\n")
+    replies.flush()
+    for line in requests:
+        replies.write(json.dumps(function(json.loads(line))) + "\n")
+        replies.flush()
