@@ -19,11 +19,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from align.core.errors import TrainingError
 from align.models.block_attention import block_attention
 
 PACKED = "align_packed"
 ALIKE = 0.7
 """Sequences of one layout are at least this share of its longest."""
+_HANDED_ON = """
+position_ids cache_position use_cache output_attentions output_hidden_states return_dict
+output_router_logits num_items_in_batch past_key_values position_embeddings
+"""
+HARMLESS = frozenset(_HANDED_ON.split())
+"""Options that layers hand on and that say nothing about who sees whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +41,13 @@ class Layout:
         index: (S*T,) packed position that fills each slot; padding repeats position 0.
         num: S, the number of sequences.
         max_length: T, the longest of them, in tokens, its prompt included.
+        mask: (S, T), 1 on real tokens.
     """
 
     index: Tensor
     num: int
     max_length: int
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,9 @@ def segments_from_positions(positions: Tensor) -> Segments:
         index = torch.where(
             column < shared[rows].unsqueeze(1), root[rows].unsqueeze(1) + column, behind
         )
-        index = index.masked_fill(column >= lengths[rows].unsqueeze(1), 0)
-        layouts.append(Layout(index.flatten(), len(members), width))
+        real = column < lengths[rows].unsqueeze(1)
+        index = index.masked_fill(~real, 0)
+        layouts.append(Layout(index.flatten(), len(members), width, real.long()))
         base[rows] = offset + width * torch.arange(len(members), device=positions.device)
         offset += width * len(members)
     at = torch.arange(positions.numel(), device=positions.device)
@@ -115,8 +125,10 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     segments: Segments | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence of a packed row.
 
@@ -127,11 +139,20 @@ def packed_attention(
         attention_mask: must be None; packing replaces it.
         scaling: factor on the scores. dropout: share of attention weights dropped.
         sliding_window: tokens a query looks back, itself included; None is all.
+        softcap: bound c on the scores: c tanh(scores / c) (Gemma 2).
+        s_aux: (H,) score of a sink that takes weight and gives nothing (gpt-oss).
+        others: options of the call that change nothing here.
         segments: the layout; None means that each row is one sequence.
 
     Returns:
         (1, N, H, D) and None (no attention weights), transformers' convention.
+
+    Raises:
+        TrainingError: the model asks for an attention that this is not.
     """
+    for name, option in others.items():
+        if option is not None and name not in HARMLESS and (name, option) != ("is_causal", True):
+            raise TrainingError(f"its attention asks for {name}, which packed rows do not have")
     assert attention_mask is None, "packed attention takes no mask; give segments"
 
     virtual = key.shape[2] - query.shape[2]
@@ -143,6 +164,9 @@ def packed_attention(
 
     def square(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         band = _band(q.shape[2], sliding_window, q.device)
+        if softcap is not None or s_aux is not None:
+            scale = q.shape[3] ** -0.5 if scaling is None else scaling
+            return _plain_attention(q * scale, k, v, band, softcap, s_aux, dropout)
         if q.device.type == "cpu" and band is None and dropout == 0.0:
             scale = q.shape[3] ** -0.5 if scaling is None else scaling
             return block_attention(q, k, v, scale=scale)
@@ -164,6 +188,32 @@ def packed_attention(
         parts.append(attend(q, k, v).flatten(0, 1))
     out = torch.cat(parts).index_select(0, segments.unpad_index)  # (N, H, D)
     return out.unsqueeze(0), None
+
+
+def _plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attend causally by the definition, scores (S, H, T, T) in memory."""
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if band is None:
+        band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~band, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, length, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    weights = scores.softmax(-1, dtype=kind)[..., :length].to(q.dtype)
+    return nn.functional.dropout(weights, dropout) @ v
 
 
 def _before(virtual: Tensor, text: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) 
     """Attend causally.
 
     Args:
-        query: (S, H, T, D). key, value: (S, H_kv, T, D); H is a multiple of H_kv.
+        query: (S, H, T, D). key: (S, H_kv, T, D). value: (S, H_kv, T, E). H is a multiple of H_kv.
         scale: factor on the scores.
 
     Returns:
-        (S, H, T, D). Scores and weights have the dtype of the query, the softmax is in float32.
+        (S, H, T, E). Scores and weights have the dtype of the query, the softmax is in float32.
     """
     return _BlockAttention.apply(query, key, value, scale, torch.is_grad_enabled())
 
@@ -41,8 +41,9 @@ class _BlockAttention(torch.autograd.Function):
         num, heads, length, width = query.shape
         groups = heads // key.shape[1]
         q = (query * scale).reshape(-1, groups, length, width)  # (B, G, T, D)
-        k, v = key.reshape(-1, length, width), value.reshape(-1, length, width)  # (B, T, D)
-        out, kept = torch.empty_like(q), []
+        k = key.reshape(-1, length, width)  # (B, T, D)
+        v = value.reshape(-1, length, value.shape[3])  # (B, T, E)
+        out, kept = q.new_empty(*q.shape[:3], v.shape[2]), []
         for begin, end in _blocks(length):
             weights = _weights(q, k, begin, end)
             out[:, :, begin:end] = (weights @ v[:, :end]).unflatten(1, (groups, -1))
@@ -51,13 +52,13 @@ class _BlockAttention(torch.autograd.Function):
         if grad:
             ctx.save_for_backward(q, k, v, *kept)
             ctx.scale = scale
-        return out.view(num, heads, length, width)
+        return out.view(num, heads, length, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, *kept = ctx.saved_tensors
         groups, length = q.shape[1:3]
-        num, grad = grad.shape[0], grad.reshape(q.shape)
+        num, grad = grad.shape[0], grad.reshape(*q.shape[:3], v.shape[2])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for number, (begin, end) in enumerate(_blocks(length)):
             weights = kept[number] if kept else _weights(q, k, begin, end)

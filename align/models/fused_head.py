@@ -32,7 +32,7 @@ def head_logprobs(
         entropy: False gives zeros in its place; it has no gradient.
 
     Returns:
-        float32 (N,) twice, in nats.
+        (N,) twice, in nats: float32, or float64 for weights that have it.
     """
     return _HeadLogprobs.apply(
         hidden, weight, labels, temperature, entropy, torch.is_grad_enabled()
@@ -50,12 +50,13 @@ class _HeadLogprobs(torch.autograd.Function):
         entropy: bool,
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        values = hidden.new_empty(len(hidden), dtype=kind)
         entropies = torch.zeros_like(values)
         kept = []
         for rows in _chunks(hidden, weight):
             logits = hidden[rows] @ weight.T
-            logprobs = torch.log_softmax(_divided(logits, temperature), -1, dtype=torch.float32)
+            logprobs = torch.log_softmax(_divided(logits, temperature), -1, dtype=kind)
             values[rows] = logprobs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
             if entropy:
                 entropies[rows] = -(logprobs.exp().mul_(logprobs)).sum(-1)
@@ -74,13 +75,14 @@ class _HeadLogprobs(torch.autograd.Function):
         hidden, weight, labels, *kept = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
         trains = ctx.needs_input_grad[1]
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if trains else None
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=kind) if trains else None
         for number, rows in enumerate(_chunks(hidden, weight)):
             logits = kept[number] if kept else hidden[rows] @ weight.T
             logits = _divided(logits, ctx.temperature)
             # d log p(label) / d logits = onehot(label) - p
             share = (grad[rows] / ctx.temperature).unsqueeze(-1)
-            slope = torch.softmax(logits, -1, dtype=torch.float32).mul_(-share)
+            slope = torch.softmax(logits, -1, dtype=kind).mul_(-share)
             slope.scatter_add_(-1, labels[rows].unsqueeze(-1), share)
             slope = slope.to(weight.dtype)
             dhidden[rows] = slope @ weight
@@ -98,4 +100,6 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
     """Divide in float32: bfloat16 would round once more."""
-    return logits if temperature == 1.0 else logits.float() / temperature
+    if temperature == 1.0:
+        return logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from align.core.errors import ArtefactError
-from align.models.attention import PACKED, segments_from_positions
-from align.models.loading import disable_dropout, load_tokenizer
+from align.models.attention import Segments, segments_from_positions
+from align.models.decoder import attention_for, packs, padded_states, settle_decoder
+from align.models.loading import disable_dropout, keep_layout, load_tokenizer
+from align.models.logprobs import causal_lm
 from align.models.padded import right_padded
 from reward_models.paired import separator_of
 from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler
@@ -23,8 +25,9 @@ def scorer_from(
     A scorer that has another number of heads keeps its decoder only.
     """
     kind = getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     if (model_dir / SCORER_FILE).is_file():
-        model = RewardModel.load(model_dir, kind, attn_implementation=PACKED)
+        model = RewardModel.load(model_dir, kind, attn_implementation=attention_for(config))
         if model.num_heads != num_heads:
             width, reads, separator = model.head.in_features, model.reads, model.separator
             model = RewardModel(
@@ -35,13 +38,17 @@ def scorer_from(
         backbone = AutoModel.from_pretrained(
             str(model_dir),
             dtype=kind,
-            attn_implementation=PACKED,
+            attn_implementation=attention_for(config),
             quantization_config=quantization,
+            trust_remote_code=False,
         )
         width = backbone.config.get_text_config().hidden_size
         model = RewardModel(backbone, width, num_heads=num_heads)
         model.head.to(kind)  # not the whole: rotary buffers must stay float32
     disable_dropout(model)
+    if model.reads == "last":
+        keep_layout(model)
+        settle_decoder(model.backbone)
     return model.train()
 
 
@@ -58,7 +65,11 @@ def scorer_on_encoder(
     """
     kind = getattr(torch, dtype)
     encoder, info = AutoModel.from_pretrained(
-        str(model_dir), dtype=kind, quantization_config=quantization, output_loading_info=True
+        str(model_dir),
+        dtype=kind,
+        quantization_config=quantization,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if encoder.config.is_encoder_decoder:
         raise ArtefactError(
@@ -98,6 +109,17 @@ class TextValues(nn.Module):
         return values[laid.number, laid.at].unsqueeze(0)
 
 
+def packed_values(
+    scorer: RewardModel, input_ids: Tensor, position_ids: Tensor, segments: Segments
+) -> Tensor:
+    """Return a decoder's values for each token of a packed row: (1, N), or (1, N, K) of K heads."""
+    decoder = causal_lm(scorer.backbone)
+    if packs(decoder):
+        return scorer(input_ids, position_ids=position_ids, segments=segments)
+    states = padded_states(decoder, input_ids[0], segments)
+    return scorer.head(states.unsqueeze(0))
+
+
 class ValueModel(nn.Module):
     """Give V(state before token t) at index t of a packed row.
 
@@ -121,7 +143,7 @@ class ValueModel(nn.Module):
             float32 (1, N).
         """
         segments = segments_from_positions(position_ids[0])
-        values = self.scorer(input_ids, position_ids=position_ids, segments=segments)
+        values = packed_values(self.scorer, input_ids, position_ids, segments)
         if behind:
             return values
         return values[:, segments.previous].masked_fill(position_ids == 0, 0.0)

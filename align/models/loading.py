@@ -1,5 +1,6 @@
 """Loading and saving of causal language models and their tokenizers."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
-from align.models.attention import PACKED
+from align.models.decoder import attention_for, form_of
 
 
 @contextmanager
@@ -48,26 +50,39 @@ def load_policy(
 ) -> Any:
     """Load a causal language model for training on packed rows, dropout off.
 
+    One whose packed rows would see each other is run on padded rows instead (align.models.decoder).
+
     It is what ``model/`` holds; align.tuning.loading adds an adapter that is not merged into it.
 
     Dropout stays off because the log-probabilities of one policy must not depend on chance: the
     ratio of PPO and the reference of DPO are wrong otherwise.
     """
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(model_dir),
         dtype=getattr(torch, dtype),
-        attn_implementation=PACKED,
+        attn_implementation=attention_for(config),
         quantization_config=quantization,
+        trust_remote_code=False,
     )
     disable_dropout(model)
+    if quantization is not None:
+        keep_layout(model)
+    form_of(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(distributed.device())
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to 0."""
+    """Set every dropout probability of the model to 0, and all else that it draws while training.
+
+    Some architectures drop whole layers (layerdrop) or jitter the inputs of their routers.
+    """
     _dropout_places(model, 0.0)
+    for module in model.modules():
+        for name in _numbers(module, _DRAWS):
+            setattr(module, name, 0.0)
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -83,14 +98,40 @@ def set_dropout(model: nn.Module, rate: float) -> None:
         )
 
 
-def _dropout_places(model: Any, rate: float) -> int:
+_DROPOUT = re.compile(r"dropout|pdrop|drop_prob")
+_DRAWS = re.compile(r"layerdrop|jitter|drop_path")
+
+
+def _numbers(module: nn.Module, names: re.Pattern[str]) -> list[str]:
+    """List the attributes of a module that hold a probability under one of these names."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if names.search(name) and type(value) in (int, float)
+    ]
+
+
+def _dropout_places(model: nn.Module, rate: float) -> int:
     places = 0
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p, places = rate, places + 1
-        if isinstance(getattr(module, "attention_dropout", None), int | float):
-            module.attention_dropout, places = rate, places + 1  # pyright: ignore
+            continue
+        for name in _numbers(module, _DROPOUT):
+            setattr(module, name, rate)
+            places += 1
     return places
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradient.
+
+    On CPUs with bfloat16 instructions it does so in eval mode: it rounds the scales, so that the
+    policy before and after an evaluation differ, and fails where inputs are no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def save_policy(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from align.core import distributed
 from align.models.attention import Segments, segments_from_positions
+from align.models.decoder import decoder_of, form_of, padded_states, soft_cap, wide
 from align.models.fused_head import head_logprobs
 
 CHUNK_ELEMENTS = 2**24
@@ -53,8 +54,8 @@ def token_logprobs(
             vocabulary: minus the cross-entropy with a smoothed target (arXiv:1512.00567 section 7).
 
     Returns:
-        float32 tensors (B, T); 0 on padding, outside ``mask`` and on the first token of each
-        sequence, which no distribution predicts.
+        float32 tensors (B, T), float64 for a model that has it; 0 on padding, outside ``mask`` and
+        on the first token of each sequence, which no distribution predicts.
     """
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = real.bool()
@@ -67,7 +68,7 @@ def token_logprobs(
     wanted = predicted if mask is None else mask[real].bool() & predicted
     at = wanted.nonzero().squeeze(1)
     # The graph must touch the backbone on every rank, also when nothing is trained here.
-    zero = hidden.float().sum() * 0.0 if at.numel() == 0 else 0.0
+    zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
     values, entropies = _head(
         model,
         hidden.index_select(0, segments.previous[at]),
@@ -118,8 +119,11 @@ class LogprobModel(nn.Module):
 
 
 def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
-    """Run the decoder over one packed row of token ids (N,) and give its last states (N, H)."""
-    decoder = causal_lm(model).get_decoder()
+    """Return the decoder's last states (N, H) for one packed row of token ids (N,)."""
+    lm = causal_lm(model)
+    decoder = decoder_of(lm)
+    if not form_of(lm).packs:
+        return padded_states(decoder, flat_ids, segments)
     # Virtual tokens stand before every sequence of the row, as a cache that is filled already.
     cache = model.virtual_cache() if hasattr(model, "virtual_cache") else None
     num_virtual = 0 if cache is None else cache.get_seq_length()
@@ -139,11 +143,11 @@ def causal_lm(model: Any) -> Any:
 
 
 def token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Give the float32 logits (n, V) of last states (n, H), soft-capped where the model says so."""
+    """Return the model's own logits (n, V) of last states (n, H): scaled, soft-capped, float32."""
     lm = causal_lm(model)
-    logits = lm.get_output_embeddings()(hidden).float()
-    soft_cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+    logits = wide(lm.get_output_embeddings()(hidden)) * form_of(lm).scale
+    cap = soft_cap(lm)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _head(
@@ -156,7 +160,8 @@ def _head(
 ) -> tuple[Tensor, Tensor]:
     head = causal_lm(model).get_output_embeddings()
     if not label_smoothing and _is_plain(model, head):
-        return head_logprobs(hidden, head.weight, labels, temperature=temperature, entropy=entropy)
+        divisor = temperature / form_of(causal_lm(model)).scale
+        return head_logprobs(hidden, head.weight, labels, temperature=divisor, entropy=entropy)
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = token_logits(model, h) / temperature
@@ -185,6 +190,5 @@ def _head(
 
 def _is_plain(model: nn.Module, head: Any) -> bool:
     """Say whether the head is one whole matrix and nothing else."""
-    soft_cap = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
     whole = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
-    return whole and soft_cap is None
+    return whole and soft_cap(causal_lm(model)) is None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from align.core.artefacts import Artefact
 from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
-from align.models.logprobs import causal_lm
+from align.models.logprobs import LogprobModel, causal_lm
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
 from align.sampling.push import PUSH_TOLERANCE
@@ -23,6 +23,10 @@ from align.tuning.export import checkpoint_name, gathered
 NUM_ROWS = 4
 NUM_TENSORS = 64
 LN2 = math.log(2.0)
+LONGEST = 256
+"""Tokens of a row that are run through the model's own forward, with all its logits."""
+OWN_BOUNDS = {"float32": (1e-4, 2e-3), "bfloat16": (0.05, 1.5)}
+"""Median and largest difference of a token's log-probability, in nats, that rounding explains."""
 
 
 def loss_checks(
@@ -39,6 +43,8 @@ def loss_checks(
         ("first loss", partial(first_loss, spec, module, task, rows, vocab_size)),
         ("packing", partial(packing, spec, module, task, rows)),
     ]
+    if isinstance(module, LogprobModel) and spec.tuning.method != "loreft":
+        checks.append(("own forward", partial(own_forward, spec, module, rows)))
     if isinstance(spec, DpoStage) and not spec.reference_free:
         checks.append(("reference", partial(reference, spec, module, task, rows)))
     if isinstance(spec, RewardStage) and spec.use_margin:
@@ -203,6 +209,48 @@ def packing(
         unit=f"between {len(rows)} rows packed and alone",
         remedy="rows of one pack see each other; report it with the versions of 'align doctor'",
     )
+
+
+@torch.no_grad()
+def own_forward(spec: OfflineStage, module: LogprobModel, rows: Sequence[Any]) -> Finding:
+    """Compare each token packed, alone, and by the model's own forward and logits.
+
+    In 16 bits the model differs from itself by rounding: packed against alone is held to what alone
+    differs from the model's own forward, and that to the size of rounding.
+    """
+    sides = [side.input_ids for row in rows for side in sides_of(row)]
+    sequences = [torch.tensor([ids[:LONGEST]]) for ids in sides if len(ids) > 1][:NUM_ROWS]
+    device = module.model.device
+    at = torch.cat([torch.arange(x.shape[1]) for x in sequences]).unsqueeze(0)  # (1, N)
+    module.eval()
+    packed = module(torch.cat(sequences, 1).to(device), at.to(device)).logprobs[0].cpu()
+    alone = torch.cat([module(x.to(device)).logprobs[0].cpu() for x in sequences])
+    own = torch.cat([_own_logprobs(module.model, x.to(device)).cpu() for x in sequences])
+    scored = at[0] > 0
+    seams, self_gap = (packed - alone).abs()[scored], (alone - own).abs()[scored]
+    bounds = OWN_BOUNDS[spec.dtype]
+    (seam, self_) = ((float(x.median()), float(x.max())) for x in (seams, self_gap))
+    held = all(x <= b for x, b in zip(self_, bounds, strict=True))
+    apart = all(x <= max(b / 4, 4 * y) for x, y, b in zip(seam, self_, bounds, strict=True))
+    remedy = (
+        "the suite's log-probabilities are not the model's own"
+        if not held
+        else "rows of one pack see each other"
+    )
+    return Finding(
+        f"own forward: median {self_[0]:.1g}, largest {self_[1]:.1g} nats a token; packed against "
+        f"alone: {seam[0]:.1g}, {seam[1]:.1g}",
+        f"at most {bounds[0]:g}, {bounds[1]:g}",
+        "ok" if held and apart else "fail",
+        f"{remedy}; use another model, and report it with the versions of 'align doctor'",
+    )
+
+
+def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return log p of each token of (1, T) from the logits that the model itself gives."""
+    logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    found = logprobs[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+    return torch.cat([found.new_zeros(1), found])
 
 
 def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:

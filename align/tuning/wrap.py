@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from align.core.errors import RecipeError
+from align.models.decoder import PACKS
+from align.models.loading import keep_layout
 from align.recipe.schema.tuning import (
     BottleneckTuning,
     DoraTuning,
@@ -48,6 +50,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=_devices()):
         torch.manual_seed(seed)
         if isinstance(tuning, PrefixTuning | PromptTuning | PtuningTuning):
+            _check_packs(model, tuning.method)
             from align.tuning.virtual import VirtualTokens
 
             return VirtualTokens(model, virtual_config(model, tuning))
@@ -71,17 +74,6 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
 
             remember_start(wrapped)
     return wrapped
-
-
-def keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradient.
-
-    On CPUs with bfloat16 instructions it does so in eval mode: it rounds the scales, so that the
-    policy before and after an evaluation differ, and fails where inputs are no multiple of 64.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def _leave_scales_out(model: nn.Module) -> None:
@@ -263,6 +255,16 @@ def _check_targets(model: Any, targets: Targets) -> None:
                 f"tuning.targets: '{target}' names {found}, expected linear layers of "
                 f"{type(model).__name__}: {', '.join(kinds)}"
             )
+
+
+def _check_packs(model: Any, method: str) -> None:
+    """Refuse virtual tokens before a model of padded rows."""
+    kind = model.config.get_text_config().model_type
+    if model.can_generate() and kind not in PACKS:
+        raise RecipeError(
+            f"tuning.method {method} needs packed rows, which {kind} models do not take; use lora "
+            "or bottleneck"
+        )
 
 
 def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:

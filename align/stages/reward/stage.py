@@ -20,7 +20,7 @@ from align.core.types import Example, PairRow, TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
-from align.models.heads import TextValues, scorer_from, scorer_on_encoder
+from align.models.heads import TextValues, packed_values, scorer_from, scorer_on_encoder
 from align.models.loading import load_tokenizer, set_dropout
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
@@ -294,7 +294,7 @@ class SequenceValues(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Score every token of the packed row in the light of its sequence so far."""
         segments = segments_from_positions(position_ids[0])
-        return self.model(input_ids, position_ids=position_ids, segments=segments)
+        return packed_values(self.model, input_ids, position_ids, segments)
 
 
 def reference_numbers(

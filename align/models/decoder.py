@@ -1,0 +1,305 @@
+"""How a causal model is run on a packed row: packed, padded, or refused by name.
+
+Packing is right only where every layer that mixes tokens attends through align.models.attention.
+For the architectures of ``PACKS`` the tests compare that with the model's own forward, token by
+token (tests/numeric/test_architectures.py); every other one is run on padded rows through its own
+layers. On top of that each model is tried out on a few tokens before its first use: an option of
+its configuration may ask for what packed attention does not do, or scale the logits.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.core import distributed
+from align.core.errors import ArtefactError, TrainingError
+from align.models.attention import PACKED, Segments, segments_from_positions
+
+log = logging.getLogger(__name__)
+
+_PROVEN = """
+afmoe apertus arcee aria_text biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2
+deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2
+gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
+granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+hy_v3 hyperclovax jais2 jetmoe laguna llama longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2
+ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe
+qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
+"""
+PACKS = frozenset(_PROVEN.split())
+"""Model types whose packed rows equal their sequences alone."""
+
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Configuration keys for a bound c on the logits: c tanh(logits / c)."""
+
+PROBE_TOKENS = 12
+EXACT, ROUNDED = 1e-3, 0.1
+"""Largest relative difference that the probe takes for rounding: in float32, and in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one model is run.
+
+    Attributes:
+        packs: a packed row is one forward pass; False lays its sequences out as padded rows.
+        scale: factor between the output head's product and the model's own logits.
+        why: why a model is not packed.
+    """
+
+    packs: bool
+    scale: float
+    why: str = ""
+
+
+_forms: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()
+
+
+def form_of(lm: Any) -> Form:
+    """Return how a causal language model is run; the first call tries it out.
+
+    Raises:
+        ArtefactError: it sees later tokens, or its logits are more than a product.
+    """
+    if lm not in _forms:
+        with _as_loaded(lm):
+            _forms[lm] = _try_out(lm)
+        _say(type(lm).__name__, _forms[lm].why, _router_coef(lm))
+    return _forms[lm]
+
+
+def packs(decoder: Any) -> bool:
+    """Tell whether a decoder takes packed rows; of a language model ask ``form_of`` first."""
+    return decoder.config._attn_implementation == PACKED
+
+
+def attention_for(config: Any) -> str | None:
+    """Return the attention to load a model with; None leaves the choice to transformers."""
+    text = config.get_text_config()
+    if text.model_type in PACKS:
+        return PACKED
+    # transformers' fused attention leaves the soft cap out, and scales Falcon's ALiBi otherwise.
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return "eager" if capped or getattr(text, "alibi", False) else None
+
+
+def decoder_of(lm: Any) -> Any:
+    """Return the decoder below the head of a causal language model.
+
+    Raises:
+        ArtefactError: no part of the model is one.
+    """
+    for found in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
+        if isinstance(found, PreTrainedModel) and found is not lm:
+            return found
+    raise ArtefactError(f"{type(lm).__name__} has no decoder below its head; use another model")
+
+
+def soft_cap(lm: Any) -> float | None:
+    """Return the bound on the logits, if the configuration names one."""
+    config = lm.config.get_text_config()
+    return next((cap for n in SOFT_CAPS if (cap := getattr(config, n, None)) is not None), None)
+
+
+def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
+    """Run a decoder on the sequences of a packed row (N,) as padded rows; states (N, H).
+
+    Sequences of like length share a batch, each answer behind its prompt. Padding stands on the
+    right, where a causal model's real tokens never see it.
+    """
+    batches = [(flat_ids[x.index].view(x.num, x.max_length), x.mask) for x in segments.layouts]
+    if any(hasattr(p, "ds_id") for p in decoder.parameters()):
+        # ZeRO-3 gathers weights in each forward pass: every rank must come equally often.
+        missing = int(distributed.global_max(len(batches))) - len(batches)
+        batches += [(flat_ids[:1].view(1, 1), torch.ones_like(flat_ids[:1]).view(1, 1))] * missing
+    parts = [
+        decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for ids, mask in batches
+    ]
+    return torch.cat([x.flatten(0, 1) for x in parts]).index_select(0, segments.unpad_index)
+
+
+def settle_decoder(decoder: Any) -> None:
+    """Try packed rows on a decoder without its head, and give it its own attention if they fail."""
+    with _as_loaded(decoder):
+        first, _ = _probe_ids(decoder)
+        with _attention(decoder, "eager"):
+            alone = decoder(input_ids=first.unsqueeze(0), use_cache=False).last_hidden_state[0]
+        why = _settle(decoder, decoder, alone)
+    _say(type(decoder).__name__, why, None)
+
+
+@torch.no_grad()
+def _try_out(lm: Any) -> Form:
+    decoder, states = decoder_of(lm), []
+    first, other = _probe_ids(lm)
+    hook = decoder.register_forward_hook(
+        lambda _, __, out: states.append(getattr(out, "last_hidden_state", None))
+    )
+    try:
+        with _attention(lm, "eager"):
+            logits = lm(input_ids=first.unsqueeze(0), use_cache=False).logits[0]
+            changed = torch.cat([first[: PROBE_TOKENS // 2], other[PROBE_TOKENS // 2 :]])
+            later = lm(input_ids=changed.unsqueeze(0), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    half = slice(0, PROBE_TOKENS // 2)
+    if not _alike(later[half], logits[half]):
+        raise ArtefactError(
+            f"{type(lm).__name__}: what it says of a token depends on later ones (difference "
+            f"{_distance(later[half], logits[half]):.2g}), so it is no causal language model; "
+            "use a decoder, or an encoder stage for a classifier or a scorer on this one"
+        )
+    if not states or states[0] is None:
+        raise ArtefactError(f"{type(lm).__name__} does not run the decoder it names; use another")
+    why = _settle(lm, decoder, states[0][0])
+    return Form(why == "", _scale(lm, states[0][0], logits), why)
+
+
+def _settle(model: Any, decoder: Any, alone: Tensor) -> str:
+    """Return why the model cannot be packed, or nothing; its own attention is set if so.
+
+    Args:
+        model: what holds the decoder. alone: (PROBE_TOKENS, H) states of the first probe.
+    """
+    if not packs(decoder):
+        return _not_known(decoder)
+    try:
+        why = "" if decoder.config.model_type in PACKS else _not_known(decoder)
+        why = why or _seen_through(decoder, alone)
+    except TrainingError as error:
+        why = str(error)
+    if why:
+        sdpa = decoder._supports_sdpa and not getattr(
+            decoder.config, "attn_logit_softcapping", None
+        )
+        model.set_attn_implementation("sdpa" if sdpa else "eager")
+    return why
+
+
+def _not_known(decoder: Any) -> str:
+    return f"packed rows of {decoder.config.model_type} models see each other"
+
+
+def _seen_through(decoder: Any, alone: Tensor) -> str:
+    """Compare the states of a sequence behind another one in a packed row with those alone."""
+    first, other = _probe_ids(decoder)
+    at = torch.arange(PROBE_TOKENS, device=first.device).repeat(2)
+    packed = decoder(
+        input_ids=torch.cat([other, first]).unsqueeze(0),
+        position_ids=at.unsqueeze(0),
+        use_cache=False,
+        segments=segments_from_positions(at),
+    ).last_hidden_state[0, PROBE_TOKENS:]
+    if _alike(packed, alone):
+        return ""
+    return f"packed states differ from its own by {_distance(packed, alone):.2g} of their size"
+
+
+def _scale(lm: Any, states: Tensor, logits: Tensor) -> float:
+    """Find the factor between the head's product and the model's own logits."""
+    head, cap, config = lm.get_output_embeddings(), soft_cap(lm), lm.config.get_text_config()
+    known: list[float] = [getattr(config, n, None) or 1.0 for n in ("logit_scale",)]
+    known += [getattr(config, "lm_head_multiplier", None) or 1.0]
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    known += [1.0 / divisor, divisor]
+    if getattr(config, "dim_model_base", None):
+        known.append(config.dim_model_base / config.hidden_size)
+    product = None if head is None else _product(head, states)
+    for scale in dict.fromkeys([*(x for x in known if x != 1.0), 1.0]):
+        if product is not None:
+            tried = scale * product
+            tried = tried if cap is None else torch.tanh(tried / cap) * cap
+            if tried.shape == logits.shape and _alike(tried, logits.to(tried.dtype)):
+                return float(scale)
+    raise ArtefactError(
+        f"{type(lm).__name__}: its logits are not its output head's product, scaled by what its "
+        "configuration says; this suite would train on other probabilities than the model's own"
+    )
+
+
+def _product(head: nn.Module, states: Tensor) -> Tensor | None:
+    try:
+        return wide(head(states))
+    except RuntimeError:  # the head takes states of another size
+        return None
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it has that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _probe_ids(model: Any) -> tuple[Tensor, Tensor]:
+    """Return two sequences of tokens without the padding token."""
+    config = model.config.get_text_config()
+    table = model.get_input_embeddings().weight
+    pad = getattr(config, "pad_token_id", None)
+    rows = min(config.vocab_size, table.shape[0]) if table.ndim == 2 else config.vocab_size
+    ids = [i for i in range(min(rows, 4 * PROBE_TOKENS)) if i != pad]
+    found = [[ids[(start + 5 * i) % len(ids)] for i in range(PROBE_TOKENS)] for start in (3, 11)]
+    first, other = torch.tensor(found, device=model.device)
+    return first, other
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference, relative to the root mean square of ``b``."""
+    size = wide(b).pow(2).mean().sqrt().clamp(min=1e-12)
+    return float((wide(a) - wide(b)).abs().max() / size)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    exact = b.dtype in (torch.float32, torch.float64)
+    return _distance(a, b) <= (EXACT if exact else ROUNDED)
+
+
+@contextmanager
+def _as_loaded(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradient, and put every module's mode back."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    """Run a packed model with another attention inside the block."""
+    if not packs(model):
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED)
+
+
+def _router_coef(lm: Any) -> float | None:
+    return getattr(lm.config.get_text_config(), "router_aux_loss_coef", None)
+
+
+@cache
+def _say(name: str, why: str, router_coef: float | None) -> None:
+    """Log once what a user should know of how a model is run."""
+    if why:
+        log.warning("%s runs on padded rows, which is right but slower: %s", name, why)
+    if router_coef:
+        log.info(
+            "%s: the balance loss of its router (router_aux_loss_coef %g) is not added; experts "
+            "are trained by the stage's loss alone",
+            name,
+            router_coef,
+        )

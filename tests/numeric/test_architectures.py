@@ -1,0 +1,242 @@
+"""Every causal architecture: packed rows, padded rows and the model's own forward are one.
+
+The oracle is transformers' forward with eager attention, one sequence at a time.
+"""
+
+import logging
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from architectures import (
+    ALONE,
+    BEGIN,
+    DOCS,
+    IDS,
+    NARROW,
+    POSITIONS,
+    REFUSED,
+    TYPES,
+    all_double,
+    measure,
+    own_logprobs,
+    packed_logprobs,
+    tiny_config,
+    tiny_model,
+)
+
+from align.core.errors import ArtefactError, TrainingError
+from align.core.types import TokenRow
+from align.models import decoder as decoders
+from align.models.attention import PACKED, segments_from_positions
+from align.models.classifier import ClassLogits
+from align.models.decoder import PACKS, Form, attention_for, form_of, settle_decoder
+from align.models.heads import ValueModel
+from align.models.loading import disable_dropout, set_dropout
+from align.models.logprobs import LogprobModel
+from align.preflight.checks import Finding
+from align.preflight.offline import own_forward
+from align.recipe.schema import SftStage
+from reward_models.scalar import RewardModel
+
+KNOWN = [name for name in TYPES if name not in REFUSED]
+FEW = ["llama", "gemma2", "gpt_oss", "granite", "cohere", "opt", "stablelm", "qwen3_next", "mamba"]
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_packed_logprobs_equal_each_sequence_alone_in_float64(model_type: str) -> None:
+    row = measure(model_type)
+    assert row.way != "refused", row.note
+    assert row.error < (1e-5 if model_type in NARROW else 1e-9)
+    assert (row.way == "packed") == (model_type in PACKS or model_type == "gpt-sw3")
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_no_causal_model_or_has_another_head_is_refused_by_name(model_type: str) -> None:
+    with pytest.raises(ArtefactError, match=r"no causal language model|not its output head's"):
+        form_of(tiny_model(model_type, torch.float32))
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_with_dropout_off_nothing_is_drawn_while_training(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float32)
+    disable_dropout(model.train())
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(packed_logprobs(model))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("model_type", FEW)
+def test_gradients_are_those_of_the_models_own_forward(model_type: str) -> None:
+    weights = torch.linspace(-1.0, 1.0, len(IDS), dtype=torch.float64)
+    grads = []
+    with all_double():
+        for own in (True, False):
+            model = tiny_model(model_type, torch.float64, own=own)
+            disable_dropout(model.train())
+            found = own_logprobs(model) if own else packed_logprobs(model)
+            (found * weights).sum().backward()
+            grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", FEW)
+def test_float32_is_within_rounding_of_the_models_own_forward(model_type: str) -> None:
+    with torch.no_grad():
+        own = own_logprobs(tiny_model(model_type, torch.float32, own=True))
+        gap = packed_logprobs(tiny_model(model_type, torch.float32)) - own
+    assert float(gap.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("granite", {"tie_word_embeddings": True, "logits_scaling": 0.5}),
+        ("granite", {"tie_word_embeddings": False, "attention_multiplier": 0.4}),
+        ("cohere", {"tie_word_embeddings": False, "logit_scale": 3.0, "use_qk_norm": True}),
+        ("gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": 0.7}),
+        ("mistral", {"tie_word_embeddings": True, "sliding_window": 2}),
+        ("gpt2", {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True}),
+        ("falcon", {"alibi": True, "new_decoder_architecture": True}),
+        ("opt", {"do_layer_norm_before": False}),
+    ],
+)
+def test_options_of_a_configuration_are_kept(model_type: str, extra: dict[str, Any]) -> None:
+    assert measure(model_type, **extra).error < 1e-9
+
+
+def test_a_model_that_packs_by_type_and_not_by_option_falls_back(monkeypatch, caplog) -> None:
+    # ALiBi stands for an option that packed attention does not know.
+    monkeypatch.setattr(decoders, "PACKS", PACKS | {"stablelm", "nemotron"})
+    decoders._say.cache_clear()
+    for model_type in ("stablelm", "nemotron"):
+        model = tiny_model(model_type, torch.float32)
+        assert model.config._attn_implementation == PACKED
+        with torch.no_grad(), caplog.at_level(logging.WARNING):
+            gap = packed_logprobs(model) - own_logprobs(tiny_model(model_type, torch.float32))
+        assert float(gap.abs().max()) < 1e-4
+        assert model.config._attn_implementation == "sdpa"
+    assert [r.message.split()[0] for r in caplog.records if "padded rows" in r.message] == [
+        "StableLmForCausalLM",
+        "NemotronForCausalLM",
+    ]
+
+
+def test_an_attention_option_that_is_not_known_is_refused() -> None:
+    from align.models.attention import packed_attention
+
+    q = torch.zeros(1, 2, 3, 4)
+    packed_attention(torch.nn.Identity(), q, q, q, None, position_ids=torch.arange(3))
+    for option in ({"position_bias": q}, {"is_causal": False}):
+        with pytest.raises(TrainingError, match=next(iter(option))):
+            packed_attention(torch.nn.Identity(), q, q, q, None, **option)
+
+
+@pytest.mark.parametrize("model_type", FEW)
+def test_values_of_a_packed_row_equal_each_sequence_alone(model_type: str) -> None:
+    config = tiny_config(model_type)
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(config, attn_implementation=attention_for(config))
+    scorer = RewardModel(backbone, 32).eval()
+    disable_dropout(scorer)
+    settle_decoder(scorer.backbone)
+    found = ValueModel(scorer)(torch.tensor([IDS]), torch.tensor([POSITIONS]), behind=True)[0]
+    backbone.set_attn_implementation("eager")
+    parts = [scorer.head(backbone(torch.tensor([s])).last_hidden_state)[0] for s in ALONE]
+    expected = torch.cat([x[5:] if i == 2 else x for i, x in enumerate(parts)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "opt", "bloom", "mistral", "qwen3", "stablelm"]
+)
+def test_classes_of_padded_texts_equal_each_text_alone(model_type: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, num_labels=3))
+    positions = [p for s in ALONE for p in range(len(s))]
+    ids = [t for s in ALONE for t in s]
+    with torch.no_grad():
+        found = ClassLogits(model.eval())(torch.tensor([ids]), torch.tensor([positions]))
+        alone = torch.cat([model(input_ids=torch.tensor([s])).logits for s in ALONE])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_bigcode", "biogpt", "llama"])
+def test_keep_dropout_acts_wherever_the_architecture_has_a_place(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float32).train()
+    disable_dropout(model)
+    with torch.no_grad():
+        before = packed_logprobs(model)
+        set_dropout(model, 0.5)
+        assert not torch.allclose(packed_logprobs(model), before)
+
+
+def test_trying_a_model_out_leaves_it_as_it_was() -> None:
+    model = tiny_model("llama", torch.float32).train()
+    model.lm_head.eval()
+    state = torch.random.get_rng_state()
+    form_of(model)
+    assert model.training
+    assert not model.lm_head.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config._attn_implementation == PACKED
+
+
+def test_the_padded_layout_holds_each_sequence_behind_its_prompt() -> None:
+    segments = segments_from_positions(torch.tensor(POSITIONS))
+    rows = []
+    for layout in segments.layouts:
+        ids = torch.tensor(IDS)[layout.index].view(layout.num, layout.max_length)
+        rows += [row[mask.bool()].tolist() for row, mask in zip(ids, layout.mask, strict=True)]
+    assert sorted(rows) == sorted(ALONE)
+
+
+def test_the_documented_table_names_every_packed_architecture() -> None:
+    table = DOCS.read_text(encoding="utf-8").split(BEGIN)[1]
+    listed = {line.split("|")[1].strip() for line in table.splitlines() if "| packed |" in line}
+    assert listed - {"gpt-sw3"} == PACKS & set(TYPES)
+
+
+def _own_forward_line(model: Any, dtype: str) -> Finding:
+    draw = random.Random(3)
+    rows = [TokenRow(tuple(draw.randrange(3, 90) for _ in range(40)), (True,) * 40)] * 2
+    rows += [TokenRow(tuple(draw.randrange(3, 90) for _ in range(25)), (True,) * 25)]
+    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], dtype=dtype)
+    return own_forward(spec, LogprobModel(model), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gpt_oss", "stablelm", "qwen3_next"])
+def test_the_preflight_line_holds_for_what_is_right(model_type: str, dtype: str) -> None:
+    model = tiny_model(model_type, getattr(torch, dtype))
+    assert _own_forward_line(model, dtype).verdict == "ok"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_preflight_line_fails_where_logits_lack_their_scale(dtype: str) -> None:
+    model = tiny_model("granite", getattr(torch, dtype))
+    decoders._forms[model] = Form(packs=True, scale=1.0)
+    found = _own_forward_line(model, dtype)
+    assert found.verdict == "fail"
+    assert "not the model's own" in found.remedy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["stablelm", "nemotron"])
+def test_the_preflight_line_fails_where_rows_see_each_other(model_type: str, dtype: str) -> None:
+    model = tiny_model(model_type, getattr(torch, dtype))
+    model.set_attn_implementation(PACKED)
+    decoders._forms[model] = Form(packs=True, scale=1.0)
+    assert _own_forward_line(model, dtype).verdict == "fail"
