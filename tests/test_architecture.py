@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "align.evaluation": L4,
     "align.preflight": L5,
     "align.stages": (*L5, "align.preflight"),
-    "align.pipeline": ("align.core", "align.recipe", "align.report"),
+    "align.pipeline": ("align.core", "align.recipe", "align.report", "align.data.reading"),
     "align.report": ("align.core", "align.recipe"),
     "align.__main__": ("align.cli",),
     "align.cli": ("align.core", "align.recipe", "align.pipeline", "align.report", "align.doctor"),

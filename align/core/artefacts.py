@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,10 @@ PACKAGES = (
     "datasets",
     "numpy",
 )
-NOT_HASHED = ("checkpoints", "log.txt", MANIFEST)
+LOCK = "stage.lock"
+FAILURE = "failure.txt"
+"""The traceback of a stage that failed unexpectedly."""
+NOT_HASHED = ("checkpoints", "log.txt", MANIFEST, LOCK, FAILURE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +58,71 @@ def spec_hash(spec: Mapping[str, Any], *, seed: int, inputs: Mapping[str, str]) 
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def file_record(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Return the sha256, size in bytes and modification time of a file, read once.
+
+    Args:
+        path: the file. sync: flush it to the disk as well.
+    """
+    with path.open("rb") as f:
+        state = os.fstat(f.fileno())
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        if sync:
+            os.fsync(f.fileno())
+    return {"sha256": sha256, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+
+
+def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
+    """Return True if a file has the recorded content; only a new size or time makes it be read.
+
+    Args:
+        path: the file. record: what ``file_record`` returned, or only its ``sha256``.
+    """
+    try:
+        state = path.stat()
+        size = record.get("bytes")
+        if size is not None and state.st_size != size:
+            return False
+        if size is not None and state.st_mtime_ns == record.get("mtime_ns"):
+            return True
+        return file_sha256(path) == record["sha256"]
+    except OSError:
+        return False
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text under a temporary name, fsync it, then rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, fsync it, then rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, sort_keys=True, ensure_ascii=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path)
-    fsync_directory(path.parent)
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    write_text_atomic(path, text + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None where the file is missing, cut or anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def fsync_directory(path: Path) -> None:
@@ -82,12 +135,18 @@ def fsync_directory(path: Path) -> None:
 
 
 def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Give {relative path: {sha256, bytes}} of every file below a directory."""
-    found = {}
+    """Return {relative path: record} of every file below a directory, all flushed to the disk."""
+    found, folders = {}, [directory]
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name.split("/")[0] not in leave_out and not name.endswith(".tmp"):
-            found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        if name.split("/")[0] in leave_out:
+            continue
+        if path.is_dir():
+            folders.append(path)
+        elif path.is_file() and not name.endswith(".tmp"):
+            found[name] = file_record(path, sync=True)
+    for folder in reversed(folders):  # the innermost first
+        fsync_directory(folder)
     return found
 
 
@@ -113,7 +172,11 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read an artefact's manifest without verifying its files."""
+    """Return an artefact's manifest; its files are not verified.
+
+    Raises:
+        ArtefactError: it is missing, or is not the manifest of a stage.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         state = "is not finished" if directory.is_dir() else "does not exist"
@@ -121,11 +184,47 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: no {MANIFEST}, so this artefact {state}; run its stage first"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ArtefactError(
             f"{path}: not valid JSON ({e}); run the stage again with --force"
         ) from e
+    problem = _manifest_problem(found)
+    if problem is not None:
+        raise ArtefactError(f"{path}: damaged ({problem}); run the stage again with --force")
+    return found
+
+
+def _manifest_problem(found: Any) -> str | None:
+    if not isinstance(found, dict):
+        return "expected an object"
+    texts = ("kind", "spec_hash")
+    for key, kind in (*((t, str) for t in texts), ("files", dict)):
+        if not isinstance(found.get(key), kind):
+            return f"no '{key}'"
+    for key, kind in (("spec", dict), ("inputs", dict), ("data", list), ("metrics", dict)):
+        if not isinstance(found.get(key, kind()), kind):
+            return f"'{key}' is of another type"
+    for key in ("inputs", "data"):
+        part = found.get(key, {})
+        entries = part.values() if isinstance(part, dict) else part
+        if not all(isinstance(entry, dict) for entry in entries):
+            return f"'{key}' is of another type"
+    if not isinstance(found.get("seconds", 0.0), int | float):
+        return "'seconds' is no number"
+    files = found["files"]
+    if not all(is_file_record(entry) for entry in files.values()):
+        return "a file's entry has no size or sha256"
+    return None
+
+
+def is_file_record(entry: Any) -> bool:
+    """Return True if ``entry`` records a file's size and sha256."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+    )
 
 
 def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
@@ -146,26 +245,45 @@ def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
             f"{directory}: the artefact is a {kind!r}, expected a {expected_kind!r}; "
             "name a stage that writes one"
         )
-    for name, entry in manifest["files"].items():
-        _verify_file(directory, name, entry)
+    problems = find_damage(directory, manifest, whole=True)
+    if problems:
+        raise ArtefactError(f"{problems[0]}; run the stage again with --force")
     return Artefact(directory, manifest)
 
 
-def _verify_file(directory: Path, name: str, entry: Mapping[str, Any]) -> None:
-    file = directory / name
-    if not file.is_file():
-        raise ArtefactError(f"{file}: missing, but its manifest lists it; run the stage again")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        raise ArtefactError(
-            f"{file}: {size} bytes, expected {entry['bytes']}; it was changed or cut after the "
-            "stage finished; run the stage again with --force"
-        )
-    if file_sha256(file) != entry["sha256"]:
-        raise ArtefactError(
-            f"{file}: its sha256 differs from the manifest's; it was changed after the stage "
-            "finished; run the stage again with --force"
-        )
+def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) -> Sequence[str]:
+    """Return what differs between an artefact's files and its manifest, one line each.
+
+    Args:
+        directory: the artefact's folder. manifest: its manifest.
+        whole: read every file; else only those whose size or time is another than recorded.
+    """
+    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    if not files:
+        return [f"{directory / MANIFEST}: lists no files, so nothing in it can be verified"]
+    found = []
+    for name, entry in files.items():
+        file = directory / name
+        if not file.is_file():
+            found.append(f"{file}: missing, but its manifest lists it")
+            continue
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            found.append(
+                f"{file}: {size} bytes, expected {entry['bytes']}; it was changed or cut after the "
+                "stage finished"
+            )
+        elif not (is_unchanged(file, {**entry, "mtime_ns": None} if whole else entry)):
+            found.append(
+                f"{file}: its sha256 differs from the manifest's; it was changed after the stage "
+                "finished"
+            )
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    for path in sorted(p for folder in folders for p in (directory / folder).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in files and not name.endswith(".tmp"):
+            found.append(f"{path}: not in the manifest; it was added after the stage finished")
+    return found
 
 
 def versions() -> dict[str, str]:

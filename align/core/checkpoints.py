@@ -1,9 +1,11 @@
 """Checkpoints of a running stage: temporary name, hashes, rename; verified before they are loaded.
 
 A checkpoint is a folder ``step-00000042`` that holds one DeepSpeed checkpoint per engine, one RNG
-file per rank and ``checkpoint.json``, which is written last.
+file per rank and ``checkpoint.json``, which is written last. That record holds the identity of the
+stage that saved it, the hash of every file, and a hash of itself.
 """
 
+import hashlib
 import json
 import logging
 import random
@@ -16,11 +18,30 @@ import numpy as np
 import torch
 
 from align.core import distributed
-from align.core.artefacts import file_sha256, fsync_directory, hash_tree, write_json_atomic
+from align.core.artefacts import (
+    file_sha256,
+    fsync_directory,
+    hash_tree,
+    is_file_record,
+    read_json_object,
+    write_json_atomic,
+)
 from align.core.errors import ArtefactError
+from align.core.identity import find_difference, plain
 
 log = logging.getLogger(__name__)
 STATE = "checkpoint.json"
+_identity: dict[str, Any] | None = None
+
+
+def belong_to(identity: Mapping[str, Any] | None) -> None:
+    """Set the identity of the stage that this process runs.
+
+    Checkpoints are saved with it, and those of another stage are passed over. Without one (a tool
+    or a test that looks at a folder) nothing is compared.
+    """
+    global _identity
+    _identity = None if identity is None else plain(identity)
 
 
 def save_checkpoint(
@@ -38,7 +59,7 @@ def save_checkpoint(
     final = directory / f"step-{step:08d}"
     temporary = directory / f"step-{step:08d}.tmp"
     if distributed.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
     distributed.barrier()
     for name, engine in engines.items():
@@ -46,21 +67,40 @@ def save_checkpoint(
     torch.save(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         record = {"step": step, "world_size": distributed.world_size(), "state": dict(state)}
-        write_json_atomic(temporary / STATE, {**record, "files": hash_tree(temporary)})
+        write_record(temporary, STATE, record)
         temporary.rename(final)
         fsync_directory(directory)
-        for old in _complete(directory)[:-keep]:
+        for old in _own(directory)[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
     return final
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Find the newest checkpoint whose every file has the recorded size and hash.
+def write_record(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Complete a checkpoint: flush and hash its files, then write its record."""
+    full = plain({**record, "identity": _identity, "files": hash_tree(folder)})
+    write_json_atomic(folder / name, {**full, "record_sha256": _record_hash(full)})
 
-    A damaged one is named in the log and passed over. Every rank gets rank 0's answer.
+
+def _record_hash(record: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or the file or link that has its name; nothing where there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Find the newest checkpoint of this stage whose every file has the recorded size and hash.
+
+    A damaged or foreign one is named in the log and passed over. Every rank gets rank 0's answer.
     """
     found = None
     if distributed.rank() == 0:
@@ -69,7 +109,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
             if problem is None:
                 found = path
                 break
-            log.warning("%s: damaged (%s); trying the one before it", path, problem)
+            log.warning("%s: %s; trying the one before it", path, problem)
     return distributed.broadcast_object(found)
 
 
@@ -89,23 +129,45 @@ def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[s
     return record["step"], record["state"]
 
 
-def _complete(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob("step-????????") if (p / STATE).is_file())
+def _own(directory: Path) -> list[Path]:
+    """List the checkpoints that this stage saved, oldest first."""
+    folders = sorted(p for p in directory.glob("step-????????") if (p / STATE).is_file())
+    return [p for p in folders if _foreign(read_json_object(p / STATE) or {}) is None]
 
 
 def damage(path: Path, *, record: str = STATE) -> str | None:
-    """Say what is wrong with a checkpoint whose file ``record`` holds the hashes; None if well."""
-    try:
-        files = json.loads((path / record).read_text(encoding="utf-8"))["files"]
-        for name, entry in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-                return f"{name} differs from its recorded hash"
-    except (OSError, ValueError, KeyError) as e:
-        return f"{record}: {e}"
-    return None
+    """Return why a checkpoint cannot be used; None if it can.
+
+    Args:
+        path: the checkpoint. record: its file with the hashes.
+    """
+    found = read_json_object(path / record)
+    if found is None:
+        return f"damaged ({record} is missing or no record)"
+    if found.get("record_sha256") != _record_hash(found):
+        return f"damaged ({record} differs from its own hash)"
+    files = found.get("files")
+    if not isinstance(files, dict) or not files or not all(map(is_file_record, files.values())):
+        return f"damaged ({record} lists no files)"
+    if "step" in found and path.name != f"step-{found['step']:08d}":
+        return f"damaged (its name does not say step {found['step']})"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"damaged ({name} is missing)"
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            return f"damaged ({name} differs from its recorded hash)"
+    return _foreign(found)
+
+
+def _foreign(record: Mapping[str, Any]) -> str | None:
+    if _identity is None:
+        return None
+    identity = record.get("identity")
+    if not isinstance(identity, dict):
+        return "of another stage (it does not say which)"
+    difference = find_difference(identity, _identity)
+    return None if difference is None else f"of another stage or run ({difference})"
 
 
 def rng_state() -> dict[str, Any]:

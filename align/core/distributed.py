@@ -7,14 +7,17 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from align.core import distributed
+from align.core.errors import AlignError
+
+T = TypeVar("T")
 
 
 def init_process_group() -> None:
@@ -131,6 +134,23 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first_rank(do: Callable[[], T]) -> T:
+    """Return what ``do`` returns on rank 0; an AlignError that it raises is raised on every rank.
+
+    All ranks must take part.
+    """
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = do()
+        except AlignError as e:
+            error = e
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return cast(T, value)
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:

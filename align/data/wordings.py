@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.core.errors import DataError
 from align.core.types import Turn
+from align.data.reading.read_log import note
 
 MADE = ("prompt", "completion", "chosen", "rejected")
 FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"})
@@ -91,8 +92,10 @@ def read_wordings(path: str) -> Sequence[Wording]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such file of templates (from {Path.cwd()})")
+    content = file.read_bytes()
+    note(file, hashlib.sha256(content).hexdigest())
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:

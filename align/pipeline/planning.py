@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.artefacts import MANIFEST, file_sha256, read_manifest, spec_hash
+from align.core.artefacts import MANIFEST, file_sha256, find_damage, read_manifest, spec_hash
+from align.core.errors import ArtefactError
+from align.core.identity import changed_file, read_begun
+from align.data.reading.provenance import named_files
 from align.recipe.load import RECIPE_FILE
 from align.recipe.schema import Recipe
 
@@ -52,45 +55,88 @@ def _status(
 ) -> tuple[Status, str]:
     folder = run_dir / name
     if not (folder / MANIFEST).is_file():
-        return _unfinished_status(recipe, name, folder)
-    manifest = read_manifest(folder)
-    if manifest.get("spec_hash") != hashes[name]:
+        return _unfinished_status(recipe, name, folder, hashes[name])
+    try:
+        manifest = read_manifest(folder)
+    except ArtefactError as e:
+        return "changed", str(e)
+    if manifest["spec_hash"] != hashes[name]:
         return "changed", _what_changed(recipe, name, manifest, hashes)
-    for key, entry in manifest.get("inputs", {}).items():
-        upstream = recipe.inputs(name)[key]
+    for key, upstream in recipe.inputs(name).items():
         path = recipe.folder_of(upstream, run_dir) / MANIFEST
-        recorded = entry.get("manifest_sha256")
+        recorded = manifest.get("inputs", {}).get(key, {}).get("manifest_sha256")
         if recorded and path.is_file() and file_sha256(path) != recorded:
             return "changed", f"its input {upstream} was made anew since"
-    for entry in manifest.get("data", []):
-        path = Path(str(entry.get("path", "")))
-        if path.is_file() and entry.get("sha256") not in (None, file_sha256(path)):
-            return "changed", f"the data in {path} changed since"
+    difference = _changed_file(recipe, name, manifest)
+    if difference is not None:
+        return "changed", difference
+    damage = find_damage(folder, manifest, whole=False)
+    if damage:
+        return "changed", damage[0]
     return "done", f"in {manifest.get('seconds', 0):.0f} s"
 
 
-def _unfinished_status(recipe: Recipe, name: str, folder: Path) -> tuple[Status, str]:
-    import yaml
+def _changed_file(recipe: Recipe, name: str, manifest: Mapping[str, Any]) -> str | None:
+    """Return how the files that the stage has read differ from what they are now."""
+    identity = manifest.get("identity")
+    if isinstance(identity, dict) and isinstance(identity.get("files"), dict):
+        present = named_files(recipe.stages[name], recipe.inputs(name))
+        return changed_file(identity["files"], present)
+    for entry in manifest.get("data", []):
+        path = Path(str(entry.get("path", "")))
+        if path.is_file() and entry.get("sha256") not in (None, file_sha256(path)):
+            return f"the data in {path} changed since"
+    return None
 
-    begun = folder / RECIPE_FILE
-    if not begun.is_file():
+
+def _unfinished_status(
+    recipe: Recipe, name: str, folder: Path, expected_hash: str
+) -> tuple[Status, str]:
+    begun, before = read_begun(folder), _recipe_before(folder)
+    if begun is None and before is None:
+        if (folder / RECIPE_FILE).is_file():
+            return "changed", f"begun, but {folder / RECIPE_FILE} cannot be read"
         return "to do", ""
-    try:
-        before = yaml.safe_load(begun.read_text(encoding="utf-8"))
-        old = before["stages"][name]
-        old_seed = before["seed"] if old.get("seed") is None else old["seed"]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return "changed", f"begun, but {begun} cannot be read"
-    new = recipe.stages[name].model_dump(mode="json")
-    different = _differences(old, new)
-    if old_seed != recipe.seed_of(name):
-        different.append(f"seed {old_seed} -> {recipe.seed_of(name)}")
     kept = sorted((folder / "checkpoints").glob("*"))
+    different = _changes_since(recipe, name, before)
+    if begun is not None:
+        if begun["spec_hash"] == expected_hash:
+            different = []
+            if isinstance(begun.get("files"), dict):
+                present = named_files(recipe.stages[name], recipe.inputs(name))
+                file = changed_file(begun["files"], present)
+                different += [] if file is None else [file]
+        else:
+            different = different or ["other settings or inputs"]
     if different and not kept:
         return "to do", "an earlier try with other settings left nothing to go on from"
     if different:
         return "changed", "begun with " + "; ".join(different[:3])
     return "half-done", f"{len(kept)} checkpoints" if kept else "no checkpoint yet"
+
+
+def _recipe_before(folder: Path) -> dict[str, Any] | None:
+    """Return the recipe that an unfinished stage wrote down; None if it cannot be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _changes_since(recipe: Recipe, name: str, before: Mapping[str, Any] | None) -> list[str]:
+    """Return which settings differ from those that an unfinished stage was begun with."""
+    try:
+        old = (before or {})["stages"][name]
+        old_seed = (before or {})["seed"] if old.get("seed") is None else old["seed"]
+    except (LookupError, TypeError, AttributeError):
+        return []
+    different = _differences(old, recipe.stages[name].model_dump(mode="json"))
+    if old_seed != recipe.seed_of(name):
+        different.append(f"seed {old_seed} -> {recipe.seed_of(name)}")
+    return different
 
 
 def _what_changed(

@@ -18,8 +18,11 @@ from align.core.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER,
+    ArtefactError,
     RecipeError,
 )
+from align.core.identity import check_is_stage_folder
+from align.core.lock import refuse_if_held
 from align.core.text import suggest
 from align.pipeline.planning import PlannedStage, plan
 from align.pipeline.processes import (
@@ -91,6 +94,8 @@ def run(
                 continue
             # Until the run is whole again, no summary is better than an outdated one.
             (folder / "summary.json").unlink(missing_ok=True)
+            check_is_stage_folder(folder / stage.name)
+            refuse_if_held(folder / stage.name)
             if stage.name in again or stage.status == "to do":
                 _set_aside(folder / stage.name)
                 forget_seconds(folder, stage.name)
@@ -169,10 +174,16 @@ def _set_aside(folder: Path) -> None:
     """Clear the way: a finished artefact stays as ``<stage>.old`` until the new one is complete."""
     old = folder.with_name(folder.name + ".old")
     if (folder / MANIFEST).is_file():
-        if old.exists():
-            shutil.rmtree(old)
+        _remove(old)
         folder.rename(old)
-    elif folder.exists():
+    else:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage's folder, and never one that this suite did not make."""
+    if folder.exists():
+        check_is_stage_folder(folder)
         shutil.rmtree(folder)
 
 
@@ -204,9 +215,7 @@ def _run_stage(
         # The launcher ends with 0 when a signal took its own child; only the manifest is proof.
         code = EXIT_PREEMPTED if stopped else EXIT_FAILED
     if code == EXIT_OK:
-        old = folder.with_name(name + ".old")
-        if old.exists():
-            shutil.rmtree(old)
+        _remove(folder.with_name(name + ".old"))
         terminal.end(seconds)
         return EXIT_OK
     if stopped or code == EXIT_PREEMPTED:
@@ -272,12 +281,21 @@ def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Keep two runs out of one folder."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as f:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as e:
+        raise ArtefactError(
+            f"{run_dir}: cannot be made or written to ({e.strerror}); give another folder with "
+            "--runs, or mend its permissions"
+        ) from e
+    with lock as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecipeError(
                 f"{run_dir}: another 'align run' works in this folder; wait for it or use --runs"
             ) from None
+        except OSError:  # no such locks on this file system: each stage's own lock remains
+            pass
         yield

@@ -1,30 +1,39 @@
 """Join a run's evaluation with what each stage cost."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import read_manifest, write_json_atomic
+from align.core.artefacts import read_json_object, read_manifest, write_json_atomic
 from align.recipe.schema import Recipe
+
+TIMINGS = "timings.json"
 
 
 def add_seconds(run_dir: Path, name: str, seconds: float) -> None:
     """Count the time of a stage's process; the manifest does not see imports or earlier tries."""
     timings = _timings(run_dir)
     timings[name] = round(timings.get(name, 0.0) + seconds, 2)
-    write_json_atomic(run_dir / "timings.json", timings)
+    _write(run_dir, timings)
 
 
 def forget_seconds(run_dir: Path, name: str) -> None:
     """Count from zero for a stage that starts anew."""
     timings = _timings(run_dir)
     if timings.pop(name, None) is not None:
-        write_json_atomic(run_dir / "timings.json", timings)
+        _write(run_dir, timings)
+
+
+def _write(run_dir: Path, timings: dict[str, float]) -> None:
+    try:
+        write_json_atomic(run_dir / TIMINGS, timings)
+    except OSError:  # no time that is lost is worth a run
+        return
 
 
 def _timings(run_dir: Path) -> dict[str, float]:
-    path = run_dir / "timings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the seconds of each stage; a file that is damaged counts from zero."""
+    found = read_json_object(run_dir / TIMINGS) or {}
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and 0 <= v < 1e12}
 
 
 def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
@@ -47,9 +56,9 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
             "peak_rss_gib": manifest.get("peak_rss_gib"),
             "tokens_per_s": metrics.get("tokens/per_s"),
         }
-        own = run_dir / name / "summary.json"
-        if own.is_file():
-            summary = _joined(summary, latest, json.loads(own.read_text(encoding="utf-8")))
+        own = read_json_object(run_dir / name / "summary.json")
+        if own is not None:
+            summary = _joined(summary, latest, own)
             latest = name
     total = round(sum(entry["seconds"] or 0.0 for entry in stages.values()), 2)
     return summary | {"stages": stages, "seconds": total}

@@ -158,7 +158,7 @@ def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
         _complete(block, type(default))
 
 
-_STAGE_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
 
 
@@ -274,7 +274,7 @@ def _stage_name_errors(source: Source) -> list[str]:
         f"{locate(('stages', name), 'extra_forbidden', source.marks)}: stages.{name}: "
         "a stage's name is a folder's: expected letters, digits, '_' and '-' only"
         for name in (stages if isinstance(stages, dict) else ())
-        if not _STAGE_NAME.match(name)
+        if not _STAGE_NAME.fullmatch(name)
     ]
 
 

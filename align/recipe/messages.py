@@ -212,7 +212,7 @@ def _what(
     if problem == "too_short":
         return f"found {context['actual_length']} items; expected at least {context['min_length']}"
     if problem == "string_pattern_mismatch":
-        return f"found {shown(found)}; expected only letters, digits, '_', '.' and '-'"
+        return f"found {shown(found)}; expected letters, digits, '_', and then also '.' and '-'"
     if bound := _bound(context):
         number = bare(kind) if bare(kind) in _WORDS else float
         return f"found {shown(found)}; expected {_WORDS[number]} {bound}"

@@ -1,7 +1,6 @@
 """What every stage process does: read the recipe, join the ranks, run, write the manifest last."""
 
 import argparse
-import json
 import logging
 import resource
 import shutil
@@ -13,20 +12,34 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core import distributed
+from align.core import checkpoints, distributed
 from align.core import distributed as signals
 from align.core.artefacts import (
     MANIFEST,
     Artefact,
     file_sha256,
+    find_damage,
     read_artefact,
+    read_json_object,
     read_manifest,
     spec_hash,
     write_json_atomic,
     write_manifest,
 )
+from align.core.checkpoints import STATE
 from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
+from align.core.identity import (
+    BEGUN,
+    changed_file,
+    check_is_stage_folder,
+    find_difference,
+    plain,
+    read_begun,
+)
+from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
+from align.data.reading import read_log
+from align.data.reading.provenance import file_records, named_files
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.data.token_view import View
@@ -39,7 +52,8 @@ from align.tuning.files import refuse_unmerged
 from reward_models.scalar import reads_first
 
 log = logging.getLogger(__name__)
-BEGUN = "begun.json"
+READS_LATE = ("base", "encoder")
+"""Stage kinds that read a model's folder and template while they run, not as parsed data."""
 DATA_FILE = "data.jsonl"
 """What a stage that makes data writes, one row a line."""
 LEDGER_FILE = "ledger.jsonl"
@@ -182,17 +196,31 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     seed = recipe.seed_of(name)
     context = StageContext(recipe, name, run_dir, seed)
     manifest = _manifest_head(context, spec)
-    if not args.force and _finished(context.out, manifest["spec_hash"]):
+    identity = distributed.on_first_rank(lambda: _begin(context, manifest, force=args.force))
+    if identity is None:
         return EXIT_OK
-    context.out.mkdir(parents=True, exist_ok=True)
-    _begin(context, manifest, force=args.force)
     if not handed and distributed.rank() == 0:
         write_resolved(recipe, context.out / RECIPE_FILE)
-    distributed.seed_everything(seed)
+    try:
+        _run(kind, context, manifest | {"identity": identity}, began)
+    finally:
+        _release()
+    return EXIT_OK
+
+
+def _run(kind: str, context: StageContext, manifest: Mapping[str, Any], began: float) -> None:
+    """Run the stage, and write its manifest last."""
+    spec, identity = context.recipe.stages[context.name], manifest["identity"]
+    checkpoints.belong_to(identity)
+    read_log.expect({path: record["sha256"] for path, record in identity["files"].items()})
+    distributed.seed_everything(context.seed)
     result = prepare_and_train(spec, context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    if distributed.rank() == 0:
+
+    def finish() -> None:
+        if kind in READS_LATE:
+            _refuse_changes(context, identity)
         write_manifest(
             context.out,
             manifest
@@ -204,9 +232,18 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
                 "seconds": round(time.monotonic() - began, 2),
             },
         )
-        log.info("%s: done in %.0f s", name, time.monotonic() - began)
-    distributed.barrier()
-    return EXIT_OK
+        log.info("%s: done in %.0f s", context.name, time.monotonic() - began)
+
+    distributed.on_first_rank(finish)
+
+
+def _refuse_changes(context: StageContext, identity: Mapping[str, Any]) -> None:
+    """Refuse to finish a stage whose model folder or template changed since it began."""
+    spec = context.recipe.stages[context.name]
+    present = named_files(spec, context.recipe.inputs(context.name))
+    difference = changed_file(identity["files"], present)
+    if difference is not None:
+        raise ArtefactError(f"{context.name}: {difference} the stage began; run it again")
 
 
 def _only_stage(recipe: Recipe, kind: str) -> str:
@@ -244,34 +281,94 @@ def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, expected_hash: str) -> bool:
-    if not (out / MANIFEST).is_file():
-        return False
-    if read_manifest(out)["spec_hash"] == expected_hash:
-        log.info("%s: already done, nothing to do (--force does it again)", out)
-        return True
-    raise ArtefactError(
-        f"{out}: finished with another specification than the recipe now has; "
-        "use --force to do it again, or another recipe name"
-    )
+_lock: StageLock | None = None
 
 
-def _begin(context: StageContext, manifest: Mapping[str, Any], *, force: bool) -> None:
-    """Write down what this stage is made from; refuse checkpoints of something else."""
-    if distributed.rank() == 0:
+def _begin(
+    context: StageContext, manifest: Mapping[str, Any], *, force: bool
+) -> dict[str, Any] | None:
+    """Lock the stage's folder and write down what the stage is made from; rank 0 alone does it.
+
+    Returns:
+        The stage's identity; None if it is finished.
+
+    Raises:
+        ArtefactError: the folder is not a stage's, another process works in it, or what lies there
+            was made from something else.
+    """
+    global _lock
+    check_is_stage_folder(context.out)
+    context.out.mkdir(parents=True, exist_ok=True)
+    _lock = StageLock(context.out)
+    try:
+        inputs = context.recipe.inputs(context.name)
+        spec = context.recipe.stages[context.name]
+        identity = plain(
+            {
+                "spec_hash": manifest["spec_hash"],
+                "inputs": manifest["inputs"],
+                "files": file_records(named_files(spec, inputs)),
+            }
+        )
         if force:
             (context.out / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
+        elif _finished(context.out, identity):
+            _release()
+            return None
+        else:
+            _refuse_other_checkpoints(context.out, identity)
         (context.out / LEDGER_FILE).unlink(missing_ok=True)
-        begun = context.out / BEGUN
-        identity = {"spec_hash": manifest["spec_hash"], "inputs": manifest["inputs"]}
-        resumable = any((context.out / "checkpoints").glob("*-*"))
-        if resumable and begun.is_file() and json.loads(begun.read_text()) != identity:
-            raise ArtefactError(
-                f"{context.out}: its checkpoints were made from other settings or inputs than the "
-                "recipe has now; use --force to begin anew"
-            )
-        write_json_atomic(begun, identity)
+        write_json_atomic(context.out / BEGUN, identity)
+    except BaseException:
+        _release()
+        raise
+    return identity
+
+
+def _release() -> None:
+    global _lock
+    if _lock is not None:
+        _lock.release()
+        _lock = None
+
+
+def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Return True if the stage is finished with this identity and its files are as it left them."""
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(out)
+    made_from = manifest.get("identity") or {
+        "spec_hash": manifest["spec_hash"],
+        "inputs": identity["inputs"],
+        "files": identity["files"],
+    }
+    difference = find_difference(made_from, identity)
+    if difference is not None:
+        raise ArtefactError(
+            f"{out}: finished, but made from something else than the recipe has now "
+            f"({difference}); use --force to run it again, or another recipe name"
+        )
+    damage = find_damage(out, manifest, whole=False)
+    if damage:
+        raise ArtefactError(f"{damage[0]}; use --force to run the stage again")
+    log.info("%s: already done, nothing to do (--force does it again)", out)
+    return True
+
+
+def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to resume, or to begin beside, checkpoints that were made from something else."""
+    kept = sorted((out / "checkpoints").glob("*-*"), reverse=True)
+    if not kept:
+        return
+    records = ((read_json_object(path / STATE) or {}).get("identity") for path in kept)
+    before = read_begun(out) or next((r for r in records if isinstance(r, dict)), None)
+    difference = None if before is None else find_difference(before, identity)
+    if difference is not None:
+        raise ArtefactError(
+            f"{out}: its checkpoints were made from something else than the recipe has now "
+            f"({difference}); use --force to start over"
+        )
 
 
 def with_data_of_stages(spec: Any, context: StageContext) -> Any:

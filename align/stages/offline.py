@@ -17,6 +17,7 @@ from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
 from align.data.load import check_overlap, fit_rows, load_examples, source_of
+from align.data.reading.read_log import parsed_sha256
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
 from align.models.loading import save_policy
@@ -314,7 +315,10 @@ def run_offline(
 
 
 def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
-    """Give path, sha256 and rows of every file behind the data specs, for the manifest."""
+    """Return path, sha256 and rows of every file behind the data specs, for the manifest.
+
+    The hashes are those of the bytes that were parsed when the rows were read.
+    """
     found: list[dict[str, Any]] = []
     for spec in (spec for group in groups for spec in group):
         if spec.path is not None:
@@ -322,7 +326,8 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
         else:
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
         if spec.templates is not None:
-            sha256 = file_sha256(Path(spec.templates))
+            file = Path(spec.templates)
+            sha256 = parsed_sha256(file) or file_sha256(file)
             found.append({"path": spec.templates, "rows": None, "sha256": sha256})
     return found
 

@@ -7,9 +7,10 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from align.core.errors import DataError
+from align.data.reading.read_log import HashedFile
 
 BLOCK_BYTES = 2**22
 _HEAD_BYTES = 1024
@@ -100,7 +101,8 @@ def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
     with _open(path, name=name) as raw:
         packed = raw.read(2) == _GZIP
         raw.seek(0)
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
+        hashed = cast(Any, HashedFile(raw, path))
+        stream = gzip.GzipFile(fileobj=hashed) if packed else hashed
         first = True
         while True:
             try:
@@ -111,6 +113,7 @@ def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
                 yield DataError(f"{name}: {what}: {error}", code=code)
                 return
             if not piece:
+                hashed.finish()
                 return
             yield piece.removeprefix(codecs.BOM_UTF8) if first else piece
             first = False

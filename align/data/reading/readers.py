@@ -13,6 +13,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.data.reading.files import blocks, content_of, decoded
 from align.data.reading.json import Item, read_lines, read_values
+from align.data.reading.read_log import note_file
 
 SEPARATORS = ",;\t|"
 _END_MARK = "<|endoftext|>"
@@ -169,6 +170,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Item]:
             for batch in table.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     yield without_nulls(row), f"{name}:row {next(number)}"
+        note_file(path)
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"{name}: broken parquet: {error}", code="D010"), name
 
@@ -188,6 +190,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
             for batch in batches:
                 for row in batch.to_pylist():
                     yield without_nulls(row), f"{name}:row {next(number)}"
+        note_file(path)
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"{name}: broken arrow: {error}", code="D010"), name
 

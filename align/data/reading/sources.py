@@ -13,6 +13,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.data.formats.turns import guess
 from align.data.reading.json import Item, Row
+from align.data.reading.read_log import note_rows, num_rows, parsed_sha256
 from align.data.reading.readers import scan, without_nulls
 from align.data.reading.splits import files_of, several_splits, splits_of
 
@@ -118,7 +119,11 @@ def scan_rows(path: str) -> Iterator[Item]:
     if not files:
         yield from _read_hub(path)
     for file in files:
-        yield from scan(file, name=str(file), suffix=suffix_of(file))
+        count = 0
+        for row, source in scan(file, name=str(file), suffix=suffix_of(file)):
+            count += not isinstance(row, DataError)
+            yield row, source
+        note_rows(file, count)
 
 
 def find_files(path: str) -> list[Path]:
@@ -148,7 +153,10 @@ def find_files(path: str) -> list[Path]:
 
 
 def data_fingerprint(path: str) -> list[dict[str, Any]]:
-    """Give path, sha256 and number of rows of every file of a data source, for manifests."""
+    """Return path, sha256 and number of rows of every file of a data source, for manifests.
+
+    The hash is that of the bytes that were parsed; only what was not read yet is read here.
+    """
     files = find_files(path)
     if not files:
         digest, rows = hashlib.sha256(), 0
@@ -158,10 +166,11 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
         return [{"path": path, "sha256": digest.hexdigest(), "rows": rows}]
     prints = []
     for file in files:
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        rows = sum(1 for _ in read_rows(str(file)))
-        prints.append({"path": str(file), "sha256": sha256, "rows": rows})
+        if num_rows(file) is None:
+            for _ in read_rows(str(file)):
+                pass
+        entry = {"path": str(file), "sha256": parsed_sha256(file), "rows": num_rows(file)}
+        prints.append(entry)
     return prints
 
 

@@ -141,7 +141,7 @@ class SinkSpec(Spec):
 class Recipe(Spec):
     """Hold one recipe: its stages run in the order they are written."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     description: str = ""
     seed: int = 0
     sinks: SinkSpec = SinkSpec()

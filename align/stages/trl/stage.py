@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
-from align.core.artefacts import Artefact, hash_tree, write_json_atomic
-from align.core.checkpoints import damage
+from align.core.artefacts import Artefact
+from align.core.checkpoints import damage, write_record
 from align.core.distributed import stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
@@ -305,7 +305,7 @@ class Watcher(TrainerCallback):
         distributed.barrier()
         if distributed.rank() == 0:
             folder = self.checkpoints / f"checkpoint-{state.global_step}"
-            write_json_atomic(folder / HASHES, {"files": hash_tree(folder)})
+            write_record(folder, HASHES, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop where a signal asked for it, after a step that can be resumed after, and save."""
@@ -341,5 +341,5 @@ def newest_verified(checkpoints: Path) -> Path | None:
             if problem is None:
                 found = folder
                 break
-            log.warning("%s: damaged (%s); trying the one before it", folder, problem)
+            log.warning("%s: %s; trying the one before it", folder, problem)
     return distributed.broadcast_object(found)

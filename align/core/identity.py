@@ -1,0 +1,106 @@
+"""What a stage was made from, written down before it starts, and whose a folder is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.core.artefacts import FAILURE, LOCK, MANIFEST, is_unchanged, read_json_object
+from align.core.errors import ArtefactError
+
+BEGUN = "begun.json"
+RECIPE = "recipe.yaml"
+_OWN_LEFTOVERS = {LOCK, FAILURE, "log.txt", f"{BEGUN}.tmp", f"{RECIPE}.tmp"}
+"""Files of a stage that ended before it wrote down what it is made from."""
+
+
+def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Return what differs first between two identities of a stage; None if they are the same.
+
+    An identity holds ``spec_hash``, ``inputs`` (key -> hashes of the artefact) and ``files`` (path
+    -> record of each file that the stage reads).
+    """
+    if old.get("spec_hash") != new["spec_hash"]:
+        return "other settings, seed or inputs"
+    old_inputs, old_files = (_mapping(old, key) for key in ("inputs", "files"))
+    for key, entry in new["inputs"].items():
+        if old_inputs.get(key) != entry:
+            return f"its input {entry['path']} was made anew"
+    for path, record in new["files"].items():
+        if path not in old_files:
+            return f"{path} is new"
+        if _mapping(old_files, path).get("sha256") != record["sha256"]:
+            return f"{path} has changed"
+    gone = next((path for path in old_files if path not in new["files"]), None)
+    return None if gone is None else f"{gone} is gone"
+
+
+def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str | None:
+    """Return how the files that a stage has read differ from those that it would read now.
+
+    Args:
+        files: path -> record, as written down. present: the paths that the recipe names now.
+    """
+    for path, record in files.items():
+        if path not in present:
+            return f"{path}, which it read, is gone"
+        if not isinstance(record, dict) or not is_unchanged(present[path], record):
+            return f"{path} changed since"
+    added = next((path for path in present if path not in files), None)
+    return None if added is None else f"{added} is new"
+
+
+def read_begun(folder: Path) -> dict[str, Any] | None:
+    """Return the identity in a stage's begun.json; None where there is none that can be read."""
+    found = read_json_object(folder / BEGUN)
+    return found if found is not None and isinstance(found.get("spec_hash"), str) else None
+
+
+def is_stage_folder(folder: Path) -> bool:
+    """Return True if a folder is empty, missing, or was written by a stage of this suite."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    if read_begun(folder) is not None or _has(folder / MANIFEST, "spec_hash"):
+        return True
+    return _is_resolved_recipe(folder) or {p.name for p in folder.iterdir()} <= _OWN_LEFTOVERS
+
+
+def check_is_stage_folder(folder: Path) -> None:
+    """Refuse to write to or remove a folder that this suite did not make.
+
+    Raises:
+        ArtefactError: the folder holds something else.
+    """
+    if not is_stage_folder(folder):
+        raise ArtefactError(
+            f"{folder}: exists, but no stage of align wrote it (no {BEGUN} or {MANIFEST} in it). "
+            "Nothing was changed. Move it away, or use another stage name or run folder"
+        )
+
+
+def _has(path: Path, key: str) -> bool:
+    return key in (read_json_object(path) or {})
+
+
+def _is_resolved_recipe(folder: Path) -> bool:
+    """Return True if recipe.yaml is the full recipe that a stage of this folder's name wrote."""
+    import yaml
+
+    try:
+        found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        name = folder.name.removesuffix(".old")
+        return isinstance(found["stages"][name], dict) and {"sinks", "description"} <= found.keys()
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _mapping(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = found.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of an identity as JSON reads it back."""
+    return json.loads(json.dumps(identity))

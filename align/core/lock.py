@@ -1,0 +1,141 @@
+"""The lock of a stage's folder: one process at a time, also on a shared file system.
+
+The lock is a file that is created exclusively, which network file systems do atomically too. It
+names its holder. A holder of this machine that has died is noticed at once; one of another machine
+(or container) counts as dead when it has not touched the file for ``SILENT_S``.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from align.core.artefacts import LOCK, read_json_object
+from align.core.errors import ArtefactError
+
+TOUCH_S = 20.0
+SILENT_S = 300.0
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process of this machine started, in clock ticks; None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _here() -> str:
+    """Name this machine and container, in which process ids mean something."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        namespace = boot = ""
+    return f"{boot} {namespace}"
+
+
+class StageLock:
+    """Hold the lock of a stage's folder until ``release`` or the end of the process."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            ArtefactError: another process holds it.
+        """
+        self.path = folder / LOCK
+        self._pid = os.getpid()
+        self._stopped = threading.Event()
+        self._mine = self._take()
+        threading.Thread(target=self._touch, name="stage lock", daemon=True).start()
+
+    def _take(self) -> dict[str, Any]:
+        mine = {
+            "host": socket.gethostname(),
+            "place": _here(),
+            "pid": self._pid,
+            "started": started_at(self._pid),
+        }
+        for _ in range(3):
+            try:
+                fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                refuse_if_held(self.path.parent)
+                self._remove_dead()
+                continue
+            with os.fdopen(fd, "w", encoding="utf-8") as f:
+                json.dump(mine, f)
+                f.flush()
+                os.fsync(f.fileno())
+            return mine
+        raise ArtefactError(f"{self.path}: others take this lock at the same time; try again")
+
+    def _remove_dead(self) -> None:
+        """Remove a dead holder's file, and nothing that another process has put there since."""
+        moved = self.path.with_name(f"{LOCK}.{socket.gethostname()}.{self._pid}.tmp")
+        try:
+            self.path.rename(moved)
+        except FileNotFoundError:
+            return
+        if _is_alive(moved):
+            moved.rename(self.path)
+        else:
+            moved.unlink()
+
+    def _touch(self) -> None:
+        while not self._stopped.wait(TOUCH_S):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue
+
+    def release(self) -> None:
+        """Give the lock back; a second call does nothing."""
+        self._stopped.set()
+        if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
+            self.path.unlink(missing_ok=True)
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Refuse a stage's folder in which another process works.
+
+    Raises:
+        ArtefactError: with the holder, and what to do.
+    """
+    path = folder / LOCK
+    if not _is_alive(path):
+        return
+    holder = read_json_object(path) or {}
+    raise ArtefactError(
+        f"{folder}: process {holder.get('pid')} on {holder.get('host')} runs this stage; wait for "
+        f"its end or stop it (if it is dead, remove {path})"
+    )
+
+
+def _is_alive(path: Path) -> bool:
+    try:
+        silent_s = _now(path.parent) - path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    holder = read_json_object(path) or {}
+    pid = holder.get("pid")
+    if holder.get("place") == _here() and isinstance(pid, int):
+        return started_at(pid) == holder.get("started")
+    return silent_s <= SILENT_S
+
+
+def _now(folder: Path) -> float:
+    """Return the time of the file system, whose clock may differ from that of this machine."""
+    probe = folder / f"{LOCK}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Which files the spec of a stage names."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.core.artefacts import file_record
+from align.core.errors import DataError
+from align.data.reading.sources import find_files, named_source
+from align.recipe.schema import DataSpec, Spec
+
+_FOLDER_KEYS = ("path", "include_path")
+"""Keys whose folders are read: a model that is imported, a folder of task files."""
+
+
+def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
+    """Return every file that a stage's spec names, by the path as messages show it.
+
+    These are data files, files of templates and of code (``rules.py:score``), and the files of a
+    model folder. Artefacts of other stages are not among them: their manifests are hashed.
+
+    Args:
+        spec: the stage. references: its inputs, from ``Recipe.inputs``.
+    """
+    found: dict[str, Path] = {}
+    inputs = set(references.values())
+
+    def walk(part: Any, key: str) -> None:
+        if isinstance(part, DataSpec):
+            found.update(_data_files(part))
+            walk(part.templates, "templates")
+        elif isinstance(part, Spec):
+            for name in type(part).model_fields:
+                walk(getattr(part, name), name)
+        elif isinstance(part, dict):
+            for name, value in part.items():
+                walk(value, str(name))
+        elif isinstance(part, list | tuple):
+            for value in part:
+                walk(value, key)
+        elif isinstance(part, str) and part not in inputs:
+            found.update(_files_of_text(part, key))
+
+    walk(spec, "")
+    return dict(sorted(found.items()))
+
+
+def _data_files(spec: DataSpec) -> dict[str, Path]:
+    if spec.path is None:
+        return {}
+    try:
+        name = spec.path
+        if Path(os.path.expanduser(os.path.expandvars(name))).is_dir():
+            choice = {"config": spec.config, "revision": spec.revision, "split": spec.split}
+            name, _ = named_source(name, **choice)
+        return {str(file): file for file in find_files(name)}
+    except (DataError, OSError):  # reading it says what is wrong
+        return {}
+
+
+def _files_of_text(text: str, key: str) -> dict[str, Path]:
+    """Return the file that a value names, or the files of the folder where ``key`` takes one."""
+    code = text.rpartition(":")[0]
+    path = Path(code if code.endswith(".py") else text)
+    looks_like_path = len(text) < 1024 and "\n" not in text and ("/" in text or "." in text)
+    if key not in _FOLDER_KEYS and not looks_like_path:
+        return {}
+    try:
+        if path.is_file():
+            return {str(path): path}
+        if key in _FOLDER_KEYS and path.is_dir():
+            inside = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+            return {str(p): p for p in inside}
+    except (OSError, ValueError):
+        return {}
+    return {}
+
+
+def file_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return the record (sha256, size, time) of each file; one that cannot be read is left out."""
+    found = {}
+    for name, path in files.items():
+        try:
+            found[name] = file_record(path)
+        except OSError:  # reading it says what is wrong
+            continue
+    return found

@@ -1,0 +1,158 @@
+"""`align run` and its stages remove and write to nothing that the suite did not make."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.core.errors import AlignError, ArtefactError, RecipeError
+from align.core.identity import check_is_stage_folder
+from align.core.lock import SILENT_S, StageLock, refuse_if_held, started_at
+from align.pipeline import run
+from align.recipe.load import load_recipe
+
+RECIPE = "name: {name}\nstages: {{{stage}: {{kind: curate, data: [{{path: d.jsonl}}], of: sft}}}}\n"
+
+
+def write_recipe(name: str, stage: str = "data") -> Path:
+    path = Path("r.yaml")
+    path.write_text(RECIPE.format(name=name, stage=stage))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project folder whose `data/` nobody wants to lose."""
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "precious.txt").write_text("years of work")
+    monkeypatch.chdir(project)
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "-x", ".hidden", "a/b", "'a b'", "'..\\n'"])
+def test_names_that_are_no_plain_folder_name_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="name: found"):
+        load_recipe(write_recipe(name))
+
+
+@pytest.mark.parametrize("stage", [".", "..", "a/b", "-rf", "a.b", '"data\\n"'])
+def test_stage_names_that_are_no_plain_folder_name_are_refused(stage: str) -> None:
+    with pytest.raises(RecipeError, match="a stage's name is a folder's"):
+        load_recipe(write_recipe("x", stage))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_folder_that_is_a_project_loses_nothing(force: bool) -> None:
+    recipe = write_recipe("project")
+    with pytest.raises(AlignError, match=r"data: exists, but no stage of align wrote it") as told:
+        run(recipe, run_dir=Path("../project"), force=force, only="data" if force else None)
+    assert told.value.exit_code == 2
+    assert Path("data/precious.txt").read_text() == "years of work"
+
+
+def test_an_old_folder_that_is_not_a_stages_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x" / "data"
+    folder.mkdir(parents=True)
+    (folder / "begun.json").write_text('{"spec_hash": "0"}')
+    (folder / "manifest.json").write_text('{"spec_hash": "0", "kind": "data", "files": {}}')
+    foreign = folder.with_name("data.old")
+    foreign.mkdir()
+    (foreign / "precious.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"data\.old: exists, but no stage"):
+        run(write_recipe("x"), run_dir=folder.parent, force=True, only="data")
+    assert (foreign / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"recipe.yaml": "stages: {data: {}}"},
+        {"begun.json": "[]"},
+        {"begun.json": "{}", "thesis.tex": ""},
+        {"manifest.json": '{"name": "a web app", "files": []}'},
+        {"log.txt": "", "thesis.tex": ""},
+    ],
+)
+def test_files_of_others_that_have_our_names_do_not_make_a_folder_ours(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ArtefactError):
+        check_is_stage_folder(folder)
+
+
+def test_a_linked_folder_is_not_followed(tmp_path: Path) -> None:
+    link = tmp_path / "stage"
+    link.symlink_to(Path("data").resolve())
+    with pytest.raises(ArtefactError):
+        check_is_stage_folder(link)
+
+
+def test_runs_that_is_a_file_is_one_line() -> None:
+    Path("runs").write_text("")
+    with pytest.raises(ArtefactError, match="--runs") as told:
+        run(write_recipe("x"), run_dir=Path("runs/x"))
+    assert "\n" not in str(told.value)
+
+
+def test_a_stages_lock_refuses_a_second_holder_and_is_free_after_release(tmp_path: Path) -> None:
+    lock = StageLock(tmp_path)
+    with pytest.raises(ArtefactError, match=f"process {os.getpid()} on ") as told:
+        StageLock(tmp_path)
+    assert told.value.exit_code == 2
+    lock.release()
+    refuse_if_held(tmp_path)
+    assert not list(tmp_path.glob("stage.lock*"))
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path;"
+        "from align.core.lock import StageLock;"
+        "StageLock(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert (tmp_path / "stage.lock").exists()
+    StageLock(tmp_path).release()
+
+
+def test_a_process_id_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -> None:
+    lock = StageLock(tmp_path)
+    holder = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps({**holder, "started": "1"}))
+    StageLock(tmp_path).release()
+
+
+def test_a_holder_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -> None:
+    path = tmp_path / "stage.lock"
+    path.write_text(json.dumps({"host": "node7", "place": "elsewhere", "pid": 1, "started": "1"}))
+    with pytest.raises(ArtefactError, match="process 1 on node7"):
+        StageLock(tmp_path)
+    long_ago = path.stat().st_mtime - SILENT_S - 1
+    os.utime(path, (long_ago, long_ago))
+    StageLock(tmp_path).release()
+
+
+def test_a_run_does_not_touch_a_stage_that_another_process_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x" / "data"
+    folder.mkdir(parents=True)
+    (folder / "begun.json").write_text('{"spec_hash": "0"}')
+    (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+    lock = StageLock(folder)
+    with pytest.raises(ArtefactError, match="runs this stage"):
+        run(write_recipe("x"), run_dir=folder.parent, force=True, only="data")
+    assert (folder / "checkpoints" / "step-00000001").is_dir()
+    lock.release()
+
+
+def test_started_at_knows_the_dead() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert started_at(child.pid) is None
+    assert started_at(os.getpid()) is not None
