@@ -198,11 +198,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _manifest_problem(found: Any) -> str | None:
     if not isinstance(found, dict):
         return "expected an object"
-    texts = ("kind", "spec_hash")
-    for key, kind in (*((t, str) for t in texts), ("files", dict)):
-        if not isinstance(found.get(key), kind):
-            return f"no '{key}'"
-    for key, kind in (("spec", dict), ("inputs", dict), ("data", list), ("metrics", dict)):
+    kinds = {"kind": str, "spec_hash": str, "spec": dict, "inputs": dict, "data": list}
+    kinds |= {"metrics": dict, "files": dict, "identity": dict}
+    for key, kind in kinds.items():
         if not isinstance(found.get(key, kind()), kind):
             return f"'{key}' is of another type"
     for key in ("inputs", "data"):
@@ -212,8 +210,7 @@ def _manifest_problem(found: Any) -> str | None:
             return f"'{key}' is of another type"
     if not isinstance(found.get("seconds", 0.0), int | float):
         return "'seconds' is no number"
-    files = found["files"]
-    if not all(is_file_record(entry) for entry in files.values()):
+    if not all(is_file_record(entry) for entry in found.get("files", {}).values()):
         return "a file's entry has no size or sha256"
     return None
 
@@ -258,7 +255,7 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) ->
         directory: the artefact's folder. manifest: its manifest.
         whole: read every file; else only those whose size or time is another than recorded.
     """
-    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    files: Mapping[str, Mapping[str, Any]] = manifest.get("files", {})
     if not files:
         return [f"{directory / MANIFEST}: lists no files, so nothing in it can be verified"]
     found = []

@@ -7,16 +7,22 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from types import FrameType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from align.core import distributed
-from align.core.errors import AlignError
+from align.core.errors import EXIT_PREEMPTED, AlignError, Preempted
+from align.core.lock import started_at
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -175,20 +181,83 @@ def shard(items: Sequence[Any]) -> list[Any]:
     return list(items[n * r // w : n * (r + 1) // w])
 
 
+PARENT = "ALIGN_PARENT"
+"""Environment variable of a stage that ``align run`` started: process id and start time of that."""
+ORPHAN_GRACE_S = 30.0
 _asked = False
+_deferred = False
+_installed_by = 0
+
+
+class StoppedNow(SystemExit):
+    """End of a stage by a signal that came outside its steps. No ``except Exception`` holds it."""
 
 
 def _ask(_signum: int, _frame: FrameType | None) -> None:
     global _asked
+    if os.getpid() != _installed_by:
+        return
     _asked = True
+    if not _deferred:
+        raise StoppedNow(EXIT_PREEMPTED)
 
 
 def install() -> None:
-    """Answer SIGTERM and SIGINT by a request instead of an abrupt end."""
+    """End this stage in good order on SIGTERM and SIGINT, and when ``align run`` dies.
+
+    Between the steps of a training (``stops_between_steps``) a signal is only noted; anywhere else
+    it raises StoppedNow at once.
+    """
+    global _installed_by
+    _installed_by = os.getpid()
     signal.signal(signal.SIGTERM, _ask)
     signal.signal(signal.SIGINT, _ask)
+    if PARENT in os.environ:
+        pid, _, started = os.environ[PARENT].partition(":")
+        watch = threading.Thread(target=_watch_parent, args=(int(pid), started), daemon=True)
+        watch.start()
+
+
+def _watch_parent(pid: int, started: str) -> None:
+    """Wait until a process is gone, then end this one: asked first, killed if it does not end."""
+    while started_at(pid) == started:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def defer_stop() -> None:
+    """Only note the signals that come from here on."""
+    global _deferred
+    _deferred = True
+
+
+@contextmanager
+def stop_deferred() -> Iterator[None]:
+    """Only note the signals that come inside the block."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
+
+
+def stops_between_steps(train: Callable[P, T]) -> Callable[P, T]:
+    """Return ``train`` so that a signal waits for its ``stop_requested``, and for its end."""
+
+    @wraps(train)
+    def trained(*args: P.args, **options: P.kwargs) -> T:
+        with stop_deferred():
+            found = train(*args, **options)
+        if stop_requested():
+            raise Preempted("stopped on a signal after the last step; run again to finish")
+        return found
+
+    return trained
 
 
 def stop_requested() -> bool:
-    """Say on every rank alike whether any rank was asked to stop."""
+    """Return, on every rank alike, True if any rank was asked to stop."""
     return distributed.global_max(float(_asked)) > 0.0

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from align.core.distributed import stop_requested
+from align.core.distributed import stop_requested, stops_between_steps
 from align.core.errors import Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Completion, PromptRow
@@ -73,6 +73,7 @@ class OnlineRun:
         return found if self.critic is None else {**found, "critic": self.critic.engine}
 
 
+@stops_between_steps
 def train_online(
     run: OnlineRun, *, metrics: MetricsLog, checkpoints: Path, watch: Watch | None = None
 ) -> dict[str, float]:

@@ -60,7 +60,7 @@ def _status(
         manifest = read_manifest(folder)
     except ArtefactError as e:
         return "changed", str(e)
-    if manifest["spec_hash"] != hashes[name]:
+    if manifest.get("spec_hash") != hashes[name]:
         return "changed", _what_changed(recipe, name, manifest, hashes)
     for key, upstream in recipe.inputs(name).items():
         path = recipe.folder_of(upstream, run_dir) / MANIFEST

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from align.core.lock import started_at
+
 
 def has_gpu() -> bool:
     """Say whether nvidia-smi lists a device; torch is not imported for it."""
@@ -53,6 +55,8 @@ def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str
     env["TOKENIZERS_PARALLELISM"] = "false"
     # No file of the working directory may stand in for a module (trl.py, datasets.py).
     env["PYTHONSAFEPATH"] = "1"
+    # A stage whose 'align run' was killed ends by itself (align.core.distributed.install).
+    env["ALIGN_PARENT"] = f"{os.getpid()}:{started_at(os.getpid())}"
     if not on_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
     return env
@@ -72,6 +76,7 @@ class StageProcess:
         self, argv: Sequence[str], *, env: Mapping[str, str], log: Path, module: str = STAGE_MODULE
     ) -> None:
         self._module = module
+        self._asked: set[int] = set()
         self._log = log.open("ab")
         self.log_start = self._log.tell()
         self._process = subprocess.Popen(
@@ -91,13 +96,16 @@ class StageProcess:
             return None
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM to the ranks only.
+        """Send SIGTERM to every rank that was not asked yet; call it again until the stage ends.
 
-        The deepspeed launcher is left out: it kills its ranks 30 s after a signal of its own, and
-        its exit code would hide that of the ranks. It ends by itself when they do.
+        Ranks may still be started by the launcher. The deepspeed launcher itself is left out: it
+        kills its ranks 30 s after a signal of its own, and its exit code would hide that of the
+        ranks. It ends by itself when they do.
         """
         for pid, command in self._members():
-            if self._module in command and "deepspeed.launcher" not in " ".join(command):
+            is_rank = self._module in command and "deepspeed.launcher" not in " ".join(command)
+            if is_rank and pid not in self._asked:
+                self._asked.add(pid)
                 _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
@@ -135,6 +143,11 @@ def _send(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     except ProcessLookupError:
         return
+
+
+def ended_by_signal(code: int) -> bool:
+    """Return True if an exit code, also one that a launcher passed on, is that of a signal."""
+    return code < 0 or code > 128
 
 
 def exit_reason(code: int) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from align.core.artefacts import MANIFEST, write_json_atomic
 from align.core.errors import (
@@ -28,6 +29,7 @@ from align.pipeline.planning import PlannedStage, plan
 from align.pipeline.processes import (
     STAGE_MODULE,
     StageProcess,
+    ended_by_signal,
     exit_reason,
     has_gpu,
     stage_argv,
@@ -42,6 +44,8 @@ POLL_S = 0.2
 GRACE_S = 120.0
 """Time that ranks have after a signal to finish their step and save a checkpoint."""
 LOG_TAIL = 30
+WITHOUT_CHECKPOINTS = ("encoder", "evaluate", "merge", "curate", "weak_label")
+"""Kinds of stages that begin again after a signal."""
 
 
 def run(
@@ -81,7 +85,7 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
-    with _locked(folder):
+    with _Signals() as signals, _locked(folder):
         planned = plan(recipe, folder)
         chosen = select(recipe, planned, only=only, from_=from_)
         again = redone(recipe, planned, chosen, named=only or from_, force=force)
@@ -92,6 +96,9 @@ def run(
             if stage.status == "done" and stage.name not in again:
                 terminal.skip(position, len(planned), stage.name, stage.reason)
                 continue
+            if signals.count:
+                terminal.line(f"stopped by a signal before {stage.name}; run it again to go on")
+                return EXIT_PREEMPTED
             # Until the run is whole again, no summary is better than an outdated one.
             (folder / "summary.json").unlink(missing_ok=True)
             check_is_stage_folder(folder / stage.name)
@@ -104,7 +111,9 @@ def run(
             arguments = [stage.kind, "--resolved", str(resolved), "--stage", stage.name]
             arguments += ["--run-dir", str(folder)]
             terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
-            code = _run_stage(recipe, stage.name, module, arguments, folder, terminal, grace_s)
+            code = _run_stage(
+                recipe, stage.name, module, arguments, folder, terminal, signals, grace_s
+            )
             if code != EXIT_OK:
                 return code
         return _finish(recipe, folder, terminal)
@@ -194,6 +203,7 @@ def _run_stage(
     arguments: Sequence[str],
     run_dir: Path,
     terminal: Terminal,
+    signals: "_Signals",
     grace_s: float,
 ) -> int:
     spec = recipe.stages[name]
@@ -206,50 +216,62 @@ def _run_stage(
     began = time.monotonic()
     process = StageProcess(argv, env=env, log=log, module=module)
     try:
-        code, stopped = _watch(process, terminal, grace_s)
+        code = _watch(process, terminal, signals, grace_s)
     finally:
         process.close()
     seconds = time.monotonic() - began
     add_seconds(run_dir, name, seconds)
     if code == EXIT_OK and not (folder / MANIFEST).is_file():
         # The launcher ends with 0 when a signal took its own child; only the manifest is proof.
-        code = EXIT_PREEMPTED if stopped else EXIT_FAILED
+        code = EXIT_PREEMPTED if signals.count else EXIT_FAILED
     if code == EXIT_OK:
         _remove(folder.with_name(name + ".old"))
         terminal.end(seconds)
         return EXIT_OK
-    if stopped or code == EXIT_PREEMPTED:
-        terminal.preempted(name, saved=code == EXIT_PREEMPTED)
+    if code == EXIT_PREEMPTED or (signals.count and ended_by_signal(code)):
+        kept = any((folder / "checkpoints").glob("*-*[0-9]"))
+        saves = code == EXIT_PREEMPTED and spec.kind not in WITHOUT_CHECKPOINTS
+        terminal.preempted(name, saved=kept or saves)
         return EXIT_PREEMPTED
     terminal.failed(name, exit_reason(code), log, _tail(log, process.log_start))
     return code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
 
 
-def _watch(process: StageProcess, terminal: Terminal, grace_s: float) -> tuple[int, bool]:
+class _Signals:
+    """Count SIGINT and SIGTERM while a run goes on, in place of their usual effect."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, _signum: int, _frame: object) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, grace_s: float) -> int:
     """Show progress until the stage ends; pass the first signal on, kill on the second."""
-    signals = 0
     deadline = 0.0
-
-    def note(signum: int, frame: object) -> None:
-        nonlocal signals
-        signals += 1
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while True:
-            code = process.wait(POLL_S)
-            terminal.update()
-            if code is not None:
-                return code, signals > 0
-            if signals and not deadline:
+    while True:
+        code = process.wait(POLL_S)
+        terminal.update()
+        if code is not None:
+            return code
+        if signals.count:
+            if not deadline:
                 deadline = time.monotonic() + grace_s
                 terminal.stopping(grace_s)
-                process.ask_to_stop()
-            if signals > 1 or (deadline and time.monotonic() > deadline):
-                process.kill()
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            process.ask_to_stop()
+        if signals.count > 1 or (deadline and time.monotonic() > deadline):
+            process.kill()
 
 
 def _tail(log: Path, start: int) -> list[str]:

@@ -27,7 +27,7 @@ from align.core.artefacts import (
     write_manifest,
 )
 from align.core.checkpoints import STATE
-from align.core.errors import EXIT_FAILED, EXIT_OK, AlignError, ArtefactError
+from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtefactError
 from align.core.identity import (
     BEGUN,
     changed_file,
@@ -152,6 +152,11 @@ def main() -> NoReturn:
     signals.install()
     try:
         code = run_stage(args.kind, args)
+    except signals.StoppedNow:
+        log.warning(
+            "%s: stopped on a signal; the same command goes on from what is saved", args.kind
+        )
+        code = EXIT_PREEMPTED
     except AlignError as e:
         setup_logging(distributed.rank())
         log.error("%s", e)
@@ -159,6 +164,7 @@ def main() -> NoReturn:
     except Exception:
         log.exception("stage %s failed", args.stage)
         code = EXIT_FAILED
+    signals.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
@@ -263,11 +269,11 @@ def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
         upstream = read_manifest(path)
         inputs[key] = {
             "path": str(reference),
-            "spec_hash": upstream["spec_hash"],
+            "spec_hash": upstream.get("spec_hash", ""),
             "manifest_sha256": file_sha256(path / MANIFEST),
         }
         named = reference in context.recipe.stages
-        hashes[key] = upstream["spec_hash"] if named else reference
+        hashes[key] = upstream.get("spec_hash", "") if named else reference
     plain = spec.model_dump(mode="json")
     return {
         "kind": spec.produces,
@@ -339,7 +345,7 @@ def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
         return False
     manifest = read_manifest(out)
     made_from = manifest.get("identity") or {
-        "spec_hash": manifest["spec_hash"],
+        "spec_hash": manifest.get("spec_hash"),
         "inputs": identity["inputs"],
         "files": identity["files"],
     }

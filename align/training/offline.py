@@ -15,7 +15,7 @@ from torch import nn
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from align.core.distributed import stop_requested
+from align.core.distributed import stop_requested, stops_between_steps
 from align.core.errors import Preempted
 from align.core.log import MetricsLog
 from align.data.augment import AugmentedRows
@@ -71,6 +71,7 @@ def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | N
     return steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
 
 
+@stops_between_steps
 def train_offline(
     learner: Learner,
     task: OfflineTask[Any],

@@ -176,6 +176,7 @@ DAMAGES = {
     "null": lambda f: (f / "manifest.json").write_text("null"),
     "list": lambda f: (f / "manifest.json").write_text("[]"),
     "not utf-8": lambda f: (f / "manifest.json").write_bytes(b"\xff{}"),
+    "files gone": lambda f: (f / "manifest.json").write_text('{"kind": "policy"}'),
     "entry null": lambda f: edit(f, files={"model/model.safetensors": None}),
     "no kind": lambda f: edit(f, kind=None),
     "deep": lambda f: (f / "manifest.json").write_text("[" * 100000),

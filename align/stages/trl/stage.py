@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.checkpoints import damage, write_record
-from align.core.distributed import stop_requested
+from align.core.distributed import stop_deferred, stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
@@ -120,7 +120,8 @@ def trained(
         metrics.rewind(int(newest.name.split("-")[1]))
         restore_counts(trainer, newest)
         log.info("resumed from %s", newest)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    with stop_deferred():
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     done = trainer.state.global_step
     if done < spec.steps:
         whence = "to go on from there" if period else "to begin anew: no checkpoint would hold all"
