@@ -86,7 +86,12 @@ def run_recipe(name: str, seed: int, runs: Path) -> dict[str, dict[str, float]]:
         if stage in ("base", "old"):
             _copy_twin(runs, run_dir, stage, seed)
         arguments = Namespace(
-            recipe=path, stage=stage, run_dir=run_dir, overrides=[f"seed={seed}"], force=False
+            recipe=path,
+            resolved=None,
+            stage=stage,
+            run_dir=run_dir,
+            overrides=[f"seed={seed}"],
+            force=False,
         )
         code = run_stage(spec.kind, arguments)
         assert code == 0, (stage, code)

@@ -80,12 +80,17 @@ def _mixture(sources: list[Any]) -> Iterator[Idle]:
 def _data(spec: DataSpec) -> Iterator[Idle]:
     if spec.split == "all" and changed(spec, "heldout_frac"):
         yield "heldout_frac", "has no effect with split: all; write split: train or heldout"
+    if spec.phrasing is not None and spec.templates is None:
+        yield "phrasing", "has no effect without 'templates'; remove it"
     if spec.world is not None:
         for name in changed(spec, "rename", "format"):
             yield name, "has no effect on rows that are made; remove it"
 
 
 def _optim(spec: OptimSpec) -> Iterator[Idle]:
+    idle = ("warmup_frac", "min_lr_frac") if spec.schedule == "slanted" else ("cut_frac", "ratio")
+    for name in changed(spec, *idle):
+        yield name, f"has no effect with schedule {spec.schedule}; remove it"
     if spec.schedule == "constant" and changed(spec, "min_lr_frac"):
         yield "min_lr_frac", "has no effect with schedule constant, which never falls"
     if max(spec.betas) >= 1.0:
@@ -113,11 +118,14 @@ def _kl(spec: KlSpec) -> Iterator[Idle]:
         yield "horizon", "has no effect without 'target': the coefficient stays as it is"
     if spec.coef == 0.0 and spec.corrected:
         yield "corrected", "has no effect with coef 0"
+    if spec.coef == 0.0 and spec.target is not None:
+        yield "target", "has no effect with coef 0; give a starting coef"
 
 
 def _importance(spec: ImportanceSpec) -> Iterator[Idle]:
-    if spec.mode == "none" and changed(spec, "cap"):
-        yield "cap", "has no effect with mode none"
+    idle = {"none": ("cap", "level", "floor"), "truncate": ("floor",), "mask": ()}
+    for name in changed(spec, *idle[spec.mode]):
+        yield name, f"has no effect with mode {spec.mode}; remove it"
 
 
 def _training(spec: TrainingStage) -> Iterator[Idle]:
@@ -128,14 +136,13 @@ def _training(spec: TrainingStage) -> Iterator[Idle]:
 def _offline(spec: OfflineStage) -> Iterator[Idle]:
     if spec.steps is not None and changed(spec, "epochs"):
         yield "epochs", "has no effect beside 'steps', which says how long; give one of them"
-    if spec.eval_every and not spec.heldout:
-        yield "eval_every", "has no effect without 'heldout' rows"
     yield from _heldout(spec)
 
 
 def _heldout(spec: OfflineStage | TrlStage) -> Iterator[Idle]:
-    if not spec.heldout and changed(spec, "max_contaminated_frac"):
-        yield "max_contaminated_frac", "has no effect without 'heldout' rows"
+    if not spec.heldout:
+        for name in changed(spec, "eval_every", "max_contaminated_frac"):
+            yield name, "has no effect without 'heldout' rows"
 
 
 def _base(spec: BaseStage) -> Iterator[Idle]:
@@ -226,6 +233,10 @@ def _merge(spec: MergeStage) -> Iterator[Idle]:
 
 
 def _trl(spec: TrlStage) -> Iterator[Idle]:
+    if changed(spec.optim, "min_lr_frac"):
+        yield "optim.min_lr_frac", "has no effect in a trl stage; remove it"
+    if spec.columns and spec.rows == "prompts":
+        yield "columns", "has no effect: trainers on prompts are given all columns; remove it"
     if spec.optim.schedule == "slanted":
         yield "optim.schedule", "TRL's trainers have no slanted schedule; write cosine or linear"
 

@@ -129,6 +129,7 @@ def run(recipe: Path, stage: str, run_dir: Path, *changes: str) -> None:
         recipe=str(recipe),
         stage=stage,
         run_dir=str(run_dir),
+        resolved=None,
         force=False,
         overrides=[f"stages.{stage}.{change}" for change in changes],
     )
@@ -300,7 +301,7 @@ def test_pairs_end_in_one_stop_token_where_the_template_writes_a_line_break_afte
         ("TPO", ["columns=[gold]"], "no column 'gold', which 'columns' names; the row has refer"),
         ("ORPO", ["rows=sft", "data=[{path: FOLDER/sft.jsonl}]"], "ORPOTrainer refuses its data"),
         ("GKD", ["data=[{path: FOLDER/text.jsonl}]"], "plain text, but TRL's GKD reads conv"),
-        ("GRPO", ["columns=[a]"], "columns has no effect"),
+        ("GRPO", ["columns=[a]"], "columns: has no effect"),
         ("SFT", ["tuning.method=prefix"], "tuning.method prefix is not for trainers of TRL"),
         ("SFT", ["args={save_only_model: true}"], "save_only_model are set by the stage's own"),
     ],

@@ -323,8 +323,6 @@ def test_show_names_the_algorithm_that_a_value_comes_from(tmp_path: Path):
         ({"objective": "gspo"}, "aggregation: sequence"),
         ({"objective": "gspo", "aggregation": "sequence"}, "never falls by 0.2"),
         ({"algorithm": "cispo", "clip": {"dual": 3.0}}, "dual"),
-        ({"importance": {"mode": "none", "level": "sequence"}}, "no effect with mode none"),
-        ({"importance": {"floor": 0.5}}, "'floor' has no effect"),
         ({"kl": {"coef": 0.1, "estimator": "k2", "corrected": True}}, "corrected"),
         ({"kl": {"coef": 0.1, "place": "loss", "estimator": "k1"}}, "zero expected gradient"),
         ({"algorithm": "grop"}, "dr_grpo"),

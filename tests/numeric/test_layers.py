@@ -200,13 +200,6 @@ def test_slanted_triangle_rises_to_the_peak_and_falls_to_the_floor() -> None:
     assert rates[5:] == pytest.approx([1 + 31 * (15 - k) / 15 for k in range(16)])
 
 
-def test_settings_without_effect_on_the_schedule_are_refused() -> None:
-    with pytest.raises(ValueError, match="'warmup_frac' has no effect with schedule slanted"):
-        OptimSpec(schedule="slanted", warmup_frac=0.1)
-    with pytest.raises(ValueError, match="'ratio' has no effect with schedule cosine"):
-        OptimSpec(ratio=16.0)
-
-
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
 def test_adapters_of_frozen_layers_are_still_saved_and_pushed(method: str) -> None:
     tuning = TypeAdapter(TuningSpec).validate_python({"method": method})

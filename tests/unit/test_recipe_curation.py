@@ -42,7 +42,7 @@ def test_a_stage_reads_the_data_of_an_earlier_one(tmp_path):
         ("  s: {kind: sft, init: base, data: [{path: a}], mix_cap: 5}\n", "no effect on one"),
         (
             "  s: {kind: sft, init: base, data: [{path: a, phrasing: all}]}\n",
-            "'phrasing' has no effect without 'templates'",
+            "phrasing: has no effect without 'templates'",
         ),
         ("  s: {kind: curate, ranks: 2, data: [{path: a}]}\n", "runs as one process"),
         ("  s: {kind: curate, data: [{path: a}], keep_frac: 0.5}\n", "no effect without 'quality'"),

@@ -84,8 +84,6 @@ class DataSpec(Spec):
             raise ValueError("'tasks' are those of the made world; remove it")
         if self.world is not None and self.templates is not None:
             raise ValueError("'templates' word the rows of files; world rows are worded already")
-        if self.phrasing is not None and self.templates is None:
-            raise ValueError("'phrasing' has no effect without 'templates'; remove it")
         return self
 
 
@@ -137,15 +135,6 @@ class OptimSpec(Spec):
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
 
-    @model_validator(mode="after")
-    def _has_effect(self) -> "OptimSpec":
-        slanted = self.schedule == "slanted"
-        idle = ("warmup_frac", "min_lr_frac") if slanted else ("cut_frac", "ratio")
-        for key in idle:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"'{key}' has no effect with schedule {self.schedule}; remove it")
-        return self
-
 
 class ZeroSpec(Spec):
     """Choose DeepSpeed ZeRO: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters."""
@@ -195,8 +184,6 @@ class KlSpec(Spec):
             )
         if self.corrected and (self.place, self.estimator) != ("loss", "k3"):
             raise ValueError("'corrected' needs place: loss and estimator: k3; remove it")
-        if self.target is not None and self.coef == 0.0:
-            raise ValueError("'target' has no effect with coef 0; give a starting coef")
         return self
 
 
@@ -220,14 +207,6 @@ class ImportanceSpec(Spec):
     cap: Annotated[float, Field(gt=1.0)] = 2.0
     floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Lower end of what ``mask`` keeps; None is 1 / cap."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "ImportanceSpec":
-        if self.mode == "none" and self.level != "token":
-            raise ValueError(f"'level: {self.level}' has no effect with mode none; remove it")
-        if self.mode != "mask" and self.floor is not None:
-            raise ValueError(f"'floor' has no effect with mode {self.mode}; remove it")
-        return self
 
 
 class OverlongSpec(Spec):

@@ -109,12 +109,6 @@ class TrlStage(StageSpec):
             )
         if self.batch_size % (self.micro_batch_size * self.ranks):
             raise ValueError("batch_size must be a multiple of micro_batch_size x ranks")
-        if self.eval_every and not self.heldout:
-            raise ValueError("'eval_every' has no effect without 'heldout'")
-        if self.optim.min_lr_frac:
-            raise ValueError("optim.min_lr_frac has no effect in a trl stage; remove it")
-        if self.columns and self.rows == "prompts":
-            raise ValueError("columns has no effect: trainers on prompts are given all; remove it")
         distinct_names(self.rewards)
         refuse_head(self.tuning, "trl")
         refuse_beside(self.tuning)
