@@ -82,14 +82,14 @@ def annotate(
     whole = replace(experience, mask=experience.completion)
     found = {}
     if old:
-        found["old_logprobs"] = _infer(whole, policy, plan, logprobs)
+        found["old_logprobs"] = infer_tokens(whole, policy, plan, logprobs)
     if reference is not None:
         own = reference is policy.module
         with policy.module.model.disable_adapter() if own else nullcontext():
             run: Any = policy if own else reference.eval()
-            found["ref_logprobs"] = _infer(whole, run, plan, logprobs)
+            found["ref_logprobs"] = infer_tokens(whole, run, plan, logprobs)
     if critic is not None:
-        found["values"] = _infer(whole, critic, plan, values)
+        found["values"] = infer_tokens(whole, critic, plan, values)
         if spec.truncation == "bootstrap":
             experience = replace(experience, bootstrap=_values_behind(experience, critic, spec))
     return experience.with_tokens(**found)
@@ -109,12 +109,13 @@ def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -
 
 
 @torch.no_grad()
-def _infer(
+def infer_tokens(
     experience: Experience,
     model: Learner | nn.Module,
     plan: Sequence[Sequence[int]],
     fn: Callable[[nn.Module, PackedBatch], Tensor],
 ) -> Tensor:
+    """Return what ``fn`` finds of every token, (B, T), micro-batch by micro-batch of ``plan``."""
     out = torch.zeros(experience.input_ids.shape)
     batches = [experience.micro(rows, {}) for rows in plan]
     if isinstance(model, Learner):

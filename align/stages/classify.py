@@ -14,7 +14,6 @@ from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
-from align.data.batching import plan_micro_batches
 from align.data.render.content import check_plain
 from align.evaluation.classes import class_scores
 from align.losses.supervised import class_loss
@@ -35,6 +34,7 @@ from align.stages.offline import (
     whole_state,
 )
 from align.training.batch import PackedBatch, pack
+from align.training.infer import map_rows
 from align.training.offline import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
@@ -213,23 +213,23 @@ def labelled_loss(
     return loss, {"accuracy": right / batch.counts["rows"]}
 
 
-@torch.no_grad()
 def predict(module: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> Tensor:
-    """Give the probabilities of the classes for each held-out row: (rows, C).
+    """Return the probabilities of the classes for each held-out row: (rows, C).
 
     Every rank runs all rows: under ZeRO-3 the ranks must run as many passes.
     """
-    module.eval()
     rows = task.heldout
-    (plan,) = plan_micro_batches(
-        [task.length(row) for row in rows], micro_tokens=micro_tokens, ranks=1, padded=True
+    found = map_rows(
+        module,
+        rows,
+        lambda model, batch: list(model(batch.input_ids, batch.position_ids).softmax(-1).cpu()),
+        length=task.length,
+        collate=lambda micro: task.collate(micro, rows),
+        micro_tokens=micro_tokens,
+        padded=True,
+        share=False,
     )
-    found: dict[int, Tensor] = {}
-    for micro in plan:
-        batch = task.collate([rows[i] for i in micro], rows)
-        probs = module(batch.input_ids, batch.position_ids).softmax(-1).cpu()
-        found |= dict(zip(micro, probs, strict=True))
-    return torch.stack([found[i] for i in range(len(rows))])
+    return torch.stack(found)
 
 
 def judge(

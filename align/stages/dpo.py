@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from align.core import distributed
 from align.core.errors import DataError
 from align.core.types import PairRow
-from align.data.batching import plan_micro_batches
 from align.losses.preference import (
     PreferenceLoss,
     dpo_loss,
@@ -23,6 +20,7 @@ from align.recipe.schema import DpoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
+from align.training.infer import map_rows
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
 
@@ -82,7 +80,6 @@ def refuse_ties(pairs: Sequence[PairRow]) -> None:
         )
 
 
-@torch.no_grad()
 def reference_pairs(
     module: nn.Module,
     pairs: Sequence[PairRow],
@@ -91,18 +88,21 @@ def reference_pairs(
     ld_alpha: float | None = None,
 ) -> list[ReferencePair]:
     """Compute the reference log-probabilities once; every rank does a part and gets all."""
-    module.eval()
-    plan = plan_micro_batches(
-        [pair_length(p) for p in pairs], micro_tokens=micro_tokens, ranks=distributed.world_size()
+
+    def sums(model: nn.Module, batch: PackedBatch) -> list[tuple[float, float]]:
+        logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs  # (1, N)
+        both = answer_sums(logprobs, batch, ld_alpha=ld_alpha).view(-1, 2)  # (pairs, 2)
+        return [(chosen, rejected) for chosen, rejected in both.tolist()]
+
+    found = map_rows(
+        module,
+        pairs,
+        sums,
+        length=pair_length,
+        collate=pack_pairs,
+        micro_tokens=micro_tokens,
     )
-    mine: dict[int, tuple[float, float]] = {}
-    for micro in plan[distributed.rank()]:
-        batch = pack_pairs([pairs[i] for i in micro])
-        logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-        sums = answer_sums(logprobs, batch, ld_alpha=ld_alpha).view(-1, 2).tolist()
-        mine |= {i: (c, r) for i, (c, r) in zip(micro, sums, strict=True)}
-    found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
-    return [ReferencePair(pair, *found[i]) for i, pair in enumerate(pairs)]
+    return [ReferencePair(pair, *both) for pair, both in zip(pairs, found, strict=True)]
 
 
 def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:

@@ -23,6 +23,7 @@ from align.recipe.schema import KtoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, pack, to_stop
+from align.training.infer import map_rows
 from align.training.learner import infer
 from align.training.offline import OfflineTask
 from align.tuning.reference import start_policy
@@ -111,21 +112,16 @@ def other(row: KtoRow) -> TokenRow:
     return row.mismatched
 
 
-@torch.no_grad()
 def reference_rows(module: nn.Module, rows: Sequence[KtoRow], *, micro_tokens: int) -> list[KtoRow]:
     """Compute the reference's log-probabilities once; every rank does a part and gets all."""
-    module.eval()
-    flat = [side for row in rows for side in (row, other(row))]
-    plan = plan_micro_batches(
-        [len(row.input_ids) for row in flat],
+    found = map_rows(
+        module,
+        [side for row in rows for side in (row, other(row))],
+        lambda model, batch: _sums(model, batch).tolist(),
+        length=lambda row: len(row.input_ids),
+        collate=pack,
         micro_tokens=micro_tokens,
-        ranks=distributed.world_size(),
     )
-    mine: dict[int, float] = {}
-    for micro in plan[distributed.rank()]:
-        sums = _sums(module, pack([flat[i] for i in micro]))
-        mine |= dict(zip(micro, sums.tolist(), strict=True))
-    found = {k: v for part in distributed.gather_objects(mine) for k, v in part.items()}
     return [
         replace(row, ref=found[2 * i], ref_mismatched=found[2 * i + 1])
         for i, row in enumerate(rows)

@@ -2,23 +2,22 @@
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor, nn
 
-from align.core import distributed
 from align.core.types import TokenRow
-from align.data.batching import plan_micro_batches
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat
 from align.evaluation.compare import Record
 from align.evaluation.verdict import RowLoss
 from align.models.logprobs import LogprobModel
-from align.online.annotate import local_plan
+from align.online.annotate import infer_tokens, local_plan
 from align.online.guard import repeated_share
 from align.online.scoring import score_answers
 from align.recipe.schema import EvaluateStage, TaskSpec
 from align.sampling.experience import Experience
 from align.stages.base import StageContext
-from align.training.batch import pack
+from align.training.batch import PackedBatch, pack
+from align.training.infer import map_rows
 from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
 
@@ -42,22 +41,21 @@ def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
     return LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
 
 
-@torch.no_grad()
 def kl_per_answer(
     answers: Experience, *, policy: LogprobModel, reference: LogprobModel
 ) -> list[float]:
     """Estimate KL(policy || reference) in nats per answer: log-ratio summed over its tokens."""
     policy.eval()
-    plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
-    out = torch.zeros(answers.input_ids.shape)
-    for rows in plan:
-        batch = answers.micro(rows, {})
-        log_ratio = (
-            policy(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-            - reference(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+
+    def log_ratio(model: nn.Module, batch: PackedBatch) -> Tensor:
+        own, other = (
+            m(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+            for m in (model, reference)
         )
-        answers.spread(rows, log_ratio, out)
-    return out.sum(1).tolist()
+        return own - other  # (1, N)
+
+    plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
+    return infer_tokens(answers, policy, plan, log_ratio).sum(1).tolist()
 
 
 def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> list[TokenRow]:
@@ -74,26 +72,24 @@ def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> li
     )[0]
 
 
-@torch.no_grad()
 def row_losses(policy: LogprobModel, rows: Sequence[TokenRow]) -> list[RowLoss]:
-    """Give the negative log-likelihood of each row's trained tokens, over all ranks."""
+    """Return the negative log-likelihood of each row's trained tokens, over all ranks."""
     if not rows:
         return []
-    policy.eval()
-    plan = plan_micro_batches(
-        [len(row.input_ids) for row in rows],
+
+    def nats(model: nn.Module, batch: PackedBatch) -> list[float]:
+        logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs  # (1, N)
+        return batch.segment_sums(-logprobs.double() * batch.mask).tolist()
+
+    found = map_rows(
+        policy,
+        rows,
+        nats,
+        length=lambda row: len(row.input_ids),
+        collate=pack,
         micro_tokens=MICRO_TOKENS,
-        ranks=distributed.world_size(),
-    )[distributed.rank()]
-    mine: dict[int, RowLoss] = {}
-    for micro in plan:
-        batch = pack([rows[i] for i in micro])
-        logprobs = policy(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-        nats = batch.segment_sums(-logprobs.double() * batch.mask).tolist()
-        for i, value in zip(micro, nats, strict=True):
-            mine[i] = RowLoss(value, sum(rows[i].trained))
-    every = {i: loss for part in distributed.gather_objects(mine) for i, loss in part.items()}
-    return [every[i] for i in range(len(rows))]
+    )
+    return [RowLoss(value, sum(row.trained)) for row, value in zip(rows, found, strict=True)]
 
 
 def to_records(
