@@ -16,6 +16,7 @@ from align.tuning.merging import (
     adapted_layers,
     dequantised,
     is_quantised,
+    keep_update,
     merged_parameters,
 )
 
@@ -78,7 +79,7 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
             with gathered(list(layer.parameters())):
                 for adapter in layer.active_adapters:
                     update = layer.get_delta_weight(adapter).float().cpu()
-                    tensor = (tensor.float() + update).to(tensor.dtype)
+                    tensor = keep_update(tensor.float() + update, tensor.dtype)
         yield name, tensor
 
 

@@ -1,6 +1,7 @@
 """Merged weights of adapted layers, without changing the model, and which layers cannot merge."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters added in.
 
-    The sum is taken in float32 on copies; the layer stays as it is. Weights in 4 bits are given
-    as what they stand for, plus the update: exactly what the layer computes with.
+    The sum is taken in float32 on copies and rounded by ``keep_update``; the layer stays as it is.
+    Weights in 4 bits are given as what they stand for, plus the update: exactly what the layer
+    computes with.
     """
     base = layer.get_base_layer()
     if is_quantised(base.weight):
@@ -69,12 +71,46 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
             p.data = p.data.float().clone()
         if not layer.disable_adapters and not isinstance(layer, InsertedLayer):
             layer.merge()
-        found = {name: p.data.to(kept[name].dtype) for name, p in parameters.items()}
+        found = {name: keep_update(p.data, kept[name].dtype) for name, p in parameters.items()}
     finally:
         for name, p in parameters.items():
             p.data = kept[name]
         layer.merged_adapters.clear()
     yield from found.items()
+
+
+def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a weight plus its update to ``dtype`` so that small updates survive on average.
+
+    In bfloat16 most updates of an adapter are smaller than half the distance between neighbours of
+    the weight, so that rounding to the nearest gives the old weight back and with it another model.
+    Here a number between two neighbours goes to the upper one as often as it is near to it: the
+    threshold is a fixed pseudo-random one for each place, so that equal sums round alike, and a
+    weight without update stays as it is.
+
+    Args:
+        total: the sum in float32. dtype: of the result; float32 is given back as it is.
+
+    Reference:
+        Stochastic rounding, arXiv:1502.02551 eq. 2, with thresholds that are drawn once.
+    """
+    if dtype != torch.bfloat16:
+        return total.to(dtype)
+    bits = total.contiguous().view(torch.int32).flatten()
+    pattern = _thresholds(total.device)
+    repeated = pattern.repeat(-(-len(bits) // len(pattern)))[: len(bits)]
+    # bfloat16 is the upper half of float32: what the threshold carries over is rounded up.
+    upper = (bits + repeated) & -(1 << 16)
+    rounded = upper.view(torch.float32).to(torch.bfloat16).view(total.shape)
+    return torch.where(total.isfinite(), rounded, total.to(torch.bfloat16))
+
+
+@cache
+def _thresholds(device: torch.device) -> Tensor:
+    """Draw thresholds for the lower 16 bits; a prime number of them, so that rows differ."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 1 << 16, (65_537,), generator=generator, dtype=torch.int32)
+    return drawn.to(device)
 
 
 def is_quantised(weight: Tensor) -> bool:
