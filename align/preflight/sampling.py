@@ -16,7 +16,7 @@ from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience, gather_experience
-from align.sampling.push import PUSH_TOLERANCE
+from align.sampling.rounding import ENGINE_LIMIT, SAME_LIMIT, excess, rounded_otherwise
 from align.training.batch import PackedBatch
 
 Logprobs = Callable[[PackedBatch], Tensor]
@@ -79,16 +79,37 @@ class Probe:
             )
         return gather_experience(self.prompts, groups, first_group=0)
 
+    @cached_property
+    def rounding(self) -> Tensor:
+        """By how much other rounding moves the policy's log-probabilities of sampled tokens."""
+        batch = _whole(self.sampled)
+        plain = self._logprobs(batch)
+        with rounded_otherwise(self.module):
+            return (self._logprobs(batch) - plain)[batch.mask].abs()
+
+    def _within(
+        self, gap: Tensor, limit: float, *, what: str, remedy: str, fails: bool = True
+    ) -> Finding:
+        """Bound differences of log-probabilities in units of this model's own rounding."""
+        return at_most(
+            excess(gap, self.rounding),
+            limit,
+            unit=f"times the rounding of this model ({float(self.rounding.mean()):.2g} nats on "
+            f"average) {what}: {float(gap.abs().mean()):.2g} nats on average, "
+            f"{float(gap.abs().max()):.2g} at most, {gap.numel()} tokens",
+            remedy=remedy,
+            fails=fails,
+        )
+
     def sampler(self) -> Finding:
         """Compare the sampler's log-probabilities with the trainer's, at the same temperature."""
         batch = _whole(self.sampled)
-        gap = (batch.per_token["rollout_logprobs"] - self._logprobs(batch))[batch.mask].abs()
-        return at_most(
-            float(gap.max()),
-            PUSH_TOLERANCE[self.spec.dtype],
-            unit=f"nats at most between {self.engine.name} and trainer, {gap.mean():.2g} on "
-            f"average, {gap.numel()} tokens",
-            remedy="sampler and trainer are not the same model; take sampling.engine: hf, and "
+        gap = (batch.per_token["rollout_logprobs"] - self._logprobs(batch))[batch.mask]
+        return self._within(
+            gap,
+            ENGINE_LIMIT,
+            what=f"between {self.engine.name} and trainer",
+            remedy="sampler and trainer do not compute the same; take sampling.engine: hf, and "
             "report it with the versions of 'align doctor'",
         )
 
@@ -108,13 +129,13 @@ class Probe:
         logits = token_logits(self.module.model, hidden[segments.previous[at]])  # (n, V)
         chosen = logits.gather(-1, batch.input_ids[0][at, None])[:, 0]
         behind = logits.max(-1).values - chosen
-        limit = PUSH_TOLERANCE[self.spec.dtype]
-        return Finding(
-            f"{int((behind == 0).sum())} of {len(at)} greedy tokens of {self.engine.name} are the "
-            f"model's best, others {float(behind.max()):.2g} nats behind",
-            f"at most {limit:g} nats behind",
-            "ok" if float(behind.max()) <= limit else "fail",
-            "the sampler takes other tokens than the model it was given; take sampling.engine: hf",
+        return self._within(
+            behind,
+            ENGINE_LIMIT,
+            what=f"behind the model's best tokens; {int((behind == 0).sum())} of {len(at)} greedy "
+            f"tokens of {self.engine.name} are the best",
+            remedy="the sampler takes other tokens than the model it was given; take "
+            "sampling.engine: hf",
         )
 
     def ratio(self) -> Finding:
@@ -123,11 +144,10 @@ class Probe:
         alone = _spread(
             self.sampled, [[i] for i in range(len(self.sampled.lengths))], self._logprobs
         )
-        ratio = torch.exp(together - alone)[self.sampled.completion]
-        return at_most(
-            float((ratio - 1.0).abs().max()),
-            PUSH_TOLERANCE[self.spec.dtype],
-            unit="from 1: probability ratio of the policy and itself",
+        return self._within(
+            (together - alone)[self.sampled.completion],
+            SAME_LIMIT,
+            what="between answers packed and alone",
             remedy="log-probabilities depend on what an answer is packed with; report it with the "
             "versions of 'align doctor'",
         )
@@ -142,10 +162,10 @@ class Probe:
             reference = self._logprobs(batch, self.reference)
         gap = (policy - reference)[batch.mask]
         virtual = self.spec.tuning.virtual
-        return at_most(
-            float(gap.abs().max()),
-            PUSH_TOLERANCE[self.spec.dtype],
-            unit=f"nats at most between policy and reference, KL {float(gap.mean()):.2g} a token",
+        return self._within(
+            gap,
+            SAME_LIMIT,
+            what=f"between policy and reference, KL {float(gap.mean()):.2g} a token",
             remedy="the policy begins away from its reference"
             + (
                 f", as {self.spec.tuning.method} tuning does"

@@ -1,12 +1,13 @@
 """The rollout engine: what every sampler can do, which one is chosen, and the checks they share."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from align.core.distributed import derive_seed
@@ -28,22 +29,32 @@ class RolloutEngine(Protocol):
         name: ``"vllm"`` or ``"hf"``.
         takes_adapter: True where a push is the policy's adapter alone, not whole weights.
         version: version number of the weights that answer now; 0 are the ones in ``model_dir``.
+        dtype: number format of its weights. device: where it holds them.
         start_s: seconds from the call of the constructor to the ready engine.
     """
 
     name: str
     takes_adapter: bool
     version: int
+    dtype: torch.dtype
+    device: torch.device
     start_s: float
 
     def awake(self) -> AbstractContextManager[None]:
         """Hold the accelerator's memory inside the block and give it back after it."""
         ...
 
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
+    ) -> Mapping[str, Tensor]:
         """Replace all weights; names and layout as in a Hugging Face checkpoint.
 
-        Where ``takes_adapter``, all of the adapter; names as in align.sampling.push.
+        Where ``takes_adapter``, all of the adapter; names as in align.sampling.push, whose
+        ``push`` calls this and compares.
+
+        Returns:
+            For each place that a checkpoint's tensor has in the engine, by the tensor's name, the
+            checksum of what stands there now.
         """
         ...
 

@@ -1,7 +1,7 @@
 """The reference sampler: a plain cached decoding loop over a Hugging Face model."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from align.core.errors import TrainingError
 from align.core.types import Completion
+from align.sampling.checksums import checksum
 from align.sampling.engine import (
     ADAPTER,
     EngineOptions,
@@ -48,6 +49,7 @@ class HfEngine:
         self.model = model.eval().requires_grad_(False)
         self.options = options
         self.version = 0
+        self.dtype = next(iter(self._targets().values())).dtype
         self._decode = load_decoder(options.model_dir)
         self._calls = 0
         self.start_s = time.perf_counter() - started
@@ -56,8 +58,10 @@ class HfEngine:
         """Do nothing: this engine keeps its one copy of the weights where it is."""
         return nullcontext()
 
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
-        """Copy every weight by name into the engine's own model.
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
+    ) -> dict[str, Tensor]:
+        """Copy every weight by name into the engine's own model; return checksums of all it holds.
 
         Where the policy's adapter cannot be merged only the adapter is taken: the rest is frozen.
 
@@ -80,6 +84,10 @@ class HfEngine:
             names = ", ".join(sorted(missing.values())[:5])
             raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")
         self.version = version
+        sums = {
+            id(t): checksum(t.to(self.dtype)) for t in {id(t): t for t in targets.values()}.values()
+        }
+        return {name: sums[id(target)] for name, target in targets.items()}
 
     def _targets(self) -> dict[str, Tensor]:
         """Name what a push must bring: each parameter at least once, a tied one by either name."""

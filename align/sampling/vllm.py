@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from align.sampling.engine import (
     make_completion,
 )
 from align.sampling.vllm_push import (
+    Loaded,
     adapter_options,
     adapter_request,
     load_adapter,
@@ -43,6 +44,9 @@ MAX_BATCHED_TOKENS = 4096
 
 CPU_BLOCK_SIZE = 32
 """Tokens of a cache block: the smallest its CPU attention takes, so that short prompts share."""
+
+CACHE_PROBE = 2 * CPU_BLOCK_SIZE + 1
+"""Tokens of a prompt that is asked again after a push: two blocks and a token to compute."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -83,6 +87,9 @@ class VllmEngine:
         self._calls = 0
         self._asleep = False
         self._on_cpu = not torch.cuda.is_available()
+        self.device = torch.device("cpu" if self._on_cpu else "cuda")
+        self.dtype = getattr(torch, options.dtype)
+        self._cached: Sequence[int] = ()
         self._owns_world = not torch.distributed.is_initialized()
         self._decode = load_decoder(options.model_dir)
         with _keep_random_state(), _keep_threads():
@@ -104,40 +111,74 @@ class VllmEngine:
             if not self._on_cpu:
                 self._sleep()
 
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], *, version: int) -> None:
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
+    ) -> dict[str, Tensor]:
         """Replace all weights, or the adapter, and forget every cached prefix.
 
         Raises:
-            TrainingError: a weight is unknown or missing, or the cache could not be reset.
+            TrainingError: a weight is unknown, missing or did not reach the layer that computes
+                with it; the adapter in use is not the pushed one; the cache was not reset.
         """
         self._wake()
+        where = f"weights version {version}"
         try:
             with _keep_random_state():
-                missing = self._load(named_tensors)
+                loaded = self._load(named_tensors)
         except (KeyError, ValueError, AttributeError, AssertionError) as error:
             raise TrainingError(
-                f"weights version {version}: vLLM refused them ({type(error).__name__}: {error}); "
+                f"{where}: vLLM refused them ({type(error).__name__}: {error}); "
                 "the engine was built from another model or its vLLM version is not supported"
             ) from error
-        if missing:
-            names = ", ".join(sorted(missing)[:5])
-            raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")
-        # Entries computed with the old weights would be mixed into the new policy's answers.
-        if not self._llm.reset_prefix_cache():
-            raise TrainingError(f"weights version {version}: vLLM's prefix cache was not reset")
+        if loaded.missing:
+            names = ", ".join(sorted(loaded.missing)[:5])
+            raise TrainingError(f"{where}: {len(loaded.missing)} missing ({names} ...)")
+        if loaded.stale:
+            names = ", ".join(sorted(loaded.stale)[:5])
+            raise TrainingError(
+                f"{where}: {len(loaded.stale)} layers of vLLM still compute with another packed "
+                f"copy of their weights ({names}); report it with the versions of 'align doctor', "
+                "go on with sampling.engine: hf"
+            )
         self.version = version
+        self._forget_prefixes(where)
+        return loaded.held
 
-    def _load(self, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
-        """Give the names of what found no place, or no weight."""
+    def _load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:
         if not self.takes_adapter:
             load = load_packed if self._on_cpu else load_in_place
             return self._llm.collective_rpc(load, args=(named_tensors,))[0]
         self._pushes += 1
         named = ((name.removeprefix(ADAPTER), tensor) for name, tensor in named_tensors)
         pushed = (self._pushes, named, self.options.tuning)
-        missing = self._llm.collective_rpc(load_adapter, args=pushed)[0]
+        loaded = self._llm.collective_rpc(load_adapter, args=pushed)[0]
         self._adapter = adapter_request(self._pushes)
-        return missing
+        if self._llm.llm_engine.list_loras() != {self._adapter.lora_int_id}:
+            raise ValueError(f"it does not serve adapter {self._adapter.lora_int_id} alone")
+        held = {f"{ADAPTER}{name}": value for name, value in loaded.held.items()}
+        return Loaded(loaded.missing, held=held)
+
+    def _forget_prefixes(self, where: str) -> None:
+        """Reset the prefix cache; entries of old weights would be mixed into the new answers.
+
+        The start of the longest prompt that was answered last is asked again: none of it may come
+        from the cache.
+        """
+        from vllm import SamplingParams
+
+        again = self._cached
+        if not self._llm.reset_prefix_cache():
+            raise TrainingError(f"{where}: vLLM's prefix cache was not reset")
+        if not again:
+            return
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        output = self._run([again], [params])[0]
+        if output.num_cached_tokens:
+            raise TrainingError(
+                f"{where}: vLLM answered {output.num_cached_tokens} tokens of a prompt from what "
+                "it had cached with the weights of before; report it with the versions of "
+                "'align doctor', go on with sampling.engine: hf"
+            )
 
     def generate(
         self,
@@ -222,6 +263,7 @@ class VllmEngine:
                 "call load_weights before each round of generate"
             )
         self._wake()
+        self._cached = max(prompts, key=len)[:CACHE_PROBE]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with _keep_random_state():
             return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)

@@ -1,53 +1,237 @@
 """New weights, or a new adapter, for a running vLLM engine: functions that run on its worker.
 
+Each returns what it found no place for and the checksums of what the worker holds afterwards. On
+CPU vLLM packs the weights of linear layers for its GEMM and empties the parameters: there the
+checksum is taken of the whole parameter at the moment of packing, the packed copy must be a new
+one, and it must multiply like the parameter it was made of.
+
 Every push of an adapter makes one under a new number. vLLM finds requests, adapters and cached
 prefixes by it, so that no answer can be made with an earlier one: where this number is not loaded,
 vLLM looks for files that are not there and fails.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from align.recipe.schema.tuning import LoraTuning
+from align.sampling.checksums import checksum
+
+TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+"""Layers, by model type, whose weights a checkpoint holds transposed (transformers' Conv1D)."""
+
+PACKED_COLUMNS = 4
+"""Inputs for which a packed copy is multiplied out after a push."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load left in the worker.
+
+    Attributes:
+        missing: names that got no weight, or found no place.
+        stale: layers that compute with a packed copy that is not the new weight's.
+        held: the checksum of what stands in each place, by the name of the checkpoint's tensor.
+    """
+
+    missing: set[str]
+    stale: set[str] = field(default_factory=set)
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a checkpoint's tensor stands: rows of a parameter (None for all), or its transpose."""
+
+    name: str
+    leaf: str
+    start: int
+    rows: int | None
+    turned: bool
+
+    def checksum(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the checksum of what stands here, in the order and format of the checkpoint."""
+        part = parameter
+        if self.rows is not None:
+            part = parameter[self.start : self.start + self.rows]
+        return checksum((part.t() if self.turned else part).to(dtype))
+
+
+Places = dict[nn.Module, list[Place]]
+
+
+def places(model: Any) -> Places:
+    """Return, for each module of vLLM's model, what of a checkpoint stands in its parameters.
+
+    Fused layers (``qkv_proj``, ``gate_up_proj``) hold several tensors above each other; tables of
+    a vocabulary have empty rows at their end.
+    """
+    fused = getattr(model, "packed_modules_mapping", {})
+    turned = TRANSPOSED.get(model.config.model_type, ())
+    found: Places = {}
+    for path, module in model.named_modules():
+        parent, _, last = path.rpartition(".")
+        parts, sizes = fused.get(last, [last]), getattr(module, "output_sizes", [])
+        pieces = [(last, getattr(module, "org_vocab_size", None))]
+        if len(parts) > 1 and len(parts) == len(sizes):
+            pieces = list(zip(parts, sizes, strict=True))
+        for leaf, _ in module.named_parameters(recurse=False):
+            start = 0
+            for part, rows in pieces:
+                name = ".".join(filter(None, (parent, part, leaf)))
+                turn = leaf == "weight" and last in turned
+                found.setdefault(module, []).append(Place(name, leaf, start, rows, turn))
+                start += rows or 0
+    return found
+
+
+def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:
+    """Load on CPU, where the first load packed the weights for its GEMM and emptied them."""
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    model, dtype = worker.get_model(), worker.model_config.dtype
+    expected = {name for name, _ in model.named_parameters()}
+    before = {m: m.cpu_linear for m in model.modules() if hasattr(m, "cpu_linear")}
+    here = places(model)
+    with _recorded(model) as loaded, _packing(here, dtype) as packing:
+        worker.model_runner.reload_weights(weights_iterator=named_tensors)
+        # The reload does not repack the head: a tied one would go on with the old weights.
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                utils.dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    held = _held(here, dtype, except_for=packing.rearranged)
+    stale = {m for m, old in before.items() if not packing.renewed(m, old)}
+    return Loaded(
+        expected - loaded if loaded else set(),
+        {path for path, module in model.named_modules() if module in stale},
+        packing.held | held,
+    )
+
+
+def load_in_place(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:
+    """Load on an accelerator, where the parameters are what the engine computes with."""
+    model = worker.get_model()
+    loaded = model.load_weights(named_tensors)
+    missing = {name for name, _ in model.named_parameters()} - loaded if loaded else set()
+    return Loaded(missing, held=_held(places(model), worker.model_config.dtype))
+
+
+def _held(
+    here: Places, dtype: torch.dtype, *, except_for: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Return the checksums of the parameters as they are now; of empty ones there are none."""
+    return {
+        place.name: place.checksum(parameter, dtype)
+        for module, in_module in here.items()
+        for place in in_module
+        if (parameter := getattr(module, place.leaf)).numel() and place.name not in except_for
+    }
+
+
+class _Packing:
+    """What is known of the weights that vLLM packs during a load on CPU."""
+
+    def __init__(self, here: Places, dtype: torch.dtype) -> None:
+        self.held: dict[str, Tensor] = {}
+        self.rearranged: set[str] = set()
+        self._here, self._dtype = here, dtype
+        self._columns: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # one-hot rows, their products
+
+    def note(self, layer: Any) -> None:
+        """Take checksums of a weight that is whole, and some of its columns, before packing."""
+        weight = layer.weight
+        if weight.is_meta:
+            return
+        for place in self._here.get(layer, ()):
+            if place.leaf == "weight":
+                self.held[place.name] = place.checksum(weight, self._dtype)
+                if weight.ndim != 2:
+                    self.rearranged.add(place.name)
+        if weight.ndim == 2:
+            width = weight.shape[1]
+            columns = torch.arange(min(PACKED_COLUMNS, width)) * width // PACKED_COLUMNS
+            one_hot = nn.functional.one_hot(columns, width).to(weight.dtype)
+            self._columns[layer] = one_hot, weight.detach()[:, columns].t().clone()
+
+    def renewed(self, layer: Any, before: Callable[..., Tensor]) -> bool:
+        """Return whether the packed copy is a new one and multiplies like its weight."""
+        if layer.cpu_linear is nn.functional.linear:
+            return True  # it reads the parameter itself
+        if layer.cpu_linear is before or layer not in self._columns:
+            return False
+        one_hot, wanted = self._columns[layer]
+        return torch.equal(layer.cpu_linear(one_hot, layer.weight, None), wanted)
+
+
+@contextlib.contextmanager
+def _packing(here: Places, dtype: torch.dtype) -> Iterator[_Packing]:
+    """Watch vLLM pack weights, inside the block."""
+    from vllm.model_executor.layers import utils
+
+    packing, pack = _Packing(here, dtype), utils.dispatch_cpu_unquantized_gemm
+
+    def noted(layer: Any, remove_weight: bool) -> None:
+        packing.note(layer)
+        pack(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = noted
+    try:
+        yield packing
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = pack
+
+
+@contextlib.contextmanager
+def _recorded(model: Any) -> Iterator[set[str]]:
+    """Note which parameters ``model.load_weights`` fills: vLLM's reload only logs the rest."""
+    loaded: set[str] = set()
+    load: Callable[..., set[str] | None] = model.load_weights
+
+    def recording(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+        names = load(weights)
+        loaded.update(names or ())
+        return names
+
+    model.load_weights = recording
+    try:
+        yield loaded
+    finally:
+        del model.load_weights
 
 
 def adapter_options(tuning: LoraTuning) -> dict[str, Any]:
-    """Give the options of an engine that serves one adapter of this tuning."""
+    """Return the options of an engine that serves one adapter of this tuning."""
     rank = min(r for r in tuning.served_ranks if r >= tuning.rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 
 def adapter_request(number: int) -> Any:
-    """Give what a request says to be answered with the adapter of this number."""
+    """Return what a request says to be answered with the adapter of this number."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"policy-{number}", number, "pushed, not read from disk")
 
 
 def load_adapter(
-    worker: Any, number: int, named_tensors: Iterator[tuple[str, Tensor]], tuning: LoraTuning
-) -> set[str]:
+    worker: Any, number: int, named_tensors: Iterable[tuple[str, Tensor]], tuning: LoraTuning
+) -> Loaded:
     """Put an adapter in the place of all others, on the engine's worker.
 
     Args:
         worker: vLLM's. number: a new one for each push, from 1.
-        named_tensors: by peft's names. tuning: the block that made them.
-
-    Returns:
-        The modules that the adapter speaks of and the model has not.
+        named_tensors: by peft's names, the scale multiplied in.
+        tuning: the block that made them.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    config = PEFTHelper(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType] a float divides as well
-        target_modules=tuning.targets,
-        use_rslora=tuning.method == "rslora",
-    )
+    # A scale of rank / rank = 1: vLLM multiplies nothing in, and what it holds is what was sent.
+    config = PEFTHelper(r=tuning.rank, lora_alpha=tuning.rank, target_modules=tuning.targets)
     loras = worker.model_runner.lora_manager
     loras.remove_all_adapters()
     adapter = LoRAModel.from_lora_tensors(
@@ -61,55 +245,16 @@ def load_adapter(
     manager = loras._adapter_manager
     manager.add_adapter(adapter)
     manager.activate_adapter(number)
-    parts = manager.packed_modules_mapping
-    held = {
-        f"{name.rpartition('.')[0]}.{part}"
-        for name in manager.modules
-        for part in parts.get(name.rpartition(".")[2], [name.rpartition(".")[2]])
-    }
-    return wanted - held
-
-
-def load_packed(worker: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
-    """Load on CPU, where the first load packed the weights for its GEMM and emptied them.
-
-    Returns:
-        Names of the parameters that got no weight.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    model = worker.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    with _recorded(model) as loaded:
-        worker.model_runner.reload_weights(weights_iterator=named_tensors)
-    # The reload does not repack the head: a tied one would go on with the old weights, silently.
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-    return expected - loaded if loaded else set()
-
-
-def load_in_place(worker: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
-    """Load on an accelerator; returns the names of the parameters that got no weight."""
-    model = worker.get_model()
-    loaded = model.load_weights(named_tensors)
-    return {name for name, _ in model.named_parameters()} - loaded if loaded else set()
-
-
-@contextlib.contextmanager
-def _recorded(model: Any) -> Iterator[set[str]]:
-    """Note which parameters ``model.load_weights`` fills: vLLM's reload only logs the rest."""
-    loaded: set[str] = set()
-    load: Callable[..., set[str] | None] = model.load_weights
-
-    def recording(weights: Iterator[tuple[str, Tensor]]) -> set[str] | None:
-        names = load(weights)
-        loaded.update(names or ())
-        return names
-
-    model.load_weights = recording
-    try:
-        yield loaded
-    finally:
-        del model.load_weights
+    slot = manager.lora_index_to_id.index(number)
+    served: dict[str, tuple[Any, int]] = {}
+    for name, module in manager.modules.items():
+        parent, _, last = name.rpartition(".")
+        for i, part in enumerate(manager.packed_modules_mapping.get(last, [last])):
+            served[f"{parent}.{part}"] = module, i
+    held: dict[str, Tensor] = {}
+    for name, (module, i) in served.items():
+        ours = f"base_model.model.{name}.lora_"
+        first, second = (x[i][slot, 0] for x in (module.lora_a_stacked, module.lora_b_stacked))
+        held[f"{ours}A.default.weight"] = checksum(first[: tuning.rank])
+        held[f"{ours}B.default.weight"] = checksum(second[:, : tuning.rank])
+    return Loaded(wanted - served.keys(), held=held)

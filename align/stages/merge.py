@@ -26,7 +26,7 @@ from align.preflight.tokens import prompt_checks
 from align.recipe.schema import DataSpec, MergeStage
 from align.recipe.schema.tuning import METHODS
 from align.sampling.engine import RolloutEngine
-from align.sampling.push import check_push
+from align.sampling.push import check_answers, measured_rounding, probe_logprobs, probe_of, push
 from align.sampling.rollout import answer_fixed
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.evaluate.answers import same_tokens
@@ -173,7 +173,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
         for i, alpha in enumerate(spec.alphas):
             merged = merged_weights(spec, sources, alpha, context)
             with engine.awake(), merged as weights:
-                push(engine, trainer, weights, sets["prompts"], spec, version=i + 1)
+                push_merged(engine, trainer, weights, sets["prompts"], version=i + 1)
                 found[alpha] = {
                     name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
                     for name, rows in sets.items()
@@ -195,12 +195,11 @@ def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list
 
 
 @torch.no_grad()
-def push(
+def push_merged(
     engine: RolloutEngine,
     trainer: LogprobModel,
     weights: Callable[[], Iterator[tuple[str, torch.Tensor]]],
     rows: Sequence[PromptRow],
-    spec: MergeStage,
     *,
     version: int,
 ) -> None:
@@ -208,11 +207,10 @@ def push(
     named = dict(trainer.model.named_parameters())
     for name, tensor in weights():
         named[name].copy_(tensor)
-    engine.load_weights(weights(), version=version)
-    ids = torch.tensor([list(rows[0].input_ids)], device=distributed.device())
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    expected = trainer(ids, positions).logprobs[0, 1:].tolist()
-    check_push(engine, rows[0].input_ids, expected, dtype=spec.dtype)
+    push(engine, weights(), version=version)
+    probe = probe_of(rows[0].input_ids)
+    logprobs = probe_logprobs(trainer, probe)
+    check_answers(engine, probe, logprobs, measured_rounding(trainer, probe, logprobs))
 
 
 def answer(

@@ -31,7 +31,7 @@ from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks
 from align.recipe.schema import OnlineStage, WatchSpec
 from align.sampling.engine import RolloutEngine
-from align.sampling.push import pushed_weights
+from align.sampling.push import push, pushed_weights
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
 from align.stages.contaminated import contamination_checks
@@ -129,7 +129,7 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.tuning.new_at_start:
         with engine.awake():
-            engine.load_weights(pushed_weights(module.model), version=0)
+            push(engine, pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context, chat.tokenizer)
     probe = Probe(
@@ -215,7 +215,7 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
         rewards=parts.rewards,
         engine=parts.engine,
         stop_token_ids=parts.chat.stop_token_ids,
-        push=Push(parts.engine, policy, parts.prompts[0].input_ids, dtype=spec.dtype),
+        push=Push(parts.engine, policy, parts.prompts[0].input_ids),
         policy=policy,
         critic=build_critic(spec, parts.source.model_dir, context, updates),
         reference=parts.reference if spec.kl.coef > 0.0 else None,

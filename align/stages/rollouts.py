@@ -1,12 +1,12 @@
 """What stages that sample share: engine, prompts, weight sync and rewards."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.core import distributed
 from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
 from align.data.load import fit_rows, load_examples
@@ -19,7 +19,15 @@ from align.recipe.schema import (
 )
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
-from align.sampling.push import check_push, pushed_weights
+from align.sampling.push import (
+    Proof,
+    check_answers,
+    measured_rounding,
+    probe_logprobs,
+    probe_of,
+    push,
+    pushed_weights,
+)
 from align.stages.base import StageContext
 from align.training.learner import Learner
 from align.tuning.loading import made_whole
@@ -27,6 +35,8 @@ from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
 from reward_models.remote import RemoteRewardError
+
+log = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -72,21 +82,39 @@ def fitted(
 
 
 class Push:
-    """Bring the policy's weights into the engine and make sure that it answers with them."""
+    """The way of the policy's weights into the engine, and the proof that it answers with them."""
 
-    def __init__(self, engine: Any, policy: Learner, probe: tuple[int, ...], *, dtype: Any) -> None:
-        self.engine, self.policy, self.probe, self.dtype = engine, policy, probe, dtype
+    def __init__(self, engine: RolloutEngine, policy: Learner, probe: Sequence[int]) -> None:
+        self.engine, self.policy, self.probe = engine, policy, probe_of(probe)
+        self._rounding: torch.Tensor | None = None
+        self._proof: Proof | None = None
 
     def __call__(self, version: int) -> None:
         """Push under ``version``; the engine starts with version 0, the policy of the start."""
         if version != self.engine.version:
             policy, alone = self.policy.module.model, self.engine.takes_adapter
             pushed = pushed_weights(policy, adapter_alone=alone)
-            self.engine.load_weights(pushed, version=version)
-        ids = torch.tensor([self.probe], device=distributed.device())
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        found = self.policy.infer([(ids, positions)], lambda m, x: m(*x).logprobs)[0]
-        check_push(self.engine, self.probe, found[0, 1:].tolist(), dtype=self.dtype)
+            self._note(push(self.engine, pushed, version=version))
+        logprobs = self.policy.infer([self.probe], probe_logprobs)[0]
+        if self._rounding is None:
+            measured = self.policy.infer(
+                [self.probe], lambda model, ids: measured_rounding(model, ids, logprobs)
+            )
+            self._rounding = measured[0]
+        check_answers(self.engine, self.probe, logprobs, self._rounding)
+
+    def _note(self, proof: Proof) -> None:
+        """Log what the checksums speak for, once and where it changes."""
+        if proof == self._proof:
+            return
+        self._proof = proof
+        log.info("push: %d tensors in the engine are what was sent, by checksum", proof.same)
+        if proof.unplaced:
+            log.warning(
+                "push: no checksum speaks for %d tensors, which the engine holds in another form "
+                "(%s ...); the log-probabilities alone do",
+                *(len(proof.unplaced), proof.unplaced[0]),
+            )
 
 
 def build_rewards(

@@ -18,7 +18,13 @@ from align.models.logprobs import LogprobModel
 from align.recipe.schema.tuning import METHODS
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
-from align.sampling.push import check_push, pushed_weights
+from align.sampling.push import (
+    check_answers,
+    measured_rounding,
+    probe_logprobs,
+    push,
+    pushed_weights,
+)
 from align.tuning.loading import load_for_training
 
 pytestmark = [
@@ -54,7 +60,7 @@ def disturb(model, seed: int) -> None:
 def test_vllm_gives_the_greedy_tokens_of_the_adapted_model(engine, model_dir, method):
     model = load_for_training(model_dir, tuning_spec(method), dtype="float32").eval()
     disturb(model, 5)
-    engine.load_weights(pushed_weights(model), version=MERGED.index(method) + 1)
+    push(engine, pushed_weights(model), version=MERGED.index(method) + 1)
     assert_answers_of(model, engine)
 
 
@@ -70,11 +76,12 @@ def test_vllm_serves_each_pushed_adapter_beside_the_weights(model_dir, method):
         disturb(model, version)  # the same prompts, whose prefixes the engine has cached
         pushed = dict(pushed_weights(model, adapter_alone=True))
         assert all(".lora_" in name for name in pushed)
-        built.load_weights(iter(pushed.items()), version=version)
+        proof = push(built, iter(pushed.items()), version=version)
+        assert (proof.same, proof.unplaced) == (len(pushed), ())
         assert_answers_of(model, built)
     astray = {name.replace("layers.1", "layers.7"): x for name, x in pushed.items()}
     with pytest.raises(TrainingError, match=r"7 missing \(model\.layers\.7\."):
-        built.load_weights(iter(astray.items()), version=4)
+        push(built, iter(astray.items()), version=4)
     built.close()
 
 
@@ -92,10 +99,9 @@ def test_grpo_samples_from_the_adapter_that_it_trains(tmp_path):
 
 def assert_answers_of(model, engine: RolloutEngine) -> None:
     probe = list(range(5, 25))
-    with torch.no_grad():
-        row = torch.tensor([probe])
-        logprobs = LogprobModel(model)(row, torch.arange(20).unsqueeze(0)).logprobs[0, 1:]
-    check_push(engine, probe, logprobs.tolist(), dtype="float32")
+    trainer = LogprobModel(model)
+    logprobs = probe_logprobs(trainer, probe)
+    check_answers(engine, probe, logprobs, measured_rounding(trainer, probe, logprobs))
     groups = engine.generate(PROMPTS, n=1, max_new_tokens=10, temperature=0.0, stop_token_ids=())
     for prompt, (answer,) in zip(PROMPTS, groups, strict=True):
         assert list(answer.token_ids) == greedy(model, prompt, 10)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import tiny_model
 
 from align.sampling.build import build_engine
-from align.sampling.push import check_push
+from align.sampling.push import check_answers, push
 from align.tuning.export import full_weights
 
 PROBE = [3, 9, 27, 17, 51, 25, 11, 33]
@@ -57,8 +57,9 @@ def push_after_training(engine, stage: int, rank: int) -> dict:
     learner.backward(learner(input_ids=ids, labels=ids).loss)
     learner.step()
     after = trainer_logprobs(learner)
-    engine.load_weights(full_weights(model), version=stage)
-    difference = check_push(engine, PROBE, after, dtype="float32")
+    push(engine, full_weights(model), version=stage)
+    rounding = torch.full((len(after),), 1e-5)
+    difference = float(check_answers(engine, PROBE, torch.tensor(after), rounding).max())
     prompts = [[5, 6], [7], [8, 9, 10]] if rank == 0 else []
     groups = engine.generate(prompts, n=2, max_new_tokens=4 + 20 * rank, temperature=1.0)
     return {

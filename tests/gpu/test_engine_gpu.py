@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import exact_logprobs, save_tiny, tiny_model
 
 from align.sampling.build import build_engine
-from align.sampling.push import check_push
+from align.sampling.push import check_answers, push
 from align.tuning.export import full_weights
 
 PROBE = [(7 * i + 3) % 61 + 2 for i in range(40)]
@@ -31,9 +31,10 @@ def test_vllm_on_gpu_sleeps_wakes_and_follows_each_push(tmp_path, tied):
         with engine.awake():
             awake, _ = torch.cuda.mem_get_info()
             assert asleep - awake > 0.04 * total
-            engine.load_weights(full_weights(new.cuda()), version=version)
-            wanted = exact_logprobs(rounded, PROBE[:1], PROBE[1:])
-            check_push(engine, PROBE, wanted, dtype="bfloat16")
+            proof = push(engine, full_weights(new.cuda()), version=version)
+            assert not proof.unplaced
+            wanted = torch.tensor(exact_logprobs(rounded, PROBE[:1], PROBE[1:]))
+            check_answers(engine, PROBE, wanted, torch.full((len(wanted),), 0.02))
             groups = engine.generate([PROBE], n=4, max_new_tokens=8, temperature=1.0, seeds=[3])
             again = engine.generate([PROBE], n=4, max_new_tokens=8, temperature=1.0, seeds=[3])
             assert groups == again

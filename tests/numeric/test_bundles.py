@@ -245,7 +245,7 @@ def online_run(model_dir: Path, spec: Any, reward: dict[str, Any]) -> Any:
         prompts=prompts,
         rewards=[build_reward(reward)],
         engine=engine,
-        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
+        push=Push(engine, policy, prompts[0].input_ids),
         reference=reference_of(model_dir),
     )
 

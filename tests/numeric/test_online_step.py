@@ -71,7 +71,7 @@ def first_step(model_dir: Path, spec: Any, tuning: TuningSpec = FULL) -> dict[st
         prompts=prompts,
         rewards=[build_reward({"kind": "regex", "pattern": "w[1-3]"})],
         engine=engine,
-        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
+        push=Push(engine, policy, prompts[0].input_ids),
         critic=critic_of(model_dir) if spec.kind == "ppo" else None,
         reference=policy.module if tuning is LORA else reference_of(model_dir),
     )

@@ -70,7 +70,7 @@ def new_run(model_dir: Path, name: str) -> OnlineRun:
         prompts=prompts,
         engine=engine,
         rewards=[build_reward({"kind": "regex", "pattern": "w4"})],
-        push=Push(engine, policy, prompts[0].input_ids, dtype="float32"),
+        push=Push(engine, policy, prompts[0].input_ids),
         **parts,
     )
 

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from align.core import distributed
 from align.core.artefacts import Artefact
 from align.core.errors import ArtefactError
 from align.core.types import PromptRow
@@ -17,7 +16,13 @@ from align.models.logprobs import LogprobModel
 from align.recipe.schema import EvaluateStage, SamplingSpec, TaskSpec
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience
-from align.sampling.push import check_push
+from align.sampling.push import (
+    check_answers,
+    measured_rounding,
+    probe_logprobs,
+    probe_of,
+    push,
+)
 from align.sampling.rollout import answer_fixed
 from align.stages.base import StageContext, chat_format
 from align.stages.rollouts import prompt_rows, start_engine
@@ -66,9 +71,9 @@ def sample_all(
             names.append(engine.name)
         with engine.awake():
             if held is not artefact:
-                engine.load_weights(saved_weights(artefact.model_dir), version=version)
-                probe = next(iter(rows.values()))[0].input_ids
-                check_push(engine, probe, trainer_logprobs(artefact, probe, spec), dtype=spec.dtype)
+                push(engine, saved_weights(artefact.model_dir), version=version)
+                probe = probe_of(next(iter(rows.values()))[0].input_ids)
+                check_answers(engine, probe, *trainer_logprobs(artefact, probe, spec))
             for i, task in enumerate(spec.all_tasks):
                 found = _ask(engine, task, rows[task.name], chat, step=i, seed=context.seed)
                 answers[task.name][name] = found
@@ -116,10 +121,10 @@ def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline
             )
 
 
-@torch.no_grad()
-def trainer_logprobs(artefact: Artefact, ids: Sequence[int], spec: EvaluateStage) -> list[float]:
-    """Give the log-probabilities of tokens 1 .. T-1 under a saved model."""
+def trainer_logprobs(
+    artefact: Artefact, ids: Sequence[int], spec: EvaluateStage
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of tokens 1 .. T-1 under a saved model, and their rounding."""
     model = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
-    row = torch.tensor([list(ids)], device=distributed.device())
-    positions = torch.arange(row.shape[1], device=row.device).unsqueeze(0)
-    return model(row, positions).logprobs[0, 1:].tolist()
+    logprobs = probe_logprobs(model, ids)
+    return logprobs, measured_rounding(model, ids, logprobs)

@@ -1,0 +1,106 @@
+"""Checksums of tensors on their way to an engine: what it holds is what was sent, bit for bit."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+WIDTH = 1 << 16
+"""Lanes of 8 bytes that are weighed at once: what a CPU's second cache holds."""
+
+ROWS_ON_DEVICE = 256
+"""The same on an accelerator, in rows of ``WIDTH`` lanes: few kernels, 128 MiB beside the model."""
+
+
+class Sent:
+    """Named tensors on their way to an engine, and the checksum of each that has passed.
+
+    Args:
+        named_tensors: what the trainer sends; it is passed through as it is.
+        dtype: number format in which the engine holds weights.
+        device: where the engine holds them.
+    """
+
+    def __init__(
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._named, self._dtype, self._device = named_tensors, dtype, device
+        self._sums: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor once its checksum is taken."""
+        for name, tensor in self._named:
+            self._sums[name] = checksum(tensor.to(self._device, self._dtype))
+            yield name, tensor
+
+    def altered(self, held: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of tensors of which the engine holds something else."""
+        both = [name for name in self._sums if name in held]
+        if not both:
+            return []
+        sent = torch.stack([self._sums[name] for name in both])
+        found = torch.stack([held[name] for name in both])
+        return [name for name, same in zip(both, (sent == found).tolist(), strict=True) if not same]
+
+    def unplaced(self, held: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of tensors for which the engine names no one place."""
+        return [name for name in self._sums if name not in held]
+
+    def __len__(self) -> int:
+        """Return how many tensors have passed."""
+        return len(self._sums)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """Return a 64-bit checksum of a tensor's elements in order, as a number on its device.
+
+    The bytes are read as 64-bit lanes x, zeros behind the last: the sum over rows r of ``WIDTH``
+    lanes of ``w2[r] * sum(w0[i] * x[r, i] + w1[i] * (x[r, i] >> 32))`` mod 2^64, with odd
+    pseudo-random weights. One changed lane always changes the sum, since an odd number is no
+    divisor of 0; other changes escape with a chance of about 2^-64 (2^-32 where only top bits of
+    lanes differ). Exchanged elements count as changed.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if over := data.numel() % 8:
+        data = torch.cat([data, data.new_zeros(8 - over)])
+    elif data.storage_offset() % 8:
+        data = data.clone()  # a slice whose lanes are not aligned
+    lanes = data.view(torch.int64)
+    rows = 1 if tensor.device.type == "cpu" else ROWS_ON_DEVICE
+    whole = lanes.numel() // WIDTH * WIDTH
+    first, second = _weights(WIDTH, 0, tensor.device), _weights(WIDTH, 1, tensor.device)
+    parts = [*lanes[:whole].view(-1, WIDTH).split(rows), lanes[whole:].view(1, -1)]
+    # One buffer for all: new memory of this size costs more than the arithmetic on a CPU.
+    buffer = torch.empty_like(max(parts, key=Tensor.numel))
+    sums = []
+    for part in parts:
+        n, room = part.shape[1], buffer.view(-1)[: part.numel()].view(part.shape)
+        low = torch.mul(part, first[:n], out=room).sum(1)
+        high = torch.bitwise_right_shift(part, 32, out=room).mul_(second[:n]).sum(1)
+        sums.append(low + high)
+    by_row = torch.cat(sums)
+    return (by_row * _odd(torch.arange(len(by_row), device=tensor.device), 2)).sum()
+
+
+@cache
+def _weights(count: int, stream: int, device: torch.device) -> Tensor:
+    return _odd(torch.arange(count, device=device), stream)
+
+
+def _odd(index: Tensor, stream: int) -> Tensor:
+    """Return an odd pseudo-random 64-bit number for each index: the mixing steps of SplitMix64."""
+    x = (index + (stream << 40) + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return (x ^ _shifted(x, 31)) | 1
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign, which torch's shift of int64 copies."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

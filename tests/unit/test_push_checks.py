@@ -1,0 +1,110 @@
+"""Checksums against whole-number arithmetic, and measured rounding against float64."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+from engine_models import exact_logprobs, tiny_model
+
+from align.models.logprobs import LogprobModel
+from align.sampling.checksums import WIDTH, Sent, checksum
+from align.sampling.push import measured_rounding, probe_logprobs, probe_of
+from align.sampling.rounding import FLOOR, excess
+
+PROBE = [(7 * i + 3) % 61 + 2 for i in range(40)]
+MASK = 2**64 - 1
+
+
+def split_mix(index: int, stream: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014), made odd, in Python's unbounded integers."""
+    x = (index + (stream << 40) + 1) * 0x9E3779B97F4A7C15 & MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return (x ^ (x >> 31)) | 1
+
+
+def slow_checksum(data: bytes) -> int:
+    """The definition, byte by byte."""
+    data += bytes(-len(data) % 8)
+    total = 0
+    for i in range(0, len(data), 8):
+        lane = int.from_bytes(data[i : i + 8], "little", signed=True)
+        row, place = divmod(i // 8, WIDTH)
+        weighed = lane * split_mix(place, 0) + (lane >> 32) * split_mix(place, 1)
+        total += weighed * split_mix(row, 2)
+    return total & MASK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 8, 577, 2 * WIDTH + 5])
+def test_checksum_is_its_definition_in_whole_numbers(size, dtype):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    assert int(checksum(x)) & MASK == slow_checksum(x.view(torch.uint8).numpy().tobytes())
+
+
+def test_checksum_is_of_the_elements_whatever_their_place_in_memory():
+    x = torch.randn(7, 9).bfloat16()
+    held = torch.cat([torch.zeros(3, 9).bfloat16(), x])[3:]  # a slice at an odd place
+    assert checksum(held) == checksum(x) == checksum(x.t().contiguous().t())
+    assert checksum(x.t()) != checksum(x)
+
+
+def test_checksum_sees_each_single_bit_and_each_exchange():
+    x = torch.randn(64).float()
+    seen = {int(checksum(x))}
+    for place in (0, 1, 31, 63):
+        for bit in range(32):
+            y = x.clone().view(torch.int32)
+            y[place] ^= -(2**31) if bit == 31 else 1 << bit
+            seen.add(int(checksum(y.view(torch.float32))))
+    signs = x.clone()
+    signs[[1, 3]] *= -1.0  # two top bits of lanes: their sum vanishes mod 2^64
+    seen.add(int(checksum(signs)))
+    order = torch.arange(64)
+    order[[5, 50]] = order[[50, 5]]
+    seen.add(int(checksum(x[order])))
+    assert len(seen) == 1 + 4 * 32 + 2
+
+
+def test_sent_names_what_is_held_otherwise_and_what_has_no_place():
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.ones(1)}
+    sent = Sent(tensors.items(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert [name for name, _ in sent] == ["a", "b", "c"]
+    held = {"a": checksum(torch.ones(3).bfloat16()), "b": checksum(torch.ones(2, 2).bfloat16())}
+    assert sent.altered(held) == ["b"]
+    assert sent.unplaced(held) == ["c"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_measured_rounding_is_of_the_size_of_the_error_against_float64(dtype):
+    model = tiny_model(0, tied=True).to(getattr(torch, dtype))
+    trainer = LogprobModel(model)
+    logprobs = probe_logprobs(trainer, PROBE)
+    rounding = measured_rounding(trainer, PROBE, logprobs)
+    error = logprobs - torch.tensor(exact_logprobs(model.float(), PROBE[:1], PROBE[1:]))
+    assert 0.25 < float(rounding.mean() / error.abs().mean()) < 4.0
+    # The model is as it was before.
+    model.to(getattr(torch, dtype))
+    assert torch.equal(probe_logprobs(trainer, PROBE), logprobs)
+
+
+def test_excess_compares_means_and_quantiles_and_no_largest_value():
+    rounding = torch.full((100,), 0.01)
+    one_far = torch.zeros(100)
+    one_far[7] = 0.9  # mean 0.009: a heavy tail is no fault
+    assert excess(one_far, rounding) == pytest.approx(0.9, rel=1e-5)
+    assert excess(torch.full((100,), 0.06), rounding) == pytest.approx(6.0, rel=1e-5)
+    fifth = torch.zeros(100)
+    fifth[:20] = 0.04  # mean 0.008, but a fifth of the tokens is four times off
+    assert excess(fifth, rounding) == pytest.approx(4.0, rel=1e-5)
+    assert excess(torch.tensor([0.0, float("nan")]), rounding[:2]) == float("inf")
+    assert excess(torch.full((4,), FLOOR), torch.zeros(4)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_probe_has_two_tokens_at_least():
+    assert probe_of([9]) == (9, 9)
+    assert probe_of(range(3)) == (0, 1, 2)
+    assert probe_of(range(500)) == tuple(range(48))
