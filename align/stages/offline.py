@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact, file_sha256, read_manifest
-from align.core.errors import ArtefactError
+from align.core.errors import ArtefactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
@@ -42,10 +42,12 @@ from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.export import full_precision_weights, full_weights, gathered
 from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
-from align.tuning.merging import adapter_parameters, is_quantised
+from align.tuning.merging import adapter_parameters, is_quantised, merges
 from align.tuning.wrap import add_tuner, has_adapter
 
 LOSS_SAVED = "eval/loss_saved"
+SAVED_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
+"""Most that merging may move the held-out loss: in nats, or as a share of a loss above 1."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -77,6 +79,23 @@ def saved_loss(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> d
     if not task.heldout:
         return {}
     return {LOSS_SAVED: evaluate_rows(model, task, micro_tokens)["eval/loss"]}
+
+
+def check_saved_loss(final: Mapping[str, float], *, dtype: str) -> None:
+    """Refuse weights whose held-out loss is not that of the policy that was trained.
+
+    Raises:
+        TrainingError: merging has made another model of it.
+    """
+    trained, saved = final["eval/loss"], final[LOSS_SAVED]
+    limit = SAVED_LIMIT[dtype] * max(1.0, abs(trained))
+    if not abs(saved - trained) <= limit:
+        raise TrainingError(
+            f"{LOSS_SAVED}: the merged weights in model/ have a held-out loss of {saved:.4g}, the "
+            f"trained policy {trained:.4g}; expected at most {limit:.2g} between them in {dtype}. "
+            "The adapter is in adapter/: merge it in float32 (dtype: float32), or report this with "
+            "the versions of 'align doctor'"
+        )
 
 
 def build_anchor(
@@ -384,8 +403,11 @@ def train_policy(
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
-    if spec.tuning.method == "qlora" and task.heldout:
+    if task.heldout and has_adapter(module.model) and merges(module.model):
         saved = read_back(partial(load_tuned_policy, context.out / "model", dtype=spec.dtype))
         if saved is not None:
             final |= saved_loss(LogprobModel(saved), task, spec.micro_tokens)
+            # qlora saves another policy on purpose; the best weights are not the last ones.
+            if spec.tuning.method != "qlora" and stopping is None:
+                check_saved_loss(final, dtype=spec.dtype)
     return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)

@@ -44,7 +44,7 @@ from align.stages.offline import (
     save_trained_policy,
 )
 from align.stages.preflight import answer_views
-from align.stages.rollouts import Push, build_rewards, fitted, start_engine
+from align.stages.rollouts import Push, build_rewards, check_saved, fitted, start_engine
 from align.training.learner import Learner
 from align.tuning.files import refuse_unmerged
 from align.tuning.loading import load_tuned_policy
@@ -189,6 +189,7 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     metrics.close()
     if watch is None or watch.spec.keep == "last":
         write(out=context.out)
+        check_saved(online.policy, parts.prompts[0].input_ids, context.out / "model", spec)
     final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)

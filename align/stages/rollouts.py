@@ -11,6 +11,7 @@ from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat
+from align.models.logprobs import LogprobModel
 from align.recipe.schema import (
     EvaluateStage,
     MergeStage,
@@ -28,9 +29,12 @@ from align.sampling.push import (
     push,
     pushed_weights,
 )
+from align.sampling.rounding import ENGINE_LIMIT, excess
 from align.stages.base import StageContext
 from align.training.learner import Learner
-from align.tuning.loading import made_whole
+from align.tuning.loading import load_tuned_policy, made_whole
+from align.tuning.merging import merges
+from align.tuning.wrap import has_adapter
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
@@ -115,6 +119,32 @@ class Push:
                 "(%s ...); the log-probabilities alone do",
                 *(len(proof.unplaced), proof.unplaced[0]),
             )
+
+
+def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: OnlineStage) -> None:
+    """Compare a merged policy with the one in memory: merging must not change it.
+
+    Qlora's is another one on purpose: the update on weights that were never quantised.
+
+    Raises:
+        TrainingError: the log-probabilities of a prompt differ by more than rounding.
+    """
+    trained, probe = policy.module.model, probe_of(prompt)
+    if not (has_adapter(trained) and merges(trained)) or spec.tuning.method == "qlora":
+        return
+    logprobs = policy.infer([probe], probe_logprobs)[0]
+    saved = LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).eval()
+    found = probe_logprobs(saved, probe)
+    gap = found - logprobs
+    times = excess(gap, measured_rounding(saved, probe, found))
+    if times > ENGINE_LIMIT:
+        raise TrainingError(
+            f"{model_dir}: the merged weights are another model than the trained one: "
+            f"log-probabilities of {len(gap)} tokens are {float(gap.abs().mean()):.3g} nats apart "
+            f"on average, {times:.3g} times what rounding does, expected at most "
+            f"{ENGINE_LIMIT:g} times; the adapter is in adapter/: merge it in float32 "
+            "(dtype: float32)"
+        )
 
 
 def build_rewards(
