@@ -9,7 +9,7 @@ from typing import Any
 from align.core import distributed
 from align.core.artefacts import Artefact
 from align.recipe.schema import DpoStage, GrpoStage, PpoStage, RewardStage, SftStage
-from align.stages.base import StageContext
+from align.stages.base import StageContext, prepare_stage
 from benchmarks.gate import Gate
 
 FOREVER = 10_000
@@ -50,15 +50,16 @@ class BenchContext(StageContext):
 def _context(gate: Gate, work: Mapping[str, Any]) -> BenchContext:
     import torch
 
-    from align.stages import preflight
-
-    # The preflight is part of starting a stage and would, rightly, refuse random weights.
-    preflight.settle = lambda *args, **kwargs: None
     torch.set_num_threads(work["threads"])
     distributed.init_process_group()
     distributed.seed_everything(0)
     recipe: Any = SimpleNamespace(stages={})  # a stage looks for held-out prompts of others here
     return BenchContext(recipe, "bench", Path(work["folder"]), 0, gate=gate)
+
+
+def _train(spec: Any, context: StageContext) -> None:
+    """Train without the preflight, which would, rightly, refuse random weights."""
+    prepare_stage(spec, context).train()
 
 
 def _shared(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,9 +84,7 @@ def _offline(work: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def sft(gate: Gate, work: Mapping[str, Any]) -> None:
     """Train stage sft; a round is one optimiser step over all rows."""
-    from align.stages.sft import run
-
-    run(SftStage(kind="sft", **_offline(work, "prompt_completion")), _context(gate, work))
+    _train(SftStage(kind="sft", **_offline(work, "prompt_completion")), _context(gate, work))
 
 
 def reward(gate: Gate, work: Mapping[str, Any]) -> None:
@@ -94,14 +93,14 @@ def reward(gate: Gate, work: Mapping[str, Any]) -> None:
 
     _start_head_like_trl(stage, Path(work["folder"]))
     spec = RewardStage(kind="reward", center_coef=0.0, **_offline(work, "preference"))
-    stage.run(spec, _context(gate, work))
+    _train(spec, _context(gate, work))
 
 
 def _start_head_like_trl(stage: Any, folder: Path) -> None:
     """Begin from the head that the other side begins from; the stage draws a random one."""
     import torch
 
-    load = stage.load_scorer
+    load = stage.new_reward_model
 
     def load_with_head(*args: Any, **keys: Any) -> Any:
         model = load(*args, **keys)
@@ -109,7 +108,7 @@ def _start_head_like_trl(stage: Any, folder: Path) -> None:
             model.head.weight.copy_(torch.load(folder / "head.pt"))
         return model
 
-    stage.load_scorer = load_with_head
+    stage.new_reward_model = load_with_head
 
 
 def dpo(gate: Gate, work: Mapping[str, Any]) -> None:
@@ -142,7 +141,7 @@ def dpo(gate: Gate, work: Mapping[str, Any]) -> None:
     stage.reference_pairs = remember
     plain = _context(gate, work)
     context = Context(plain.recipe, plain.name, plain.run_dir, plain.seed, gate=gate)
-    stage.run(DpoStage(kind="dpo", beta=0.1, **_offline(work, "preference")), context)
+    _train(DpoStage(kind="dpo", beta=0.1, **_offline(work, "preference")), context)
 
 
 def _online(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,16 +163,12 @@ def _online(work: Mapping[str, Any]) -> dict[str, Any]:
 
 def grpo(gate: Gate, work: Mapping[str, Any]) -> None:
     """Train stage grpo; a round is one step: push, rollout, update."""
-    from align.stages.online import run
-
     rewards = [{"kind": "regex", "pattern": work["reward_pattern"]}]
-    run(GrpoStage(kind="grpo", rewards=rewards, **_online(work)), _context(gate, work))
+    _train(GrpoStage(kind="grpo", rewards=rewards, **_online(work)), _context(gate, work))
 
 
 def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
     """Train stage ppo with a learned reward; a round is one step with its update epochs."""
-    from align.stages.online import run
-
     spec = PpoStage(
         kind="ppo",
         rewards=[{"kind": "scalar", "model": "scorer", "dtype": work["dtype"]}],
@@ -188,7 +183,7 @@ def ppo(gate: Gate, work: Mapping[str, Any]) -> None:
         },
         **_online(work),
     )
-    run(spec, _context(gate, work))
+    _train(spec, _context(gate, work))
 
 
 def rollout(gate: Gate, work: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from align.core.types import PromptRow
 from align.data.load import load_examples
 from align.data.sampler import batch_indices
 from align.losses.kl import FixedKL
+from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, online_step
 from align.recipe.algorithms import ALGORITHMS
 from align.recipe.schema import DataSpec, GrpoStage, OnlineStage, PpoStage
@@ -186,6 +187,7 @@ def train(arena: Arena, name: str, seed: int) -> list[Point]:
     push = Push(engine, policy, arena.prompts[0].input_ids, dtype=spec.dtype)
     run = OnlineRun(
         spec=spec,
+        algorithm=build_algorithm(spec),
         seed=seed,
         prompts=arena.prompts,
         rewards=[arena.reward],

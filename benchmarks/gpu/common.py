@@ -17,7 +17,7 @@ import torch
 
 from align.core import distributed
 from align.core.artefacts import Artefact
-from align.stages import base, preflight
+from align.stages import base
 from benchmarks.workloads import SHAPES, write_tokenizer
 
 SMOKE = os.environ.get("ALIGN_SMOKE") == "1"
@@ -176,8 +176,6 @@ def run_stage(
     Returns:
         The timer and the peak GPU memory in GiB.
     """
-    # The preflight rightly refuses to train a model with random weights.
-    preflight.settle = lambda *args, **kwargs: None
     timer = StepTimer(rounds, profiled=profiled)
 
     @dataclass(frozen=True, slots=True)
@@ -194,5 +192,6 @@ def run_stage(
     context: Any = Context(SimpleNamespace(stages={}), "bench", run_dir, 0)  # pyright: ignore
     reset_peak()
     with contextlib.suppress(EnoughRounds):
-        base.stage_runner(kind)(spec, context)
+        # Without the preflight, which rightly refuses to train a model with random weights.
+        base.prepare_stage(spec, context).train()
     return timer, peak_gib()

@@ -38,7 +38,7 @@ def main() -> None:
     )
     timer, gib = run_stage("grpo", spec, run_dir, rounds=4)
     row = timer.rows[-1]
-    times = ("time/push_s", "time/rollout_s", "time/update_s")
+    times = ("time/push_s", "time/rollout_s", "time/score_s", "time/update_s")
     result(
         engine=args.engine,
         shape=shape,
