@@ -22,7 +22,7 @@ from align.losses.preference import kto_loss
 from align.recipe.schema import KtoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
-from align.training.batch import PackedBatch, pack, to_stop
+from align.training.batch import PackedBatch, pack, trim_after_last_trained
 from align.training.infer import map_rows
 from align.training.learner import infer
 from align.training.offline import OfflineTask
@@ -72,7 +72,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
 
 def judged_row(chat: ChatFormat, example: Example) -> KtoRow:
     """Tokenise a judged answer; what a template writes after the stop token is left out."""
-    row = to_stop(chat.sft_row(example))
+    row = trim_after_last_trained(chat.sft_row(example))
     return KtoRow(row.input_ids, row.trained, row.source, good=bool(example.label))
 
 

@@ -108,19 +108,19 @@ def pack_pairs(
 ) -> PackedBatch:
     """Pack pairs, each prompt once: sequences 2k and 2k + 1 are chosen and rejected of pair k."""
     shared = [n for pair in pairs for n in (0, pair.num_prompt_tokens * pair.shared)]
-    return pack(both(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
+    return pack(flatten_pairs(pairs), counts=counts, per_sequence=per_sequence, shared=shared)
 
 
-def both(pairs: Sequence[PairRow]) -> list[TokenRow]:
+def flatten_pairs(pairs: Sequence[PairRow]) -> list[TokenRow]:
     """Lay chosen and rejected side by side: rows 2k and 2k + 1 are pair k.
 
     What a template writes after the stop token (a line break, say) is left out: sampled answers end
     with the stop token, and a scorer must see the ending that it was trained on.
     """
-    return [to_stop(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
+    return [trim_after_last_trained(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
 
 
-def to_stop(row: TokenRow) -> TokenRow:
+def trim_after_last_trained(row: TokenRow) -> TokenRow:
     """Cut a row after its last trained token."""
     end = max(t for t, trained in enumerate(row.trained) if trained) + 1
     return TokenRow(row.input_ids[:end], row.trained[:end], row.source)

@@ -18,7 +18,7 @@ from tuned_stages import make_base, run_plain, run_stage, write_rows
 
 from align.core.types import Example
 from align.stages.base import chat_format
-from align.training.batch import to_stop
+from align.training.batch import trim_after_last_trained
 from reward_models.scalar import RewardModel, score_token_ids
 
 ANSWERS = ["yes indeed.", "no", "yes", "no way, not at all.", "maybe so"]
@@ -77,7 +77,7 @@ def test_a_judge_a_model_and_a_rule_vote_or_abstain(folder: Path, judge: Server)
     assert votes["ended"] == [1, None, None, 1, None]
     chat = chat_format(scorer.model_dir)
     ids = [
-        to_stop(chat.sft_row(Example(prompt="Is it?", completion=answer))).input_ids
+        trim_after_last_trained(chat.sft_row(Example(prompt="Is it?", completion=answer))).input_ids
         for answer in ANSWERS
     ]
     scores = score_token_ids(RewardModel.load(scorer.model_dir), ids)

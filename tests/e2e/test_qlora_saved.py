@@ -34,7 +34,7 @@ from align.stages.offline import (
     start_of,
     train_policy,
 )
-from align.training.batch import both, pack
+from align.training.batch import flatten_pairs, pack
 from align.training.offline import OfflineTask
 from align.tuning.loading import load_for_training
 
@@ -127,7 +127,7 @@ def test_dpo_says_the_loss_of_the_saved_policy_against_its_reference(folder):
     reference = LogprobModel(start_in_four_bits(folder)).eval()
     for pair in pairs_of(folder):
         ratios = []
-        for row in both([pair]):
+        for row in flatten_pairs([pair]):
             batch = pack([row])
             with torch.no_grad():
                 sums = batch.segment_sums(
@@ -176,14 +176,14 @@ def test_reward_says_loss_and_normalisation_of_the_saved_scorer(folder):
 
     losses = []
     for pair in pairs_of(folder):
-        chosen, rejected = map(score, both([pair]))
+        chosen, rejected = map(score, flatten_pairs([pair]))
         losses.append(-float(logsigmoid(torch.tensor(chosen - rejected))))
     said = found.manifest["metrics"]
     assert said[LOSS_SAVED] == pytest.approx(mean(losses), abs=1e-5)
     assert abs(said["eval/loss"] - mean(losses)) > 1e-5
     chat = chat_format(folder / "base" / "model")
     examples = load_examples([DataSpec.model_validate(TRAINED)], kind="preference", seed=0)
-    scores = [score(row) for row in both([chat.pair_row(e) for e in examples[:4]])]
+    scores = [score(row) for row in flatten_pairs([chat.pair_row(e) for e in examples[:4]])]
     assert said["scorer/mean"] == pytest.approx(mean(scores), abs=1e-5)
 
 

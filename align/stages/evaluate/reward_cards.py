@@ -23,7 +23,7 @@ from align.evaluation.card import (
 from align.models.loading import load_tokenizer
 from align.recipe.schema import DataSpec
 from align.stages.base import RowFormat, scorer_format
-from align.training.batch import both, to_stop
+from align.training.batch import flatten_pairs, trim_after_last_trained
 from align.tuning.loading import load_scorer
 from reward_models.learned import ScalarReward
 from reward_models.refusals import refusing_side
@@ -118,7 +118,7 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
         ledger=given.ledger,
         what="held-out pairs of the reward model",
     )
-    scores = score_token_ids(model, [row.input_ids for row in both(rows)])
+    scores = score_token_ids(model, [row.input_ids for row in flatten_pairs(rows)])
     named = {e.source: e for e in examples}
     pairs = [
         _pair(row, named[row.source], chat, scores[2 * i : 2 * i + 2]) for i, row in enumerate(rows)
@@ -128,7 +128,8 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
 
 def _pair(row: PairRow, example: Example, chat: RowFormat, scores: Sequence[float]) -> ScoredPair:
     sides = [
-        to_stop(side).input_ids[row.num_prompt_tokens :] for side in (row.chosen, row.rejected)
+        trim_after_last_trained(side).input_ids[row.num_prompt_tokens :]
+        for side in (row.chosen, row.rejected)
     ]
     texts = [chat.decode(ids) for ids in sides]
     return ScoredPair(
@@ -183,7 +184,9 @@ def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
 
 def _set_rows(chat: RowFormat, answers: AnswerSet) -> list[TokenRow]:
     return [
-        to_stop(chat.sft_row(Example(answers.prompt, answer, source=answers.source)))
+        trim_after_last_trained(
+            chat.sft_row(Example(answers.prompt, answer, source=answers.source))
+        )
         for answer in (*answers.chosen, *answers.rejected)
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 from align.core import distributed
 from align.core.types import PairRow
 from align.stages.base import StageContext
-from align.training.batch import both
+from align.training.batch import flatten_pairs
 from reward_models.scalar import RewardModel, score_token_ids
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def noise_report(
         ties = [pair for pair in pairs if pair.tie]
         judged = [row for row, p in zip(rows, part_of, strict=True) if p == part]
         scores = score_token_ids(
-            train([*others, *ties], inside), [r.input_ids for r in both(judged)]
+            train([*others, *ties], inside), [r.input_ids for r in flatten_pairs(judged)]
         )
         for row, chosen, rejected in zip(judged, scores[0::2], scores[1::2], strict=True):
             probability = 1.0 / (1.0 + math.exp(min(chosen - rejected, 700.0)))

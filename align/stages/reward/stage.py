@@ -55,7 +55,7 @@ from align.stages.reward.tasks import (
     pair_loss,
     steps_loss,
 )
-from align.training.batch import PackedBatch, both, pair_length, to_stop
+from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_after_last_trained
 from align.training.offline import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter, with_adapter
@@ -200,7 +200,7 @@ def answer_task(
     """Learn whether an answer is good, from answers that are judged one by one."""
 
     def judged(example: Example) -> JudgedAnswer:
-        row = to_stop(chat.sft_row(example))
+        row = trim_after_last_trained(chat.sft_row(example))
         return JudgedAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
 
     data = offline_rows(spec, context, kind="unpaired", render=judged)
@@ -242,7 +242,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
             f"{example.source}: a step holds the separator {separator!r}; split it there, or set "
             "another step_separator"
         )
-    row = to_stop(chat.sft_row(replace(example, completion=separator.join(steps))))
+    row = trim_after_last_trained(chat.sft_row(replace(example, completion=separator.join(steps))))
     first = row.trained.index(True)
     ends = step_ends(row.input_ids[first:], chat.tokenizer, separator)
     if len(ends) != len(steps):
@@ -314,7 +314,7 @@ def reference_numbers(
         assert isinstance(chat, ChatFormat), "no encoder samples answers"
         references = sampled_rows(spec, context, source, chat)
     elif spec.supervision == "pairs":
-        references = both([row.pair for row in first])
+        references = flatten_pairs([row.pair for row in first])
     else:
         references = first
     values = values_of(model).eval()
