@@ -345,6 +345,15 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         logger.warning("%s: %d of %d rows hold no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
+    plain = sum(isinstance(e.prompt, str) and isinstance(e.completion, str) for e in examples)
+    if kind in ("sft", "preference", "unpaired") and 0 < plain < len(examples):
+        logger.warning(
+            "%s: %d of %d rows are plain text, the others conversations; the chat template is "
+            "applied to these alone. Set strings: chat to render all of them as turns",
+            spec.path,
+            plain,
+            len(examples),
+        )
     beside = sorted({name for example in examples for name in example.columns})
     if beside:
         use = "columns for the rewards" if kind == "prompts" else "columns that are not trained on"

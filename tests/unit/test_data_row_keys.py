@@ -8,6 +8,7 @@ import pytest
 
 from align.core.errors import DataError
 from align.core.types import Example
+from align.data.check.kinds import infer
 from align.data.convert import WRITERS, convert
 from align.data.formats.detect import FORMATS, detect, to_examples
 from align.data.load import load_examples
@@ -197,9 +198,9 @@ ARRIVING = [
         "Alpaca preference",
         "preference",
         {"instruction": "Q", "input": "I", "chosen": "A", "rejected": "B"},
-        "Q\n\nI",
-        "A",
-        "B",
+        [{"role": "user", "content": "Q\n\nI"}],
+        [A],
+        [B],
     ),
     (
         "LLaMA-Factory KTO",
@@ -371,3 +372,16 @@ def test_row_of_weight_0_is_no_example() -> None:
     row = {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 0.5}
     with pytest.raises(DataError, match=r"a:1: weight: .*preference"):
         to_examples(row, kind="preference", format="auto", source="a:1")
+
+
+def test_rows_of_a_file_are_rendered_alike_though_one_has_no_system() -> None:
+    rows = [{"system": s, "prompt": "Q", "chosen": "A", "rejected": "B"} for s in ("S", "", None)]
+    found = [to_examples(r, kind="preference", format="auto", source="a:1")[0] for r in rows]
+    assert [example.prompt for example in found] == [[S, U], [U], [U]]
+
+
+def test_kind_of_questions_without_answers_is_prompts() -> None:
+    row = {"messages": [U], "answer": "7"}
+    assert infer([(row, "a:1")], form="auto", rename={}, kind=None).kind == "prompts"
+    row = {"messages": [U, A]}
+    assert infer([(row, "a:1")], form="auto", rename={}, kind=None).kind == "sft"

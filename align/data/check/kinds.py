@@ -60,9 +60,22 @@ def _kind_of(row: Row, form: str) -> str:
     gives = FORMATS[found].gives if found in FORMATS else ()
     if found in ("prompt", None) and not _names(tuple(row), "completion") and "prompt" in row:
         return "math" if _is_number(row.get("answer")) else "prompts"
-    if "unpaired" in gives and _names(tuple(row), "label"):
+    if found == "messages" and len(row) > 1 and not _is_answered(row["messages"]):
+        return "prompts"
+    if "unpaired" in gives and ("kto_tag" in row or _names(tuple(row), "label")):
         return "unpaired"
     return gives[0] if gives else "sft"
+
+
+def _is_answered(turns: object) -> bool:
+    """Return False for questions alone, as in rows of OpenAI's reinforcement fine-tuning.
+
+    Those have columns beside them, for the grader.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return True
+    roles = {turn.get("role", turn.get("from")) for turn in turns}
+    return bool(roles - {"system", "developer", "user", "human"})
 
 
 @lru_cache(maxsize=1024)

@@ -120,6 +120,9 @@ def from_preference(row: Row, source: str) -> list[Example]:
     rest = other_fields(row, *names, "margin")
     if not any(name in row for name in ASKED):
         return [implicit_pair(chosen, rejected, row, rest, source)]
+    if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
+        # As in rows of Alpaca: a question and its answers, and not a text and how it goes on.
+        chosen, rejected = as_turns(chosen, "assistant"), as_turns(rejected, "assistant")
     prompt, rest = question_of(rest, source)
     return [explicit_pair(prompt, chosen, rejected, row, rest, source)]
 

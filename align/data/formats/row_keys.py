@@ -34,8 +34,13 @@ _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generati
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a row says beside the fields of its format."""
+    """What a row says beside the fields of its format.
 
+    ``chat`` holds if the row has any such key of conversations, though it may be empty: the rows of
+    a file are then rendered alike.
+    """
+
+    chat: bool = False
     system: str = ""
     reasoning: str = ""
     tools: Sequence[Mapping[str, Any]] = ()
@@ -60,6 +65,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     taken = {key: given[key] for key in shared if key in given}
     rest = {k: v for k, v in row.items() if k in used or (k not in taken and k not in shared)}
     extras = Extras(
+        chat=any(key in row and key not in (*used, *WEIGHTS) for key in shared),
         system=_one_text(taken, SYSTEM, source),
         reasoning=_one_text(taken, REASONING, source),
         tools=_tools(taken, source),
@@ -152,14 +158,11 @@ def apply_extras(example: Example, extras: Extras) -> Example:
     Raises:
         DataError: the conversation begins with another system turn, or has no place for them.
     """
-    chat = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
-    if not chat:
+    says = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
+    text_alone = isinstance(example.completion, str) and not example.prompt
+    if not extras.chat or (text_alone and not says):
         return replace(example, weight=extras.weight)
-    if (
-        example.completion is not None
-        and not example.prompt
-        and isinstance(example.completion, str)
-    ):
+    if text_alone:
         raise DataError(
             f"{example.source}: system, tools, reasoning and {TEMPLATE} belong to conversations, "
             "but the row is plain text; remove them, or use rows of messages",
