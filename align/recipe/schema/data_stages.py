@@ -14,6 +14,7 @@ from align.recipe.schema.common import (
     distinct_names,
     refuse_answers,
 )
+from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.offline import StageSpec
 from reward_models.specs import RewardSpec
 
@@ -100,7 +101,7 @@ class SelfInstructStage(DataStage):
     answer_examples: Count = 3
     wording: WordingSpec = WordingSpec()
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     max_length: Count = 1024
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from align.recipe.schema.common import (
     distinct_names,
     refuse_answers,
 )
+from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.offline import StageSpec
 from reward_models.specs import EndpointSpec, RewardSpec
 
@@ -53,7 +54,7 @@ class MergeStage(StageSpec):
     much (in the unit of the score) below alpha 1; of equal ones the largest."""
     samples: Count = 1
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Number format of the engine while scoring; the file keeps that of ``tuned``."""
     max_length: Count = 1024
     max_lost_frac: Fraction = 0.0
@@ -221,7 +222,7 @@ class EvaluateStage(StageSpec):
     """The weighted sum decides each comparison; equal sums are ties."""
     samples: Count = 1
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     max_length: Count = 1024
     reward_models: Annotated[list[str], Ref("reward_model")] = []
     pairs: list[DataSpec] = []

@@ -18,6 +18,7 @@ from align.recipe.schema.common import (
     ZeroSpec,
     refuse_answers,
 )
+from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.tuning import (
     FullTuning,
     TuningSpec,
@@ -143,7 +144,7 @@ class TrainingStage(StageSpec):
     new_head: ClassVar[str | None] = None
     """The stage's kind where its model loses the language head for a new one."""
     init: Annotated[str, Ref("policy")]
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     zero: ZeroSpec = ZeroSpec()
     optim: OptimSpec = OptimSpec()
     tuning: TuningSpec = FullTuning()
@@ -275,7 +276,7 @@ class BaseStage(StageSpec):
     max_length: Count = 1024
     micro_tokens: Count = 8192
     optim: OptimSpec = OptimSpec(learning_rate=1e-3)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     @model_validator(mode="after")
     def _one_origin(self) -> "BaseStage":

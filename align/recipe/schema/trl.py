@@ -13,6 +13,7 @@ from align.recipe.schema.common import (
     ZeroSpec,
     distinct_names,
 )
+from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.offline import StageSpec
 from align.recipe.schema.tuning import FullTuning, TuningSpec, refuse_beside, refuse_head
 from reward_models.specs import RewardSpec
@@ -83,7 +84,7 @@ class TrlStage(StageSpec):
     """What is trained; the reference of a tuned policy is the model with its adapter off."""
     optim: OptimSpec = OptimSpec()
     zero: ZeroSpec = ZeroSpec()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     max_length: Count | None = None
     """Tokens of a row; longer ones are lost, not cut. None takes the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
