@@ -195,8 +195,9 @@ def estimate_per_token(
 ) -> Experience:
     """Return the experience with advantages of tokens, whitened over the batch of all ranks.
 
-    After the last token comes nothing, worth 0; ``truncation: bootstrap`` gives a response cut at
-    the length limit the critic's value of where it was cut.
+    After the last token comes nothing, worth 0. With ``truncation: bootstrap`` a response cut at
+    the length limit has not ended: it gets no score at its last token, and behind it the critic's
+    value of where it was cut; both together would count what follows twice.
 
     Args:
         experience: scored responses. kl_coef: price of one nat, in units of the score.
@@ -234,12 +235,14 @@ def _kl(experience: Experience, kl_in_reward: str | None, kl_coef: float) -> Ten
 def _token_rewards(experience: Experience, kl: Tensor | None, kl_coef: float) -> Tensor:
     kl = torch.zeros_like(experience.per_token["rollout_logprobs"]) if kl is None else kl
     scores = experience.scores.nan_to_num(0.0)
+    is_open = experience.truncated & (experience.bootstrap is not None)  # (B,)
+    scores = scores.masked_fill(is_open, 0.0)
     steps = experience.per_token.get("step_rewards")
     if steps is None:
         return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
     # What the steps do not explain goes to the last token, so that the sum stays the score.
     steps = steps.masked_fill(~experience.mask, 0.0)
-    rest = scores - steps.sum(1)
+    rest = (scores - steps.sum(1)).masked_fill(is_open, 0.0)
     return shaped_rewards(rest, kl, experience.mask, kl_coef=kl_coef) + steps
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,15 @@ def sample(run: OnlineRun, step: int) -> Samples:
     """Sample responses to this rank's part of the step's prompts.
 
     With ``dynamic_sampling`` prompts are drawn again until enough groups have unequal scores; the
-    last groups are filled up with what was drawn before.
+    last groups are filled up with what was drawn before. Which groups are kept is decided over all
+    ranks, so that their number changes nothing.
     """
     spec = run.spec
     draws = spec.max_draws if spec.dynamic_sampling else 1
     wanted = spec.prompts_per_step // distributed.world_size()
     first = distributed.rank() * wanted
     kept: Groups = []
+    live: Groups = []
     spare: Groups = []
     for draw in range(draws):
         number = step * draws + draw
@@ -213,12 +216,16 @@ def sample(run: OnlineRun, step: int) -> Samples:
             stop_token_ids=run.stop_token_ids,
             first_position=first,
         )
-        for prompt, group in zip(mine, groups, strict=True):
-            live = not spec.dynamic_sampling or _has_signal(run, prompt, group)
-            (kept if live else spare).append((prompt, group))
-        if len(kept) >= wanted:
+        kept = list(zip(mine, groups, strict=True))
+        if not spec.dynamic_sampling:
             break
-    kept = (kept + spare)[:wanted]
+        judged = [(pair, _has_signal(run, *pair)) for pair in kept]
+        for pair, has_signal in chain.from_iterable(distributed.gather_objects(judged)):
+            (live if has_signal else spare).append(pair)
+        if len(live) >= spec.prompts_per_step:
+            break
+    if spec.dynamic_sampling:
+        kept = (live + spare)[first : first + wanted]
     greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
     return Samples(kept, greedy, first)
 
@@ -266,8 +273,14 @@ def _scored(run: OnlineRun, pairs: Groups, *, first_group: int) -> tuple[Experie
 
 
 def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> bool:
-    """Say whether the scores that will be trained on differ, so that not all advantages are 0."""
-    experience, _ = _scored(run, [(prompt, group)], first_group=0)
+    """Return whether the rewards of a group differ, before anything is taken off for length.
+
+    Reference: arXiv:2503.14476 eq. 11: neither all nor none of the responses may be right.
+    """
+    experience = gather_experience([prompt], [group], first_group=0)
+    scores = score_answers(experience.prompts, experience.completions, run.rewards)
+    is_masked = run.spec.truncation == "mask"
+    experience = apply_scores(experience, scores, truncated_score=None, mask_truncated=is_masked)
     return len(set(experience.scores[experience.mask.any(1)].tolist())) > 1
 
 
@@ -276,20 +289,30 @@ def update(
 ) -> dict[str, float]:
     """Take ``update_epochs`` x ``minibatches`` optimizer steps on the experience.
 
-    Mini-batches are cut along prompts, in order; which prompts stand where is already random.
+    Mini-batches are cut along prompts, in order; which prompts stand where is already random. One
+    without a response to learn from is left out, which is known before the first weight moves.
 
     Returns:
         The mean of each statistic over the optimizer steps.
+
+    Raises:
+        TrainingError: there is nothing to learn from in the whole step.
     """
     spec, algorithm = run.spec, run.algorithm
     answers = len(experience.lengths)
     size = math.ceil(answers / spec.minibatches)
     totals: dict[str, float] = {}
-    num = spec.update_epochs * spec.minibatches
+    parts = [list(range(at, min(at + size, answers))) for at in range(0, answers, size)]
+    plans = [_micro_batches(experience, rows, spec.micro_tokens) for rows in parts]
+    plans = [plan for plan in plans if plan is not None]
+    if not plans:
+        raise TrainingError(
+            "no response of this step has a valid score to train on; expected at least one. Look "
+            "at samples.jsonl and at the rewards' invalid counts"
+        )
+    num = spec.update_epochs * len(plans)
     for _ in range(spec.update_epochs):
-        for start in range(0, answers, size):
-            rows = list(range(start, min(start + size, answers)))
-            micro = _micro_batches(experience, rows, spec.micro_tokens)
+        for micro in plans:
             found: dict[str, float] = {}
             if step >= algorithm.critic_warmup_steps:
                 objective = partial(algorithm.policy_objective, kl_coef=kl_coef)
@@ -302,16 +325,14 @@ def update(
     return totals
 
 
-def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any]:
+def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:
+    """Return the micro-batches of a mini-batch, None where no rank can learn from it."""
     mask = experience.mask[rows]
     counts = distributed.global_sums(
         {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}
     )
     if counts["tokens"] == 0.0:
-        raise TrainingError(
-            "no answer of this mini-batch has a valid score to train on; expected at least one. "
-            "Look at samples.jsonl and at the rewards' invalid counts"
-        )
+        return None
     plan = local_plan(experience, rows, micro_tokens)
     return [experience.micro(micro, counts) for micro in plan]
 

@@ -55,7 +55,8 @@ def score_answers(
     for i in range(len(answers)):
         parts = [(r.weight, by_name[r.name][i]) for r in rewards]
         known = [w * s for w, s in parts if s is not None]
-        total.append(sum(known) if len(known) == len(parts) else None)
+        value = sum(known) if len(known) == len(parts) else math.nan
+        total.append(value if math.isfinite(value) else None)
     return Scores(total, by_name)
 
 
@@ -94,13 +95,16 @@ def apply_scores(
 ) -> Experience:
     """Put scores on the experience; answers without one, or masked by rule, are not trained.
 
+    A total that is not finite is no score.
+
     Args:
         experience: the answers. scores: what the rewards said of them.
         truncated_score: score of an answer without a stop token; None keeps its own.
         mask_truncated: whether such an answer is left out of the loss.
         penalty: (B,) added to the scores, before ``truncated_score``; None adds nothing.
     """
-    total = torch.tensor([float("nan") if s is None else s for s in scores.total])
+    total = torch.tensor([math.nan if s is None else s for s in scores.total])
+    total = total.masked_fill(~total.isfinite(), math.nan)
     if penalty is not None:
         total = total + penalty
     if truncated_score is not None:

@@ -107,7 +107,7 @@ def gather_experience(
     """
     flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
     ids = [list(p.input_ids) + list(c.token_ids) for p, c in flat]
-    width = max(map(len, ids))
+    width = max(map(len, ids), default=0)  # a rank may be left without a prompt
     shape = (len(flat), width)
     input_ids = torch.zeros(shape, dtype=torch.long)
     completion = torch.zeros(shape, dtype=torch.bool)
@@ -120,12 +120,12 @@ def gather_experience(
     numbers = [first_group + g for g, group in enumerate(groups) for _ in group]
     return Experience(
         input_ids=input_ids,
-        lengths=torch.tensor([len(row) for row in ids]),
+        lengths=torch.tensor([len(row) for row in ids], dtype=torch.long),
         mask=completion.clone(),
         completion=completion,
         scores=torch.full((len(flat),), float("nan")),
-        truncated=torch.tensor([c.finish_reason != "stop" for _, c in flat]),
-        group_ids=torch.tensor(numbers),
+        truncated=torch.tensor([c.finish_reason != "stop" for _, c in flat], dtype=torch.bool),
+        group_ids=torch.tensor(numbers, dtype=torch.long),
         per_token={"rollout_logprobs": rollout},
         prompts=[p for p, _ in flat],
         completions=[c for _, c in flat],

@@ -198,30 +198,39 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
 
 def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineRun:
     """Return the online loop's parts: policy and critic under their learners, and the KL."""
-    updates = spec.steps * spec.minibatches * spec.update_epochs
+    algorithm = build_algorithm(spec)
+    updates = spec.minibatches * spec.update_epochs  # of one step
+    # The policy's schedule is over the steps that it takes, not over those that teach the critic.
+    policy_steps = max(1, spec.steps - algorithm.critic_warmup_steps)
     policy = Learner(
         parts.module,
         optim=spec.optim,
         zero=spec.zero,
         dtype=spec.dtype,
-        total_steps=updates,
+        total_steps=policy_steps * updates,
         layers=spec.layers,
         anchor=build_anchor(spec, parts.module, parts.chat, context),
     )
     return OnlineRun(
         spec=spec,
-        algorithm=build_algorithm(spec),
+        algorithm=algorithm,
         seed=context.seed,
         prompts=parts.prompts,
         rewards=parts.rewards,
         engine=parts.engine,
         stop_token_ids=parts.chat.stop_token_ids,
-        push=Push(parts.engine, policy, parts.prompts[0].input_ids),
+        push=Push(parts.engine, policy, probe_of(parts.prompts)),
         policy=policy,
-        critic=build_critic(spec, parts.source.model_dir, context, updates),
+        critic=build_critic(spec, parts.source.model_dir, context, spec.steps * updates),
         reference=parts.reference if spec.kl.coef > 0.0 else None,
         kl=build_kl(spec),
     )
+
+
+def probe_of(prompts: Sequence[PromptRow]) -> tuple[int, ...]:
+    """Return token ids whose log-probabilities can be compared: two or more, of a prompt."""
+    first = next((p.input_ids for p in prompts if len(p.input_ids) > 1), prompts[0].input_ids)
+    return first if len(first) > 1 else first * 2
 
 
 def begin_watch(

@@ -9,6 +9,8 @@ from align.core.errors import TrainingError
 from align.recipe.schema import EarlyStoppingSpec
 
 log = logging.getLogger(__name__)
+LOWER_IS_BETTER = ("loss", "kl", "bad_reward", "ece", "calibration_error", "brier", "perplexity")
+"""How the names of held-out numbers end that get better by falling; all others rise."""
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class EarlyStopping:
     @property
     def _best(self) -> int:
         """Give the number of the last evaluation that gained more than ``min_delta``."""
-        sign = -1.0 if self.spec.metric.endswith("loss") else 1.0
+        sign = -1.0 if self.spec.metric.endswith(LOWER_IS_BETTER) else 1.0
         best = 0
         for i in range(1, len(self.history)):
             if sign * (self._value(i) - self._value(best)) > self.spec.min_delta:

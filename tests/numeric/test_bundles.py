@@ -227,11 +227,13 @@ def test_ppo_bootstraps_what_was_cut_with_the_critics_own_value(model_dir) -> No
         assert found.bootstrap.tolist() == pytest.approx([expected[0], 0.0, expected[2]], abs=2e-5)
         values = at_answers(found.per_token["values"], found)
         returns = at_answers(build_algorithm(spec).estimate(found, 0.0).per_token["returns"], found)
-        for row, v, after in zip(returns, values, (expected[0], 0.0, expected[2]), strict=True):
-            # gamma 1, lambda 0.95: the last token's return is its reward and what follows it.
-            assert row[-1] == pytest.approx(1.0 + after, abs=2e-5)
+        # A cut answer has not ended: what follows is worth V, and there is no score. One that
+        # stopped has its score 1, and nothing follows.
+        for row, v, end in zip(returns, values, (expected[0], 1.0, expected[2]), strict=True):
+            # gamma 1, lambda 0.95
+            assert row[-1] == pytest.approx(end, abs=2e-5)
             delta = v[-1] - v[-2]
-            assert row[-2] == pytest.approx(v[-2] + delta + 0.95 * (1.0 + after - v[-1]), abs=2e-5)
+            assert row[-2] == pytest.approx(v[-2] + delta + 0.95 * (end - v[-1]), abs=2e-5)
 
 
 def online_run(model_dir: Path, spec: Any, reward: dict[str, Any]) -> Any:

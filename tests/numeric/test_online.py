@@ -226,7 +226,7 @@ def test_step_without_any_score_stops_the_run(model_dir) -> None:
     spec, policy = grpo_spec(), policy_of(model_dir)
     experience = scored(sampled(((2, 3),)), [None, None])
     experience = build_algorithm(spec).estimate(experience, 0.0)
-    with pytest.raises(TrainingError, match="no answer of this mini-batch has a valid score"):
+    with pytest.raises(TrainingError, match="no response of this step has a valid score"):
         update(run_of(spec, policy), experience, step=0, kl_coef=0.0)
 
 

@@ -165,8 +165,9 @@ class TaskSpec(Spec):
             raise ValueError(f"pass@{too_many[0]} needs samples: {too_many[0]} or more")
         if self.passes and not self.grader:
             raise ValueError("pass@k needs a 'grader' that says what is right")
-        if "kl" in self.metrics and self.sampling.temperature != 1.0:
-            raise ValueError("the estimate of kl needs sampling.temperature: 1.0")
+        drawn = (self.sampling.temperature, self.sampling.top_p)
+        if "kl" in self.metrics and drawn != (1.0, 1.0):
+            raise ValueError("the estimate of kl needs sampling.temperature: 1.0 and top_p: 1.0")
         if ("perplexity" in self.reported) != bool(self.answers):
             raise ValueError("the metric 'perplexity' and 'answers' need each other")
         return self

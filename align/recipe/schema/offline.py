@@ -81,7 +81,8 @@ class EarlyStoppingSpec(Spec):
     """End the stage when a held-out number no longer gets better; the best weights are kept."""
 
     metric: str = "eval/loss"
-    """A loss is better when lower, everything else when higher."""
+    """A loss, a KL, a calibration error and the reward of bad answers are better when lower,
+    everything else when higher."""
     patience: Count = 3
     """Evaluations in a row without a gain, after which the stage ends."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0

@@ -30,9 +30,11 @@ MICRO_TOKENS = 16384
 def wants_kl(task: TaskSpec) -> bool:
     """Say whether KL is reported and can be estimated.
 
-    The estimate is unbiased for answers drawn from the policy itself: at temperature 1.
+    The estimate is unbiased for answers drawn from the policy itself: at temperature 1, and not
+    from the likeliest tokens alone.
     """
-    return task.sampling.temperature == 1.0 and "kl" in task.reported
+    sampling = task.sampling
+    return sampling.temperature == 1.0 and sampling.top_p == 1.0 and "kl" in task.reported
 
 
 def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:

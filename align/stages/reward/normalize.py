@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from align.training.batch import PackedBatch, pack
 
 log = logging.getLogger(__name__)
 Numbers = list[float] | float
+Row = TypeVar("Row")
 
 
 @torch.no_grad()
@@ -44,7 +46,9 @@ def normalisation(
     lengths = [len(row.input_ids) for row in rows]
     plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
     found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
-    mean, std = found.mean(0), found.std(0, correction=0).clamp(min=1e-6)
+    mean, std = found.mean(0), found.std(0, correction=0)
+    # A scorer that gives one score to all: rounding is no spread to scale by.
+    std = torch.where(std <= 1e-6 * mean.abs().clamp(min=1.0), torch.ones_like(std), std)
     log.info(
         "scores of %d reference answers: mean %s, std %s", len(rows), mean.tolist(), std.tolist()
     )
@@ -100,4 +104,11 @@ def _distinct_prompts(
         what=f"{context.name}: prompts of the reference answers",
         ledger=context.ledger,
     )
-    return kept[: spec.norm_prompts]
+    return even_sample(kept, spec.norm_prompts)
+
+
+def even_sample(rows: Sequence[Row], num: int) -> list[Row]:
+    """Return ``num`` rows at even distances: the first ones of a sorted file are all alike."""
+    if num >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // num] for i in range(num)]

@@ -40,7 +40,7 @@ from align.stages.offline import (
 )
 from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
-from align.stages.reward.normalize import Numbers, normalisation, sampled_rows
+from align.stages.reward.normalize import Numbers, even_sample, normalisation, sampled_rows
 from align.stages.reward.tasks import (
     JudgedAnswer,
     JudgedSteps,
@@ -309,14 +309,14 @@ def reference_numbers(
     """Measure the scorer's mean and std; a process reward has none."""
     if spec.supervision == "steps" or spec.norm_prompts == 0:
         return None
-    first = rows[: spec.norm_prompts]
+    asked = even_sample(rows, spec.norm_prompts)
     if spec.norm_sampling is not None:
         assert isinstance(chat, ChatFormat), "no encoder samples answers"
         references = sampled_rows(spec, context, source, chat)
     elif spec.supervision == "pairs":
-        references = flatten_pairs([row.pair for row in first])
+        references = flatten_pairs([row.pair for row in asked])
     else:
-        references = first
+        references = asked
     values = values_of(model).eval()
 
     def score(batch: PackedBatch) -> Tensor:

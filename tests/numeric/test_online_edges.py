@@ -1,0 +1,229 @@
+"""Edges of the online step: infinite scores, mini-batches without signal, dynamic sampling."""
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+import alone
+from engine_models import save_tiny, tiny_model
+from online_parts import grpo_spec, policy_of, run_of, sampled, scored, weights
+
+from align.core import distributed
+from align.core.errors import TrainingError
+from align.core.types import Completion, PromptRow, TokenRow
+from align.online import loop
+from align.online.algorithms import build_algorithm
+from align.online.annotate import annotate
+from align.online.loop import update
+from align.online.scoring import score_answers
+from align.recipe.schema import EarlyStoppingSpec, TaskSpec
+from align.sampling.experience import gather_experience
+from align.stages.evaluate.measure import wants_kl
+from align.stages.online import probe_of
+from align.stages.reward.normalize import even_sample, normalisation
+from align.training.stopping import EarlyStopping
+from reward_models.base import Rule
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with alone.world_of_one():
+        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
+
+
+def said(*texts: str) -> list[Completion]:
+    return [Completion((5, 1), (-1.0, -1.0), "stop", text, 0) for text in texts]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_score_that_is_not_finite_is_no_score_of_any_reward(value: float) -> None:
+    def rewards(*, prompts, completions, **columns):
+        return [value if text == "bad" else 1.0 for text in completions]
+
+    rewards.name, rewards.weight = "own", 1.0
+    rule = Rule(lambda answer, _: value if answer == "bad" else 1.0, name="rule")
+    prompts = [PromptRow((1,), "", {})] * 2
+    for reward in (rewards, rule):
+        found = score_answers(prompts, said("bad", "good"), [reward])  # type: ignore[list-item]
+        assert found.total == [None, 1.0]
+    assert rule.invalid == {"score is not finite": 1}
+    experience = scored(sampled(((3, 4),)), [value, 1.0])
+    assert experience.scores.isnan().tolist() == [True, False]
+    assert experience.mask.any(1).tolist() == [False, True]
+
+
+def test_a_mini_batch_without_signal_is_known_before_any_weight_moves(model_dir) -> None:
+    """The second of two mini-batches is cut whole: the first is learned from, as if alone."""
+    spec = grpo_spec(truncation="mask", minibatches=2)
+    whole = sampled(((3, 4), (5, 2), (3, 3), (4, 4)), length=(4, 5, 6, 7))
+    answers = list(whole.completions)
+    half = gather_experience(whole.prompts[:4:2], [answers[:2], answers[2:4]], first_group=0)
+    moved = []
+    for experience, minibatches in ((whole, 2), (half, 1)):
+        scores = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0][: len(experience.lengths)]
+        experience = scored(experience, scores, mask_truncated=True)
+        policy = policy_of(model_dir)
+        stage = grpo_spec(truncation="mask", minibatches=minibatches)
+        experience = annotate(experience, policy, spec, old=True, reference=None, critic=None)
+        estimate = build_algorithm(stage).estimate
+        update(run_of(stage, policy), estimate(experience, 0.0), step=0, kl_coef=0.0)
+        moved.append(weights(policy))
+    for a, b in zip(*moved, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_without_any_signal_moves_nothing(model_dir) -> None:
+    spec = grpo_spec(truncation="mask", minibatches=2)
+    experience = scored(
+        sampled(((3, 4), (5, 2)), length=(0, 1, 2, 3)), [1.0] * 4, mask_truncated=True
+    )
+    policy = policy_of(model_dir)
+    before = weights(policy)
+    experience = annotate(experience, policy, spec, old=True, reference=None, critic=None)
+    with pytest.raises(TrainingError, match="no response of this step"):
+        update(run_of(spec, policy), experience, step=0, kl_coef=0.0)
+    for a, b in zip(before, weights(policy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dynamic_sampling_looks_at_rewards_before_length_penalties(model_dir) -> None:
+    spec = grpo_spec(algorithm="dapo", group_size=4, overlong={"buffer_frac": 0.5})
+    prompt = PromptRow((3, 4), "", {})
+    group = [
+        Completion((*[5] * (n - 1), 1), (-1.0,) * n, "stop", text, 0)
+        for n, text in ((2, "a"), (4, "b"), (5, "c"), (6, "d"))
+    ]
+    for right, live in (("", False), ("abcd", False), ("b", True), ("abc", True)):
+        reward = Rule(
+            lambda answer, _, right=right: float(answer in right and bool(right)), name="r"
+        )
+        run = run_of(spec, policy_of(model_dir), rewards=[reward])
+        assert loop._has_signal(run, prompt, group) is live
+
+
+def test_dynamic_sampling_keeps_the_same_groups_on_any_number_of_ranks(
+    model_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks are played one after the other; what each gathers is what all of them found."""
+    spec = grpo_spec(
+        algorithm="dapo", group_size=2, prompts_per_step=4, dynamic_sampling=True, max_draws=4
+    )
+    prompts = [PromptRow((10 + i, 4), str(i), {}) for i in range(16)]
+    live = {3, 5, 8, 9, 13, 14}
+
+    def groups(engine: Any, rows: Any, *, n: int, step: int, **rest: Any) -> Any:
+        return [said(f"{row.prompt} {step}", "other") for row in rows]
+
+    def signal(run: Any, prompt: PromptRow, group: Any) -> bool:
+        return int(prompt.prompt) in live
+
+    monkeypatch.setattr(loop, "sample_groups", groups)
+    monkeypatch.setattr(loop, "_has_signal", signal)
+
+    def kept(ranks: int) -> list[str]:
+        """Replay each rank with what all ranks had found in each draw, one pass a draw."""
+        known: list[list[Any]] = []
+        while True:
+            found: list[list[Any]] = []
+            result, short = [], False
+            for rank in range(ranks):
+                calls = iter(range(100))
+
+                def gather(mine: Any, calls: Any = calls, found: Any = found) -> list[Any]:
+                    call = next(calls)
+                    if call < len(known):
+                        return known[call]
+                    found.append(mine)
+                    raise StopIteration
+
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+                monkeypatch.setattr(distributed, "gather_objects", gather)
+                try:
+                    run = run_of(spec, policy_of_none, prompts=prompts)
+                    samples = loop.sample(run, 0)
+                    result += [group[0].text for _, group in samples.groups]
+                except StopIteration:
+                    short = True
+            if not short:
+                return result
+            known.append(found)
+
+    policy_of_none: Any = None
+    one = kept(1)
+    assert len(one) == 4
+    assert sum(int(text.split()[0]) in live for text in one) == 4
+    assert kept(2) == one
+    assert kept(4) == one
+
+
+def test_a_rank_without_prompts_lays_out_nothing() -> None:
+    empty = gather_experience([], [], first_group=0)
+    assert empty.input_ids.shape == (0, 0)
+    assert empty.truncated.dtype == torch.bool
+
+
+def test_a_push_is_probed_with_two_tokens_at_least() -> None:
+    assert probe_of([PromptRow((5,), "", {}), PromptRow((6, 7), "", {})]) == (6, 7)
+    assert probe_of([PromptRow((5,), "", {})]) == (5, 5)
+
+
+def test_a_scorer_of_one_score_is_not_blown_up() -> None:
+    rows = [TokenRow((1, 2), (False, True))] * 8
+
+    def score(batch: Any) -> torch.Tensor:
+        return torch.stack([torch.full((batch.num,), 0.3), torch.arange(batch.num) * 1.0], 1)
+
+    mean, std = normalisation(score, rows, micro_tokens=1000)
+    assert mean == pytest.approx([0.3, 3.5])
+    assert std == pytest.approx([1.0, 5.25**0.5])  # mean of (i - 3.5)^2 over 0..7 is 5.25
+
+
+def test_the_sample_of_a_sorted_file_reaches_to_its_end() -> None:
+    assert even_sample(range(10), 5) == [0, 2, 4, 6, 8]
+    assert even_sample(range(3), 5) == [0, 1, 2]
+    assert len(set(even_sample(range(101), 64))) == 64
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("eval/loss", (3.0, 1.0, 2.0), 2),
+        ("eval/kl", (3.0, 1.0, 2.0), 2),
+        ("eval/bad_reward", (3.0, 1.0, 2.0), 2),
+        ("eval/good_reward", (1.0, 3.0, 2.0), 2),
+        ("eval/accuracy", (1.0, 3.0, 2.0), 2),
+    ],
+)
+def test_early_stopping_knows_which_way_is_better(metric, values, best) -> None:
+    spec = EarlyStoppingSpec(metric=metric)
+    stopping = EarlyStopping(spec, save=lambda step: None, prune=lambda steps: None)
+    for step, value in enumerate(values, start=1):
+        stopping.look(step, {metric: value})
+    assert stopping.best_step == best
+
+
+def test_kl_is_not_reported_from_a_cut_distribution() -> None:
+    def task(**sampling: float) -> TaskSpec:
+        return TaskSpec(
+            name="t",
+            prompts=[{"path": "x"}],  # type: ignore[list-item]
+            grader=[{"kind": "regex", "pattern": "x"}],  # type: ignore[list-item]
+            sampling=sampling,  # type: ignore[arg-type]
+            metrics=["kl"],
+        )
+
+    assert wants_kl(task(temperature=1.0))
+    for cut in ({"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.9}):
+        with pytest.raises(ValueError, match=r"temperature: 1.0 and top_p: 1.0"):
+            task(**cut)
+    given = task(temperature=1.0)
+    cut_off = given.sampling.model_copy(update={"top_p": 0.9})
+    assert not wants_kl(given.model_copy(update={"sampling": cut_off}))
