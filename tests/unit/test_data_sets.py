@@ -30,6 +30,16 @@ def test_texts_become_turns_and_the_subset_names_the_group(tmp_path: Path):
     assert second.chosen[1] == turns
 
 
+def test_set_keeps_its_system_prompt_and_refuses_what_it_would_drop(tmp_path: Path):
+    row = {"prompt": "2+2?", "chosen": ["4"], "rejected": ["5"]}
+    (found,) = load_sets(write(tmp_path / "a.jsonl", {**row, "system": "Be brief."}))
+    system = {"role": "system", "content": "Be brief."}
+    assert found.prompt == [system, {"role": "user", "content": "2+2?"}]
+    for key, value in (("tools", [{"name": "f"}]), ("context", "It is."), ("images", ["a.png"])):
+        with pytest.raises(DataError, match=f"a.jsonl:1: .*{key}"):
+            load_sets(write(tmp_path / "a.jsonl", {**row, key: value}))
+
+
 def test_faulty_sets_are_all_named(tmp_path: Path):
     specs = write(
         tmp_path / "bad.jsonl",

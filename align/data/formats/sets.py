@@ -7,11 +7,14 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.formats.row_keys import apply_extras, take_extras
 from align.data.formats.turns import shown, to_text
 from align.data.load import MAX_REPORTED, source_of
 from align.data.reading.sources import read_rows
 from align.data.split import side_of, split_key
 from align.recipe.schema import DataSpec
+
+_FIELDS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,21 @@ def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:
     if not isinstance(row, dict):
         raise DataError(f"{source}: plain text; expected fields prompt, chosen and rejected")
     row = {spec.rename.get(key, key): value for key, value in row.items()}
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+    missing = [name for name in _FIELDS if name not in row]
     if missing:
         raise DataError(f"{source}: no field {missing}; the row has {sorted(row)}")
+    row, extras = take_extras(row, kind="preference", used=_FIELDS, source=source)
+    if extras.tools or extras.template_kwargs:
+        raise DataError(
+            f"{source}: tools and chat_template_kwargs have no place in a set of answers; remove "
+            "them, or write them into the prompt",
+            code="D045",
+        )
     chosen, rejected = (_answers(row[name], name, source) for name in ("chosen", "rejected"))
     prompt = to_text(row["prompt"], field="prompt", source=source)
     if isinstance(prompt, str):
         prompt = [Turn(role="user", content=prompt)]
+    prompt = apply_extras(Example(prompt, source=source), extras).prompt
     stem = Path(source.rpartition(":")[0]).stem
     return AnswerSet(prompt, chosen, rejected, str(row.get("subset") or stem), source)
 
