@@ -206,7 +206,7 @@ def load_scalar(spec: ScalarSpec | ProcessSpec, **options: Any) -> ScalarReward:
     model = RewardModel.load(spec.model, getattr(torch, spec.dtype))
     return ScalarReward(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        AutoTokenizer.from_pretrained(spec.model),
+        AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False),
         name=spec.label,
         weight=spec.weight,
         **options,

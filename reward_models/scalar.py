@@ -237,7 +237,7 @@ class RewardModel(nn.Module):
                 )
         scorer = json.loads((directory / SCORER_FILE).read_text(encoding="utf-8"))
         reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         backbone = AutoModel.from_config(
             config,
             dtype=dtype,

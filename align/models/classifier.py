@@ -56,6 +56,7 @@ def classifier_from(
         dtype=getattr(torch, dtype),
         quantization_config=quantization,
         output_loading_info=True,
+        trust_remote_code=False,
     )
     disable_dropout(model)
     below = f"{model.base_model_prefix}."
@@ -101,6 +102,7 @@ def _config(model_dir: Path, classes: Sequence[str]) -> Any:
         id2label=dict(enumerate(classes)),
         label2id={name: i for i, name in enumerate(classes)},
         problem_type="single_label_classification",
+        trust_remote_code=False,
     )
     # The head of a decoder reads the last token that is not this one.
     config.pad_token_id = load_tokenizer(model_dir).pad_token_id

@@ -26,7 +26,7 @@ def bringing_in(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(path).exists():
+        if Path(path).exists() or isinstance(error, ArtefactError):
             raise
         told = " ".join(str(error).split())
         raise ArtefactError(
@@ -38,7 +38,7 @@ def bringing_in(path: str) -> Iterator[None]:
 
 def load_tokenizer(model_dir: Path | str) -> Any:
     """Load the tokenizer saved beside a model."""
-    return AutoTokenizer.from_pretrained(str(model_dir))
+    return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
 
 
 def load_policy(
@@ -144,7 +144,7 @@ def save_policy(
     """
     from huggingface_hub import save_torch_state_dict
 
-    config = AutoConfig.from_pretrained(str(source_dir))
+    config = AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
     config.dtype = dtype
     _check_names(state, config)
     if config.get_text_config().tie_word_embeddings:

@@ -165,7 +165,7 @@ def load_decoder(model_dir: Path) -> Callable[[Sequence[int]], str]:
     """Load the model's tokenizer as a function from answer tokens to text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(

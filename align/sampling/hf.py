@@ -40,7 +40,9 @@ class HfEngine:
         started = time.perf_counter()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(
-            options.model_dir, dtype=getattr(torch, options.dtype)
+            options.model_dir,
+            dtype=getattr(torch, options.dtype),
+            trust_remote_code=False,
         )
         model = with_adapter(model.to(self.device), options.model_dir)
         if options.adds_adapter:

@@ -4,6 +4,7 @@ Either way the artefact holds all that later stages need: weights, a tokenizer w
 token and chat template, and a generation configuration that stops where training stops.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from align.core import distributed
-from align.core.errors import ArtefactError
 from align.core.types import Example
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
+from align.data.render.templates import family_of
 from align.models.attention import PACKED
-from align.models.loading import add_embeddings, bringing_in
+from align.models.bringing import check_folder, check_stops, is_adapter, load_whole, one_line
+from align.models.loading import add_embeddings, bringing_in, load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.preflight.run import keep_card, run_checks
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
@@ -36,6 +37,11 @@ from align.stages.preflight import base_checks, corpus_checks
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, train_offline
+from align.tuning.files import base_of_adapter, merged_onto
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer_config.json"
 
 
 def prepare(spec: BaseStage, context: StageContext) -> Prepared:
@@ -65,13 +71,19 @@ def _result(spec: BaseStage, model: nn.Module, metrics: dict[str, float]) -> Sta
 
 
 def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
-    path = str(spec.path)
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
-    with bringing_in(path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    path = source = str(spec.path)
+    if is_adapter(path):
+        source = base_of_adapter(path)
+        log.warning("%s is an adapter: it is merged onto its base %s", path, source)
+    check_folder(source)
+    with one_line(source, "a tokenizer") if Path(source).exists() else bringing_in(source):
+        tokenizer = load_tokenizer(path if (Path(path) / TOKENIZER).is_file() else source)
+    chosen = spec.tokenizer.stop_token or family_of(spec.tokenizer.chat_template).stop
+    check_stops(source, tokenizer, chosen=chosen is not None)
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, spec.dtype))
+    model = load_whole(source, dtype=spec.dtype)
+    if source != path:
+        model = merged_onto(model, path)
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
 
@@ -146,7 +158,7 @@ def train_tokenizer(corpus: Sequence[Example], build: BuildSpec, directory: Path
     trained.add_special_tokens({"pad_token": "<pad>"})
     trained.save_pretrained(str(directory))
     _qwen2_config(build, trained).save_pretrained(str(directory))
-    loaded = AutoTokenizer.from_pretrained(str(directory))
+    loaded = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     sample = str(corpus[0].completion)
     assert loaded(sample)["input_ids"] == trained(sample)["input_ids"], "tokenizer changed on disk"
     return loaded

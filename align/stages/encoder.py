@@ -24,7 +24,7 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     if tokenizer.pad_token_id is None:
         raise ArtefactError(f"{spec.path}: its tokenizer has no pad token; give it one and save it")
     kind = _saved_class(spec.path)
-    model, info = kind.from_pretrained(spec.path, output_loading_info=True)
+    model, info = kind.from_pretrained(spec.path, output_loading_info=True, trust_remote_code=False)
     # transformers makes what a checkpoint lacks at random: that is none of the encoder.
     own = {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}
     if distributed.rank() == 0:
@@ -52,5 +52,5 @@ def fits(model: Any, tokenizer: Any) -> Finding:
 
 def _saved_class(path: str) -> Any:
     """Give the class that the model was saved as, so that no weight of it is lost."""
-    names = AutoConfig.from_pretrained(path).architectures or []
+    names = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
     return getattr(transformers, names[0], AutoModel) if names else AutoModel

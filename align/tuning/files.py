@@ -69,6 +69,37 @@ def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) 
     return virtual.requires_grad_(False)
 
 
+def base_of_adapter(folder: Path | str) -> str:
+    """Return the model that a folder's adapter was trained on: a folder or a hub id.
+
+    Raises:
+        ArtefactError: its configuration cannot be read, or names none.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path}: no base_model_name_or_path to merge onto: {error}") from error
+    if not isinstance(name, str) or not name:
+        raise ArtefactError(f"{path}: base_model_name_or_path is {name!r}; write the base's folder")
+    return name
+
+
+def merged_onto(model: Any, folder: Path | str) -> Any:
+    """Return the model with the folder's adapter added into its weights.
+
+    Raises:
+        ArtefactError: the adapter does not fit the model, or cannot be merged.
+    """
+    import peft
+
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ArtefactError(f"{folder}: cannot be merged onto its base: {told}") from error
+
+
 def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:
     """Give the adapter's tensors on the CPU by peft's names, and its configuration.
 

@@ -126,5 +126,5 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _tied(folder: Path) -> bool:
-    config = AutoConfig.from_pretrained(str(folder)).get_text_config()
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
     return bool(config.tie_word_embeddings)

@@ -39,7 +39,9 @@ def load_classifier(model_dir: Path | str, dtype: torch.dtype = torch.float32) -
     """Load a classifier as its artefact means it: with its adapter where that is not merged."""
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(str(model_dir), dtype=dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(model_dir), dtype=dtype, trust_remote_code=False
+    )
     whole = with_adapter(model.base_model, model_dir)
     setattr(model, model.base_model_prefix, whole)
     return model.eval()

@@ -31,7 +31,9 @@ class Chat:
 
         self.format = chat_format(model_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype="auto", trust_remote_code=False
+        )
         self.model = with_adapter(model.to(device), model_dir).eval()
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens

@@ -71,7 +71,9 @@ def find_trainer(name: str) -> tuple[type, type]:
 
 def load_model(model_dir: Path, spec: TrlStage) -> Any:
     """Load a model as TRL expects it; dropout stays off as in every stage."""
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=getattr(torch, spec.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        str(model_dir), dtype=getattr(torch, spec.dtype), trust_remote_code=False
+    )
     disable_dropout(model)
     return model
 

@@ -1,0 +1,231 @@
+"""Model folders as users bring them: whole, damaged, of another kind, hostile."""
+
+import ast
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_base_tokens import bring_in, saved_model
+
+from align.core.errors import ArtefactError
+from align.recipe.schema import TokenizerSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = TokenizerSpec(pad_token="<pad>", chat_template="plain")
+NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("models") / "good", tied=False)
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "brought"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def set_json(folder: Path, name: str, **values: object) -> None:
+    path = folder / name
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(found | values))
+
+
+def refused(folder: Path, tokenizer: TokenizerSpec = PLAIN) -> str:
+    """Return the one line that a folder is refused with."""
+    with pytest.raises(ArtefactError) as error:
+        bring_in(folder, Path(mkdtemp(dir=folder.parent)), tokenizer)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_whole_folder_is_brought_in(good: Path, tmp_path: Path) -> None:
+    model_dir, _ = bring_in(good, tmp_path, PLAIN)
+    assert torch.equal(load_file(model_dir / "model.safetensors")[Q], weights(good)[Q])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [NORM, Q, "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_missing_weight_is_named(folder: Path, name: str) -> None:
+    rewrite(folder, lambda x: {k: v for k, v in x.items() if k != name})
+    assert name in refused(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [NORM, "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_named(folder: Path, name: str, value: float) -> None:
+    def spoil(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x[name].view(-1)[3] = value
+        return x
+
+    rewrite(folder, spoil)
+    assert f"NaN or infinity: {name}" in refused(folder)
+
+
+def test_surplus_and_misshapen_weights_are_named(folder: Path) -> None:
+    rewrite(folder, lambda x: x | {"model.layers.7.norm.weight": torch.ones(3)})
+    assert "layers.7.norm.weight" in refused(folder)
+
+
+def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    rewrite(folder, lambda x: x | {NORM: torch.ones(31)})
+    assert "model.norm.weight" in refused(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_known_prefix_is_taken_off_aloud(folder: Path, prefix: str, caplog) -> None:
+    before = weights(folder)
+    rewrite(folder, lambda x: {prefix + k: v for k, v in x.items()})
+    with caplog.at_level(logging.WARNING):
+        model_dir, _ = bring_in(folder, folder.parent / "out", PLAIN)
+    after = weights(model_dir)
+    for name in (NORM, Q, "lm_head.weight"):
+        assert torch.equal(after[name][: len(before[name])], before[name])
+    assert any("prefix" in r.message for r in caplog.records)
+
+
+def test_a_doubled_model_prefix_is_read_as_it_is_meant(folder: Path) -> None:
+    before = weights(folder)
+    rewrite(folder, lambda x: {f"model.{k}": v for k, v in x.items()})
+    model_dir, _ = bring_in(folder, folder.parent / "out", PLAIN)
+    assert all(torch.equal(weights(model_dir)[n], before[n]) for n in (NORM, Q))
+
+
+def test_an_unknown_prefix_is_refused(folder: Path) -> None:
+    rewrite(folder, lambda x: {f"student.{k}": v for k, v in x.items()})
+    assert "student." in refused(folder)
+
+
+def adapter(good: Path, folder: Path) -> torch.Tensor:
+    """Save an adapter on ``good``; return what it adds to ``Q``."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(good), config)
+    a, b = (p for n, p in tuned.named_parameters() if "lora_" in n)
+    with torch.no_grad():
+        b.normal_()
+    tuned.save_pretrained(folder)
+    return 2.0 * (b @ a).detach()  # alpha / r times B A (arXiv:2106.09685)
+
+
+def test_an_adapter_is_merged_onto_its_base_aloud(good: Path, tmp_path: Path, caplog) -> None:
+    update = adapter(good, tmp_path / "adapter")
+    with caplog.at_level(logging.WARNING):
+        model_dir, _ = bring_in(tmp_path / "adapter", tmp_path, PLAIN)
+    torch.testing.assert_close(weights(model_dir)[Q], weights(good)[Q] + update)
+    assert any("merged onto its base" in r.message for r in caplog.records)
+
+
+def test_an_adapter_beside_a_model_is_refused(good: Path, folder: Path) -> None:
+    adapter(good, folder)
+    assert "adapter_config.json" in refused(folder)
+
+
+def test_an_adapter_without_its_base_is_refused(good: Path, tmp_path: Path) -> None:
+    adapter(good, tmp_path / "adapter")
+    set_json(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=None)
+    assert "base_model_name_or_path" in refused(tmp_path / "adapter")
+
+
+def test_a_classifier_is_refused_with_the_stage_for_it(good: Path, folder: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(good, num_labels=2).save_pretrained(folder)
+    assert "kind encoder" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized (gptq)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized (fp8)"),
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "never run"),
+        ({"model_type": "no_such_type"}, "no_such_type"),
+        ({"model_type": 7}, "cannot be read"),
+        ({"hidden_size": "wide"}, "cannot be read"),
+        ({"num_attention_heads": 0}, "cannot be read"),
+        ({"num_hidden_layers": 5, "layer_types": None}, "missing from its files"),
+        ({"eos_token_id": 10**6}, "eos_token_id 1000000"),
+        ({"eos_token_id": [0, -4]}, "eos_token_id -4"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_line(folder: Path, config, told: str) -> None:
+    set_json(folder, "config.json", **config)
+    (folder / "evil.py").write_text("raise SystemExit('the folder's code ran')\n")
+    assert told in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\x00"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_files_that_are_damaged_are_one_line(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    assert str(folder) in refused(folder)
+
+
+def test_missing_shards_and_paths_out_of_the_folder_are_named(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {NORM: "model-2.safetensors"}}))
+    assert "model-2.safetensors" in refused(folder)
+    index.write_text(json.dumps({"weight_map": {NORM: "../other.safetensors"}}))
+    assert "outside the folder" in refused(folder)
+
+
+def test_a_folder_without_weights_or_with_cut_ones_is_one_line(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-200])
+    assert "cannot be read" in refused(folder)
+    file.unlink()
+    assert "no weights" in refused(folder)
+
+
+def test_tokenizer_and_config_must_agree_on_the_stop_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    other = next(t for t, i in tokenizer.get_vocab().items() if i == 40)
+    set_json(folder, "config.json", eos_token_id=40)
+    set_json(folder, "generation_config.json", eos_token_id=40)
+    told = refused(folder)
+    assert f'tokenizer: {{stop_token: "{other}"}}' in told
+    # The line to paste settles it.
+    settled = TokenizerSpec(pad_token="<pad>", chat_template="plain", stop_token=other)
+    model_dir, _ = bring_in(folder, folder.parent / "again", settled)
+    assert AutoTokenizer.from_pretrained(model_dir).eos_token == other
+
+
+def test_code_of_a_folder_is_refused_in_every_call() -> None:
+    open_calls = []
+    for top in ("align", "reward_models"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                owner = ast.unparse(node.func.value)
+                named = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                safe = named.get("trust_remote_code") == "False" or "options" in str(
+                    named.get(None)
+                )
+                loads = owner.startswith("Auto") or owner == "kind"
+                if node.func.attr == "from_pretrained" and loads and not safe:
+                    open_calls.append(f"{path.name}:{node.lineno}")
+    assert not open_calls
