@@ -1,13 +1,14 @@
 # Everything runs in .venv, which scripts/setup.sh makes and repairs; a second call reuses it.
 #   make quickstart   set up, then run the whole chain on generated data
 #   make test         set up with the test extra, then run the tests
+#   make faults       the tests that inject faults, alone
 #   make bench        measure the table of benchmarks/README.md
 #   make setup        set up only          make check   lint and types
 # TORCH_INDEX=URL takes torch from another index; PYTHON=PATH chooses the interpreter.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test faults check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -43,6 +44,9 @@ methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA
 # the long ones of tests/e2e begin first. The pytest summary is the last thing printed.
 test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTEST_ARGS=...)
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+faults: setup-test ## Inject damage, changes, signals and hostile inputs; kill and resume stages
+	@$(PY) -m pytest -q tests/faults tests/e2e/test_resume.py $(PYTEST_ARGS)
 
 check: setup-dev ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -9,7 +9,8 @@ import typer
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
 from align.cli.reward import reward
-from align.core.errors import EXIT_USER, AlignError
+from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtefactError
+from align.core.text import visible
 
 cli = typer.Typer(
     name="align",
@@ -87,7 +88,7 @@ def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("run
 
     resolved = load_resolved(recipe, overrides or ())
     run_dir = runs / resolved.recipe.name
-    typer.echo(resolved_yaml(resolved))
+    typer.echo(visible(resolved_yaml(resolved)))
     typer.echo(f"plan for {run_dir}:")
     for line in plan_lines(plan(resolved.recipe, run_dir)):
         typer.echo("  " + line)
@@ -122,6 +123,30 @@ def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
     typer.echo(loaded.name)
     for name, spec in loaded.stages.items():
         typer.echo(f"{name} {spec.kind} {spec.ranks}")
+
+
+@cli.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
+) -> None:
+    """Read every file of every finished stage and compare it with the stage's manifest."""
+    from align.core.artefacts import MANIFEST, find_damage, read_manifest
+
+    stages = sorted(path.parent for path in run_dir.glob(f"*/{MANIFEST}"))
+    if not stages:
+        raise ArtefactError(f"{run_dir}: no finished stage in it; expected runs/<recipe>")
+    damaged = 0
+    for stage in stages:
+        try:
+            manifest = read_manifest(stage)
+            problems = find_damage(stage, manifest, whole=True)
+        except ArtefactError as e:
+            manifest, problems = {}, [str(e)]
+        damaged += bool(problems)
+        ok = f"{len(manifest.get('files', {}))} files are as the stage left them"
+        for line in problems or [f"{stage}: {ok}"]:
+            typer.echo(visible(line))
+    raise typer.Exit(EXIT_USER if damaged else 0)
 
 
 @cli.command()
@@ -187,7 +212,34 @@ def app() -> None:
     try:
         cli()
     except AlignError as e:
-        typer.echo(str(e), err=True)
+        typer.echo(visible(str(e)), err=True)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_USER)
+    except Exception as e:
+        typer.echo(_last_words(e), err=True)
+        sys.exit(EXIT_FAILED)
+
+
+def _last_words(error: Exception) -> str:
+    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
+    import tempfile
+    import traceback
+
+    from align.core.storage import storage_problem
+
+    if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
+        return visible(f"{error.filename}: {problem}" if error.filename else problem)
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="align-failure-", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as f:
+            f.write(visible(text))
+    except OSError:
+        return visible(text)
+    told = " ".join(str(error).split())[:300]
+    return visible(
+        f"align failed: {type(error).__name__}: {told}; this is a mistake in align. The traceback "
+        f"is in {f.name}; 'align doctor' shows the environment for a report"
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from align.core.errors import RecipeError
+from align.core.text import visible
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -56,6 +57,14 @@ QUIET = (
 log = logging.getLogger("align")
 
 
+class _Formatter(logging.Formatter):
+    """Show what models, data and templates say without letting it drive the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line with its control characters as escapes."""
+        return visible(super().format(record))
+
+
 def setup_logging(rank: int) -> None:
     """Send log lines to standard error: rank 0 from INFO up, other ranks from WARNING up.
 
@@ -73,7 +82,7 @@ def setup_logging(rank: int) -> None:
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         where = "" if rank == 0 else f"[rank {rank}] "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter(f"%(asctime)s {where}%(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -190,6 +199,9 @@ class MetricsLog:
         kept = _keep_until(self._directory / METRICS_FILE, step)
         _keep_until(self._directory / SAMPLES_FILE, step)
         _keep_until(self._directory / EVALUATIONS_FILE, step)
+        if not kept and step:
+            path = self._directory / METRICS_FILE
+            log.warning("%s: its lines up to step %d are lost", path, step)
         self._kept_seconds = float(kept[-1].get("time_s", 0.0)) if kept else 0.0
         for sink in self._sinks:
             sink.rewind(step)
@@ -239,20 +251,35 @@ def short_number(value: float) -> str:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after a step, and those that a crash left damaged; return the rows kept."""
     if not path.is_file():
         return []
-    kept = []
+    kept, damaged = [], 0
     # As bytes: str.splitlines also breaks at characters that a completion may hold (U+2028).
     for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            continue
-        row = json.loads(line)
-        if row["step"] <= step:
+        row = _row(line) if line.endswith(b"\n") else None
+        if row is None:
+            damaged += line.endswith(b"\n")
+        elif row["step"] <= step:
             kept.append((line, row))
+    if damaged:
+        log.warning("%s: %d damaged lines are left out", path, damaged)
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_bytes(b"".join(line for line, _ in kept))
+    with temporary.open("wb") as f:
+        f.write(b"".join(line for line, _ in kept))
+        f.flush()
+        os.fsync(f.fileno())
     temporary.replace(path)
     return [row for _, row in kept]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole and isinstance(row.get("time_s", 0.0), int | float) else None
 
 
 def open_sink(name: str, directory: Path) -> Sink:

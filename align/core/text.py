@@ -1,8 +1,9 @@
 """Text for people: suggestions for misspelled names and values shown in messages."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TextIO
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
@@ -23,3 +24,66 @@ def shown(value: Any) -> str:
         return str(value).lower()
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+def visible(text: str) -> str:
+    """Return text in which control characters are written as escapes.
+
+    Text of models, data and recipes could otherwise move the cursor, set the window's title or
+    reverse the reading direction (C0 and C1 controls, bidi marks). Line breaks and tabs stay.
+    Secrets of the recipe are shown by the name of their variable.
+    """
+    return _CONTROLS.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), hidden(text))
+
+
+class VisibleStream:
+    """Write text to a stream with its control characters as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``visible(text)``."""
+        return self._stream.write(visible(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
+_SECRET_NAME = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASS|PASSWORD|PASSWD|AUTH)(?:_|$)")
+_secrets: dict[str, str] = {}
+
+
+def is_secret_name(name: str) -> bool:
+    """Return True if an environment variable holds a secret by its name, such as API_KEY."""
+    return _SECRET_NAME.search(name.upper()) is not None
+
+
+def keep_secret(name: str, value: str) -> None:
+    """Never write or show the value of this environment variable; ``${name}`` stands for it."""
+    if len(value) >= 4:
+        _secrets[value] = name
+
+
+def hidden(value: Any) -> Any:
+    """Return text, or lists and mappings of it, with ``${NAME}`` in the place of each secret."""
+    if isinstance(value, dict):
+        return {key: hidden(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [hidden(inside) for inside in value]
+    if isinstance(value, str):
+        for secret in sorted(_secrets, key=len, reverse=True):
+            value = value.replace(secret, "${" + _secrets[secret] + "}")
+    return value
+
+
+def secret_names(value: Any) -> list[str]:
+    """Return the names of the secrets that ``hidden`` replaces in a value."""
+    text = repr(value)
+    return sorted({name for secret, name in _secrets.items() if repr(secret)[1:-1] in text})

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align.core.text import visible
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
@@ -88,7 +89,7 @@ class Terminal:
 
     def line(self, text: str) -> None:
         """Write one line."""
-        self._console.print(text, markup=False)
+        self._console.print(visible(text), markup=False)
 
     def plan(self, name: str, run_dir: Path, planned: Sequence[Any]) -> None:
         """Say what the run will do."""
@@ -126,7 +127,7 @@ class Terminal:
             self._sample = row
         for line in self._log.lines() if self._log else ():
             if found := LOG_LINE.match(line):
-                self._said = found[1].decode("utf-8", "replace")
+                self._said = visible(found[1].decode("utf-8", "replace"))
         if self._live:
             self._live.update(self._frame())
         else:
@@ -265,7 +266,7 @@ def sample_text(sample: Mapping[str, Any]) -> str:
     completion = " ".join(str(sample.get("completion", "")).split())
     score = sample.get("score")
     tail = f"  [{number(score)}]" if isinstance(score, int | float) else ""
-    return f"{prompt[-60:]} -> {completion[:80]}{tail}"
+    return visible(f"{prompt[-60:]} -> {completion[:80]}{tail}")
 
 
 def clock(seconds: float) -> str:

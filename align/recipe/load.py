@@ -1,6 +1,7 @@
 """Load a recipe: read, lay ``--set`` over it, validate, check its references. Never torch."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
-from align.core.text import suggest
+from align.core.text import hidden, keep_secret, secret_names, suggest
 from align.recipe.algorithms import defaults_of, known_rates
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
@@ -163,6 +164,7 @@ _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
 
 
 RECIPE_FILE = "recipe.yaml"
+_SECRETS = "# secrets from the environment: "
 """The resolved recipe in the folder of each stage that was begun."""
 
 
@@ -182,9 +184,16 @@ class Resolved:
 
 
 def write_resolved(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with every default, for the process of a stage and for the report."""
+    """Write a recipe with every default, for the process of a stage and for the report.
+
+    Secrets are written as ``${NAME}``; the first line says which, for ``read_resolved``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    plain = recipe.model_dump(mode="json")
+    names = secret_names(plain)
+    text = yaml.safe_dump(hidden(plain), sort_keys=False)
+    if names:
+        text = f"{_SECRETS}{' '.join(names)}\n{text}"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
@@ -197,12 +206,28 @@ def read_resolved(path: Path | str) -> Recipe:
         RecipeError: it is not there, or not a recipe of this version.
     """
     try:
-        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        plain = yaml.safe_load(text)
+        if text.startswith(_SECRETS):
+            for name in text.partition("\n")[0].removeprefix(_SECRETS).split():
+                plain = _revealed(plain, name, os.environ[name])
         return Recipe.model_validate_json(json.dumps(plain), strict=True)
+    except KeyError as error:
+        raise RecipeError(f"{path}: the environment variable {error} is not set") from error
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise RecipeError(
             f"{path}: cannot be read as a resolved recipe ({error}); run the stage again"
         ) from error
+
+
+def _revealed(value: Any, name: str, secret: str) -> Any:
+    """Put a secret back where ``write_resolved`` has left its name."""
+    keep_secret(name, secret)
+    if isinstance(value, dict):
+        return {key: _revealed(inside, name, secret) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_revealed(inside, name, secret) for inside in value]
+    return value.replace("${" + name + "}", secret) if isinstance(value, str) else value
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,6 +5,7 @@ Worked example. Line 4 of r.yaml is ``    coef: 0.1`` below ``kl:`` below ``ppo:
 ``marks[("stages", "ppo", "kl", "coef")]`` holds ``r.yaml``, line 4 and both columns.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 
 from align.core.errors import RecipeError
-from align.core.text import shown
+from align.core.text import is_secret_name, keep_secret, shown
 
 Key = tuple[str | int, ...]
 
@@ -80,12 +81,53 @@ for _kind, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
 
+
+def _int(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError("expected a number below 2^63")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
 _READERS: dict[str, Callable[[str], Any]] = {
     "null": lambda _: None,
     "bool": lambda t: t.lower() == "true",
-    "int": int,
-    "float": float,
+    "int": _int,
+    "float": _float,
 }
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 40
+MAX_VALUES = 50_000
+"""Bounds of a recipe: size of a file, nesting, and values once aliases are written out."""
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Parse YAML within the bounds.
+
+    Raises:
+        yaml.MarkedYAMLError: it is no YAML, or too long or nested too deeply.
+    """
+    if len(text) > MAX_BYTES:
+        problem = f"{len(text):,} characters; expected at most {MAX_BYTES:,}"
+        raise yaml.MarkedYAMLError(problem=problem)
+    depth = 0
+    # Events come without recursion; composing nodes would overflow the stack of libyaml.
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
+            )
+    return yaml.compose(text, Loader=_Loader)
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -141,14 +183,15 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
 
 def _parse(path: Path) -> Source:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as f:
+            text = f.read(MAX_BYTES * 4 + 1).decode("utf-8")
     except FileNotFoundError:
         near = _near_files(path)
         raise RecipeError(f"{path}: no such recipe{near}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {e}") from e
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _compose(text)
     except yaml.MarkedYAMLError as e:
         at = e.problem_mark or e.context_mark
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
@@ -183,6 +226,7 @@ class _Reader:
         self.file = file
         self.source = source
         self.open: list[yaml.Node] = []
+        self.count = 0
 
     def value(self, node: yaml.Node, key: Key, *, key_node: yaml.Node | None = None) -> Any:
         at = node.start_mark
@@ -191,6 +235,13 @@ class _Reader:
         line = named.line if key_node is not None else at.line
         column = at.column if at.line == line else named.column
         self.source.marks[key] = Mark(self.file, line + 1, named.column + 1, column + 1)
+        self.count += 1
+        if self.count > MAX_VALUES:
+            where = self.source.marks[key].at_value()
+            raise RecipeError(
+                f"{where}: more than {MAX_VALUES:,} values once aliases are written out; write a "
+                "smaller recipe"
+            )
         if any(node is n for n in self.open):
             self.problem(key, "an alias that contains itself; write the value out")
             return None
@@ -229,7 +280,9 @@ class _Reader:
                 self.problem(key, "'<<' merges a mapping; found something else")
                 continue
             for key_node, child in other.value:
-                if key_node.value not in found:
+                if not isinstance(key_node, yaml.ScalarNode):
+                    self.problem(key, "found a list or mapping as a key; expected a name")
+                elif key_node.value not in found:
                     name = key_node.value
                     found[name] = self.value(child, (*key, name), key_node=key_node)
         return found
@@ -238,7 +291,9 @@ class _Reader:
         if node.tag == _TAG + "str":
             text, changed = self.expanded(node.value, key)
             # An unquoted ${STEPS} may hold a number; a quoted one stays text.
-            return plain_scalar(text) if changed and not node.style else text
+            if changed and not node.style:
+                return self.read(plain_scalar, text, key)
+            return text
         return self.typed(node.tag, node.value, key)
 
     def typed(self, tag: str, text: str, key: Key) -> Any:
@@ -246,10 +301,14 @@ class _Reader:
         if read is None:
             self.problem(key, f"YAML tag '{tag}' is not used in recipes; remove it")
             return None
+        return self.read(read, text, key)
+
+    def read(self, read: Callable[[str], Any], text: str, key: Key) -> Any:
         try:
             return read(text)
-        except ValueError:
-            self.problem(key, f"found {shown(text)}; expected what its tag says")
+        except ValueError as error:
+            bound = str(error) if "expected" in str(error) else "expected what its tag says"
+            self.problem(key, f"found {shown(text)}; {bound}")
             return None
 
     def expanded(self, text: str, key: Key) -> tuple[str, bool]:
@@ -278,6 +337,9 @@ class _Reader:
                     f"${{{name}:-default}}",
                 )
                 return ""
+            in_address = "?" in text[: match.start()] or "@" in text[match.end() :]
+            if name in os.environ and (is_secret_name(name) or ("://" in text and in_address)):
+                keep_secret(name, value)
             return value
 
         replaced = _VARIABLE.sub(replace, text)
@@ -291,7 +353,7 @@ class _Reader:
 
 def parse_value(text: str, name: str, errors: list[str]) -> Any:
     """Read the value of ``--set name=text`` as YAML; mistakes inside it go to ``errors``."""
-    node = yaml.compose(text, Loader=_Loader)
+    node = _compose(text)
     if node is None:
         return None
     source = Source()

@@ -5,6 +5,7 @@ import logging
 import resource
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from align.core import checkpoints, distributed
 from align.core import distributed as signals
 from align.core.artefacts import (
+    FAILURE,
     MANIFEST,
     Artefact,
     file_sha256,
@@ -38,6 +40,8 @@ from align.core.identity import (
 )
 from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
+from align.core.storage import storage_problem
+from align.core.text import hidden, visible
 from align.data.reading import read_log
 from align.data.reading.provenance import file_records, named_files
 from align.data.render.chat import ChatFormat
@@ -161,13 +165,31 @@ def main() -> NoReturn:
         setup_logging(distributed.rank())
         log.error("%s", e)
         code = e.exit_code
-    except Exception:
-        log.exception("stage %s failed", args.stage)
+    except Exception as e:
+        log.error("%s", _last_words(e, args))
         code = EXIT_FAILED
     signals.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
+
+
+def _last_words(error: Exception, args: argparse.Namespace) -> str:
+    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
+    folder = Path(args.run_dir or "runs") / (args.stage or args.kind)
+    if (problem := storage_problem(error, folder)) is not None:
+        return problem
+    text = "".join(traceback.format_exception(error))
+    place = folder / FAILURE
+    try:
+        place.write_text(visible(text), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return text
+    told = " ".join(str(error).split())[:300]
+    return (
+        f"stage {args.stage or args.kind} failed: {type(error).__name__}: {told}; the traceback is "
+        f"in {place}, and 'align doctor' shows the environment for a report"
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -279,7 +301,7 @@ def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
         "kind": spec.produces,
         "stage": context.name,
         "stage_kind": spec.kind,
-        "spec": plain,
+        "spec": hidden(plain),
         "spec_hash": spec_hash(plain, seed=context.seed, inputs=hashes),
         "inputs": inputs,
         "seed": context.seed,

@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from align.core.artefacts import read_artefact
 from align.core.errors import EXIT_OK, AlignError, DataError
+from align.core.text import VisibleStream
 from align.core.types import Text, Turn
 
 HELP = "/reset forgets the conversation, /temperature 0.5 sets it, /quit ends"
@@ -161,7 +162,8 @@ def main() -> None:
     if typed:
         kind = "" if chat.has_template else "; no chat template: each line is text to go on from"
         sys.stdout.write(f"{args.artefact}: {HELP}{kind}\n")
-    talk(chat, _typed_lines() if typed else iter(sys.stdin), sys.stdout)
+    out = cast(TextIO, VisibleStream(sys.stdout))
+    talk(chat, _typed_lines() if typed else iter(sys.stdin), out)
     sys.exit(EXIT_OK)
 
 
