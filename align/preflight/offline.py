@@ -17,6 +17,7 @@ from align.models.logprobs import LogprobModel, causal_lm
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
 from align.sampling.push import PUSH_TOLERANCE
+from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
 from align.training.offline import OfflineTask
 from align.tuning.export import checkpoint_name, gathered
 
@@ -151,17 +152,25 @@ def reference(
     """Compare the reference's log-probabilities with the policy's: their KL begins at 0."""
     batch = task.collate(rows, rows)
     module.eval()
-    logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-    if spec.ld_alpha is not None:
-        logprobs = logprobs * tail_weights(
-            batch.mask[0], batch.segment_ids, batch.num, alpha=spec.ld_alpha
-        )
-    gap = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
-    per_token = gap.abs() / batch.segment_sums(batch.mask.float()).clamp(min=1.0)
+    lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)
+
+    def means() -> Tensor:
+        logprobs = module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+        if spec.ld_alpha is not None:
+            logprobs = logprobs * tail_weights(
+                batch.mask[0], batch.segment_ids, batch.num, alpha=spec.ld_alpha
+            )
+        return batch.segment_sums(logprobs) / lengths
+
+    found = means()
+    with rounded_otherwise(module):
+        rounding = (means() - found).abs()
+    gap = (found - batch.per_sequence["ref"] / lengths).abs()
     return at_most(
-        float(per_token.max()),
-        PUSH_TOLERANCE[spec.dtype],
-        unit=f"nats a token between policy and reference, {len(gap)} answers",
+        excess(gap, rounding),
+        ENGINE_LIMIT,
+        unit=f"times the rounding of this model ({float(rounding.mean()):.2g} nats a token) "
+        f"between policy and reference: {float(gap.mean()):.2g} nats a token, {len(gap)} answers",
         remedy="the reference is not the model that the stage starts from",
         fails=not spec.tuning.virtual,
     )

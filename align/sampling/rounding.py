@@ -19,7 +19,7 @@ ENGINE_LIMIT = 5.0
 """Most that an engine's gap may be of the trainer's own rounding: other kernels at every layer."""
 
 SAME_LIMIT = 2.0
-"""The same for two runs of one implementation: packed and alone, policy and reference."""
+"""The same for two runs of one implementation: rows packed and alone."""
 
 FLOOR = 1e-6
 """Rounding of a log-probability itself, in nats: half a unit of float32 at 16 nats."""

@@ -257,6 +257,20 @@ def test_reference_that_is_another_model_fails(source: Artefact) -> None:
     }
 
 
+@pytest.mark.parametrize(("moved", "verdict"), [(0.0, "ok"), (0.3, "fail")])
+def test_reference_in_bfloat16_is_held_to_the_rounding_of_the_model(source, moved, verdict) -> None:
+    spec = DPO.model_copy(update={"dtype": "bfloat16"})
+    module = LogprobModel(load_policy(source.model_dir, dtype="bfloat16"))
+    task = dpo_task(spec, module)
+    # Some nats a token away from the start: 0.35 were once called rounding.
+    pairs = [
+        replace(pair, ref_chosen=pair.ref_chosen - moved * sum(pair.pair.chosen.trained))
+        for pair in task.rows
+    ]
+    found = offline.reference(spec, module, replace(task, rows=pairs), pairs)
+    assert found.verdict == verdict
+
+
 def test_rows_that_see_each_other_fail(source: Artefact) -> None:
     class Leaky(nn.Module):
         """Forget where sequences begin, as attention over a pack without a mask does."""
