@@ -50,7 +50,32 @@ def loss_checks(
         checks.append(("reference", partial(reference, spec, module, task, rows)))
     if isinstance(spec, RewardStage) and spec.use_margin:
         checks.append(("margins", partial(margins, task)))
+    if isinstance(spec, KtoStage):
+        checks.append(("balance", partial(balance, spec, [row.good for row in task.rows])))
     return checks
+
+
+def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
+    """Weigh the good answers against the bad ones.
+
+    Reference: arXiv:2402.01306 section 4.2: weight times number of the good ones over that of the
+    bad ones should lie between 1 and 4/3; up to twice as much either way is left alone here.
+    """
+    num_good, num_bad = sum(good), len(good) - sum(good)
+    seen = f"{num_good:,} good answers, {num_bad:,} bad ones"
+    if not num_good or not num_bad:
+        return Finding(seen, "both", "warn", "one side alone only moves the policy away from it")
+    ratio = spec.desirable_weight * num_good / (spec.undesirable_weight * num_bad)
+    if 0.5 <= ratio <= 2.0:
+        return Finding(seen, "weighted 1 : 2 at most")
+    side = "desirable_weight" if ratio < 1.0 else "undesirable_weight"
+    weight = getattr(spec, side) / (ratio if ratio < 1.0 else 1.0 / ratio)
+    return Finding(
+        f"{seen}, weighted {ratio:.2g} : 1",
+        "weighted 1 : 2 at most",
+        "warn",
+        f"one side outweighs the other; '{side}: {weight:.3g}' balances them",
+    )
 
 
 def margins(task: OfflineTask[Any]) -> Finding:

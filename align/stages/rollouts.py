@@ -1,5 +1,6 @@
 """What stages that sample share: engine, prompts, weight sync and rewards."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,16 +74,31 @@ def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[Prom
 def fitted(
     examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
 ) -> list[PromptRow]:
-    """Render prompts and drop those that do not fit, noted in the ledger."""
+    """Render prompts and drop those that do not fit, noted in the ledger.
+
+    A prompt and its answer must fit into ``max_length`` and into the model's positions.
+    """
     rows = [chat.prompt_row(e) for e in examples]
+    longest = min(spec.max_length, num_positions(chat) or spec.max_length)
     kept, _ = fit_rows(
         rows,
-        max_length=spec.max_length - spec.sampling.max_new_tokens,
+        max_length=longest - spec.sampling.max_new_tokens,
         max_lost_frac=spec.max_lost_frac,
         what=f"{context.name}: {what}",
         ledger=context.ledger,
     )
     return kept
+
+
+def num_positions(chat: ChatFormat) -> int | None:
+    """Return how many positions the model of a renderer has; None where nothing says so."""
+    file = Path(chat.tokenizer.name_or_path) / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 class Push:

@@ -67,8 +67,31 @@ class OfflineSchedule:
 
 
 def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Give the number of optimiser steps: ``steps`` if said, else whole batches of the epochs."""
-    return steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
+    """Return the number of optimizer steps: ``steps`` if given, else whole batches of the epochs.
+
+    What the rounding to whole batches leaves out, or takes twice, is logged.
+    """
+    found = steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
+    if batch_size > num_rows:
+        log.warning(
+            "a batch of %d is larger than the %d rows: every step sees rows more than once; lower "
+            "batch_size",
+            batch_size,
+            num_rows,
+        )
+    elif steps is None and (missing := round(num_rows * epochs) - found * batch_size):
+        what = "left out" if missing > 0 else "seen once more"
+        log.warning(
+            "%g epochs of %d rows are %d whole batches of %d: %d rows are %s; a batch_size that "
+            "divides the rows takes each alike",
+            epochs,
+            num_rows,
+            found,
+            batch_size,
+            abs(missing),
+            what,
+        )
+    return found
 
 
 @stops_between_steps

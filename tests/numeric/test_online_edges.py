@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +18,20 @@ from online_parts import grpo_spec, policy_of, run_of, sampled, scored, weights
 
 from align.core import distributed
 from align.core.errors import TrainingError
-from align.core.types import Completion, PromptRow, TokenRow
+from align.core.types import Completion, Example, PromptRow, TokenRow
 from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.online.scoring import score_answers
-from align.recipe.schema import EarlyStoppingSpec, TaskSpec
+from align.preflight.offline import balance
+from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
 from align.stages.evaluate.measure import wants_kl
 from align.stages.online import probe_of
 from align.stages.reward.normalize import even_sample, normalisation
+from align.stages.rollouts import fitted
+from align.training.offline import total_steps
 from align.training.stopping import EarlyStopping
 from reward_models.base import Rule
 
@@ -227,3 +231,56 @@ def test_kl_is_not_reported_from_a_cut_distribution() -> None:
     given = task(temperature=1.0)
     cut_off = given.sampling.model_copy(update={"top_p": 0.9})
     assert not wants_kl(given.model_copy(update={"sampling": cut_off}))
+
+
+def test_prompts_beyond_the_models_positions_are_lost_at_loading(tmp_path: Path) -> None:
+    class Chat:
+        """A renderer whose prompts have as many tokens as they have words."""
+
+        tokenizer = SimpleNamespace(name_or_path=str(tmp_path))
+
+        def prompt_row(self, example: Example) -> PromptRow:
+            text = str(example.prompt)
+            return PromptRow(tuple(range(len(text.split()))), text, {}, source=example.source)
+
+    examples = [Example(prompt="a " * n, source=f"p.jsonl:{n}") for n in (10, 58, 59, 200)]
+    spec = grpo_spec(max_length=256, max_lost_frac=0.9)  # max_new_tokens 6
+    context: Any = SimpleNamespace(name="grpo", ledger=tmp_path / "ledger.jsonl")
+    chat: Any = Chat()
+    assert len(fitted(examples, spec, chat, context, what="prompts")) == 4
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    kept = fitted(examples, spec, chat, context, what="prompts")
+    assert [len(row.input_ids) for row in kept] == [10, 58]
+    lost = context.ledger.read_text().splitlines()
+    assert ["p.jsonl:59" in line or "p.jsonl:200" in line for line in lost] == [True, True]
+
+
+def test_an_imbalance_of_good_and_bad_answers_names_the_weight_that_balances() -> None:
+    def spec(**weights: float) -> KtoStage:
+        return KtoStage(kind="kto", init="x", data=[{"path": "x"}], steps=1, **weights)
+
+    few_good = [True] + [False] * 39
+    found = balance(spec(), few_good)
+    assert found.verdict == "warn"
+    assert "desirable_weight: 39'" in found.remedy
+    assert balance(spec(desirable_weight=39.0), few_good).verdict == "ok"
+    many_good = [True] * 30 + [False] * 10
+    assert "'undesirable_weight: 3'" in balance(spec(), many_good).remedy
+    assert balance(spec(undesirable_weight=3.0), many_good).verdict == "ok"
+    assert balance(spec(), [True, False, True]).verdict == "ok"
+    assert balance(spec(), [True, True]).verdict == "warn"
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps", "said"),
+    [
+        (10, 4, 2, "2 rows are left out"),
+        (48, 32, 2, "16 rows are seen once more"),
+        (6, 8, 1, "larger than the 6 rows"),
+        (8, 4, 2, ""),
+    ],
+)
+def test_rounding_to_whole_batches_is_said(rows, batch, steps, said, caplog) -> None:
+    with caplog.at_level("WARNING"):
+        assert total_steps(rows, batch_size=batch, epochs=1.0, steps=None) == steps
+    assert (said in caplog.text) if said else not caplog.text
