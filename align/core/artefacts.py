@@ -144,10 +144,20 @@ def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, 
         if path.is_dir():
             folders.append(path)
         elif path.is_file() and not name.endswith(".tmp"):
+            _apply_umask(path)
             found[name] = file_record(path, sync=True)
     for folder in reversed(folders):  # the innermost first
         fsync_directory(folder)
     return found
+
+
+def _apply_umask(path: Path) -> None:
+    """Let a file be read by those who may read any new file; safetensors writes for its owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    mode = path.stat().st_mode & 0o777
+    if mode | (0o666 & ~mask) != mode:
+        path.chmod(mode | (0o666 & ~mask))
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:

@@ -287,3 +287,16 @@ def test_files_and_folders_reach_the_disk_before_the_record_that_vouches_for_the
         "-> step-00000002",
         "checkpoints",
     ]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_files_of_an_artefact_have_the_mode_of_the_umask(mask: int, mode: int) -> None:
+    weights = Path("out/model/model.safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.touch(0o600)
+    before = os.umask(mask)
+    try:
+        write_manifest(Path("out"), {"kind": "policy"})
+    finally:
+        os.umask(before)
+    assert weights.stat().st_mode & 0o777 == mode
