@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.core.errors import ArtefactError, TrainingError
-from align.models.loading import load_policy, set_dropout
+from align.core.errors import ArtefactError, RecipeError, TrainingError
+from align.models.loading import load_policy, load_tokenizer, set_dropout, stop_token_ids
 from align.recipe.rules import start_problem
 from align.recipe.schema.tuning import METHODS, QloraTuning, TuningSpec
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
+
+NEAR_MEAN = 0.01
+"""A new row counts as untrained within this share of the mean's length, which is its start."""
 
 
 def load_tuned_policy(
@@ -63,6 +66,9 @@ def load_for_training(
         tuning: the stage's block. dtype: of the weights that are not in 4 bits.
         gradient_checkpointing: trade compute for memory.
         dropout: of the model itself, not of its adapter. seed: of new weights.
+
+    Raises:
+        RecipeError: the method freezes the row of a stop token that nothing has trained yet.
     """
     model = load_policy(
         model_dir,
@@ -70,6 +76,8 @@ def load_for_training(
         gradient_checkpointing=gradient_checkpointing,
         quantization=quantization(tuning, dtype),
     )
+    if tuning.method != "full":
+        _check_stops_trained(model, model_dir, tuning)
     if dropout:
         set_dropout(model, dropout)
     if gradient_checkpointing and tuning.method != "full":
@@ -78,6 +86,29 @@ def load_for_training(
     if unmerged_adapter(model_dir) is not None:
         return with_adapter(model, model_dir, trainable=True)
     return add_tuner(model, tuning, seed=seed)
+
+
+@torch.no_grad()
+def _check_stops_trained(model: Any, model_dir: Path | str, tuning: TuningSpec) -> None:
+    """Refuse to freeze a stop token's row that is still the mean it was given when added.
+
+    The output head then says of the stop what it says of an average token: it is never sampled.
+    """
+    if "lm_head" in getattr(tuning, "targets", ()):
+        return
+    tokenizer, table = load_tokenizer(model_dir), model.get_output_embeddings().weight
+    firsts = sorted({*tokenizer.all_special_ids, *stop_token_ids(model_dir)})
+    for stop in stop_token_ids(model_dir)[:1]:
+        for first in (i for i in firsts if 0 < i <= stop < len(table)):
+            mean = table[:first].float().mean(0)
+            if bool((table[stop].float() - mean).norm() <= NEAR_MEAN * mean.norm()):
+                raise RecipeError(
+                    f"tuning.method {tuning.method}: the stop token "
+                    f"{tokenizer.convert_ids_to_tokens(stop)!r} is new to {model_dir} and nothing "
+                    "has trained its row, which this method freezes: it could never be sampled; "
+                    "train with method full first, or take a chat_template whose stop the model "
+                    "knows (stages.<base>.tokenizer: {chat_template: plain})"
+                )
 
 
 def quantization(tuning: TuningSpec, dtype: str) -> Any:

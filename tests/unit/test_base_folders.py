@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 import peft
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,8 +23,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 from test_base_tokens import bring_in, saved_model
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtefactError, RecipeError
 from align.recipe.schema import TokenizerSpec
+from align.recipe.schema.tuning import FullTuning, TuningSpec
+from align.tuning.loading import load_for_training
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = TokenizerSpec(pad_token="<pad>", chat_template="plain")
@@ -211,6 +214,27 @@ def test_tokenizer_and_config_must_agree_on_the_stop_token(folder: Path) -> None
     settled = TokenizerSpec(pad_token="<pad>", chat_template="plain", stop_token=other)
     model_dir, _ = bring_in(folder, folder.parent / "again", settled)
     assert AutoTokenizer.from_pretrained(model_dir).eos_token == other
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompt", "bottleneck"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_row_of_a_new_stop_token_is_refused(
+    good: Path, tmp_path: Path, method: str, dtype: str
+) -> None:
+    tuning = TypeAdapter(TuningSpec).validate_python({"method": method})
+    new, _ = bring_in(good, tmp_path / "new", TokenizerSpec(chat_template="chatml"))
+    with pytest.raises(RecipeError, match=r"'<\|im_end\|>' is new"):
+        load_for_training(new, tuning, dtype=dtype)
+    load_for_training(new, FullTuning(), dtype=dtype)
+    known, _ = bring_in(good, tmp_path / "known", PLAIN)
+    load_for_training(known, tuning, dtype=dtype)
+    # Once a step of full tuning has moved the row, it may be frozen.
+    model = AutoModelForCausalLM.from_pretrained(new)
+    with torch.no_grad():
+        stop = AutoTokenizer.from_pretrained(new).eos_token_id
+        model.get_output_embeddings().weight[stop] += 0.01
+    model.save_pretrained(new)
+    load_for_training(new, tuning, dtype=dtype)
 
 
 def test_code_of_a_folder_is_refused_in_every_call() -> None:
