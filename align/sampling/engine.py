@@ -162,15 +162,17 @@ def call_seeds(seed: int, call: int, num_prompts: int) -> list[int]:
 
 
 def load_decoder(model_dir: Path) -> Callable[[Sequence[int]], str]:
-    """Load the model's tokenizer as a function from answer tokens to text."""
+    """Load the model's tokenizer as a function from answer tokens to text.
+
+    Special tokens that were sampled stay in the text, as tags of thought or tools; padding goes.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
     def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        kept = [i for i in ids if i != tokenizer.pad_token_id]
+        return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     return decode
 
