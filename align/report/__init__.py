@@ -19,12 +19,12 @@ from align.report.tasks import tasks
 from align.report.watching import watching
 
 REPORT_FILE = "report.html"
-# The browser itself refuses requests and scripts, whatever a completion may hold.
+# The browser itself blocks requests and scripts, whatever a response may contain.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write report.html of a run from its artefacts; a half-finished run says what is missing.
+    """Write report.html of a run from its artifacts; an unfinished run lists what is missing.
 
     Args:
         run_dir: ``runs/<recipe name>``.
@@ -33,7 +33,7 @@ def build_report(run_dir: Path) -> Path:
         The path of the report.
 
     Raises:
-        ArtefactError: the folder holds no stage.
+        ArtefactError: the folder contains no stage.
     """
     run_dir = Path(run_dir)
     return _write(run_dir / REPORT_FILE, page(read_run(run_dir)))
@@ -43,7 +43,7 @@ def build_comparison(first: Path, second: Path) -> Path:
     """Write a page in the first run's folder that compares two runs.
 
     Raises:
-        ArtefactError: a folder holds no stage.
+        ArtefactError: one of the folders contains no stage.
     """
     one, other = read_two(Path(first), Path(second))
     path = one.directory / f"compare-{other.directory.resolve().name}.html"
@@ -53,12 +53,13 @@ def build_comparison(first: Path, second: Path) -> Path:
 
 
 def build_cards(path: Path, cards: Mapping[str, Any]) -> Path:
-    """Write a page with the cards of reward models, by their names."""
+    """Write a page with the reward-model cards, keyed by model name."""
     title = "Reward models"
     return _write(path, document(title, tag("header", tag("h1", title)), cards_section(cards)))
 
 
 def _write(path: Path, html: Markup) -> Path:
+    # Replace at the end: an open browser tab never loads a half-written page.
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text("<!doctype html>\n" + html, encoding="utf-8")
     temporary.replace(path)
@@ -66,7 +67,7 @@ def _write(path: Path, html: Markup) -> Path:
 
 
 def document(title: str, *body: Markup | None) -> Markup:
-    """Give a whole page: the style inside, nothing from elsewhere."""
+    """Return a complete page with its style sheet inlined and no external resources."""
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
@@ -81,7 +82,7 @@ def document(title: str, *body: Markup | None) -> Markup:
 
 
 def page(run: RunRecord) -> Markup:
-    """Give the whole page of a run."""
+    """Return the complete report page of a run."""
     done = sum(stage.status == "done" for stage in run.stages)
     seconds = run.summary.get("seconds") or sum(stage.seconds or 0.0 for stage in run.stages)
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
@@ -93,6 +94,7 @@ def page(run: RunRecord) -> Markup:
             tag("p", run.recipe.description),
             tag("p", head, class_="quiet"),
         ),
+        # Results first, then the evidence, then what is needed to reproduce the run.
         sections.missing(run),
         sections.expectations(run),
         tag("section", tag("h2", "The chain"), chain_picture(run.stages)),

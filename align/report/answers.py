@@ -1,4 +1,4 @@
-"""What the checkpoints answered: the same prompts side by side, and samples of the training."""
+"""Sections with responses: the same prompts side by side, and samples from training."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ NUM_PROMPTS, NUM_OPEN, MAX_TEXT, MAX_DOTS = 40, 8, 1500, 150
 
 
 def side_by_side(run: RunRecord) -> Markup | None:
-    """Show the same held-out prompts answered by each checkpoint."""
+    """Return the section with each checkpoint's responses to the same held-out prompts."""
     rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
     prompts: dict[Any, dict[str, Row]] = {}
     for row in rows:
@@ -21,7 +21,7 @@ def side_by_side(run: RunRecord) -> Markup | None:
         prompts.setdefault(index, {}).setdefault(row["model"], row)
     if not prompts:
         return None
-    # Evenly spread: neighbours in a data set are often alike.
+    # Spread the selection evenly: neighboring rows of a dataset are often similar.
     keys = list(prompts)
     step = max(1, len(keys) // NUM_PROMPTS)
     baseline = _baseline(run)
@@ -29,12 +29,12 @@ def side_by_side(run: RunRecord) -> Markup | None:
     rest = shown[NUM_OPEN:]
     return tag(
         "section",
-        tag("h2", "The same prompts, each checkpoint's answer"),
+        tag("h2", "Responses of each checkpoint to the same prompts"),
         tag(
             "p",
-            f"{len(shown)} of {len(keys)} held-out prompts, evenly spread; the first answer "
-            "of each model with the judge's score.",
-            f" What {baseline} does not say is marked." if baseline else "",
+            f"{len(shown)} of {len(keys)} held-out prompts, evenly spread. Each model's first "
+            "response is shown with the judge's score.",
+            f" Words that differ from {baseline} are highlighted." if baseline else "",
         ),
         *shown[:NUM_OPEN],
         tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
@@ -62,11 +62,12 @@ def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup
 
 
 def _marked(text: Any, known: Any) -> Markup:
-    """Give an answer with the words marked that the baseline's answer has not."""
-    said = clip(text)
+    """Return a response in which the words that differ from the baseline's are highlighted."""
+    plain = clip(text)
     if known is None or not text:
-        return join(said)
-    new, old = (re.findall(r"\s+|[^\s]+", part) for part in (said, clip(known)))
+        return join(plain)
+    # Whitespace runs are tokens of their own, so that joining them restores the text exactly.
+    new, old = (re.findall(r"\s+|[^\s]+", part) for part in (plain, clip(known)))
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     parts: list[object] = []
     for kind, _, _, start, end in blocks:
@@ -77,7 +78,7 @@ def _marked(text: Any, known: Any) -> Markup:
 
 
 def reward_and_length(run: RunRecord) -> Markup | None:
-    """Draw the judge's score of each answer against its length, model by model."""
+    """Return scatter plots of the judge's score against response length, one per model."""
     charts = []
     for stage in run.stages:
         by_model: dict[str, list[tuple[float, float]]] = {}
@@ -85,6 +86,7 @@ def reward_and_length(run: RunRecord) -> Markup | None:
             if "model" in row and row.get("score") is not None and row.get("length") is not None:
                 by_model.setdefault(row["model"], []).append((row["length"], row["score"]))
         for model, dots in by_model.items():
+            # An SVG with thousands of circles makes the page slow: draw about MAX_DOTS of them.
             shown = dots[:: max(1, len(dots) // MAX_DOTS)]
             charts.append(
                 plot(
@@ -92,22 +94,24 @@ def reward_and_length(run: RunRecord) -> Markup | None:
                     [Series("", shown, style="points")],
                     x_label="length (tokens)",
                     y_label="judge's score",
-                    note=f"{len(shown)} answers",
+                    note=f"{len(shown)} responses",
                 )
             )
     if not charts:
         return None
-    said = "A cloud that climbs to the right: longer answers win. Look whether they are better."
+    intro = (
+        "An upward trend means the judge favors longer responses. Check whether they are better."
+    )
     return tag(
         "section",
         tag("h2", "Score and length"),
-        tag("p", said),
+        tag("p", intro),
         tag("div", *charts, class_="charts"),
     )
 
 
 def clip(text: Any) -> str:
-    """Give a prompt or answer as plain text; a long one is cut and says so."""
+    """Return a prompt or response as plain text, truncated with a note if it is long."""
     if isinstance(text, list):
         text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
     text = "" if text is None else str(text)
@@ -117,12 +121,13 @@ def clip(text: Any) -> str:
 
 
 def training_samples(run: RunRecord) -> Markup | None:
-    """Show the first and the last answer that each online stage sampled while it trained."""
+    """Return the section with the first and last response that each stage sampled in training."""
     stages = [s for s in run.stages if s.kind != "evaluate" and s.samples]
     if not stages:
         return None
     blocks = []
     for stage in stages:
+        # One sample must not be listed twice; otherwise the stride selects first and last.
         picked = (
             stage.samples[:1]
             if len(stage.samples) == 1
@@ -131,4 +136,4 @@ def training_samples(run: RunRecord) -> Markup | None:
         rows = {f"step {row['step']}": row for row in picked[:2]}
         blocks.append(tag("h3", stage.name))
         blocks += [_answers({label: row}) for label, row in rows.items()]
-    return tag("section", tag("h2", "Sampled while training"), *blocks)
+    return tag("section", tag("h2", "Responses sampled during training"), *blocks)

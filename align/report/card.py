@@ -16,18 +16,18 @@ HEADLINES = (
     ("log_loss", "log loss (nats; 0.693 is chance)"),
     ("ece", "calibration error"),
     ("length_correlation", "rank correlation of score and tokens"),
-    ("length_correlation_in_pair", "the same of the differences within a pair"),
+    ("length_correlation_in_pair", "rank correlation of both differences within a pair"),
 )
 GROUPS = (
     ("by_source", "source"),
-    ("by_length", "which answer is longer"),
-    ("by_refusal", "which answer refuses"),
+    ("by_length", "which response is longer"),
+    ("by_refusal", "which response refuses"),
     ("sets_by_source", "source of the sets"),
 )
 
 
 def reward_cards(run: RunRecord) -> Markup | None:
-    """Show the cards of every evaluate stage; None where there is none."""
+    """Return the section with the cards of every evaluate stage, or None without cards."""
     found = [
         (name, card)
         for stage in run.stages
@@ -38,16 +38,17 @@ def reward_cards(run: RunRecord) -> Markup | None:
 
 
 def cards_section(cards: Mapping[str, Card]) -> Markup:
-    """Show cards by the names of their models."""
+    """Return the section with reward-model cards, keyed by model name."""
     return tag(
         "section",
         tag("h2", "Reward-model cards"),
-        tag("p", "On held-out answers; value with its 95 % interval, drawn over prompts."),
+        tag("p", "On held-out responses, with 95 % confidence intervals clustered by prompt."),
         *(_card(name, card) for name, card in cards.items()),
     )
 
 
 def _card(name: str, card: Card) -> Markup:
+    # What was measured.
     rows: list[list[object]] = [
         [title, triple(card[key])] for key, title in HEADLINES if key in card
     ]
@@ -56,12 +57,14 @@ def _card(name: str, card: Card) -> Markup:
         counts += f", {card['num_pairs_too_long']} too long"
     if "num_sets" in card:
         counts += f", {card['num_sets']} sets (chance {even(card['chance'])})"
+    # Agreement with a second reward model, where one was given.
     other = card.get("agreement")
     if other and "same_side" in other:
-        rows.append([f"prefers the same answer as {other['with']}", triple(other["same_side"])])
+        rows.append([f"prefers the same response as {other['with']}", triple(other["same_side"])])
         rows.append(
             [f"pair accuracy minus that of {other['with']}", triple(other["accuracy_difference"])]
         )
+    # A breakdown into a single group repeats the headline number.
     groups = [_group(title, card[key]) for key, title in GROUPS if len(card.get(key, ())) > 1]
     return join(
         tag("h3", name, tag("small", counts)),
@@ -89,7 +92,7 @@ def _pictures(card: Card) -> list[Markup]:
 
 
 def calibration_plot(card: Card) -> Markup:
-    """Draw how often the preferred answer is the chosen one, over how sure the model is."""
+    """Return the calibration plot: pair accuracy against the model's confidence."""
     points = card["calibration"]
     measured = Series(
         "measured",
@@ -107,7 +110,7 @@ def calibration_plot(card: Card) -> Markup:
 
 
 def groups_plot(card: Card) -> Markup | None:
-    """Draw the pair accuracy where the chosen answer is shorter, equal and longer."""
+    """Return the plot of pair accuracy by the relative length of the chosen response."""
     order = ("chosen shorter", "about equal", "chosen longer")
     known = [
         (i, card["by_length"][name]) for i, name in enumerate(order) if name in card["by_length"]
@@ -130,7 +133,7 @@ def groups_plot(card: Card) -> Markup | None:
 
 
 def best_of_n_plot(card: Card) -> Markup | None:
-    """Draw the gold score of the best of n by this model, and of the best there is."""
+    """Return the plot of the gold score under best-of-n selection, with its upper bound."""
     points = card.get("best_of_n")
     if not points:
         return None
@@ -140,6 +143,6 @@ def best_of_n_plot(card: Card) -> Markup | None:
         [(p["gold"][1], p["gold"][2]) for p in points],
     )
     ideal = Series(
-        "best there is", [(p["n"], p["best_possible"]) for p in points], style="dashed", colour=3
+        "upper bound", [(p["n"], p["best_possible"]) for p in points], style="dashed", colour=3
     )
-    return plot("best of n", [picked, ideal], x_label="answers to choose from", y_label="gold")
+    return plot("best of n", [picked, ideal], x_label="responses (n)", y_label="gold score")

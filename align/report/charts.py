@@ -8,11 +8,12 @@ from align.report.markup import Markup, join, number, tag
 
 Points = list[tuple[float, float | None]]
 Band = tuple[float | None, float | None]
-"""Lowest and highest value that a recipe expects; None for no bound."""
+"""Lower and upper bound that a recipe expects of a metric; None for no bound."""
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
 MAX_POINTS = 240
 
+# By the last part of a metric's name; names with a telling suffix are resolved in `unit_of`.
 UNITS = {
     "loss": "nats",
     "learning_rate": "rate",
@@ -26,7 +27,7 @@ UNITS = {
     "accuracy": "fraction",
     "explained_variance": "fraction",
     "coef": "",
-    "num": "answers",
+    "num": "responses",
     "importance_weight": "ratio",
     "logprob_gap": "nats",
     "entropy": "nats",
@@ -35,7 +36,7 @@ UNITS = {
 
 
 def unit_of(name: str) -> str:
-    """Give the unit of a metric ``group/name`` by the project's naming rules."""
+    """Return the unit of a metric ``group/name``, derived from the naming rules."""
     group, _, last = name.rpartition("/")
     if group == "kl" and last != "coef":
         return "nats"
@@ -48,25 +49,26 @@ def unit_of(name: str) -> str:
 
 
 def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
-    """Give round numbers that span [low, high]: multiples of 1, 2 or 5 times a power of ten.
+    """Return round tick values that span [low, high]: multiples of 1, 2 or 5 times 10^k.
 
     Args:
         low: smallest value.
-        high: largest value; equal to low gives a span of its own size around it.
-        count: about how many steps.
+        high: largest value; if it equals ``low``, the range is widened by 10 % on each side.
+        count: approximate number of steps.
     """
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
+    # The tolerances absorb rounding: 0.3 / 0.1 must count as 3 steps.
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
 def thin(points: Points) -> tuple[Points, int]:
-    """Average runs of equal length so that at most ``MAX_POINTS`` are left; give also the run."""
+    """Return at most ``MAX_POINTS`` points, each the mean of a run, and the length of the runs."""
     run = max(1, math.ceil(len(points) / MAX_POINTS))
     if run == 1:
         return points, 1
@@ -85,21 +87,23 @@ def line_chart(
     band: Band | None = None,
     x_label: str = "step",
 ) -> Markup:
-    """Draw one panel: x is the step, y the metric with its unit.
+    """Return a line chart of a metric over the step, with its unit.
 
     Args:
         title: the metric's name.
         series: (label, points) of one to three lines; a y of None leaves a gap.
-        band: values that the recipe expects, shaded.
-        x_label: what x is.
+        band: range that the recipe expects, shaded.
+        x_label: label of the x axis.
     """
     thinned = [(label, *thin(points)) for label, points in series]
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
     if not known:
-        return tag("figure", tag("figcaption", title, tag("small", " no finite number logged")))
+        return tag("figure", tag("figcaption", title, tag("small", " no finite value logged")))
+    # Scale: the y axis ends at round ticks, the x axis at the data.
     xs, ys = [x for x, _ in known], [y for _, y in known]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, y_ticks[0], y_ticks[-1])
+    # Marks, labels and axes.
     lines = [
         mark
         for i, (_, points, _) in enumerate(thinned)
@@ -108,9 +112,8 @@ def line_chart(
     label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
-    axes = draw_axes(
-        [x for x in x_ticks if frame[0] <= x <= frame[1]], y_ticks, frame, (x_label, label)
-    )
+    inside = [x for x in x_ticks if frame[0] <= x <= frame[1]]
+    axes = draw_axes(inside, y_ticks, frame, labels=(x_label, label))
     svg = tag(
         "svg",
         axes,
@@ -144,7 +147,7 @@ def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:
 
 
 def place(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple[float, float]:
-    """Give where (x, y) lies in the picture; the frame is (x0, x1, y0, y1)."""
+    """Return the pixel position of (x, y) in a picture with the axes (x0, x1, y0, y1)."""
     x0, x1, y0, y1 = frame
     return (
         LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
@@ -155,12 +158,14 @@ def place(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple
 def _segments(
     points: Points, frame: tuple[float, float, float, float], class_: str
 ) -> list[Markup]:
+    # Split at missing values: a line across a gap would invent data.
     parts: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None:
             parts.append([])
         else:
             parts[-1].append(place(x, y, frame))
+    # A polyline of one point is invisible, so a lone point becomes a circle.
     drawn = []
     for part in parts:
         if len(part) == 1:
@@ -176,9 +181,17 @@ def draw_axes(
     x_ticks: list[float],
     y_ticks: list[float],
     frame: tuple[float, float, float, float],
+    *,
     labels: tuple[str, str],
 ) -> Markup:
-    """Draw the grid, the ticks and what they measure: (x label, y label)."""
+    """Return the grid lines, tick labels and axis labels.
+
+    Args:
+        x_ticks: values of the vertical marks.
+        y_ticks: values of the horizontal grid lines.
+        frame: the axes' ranges (x0, x1, y0, y1).
+        labels: (x label, y label).
+    """
     bottom = HEIGHT - BOTTOM
     marks: list[Markup] = []
     for value in y_ticks:
@@ -202,9 +215,10 @@ def draw_axes(
 
 
 def tick_label(value: float, all_ticks: Sequence[float]) -> str:
-    """Write a tick with as many decimals as its distance to the next needs."""
+    """Return a tick's label with as many decimals as the tick spacing needs."""
     step = all_ticks[1] - all_ticks[0] if len(all_ticks) > 1 else abs(value) or 1.0
     biggest = max(abs(v) for v in all_ticks)
+    # Floating-point noise around zero must not become "-0.0" or "1e-17".
     if abs(value) < step * 1e-6:
         return "0"
     if biggest < 1e-3 or biggest >= 1e6:
@@ -222,17 +236,19 @@ svg { font: 11px system-ui, sans-serif; background: #fff }
 .line3 { stroke: #4d7c0f; fill: #4d7c0f } polyline { fill: none !important }
 .dashed { stroke-dasharray: 5 3 } .faint { opacity: 0.55 }
 """
-"""Style of a picture that stands outside the report's page."""
+"""Style sheet of an SVG file that is used outside the report's page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Hold one set of places.
+    """One data series of a plot.
 
     Attributes:
-        label: its name in the caption; empty names nothing.
-        points: (x, y). bounds: (low, high) of each y, None where unknown.
-        style: ``line``, ``dashed`` or ``points``. colour: 1, 2 or 3.
+        label: name in the caption; an empty label is not listed.
+        points: (x, y) of each point.
+        bounds: (low, high) of each point's interval; None where unknown.
+        style: ``line``, ``dashed`` or ``points``.
+        colour: index of the color: 1, 2 or 3.
     """
 
     label: str
@@ -245,10 +261,10 @@ class Series:
 def plot(
     title: str, series: Sequence[Series], *, x_label: str, y_label: str, note: str = ""
 ) -> Markup:
-    """Draw one panel with its caption."""
+    """Return a figure with one plot and its caption."""
     known = [s for s in series if s.points]
     if not known:
-        return tag("figure", tag("figcaption", tag("b", title), tag("small", " no number")))
+        return tag("figure", tag("figcaption", tag("b", title), tag("small", " no data")))
     keys = [tag("span", tag("i", class_=f"key line{s.colour}"), s.label) for s in known if s.label]
     caption = tag("figcaption", tag("b", title), *keys, tag("small", note) if note else None)
     return tag("figure", caption, picture(title, known, x_label=x_label, y_label=y_label))
@@ -257,13 +273,13 @@ def plot(
 def picture(
     title: str, series: Sequence[Series], *, x_label: str, y_label: str, style: str | None = None
 ) -> Markup:
-    """Give the svg element alone; ``style`` makes it a file of its own."""
+    """Return the svg element alone; with ``style`` it is a complete SVG file."""
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     ys += [b for s in series for pair in s.bounds for b in pair if b is not None]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    axes = draw_axes(x_ticks, y_ticks, frame, (x_label, y_label))
+    axes = draw_axes(x_ticks, y_ticks, frame, labels=(x_label, y_label))
     marks = [mark for s in series for mark in _marks(s, frame)]
     return tag(
         "svg",
@@ -281,6 +297,7 @@ def _marks(series: Series, frame: tuple[float, float, float, float]) -> list[Mar
     name = f"line{series.colour}"
     places = [place(x, y, frame) for x, y in series.points]
     marks: list[Markup] = []
+    # Intervals first, so that lines and points are drawn over them. Bounds may be empty.
     for (x, _), (low, high) in zip(series.points, series.bounds, strict=False):
         if low is not None and high is not None:
             (px, bottom), (_, top) = place(x, low, frame), place(x, high, frame)

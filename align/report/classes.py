@@ -1,4 +1,4 @@
-"""The section on classifiers: scores with intervals, the confusion matrix, the surest mistakes."""
+"""The classifier section: scores with intervals, confusion matrix, most confident mistakes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ NUM_MISTAKES = 8
 
 
 def classifiers(run: RunRecord) -> Markup | None:
-    """Show what every classify stage makes of its held-out rows; None where there is none."""
+    """Return the section on each classify stage's held-out results, or None without any."""
     stages = [s for s in run.stages if s.kind == "classify" and s.manifest.get("heldout")]
     if not stages:
         return None
@@ -27,7 +27,7 @@ def classifiers(run: RunRecord) -> Markup | None:
     return tag(
         "section",
         tag("h2", "Classifiers"),
-        tag("p", "On held-out rows; value with its 95 % interval."),
+        tag("p", "On held-out rows, with 95 % confidence intervals."),
         table(["stage", "accuracy", "macro-F1", "trained parameters"], rows, class_="numbers"),
         *(_stage(run, stage) for stage in stages),
     )
@@ -41,25 +41,26 @@ def _stage(run: RunRecord, stage: StageRecord) -> Markup:
         _confusion(scores["confusion"], scores["classes"]),
         tag(
             "details",
-            tag("summary", "The mistakes that it was surest of"),
+            tag("summary", "Most confident mistakes"),
             _mistakes(predictions),
         ),
     )
 
 
 def _confusion(counts: Sequence[Sequence[int]], classes: Mapping[str, Row]) -> Markup:
-    """Give the confusion matrix with recall and precision, shaded by the share of the row."""
+    """Return the confusion matrix with recall and precision, shaded by fraction of the row."""
     rows: list[list[object]] = []
     for (name, found), line in zip(classes.items(), counts, strict=True):
         cells = [_shaded(n, n / max(sum(line), 1)) for n in line]
         rows.append([name, even(found["f1"]), even(found["recall"]), *cells])
     rows.append(["precision", "", "", *(even(found["precision"]) for found in classes.values())])
-    head = ["right class", "F1", "recall", *(f"taken as {name}" for name in classes)]
+    head = ["true class", "F1", "recall", *(f"predicted {name}" for name in classes)]
     return table(head, rows, class_="numbers confusion")
 
 
-def _shaded(count: int, share: float) -> Markup:
-    style = f"background: color-mix(in srgb, var(--one) {70 * share:.0f}%, transparent)"
+def _shaded(count: int, fraction: float) -> Markup:
+    # At most 70 %, so that the number stays readable on the darkest cell.
+    style = f"background: color-mix(in srgb, var(--one) {70 * fraction:.0f}%, transparent)"
     return tag("span", count, style=style if count else None, class_="shade")
 
 
@@ -67,13 +68,13 @@ def _mistakes(predictions: Sequence[Row]) -> Markup:
     wrong = [p for p in predictions if p["label"] != p["predicted"]]
     wrong.sort(key=lambda p: -p["probs"][p["predicted"]])
     if not wrong:
-        return tag("p", "None: every held-out row is right.")
+        return tag("p", "None: every held-out row is classified correctly.")
     rows: list[list[object]] = [
         [p["source"], p["label"], p["predicted"], even(p["probs"][p["predicted"]])]
         for p in wrong[:NUM_MISTAKES]
     ]
-    head = ["row", "right class", "taken for", "with probability"]
+    head = ["row", "true class", "predicted class", "probability"]
     return join(
-        tag("p", f"{len(wrong)} of {len(predictions)} rows are wrong."),
+        tag("p", f"{len(wrong)} of {len(predictions)} rows are misclassified."),
         table(head, rows, class_="numbers"),
     )

@@ -14,15 +14,15 @@ MAX_PANELS = 12
 
 
 def comparison_page(first: RunRecord, second: RunRecord) -> list[Markup | None]:
-    """Give the sections of a comparison of two runs."""
+    """Return the sections of a page that compares two runs."""
     names = (_label(first, second, 0), _label(first, second, 1))
-    said = (
-        f"{names[0]} against {names[1]}. The interval of a difference takes both runs as "
-        "independent: half-widths are added in quadrature. It is wider than a paired one; "
-        "for that, evaluate both checkpoints in one stage."
+    intro = (
+        f"{names[0]} compared with {names[1]}. The interval of a difference assumes independent "
+        "runs: half-widths are added in quadrature. It is wider than a paired interval. For a "
+        "paired comparison, evaluate both checkpoints in one stage."
     )
     return [
-        tag("section", tag("h2", "Two runs"), tag("p", said)),
+        tag("section", tag("h2", "Two runs"), tag("p", intro)),
         _numbers(first, second, names),
         _recipes(first, second, names),
         _curves(first, second, names),
@@ -30,11 +30,12 @@ def comparison_page(first: RunRecord, second: RunRecord) -> list[Markup | None]:
 
 
 def read_two(first: Path, second: Path) -> tuple[RunRecord, RunRecord]:
-    """Read both run folders."""
+    """Return the records of two run folders."""
     return read_run(first), read_run(second)
 
 
 def _label(first: RunRecord, second: RunRecord, which: int) -> str:
+    # Runs of one recipe in two places have the same folder name; then only the path tells.
     runs = (first, second)
     if first.directory.name != second.directory.name:
         return runs[which].directory.name
@@ -59,6 +60,7 @@ def _difference(a: list[Any], b: list[Any]) -> list[Any]:
     value = b[0] - a[0]
     if None in (*a, *b):
         return [value, None, None]
+    # Lower end: b at its lower bound while a is at its upper one, combined in quadrature.
     low = math.hypot(b[0] - b[1], a[2] - a[0])
     high = math.hypot(b[2] - b[0], a[0] - a[1])
     return [value, value - low, value + high]
@@ -78,7 +80,7 @@ def _recipes(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Mar
         if a.get(key, "-") != b.get(key, "-")
     ]
     heads: list[object] = ["key", *names]
-    body = table(heads, rows) if rows else tag("p", "The recipes are the same.")
+    body = table(heads, rows) if rows else tag("p", "The recipes are identical.")
     return tag("section", tag("h2", f"Recipes: {number(len(rows))} keys differ"), body)
 
 
@@ -95,16 +97,19 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 def _curves(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Markup | None:
     other = {stage.name: stage for stage in second.stages}
     blocks = [
-        _stage_curves(stage.name, stage.metrics, other[stage.name].metrics, names)
+        _stage_curves(stage.metrics, other[stage.name].metrics, name=stage.name, names=names)
         for stage in first.stages
         if stage.name in other and stage.kind != "evaluate" and stage.metrics
     ]
     return tag("section", tag("h2", "Curves"), *blocks) if blocks else None
 
 
-def _stage_curves(name: str, first: list[Row], second: list[Row], names: tuple[str, str]) -> Markup:
+def _stage_curves(
+    first: list[Row], second: list[Row], *, name: str, names: tuple[str, str]
+) -> Markup:
     a, b = panels_of(first), panels_of(second)
     charts = []
+    # Only panels that both runs have; of a panel with several lines, the first of each run.
     for title in [panel for panel in a if panel in b][:MAX_PANELS]:
         series = [(label, lines[title][0][1]) for label, lines in zip(names, (a, b), strict=True)]
         charts.append(line_chart(title, series))

@@ -1,11 +1,11 @@
-"""Build HTML and SVG so that text is escaped by construction: only ``Markup`` goes in as it is."""
+"""Build HTML and SVG with escaping by construction: everything except ``Markup`` is escaped."""
 
 import html
 from collections.abc import Sequence
 
 
 class Markup(str):
-    """Hold text that is markup already."""
+    """A string that is already valid markup and is inserted unescaped."""
 
     __slots__ = ()
 
@@ -14,13 +14,13 @@ VOID = frozenset({"meta", "br", "hr", "line", "path", "rect", "circle", "polylin
 
 
 def tag(_name: str, *children: object, **attributes: object) -> Markup:
-    """Give one element.
+    """Return one element.
 
     Args:
         _name: element name.
-        children: ``Markup`` as it is, None left out, anything else escaped.
-        attributes: a trailing underscore is dropped (``class_``), others become hyphens; None
-            leaves the attribute out.
+        children: ``Markup`` is inserted unchanged, None is skipped, anything else is escaped.
+        attributes: a trailing underscore is dropped (``class_``), other underscores become
+            hyphens; an attribute of None is omitted.
     """
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
@@ -33,7 +33,7 @@ def tag(_name: str, *children: object, **attributes: object) -> Markup:
 
 
 def join(*children: object) -> Markup:
-    """Join children, escaping all that is not ``Markup``."""
+    """Return the concatenated children; everything except ``Markup`` is escaped."""
     return Markup(
         "".join(
             child if isinstance(child, Markup) else html.escape(str(child))
@@ -46,7 +46,7 @@ def join(*children: object) -> Markup:
 def table(
     head: Sequence[object], rows: Sequence[Sequence[object]], *, class_: str | None = None
 ) -> Markup:
-    """Give a table that scrolls sideways on a narrow screen; the first column names the row."""
+    """Return a table that scrolls horizontally; the first cell of a row is its header."""
     lines = [
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
         for row in rows
@@ -64,7 +64,7 @@ def table(
 
 
 def number(value: float | None) -> str:
-    """Write a number for people: 1,234, 0.432, 2.5e-05; a dash for one that is not there."""
+    """Return a number as text (1,234, 0.432 or 2.5e-05), or a dash for None."""
     if value is None:
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1000:
@@ -73,14 +73,14 @@ def number(value: float | None) -> str:
 
 
 def even(value: float | None) -> str:
-    """Write a number of a table so that its neighbours have the same decimals: 0.710, 12.45."""
+    """Return a number with a fixed number of decimals for table columns: 0.710, 12.45."""
     if value is None or abs(value) >= 1000:
         return number(value)
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def triple(value: Sequence[float | None] | None, *more: Markup | None) -> Markup | str:
-    """Give [value, low, high] as the value with its interval below; a dash where there is none."""
+    """Return [value, low, high] as a value with its interval below, or a dash for no value."""
     if not value or value[0] is None:
         return "-"
     middle, low, high = value
@@ -89,7 +89,7 @@ def triple(value: Sequence[float | None] | None, *more: Markup | None) -> Markup
 
 
 def duration(seconds: float | None) -> str:
-    """Write seconds as 42 s, 3 min 5 s or 2 h 10 min."""
+    """Return a duration as text: 4.2 s, 42 s, 3 min 5 s or 2 h 10 min."""
     if seconds is None:
         return "-"
     whole = round(seconds)

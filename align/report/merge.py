@@ -1,4 +1,4 @@
-"""Sections on what was kept: the curve of a merge stage, and the scores of earlier evaluations."""
+"""Sections on forgetting: score curves of merge stages, and results of earlier evaluations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ SETS = {"prompts": "familiar prompts", "shifted": "shifted prompts"}
 
 
 def merges(run: RunRecord) -> Markup | None:
-    """Show the curve of every merge stage: the score of each alpha on both sets of prompts."""
+    """Return the section with each merge stage's score by alpha on both sets of prompts."""
     stages = [s for s in run.stages if s.kind == "merge" and s.manifest.get("curve")]
     if not stages:
         return None
-    said = (
-        "Alpha 0 is the model before the fine-tuning, 1 the one after it. Chosen is the best score "
-        "on shifted prompts among those that lose at most the tolerance on familiar ones; the "
-        "choice was made on these very prompts, so judge it by an evaluation on others."
+    intro = (
+        "Alpha 0 is the model before fine-tuning, alpha 1 the model after it. The chosen alpha has "
+        "the best score on shifted prompts among those that lose at most the tolerance on "
+        "familiar prompts. It was selected on these prompts, so evaluate it on others."
     )
-    return tag("section", tag("h2", "Interpolated weights"), tag("p", said), *map(_merge, stages))
+    return tag("section", tag("h2", "Interpolated weights"), tag("p", intro), *map(_merge, stages))
 
 
 def _merge(stage: StageRecord) -> Markup:
@@ -39,7 +39,7 @@ def _merge(stage: StageRecord) -> Markup:
     ]
     heads: list[object] = ["alpha"]
     for label in SETS.values():
-        heads += [label, f"{label}, against alpha 1"]
+        heads += [label, f"{label}, difference to alpha 1"]
     return tag(
         "div",
         tag("h3", stage.name, tag("small", f"alpha {number(chosen)}")),
@@ -49,7 +49,7 @@ def _merge(stage: StageRecord) -> Markup:
 
 
 def earlier(run: RunRecord) -> Markup | None:
-    """Show the paired differences of the evaluations before the last: what an old task has lost."""
+    """Return the section with paired differences of all evaluate stages before the last one."""
     found: Mapping[str, Any] = run.summary.get("earlier", {})
     parts = [
         tag(
@@ -70,8 +70,9 @@ def earlier(run: RunRecord) -> Markup | None:
 def _differences(evaluation: Mapping[str, Any]) -> list[list[object]]:
     own = evaluation.get("tasks", {}).get(OWN_TASK, {})
     return [
-        [f"{model} - {own['baseline']}: {metric}", triple(told["difference"])]
+        [f"{model} - {own['baseline']}: {metric}", triple(contrast["difference"])]
         for model, row in own.get("contrasts", {}).items()
-        for metric, told in row.items()
-        if told["null"] == 0.0
+        for metric, contrast in row.items()
+        # Win rates are compared with 1/2, so they are not differences between two models.
+        if contrast["null"] == 0.0
     ]

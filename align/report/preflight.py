@@ -1,4 +1,4 @@
-"""The section of the report on what was checked before each stage took its first step."""
+"""The preflight section: the checks that ran before each stage's first step."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ CLASSES = {"ok": "ok", "fail": "bad"}
 
 
 def preflight(run: RunRecord) -> Markup | None:
-    """Show the card of every stage that kept one; cards with something to say stand open."""
+    """Return the section with each stage's preflight card; cards with findings are expanded."""
     cards = [card for s in run.stages if (card := _read(run.directory / s.name / CARD_FILE))]
     if not cards:
         return None
-    said = "What was measured on real rows and the real model before the first step of each stage."
-    return tag("section", tag("h2", "Preflight"), tag("p", said), *(_card(c) for c in cards))
+    intro = "Measured on the stage's own rows and model before its first step."
+    return tag("section", tag("h2", "Preflight"), tag("p", intro), *(_card(c) for c in cards))
 
 
 def _read(path: Path) -> Card | None:
     try:
         return read_card(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a stage without a card, or one that another version wrote
+        return None  # The stage has no card, or another version of align wrote it.
 
 
 def _card(card: Card) -> Markup:
@@ -38,8 +38,8 @@ def _card(card: Card) -> Markup:
         ]
         for line in card.lines
     ]
-    calm = all(line.verdict == "ok" for line in card.lines)
-    heads: list[object] = ["check", "verdict", "measured", "bound", "what to do", "took"]
+    passed = all(line.verdict == "ok" for line in card.lines)
+    heads: list[object] = ["check", "verdict", "measured", "bound", "what to do", "time"]
     return tag(
-        "details", tag("summary", title(card)), table(heads, rows), open=None if calm else "open"
+        "details", tag("summary", title(card)), table(heads, rows), open=None if passed else "open"
     )

@@ -1,4 +1,4 @@
-"""Read a run folder as far as it has come: what is there, what is missing, what is damaged."""
+"""Read a run folder in any state: finished, unfinished or damaged."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """Hold what one stage has left in its folder.
+    """The files of one stage's folder.
 
-    ``status`` is ``done``, ``changed`` (done with another specification than the newest recipe
-    has), ``unfinished`` or ``not started``.
+    ``status`` is ``done``, ``changed`` (finished with a configuration that differs from the newest
+    recipe), ``unfinished`` or ``not started``.
     """
 
     name: str
@@ -33,7 +33,7 @@ class StageRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Give the wall time: of the finished stage, else of what is logged so far."""
+        """Return the wall time of the finished stage, else the time logged so far."""
         if "seconds" in self.manifest:
             return self.manifest["seconds"]
         return self.metrics[-1].get("time_s") if self.metrics else None
@@ -41,7 +41,7 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Hold a run: its recipe, its stages in recipe order, its summary and what is wrong with it."""
+    """A run: its recipe, stages in recipe order, summary, and problems found while reading."""
 
     directory: Path
     recipe: Recipe
@@ -51,29 +51,32 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run folder without verifying hashes; a half-finished run is read as far as it is.
+    """Return the record of a run folder; an unfinished run is read as far as it exists.
+
+    Hashes are not verified: a report must also be possible for a damaged run.
 
     Raises:
-        ArtefactError: there is no stage in the folder.
+        ArtefactError: the folder contains no stage.
     """
     problems: list[str] = []
     recipe = _newest_recipe(run_dir)
-    stages = [_read_stage(run_dir, recipe, name, problems) for name in recipe.stages]
+    stages = [_read_stage(run_dir, recipe, name, problems=problems) for name in recipe.stages]
     summary = _read_summary(run_dir, recipe, problems)
     return RunRecord(run_dir, recipe, stages, summary, problems)
 
 
 def _newest_recipe(run_dir: Path) -> Recipe:
+    # Each stage wrote the recipe that it ran; the run may have continued with an edited one.
     found = sorted(run_dir.glob(f"*/{RECIPE_FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ArtefactError(
-            f"{run_dir}: no stage found (no */recipe.yaml); expected a run folder such as "
-            "runs/<recipe name>; start one with 'align run RECIPE'"
+            f"{run_dir}: no stage found (no */recipe.yaml). Expected a run folder such as "
+            "runs/<recipe name>. Start a run with 'align run RECIPE'"
         )
     return read_resolved(found[-1])
 
 
-def _read_stage(run_dir: Path, recipe: Recipe, name: str, problems: list[str]) -> StageRecord:
+def _read_stage(run_dir: Path, recipe: Recipe, name: str, *, problems: list[str]) -> StageRecord:
     spec = recipe.stages[name]
     folder = run_dir / name
     manifest = read_object(folder / MANIFEST, problems)
@@ -102,7 +105,12 @@ def own_models(summary: Row) -> Row:
 
 
 def read_object(path: Path, problems: list[str]) -> Row:
-    """Read a JSON object; a file that is not there is an empty one, and ``problems`` is told."""
+    """Return a file's JSON object; a missing or invalid file counts as empty.
+
+    Args:
+        path: the file.
+        problems: an invalid file appends a line here; a missing one does not.
+    """
     if not path.is_file():
         return {}
     try:
@@ -117,11 +125,11 @@ def read_object(path: Path, problems: list[str]) -> Row:
 
 
 def read_lines(path: Path, problems: list[str]) -> list[Row]:
-    """Read a jsonl file of objects; a half-written last line belongs to a run that goes on.
+    """Return the objects of a jsonl file.
 
     Args:
-        path: the file; one that is not there has no lines.
-        problems: is told of every other line that is no object.
+        path: the file; a missing file has no lines.
+        problems: every line that is not an object appends a line here.
     """
     if not path.is_file():
         return []
@@ -130,6 +138,7 @@ def read_lines(path: Path, problems: list[str]) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
+            # Without a line break it is the last line of a run that is still writing.
             if line.endswith(b"\n"):
                 problems.append(f"{_short(path)}:{i}: not valid JSON ({error})")
             continue

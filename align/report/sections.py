@@ -1,4 +1,4 @@
-"""The sections of the report, each a pure function of what was read."""
+"""General sections of the report, each a pure function of the run's record."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,7 @@ from align.report.markup import Markup, duration, join, number, table, tag, trip
 from align.report.read import Row, RunRecord, StageRecord
 
 FIXED = frozenset({"step", "time_s", "total_steps"})
+# Panels that are shown first, in this order; the others are folded.
 FRONT = (
     "loss",
     "accuracy",
@@ -25,7 +26,7 @@ NUM_FRONT = 6
 
 
 def missing(run: RunRecord) -> Markup | None:
-    """Say what an unfinished or damaged run lacks; None for a complete one."""
+    """Return a note on what an unfinished or damaged run lacks; None for a complete run."""
     lines = [_lack(stage) for stage in run.stages if stage.status != "done"]
     if not run.summary and any(stage.kind == "evaluate" for stage in run.stages):
         lines.append("No summary.json yet: the comparison needs a finished evaluate stage.")
@@ -37,7 +38,7 @@ def missing(run: RunRecord) -> Markup | None:
 
 def _lack(stage: StageRecord) -> str:
     if stage.status == "changed":
-        return f"{stage.name}: finished with another specification than the newest recipe has."
+        return f"{stage.name}: finished, but its configuration differs from the newest recipe."
     if stage.status == "not started":
         return f"{stage.name}: not started."
     if not stage.metrics:
@@ -51,7 +52,7 @@ def _list(lines: Iterable[object]) -> Markup:
 
 
 def reward_models(run: RunRecord) -> Markup | None:
-    """Show what each reward model scores on held-out pairs; None where none was measured."""
+    """Return the section with reward models' held-out accuracy; None if none was measured."""
     found: Mapping[str, Row] = run.summary.get("reward_models", {})
     if not found:
         return None
@@ -64,7 +65,7 @@ def reward_models(run: RunRecord) -> Markup | None:
 
 
 def expectations(run: RunRecord) -> Markup | None:
-    """Say which of the recipe's stated bands hold."""
+    """Return the section that checks each expected range of the recipe; None without any."""
     found = run.summary.get("expectations", [])
     if not found:
         return None
@@ -77,6 +78,7 @@ def expectations(run: RunRecord) -> Markup | None:
         holds = line["holds"]
         verdict = tag("span", "✓ holds" if holds else "✗ fails", class_="ok" if holds else "bad")
         rows.append([line["key"], band, number(line["value"]), verdict, line.get("problem", "")])
+    # The last column is for problems such as a missing number; it is dropped if empty.
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     held = sum(line["holds"] for line in found)
@@ -88,7 +90,7 @@ def expectations(run: RunRecord) -> Markup | None:
 
 
 def curves(run: RunRecord) -> Markup | None:
-    """Draw the metrics of every stage that logged any."""
+    """Return the section with the metric curves of every stage that logged metrics."""
     stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]
     if not stages:
         return None
@@ -97,6 +99,7 @@ def curves(run: RunRecord) -> Markup | None:
 
 
 def _stage_curves(stage: StageRecord, bands: Mapping[str, Band]) -> Markup:
+    # Choose the panels to show: those of FRONT, or any three if the stage has none of them.
     panels = panels_of(stage.metrics)
     order = sorted(panels, key=_rank)
     num_front = sum(_rank(title) < len(FRONT) for title in order)
@@ -121,7 +124,7 @@ def _stage_curves(stage: StageRecord, bands: Mapping[str, Band]) -> Markup:
 
 
 def _band(bands: Mapping[str, Band], lines: Sequence[tuple[str, Points]]) -> Band | None:
-    """Find the band that the recipe expects of one of a panel's metrics."""
+    """Return the range that the recipe expects of one of the panel's metrics, if any."""
     names = [
         name
         for label, _ in lines
@@ -136,7 +139,7 @@ def _rank(title: str) -> int:
 
 
 def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
-    """Sort the numbers of metrics.jsonl into panels: train/x and eval/x share the panel x."""
+    """Return the curves of metrics.jsonl by panel; train/x and eval/x share the panel x."""
     panels: dict[str, dict[str, Points]] = {}
     for row in metrics:
         for name, value in row.items():
@@ -150,17 +153,18 @@ def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
 
 
 def cost(run: RunRecord) -> Markup:
-    """Say what each stage took: time, memory, speed."""
+    """Return the section with each stage's wall time, peak memory and speed."""
     known = run.summary.get("stages", {})
     rows: list[list[object]] = []
     for stage in run.stages:
-        told = {**known.get(stage.name, {})}
+        # The stage's own files come first; the summary fills in what they lack.
+        summary = {**known.get(stage.name, {})}
         speeds = [row["tokens/per_s"] for row in stage.metrics if row.get("tokens/per_s")]
-        speed = told.get("tokens_per_s") or (sum(speeds) / len(speeds) if speeds else None)
-        peak = stage.manifest.get("peak_rss_gib", told.get("peak_rss_gib"))
+        speed = summary.get("tokens_per_s") or (sum(speeds) / len(speeds) if speeds else None)
+        peak = stage.manifest.get("peak_rss_gib", summary.get("peak_rss_gib"))
         steps = stage.metrics[-1].get("step") if stage.metrics else None
         ranks = stage.manifest.get("ranks", run.recipe.stages[stage.name].ranks)
-        seconds = duration(stage.seconds if stage.seconds is not None else told.get("seconds"))
+        seconds = duration(stage.seconds if stage.seconds is not None else summary.get("seconds"))
         rows.append(
             [stage.name, stage.kind, ranks, number(steps), seconds, number(peak), number(speed)]
         )
@@ -179,7 +183,7 @@ def cost(run: RunRecord) -> Markup:
 
 
 def reproduce(run: RunRecord) -> Markup:
-    """Say how to get the same numbers: command, seed, versions, data hashes, recipe."""
+    """Return the section needed to reproduce the run: command, seed, versions, data, recipe."""
     manifests = [stage.manifest for stage in run.stages if stage.manifest]
     versions: dict[str, str] = {}
     for manifest in manifests:
@@ -206,8 +210,8 @@ def reproduce(run: RunRecord) -> Markup:
         tag("h2", "How to reproduce"),
         tag(
             "p",
-            f"Save the recipe below as {run.recipe.name}.yaml and run the command; on CPU the "
-            "same seed and versions give the same weights, byte for byte.",
+            f"Save the recipe below as {run.recipe.name}.yaml and run the command. On CPU, the "
+            "same seed and versions give bit-identical weights.",
         ),
         table(["", ""], facts, class_="facts"),
         _data_table(data) if data else None,

@@ -1,4 +1,4 @@
-"""Terminal tables of an evaluation: values, intervals, verdicts, win rates, reward models."""
+"""Terminal output of an evaluation: values, intervals, verdicts, win rates, reward models."""
 
 from collections.abc import Iterator, Mapping
 from math import ceil
@@ -14,14 +14,15 @@ Block = Mapping[str, Any]
 
 
 def task_tables(summary: Block) -> Iterator[Table]:
-    """Yield a table for each task, its win rates of every pair, and one of the reward models.
+    """Yield one table per task, its pairwise win rates, and a table of the reward models.
 
-    Models stand side by side with the interval under each value, so that five of them fit into a
-    terminal of 80 columns.
+    Each model is a column with the interval below the value, so that five models fit into 80
+    columns.
     """
     for name, block in summary.get("tasks", {}).items():
         title = "held-out prompts" if name == OWN_TASK else name
         yield _values(title, block)
+        # With two models the matrix repeats the win rate of the first table.
         if len(block.get("win_matrix", {})) > 2:
             yield _matrix(title, block["win_matrix"])
     if rows := summary.get("reward_models"):
@@ -41,8 +42,8 @@ def _table(*names: str, title: str) -> Table:
 
 def _values(name: str, block: Block) -> Table:
     models = block["models"]
-    answers = f" x {block['samples']} answers" if block["samples"] > 1 else ""
-    title = f"{name}: {block['prompts']} prompts{answers}, against {block['baseline']}"
+    answers = f" x {block['samples']} responses" if block["samples"] > 1 else ""
+    title = f"{name}: {block['prompts']} prompts{answers}, baseline {block['baseline']}"
     table = _table(*models, title=title)
     for metric in block["metrics"]:
         cells = []
@@ -59,12 +60,12 @@ def _values(name: str, block: Block) -> Table:
 
 
 def _title(metric: str) -> str:
-    unit = {"kl": "nats/answer", "length": "tokens"}.get(metric)
+    unit = {"kl": "nats/response", "length": "tokens"}.get(metric)
     return metric.replace("_", " ") + (f"\n[dim]{unit}[/]" if unit else "")
 
 
 def stacked(value: Any) -> str:
-    """Write ``[value, low, high]`` in two short lines."""
+    """Return ``[value, low, high]`` as rich markup on two short lines, or a dash for no value."""
     if not isinstance(value, list) or value[0] is None:
         return "-"
     middle, low, high = (None if v is None else _short(v) for v in value)
@@ -76,31 +77,35 @@ def _short(value: float) -> str:
 
 
 def _matrix(name: str, matrix: Mapping[str, Block]) -> Table:
-    table = Table("wins of \\ against", *matrix, title=f"{name}: win rates", box=SIMPLE_HEAD)
+    table = Table("win rate of \\ over", *matrix, title=f"{name}: win rates", box=SIMPLE_HEAD)
     for model, row in matrix.items():
         table.add_row(model, *(stacked(row[other]) if other in row else "" for other in matrix))
     return table
 
 
 def verdict_lines(summary: Block) -> Iterator[str]:
-    """Say the verdict on each checkpoint by each task's first metric, and what it would take."""
+    """Yield each checkpoint's verdict by each task's first metric.
+
+    A line without a significant difference ends in the number of prompts that would show one.
+    """
     for name, block in summary.get("tasks", {}).items():
         metric = block["metrics"][0]
         for model, contrasts in block["contrasts"].items():
             found = contrasts[metric]
-            told = found.get("verdict", "no direction")
-            line = f"{name}: {model} {told} than {block['baseline']} by {metric}"
-            if told == "not shown":
+            verdict = found.get("verdict", "no direction")
+            line = f"{name}: {model} {verdict} than {block['baseline']} by {metric}"
+            if verdict == "not shown":
                 line = f"{name}: {model} not shown to differ from {block['baseline']} by {metric}"
                 if needed := found.get("needed"):
-                    line += f"; a difference like this one takes about {needed:,} prompts"
+                    line += f"; about {needed:,} prompts would detect a difference of this size"
             yield line
 
 
 def detect_lines(summary: Block, difference: float) -> Iterator[str]:
-    """Say how many prompts show a difference of this size with probability 0.8."""
+    """Yield the number of prompts that detect a difference of this size with 80 % power."""
     for name, block in summary.get("tasks", {}).items():
         metric = block["metrics"][0]
+        # The minimum detectable effect falls with 1 / sqrt(prompts).
         needed = {
             model: max(2, ceil(found["prompts"] * (found["detectable"] / difference) ** 2))
             for model, contrasts in block["contrasts"].items()
@@ -108,18 +113,18 @@ def detect_lines(summary: Block, difference: float) -> Iterator[str]:
         }
         if needed:
             counts = ", ".join(f"{model} {count:,}" for model, count in needed.items())
-            yield f"{name}: prompts to see {difference:g} of {metric}: {counts}"
+            yield f"{name}: prompts to detect a difference of {difference:g} in {metric}: {counts}"
 
 
 def judge_lines(summary: Block) -> Iterator[str]:
-    """Say what the judge behind an endpoint was asked and what it cost."""
+    """Yield a line on the requests and cost of each task's endpoint judge."""
     for name, block in summary.get("tasks", {}).items():
         if judge := block.get("judge"):
             yield f"{name}: {judge_text(judge)}"
 
 
 def judge_text(judge: Block) -> str:
-    """Write a judge's cost in one line."""
+    """Return a judge's requests, invalid verdicts, tokens, cost and time in one line."""
     reasons = [f"{n} {reason}" for reason, n in judge["invalid"].items()]
     invalid = sum(judge["invalid"].values())
     return (
@@ -132,18 +137,18 @@ def judge_text(judge: Block) -> str:
 
 
 CALIBRATED = {
-    "agreement": "agrees with people (ties half)",
-    "decided_agreement": "agrees where both orders do",
+    "agreement": "agreement with people (ties half)",
+    "decided_agreement": "agreement if both orders agree",
     "kappa": "Cohen's kappa",
-    "first_share": "prefers the first answer (0.5 is none)",
+    "first_share": "prefers the first response (0.5: no bias)",
     "consistent": "same verdict in both orders",
-    "longer_share": "prefers the longer answer",
-    "human_longer_share": "people prefer the longer answer",
+    "longer_share": "prefers the longer response",
+    "human_longer_share": "people prefer the longer response",
 }
 
 
 def calibration_lines(found: Block) -> Iterator[str]:
-    """Show a judge's calibration, a line each."""
+    """Yield the lines of a judge's calibration, each value with its 95 % interval."""
     yield f"{found['pairs']} pairs ordered by people, {found['invalid']} without a valid verdict"
     for key, words in CALIBRATED.items():
         value, low, high = found[key]

@@ -1,4 +1,4 @@
-"""Checkpoints by task: values with intervals and verdicts, differences, win rates of every pair."""
+"""The comparison section: values, intervals, verdicts and pairwise win rates of each task."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +8,12 @@ from align.report.markup import Markup, even, join, number, table, tag, triple
 from align.report.read import RunRecord
 
 Block = Mapping[str, Any]
-UNITS = {"kl": "nats per answer", "length": "tokens"}
+UNITS = {"kl": "nats per response", "length": "tokens"}
 CLASSES = {"better": "ok", "worse": "bad"}
 
 
 def tasks(run: RunRecord) -> Markup | None:
-    """Show every evaluation task of the run, its own prompts first; None without a task."""
+    """Return the section with every evaluation task, the run's own prompts first."""
     blocks: Mapping[str, Block] = run.summary.get("tasks", {})
     if not blocks:
         return None
@@ -36,8 +36,8 @@ def tasks(run: RunRecord) -> Markup | None:
 
 def _task(name: str, block: Block) -> Markup:
     models = block["models"]
-    many = f", {block['samples']} answers each" if block["samples"] > 1 else ""
-    facts = f"{block['prompts']} prompts{many}; against {block['baseline']}"
+    many = f", {block['samples']} responses each" if block["samples"] > 1 else ""
+    facts = f"{block['prompts']} prompts{many}; baseline {block['baseline']}"
     title = "the run's own prompts" if name == OWN_TASK else name
     rows: list[list[object]] = [
         [_title(metric), *(_cell(block, model, metric) for model in models)]
@@ -65,19 +65,19 @@ def _title(metric: str) -> str:
 
 def _cell(block: Block, model: str, metric: str) -> Markup | str:
     verdict = block["contrasts"].get(model, {}).get(metric, {}).get("verdict")
-    said = tag("small", verdict, class_=CLASSES.get(verdict)) if verdict else None
+    shown = tag("small", verdict, class_=CLASSES.get(verdict)) if verdict else None
     invalid = block.get("invalid", {}).get(model, {}).get(metric)
-    left_out = tag("small", f"{invalid} responses left out") if invalid else None
-    return triple(block["models"][model].get(metric), said, left_out)
+    left_out = tag("small", f"{invalid} responses excluded") if invalid else None
+    return triple(block["models"][model].get(metric), shown, left_out)
 
 
 def _differences(block: Block) -> Markup | None:
-    """Show the paired difference of every metric, and the pairs that the judge decided."""
+    """Return the paired difference of every metric and the judge's win, tie and loss counts."""
     rows: list[list[object]] = [
-        [f"{model}: {_title(metric)}", triple(told["difference"])]
+        [f"{model}: {_title(metric)}", triple(contrast["difference"])]
         for model, row in block["contrasts"].items()
-        for metric, told in row.items()
-        if told["difference"][0] is not None
+        for metric, contrast in row.items()
+        if contrast["difference"][0] is not None
     ]
     if not rows:
         return None
@@ -85,20 +85,20 @@ def _differences(block: Block) -> Markup | None:
         tag(
             "li",
             f"{model}: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses",
-            f", {c['invalid']} pairs left out as invalid" if c.get("invalid") else None,
+            f", {c['invalid']} pairs excluded as invalid" if c.get("invalid") else None,
         )
         for model, c in block.get("comparisons", {}).items()
     ]
     return tag(
         "details",
-        tag("summary", f"Paired differences to {block['baseline']}, and judged pairs"),
+        tag("summary", f"Paired differences to {block['baseline']} and judged pairs"),
         table(["model: metric", "difference"], rows, class_="numbers"),
         tag("ul", *counts) if counts else None,
     )
 
 
 def _needed(block: Block) -> Markup | None:
-    """Say what the prompts at hand can show, by the first metric."""
+    """Return the statistical power of the comparison by the task's first metric."""
     metric = block["metrics"][0]
     found = {
         model: row[metric]
@@ -108,19 +108,19 @@ def _needed(block: Block) -> Markup | None:
     rows: list[list[object]] = [
         [
             model,
-            triple(told["difference"]),
-            number(told["detectable"]),
-            number(told.get("needed")) if told.get("verdict") == "not shown" else "-",
+            triple(contrast["difference"]),
+            number(contrast["detectable"]),
+            number(contrast.get("needed")) if contrast.get("verdict") == "not shown" else "-",
         ]
-        for model, told in found.items()
+        for model, contrast in found.items()
     ]
     if not rows:
         return None
     heads = [
         f"{_title(metric)} against {block['baseline']}",
         "difference",
-        "smallest one shown in 4 of 5",
-        "prompts to show this one in 4 of 5",
+        "minimum detectable effect (80 % power)",
+        "prompts to detect the measured difference (80 % power)",
     ]
     return tag("details", tag("summary", "Prompts needed"), table(heads, rows, class_="numbers"))
 
@@ -132,7 +132,7 @@ def _matrix(matrix: Mapping[str, Block]) -> Markup | None:
         [model, *(_won(row.get(other)) for other in matrix)] for model, row in matrix.items()
     ]
     return join(
-        tag("p", "How often the model of the row beats the one of the column, ties half:"),
+        tag("p", "Win rate of the row model over the column model; a tie counts half:"),
         table(["", *matrix], rows, class_="numbers matrix"),
     )
 
@@ -140,9 +140,9 @@ def _matrix(matrix: Mapping[str, Block]) -> Markup | None:
 def _won(triple: Any) -> Markup | str:
     if not triple or triple[0] is None:
         return ""
-    # The colour says how far from even; the number stands beside it.
-    share = round(100 * triple[0])
-    mix = f"background: color-mix(in srgb, var(--one) {share // 2}%, transparent)"
+    # At most 50 % color, so that the number stays readable on the darkest cell.
+    percent = round(100 * triple[0])
+    mix = f"background: color-mix(in srgb, var(--one) {percent // 2}%, transparent)"
     spread = (
         tag("small", f"[{even(triple[1])}, {even(triple[2])}]") if triple[1] is not None else None
     )
@@ -157,7 +157,7 @@ def _judge(judge: Block | None) -> Markup | None:
         ["model", judge["model"]],
         ["pairs judged", f"{judge['pairs_judged']} of {judge['pairs']}, in both orders"],
         ["invalid verdicts", invalid],
-        ["prefers the first answer", triple(judge["first_share"])],
+        ["prefers the first response", triple(judge["first_share"])],
         ["same verdict in both orders", triple(judge["consistent"])],
         ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
         [

@@ -1,4 +1,4 @@
-"""The section on over-optimisation: training score and gold score against the distance moved."""
+"""The over-optimization section: training score and gold score against the KL distance."""
 
 import math
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ NAMES = {"proxy": "training score", "gold": "gold score"}
 
 
 def watching(run: RunRecord) -> Markup | None:
-    """Show what held-out evaluations said of each online stage that was watched."""
+    """Return the section with the held-out evaluations during each online stage's training."""
     blocks = [block for stage in run.stages if (block := _stage(run.directory, stage))]
     if not blocks:
         return None
-    said = (
-        "The same held-out prompts, answered while training. The training score is what the policy "
-        "is optimised for; the gold score is never trained on. d is the square root of the KL to "
-        "the reference in nats per answer; the fit is d (alpha - beta log d), arXiv:2210.10760. "
-        "A gold score that falls while the training score rises is over-optimisation."
+    intro = (
+        "Scores on the same held-out prompts during training. The policy is optimized for the "
+        "training score; the gold score is never trained on. d is the square root of the KL to "
+        "the reference in nats per response; the fit is d (alpha - beta log d), arXiv:2210.10760. "
+        "A gold score that falls while the training score rises indicates over-optimization."
     )
-    return tag("section", tag("h2", "Over-optimisation"), tag("p", said), *blocks)
+    return tag("section", tag("h2", "Over-optimization"), tag("p", intro), *blocks)
 
 
 def _stage(folder: Path, stage: StageRecord) -> Markup | None:
@@ -46,6 +46,7 @@ def _stage(folder: Path, stage: StageRecord) -> Markup | None:
 
 def _chart(rows: list[Row], name: str) -> Markup:
     known = [row for row in rows if row["intervals"][name][0] is not None]
+    # The KL is noisy and may fall between evaluations; a curve over d needs sorted points.
     known.sort(key=_distance)
     triples = [row["intervals"][name] for row in known]
     measured = Series(
@@ -64,6 +65,7 @@ def _chart(rows: list[Row], name: str) -> Markup:
 
 
 def _distance(row: Mapping[str, Any]) -> float:
+    # An estimate of a KL near zero can be negative.
     return math.sqrt(max(0.0, row["kl"]))
 
 
@@ -74,13 +76,14 @@ def _curve(fit: Mapping[str, Any], start: float, far: float) -> list[tuple[float
 
 
 def _outcome(stage: StageRecord, rows: list[Row]) -> str:
-    told = stage.manifest.get("watch", {})
-    best = told.get("best_step", rows[-1].get("best_step"))
+    outcome = stage.manifest.get("watch", {})
+    best = outcome.get("best_step", rows[-1].get("best_step"))
     parts = [f"best gold score at step {best}"]
-    if told.get("stopped_by"):
-        parts.append(f"stopped by the guard at step {told.get('last_step')}: {told.get('reason')}")
-    if "restored_step" in told:
-        parts.append(f"weights of step {told['restored_step']} kept")
+    if outcome.get("stopped_by"):
+        last, reason = outcome.get("last_step"), outcome.get("reason")
+        parts.append(f"stopped by the guard at step {last}: {reason}")
+    if "restored_step" in outcome:
+        parts.append(f"weights of step {outcome['restored_step']} kept")
     return "; ".join(parts)
 
 
@@ -91,7 +94,7 @@ def _alarms(rows: list[Row]) -> Markup | None:
         for alarm in row.get("alarms", [])
     ]
     if not found:
-        return tag("p", "No alarm.", class_="quiet")
-    heads: list[object] = ["", "alarm", "seen", "what to do"]
+        return tag("p", "No alarms.", class_="quiet")
+    heads: list[object] = ["", "alarm", "observed", "what to do"]
     label = f"{number(len(found))} alarms"
     return tag("details", tag("summary", label), table(heads, found), open="open")

@@ -160,7 +160,7 @@ def test_tables_and_lines_show_the_block():
     for table in task_tables(summary):
         console.print(table)
     shown = console.export_text()
-    assert "quiz: 30 prompts, against sft" in shown
+    assert "quiz: 30 prompts, baseline sft" in shown
     assert "better" in shown
     assert list(verdict_lines(summary)) == [
         "quiz: dpo better than sft by em",
@@ -170,7 +170,7 @@ def test_tables_and_lines_show_the_block():
     block = block_of(half, ["em"])
     (line,) = detect_lines({"tasks": {"quiz": block}}, 0.1)
     # Differences 0, 0, -1, 1 in turn: variance 8 / 15; (2.8016^2) * 8 / 15 / 0.01 = 418.6.
-    assert line == "quiz: prompts to see 0.1 of em: dpo 419"
+    assert line == "quiz: prompts to detect a difference of 0.1 in em: dpo 419"
 
 
 def test_report_shows_values_verdicts_and_the_matrix():
@@ -186,6 +186,6 @@ def test_report_shows_values_verdicts_and_the_matrix():
     assert html.count("not shown</small>") == 2  # p<o by both metrics
     assert "p&lt;o" in html
     assert "p<o" not in html
-    assert "beats the one of the column" in html
+    assert "over the column model" in html
     run.summary = {}
     assert tasks(run) is None

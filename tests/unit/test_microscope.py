@@ -58,7 +58,7 @@ def test_the_report_shows_rows_token_by_token_and_stays_small(tmp_path: Path) ->
     before = len(build_report(run).read_bytes())
     (run / "sft" / TOKENS_FILE).write_text(json.dumps([plain(view)]))
     html = build_report(run).read_text()
-    section = html.partition("<h2>What is trained, token by token</h2>")[2]
+    section = html.partition("<h2>Token view</h2>")[2]
     section = section.partition("</section>")[0]
     assert "rows.jsonl:3 row" in section
     shown = section.partition("<pre>")[2].partition("</pre>")[0]

@@ -142,7 +142,7 @@ def test_summary_shows_intervals_and_expectations():
         "0.40..0.60",
         "0.90",
         "0.85..0.95",
-        "held-out prompts: 40 prompts, against sft",
+        "held-out prompts: 40 prompts, baseline sft",
         "better",
         "2 invalid",
         "heldout: dpo better than sft by exact_match",

@@ -300,8 +300,8 @@ def test_report_table_holds_numbers_and_intervals_of_summary(page: Page) -> None
         "[12.45, 14.05]",
         "[0.881, 0.941]",
         "120 wins, 40 ties, 37 losses",
-        "3 pairs left out as invalid",
-        "3 responses left out",
+        "3 pairs excluded as invalid",
+        "3 responses excluded",
     ):
         assert text in page.text, text
 
@@ -386,7 +386,7 @@ def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:
     newest = max(p.stat().st_mtime for p in tmp_path.glob("*/recipe.yaml"))
     os.utime(path, (newest + 5, newest + 5))
     page = Page(build_report(tmp_path))
-    assert "dpo: finished with another specification" in page.text
+    assert "dpo: finished, but its configuration differs" in page.text
     assert "sft: finished" not in page.text
 
 

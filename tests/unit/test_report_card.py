@@ -55,7 +55,7 @@ def test_card_shows_its_numbers_and_three_pictures(tmp_path: Path):
     assert len(pictures) == 3
     for svg in pictures:
         words = [t.text for t in svg.findall(".//text")]
-        assert "accuracy" in words or "gold" in words
+        assert "accuracy" in words or "gold score" in words
 
 
 def test_run_without_reward_models_has_no_section(tmp_path: Path):

@@ -85,7 +85,7 @@ def test_words_that_the_baseline_does_not_say_are_marked_and_nothing_else():
 
 def test_over_optimisation_is_drawn_with_its_fit_and_alarms(run):
     html = build_report(run).read_text()
-    section = html.partition("<h2>Over-optimisation</h2>")[2].partition("</section>")[0]
+    section = html.partition("<h2>Over-optimization</h2>")[2].partition("</section>")[0]
     for text in (
         "training score",
         "gold score",
@@ -102,7 +102,7 @@ def test_over_optimisation_is_drawn_with_its_fit_and_alarms(run):
 def test_made_data_and_bands_are_shown(run):
     html = build_report(run).read_text()
     ledger = html.partition("<h2>Data ledger</h2>")[2].partition("</section>")[0]
-    assert "9 left out" in ledger
+    assert "9 dropped" in ledger
     assert re.search(r"too &lt;short&gt;</th><td>6<", ledger)
     assert html.count('class="band"') == 1
 
@@ -171,5 +171,5 @@ def test_chromium_shows_the_page_without_a_request_or_an_error(run, tmp_path, wi
         timeout=120,
         check=True,
     ).stdout
-    assert "Over-optimisation" in dumped
+    assert "Over-optimization" in dumped
     assert "<script" not in dumped

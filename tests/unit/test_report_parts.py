@@ -126,9 +126,9 @@ def test_classifiers_show_the_matrix_and_the_surest_mistakes(tmp_path: Path) -> 
         "1,234",
         "0.750",
         "0.667",
-        "taken as &lt;a&gt;",
+        "predicted &lt;a&gt;",
         "--one) 52%",
-        "2 of 3 rows are wrong",
+        "2 of 3 rows are misclassified",
     ):
         assert part in page, part
     assert "x:3" not in page
