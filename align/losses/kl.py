@@ -1,4 +1,4 @@
-"""Per-token estimates of the KL divergence to the reference, and what its coefficient does."""
+"""Per-token KL estimates against the reference policy, and controllers of the KL coefficient."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 import math
@@ -60,38 +60,39 @@ def corrected_kl(
         One estimate per token, with the gradient of ``logprobs``.
 
     Reference:
-        arXiv:2512.02556 section 3.1. Deviation: the log-ratio is held within +-20 nats.
+        arXiv:2512.02556 section 3.1. Deviation: the log-ratio is clamped to +-20 nats.
     """
     ratio = (logprobs - old_logprobs.detach()).clamp(-20.0, 20.0).exp()
+    # The ratio keeps its gradient: the expected gradient is wrong without it.
     return ratio * kl_estimate(logprobs, ref_logprobs, "k3")
 
 
 class FixedKL:
-    """Hold a KL coefficient that stays as it is."""
+    """KL coefficient that never changes."""
 
     def __init__(self, coef: float) -> None:
         self.coef = coef
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Leave the coefficient alone."""
+        """Do nothing; the coefficient is constant."""
 
     def state_dict(self) -> dict[str, float]:
-        """Give what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take the coefficient of a checkpoint."""
+        """Restore the coefficient from a checkpoint."""
         self.coef = float(state["coef"])
 
 
 class AdaptiveKL:
-    """Steer the KL coefficient so that the measured KL comes to a target.
+    """KL coefficient that is adjusted until the measured KL reaches a target.
 
     coef <- coef * (1 + clip(KL / target - 1, -0.2, 0.2) * num_samples / horizon)
 
     Args:
         coef: starting coefficient, > 0.
-        target: KL to aim at, in nats, in the unit of what `update` is given.
+        target: KL to aim at, in the unit of the KL passed to `update` (nats).
         horizon: samples over which the coefficient can change by up to 20 %.
 
     Reference:
@@ -104,23 +105,23 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Move the coefficient after measuring ``kl`` (global mean) on ``num_samples`` answers.
+        """Adjust the coefficient to a KL of ``kl`` (global mean) over ``num_samples`` responses.
 
         Raises:
             TrainingError: the KL is not finite.
         """
         if not math.isfinite(kl):
             raise TrainingError(
-                f"adaptive KL controller: measured KL is {kl}, expected a finite number; "
-                "lower the learning rate or raise kl.coef"
+                f"adaptive KL controller: measured KL is {kl}, expected a finite number. "
+                "Lower the learning rate or raise kl.coef"
             )
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(num_samples / self.horizon, 1.0)
 
     def state_dict(self) -> dict[str, float]:
-        """Give what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take the coefficient of a checkpoint; target and horizon come from the recipe."""
+        """Restore the coefficient; target and horizon come from the recipe."""
         self.coef = float(state["coef"])

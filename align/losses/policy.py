@@ -1,4 +1,4 @@
-"""The policy losses of the online methods, and the correction for the sampler's distribution."""
+"""Policy losses of the online methods, and importance weights for the sampler's distribution."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """Hold the policy loss before any reduction.
+    """Policy loss of each token, before any reduction.
 
     Attributes:
         loss: loss of each token, 0 where the mask is False.
         ratio: current over old probability, detached, 1 where the mask is False.
-        clipped: True where a bound holds: the token then has no gradient (cispo: a smaller one).
+        clipped: True where a bound is active: the token has no gradient (cispo: a smaller one).
     """
 
     loss: Float[Tensor, "*S"]
@@ -31,9 +31,9 @@ class PerToken:
 def policy_ratio(
     logprobs: Float[Tensor, "*S"], old_logprobs: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]
 ) -> Float[Tensor, "*S"]:
-    """Give current over old probability of each token, with gradient; 1 where the mask is False.
+    """Return the probability ratio current / old of each token, 1 where the mask is False.
 
-    The log-ratio is held within +-20 nats; beyond that a token has no gradient.
+    The log-ratio is clamped to +-20 nats; beyond that a token has no gradient.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -49,7 +49,7 @@ def clipped_policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> PerToken:
-    """Give the clipped surrogate loss of each token, not reduced.
+    """Return PPO's clipped surrogate loss of each token, not reduced.
 
     -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A); with ``dual_clip`` the loss of a
     token with A < 0 is at most -dual_clip * A.
@@ -57,7 +57,7 @@ def clipped_policy_loss(
     Args:
         logprobs: log-probabilities under the policy being trained.
         old_logprobs: the same tokens under the trainer's policy before the update.
-        advantages: how much better than expected each token was; no gradient flows into them.
+        advantages: advantage of each token; no gradient flows into them.
         mask: True where a token is trained.
         clip_low: how far the ratio may fall below 1, in (0, 1]; 1 sets no lower bound.
         clip_high: how far it may rise above 1.
@@ -68,7 +68,7 @@ def clipped_policy_loss(
 
     Reference:
         arXiv:1707.06347 eq. 7; separate bounds arXiv:2503.14476; dual clip arXiv:1912.09729 eq. 5.
-        Deviation: the log-ratio is held within +-20 nats.
+        Deviation: the log-ratio is clamped to +-20 nats.
     """
     _check_clip(clip_low, clip_high)
     assert dual_clip is None or dual_clip > 1.0, f"dual_clip {dual_clip} must exceed 1"
@@ -93,19 +93,19 @@ def gspo_policy_loss(
     clip_low: float,
     clip_high: float,
 ) -> PerToken:
-    """Give the loss of clipping one ratio per answer, laid on each of the answer's tokens.
+    """Return GSPO's loss, which clips one ratio per response, on each token of the response.
 
-    s = exp(mean over the trained tokens of logprobs - old_logprobs); the loss of an answer is
-    -min(s * A, clip(s, 1 - clip_low, 1 + clip_high) * A). Averaged over tokens, then over answers,
-    it is the paper's.
+    s = exp(mean over the trained tokens of logprobs - old_logprobs); the loss of a response is
+    -min(s * A, clip(s, 1 - clip_low, 1 + clip_high) * A). Averaged over tokens, then over
+    responses, it is the loss of the paper.
 
     Args:
         logprobs: a packed row under the policy being trained.
         old_logprobs: the same under the policy before the update.
-        advantages: the same number on every trained token of an answer.
+        advantages: the same number on every trained token of a response.
         mask: True where a token is trained.
-        segment_ids: which answer, 0 to num_segments - 1, a token belongs to.
-        num_segments: answers in the row.
+        segment_ids: which response, 0 to num_segments - 1, a token belongs to.
+        num_segments: responses in the row.
         clip_low: how far the ratio may fall below 1; about 3e-4, because it is a mean.
         clip_high: how far it may rise above 1.
 
@@ -113,10 +113,11 @@ def gspo_policy_loss(
         Loss, ratio and clip of each token.
 
     Reference:
-        arXiv:2507.18071 eq. 5 and 7. Deviation: the mean log-ratio is held within +-20 nats.
+        arXiv:2507.18071 eq. 5 and 7. Deviation: the mean log-ratio is clamped to +-20 nats.
     """
     _check_clip(clip_low, clip_high)
     advantages = advantages.detach().masked_fill(~mask, 0.0)
+    # One ratio per response, broadcast to its tokens: (S,) -> (N,).
     means = segment_mean(logprobs - old_logprobs, segment_ids, num_segments, mask=mask)
     ratio = means.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[segment_ids]
     objective, clipped = _lower(ratio, advantages, clip_low, clip_high)
@@ -136,16 +137,16 @@ def cispo_policy_loss(
     clip_low: float,
     clip_high: float,
 ) -> PerToken:
-    """Give the REINFORCE loss of each token under a bounded weight: no token loses its gradient.
+    """Return CISPO's loss of each token: REINFORCE with a clipped weight that keeps all gradients.
 
     -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logprobs
 
     Args:
         logprobs: log-probabilities under the policy being trained.
         old_logprobs: the same tokens under the trainer's policy before the update.
-        advantages: how much better than expected each token was.
+        advantages: advantage of each token; no gradient flows into them.
         mask: True where a token is trained.
-        clip_low: how far the weight may fall below 1; the paper bounds it above only, which is 1.
+        clip_low: how far the weight may fall below 1; 1 sets no lower bound, as in the paper.
         clip_high: how far it may rise above 1.
 
     Returns:
@@ -168,7 +169,7 @@ def _check_clip(low: float, high: float) -> None:
 
 
 def _lower(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Give the lesser of the free and the clipped objective, and where the clip holds."""
+    """Return the lower of the unclipped and clipped objectives, and where clipping is active."""
     free = ratio * advantages
     held = ratio.clamp(1.0 - low, 1.0 + high) * advantages
     return torch.minimum(free, held), held < free
@@ -186,7 +187,7 @@ def importance_weights(
     segment_ids: Int[Tensor, " N"] | None = None,
     num_segments: int = 0,
 ) -> Float[Tensor, "*S"]:
-    """Weigh each token by trainer over sampler probability, bounded; without gradient.
+    """Return the bounded importance weight trainer / sampler of each token, without gradient.
 
     Args:
         old_logprobs: log-probabilities under the trainer's policy before the update.
@@ -195,11 +196,11 @@ def importance_weights(
         mode: none gives 1; truncate min(ratio, cap); mask gives the ratio where it lies in
             [floor, cap] and 0 elsewhere.
         cap: bound of the ratio, > 1.
-        floor: lower end of what ``mask`` keeps; None is 1 / cap.
-        level: token; or one ratio for all tokens of an answer: sequence, the product of theirs, or
+        floor: lower bound of the ratio in mode ``mask``; None means 1 / cap.
+        level: token; or one ratio for all tokens of a response: sequence, the product of theirs, or
             geometric, their geometric mean (biased, but its size does not grow with the length).
-        segment_ids: for the last two, the answer that each of the N tokens belongs to.
-        num_segments: answers in the row.
+        segment_ids: for the last two, the response that each of the N tokens belongs to.
+        num_segments: responses in the row.
 
     Returns:
         Factors of the policy loss, 0 where the mask is False.
@@ -207,16 +208,18 @@ def importance_weights(
     Reference:
         truncate: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
         training"; mask: IcePop; sequence and geometric: verl, rollout correction. Deviation: log
-        ratios are held within +-20 nats.
+        ratios are clamped to +-20 nats.
     """
     assert mode in ("none", "truncate", "mask"), f"unknown importance mode {mode!r}"
     assert level in ("token", "sequence", "geometric"), f"unknown importance level {level!r}"
     assert cap > 1.0, f"cap {cap} must exceed 1"
     if mode == "none":
         return mask.to(old_logprobs.dtype)
+    # Masked tokens may carry any log-probability, NaN included; 0 keeps them out of the sums.
     log_ratio = (old_logprobs.detach() - rollout_logprobs.detach()).masked_fill(~mask, 0.0)
     if level != "token":
         assert segment_ids is not None, f"level {level!r} needs segment_ids"
+        # One ratio per response, broadcast to its tokens.
         reduce = segment_sum if level == "sequence" else segment_mean
         flat = reduce(log_ratio.flatten(), segment_ids, num_segments, mask=mask.flatten())
         log_ratio = flat[segment_ids].view_as(log_ratio)

@@ -1,4 +1,4 @@
-"""Losses on pairs of a chosen and a rejected answer, and on single judged answers.
+"""Losses on pairs of a chosen and a rejected response, and on single judged responses.
 
 Bradley-Terry for scorers; DPO, SimPO, ORPO and KTO for policies.
 """
@@ -18,13 +18,13 @@ DPO_KINDS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust")
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """Hold the loss of each pair and the implicit rewards behind it.
+    """Loss of each pair, and the implicit rewards of its two responses.
 
     Attributes:
         loss: one value per pair, not reduced.
-        chosen_rewards: beta * log(policy / reference) of the chosen answer, detached; without a
+        chosen_rewards: beta * log(policy / reference) of the chosen response, detached; without a
             reference beta * mean log-probability.
-        rejected_rewards: the same of the rejected answer.
+        rejected_rewards: the same of the rejected response.
     """
 
     loss: Float[Tensor, " B"]
@@ -33,7 +33,7 @@ class PreferenceLoss:
 
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    """Give the cross-entropy of "chosen wins" against the target 1 - label_smoothing."""
+    """Return the cross-entropy of "chosen wins" against the target 1 - label_smoothing."""
     return -(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
@@ -45,23 +45,23 @@ def bradley_terry_loss(
     center_coef: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " B"]:
-    """Give the Bradley-Terry loss of each pair of scores.
+    """Return the Bradley-Terry loss of each pair of scores.
 
     -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2
 
     Args:
-        chosen: score of the preferred answer.
-        rejected: score of the other answer.
-        margin: score difference that the pair should at least show; None is 0.
-        center_coef: weight of the penalty that holds scores near 0; 0.01 in the paper.
-        label_smoothing: assumed share of swapped labels, in [0, 0.5): the target probability that
-            chosen beats rejected by the margin is 1 minus it.
+        chosen: score of the preferred response.
+        rejected: score of the other response.
+        margin: minimum score difference of the pair; None means 0.
+        center_coef: weight of the penalty that keeps scores near 0; 0.01 in the paper.
+        label_smoothing: assumed fraction of swapped labels, in [0, 0.5): the target probability
+            that chosen beats rejected by the margin is 1 minus it.
 
     Returns:
         One loss per pair, not reduced.
 
     Reference:
-        arXiv:1706.03741 eq. 1; margin arXiv:2307.09288 eq. 2; centring arXiv:2312.09244.
+        arXiv:1706.03741 eq. 1; margin arXiv:2307.09288 eq. 2; centering arXiv:2312.09244.
     """
     assert 0.0 <= label_smoothing < 0.5, f"label_smoothing {label_smoothing} not in [0, 0.5)"
     logits = chosen - rejected if margin is None else chosen - rejected - margin
@@ -91,7 +91,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     kind: str = "sigmoid",
 ) -> PreferenceLoss:
-    """Give the loss of direct preference optimisation for each pair.
+    """Return the loss of direct preference optimization (DPO) for each pair.
 
     With d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected), L+ = -log sigmoid(
     beta d), L- = -log sigmoid(-beta d) and e = label_smoothing:
@@ -99,16 +99,16 @@ def dpo_loss(
     sigmoid_norm the same on means; hinge max(0, 1 - beta d); ipo (d - 1 / (2 beta))^2.
 
     Args:
-        policy_chosen: log-probability of the chosen answer under the policy, in nats: the SUM over
-            its tokens (stop token included) for sigmoid, robust and hinge, the MEAN per token for
-            ipo and sigmoid_norm. The caller chooses; the four arguments must agree. A beta on
+        policy_chosen: log-probability of the chosen response under the policy, in nats: the SUM
+            over its tokens (stop token included) for sigmoid, robust and hinge, the MEAN per token
+            for ipo and sigmoid_norm. The caller chooses; the four arguments must agree. A beta on
             means is not comparable with one on sums.
-        policy_rejected: the same of the rejected answer.
-        ref_chosen: the same of the chosen answer under the reference, without gradient.
-        ref_rejected: the same of the rejected answer.
+        policy_rejected: the same of the rejected response.
+        ref_chosen: the same of the chosen response under the reference, without gradient.
+        ref_rejected: the same of the rejected response.
         beta: strength of the pull to the reference, > 0.
-        label_smoothing: assumed share of swapped labels, in [0, 0.5); must be 0 for hinge and ipo,
-            which have no such term.
+        label_smoothing: assumed fraction of swapped labels, in [0, 0.5); must be 0 for hinge and
+            ipo, which have no such term.
         kind: sigmoid, sigmoid_norm, hinge, ipo or robust.
 
     Returns:
@@ -125,6 +125,7 @@ def dpo_loss(
     assert label_smoothing == 0.0 or kind not in ("hinge", "ipo"), (
         f"label_smoothing {label_smoothing} has no effect on kind {kind!r}"
     )
+    # Log-ratios to the reference, (B,).
     chosen_ratio = policy_chosen - ref_chosen
     rejected_ratio = policy_rejected - ref_rejected
     loss = _pair_loss(chosen_ratio - rejected_ratio, beta, label_smoothing, kind)
@@ -143,16 +144,16 @@ def simpo_loss(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
-    """Give the loss of each pair on mean log-probabilities, without a reference.
+    """Return SimPO's loss of each pair: mean log-probabilities, without a reference.
 
     -log sigmoid(beta * (chosen - rejected) - gamma), smoothed as in ``dpo_loss``.
 
     Args:
-        chosen_means: log-probability per token of the chosen answer, in nats.
-        rejected_means: the same of the rejected answer.
+        chosen_means: log-probability per token of the chosen response, in nats.
+        rejected_means: the same of the rejected response.
         beta: scale of the difference, > 0; 2 to 10 in the paper.
-        gamma: margin by which the chosen answer shall win, >= 0.
-        label_smoothing: assumed share of swapped labels, in [0, 0.5).
+        gamma: target margin of the chosen response, >= 0.
+        label_smoothing: assumed fraction of swapped labels, in [0, 0.5).
 
     Reference:
         arXiv:2405.14734 eq. 6; smoothing is an addition.
@@ -166,18 +167,19 @@ def simpo_loss(
 def orpo_loss(
     chosen_means: Float[Tensor, " B"], rejected_means: Float[Tensor, " B"], *, beta: float
 ) -> PreferenceLoss:
-    """Give the loss of each pair as likelihood of the chosen answer plus a log odds ratio.
+    """Return ORPO's loss of each pair: NLL of the chosen response plus a log odds ratio.
 
     -chosen - beta * log sigmoid(log odds(chosen) - log odds(rejected)), where the odds are
     p / (1 - p) with p = exp(mean log-probability).
 
     Args:
-        chosen_means: log-probability per token of the chosen answer, in nats, below 0.
-        rejected_means: the same of the rejected answer.
+        chosen_means: log-probability per token of the chosen response, in nats, below 0.
+        rejected_means: the same of the rejected response.
         beta: weight of the odds ratio (lambda in the paper), > 0.
 
     Reference:
-        arXiv:2403.07691 eq. 6 and 7. Deviation: p is held below 1 - 1e-6, where odds are infinite.
+        arXiv:2403.07691 eq. 6 and 7. Deviation: p is kept below 1 - 1e-6, because odds are infinite
+        at 1.
     """
     assert beta > 0.0, f"beta {beta} must be positive"
 
@@ -200,24 +202,23 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Tensor, " B"]:
-    """Give the loss of single answers that were judged good or bad.
+    """Return KTO's loss of single responses that were labeled good or bad.
 
-    weight * (1 - sigmoid(beta * (policy - ref - kl))) of a good answer, with the sign inside the
-    sigmoid turned of a bad one.
+    weight * (1 - sigmoid(beta * (policy - ref - kl))) for a good response; for a bad one the sign
+    inside the sigmoid is flipped.
 
     Args:
-        policy: log-probability of each answer under the policy, sums over tokens, in nats.
+        policy: log-probability of each response under the policy, sums over tokens, in nats.
         ref: the same under the reference, without gradient.
-        desirable: True where the answer was judged good.
-        kl: reference point: estimated KL of the policy to the reference on mismatched answers, in
+        desirable: True where the response was judged good.
+        kl: reference point: estimated KL of the policy to the reference on mismatched responses, in
             nats, >= 0 and without gradient.
         beta: strength of the pull to the reference, > 0.
-        desirable_weight: weight of a good answer.
+        desirable_weight: weight of a good response.
         undesirable_weight: weight of a bad one.
 
     Reference:
-        arXiv:2402.01306 eq. 8. The constant of the paper, the weight, is kept so that the loss is
-        positive.
+        arXiv:2402.01306 eq. 8, including its constant (the weight), which keeps the loss positive.
     """
     assert beta > 0.0, f"beta {beta} must be positive"
     assert kl >= 0.0, f"kl {kl} must not be negative"
@@ -230,13 +231,13 @@ def kto_loss(
 def tail_weights(
     mask: Bool[Tensor, " N"], segment_ids: Int[Tensor, " N"], num_segments: int, *, alpha: float
 ) -> Float[Tensor, " N"]:
-    """Weigh the tokens by which the longer answer of each pair exceeds the shorter one.
+    """Return token weights that damp what exceeds the length of the pair's shorter response.
 
     Args:
-        mask: True on the tokens of answers in a packed row; answers 2k and 2k + 1 are a pair.
-        segment_ids: which answer a token belongs to, in order.
-        num_segments: answers in the row, an even number.
-        alpha: weight of a token beyond the length of the pair's shorter answer, in [0, 1].
+        mask: True on the tokens of responses in a packed row; responses 2k and 2k + 1 are a pair.
+        segment_ids: which response a token belongs to, in order.
+        num_segments: responses in the row, an even number.
+        alpha: weight of a token beyond the length of the pair's shorter response, in [0, 1].
 
     Returns:
         1, alpha or (where the mask is False) 0.
@@ -246,8 +247,9 @@ def tail_weights(
     """
     assert 0.0 <= alpha <= 1.0, f"alpha {alpha} not in [0, 1]"
     lengths = segment_sum(mask.double(), segment_ids, num_segments)
+    # Position of each token within its response, counting trained tokens.
     before = lengths.cumsum(0) - lengths
-    rank = mask.double().cumsum(0) - before[segment_ids]  # 1 at the first token of an answer
+    rank = mask.double().cumsum(0) - before[segment_ids]  # 1 at the first token of a response
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
     weights = torch.where(rank > shorter[segment_ids], alpha, 1.0)
     return weights.masked_fill(~mask, 0.0).float()
@@ -256,16 +258,16 @@ def tail_weights(
 def soft_labels(
     loss: Float[Tensor, " B"], turned: Float[Tensor, " B"], label_prob: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Give the expected loss of pairs whose label is right with a probability of their own.
+    """Return the expected loss of pairs whose labels are only probably correct.
 
     label_prob * loss + (1 - label_prob) * turned
 
     Args:
-        loss: of the pairs as they stand. turned: of the same pairs with their answers exchanged.
-        label_prob: probability that the chosen answer is the better one, in [0, 1].
+        loss: of the pairs as given. turned: of the same pairs with their responses exchanged.
+        label_prob: probability that the chosen response is the better one, in [0, 1].
 
     Reference:
-        The cross-entropy against a probable label, as cDPO has it with one probability for all
-        pairs (arXiv:2305.18290, appendix); here each pair brings its own (stage weak_label).
+        Cross-entropy against a soft label. cDPO uses one probability for all pairs
+        (arXiv:2305.18290, appendix); here each pair has its own (stage weak_label).
     """
     return label_prob * loss + (1.0 - label_prob) * turned

@@ -1,4 +1,4 @@
-"""Sums and means over masked tokens; every denominator that ranks share is passed in."""
+"""Sums and means over masked tokens; global denominators are passed in, not computed here."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 import torch
@@ -10,12 +10,12 @@ Count = int | float | Tensor
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """Give x with 0 where the mask is False; a NaN there reaches neither value nor gradient."""
+    """Return x with 0 where the mask is False; a NaN there reaches neither value nor gradient."""
     return x.masked_fill(~mask, 0.0)
 
 
 def _divide(total: Tensor, count: Count) -> Tensor:
-    """Divide by a count; a count of 0 gives the (graph-connected) sum itself, which is then 0."""
+    """Return total / count; for a count of 0 the sum itself, which is 0 and keeps its graph."""
     if isinstance(count, Tensor):
         return total / torch.where(count == 0, torch.ones_like(count), count).to(total.dtype)
     return total / (count or 1)
@@ -24,7 +24,7 @@ def _divide(total: Tensor, count: Count) -> Tensor:
 def masked_mean(
     x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], dim: int | None = None
 ) -> Float[Tensor, "..."]:
-    """Average x where the mask is True, over everything or along one dimension.
+    """Return the mean of x where the mask is True, over everything or along one dimension.
 
     Args:
         x: values.
@@ -32,8 +32,8 @@ def masked_mean(
         dim: dimension to average away; None averages over all.
 
     Returns:
-        The mean; 0 where nothing counts. Local to this rank: for numbers of several ranks sum
-        first and divide by the global count (`token_mean`).
+        The mean; 0 where nothing counts. It is local to this rank: across ranks, sum first and
+        divide by the global count (`token_mean`).
     """
     if dim is None:
         return _divide(_kept(x, mask).sum(), mask.sum())
@@ -41,9 +41,9 @@ def masked_mean(
 
 
 def masked_moments(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, " 3"]:
-    """Give count, sum and sum of squares where the mask is True, in float64.
+    """Return count, sum and sum of squares where the mask is True, in float64.
 
-    Summed over ranks, the three numbers make `masked_whiten` independent of the number of ranks.
+    Sum them over ranks to make `masked_whiten` independent of the number of ranks.
     """
     kept = _kept(x.detach().double(), mask)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
@@ -58,24 +58,24 @@ def masked_whiten(
     total: Count | None = None,
     total_sq: Count | None = None,
 ) -> Float[Tensor, "*S"]:
-    """Scale x to unit variance where the mask is True, with mean 0 or with its own mean.
+    """Return x scaled to unit variance where the mask is True, with mean 0 or its own mean.
 
     The variance is that of the population (divided by the count, not count - 1). Values that
-    agree to one part in a million count as constant: their spread is rounding, and dividing by it
-    would make signal out of noise.
+    agree to one part in a million count as constant: their spread is rounding error, and dividing
+    by it would amplify noise.
 
     Args:
         x: values.
         mask: True where a value counts.
         center: True gives mean 0 (advantages); False keeps the mean (rewards).
-        count: number of values over all ranks. Given together with the next two, or not at all:
-            then the moments are those of ``x`` alone.
+        count: number of values over all ranks. Pass it together with the next two, or pass none
+            of the three: the moments are those of ``x`` then.
         total: sum of the values over all ranks.
         total_sq: sum of the squared values over all ranks.
 
     Returns:
         Whitened values in the dtype of x, 0 where the mask is False. Constant values become 0
-        (centred) or stay as they are.
+        (centered) or stay as they are.
     """
     given = [moment is not None for moment in (count, total, total_sq)]
     assert all(given) or not any(given), f"give all of count, total, total_sq or none: {given}"
@@ -84,6 +84,7 @@ def masked_whiten(
     n, first, second = (
         torch.as_tensor(m, dtype=torch.float64, device=x.device) for m in (count, total, total_sq)
     )
+    # Population moments in float64: the difference of squares cancels in float32.
     mean = first / n.clamp(min=1.0)
     variance = second / n.clamp(min=1.0) - mean.square()
     constant = variance <= 1e-12 * mean.square()
@@ -95,16 +96,16 @@ def masked_whiten(
 def token_mean(
     x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], num_tokens: Count
 ) -> Float[Tensor, ""]:
-    """Sum x where the mask is True and divide by a global number of tokens.
+    """Return the sum of x where the mask is True, divided by a global number of tokens.
 
     Args:
         x: per-token values, padded (B, T) or packed (N,).
         mask: True where a token counts.
-        num_tokens: tokens that count, over all ranks and micro-batches of the optimiser step.
+        num_tokens: tokens that count, over all ranks and micro-batches of the optimizer step.
 
     Returns:
-        This micro-batch's share of the mean: the shares of all ranks and micro-batches add up to
-        it. A masked-out micro-batch gives a 0 that still hangs on the graph.
+        This micro-batch's part of the mean: the parts of all ranks and micro-batches add up to
+        it. A fully masked micro-batch gives a 0 that is still connected to the graph.
     """
     return _divide(_kept(x, mask).sum(), num_tokens)
 
@@ -112,16 +113,16 @@ def token_mean(
 def sequence_mean(
     x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], num_sequences: Count
 ) -> Float[Tensor, ""]:
-    """Average x over the tokens of each sequence, add up, divide by a global number of sequences.
+    """Return the sum of per-sequence means, divided by a global number of sequences.
 
     Args:
         x: per-token values.
         mask: True where a token counts; a sequence without such a token contributes 0.
         num_sequences: sequences with at least one counting token, over all ranks and micro-batches
-            of the optimiser step.
+            of the optimizer step.
 
     Returns:
-        This micro-batch's share of the mean. For packed rows sum `segment_mean` and divide.
+        This micro-batch's part of the mean. For packed rows, sum `segment_mean` and divide.
     """
     return _divide(masked_mean(x, mask, dim=1).sum(), num_sequences)
 
@@ -133,14 +134,14 @@ def segment_sum(
     *,
     mask: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " S"]:
-    """Sum the tokens of each sequence of a packed row.
+    """Return the sum over the tokens of each sequence of a packed row.
 
     Args:
         x: per-token values of one packed row.
         segment_ids: which sequence, 0 to num_segments - 1, a token belongs to.
         num_segments: sequences in the row.
         mask: True where a token counts; None counts all. The id of a token that does not count is
-            not looked at.
+            ignored.
 
     Returns:
         One sum per sequence; 0 for a sequence without counting tokens.
@@ -157,7 +158,7 @@ def segment_mean(
     *,
     mask: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " S"]:
-    """Average the tokens of each sequence of a packed row.
+    """Return the mean over the tokens of each sequence of a packed row.
 
     Args:
         x: per-token values of one packed row.

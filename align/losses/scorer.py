@@ -17,18 +17,18 @@ def tie_loss(
     tie_margin: float,
     center_coef: float = 0.0,
 ) -> Float[Tensor, " B"]:
-    """Give the loss of pairs of which some are ties: -log of what was judged, by Rao and Kupper.
+    """Return the Rao-Kupper loss of pairs that may be ties: -log P(observed judgment).
 
     With d = chosen - rejected and m = tie_margin:
     P(chosen wins) = sigmoid(d - m), P(rejected wins) = sigmoid(-d - m),
     P(tie) = (e^(2m) - 1) sigmoid(d - m) sigmoid(-d - m); they add up to 1.
 
     Args:
-        chosen: score of the preferred answer, or of either answer of a tie.
-        rejected: score of the other answer.
-        tie: True where the two answers were judged equally good.
-        tie_margin: how far the scores of two answers may lie apart before a winner is likelier
-            than not; log theta of the model, > 0. Equal answers tie with probability tanh(m / 2).
+        chosen: score of the preferred response, or of either response of a tie.
+        rejected: score of the other response.
+        tie: True where the two responses were judged equally good.
+        tie_margin: score difference above which a win is likelier than not; log theta of the
+            model, > 0. Equal responses tie with probability tanh(m / 2).
         center_coef: as in `bradley_terry_loss`.
 
     Returns:
@@ -49,18 +49,18 @@ def tie_loss(
 def answer_loss(
     scores: Float[Tensor, " B"], good: Bool[Tensor, " B"], *, good_weight: float, bad_weight: float
 ) -> Float[Tensor, " B"]:
-    """Give the class-weighted cross-entropy of answers judged one by one.
+    """Return the class-weighted cross-entropy of single responses labeled good or bad.
 
     good: -good_weight * log sigmoid(score); bad: -bad_weight * log sigmoid(-score)
 
     Args:
-        scores: log-odds that the answer is good.
+        scores: log-odds that the response is good.
         good: the label.
-        good_weight: n / (2 n_good) makes both classes count the same in all.
+        good_weight: n / (2 n_good) gives both classes the same total weight.
         bad_weight: n / (2 n_bad).
 
     Returns:
-        One loss per answer, not reduced.
+        One loss per response, not reduced.
     """
     weights = torch.where(good, good_weight, bad_weight)
     return weights * F.binary_cross_entropy_with_logits(scores, good.float(), reduction="none")
@@ -69,11 +69,11 @@ def answer_loss(
 def step_loss(
     values: Float[Tensor, "B T"], labels: Float[Tensor, "B T"], ends: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Give the cross-entropy at the end of each step of a solution; 0 at all other tokens.
+    """Return the cross-entropy at the end of each solution step, 0 at all other tokens.
 
     Args:
-        values: log-odds that all is right so far.
-        labels: 1 where the step is right, else 0; read at the ends only.
+        values: log-odds that the solution is correct so far.
+        labels: 1 where the step is correct, else 0; read at the ends only.
         ends: True at the last token of each step.
 
     Reference:

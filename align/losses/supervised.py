@@ -1,4 +1,4 @@
-"""The supervised losses: negative log-likelihood of the trained tokens, or of a class."""
+"""Supervised losses: negative log-likelihood of the trained tokens, or of a class."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 from jaxtyping import Bool, Float, Int
@@ -15,17 +15,17 @@ def nll(
     *,
     weights: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, ""]:
-    """Average the negative log-likelihood of the trained tokens, in nats per token.
+    """Return the mean negative log-likelihood of the trained tokens, in nats per token.
 
     Args:
         logprobs: log-probability of each token, padded (B, T) or packed (N,).
         mask: True where a token is trained.
-        num_tokens: denominator over all ranks and micro-batches of the optimiser step: trained
+        num_tokens: denominator over all ranks and micro-batches of the optimizer step: trained
             tokens, or the sum of their weights.
         weights: factor of each token, broadcast against ``logprobs`` (rows: shape (B, 1)).
 
     Returns:
-        This micro-batch's share of the mean.
+        This micro-batch's part of the mean.
     """
     return token_mean(-logprobs if weights is None else -logprobs * weights, mask, num_tokens)
 
@@ -37,15 +37,15 @@ def class_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Average the cross-entropy between the classes' probabilities and the labels, in nats a row.
+    """Return the mean cross-entropy between class probabilities and labels, in nats per row.
 
     Args:
-        logits: of each class. labels: number of the right class, in [0, C).
-        num_rows: denominator over all ranks and micro-batches of the optimiser step.
-        label_smoothing: share of each target that is spread evenly over all C classes.
+        logits: of each class. labels: index of the correct class, in [0, C).
+        num_rows: denominator over all ranks and micro-batches of the optimizer step.
+        label_smoothing: fraction of each target that is spread evenly over all C classes.
 
     Returns:
-        This micro-batch's share of the mean.
+        This micro-batch's part of the mean.
 
     Reference:
         arXiv:1512.00567 section 7.

@@ -1,4 +1,4 @@
-"""The critic's clipped loss and how much of the returns it explains."""
+"""The critic's clipped value loss, and the explained variance of its values."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 from jaxtyping import Bool, Float
@@ -14,21 +14,21 @@ def clipped_value_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "*S"]:
-    """Give half the squared error of each token's value, the worse of clipped and unclipped.
+    """Return PPO's value loss of each token: the larger of the clipped and unclipped error.
 
     1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
 
     Args:
-        values: the critic's values now.
-        old_values: its values when the answers were sampled.
-        returns: what the values should be; no gradient flows into them.
+        values: the critic's current values.
+        old_values: its values when the responses were sampled.
+        returns: targets of the values; no gradient flows into them.
         clip: how far a value may move in one update, in units of the reward, > 0.
 
     Returns:
         One loss per token, not reduced and not masked.
 
     Reference:
-        Schulman et al., baselines ppo2; its effect is discussed in arXiv:2005.12729.
+        Schulman et al., baselines ppo2; discussed in arXiv:2005.12729.
     """
     assert clip > 0.0, f"clip {clip} must be positive"
     old_values, returns = old_values.detach(), returns.detach()
@@ -39,12 +39,12 @@ def clipped_value_loss(
 def explained_variance(
     values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]
 ) -> Float[Tensor, ""]:
-    """Give the share of the returns' variance that the values explain.
+    """Return the fraction of the returns' variance that the values explain.
 
     1 - Var(R - V) / Var(R) over the tokens where the mask is True, population variances.
 
     Returns:
-        At most 1; 0 is no better than a constant; NaN where the returns do not vary.
+        At most 1. 0 is no better than a constant; NaN if the returns do not vary.
     """
 
     def variance(x: Tensor) -> Tensor:

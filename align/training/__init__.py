@@ -1,1 +1,1 @@
-"""The learner (the only code that drives DeepSpeed) and the offline epoch loop."""
+"""The learner (the only code that calls DeepSpeed) and the offline training loop."""

@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Hold sequences laid end to end.
+    """Sequences packed end to end into one row without padding.
 
     Attributes:
         input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence, or at p with
             one that continues the first p tokens of the last sequence that began at 0.
         mask: (1, N) bool, True on the tokens that enter the loss.
         segment_ids: (N,) sequence number of each token.
-        num: sequences held; 0 for the placeholder that keeps ranks in step.
-        counts: global counts over all ranks and micro-batches of the optimiser step.
+        num: number of sequences; 0 for the placeholder that keeps ranks in step.
+        counts: global counts over all ranks and micro-batches of the optimizer step.
         per_token: (1, N) tensors. per_sequence: (num,) tensors.
     """
 
@@ -37,7 +37,8 @@ class PackedBatch:
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
 
     def segment_sums(self, x: Tensor) -> Tensor:
-        """Sum a (1, N) tensor over each sequence: (num,)."""
+        """Return the sum of a (1, N) tensor over each sequence, shape (num,)."""
+        # The placeholder has num = 0, but its tokens still need a row to add to.
         out = x.new_zeros(max(self.num, 1)).index_add(0, self.segment_ids, x[0])
         return out[: self.num]
 
@@ -50,7 +51,7 @@ def pack(
     per_sequence: Mapping[str, Sequence[float]] | None = None,
     shared: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """Lay rows end to end; no rows give a two-token placeholder that trains nothing.
+    """Pack rows end to end; no rows give a two-token placeholder that trains nothing.
 
     Args:
         rows: sequences in order. counts: passed through.
@@ -60,8 +61,10 @@ def pack(
         per_sequence: name -> one float per row.
     """
     device = distributed.device()
+    # A rank without rows still runs one pass, so that all ranks issue the same collectives.
     held = rows or [TokenRow(input_ids=(0, 0), trained=(False, False))]
     skip = shared if rows and shared is not None else [0] * len(held)
+    # Shared tokens are computed once: only the row that owns them may train them.
     assert not any(any(row.trained[:n]) for row, n in zip(held, skip, strict=True)), skip
     ids = _joined([row.input_ids for row in held], skip)
     trained = _joined([row.trained for row in held], skip)
@@ -73,10 +76,10 @@ def pack(
         for name, values in (per_token or {}).items()
     }
     return PackedBatch(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        mask=torch.tensor([trained], device=device),
-        segment_ids=numbers.to(device),
+        input_ids=torch.tensor([ids], device=device),  # (1, N)
+        position_ids=torch.tensor([positions], device=device),  # (1, N)
+        mask=torch.tensor([trained], device=device),  # (1, N)
+        segment_ids=numbers.to(device),  # (N,)
         num=len(rows),
         counts=dict(counts or {}),
         per_token={k: v.float().unsqueeze(0).to(device) for k, v in floats.items()},
@@ -92,7 +95,7 @@ def _joined(rows: Sequence[Sequence[T]], skip: Sequence[int]) -> list[T]:
 
 
 def pair_length(pair: PairRow) -> int:
-    """Give the tokens of a pair: its prompt, which is computed once, and both answers.
+    """Return the number of tokens of a pair: its prompt, computed once, and both responses.
 
     A pair that shares no prompt counts as the two rows of a padded batch that it fills.
     """
@@ -112,10 +115,10 @@ def pack_pairs(
 
 
 def flatten_pairs(pairs: Sequence[PairRow]) -> list[TokenRow]:
-    """Lay chosen and rejected side by side: rows 2k and 2k + 1 are pair k.
+    """Return the rows of all pairs: rows 2k and 2k + 1 are chosen and rejected of pair k.
 
-    What a template writes after the stop token (a line break, say) is left out: sampled answers end
-    with the stop token, and a scorer must see the ending that it was trained on.
+    Text that a template writes after the stop token, such as a line break, is dropped: sampled
+    responses end with the stop token, and a scorer must see the ending that it was trained on.
     """
     return [trim_after_last_trained(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
 
@@ -127,7 +130,7 @@ def trim_after_last_trained(row: TokenRow) -> TokenRow:
 
 
 def label_probs(pairs: Sequence[PairRow]) -> dict[str, list[float]]:
-    """Give the probability of each pair's label, twice, where one of them is not certain."""
+    """Return ``label_prob`` twice per pair, or nothing if every label is certain."""
     if all(pair.label_prob == 1.0 for pair in pairs):
         return {}
     return {"label_prob": [pair.label_prob for pair in pairs for _ in range(2)]}

@@ -1,4 +1,4 @@
-"""From ZeRO and optimiser specs to the DeepSpeed configuration."""
+"""Translate the ZeRO and optimizer specs into a DeepSpeed configuration."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from align.recipe.schema import OptimSpec, ZeroSpec
 
 
 def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[str, Any]:
-    """Build the dict that ``deepspeed.initialize`` takes.
+    """Return the configuration dict for ``deepspeed.initialize``.
 
-    Batch sizes are nominal: the Learner decides how many micro-batches an optimiser step has and
-    normalises the loss itself (``managed_gradient_accumulation: false``). ``gradient_clipping`` is
+    Batch sizes are nominal: the Learner decides how many micro-batches an optimizer step has and
+    normalizes the loss itself (``managed_gradient_accumulation: false``). ``gradient_clipping`` is
     always written because DeepSpeed clips at 1.0 when the key is absent.
     """
     zero_config: dict[str, Any] = {"stage": zero.stage}
@@ -28,6 +28,7 @@ def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[st
         "zero_optimization": zero_config,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # The project has its own metrics log; DeepSpeed's step lines would only repeat it.
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -1,4 +1,4 @@
-"""Map a model over rows without gradient: packed within a token budget, shared among the ranks."""
+"""Run a model over rows without gradients, packed by a token budget and split across ranks."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -26,17 +26,17 @@ def map_rows(
     padded: bool = False,
     share: bool = True,
 ) -> list[Result]:
-    """Return what ``fn`` finds of every row, in the order of the rows; dropout is off.
+    """Return the result of ``fn`` for every row, in the order of the rows; dropout is off.
 
     All ranks take part, and each gets the results of all rows.
 
     Args:
-        model: what ``fn`` is called with. rows: the same on every rank.
+        model: passed to ``fn``. rows: the same on every rank.
         fn: (model, packed rows) -> one result per row.
         length: tokens of a row. collate: rows of a micro-batch -> packed micro-batch.
         micro_tokens: token budget of one pass.
-        padded: True where rows are padded, see ``plan_micro_batches``.
-        share: False lets every rank run all rows.
+        padded: True if rows are padded, see ``plan_micro_batches``.
+        share: True splits the rows across ranks; False runs all rows on every rank.
     """
     model.eval()
     ranks, rank = (distributed.world_size(), distributed.rank()) if share else (1, 0)
@@ -48,6 +48,7 @@ def map_rows(
     for micro in plan[rank]:
         results = fn(model, collate([rows[i] for i in micro]))
         mine |= dict(zip(micro, results, strict=True))
+    # Every rank receives all results, keyed by the row's position.
     parts = distributed.gather_objects(mine) if share else [mine]
     found = {i: result for part in parts for i, result in part.items()}
     return [found[i] for i in range(len(rows))]

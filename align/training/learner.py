@@ -1,8 +1,8 @@
-"""The Learner: one model, one optimiser, and the only code that drives DeepSpeed.
+"""The Learner: one model with one optimizer, and the only code that calls DeepSpeed.
 
-Normalisation: a loss function divides its local sum by the *global* count (all ranks, all
-micro-batches of the optimiser step). DeepSpeed averages gradients over ranks, so the Learner
-multiplies by the world size, once, and nothing else is scaled.
+Normalization: a loss function divides its local sum by the *global* count (all ranks, all
+micro-batches of the optimizer step). DeepSpeed averages gradients over ranks, so the Learner
+multiplies the loss by the world size once. Nothing else is scaled.
 """
 
 import logging
@@ -24,7 +24,7 @@ from align.tuning.ewc import Anchor
 
 
 def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
-    """Give the learning rate of optimiser step ``step`` (from 0) out of ``total_steps``.
+    """Return the learning rate of optimizer step ``step`` (from 0) out of ``total_steps``.
 
     Linear warm-up over ``warmup_frac`` of the steps (step 0 already moves), then constant, linear
     or cosine decay that reaches ``min_lr_frac`` of the peak after the last step.
@@ -33,8 +33,8 @@ def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
     ``cut_frac`` of the steps, then a linear fall that reaches 1 / ``ratio`` after the last step.
 
     Reference:
-        arXiv:1801.06146 eq. 3. Its fall is written as ``cut * (1 / cut_frac - 1)`` steps, which
-        misses the end by what rounding ``cut`` to whole steps cuts off; here it is the rest.
+        arXiv:1801.06146 eq. 3. Deviation: the paper's fall takes ``cut * (1 / cut_frac - 1)``
+        steps, which misses the last step when ``cut`` is rounded; here it takes all that remain.
     """
     if optim.schedule == "slanted":
         return optim.learning_rate * _slanted(optim, step, total_steps)
@@ -65,7 +65,7 @@ LossFunction = Callable[[nn.Module, Micro], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Learner:
-    """Hold a model under DeepSpeed and take optimiser steps on it."""
+    """A model under DeepSpeed, trained one optimizer step at a time."""
 
     def __init__(
         self,
@@ -78,17 +78,18 @@ class Learner:
         layers: LayersSpec | None = None,
         anchor: Anchor | None = None,
     ) -> None:
-        """Hand ``module`` to DeepSpeed.
+        """Wrap ``module`` in a DeepSpeed engine.
 
         Args:
             module: its forward is what the loss functions call.
-            optim: optimiser and schedule. zero: how state is sharded. dtype: of the weights.
-            total_steps: length of the learning-rate schedule, in optimiser steps.
+            optim: optimizer and schedule. zero: how state is sharded. dtype: of the weights.
+            total_steps: length of the learning-rate schedule, in optimizer steps.
             layers: which layers train when and how fast; None trains all alike.
-            anchor: weights that are pulled back to, EWC; None pulls nothing.
+            anchor: weights of the EWC penalty; None adds no penalty.
         """
         self.anchor, self._zero_stage = anchor, zero.stage
         self.optim, self.total_steps, self.steps = optim, total_steps, 0
+        # Layer plan and parameter groups: one group per layer and weight-decay setting.
         self._plan: LayerPlan | None = None
         if layers is not None:
             names = [name for name, _ in module.named_parameters()]
@@ -97,6 +98,7 @@ class Learner:
         self._trained = [(depth, p) for depth, _, p in trained]
         groups, self._depths = _groups(trained, optim)
         optimizer = _adamw(groups, optim, zero)
+        # The engine. Offloading builds DeepSpeed's own CPU Adam instead of ours.
         self.engine: Any
         self._optimizer: Any
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -107,26 +109,27 @@ class Learner:
             dist_init_required=False,
         )
         if dtype == "bfloat16" and zero.stage == 0:
-            # This wrapper makes its state by a step on zero gradients, which Adam would count.
+            # The bf16 wrapper creates its state by a step on zero gradients, which Adam would
+            # count.
             self._optimizer.optimizer.state.clear()
-        # DeepSpeed clips fp32 gradients without ZeRO but does not say their norm.
+        # Without ZeRO, DeepSpeed clips fp32 gradients but does not report their norm.
         self.engine.clip_fp32_gradients = self._clip
         self._norm = 0.0
 
     @property
     def module(self) -> Any:
-        """Give the bare module inside the engine."""
+        """Return the module inside the engine."""
         return self.engine.module
 
     def step(self, micro_batches: Sequence[Micro], loss_fn: LossFunction) -> dict[str, float]:
-        """Take one optimiser step over ``micro_batches``; every rank passes the same number.
+        """Take one optimizer step over ``micro_batches``; every rank passes the same number.
 
         Returns:
             The global sum of every statistic of ``loss_fn``, with ``loss``, ``grad_norm`` and
             ``learning_rate``.
 
         Raises:
-            TrainingError: a loss is not finite, on whichever rank; no rank has then stepped.
+            TrainingError: a loss is not finite on some rank. No rank has stepped then.
         """
         self.engine.train()
         rate = learning_rate(self.optim, self.steps, self.total_steps)
@@ -136,7 +139,7 @@ class Learner:
             loss, stats = loss_fn(self.engine, micro)
             if self.anchor is not None and not totals and self._zero_stage < 3:
                 penalty = self.anchor.penalty(self.module.named_parameters())
-                penalty = penalty / distributed.world_size()  # every rank gives its part of it
+                penalty = penalty / distributed.world_size()  # summed over ranks below
                 loss, stats = loss + penalty, {**stats, "ewc": penalty}
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             for name, value in {"loss": loss, **stats}.items():
@@ -144,8 +147,8 @@ class Learner:
         sums = distributed.global_sums({k: float(v) for k, v in totals.items()})
         if not math.isfinite(sums["loss"]):
             raise TrainingError(
-                f"optimiser step {self.steps + 1}: the loss is {sums['loss']}, expected a finite "
-                "number; no weight was changed. Lower the learning rate or look at the batch"
+                f"optimizer step {self.steps + 1}: the loss is {sums['loss']}, expected a finite "
+                "number; no weight was changed. Lower the learning rate or inspect the batch"
             )
         if self.anchor is not None and self._zero_stage == 3:
             sums["ewc"] = self._pull_whole(self.anchor)
@@ -157,9 +160,9 @@ class Learner:
         return {**sums, "grad_norm": norm, "learning_rate": rate}
 
     def _pull_whole(self, anchor: Anchor) -> float:
-        """Add the gradient of the penalty, weight by weight; give the penalty.
+        """Add the gradient of the EWC penalty, weight by weight, and return the penalty.
 
-        Under ZeRO-3 no weight is whole while the loss is made.
+        Under ZeRO-3 no weight is complete while the loss is computed.
         """
         total = 0.0
         for name, parameter in self.module.named_parameters():
@@ -172,7 +175,7 @@ class Learner:
         return total
 
     def _set_layers(self, rate: float) -> None:
-        """Set the rate of every group; freeze and thaw as the plan says of this step."""
+        """Set the learning rate of every group; freeze and unfreeze layers by the plan."""
         for i, (group, depth) in enumerate(
             zip(self._optimizer.param_groups, self._depths, strict=True)
         ):
@@ -186,10 +189,10 @@ class Learner:
             set_trainable(self._trained, self._plan, self.steps)
 
     def _restart_adam(self, group: int) -> None:
-        """Let Adam count a thawed group's steps from 1.
+        """Restart Adam's step count for a group that was just unfrozen.
 
-        ZeRO steps a frozen shard on zero gradients at rate 0: its moments stay 0, but its count
-        goes on, and with it the bias correction that one process without ZeRO would make.
+        ZeRO steps a frozen shard on zero gradients at rate 0. Its moments stay 0, but its step
+        count grows, so the bias correction would differ from a run without ZeRO.
         """
         outer: Any = self._optimizer
         inner = getattr(outer, "optimizer", outer)
@@ -209,12 +212,12 @@ class Learner:
     def _check_norm(self, norm: float) -> None:
         if not math.isfinite(norm):
             raise TrainingError(
-                f"optimiser step {self.steps + 1}: the gradient norm is {norm}, expected a finite "
-                "number; nothing of this step is saved. Lower the learning rate"
+                f"optimizer step {self.steps + 1}: the gradient norm is {norm}, expected a finite "
+                "number; this step was not saved. Lower the learning rate"
             )
 
     def evaluate(self, micro_batches: Iterable[Micro], loss_fn: LossFunction) -> dict[str, float]:
-        """Give the global sums of ``loss_fn`` without training, dropout off."""
+        """Return the global sums of ``loss_fn`` without training, dropout off."""
         return evaluate(self.engine, micro_batches, loss_fn)
 
     def infer(self, micro_batches: Iterable[Micro], fn: Callable[[nn.Module, Micro], Any]) -> list:
@@ -226,7 +229,7 @@ class Learner:
 def evaluate(
     model: nn.Module, micro_batches: Iterable[Micro], loss_fn: LossFunction
 ) -> dict[str, float]:
-    """Give the global sums of ``loss_fn`` over any model, dropout off."""
+    """Return the global sums of ``loss_fn`` for any model, dropout off."""
     model.eval()
     totals: dict[str, float] = {}
     for micro in micro_batches:
@@ -246,10 +249,10 @@ def infer(
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Say whether weight decay applies: to matrices, not to biases, norms and scalings.
+    """Return whether weight decay applies: to matrices, not to biases, norms and scalings.
 
-    ZeRO-3 shows every parameter as one-dimensional; its true shape is ``ds_shape``. IA3's vectors,
-    shaped (1, n), multiply: 1 leaves the model as it is, and decay would pull them to 0.
+    ZeRO-3 flattens every parameter; its original shape is ``ds_shape``. IA3's vectors of shape
+    (1, n) are factors: 1 leaves the model unchanged, and decay would pull them to 0.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) >= 2 and not (
@@ -258,7 +261,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _trained(module: nn.Module, plan: LayerPlan | None) -> list[tuple[int, str, nn.Parameter]]:
-    """Give depth, name and parameter of all that trains at some step or is to be frozen."""
+    """Return (layer, name, parameter) of every parameter with ``requires_grad``."""
     found = [
         (0 if plan is None else plan.depth(name), name, p)
         for name, p in module.named_parameters()
@@ -266,7 +269,7 @@ def _trained(module: nn.Module, plan: LayerPlan | None) -> list[tuple[int, str, 
     ]
     if not any(plan is None or plan.thaw_step(depth) is not None for depth, _, _ in found):
         raise TrainingError(
-            "no parameter is trainable; expected at least one (check 'tuning' and 'layers')"
+            "no parameter is trainable; expected at least one. Check 'tuning' and 'layers'"
         )
     return found
 
@@ -274,7 +277,7 @@ def _trained(module: nn.Module, plan: LayerPlan | None) -> list[tuple[int, str, 
 def _groups(
     trained: Sequence[tuple[int, str, nn.Parameter]], optim: OptimSpec
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Group parameters by depth and weight decay; give the groups and the depth of each."""
+    """Return parameter groups by layer and weight decay, and the layer of each group."""
     found: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for depth in sorted({depth for depth, _, _ in trained}):
         for decay in (True, False):
@@ -293,7 +296,7 @@ def _adamw(
 ) -> torch.optim.Optimizer | None:
     if zero.offload == "cpu":
         return None
-    # The Learner sets the rate before each step; 0 keeps any step before that without effect.
+    # The Learner sets the rate before each step; with 0, an earlier step would have no effect.
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, foreach=False)
 
 

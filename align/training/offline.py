@@ -1,7 +1,7 @@
-"""The epoch loop of sft, reward and dpo: batches are functions of the step, one Learner steps.
+"""The training loop of the offline methods (SFT, reward models, DPO): one Learner, fixed data.
 
-Every rank holds the rows of the whole data set and knows the whole batch of a step, so the global
-counts of a loss need no communication.
+The batch of a step depends only on the seed and the step. Every rank has the rows of the whole
+data set and knows the whole batch of a step, so the global counts of a loss need no communication.
 """
 
 import logging
@@ -31,17 +31,17 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class OfflineTask(Generic[Row]):
-    """Say what an offline method is made of.
+    """Data, collation and loss of an offline method.
 
     Attributes:
-        rows: training rows. heldout: rows the loss is watched on.
+        rows: training rows. heldout: rows for held-out evaluation during training.
         length: tokens of a row.
         collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
-        loss_fn: what the Learner differentiates.
-        measure: (model, rows of the whole batch) -> numbers put into the counts of each of its
+        loss_fn: loss and statistics of a micro-batch.
+        measure: (model, rows of the whole batch) -> numbers added to the counts of each of its
             micro-batches before the step; None measures nothing.
-        padded: True where the rows of a micro-batch are padded to its longest, which the token
-            budget then counts.
+        padded: True if the rows of a micro-batch are padded to its longest row; the token budget
+            then counts the padding.
     """
 
     rows: Sequence[Row]
@@ -55,7 +55,7 @@ class OfflineTask(Generic[Row]):
 
 @dataclass(frozen=True, slots=True)
 class OfflineSchedule:
-    """Say how long, how much at once, and how often to look and save."""
+    """Length of the training, batch sizes, and intervals of evaluation and checkpoints."""
 
     total_steps: int
     batch_size: int
@@ -69,7 +69,7 @@ class OfflineSchedule:
 def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
     """Return the number of optimizer steps: ``steps`` if given, else whole batches of the epochs.
 
-    What the rounding to whole batches leaves out, or takes twice, is logged.
+    A warning is logged if rounding to whole batches skips rows or repeats some.
     """
     found = steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
     if batch_size > num_rows:
@@ -107,24 +107,28 @@ def train_offline(
     """Train to the end of the schedule, resuming from the newest verified checkpoint.
 
     Returns:
-        The last step's metrics, the held-out loss and the mean number of trained tokens a second;
-        with ``stopping``, which may end the training early, the held-out numbers are the best.
+        The last step's metrics, the held-out loss and the mean number of trained tokens per
+        second. With ``stopping``, which may end the training early, the held-out metrics are those
+        of the best evaluation.
     """
     engines = {"policy": learner.engine}
-    start, last = _resume(learner, metrics, checkpoints, stopping)
+    start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, stopping=stopping)
+    # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
         if stopping is not None and stopping.stopped:
             break
+        # One optimizer step.
         batch = pick(task.rows, schedule, step)
         step_began = time.monotonic()
-        micro = measured(learner.engine, task, batch, schedule.micro_tokens)
+        micro = measured(learner.engine, task, batch, micro_tokens=schedule.micro_tokens)
         stats = learner.step(micro, task.loss_fn)
         step_tokens = sum(task.length(row) for row in batch)
         num_tokens += step_tokens
         rate = step_tokens / (time.monotonic() - step_began)
         last = named(stats) | {"tokens/per_s": rate}
         done = step + 1
+        # Held-out evaluation; its metrics join the line of this step.
         if task.heldout and (
             done == schedule.total_steps
             or (schedule.eval_every and done % schedule.eval_every == 0)
@@ -134,12 +138,13 @@ def train_offline(
             if stopping is not None:
                 stopping.look(done, found_now)
         metrics.log(done, last)
+        # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
             state = {} if stopping is None else {"stopping": stopping.state_dict()}
             save_checkpoint(checkpoints, done, engines, state, keep=schedule.keep_checkpoints)
         if stop and done < schedule.total_steps:
-            raise Preempted(f"stopped on a signal after step {done}; run again to go on from there")
+            raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
     if stopping is not None:
         last |= stopping.best
     if not num_tokens:
@@ -148,9 +153,9 @@ def train_offline(
 
 
 def _resume(
-    learner: Learner, metrics: MetricsLog, checkpoints: Path, stopping: EarlyStopping | None
+    learner: Learner, *, metrics: MetricsLog, checkpoints: Path, stopping: EarlyStopping | None
 ) -> tuple[int, dict[str, float]]:
-    """Take up the newest verified checkpoint; give the steps done and the last line of metrics."""
+    """Load the newest verified checkpoint and return the steps done and the last metrics."""
     found = newest_checkpoint(checkpoints)
     if found is None:
         return 0, {}
@@ -164,7 +169,7 @@ def _resume(
 
 
 def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]:
-    """Give the rows of one step, a pure function of (seed, step)."""
+    """Return the rows of one step; they depend only on (seed, step)."""
     places = batch_places(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
     if isinstance(rows, AugmentedRows):
         return [cast("Row", rows.in_epoch(i, epoch)) for i, epoch in places]
@@ -174,7 +179,7 @@ def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]
 def micro_batches(
     task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
 ) -> list[PackedBatch]:
-    """Cut a batch into this rank's micro-batches."""
+    """Split a batch and return this rank's micro-batches."""
     plan = plan_micro_batches(
         [task.length(row) for row in batch],
         micro_tokens=micro_tokens,
@@ -185,9 +190,9 @@ def micro_batches(
 
 
 def measured(
-    model: nn.Module, task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
+    model: nn.Module, task: OfflineTask[Any], batch: Sequence[Any], *, micro_tokens: int
 ) -> list[PackedBatch]:
-    """Cut a batch into this rank's micro-batches, each with what the task measures of the batch."""
+    """Return this rank's micro-batches with what the task measures on the batch in their counts."""
     micro = micro_batches(task, batch, micro_tokens)
     if task.measure is None:
         return micro
@@ -196,15 +201,15 @@ def measured(
 
 
 def evaluate_rows(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:
-    """Give the loss and the statistics over all held-out rows, of the model that trains or another.
+    """Return the loss and the statistics of a model over all held-out rows.
 
-    Every rank does its part of the rows.
+    The rows are split across ranks.
     """
-    micro = measured(model, task, task.heldout, micro_tokens)
+    micro = measured(model, task, task.heldout, micro_tokens=micro_tokens)
     return named(evaluate(model, micro, task.loss_fn), group="eval")
 
 
 def named(stats: dict[str, float], *, group: str = "train") -> dict[str, float]:
-    """Name statistics group/name; the optimiser's own go under optim/."""
+    """Prefix statistics with their group; those of the optimizer get ``optim/``."""
     optim = ("grad_norm", "learning_rate")
     return {(f"optim/{k}" if k in optim else f"{group}/{k}"): v for k, v in stats.items()}

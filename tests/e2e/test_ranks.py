@@ -134,7 +134,7 @@ def test_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
     out: Path, place: str
 ) -> None:
     for found in load(out, "not_finite", place).values():
-        assert "optimiser step 2: the loss is nan" in found["said"]
+        assert "optimizer step 2: the loss is nan" in found["said"]
         assert_equal(found["weights"], found["before"])
 
 

@@ -78,7 +78,7 @@ def offline(learner: Learner, task: OfflineTask[Any]) -> Curve:
     curve: Curve = {"loss": [], "grad_norm": []}
     for step in range(STEPS):
         batch = pick(task.rows, schedule, step)
-        stats = learner.step(measured(learner.engine, task, batch, 60), task.loss_fn)
+        stats = learner.step(measured(learner.engine, task, batch, micro_tokens=60), task.loss_fn)
         for name, values in curve.items():
             values.append(stats[name])
     return curve
