@@ -109,8 +109,29 @@ MAX_VALUES = 50_000
 """Bounds of a recipe: size of a file, nesting, and values once aliases are written out."""
 
 
+_BRACED = re.compile(r"(?<=\$)\{([A-Za-z_][^{}\n]*)\}")
+_OPEN, _CLOSE = "\ue000", "\ue001"
+"""Stand-ins for the braces of ``${NAME}``, which would open a mapping inside ``{}`` or ``[]``."""
+
+
+def _restore_braces(node: yaml.Node | None) -> None:
+    """Write the braces of ``${NAME}`` back into every scalar below a node."""
+    queue, seen = [node] if node else [], set()
+    while queue:
+        part = queue.pop()
+        if id(part) in seen:  # an alias
+            continue
+        seen.add(id(part))
+        if isinstance(part, yaml.ScalarNode):
+            part.value = part.value.replace(_OPEN, "{").replace(_CLOSE, "}")
+        elif isinstance(part, yaml.MappingNode):
+            queue += [side for pair in part.value for side in pair]
+        else:
+            queue += part.value
+
+
 def _compose(text: str) -> yaml.Node | None:
-    """Parse YAML within the bounds.
+    """Parse YAML within the bounds. ``${NAME}`` needs no quotes, also inside ``{}`` and ``[]``.
 
     Raises:
         yaml.MarkedYAMLError: it is no YAML, or too long or nested too deeply.
@@ -118,6 +139,9 @@ def _compose(text: str) -> yaml.Node | None:
     if len(text) > MAX_BYTES:
         problem = f"{len(text):,} characters; expected at most {MAX_BYTES:,}"
         raise yaml.MarkedYAMLError(problem=problem)
+    # One character for another, so that every mark keeps its line and column.
+    if _OPEN not in text and _CLOSE not in text:
+        text = _BRACED.sub(rf"{_OPEN}\1{_CLOSE}", text)
     depth = 0
     # Events come without recursion; composing nodes would overflow the stack of libyaml.
     for event in yaml.parse(text, Loader=_Loader):
@@ -127,7 +151,9 @@ def _compose(text: str) -> yaml.Node | None:
             raise yaml.MarkedYAMLError(
                 problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
             )
-    return yaml.compose(text, Loader=_Loader)
+    root = yaml.compose(text, Loader=_Loader)
+    _restore_braces(root)
+    return root
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -196,9 +222,7 @@ def _parse(path: Path) -> Source:
         at = e.problem_mark or e.context_mark
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
         problem = " ".join(part for part in (e.context, e.problem) if part)
-        line = text.splitlines()[at.line : at.line + 1] if at else []
-        hint = "; inside [] or {} write ${NAME} in quotes" if line and "${" in line[0] else ""
-        raise RecipeError(f"{where}: not valid YAML: {problem}{hint}") from e
+        raise RecipeError(f"{where}: not valid YAML: {problem}") from e
     except yaml.YAMLError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     source = Source()

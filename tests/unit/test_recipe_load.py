@@ -156,10 +156,21 @@ def test_broken_yaml_is_reported_with_its_place():
     assert line.startswith("r.yaml:3:1: not valid YAML: ")
 
 
-def test_unquoted_variable_inside_braces_says_to_quote_it():
-    (line,) = mistakes(with_lines("{world: sft, rows: 100}", "{path: ${X}/a}"))
-    assert line.startswith("r.yaml:12:20: not valid YAML")
-    assert line.endswith("inside [] or {} write ${NAME} in quotes")
+def test_a_variable_needs_no_quotes_inside_braces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALIGN_TEST_DATA", "made")
+    flow = "[{path: ${ALIGN_TEST_DATA}/a, rows: 7}, {path: ${ALIGN_TEST_NONE:-b}}]"
+    Path("r.yaml").write_text(
+        f"name: x\nstages:\n  b: {{kind: base, path: hub}}\n"
+        f"  s: {{kind: sft, init: b, data: {flow}, steps: 1}}\n"
+    )
+    data = load_recipe("r.yaml").stages["s"].data
+    assert [(d.path, d.rows) for d in data] == [("made/a", 7), ("b", None)]
+
+
+def test_an_unset_variable_inside_braces_is_named_with_its_place():
+    (line,) = mistakes(with_lines("{world: sft, rows: 100}", "{path: ${ALIGN_TEST_X}/a}"))
+    assert line.startswith("r.yaml:12:19: ")
+    assert "ALIGN_TEST_X is not set" in line
 
 
 def test_missing_file_suggests_a_neighbour():
