@@ -1,1 +1,1 @@
-"""Held-out tasks, win rates and intervals."""
+"""Held-out evaluation: tasks, win rates, confidence intervals and reward-model cards."""

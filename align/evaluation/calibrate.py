@@ -1,4 +1,4 @@
-"""Measure a judge against people: agreement, Cohen's kappa, and what else sways it."""
+"""Measure a judge against human preferences: agreement, Cohen's kappa, position and length bias."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,20 +16,21 @@ Array = NDArray[np.float64]
 def calibration(
     pairs: Sequence[Pair], said: Sequence[BothOrders], *, clusters: Sequence[Any]
 ) -> dict[str, Any]:
-    """Compare a judge with the people who preferred ``ours`` in every pair.
+    """Return how well a judge agrees with human preferences, and its position and length bias.
 
     Args:
-        pairs: what was judged; ``ours`` is the answer that people preferred.
+        pairs: the judged pairs; ``ours`` is the response that people preferred.
         said: the judge's verdicts in both orders.
-        clusters: the prompt of each pair: pairs of one prompt are not independent.
+        clusters: the prompt of each pair; pairs of one prompt are not independent.
 
     Returns:
-        Each with its 95 % interval: ``agreement`` (mean result, ties half), ``decided_agreement``
-        (of the pairs that it decided alike in both orders), ``kappa``, ``first_share`` and
-        ``consistent`` (see `position`), ``longer_share`` and ``human_longer_share`` (how often the
-        longer answer wins); and the numbers of ``pairs`` and ``invalid`` ones.
+        The counts ``pairs`` and ``invalid``, and with 95 % intervals: ``agreement`` (mean result,
+        ties half), ``decided_agreement`` (of the pairs with the same verdict in both orders),
+        ``kappa``, ``first_share`` and ``consistent`` (see `position`), ``longer_share`` and
+        ``human_longer_share`` (how often the longer response wins).
     """
     results = [p.result for p in said]
+    # Length bias is measured on pairs whose responses differ in length.
     longer = [len(p.ours) > len(p.theirs) for p in pairs]
     unequal = [len(p.ours) != len(p.theirs) for p in pairs]
     won = [
@@ -52,10 +53,10 @@ def calibration(
 
 
 def kappa_interval(said: Sequence[BothOrders], clusters: Sequence[Any]) -> Triple:
-    """Give Cohen's kappa of judge and people over both orders, with its jackknife interval.
+    """Return Cohen's kappa of judge and people over both orders, with its jackknife interval.
 
-    Every pair is two observations: people prefer the first answer in one order and the second in
-    the other; the judge says first, second or tie. Invalid pairs are left out.
+    Every pair gives two observations: people prefer the first response in one order and the second
+    in the other; the judge's verdict is first, second or tie. Invalid pairs are excluded.
 
     Reference:
         Cohen 1960, Educational and Psychological Measurement 20(1).
@@ -65,14 +66,15 @@ def kappa_interval(said: Sequence[BothOrders], clusters: Sequence[Any]) -> Tripl
         return [None, None, None]
     names = sorted({str(name) for _, name in kept})
     index = {name: i for i, name in enumerate(names)}
-    # Per cluster: observations, agreements, "first" and "second" said by the judge.
-    counts = np.zeros((len(names), 4))
+    # Columns: observations, agreements, the judge's verdicts "first" and "second".
+    counts = np.zeros((len(names), 4))  # (clusters, 4)
     for pair, name in kept:
         counts[index[str(name)]] += _counted(pair)
     value = _kappa(counts.sum(0))
     if len(names) < 2 or not np.isfinite(value):
         return [float(value) if np.isfinite(value) else None, None, None]
-    left_out = np.array([_kappa(counts.sum(0) - row) for row in counts])
+    # Delete-one-cluster jackknife.
+    left_out = np.array([_kappa(counts.sum(0) - row) for row in counts])  # (clusters,)
     n = len(names)
     error = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
     half = float(student_t.ppf(0.975, n - 1)) * error
@@ -88,7 +90,7 @@ def _counted(pair: BothOrders) -> Array:
 
 def _kappa(counts: Array) -> float:
     total, agreed, first, second = counts
-    # People say first and second equally often, by construction.
+    # People prefer first and second equally often, because every pair is shown in both orders.
     chance = 0.5 * (first + second) / total
     with np.errstate(divide="ignore", invalid="ignore"):
         return float((agreed / total - chance) / (1.0 - chance))
@@ -97,11 +99,11 @@ def _kappa(counts: Array) -> float:
 def scored_orders(
     pairs: Sequence[Pair], score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
 ) -> list[BothOrders]:
-    """Turn a scorer of single answers into verdicts, which know no order.
+    """Return the verdicts of a scorer of single responses; they do not depend on the order.
 
     Args:
-        pairs: what is compared.
-        score: (prompts, answers) to one score each; None where it cannot tell.
+        pairs: the pairs to compare.
+        score: (prompts, responses) to one score each; None if a response cannot be scored.
     """
     prompts = [p.prompt for p in pairs]
     ours = score(prompts, [p.ours for p in pairs])

@@ -1,7 +1,7 @@
-"""The card of a reward model: how well, how evenly and how honestly it ranks held-out answers.
+"""The card of a reward model: accuracy, length bias and calibration on held-out responses.
 
 Pure functions of scores. Every number is [value, low, high] with the 95 % percentile interval of a
-bootstrap over prompts, so that several pairs of one prompt are not taken for independent evidence.
+bootstrap clustered by prompt: several pairs of one prompt are not independent evidence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +19,23 @@ Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
 NUM_DRAWS = 1000
 NUM_BINS = 5
-"""Bins of the confidence, which lies in [0.5, 1]."""
+"""Number of equal-width bins of the confidence, which is in [0.5, 1]."""
 EVEN_LENGTHS = 0.1
-"""Answers whose lengths differ by at most this share of the longer one count as equally long."""
+"""Lengths that differ by at most this fraction of the longer one count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredPair:
-    """Hold one held-out pair as a reward model sees it.
+    """A held-out preference pair with its scores.
 
     Attributes:
-        source: where the pair comes from. prompt: what its prompt is, for the intervals.
-        chosen: raw score of the preferred answer. rejected: that of the other one.
-        chosen_tokens, rejected_tokens: length of each answer.
-        refuses: which side declines to answer: neither, chosen, rejected or both.
+        source: dataset of the pair.
+        prompt: text of the prompt; the cluster of the intervals.
+        chosen: raw score of the chosen response.
+        rejected: raw score of the rejected response.
+        chosen_tokens: length of the chosen response in tokens.
+        rejected_tokens: length of the rejected response in tokens.
+        refuses: which response is a refusal: neither, chosen, rejected or both.
     """
 
     source: str
@@ -45,7 +48,7 @@ class ScoredPair:
 
     @property
     def length_bucket(self) -> str:
-        """Say which answer is longer."""
+        """Return which response is longer: chosen longer, chosen shorter or about equal."""
         gap = self.chosen_tokens - self.rejected_tokens
         if abs(gap) <= EVEN_LENGTHS * max(self.chosen_tokens, self.rejected_tokens):
             return "about equal"
@@ -54,7 +57,7 @@ class ScoredPair:
 
 @dataclass(frozen=True, slots=True)
 class ScoredSet:
-    """Hold the scores of several answers to one prompt, good ones and bad ones."""
+    """The scores of several responses to one prompt: ``chosen`` are good, ``rejected`` are bad."""
 
     source: str
     prompt: str
@@ -63,25 +66,27 @@ class ScoredSet:
 
 
 def pair_card(pairs: Sequence[ScoredPair], *, seed: int) -> dict[str, Any]:
-    """Measure a reward model on held-out pairs.
+    """Return the measurements of a reward model on held-out pairs.
 
     Returns:
-        ``pair_accuracy`` (equal scores count half), the same ``by_source``, ``by_length`` and
-        ``by_refusal``; ``length_balanced_accuracy`` (mean of the accuracies where the chosen
-        answer is longer and where it is shorter); ``length_correlation`` (Spearman's, of score and
-        tokens over all answers) and ``length_correlation_in_pair`` (of their differences);
-        ``ece``, ``log_loss`` in nats (ln 2 = 0.693 is chance) and the points of ``calibration``.
+        ``pair_accuracy`` (equal scores count half), also ``by_source``, ``by_length`` and
+        ``by_refusal``; ``length_balanced_accuracy`` (mean of two accuracies: chosen response longer
+        and chosen response shorter); ``length_correlation`` (Spearman's, of score and tokens over
+        all responses) and ``length_correlation_in_pair`` (of their differences); ``ece``,
+        ``log_loss`` in nats (ln 2 = 0.693 is chance) and the points of ``calibration``.
 
     Raises:
-        ValueError: there is no pair.
+        ValueError: ``pairs`` is empty.
     """
     if not pairs:
         raise ValueError("no held-out pairs to measure the reward model on")
     wins = np.array([won(p.chosen, p.rejected) for p in pairs])
     prompts = [p.prompt for p in pairs]
+    # Columns: both scores, then both lengths.
     table = np.array([[p.chosen, p.rejected, p.chosen_tokens, p.rejected_tokens] for p in pairs])
     buckets = np.array([p.length_bucket for p in pairs])
     found: dict[str, Any] = {"num_pairs": len(pairs), "num_prompts": len(set(prompts))}
+    # Headline numbers: all statistics share the same resamples.
     draws = Resampler(prompts, seed=seed)
     found["pair_accuracy"] = draws.share(wins)
     statistics: dict[str, Callable[[Rows], float]] = {
@@ -97,6 +102,7 @@ def pair_card(pairs: Sequence[ScoredPair], *, seed: int) -> dict[str, Any]:
     }
     for name, statistic in statistics.items():
         found[name] = draws.interval(statistic)
+    # Breakdowns.
     for name, key in (
         ("by_source", lambda p: p.source),
         ("by_length", lambda p: p.length_bucket),
@@ -108,14 +114,14 @@ def pair_card(pairs: Sequence[ScoredPair], *, seed: int) -> dict[str, Any]:
 
 
 def won(chosen: float, rejected: float) -> float:
-    """Give 1 where the chosen answer scores higher, 0.5 for equal scores, else 0."""
+    """Return 1 if the chosen response scores higher, 0.5 for equal scores, else 0."""
     return 0.5 if chosen == rejected else float(chosen > rejected)
 
 
 def accuracy_by(
     names: Sequence[str], wins: Array, prompts: Sequence[str], *, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Give the pair accuracy and the number of pairs of each named group, most pairs first."""
+    """Return the pair accuracy and number of pairs of each group, the largest group first."""
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         groups.setdefault(name, []).append(i)
@@ -127,34 +133,36 @@ def accuracy_by(
 
 
 class Resampler:
-    """Draw clusters of rows with replacement, once, for any number of statistics.
+    """A cluster bootstrap whose resamples are drawn once and shared by all statistics.
 
     Args:
-        clusters: name of each row's cluster. seed: the same seed gives the same intervals.
+        clusters: name of each row's cluster.
+        seed: random seed; the same seed gives the same intervals.
     """
 
     def __init__(self, clusters: Sequence[str], *, seed: int) -> None:
         names: dict[str, int] = {}
-        index = np.array([names.setdefault(name, len(names)) for name in clusters])
+        index = np.array([names.setdefault(name, len(names)) for name in clusters])  # (rows,)
         members = [np.flatnonzero(index == k) for k in range(len(names))]
         rng = np.random.default_rng(seed)
         self._clusters = list(clusters)
         self._draws: list[Rows] = []
+        # A single cluster has no spread between clusters: no resamples, no interval.
         for _ in range(NUM_DRAWS if len(members) > 1 else 0):
-            drawn = rng.integers(len(members), size=len(members))
+            drawn = rng.integers(len(members), size=len(members))  # (clusters,)
             alone = len(members) == len(index)
             self._draws.append(drawn if alone else np.concatenate([members[k] for k in drawn]))
 
     def interval(self, statistic: Callable[[Rows], float]) -> Triple:
-        """Give a statistic of rows with its percentile interval.
+        """Return a statistic of the rows with its 95 % percentile interval.
 
         Args:
-            statistic: takes row numbers (repeated ones as often as drawn) and gives a number, NaN
-                where it is not defined.
+            statistic: function of row indices (repeated as often as drawn) that returns a number,
+                or NaN if it is undefined for these rows.
 
         Returns:
-            [value, low, high]; the bounds are None for a single cluster, and where the statistic
-            is undefined in more than 5 % of the draws.
+            [value, low, high]; the bounds are None for a single cluster, or if the statistic is
+            undefined in more than 5 % of the resamples.
         """
         value = statistic(np.arange(len(self._clusters)))
         if not np.isfinite(value):
@@ -167,7 +175,8 @@ class Resampler:
         return [value, float(low), float(high)]
 
     def share(self, values: Array) -> Triple:
-        """Give the mean of values in [0, 1]; where all are alike the bounds are Wilson's."""
+        """Return the mean of values in [0, 1] with its interval."""
+        # Equal values have no bootstrap spread, but are not certain either: use Wilson's interval.
         if len(self._draws) and np.ptp(values) == 0.0:
             return as_triple(win_rate(values, 1.0 - values, clusters=self._clusters))
         return self.interval(lambda rows: float(values[rows].mean()))
@@ -188,8 +197,8 @@ def _spearman(a: Array, b: Array) -> float:
 
 
 def _confidence(differences: Array) -> tuple[Array, Array]:
-    """Give how sure the model is of the side it prefers, and whether that side is the chosen."""
-    sure = 1.0 / (1.0 + np.exp(-np.abs(differences)))
+    """Return the model's confidence in the side it prefers, and whether that side is chosen."""
+    sure = 1.0 / (1.0 + np.exp(-np.abs(differences)))  # (pairs,), in [0.5, 1]
     right = np.where(differences == 0.0, 0.5, (differences > 0.0).astype(np.float64))
     return sure, right
 
@@ -199,21 +208,23 @@ def _bins(sure: Array) -> Rows:
 
 
 def _ece(differences: Array) -> float:
-    """Give the expected calibration error: the mean over pairs of |confidence - accuracy| by bin.
+    """Return the expected calibration error: the mean over pairs of |confidence - accuracy| by bin.
 
-    Reference: arXiv:1706.04599 eq. 3, with the two classes "chosen wins" and "rejected wins".
+    Reference:
+        arXiv:1706.04599 eq. 3, with the two classes "chosen wins" and "rejected wins".
     """
     sure, right = _confidence(differences)
     place = _bins(sure)
-    gaps = np.bincount(place, weights=sure - right, minlength=NUM_BINS)
+    gaps = np.bincount(place, weights=sure - right, minlength=NUM_BINS)  # (bins,), summed
     return float(np.abs(gaps).sum() / len(differences))
 
 
 def calibration(differences: Array, prompts: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
-    """Give the points of the reliability curve of sigmoid(score difference), empty bins left out.
+    """Return the points of the reliability curve of sigmoid(score difference).
 
     Returns:
-        For each bin ``confidence`` (its mean), ``accuracy`` [value, low, high] and ``num_pairs``.
+        For each non-empty bin its mean ``confidence``, its ``accuracy`` [value, low, high] and
+        ``num_pairs``.
     """
     sure, right = _confidence(differences)
     place = _bins(sure)
@@ -234,19 +245,22 @@ def calibration(differences: Array, prompts: Sequence[str], *, seed: int) -> lis
 
 
 def set_card(sets: Sequence[ScoredSet], *, seed: int) -> dict[str, Any]:
-    """Give how often the highest score of a set is that of a good answer: best-of-4 accuracy.
+    """Return how often a good response has the highest score of its set: best-of-4 accuracy.
 
-    With one good and three bad answers chance is 0.25. Where several answers share the highest
-    score the set counts by the share of good ones among them.
+    With one good and three bad responses, chance is 0.25. If several responses share the highest
+    score, the set counts by the fraction of good ones among them.
 
-    Reference: the accuracy of RewardBench 2 (arXiv:2506.01937); its domain Ties, in which several
-        answers are good, is scored there by a sum of its own and here like the others.
+    Deviation from the reference: RewardBench 2 scores its domain Ties, in which several responses
+    are good, by a formula of its own; here it is scored like the other domains.
 
     Raises:
-        ValueError: there is no set.
+        ValueError: ``sets`` is empty.
+
+    Reference:
+        arXiv:2506.01937 (RewardBench 2).
     """
     if not sets:
-        raise ValueError("no sets of answers to measure the reward model on")
+        raise ValueError("no sets of responses to measure the reward model on")
     credits = np.array([_top_share(s) for s in sets])
     prompts = [s.prompt for s in sets]
     overall = Resampler(prompts, seed=seed).share(credits)
@@ -269,15 +283,16 @@ def _top_share(answers: ScoredSet) -> float:
 def agreement(
     pairs: Sequence[ScoredPair], others: Sequence[ScoredPair], *, seed: int
 ) -> dict[str, Triple]:
-    """Compare two models on the same pairs.
+    """Return the agreement of two reward models on the same pairs.
 
     Returns:
-        ``same_side``: share of pairs of which both prefer the same answer (a tie of either counts
-        half); ``correlation``: Spearman's, of the score differences; ``accuracy_difference``: pair
-        accuracy of the first minus that of the second.
+        ``same_side``: fraction of pairs on which both prefer the same response (a tie of either
+        model counts half); ``correlation``: Spearman's, of the score differences;
+        ``accuracy_difference``: pair accuracy of the first model minus that of the second.
     """
     a, b = (np.array([p.chosen - p.rejected for p in side]) for side in (pairs, others))
-    same = 0.5 + 0.5 * np.sign(a) * np.sign(b)
+    # Each is per pair, so that one set of resamples serves all three statistics.
+    same = 0.5 + 0.5 * np.sign(a) * np.sign(b)  # (pairs,)
     ahead = 0.5 * (np.sign(a) - np.sign(b))
     draws = Resampler([p.prompt for p in pairs], seed=seed)
     return {
@@ -290,20 +305,20 @@ def agreement(
 def best_of_n(
     proxy: Mapping[str, Sequence[float]], gold: Mapping[str, Sequence[float]], *, seed: int
 ) -> list[dict[str, Any]]:
-    """Give the gold score of the answer that the reward model picks among n, for n = 1, 2, 4 ...
+    """Return the gold score of the response that a reward model picks among n, for n = 1, 2, 4 ...
 
-    For each prompt the mean over all subsets of n of its N answers is taken, which is unbiased and
-    needs no drawing: with the answers in order of the proxy, answer i is the best of a subset in
-    C(i, n - 1) of C(N, n) cases (i from 0); equal proxies share their gold.
+    Each prompt contributes the mean over all subsets of n of its N responses, which is unbiased and
+    needs no sampling: sorted by the proxy, response i (from 0) is the best of C(i, n - 1) of the
+    C(N, n) subsets. Responses with equal proxy scores share their gold scores.
 
     Args:
-        proxy: prompt -> the reward model's score of each of its answers.
-        gold: prompt -> the score that counts, of the same answers.
-        seed: of the bootstrap over prompts.
+        proxy: prompt to the reward model's score of each of its responses.
+        gold: prompt to the gold score of the same responses.
+        seed: random seed of the bootstrap over prompts.
 
     Returns:
-        For each n ``n``, ``kl`` (the upper bound log n - (n - 1) / n in nats), ``gold`` [value,
-        low, high] and ``best_possible``, the gold of the best by gold itself.
+        For each n: ``n``, ``kl`` (the upper bound log n - (n - 1) / n in nats), ``gold`` [value,
+        low, high], and ``best_possible`` (gold score if the gold score itself selects).
 
     Reference:
         arXiv:2112.09332 (estimator), arXiv:2210.10760 section 2 (KL).
@@ -328,12 +343,12 @@ def best_of_n(
 
 
 def _expected_best(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
-    """Average the gold of the best by proxy over all subsets of n answers."""
+    """Return the mean gold score of the best by proxy over all subsets of n responses."""
     order = np.argsort(proxy, kind="stable")
     sorted_proxy = np.asarray(proxy, dtype=np.float64)[order]
     sorted_gold = np.asarray(gold, dtype=np.float64)[order]
     weights = np.array([comb(i, n - 1) for i in range(len(proxy))]) / comb(len(proxy), n)
-    # Among equal proxies the pick is by chance: each gets the mean weight of them all.
+    # Equal proxy scores are picked with equal probability: each gets their mean weight.
     _, tied = np.unique(sorted_proxy, return_inverse=True)
     shared = np.bincount(tied, weights=weights) / np.bincount(tied)
     return float(shared[tied] @ sorted_gold)

@@ -1,4 +1,4 @@
-"""How well texts are sorted into classes: accuracy, macro-F1 with intervals, and the mistakes."""
+"""Classification scores: accuracy and macro-F1 with intervals, and the confusion matrix."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,20 @@ NUM_DRAWS = 2000
 def class_scores(
     labels: Sequence[int], predicted: Sequence[int], classes: Sequence[str], *, seed: int
 ) -> dict[str, Any]:
-    """Sum up predictions.
+    """Return the scores of a classifier's predictions.
 
     Args:
-        labels: number of the right class of each row, 0 .. C-1. predicted: of the chosen class.
-        classes: names of the C classes. seed: of the resampling.
+        labels: index of each row's true class, 0 .. C-1.
+        predicted: index of each row's predicted class.
+        classes: names of the C classes.
+        seed: random seed of the bootstrap.
 
     Returns:
-        ``accuracy`` and ``macro_f1`` as [value, low, high] at 95 %; ``confusion``, whose row is
-        the right class and column the chosen one, in rows; ``classes`` with precision, recall, F1
-        (None where nothing is in or taken for the class) and support (rows).
+        ``accuracy`` and ``macro_f1`` as [value, low, high] at 95 %; ``confusion``, counts with the
+        true class as row and the predicted class as column; ``classes`` with precision, recall, F1
+        (None where the denominator is 0) and support (number of rows).
     """
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)  # (C, C): true, predicted
     np.add.at(confusion, (np.asarray(labels), np.asarray(predicted)), 1)
     accuracy = share_interval([float(a == b) for a, b in zip(labels, predicted, strict=True)])
     each = {
@@ -46,9 +48,9 @@ def class_scores(
 
 
 def macro_f1(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Give the mean F1 of the classes: (..., C, C) -> (...).
+    """Return the mean F1 over the classes: (..., C, C) -> (...).
 
-    A class that no row is in or is taken for has none and is left out.
+    A class without true and predicted rows has no F1 and is excluded from the mean.
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     rows = (confusion.sum(-1) + confusion.sum(-2)).astype(np.float64)
@@ -59,13 +61,14 @@ def macro_f1(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
 def macro_f1_interval(
     confusion: NDArray[np.int64], *, seed: int, num_draws: int = NUM_DRAWS, level: float = 0.95
 ) -> Interval:
-    """Give macro-F1 with the percentile interval of the bootstrap over rows.
+    """Return macro-F1 with its percentile interval from a bootstrap over rows.
 
-    Drawing rows with replacement draws the cells of the confusion matrix from a multinomial.
+    Sampling rows with replacement is the same as sampling the cells of the confusion matrix from a
+    multinomial distribution.
     """
     total = int(confusion.sum())
     rng = np.random.default_rng(seed)
-    cells = rng.multinomial(total, confusion.ravel() / total, size=num_draws)
+    cells = rng.multinomial(total, confusion.ravel() / total, size=num_draws)  # (draws, C * C)
     drawn = macro_f1(cells.reshape(num_draws, *confusion.shape))
     low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(macro_f1(confusion)), float(low), float(high))

@@ -1,7 +1,7 @@
-"""Records of scored responses, intervals of their means and differences, and a recipe's bands.
+"""Records of scored responses, intervals of their means and differences, and expected ranges.
 
-Pure functions on plain records. A response that could not be scored (None) is counted and left
-out; in a comparison its partner is left out too.
+Pure functions of plain records. A response that could not be scored (None) is counted and excluded;
+in a comparison its partner is excluded too.
 """
 
 import math
@@ -12,15 +12,15 @@ from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_in
 from align.recipe.schema.evaluate import OWN_TASK
 
 Triple = list[float | None]
-"""[value, low, high]; None where there is nothing to estimate from."""
+"""[value, low, high]; None if it cannot be estimated."""
 
 
 class Record(TypedDict):
-    """Hold one answer of one model and what was measured of it.
+    """One response of one model with its measurements.
 
-    ``scores`` and ``judge`` are None where invalid; ``length`` is in tokens; ``kl`` is in nats
-    per answer; ``repeats`` is the share of word trigrams that stood in the answer before;
-    ``finish_reason`` is ``"stop"`` or ``"length"``; ``group`` is what results are broken down by.
+    ``scores`` and ``judge`` are None if invalid; ``length`` is in tokens; ``kl`` is in nats per
+    response; ``repeats`` is the fraction of word trigrams that already occurred in the response;
+    ``finish_reason`` is ``"stop"`` or ``"length"``; results are broken down by ``group``.
     """
 
     prompt_index: int
@@ -37,7 +37,7 @@ class Record(TypedDict):
 
 
 def as_triple(interval: Interval | WinRate | None) -> Triple:
-    """Give [value, low, high]; None for an absent interval and for bounds that are not numbers."""
+    """Return [value, low, high]; None for a missing interval and for bounds that are not finite."""
     if interval is None:
         return [None, None, None]
     values = (interval.value, interval.low, interval.high)
@@ -47,10 +47,10 @@ def as_triple(interval: Interval | WinRate | None) -> Triple:
 def valid_pairs(
     a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Any]
 ) -> tuple[list[float], list[float], list[Any]]:
-    """Keep the rows in which both sides have a score.
+    """Return both scores and the cluster of the rows in which both sides have a score.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: the lengths differ.
     """
     rows = [
         (x, y, cluster)
@@ -61,16 +61,16 @@ def valid_pairs(
 
 
 UNBOUNDED = ("kl", "length")
-"""Metrics that are no shares, whatever their values."""
+"""Metrics that are never fractions, even if all their values are in [0, 1]."""
 
 
 def mean_interval(
     scores: Sequence[float | None], clusters: Sequence[Any], *, seed: int = 0, share: bool = True
 ) -> Interval | None:
-    """Give the mean of the valid scores with its 95 % interval; None where there is none.
+    """Return the mean of the valid scores with its 95 % interval; None without a valid score.
 
-    Scores that all lie in [0, 1] are shares and have a `share_interval`; others, and all with
-    ``share=False``, are bootstrapped.
+    Scores that are all in [0, 1] are treated as fractions (`share_interval`). Others, and all
+    scores with ``share=False``, are bootstrapped.
     """
     kept, _, names = valid_pairs(scores, scores, clusters)
     if not kept:
@@ -88,7 +88,7 @@ def difference_interval(
     seed: int = 0,
     share: bool = True,
 ) -> Interval | None:
-    """Give the mean of a - b over valid pairs with its 95 % interval, as `mean_interval` does."""
+    """Return the mean of a - b over valid pairs with its 95 % interval; see `mean_interval`."""
     kept_a, kept_b, names = valid_pairs(a, b, clusters)
     if not kept_a:
         return None
@@ -103,7 +103,13 @@ def _are_shares(values: Sequence[float]) -> bool:
 
 
 def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float | None]]:
-    """Name the metrics of the records: the scores, judge, kl where measured, length, stop_rate."""
+    """Return a getter for each metric of the records, by the metric's name.
+
+    The metrics are the scores, judge, kl (if measured), length, repeats and stop_rate.
+
+    Raises:
+        ValueError: records have different scores, or a score has the name of another metric.
+    """
 
     def of_score(name: str) -> Callable[[Record], float | None]:
         return lambda record: record["scores"][name]
@@ -113,7 +119,7 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float 
         if list(record["scores"]) != names:
             raise ValueError(
                 f"prompt {record['prompt_index']}: scores {list(record['scores'])}, but the first "
-                f"record has {names}; every answer needs the same scores"
+                f"record has {names}; every response needs the same scores"
             )
     columns = {name: of_score(name) for name in names}
     taken = {"judge", "kl", "length", "repeats", "stop_rate"} & set(names)
@@ -129,11 +135,15 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float 
 
 
 def by_place(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
-    """Index records by (prompt_index, sample_index), which must be unique."""
+    """Return the records by (prompt_index, sample_index).
+
+    Raises:
+        ValueError: two records have the same indices.
+    """
     places = {(record["prompt_index"], record["sample_index"]): record for record in records}
     if len(places) != len(records):
         raise ValueError(
-            f"{len(records)} answers at {len(places)} places; (prompt_index, sample_index) must "
+            f"{len(records)} responses at {len(places)} places; (prompt_index, sample_index) must "
             "be unique within a model"
         )
     return places
@@ -146,7 +156,7 @@ def _look_up(summary: Mapping[str, Any], key: str) -> Any:
     every other key is a path through summary.json. A key of a mapping may contain slashes.
 
     Raises:
-        KeyError: with the part that leads nowhere.
+        KeyError: with the first part of the key that does not exist.
     """
     own = summary.get("tasks", {}).get(OWN_TASK, {})
     head, _, rest = key.partition("/")
@@ -155,7 +165,7 @@ def _look_up(summary: Mapping[str, Any], key: str) -> Any:
         if metric == f"win_rate_vs_{own.get('baseline')}":
             metric = "win_rate"
         if metric.endswith("_invalid") and metric.removesuffix("_invalid") in own["models"][model]:
-            # What was never invalid is not listed.
+            # Metrics without invalid responses are not listed in the summary.
             return own["invalid"].get(model, {}).get(metric.removesuffix("_invalid"), 0)
         return own.get("models", {})[model][metric]
     if head == "differences":
@@ -170,6 +180,7 @@ def _look_up(summary: Mapping[str, Any], key: str) -> Any:
 def _walk(part: Mapping[str, Any], key: str) -> Any:
     if key in part:
         return part[key]
+    # Try every slash as the separator: names of files and tasks may contain slashes.
     for cut in (i for i, letter in enumerate(key) if letter == "/"):
         if isinstance(part.get(key[:cut]), Mapping):
             return _walk(part[key[:cut]], key[cut + 1 :])
@@ -180,17 +191,17 @@ def check_expectations(
     summary: Mapping[str, Any],
     expect: Mapping[str, Sequence[float | None]],
 ) -> list[dict[str, Any]]:
-    """Return whether the summary keeps to each of a recipe's bands.
+    """Return whether each number is within the range that the recipe expects.
 
     Args:
-        summary: what summary.json holds.
+        summary: content of summary.json.
         expect: key (``models/dpo/kl``, ``differences/grpo-sft/exact_match``; the end of an
-            interval as ``models/dpo/kl:low`` or ``:high``) to (lowest, highest) allowed value,
+            interval as ``models/dpo/kl:low`` or ``:high``) to the (lowest, highest) expected value;
             None for no bound.
 
     Returns:
-        One entry a key: ``key``, ``band``, ``value``, ``holds``; a key that leads to no number
-        has value None, holds not, and says why under ``problem``.
+        One entry per key: ``key``, ``band``, ``value`` and ``holds``. If a key does not lead to a
+        number, ``value`` is None, ``holds`` is False and ``problem`` states the reason.
     """
     checks = []
     for key, (low, high) in expect.items():

@@ -1,7 +1,7 @@
-"""Run tasks of lm-evaluation-harness in its own environment and read what it writes.
+"""Run lm-evaluation-harness tasks in a separate environment and read their scores.
 
-The harness pins other versions than this project, so it is never imported here: it runs as a
-process of the Python that the recipe names, and its scores by question are read from its log.
+The harness pins other versions than this project, so it is never imported here. It runs in the
+Python interpreter that the recipe names, and its per-question scores are read from its log.
 """
 
 import json
@@ -16,6 +16,7 @@ from align.evaluation.compare import Record
 
 REMEDY = "python -m venv lm && lm/bin/pip install 'lm-eval[hf]==0.4.13'"
 LOG_TAIL = 15
+# This project's packages and process group would break the other environment.
 NOT_PASSED_ON = (
     "PYTHONPATH",
     "VIRTUAL_ENV",
@@ -43,15 +44,21 @@ def harness_argv(
     chat_template: bool = False,
     device: str | None = None,
 ) -> list[str]:
-    """Give the command line that asks one model.
+    """Return the command line that evaluates one model.
 
     Args:
-        python: of the harness's environment. model_dir: folder of the model.
-        out: folder for the results. tasks: names the harness knows, also from ``include_path``.
-        backend: hf or vllm. dtype: of the weights. batch_size: requests at a time.
-        include_path: folder of own task files. limit: questions of each task; None asks all.
-        num_fewshot: examples before each question; None is the task's own number.
-        chat_template: ask through the model's chat template. device: cpu, or None.
+        python: Python interpreter of the harness's environment.
+        model_dir: folder of the model.
+        out: folder for the results.
+        tasks: names of harness tasks, including those of ``include_path``.
+        backend: hf or vllm.
+        dtype: dtype of the weights.
+        batch_size: requests per batch.
+        include_path: folder with custom task files.
+        limit: questions per task; None for all.
+        num_fewshot: examples before each question; None for the task's own number.
+        chat_template: apply the model's chat template.
+        device: cpu, or None for the harness's choice.
     """
     argv = [python, "-m", "lm_eval", "--model", backend]
     argv += ["--model_args", f"pretrained={model_dir},dtype={dtype}"]
@@ -65,10 +72,10 @@ def harness_argv(
 
 
 def check_harness(python: str) -> str:
-    """Give the version of the harness in an environment.
+    """Return the version of lm-eval in an environment.
 
     Raises:
-        AlignError: there is no such Python, or no lm-eval in it; says how to install it.
+        AlignError: the Python interpreter or lm-eval is missing; the message says how to install.
     """
     code = "from importlib.metadata import version; print(version('lm_eval'))"
     try:
@@ -81,41 +88,42 @@ def check_harness(python: str) -> str:
 
 
 def run_harness(argv: Sequence[str], log: Path) -> None:
-    """Run the harness; what it says goes to ``log``.
+    """Run the harness and write its output to ``log``.
 
     Raises:
-        AlignError: it failed; the end of its log is shown.
+        AlignError: the harness failed; the message contains the end of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as f:
         done = subprocess.run(argv, stdout=f, stderr=subprocess.STDOUT, env=_env())
     if done.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
-        said = "\n".join(tail)
-        raise AlignError(f"lm-eval ended with {done.returncode}; the end of {log}:\n{said}")
+        shown = "\n".join(tail)
+        raise AlignError(f"lm-eval ended with {done.returncode}; the end of {log}:\n{shown}")
 
 
 def _env() -> dict[str, str]:
-    """Give the environment without this project's own packages and process group."""
+    """Return the environment without this project's packages and process group."""
     return {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
 
 
 def read_harness(out: Path, *, what: str) -> dict[str, list[Record]]:
-    """Read the scores by question of every task that one run of the harness has logged.
+    """Return the per-question scores of every task that a harness run has logged.
 
     Args:
-        out: the run's ``--output_path``. what: name of the model in messages.
+        out: the run's ``--output_path``.
+        what: name of the model in messages.
 
     Returns:
-        Task to one record per question; its ``scores`` are the metrics, by filter where there are
-        several ("exact_match (strict-match)").
+        Task to one record per question. Its ``scores`` are the metrics, with the filter in the name
+        if the task has filters ("exact_match (strict-match)").
 
     Raises:
-        AlignError: there is no log, or a task has no score by question.
+        AlignError: there is no log, or a task has no per-question score.
     """
     found: dict[str, dict[int, Record]] = {}
     for file in sorted(out.rglob("samples_*.jsonl")):
-        # samples_<task>_<time>.jsonl; the time has no underscore.
+        # The file is samples_<task>_<time>.jsonl, and the time contains no underscore.
         task = file.stem.removeprefix("samples_").rpartition("_")[0]
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -127,14 +135,15 @@ def read_harness(out: Path, *, what: str) -> dict[str, list[Record]]:
     for task, records in found.items():
         if not next(iter(records.values()))["scores"]:
             raise AlignError(
-                f"lm-eval task {task}: no score by question (a corpus perplexity, say); "
-                "intervals need one; choose another task"
+                f"lm-eval task {task}: no per-question score (a corpus perplexity, for example). "
+                "Intervals need one; choose another task"
             )
     return {task: [records[i] for i in sorted(records)] for task, records in found.items()}
 
 
 def _record(row: dict[str, Any]) -> Record:
     answers = row.get("filtered_resps") or [""]
+    # The harness does not log lengths or KL; their placeholders are never reported.
     return Record(
         prompt_index=row["doc_id"],
         sample_index=0,
@@ -151,7 +160,7 @@ def _record(row: dict[str, Any]) -> Record:
 
 
 def _scores(row: dict[str, Any]) -> dict[str, float | None]:
-    """Give the metrics of a question that are plain numbers."""
+    """Return the metrics of a question that are plain numbers."""
     name = row.get("filter", "none")
     suffix = "" if name == "none" else f" ({name})"
     return {

@@ -1,4 +1,4 @@
-"""Let a language model compare answers in both orders, no longer than the verdict is open."""
+"""Compare responses with a language model as judge, in both orders and with early stopping."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,13 +21,13 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 _FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
-"""What a verdict gives to the answer that was shown first."""
+"""The score of the response that was shown first, by verdict."""
 Ask = Callable[[Sequence[Messages]], Sequence[Verdict]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Hold two answers to one prompt: ``ours`` is the side that a result of 1 speaks for."""
+    """Two responses to one prompt; a result of 1 means that ``ours`` is better."""
 
     prompt: str
     ours: str
@@ -36,9 +36,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class BothOrders:
-    """Hold what a judge said of a pair, ours first and ours second; None is invalid.
+    """A judge's verdicts on a pair, with ours shown first and with theirs shown first.
 
-    Each is the share of the win given to the answer shown first.
+    Each is the score of the response shown first (1 win, 0.5 tie, 0 loss); None is invalid.
     """
 
     ours_first: float | None
@@ -46,7 +46,7 @@ class BothOrders:
 
     @property
     def result(self) -> float | None:
-        """Give 1 where ours won in both orders, 0 where it lost in both; None if one is invalid."""
+        """Return the mean score of ours over both orders; None if a verdict is invalid."""
         if self.ours_first is None or self.theirs_first is None:
             return None
         return (self.ours_first + 1.0 - self.theirs_first) / 2.0
@@ -54,12 +54,13 @@ class BothOrders:
 
 @dataclass(slots=True)
 class Bench:
-    """Hold a judge and everything it has said.
+    """A judge and all its verdicts.
 
     Attributes:
-        client: where it is asked. criteria: what it is to look at.
-        said: every pair's verdicts in both orders.
-        offered: pairs that it could have been asked about.
+        client: client of the judge's endpoint.
+        criteria: instruction on what to compare.
+        said: verdicts of every judged pair in both orders.
+        offered: number of pairs available; early stopping may leave some unjudged.
     """
 
     client: JudgeClient
@@ -68,7 +69,7 @@ class Bench:
     offered: int = 0
 
     def judge(self, pairs: Sequence[Pair]) -> list[BothOrders]:
-        """Judge pairs in both orders; equal answers are a tie that nobody is asked about."""
+        """Return the verdicts on pairs in both orders; equal responses tie without a request."""
         asked = [pair for pair in pairs if pair.ours != pair.theirs]
         requests = [m for pair in asked for m in both_orders(pair, self.criteria)]
         verdicts = iter(self.client.ask(requests, SCHEMA) if requests else ())
@@ -82,7 +83,7 @@ class Bench:
         return found
 
     def report(self) -> dict[str, Any]:
-        """Say what was judged, how the place of an answer swayed it, and what it cost."""
+        """Return the number of judged pairs, the position bias and the cost."""
         endpoint, cost = self.client.endpoint, self.client.cost
         return {
             "model": endpoint.model,
@@ -96,14 +97,14 @@ class Bench:
 
 
 def both_orders(pair: Pair, criteria: str) -> tuple[Messages, Messages]:
-    """Write the question with ours first, then with ours second."""
+    """Return the judge's request with ours first, and with theirs first."""
     return (
-        _question(pair.prompt, pair.ours, pair.theirs, criteria),
-        _question(pair.prompt, pair.theirs, pair.ours, criteria),
+        _question(pair.prompt, pair.ours, pair.theirs, criteria=criteria),
+        _question(pair.prompt, pair.theirs, pair.ours, criteria=criteria),
     )
 
 
-def _question(prompt: str, first: str, second: str, criteria: str) -> Messages:
+def _question(prompt: str, first: str, second: str, *, criteria: str) -> Messages:
     task = (
         f"{criteria} Ignore their order and length. Reply with JSON: "
         '{"winner": "first"}, {"winner": "second"} or {"winner": "tie"}.'
@@ -117,11 +118,12 @@ def _share(verdict: Verdict) -> float | None:
 
 
 def position(said: Sequence[BothOrders]) -> dict[str, Any]:
-    """Measure how the place of an answer sways a judge.
+    """Return a judge's position bias.
 
     Returns:
-        ``first_share``: how often the answer shown first wins, ties half; 0.5 without bias.
-        ``consistent``: share of pairs on which both orders agree. Each with its interval.
+        ``first_share``: how often the response shown first wins, ties half; 0.5 without bias.
+        ``consistent``: fraction of pairs with the same verdict in both orders. Each is
+        [value, low, high].
     """
     whole = [(p.ours_first, p.theirs_first) for p in said if p.result is not None]
     if not whole:
@@ -135,7 +137,7 @@ def position(said: Sequence[BothOrders]) -> dict[str, Any]:
 
 
 def plain(text: Text) -> str:
-    """Write a prompt as the judge reads it: text as it is, a conversation with its roles."""
+    """Return a prompt as the judge reads it: plain text, or a conversation with its roles."""
     if isinstance(text, str):
         return text
     if len(text) == 1:
@@ -152,21 +154,23 @@ def judge_model(
     batch: int,
     seed: int,
 ) -> Judged:
-    """Judge a model's answers against another's, prompt by prompt in a seeded order.
+    """Return the verdicts on a model's responses against a baseline's, in random prompt order.
 
     Args:
         bench: the judge.
-        records: answers of the model. others: those of the baseline to the same prompts.
+        records: responses of the model.
+        others: responses of the baseline to the same prompts.
         sequential: stop as soon as the verdict is clear.
-        batch: prompts judged between two looks.
-        seed: of the order in which prompts are judged.
+        batch: prompts judged between two looks at the interval.
+        seed: random seed of the prompt order.
 
     Returns:
-        The results of the pairs that were judged, and with ``sequential`` the interval that holds
-        whenever judging stopped: of the mean over prompts, an invalid pair left out.
+        The results of the judged pairs. With ``sequential`` also an interval of the mean over
+        prompts that is valid at any stopping time; invalid pairs are excluded.
     """
     mine, theirs = by_place(records), by_place(others)
     prompts = sorted({place[0] for place in mine})
+    # Random order: the pairs judged before an early stop must represent all prompts.
     order = np.random.default_rng(seed).permutation(len(prompts))
     bench.offered += len(mine)
     results: dict[Place, float | None] = {}
@@ -176,6 +180,7 @@ def judge_model(
         places = [place for place in sorted(mine) if place[0] in chosen]
         found = bench.judge([_pair(mine[place], theirs[place]) for place in places])
         results |= {p: said.result for p, said in zip(places, found, strict=True)}
+        # The sequence needs independent values, so each prompt contributes its mean once.
         for value in _by_prompt(results, [prompts[i] for i in order[start : start + batch]]):
             sequence.update(value)
         if sequential and sequence.verdict != "not shown":
@@ -197,5 +202,5 @@ def _pair(mine: Record, theirs: Record) -> Pair:
 
 
 def answer(completion: Text) -> str:
-    """Give an answer's text."""
+    """Return a response's text without surrounding whitespace."""
     return completion_text(completion).strip()

@@ -1,4 +1,4 @@
-"""The win rate that would be, were the answers of both sides equally long."""
+"""The length-controlled win rate: the win rate if both sides' responses were equally long."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,8 +8,8 @@ from scipy.stats import t as student_t
 from align.evaluation.stats import Interval
 
 RIDGE = 1.0
-"""Precision of the normal prior on the length coefficient: one that only length decides stays
-finite, and 400 prompts move it by less than 1 %."""
+"""Precision of the normal prior on the length coefficient. It keeps the coefficient finite if only
+length decides the pairs; with 400 prompts it changes the result by less than 1 %."""
 TOLERANCE, MAX_STEPS = 1e-10, 100
 MAX_LOGIT = 15.0
 
@@ -21,25 +21,25 @@ def length_controlled_win_rate(
     clusters: ArrayLike | None = None,
     level: float = 0.95,
 ) -> Interval | None:
-    """Give the win rate with the part that length explains taken out.
+    """Return the win rate without the effect of the length difference.
 
-    Fits P(win) = sigmoid(quality + b tanh(d / s)) with d the difference in length and s its
-    standard deviation, a result of 1/2 (a tie, or orders that disagree) counted half on each side,
-    and gives sigmoid(quality): the win rate at d = 0. The interval is Student's on the logit scale
-    with the sandwich variance over clusters.
+    Fits P(win) = sigmoid(quality + b tanh(d / s)), where d is the length difference and s its
+    standard deviation. A result of 1/2 (a tie, or orders that disagree) counts half on each side.
+    The win rate is sigmoid(quality), the prediction at d = 0. Its interval is Student's on the
+    logit scale with the sandwich variance over clusters.
 
-    Deviation from the reference: it also fits a difficulty for each instruction, shared by all
-    models of a leaderboard; with two models there is nothing to learn it from.
+    Deviation from the reference: the reference also fits the difficulty of each instruction, shared
+    by all models of a leaderboard. It is not identifiable with two models.
 
     Args:
         results: one value in [0, 1] per judged pair.
-        length_differences: tokens of the first side's answer minus the other's.
-        clusters: the prompt of each pair; None makes each its own.
-        level: confidence, in (0, 1).
+        length_differences: tokens of the first side's response minus those of the other.
+        clusters: the prompt of each pair; None makes every pair its own cluster.
+        level: confidence level, in (0, 1).
 
     Returns:
-        Estimate and bounds; None where it is not identified: all results alike at 0 or 1, or fewer
-        than three clusters.
+        Estimate and bounds; None if it is not identifiable: all results are 0, all are 1, or there
+        are fewer than three clusters.
 
     Reference:
         arXiv:2404.04475 eq. 2; sandwich variance: Liang and Zeger 1986.
@@ -53,10 +53,12 @@ def length_controlled_win_rate(
     num_clusters = int(index.max()) + 1 if y.size else 0
     if num_clusters < 3 or y.max() == 0.0 or y.min() == 1.0:
         return None
+    # Fit the logistic regression.
     spread = d.std()
     x = np.column_stack([np.ones_like(d), np.tanh(d / spread) if spread > 0 else np.zeros_like(d)])
     beta, hessian = _fit(x, y)
-    scores = x * (y - expit(x @ beta))[:, None]
+    # Sandwich variance of the coefficients, with the score summed per cluster.
+    scores = x * (y - expit(x @ beta))[:, None]  # (pairs, 2)
     totals = np.zeros((num_clusters, 2))
     np.add.at(totals, index, scores)
     bread = np.linalg.inv(hessian)
@@ -70,13 +72,14 @@ def length_controlled_win_rate(
 def _fit(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit by Newton's method; give the coefficients and the Hessian of the negative likelihood."""
+    """Return the coefficients and the Hessian of the negative log posterior, by Newton's method."""
     prior = np.diag([0.0, RIDGE])
     beta = np.zeros(2)
     for _ in range(MAX_STEPS):
         p = expit(x @ beta)
         hessian = x.T @ (x * (p * (1.0 - p))[:, None]) + prior
         step = np.linalg.solve(hessian, x.T @ (y - p) - prior @ beta)
+        # A win rate close to 0 or 1 has an unbounded intercept; sigmoid(15) is 1 - 3e-7.
         beta = np.clip(beta + step, -MAX_LOGIT, MAX_LOGIT)
         if np.abs(step).max() < TOLERANCE:
             break

@@ -1,6 +1,7 @@
 """Metrics as ``evaluate.Metric`` subclasses that need no hub, no network and no cache folder.
 
-Each gives its value with a 95 % interval; None among the scores is counted, not averaged.
+Each metric returns its value with a 95 % interval. Scores of None are counted as invalid and
+excluded from the mean.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ Scores = Sequence[float | None]
 
 
 class _MemoryMetric(evaluate.Metric):
-    """Keep inputs in memory: the base class makes a folder in the user's cache otherwise."""
+    """A metric that keeps its inputs in memory; the base class creates a cache folder otherwise."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _build_data_dir(self) -> str:
-        """Name the folder that a metric in memory never writes to, without making it."""
+        """Return the data folder without creating it; an in-memory metric never writes to it."""
         return self._data_dir_root
 
 
@@ -42,12 +43,12 @@ def _two_scores() -> Features:
 
 
 class MeanScore(_MemoryMetric):
-    """Give the mean of scores: ``{"mean", "low", "high", "invalid"}``."""
+    """The mean of scores: ``{"mean", "low", "high", "invalid"}``."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Mean of one score per answer.",
-            "predictions: scores, None where invalid; clusters: the prompt of each.",
+            "Mean of one score per response.",
+            "predictions: scores, None if invalid; clusters: the prompt of each.",
             Features({"predictions": Value("float64")}),
         )
 
@@ -61,16 +62,16 @@ class MeanScore(_MemoryMetric):
 
 
 class ExactMatch(_MemoryMetric):
-    """Give the share of answers equal to the reference, by the rule reward ``exact_match``.
+    """The fraction of responses equal to the reference, by the rule-based reward ``exact_match``.
 
     Returns ``{"exact_match", "low", "high", "invalid"}``.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Share of answers equal to their reference.",
-            "predictions, references: strings; pattern: one group, what is compared of the "
-            "answer; ignore_case; clusters: the prompt of each.",
+            "Fraction of responses equal to their reference.",
+            "predictions, references: strings; pattern: regex whose one group is the part of the "
+            "response that is compared; ignore_case; clusters: the prompt of each.",
             Features({"predictions": Value("string"), "references": Value("string")}),
         )
 
@@ -90,7 +91,7 @@ class ExactMatch(_MemoryMetric):
 
 
 def _wins(
-    name: str, a: Scores, b: Scores, clusters: Sequence[Any] | None
+    name: str, a: Scores, b: Scores, *, clusters: Sequence[Any] | None
 ) -> dict[str, float | int | None]:
     kept_a, kept_b, names = valid_pairs(a, b, range(len(a)) if clusters is None else clusters)
     won = win_rate(kept_a, kept_b, clusters=names) if kept_a else None
@@ -103,14 +104,14 @@ def _wins(
 
 
 class WinRate(_MemoryMetric):
-    """Give how often the judge scores one model above the other, ties half.
+    """How often the judge scores one model above the other, ties half.
 
     Returns ``{"win_rate", "low", "high", "wins", "ties", "losses", "invalid"}``.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Share of prompts on which the first model's answer is judged better, ties half.",
+            "Fraction of prompts on which the first model's response is judged better, ties half.",
             "predictions, references: the judge's scores of the model and of the baseline.",
             _two_scores(),
         )
@@ -118,23 +119,23 @@ class WinRate(_MemoryMetric):
     def _compute(
         self, predictions: Scores, references: Scores, clusters: Sequence[Any] | None = None
     ) -> dict[str, float | int | None]:
-        return _wins("win_rate", predictions, references, clusters)
+        return _wins("win_rate", predictions, references, clusters=clusters)
 
 
 class PairAccuracy(_MemoryMetric):
-    """Give how often a reward model scores the chosen answer above the rejected, ties half.
+    """How often a reward model scores the chosen response above the rejected one, ties half.
 
     Returns ``{"pair_accuracy", "low", "high", "wins", "ties", "losses", "invalid"}``.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Share of preference pairs that a reward model ranks as the data do, ties half.",
-            "predictions, references: scores of the chosen and of the rejected answers.",
+            "Fraction of preference pairs that a reward model ranks as the data do, ties half.",
+            "predictions, references: scores of the chosen and of the rejected responses.",
             _two_scores(),
         )
 
     def _compute(
         self, predictions: Scores, references: Scores, clusters: Sequence[Any] | None = None
     ) -> dict[str, float | int | None]:
-        return _wins("pair_accuracy", predictions, references, clusters)
+        return _wins("pair_accuracy", predictions, references, clusters=clusters)

@@ -1,4 +1,4 @@
-"""pass@k and avg@k from several answers to each prompt."""
+"""pass@k from several responses to each prompt."""
 
 from collections.abc import Hashable, Sequence
 from math import comb
@@ -10,31 +10,35 @@ Prompt = TypeVar("Prompt", bound=Hashable)
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
-    """Estimate without bias the chance that one of k answers is right.
+    """Return the unbiased estimate of the probability that one of k responses is correct.
 
-    1 - C(n - c, k) / C(n, k): of all choices of k among the n answers, the share that holds one of
-    the c right ones.
+    1 - C(n - c, k) / C(n, k): the fraction of all subsets of k of the n responses that contain at
+    least one of the c correct ones.
 
     Raises:
-        ValueError: fewer than k answers.
+        ValueError: there are fewer than k responses.
 
     Reference:
         arXiv:2107.03374 eq. 1.
     """
     if not 0 <= num_right <= num_answers or not 1 <= k <= num_answers:
-        raise ValueError(f"{num_right} right of {num_answers} answers, k {k}: expected c <= n >= k")
+        raise ValueError(
+            f"{num_right} correct of {num_answers} responses, k {k}: expected c <= n >= k"
+        )
     return 1.0 - comb(num_answers - num_right, k) / comb(num_answers, k)
 
 
 def pass_by_prompt(
     scores: Sequence[float | None], prompts: Sequence[Prompt], *, k: int
 ) -> dict[Prompt, float]:
-    """Give pass@k of each prompt that has at least k valid scores; a score of 1 is right.
+    """Return pass@k of each prompt that has at least k valid scores; a score of 1 is correct.
 
     Args:
-        scores: one per answer, None where it is invalid. prompts: the prompt of each answer.
-        k: answers of which one must be right.
+        scores: one per response, None if it is invalid.
+        prompts: the prompt of each response.
+        k: number of responses of which at least one must be correct.
     """
+    # Per prompt: valid responses, correct responses.
     counts: dict[Prompt, list[int]] = {}
     for score, prompt in zip(scores, prompts, strict=True):
         if score is not None:
@@ -47,6 +51,6 @@ def pass_by_prompt(
 def pass_at_k_interval(
     scores: Sequence[float | None], prompts: Sequence[Hashable], *, k: int
 ) -> Interval | None:
-    """Give the mean of pass@k over prompts with its interval; None without a prompt to count."""
+    """Return the mean of pass@k over prompts with its interval; None without a valid prompt."""
     values = list(pass_by_prompt(scores, prompts, k=k).values())
     return share_interval(values) if values else None

@@ -1,8 +1,8 @@
-"""An interval for a win rate that may be looked at after every judged pair.
+"""A confidence interval of a win rate that may be checked after every judged pair.
 
-A fixed-size interval that is looked at until it excludes 1/2 does so in the end by chance. The
-confidence sequence here covers the truth at all times together: judging may stop as soon as the
-verdict is clear, and the probability of a false verdict stays below 1 - level.
+A fixed-size interval that is checked until it excludes 1/2 eventually does so by chance. The
+confidence sequence here covers the true mean at all times simultaneously: judging may stop as soon
+as the verdict is clear, and the probability of a false verdict stays below 1 - level.
 """
 
 from dataclasses import dataclass, field
@@ -13,21 +13,23 @@ from numpy.typing import NDArray
 from align.evaluation.stats import Interval
 
 GRID = 1001
-"""Candidate means: the bounds are exact to 0.001, rounded outwards."""
+"""Number of candidate means: the bounds are exact to 0.001, rounded outwards."""
 CAP = 0.5
-"""Largest share of the capital that one bet may lose."""
+"""Largest fraction of the capital that one bet may lose."""
 
 
 @dataclass(slots=True)
 class ConfidenceSequence:
-    """Hold a hedged capital process for the mean of independent values in [0, 1].
+    """A hedged capital process for the mean of independent values in [0, 1].
 
-    Two gamblers bet for each candidate mean that the truth is higher, or lower. Against the true
-    mean neither can expect to win, so by Ville's inequality the capital reaches 1 / alpha with
-    probability at most alpha; a candidate against which it has is excluded for good.
+    For each candidate mean, one gambler bets that the true mean is higher and another that it is
+    lower. Against the true mean neither can expect to win, so by Ville's inequality their capital
+    reaches 1 / alpha with probability at most alpha. A candidate is excluded for good once the
+    capital against it reaches that value.
 
     Attributes:
-        level: confidence over all times together, in (0, 1).
+        level: confidence over all times simultaneously, in (0, 1).
+        count: number of values so far.
 
     Reference:
         Waudby-Smith and Ramdas, arXiv:2010.09686 theorem 3 (hedged capital), with the predictable
@@ -43,10 +45,15 @@ class ConfidenceSequence:
     _alive: NDArray[np.bool_] = field(default_factory=lambda: np.ones(GRID, dtype=bool))
 
     def update(self, value: float) -> None:
-        """Take one more value in [0, 1] into account."""
+        """Add one value in [0, 1].
+
+        Raises:
+            ValueError: the value is outside [0, 1].
+        """
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"value {value}, expected a number in [0, 1]")
-        means = np.linspace(0.0, 1.0, GRID)
+        means = np.linspace(0.0, 1.0, GRID)  # (GRID,)
+        # The bet must not depend on the value itself: it is computed before `_observe`.
         bet = self._bet()
         with np.errstate(divide="ignore"):
             up = np.minimum(bet, CAP / means)
@@ -54,12 +61,12 @@ class ConfidenceSequence:
         self._log_up += np.log1p(up * (value - means))
         self._log_down += np.log1p(-down * (value - means))
         self._observe(value)
-        # Each gambler holds half of the capital at the start.
+        # Each gambler starts with half of the capital.
         capital = np.maximum(self._log_up, self._log_down) - np.log(2.0)
         self._alive &= capital < -np.log(1.0 - self.level)
 
     def _bet(self) -> float:
-        """Give the bet on the next value from the values before it."""
+        """Return the bet on the next value, computed from the values before it (eq. 26)."""
         t = self.count + 1
         variance = (0.25 + self._squares) / t
         budget = 2.0 * np.log(2.0 / (1.0 - self.level))
@@ -73,10 +80,10 @@ class ConfidenceSequence:
 
     @property
     def interval(self) -> Interval:
-        """Give the mean so far with the bounds that hold at all times together."""
+        """Return the mean so far with bounds that are valid at all times simultaneously."""
         value = self._sum / self.count if self.count else float("nan")
         alive = np.flatnonzero(self._alive)
-        if not alive.size:  # values that are not independent of one another can exclude every mean
+        if not alive.size:  # Only dependent values can exclude every candidate mean.
             return Interval(value, float("nan"), float("nan"))
         step = 1.0 / (GRID - 1)
         low, high = (alive[0] - 1) * step, (alive[-1] + 1) * step
@@ -84,7 +91,7 @@ class ConfidenceSequence:
 
     @property
     def verdict(self) -> str:
-        """Say ``better``, ``worse`` or ``not shown`` of the mean against 1/2."""
+        """Return whether the mean is above 1/2: ``better``, ``worse`` or ``not shown``."""
         bounds = self.interval
         if bounds.low > 0.5:
             return "better"

@@ -1,7 +1,7 @@
-"""Intervals for means over prompts: the studentised bootstrap, and the score interval of a share.
+"""Intervals of means over prompts: the studentized bootstrap, and Wilson's interval of fractions.
 
-Both take clusters, so that several answers to one prompt are not independent evidence, and pairs.
-How often they cover the truth is measured by benchmarks/coverage.py. numpy and scipy only.
+Both support pairs and clusters: several responses to one prompt are not independent evidence.
+benchmarks/coverage.py measures how often they cover the true value. numpy and scipy only.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
 
 MIN_SPREAD_FRAC = 0.9
-"""Share of the resamples that must show some spread for the bootstrap to be used."""
+"""Fraction of resamples that must have some spread for the bootstrap to be used."""
 DRAW_CELLS = 1_000_000
-"""Resampled cluster numbers held in memory at a time."""
+"""Number of resampled cluster indices in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Hold an estimate with its confidence bounds.
+    """An estimate with its confidence bounds.
 
     Attributes:
         value: the estimate.
-        low: lower bound; NaN where a single cluster says nothing about spread.
+        low: lower bound; NaN for a single cluster, whose spread is unknown.
         high: upper bound.
     """
 
@@ -36,11 +36,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """Hold how often one side beats the other.
+    """How often one side beats the other, with confidence bounds.
 
     Attributes:
         value: (wins + ties / 2) / comparisons.
-        low: lower confidence bound; NaN where a single cluster says nothing about spread.
+        low: lower confidence bound; NaN for a single cluster, whose spread is unknown.
         high: upper confidence bound.
         wins: comparisons in which the first side scored higher.
         ties: comparisons with equal scores.
@@ -56,7 +56,11 @@ class WinRate:
 
 
 def _scores(name: str, scores: ArrayLike) -> NDArray[np.float64]:
-    """Check that scores are a non-empty list of finite numbers."""
+    """Return scores as a one-dimensional array.
+
+    Raises:
+        ValueError: the scores are empty, not one-dimensional or not finite.
+    """
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name}: shape {array.shape}, expected a non-empty list of numbers")
@@ -64,7 +68,7 @@ def _scores(name: str, scores: ArrayLike) -> NDArray[np.float64]:
         where = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(
             f"{name}[{where}] is {array[where]}, expected a finite number; "
-            "leave invalid scores out on both sides and count them"
+            "exclude invalid scores on both sides and count them"
         )
     return array
 
@@ -72,13 +76,13 @@ def _scores(name: str, scores: ArrayLike) -> NDArray[np.float64]:
 def _cluster_sums(
     x: NDArray[np.float64], clusters: Sequence[object] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the sum and the number of values of each cluster, in order of first appearance."""
+    """Return the sum and the number of values of each cluster, in order of first appearance."""
     if clusters is None:
         return x, np.ones_like(x)
     if len(clusters) != x.size:
         raise ValueError(f"{len(clusters)} cluster names for {x.size} scores; expected one each")
     numbers: dict[object, int] = {}
-    index = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])
+    index = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])  # (scores,)
     sums, counts = np.bincount(index, weights=x), np.bincount(index)
     return sums.astype(np.float64), counts.astype(np.float64)
 
@@ -87,10 +91,10 @@ def _student(level: float, num_clusters: int) -> float:
     return float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1))
 
 
-def _linearised_error(
+def _linearized_error(
     residuals: NDArray[np.float64], counts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Give the standard error of sum / count over the last axis, from each cluster's residual."""
+    """Return the linearized standard error of sum / count over the last axis (clusters)."""
     n = residuals.shape[-1]
     return np.sqrt((residuals**2).sum(-1) * n / (n - 1)) / counts.sum(-1)
 
@@ -113,9 +117,9 @@ def _paired(a: ArrayLike, b: ArrayLike | None) -> NDArray[np.float64]:
 def standard_error(
     a: ArrayLike, b: ArrayLike | None = None, *, clusters: Sequence[object] | None = None
 ) -> float:
-    """Give the standard error of the mean of ``a``, or of ``a - b``, by the jackknife on clusters.
+    """Return the standard error of the mean of ``a``, or of ``a - b``, by the cluster jackknife.
 
-    NaN where there is one cluster only.
+    It is NaN for a single cluster.
 
     Raises:
         ValueError: as `paired_bootstrap`.
@@ -128,7 +132,7 @@ def _jackknife_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> 
     n = sums.size
     if n == 1:
         return float("nan")
-    left_out = (sums.sum() - sums) / (counts.sum() - counts)
+    left_out = (sums.sum() - sums) / (counts.sum() - counts)  # (n,): the mean without each cluster
     return float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
 
 
@@ -141,31 +145,31 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Give the mean of ``a``, or of ``a - b``, with its studentised bootstrap interval.
+    """Return the mean of ``a``, or of ``a - b``, with its studentized bootstrap interval.
 
-    Whole clusters are drawn with replacement, so that several answers to one prompt are not taken
-    for independent evidence, and each resample is measured in its own standard error, which holds
-    what it promises at 20 clusters where percentiles of the resampled means are too narrow. Where
-    many resamples show no spread at all (a few values that differ among many alike) the interval
-    is Student's; where no cluster differs from another it is the value itself.
+    Whole clusters are resampled with replacement, because several responses to one prompt are not
+    independent evidence. Each resample is divided by its own standard error, which keeps the
+    coverage at 20 clusters, where percentiles of the resampled means are too narrow. If many
+    resamples have no spread (a few differing values among many equal ones), the interval is
+    Student's. If all clusters are equal, it is the value itself.
 
     Args:
-        a: one finite score per answer.
+        a: one finite score per response.
         b: scores of the other side on the same prompts in the same order; None compares with 0.
-        clusters: what each score belongs to (its prompt); None makes each score its own.
-        num_draws: resamples.
-        seed: the same seed gives the same interval.
-        level: confidence, in (0, 1).
+        clusters: cluster of each score (its prompt); None makes every score its own cluster.
+        num_draws: number of resamples.
+        seed: random seed; the same seed gives the same interval.
+        level: confidence level, in (0, 1).
 
     Returns:
         Estimate and bounds.
 
     Raises:
-        ValueError: lengths differ, nothing is given, or a score is not finite.
+        ValueError: lengths differ, ``a`` is empty, or a score is not finite.
 
     Reference:
         Davison and Hinkley 1997, Bootstrap Methods and their Application, section 5.2.1
-        (studentised), 3.8 (clusters).
+        (studentized), 3.8 (clusters).
     """
     _check(level, num_draws)
     sums, counts = _cluster_sums(_paired(a, b), clusters)
@@ -180,12 +184,14 @@ def ratio_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Give ``sum(sums) / sum(counts)`` over independent clusters as `paired_bootstrap` does.
+    """Return ``sum(sums) / sum(counts)`` over independent clusters; see `paired_bootstrap`.
 
     Args:
-        sums: one total per cluster (nats of a row, say).
-        counts: what it is a total of (tokens of the row), above 0.
-        num_draws: resamples. seed: of the resampling. level: confidence, in (0, 1).
+        sums: total of each cluster (the nats of a row, for example).
+        counts: number of items in each total (the tokens of the row), above 0.
+        num_draws: number of resamples.
+        seed: random seed of the bootstrap.
+        level: confidence level, in (0, 1).
     """
     _check(level, num_draws)
     totals, sizes = _scores("sums", sums), _scores("counts", counts)
@@ -193,7 +199,8 @@ def ratio_bootstrap(
     if n == 1:
         return Interval(value, float("nan"), float("nan"))
     residuals = totals - value * sizes
-    error = float(_linearised_error(residuals, sizes))
+    error = float(_linearized_error(residuals, sizes))
+    # Without any spread the pivots are 0 / 0.
     if error <= 1e-12 * max(1.0, abs(value)):
         return Interval(value, value, value)
     pivots = _pivots(residuals, sizes, num_draws=num_draws, seed=seed)
@@ -203,23 +210,25 @@ def ratio_bootstrap(
         lower = -upper
     else:
         lower, upper = np.quantile(pivots, (tail, 1.0 - tail))
+    # Studentized bounds swap the quantiles; clamping at 0 keeps the estimate inside.
     return Interval(value, value - max(upper, 0.0) * error, value - min(lower, 0.0) * error)
 
 
 def _pivots(
     residuals: NDArray[np.float64], sizes: NDArray[np.float64], *, num_draws: int, seed: int
 ) -> NDArray[np.float64]:
-    """Give (resampled mean - mean) / its standard error for each resample that has spread."""
+    """Return (resampled mean - mean) / its standard error for each resample that has spread."""
     rng = np.random.default_rng(seed)
     n = residuals.size
     step = max(1, DRAW_CELLS // n)
-    smallest = 1e-9 * float(_linearised_error(residuals, sizes))
+    smallest = 1e-9 * float(_linearized_error(residuals, sizes))
+    # In chunks of `step` resamples, to bound the memory.
     found = []
     for start in range(0, num_draws, step):
         drawn = rng.integers(n, size=(min(step, num_draws - start), n))
-        counts, moved = sizes[drawn], residuals[drawn]
+        counts, moved = sizes[drawn], residuals[drawn]  # (step, n)
         shift = moved.sum(1) / counts.sum(1)
-        errors = _linearised_error(moved - shift[:, None] * counts, counts)
+        errors = _linearized_error(moved - shift[:, None] * counts, counts)
         spread = errors > smallest
         found.append(shift[spread] / errors[spread])
     return np.concatenate(found)
@@ -232,18 +241,19 @@ def share_interval(
     clusters: Sequence[object] | None = None,
     level: float = 0.95,
 ) -> Interval:
-    """Give the mean of bounded values with its score interval for clusters.
+    """Return the mean of bounded values with a score interval for clustered data.
 
-    Wilson's interval, with as many trials as would give a share this value's standard error
-    (the jackknife's over clusters) and Student's quantile. It stays inside the bounds, and needs no
-    spread: where all clusters came out alike, Wilson's upper bound of 0 in n says how many others
-    there may be, and these are taken to lie at one bound or the other.
+    This is Wilson's interval with Student's quantile and an effective number of trials: the number
+    at which a fraction has the same standard error as these clusters (by the jackknife). It stays
+    inside the bounds and works without spread: if all clusters are equal, Wilson's upper bound of
+    0 in n limits the fraction of clusters that could differ, and these are assumed to be at one of
+    the bounds.
 
     Args:
-        x: one finite value per answer, inside ``bounds``.
-        bounds: lowest and highest possible value: (0, 1) of a share, (-1, 1) of a difference.
-        clusters: what each value belongs to (its prompt); None makes each value its own.
-        level: confidence, in (0, 1).
+        x: one finite value per response, inside ``bounds``.
+        bounds: lowest and highest possible value: (0, 1) of a fraction, (-1, 1) of a difference.
+        clusters: cluster of each value (its prompt); None makes every value its own cluster.
+        level: confidence level, in (0, 1).
 
     Raises:
         ValueError: a value is outside ``bounds``, or as `paired_bootstrap`.
@@ -257,21 +267,24 @@ def share_interval(
     values = _scores("x", x)
     if values.min() < low or values.max() > high:
         raise ValueError(f"values in [{values.min()}, {values.max()}], expected [{low}, {high}]")
+    # Rescale to [0, 1]; the bounds are mapped back at the end.
     sums, counts = _cluster_sums((values - low) / (high - low), clusters)
     n, share = sums.size, float(sums.sum() / counts.sum())
     value = low + (high - low) * share
     if n == 1:
         return Interval(value, float("nan"), float("nan"))
     error, room = _jackknife_error(sums, counts), share * (1.0 - share)
+    # All clusters are equal: bound the fraction of others by Wilson's interval of 0 in n.
     if error <= 1e-9:
         z = NormalDist().inv_cdf(0.5 + level / 2.0)
         others = z * z / (n + z * z)
         ends = (share - others * share, share + others * (1.0 - share))
         return Interval(value, *(low + (high - low) * end for end in ends))
+    # Wilson's interval with the effective number of trials.
     trials, z = room / error**2, _student(level, n)
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(max(room, 0.0) / trials + (z / (2 * trials)) ** 2)
-    # Rounding must not put the share itself outside, as it would where there is no success at all.
+    # Rounding must not exclude the estimate itself, as it could for a fraction of 0.
     ends = (min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
     return Interval(value, *(low + (high - low) * end for end in ends))
 
@@ -283,16 +296,16 @@ def win_rate(
     clusters: Sequence[object] | None = None,
     level: float = 0.95,
 ) -> WinRate:
-    """Count how often ``scores_a`` beats ``scores_b``, ties as half a win, with an interval.
+    """Return how often ``scores_a`` beats ``scores_b``, with a tie as half a win.
 
     Args:
-        scores_a: one finite score per answer.
+        scores_a: one finite score per response.
         scores_b: the other side's scores on the same prompts in the same order.
-        clusters: what each pair belongs to (its prompt); None makes each pair its own.
-        level: confidence of the `share_interval`, in (0, 1).
+        clusters: cluster of each pair (its prompt); None makes every pair its own cluster.
+        level: confidence level of the `share_interval`, in (0, 1).
 
     Raises:
-        ValueError: lengths differ, nothing is given, or a score is not finite.
+        ValueError: lengths differ, the scores are empty, or a score is not finite.
     """
     a, b = _scores("scores_a", scores_a), _scores("scores_b", scores_b)
     if a.shape != b.shape:
@@ -303,12 +316,12 @@ def win_rate(
 def win_rate_of(
     results: ArrayLike, *, clusters: Sequence[object] | None = None, level: float = 0.95
 ) -> WinRate:
-    """Sum up judged pairs: above 1/2 is a win, 1/2 a tie, below 1/2 a loss.
+    """Return the win rate of judged pairs: above 1/2 is a win, 1/2 a tie, below 1/2 a loss.
 
     Args:
-        results: one value in [0, 1] per pair: the mean over both orders that were judged.
-        clusters: what each pair belongs to (its prompt); None makes each pair its own.
-        level: confidence of the `share_interval`, in (0, 1).
+        results: one value in [0, 1] per pair, the mean over both orders.
+        clusters: cluster of each pair (its prompt); None makes every pair its own cluster.
+        level: confidence level of the `share_interval`, in (0, 1).
     """
     x = _scores("results", results)
     interval = share_interval(x, clusters=clusters, level=level)
@@ -337,19 +350,19 @@ def prompts_needed(
     level: float = 0.95,
     power: float = 0.8,
 ) -> int | None:
-    """Give the number of prompts at which a true difference is shown with probability ``power``.
+    """Return the number of prompts that detect a true difference with statistical power ``power``.
 
-    The spread over prompts is taken to be that of the ones measured, with as many answers each.
+    The spread over prompts and the number of responses per prompt are assumed to stay the same.
 
     Args:
         difference: true distance from "no difference", in the unit of the metric.
-        standard_error: of the metric on the prompts measured.
-        num_prompts: how many those were.
-        level: confidence of the interval that must exclude "no difference".
-        power: chance that it does.
+        standard_error: standard error of the metric on the measured prompts.
+        num_prompts: number of measured prompts.
+        level: confidence level of the interval that must exclude "no difference".
+        power: probability that it does.
 
     Returns:
-        The number; None for a difference of 0, which no number shows.
+        The number of prompts; None for a difference of 0, which cannot be detected.
     """
     if difference == 0.0:
         return None
@@ -358,5 +371,5 @@ def prompts_needed(
 
 
 def smallest_difference(*, standard_error: float, level: float = 0.95, power: float = 0.8) -> float:
-    """Give the true difference that this many prompts show with probability ``power``."""
+    """Return the minimum detectable effect at statistical power ``power``."""
     return _reach(level, power) * standard_error

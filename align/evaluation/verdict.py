@@ -1,7 +1,7 @@
-"""One task's block of summary.json: each checkpoint's metrics, and what is shown of it.
+"""One task's block of summary.json: each checkpoint's metrics, and its verdict on each of them.
 
-A verdict is given where a metric has a better direction: ``better`` or ``worse`` than the baseline
-where the 95 % interval of the difference leaves "no difference" out, else ``not shown``.
+A metric with a preferred direction has a verdict: ``better`` or ``worse`` than the baseline if the
+95 % interval of the difference excludes "no difference", else ``not shown``.
 """
 
 import math
@@ -39,12 +39,12 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Hold a model's judged pairs against the baseline.
+    """A model's judged pairs against the baseline.
 
     Attributes:
-        results: place to 1 (win) .. 0 (loss), the mean over the orders judged; None is invalid.
-        sequence: the interval that holds at all times together, of a judge that stopped when the
-            verdict was clear; None where all pairs were judged.
+        results: place to 1 (win) .. 0 (loss), the mean over both orders; None is invalid.
+        sequence: the interval of a sequential judge, valid at any stopping time; None if the
+            judge was not sequential.
     """
 
     results: Mapping[Place, float | None]
@@ -53,7 +53,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """Hold what a model makes of one held-out answer: nats over its tokens."""
+    """A model's loss on one held-out response: total nats and number of tokens."""
 
     nats: float
     tokens: int
@@ -61,7 +61,7 @@ class RowLoss:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Hold one model's answers to a task and its losses on the held-out answers."""
+    """One model's responses to a task and its losses on the held-out responses."""
 
     records: Sequence[Record]
     losses: Sequence[RowLoss] = ()
@@ -69,13 +69,15 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Hold what is known of a metric: its value, and its difference to the baseline.
+    """The measurement of one metric: its value, and its difference to the baseline.
 
     Attributes:
-        value: of the model; for a win rate the comparison itself.
-        difference: to the baseline, None for the baseline; in nats per token for perplexity.
-        null: the difference that means none: 0, or 1/2 of a win rate.
-        error: standard error of the difference. prompts: what it was measured on.
+        value: the model's value; for a win rate, the comparison itself.
+        difference: difference to the baseline, None for the baseline itself; for perplexity in
+            nats per token.
+        null: the value that means "no difference": 0, or 1/2 for a win rate.
+        error: standard error of the difference.
+        prompts: number of prompts that the difference was measured on.
     """
 
     value: Interval | None
@@ -93,29 +95,37 @@ def task_block(
     judged: Mapping[str, Judged],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Give the block of one task.
+    """Return the block of one task in summary.json.
 
     Args:
-        models: what each model answered to the same prompts, the baseline among them.
-        baseline: the model the others are compared with.
-        metrics: what is reported, the deciding one first.
+        models: each model's responses to the same prompts, including the baseline's.
+        baseline: the model that the others are compared with.
+        metrics: metrics to report, the deciding one first.
         judged: each other model's judged pairs against the baseline.
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
 
     Returns:
         ``models`` (model to metric to [value, low, high]), ``contrasts`` (other model to metric to
         difference, verdict and prompts needed), ``groups`` (group to model to the first graded
-        metric, where records have groups), ``comparisons`` (the judge's counts), ``invalid`` (model
-        to metric to the number of responses left out, where there are any).
+        metric, if records have groups), ``comparisons`` (the judge's counts), ``invalid`` (model
+        to metric to the number of excluded responses, if any).
     """
     others = [name for name in models if name != baseline]
+    # Measure every metric of every model.
     findings = {
         name: {
-            m: find(m, models[name], _other(models, name, baseline), judged.get(name), seed=seed)
+            m: find(
+                m,
+                models[name],
+                _other(models, name, baseline),
+                judged=judged.get(name),
+                seed=seed,
+            )
             for m in metrics
         }
         for name in models
     }
+    # Lay the measurements out as plain JSON data.
     first = models[baseline].records
     block: dict[str, Any] = {
         "baseline": baseline,
@@ -143,11 +153,11 @@ def _other(models: Mapping[str, Answered], name: str, baseline: str) -> Answered
 
 
 def find(
-    metric: str, model: Answered, other: Answered | None, judged: Judged | None, *, seed: int
+    metric: str, model: Answered, other: Answered | None, *, judged: Judged | None, seed: int
 ) -> Finding:
-    """Measure one metric of a model, and compare it with ``other`` where there is one."""
+    """Return the measurement of one metric of a model, and its difference to ``other`` if given."""
     if metric in WIN_RATES:
-        return Finding(None) if judged is None else _won(metric, model, other, judged)
+        return Finding(None) if judged is None else _won(metric, model, other, judged=judged)
     if metric == "perplexity":
         return _perplexity(model, other, seed=seed)
     mine = _units(metric, model.records)
@@ -156,6 +166,7 @@ def find(
     value = mean_interval(list(mine.values()), prompts, seed=seed, share=share)
     if other is None:
         return Finding(value)
+    # Pair the units that both models have and that are valid on both sides.
     theirs = _units(metric, other.records)
     shared = [unit for unit in mine if unit in theirs]
     sides = [mine[u] for u in shared], [theirs[u] for u in shared]
@@ -172,9 +183,9 @@ def find(
 
 
 def _units(metric: str, records: Sequence[Record]) -> dict[Place, float | None]:
-    """Give a metric's values by answer, or those of pass@k by prompt."""
+    """Return a metric's values by response, or those of pass@k by prompt."""
     if metric.startswith("pass@"):
-        # The first score of the grader says what is right.
+        # The grader's first score decides what is correct.
         first = next(iter(records[0]["scores"]))
         scores = [r["scores"][first] for r in records]
         prompts = [r["prompt_index"] for r in records]
@@ -191,6 +202,7 @@ def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Findin
     value = Interval(*(math.exp(x) for x in (loss.value, loss.low, loss.high)))
     if other is None:
         return Finding(value)
+    # The difference is in nats per token: perplexities are not additive.
     moved = [a.nats - b.nats for a, b in zip(model.losses, other.losses, strict=True)]
     difference = ratio_bootstrap(moved, tokens, seed=seed)
     mean = sum(tokens) / len(tokens)
@@ -200,7 +212,7 @@ def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Findin
     return Finding(value, difference, error=error, prompts=len(moved))
 
 
-def _won(metric: str, model: Answered, other: Answered | None, judged: Judged) -> Finding:
+def _won(metric: str, model: Answered, other: Answered | None, *, judged: Judged) -> Finding:
     known = {place: x for place, x in judged.results.items() if x is not None}
     if not known or other is None:
         return Finding(None)
@@ -213,21 +225,22 @@ def _won(metric: str, model: Answered, other: Answered | None, judged: Judged) -
         longer = [mine[place]["length"] - theirs[place]["length"] for place in known]
         interval = length_controlled_win_rate(results, longer, clusters=clusters)
         if interval is not None and judged.sequence is not None:
-            # Its interval is of a fixed size, and judging stopped when another one was clear.
+            # A fixed-size interval is not valid after early stopping: report the value alone.
             interval = Interval(interval.value, math.nan, math.nan)
     error = standard_error(results, clusters=clusters)
     return Finding(interval, interval, null=0.5, error=error, prompts=len(set(clusters)))
 
 
 def told(metric: str, found: Finding) -> dict[str, Any]:
-    """Say of a difference what it is, what it shows, and how many prompts would show it.
+    """Return a difference with its verdict and statistical power, as in summary.json.
 
-    ``needed`` is the number of prompts at which a difference as large as the one seen is shown with
-    probability 0.8; ``detectable`` is the difference that the prompts at hand show so often.
+    ``needed`` is the number of prompts that detect a difference of the measured size with 80 %
+    power; ``detectable`` is the minimum detectable effect of the measured prompts at that power.
     """
     difference = found.difference
     entry: dict[str, Any] = {"difference": as_triple(difference), "null": found.null}
-    if metric not in UNBOUNDED:  # neither more nor less of it is better
+    # Length and KL have no preferred direction, so they have no verdict.
+    if metric not in UNBOUNDED:
         entry["verdict"] = verdict(
             difference, null=found.null, lower_is_better=metric in LOWER_IS_BETTER
         )
@@ -241,7 +254,8 @@ def told(metric: str, found: Finding) -> dict[str, Any]:
 
 
 def verdict(interval: Interval | None, *, null: float = 0.0, lower_is_better: bool = False) -> str:
-    """Say ``better``, ``worse`` or ``not shown`` of an interval against no difference."""
+    """Return the verdict of an interval against ``null``: better, worse or not shown."""
+    # The comparison is also false for NaN bounds.
     if interval is None or not interval.low <= interval.high:
         return "not shown"
     above, below = interval.low > null, interval.high < null
@@ -262,7 +276,7 @@ def _counts(pairs: Judged) -> dict[str, int | bool]:
 
 
 def _invalid(model: Answered, metrics: Sequence[str]) -> dict[str, int]:
-    """Return how many responses each metric leaves out because they could not be scored."""
+    """Return the number of responses that each metric excludes because they have no score."""
     columns = columns_of(model.records)
     counts = {
         name: sum(columns[name](record) is None for record in model.records)
@@ -273,7 +287,7 @@ def _invalid(model: Answered, metrics: Sequence[str]) -> dict[str, int]:
 
 
 def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str, Any]:
-    """Break the first graded metric down by the records' group."""
+    """Return the first graded metric by the records' group and by model."""
     records = next(iter(models.values())).records
     graded = next((m for m in metrics if m in records[0]["scores"]), None)
     names = sorted({r["group"] for r in records if r["group"] is not None})
@@ -289,7 +303,7 @@ def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str,
 
 
 def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, Triple]]:
-    """Give the win rate of each row's model against each column's, by the records' ``judge``."""
+    """Return the win rate of each row's model against each column's, by the ``judge`` scores."""
     matrix: dict[str, dict[str, Triple]] = {}
     for a, mine in records.items():
         for b, theirs in records.items():
@@ -306,10 +320,10 @@ def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, T
 def judged_by_score(
     records: Sequence[Record], others: Sequence[Record]
 ) -> dict[Place, float | None]:
-    """Return 1, 1/2 or 0 for each pair by the records' ``judge`` scores; None if one is invalid.
+    """Return 1, 1/2 or 0 for each pair by the ``judge`` scores; None if a score is invalid.
 
     Raises:
-        ValueError: the two sides do not answer the same prompts.
+        ValueError: the two sides have responses to different prompts.
     """
     mine, theirs = by_place(records), by_place(others)
     if alone := mine.keys() ^ theirs.keys():

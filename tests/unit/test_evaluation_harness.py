@@ -45,7 +45,7 @@ def test_log_without_scores_by_question_is_refused(tmp_path: Path):
     with pytest.raises(AlignError, match="no samples"):
         read_harness(tmp_path, what="sft")
     write_log(tmp_path, "ppl", [line(0, metrics=["word_perplexity"], word_perplexity=[-3.0, 4])])
-    with pytest.raises(AlignError, match="task ppl: no score by question"):
+    with pytest.raises(AlignError, match="task ppl: no per-question score"):
         read_harness(tmp_path, what="sft")
 
 
