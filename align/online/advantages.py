@@ -1,4 +1,4 @@
-"""Advantages: how much better a token or an answer was than expected."""
+"""Advantages: how much better a token or a response was than expected."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 import math
@@ -21,7 +21,7 @@ def gae(
     lam: float,
     bootstrap: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Give generalised advantage estimates and returns over the trained tokens.
+    """Give generalized advantage estimates and returns over the trained tokens.
 
     delta_t = r_t + gamma V_next(t) - V_t, A_t = delta_t + gamma lam A_next(t), R_t = A_t + V_t,
     where next(t) is the next TRAINED token: tokens in between (prompt, tool output, padding) are
@@ -34,7 +34,7 @@ def gae(
         gamma: discount, in [0, 1].
         lam: 0 trusts the critic, 1 the sampled return.
         bootstrap: value of what follows the last trained token of each row; None is 0, which
-            treats every answer, also one cut at the length limit, as finished.
+            treats every response, also one cut at the length limit, as finished.
 
     Returns:
         Advantages and returns, detached, 0 where the mask is False.
@@ -58,10 +58,10 @@ def gae(
 
 
 def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Tell for each answer whether all scores of its group are exactly equal.
+    """Tell for each response whether all scores of its group are exactly equal.
 
-    Such a group (a single answer too) has nothing to learn from. Equality is exact: a threshold on
-    the standard deviation takes rounding for a difference or a small difference for rounding.
+    Such a group (a single response too) has nothing to learn from. Equality is exact: a threshold
+    on the standard deviation takes rounding for a difference or a small difference for rounding.
     """
     _, group = group_ids.unique(return_inverse=True)
     size = scores.numel()
@@ -71,7 +71,7 @@ def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bo
 
 
 def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give scores minus their group's mean in float64, group sizes per answer, group numbers."""
+    """Give scores minus their group's mean in float64, group sizes per response, group numbers."""
     assert torch.isfinite(scores).all(), f"scores must be finite, got {scores.tolist()}"
     _, group = group_ids.unique(return_inverse=True)
     exact = scores.detach().double()
@@ -83,15 +83,15 @@ def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def group_relative(
     scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, scale: str
 ) -> Float[Tensor, " B"]:
-    """Compare each answer's score with the mean of the answers to the same prompt.
+    """Compare each response's score with the mean of the responses to the same prompt.
 
     Args:
-        scores: one finite number per answer; leave invalid answers out before.
-        group_ids: answers with the same number belong together; any integers, in any order.
+        scores: one finite number per response; leave invalid responses out before.
+        group_ids: responses with the same number belong together; any integers, in any order.
         scale: std divides by the group's standard deviation + 1e-4, none does not.
 
     Returns:
-        One advantage per answer. A group of equal scores, or of one answer, gets exactly 0; its
+        One advantage per response. A group of equal scores, or of one response, gets exactly 0; its
         tokens still count in the loss's denominator unless the caller masks them out.
 
     Reference:
@@ -107,14 +107,14 @@ def group_relative(
 
 
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Compare each answer's score with the mean of the OTHER answers to the same prompt.
+    """Compare each response's score with the mean of the OTHER responses to the same prompt.
 
     Args:
-        scores: one finite number per answer; leave invalid answers out before.
-        group_ids: answers with the same number belong together; any integers, in any order.
+        scores: one finite number per response; leave invalid responses out before.
+        group_ids: responses with the same number belong together; any integers, in any order.
 
     Returns:
-        One advantage per answer; exactly 0 in a group of equal scores or of one answer.
+        One advantage per response; exactly 0 in a group of equal scores or of one response.
 
     Reference:
         arXiv:2402.14740 section 2.2 (RLOO). Computed as G / (G - 1) times the distance to the
@@ -144,7 +144,7 @@ def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Fl
 def against_greedy(
     scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Compare each answer's score with that of the most likely answer to the same prompt.
+    """Compare each response's score with that of the most likely response to the same prompt.
 
     Reference:
         arXiv:2310.10505 (ReMax) eq. 6.
@@ -155,12 +155,12 @@ def against_greedy(
 def batch_scaled(
     advantages: Float[Tensor, " B"], *, count: float, total_sq: float
 ) -> Float[Tensor, " B"]:
-    """Divide advantages that are centred in their groups by the batch's standard deviation.
+    """Divide advantages that are centered in their groups by the batch's standard deviation.
 
     Args:
         advantages: scores minus their group's mean; they add up to 0, so their variance is the
             mean of their squares.
-        count: answers of the batch over all ranks.
+        count: responses of the batch over all ranks.
         total_sq: sum of the squares over all ranks.
 
     Returns:
@@ -180,7 +180,7 @@ def overlong_penalty(
     """Give 0 up to limit - buffer tokens, then a line down to -1 at the limit.
 
     Args:
-        lengths: tokens of each answer.
+        lengths: tokens of each response.
         limit: the length at which answers are cut, in tokens.
         buffer: length of the line, in tokens, > 0.
 
@@ -198,10 +198,10 @@ def shaped_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, "B T"]:
-    """Spread each answer's score and its KL penalty over its tokens.
+    """Spread each response's score and its KL penalty over its tokens.
 
     Args:
-        scores: one number per answer, added at its last trained token.
+        scores: one number per response, added at its last trained token.
         kl: estimated KL to the reference at each token, in nats.
         mask: True where a token is trained. A row without such a token gets no reward at all.
         kl_coef: price of one nat, in units of the score.

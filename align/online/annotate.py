@@ -1,4 +1,4 @@
-"""What the trainer adds to sampled answers: old and reference log-probabilities, values."""
+"""What the trainer adds to sampled responses: old and reference log-probabilities, values."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,8 +19,8 @@ from align.training.learner import Learner
 def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Cut rows of this rank into micro-batches; every rank gets the same number of them.
 
-    Answers of one prompt stay together as far as the budget allows, because their prompt is
-    computed once. Ranks hold different answers, and ZeRO-3 needs them to run the model equally
+    Responses of one prompt stay together as far as the budget allows, because their prompt is
+    computed once. Ranks hold different responses, and ZeRO-3 needs them to run the model equally
     often.
     """
     units = _units(experience, rows, micro_tokens)
@@ -37,7 +37,7 @@ def _cost(experience: Experience, rows: Sequence[int]) -> int:
 
 
 def _units(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Cut rows, in order, into runs of answers to one prompt that fit the budget."""
+    """Cut rows, in order, into runs of responses to one prompt that fit the budget."""
     groups = experience.group_ids.tolist()
     units: list[list[int]] = []
     for row in rows:
@@ -61,7 +61,7 @@ def annotate(
     """Add old_logprobs, ref_logprobs and values as far as asked for.
 
     Args:
-        experience: answers of this step. policy: the learner, before its update.
+        experience: responses of this step. policy: the learner, before its update.
         spec: the stage. old: whether the policy's own log-probabilities are needed.
         reference: a model like the policy's module, or the policy's own module to be run with its
             adapter off; None for no reference.
@@ -71,7 +71,7 @@ def annotate(
     temperature = spec.sampling.temperature
 
     def logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:
-        # Wanted on every completion token, also of answers that are not trained.
+        # Wanted on every completion token, also of responses that are not trained.
         return model(
             batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
         ).logprobs
@@ -96,7 +96,7 @@ def annotate(
 
 
 def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -> Tensor:
-    """Give the critic's value of the state behind each cut answer; 0 behind a finished one."""
+    """Give the critic's value of the state behind each cut response; 0 behind a finished one."""
     rows = experience.truncated.nonzero().flatten().tolist()
     plan = local_plan(experience, rows, spec.micro_tokens)
     batches = [experience.micro(micro, {}) for micro in plan]

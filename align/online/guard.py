@@ -1,4 +1,4 @@
-"""The guard against over-optimisation: what evaluations while training say about the reward.
+"""The guard against over-optimization: what evaluations while training say about the reward.
 
 Pure functions of the history of evaluations. The same held-out prompts are answered each time, so
 everything is paired by prompt: a slope or a fit is taken for each prompt, and its interval is that
@@ -33,9 +33,9 @@ class Evaluation:
     """Hold one evaluation while training; lists have one entry per held-out prompt.
 
     Attributes:
-        step: steps done. kl: KL to the reference in nats per answer.
+        step: steps done. kl: KL to the reference in nats per response.
         proxy: training score. gold: score that training never sees; None where invalid.
-        length: tokens. repetition: share of the answer's word trigrams that are repeats.
+        length: tokens. repetition: share of the response's word trigrams that are repeats.
         rewards: weighted mean of each training reward, by name.
         disagreement: mean spread among the members of the ensembles; None without one.
     """
@@ -61,7 +61,7 @@ class Alarm(NamedTuple):
 class CurveFit(NamedTuple):
     """Hold R(d) = d (alpha - beta log d), d = sqrt(KL), and where it is highest.
 
-    ``top_kl`` is in nats per answer; None where beta is not positive: the curve has no top.
+    ``top_kl`` is in nats per response; None where beta is not positive: the curve has no top.
     """
 
     alpha: Interval
@@ -105,7 +105,7 @@ def fit_curve(kl: Sequence[float], gains: NDArray[np.float64]) -> CurveFit | Non
     """Fit R(d) = d (alpha - beta log d) to what a score gained over the start.
 
     Args:
-        kl: (K,) nats per answer; places with KL <= 0 say nothing and are left out.
+        kl: (K,) nats per response; places with KL <= 0 say nothing and are left out.
         gains: (K, P) score minus the score before the first step.
 
     Returns:

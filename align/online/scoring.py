@@ -1,4 +1,4 @@
-"""From answers to scores: the weighted sum of the rewards, and what happens without one."""
+"""From responses to scores: the weighted sum of the rewards, and what happens without one."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from reward_models.base import RewardFunction
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Hold one number per answer for each reward and for their weighted sum; None is invalid."""
+    """Hold one number per response for each reward and for their weighted sum; None is invalid."""
 
     total: list[float | None]
     by_name: dict[str, list[float | None]]
@@ -31,13 +31,13 @@ def score_answers(
     *,
     with_ids: bool = True,
 ) -> Scores:
-    """Score answers with every reward and add them up by weight.
+    """Score responses with every reward and add them up by weight.
 
-    An answer that any reward calls invalid (None) has no total: it is left out, never taken as 0.
+    A response that any reward calls invalid (None) has no total: it is left out, never taken as 0.
 
     Args:
-        prompts: of each answer. answers: sampled ones. rewards: asked in order.
-        with_ids: hand the token ids on; False where the answers are texts only.
+        prompts: of each response. answers: sampled ones. rewards: asked in order.
+        with_ids: hand the token ids on; False where the responses are texts only.
     """
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
@@ -93,14 +93,14 @@ def apply_scores(
     mask_truncated: bool,
     penalty: Tensor | None = None,
 ) -> Experience:
-    """Put scores on the experience; answers without one, or masked by rule, are not trained.
+    """Put scores on the experience; responses without one, or masked by rule, are not trained.
 
     A total that is not finite is no score.
 
     Args:
-        experience: the answers. scores: what the rewards said of them.
-        truncated_score: score of an answer without a stop token; None keeps its own.
-        mask_truncated: whether such an answer is left out of the loss.
+        experience: the responses. scores: what the rewards said of them.
+        truncated_score: score of a response without a stop token; None keeps its own.
+        mask_truncated: whether such a response is left out of the loss.
         penalty: (B,) added to the scores, before ``truncated_score``; None adds nothing.
     """
     total = torch.tensor([math.nan if s is None else s for s in scores.total])
@@ -116,7 +116,7 @@ def apply_scores(
 
 
 def length_penalty(experience: Experience, spec: OnlineStage) -> Tensor | None:
-    """Give what the recipe takes off the scores of answers near the length limit."""
+    """Give what the recipe takes off the scores of responses near the length limit."""
     if spec.overlong is None:
         return None
     limit = spec.sampling.max_new_tokens

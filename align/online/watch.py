@@ -127,7 +127,7 @@ class Watch:
         )
 
     def _judged(self, experience: Experience) -> tuple[list[Answer], float | None]:
-        """Score the answers of all ranks by the training's rewards and by gold."""
+        """Score the responses of all ranks by the training's rewards and by gold."""
         asked, said = experience.prompts, experience.completions
         trained = score_answers(asked, said, self.rewards)
         # Only rewards with members have it, as of their last call.
@@ -201,7 +201,7 @@ def plain(interval: guard.Interval) -> list[float | None]:
 def evaluation(
     step: int, answers: Sequence[Answer], disagreement: float | None, weights: dict[str, float]
 ) -> guard.Evaluation:
-    """Sum up answers, given in the order of their prompts, by prompt."""
+    """Sum up responses, given in the order of their prompts, by prompt."""
     by_prompt: dict[int, list[Answer]] = {}
     for answer in answers:
         by_prompt.setdefault(answer["prompt_index"], []).append(answer)
@@ -229,7 +229,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def numbers(seen: guard.Evaluation, answers: Sequence[Answer]) -> dict[str, float]:
-    """Give the metrics of an evaluation; a score that no answer has is left out."""
+    """Give the metrics of an evaluation; a score that no response has is left out."""
     named = {
         "gold": mean(seen.gold),
         "proxy": mean(seen.proxy),

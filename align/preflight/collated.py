@@ -20,7 +20,7 @@ BATCH = 256
 PREFIXES = ("", "chosen_", "rejected_")
 IGNORED = -100
 SURPLUS = 1.2
-"""Trained tokens per token of the answers from which more than the answers must be trained."""
+"""Trained tokens per token of the responses from which more than the responses must be trained."""
 
 Collate = Callable[[list[Any]], Any]
 
@@ -55,7 +55,7 @@ def _rows(batch: Mapping[str, Any], sources: Sequence[str]) -> Iterator[TokenRow
             continue
         real = batch.get(f"{prefix}attention_mask", torch.ones_like(ids)).bool()
         for i, (tokens, mask, here) in enumerate(zip(ids, trained, real, strict=True)):
-            # Chosen and rejected answers may stand in one batch, one half after the other.
+            # Chosen and rejected responses may stand in one batch, one half after the other.
             kept = mask[here].tolist()
             # Nothing predicts the first token, so no loss trains it, whatever its label says.
             yield TokenRow(
@@ -86,7 +86,7 @@ def as_many(dataset: Sequence[Any], num_rows: int) -> Finding:
 def only_answers(
     chat: ChatFormat, rows: Sequence[TokenRow], num_answer_tokens: int, num_all: int
 ) -> Finding:
-    """Count the trained tokens, and hold them to the tokens of the answers.
+    """Count the trained tokens, and hold them to the tokens of the responses.
 
     Args:
         chat: knows the stop tokens. rows: as the trainer makes them.

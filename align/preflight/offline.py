@@ -56,7 +56,7 @@ def loss_checks(
 
 
 def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
-    """Weigh the good answers against the bad ones.
+    """Weigh the good responses against the bad ones.
 
     Reference: arXiv:2402.01306 section 4.2: weight times number of the good ones over that of the
     bad ones should lie between 1 and 4/3; up to twice as much either way is left alone here.
@@ -79,7 +79,7 @@ def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
 
 
 def margins(task: OfflineTask[Any]) -> Finding:
-    """Count the pairs that say by how much the chosen answer is better."""
+    """Count the pairs that say by how much the chosen response is better."""
     known = sum(row.pair.margin != 0.0 for row in task.rows)
     return Finding(
         f"{known:,} of {len(task.rows):,} pairs have a margin",
@@ -106,7 +106,7 @@ def sides_of(row: Any) -> list[TokenRow]:
 
 @torch.no_grad()
 def loss_of(module: nn.Module, task: OfflineTask[Any], parts: Sequence[Sequence[Any]]) -> float:
-    """Give the loss of a batch that is cut into ``parts``, as one optimiser step sums it up."""
+    """Give the loss of a batch that is cut into ``parts``, as one optimizer step sums it up."""
     module.eval()
     batch = [row for part in parts for row in part]
     return sum(float(task.loss_fn(module, task.collate(part, batch))[0]) for part in parts)
@@ -288,7 +288,7 @@ def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:
-    """Give the check that a model is the artefact that the stage starts from.
+    """Give the check that a model is the artifact that the stage starts from.
 
     Args:
         spec: the stage. model: the transformers or peft model. source: what ``init`` names.
@@ -300,7 +300,7 @@ def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> lis
 
 @torch.no_grad()
 def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
-    """Compare weights in memory with those of the artefact, bit by bit, up to 64 tensors."""
+    """Compare weights in memory with those of the artifact, bit by bit, up to 64 tensors."""
     saved = _saved_names(source.model_dir)
     bare = causal_lm(model)
     prefix = getattr(bare, "base_model_prefix", "model")

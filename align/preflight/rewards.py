@@ -24,12 +24,12 @@ DEAD = (
     "reward, and at what the template writes before the answer"
 )
 Answers = Callable[[], tuple[Sequence[PromptRow], Sequence[Completion]]]
-"""Prompts and the policy's own answers to them."""
+"""Prompts and the policy's own responses to them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Hold answers of known worth to some rows, in the same order."""
+    """Hold responses of known worth to some rows, in the same order."""
 
     rows: list[PromptRow]
     right: list[str]
@@ -107,7 +107,7 @@ def self_test(
 
 
 def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[Verdict, str]:
-    """Give verdict and remedy; a learned scorer may be wrong about some answers, a rule may not."""
+    """Return verdict and remedy; a learned scorer may fail on some responses, a rule may not."""
     if above == rows or (_learned(spec) and 2 * above >= rows):
         return "ok", ""
     if _learned(spec):
@@ -176,14 +176,14 @@ def _refusals(spec: RefusalSpec, rows: Sequence[PromptRow]) -> Known:
 
 
 def _learned(spec: RewardSpec) -> bool:
-    """Say whether a learned scorer has a part in the judgement."""
+    """Say whether a learned scorer has a part in the judgment."""
     if isinstance(spec, EnsembleSpec):
         return any(map(_learned, spec.members))
     return isinstance(spec, ScalarSpec)
 
 
 def _reads_ids(spec: RewardSpec) -> bool:
-    """Say whether a reward asks for the token ids of answers, which made-up ones lack."""
+    """Say whether a reward asks for the token ids of responses, which made-up ones lack."""
     if isinstance(spec, EnsembleSpec):
         return any(map(_reads_ids, spec.members))
     return isinstance(spec, RemoteSpec) and spec.token_ids
@@ -240,7 +240,7 @@ def _from_pattern(pattern: str | None) -> list[tuple[str, str]]:
 def _above(reward: RewardFunction, known: Known) -> int:
     """Count the rows whose right answer has a higher score than the wrong one.
 
-    The answers are texts that no policy sampled: they have no token ids.
+    The responses are texts that no policy sampled: they have no token ids.
     """
     right, wrong = (
         score_answers(known.rows, [_said(text) for text in side], [reward], with_ids=False).by_name[

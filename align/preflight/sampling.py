@@ -24,7 +24,7 @@ NUM_PROMPTS, NUM_ANSWERS, MAX_TOKENS = 4, 2, 32
 
 
 class Probe:
-    """Hold a few answers of the sampler, and score them as the stage will.
+    """Hold a few responses of the sampler, and score them as the stage will.
 
     Args:
         spec: the stage. engine: the sampler, with the weights that the stage starts from.
@@ -60,11 +60,11 @@ class Probe:
 
     @cached_property
     def sampled(self) -> Experience:
-        """Give answers drawn as the stage draws them."""
+        """Give responses drawn as the stage draws them."""
         return self._answers(self.spec.sampling.temperature, NUM_ANSWERS)
 
     def own_answers(self) -> tuple[Sequence[PromptRow], Sequence[Completion]]:
-        """Give the sampled answers as the rewards take them."""
+        """Give the sampled responses as the rewards take them."""
         return self.sampled.prompts, self.sampled.completions
 
     def _answers(self, temperature: float, n: int) -> Experience:
@@ -139,7 +139,7 @@ class Probe:
         )
 
     def ratio(self) -> Finding:
-        """Compare the policy with itself: answer by answer, and as an update packs them."""
+        """Compare the policy with itself: response by response, and as an update packs them."""
         together = _spread(self.sampled, [list(range(len(self.sampled.lengths)))], self._logprobs)
         alone = _spread(
             self.sampled, [[i] for i in range(len(self.sampled.lengths))], self._logprobs
@@ -153,7 +153,7 @@ class Probe:
         )
 
     def kl(self) -> Finding:
-        """Compare the reference with the policy on sampled answers: their KL begins at 0.
+        """Compare the reference with the policy on sampled responses: their KL begins at 0.
 
         A fresh adapter changes nothing but the rounding: dora divides by norms, oft rotates.
         """

@@ -44,7 +44,7 @@ def row_checks(
 def prompt_checks(
     chat: ChatFormat, prompts: Sequence[PromptRow], *, model_dir: Path
 ) -> list[Check]:
-    """Give the checks on prompts that are answered; an answer is made up to render them whole."""
+    """Give the checks on prompts that are answered; a response is made up to render them whole."""
     few = [
         [*row.prompt, PROBE_ANSWER]
         for row in spread([r for r in prompts if not isinstance(r.prompt, str)], NUM_RENDERED)
@@ -144,7 +144,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
         said = [message_of(turn) for turn in turns]
         found = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
-        # No row holds what is said after the last answer.
+        # No row holds what is said after the last response.
         whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
         at = num_shared(whole, row.input_ids)
         if at < max(len(whole), len(row.input_ids)):

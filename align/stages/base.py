@@ -98,12 +98,12 @@ class StageContext:
         return self.recipe.folder_of(reference, self.run_dir)
 
     def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
-        """Read and verify the artefact a recipe names by stage or by path.
+        """Read and verify the artifact a recipe names by stage or by path.
 
         Args:
-            reference: stage name or folder. kind: what the artefact must be.
+            reference: stage name or folder. kind: what the artifact must be.
             with_adapter: True where the caller adds the adapter that ``model/`` may need (see
-                align.tuning.files); else an artefact that needs one is refused.
+                align.tuning.files); else an artifact that needs one is refused.
         """
         found = read_artefact(self.folder_of(reference), kind)
         if not with_adapter:

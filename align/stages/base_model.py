@@ -1,6 +1,6 @@
 """Stage base: bring in a pretrained model, or build a small one and pretrain it on a corpus.
 
-Either way the artefact holds all that later stages need: weights, a tokenizer with pad token, stop
+Either way the artifact holds all that later stages need: weights, a tokenizer with pad token, stop
 token and chat template, and a generation configuration that stops where training stops.
 """
 

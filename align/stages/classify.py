@@ -45,13 +45,13 @@ PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class ClassRow(TokenRow):
-    """Hold a tokenised text and the name of its class."""
+    """Hold a tokenized text and the name of its class."""
 
     label: str = ""
 
 
 def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
-    """Read the labelled texts, and put a fresh head on the policy or encoder ``spec.init``."""
+    """Read the labeled texts, and put a fresh head on the policy or encoder ``spec.init``."""
     source = load_backbone(spec, context)
     render = partial(class_row, load_tokenizer(source.model_dir))
     data = offline_rows(spec, context, kind="classes", render=render)
@@ -118,7 +118,7 @@ def train(
 
 
 def class_row(tokenizer: Any, example: Example) -> ClassRow:
-    """Tokenise a text as the tokenizer does by itself, or a conversation by the chat template."""
+    """Tokenize a text as the tokenizer does by itself, or a conversation by the chat template."""
     text = example.completion
     assert text is not None
     if isinstance(text, str):

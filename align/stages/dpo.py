@@ -1,4 +1,4 @@
-"""Stage dpo: direct preference optimisation with reference log-probabilities computed once."""
+"""Stage dpo: direct preference optimization with reference log-probabilities computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from align.tuning.reference import start_policy
 
 @dataclass(frozen=True, slots=True)
 class ReferencePair:
-    """Hold a pair with the reference's log-probability (nats, token sums) of both answers.
+    """Hold a pair with the reference's log-probability (nats, token sums) of both responses.
 
     Both are 0 for a loss that needs no reference.
     """
@@ -67,7 +67,7 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
 
 
 def refuse_ties(pairs: Sequence[PairRow]) -> None:
-    """Refuse pairs without a winner, which DPO would train as if the first answer had won.
+    """Refuse pairs without a winner, which DPO would train as if the first response had won.
 
     Raises:
         DataError: with how many there are and the first place.
@@ -118,7 +118,7 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
 
 
 def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:
-    """Sum the log-probabilities of each answer, the longer one's tail weighed by ``ld_alpha``."""
+    """Sum the log-probabilities of each response, the longer one's tail weighed by ``ld_alpha``."""
     if ld_alpha is not None and batch.num:
         weights = tail_weights(batch.mask[0], batch.segment_ids, batch.num, alpha=ld_alpha)
         logprobs = logprobs * weights
@@ -152,7 +152,7 @@ def preference_loss(
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Hold log-probabilities (2 B,) of chosen and rejected answers in turn, as sums and means."""
+    """Hold log-probabilities (2 B,) of chosen and rejected responses in turn, as sums and means."""
 
     sums: Tensor
     means: Tensor

@@ -1,9 +1,9 @@
-"""Stage kto: learn from single answers that were judged good or bad, without pairs.
+"""Stage kto: learn from single responses that were judged good or bad, without pairs.
 
-The loss compares each answer's log-ratio to the reference with a reference point: the KL of the
-policy to the reference, estimated on mismatched answers (the prompt of one row with the answer of
-the next row of the data set that has another prompt), over the whole batch of all ranks, at least
-0 and without gradient.
+The loss compares each response's log-ratio to the reference with a reference point: the KL of the
+policy to the reference, estimated on mismatched responses (the prompt of one row with the response
+of the next row of the data set that has another prompt), over the whole batch of all ranks, at
+least 0 and without gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ from align.tuning.reference import start_policy
 
 @dataclass(frozen=True, slots=True)
 class KtoRow(TokenRow):
-    """Hold a judged answer, and its prompt with another row's answer.
+    """Hold a judged response, and its prompt with another row's response.
 
     Attributes:
-        good: how the answer was judged.
-        mismatched: the other answer after this prompt.
+        good: how the response was judged.
+        mismatched: the other response after this prompt.
         ref, ref_mismatched: the reference's log-probability of both, nats, token sums.
     """
 
@@ -46,7 +46,7 @@ class KtoRow(TokenRow):
 
 
 def prepare(spec: KtoStage, context: StageContext) -> Prepared:
-    """Read the labelled responses, build the policy and ask it, as the reference, once."""
+    """Read the labeled responses, build the policy and ask it, as the reference, once."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, kind="unpaired", render=partial(judged_row, chat))
@@ -71,16 +71,16 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
 
 
 def judged_row(chat: ChatFormat, example: Example) -> KtoRow:
-    """Tokenise a judged answer; what a template writes after the stop token is left out."""
+    """Tokenize a judged response; what a template writes after the stop token is left out."""
     row = trim_after_last_trained(chat.sft_row(example))
     return KtoRow(row.input_ids, row.trained, row.source, good=bool(example.label))
 
 
 def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
-    """Put behind each prompt the answer of the next row that has another prompt.
+    """Put behind each prompt the response of the next row that has another prompt.
 
     Args:
-        rows: judged answers. max_length: tokens to which the mismatched row is cut.
+        rows: judged responses. max_length: tokens to which the mismatched row is cut.
 
     Raises:
         DataError: all rows have one prompt.
@@ -107,7 +107,7 @@ def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
 
 
 def other(row: KtoRow) -> TokenRow:
-    """Give a row's mismatched answer, which ``mismatch`` has put there."""
+    """Give a row's mismatched response, which ``mismatch`` has put there."""
     assert row.mismatched is not None, row.source
     return row.mismatched
 
@@ -134,7 +134,7 @@ def _sums(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
-    """Pack answers; the global counts are the answers of the whole batch, and the good ones."""
+    """Pack responses; the global counts are the responses of the whole batch, and the good ones."""
     num_good = sum(row.good for row in batch)
     return pack(
         rows,
@@ -148,7 +148,7 @@ def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
 
 
 def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> Mapping[str, float]:
-    """Estimate the policy's KL to the reference on the mismatched answers of a batch, in nats."""
+    """Estimate the policy's KL to the reference on the mismatched responses of a batch, in nats."""
     plan = plan_micro_batches(
         [len(other(row).input_ids) for row in batch],
         micro_tokens=spec.micro_tokens,
@@ -168,7 +168,7 @@ def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> 
 def judged_loss(
     spec: KtoStage, model: nn.Module, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean loss per answer, and of what people watch."""
+    """Give this micro-batch's share of the mean loss per response, and of what people watch."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
     ratio = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
     good = batch.per_sequence["good"] > 0.5

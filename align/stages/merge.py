@@ -1,4 +1,4 @@
-"""Stage merge: interpolate a model and what was fine-tuned from it; choose alpha by answers."""
+"""Stage merge: interpolate a model and what was fine-tuned from it; choose alpha by responses."""
 
 import contextlib
 import logging
@@ -46,7 +46,7 @@ class AlphaScores:
     """The scores of all responses of one alpha to one set of prompts.
 
     Attributes:
-        scores: one per answer, None where invalid. prompts: number of the prompt of each.
+        scores: one per response, None where invalid. prompts: number of the prompt of each.
     """
 
     scores: list[float | None]
@@ -164,7 +164,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
     sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
     other = chat_format(tuned.model_dir)
     for rows in sets.values():
-        same_tokens(rows[:8], other, f"model '{spec.tuned}'", spec.base)
+        same_tokens(rows[:8], other, what=f"model '{spec.tuned}'", baseline=spec.base)
     rewards = build_rewards(spec.scores, context, chat.tokenizer)
     trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
     metrics = context.metrics(len(spec.alphas))
@@ -258,7 +258,7 @@ def curve_of(found: Mapping[float, Mapping[str, AlphaScores]], *, seed: int) -> 
 
 
 def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
-    """Give the alpha with the best shifted score among those that keep what was learnt.
+    """Give the alpha with the best shifted score among those that keep what was learned.
 
     Args:
         curve: see ``curve_of``; holds alpha 1. tolerance: how far below the score of alpha 1 on
@@ -268,7 +268,7 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
         The alpha; of equally good ones the largest.
 
     Raises:
-        ArtefactError: no answer of alpha 1 could be scored.
+        ArtefactError: no response of alpha 1 could be scored.
     """
 
     def value(point: Mapping[str, Any], name: str) -> float:

@@ -104,7 +104,7 @@ def offline_checks(
 
 
 def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
-    """View some answers of the sampler after their prompts, as they will be trained."""
+    """View some responses of the sampler after their prompts, as they will be trained."""
     prompts, completions = probe.own_answers()
     found = []
     for prompt, said in spread(list(zip(prompts, completions, strict=True)), NUM_SHOWN):

@@ -76,7 +76,7 @@ def fitted(
 ) -> list[PromptRow]:
     """Render prompts and drop those that do not fit, noted in the ledger.
 
-    A prompt and its answer must fit into ``max_length`` and into the model's positions.
+    A prompt and its response must fit into ``max_length`` and into the model's positions.
     """
     rows = [chat.prompt_row(e) for e in examples]
     longest = min(spec.max_length, num_positions(chat) or spec.max_length)
@@ -140,7 +140,7 @@ class Push:
 def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: OnlineStage) -> None:
     """Compare a merged policy with the one in memory: merging must not change it.
 
-    Qlora's is another one on purpose: the update on weights that were never quantised.
+    Qlora's is another one on purpose: the update on weights that were never quantized.
 
     Raises:
         TrainingError: the log-probabilities of a prompt differ by more than rounding.
@@ -170,7 +170,7 @@ def build_rewards(
 
     Args:
         specs: as the recipe has them. context: the stage's surroundings.
-        tokenizer: of the policy whose answers are scored; None where no token ids are given.
+        tokenizer: of the policy whose responses are scored; None where no token ids are given.
 
     Raises:
         TrainingError: a reward server or a judge cannot be used.

@@ -287,7 +287,7 @@ def test_every_stage_is_checked_before_it_begins(recipe, run_dir, tmp_path) -> N
 @pytest.mark.parametrize(
     ("stage", "change", "line", "remedy"),
     [
-        ("curate", "words={min: 500}", "words", "no row would stay"),
+        ("curate", "words={min: 500}", "words", "no row would be kept"),
         ("curate", "quality=[{kind: exact_match, column: gone}]", "preparation", "gone"),
     ],
 )

@@ -59,16 +59,19 @@ def test_an_instruction_like_a_seed_or_like_a_new_one_is_refused():
     seed = {"name": "seed", "instruction": "Name the capital of a country"}
     new = {"name": "new", "instruction": "Write a poem on the sea at night"}
     # 5 of 6 and 6 words in common order: 10 / 12; 7 of 8 and 8: 14 / 16.
-    found = refusal("Name the capital of any country", True, [seed, new], spec)
+    found = refusal("Name the capital of any country", whole=True, known=[seed, new], spec=spec)
     assert found == ("like a known one", {"rouge_l": 0.8333, "nearest": "seed"})
-    found = refusal("Write a poem on the sea at dawn.", True, [seed, new], spec)
+    found = refusal("Write a poem on the sea at dawn.", whole=True, known=[seed, new], spec=spec)
     assert found == ("like a known one", {"rouge_l": 0.875, "nearest": "new"})
     # 3 of 6 and 6: far enough.
-    reason, details = refusal("Name the river of no town", True, [seed, new], spec)
+    reason, details = refusal("Name the river of no town", whole=True, known=[seed, new], spec=spec)
     assert (reason, details["rouge_l"]) == (None, 0.5)
-    assert refusal("Name it", True, [], spec)[0] == "too short"
-    assert refusal("Describe the picture of a cat", True, [], spec)[0] == "not for a text model"
-    assert refusal("Name the capital of any country", False, [], spec)[0] == "cut"
+    assert refusal("Name it", whole=True, known=[], spec=spec)[0] == "too short"
+    assert (
+        refusal("Describe the picture of a cat", whole=True, known=[], spec=spec)[0]
+        == "not for a text model"
+    )
+    assert refusal("Name the capital of any country", whole=False, known=[], spec=spec)[0] == "cut"
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else():

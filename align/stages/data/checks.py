@@ -1,4 +1,4 @@
-"""Checks before a stage that makes data: its rows, and that its scores tell them apart."""
+"""Preflight checks of the data stages: rows, scores and votes."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ from align.stages.data.rows import answer_text
 
 Scores = Sequence[float | None]
 NUM_SCORED = 16
-"""Rows that are scored before a stage begins: too few to stop it, enough for a warning."""
+"""Rows that are scored before a stage starts: enough for a warning, too few for a failure."""
 
 
 def row_check(examples: Sequence[Example]) -> Check:
-    """Give the check on what came in; faulty rows have stopped the load already."""
+    """Return the check that reports the rows; faulty rows have already stopped the load."""
 
     def rows() -> Finding:
         counts = [len(answer_text(example).split()) for example in examples]
         return Finding(
-            f"{len(examples):,} rows, answers of {min(counts)} to {max(counts)} words, "
-            f"{np.median(counts):g} in the middle"
+            f"{len(examples):,} rows, responses of {min(counts)} to {max(counts)} words, "
+            f"median {np.median(counts):g}"
         )
 
     return "rows", rows
 
 
 def words_check(spec: CurateStage, examples: Sequence[Example]) -> list[Check]:
-    """Give the check that the bounds on words leave something."""
+    """Return the check that the bounds on words keep some rows."""
     if spec.words is None:
         return []
     bounds = spec.words
@@ -42,36 +42,38 @@ def words_check(spec: CurateStage, examples: Sequence[Example]) -> list[Check]:
         counts = [len(answer_text(example).split()) for example in examples]
         kept = sum(bounds.min <= count <= most for count in counts)
         return Finding(
-            f"{kept:,} of {len(counts):,} answers lie between {bounds.min} and {bounds.max} words",
+            f"{kept:,} of {len(counts):,} responses have {bounds.min} to {bounds.max} words",
             "more than 0",
             "ok" if kept else "fail",
-            "no row would stay; look at 'words'",
+            "no row would be kept. Change 'words'",
         )
 
     return [("words", fitting)]
 
 
 def score_checks(label: str, by_name: Mapping[str, Scores]) -> list[Check]:
-    """Give one check for each score: that it scores these rows, and not all of them alike."""
+    """Return one check per score: it can score these rows, and the scores differ."""
     return [(f"{label} {name}", partial(scored, scores)) for name, scores in by_name.items()]
 
 
 def scored(scores: Scores) -> Finding:
-    """Count the scores and say how far they reach."""
+    """Return the number of scored rows and the range of the scores."""
     known = [score for score in scores if score is not None]
     value = f"{len(known)} of {len(scores)} rows scored"
     if not known:
-        return Finding(value, "all", "warn", "it can score none of these rows, which will leave")
+        return Finding(
+            value, "all", "warn", "none of these rows can be scored; they will be dropped"
+        )
     value += f", from {min(known):.3g} to {max(known):.3g}"
     if len(known) < len(scores):
-        return Finding(value, "all", "warn", "rows that it cannot score will leave")
+        return Finding(value, "all", "warn", "rows that cannot be scored will be dropped")
     if len(known) > 1 and min(known) == max(known):
-        return Finding(value, "different scores", "warn", "it tells no rows apart")
+        return Finding(value, "different scores", "warn", "all rows get the same score")
     return Finding(value, "all")
 
 
 def vote_checks(names: Sequence[str], votes: NDArray[np.int64]) -> list[Check]:
-    """Give the checks that the voters vote: (rows, voters) of 0, 1 or ABSTAIN."""
+    """Return the checks of the votes, given as (rows, voters) of 0, 1 or ABSTAIN."""
     found: list[Check] = [
         (f"votes of {name}", partial(voted, votes[:, j])) for j, name in enumerate(names)
     ]
@@ -82,14 +84,14 @@ def vote_checks(names: Sequence[str], votes: NDArray[np.int64]) -> list[Check]:
             f"{rows} of {len(votes)} rows have a vote",
             "more than 0",
             "ok" if rows else "warn",
-            "no function votes on these rows; look at good_from, bad_below and min_gap",
+            "no function votes on these rows. Check good_from, bad_below and min_gap",
         )
 
     return [*found, ("votes", any_vote)]
 
 
 def voted(column: NDArray[np.int64]) -> Finding:
-    """Count the votes of one voter."""
+    """Return the vote counts of one voter."""
     counts = Counter(column.tolist())
     value = f"{counts[1]} for, {counts[0]} against, {counts[ABSTAIN]} without a vote"
     silent = counts[ABSTAIN] == len(column)
@@ -97,10 +99,10 @@ def voted(column: NDArray[np.int64]) -> Finding:
         value,
         "some votes",
         "warn" if silent else "ok",
-        "it votes on none of these rows; look at its bounds and its column",
+        "it votes on none of these rows. Check its bounds and its column",
     )
 
 
 def answers_of(examples: Sequence[Example]) -> list[Text]:
-    """Give the (chosen) answers."""
+    """Return the (chosen) responses."""
     return [e.completion for e in examples if e.completion is not None]

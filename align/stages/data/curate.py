@@ -1,7 +1,7 @@
-"""Stage curate: keep few, good and different rows (LIMA, arXiv:2305.11206), and say what left.
+"""Stage curate: keep a few good and diverse rows (LIMA, arXiv:2305.11206), and log what is dropped.
 
-In this order: length of the answer, quality, near-duplicates, diversity. Where two rows are alike
-the better one stays; without quality, the earlier one.
+The filters run in this order: response length, quality, near-duplicates, diversity. Of two similar
+rows the better one is kept; without quality scores, the earlier one.
 """
 
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pool:
-    """Hold the rows that are still in, best first, and the ledger of those that left."""
+    """Rows that are still kept, best first, and the ledger of dropped rows."""
 
     examples: Sequence[Example]
     kept: list[int]
@@ -40,12 +40,12 @@ class Pool:
     ledger: Ledger
 
     def drop(self, i: int, reason: str, **details: object) -> None:
-        """Let row i leave."""
+        """Drop row i and record the reason."""
         self.kept.remove(i)
         self.ledger.add(self.examples[i].source, reason, **details)
 
     def text(self, i: int) -> str:
-        """Give question and answers of row i: pairs differ where either answer does."""
+        """Give question and answers of row i: pairs differ where either response does."""
         example = self.examples[i]
         said = [question(example), answer_text(example)]
         if example.rejected is not None:
@@ -54,7 +54,7 @@ class Pool:
 
 
 def prepare(spec: CurateStage, context: StageContext) -> Prepared:
-    """Read the rows of ``spec.data``."""
+    """Load the rows of ``spec.data``."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
     return Prepared(
         train=partial(curate, spec, context, examples), checks=checks(spec, examples, context)
@@ -62,8 +62,9 @@ def prepare(spec: CurateStage, context: StageContext) -> Prepared:
 
 
 def curate(spec: CurateStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
-    """Write the rows that pass, in their old order."""
+    """Write the rows that pass every filter, in their original order."""
     pool = Pool(examples, list(range(len(examples))), {}, Ledger())
+    # Filters, cheapest first; those after quality prefer the better of two similar rows.
     by_words(pool, spec)
     by_quality(pool, spec, context)
     by_likeness(pool, spec)
@@ -76,7 +77,11 @@ def curate(spec: CurateStage, context: StageContext, examples: Sequence[Example]
     found = {"rows/in": float(len(examples)), "rows/kept": float(count)}
     found |= {f"left/{reason}": float(n) for reason, n in pool.ledger.counts().items()}
     log.info(
-        "%s: kept %d of %d rows; left: %s", context.name, count, len(examples), pool.ledger.counts()
+        "%s: kept %d of %d rows; dropped: %s",
+        context.name,
+        count,
+        len(examples),
+        pool.ledger.counts(),
     )
     metrics = context.metrics(1)
     metrics.log(1, found)
@@ -85,9 +90,11 @@ def curate(spec: CurateStage, context: StageContext, examples: Sequence[Example]
 
 
 def checks(spec: CurateStage, examples: Sequence[Example], context: StageContext) -> list[Check]:
-    """Give the checks before anything leaves: rows, bounds, scores."""
+    """Return the checks that run before filtering: rows, word bounds, scores."""
     few = spread(examples, NUM_SCORED)
-    by_name = score_rows(few, answers_of(few), spec.quality, context) if spec.quality else {}
+    by_name: dict[str, list[float | None]] = {}
+    if spec.quality:
+        by_name = score_rows(few, answers_of(few), specs=spec.quality, context=context)
     return [
         row_check(examples),
         *words_check(spec, examples),
@@ -96,7 +103,7 @@ def checks(spec: CurateStage, examples: Sequence[Example], context: StageContext
 
 
 def by_words(pool: Pool, spec: CurateStage) -> None:
-    """Drop answers that are too short or too long."""
+    """Drop responses that are too short or too long."""
     if spec.words is None:
         return
     most = spec.words.max or math.inf
@@ -107,13 +114,14 @@ def by_words(pool: Pool, spec: CurateStage) -> None:
 
 
 def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
-    """Score the rows, drop the bad ones and sort the rest, the best first."""
+    """Score the rows, drop the bad ones and sort the rest, best first."""
     if not spec.quality or not pool.kept:
         return
     examples = [pool.examples[i] for i in pool.kept]
-    by_name = score_rows(examples, answers_of(examples), spec.quality, context)
+    by_name = score_rows(examples, answers_of(examples), specs=spec.quality, context=context)
     for place, i in enumerate(list(pool.kept)):
         scores = {name: values[place] for name, values in by_name.items()}
+        # A sum with a missing score would rank the row too low; drop it with its own reason.
         if None in scores.values():
             pool.drop(i, "quality unknown", scores=scores)
             continue
@@ -128,7 +136,7 @@ def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
 
 
 def by_likeness(pool: Pool, spec: CurateStage) -> None:
-    """Drop rows that repeat a better one almost word for word."""
+    """Drop rows that are near-duplicates of a better one."""
     if spec.near_duplicates is None:
         return
     order = list(pool.kept)
@@ -139,7 +147,7 @@ def by_likeness(pool: Pool, spec: CurateStage) -> None:
 
 
 def by_diversity(pool: Pool, spec: CurateStage) -> None:
-    """Take the best rows that differ from each other, up to a number."""
+    """Keep the best rows that differ from each other, up to ``spec.diversity.rows``."""
     if spec.diversity is None or not pool.kept:
         return
     order = list(pool.kept)

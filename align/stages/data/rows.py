@@ -1,4 +1,4 @@
-"""What the stages that make data share: rows in and out, scores of rows, and the ledger."""
+"""Shared parts of the data stages: reading and writing rows, scores, and the ledger."""
 
 import json
 from collections import Counter
@@ -17,40 +17,40 @@ from reward_models.base import MissingColumnError, completion_text
 
 
 class Ledger:
-    """Note each row that leaves, with the reason."""
+    """Record of every dropped row, with the reason."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
 
     def add(self, source: str, reason: str, **details: Any) -> None:
-        """Note one row."""
+        """Record one dropped row."""
         self.entries.append({"source": source, "reason": reason, **details})
 
     def counts(self) -> dict[str, int]:
-        """Count the rows that left, by reason."""
+        """Return the number of dropped rows by reason."""
         return dict(Counter(entry["reason"] for entry in self.entries))
 
 
 def question(example: Example) -> str:
-    """Give the first user message of a row."""
+    """Return the first user message of a row."""
     return split_key(example)
 
 
 def num_questions(example: Example) -> int:
-    """Count the user's turns of a row; plain text is one."""
+    """Return the number of user turns of a row; a plain text prompt counts as one."""
     parts = [part for part in (example.prompt, example.completion) if not isinstance(part, str)]
     found = sum(turn["role"] == "user" for part in parts for turn in part or ())
     return found + isinstance(example.prompt, str)
 
 
 def answer_text(example: Example) -> str:
-    """Give the (chosen) answer of a row: plain text or its last assistant turn."""
+    """Return the (chosen) response of a row as text; of a conversation, the last assistant turn."""
     assert example.completion is not None, example.source
     return completion_text(example.completion)
 
 
 def to_row(example: Example) -> dict[str, Any]:
-    """Write an example as a row of the formats that every stage reads."""
+    """Return an example as a row in a format that every stage reads."""
     row = dict(example.columns)
     if example.rejected is not None:
         row |= {"prompt": example.prompt, "chosen": example.completion}
@@ -67,7 +67,7 @@ def to_row(example: Example) -> dict[str, Any]:
 
 
 def write_data(context: StageContext, rows: Iterable[Mapping[str, Any]], ledger: Ledger) -> int:
-    """Write data.jsonl and ledger.jsonl; give the number of rows.
+    """Write data.jsonl and ledger.jsonl, and return the number of rows.
 
     Raises:
         DataError: no row is left.
@@ -76,8 +76,8 @@ def write_data(context: StageContext, rows: Iterable[Mapping[str, Any]], ledger:
     _write_lines(context.out / LEDGER_FILE, ledger.entries)
     if not counted:
         raise DataError(
-            f"{context.name}: no row is left, {ledger.counts() or 'none came in'}; "
-            f"{context.out / LEDGER_FILE} says why each one went"
+            f"{context.name}: no row was kept (dropped: {ledger.counts() or 'none, no input'}). "
+            f"See {context.out / LEDGER_FILE} for the reason of each row"
         )
     return counted
 
@@ -94,10 +94,11 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 def score_rows(
     examples: Sequence[Example],
     answers: Sequence[Text],
+    *,
     specs: Sequence[RewardSpec],
     context: StageContext,
 ) -> dict[str, list[float | None]]:
-    """Score given answers to the examples' prompts: name of each reward to one score a row.
+    """Return the scores of responses to the examples' prompts: {reward name: one score per row}.
 
     Raises:
         DataError: the rows lack a column that a reward reads.

@@ -1,9 +1,9 @@
-"""Stage self_instruct: a model grows a set of instructions from a few (arXiv:2212.10560).
+"""Stage self_instruct: generate new instructions from a few seed tasks (arXiv:2212.10560).
 
-Each round shows the model lists of known instructions and takes what it goes on with. New ones
-that are like a known one, too short, too long or not for a text model are refused; the model then
-answers the rest. Differences from the paper: no separate treatment of classification tasks, and
-the instruction and its input are one text.
+In each round the model continues lists of known instructions. Candidates are rejected if they are
+similar to a known instruction, too short, too long, or not meant for a text model; the model then
+responds to the others. Deviations from the paper: classification tasks are not treated separately,
+and an instruction and its input are one text.
 """
 
 import logging
@@ -37,27 +37,32 @@ from align.stages.rollouts import start_engine
 
 
 def list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str:
-    """Lay out a list of tasks that ends where the next instruction begins."""
+    """Return a prompt that lists tasks and ends where the next instruction begins."""
     item = spec.wording.item
     lines = [
         item.replace("{number}", str(i)).replace("{instruction}", task["instruction"])
         for i, task in enumerate(tasks, start=1)
     ]
     opening = item.partition("{instruction}")[0].replace("{number}", str(len(tasks) + 1))
-    # Tokenizers join a space to the word after it: it is the model's to write.
+    # Tokenizers attach a space to the following word, so the model must generate it.
     return (spec.wording.head + "".join(lines) + opening).rstrip(" ")
 
 
 def first_item(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
-    """Give what the model wrote up to the end of the item, and whether the item ended."""
+    """Return the text up to the end of the first list item, and whether the item is complete."""
     text, end, _ = completion.text.partition(spec.wording.item.partition("{instruction}")[2])
     return one_line(text), bool(end) or completion.finish_reason == "stop"
 
 
 def refusal(
-    text: str, whole: bool, known: Sequence[dict[str, Any]], spec: SelfInstructStage
+    text: str, *, whole: bool, known: Sequence[dict[str, Any]], spec: SelfInstructStage
 ) -> tuple[str | None, dict[str, Any]]:
-    """Say why an instruction is refused, or None; and how near the nearest known one is."""
+    """Return why an instruction is rejected, or None, and its similarity to the nearest known one.
+
+    Args:
+        text: the instruction. whole: False if it was cut off.
+        known: instructions so far. spec: bounds of the recipe.
+    """
     found = word_texts(text)
     if not whole:
         return "cut", {}
@@ -76,7 +81,7 @@ def refusal(
 
 
 def finished(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
-    """Give the answer, and whether the model ended it."""
+    """Return the response, and whether the model finished it."""
     if spec.answer == "chat":
         return completion.text.strip(), completion.finish_reason == "stop"
     text, end, _ = completion.text.partition(spec.wording.solved.partition("{answer}")[2])
@@ -84,20 +89,20 @@ def finished(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool
 
 
 def one_line(text: str) -> str:
-    """Give a text on one line, its words a space apart."""
+    """Return a text on one line, its words separated by single spaces."""
     return " ".join(text.split())
 
 
 log = logging.getLogger(__name__)
 NUM_PROBES = 4
-"""Lists that are shown to the model before the first round."""
+"""Number of lists that the preflight check samples from."""
 PROBE_STEP = 10**6
-"""Step from which their seeds come: no round has it."""
+"""Step number for the seeds of these samples; no round uses it."""
 
 
 @dataclass(slots=True)
 class Grown:
-    """Hold the tasks that are known: seeds first, then what was grown, with provenance."""
+    """Known tasks: the seeds, then the generated ones with their provenance."""
 
     seeds: list[dict[str, Any]]
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -105,12 +110,12 @@ class Grown:
 
     @property
     def tasks(self) -> list[dict[str, Any]]:
-        """Give every known task: ``instruction``, ``answer``, ``name``."""
+        """Every known task: ``instruction``, ``answer``, ``name``."""
         return [*self.seeds, *self.rows]
 
 
 def prepare(spec: SelfInstructStage, context: StageContext) -> Prepared:
-    """Read ``spec.seeds`` and start the engine with the policy ``spec.init``."""
+    """Load the seeds and start the engine with the policy ``spec.init``."""
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     grown = read_seeds(spec, context)
@@ -134,7 +139,7 @@ def grow(
     start: int,
     source: Artefact,
 ) -> StageResult:
-    """Grow the seeds by ``spec.target`` rows, from round ``start``."""
+    """Generate ``spec.target`` rows from the seeds, starting with round ``start``."""
     metrics = context.metrics(spec.target)
     if start:
         metrics.rewind(len(grown.rows))
@@ -145,11 +150,11 @@ def grow(
         log_round(metrics, grown, number)
         save(grown, number + 1, context)
         if stop_requested():
-            raise Preempted(f"stopped on a signal after round {number + 1}; run again to go on")
+            raise Preempted(f"stopped by a signal after round {number + 1}. Run again to resume")
     metrics.close()
     if len(grown.rows) < spec.target:
         log.warning(
-            "%s: %d of %d rows after %d rounds; left: %s",
+            "%s: only %d of %d rows after %d rounds; rejected: %s",
             context.name,
             len(grown.rows),
             spec.target,
@@ -164,10 +169,10 @@ def grow(
 
 
 def read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
-    """Give the seed tasks, each instruction once; conversations of several turns leave.
+    """Return the distinct seed tasks; conversations of several turns are dropped.
 
     Raises:
-        DataError: there are fewer than a list of examples needs.
+        DataError: there are fewer seeds than a list of examples needs.
     """
     found: dict[str, dict[str, Any]] = {}
     ledger = Ledger()
@@ -183,19 +188,19 @@ def read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
     needed = max(spec.examples, spec.answer_examples)
     if len(found) < needed:
         raise DataError(
-            f"{context.name}: {len(found)} different seed instructions, but {needed} are shown at "
-            f"a time; left: {ledger.counts() or 'none'}; add seeds or lower 'examples'"
+            f"{context.name}: {len(found)} different seed instructions, but each prompt shows "
+            f"{needed} (dropped: {ledger.counts() or 'none'}). Add seeds or lower 'examples'"
         )
     return Grown(list(found.values()), ledger=ledger)
 
 
 def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
-    """Give the checks before the first round: seeds, prompts, and that the sampler goes on."""
+    """Return the checks before the first round: seeds, prompts, and sampled continuations."""
     spec, chat = sampler.spec, sampler.chat
     dice = random.Random(derive_seed(sampler.seed, "self_instruct", 0))
     lists = [list_prompt(draw_examples(grown, spec, dice), spec) for _ in range(NUM_PROBES)]
     tasks = spread(grown.seeds, NUM_PROBES)
-    prompts = [*lists, *(answer_prompt(task, grown, spec, dice) for task in tasks)]
+    prompts = [*lists, *(answer_prompt(task, grown, spec=spec, dice=dice) for task in tasks)]
     rows = [PromptRow(tuple(chat.prompt_ids(p)), p, {}) for p in prompts]
 
     def seeds() -> Finding:
@@ -206,7 +211,7 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
             f"has {worst} tokens",
             f"at most {sampler.room}",
             "ok" if worst <= sampler.room else "warn",
-            "lists that do not fit ask for nothing; show fewer examples, remove long seeds or "
+            "lists that do not fit are skipped. Show fewer examples, remove long seeds or "
             "raise max_length",
         )
 
@@ -215,10 +220,10 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
         said = [first_item(c, spec) for c in sampler.ask(fitting, step=PROBE_STEP)]
         whole = sum(bool(text) and ended for text, ended in said)
         return Finding(
-            f"{whole} of {len(lists)} lists go on with a whole task, by {sampler.engine.name}",
+            f"{whole} of {len(lists)} lists are continued by a whole task ({sampler.engine.name})",
             "more than 0",
             "ok" if whole else "warn",
-            "no list fits, or the model ends no item; look at 'wording', give it more "
+            "no list fits, or the model completes no item. Check 'wording', raise "
             "max_new_tokens or show fewer examples",
         )
 
@@ -228,7 +233,7 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Ask the model; what it says is a function of (seed, round, position)."""
+    """Samples from the model; the result depends only on (seed, round, position)."""
 
     engine: RolloutEngine
     chat: ChatFormat
@@ -237,15 +242,15 @@ class Sampler:
 
     @property
     def room(self) -> int:
-        """Give the tokens that a prompt may have."""
+        """Maximum number of tokens of a prompt."""
         return self.spec.max_length - self.spec.sampling.max_new_tokens
 
     def fits(self, prompt: Any) -> bool:
-        """Say whether a prompt leaves room for the answer."""
+        """Return whether a prompt leaves room for the response."""
         return len(self.chat.prompt_ids(prompt)) <= self.room
 
     def ask(self, prompts: Sequence[Any], *, step: int) -> list[Completion]:
-        """Sample one answer to each prompt: plain text to go on with, or a conversation."""
+        """Sample one response to each prompt, which is plain text to continue or a conversation."""
         if not prompts:
             return []
         rows = [PromptRow(tuple(self.chat.prompt_ids(p)), p, {}) for p in prompts]
@@ -263,33 +268,35 @@ class Sampler:
 
 
 def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
-    """Take one round of new instructions, refuse what must be refused, answer the rest."""
+    """Run one round: sample instructions, reject invalid ones, sample responses to the others."""
     spec, seed = sampler.spec, sampler.seed
     dice = random.Random(derive_seed(seed, "self_instruct", number))
     drawn = {
         f"round {number}, {i}": draw_examples(grown, spec, dice)
         for i in range(spec.prompts_per_round)
     }
+    # Instructions use even steps of the seed, responses odd ones.
     asked = {name: list_prompt(tasks, spec) for name, tasks in drawn.items()}
     asked = with_room(asked, grown, sampler, reason="list too long")
     said = sampler.ask(list(asked.values()), step=2 * number)
+    # Candidates: each is compared with all known tasks and with those of this round.
     fresh: list[dict[str, Any]] = []
     for name, completion in zip(asked, said, strict=True):
         text, whole = first_item(completion, spec)
         known = [*grown.tasks, *fresh]
-        reason, details = refusal(text, whole, known, spec)
+        reason, details = refusal(text, whole=whole, known=known, spec=spec)
         if reason is not None:
             grown.ledger.add(name, reason, text=text, **details)
             continue
         examples = [task["name"] for task in drawn[name]]
         fresh.append({"instruction": text, "name": name, "examples": examples, **details})
-    answer_all(grown, sampler, fresh, dice, number)
+    answer_all(grown, sampler, fresh, dice=dice, number=number)
 
 
 def with_room(
     asked: dict[str, Any], grown: Grown, sampler: Sampler, *, reason: str
 ) -> dict[str, Any]:
-    """Let the candidates leave whose prompt leaves no room for an answer."""
+    """Return the candidates whose prompt leaves room for a response; record the others."""
     kept = {name: prompt for name, prompt in asked.items() if sampler.fits(prompt)}
     for name in [name for name in asked if name not in kept]:
         grown.ledger.add(name, reason)
@@ -297,7 +304,7 @@ def with_room(
 
 
 def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) -> list[dict]:
-    """Draw the tasks of one list: mostly seeds, a few grown ones, mixed."""
+    """Draw the tasks of one list: mostly seeds, a few generated ones, shuffled."""
     own = dice.sample(grown.rows, min(spec.grown_examples, len(grown.rows)))
     tasks = [*dice.sample(grown.seeds, spec.examples - len(own)), *own]
     dice.shuffle(tasks)
@@ -308,12 +315,15 @@ def answer_all(
     grown: Grown,
     sampler: Sampler,
     fresh: Sequence[dict[str, Any]],
+    *,
     dice: random.Random,
     number: int,
 ) -> None:
-    """Let the model answer new instructions; those without a proper answer leave."""
+    """Sample responses to new instructions; those without a valid response are dropped."""
     tasks = {task["name"]: task for task in fresh}
-    asked = {name: answer_prompt(t, grown, sampler.spec, dice) for name, t in tasks.items()}
+    asked = {
+        name: answer_prompt(t, grown, spec=sampler.spec, dice=dice) for name, t in tasks.items()
+    }
     asked = with_room(asked, grown, sampler, reason="no room for an answer")
     said = sampler.ask(list(asked.values()), step=2 * number + 1)
     for name, completion in zip(asked, said, strict=True):
@@ -330,9 +340,9 @@ def answer_all(
 
 
 def answer_prompt(
-    task: dict[str, Any], grown: Grown, spec: SelfInstructStage, dice: random.Random
+    task: dict[str, Any], grown: Grown, *, spec: SelfInstructStage, dice: random.Random
 ) -> Any:
-    """Ask for an answer by the chat template, or by going on with solved seeds."""
+    """Return the prompt for a response: a conversation, or plain text after solved seeds."""
     if spec.answer == "chat":
         return [Turn(role="user", content=task["instruction"])]
     solved = spec.wording.solved
@@ -345,7 +355,7 @@ def answer_prompt(
 
 
 def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
-    """Write a grown task as an sft row with where it comes from."""
+    """Return a generated task as an SFT row with its provenance."""
     known = ("round", "name", "examples", "rouge_l", "nearest")
     return {
         "prompt": [Turn(role="user", content=row["instruction"])],
@@ -355,7 +365,7 @@ def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_round(metrics: Any, grown: Grown, number: int) -> None:
-    """Log how far the stage has come and the newest task."""
+    """Log the progress of the stage and the newest task."""
     found = {"rows/kept": float(len(grown.rows)), "round": float(number + 1)}
     found |= {f"left/{reason}": float(n) for reason, n in grown.ledger.counts().items()}
     last = grown.rows[-1] if grown.rows else {"instruction": "", "answer": ""}
@@ -364,13 +374,13 @@ def log_round(metrics: Any, grown: Grown, number: int) -> None:
 
 
 def save(grown: Grown, rounds: int, context: StageContext) -> None:
-    """Keep what was grown so far, so that a killed stage goes on from here."""
+    """Save a checkpoint, so that an interrupted stage resumes after this round."""
     state = {"rows": grown.rows, "ledger": grown.ledger.entries}
     save_checkpoint(context.out / "checkpoints", rounds, {}, state, keep=1)
 
 
 def restore(grown: Grown, context: StageContext) -> int:
-    """Take up the newest checkpoint; give the number of rounds done."""
+    """Restore the newest checkpoint and return the number of rounds done."""
     found = newest_checkpoint(context.out / "checkpoints")
     if found is None:
         return 0

@@ -1,7 +1,8 @@
-"""Stage weak_label: several weak judges vote on each row; what they agree on becomes its label.
+"""Stage weak_label: combine the votes of several weak judges into a probabilistic label per row.
 
-Of pairs the more probable answer becomes the chosen one; of sft rows every row stays. Each row
-carries ``label_prob``, the probability that its label is right, and weighs so much in the loss.
+In pairs, the response that is more probably the better one becomes the chosen one. SFT rows are all
+kept. Each row gets ``label_prob``, the probability that its label is correct, which weights it in
+the loss.
 """
 
 import logging
@@ -28,11 +29,11 @@ from align.stages.offline import fingerprints
 
 log = logging.getLogger(__name__)
 GIVEN = "given"
-"""Name of the voter that is the order in the data."""
+"""Name of the voter that always votes for the order in the data."""
 
 
 def prepare(spec: WeakLabelStage, context: StageContext) -> Prepared:
-    """Read the rows of ``spec.data``, and collect votes on a few."""
+    """Load the rows of ``spec.data`` and collect votes on a few."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
     first = collect_votes(spread(examples, NUM_SCORED), spec, context)
     return Prepared(
@@ -42,10 +43,10 @@ def prepare(spec: WeakLabelStage, context: StageContext) -> Prepared:
 
 
 def label(spec: WeakLabelStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
-    """Write the rows with probable labels."""
+    """Write the rows with probabilistic labels."""
     names, votes = collect_votes(examples, spec, context)
     if not (votes != ABSTAIN).any():
-        raise DataError(f"{context.name}: no function gave any vote; look at their bounds")
+        raise DataError(f"{context.name}: no function gave any vote. Check their bounds")
     model, probabilities = agreed(examples, votes, of=spec.of)
     ledger = Ledger()
     rows = []
@@ -69,11 +70,11 @@ def label(spec: WeakLabelStage, context: StageContext, examples: Sequence[Exampl
 def agreed(
     examples: Sequence[Example], votes: NDArray[np.int64], *, of: str
 ) -> tuple[LabelModel, NDArray[np.float64]]:
-    """Fit the label model; give it and each row's probability of label 1.
+    """Fit the label model and return it with each row's probability of label 1.
 
-    In the data the better answer always stands first. A voter that repeats that order would vote 1
-    on every row, which says nothing; so pairs are shown to the model in an order drawn by the hash
-    of their place, and its answer is turned back.
+    In the data the chosen response always comes first, so a voter that follows this order votes 1
+    on every row, which carries no information. The order of each pair is therefore randomized by a
+    hash of its source before the fit, and reversed afterwards.
     """
     if of == "sft":
         model = dawid_skene(votes)
@@ -87,8 +88,8 @@ def agreed(
 def collect_votes(
     examples: Sequence[Example], spec: WeakLabelStage, context: StageContext
 ) -> tuple[list[str], NDArray[np.int64]]:
-    """Give the voters' names and their votes: (rows, voters) of 0, 1 or ABSTAIN."""
-    chosen = _scores(examples, "completion", spec, context)
+    """Return the voters' names and their votes: (rows, voters) of 0, 1 or ABSTAIN."""
+    chosen = _scores(examples, "completion", spec=spec, context=context)
     names = [function.name for function in spec.functions]
     if spec.of == "sft":
         columns = [
@@ -96,7 +97,7 @@ def collect_votes(
             for function in spec.functions
         ]
         return names, np.array(columns, dtype=np.int64).T
-    rejected = _scores(examples, "rejected", spec, context)
+    rejected = _scores(examples, "rejected", spec=spec, context=context)
     columns = [
         [
             _preference(function, a, b)
@@ -110,10 +111,11 @@ def collect_votes(
 
 
 def _scores(
-    examples: Sequence[Example], side: str, spec: WeakLabelStage, context: StageContext
+    examples: Sequence[Example], side: str, *, spec: WeakLabelStage, context: StageContext
 ) -> dict[str, list[float | None]]:
     answers: list[Any] = [getattr(example, side) for example in examples]
-    return score_rows(examples, answers, [function.by for function in spec.functions], context)
+    specs = [function.by for function in spec.functions]
+    return score_rows(examples, answers, specs=specs, context=context)
 
 
 def _verdict(function: LabelFunction, score: float | None) -> int:
@@ -131,17 +133,17 @@ def _preference(function: LabelFunction, chosen: float | None, rejected: float |
 
 
 def with_label(example: Example, prob: float, *, of: str) -> tuple[Example, float]:
-    """Give the row with its probable label, and how probable that label is.
+    """Return the row with its more probable label, and the probability of that label.
 
     Args:
-        example: a row. prob: probability that its answer is good (sft) or the better one.
-        of: ``sft`` keeps the answer whatever it is worth; ``preference`` may turn the pair.
+        example: a row. prob: probability that its response is good (sft) or the better one.
+        of: ``sft`` always keeps the response; ``preference`` may swap the pair.
     """
     if of == "sft":
         return replace(example, label_prob=prob), max(prob, 1.0 - prob)
     if prob >= 0.5:
         return replace(example, label_prob=prob), prob
-    # A margin said how much better the other one was.
+    # The margin belongs to the original order and has no meaning for the swapped pair.
     turned = replace(
         example,
         completion=example.rejected,
@@ -155,7 +157,7 @@ def with_label(example: Example, prob: float, *, of: str) -> tuple[Example, floa
 def summarise(
     names: Sequence[str], votes: NDArray[np.int64], model: LabelModel
 ) -> dict[str, float]:
-    """Say of each voter how often it votes and how often it is probably right."""
+    """Return each voter's coverage and estimated accuracy, and the label model's prior."""
     found = {"label/prior": model.prior}
     found["label/confidence"] = float(
         np.maximum(model.probabilities, 1 - model.probabilities).mean()

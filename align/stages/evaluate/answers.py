@@ -1,4 +1,4 @@
-"""Let checkpoints answer the prompts of evaluation tasks through one engine, in turn."""
+"""Sample responses to the prompts of evaluation tasks from each model, through one engine."""
 
 import json
 import logging
@@ -31,13 +31,13 @@ from align.tuning.loading import load_tuned_policy
 
 log = logging.getLogger(__name__)
 Answers = dict[str, dict[str, Experience]]
-"""Task to model to its answers of this rank."""
+"""Responses of this rank: {task: {model: responses}}."""
 
 
 def task_rows(
     spec: EvaluateStage, artefact: Artefact, context: StageContext
 ) -> dict[str, list[PromptRow]]:
-    """Render the prompts of every task with the baseline's tokenizer."""
+    """Return the prompts of every task, tokenized with the baseline's tokenizer."""
     chat = chat_format(artefact.model_dir)
     return {task.name: prompt_rows(task, chat, context) for task in spec.all_tasks}
 
@@ -48,10 +48,10 @@ def sample_all(
     rows: Mapping[str, Sequence[PromptRow]],
     context: StageContext,
 ) -> tuple[Answers, str]:
-    """Let each checkpoint answer this rank's prompts of all tasks; name the engine.
+    """Return each model's responses to this rank's prompts of all tasks, and the engine's name.
 
-    One engine takes the checkpoints' weights in turn; each draws with the same seeds, so that
-    comparisons are paired.
+    The weights of the models are loaded into one engine in turn. Every model samples with the same
+    seeds, so that comparisons are paired.
     """
     answers: Answers = {task.name: {} for task in spec.all_tasks}
     longest = max(task.max_length for task in spec.all_tasks)
@@ -62,7 +62,9 @@ def sample_all(
     for version, (name, artefact) in enumerate(artefacts.items()):
         chat = chat_format(artefact.model_dir)
         for task_name, prompts in rows.items():
-            same_tokens(prompts[:8], chat, f"{task_name}: model '{name}'", spec.baseline)
+            what = f"{task_name}: model '{name}'"
+            same_tokens(prompts[:8], chat, what=what, baseline=spec.baseline)
+        # An engine is built for one architecture and adapter; otherwise only the weights change.
         if engine is None or held is None or _config(held) != _config(artefact):
             if engine is not None:
                 engine.close()
@@ -72,13 +74,14 @@ def sample_all(
         with engine.awake():
             if held is not artefact:
                 push(engine, saved_weights(artefact.model_dir), version=version)
+                # Prove that the engine computes with the new weights before anything is sampled.
                 probe = probe_of(next(iter(rows.values()))[0].input_ids)
                 check_answers(engine, probe, *trainer_logprobs(artefact, probe, spec))
             for i, task in enumerate(spec.all_tasks):
-                found = _ask(engine, task, rows[task.name], chat, step=i, seed=context.seed)
+                found = _ask(engine, task, rows[task.name], chat=chat, step=i, seed=context.seed)
                 answers[task.name][name] = found
         num = sum(len(answers[task][name].completions) for task in answers)
-        log.info("%s: %d answers sampled", name, num)
+        log.info("%s: %d responses sampled", name, num)
     assert engine is not None
     engine.close()
     return answers, "+".join(dict.fromkeys(names))
@@ -88,8 +91,8 @@ def _ask(
     engine: RolloutEngine,
     task: TaskSpec,
     rows: Sequence[PromptRow],
-    chat: ChatFormat,
     *,
+    chat: ChatFormat,
     step: int,
     seed: int,
 ) -> Experience:
@@ -105,19 +108,19 @@ def _ask(
 
 
 def _config(artefact: Artefact) -> Any:
-    """Give what an engine is built for: the architecture, and an adapter that is not merged."""
+    """Return what an engine is built for: the architecture, and an adapter that is not merged."""
     config = json.loads((artefact.model_dir / "config.json").read_text(encoding="utf-8"))
     return config, unmerged_adapter(artefact.model_dir)
 
 
-def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, what: str, baseline: str) -> None:
-    """Raise ArtefactError where another checkpoint renders the prompts to other tokens."""
+def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, *, what: str, baseline: str) -> None:
+    """Raise ArtefactError if a model's tokenizer or template gives other prompt tokens."""
     for row in rows:
         ids = chat.prompt_ids(row.prompt, tools=row.tools, template_kwargs=row.template_kwargs)
         if list(row.input_ids) != ids:
             raise ArtefactError(
-                f"{what} renders {row.source} to other tokens than '{baseline}' does; "
-                "compare checkpoints of one tokenizer and template"
+                f"{what}: {row.source} has other prompt tokens than with '{baseline}'. "
+                "Compare models that share a tokenizer and a chat template"
             )
 
 

@@ -1,4 +1,4 @@
-"""Let lm-evaluation-harness ask the checkpoints of an evaluate stage, and compare what it found."""
+"""Run lm-evaluation-harness on the models of an evaluate stage and compare the results."""
 
 import logging
 import shutil
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def harness_blocks(
     spec: EvaluateStage, artefacts: Mapping[str, Artefact], context: StageContext
 ) -> dict[str, dict[str, Any]]:
-    """Give a block of summary.json for each task of the harness; rank 0 runs it."""
+    """Return the block of summary.json for each harness task; rank 0 runs the harness."""
     if spec.harness is None:
         return {}
     blocks = _ask_all(spec, artefacts, context) if distributed.rank() == 0 else None
@@ -56,7 +56,9 @@ def _block(spec: EvaluateStage, task: str, models: Mapping[str, list[Record]]) -
     baseline = spec.label(spec.baseline)
     missing = [spec.label(m) for m in spec.models if spec.label(m) not in models]
     if missing:
-        raise AlignError(f"lm-eval task {task}: no answers of {', '.join(missing)}")
+        raise AlignError(
+            f"lm-eval task {task}: no responses of {', '.join(missing)} in its results"
+        )
     answered = {name: Answered(records) for name, records in models.items()}
     metrics = list(models[baseline][0]["scores"])
     block = task_block(answered, baseline=baseline, metrics=metrics, judged={})

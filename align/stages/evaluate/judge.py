@@ -1,4 +1,4 @@
-"""Ask the judge of an evaluate stage, and measure a judge against people."""
+"""Query the judge of an evaluate stage, and calibrate a judge against human preferences."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def open_bench(spec: PairwiseSpec) -> Bench:
-    """Reach the judge that a recipe names."""
+    """Connect to the judge of a recipe."""
     plain_spec = spec.endpoint.model_dump()
     cache = plain_spec.pop("cache")
     endpoint = Endpoint(**plain_spec, cache=Path(cache) if cache else None)
@@ -42,10 +42,10 @@ def open_bench(spec: PairwiseSpec) -> Bench:
 def judge_all(
     spec: EvaluateStage, answered: Mapping[str, Answered], *, seed: int
 ) -> tuple[dict[str, Judged], dict[str, Any]]:
-    """Judge every other model's answers to a task against the baseline's; rank 0 asks for all.
+    """Judge each model's responses to a task against the baseline's; rank 0 queries the judge.
 
     Returns:
-        Each model's judged pairs, and what the judge said, cost and was swayed by.
+        The judged pairs of each model, and the judge's report: verdicts, cost and biases.
     """
     assert spec.pairwise is not None
     found: tuple[dict[str, Judged], dict[str, Any]] | None = None
@@ -53,7 +53,7 @@ def judge_all(
         baseline = spec.label(spec.baseline)
         bench = open_bench(spec.pairwise)
         judged = {
-            name: _judge_one(spec.pairwise, bench, model, answered[baseline], seed=seed)
+            name: _judge_one(spec.pairwise, bench, model, other=answered[baseline], seed=seed)
             for name, model in answered.items()
             if name != baseline
         }
@@ -62,7 +62,7 @@ def judge_all(
 
 
 def _judge_one(
-    spec: PairwiseSpec, bench: Bench, model: Answered, other: Answered, *, seed: int
+    spec: PairwiseSpec, bench: Bench, model: Answered, *, other: Answered, seed: int
 ) -> Judged:
     try:
         return judge_model(
@@ -80,13 +80,13 @@ def _judge_one(
 def calibrate(
     judge: str, *, model: str | None, data: Sequence[DataSpec], criteria: str, cache: str | None
 ) -> dict[str, Any]:
-    """Measure a judge on pairs that people have ordered.
+    """Return how well a judge agrees with human preferences.
 
     Args:
-        judge: URL of an endpoint, the folder of a reward model, or LONGER.
+        judge: URL of an endpoint, folder of a reward model, or LONGER.
         model: name of the model at the endpoint.
-        data: preference pairs; the chosen answer is the one that people preferred.
-        criteria: what a judge behind an endpoint is to look at. cache: folder of its verdicts.
+        data: preference pairs; the chosen response is the one that humans preferred.
+        criteria: what a judge at an endpoint should consider. cache: folder of its verdicts.
     """
     examples = load_examples(data, kind="preference", seed=0)
     pairs = [
@@ -114,7 +114,7 @@ def calibrate(
 
 
 def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
-    """Give a reward model's verdicts; it has none on pairs longer than its positions."""
+    """Return a reward model's verdicts; pairs longer than its context have none."""
     reward = build_scalar(ScalarSpec(kind="scalar", model=str(folder)))
     made_whole(reward.model, folder)
     turns = {plain(e.prompt): e.prompt for e in examples}
@@ -123,7 +123,7 @@ def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) ->
         said = [[{"role": "assistant", "content": text}] for text in answers]
         return reward(prompts=[turns[p] for p in prompts], completions=said)
 
-    if reads_first(folder):  # it says itself which pairs are too long
+    if reads_first(folder):  # returns None itself for pairs that are too long
         return scored_orders(pairs, score)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf

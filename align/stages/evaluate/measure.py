@@ -1,4 +1,4 @@
-"""Measure what checkpoints answered: scores, KL to the reference, perplexity, repetition."""
+"""Measure sampled responses: scores, KL to the reference policy, perplexity, repetition."""
 
 from collections.abc import Sequence
 
@@ -22,23 +22,23 @@ from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
 
 TaskRewards = dict[str, tuple[list[RewardFunction], list[RewardFunction]]]
-"""Task to its grader and its judge."""
+"""{task: (rewards of the grader, rewards of the judge)}."""
 MICRO_TOKENS = 16384
 """Tokens of one forward pass."""
 
 
 def wants_kl(task: TaskSpec) -> bool:
-    """Say whether KL is reported and can be estimated.
+    """Return whether KL is reported and can be estimated.
 
-    The estimate is unbiased for answers drawn from the policy itself: at temperature 1, and not
-    from the likeliest tokens alone.
+    The estimate is unbiased only for responses sampled from the policy itself: temperature 1, and
+    no truncation by ``top_p``.
     """
     sampling = task.sampling
     return sampling.temperature == 1.0 and sampling.top_p == 1.0 and "kl" in task.reported
 
 
 def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
-    """Load the policy that KL is measured against."""
+    """Load the reference policy of the KL estimate."""
     artefact = context.artefact(spec.reference or spec.baseline, "policy", with_adapter=True)
     return LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
 
@@ -46,7 +46,7 @@ def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
 def kl_per_answer(
     answers: Experience, *, policy: LogprobModel, reference: LogprobModel
 ) -> list[float]:
-    """Estimate KL(policy || reference) in nats per answer: log-ratio summed over its tokens."""
+    """Return KL(policy || reference) of each response in nats: log-ratio summed over its tokens."""
     policy.eval()
 
     def log_ratio(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -61,7 +61,7 @@ def kl_per_answer(
 
 
 def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> list[TokenRow]:
-    """Tokenise the held-out answers of a task's perplexity."""
+    """Return the tokenized held-out responses for a task's perplexity."""
     if not task.answers:
         return []
     examples = load_examples(task.answers, kind="sft", seed=context.seed)
@@ -69,13 +69,13 @@ def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> li
         [chat.sft_row(e) for e in examples],
         max_length=task.max_length,
         max_lost_frac=task.max_lost_frac,
-        what=f"{context.name}: answers of task {task.name}",
+        what=f"{context.name}: responses of task {task.name}",
         ledger=context.ledger,
     )[0]
 
 
 def row_losses(policy: LogprobModel, rows: Sequence[TokenRow]) -> list[RowLoss]:
-    """Return the negative log-likelihood of each row's trained tokens, over all ranks."""
+    """Return the negative log-likelihood of each row's trained tokens, split across ranks."""
     if not rows:
         return []
 
@@ -102,17 +102,18 @@ def to_records(
     judge: Sequence[RewardFunction],
     by: str | None = None,
 ) -> list[Record]:
-    """Give one record per answer with everything that was measured of it.
+    """Return one record per response with all its measurements.
 
     Args:
-        answers: of this rank. kl: nats of each answer, None where not measured.
-        scores: rewards of the table. judge: rewards whose weighted sum decides comparisons.
+        answers: responses of this rank. kl: nats of each response, None if not measured.
+        scores: reported rewards. judge: rewards whose weighted sum decides comparisons.
         by: column that the records are grouped by.
     """
     columns = score_answers(answers.prompts, answers.completions, scores).by_name
     verdicts: list[float | None] = [None] * len(answers.completions)
     if judge:
         verdicts = score_answers(answers.prompts, answers.completions, judge).total
+    # Responses of one prompt are numbered in the order in which they were sampled.
     groups = answers.group_ids.tolist()
     seen: dict[int, int] = {}
     records: list[Record] = []

@@ -1,4 +1,4 @@
-"""Measure reward models on held-out pairs, sets and sampled answers: the numbers of their card."""
+"""Measure reward models on held-out pairs, sets and sampled responses for their model card."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,17 +39,17 @@ HEADLINES = (
     "length_correlation",
     "length_correlation_in_pair",
 )
-"""What the table of reward models shows of a card."""
+"""Metrics of a card that the summary table of reward models shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswers:
-    """Hold several sampled answers to each prompt, for the best-of-n curve.
+    """Several sampled responses to each prompt, for the best-of-n curve.
 
     Attributes:
-        rows: of each answer its prompt and itself, as texts and as token ids.
-        groups: number of each answer's prompt. gold: the score that counts, None where invalid.
-        tokenizer: whose token ids they are.
+        rows: (prompt, response, prompt ids, response ids) of each response.
+        groups: prompt number of each response. gold: its gold score, None if invalid.
+        tokenizer: tokenizer of the ids.
     """
 
     rows: Sequence[tuple[Text, str, list[int], list[int]]]
@@ -60,7 +60,7 @@ class SampledAnswers:
 
 @dataclass(frozen=True, slots=True)
 class CardInput:
-    """Say what reward models are measured on; ``max_lost_frac`` bounds what is too long."""
+    """Data of the cards; at most ``max_lost_frac`` of the rows may be too long."""
 
     pairs: Sequence[DataSpec]
     sets: Sequence[DataSpec]
@@ -69,11 +69,11 @@ class CardInput:
     seed: int
     answers: SampledAnswers | None = None
     ledger: Path | None = None
-    """Takes what is too long."""
+    """File that records the rows that are too long."""
 
 
 def build_cards(models: Mapping[str, Artefact], given: CardInput) -> dict[str, dict[str, Any]]:
-    """Measure each reward model; with several, each is also compared with the first other one."""
+    """Return each reward model's card; with several, each is compared with the first other one."""
     scored = {name: _scored_pairs(artefact, given) for name, artefact in models.items()}
     cards: dict[str, dict[str, Any]] = {}
     for name, artefact in models.items():
@@ -93,7 +93,7 @@ def build_cards(models: Mapping[str, Artefact], given: CardInput) -> dict[str, d
 
 
 def headlines(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the [value, low, high] of a card that its row in a table shows."""
+    """Return the [value, low, high] entries of a card that the summary table shows."""
     return {name: card[name] for name in HEADLINES if name in card}
 
 
@@ -102,13 +102,13 @@ def _load(artefact: Artefact) -> RewardModel:
 
 
 def _longest(model: RewardModel, given: CardInput) -> int:
-    """Give the tokens that a text may have; an encoder has no positions for more."""
+    """Return the maximum number of tokens of a text; an encoder has a limit of its own."""
     limit = model.max_tokens if model.reads == "first" else None
     return given.max_length if limit is None else min(limit, given.max_length)
 
 
 def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair], int]:
-    """Score the held-out pairs; give also how many were too long."""
+    """Return the scored held-out pairs, and how many were too long."""
     chat, model = scorer_format(artefact), _load(artefact)
     examples = load_examples(given.pairs, kind="preference", seed=given.seed)
     rows, lost = fit_rows(
@@ -121,14 +121,18 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
     scores = score_token_ids(model, [row.input_ids for row in flatten_pairs(rows)])
     named = {e.source: e for e in examples}
     pairs = [
-        _pair(row, named[row.source], chat, scores[2 * i : 2 * i + 2]) for i, row in enumerate(rows)
+        _pair(row, named[row.source], chat, scores=scores[2 * i : 2 * i + 2])
+        for i, row in enumerate(rows)
     ]
     return pairs, lost
 
 
-def _pair(row: PairRow, example: Example, chat: RowFormat, scores: Sequence[float]) -> ScoredPair:
+def _pair(
+    row: PairRow, example: Example, chat: RowFormat, *, scores: Sequence[float]
+) -> ScoredPair:
     sides = [
         trim_after_last_trained(side).input_ids[row.num_prompt_tokens :]
+        # Only the response: the prompt's tokens are the same on both sides.
         for side in (row.chosen, row.rejected)
     ]
     texts = [chat.decode(ids) for ids in sides]
@@ -144,7 +148,7 @@ def _pair(row: PairRow, example: Example, chat: RowFormat, scores: Sequence[floa
 
 
 def group_of(example: Example) -> str:
-    """Name where an example comes from: its column ``subset``, else its file, else the world."""
+    """Return where an example comes from: column ``subset``, else its synthetic task or file."""
     if example.columns.get("subset"):
         return str(example.columns["subset"])
     if example.source.startswith("world:"):
@@ -153,24 +157,25 @@ def group_of(example: Example) -> str:
 
 
 def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
-    """Score every answer of the sets; a set of which one answer is too long is lost whole."""
+    """Return the scored sets; a set with a response that is too long is left out."""
     chat, model = scorer_format(artefact), _load(artefact)
     found = load_sets(given.sets)
     rows = {i: _set_rows(chat, s) for i, s in enumerate(found)}
+    # The longest response decides whether a set fits.
     longest = {i: max(mine, key=lambda row: len(row.input_ids)) for i, mine in rows.items()}
     kept, lost = fit_rows(
         list(longest.values()),
         max_length=_longest(model, given),
         max_lost_frac=given.max_lost_frac,
         ledger=given.ledger,
-        what="sets of answers",
+        what="sets of responses",
     )
     fitting = {id(row) for row in kept}
     chosen = [i for i, row in longest.items() if id(row) in fitting]
     flat = [row.input_ids for i in chosen for row in rows[i]]
     scores = iter(score_token_ids(model, flat))
     if lost:
-        log.warning("%d sets of answers are too long", lost)
+        log.warning("%d sets of responses are too long and were left out", lost)
     return [
         ScoredSet(
             source=found[i].group,
@@ -194,14 +199,16 @@ def _set_rows(chat: RowFormat, answers: AnswerSet) -> list[TokenRow]:
 def _agreement(
     pairs: Sequence[ScoredPair], others: Sequence[ScoredPair], seed: int
 ) -> dict[str, Any]:
-    """Compare two models, which must have read the same pairs."""
+    """Return the agreement of two models, which must have scored the same pairs."""
     if [(p.source, p.prompt) for p in pairs] != [(p.source, p.prompt) for p in others]:
-        return {"problem": "the two models do not read the same pairs: other lengths in tokens"}
+        return {
+            "problem": "the two models scored different pairs, because their token lengths differ"
+        }
     return dict(agreement(pairs, others, seed=seed))
 
 
 def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[dict[str, Any]]:
-    """Score the sampled answers; prompts with an answer that one cannot judge are left out."""
+    """Return the best-of-n curve over the prompts whose responses all have both scores."""
     proxies: dict[int, list[float | None]] = {}
     golds: dict[int, list[float | None]] = {}
     scores = _sampled_scores(artefact, answers)
@@ -217,7 +224,7 @@ def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[d
 
 
 def _sampled_scores(artefact: Artefact, answers: SampledAnswers) -> list[float | None]:
-    """Score sampled answers by their token ids, or by their texts where it has other tokens."""
+    """Score sampled responses by token ids, or by text if the model's tokenizer differs."""
     tokenizer = load_tokenizer(artefact.model_dir)
     reward = ScalarReward(_load(artefact), tokenizer, normalise=False)
     reward.meet(answers.tokenizer)

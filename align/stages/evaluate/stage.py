@@ -1,4 +1,4 @@
-"""Stage evaluate: checkpoints answer held-out prompts through one engine and are compared."""
+"""Stage evaluate: sample responses to held-out prompts from several models and compare them."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
-    """Read the models and the prompts of the tasks, and build their graders and judges."""
+    """Load models and task prompts, and build the graders and judges."""
     artefacts = {
         spec.label(name): context.artefact(name, "policy", with_adapter=True)
         for name in spec.models
@@ -72,17 +72,19 @@ def evaluate(
     rows: Mapping[str, Sequence[PromptRow]],
     rewards: TaskRewards,
 ) -> StageResult:
-    """Sample, score and compare; write summary.json and samples.jsonl."""
+    """Sample, score and compare the models; write summary.json and samples.jsonl."""
     baseline = spec.label(spec.baseline)
     answers: Answers = {}
     answered: dict[str, dict[str, Answered]] = {}
     summary: dict[str, Any] = {"engine": "none"}
+    # Tasks: sample and measure every model, then compare with the baseline.
     if spec.all_tasks:
         answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
         answered = measure_all(spec, artefacts, answers, rewards, context)
     summary["tasks"] = {
         task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
     } | harness_blocks(spec, artefacts, context)
+    # Reward models: scored on held-out pairs, independent of the tasks.
     cards = reward_cards(spec, context, answers, answered, artefacts[baseline])
     summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["expectations"] = check_expectations(summary, spec.expect)
@@ -104,7 +106,7 @@ def measure_all(
     rewards: TaskRewards,
     context: StageContext,
 ) -> dict[str, dict[str, Answered]]:
-    """Measure the answers of every task; give them by task and model, over all ranks."""
+    """Return the measured responses of all ranks by task and model."""
     tasks = spec.all_tasks
     metrics = context.metrics(len(spec.models))
     chat = chat_format(artefacts[spec.label(spec.baseline)].model_dir)
@@ -123,16 +125,16 @@ def measure_all(
             records = [r for part in distributed.gather_objects(mine) for r in part]
             losses = row_losses(policy, heldout[task.name])
             found[task.name][name] = Answered(records, losses)
-        _log_model(metrics, i + 1, name, found[tasks[0].name][name].records)
+        _log_model(metrics, i + 1, name=name, records=found[tasks[0].name][name].records)
     metrics.close()
     return found
 
 
 def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> TaskRewards:
-    """Build each task's grader, and the rewards whose weighted sum decides comparisons.
+    """Return each task's grader, and the rewards whose weighted sum decides comparisons.
 
     Args:
-        tokenizer: of the baseline, which every model shares.
+        tokenizer: the baseline's, which all models share.
     """
 
     def build(specs: Sequence[RewardSpec]) -> list[RewardFunction]:
@@ -150,7 +152,7 @@ def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> 
 def summarise(
     spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], context: StageContext
 ) -> dict[str, Any]:
-    """Compare the models on one task."""
+    """Return the comparison of the models on one task."""
     baseline = spec.label(spec.baseline)
     records = {name: model.records for name, model in answered.items()}
     told: dict[str, Any] = {"description": task.description}
@@ -171,7 +173,7 @@ def summarise(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the manifest's numbers: each model's metrics, prefixed by the task's name."""
+    """Return the manifest's metrics: those of each model, prefixed with the task's name."""
     rows = [
         (name if task == OWN_TASK else f"{task}/{name}", row)
         for task, block in summary["tasks"].items()
@@ -190,7 +192,7 @@ def _verdict(line: Mapping[str, Any]) -> str:
     return f"{line['value']} {'holds' if line['holds'] else 'DOES NOT HOLD'}"
 
 
-def _log_model(metrics: MetricsLog, step: int, name: str, records: Sequence[Record]) -> None:
+def _log_model(metrics: MetricsLog, step: int, *, name: str, records: Sequence[Record]) -> None:
     found = {
         f"eval/{name}/{column}": sum(known) / len(known)
         for column in records[0]["scores"]
@@ -202,7 +204,7 @@ def _log_model(metrics: MetricsLog, step: int, name: str, records: Sequence[Reco
 
 
 def write_samples(path: Path, answered: Mapping[str, Mapping[str, Answered]]) -> None:
-    """Write every answer, one JSON object a line."""
+    """Write every response as one JSON object per line."""
     with path.open("w", encoding="utf-8") as f:
         for task, models in answered.items():
             for model, found in models.items():
@@ -218,7 +220,7 @@ def reward_cards(
     answered: Mapping[str, Mapping[str, Answered]],
     baseline: Artefact,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the reward models; the baseline's answers give the best-of-n curve by the judge."""
+    """Return the cards of the reward models; best-of-n uses the baseline's responses and judge."""
     if not spec.reward_models:
         return {}
     sampled = None

@@ -1,4 +1,4 @@
-"""Find pairs whose label is likely wrong: each is judged by a scorer that was not taught by it."""
+"""Find pairs with likely wrong labels by cross-validation: train on some, score the others."""
 
 import json
 import logging
@@ -28,23 +28,26 @@ def noise_report(
     folds: int,
     train: Callable[[list[PairRow], StageContext], RewardModel],
 ) -> dict[str, Any]:
-    """Write noise.jsonl, likeliest mistakes first; give its summary for the manifest.
+    """Write noise.jsonl, most likely errors first, and return its summary for the manifest.
 
-    The pairs are cut into ``folds`` parts, a prompt's pairs never in two of them. Each part is
-    scored by a scorer trained on the others; ``probability`` = sigmoid(rejected - chosen) is what
-    that scorer gives the rejected answer, and above 0.5 the pair is flagged. Ties are left out.
+    The pairs are split into ``folds`` parts; all pairs of a prompt are in the same part. Each part
+    is scored by a reward model trained on the other parts. ``probability`` =
+    sigmoid(rejected - chosen) is that model's probability that the rejected response is better; a
+    pair is flagged if it exceeds 0.5. Ties are left out.
 
     Args:
-        pairs: the training pairs. context: the stage's surroundings.
-        folds: parts, at least 2.
-        train: (pairs, surroundings of the part) -> scorer; every rank takes part.
+        pairs: the training pairs. context: context of the stage.
+        folds: number of parts, at least 2.
+        train: (pairs, context of the part) -> reward model; runs on every rank.
     """
+    # A tie has no label that could be wrong, but every part still trains on the ties.
     rows = [pair for pair in pairs if not pair.tie]
     part_of = cut(rows, folds=folds, seed=context.seed)
     lines: list[dict[str, Any]] = []
     for part in range(folds):
         inside = replace(context, name=f"{context.name}/noise-{part + 1}")
         _empty(inside.out)
+        # Train on the other parts.
         others = [row for row, p in zip(rows, part_of, strict=True) if p != part]
         ties = [pair for pair in pairs if pair.tie]
         judged = [row for row, p in zip(rows, part_of, strict=True) if p == part]
@@ -52,6 +55,7 @@ def noise_report(
             train([*others, *ties], inside), [r.input_ids for r in flatten_pairs(judged)]
         )
         for row, chosen, rejected in zip(judged, scores[0::2], scores[1::2], strict=True):
+            # exp overflows in float64 above about 709.
             probability = 1.0 / (1.0 + math.exp(min(chosen - rejected, 700.0)))
             lines.append(
                 {
@@ -69,7 +73,9 @@ def noise_report(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (context.out / NOISE_FILE).write_text(text, encoding="utf-8")
     flagged = sum(line["flagged"] for line in lines)
-    log.info("labels: %d of %d pairs are likely wrong, see %s", flagged, len(lines), NOISE_FILE)
+    log.info(
+        "labels: %d of %d pairs are likely mislabeled, see %s", flagged, len(lines), NOISE_FILE
+    )
     return {
         "pairs": len(lines),
         "flagged": flagged,
@@ -81,7 +87,7 @@ def noise_report(
 
 
 def cut(pairs: Sequence[PairRow], *, folds: int, seed: int) -> list[int]:
-    """Give the part of each pair, from 0; pairs of one prompt share theirs.
+    """Return the part of each pair, from 0; pairs of one prompt are in the same part.
 
     Raises:
         ValueError: there are fewer prompts than parts.
@@ -89,14 +95,14 @@ def cut(pairs: Sequence[PairRow], *, folds: int, seed: int) -> list[int]:
     prompts = [pair.chosen.input_ids[: pair.num_prompt_tokens] for pair in pairs]
     names = list(dict.fromkeys(prompts))
     if len(names) < folds:
-        raise ValueError(f"noise_folds: {len(names)} prompts cannot be cut into {folds} parts")
+        raise ValueError(f"noise_folds: {len(names)} prompts cannot be split into {folds} parts")
     rng = np.random.default_rng(distributed.derive_seed(seed, "noise"))
     place = {names[i]: k % folds for k, i in enumerate(rng.permutation(len(names)).tolist())}
     return [place[prompt] for prompt in prompts]
 
 
 def _empty(folder: Path) -> None:
-    """Begin a part anew: what an interrupted one left is not gone on from."""
+    """Empty a part's folder: an interrupted part starts over instead of resuming."""
     distributed.barrier()
     if distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)

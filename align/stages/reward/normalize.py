@@ -1,4 +1,4 @@
-"""Measure a scorer's mean and std on reference answers: those of the data, or sampled ones."""
+"""Measure a reward model's mean and std on reference responses, from the data or sampled."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -33,32 +33,32 @@ def normalisation(
     micro_tokens: int,
     padded: bool = False,
 ) -> tuple[Numbers, Numbers]:
-    """Measure mean and population std of the scores of reference answers (arXiv:1909.08593).
+    """Return mean and population std of the scores of reference responses (arXiv:1909.08593).
 
     Args:
-        score: packed rows -> (num, heads). rows: prompt and answer of each.
+        score: packed rows -> (num, heads). rows: prompt and response of each.
         micro_tokens: token budget of one pass. padded: True where ``score`` pads, see
             `plan_micro_batches`.
 
     Returns:
-        One number each, or one a head where there are several.
+        One number each, or one per head if there are several.
     """
     lengths = [len(row.input_ids) for row in rows]
     plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
     found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
     mean, std = found.mean(0), found.std(0, correction=0)
-    # A scorer that gives one score to all: rounding is no spread to scale by.
+    # If all scores agree, their spread is rounding error: do not divide by it.
     std = torch.where(std <= 1e-6 * mean.abs().clamp(min=1.0), torch.ones_like(std), std)
     log.info(
-        "scores of %d reference answers: mean %s, std %s", len(rows), mean.tolist(), std.tolist()
+        "scores of %d reference responses: mean %s, std %s", len(rows), mean.tolist(), std.tolist()
     )
     return (mean.item(), std.item()) if mean.numel() == 1 else (mean.tolist(), std.tolist())
 
 
 def sampled_rows(
-    spec: RewardStage, context: StageContext, source: Artefact, chat: ChatFormat
+    spec: RewardStage, context: StageContext, *, source: Artefact, chat: ChatFormat
 ) -> list[TokenRow]:
-    """Let the policy that the scorer began from answer the first prompts of the data."""
+    """Return responses to prompts of the data, sampled from the policy of ``spec.init``."""
     assert spec.norm_sampling is not None
     prompts = _distinct_prompts(spec, context, chat)
     engine = build_engine(
@@ -101,14 +101,14 @@ def _distinct_prompts(
         list(found.values()),
         max_length=spec.max_length - spec.norm_sampling.max_new_tokens,
         max_lost_frac=1.0,
-        what=f"{context.name}: prompts of the reference answers",
+        what=f"{context.name}: prompts of the reference responses",
         ledger=context.ledger,
     )
     return even_sample(kept, spec.norm_prompts)
 
 
 def even_sample(rows: Sequence[Row], num: int) -> list[Row]:
-    """Return ``num`` rows at even distances: the first ones of a sorted file are all alike."""
+    """Return ``num`` evenly spaced rows, because the first rows of a sorted file are alike."""
     if num >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // num] for i in range(num)]

@@ -1,7 +1,7 @@
-"""Stage reward: a scorer of answers taught by pairs, judged answers or judged steps.
+"""Stage reward: train a reward model on pairs, labeled responses or labeled solution steps.
 
-It stands on a decoder, or on an encoder: then prompt and answer are a pair of texts, batches are
-padded, and the score of a whole text is what a loss finds at each of its tokens.
+Its backbone is a decoder or an encoder. With an encoder, prompt and response are a pair of texts,
+batches are padded, and the score of the whole text is repeated at each of its tokens.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ from reward_models.scalar import RewardModel
 
 
 def prepare(spec: RewardStage, context: StageContext) -> Prepared:
-    """Read what ``spec.data`` judges, and put fresh heads on the model of ``spec.init``."""
+    """Load the labeled data and put new heads on the model of ``spec.init``."""
     source = load_backbone(spec, context)
     chat = scorer_format(source)
     build = {"pairs": pair_task, "answers": answer_task, "steps": step_task}[spec.supervision]
@@ -104,16 +104,18 @@ def train(
 ) -> StageResult:
     """Train a reward model, measure its scores on reference responses, and save it."""
     notes: dict[str, Any] = {}
+    # Label noise: cross-validated before the training of the model itself.
     if spec.noise_folds:
         pairs = [row.pair for row in task.rows]
         part = partial(train_part, spec, source)
         notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=part)
+    # Training.
     best = BestWeights(partial(save_scorer, spec, model, source), context.out)
     stopping = build_stopping(spec, best)
     trained, total = num_trained(model)
     final = run_offline(values_of(model), task, spec, context, stopping=stopping)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
-    # What is saved may be another model than the one in memory: earlier, or not in 4 bits.
+    # The saved model may differ from the one in memory: an earlier step, or not in 4 bits.
     if stopping is not None:
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
@@ -124,7 +126,10 @@ def train(
         model = read_back(partial(saved_scorer, spec, context.out / "model")) or model
     if spec.tuning.method == "qlora" and not has_adapter(model.backbone):
         final |= saved_loss(values_of(model), task, spec.micro_tokens)
-    numbers = reference_numbers(spec, context, source, chat, model=model, rows=task.rows)
+    # Mean and std of the saved model's scores on reference responses.
+    numbers = reference_numbers(
+        spec, context, source=source, chat=chat, model=model, rows=task.rows
+    )
     save_scorer(spec, model, source, context.out, numbers=numbers)
     for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
         many = value if isinstance(value, list) else [value]
@@ -135,7 +140,7 @@ def train(
 def train_part(
     spec: RewardStage, source: Artefact, pairs: list[PairRow], context: StageContext
 ) -> RewardModel:
-    """Train a scorer of one head on a part of the pairs, for as many epochs as the stage."""
+    """Return a one-head reward model trained on some of the pairs, for the stage's epochs."""
     steps = spec.steps
     if steps is not None:
         steps = max(1, round(steps * (spec.noise_folds - 1) / spec.noise_folds))
@@ -163,13 +168,13 @@ def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> 
 def pair_task(
     spec: RewardStage, context: StageContext, chat: RowFormat
 ) -> tuple[OfflineTask[Any], OfflineRows]:
-    """Learn which of two answers is better."""
+    """Return the task of learning which of two responses is better."""
     data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
     ties = [pair.source for pair in (*data.training, *data.heldout) if pair.tie]
     if ties and spec.tie_margin is None:
         raise DataError(
-            f"{ties[0]}: tie: true, and {len(ties)} pairs in all; set tie_margin (1.1 lets equal "
-            "answers tie half of the time), or leave these pairs out"
+            f"{ties[0]}: tie: true, but tie_margin is not set ({len(ties)} ties in all). Set "
+            "tie_margin (with 1.1, equal responses tie half of the time) or remove these pairs"
         )
     task = OfflineTask(
         weighted(data.training, spec, context),
@@ -185,7 +190,7 @@ def pair_task(
 def weighted(
     pairs: Sequence[PairRow], spec: RewardStage, context: StageContext
 ) -> list[WeightedPair]:
-    """Give each pair its weight in the bootstrap sample of each head."""
+    """Return the pairs with their weights in the bootstrap sample of each head."""
     weights = head_weights(len(pairs), spec.heads, seed=context.seed)
     return [WeightedPair(*both_of) for both_of in zip(pairs, weights, strict=True)]
 
@@ -197,7 +202,7 @@ def _pair_length(row: WeightedPair) -> int:
 def answer_task(
     spec: RewardStage, context: StageContext, chat: RowFormat
 ) -> tuple[OfflineTask[Any], OfflineRows]:
-    """Learn whether an answer is good, from answers that are judged one by one."""
+    """Return the task of learning whether a single response is good."""
 
     def judged(example: Example) -> JudgedAnswer:
         row = trim_after_last_trained(chat.sft_row(example))
@@ -225,8 +230,8 @@ def _length(row: TokenRow) -> int:
 def step_task(
     spec: RewardStage, context: StageContext, chat: RowFormat
 ) -> tuple[OfflineTask[Any], OfflineRows]:
-    """Learn whether a solution is right so far, from steps that are judged one by one."""
-    assert isinstance(chat, ChatFormat), "no encoder judges steps"
+    """Return the task of learning whether a solution is correct so far, from labeled steps."""
+    assert isinstance(chat, ChatFormat), "an encoder cannot score steps"
     render = partial(_judged_steps, chat, spec.step_separator)
     data = offline_rows(spec, context, kind="steps", render=render)
     task = OfflineTask(
@@ -239,23 +244,23 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
     steps, labels = example.columns["steps"], example.columns["step_labels"]
     if any(separator in step for step in steps):
         raise DataError(
-            f"{example.source}: a step holds the separator {separator!r}; split it there, or set "
-            "another step_separator"
+            f"{example.source}: a step contains the separator {separator!r}. Split it there, or "
+            "set another step_separator"
         )
     row = trim_after_last_trained(chat.sft_row(replace(example, completion=separator.join(steps))))
     first = row.trained.index(True)
     ends = step_ends(row.input_ids[first:], chat.tokenizer, separator)
     if len(ends) != len(steps):
         raise DataError(
-            f"{example.source}: {len(steps)} steps, but the tokenizer shows {len(ends)} of them: "
-            f"no token of its own for {separator!r}; set another step_separator"
+            f"{example.source}: {len(steps)} steps, but only {len(ends)} can be found in the "
+            f"tokens: {separator!r} is not a token of its own. Set another step_separator"
         )
     places = tuple(first + end for end in ends)
     return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
 
 def new_reward_model(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
-    """Put fresh heads on the model of ``source``; add what ``tuning`` trains."""
+    """Return the model of ``source`` with new heads and the adapter of ``tuning``."""
     held = quantization(spec.tuning, spec.dtype)
     if source.manifest["kind"] == "encoder":
         model, missing = scorer_on_encoder(
@@ -273,26 +278,26 @@ def new_reward_model(spec: RewardStage, source: Artefact, *, seed: int) -> Rewar
 
 
 def saved_scorer(spec: RewardStage, model_dir: Path) -> RewardModel:
-    """Read back a scorer that this stage has saved, with its adapter where that is not merged."""
+    """Load a reward model that this stage has saved, with its adapter if that is not merged."""
     model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads)
     model.backbone = with_adapter(model.to(distributed.device()).backbone, model_dir)
     return model
 
 
 def values_of(model: RewardModel) -> nn.Module:
-    """Give what a scorer is trained as: from packed rows to a value for each token."""
+    """Return the module that training calls: packed rows in, a value per token out."""
     return TextValues(model) if model.reads == "first" else SequenceValues(model)
 
 
 class SequenceValues(nn.Module):
-    """Give the values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
+    """Values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
 
     def __init__(self, model: RewardModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Score every token of the packed row in the light of its sequence so far."""
+        """Return the value of every token, given the tokens before it in its sequence."""
         segments = segments_from_positions(position_ids[0])
         return packed_values(self.model, input_ids, position_ids, segments)
 
@@ -300,19 +305,19 @@ class SequenceValues(nn.Module):
 def reference_numbers(
     spec: RewardStage,
     context: StageContext,
+    *,
     source: Artefact,
     chat: RowFormat,
-    *,
     model: RewardModel,
     rows: Sequence[Any],
 ) -> tuple[Numbers, Numbers] | None:
-    """Measure the scorer's mean and std; a process reward has none."""
+    """Return the mean and std of the reference scores, or None for a process reward model."""
     if spec.supervision == "steps" or spec.norm_prompts == 0:
         return None
     asked = even_sample(rows, spec.norm_prompts)
     if spec.norm_sampling is not None:
-        assert isinstance(chat, ChatFormat), "no encoder samples answers"
-        references = sampled_rows(spec, context, source, chat)
+        assert isinstance(chat, ChatFormat), "an encoder cannot sample responses"
+        references = sampled_rows(spec, context, source=source, chat=chat)
     elif spec.supervision == "pairs":
         references = flatten_pairs([row.pair for row in asked])
     else:
@@ -334,10 +339,10 @@ def save_scorer(
     *,
     numbers: tuple[Numbers, Numbers] | None = None,
 ) -> None:
-    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part.
+    """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this.
 
     Args:
-        numbers: mean and std of the scores on reference answers; None leaves scores as they are.
+        numbers: mean and std of the reference scores; None leaves the scores as they are.
     """
     if numbers is not None:
         model.set_normalisation(mean=numbers[0], std=numbers[1])

@@ -1,4 +1,4 @@
-"""What a scorer is taught by: rows of pairs, judged answers or judged steps, and their losses."""
+"""Rows and losses of reward models: pairs, labeled responses or labeled solution steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Stats = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class WeightedPair:
-    """Hold a pair and how much it counts for each head."""
+    """A pair and its weight for each head."""
 
     pair: PairRow
     weights: tuple[float, ...]
@@ -28,7 +28,7 @@ class WeightedPair:
 
 @dataclass(frozen=True, slots=True)
 class JudgedAnswer(TokenRow):
-    """Hold a tokenised answer with its label and how much it counts for each head."""
+    """A tokenized response with its label and its weight for each head."""
 
     good: bool = False
     weights: tuple[float, ...] = (1.0,)
@@ -36,17 +36,17 @@ class JudgedAnswer(TokenRow):
 
 @dataclass(frozen=True, slots=True)
 class JudgedSteps(TokenRow):
-    """Hold a tokenised solution; ``ends`` are the places of its steps' last tokens."""
+    """A tokenized solution; ``ends`` are the positions of the last tokens of its steps."""
 
     ends: tuple[int, ...] = ()
     labels: tuple[bool, ...] = ()
 
 
 def head_weights(num_rows: int, num_heads: int, *, seed: int) -> list[tuple[float, ...]]:
-    """Draw how often each row stands in the bootstrap sample of each head: Poisson with mean 1.
+    """Return how often each row is in the bootstrap sample of each head: Poisson with mean 1.
 
-    One head sees every row once. The sum of a head's weights is the number of rows in expectation
-    only, so losses are divided by the number of rows.
+    A single head sees every row once. The weights of a head sum to the number of rows only in
+    expectation, so losses are divided by the number of rows.
 
     Reference: Oza and Russell 2001, "Online bagging and boosting".
     """
@@ -58,7 +58,7 @@ def head_weights(num_rows: int, num_heads: int, *, seed: int) -> list[tuple[floa
 
 
 def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Pick the values at the last token of each sequence, its stop token: (num, heads)."""
+    """Return the values at the stop token of each sequence, shape (num, heads)."""
     n = batch.segment_ids.numel()
     last = torch.ones(n, dtype=torch.bool, device=values.device)
     last[:-1] = batch.segment_ids[1:] != batch.segment_ids[:-1]
@@ -66,12 +66,12 @@ def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def _weights(batch: PackedBatch, num_heads: int) -> Tensor:
-    """Lay the weights of the sequences out by head: (num, heads)."""
+    """Return the weights of the sequences by head, shape (num, heads)."""
     return torch.stack([batch.per_sequence[f"weight/{k}"] for k in range(num_heads)], dim=1)
 
 
 def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -> PackedBatch:
-    """Pack pairs; the global counts are the pairs of the whole batch, and those with a winner."""
+    """Pack pairs; the global counts are all pairs of the batch, and those that are not ties."""
     return pack_pairs(
         [row.pair for row in rows],
         counts={
@@ -91,7 +91,7 @@ def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -
 
 
 def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give the loss of (chosen, rejected) scores of one head; labels may be probable only."""
+    """Return the loss function of one head's (chosen, rejected) scores, with soft labels."""
     certain = certain_objective(spec, batch)
     if "label_prob" not in batch.per_sequence:
         return certain
@@ -100,7 +100,7 @@ def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, T
 
 
 def certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give the loss of (chosen, rejected) scores of one head where every label is right."""
+    """Return the loss function of one head's (chosen, rejected) scores, with certain labels."""
     if spec.tie_margin is not None:
         tie = batch.per_sequence["tie"][0::2] > 0.5
         return partial(tie_loss, tie=tie, tie_margin=spec.tie_margin, center_coef=spec.center_coef)
@@ -113,13 +113,15 @@ def certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor
 
 
 def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
-    """Give this micro-batch's share of the mean loss per pair and head."""
+    """Return this micro-batch's part of the mean loss per pair and head."""
     values = model(batch.input_ids, batch.position_ids)
     scores = final_scores(values, batch)
     chosen, rejected = scores[0::2], scores[1::2]  # (pairs, heads)
     objective = pair_objective(spec, batch)
     losses = [objective(chosen[:, k], rejected[:, k]) for k in range(spec.heads)]
+    # Both rows of a pair carry the weights of the pair; take one of them.
     weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)[0::2]
+    # A tie has no winner: accuracy and margin count the other pairs only.
     gap = (chosen - rejected).mean(1)
     ranked = batch.per_sequence["tie"][0::2] < 0.5
     share = 1.0 / max(batch.counts["ranked"], 1.0)
@@ -132,7 +134,7 @@ def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[
 
 
 def collate_answers(rows: Sequence[JudgedAnswer], batch: Sequence[JudgedAnswer]) -> PackedBatch:
-    """Pack answers; the global count is the answers of the whole batch."""
+    """Pack responses; the global count is the responses of the whole batch."""
     return pack(
         rows,
         counts={"answers": float(len(batch))},
@@ -152,9 +154,9 @@ def judged_loss(
     model: nn.Module,
     batch: PackedBatch,
 ) -> tuple[Tensor, Stats]:
-    """Give this micro-batch's share of the mean balanced cross-entropy per answer and head."""
+    """Return this micro-batch's part of the mean balanced cross-entropy per response and head."""
     values = model(batch.input_ids, batch.position_ids)
-    scores = final_scores(values, batch)  # (answers, heads)
+    scores = final_scores(values, batch)  # (responses, heads)
     good = batch.per_sequence["good"] > 0.5
     bad_weight, good_weight = class_weights
     losses = [
@@ -169,7 +171,7 @@ def judged_loss(
 
 
 def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
-    """Give n / (2 n_class) of bad and of good answers, so that both count the same in all.
+    """Return n / (2 n_class) of bad and good responses, so that both have the same total weight.
 
     Raises:
         ValueError: one class is empty.
@@ -177,7 +179,7 @@ def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
     num_good = sum(row.good for row in rows)
     num_bad = len(rows) - num_good
     if not num_good or not num_bad:
-        raise ValueError(f"{num_good} good and {num_bad} bad answers; both are needed")
+        raise ValueError(f"{num_good} good and {num_bad} bad responses; both kinds are needed")
     return len(rows) / (2.0 * num_bad), len(rows) / (2.0 * num_good)
 
 
@@ -201,7 +203,7 @@ def collate_steps(rows: Sequence[JudgedSteps], batch: Sequence[JudgedSteps]) -> 
 
 
 def steps_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
-    """Give this micro-batch's share of the mean cross-entropy per step."""
+    """Return this micro-batch's part of the mean cross-entropy per step."""
     values = model(batch.input_ids, batch.position_ids)
     ends, labels = batch.per_token["end"] > 0.5, batch.per_token["label"]
     share = 1.0 / batch.counts["steps"]

@@ -20,7 +20,7 @@ class Chat:
     Args:
         model_dir: weights, tokenizer and generation configuration of a policy.
         temperature: 0 is greedy.
-        max_new_tokens: length limit of one answer.
+        max_new_tokens: length limit of one response.
     """
 
     def __init__(self, model_dir: Path, *, temperature: float, max_new_tokens: int) -> None:
@@ -46,7 +46,7 @@ class Chat:
         return self.format.tokenizer.chat_template is not None
 
     def answer(self, line: str, out: TextIO) -> str:
-        """Answer one line, writing the answer to ``out`` as it comes.
+        """Answer one line, writing the response to ``out`` as it comes.
 
         Raises:
             DataError: the conversation does not fit the model's context.
@@ -138,7 +138,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def main() -> None:
-    """Talk to the artefact of the command line; never returns."""
+    """Talk to the artifact of the command line; never returns."""
     parser = argparse.ArgumentParser(description="Talk to a checkpoint.")
     parser.add_argument("artefact", type=Path, help="runs/<recipe>/<stage>")
     parser.add_argument("--temperature", type=float, default=0.7)

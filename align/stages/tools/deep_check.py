@@ -91,7 +91,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
     """Run one stage up to its preflight.
 
     Args:
-        inputs: folder of the artefacts that there are, by stage; a model that a base stage brings
+        inputs: folder of the artifacts that there are, by stage; a model that a base stage brings
             in by path is added to it.
         scratch: empty folder that the stage may write to.
     """

@@ -1,4 +1,4 @@
-"""Measure reward models outside a recipe, for ``align eval`` on reward artefacts."""
+"""Measure reward models outside a recipe, for ``align eval`` on reward artifacts."""
 
 import argparse
 import json

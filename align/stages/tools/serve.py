@@ -34,7 +34,7 @@ def main() -> NoReturn:
 
 
 def serve(path: Path, *, host: str, port: int, combine: str) -> None:
-    """Load and verify the artefact, then answer requests."""
+    """Load and verify the artifact, then answer requests."""
     try:
         import uvicorn
 

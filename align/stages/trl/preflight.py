@@ -80,7 +80,7 @@ def collated_checks(
 
 
 def own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> list[TokenRow]:
-    """Render examples as this suite does, the answers of a pair as two rows."""
+    """Render examples as this suite does, the responses of a pair as two rows."""
     if spec.rows != "preference":
         return [chat.sft_row(example) for example in examples]
     pairs = [chat.pair_row(example) for example in examples]

@@ -1,6 +1,6 @@
-"""Stage trl: any trainer of TRL with this suite's data, artefacts, metrics and resumption.
+"""Stage trl: any trainer of TRL with this suite's data, artifacts, metrics and resumption.
 
-The trainer's own code does the training: what it normalises by and how exactly it resumes is
+The trainer's own code does the training: what it normalizes by and how exactly it resumes is
 TRL's. What it gets is what every stage gets: checked rows, a verified policy, and checkpoints
 that are hashed when they are written and verified before they are loaded.
 """
@@ -254,7 +254,7 @@ def _column(example: Example, name: str) -> Any:
 
 
 def end_once(rows: Any, chat: ChatFormat) -> Any:
-    """Cut the second stop token of pairs that TRL's ORPO and CPO tokenise.
+    """Cut the second stop token of pairs that TRL's ORPO and CPO tokenize.
 
     They add one wherever the last token is none: a template that writes a line break after its own
     stop would teach the model to stop twice. Nothing is trained after the first.

@@ -141,7 +141,7 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
         found["deepspeed"] = deepspeed_config(spec.zero, optim, dtype=spec.dtype) | {
             "train_micro_batch_size_per_gpu": spec.micro_batch_size,
             "gradient_accumulation_steps": passes,
-            # accelerate says itself where an optimiser step ends.
+            # accelerate says itself where an optimizer step ends.
             "managed_gradient_accumulation": True,
         }
     return found
@@ -236,9 +236,9 @@ def unresumable(trainer: Any) -> str | None:
 
 
 def resume_period(trainer: Any) -> int:
-    """Give every how many optimiser steps a checkpoint holds all that training goes on from.
+    """Give every how many optimizer steps a checkpoint holds all that training goes on from.
 
-    Answers that serve several steps (``steps_per_generation``, ``num_iterations``) stand in no
+    Responses that serve several steps (``steps_per_generation``, ``num_iterations``) stand in no
     checkpoint, so it is whole only where new ones are drawn.
 
     Returns:
