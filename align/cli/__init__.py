@@ -14,7 +14,7 @@ from align.core.text import visible
 
 cli = typer.Typer(
     name="align",
-    help="Make language models follow instructions and preferences, from one recipe.",
+    help="Post-training for language models: SFT, reward models, DPO, PPO, GRPO from one recipe.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
@@ -37,7 +37,7 @@ def options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="print the version"),
     ] = False,
 ) -> None:
-    """Make language models follow instructions and preferences, from one recipe."""
+    """Post-training for language models: SFT, reward models, DPO, PPO, GRPO from one recipe."""
 
 
 cli.add_typer(data, name="data")
@@ -45,13 +45,13 @@ cli.add_typer(reward, name="reward")
 cli.command()(explain)
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped one's name")
+    Path, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="stages.ppo.kl.coef=0.1, any number of times"),
+    typer.Option("--set", metavar="KEY=VALUE", help="such as stages.ppo.kl.coef=0.1; repeatable"),
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
 
 @cli.command()
@@ -59,17 +59,19 @@ def check(
     recipe: RecipePath,
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="also try rows, models and rewards; nothing is trained")
+        bool, typer.Option("--deep", help="also test rows, models and rewards, without training")
     ] = False,
-    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="with --deep")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="STAGE", help="deep check of this stage only")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Say whether a recipe is right; all mistakes at once, each with its line."""
+    """Validate a recipe and list every error with its line number."""
     from align.recipe.advice import warnings
     from align.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    typer.echo(f"{recipe}: right, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    typer.echo(f"{recipe}: valid, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
     for line in warnings(loaded):
         typer.echo(f"{recipe}: warning: {line}")
     if deep or only:
@@ -80,7 +82,7 @@ def check(
 
 @cli.command()
 def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
-    """Print the recipe with every default and where each value comes from, then the plan."""
+    """Print the recipe with all defaults and the origin of each value, then the plan."""
     from align.pipeline import plan
     from align.pipeline.terminal import plan_lines
     from align.recipe.load import load_resolved
@@ -100,12 +102,16 @@ def run(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     force: Annotated[
-        bool, typer.Option("--force", help="run changed (and named) stages again, and what follows")
+        bool, typer.Option("--force", help="rerun changed (and named) stages and all later ones")
     ] = False,
-    only: Annotated[str | None, typer.Option("--only", metavar="STAGE")] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="STAGE", help="run this stage only")
+    ] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="start at this stage")
+    ] = None,
 ) -> None:
-    """Run the stages that are not done; an interrupted one goes on from its checkpoint."""
+    """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
     from align.pipeline import run as run_recipe
 
     code = run_recipe(
@@ -116,7 +122,7 @@ def run(
 
 @cli.command(hidden=True)
 def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Print the recipe's name, then 'name kind ranks' of each stage, for launch/chain.sh."""
+    """Print the recipe's name, then 'name kind ranks' of each stage; used by launch/chain.sh."""
     from align.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -153,10 +159,10 @@ def verify(
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="a second run to compare with")
+        Path | None, typer.Argument(metavar="[OTHER]", help="second run to compare with")
     ] = None,
 ) -> None:
-    """Build report.html of a run again, or a page that compares two runs."""
+    """Rebuild report.html of a run, or build a page that compares two runs."""
     from align.report import build_comparison, build_report
 
     typer.echo(str(build_report(run_dir) if other is None else build_comparison(run_dir, other)))
@@ -166,10 +172,10 @@ def report(
 def chat(
     artefact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/sft")],
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens per response")] = 256,
+    seed: Annotated[int, typer.Option(help="random seed of the sampling")] = 0,
 ) -> None:
-    """Talk to a checkpoint; /reset forgets the conversation, /quit ends it."""
+    """Chat with a model; /reset starts a new conversation, /quit exits."""
     from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
@@ -182,7 +188,7 @@ def serve_reward(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
     combine: Annotated[
-        str, typer.Option(help="of several heads: mean, min, mean_minus_std")
+        str, typer.Option(help="how several heads are combined: mean, min, mean_minus_std")
     ] = "mean",
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
@@ -194,7 +200,7 @@ def serve_reward(
 
 @cli.command()
 def doctor() -> None:
-    """Print versions, devices, compiler and engine, with a remedy for what is missing."""
+    """Print versions, devices, compiler and engine, with a fix for anything missing."""
     from align.doctor import examine
 
     findings = examine()
@@ -208,7 +214,7 @@ cli.command()(calibrate)
 
 
 def app() -> None:
-    """Run the command line; a mistake of the user's ends with its message, not a traceback."""
+    """Run the command line; a user error prints its message instead of a traceback."""
     try:
         cli()
     except AlignError as e:

@@ -1,4 +1,4 @@
-"""Let ``python -m align.cli`` be the command ``align``."""
+"""Entry point of ``python -m align.cli``, the same as the command ``align``."""
 
 from align.cli import app
 

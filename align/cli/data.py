@@ -1,4 +1,4 @@
-"""The commands about data files: align data check, and align explain."""
+"""The commands ``align data check``, ``show`` and ``convert``, and ``align explain``."""
 
 import json
 import shutil
@@ -24,13 +24,13 @@ DataPath = Annotated[
     str, typer.Argument(metavar="PATH", help="file, folder, glob, hub id, or - for stdin")
 ]
 KindOption = Annotated[
-    Kind | None, typer.Option("--kind", help="what the rows are for; inferred if left out")
+    Kind | None, typer.Option("--kind", help="purpose of the rows (default: detected)")
 ]
 FormatOption = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="as 'format' in a recipe")
+    str, typer.Option("--format", metavar="NAME", help="row format, as 'format' in a recipe")
 ]
 RenameOption = Annotated[
-    list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="any number of times")
+    list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="rename a field; repeatable")
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="DIR", help="count tokens with this tokenizer")
@@ -40,7 +40,7 @@ TemplateOption = Annotated[
     typer.Option("--template", metavar="NAME", help="plain, chatml or a Jinja file, for --model"),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", min=1, help="tokens a row may have; needs --model")
+    int | None, typer.Option("--max-length", min=1, help="maximum tokens per row; needs --model")
 ]
 
 
@@ -54,22 +54,23 @@ def check(
     template: TemplateOption = None,
     max_length: MaxLength = None,
     heldout: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="prompts that must not be in PATH")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="held-out prompts, to check for overlap"),
     ] = None,
     evaluation: Annotated[
         list[str] | None,
-        typer.Option("--eval", metavar="PATH", help="prompts whose text must not be in PATH"),
+        typer.Option("--eval", metavar="PATH", help="test prompts, to check for contamination"),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="findings of one code that are shown")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="findings to show per code")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Say what is wrong with data: each finding with its line and remedy. 2 if there are errors."""
+    """Check data and print each finding with its line and fix; exit code 2 if there are errors."""
     from align.data.check import Request
 
     if max_length is not None and model is None:
-        raise DataError("--max-length counts tokens; give --model as well")
+        raise DataError("--max-length counts tokens; add --model DIR")
     if template is not None and model is None:
-        raise DataError("--template has no effect without --model; give --model as well")
+        raise DataError("--template has no effect without --model; add --model DIR")
     request = Request(
         path=path,
         kind=kind,
@@ -87,12 +88,13 @@ def check(
 
 
 def _checked(request: "Request") -> "Report":
-    """Check, with a bar on a terminal; standard input is kept in a file for a second reading."""
+    """Return the report of a check, with a progress bar on a terminal."""
     from dataclasses import replace
 
     from align.data.check import check_data
 
     with _bar() as bar, tempfile.TemporaryDirectory() as folder:
+        # The check reads the rows twice, so standard input goes through a file.
         if request.path == "-":
             spool = Path(folder) / "stdin"
             with spool.open("wb") as f:
@@ -109,6 +111,7 @@ def _checked(request: "Request") -> "Report":
 
 
 def _bar() -> Any:
+    # No bar in logs and pipes.
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
@@ -136,7 +139,11 @@ def _show(report: "Report", *, as_json: bool) -> None:
 
 
 def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
-    """Read OLD=NEW words."""
+    """Return the mapping of ``OLD=NEW`` arguments.
+
+    Raises:
+        DataError: an argument has another form.
+    """
     wrong = next((word for word in words if not all(word.partition("="))), None)
     if wrong is not None:
         raise DataError(f"--rename {wrong}: expected OLD=NEW")
@@ -144,7 +151,7 @@ def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
 
 
 def _chat(model: str, template: str | None) -> "ChatFormat":
-    """Make the renderer of a model, with another chat template if one is named."""
+    """Return the chat renderer of a model, with another chat template if one is given."""
     from align.data.render.chat import apply_tokenizer_spec
     from align.recipe.schema import TokenizerSpec
     from align.stages.base import chat_format
@@ -158,10 +165,10 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="such as D070; all without one")
+        str | None, typer.Argument(metavar="[CODE]", help="such as D070 (default: all codes)")
     ] = None,
 ) -> None:
-    """Say what a finding of the data check means, why it matters and what to do."""
+    """Explain a finding of the data check: what it means, why it matters and how to fix it."""
     from align.data.check.findings import code_of, codes
 
     if code is None:
@@ -175,18 +182,20 @@ def explain(
 @data.command()
 def show(
     path: DataPath,
-    model: Annotated[str, typer.Option("--model", metavar="DIR", help="whose tokens and template")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="DIR", help="model whose tokenizer is used")
+    ],
     kind: KindOption = None,
     form: FormatOption = "auto",
     rename: RenameOption = None,
     template: TemplateOption = None,
-    rows: Annotated[int, typer.Option(min=1, help="how many rows")] = 3,
-    line: Annotated[str | None, typer.Option(metavar="N", help="only the row of this line")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="number of rows to show")] = 3,
+    line: Annotated[str | None, typer.Option(metavar="N", help="only the row on this line")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write an HTML fragment")
     ] = None,
 ) -> None:
-    """Show rows token by token: trained, masked, stop; without colours trained ones in brackets."""
+    """Show rows token by token: trained, masked or stop (brackets mark trained without color)."""
     from rich.console import Console
 
     from align.data.check.others import examples_of
@@ -206,14 +215,16 @@ def show(
         if shown == rows:
             break
     if not shown:
-        raise DataError(f"{path}: no such row" + (f" as line {line}" if line else ""))
+        raise DataError(f"{path}: no rows found" + (f" on line {line}" if line else ""))
     if html is not None:
         html.write_text("\n".join(fragments) + "\n", encoding="utf-8")
 
 
 @data.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="as in a recipe")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="file, folder, glob or hub id, as in a recipe")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=".jsonl, .json, .csv, .parquet ...")],
     to: Annotated[
         str, typer.Option("--to", metavar="FORMAT", help="messages, preference, prompt ...")
@@ -221,20 +232,23 @@ def convert(
     form: FormatOption = "auto",
     rename: RenameOption = None,
     mix: Annotated[
-        list[str] | None, typer.Option("--mix", metavar="PATH=WEIGHT", help="a further input")
+        list[str] | None,
+        typer.Option("--mix", metavar="PATH=WEIGHT", help="another input; repeatable"),
     ] = None,
     weight: Annotated[float, typer.Option(min=1e-9, help="weight of IN in a mixture")] = 1.0,
     heldout: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="write the held-out side here")
+        Path | None, typer.Option(metavar="OUT", help="file for the held-out rows")
     ] = None,
-    heldout_frac: Annotated[float, typer.Option(min=0.0, max=1.0, help="its share")] = 0.1,
+    heldout_frac: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="fraction of held-out prompts")
+    ] = 0.1,
     answers: Annotated[
-        Literal["chosen", "both"] | None, typer.Option(help="make sft rows of pairs")
+        Literal["chosen", "both"] | None, typer.Option(help="convert pairs to sft rows")
     ] = None,
     columns: Annotated[bool, typer.Option(help="keep the other fields of the rows")] = True,
-    seed: Annotated[int, typer.Option(help="decides the rest of a mixture")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed of the mixture")] = 0,
 ) -> None:
-    """Write data in another format, mixed and split by a stable hash of the prompt."""
+    """Convert data to another format, with mixing and a train/held-out split by prompt hash."""
     from align.data.convert import WRITERS, convert_sides
     from align.recipe.schema import DataSpec
 
@@ -243,8 +257,9 @@ def convert(
     common = {"format": form, "rename": _pairs(rename or ()), "answers": answers}
     specs = [DataSpec.model_validate({"path": source, "weight": weight, **common})]
     for word in mix or ():
-        path, _, share = word.rpartition("=")
-        specs.append(DataSpec.model_validate({"path": path, "weight": share, **common}))
+        # Paths may contain "=", weights may not.
+        path, _, factor = word.rpartition("=")
+        specs.append(DataSpec.model_validate({"path": path, "weight": factor, **common}))
     for note in convert_sides(
         specs, out, heldout=heldout, heldout_frac=heldout_frac, to=to, seed=seed, columns=columns
     ):

@@ -1,4 +1,4 @@
-"""``align check --deep``: print the card of each stage as it comes, then what was left open."""
+"""``align check --deep``: print each stage's preflight card, then a summary."""
 
 import subprocess
 import sys
@@ -27,15 +27,16 @@ def deep_check(
     only: str | None,
     show: Callable[[Card], None],
 ) -> tuple[int, str]:
-    """Run the preflight of every stage whose inputs are there, in a process of its own.
+    """Run the preflight checks of every stage with available inputs, in a separate process.
 
     Args:
-        recipe: what is checked.
-        run_dir: its finished stages are inputs; it is only read. only: check this stage alone.
-        show: is given each card as soon as it is there.
+        recipe: the recipe to check.
+        run_dir: folder of the run; its finished stages are inputs. It is never written.
+        only: check this stage only.
+        show: called with each card as soon as it is available.
 
     Returns:
-        The exit code, and the log where the process itself failed.
+        The exit code, and the log if the process itself failed (otherwise empty).
 
     Raises:
         RecipeError: the recipe has no stage ``only``.
@@ -44,6 +45,7 @@ def deep_check(
     if only is not None and only not in names:
         raise RecipeError(f"no stage '{only}'; stages are {', '.join(names)}{suggest(only, names)}")
     done = [stage.name for stage in plan(recipe, run_dir) if stage.status == "done"]
+    # The checks import torch and load models; a separate process keeps the command line light.
     with tempfile.TemporaryDirectory(prefix="align-cards-") as folder:
         cards, log = Path(folder) / "cards.jsonl", Path(folder) / "log.txt"
         argv = [sys.executable, "-u", "-m", "align.stages.tools.deep_check"]
@@ -67,17 +69,19 @@ def _follow(process: subprocess.Popen[bytes], cards: Tail, show: Callable[[Card]
                 code = process.wait(POLL_S)
             except subprocess.TimeoutExpired:
                 code = None
+            # Also after the process has ended: the last cards arrive with the exit code.
             for row in cards.rows():
                 show(read_card(row))
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
+    # A negative code is a signal, such as the kernel's out-of-memory killer.
     return code if code >= 0 else EXIT_FAILED
 
 
 def closing_line(cards: Sequence[Card]) -> str:
-    """Sum up what was checked: what cannot be checked yet is never counted as passed."""
+    """Return the summary line; stages that cannot be checked yet do not count as checked."""
     waiting = [c.stage for c in cards if any(line.verdict == "not yet" for line in c.lines)]
     failed = [c.stage for c in cards if c.failed]
     parts = [f"{len(cards) - len(waiting)} of {len(cards)} stages checked"]
@@ -89,7 +93,7 @@ def closing_line(cards: Sequence[Card]) -> str:
 
 
 def check_deeply(recipe: Recipe, run_dir: Path, only: str | None) -> None:
-    """Run the deep check and end with its exit code."""
+    """Run the deep check and exit with its exit code."""
     cards: list[Card] = []
 
     def show(card: Card) -> None:

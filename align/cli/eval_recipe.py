@@ -1,4 +1,4 @@
-"""Turn a question about checkpoints into a recipe with one evaluate stage, and run it."""
+"""``align eval``: turn the options into a recipe with one evaluate stage, and run it."""
 
 import hashlib
 import json
@@ -25,18 +25,22 @@ HARNESS_PREFIX = "lm_eval:"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Hold what ``align eval`` was asked.
+    """The options of ``align eval``.
 
     Attributes:
-        checkpoints: folders of artefacts, RUN/STAGE, or folders saved by transformers.
+        checkpoints: folders of artifacts, RUN/STAGE, or folders saved by transformers.
         tasks: names of shipped tasks, paths, or ``lm_eval:NAME``.
-        baseline: the checkpoint that the others are compared with; None is the first.
-        samples: answers per prompt. limit: prompts per task. Both None: as the task says.
+        baseline: checkpoint that the others are compared with; None for the first one.
+        samples: responses per prompt; None for the task's own number.
+        limit: prompts per task; None for all.
         judge: ``rule``, a reward model's RUN/STAGE or folder, or the URL of an endpoint.
         judge_model: name of the model at the endpoint.
-        engine, dtype: of the sampling.
-        tokenizer: what a transformers folder lacks (pad_token, chat_template ...).
-        harness: Python with lm-eval. harness_backend: hf or vllm. harness_path: own task files.
+        engine: sampling engine: auto, vllm or hf.
+        dtype: dtype of the weights.
+        tokenizer: settings that a transformers folder lacks (pad_token, chat_template).
+        harness: Python interpreter with lm-eval.
+        harness_backend: hf or vllm.
+        harness_path: folder of custom lm-eval task files.
     """
 
     checkpoints: Sequence[str]
@@ -62,19 +66,20 @@ def evaluate(
     force: bool = False,
     detect: float | None = None,
 ) -> int:
-    """Answer a question; the same one asked again is answered from what lies on disk.
+    """Evaluate checkpoints; the same options again reuse the results on disk.
 
     Args:
-        question: what is asked.
-        runs: folder that RUN/STAGE is looked up in, and where the answer goes.
-        out: folder of the answer; None names one by the question.
-        force: ask again.
-        detect: also say how many prompts show a difference of this size.
+        question: checkpoints, tasks and options.
+        runs: folder in which RUN/STAGE is looked up and results are written.
+        out: folder of the results; None derives its name from the options.
+        force: ignore existing results and run again.
+        detect: also print how many prompts would detect a difference of this size.
 
     Returns:
         The exit code of the stage.
     """
     recipe = question_recipe(question, runs)
+    # The folder is named by the content of the recipe, so equal options find their results.
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
     folder = out or runs / f"eval-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,14 +104,20 @@ def calibrate(
     out: Path,
     runs: Path,
 ) -> int:
-    """Measure a judge on pairs that people have ordered, and show what came out.
+    """Measure a judge against human preferences and print the result.
 
     Args:
         judge: URL of an endpoint, a reward model's RUN/STAGE or folder, or ``longer``.
         model: name of the model at the endpoint.
-        pairs: file of preference pairs. rows: how many of them; None takes all.
-        heldout_frac: only the pairs that a recipe with this share holds out; None takes all.
-        out: JSON file to write. runs: folder that RUN/STAGE is looked up in.
+        pairs: file of preference pairs.
+        rows: number of pairs; None for all.
+        heldout_frac: use only pairs that a recipe with this held-out fraction does not train on;
+            None for all.
+        out: JSON file to write.
+        runs: folder in which RUN/STAGE is looked up.
+
+    Returns:
+        The exit code of the process.
     """
     scorer = judge if judge == LONGER and model is None else None
     if scorer is None:
@@ -128,11 +139,12 @@ def calibrate(
 
 
 def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
-    """Write a question as a recipe: plain data without a name.
+    """Return the recipe of an evaluation, as plain data without a name.
 
     Raises:
-        RecipeError: a checkpoint or task does not exist, or the options do not fit together.
+        RecipeError: a checkpoint or task does not exist, or the options contradict each other.
     """
+    # Find the checkpoints and label each of them.
     asked = list(dict.fromkeys(question.checkpoints))
     baseline = question.baseline or asked[0]
     places = {name: find_checkpoint(name, runs) for name in asked}
@@ -142,6 +154,7 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
         place = find_checkpoint(baseline, runs)
         places = {baseline: place, **places}
         labels, chosen = label_all(places.values()), [place]
+    # Artifacts are named by path; a transformers folder becomes a base stage of its own.
     stages: dict[str, Any] = {}
     models: dict[str, str] = {}
     for place in places.values():
@@ -169,16 +182,16 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(name: str, runs: Path) -> Path:
-    """Find a policy: an artefact or a folder saved by transformers, given by path or RUN/STAGE.
+    """Return the folder of a policy: an artifact or a transformers model, by path or RUN/STAGE.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the folder does not exist or is not a policy.
     """
     for place in (Path(name), runs / name):
         if (place / MANIFEST).is_file():
             kind = read_manifest(place).get("kind")
             if kind != "policy":
-                raise RecipeError(f"{place}: holds a {kind}; expected a policy to evaluate")
+                raise RecipeError(f"{place}: is a {kind}; expected a policy to evaluate")
             return place
         if (place / "config.json").is_file():
             return place
@@ -189,7 +202,7 @@ def find_checkpoint(name: str, runs: Path) -> Path:
 
 
 def label_all(places: Any) -> dict[Path, str]:
-    """Name checkpoints by their last folder; where two are alike, by the last two."""
+    """Return a short unique label for each checkpoint: its last folder, or last two or three."""
     found = list(dict.fromkeys(places))
     for depth in (1, 2, 3):
         labels = {p: _label(p, depth) for p in found}
@@ -204,10 +217,11 @@ def _label(place: Path, depth: int) -> str:
 
 
 def _asked_tasks(question: Question, runs: Path) -> dict[str, Any]:
-    """Write the tasks out, with what the question changes about them."""
+    """Return the evaluate stage's tasks and judge, with the options applied to the task files."""
     own = [name for name in question.tasks if not name.startswith(HARNESS_PREFIX)]
     theirs = [n.removeprefix(HARNESS_PREFIX) for n in question.tasks if n not in own]
     pairwise, scorer = _judge(question, runs)
+    # The project's own tasks are written out, so that the recipe records what was evaluated.
     tasks = []
     for name in own:
         source = load_task(name)
@@ -235,11 +249,13 @@ def _asked_tasks(question: Question, runs: Path) -> dict[str, Any]:
 
 
 def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """Give the judge behind an endpoint, or the reward model, that decides comparisons."""
+    """Return the endpoint judge or the reward model that decides comparisons; both may be None."""
     name = question.judge
     if name.startswith(("http://", "https://")):
         if question.judge_model is None:
-            raise RecipeError(f"judge {name}: which model there? name it (--judge-model, --model)")
+            raise RecipeError(
+                f"judge {name}: no model given. Name it with --judge-model or --model"
+            )
         return {"endpoint": {"url": name, "model": question.judge_model}}, None
     if question.judge_model is not None:
         raise RecipeError(
@@ -256,9 +272,9 @@ def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str |
 def _harness(question: Question, tasks: Sequence[str]) -> dict[str, Any]:
     if question.harness is None:
         raise RecipeError(
-            f"task {HARNESS_PREFIX}{tasks[0]}: lm-evaluation-harness runs in an environment of its "
-            "own; make one with 'python -m venv lm && lm/bin/pip install lm-eval[hf]==0.4.13' and "
-            "give --lm-eval lm/bin/python"
+            f"task {HARNESS_PREFIX}{tasks[0]}: lm-evaluation-harness runs in a separate "
+            "environment. Create it with 'python -m venv lm && lm/bin/pip install "
+            "lm-eval[hf]==0.4.13' and add --lm-eval lm/bin/python"
         )
     return {
         "python": question.harness,

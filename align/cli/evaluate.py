@@ -1,4 +1,4 @@
-"""The commands eval and calibrate."""
+"""The commands ``align eval`` and ``align calibrate``."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from align.pipeline.terminal import Terminal
 from align.report import build_cards
 from align.report.card import HEADLINES
 
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that holds the runs")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
 
 def eval_(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, an artefact or model folder")
+        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, an artifact or model folder")
     ],
     tasks: Annotated[
         str, typer.Option(metavar="A,B", help="task names, files, or lm_eval:NAME")
     ] = "world",
     baseline: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="compared with; the first one by default")
+        str | None, typer.Option(metavar="CKPT", help="checkpoint to compare with (default: first)")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="answers per prompt")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="responses per prompt")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="prompts per task")] = None,
     judge: Annotated[
         str, typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), or a URL")
@@ -38,9 +38,9 @@ def eval_(
         str | None, typer.Option(metavar="NAME", help="model at the judge's URL")
     ] = None,
     detect: Annotated[
-        float | None, typer.Option(min=1e-6, help="say how many prompts show this difference")
+        float | None, typer.Option(min=1e-6, help="print how many prompts detect this difference")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the answer goes")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the results")] = None,
     runs: Runs = Path("runs"),
     engine: Annotated[str, typer.Option(help="auto, vllm or hf")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -49,28 +49,31 @@ def eval_(
     ] = None,
     pad_token: Annotated[str | None, typer.Option(help="for a model folder without one")] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(metavar="PYTHON", help="environment of lm-evaluation-harness")
+        str | None, typer.Option(metavar="PYTHON", help="Python with lm-evaluation-harness")
     ] = None,
     lm_eval_backend: Annotated[str, typer.Option(help="hf or vllm")] = "hf",
     lm_eval_tasks: Annotated[
-        str | None, typer.Option(metavar="DIR", help="own task files of lm-evaluation-harness")
+        str | None, typer.Option(metavar="DIR", help="custom task files of lm-evaluation-harness")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="ask again")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="ignore existing results and run again")
+    ] = False,
     pairs: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="held-out pairs of a reward model")
     ] = None,
     sets: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="its best-of-4 sets (RewardBench 2)")
+        list[Path] | None, typer.Option(metavar="FILE", help="best-of-4 sets (RewardBench 2)")
     ] = None,
 ) -> None:
-    """Compare checkpoints on held-out tasks, or give the card of reward models."""
+    """Compare checkpoints on held-out tasks, or measure reward models on held-out pairs."""
     from align.cli.eval_recipe import Question, evaluate
 
+    # Reward models cannot generate: they have a card of their own.
     if scorers := scorers_among(checkpoints, runs):
         found = measure_scorers(scorers, pairs=pairs or (), sets=sets or (), runs=runs, out=out)
         raise typer.Exit(found)
     if pairs or sets:
-        raise RecipeError("--pairs and --sets measure reward models; give the folder of one")
+        raise RecipeError("--pairs and --sets measure reward models. Give a reward model's folder")
     lacking = {"chat_template": chat_template, "pad_token": pad_token}
     question = Question(
         checkpoints=checkpoints,
@@ -92,19 +95,22 @@ def eval_(
 
 def calibrate(
     judge: Annotated[
-        str, typer.Argument(metavar="JUDGE", help="a reward model, a URL, or 'longer' (the answer)")
+        str,
+        typer.Argument(metavar="JUDGE", help="a reward model, a URL, or 'longer' (response)"),
     ],
-    pairs: Annotated[Path, typer.Option(metavar="FILE", help="preference pairs of people")],
+    pairs: Annotated[Path, typer.Option(metavar="FILE", help="human preference pairs")],
     model: Annotated[str | None, typer.Option(metavar="NAME", help="model at the URL")] = None,
-    rows: Annotated[int | None, typer.Option(min=2, help="pairs to judge; all by default")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="pairs to judge (default: all)")] = None,
     heldout_frac: Annotated[
         float | None,
-        typer.Option(min=1e-6, max=1.0, help="only what a recipe with this share holds out"),
+        typer.Option(min=1e-6, max=1.0, help="only the held-out fraction of a recipe's split"),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE")] = Path("runs/calibration.json"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write")] = Path(
+        "runs/calibration.json"
+    ),
     runs: Runs = Path("runs"),
 ) -> None:
-    """Measure a judge against people: agreement, Cohen's kappa, position bias."""
+    """Measure a judge against human preferences: agreement, Cohen's kappa, position bias."""
     from align.cli.eval_recipe import calibrate as measure
 
     found = measure(
@@ -117,10 +123,10 @@ PAGE_FILE = "card.html"
 
 
 def scorers_among(checkpoints: Sequence[str], runs: Path) -> list[Path]:
-    """Give the folders of the checkpoints if they are reward models; none if they are policies.
+    """Return the folders of the checkpoints if they are reward models, [] if they are policies.
 
     Raises:
-        RecipeError: some are reward models and some are not.
+        RecipeError: reward models and policies are mixed.
     """
     found = []
     for name in dict.fromkeys(checkpoints):
@@ -130,7 +136,9 @@ def scorers_among(checkpoints: Sequence[str], runs: Path) -> list[Path]:
                     found.append(place)
                 break
     if found and len(found) != len(set(checkpoints)):
-        raise RecipeError("reward models and policies cannot be evaluated in one go; ask twice")
+        raise RecipeError(
+            "reward models and policies cannot be evaluated together. Run align eval once for each"
+        )
     return found
 
 
@@ -142,19 +150,21 @@ def measure_scorers(
     runs: Path,
     out: Path | None,
 ) -> int:
-    """Write cards.json and card.html of reward models and print the headlines.
+    """Write cards.json and card.html of reward models and print the headline numbers.
 
     Args:
-        places: folders of reward artefacts.
-        pairs: files of held-out pairs; none takes those that the first one's stage held out.
-        sets: files of sets of answers (RewardBench 2).
-        runs: where the answer goes. out: its folder; None names one by the question.
+        places: folders of reward models.
+        pairs: files of held-out pairs; if empty, the pairs that the first model's stage held out.
+        sets: files of response sets (RewardBench 2).
+        runs: folder of the results.
+        out: folder of this result; None derives its name from the options.
 
     Returns:
         The exit code of the process.
     """
     options = ["--sets", _as_data(sets)] + (["--pairs", _as_data(pairs)] if pairs else [])
     asked = json.dumps([[str(p.resolve()) for p in places], options])
+    # The folder is named by the options, so equal options overwrite their own results.
     digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
     folder = out or runs / f"card-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +184,7 @@ def _as_data(files: Sequence[Path]) -> str:
 
 
 def card_lines(cards: Mapping[str, Any]) -> list[str]:
-    """Give the headline numbers of each card with their intervals, one a line."""
+    """Return the headline numbers of each card with their intervals, one per line."""
     lines = []
     for name, card in cards.items():
         lines.append(f"{name}: {card['num_pairs']} pairs, {card['num_pairs_too_long']} too long")

@@ -1,4 +1,4 @@
-"""The command align reward test: a reward's scores side by side, and what attacks it earns."""
+"""The command ``align reward test``: score correct responses, wrong ones and attacks."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, RecipeError
 if TYPE_CHECKING:
     from reward_models.base import RewardFunction
 
-reward = typer.Typer(help="Try rewards of your own.", no_args_is_help=True)
+reward = typer.Typer(help="Test custom reward functions.", no_args_is_help=True)
 
 
 @reward.callback()
 def _commands() -> None:
-    """Try rewards of your own."""
+    """Test custom reward functions."""
+    # A callback keeps `test` a subcommand; typer would merge a single command into its group.
 
 
 @reward.command("test")
@@ -24,15 +25,16 @@ def try_out(
     path: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="or MODULE:FUNCTION")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="rows with prompt and answer")],
     args: Annotated[str, typer.Option(metavar="JSON", help="arguments of the function")] = "{}",
-    rows: Annotated[int, typer.Option(min=2, help="rows that are tried")] = 16,
-    deadline: Annotated[float, typer.Option(min=0.1, help="seconds of one call")] = 30.0,
+    rows: Annotated[int, typer.Option(min=2, help="number of rows to score")] = 16,
+    deadline: Annotated[float, typer.Option(min=0.1, help="time limit per call (s)")] = 30.0,
 ) -> None:
-    """Score right answers, wrong ones and attacks side by side; 1 if an attack pays."""
+    """Score correct responses, wrong ones and attacks; exit code 1 if an attack succeeds."""
     from align.data.load import load_examples
     from align.recipe.schema import DataSpec
     from reward_models.base import MissingColumnError
     from reward_models.trial import try_reward, weaknesses
 
+    # Load the rows and the reward function.
     examples = load_examples([DataSpec(path=str(data))], kind="prompts", seed=0)[:rows]
     names = sorted({name for example in examples for name in example.columns})
     columns: dict[str, Any] = {n: [e.columns.get(n) for e in examples] for n in names}
@@ -41,6 +43,7 @@ def try_out(
         outcomes = try_reward(built, [example.prompt for example in examples], columns)
     except (MissingColumnError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+    # Print one line per kind of response, then the weaknesses.
     typer.echo(f"{path} on {len(examples)} rows of {data}")
     for outcome in outcomes:
         shown = " ".join("-" if s is None else f"{s:.3g}" for s in outcome.scores[:8])

@@ -70,7 +70,7 @@ def test_a_shipped_recipe_is_checked_shown_and_begun_outside_the_checkout(
     where = "import align, reward_models; print(align.__file__, reward_models.__file__)"
     places = work("-c", where, cwd=tmp_path, site=site).split()
     assert all(Path(place).is_relative_to(site) for place in places)
-    assert "right, 7 stages" in work("-m", "align", "check", "quickstart", cwd=tmp_path, site=site)
+    assert "valid, 7 stages" in work("-m", "align", "check", "quickstart", cwd=tmp_path, site=site)
     facts = "from align.recipe.load import load_recipe; from pathlib import Path; "
     facts += "print(Path(load_recipe('ewc').stages['base'].data[0].path).is_file())"
     assert work("-c", facts, cwd=tmp_path, site=site) == "True\n"

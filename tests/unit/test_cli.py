@@ -122,12 +122,12 @@ def test_version_and_help_of_the_command(words: list[str]):
 def test_a_shipped_recipe_is_found_by_its_name():
     done = align("check", "quickstart")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "quickstart: right, 7 stages" in done.stdout
+    assert "quickstart: valid, 7 stages" in done.stdout
     done = align("check", "quickstar")
     assert done.returncode == 2
     assert "did you mean 'quickstart'?" in done.stderr
     Path("quickstart").write_text(RECIPE)
-    assert "right, 2 stages" in align("check", "quickstart").stdout
+    assert "valid, 2 stages" in align("check", "quickstart").stdout
 
 
 def test_chat_with_something_that_is_no_artefact_ends_with_2():

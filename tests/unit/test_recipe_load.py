@@ -323,7 +323,7 @@ def test_check_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "right, 4 stages" in done.stdout
+    assert "valid, 4 stages" in done.stdout
 
 
 def test_recipe_dir_is_the_folder_of_the_file_it_stands_in():

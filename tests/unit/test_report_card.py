@@ -94,5 +94,5 @@ def test_reward_models_are_told_from_policies(tmp_path: Path):
         tmp_path / "other",
     ]
     assert scorers_among(["sft"], tmp_path) == []
-    with pytest.raises(RecipeError, match="ask twice"):
+    with pytest.raises(RecipeError, match="once for each"):
         scorers_among(["rm", "sft"], tmp_path)

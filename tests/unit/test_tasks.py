@@ -144,7 +144,7 @@ def test_checkpoints_of_two_runs_keep_apart():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "no checkpoint"), ("a/reward", "holds a reward_model")],
+    [("nowhere", "no checkpoint"), ("a/reward", "is a reward_model")],
 )
 def test_what_is_no_policy_is_refused(name: str, message: str):
     artefact("runs/a/reward", "reward_model")
@@ -155,7 +155,7 @@ def test_what_is_no_policy_is_refused(name: str, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge": "http://x/v1"}, "which model there"),
+        ({"judge": "http://x/v1"}, "no model given"),
         ({"judge_model": "m"}, "no effect"),
         ({"judge": "a/sft"}, "expected 'rule'"),
         ({"tasks": ["lm_eval:arc"]}, r"python -m venv .* --lm-eval"),
