@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Literal
 
+from align.core import extensions
+from align.core.accelerator import device_conflict, has_gpu, list_gpus
+
 NEEDED = ("torch", "transformers", "deepspeed", "datasets", "peft", "pydantic", "typer", "rich")
 OPTIONAL = {
     "vllm": "rollouts will use transformers; install it with: make setup",
@@ -37,7 +40,16 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at interpreter, packages, devices, compiler, memory and disk; torch is not imported."""
-    return [_python(), *_packages(), _engine(), _devices(), *_compiler(), _memory(), _disk()]
+    return [
+        _python(),
+        *_packages(),
+        _engine(),
+        _devices(),
+        *_compiler(),
+        _kernels(),
+        _memory(),
+        _disk(),
+    ]
 
 
 def _python() -> Finding:
@@ -76,9 +88,9 @@ def _engine() -> Finding:
         return Finding(
             "engine", "hf (transformers generate)", "note", "vLLM is several times faster"
         )
-    kind = "vllm on GPU" if _gpus() else "vllm on CPU"
+    kind = "vllm on GPU" if has_gpu() else "vllm on CPU"
     broken = [p for p in ("torchvision", "torchaudio", "torchcodec") if util.find_spec(p)]
-    if broken and not _gpus():
+    if broken and not has_gpu():
         names = " ".join(broken)
         return Finding(
             "engine", kind, "note", f"if vllm does not import, remove: pip uninstall {names}"
@@ -86,21 +98,38 @@ def _engine() -> Finding:
     return Finding("engine", f"{kind} (sampling.engine: auto)")
 
 
-def _gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False)
-    return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
-
-
 def _devices() -> Finding:
-    gpus = _gpus()
+    gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
-    if gpus:
-        return Finding("devices", f"{len(gpus)} GPU ({'; '.join(gpus)}), {cores} CPU cores")
+    if not has_gpu():
+        hidden = ", GPU hidden by CUDA_VISIBLE_DEVICES" if gpus else ", no GPU"
+        return Finding(
+            "devices", f"{cores} CPU cores{hidden}", "note", "enough for quickstart and the tests"
+        )
+    found = f"{len(gpus)} GPU ({'; '.join(gpus)}), {cores} CPU cores"
+    num_seen, cuda = _torch_devices()
+    problem = device_conflict(num_seen=num_seen, cuda=cuda)
+    return Finding("devices", found, "missing" if problem else "ok", problem or "")
+
+
+def _torch_devices() -> tuple[int, str | None]:
+    """Return the GPUs that torch sees and its CUDA version, asked of a process of its own."""
+    code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or '')"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    words = asked.stdout.split()
+    return (int(words[0]), words[1] if len(words) > 1 else None) if words else (0, None)
+
+
+def _kernels() -> Finding:
+    folder = extensions.extensions_folder()
+    stale = [*extensions.stale_locks(), *extensions.stale_segments()]
+    if not stale:
+        return Finding("kernels", str(folder))
     return Finding(
-        "devices", f"{cores} CPU cores, no GPU", "note", "enough for quickstart and the tests"
+        "kernels",
+        f"{folder}; left by killed processes: {', '.join(map(str, stale))}",
+        "note",
+        f"the next stage removes them, or: rm {' '.join(map(str, stale))}",
     )
 
 

@@ -165,6 +165,17 @@ check_imports() {
   [ "$1" = none ] || VLLM_NO_USAGE_STATS=1 "$PY" -c 'from vllm import LLM'
 }
 
+# torch without the GPU would train on the CPU without a word: its driver may be too old.
+check_device() {
+  local problem
+  command -v nvidia-smi >/dev/null || return 0
+  problem=$("$PY" -c '
+import torch
+from align.core.accelerator import device_conflict
+print(device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cuda) or "")')
+  [ -z "$problem" ] || fail "${problem%%. *}" "${problem#*. }"
+}
+
 main() {
   local vllm=${ALIGN_VLLM:-} pins lines
   case "$EXTRA" in '' | test | dev | sinks | qlora | merge) ;; *) fail "unknown extra '$EXTRA'" "use: scripts/setup.sh [test|dev|sinks|qlora|merge]" ;; esac
@@ -197,6 +208,7 @@ main() {
   step project "$(hash_of "$ROOT" "$(cat pyproject.toml)")" "this project, editable" \
     pip --no-deps --no-build-isolation -e .
   step imports "$(hash_of "$(cat $STATE/{torch,stack,deepspeed,vllm}.stamp 2>/dev/null)")" "checking that everything imports" check_imports "$vllm"
+  [ "$vllm" = cpu ] || check_device
   say "ready: $VENV ($($PY --version), vLLM: $vllm)"
 }
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import typer
 
+from align.core.accelerator import has_gpu
 from align.core.card import Card, read_card, table
 from align.core.errors import EXIT_FAILED, RecipeError
 from align.core.text import suggest
 from align.pipeline.planning import plan
-from align.pipeline.processes import has_gpu, stage_env
+from align.pipeline.processes import stage_env
 from align.pipeline.terminal import Tail
 from align.recipe.load import RECIPE_FILE, write_resolved
 from align.recipe.schema import Recipe

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -18,34 +19,57 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from align.core import distributed
-from align.core.errors import EXIT_PREEMPTED, AlignError, Preempted
+from align.core import distributed, extensions
+from align.core.accelerator import device_conflict
+from align.core.errors import EXIT_PREEMPTED, AlignError, DeviceError, Preempted
 from align.core.lock import started_at
 
 P = ParamSpec("P")
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=24)
+"""How long ranks wait for each other: one of them may judge or hash for hours."""
 
 
 def init_process_group() -> None:
-    """Join the launcher's world, or make a world of one when no launcher started this process."""
+    """Join the launcher's world, or make a world of one when no launcher started this process.
+
+    Raises:
+        DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not.
+    """
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
-        )
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    problem = device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cuda)
+    if problem is not None:
+        raise DeviceError(problem)
+    launched = "RANK" in os.environ
+    if not launched:
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        extensions.prepare()
     import deepspeed
 
-    if torch.cuda.is_available():
+    # DeepSpeed would compile an op for inference on CPU that training never calls.
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    timeout = _timeout()
+    if not launched:
+        # One process needs no store that listens on a port.
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+
+
+def _timeout() -> timedelta:
+    """Return DeepSpeed's own setting in minutes if there is one."""
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT")
+    return timedelta(minutes=int(minutes)) if minutes else TIMEOUT
 
 
 def shutdown() -> None:

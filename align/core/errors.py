@@ -52,6 +52,12 @@ class TrainingError(AlignError, RuntimeError):
     """Report a run that cannot go on: a non-finite loss, an engine on old weights."""
 
 
+class DeviceError(AlignError, RuntimeError):
+    """Report a machine whose GPU cannot be used, or a world of another size than the recipe's."""
+
+    exit_code = EXIT_USER
+
+
 class Preempted(AlignError):
     """Report that the stage stopped on a signal after saving a checkpoint."""
 

@@ -1,7 +1,6 @@
 """Start one stage as a process group, pass signals on to its ranks, leave no orphans behind."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,14 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from align.core.lock import started_at
-
-
-def has_gpu() -> bool:
-    """Say whether nvidia-smi lists a device; torch is not imported for it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
-        return False
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listed.returncode == 0 and "GPU" in listed.stdout
 
 
 def num_cores() -> int:

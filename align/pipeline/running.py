@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from align.core.accelerator import has_gpu
 from align.core.artefacts import MANIFEST, write_json_atomic
 from align.core.errors import (
     EXIT_FAILED,
@@ -31,7 +32,6 @@ from align.pipeline.processes import (
     StageProcess,
     ended_by_signal,
     exit_reason,
-    has_gpu,
     stage_argv,
     stage_env,
 )

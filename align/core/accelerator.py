@@ -1,0 +1,64 @@
+"""The GPUs of this machine as the driver lists them, and whether torch agrees; torch-free."""
+
+import os
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+DRIVER_OF_CUDA = {"12": 525, "13": 580}
+"""First driver branch that runs programs built for a major version of CUDA."""
+DEVICE_FILES = ("nvidia[0-9]*", "dxg")
+"""Device nodes of NVIDIA cards, the second under WSL."""
+
+
+def has_gpu() -> bool:
+    """Return True if this machine has a GPU that ``CUDA_VISIBLE_DEVICES`` does not hide.
+
+    A container may lack nvidia-smi; its device nodes then tell.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if shutil.which("nvidia-smi") is not None:
+        return bool(list_gpus())
+    return any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES)
+
+
+def list_gpus() -> list[str]:
+    """Return one line per GPU of nvidia-smi: name, memory, driver version."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
+
+
+def device_conflict(*, num_seen: int, cuda: str | None) -> str | None:
+    """Return why training would run on the wrong device, or None if nothing conflicts.
+
+    Args:
+        num_seen: GPUs that torch sees.
+        cuda: the CUDA version torch was built for, ``torch.version.cuda``.
+    """
+    if num_seen and os.environ.get("DS_ACCELERATOR") == "cpu":
+        return (
+            f"DS_ACCELERATOR=cpu is set, but torch sees {num_seen} GPU(s): DeepSpeed and align "
+            "would use different devices. Unset DS_ACCELERATOR to train on the GPU, or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    if num_seen or not has_gpu():
+        return None
+    version = metadata.version("torch")
+    if cuda is None:
+        return (
+            f"this machine has a GPU, but torch {version} is a CPU build. Install the CUDA build "
+            "(unset TORCH_INDEX, then: make setup), or set CUDA_VISIBLE_DEVICES= to train on the "
+            "CPU"
+        )
+    drivers = {line.rsplit(",", 1)[-1].strip() for line in list_gpus()} or {"unknown"}
+    needed = DRIVER_OF_CUDA.get(cuda.split(".")[0])
+    wants = f"CUDA {cuda} needs driver {needed} or newer" if needed else f"it needs CUDA {cuda}"
+    return (
+        f"this machine has a GPU (driver {', '.join(sorted(drivers))}), but torch {version} sees "
+        f"none: {wants}. Update the driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+    )
