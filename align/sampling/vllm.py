@@ -1,6 +1,7 @@
 """vLLM inside the trainer's process, on GPU and CPU: fast sampling from pushed weights."""
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -96,7 +97,7 @@ class VllmEngine:
             self._llm = _start(options, on_cpu=self._on_cpu)
         if not self._owns_world:
             # Its clean-up, which also runs at exit, destroys the trainer's process group.
-            self._core_client._finalizer.detach()
+            _detach_finalizer(self._core_client)
         if not self._on_cpu:
             self._sleep()
         self.start_s = time.perf_counter() - started
@@ -240,17 +241,28 @@ class VllmEngine:
         ]
 
     def close(self) -> None:
-        """Give all memory back and leave the trainer's process group alone."""
-        client = self._core_client
+        """Free all memory and leave the trainer's process group alone."""
+        # vLLM unmaps memory that sleeps a second time, which breaks its allocator for good.
+        self._wake()
+        core = self._core_client.engine_core
+        _detach_finalizer(self._core_client)
+        # The engine goes before its workers: it drops compiled code that pins the model. Its
+        # objects were frozen at the start, which hides them from the garbage collector.
+        del self._llm
+        gc.unfreeze()
+        gc.collect()
         if self._owns_world:
-            client.shutdown()
+            core.shutdown()
         else:
             from vllm.distributed.parallel_state import destroy_model_parallel
 
-            client.engine_core.model_executor.shutdown()
-            client.engine_core.scheduler.shutdown()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
             destroy_model_parallel()
-        del self._llm
+        del core
+        gc.collect()
+        if not self._on_cpu:
+            torch.cuda.empty_cache()
 
     @property
     def _core_client(self) -> Any:
@@ -289,6 +301,13 @@ class VllmEngine:
             torch.cuda.empty_cache()
             self._llm.wake_up()
             self._asleep = False
+
+
+def _detach_finalizer(client: Any) -> None:
+    """Keep vLLM from shutting the engine down by itself; before 0.31 it did not."""
+    finalizer = getattr(client, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
 
 
 def _start(options: EngineOptions, *, on_cpu: bool) -> Any:

@@ -202,13 +202,17 @@ def whole_state(
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
     """Copy a trained model's weights, and its adapter's tensors and configuration if it has one.
 
-    Under ZeRO-3 each rank holds but a part of them: all ranks must take part.
+    Under ZeRO-3 each rank holds but a part of them: all ranks must take part. Only rank 0 keeps
+    the copy; the others return no weights.
     """
     if any(map(is_quantised, model.parameters())):
         named = full_precision_weights(model, source.model_dir)
     else:
         named = full_weights(model)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in named}
+    state = {}
+    for name, tensor in named:
+        if distributed.rank() == 0:
+            state[name] = tensor.detach().cpu().clone()
     if not has_adapter(model):
         return state, None
     with gathered([p for _, p in adapter_parameters(model)]):

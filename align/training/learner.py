@@ -15,10 +15,10 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 
-from align.core import distributed
+from align.core import distributed, extensions
 from align.core.errors import TrainingError
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
-from align.training.deepspeed import deepspeed_config
+from align.training.deepspeed import deepspeed_config, effective_stage
 from align.training.layers import LayerPlan, plan_layers, set_trainable
 from align.tuning.ewc import Anchor
 
@@ -87,7 +87,7 @@ class Learner:
             layers: which layers train when and how fast; None trains all alike.
             anchor: weights of the EWC penalty; None adds no penalty.
         """
-        self.anchor, self._zero_stage = anchor, zero.stage
+        self.anchor, self._zero_stage = anchor, effective_stage(zero, dtype=dtype)
         self.optim, self.total_steps, self.steps = optim, total_steps, 0
         # Layer plan and parameter groups: one group per layer and weight-decay setting.
         self._plan: LayerPlan | None = None
@@ -108,10 +108,6 @@ class Learner:
             config=_with_optimizer(deepspeed_config(zero, optim, dtype=dtype), optim, optimizer),
             dist_init_required=False,
         )
-        if dtype == "bfloat16" and zero.stage == 0:
-            # The bf16 wrapper creates its state by a step on zero gradients, which Adam would
-            # count.
-            self._optimizer.optimizer.state.clear()
         # Without ZeRO, DeepSpeed clips fp32 gradients but does not report their norm.
         self.engine.clip_fp32_gradients = self._clip
         self._norm = 0.0
@@ -306,5 +302,6 @@ def _with_optimizer(
     if optimizer is not None:
         return config
     # Offloading needs DeepSpeed's own CPU Adam, which it builds from the configuration.
+    extensions.wait_for_builds()
     params = {"lr": optim.learning_rate, "betas": list(optim.betas), "eps": optim.eps}
     return {**config, "optimizer": {"type": "AdamW", "params": params}}

