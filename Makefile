@@ -8,7 +8,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test faults check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu faults check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -47,6 +47,9 @@ test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTE
 
 faults: setup-test ## Inject damage, changes, signals and hostile inputs; kill and resume stages
 	@$(PY) -m pytest -q tests/faults tests/e2e/test_resume.py $(PYTEST_ARGS)
+
+test-gpu: setup-test ## Run the tests that need a GPU
+	@ALIGN_TEST_GPU=1 $(PY) -m pytest $(PYTEST_ARGS) tests/gpu
 
 check: setup-dev ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -21,7 +21,7 @@ PY=${PY:-python3}
 LIMIT_S=${LIMIT_S:-540}
 BEGAN=$(date +%s)
 STEPS="install environment placement zero_stages offload units accumulation attention head sft05
-  sft15 dpo05 grpo05 vllm"
+  sft15 dpo05 grpo05 vllm vllm_units"
 WANTED=$(echo ${*:-$STEPS})
 mkdir -p "$OUT" "$WORK"
 export WORK PY PARTS PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -75,9 +75,6 @@ install() {
 }
 export -f install
 
-UNITS="tests/gpu tests/numeric/test_fused_head.py tests/numeric/test_logprobs.py
-  tests/numeric/test_normaliser.py tests/numeric/test_shared_prompts.py"
-
 rm -f "$OUT/table.txt" "$OUT/log.txt"
 step install 90 bash -c install
 module environment 40 environment
@@ -85,8 +82,8 @@ module environment 40 environment
 module placement 180 placement &
 module zero_stages 90 zero_stages &
 module offload 120 offload &
-# shellcheck disable=SC2086
-step units 120 "$PY" -m pytest -q --maxfail=8 -p no:cacheprovider $UNITS &
+ALIGN_TEST_GPU=1 step units 120 "$PY" -m pytest -q --maxfail=8 -p no:cacheprovider tests/gpu \
+  --deselect tests/gpu/test_engine_gpu.py &
 module accumulation 60 accumulation &
 wait
 module attention 30 attention
@@ -97,5 +94,7 @@ module dpo05 40 train dpo 0.5B --rows 32
 module grpo05 70 grpo 0.5B hf
 if "$PY" -c "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"; then
   module vllm 170 vllm_engine
+  ALIGN_TEST_GPU=1 step vllm_units 120 "$PY" -m pytest -q -p no:cacheprovider \
+    tests/gpu/test_engine_gpu.py
 fi
 echo "---- $(($(date +%s) - BEGAN)) s of $LIMIT_S" | tee -a "$OUT/table.txt"

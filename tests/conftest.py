@@ -6,6 +6,8 @@ from pathlib import Path
 # Set before any test module imports torch, vllm or transformers; a value from outside wins for
 # the thread count only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests are written for the CPU. ALIGN_TEST_GPU=1 shows the GPU to those marked gpu.
+os.environ.update({} if "ALIGN_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""})
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
@@ -23,6 +25,7 @@ os.environ.update(
 import pytest
 
 REAL_DATA_REASON = "ALIGN_REAL_DATA is not set: it names a folder that holds data/ and models/"
+NO_GPU_REASON = "run on one GPU by: ALIGN_TEST_GPU=1 pytest tests/gpu"
 
 
 def _num_gpus() -> int:
@@ -44,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_data = not os.environ.get("ALIGN_REAL_DATA")
     for item in items:
         if without_gpu and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no accelerator: torch sees no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=NO_GPU_REASON))
         if without_data and item.get_closest_marker("real"):
             item.add_marker(pytest.mark.skip(reason=REAL_DATA_REASON))
 

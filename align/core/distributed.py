@@ -72,6 +72,18 @@ def _timeout() -> timedelta:
     return timedelta(minutes=int(minutes)) if minutes else TIMEOUT
 
 
+def use_deterministic_kernels() -> None:
+    """Let every operation give the same bits each time; call it before the first one on a GPU.
+
+    An operation that has no such kernel warns.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Uninitialized memory is never read here; filling it only costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():

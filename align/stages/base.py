@@ -225,6 +225,8 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     if spec is None or spec.kind != kind:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
         raise ArtefactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
+    if recipe.deterministic:
+        distributed.use_deterministic_kernels()
     distributed.init_process_group()
     _check_world(name, spec)
     setup_logging(distributed.rank())

@@ -293,7 +293,15 @@ def _adamw(
     if zero.offload == "cpu":
         return None
     # The Learner sets the rate before each step; with 0, an earlier step would have no effect.
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, foreach=False)
+    fused = True if distributed.device().type == "cuda" else None
+    return torch.optim.AdamW(
+        groups,
+        lr=0.0,
+        betas=optim.betas,
+        eps=optim.eps,
+        foreach=False if fused is None else None,
+        fused=fused,
+    )
 
 
 def _with_optimizer(

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import tiny_model
 
+from align.core import distributed
 from align.sampling.build import build_engine
 from align.sampling.push import check_answers, push
 from align.tuning.export import full_weights
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    deepspeed.init_distributed("gloo")
+    distributed.init_process_group()
     rank = torch.distributed.get_rank()
     engine = build_engine("vllm", args.model, max_model_len=64, cache_gib=0.02)
     result: dict = {str(stage): push_after_training(engine, stage, rank) for stage in (2, 3)}

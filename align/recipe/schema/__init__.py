@@ -144,6 +144,8 @@ class Recipe(Spec):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     description: str = ""
     seed: int = 0
+    deterministic: bool = False
+    """Take deterministic kernels on a GPU too, which are slower; on a CPU they always are."""
     sinks: SinkSpec = SinkSpec()
     stages: dict[str, AnyStage] = Field(min_length=1)
 
