@@ -55,6 +55,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # It cannot return the log-probabilities after top_p, which every request asks for.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 """Read by vLLM when it is imported; a user's own setting wins."""
 

@@ -1,4 +1,4 @@
-"""Run eight stages end to end through their launch scripts, and one twice for bit identity."""
+"""Run eight stages end to end as processes of their own, and one twice for bit identity."""
 
 import hashlib
 import shutil
@@ -98,17 +98,24 @@ stages:
     max_length: 128
     sampling: {max_new_tokens: 24, engine: hf}
 """
-LEVELS = (("base",), ("sft",), ("lora", "reward", "dpo", "grpo"), ("ppo", "evaluate"))
+LEVELS = (("sft",), ("lora", "reward", "dpo", "grpo"), ("ppo", "evaluate"))
 """Stages of one level need only those of the levels before; they run side by side."""
 
 
-def run(stage: str, run_dir: Path) -> str:
+def run(stage: str, run_dir: Path, *overrides: str) -> str:
     """Run a stage in a process of its own; return its exit code and seconds as text."""
-    script = "launch/sft.py" if stage == "lora" else f"launch/{stage}.py"
-    argv = [sys.executable, script, "--recipe", str(WORK / "p.yaml"), "--stage", stage]
+    kind = "sft" if stage == "lora" else stage
+    argv = [sys.executable, "-m", "align.stages", kind, "--recipe", str(WORK / "p.yaml")]
     began = time.monotonic()
     done = subprocess.run(
-        [*argv, "--run-dir", str(run_dir)],
+        [
+            *argv,
+            "--stage",
+            stage,
+            "--run-dir",
+            str(run_dir),
+            *(w for o in overrides for w in ("--set", o)),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -128,18 +135,22 @@ def weights_hash(run_dir: Path) -> str:
 def main() -> None:
     """Print exit code and seconds of every stage, and whether two runs give the same weights."""
     (WORK / "p.yaml").write_text(RECIPE, encoding="utf-8")
-    first, second = WORK / "p", WORK / "p2"
+    first, again = WORK / "p", WORK / "again"
+    fixed = [WORK / f"fixed{i}" for i in range(2)]
     with ThreadPoolExecutor() as pool:
+        result(base=run("base", first))
+        for folder in (again, *fixed):
+            shutil.copytree(first / "base", folder / "base", dirs_exist_ok=True)
+        repeated = [pool.submit(run, "sft", again)]
+        repeated += [pool.submit(run, "sft", folder, "deterministic=true") for folder in fixed]
         for level in LEVELS:
-            again = None
-            if level == ("sft",):
-                shutil.copytree(first / "base", second / "base", dirs_exist_ok=True)
-                again = pool.submit(run, "sft", second)
             found = pool.map(run, level, [first] * len(level))
             result(**dict(zip(level, found, strict=True)))
-            if again is not None:
-                result(second_sft=again.result())
-                result(two_runs_bit_identical=weights_hash(first) == weights_hash(second))
+            if level == ("sft",):
+                result(repeated="+".join(r.result() for r in repeated))
+                result(bit_identical=weights_hash(first) == weights_hash(again))
+                same = weights_hash(fixed[0]) == weights_hash(fixed[1])
+                result(bit_identical_with_deterministic=same)
 
 
 if __name__ == "__main__":
