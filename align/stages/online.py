@@ -193,8 +193,6 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)
-    # Last: whatever happens in there, the trained model is on disk.
-    engine.close()
     return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
 
 

@@ -73,7 +73,7 @@ def main() -> None:
     }
     spec = SftStage(**settings) if args.kind == "sft" else DpoStage(**settings)
     timer, gib = run_stage(
-        args.kind, spec, run_dir, rounds=4 if SMOKE else 7, profiled=args.profile
+        args.kind, spec, run_dir, rounds=5 if SMOKE else 7, profiled=args.profile
     )
     seconds = statistics.median(timer.seconds[2:])
     sequences, trained = (sft_work if args.kind == "sft" else dpo_work)(rows)

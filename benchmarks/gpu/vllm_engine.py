@@ -12,6 +12,7 @@ from align.core import distributed
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.sampling.build import build_engine
+from align.sampling.push import push
 from align.tuning.export import full_weights
 from benchmarks.gpu.common import failure, make_run, result
 
@@ -53,7 +54,7 @@ def check_version(engine: Any, policy: LogprobModel, version: int) -> None:
     with engine.awake():
         wake_s = time.perf_counter() - began
         began = time.perf_counter()
-        engine.load_weights(full_weights(policy.model), version=version)
+        push(engine, full_weights(policy.model), version=version)
         push_s = time.perf_counter() - began
         positions = torch.arange(len(PROBE), device="cuda").unsqueeze(0)
         with torch.no_grad():
