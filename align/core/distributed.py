@@ -30,14 +30,19 @@ TIMEOUT = timedelta(hours=24)
 """How long ranks wait for each other: one of them may judge or hash for hours."""
 
 
-def init_process_group() -> None:
+def init_process_group(*, deterministic: bool = False) -> None:
     """Join the launcher's world, or make a world of one when no launcher started this process.
+
+    Args:
+        deterministic: take deterministic kernels on a GPU, see ``use_deterministic_kernels``.
 
     Raises:
         DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not.
     """
     if dist.is_initialized():
         return
+    if deterministic:
+        use_deterministic_kernels()
     on_gpu = torch.cuda.is_available()
     problem = device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cuda)
     if problem is not None:
@@ -82,6 +87,19 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Uninitialized memory is never read here; filling it only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def check_ranks(stage: str, ranks: int) -> None:
+    """Refuse a number of processes that the recipe does not name: prompts would be left out.
+
+    Raises:
+        DeviceError: the launcher started another number.
+    """
+    if world_size() != ranks:
+        raise DeviceError(
+            f"stage '{stage}' has ranks: {ranks}, but {world_size()} process(es) were started. "
+            f"Start {ranks}, or pass --set stages.{stage}.ranks={world_size()}"
+        )
 
 
 def shutdown() -> None:

@@ -29,14 +29,7 @@ from align.core.artefacts import (
     write_manifest,
 )
 from align.core.checkpoints import STATE
-from align.core.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    AlignError,
-    ArtefactError,
-    DeviceError,
-)
+from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtefactError
 from align.core.identity import (
     BEGUN,
     changed_file,
@@ -225,10 +218,8 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     if spec is None or spec.kind != kind:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
         raise ArtefactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
-    if recipe.deterministic:
-        distributed.use_deterministic_kernels()
-    distributed.init_process_group()
-    _check_world(name, spec)
+    distributed.init_process_group(deterministic=recipe.deterministic)
+    distributed.check_ranks(name, spec.ranks)
     setup_logging(distributed.rank())
     run_dir = Path(args.run_dir or Path("runs") / recipe.name)
     seed = recipe.seed_of(name)
@@ -282,20 +273,6 @@ def _refuse_changes(context: StageContext, identity: Mapping[str, Any]) -> None:
     difference = changed_file(identity["files"], present)
     if difference is not None:
         raise ArtefactError(f"{context.name}: {difference} the stage began; run it again")
-
-
-def _check_world(name: str, spec: Any) -> None:
-    """Refuse a number of processes that the recipe does not name: prompts would be left out.
-
-    Raises:
-        DeviceError: the launcher started another number.
-    """
-    if distributed.world_size() != spec.ranks:
-        raise DeviceError(
-            f"stage '{name}' has ranks: {spec.ranks}, but {distributed.world_size()} process(es) "
-            f"were started. Start {spec.ranks}, or pass "
-            f"--set stages.{name}.ranks={distributed.world_size()}"
-        )
 
 
 def _only_stage(recipe: Recipe, kind: str) -> str:

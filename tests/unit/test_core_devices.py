@@ -5,14 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from align import doctor
-from align.core import accelerator, extensions
+from align.core import accelerator, distributed, extensions
 from align.core.errors import DeviceError
-from align.stages import base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,5 +177,5 @@ def test_unmapped_segments_are_stale_and_mapped_ones_are_not(tmp_path, monkeypat
 
 def test_another_number_of_processes_than_the_recipe_names_is_an_error():
     with pytest.raises(DeviceError, match=r"ranks: 8, but 1 .*stages.sft.ranks=1"):
-        base._check_world("sft", SimpleNamespace(ranks=8))
-    base._check_world("sft", SimpleNamespace(ranks=1))
+        distributed.check_ranks("sft", 8)
+    distributed.check_ranks("sft", 1)
