@@ -220,7 +220,8 @@ class RewardModel(nn.Module):
 
         Args:
             directory: ``model/`` of a reward stage. dtype: of the weights.
-            attn_implementation: of a decoder; an encoder takes transformers' own choice.
+            attn_implementation: of a decoder, ``exact_attention`` if left out; an encoder takes
+                transformers' own choice.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -238,10 +239,11 @@ class RewardModel(nn.Module):
         scorer = json.loads((directory / SCORER_FILE).read_text(encoding="utf-8"))
         reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        attention = attn_implementation or exact_attention(config)
         backbone = AutoModel.from_config(
             config,
             dtype=dtype,
-            attn_implementation=attn_implementation if reads == "last" else None,
+            attn_implementation=attention if reads == "last" else None,
         )
         if reads == "first":
             drop_pooler(backbone)
@@ -257,6 +259,14 @@ class RewardModel(nn.Module):
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
         model.set_normalisation(mean=scorer["mean"], std=scorer["std"])
         return model.eval()
+
+
+def exact_attention(config: Any) -> str | None:
+    """Return the attention that computes what a decoder's configuration says; None for any."""
+    text = config.get_text_config()
+    # transformers' fused attention leaves the soft cap out, and scales Falcon's ALiBi otherwise.
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return "eager" if capped or getattr(text, "alibi", False) else None
 
 
 def drop_pooler(encoder: Any) -> None:

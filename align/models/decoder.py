@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
 from align.models.attention import PACKED, Segments, segments_from_positions
+from reward_models.scalar import exact_attention
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +83,8 @@ def packs(decoder: Any) -> bool:
 
 
 def attention_for(config: Any) -> str | None:
-    """Return the attention to load a model with; None leaves the choice to transformers."""
-    text = config.get_text_config()
-    if text.model_type in PACKS:
-        return PACKED
-    # transformers' fused attention leaves the soft cap out, and scales Falcon's ALiBi otherwise.
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    return "eager" if capped or getattr(text, "alibi", False) else None
+    """Return the attention to train a model with; None leaves the choice to transformers."""
+    return PACKED if config.get_text_config().model_type in PACKS else exact_attention(config)
 
 
 def decoder_of(lm: Any) -> Any:

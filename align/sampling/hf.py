@@ -22,6 +22,7 @@ from align.sampling.engine import (
 from align.tuning.files import with_adapter
 from align.tuning.merging import base_parameters, merges
 from align.tuning.wrap import add_tuner
+from reward_models.scalar import exact_attention
 
 TOKEN_BUDGET = 65_536
 """Cache positions (rows x (longest prompt + answer)) of one batch."""
@@ -35,13 +36,15 @@ class HfEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         """Load the model and its tokenizer onto this rank's device."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         started = time.perf_counter()
+        config = AutoConfig.from_pretrained(options.model_dir, trust_remote_code=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(
             options.model_dir,
             dtype=getattr(torch, options.dtype),
+            attn_implementation=exact_attention(config),
             trust_remote_code=False,
         )
         model = with_adapter(model.to(self.device), options.model_dir)

@@ -25,15 +25,20 @@ class Chat:
 
     def __init__(self, model_dir: Path, *, temperature: float, max_new_tokens: int) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         from align.stages.base import chat_format
         from align.tuning.files import with_adapter
+        from reward_models.scalar import exact_attention
 
         self.format = chat_format(model_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype="auto", trust_remote_code=False
+            str(model_dir),
+            dtype="auto",
+            attn_implementation=exact_attention(config),
+            trust_remote_code=False,
         )
         self.model = with_adapter(model.to(device), model_dir).eval()
         self.temperature = temperature

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.core.distributed import derive_seed
 from align.core.errors import RecipeError
@@ -20,6 +20,7 @@ from align.stages.base import StageContext
 from align.training.deepspeed import deepspeed_config
 from align.tuning.wrap import add_tuner
 from reward_models.base import RewardFunction
+from reward_models.scalar import exact_attention
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _SERVER = (
@@ -71,8 +72,12 @@ def find_trainer(name: str) -> tuple[type, type]:
 
 def load_model(model_dir: Path, spec: TrlStage) -> Any:
     """Load a model as TRL expects it; dropout stays off as in every stage."""
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=getattr(torch, spec.dtype), trust_remote_code=False
+        str(model_dir),
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=exact_attention(config),
+        trust_remote_code=False,
     )
     disable_dropout(model)
     return model
