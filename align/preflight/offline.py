@@ -15,7 +15,14 @@ from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import LogprobModel, causal_lm
 from align.preflight.checks import Check, Finding, at_most, spread
-from align.recipe.schema import DpoStage, KtoStage, OfflineStage, RewardStage, TrainingStage
+from align.recipe.schema import (
+    DpoStage,
+    KtoStage,
+    OfflineStage,
+    OnlineStage,
+    RewardStage,
+    TrainingStage,
+)
 from align.sampling.push import PUSH_TOLERANCE
 from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
 from align.training.offline import OfflineTask
@@ -246,7 +253,9 @@ def packing(
 
 
 @torch.no_grad()
-def own_forward(spec: OfflineStage, module: LogprobModel, rows: Sequence[Any]) -> Finding:
+def own_forward(
+    spec: OfflineStage | OnlineStage, module: LogprobModel, rows: Sequence[Any]
+) -> Finding:
     """Compare each token packed, alone, and by the model's own forward and logits.
 
     In 16 bits the model differs from itself by rounding: packed against alone is held to what alone

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from align.core.distributed import derive_seed
-from align.core.types import Completion, PromptRow
+from align.core.types import Completion, PromptRow, TokenRow
 from align.models.attention import segments_from_positions
 from align.models.logprobs import LogprobModel, hidden_states, token_logits
 from align.preflight.checks import Check, Finding, at_most, spread
+from align.preflight.offline import own_forward
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience, gather_experience
@@ -51,7 +52,10 @@ class Probe:
 
     def checks(self) -> list[Check]:
         """Give the checks in the order in which one explains the next."""
-        found: list[Check] = [
+        found: list[Check] = []
+        if self.spec.tuning.method != "loreft":
+            found.append(("own forward", self.own_forward))
+        found += [
             ("sampler", self.sampler),
             ("greedy", self.greedy),
             ("ratio", self.ratio),
@@ -100,6 +104,15 @@ class Probe:
             remedy=remedy,
             fails=fails,
         )
+
+    def own_forward(self) -> Finding:
+        """Compare prompts and their sampled responses packed, alone, and by the model itself."""
+        ids = [
+            (*prompt.input_ids, *said.token_ids)
+            for prompt, said in zip(*self.own_answers(), strict=True)
+        ]
+        rows = [TokenRow(x, (True,) * len(x)) for x in spread(ids, NUM_PROMPTS)]
+        return own_forward(self.spec, self.module, rows)
 
     def sampler(self) -> Finding:
         """Compare the sampler's log-probabilities with the trainer's, at the same temperature."""

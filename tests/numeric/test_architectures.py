@@ -6,6 +6,7 @@ The oracle is transformers' forward with eager attention, one sequence at a time
 import logging
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from architectures import (
     tiny_config,
     tiny_model,
 )
+from online_parts import grpo_spec, ppo_spec
 
 from align.core.errors import ArtefactError, TrainingError
-from align.core.types import TokenRow
+from align.core.types import Completion, PromptRow, TokenRow
 from align.models import decoder as decoders
 from align.models.attention import PACKED, segments_from_positions
 from align.models.classifier import ClassLogits
@@ -42,6 +44,7 @@ from align.models.loading import disable_dropout, set_dropout
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Finding
 from align.preflight.offline import own_forward
+from align.preflight.sampling import Probe
 from align.recipe.schema import SftStage
 from reward_models.scalar import RewardModel
 
@@ -240,3 +243,41 @@ def test_the_preflight_line_fails_where_rows_see_each_other(model_type: str, dty
     model.set_attn_implementation(PACKED)
     decoders._forms[model] = Form(packs=True, scale=1.0)
     assert _own_forward_line(model, dtype).verdict == "fail"
+
+
+class FixedResponses:
+    """Stand in for a sampler: 30 fixed tokens to each prompt."""
+
+    name = "fixed"
+
+    def awake(self) -> Any:
+        return nullcontext()
+
+    def generate(self, prompts: Any, *, n: int, **_: Any) -> list[list[Completion]]:
+        draw = random.Random(4)
+        said = [tuple(draw.randrange(3, 90) for _ in range(30)) for _ in range(n * len(prompts))]
+        rows = [Completion(ids, (-1.0,) * 30, "length", "", 0) for ids in said]
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_an_online_stage_has_the_line_as_well(kind: str) -> None:
+    spec = (grpo_spec if kind == "grpo" else ppo_spec)()
+    prompts = [PromptRow((5 + i, 40, 7), "", {}) for i in range(6)]
+    verdicts = {}
+    for right in (True, False):
+        model = tiny_model("stablelm", torch.float32)
+        if not right:
+            model.set_attn_implementation(PACKED)
+            decoders._forms[model] = Form(packs=True, scale=1.0)
+        probe = Probe(
+            spec,
+            engine=FixedResponses(),  # type: ignore[arg-type]
+            module=LogprobModel(model),
+            reference=None,
+            prompts=prompts,
+            stop_token_ids=(2,),
+            seed=0,
+        )
+        verdicts[right] = dict(probe.checks())["own forward"]().verdict
+    assert verdicts == {True: "ok", False: "fail"}
