@@ -1,5 +1,6 @@
 """From responses to scores: the weighted sum of the rewards, and what happens without one."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from align.online.advantages import overlong_penalty
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
 from reward_models.base import RewardFunction
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,8 @@ def apply_scores(
 ) -> Experience:
     """Put scores on the experience; responses without one, or masked by rule, are not trained.
 
-    A total that is not finite is no score.
+    A total that is not finite is no score. A response with a token whose log-probability the
+    sampler gave as -inf or NaN has none either: nothing says how it was drawn.
 
     Args:
         experience: the responses. scores: what the rewards said of them.
@@ -109,6 +113,15 @@ def apply_scores(
         total = total + penalty
     if truncated_score is not None:
         total = torch.where(experience.truncated, torch.tensor(truncated_score), total)
+    impossible = ~experience.per_token["rollout_logprobs"].isfinite().all(1)  # (B,)
+    if impossible.any():
+        log.warning(
+            "%d of %d responses are left out: the sampler gave log-probabilities of tokens that it "
+            "sampled as -inf or NaN; try sampling.engine: hf",
+            int(impossible.sum()),
+            len(impossible),
+        )
+        total = total.masked_fill(impossible, math.nan)
     keep = ~total.isnan()
     if mask_truncated:
         keep &= ~experience.truncated

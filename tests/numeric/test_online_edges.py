@@ -23,7 +23,8 @@ from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
-from align.online.scoring import score_answers
+from align.online.scoring import Scores, score_answers
+from align.online.summary import summarise
 from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
@@ -61,6 +62,21 @@ def test_a_score_that_is_not_finite_is_no_score_of_any_reward(value: float) -> N
     experience = scored(sampled(((3, 4),)), [value, 1.0])
     assert experience.scores.isnan().tolist() == [True, False]
     assert experience.mask.any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_a_response_the_sampler_calls_impossible_is_left_out(value: float, caplog) -> None:
+    spec = grpo_spec()
+    prompts = [PromptRow((5, 6), "", {}), PromptRow((7, 8, 9), "", {})]
+    good = [Completion((5, 1), (-1.0, -2.0), "stop", "", 0) for _ in range(3)]
+    odd = Completion((5, 1), (value, -2.0), "length", "", 0)
+    laid_out = gather_experience(prompts, [[good[0], odd], good[1:]], first_group=0)
+    experience = scored(laid_out, [0.0, 5.0, 1.0, 3.0], truncated_score=-1.0)
+    assert experience.mask.any(1).tolist() == [True, False, True, True]
+    found = summarise(experience, Scores([0.0, 5.0, 1.0, 3.0], {}), spec)
+    assert found["reward/invalid_frac"] == 0.25
+    assert found["reward/mean"] == pytest.approx(4.0 / 3.0)  # of 0, 1 and 3
+    assert "1 of 4 responses are left out" in caplog.text
 
 
 def test_a_mini_batch_without_signal_is_known_before_any_weight_moves(model_dir) -> None:
