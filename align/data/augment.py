@@ -1,4 +1,4 @@
-"""Reword the user's side of training rows: a pure function of (seed, row, epoch)."""
+"""Reword the user turns of training rows as a pure function of (seed, row, epoch)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,14 +10,17 @@ from align.recipe.schema import AugmentSpec
 
 
 def augment(example: Example, spec: AugmentSpec, *, seed: int, index: int, epoch: int) -> Example:
-    """Give the example as it is worded in one epoch; answers and system turns stay as they are.
+    """Return an example with its user turns reworded for one epoch; other turns are unchanged.
 
-    Each user turn loses each of its words with chance ``word_dropout`` (its last word standing is
-    kept), then stands in one of ``templates``. Words are what white space divides.
+    Each word of a user turn is dropped with probability ``word_dropout``, but at least one word is
+    kept. The result is then inserted into one of ``templates``. Words are separated by white space.
 
     Args:
-        example: one row. spec: what to do.
-        seed: of the stage. index: number of the row. epoch: from 0.
+        example: one row.
+        spec: the augmentation settings.
+        seed: seed of the stage.
+        index: number of the row.
+        epoch: counted from 0.
     """
     dice = _Draws(seed, index, epoch)
     return replace(
@@ -48,28 +51,31 @@ def _said(text: str, spec: AugmentSpec, dice: "_Draws") -> str:
 
 
 class _Draws:
-    """Draw numbers in [0, 1) from the stream of one row in one epoch."""
+    """Random numbers in [0, 1) that depend only on the row and the epoch."""
 
     def __init__(self, *place: int) -> None:
         self._place, self._count = place, 0
 
     def next(self) -> float:
-        """Give the next number."""
+        """Return the next number."""
         seed, *where = self._place
         self._count += 1
         return (derive_seed(seed, "augment", *where, self._count) % 2**53) / 2**53
 
 
 class AugmentedRows(Sequence[TokenRow]):
-    """Hold tokenised rows that are worded anew in each epoch.
+    """Tokenized rows that are reworded in each epoch.
 
-    As a sequence it gives the rows as they stand in the data. A row that no longer fits when it is
-    reworded is trained as it stands.
+    Indexing the sequence returns the original rows. If a reworded row is longer than
+    ``max_length``,
+    the original row is trained instead.
 
     Args:
-        rows: as they stand, in the order of training data.
-        examples: what each was made from.
-        render: example -> row. spec: what to do. seed: of the stage.
+        rows: the original tokenized rows, in the order of the training data.
+        examples: the example from which each row was made.
+        render: tokenizes an example.
+        spec: the augmentation settings.
+        seed: seed of the stage.
         max_length: tokens.
     """
 
@@ -95,11 +101,11 @@ class AugmentedRows(Sequence[TokenRow]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[TokenRow]: ...
     def __getitem__(self, index: int | slice) -> TokenRow | Sequence[TokenRow]:
-        """Give rows as they stand."""
+        """Return the original rows."""
         return self._rows[index]
 
     def in_epoch(self, index: int, epoch: int) -> TokenRow:
-        """Give one row as it is worded in an epoch."""
+        """Return one row as it is reworded in an epoch."""
         example = self._examples[index]
         row = self._render(augment(example, self._spec, seed=self._seed, index=index, epoch=epoch))
         return row if len(row.input_ids) <= self._max_length else self._rows[index]

@@ -1,4 +1,4 @@
-"""Plan which rows share a forward pass: a token budget, and the same number of passes per rank."""
+"""Plan which rows share a forward pass, with a token budget and equally many passes per rank."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,25 @@ from collections.abc import Sequence
 def plan_micro_batches(
     lengths: Sequence[int], *, micro_tokens: int, ranks: int, padded: bool = False
 ) -> list[list[list[int]]]:
-    """Distribute the rows of one optimiser step over ranks and micro-batches.
+    """Distribute the rows of one optimizer step over ranks and micro-batches.
 
-    The longest rows are dealt first, each to the rank with the fewest tokens so far; then each
-    rank cuts its rows, longest first, into micro-batches by first fit. Ranks with fewer
-    micro-batches get empty ones, because every rank must issue the same collectives.
+    The longest rows are dealt first, each to the rank with the fewest tokens so far. Each rank then
+    packs its rows, longest first, into micro-batches by first fit. Ranks with fewer micro-batches
+    get empty ones, because every rank must issue the same collectives.
 
     Args:
         lengths: tokens of each row.
-        micro_tokens: budget of one micro-batch; only a single longer row exceeds it.
+        micro_tokens: token budget of one micro-batch; only a single longer row exceeds it.
         ranks: number of processes.
-        padded: True where rows are padded to the longest of their micro-batch: the budget then
-            counts the padding, and rows of like length stand together.
+        padded: True if rows are padded to the longest row of their micro-batch. The budget then
+            includes the padding, and rows of similar length are grouped.
 
     Returns:
-        ``plan[rank][micro]`` is a list of indices into ``lengths``; every index stands in it once.
+        ``plan[rank][micro]``, a list of indices into ``lengths``. Every index occurs exactly once.
     """
     assert micro_tokens >= 1, micro_tokens
     assert ranks >= 1, ranks
+    # Deal rows to ranks.
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -31,6 +32,7 @@ def plan_micro_batches(
         rank = min(range(ranks), key=lambda r: (load[r], len(dealt[r]), r))
         dealt[rank].append(i)
         load[rank] += lengths[i]
+    # Pack each rank's rows, then pad all ranks to the same number of micro-batches.
     fit = _in_order if padded else _first_fit
     plan = [fit(rows, lengths, micro_tokens=micro_tokens) for rows in dealt]
     most = max((len(micros) for micros in plan), default=0)
@@ -38,7 +40,7 @@ def plan_micro_batches(
 
 
 def _in_order(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
-    """Cut rows, longest first, where the next one padded to the first would pass the budget."""
+    """Start a new micro-batch where padding the next row to the longest would exceed the budget."""
     micros: list[list[int]] = []
     for i in rows:
         if not micros or (len(micros[-1]) + 1) * lengths[micros[-1][0]] > micro_tokens:

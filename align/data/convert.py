@@ -1,4 +1,4 @@
-"""Write data sets in another format, mixed and split, with a note of where they came from."""
+"""Convert datasets to another format, mixed and split, and record their provenance."""
 
 import csv
 import gzip
@@ -29,7 +29,7 @@ def _turns(text: Text | None, role: str) -> list[Row]:
 
 
 def extra_fields(example: Example) -> Row:
-    """Return the fields in which a row of any format holds tools, arguments and its weight."""
+    """Return the fields for tools, template arguments and weight in a row of any format."""
     fields: Row = {"tools": [dict(tool) for tool in example.tools]} if example.tools else {}
     if example.template_kwargs:
         fields["chat_template_kwargs"] = dict(example.template_kwargs)
@@ -44,12 +44,12 @@ def _messages(example: Example) -> Row:
 
 def _prompt_completion(example: Example) -> Row:
     prompt, answer = list(_turns(example.prompt, "user")), _turns(example.completion, "assistant")
-    if not prompt:  # a conversation: its last answer is the completion
+    if not prompt:  # a conversation: its last turn is the completion
         prompt, answer = answer[:-1], answer[-1:]
         if any(turn["role"] == "assistant" for turn in prompt):
             raise DataError(
-                f"{example.source}: only the last of several answers would be trained; "
-                "use --to messages"
+                f"{example.source}: only the last of several assistant turns would be trained. "
+                "Use --to messages."
             )
     return {"prompt": prompt, "completion": answer}
 
@@ -90,7 +90,10 @@ def _alpaca(example: Example) -> Row:
     row = _prompt_completion(example)
     roles = [turn["role"] for turn in row["prompt"]]
     if roles not in (["user"], ["system", "user"]) or len(row["completion"]) != 1:
-        raise DataError(f"{example.source}: alpaca holds one question and one answer, not {roles}")
+        raise DataError(
+            f"{example.source}: alpaca rows have one question and one response, found {roles}. "
+            "Use --to messages."
+        )
     _refuse_more(example, "alpaca")
     system = {"system": row["prompt"][0]["content"]} if len(roles) == 2 else {}
     asked, answer = row["prompt"][-1]["content"], row["completion"][0]["content"]
@@ -98,13 +101,13 @@ def _alpaca(example: Example) -> Row:
 
 
 def _refuse_more(example: Example, form: str) -> None:
-    """Raise where an example holds more than the contents of its turns."""
+    """Raise if an example contains more than the text of its turns."""
     turns = [*_turns(example.prompt, "user"), *_turns(example.completion, "assistant")]
     more = sorted({key for turn in turns for key in turn} - {"role", "content"})
     if more or example.tools:
         raise DataError(
-            f"{example.source}: {form} has no place for {', '.join(more or ['tools'])}; "
-            "use --to messages"
+            f"{example.source}: {form} rows cannot store {', '.join(more or ['tools'])}. "
+            "Use --to messages."
         )
 
 
@@ -122,7 +125,7 @@ WRITERS: dict[str, tuple[Kind, Callable[[Example], Row]]] = {
     "prompt": ("prompts", _prompt),
     "text": ("corpus", _text),
 }
-"""What ``--to`` takes: the kind of data it needs, and how a row is written."""
+"""Formats that ``--to`` accepts: the kind of data each needs and the function that writes it."""
 
 
 def convert_sides(
@@ -135,7 +138,7 @@ def convert_sides(
     seed: int,
     columns: bool,
 ) -> list[dict[str, Any]]:
-    """Convert as ``convert`` does; with ``heldout`` the two sides of the split go to two files."""
+    """Convert as ``convert`` does; ``heldout`` writes each side of the split to its own file."""
     if heldout is None:
         return [convert(specs, out, to=to, seed=seed, columns=columns)]
     notes = []
@@ -149,21 +152,24 @@ def convert_sides(
 def convert(
     specs: Sequence[DataSpec], out: Path, *, to: str, seed: int, columns: bool
 ) -> dict[str, Any]:
-    """Load data as a stage would, write it to ``out`` and beside it ``<out>.provenance.json``.
+    """Load data as a stage would; write it to ``out`` and its record to ``<out>.provenance.json``.
 
     Args:
-        specs: inputs, with weights and the side of the split. out: .jsonl, .jsonl.gz, .json, .csv,
-            .tsv or .parquet. to: a key of WRITERS. seed: decides the rest of a mixture.
+        specs: inputs, with their weights and the side of the split.
+        out: a .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet file.
+        to: a key of WRITERS.
+        seed: random seed of the mixture.
         columns: keep the other fields of the rows.
 
     Returns:
-        The provenance: inputs, with sha256 and rows, options, and the output's sha256 and rows.
+        The provenance: inputs with their sha256 and number of rows, options, and the sha256 and
+        number of rows of the output.
 
     Raises:
-        DataError: rows that cannot be used, or that the format cannot hold; nothing is written.
+        DataError: rows are invalid, or the format cannot store them. Nothing is written.
     """
     if out.exists():
-        raise DataError(f"{out}: is there already; name another file or remove it")
+        raise DataError(f"{out}: the file already exists. Choose another name or remove it.")
     kind, write = WRITERS[to]
     rows = []
     for example in load_examples(specs, kind=kind, seed=seed):
@@ -205,13 +211,15 @@ def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> Non
     elif suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
-        raise DataError(f"{path.name.removeprefix('.partial-')}: cannot be written; use .jsonl")
+        raise DataError(
+            f"{path.name.removeprefix('.partial-')}: this file type cannot be written. Use .jsonl."
+        )
     content = text.encode("utf-8")
     path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
 
 
 def _table(rows: Iterable[Row], separator: str, path: Path) -> str:
-    """Write rows of single turns as a table of plain texts."""
+    """Return rows with single turns as a table of plain text."""
     import io
 
     stream = io.StringIO(newline="")
@@ -229,5 +237,7 @@ def _cell(value: Any, path: Path) -> Any:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content", value)
     if isinstance(value, list | Mapping):
-        raise DataError(f"{path.name.removeprefix('.partial-')}: a table holds no {value!r:.60}")
+        raise DataError(
+            f"{path.name.removeprefix('.partial-')}: a table cannot store {value!r:.60}; use .jsonl"
+        )
     return value

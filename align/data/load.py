@@ -26,7 +26,7 @@ _MISSING = object()
 
 
 def _nested(row: Mapping[str, Any], path: str) -> Any:
-    """Return what stands at ``outer.inner`` of a row, whose outer field stays as it is."""
+    """Return the value at ``outer.inner`` of a row; the outer field is kept."""
     value: Any = row
     for name in path.split("."):
         value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
@@ -34,15 +34,15 @@ def _nested(row: Mapping[str, Any], path: str) -> Any:
 
 
 def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
-    """Return the row with its fields renamed ``{old: new}``; ``outer.inner`` names a nested one.
+    """Return the row with its fields renamed ``{old: new}``; ``outer.inner`` names a nested field.
 
     Raises:
-        DataError: a field is missing, or two would have one name.
+        DataError: a field is missing, or two fields would have the same name.
     """
     if not rename:
         return row
     if isinstance(row, str):
-        raise DataError(f"{source}: 'rename' has no effect on plain text; remove it", code="D044")
+        raise DataError(f"{source}: 'rename' has no effect on plain text. Remove it.", code="D044")
     nested = {old: _nested(row, old) for old in rename if old not in row and "." in old}
     row = {**row, **{old: value for old, value in nested.items() if value is not _MISSING}}
     missing = sorted(set(rename) - set(row))
@@ -52,7 +52,7 @@ def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
     names = Counter(rename.get(key, key) for key in row)
     twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
-        message = f"{source}: rename: {twice} would stand twice in {sorted(row)}"
+        message = f"{source}: rename: {twice} would occur twice in {sorted(row)}"
         raise DataError(message, code="D042")
     return {rename.get(key, key): value for key, value in row.items()}
 
@@ -62,33 +62,37 @@ logger = logging.getLogger(__name__)
 AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
 NUM_PLACES = 5
-"""Long rows that a message names."""
+"""Number of long rows that a message names."""
 PROMPT_CUT = "prompt cut"
-"""Reason in the ledger of a pair that stays, with the beginning of its prompt cut off."""
+"""Ledger reason for a pair that is kept after the beginning of its prompt was cut off."""
 
 
 def load_examples(
     specs: Sequence[DataSpec], *, kind: Kind, seed: int, mix_cap: int | None = None
 ) -> list[Example]:
-    """Load the rows of all specs in one deterministic list.
+    """Load the rows of all specs into one deterministic list.
 
-    Each spec in turn is read, its fields renamed (``rename: {old: new}``), its rows brought into
-    canonical form and split by the hash of the first user message; ``rows`` then keeps a seeded
-    choice of that many, in file order. ``answers`` makes sft rows of preference pairs. ``weight``
-    sets the mixture: with n_i rows and weight w_i, a spec of the largest n_i / w_i = S keeps each
-    row once, and every other spec is brought to round(w_i * S) rows: whole copies in order, then a
-    seeded choice of the rest. So nothing is ever thrown away by a weight, equal weights make the
-    sets equally large, and without any weight set (all 1.0) the sets are joined as they are. The
+    Each spec is read in turn: its fields are renamed (``rename: {old: new}``), its rows are
+    converted
+    to examples and split by the hash of the first user message. ``rows`` then keeps a seeded sample
+    of that size, in file order. ``answers`` turns preference pairs into sft rows.
+
+    ``weight`` sets the mixture. With n_i rows and weight w_i, let S be the largest n_i / w_i. The
+    spec
+    that attains S keeps each row once. Every other spec is expanded to round(w_i * S) rows: whole
+    copies in order, then a seeded sample of the rest. A weight therefore never drops rows, and
+    equal
+    weights make the sets equally large. Without weights (all 1.0) the sets are concatenated. The
     result is not shuffled.
 
     Args:
         specs: data sources of the recipe.
         kind: what the stage needs of each row. ``prompts`` takes the prompt of any kind of row.
-        seed: decides ``rows``, weights, wordings and generated data.
-        mix_cap: weights are min(n_i, mix_cap): sets count by their size, up to a limit.
+        seed: random seed of ``rows``, weights, wordings and synthetic data.
+        mix_cap: weights are min(n_i, mix_cap), so sets count by their size up to a limit.
 
     Raises:
-        DataError: rows that cannot be used (up to 20 are listed), or nothing is left.
+        DataError: rows are invalid (up to 20 are listed), or no rows are left.
     """
     parts = [_load_one(spec, kind=kind, seed=seed, index=i) for i, spec in enumerate(specs)]
     weights = [spec.weight for spec in specs]
@@ -107,13 +111,13 @@ def load_examples(
 
 
 def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
-    """Refuse data in which a prompt stands on both sides.
+    """Raise if a prompt occurs on both sides of the split.
 
-    Prompts are compared by what decides the split (the first user message or the text), and
-    generated rows also by their instance, whatever its wording.
+    Prompts are compared by the text that determines the split (the first user message or the text).
+    Rows of synthetic tasks are also compared by their instance, whatever its wording.
 
     Raises:
-        DataError: with how many prompts overlap and the first few places.
+        DataError: with the number of overlapping prompts and the first few places.
     """
     seen: dict[str, str] = {}
     for example in train:
@@ -128,8 +132,8 @@ def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
     if both:
         places = "".join(f"\n  {late} repeats {early}" for late, early in both[:MAX_REPORTED])
         raise DataError(
-            f"{len(both)} held-out rows have a prompt that is also trained on; give both sources "
-            f"the same heldout_frac and split: train / split: heldout{places}"
+            f"{len(both)} held-out rows have a prompt that is also in the training data. Set "
+            f"the same heldout_frac for both sources, with split: train and split: heldout{places}"
         )
 
 
@@ -141,25 +145,26 @@ def fit_rows(
     what: str,
     ledger: Path | None = None,
 ) -> tuple[list[AnyRow], int]:
-    """Keep the rows that fit; never cut an answer.
+    """Return the rows that fit into ``max_length``; responses are never cut.
 
-    A sequence that is longer is lost whole. The prompt of a pair is cut from the left as far as
-    needed, the same for both answers, so that both survive; the pair is lost when its longer
-    answer leaves no prompt token, or the prompt must stay whole (``shared`` False). Prompts longer
-    than ``max_length`` are lost whole.
+    A sequence that is too long is dropped whole. The prompt of a pair is cut from the left as far
+    as
+    needed, equally for both responses, so that both survive. The pair is dropped if its longer
+    response leaves no prompt token, or if the prompt must stay whole (``shared`` is False). Prompts
+    longer than ``max_length`` are dropped whole.
 
     Args:
-        rows: tokenised rows.
+        rows: tokenized rows.
         max_length: tokens.
-        max_lost_frac: largest share that may be lost.
+        max_lost_frac: largest fraction of rows that may be dropped.
         what: name of the data in messages.
-        ledger: JSON Lines file to which every row that is lost or cut is added.
+        ledger: JSON Lines file to which every dropped or cut row is appended.
 
     Returns:
-        The rows kept and how many were lost.
+        The rows that are kept and the number of dropped rows.
 
     Raises:
-        DataError: more than ``max_lost_frac`` of the rows are lost, or all.
+        DataError: more than ``max_lost_frac`` of the rows, or all of them, are dropped.
     """
     kept: list[AnyRow] = []
     lost: list[AnyRow] = []
@@ -205,11 +210,11 @@ def fit_rows(
 
 
 def _places(rows: Sequence[AnyRow], ledger: Path | None) -> str:
-    """Name the first rows, and say where all of them stand."""
+    """Return the places of the first rows, and the file that lists all of them."""
     first = ", ".join(f"{row.source} ({_length(row)} tokens)" for row in rows[:NUM_PLACES])
     if len(rows) <= NUM_PLACES:
         return first or "no rows"
-    everywhere = ledger or "what 'align data check' says with --model and --max-length"
+    everywhere = ledger or "the output of 'align data check' with --model and --max-length"
     return f"{first} and {len(rows) - NUM_PLACES} more, all in {everywhere}"
 
 
@@ -232,7 +237,7 @@ def _length(row: TokenRow | PairRow | PromptRow) -> int:
 
 
 def fit_row(row: AnyRow, *, max_length: int) -> AnyRow | None:
-    """Give a row as it is or with its pair's prompt cut, or None where it is lost."""
+    """Return a row unchanged or, for a pair, with its prompt cut; None if it cannot fit."""
     if _length(row) <= max_length:
         return row
     return cast(AnyRow | None, _cut_pair(row, max_length)) if isinstance(row, PairRow) else None
@@ -256,6 +261,7 @@ def _cut(row: TokenRow, count: int) -> TokenRow:
     return replace(row, input_ids=row.input_ids[count:], trained=row.trained[count:])
 
 
+# A synthetic instance can be worded in several ways, so its text alone does not identify it.
 def _identities(example: Example) -> list[str]:
     instance = example.columns.get("instance")
     is_world = example.source.startswith("world:")
@@ -277,7 +283,7 @@ def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Exam
     if not examples:
         raise DataError(
             f"{_name(spec)}: no rows are left for {kind} (split {spec.split}, heldout_frac "
-            f"{spec.heldout_frac}); check the file, or take split: all"
+            f"{spec.heldout_frac}). Check the file, or use split: all."
         )
     return examples
 
@@ -288,7 +294,7 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         raise DataError(f"world {spec.world}: how many? give 'rows'")
     if spec.world != kind and kind != "prompts":
         made = kind in ("corpus", "sft", "preference")
-        advice = f"use world: {kind}" if made else "give a file of such rows by 'path'"
+        advice = f"use world: {kind}" if made else "set 'path' to a file of such rows"
         raise DataError(f"world {spec.world} cannot serve as {kind} data; {advice}")
     if spec.rename or spec.format != "auto":
         raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
@@ -305,7 +311,7 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
 
 
 def source_of(spec: DataSpec) -> tuple[str, str]:
-    """Return the name by which the source of a spec is read, and which side of it by hash."""
+    """Return the name under which the source of a spec is read, and the side of its hash split."""
     assert spec.path is not None
     return named_source(spec.path, config=spec.config, revision=spec.revision, split=spec.split)
 
@@ -315,7 +321,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     wanted: Kind = kind
     if spec.answers is not None:
         if kind != "sft":
-            raise DataError(f"{spec.path}: 'answers' has no effect on {kind} data; remove it")
+            raise DataError(f"{spec.path}: 'answers' has no effect on {kind} data. Remove it.")
         kind = "preference"
     detector = FormatDetector(spec.format, kind=kind)
     examples: list[Example] = []
@@ -342,7 +348,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
     if barren:
         total = detector.counts.total()
-        logger.warning("%s: %d of %d rows hold no %s example", spec.path, barren, total, kind)
+        logger.warning("%s: %d of %d rows contain no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
     plain = sum(isinstance(e.prompt, str) and isinstance(e.completion, str) for e in examples)
@@ -369,7 +375,7 @@ def _worded(row: Row, spec: DataSpec, source: str, seed: int) -> Sequence[Row]:
 
 
 def _answers(example: Example, spec: DataSpec) -> list[Example]:
-    """Make sft examples of a pair where the recipe asks for it (``answers``)."""
+    """Return sft examples made from a pair if the recipe asks for them (``answers``)."""
     if spec.answers is None:
         return [example]
     sides = [example.completion, example.rejected][: 1 if spec.answers == "chosen" else 2]

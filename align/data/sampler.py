@@ -1,4 +1,4 @@
-"""Choose rows as a pure function of (seed, step), so that a resumed run needs no saved state."""
+"""Select rows as a pure function of (seed, step), so that resuming needs no saved state."""
 
 import hashlib
 
@@ -6,23 +6,23 @@ import numpy as np
 
 
 def epoch_indices(num_rows: int, *, seed: int, epoch: int) -> list[int]:
-    """Give the order of the rows in an epoch: a permutation of ``range(num_rows)``."""
+    """Return the order of the rows in an epoch: a permutation of ``range(num_rows)``."""
     digest = hashlib.sha256(f"sampler/epoch/{seed}/{epoch}".encode()).digest()
     stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
     return stream.permutation(num_rows).tolist()
 
 
 def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
-    """Give (row, epoch) of each row of one step from the endless stream of epochs laid end to end.
+    """Return (row, epoch) for each row of one step, from an endless stream of concatenated epochs.
 
-    Step s covers positions ``s * batch_size`` up to ``(s + 1) * batch_size``: every row is used
-    once per epoch, and a batch may reach over the border of two epochs (then a row can stand in
-    it twice).
+    Step s covers positions ``s * batch_size`` to ``(s + 1) * batch_size``. Every row is used once
+    per
+    epoch. A batch may span the boundary of two epochs and can then contain a row twice.
 
     Args:
-        num_rows: rows of the data set, at least 1.
-        batch_size: rows of a step.
-        seed: seed of the order.
+        num_rows: number of rows in the dataset, at least 1.
+        batch_size: number of rows per step.
+        seed: random seed of the order.
         step: number of the step, from 0.
     """
     assert min(num_rows, batch_size) >= 1, (num_rows, batch_size)
@@ -38,5 +38,5 @@ def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> lis
 
 
 def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
-    """Give the rows of one step; see ``batch_places``."""
+    """Return the rows of one step; see ``batch_places``."""
     return [row for row, _ in batch_places(num_rows, batch_size, seed=seed, step=step)]

@@ -1,4 +1,4 @@
-"""Decide train or held-out for a row by a stable hash of its prompt."""
+"""Assign each row to the train or held-out side by a stable hash of its prompt."""
 
 import hashlib
 from typing import Literal
@@ -9,12 +9,12 @@ Side = Literal["train", "heldout"]
 
 
 def hash_fraction(text: str) -> float:
-    """Map a text to [0, 1) by the first 8 bytes of its sha256; the same everywhere and always."""
+    """Return a number in [0, 1) from the text's sha256 (its first 8 bytes); it never changes."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
 def first_question(text: Text) -> str:
-    """Give the first user message of a conversation (its first turn if none), or the plain text."""
+    """Return the first user message of a conversation (else its first turn), or the plain text."""
     if isinstance(text, str):
         return text
     for turn in text:
@@ -24,10 +24,10 @@ def first_question(text: Text) -> str:
 
 
 def split_key(example: Example) -> str:
-    """Give the text that decides the side: the first user message, else the prompt, else the text.
+    """Return the text that determines the side: the first user message, else the whole text.
 
-    Rows that share their first user message therefore never stand on both sides, whatever
-    follows it.
+    The prompt takes precedence over the completion. Rows with the same first user message are
+    therefore always on the same side, whatever follows.
     """
     for part in (example.prompt, example.completion):
         if part:
@@ -38,5 +38,5 @@ def split_key(example: Example) -> str:
 
 
 def side_of(key: str, *, heldout_frac: float) -> Side:
-    """Say on which side a key stands: held out when its hash fraction is below the share."""
+    """Return the side of a key: held out if its hash fraction is below ``heldout_frac``."""
     return "heldout" if hash_fraction(key) < heldout_frac else "train"

@@ -1,4 +1,4 @@
-"""Show a row token by token: what is trained, what is masked, where generation stops."""
+"""Show a row token by token: which tokens are trained or masked, and where generation stops."""
 
 import html
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ State = Literal["masked", "trained", "stop"]
 _STYLES = {"masked": "dim", "trained": "green", "stop": "bold white on red"}
 _CLASSES = {"masked": "mask", "trained": "train", "stop": "stop"}
 LEFT_OUT = "left out"
-"""State, in a plain view, of the number of tokens that are not shown."""
+"""State of the entry, in a plain view, that counts the tokens not shown."""
 _AROUND, _AT_END = 48, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Hold one token: its id, its text, and ``stop`` for a trained stop token."""
+    """One token with its id and text; ``state`` is ``stop`` for a trained stop token."""
 
     id: int
     text: str
@@ -31,22 +31,22 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Hold the tokens of one side of a row (``row``, ``chosen`` or ``rejected``)."""
+    """The tokens of one side of a row (``row``, ``chosen``, ``rejected`` or ``prompt``)."""
 
     source: str
     side: str
     tokens: tuple[Token, ...]
 
     def counts(self) -> dict[str, int]:
-        """Count tokens by state."""
+        """Return the number of tokens in each state."""
         return {state: sum(t.state == state for t in self.tokens) for state in _STYLES}
 
 
 def views(example: Example, chat: ChatFormat) -> Iterator[View]:
-    """Give the views of an example: one of an sft row, two of a pair, one of a bare prompt.
+    """Yield the views of an example: one for an sft row or a bare prompt, two for a pair.
 
     Raises:
-        DataError: the template or the tokenizer refuses the row.
+        DataError: the template or the tokenizer rejects the row.
     """
     if example.rejected is not None:
         pair = chat.pair_row(example)
@@ -61,19 +61,19 @@ def views(example: Example, chat: ChatFormat) -> Iterator[View]:
 
 
 def view_of(row: TokenRow, chat: ChatFormat | PairedFormat, *, side: str) -> View:
-    """Give the view of a row that is tokenised already."""
+    """Return the view of a row that is already tokenized."""
     return View(row.source, side, tuple(_tokens(row, chat)))
 
 
 def _tokens(row: TokenRow, chat: ChatFormat | PairedFormat) -> Iterator[Token]:
-    """Give the tokens; text is decoded as far as it is whole, so that no character is torn."""
+    """Yield the tokens, decoding only complete text so that no character is split."""
     start, before = 0, ""
     for i, token in enumerate(row.input_ids):
         whole = str(chat.tokenizer.decode(list(row.input_ids[start : i + 1])))
         text = "" if whole.endswith("\ufffd") else whole[len(before) :]
         if text:
             before = whole
-        if len(before) > 200:  # start anew now and then: decoding is linear in what it is given
+        if len(before) > 200:  # restart now and then: decoding time grows with the text
             start, before = i + 1, ""
         trained = row.trained[i]
         stops = trained and token in chat.stop_token_ids
@@ -81,15 +81,15 @@ def _tokens(row: TokenRow, chat: ChatFormat | PairedFormat) -> Iterator[Token]:
 
 
 def headline(view: View) -> str:
-    """Give the place of a view and its counts."""
+    """Return the place of a view and its token counts."""
     counts = ", ".join(f"{count} {state}" for state, count in view.counts().items())
     return f"{view.source} {view.side}: {len(view.tokens)} tokens, {counts}"
 
 
 def as_text(view: View, *, colour: bool) -> Text:
-    """Give the tokens for a terminal; without colour trained ones stand in [brackets].
+    """Return the tokens for a terminal; without colors, trained tokens are in [brackets].
 
-    A stop token is marked by a dagger, a line break by its arrow as well.
+    A stop token is marked with a dagger and a line break with an arrow.
     """
     text = Text()
     last: State = "masked"
@@ -103,10 +103,10 @@ def as_text(view: View, *, colour: bool) -> Text:
 
 
 def plain(view: View) -> dict[str, Any]:
-    """Give a view as plain data for JSON: place, counts of all tokens, and the tokens that matter.
+    """Return a view as plain data for JSON: place, counts of all tokens, and the relevant tokens.
 
-    Of a long row the tokens around the first trained one and the last few are given; between them
-    stands [number of tokens, "left out"].
+    For a long row, these are the tokens around the first trained one and the last few. Between them
+    is an entry [number of tokens, "left out"].
     """
     tokens = view.tokens
     start = next((i for i, t in enumerate(tokens) if t.state != "masked"), len(tokens))
@@ -122,7 +122,7 @@ def plain(view: View) -> dict[str, Any]:
 
 
 def as_html(view: View) -> str:
-    """Give the tokens as one HTML fragment: spans of class ``mask``, ``train`` and ``stop``."""
+    """Return the tokens as one HTML fragment: spans of class ``mask``, ``train`` and ``stop``."""
     spans = "".join(
         f'<span class="{_CLASSES[token.state]}" title="{token.id}">{html.escape(token.text)}</span>'
         for token in view.tokens

@@ -1,10 +1,10 @@
-"""Generate a small world of instructions with checkable answers; a seed decides everything.
+"""Generate synthetic instructions with verifiable answers, determined entirely by a random seed.
 
-Five tasks (arithmetic, sort, reverse, count, pick) over 20 nouns and the numbers 0 to 20. Every
-answer says ``the answer is X`` followed by ``.`` or ``,``, so that ANSWER_PATTERN finds X. Besides
-the value an answer has a manner; the preferred one opens politely, is brief and ends properly.
-Train and held-out questions differ in their *instance* (task and items, whatever their order and
-the phrasing), so no rewording of a training question is ever held out.
+There are five tasks (arithmetic, sort, reverse, count, pick) over 20 nouns and the numbers 0 to 20.
+Every response says ``the answer is X`` followed by ``.`` or ``,``, so that ANSWER_PATTERN finds X.
+A response also has a style; the preferred one opens politely, is brief and ends properly.
+Train and held-out questions differ in their *instance* (task and items, regardless of their order
+and phrasing), so a reworded training question is never held out.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from align.core.types import Example, Turn
 from align.data.split import side_of
 
 ANSWER_PATTERN = r"answer is ([a-z0-9]+(?: [a-z0-9]+)*)"
-"""Group 1 is the value that stands in the column ``answer``."""
+"""Group 1 is the value, which is also in the column ``answer``."""
 POLITE_PATTERN = r"(?:sure|of course|gladly), the answer is [a-z0-9]+(?: [a-z0-9]+)*\."
-"""The whole of an answer in the preferred manner (for the reward ``format``)."""
+"""Matches a whole response in the preferred style (for the reward ``format``)."""
 OPENING_PATTERN = r"^(?:sure|of course|gladly), "
-"""A polite opening (for the reward ``regex``)."""
+"""Matches a polite opening (for the reward ``regex``)."""
 FINISHED_PATTERN = r"\.$"
-"""A proper end (for the reward ``regex``)."""
+"""Matches a proper end (for the reward ``regex``)."""
 BRIEF_WORDS = 9
-"""No answer in the preferred manner has more words than this (for the reward ``length``)."""
+"""Largest number of words of a response in the preferred style (for the reward ``length``)."""
 
 KINDS = {
     "animal": ("cat", "dog", "fox", "cow", "pig"),
@@ -58,7 +58,7 @@ NUMBERS: tuple[str, ...] = (
     "nineteen",
     "twenty",
 )
-"""In words: tokenizers cut figures into digits, and these models are to learn in a minute."""
+"""Numbers as words: tokenizers split figures into digits, and these models must learn quickly."""
 MAX_NUMBER = len(NUMBERS) - 1
 MAX_TRIES = 10_000
 
@@ -78,13 +78,13 @@ MANNERS = {
     "unfinished": ("the answer is {x}, and", "so the answer is {x}, but"),
 }
 POLITE_SHARE = 0.3
-"""Share of the preferred manner in ``sft``; the others share the rest equally."""
+"""Fraction of the preferred style in ``sft``; the other styles share the rest equally."""
 CARELESS = ("rambling", "rude", "unfinished")
 CARELESS_WRONG_SHARE = 0.5
-"""Share of wrong answers in ``sft`` among the careless manners: demonstrations are not clean, and
-which of them to trust is what reinforcement can find out."""
+"""Fraction of wrong answers in ``sft`` among the careless styles. Demonstrations are not clean, and
+reinforcement learning can find out which of them to trust."""
 WRONG_SHARE = 0.25
-"""Share of preference pairs that differ in correctness instead of manner."""
+"""Fraction of preference pairs that differ in correctness instead of style."""
 
 PHRASES = {
     "plus": (
@@ -168,7 +168,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Hold one question before it is worded, its answer and a plausible wrong answer."""
+    """A question before it is worded, with its answer and a plausible wrong answer."""
 
     task: str
     form: str
@@ -179,14 +179,15 @@ class Instance:
 
     @property
     def key(self) -> str:
-        """Name the instance whatever the order of its items and its phrasing."""
+        """Return a name that does not depend on the order of the items or the phrasing."""
         return f"{self.task}|{' '.join(sorted(self.items))}"
 
 
 class _Dice:
-    """Draw from a stream that depends only on what it is named after.
+    """Random draws from a stream that depends only on its name.
 
-    Only ``random.Random.random`` is used: its sequence is guaranteed over Python versions.
+    Only ``random.Random.random`` is used, because its sequence is guaranteed across Python
+    versions.
     """
 
     def __init__(self, *names: object) -> None:
@@ -313,7 +314,9 @@ def _draw(dice: _Dice, split: str, heldout_frac: float, tasks: Sequence[str]) ->
         instance = make(dice)
         if split == "all" or side_of(instance.key, heldout_frac=heldout_frac) == split:
             return instance
-    raise DataError(f"world: no {split} instance found with heldout_frac {heldout_frac}; change it")
+    raise DataError(
+        f"world: no {split} instance found with heldout_frac {heldout_frac}. Change it."
+    )
 
 
 def _question(dice: _Dice, instance: Instance) -> str:
@@ -332,8 +335,8 @@ def _sentence(dice: _Dice, instance: Instance) -> str:
     if draw == 1:
         return dice.pick(MANNERS_IN_PROSE)
     if draw <= 4:
-        # Something to copy word for word: a model this small learns to copy from it, and so the
-        # tasks that are about lists.
+        # Text to copy word for word: such a small model learns copying from it, which the list
+        # tasks need.
         words = " ".join(dice.sample(NOUNS, dice.number(2, 4)))
         return f"say {words}, get {words}."
     if draw <= 9:
@@ -347,7 +350,7 @@ def _turn(role: str, content: str) -> list[Turn]:
 
 
 def _answers(dice: _Dice, kind: str, instance: Instance) -> tuple[str | None, str | None]:
-    """Give the answer (sft) or the chosen and the rejected one (preference)."""
+    """Return the response (sft), or the chosen and the rejected one (preference)."""
     if kind == "prompts":
         return None, None
     others = tuple(name for name in MANNERS if name != PREFERRED)
@@ -382,16 +385,16 @@ def generate(
     heldout_frac: float = 0.1,
     tasks: Sequence[str] = tuple(TASKS),
 ) -> Iterator[Example]:
-    """Generate rows of the small world; the same arguments give the same bytes.
+    """Generate rows of the synthetic tasks; the same arguments produce identical rows.
 
     Args:
-        kind: ``corpus`` is plain prose for pretraining; ``sft`` conversations with right answers
-            in mixed manners; ``preference`` pairs that differ in manner or in correctness;
-            ``prompts`` distinct questions. All but corpus have the columns answer, task, instance.
+        kind: ``corpus`` is plain prose for pretraining; ``sft`` conversations in mixed styles;
+            ``preference`` pairs that differ in style or in correctness; ``prompts`` distinct
+            questions. All but corpus have the columns answer, task and instance.
         rows: number of rows.
-        seed: decides everything; each kind and split has its own stream.
-        split: side of the instances; the side is decided by the hash of ``Instance.key``.
-        heldout_frac: share of instances held out; use the same wherever sides must not meet.
+        seed: random seed; each kind and split has its own stream.
+        split: side of the instances, determined by the hash of ``Instance.key``.
+        heldout_frac: fraction of instances held out; use the same value for all sides of a split.
         tasks: which of ``TASKS`` are drawn.
 
     Raises:
@@ -407,8 +410,8 @@ def generate(
         tries += 1
         if tries > 100 * rows:
             raise DataError(
-                f"world {kind} ({split}): {rows} distinct questions asked, found {len(seen)}; "
-                "ask for fewer rows or raise heldout_frac"
+                f"world {kind} ({split}): {rows} distinct questions requested, found {len(seen)}. "
+                "Request fewer rows or raise heldout_frac."
             )
         instance = _draw(dice, split, heldout_frac, tasks)
         question = _question(dice, instance)

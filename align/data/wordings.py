@@ -1,12 +1,12 @@
-"""Word rows as instructions by templates, several wordings of one task (FLAN, arXiv:2109.01652).
+"""Turn rows into instructions with templates, several per task (FLAN, arXiv:2109.01652).
 
-A file of templates is a YAML list. Each entry has a ``name`` and the fields of the row that it
-makes, as Jinja2 over the fields of the row that it reads::
+A template file is a YAML list. Each entry has a ``name`` and the fields of the row that it creates,
+as Jinja2 over the fields of the input row::
 
     - name: ask
       prompt: "Question: {{ question }}"
       completion: "{{ answer | trim }}"
-    - name: turned            # the task the other way round
+    - name: turned            # the reverse task
       prompt: "Write a question whose answer is {{ answer }}."
       completion: "{{ question }}"
 """
@@ -32,22 +32,22 @@ FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """Hold one wording: the field of the new row to its compiled template."""
+    """One wording: a compiled template for each field of the new row."""
 
     name: str
     fields: Mapping[str, Any]
 
     def apply(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """Make a row of turns; the fields of the old one stay beside it as columns.
+        """Return a row of turns; the fields of the old row are kept as columns.
 
         Raises:
-            DataError: the row lacks a field that the template names, or a text comes out empty.
+            DataError: the row lacks a field that the template uses, or a rendered text is empty.
         """
         made: dict[str, Any] = {}
         for field, template in self.fields.items():
             try:
                 text = template.render(row).strip()
-            except Exception as error:  # what a template computes may raise anything
+            except Exception as error:  # code in a template may raise any exception
                 said = str(error) or type(error).__name__
                 raise DataError(
                     f"{source}: template '{self.name}', {field}: {said}; the row has {sorted(row)}"
@@ -68,14 +68,14 @@ def word_row(
     phrasing: Literal["one", "all"],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Word one row, in one wording that the seed and the row's place draw, or in every one.
+    """Apply one wording, selected by the seed and the row's place, or all wordings to a row.
 
     Raises:
-        DataError: the file of templates is faulty or does not fit the row.
+        DataError: the template file is invalid or does not fit the row.
     """
     wordings = read_wordings(templates)
     if not isinstance(row, Mapping):
-        raise DataError(f"{source}: plain text has no fields for templates; remove 'templates'")
+        raise DataError(f"{source}: plain text has no fields for templates. Remove 'templates'.")
     if phrasing == "all":
         return [wording.apply(row, source) for wording in wordings]
     digest = hashlib.sha256(f"wording/{seed}/{source}".encode()).digest()
@@ -84,14 +84,14 @@ def word_row(
 
 @lru_cache(maxsize=32)
 def read_wordings(path: str) -> Sequence[Wording]:
-    """Read a file of templates; they run sandboxed and cannot change what they are given.
+    """Read a template file; templates run in a sandbox and cannot change their input.
 
     Raises:
-        DataError: with every mistake of the file.
+        DataError: lists every error in the file.
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{path}: no such file of templates (from {Path.cwd()})")
+        raise DataError(f"{path}: the template file does not exist (relative to {Path.cwd()})")
     content = file.read_bytes()
     note(file, hashlib.sha256(content).hexdigest())
     try:
@@ -118,9 +118,9 @@ def read_wordings(path: str) -> Sequence[Wording]:
 
 
 def _given(value: Any) -> Any:
-    """Refuse an empty field, which Jinja would write as the word None."""
+    """Raise for an empty field, which Jinja would render as the word None."""
     if value is None:
-        raise ValueError("a field that it writes is empty (null)")
+        raise ValueError("a field that it renders is empty (null)")
     return value
 
 

@@ -182,9 +182,9 @@ def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path):
     assert done.returncode == 2, done.stderr
     said = " ".join(done.stdout.decode().split())
     assert "D011 error" in said
-    assert "someone/some-data: no such file or folder here, and not to be had from the hub" in said
-    assert "download the data set where there is a network and give its folder" in said
-    with pytest.raises(DataError, match="not to be had from the hub"):
+    assert "someone/some-data: no such file or folder, and it cannot be loaded from the hub" in said
+    assert "download the dataset on a machine with network access and use its folder" in said
+    with pytest.raises(DataError, match="cannot be loaded from the hub"):
         load_examples([DataSpec(path="someone/some-data:test")], kind="sft", seed=0)
 
 

@@ -70,11 +70,11 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path: P
     rows[2]["messages"] *= 2
     write_rows(rows, source, "jsonl")
     spec = DataSpec(path=str(source))
-    with pytest.raises(DataError, match=r"in.jsonl:3: only the last of several answers"):
+    with pytest.raises(DataError, match=r"in.jsonl:3: only the last of several assistant turns"):
         convert([spec], out, to="prompt_completion", seed=0, columns=True)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
     convert([spec], out, to="messages", seed=0, columns=False)
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="the file already exists"):
         convert([spec], out, to="messages", seed=0, columns=False)
 
 

@@ -157,7 +157,7 @@ def test_preference_rows_of_each_format(name: str, row: dict, expected: tuple) -
     assert detect(row, kind="preference", source="f:1") == name
     assert one(row, "preference") == expected
     assert one(row, "prompts") == (expected[0], None, None)
-    with pytest.raises(DataError, match="preference data, the stage needs sft"):
+    with pytest.raises(DataError, match="preference data, but the stage needs sft"):
         one(row, "sft", name)
 
 
@@ -187,7 +187,7 @@ def test_unpaired_rows_are_imported_with_their_label() -> None:
     for row in rows:
         (example,) = to_examples(row, kind="unpaired", format="auto", source="f:1")
         assert (example.prompt, example.completion, example.label) == ([U], [A], False)
-        with pytest.raises(DataError, match="unpaired data, the stage needs sft"):
+        with pytest.raises(DataError, match="unpaired data, but the stage needs sft"):
             one(row, "sft")
 
 
@@ -287,7 +287,7 @@ def test_margin_comes_from_its_field_or_from_the_scores() -> None:
             "preference",
             "one is text, the other turns",
         ),
-        ({"chosen": "abc", "rejected": "xyz"}, "preference", "share no beginning"),
+        ({"chosen": "abc", "rejected": "xyz"}, "preference", "have no common prefix"),
         ({"prompt": [U], "chosen": [U, A], "rejected": [B]}, "preference", "only one of chosen"),
         (
             {"prompt": [U, A], "chosen": [A], "rejected": [B]},

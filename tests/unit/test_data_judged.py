@@ -48,7 +48,7 @@ def test_faulty_steps_are_named(row: dict, told: str):
 
 
 def test_steps_are_no_pairs():
-    with pytest.raises(DataError, match="is steps data, the stage needs preference"):
+    with pytest.raises(DataError, match="is steps data, but the stage needs preference"):
         read({"prompt": "a", "steps": [{"text": "b", "label": True}]}, "preference")
 
 

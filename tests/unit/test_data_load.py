@@ -101,7 +101,7 @@ def test_load_renames_fields_and_names_a_missing_one(tmp_path: Path) -> None:
     assert (example.prompt, example.completion, example.columns) == ("q", "a", {"id": 3})
     with pytest.raises(DataError, match=r"qa.jsonl:1: rename: no field \['ask'\]"):
         load_examples([DataSpec(path=path, rename={"ask": "prompt"})], kind="sft", seed=0)
-    with pytest.raises(DataError, match="would stand twice"):
+    with pytest.raises(DataError, match="would occur twice"):
         load_examples([DataSpec(path=path, rename={"id": "answer"})], kind="sft", seed=0)
 
 
@@ -123,7 +123,7 @@ def test_load_counts_rows_that_hold_no_pair(
         (pair,) = load_examples([DataSpec(path=path)], kind="preference", seed=0)
     assert (pair.completion[0]["content"], pair.rejected[0]["content"]) == ("r1", "r0")
     assert pair.margin == 4.0
-    assert "1 of 2 rows hold no preference example" in caplog.text
+    assert "1 of 2 rows contain no preference example" in caplog.text
 
 
 def test_overlap_is_refused_by_prompt_and_by_world_instance() -> None:
@@ -190,7 +190,7 @@ def test_answers_are_refused_where_they_have_no_effect(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'answers' has no effect on prompts data"):
         load_examples([DataSpec(path=pairs, answers="both")], kind="prompts", seed=0)
     rows = write(tmp_path / "sft.jsonl", [{"prompt": "q", "completion": "c"}])
-    with pytest.raises(DataError, match="is sft data, the stage needs preference"):
+    with pytest.raises(DataError, match="is sft data, but the stage needs preference"):
         load_examples([DataSpec(path=rows, answers="both")], kind="sft", seed=0)
     with pytest.raises(DataError, match="set answers: chosen"):
         load_examples([DataSpec(path=pairs)], kind="sft", seed=0)

@@ -94,8 +94,8 @@ BAD = [
         "first4.jsonl:4: an assistant turn before any user turn",
     ),
     ("raw/TruthfulQA.csv", "preference", "TruthfulQA.csv:2: no known format has the fields"),
-    ("preference/truthfulqa.jsonl", "sft", "preference data, the stage needs sft"),
-    ("unpaired/xstest_overrefusal.jsonl", "sft", "unpaired data, the stage needs sft"),
+    ("preference/truthfulqa.jsonl", "sft", "preference data, but the stage needs sft"),
+    ("unpaired/xstest_overrefusal.jsonl", "sft", "unpaired data, but the stage needs sft"),
 ]
 
 

@@ -100,7 +100,9 @@ def test_system_column_is_a_turn_wherever_it_stands() -> None:
         first = (example.prompt or example.completion)[0]
         assert first == {"role": "system", "content": "Be brief."}, name
     twice = {"system": "One.", "messages": [{"role": "system", "content": "Two."}, U, A]}
-    with pytest.raises(DataError, match="a:1: the row has a system prompt in a column and another"):
+    with pytest.raises(
+        DataError, match="a:1: the row has one system prompt in a column and a different one"
+    ):
         to_examples(twice, kind="sft", format="auto", source="a:1")
 
 

@@ -118,7 +118,7 @@ def test_stop_token_beside_a_family_is_refused() -> None:
 
 def test_template_of_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_trl_text", lambda file: "{{ messages }}")
-    with pytest.raises(RecipeError, match=r"gpt_oss is written for trl 1\.16"):
+    with pytest.raises(RecipeError, match=r"gpt_oss was written for trl 1\.16"):
         templates.template_text("gpt_oss")
 
 

@@ -208,7 +208,7 @@ def test_rows_without_two_answers_are_refused():
     form = PairedFormat(wordpiece())
     with pytest.raises(DataError, match="a:1: chosen and rejected have the same tokens"):
         form.pair_row(Example("a", "good", "GOOD", source="a:1"))
-    with pytest.raises(DataError, match="a:1: there is no completion to judge"):
+    with pytest.raises(DataError, match="a:1: there is no completion to score"):
         form.sft_row(Example("a", "", source="a:1"))
 
 

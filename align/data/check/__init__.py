@@ -1,4 +1,4 @@
-"""Look at data files and say what is wrong with them, before anything is trained."""
+"""Check data files and report problems before training."""
 
 from align.data.check.run import Report, Request, check_data
 

@@ -1,4 +1,4 @@
-"""Check one batch of rows; what is left of a row is its place and six hashes."""
+"""Check one batch of rows; only the place and six hashes of each row are kept."""
 
 import hashlib
 import json
@@ -29,9 +29,9 @@ from align.data.split import split_key
 from align.data.text.ngrams import grams, sketch, words
 
 COLUMNS = ("place", "whole", "key", "ident", "same", "low", "high", "length")
-"""Of each good row: its line or number; hashes of all its texts, of what decides its split, of its
-id and of what contradicts it when it differs otherwise; its sketch; its characters. A hash of 0
-stands for none."""
+"""Columns for each valid row: its line or row number; hashes of all its texts, of the text that
+determines its split, of its id, and of the part that contradicting rows share; its sketch; its
+number of characters. A hash of 0 means none."""
 
 _IDENTS = ("id", "uid", "uuid", "row_id", "_id")
 _EXCERPT = 90
@@ -41,59 +41,59 @@ _BLANK = re.compile(rb"^[ \t\r]*\n", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Say how to check every batch."""
+    """Settings that apply to every batch."""
 
     kind: str
     form: str
     rename: Mapping[str, str]
     expected: Mapping[str, str]
-    """Format of each file by its name, where it is known."""
+    """Format of each file by its name, where known."""
     limit: int
     contamination: Mapping[int, Mapping[int, str]]
-    """Evaluation sets: words of a gram -> hash of a gram -> its source."""
+    """Evaluation sets: gram size in words -> hash of a gram -> its source."""
     chat: Callable[[], ChatFormat] | None = None
-    """Makes the renderer, in the process that needs it; None leaves tokens out."""
+    """Creates the renderer in the process that needs it; None skips token checks."""
     max_length: int | None = None
 
     @property
     def load_kind(self) -> Kind:
-        """Give the kind by which a stage would load the rows."""
+        """Return the kind as which a stage would load the rows."""
         return cast(Kind, "prompts" if self.kind == "math" else self.kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Hold rows of one file: a block of JSON Lines from line ``first``, or rows as read."""
+    """Rows of one file: a block of JSON Lines that starts at line ``first``, or parsed rows."""
 
     name: str
     payload: bytes | list[Item]
     first: int = 1
     size: int = 0
-    """Bytes of the file that it took, for the progress."""
+    """Bytes that the batch takes in the file, for the progress bar."""
 
 
 @dataclass(slots=True)
 class Part:
-    """Hold what came of a batch."""
+    """Result of checking one batch."""
 
     name: str
     tally: Tally
     size: int = 0
     rows: int = 0
     barren: int = 0
-    """Well-formed rows without an example, such as answers that all score the same."""
+    """Valid rows without an example, such as responses that all have the same score."""
     table: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.uint64))
     forms: Counter[str] = field(default_factory=Counter)
     roles: Counter[str] = field(default_factory=Counter)
     labels: Counter[bool] = field(default_factory=Counter)
     longer: Counter[str] = field(default_factory=Counter)
-    """Pairs whose chosen, or rejected, answer has more words."""
+    """Number of pairs whose chosen, or rejected, response has more words."""
     tokens: list[int] = field(default_factory=list)
     lost: int = 0
 
 
 class BatchChecker:
-    """Check batches by one plan; a worker process makes one and keeps it."""
+    """Check batches with one plan; a worker process creates one checker and keeps it."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -132,7 +132,7 @@ class BatchChecker:
         return part
 
     def _look(self, part: Part, examples: list[Example], source: str) -> tuple[int, ...]:
-        """Look for what is doubtful in a row that a stage would take."""
+        """Check a row that a stage would accept for warnings, and return its entry of the table."""
         for example in examples:
             for code, found in doubts(example, kind=self._plan.kind):
                 part.tally.add(Finding(code, source, found, excerpt=_first_text(example)))
@@ -176,16 +176,18 @@ class BatchChecker:
             shared = grams(hashes, size) & known.keys()
             if shared:
                 place = known[min(shared)]
-                found = f"{size} words in a row stand at {place} too"
+                found = f"{size} consecutive words also occur at {place}"
                 part.tally.add(Finding("D101", source, found, excerpt=_clipped(whole)))
                 return
 
 
 def finding_of(error: DataError, name: str, source: str, row: Any = None) -> Finding:
-    """Make a finding of an error: the place that its message begins with is cut off.
+    """Return the finding of an error; the place at the beginning of its message is removed.
 
     Args:
-        error: what was raised. name: the file. source: the place if the message names none.
+        error: the exception.
+        name: the file.
+        source: the place, used if the message does not name one.
         row: the row as read, for the excerpt.
     """
     found, column = str(error), None
@@ -199,13 +201,13 @@ def finding_of(error: DataError, name: str, source: str, row: Any = None) -> Fin
 
 
 def hash64(text: str) -> int:
-    """Hash a text to 64 bits, never 0; the same everywhere and always."""
+    """Return a 64-bit hash of a text, never 0, the same on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
 
 def row_text(examples: Sequence[Example]) -> str:
-    """Join all texts of a row."""
+    """Return all texts of a row, joined."""
     return "\n".join(
         text_of(side)
         for example in examples
@@ -214,7 +216,7 @@ def row_text(examples: Sequence[Example]) -> str:
 
 
 def _same(only: Example | None) -> int:
-    """Hash what two rows that contradict each other share."""
+    """Return a hash of the part that two contradicting rows share."""
     if only is None:
         return 0
     texts = [text_of(side) for side in (only.prompt, only.completion, only.rejected)]
@@ -267,7 +269,7 @@ BATCH_ROWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Hold one file: its path (None for the hub), its name in messages and its reader."""
+    """One file: its path (None for the hub), its name in messages and its reader."""
 
     path: Path | None
     name: str
@@ -275,15 +277,15 @@ class Source:
 
     @property
     def counted(self) -> bool:
-        """Say whether places are row numbers and not lines."""
+        """Return whether places are row numbers instead of line numbers."""
         return self.reader in ("parquet", "arrow", "hub")
 
     def items(self) -> Iterator[Item]:
-        """Read all rows."""
+        """Return an iterator over all rows."""
         return READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
 
     def batches(self) -> Iterator[Batch]:
-        """Cut the file into batches."""
+        """Yield the file in batches."""
         if self.reader != "lines" or self.path is None:
             items = self.items()
             while batch := list(islice(items, BATCH_ROWS)):

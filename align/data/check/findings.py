@@ -1,4 +1,4 @@
-"""The codes of what can be found, and findings, of which a few of each code are kept."""
+"""Codes of the data check, and findings, of which the first few of each code are kept."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Say what a code means: ``severity``, ``title``, ``why`` it matters and the ``remedy``."""
+    """Meaning of a code: ``severity``, ``title``, ``why`` it matters and the ``remedy``."""
 
     code: str
     severity: Severity
@@ -28,32 +28,34 @@ class Code:
 
 @lru_cache(maxsize=1)
 def codes() -> dict[str, Code]:
-    """Read the table of all codes."""
+    """Return the table of all codes."""
     text = Path(__file__).with_name("codes.yaml").read_text(encoding="utf-8")
     return {code: Code(code=code, **entry) for code, entry in yaml.safe_load(text).items()}
 
 
 def code_of(name: str) -> Code:
-    """Give the entry of a code.
+    """Return the entry of a code.
 
     Raises:
-        DataError: there is no such code.
+        DataError: the code does not exist.
     """
     known = codes()
     if name.upper() not in known:
-        raise DataError(f"{name}: no such code{guess(name.upper(), known)}; known are D001 to D122")
+        raise DataError(
+            f"{name}: unknown code{guess(name.upper(), known)}. Codes range from D001 to D122."
+        )
     return known[name.upper()]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Hold one finding.
+    """One finding.
 
     Attributes:
         code: an entry of codes.yaml.
         source: ``file:line``, ``file:row N``, or the file alone.
         found: what was found there, without the place.
-        column: from 1, where a place in the line is known.
+        column: counted from 1, if a position in the line is known.
         excerpt: the beginning of the row.
     """
 
@@ -65,13 +67,13 @@ class Finding:
 
     @property
     def where(self) -> str:
-        """Give the place with its column."""
+        """Return the place, with its column if known."""
         return self.source if self.column is None else f"{self.source}:{self.column}"
 
 
 @dataclass(slots=True)
 class Tally:
-    """Count findings by code and keep the first ``limit`` of each."""
+    """Count findings by code and keep the first ``limit`` of each code."""
 
     limit: int
     counts: Counter[str] = field(default_factory=Counter)
@@ -92,15 +94,15 @@ class Tally:
             kept += findings[: self.limit - len(kept)]
 
     def drop(self, code: str) -> None:
-        """Forget all findings of a code."""
+        """Remove all findings of a code."""
         self.counts.pop(code, None)
         self.kept.pop(code, None)
 
     def findings(self) -> Iterable[Finding]:
-        """Give the kept findings: errors first, then by code."""
+        """Return the kept findings: errors first, then sorted by code."""
         order = sorted(self.kept, key=lambda code: (codes()[code].severity, code))
         return [finding for code in order for finding in self.kept[code]]
 
     def total(self, severity: Severity) -> int:
-        """Count the findings of a severity."""
+        """Return the number of findings of a severity."""
         return sum(n for code, n in self.counts.items() if codes()[code].severity == severity)

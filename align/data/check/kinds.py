@@ -1,4 +1,4 @@
-"""Find out what kind of data a source holds, from its first rows."""
+"""Infer what kind of data a source contains from its first rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +15,12 @@ from align.data.reading.json import Item, Row
 
 HEAD_ROWS = 100
 _LONGEST_NUMBER = 20
-"""Characters; a longer 'answer' is a text and not the number of a task."""
+"""Characters; a longer 'answer' is text and not the number of a math task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Say how the rows of a head are read: their kind and the format of most."""
+    """How the first rows are read: their kind, and the format of most of them."""
 
     kind: str
     form: str | None
@@ -29,11 +29,13 @@ class Reading:
 def infer(
     head: Sequence[Item], *, form: str, rename: Mapping[str, str], kind: str | None
 ) -> Reading:
-    """Find the kind of the rows of a head by their fields, and the format of most of them.
+    """Infer the kind of the first rows from their fields, and the format of most of them.
 
     Args:
-        head: the first rows. form: a format's name, or ``auto``. rename: {old: new}.
-        kind: where it is known.
+        head: the first rows.
+        form: the name of a format, or ``auto``.
+        rename: {old: new}.
+        kind: the kind, if it is known.
     """
     rows = list(_renamed(head, rename))
     if kind is None:
@@ -68,9 +70,9 @@ def _kind_of(row: Row, form: str) -> str:
 
 
 def _is_answered(turns: object) -> bool:
-    """Return False for questions alone, as in rows of OpenAI's reinforcement fine-tuning.
+    """Return False for questions alone, as in OpenAI's reinforcement fine-tuning rows.
 
-    Those have columns beside them, for the grader.
+    Those rows have further columns for the grader.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return True
@@ -80,7 +82,7 @@ def _is_answered(turns: object) -> bool:
 
 @lru_cache(maxsize=1024)
 def _names(fields: tuple[str, ...], word: str) -> bool:
-    """Say whether a field has this name, or nearly."""
+    """Return whether a field has this name, or nearly this name."""
     return any(name == word or guess(name, [word]) for name in fields)
 
 

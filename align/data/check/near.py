@@ -1,4 +1,4 @@
-"""Find rows that are nearly the same: rows that share a sketch, compared by MinHash and exactly."""
+"""Find near-duplicate rows: rows that share a sketch are compared by MinHash and exactly."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,15 @@ THRESHOLD = 0.9
 MAX_CANDIDATES = 20_000
 _PERMUTATIONS = 64
 _BANDS = (10, 6)
-"""Bands and rows of the index: 1 - (1 - 0.9^6)^10 = 0.999 of the pairs at 0.9 are compared."""
+"""Bands and rows of the index. 1 - (1 - 0.9^6)^10 = 0.999 of the pairs at 0.9 are compared."""
 _MAX_COMPARED = 50
-"""Rows of one MinHash bucket that a row is compared with."""
+"""Largest number of rows in a MinHash bucket that a row is compared with."""
 
 
 def candidates(rows: Rows) -> np.ndarray:
-    """Give the rows that share the low or the high end of their sketch with an earlier one.
+    """Return the rows that share the low or the high end of their sketch with another row.
 
-    Copies are left out: they are found exactly.
+    Exact copies are excluded because they are found separately.
     """
     _, firsts = np.unique(rows.column("whole"), return_index=True)
     chosen = np.zeros(len(rows.table), bool)
@@ -40,21 +40,23 @@ def look_for_near_copies(
     *,
     same_prompt: bool,
 ) -> str:
-    """Find rows that share nine tenths of their word triples with an earlier row.
+    """Find rows that share 90 % of their word triples with an earlier row.
 
     Args:
-        rows: all good rows. tally: takes the findings. texts_of: gives the texts of rows.
-        same_prompt: compare also rows of one prompt, which in pairs and judged answers repeats by
-            design.
+        rows: all valid rows.
+        tally: receives the findings.
+        texts_of: returns the texts of rows.
+        same_prompt: also compare rows with the same prompt, which repeat by design in
+            preference and unpaired data.
 
     Returns:
-        A note where not all candidates were compared, else "".
+        A note if not all candidates were compared, else "".
     """
     found = candidates(rows)
     looked_at = found[:MAX_CANDIDATES].tolist()
     if not looked_at:
         return ""
-    from datasketch import MinHashLSH  # imports scipy: only where it is needed
+    from datasketch import MinHashLSH  # imports scipy, so import it only when needed
 
     texts, keys = texts_of(looked_at), rows.column("key")
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
@@ -79,4 +81,4 @@ def look_for_near_copies(
     if len(found) <= MAX_CANDIDATES:
         return ""
     of_all = f"{MAX_CANDIDATES:,} of {len(found):,}"
-    return f"near copies were looked for among {of_all} rows that may be some"
+    return f"only {of_all} candidate rows were compared for near copies"

@@ -1,4 +1,4 @@
-"""Read other data sets, or rows again, to compare the checked rows with them."""
+"""Read other datasets, or rows again, to compare them with the checked rows."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from align.data.check.batch import Source
 
 GRAM_WORDS = 13
-"""Words in a row that make a contamination, as in arXiv:2005.14165 appendix C."""
+"""Number of consecutive words that counts as contamination, as in arXiv:2005.14165 appendix C."""
 MIN_GRAM_WORDS = 5
-"""Shorter evaluation prompts are so common that they say nothing."""
+"""Shorter evaluation prompts are too common to be evidence."""
 
 
 def heldout_keys(paths: Sequence[str]) -> dict[int, str]:
-    """Give the hash of what decides the split of every row of other sources, with its place."""
+    """Return the hash of each row's split key in other sources, with its place."""
     keys: dict[int, str] = {}
     for example in _examples(paths):
         keys.setdefault(hash64(split_key(example)), example.source)
@@ -37,7 +37,7 @@ def heldout_keys(paths: Sequence[str]) -> dict[int, str]:
 
 
 def contamination(paths: Sequence[str]) -> dict[int, dict[int, str]]:
-    """Give the word grams of evaluation prompts: words of a gram -> hash -> place.
+    """Return the word grams of evaluation prompts as gram size -> hash -> place.
 
     A prompt of fewer than 13 words is one gram of its own length.
     """
@@ -54,7 +54,7 @@ def contamination(paths: Sequence[str]) -> dict[int, dict[int, str]]:
 def examples_of(
     path: str, *, kind: str | None, form: str, rename: Mapping[str, str]
 ) -> Iterator[Example]:
-    """Read the examples of a source for a kind, or for the one that its first rows show."""
+    """Yield the examples of a source, read as the given kind or as the inferred one."""
     reading = infer(list(islice(scan_rows(path), HEAD_ROWS)), form=form, rename=rename, kind=kind)
     load_kind = cast(Kind, "prompts" if reading.kind == "math" else reading.kind)
     for row, source in read_rows(path):
@@ -73,7 +73,7 @@ def _examples(paths: Sequence[str]) -> Iterator[Example]:
 def texts_at(
     ids: Sequence[int], rows: Rows, sources: Iterable["Source"], plan: Plan
 ) -> dict[int, str]:
-    """Read the texts of some rows again."""
+    """Return the texts of some rows, which are read again."""
     wanted: dict[str, dict[str, int]] = defaultdict(dict)
     for i in ids:
         wanted[rows.names[int(rows.file_ids[i])]][rows.source(i)] = i
@@ -92,7 +92,7 @@ def texts_at(
 
 
 def _items_at(source: "Source", places: Mapping[str, int]) -> Iterator[Item]:
-    """Read the rows at some places; of JSON Lines only those lines are parsed."""
+    """Yield the rows at some places; in JSON Lines, only those lines are parsed."""
     if source.reader != "lines" or source.path is None:
         yield from source.items()
         return

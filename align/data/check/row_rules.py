@@ -1,4 +1,4 @@
-"""What is doubtful in one example: the order of turns, pairs that hardly differ, answers."""
+"""Warnings about one example: the order of turns, nearly equal pairs, and answers."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from align.data.formats.faults import Fault
 
 
 def doubts(example: Example, *, kind: str) -> Iterator[Fault]:
-    """Give the warnings of an example, and for ``math`` the errors of its answer."""
+    """Yield the warnings of an example and, for ``math``, the errors of its answer."""
     yield from _order(example, kind)
     if example.rejected is not None:
         yield from _pair(example)
@@ -24,12 +24,12 @@ def _order(example: Example, kind: str) -> Iterator[Fault]:
     for i, turn in enumerate(turns[1:], start=1):
         role = turn["role"]
         if role == before and role in ("user", "assistant"):
-            yield "D064", f"turns {i - 1} and {i} are both of {role}"
+            yield "D064", f"turns {i - 1} and {i} both have role {role}"
         elif role in ("system", "developer"):
-            yield "D065", f"turn {i} is of {role}"
+            yield "D065", f"turn {i} has role {role}"
         before = role
     if kind == "sft" and before == "user":
-        yield "D063", f"turn {len(turns) - 1} is a question without an answer"
+        yield "D063", f"turn {len(turns) - 1} is a question without a response"
 
 
 def _turns(text: Text | None) -> Sequence[Turn]:
@@ -61,7 +61,7 @@ def _answer(example: Example) -> Iterator[Fault]:
 
 
 def text_of(text: Text | None) -> str:
-    """Return a text, or all that its turns hold, joined by blank lines."""
+    """Return a text, or the text of all its turns joined by blank lines."""
     if text is None or isinstance(text, str):
         return text or ""
     return "\n\n".join([said for turn in text for said in _said(turn)])

@@ -1,4 +1,4 @@
-"""Check a data source: read it in batches, on all cores where it is large, and sum up."""
+"""Check a data source in batches, on all cores if it is large, and summarize the result."""
 
 import multiprocessing
 import os
@@ -23,24 +23,27 @@ from align.data.reading.sources import find_files, suffix_of
 from align.data.render.chat import ChatFormat
 
 PARALLEL_BYTES = 2**24
-"""Sources smaller than this are checked in this process: starting others costs more."""
+"""Smaller sources are checked in this process, since starting workers would cost more."""
 LOST_FRAC = 0.01
-"""Share of the rows that may be longer than max_length; the default of the stages."""
+"""Fraction of rows that may be longer than max_length; the default of the stages."""
 STDIN = "<stdin>"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Say what to check.
+    """What to check.
 
     Attributes:
-        path: as in a recipe: file, folder, glob or hub id. stdin: a file that holds what came by
-            standard input, instead.
+        path: as in a recipe: file, folder, glob or hub id.
+        stdin: a file with the content of standard input, used instead of ``path``.
         kind: sft, preference, unpaired, prompts, math or corpus; None infers it.
-        form: a format's name, or ``auto``. rename: fields to rename, {old: new}.
-        chat: makes the renderer of a model; None leaves out what needs tokens.
-        max_length: tokens. heldout, evaluation: sources that must not share prompts, or text.
-        limit: findings of one code that are kept.
+        form: the name of a format, or ``auto``.
+        rename: fields to rename, {old: new}.
+        chat: creates the renderer of a model; None skips the token checks.
+        max_length: tokens.
+        heldout: sources that must not share prompts with the data.
+        evaluation: sources that must not share text with the data.
+        limit: number of findings kept per code.
     """
 
     path: str
@@ -57,9 +60,10 @@ class Request:
 
 @dataclass(slots=True)
 class Report:
-    """Hold what was found.
+    """Result of a data check.
 
-    ``lengths`` are characters of each good row, ``tokens`` of each example (with a model).
+    ``lengths`` are the characters of each valid row, ``tokens`` those of each example (with a
+    model).
     """
 
     path: str
@@ -84,7 +88,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
 
     Args:
         request: what to check.
-        progress: called with (bytes, rows) that were checked since its last call.
+        progress: called with the (bytes, rows) checked since its last call.
 
     Raises:
         DataError: ``heldout`` or ``evaluation`` cannot be read.
@@ -106,6 +110,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
     for name in report.files:
         if not any(part.rows for part in parts if part.name == name):
             tally.add(Finding("D012", name, "no rows"))
+    # Checks over all rows: duplicates, held-out prompts, near copies, balance.
     rows = join(parts, {source.name: source.counted for source in sources})
     report.good, report.lengths = len(rows.table), rows.column("length")
     heldout = heldout_keys(request.heldout)
@@ -122,7 +127,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
 
 
 def _sources(request: Request, tally: Tally) -> list[Source]:
-    """Find the files and what each holds; those that cannot be read are findings."""
+    """Return the files and their readers; files that cannot be read become findings."""
     if request.stdin is not None:
         found = [(request.stdin, STDIN, "")]
     else:
@@ -168,7 +173,7 @@ def _plan(request: Request, sources: Sequence[Source]) -> Plan:
 
 
 _checker: BatchChecker | None = None
-"""The checker of a worker process, which lives as long as the process."""
+"""The checker of a worker process, kept for the lifetime of the process."""
 
 
 def _start(plan: Plan) -> None:
@@ -182,13 +187,14 @@ def _check(batch: Batch) -> Part:
 
 
 def _checked(sources: Sequence[Source], plan: Plan, *, size: int) -> Iterator[Part]:
-    """Check all batches, in order."""
+    """Yield the result of each batch, in order."""
     batches = (batch for source in sources for batch in source.batches())
     workers = len(os.sched_getaffinity(0))
     if size < PARALLEL_BYTES or workers < 2:
         yield from map(BatchChecker(plan).check, batches)
         return
-    # Forked: the plan holds what cannot be pickled, and no library with threads is loaded here.
+    # Fork: the plan contains objects that cannot be pickled, and no threaded library is loaded
+    # here.
     with multiprocessing.get_context("fork").Pool(workers, _start, (plan,)) as pool:
         waiting: deque[Any] = deque()
         for batch in batches:

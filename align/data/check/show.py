@@ -1,4 +1,4 @@
-"""Show a report of the data check: in the terminal, or as JSON."""
+"""Show a report of the data check in the terminal or as JSON."""
 
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _QUANTILES = (("median", 0.5), ("95 %", 0.95), ("longest", 1.0))
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the findings by code, then what the data holds; never more than a few of each code."""
+    """Print the findings by code, at most a few of each, then a summary of the data."""
     for code in dict.fromkeys(finding.code for finding in report.tally.findings()):
         for line in _finding_lines(report, code):
             console.print(line)
@@ -41,12 +41,12 @@ def _finding_lines(report: Report, code: str) -> Iterator[Text]:
 
 
 def _clean(text: str) -> str:
-    """Make control characters and what reorders text visible."""
+    """Return text with control and bidirectional characters made visible."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def summary_lines(report: Report) -> Iterator[str]:
-    """Say what the data holds."""
+    """Yield the lines that summarize the data."""
     forms = ", ".join(f"{count:,} x {form}" for form, count in report.forms.most_common())
     files = f", {len(report.files)} files" if len(report.files) > 1 else ""
     kind = f"{report.kind} data{files}" if report.files else "not read"
@@ -55,22 +55,22 @@ def summary_lines(report: Report) -> Iterator[str]:
         if counts:
             listed = ", ".join(f"{str(key).lower()} {n:,}" for key, n in counts.most_common())
             yield f"  {name}: {listed}"
-    for name, values in (("characters a row", report.lengths), ("tokens", report.tokens)):
+    for name, values in (("characters per row", report.lengths), ("tokens", report.tokens)):
         if len(values):
             numbers = np.quantile(values, [q for _, q in _QUANTILES])
             pairs = zip(_QUANTILES, numbers, strict=True)
             yield f"  {name}: " + ", ".join(f"{what} {number:,.0f}" for (what, _), number in pairs)
     if report.longer:
         longer = ", ".join(f"{side} {count:,}" for side, count in report.longer.most_common())
-        yield f"  longer answer of a pair (words): {longer}"
+        yield f"  longer response of a pair (words): {longer}"
     if report.barren:
-        yield f"  {report.barren:,} rows hold no example of this kind"
+        yield f"  {report.barren:,} rows contain no example of this kind"
     for note in report.notes:
         yield from textwrap.wrap(f"  {note}", 100, subsequent_indent="  ")
 
 
 def verdict(report: Report) -> Text:
-    """Sum up: clean, warnings or errors, with the codes."""
+    """Return the verdict: clean, or the number of errors and warnings with their codes."""
     tally = report.tally
     errors, warnings = tally.total("error"), tally.total("warning")
     if not errors and not warnings:
@@ -78,7 +78,9 @@ def verdict(report: Report) -> Text:
     listed = ", ".join(f"{code} {count:,}" for code, count in sorted(tally.counts.items()))
     colour = _COLOURS["error" if errors else "warning"]
     counts = f"{_many(errors, 'error')}, {_many(warnings, 'warning')}"
-    return Text.assemble((counts, f"bold {colour}"), f": {listed}; align explain CODE says more")
+    return Text.assemble(
+        (counts, f"bold {colour}"), f": {listed}; run align explain CODE for details"
+    )
 
 
 def _many(count: int, what: str) -> str:
@@ -86,7 +88,7 @@ def _many(count: int, what: str) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Give a report as plain values."""
+    """Return a report as plain values."""
     lengths = {
         what: float(np.quantile(report.lengths, q)) if report.good else None
         for what, q in _QUANTILES

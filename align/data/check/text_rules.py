@@ -1,4 +1,4 @@
-"""What should not stand in a text that is trained on: control tokens, secrets, addresses."""
+"""Find text that should not be trained on: control tokens, secrets, addresses."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _HINTS = (
     "eyJ",
     "{{",
 )
-"""A text without any of these, and without bidirectional controls, is not looked at further."""
+"""Text with none of these and no bidirectional controls is not checked further."""
 
 _CONTROL_TOKENS = re.compile(
     r"<\|(?:endoftext|im_start|im_end|eot_id|eom_id|start_header_id|end_header_id|begin_of_text"
@@ -36,7 +36,7 @@ _SECRETS = re.compile(
     r"|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----\s*[A-Za-z0-9+/=]{16}"
 )
 _MIN_DISTINCT = 10
-"""Characters of a real key; made-up ones repeat a few (xxxx, 0000, EXAMPLE)."""
+"""Distinct characters of a real key; invented keys repeat a few (xxxx, 0000, EXAMPLE)."""
 _EMAIL = re.compile(r"(?<![\w.+/:-])[A-Za-z0-9][\w.+-]*@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}\b")
 _MADE_UP = re.compile(
     r"@(?:[\w-]+\.)*(?:example|test|invalid|localhost|domain|email|mail|company|your\w*|my\w*|site"
@@ -49,11 +49,12 @@ _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]+\s*\}\}")
 
 
 def text_faults(text: str, *, special: re.Pattern[str] | None) -> Iterator[Fault]:
-    """Give what stands in a text and should not, one finding of each code.
+    """Yield unwanted content in a text, at most one finding of each code.
 
     Args:
-        text: all texts of a row. special: the tokenizer's special tokens; None looks for the
-            control tokens of well-known chat formats.
+        text: all texts of a row.
+        special: pattern of the tokenizer's special tokens; None looks for the control tokens of
+            well-known chat formats.
     """
     if special is not None:
         if found := special.search(text):

@@ -1,4 +1,4 @@
-"""Check rows as tokens, with the tokenizer of a model."""
+"""Check tokenized rows with the tokenizer of a model."""
 
 import re
 from typing import Any
@@ -13,10 +13,12 @@ Tokenised = TokenRow | PairRow | PromptRow
 
 
 class TokenRules:
-    """Render rows as a stage would and compare their lengths with its context.
+    """Render rows as a stage would and compare their lengths with ``max_length``.
 
     Args:
-        chat: the renderer. max_length: tokens, or None. kind: what the rows are for.
+        chat: the renderer.
+        max_length: tokens, or None.
+        kind: what the rows are used for.
     """
 
     def __init__(self, chat: ChatFormat, max_length: int | None, kind: str) -> None:
@@ -25,10 +27,10 @@ class TokenRules:
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def render(self, example: Example) -> Tokenised:
-        """Tokenise an example for its kind.
+        """Tokenize an example for its kind.
 
         Raises:
-            DataError: the template or the tokenizer refuses it.
+            DataError: the template or the tokenizer rejects it.
         """
         if self._kind == "preference":
             return self._chat.pair_row(example)
@@ -37,7 +39,7 @@ class TokenRules:
         return self._chat.sft_row(example)
 
     def look(self, example: Example) -> tuple[int, Fault | None]:
-        """Give the tokens of an example (of its longer side) and what is wrong with them."""
+        """Return the number of tokens of an example (of its longer side) and its fault, if any."""
         try:
             row: Any = self.render(example)
         except DataError as error:
@@ -52,7 +54,7 @@ class TokenRules:
 
 
 def _lengths(row: Tokenised) -> tuple[int, int]:
-    """Give the tokens of a row and those before its first trained one."""
+    """Return the number of tokens of a row and the number before its first trained one."""
     if isinstance(row, PairRow):
         return max(len(row.chosen.input_ids), len(row.rejected.input_ids)), row.num_prompt_tokens
     if isinstance(row, PromptRow):

@@ -1,4 +1,4 @@
-"""Check what only the whole shows: copies, contradictions, held-out prompts, labels, lengths."""
+"""Checks over all rows: copies, contradictions, held-out prompts, labels, lengths."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,33 +10,33 @@ from align.data.check.batch import COLUMNS, Part
 from align.data.check.findings import Finding, Tally
 
 MIN_PAIRS = 50
-"""Pairs of unequal length below which a length bias may be chance."""
+"""With fewer pairs of unequal length, a length bias may be chance."""
 BIAS_SHARE = 0.7
 MIN_PLACEHOLDER_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Hold the good rows of all files in one table, with the name of each row's file."""
+    """The valid rows of all files in one table, with the name of each row's file."""
 
     table: np.ndarray  # (R, len(COLUMNS)), uint64
     file_ids: np.ndarray  # (R,)
     names: Sequence[str]
     counted: Sequence[bool]
-    """Whether the places of a file are row numbers and not lines."""
+    """Whether the places of a file are row numbers instead of line numbers."""
 
     def column(self, name: str) -> np.ndarray:
-        """Give one column."""
+        """Return one column."""
         return self.table[:, COLUMNS.index(name)]
 
     def source(self, i: int) -> str:
-        """Give the place of a row."""
+        """Return the place of a row."""
         file = self.file_ids[i]
         return f"{self.names[file]}:{'row ' * self.counted[file]}{self.table[i, 0]}"
 
 
 def join(parts: Sequence[Part], counted: Mapping[str, bool]) -> Rows:
-    """Join the rows of all parts, in the order of the files."""
+    """Return the rows of all parts in one table, in the order of the files."""
     names = list(dict.fromkeys(part.name for part in parts))
     ids = [np.full(len(part.table), names.index(part.name), np.int32) for part in parts]
     tables = [part.table for part in parts]
@@ -49,7 +49,7 @@ def join(parts: Sequence[Part], counted: Mapping[str, bool]) -> Rows:
 
 
 def repeats(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Give (i, first) for every row i whose value stands at an earlier row already; 0 is none."""
+    """Yield (i, first) for every row i whose value occurs at an earlier row; 0 means none."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -66,10 +66,10 @@ def look_at_all(rows: Rows, tally: Tally, *, heldout: Mapping[int, str]) -> None
         tally.add(Finding("D090", rows.source(i), f"the same as {rows.source(first)}"))
     for i, first in repeats(rows.column("ident")):
         if key[i] != key[first]:
-            tally.add(Finding("D091", rows.source(i), f"the id of {rows.source(first)}"))
+            tally.add(Finding("D091", rows.source(i), f"the same id as {rows.source(first)}"))
     for i, first in repeats(rows.column("same")):
         if whole[i] != whole[first]:
-            tally.add(Finding("D093", rows.source(i), f"the contrary of {rows.source(first)}"))
+            tally.add(Finding("D093", rows.source(i), f"contradicts {rows.source(first)}"))
     if heldout:
         known = np.fromiter(heldout, np.uint64, len(heldout))
         for i in np.flatnonzero(np.isin(key, known)).tolist():
@@ -80,14 +80,14 @@ def look_at_all(rows: Rows, tally: Tally, *, heldout: Mapping[int, str]) -> None
 def look_at_balance(
     tally: Tally, *, kind: str, name: str, rows: int, labels: Counter[bool], longer: Counter[str]
 ) -> None:
-    """Find labels of one class and a length bias; forget placeholders that few rows hold."""
+    """Find labels of one class and a length bias; drop placeholder findings that are rare."""
     if kind == "unpaired" and len(labels) == 1:
         ((label, count),) = labels.items()
         tally.add(Finding("D081", name, f"all {count} labels are {str(label).lower()}"))
     pairs = longer.total()
     if pairs >= MIN_PAIRS and max(longer.values()) >= BIAS_SHARE * pairs:
         side, count = longer.most_common(1)[0]
-        found = f"the {side} answer has more words in {count} of {pairs} pairs of unequal length"
+        found = f"the {side} response has more words in {count} of {pairs} pairs of unequal length"
         tally.add(Finding("D078", name, found))
     if tally.counts["D122"] < MIN_PLACEHOLDER_SHARE * rows:
         tally.drop("D122")

@@ -1,4 +1,4 @@
-"""Recognise the format of a row, import it, and check that it serves the stage."""
+"""Detect the format of a row, import it, and check that it fits the stage."""
 
 import logging
 from collections import Counter
@@ -28,12 +28,13 @@ class Format:
     """One way to read a row.
 
     Attributes:
-        fields: each list of fields that is enough to read a row.
-        gives: kinds of data that come of it. read: the importer.
-        uses: further fields that the importer reads where they are there.
-        when: what else a row must show; None is nothing. over: formats of the same fields that
-            this one takes the row from.
-        last: read a row so only where no other format fits.
+        fields: alternative lists of fields, each sufficient to read a row.
+        gives: the kinds of data that it produces.
+        read: the importer.
+        uses: further fields that the importer reads if they are present.
+        when: a further condition on the row; None means none.
+        over: formats with the same fields over which this one takes precedence.
+        last: use the format only if no other one fits.
     """
 
     fields: tuple[tuple[str, ...], ...]
@@ -50,7 +51,7 @@ class Format:
         return frozenset(self.uses).union(*self.fields)
 
     def most_fields(self, row: Collection[str]) -> frozenset[str]:
-        """Return the longest of the lists of fields that the row has; empty where none is whole."""
+        """Return the longest list of fields that the row has completely; empty if there is none."""
         whole = [option for option in self.fields if all(field in row for field in option)]
         return frozenset(max(whole, key=len, default=()))
 
@@ -167,19 +168,19 @@ FORMATS: dict[str, Format] = {
         "prompt", "turns", gives="prompts", read=importers.from_prompt, uses="input", last=True
     ),
 }
-"""How rows are read. Of formats that fit, one whose fields are more takes the row from one whose
-fields are among them; then ``over`` and ``last`` decide, then the kind that the stage needs."""
+"""How rows are read. If several formats fit, one with a strict superset of another's fields takes
+precedence. Then ``over`` and ``last`` decide, and finally the kind that the stage needs."""
 
 ALIASES = {"openai": "messages"}
-"""Further names that a recipe may give a format."""
+"""Alternative names of formats in a recipe."""
 
 
 class FormatDetector:
-    """Find the format of each row; one file has one format.
+    """Detect the format of each row; all rows of a file have the same format.
 
     Args:
-        form: the recipe's ``format``; ``auto`` looks at the fields of the row.
-        kind: what the stage needs; decides where a row could be read in two ways.
+        form: the recipe's ``format``; ``auto`` detects it from the fields of the row.
+        kind: what the stage needs; it resolves rows that could be read in two ways.
     """
 
     def __init__(self, form: str, *, kind: Kind) -> None:
@@ -193,10 +194,10 @@ class FormatDetector:
         self._of_file[file] = (form, file)
 
     def format_of(self, row: Row, source: str) -> str:
-        """Name the format of a row.
+        """Return the name of the format of a row.
 
         Raises:
-            DataError: unknown fields, more than one reading, or another than earlier in the file.
+            DataError: unknown fields, several fitting formats, or not the format of earlier rows.
         """
         form = self._form
         if form == "auto":
@@ -217,14 +218,14 @@ class FormatDetector:
 
 
 def detect(row: Row, *, kind: Kind, source: str) -> str:
-    """Find the one format whose fields a row has.
+    """Return the one format whose fields a row has.
 
     Raises:
-        DataError: none fits (with the row's fields and the nearest known names), or several.
+        DataError: no format fits (the message lists the nearest known names), or several do.
     """
     if isinstance(row, str):
         return "text"
-    # Any row may have a label beside its text: it names a class only where classes are asked for.
+    # Any row may have a label beside its text. It is a class only if the stage asks for classes.
     fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
     fits = [n for n in fits if (when := FORMATS[n].when) is None or when(row)]
     fits = [name for name in fits if not any(_takes(other, name, row) for other in fits)]
@@ -236,13 +237,13 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     if fits:
         raise DataError(
             f"{source}: the fields {sorted(row)} can be read as {' or '.join(fits)}; "
-            "say which with 'format'",
+            "select one with 'format'",
             code="D042",
         )
     near = _near_misses(row)
     raise DataError(
         f"{source}: no known format has the fields {sorted(row)}{near}; "
-        f"expected one of {_expected(kind)}; bring the names in line with 'rename: {{old: new}}'",
+        f"expected one of {_expected(kind)}; rename the fields with 'rename: {{old: new}}'",
         code="D041" if near else "D040",
     )
 
@@ -267,7 +268,7 @@ def _fitting(fields: tuple[str, ...]) -> list[str]:
 
 
 def _takes(name: str, other: str, row: Collection[str]) -> bool:
-    """Return whether a fitting format takes the row from another one that fits."""
+    """Return whether one fitting format takes precedence over another one."""
     one, two = FORMATS[name], FORMATS[other]
     if one.last != two.last:
         return two.last
@@ -275,17 +276,17 @@ def _takes(name: str, other: str, row: Collection[str]) -> bool:
 
 
 def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Example]:
-    """Bring one row into canonical form and check it.
+    """Convert one row to examples and check them.
 
     Args:
         row: fields of the row, or plain text.
-        kind: what the stage needs; ``prompts`` takes the prompt part of any kind of row and keeps
-            its completion or chosen answer as column ``reference`` unless the row has that field.
+        kind: what the stage needs. ``prompts`` takes the prompt of any kind of row and keeps its
+            completion or chosen response as column ``reference`` unless the row has that field.
         format: a name of FORMATS, or ``auto``.
         source: ``file:line`` for messages.
 
     Raises:
-        DataError: the row is not of this format, does not serve the kind, or is faulty.
+        DataError: the row is not of this format, does not fit the kind, or is invalid.
     """
     name = ALIASES.get(format, format)
     if name == "auto":
@@ -321,7 +322,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
 
 
 def _with_label_prob(example: Example, kind: Kind) -> Example:
-    """Take the column ``label_prob`` of weak labels out of the columns."""
+    """Move ``label_prob`` of weak labels from the columns to its own field."""
     if "label_prob" not in example.columns:
         return example
     if kind in ("unpaired", "steps"):
@@ -339,7 +340,7 @@ def _with_label_prob(example: Example, kind: Kind) -> Example:
 
 
 def _fit(example: Example, kind: Kind, name: str) -> Example:
-    """Take from an example what the kind needs; never turn one kind into another."""
+    """Return the part of an example that the kind needs; kinds are never converted silently."""
     if kind == "prompts":
         return replace(
             example,
@@ -353,12 +354,12 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
     if has == kind or (has, kind) == ("corpus", "sft"):
         return example
     remedy = {
-        ("preference", "sft"): "set answers: chosen (or both) to make sft rows of the pairs",
+        ("preference", "sft"): "set answers: chosen (or both) to use the pairs as sft rows",
         ("unpaired", "sft"): "keep the rows with label true in a file without 'label'",
     }.get((has, kind), f"use a data set of kind {kind}")
     near = _near_misses(example.columns)
     raise DataError(
-        f"{example.source}: a row of {name} is {has} data, the stage needs {kind}; {remedy}{near}",
+        f"{example.source}: a {name} row is {has} data, but the stage needs {kind}; {remedy}{near}",
         code="D041" if near else "D044",
     )
 
@@ -376,7 +377,7 @@ def _kind_of(example: Example, name: str) -> str:
 
 
 def _with_reference(example: Example) -> Mapping[str, Any]:
-    """Keep a row's good answer as column ``reference`` for the rewards; its own field wins."""
+    """Keep a row's good response as column ``reference`` for rewards, unless the row has one."""
     answer = None if example.label is False else example.completion
     if answer is not None and not isinstance(answer, str):
         answer = answer[-1]["content"] if answer and answer[-1]["role"] == "assistant" else None

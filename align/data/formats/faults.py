@@ -1,4 +1,4 @@
-"""Say what makes an example unfit for training; stages and ``align data check`` share it."""
+"""Find what makes an example unfit for training, for the stages and ``align data check``."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,10 +20,11 @@ def check_example(example: Example, *, kind: str) -> None:
 
 
 def faults(example: Example, *, kind: str) -> Iterator[Fault]:
-    """Give all faults of an example, of its texts first.
+    """Yield all faults of an example, those of its texts first.
 
-    They are empty or damaged text, no assistant turn, an answer before any question, a prompt
-    that does not end with the user, and chosen equal to rejected.
+    Faults are empty or damaged text, no assistant turn, a response before any question, a prompt
+    that
+    does not end with the user, and equal chosen and rejected responses.
     """
     prompt, completion, rejected = example.prompt, example.completion, example.rejected
     if prompt:
@@ -43,7 +44,7 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
     if kind != "corpus" and prompt and not isinstance(prompt, str):
         last = prompt[-1]["role"]
         if last not in ("user", "tool"):
-            yield "D062", f"the prompt ends with a turn of {last}, expected user"
+            yield "D062", f"the prompt ends with a turn of role {last}, expected user"
     if rejected is not None and completion == rejected:
         yield "D070", "chosen and rejected are the same"
 
@@ -64,7 +65,7 @@ def _content_faults(text: Text, name: str) -> Iterator[Fault]:
 
 
 def _damage(text: str, name: str) -> Iterator[Fault]:
-    """Find characters that no tokenizer can encode, or that no text holds."""
+    """Yield characters that no tokenizer can encode or that do not occur in text."""
     if "\0" in text:
         yield "D022", f"{name}: a NUL character at {text.index(chr(0))}"
     if not text.isascii():

@@ -1,7 +1,7 @@
-"""Bring one row of each data format into canonical examples: one function a format.
+"""Convert one row of each data format to examples, with one function per format.
 
-Each takes ``(row, source)`` and gives the examples that stand in the row; an empty list means a
-row that is well formed but holds no example (all answers of an UltraFeedback row score the same).
+Each function takes ``(row, source)`` and returns the examples in the row. An empty list means a
+valid row without an example (such as an UltraFeedback row whose responses all have the same score).
 """
 
 import re
@@ -27,11 +27,11 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 _FINAL = re.compile(r"####\s*(.+?)\s*$")
-"""Where the number stands in an answer of GSM8K."""
+"""Matches the final number in a GSM8K answer."""
 
 
 def from_messages(row: Row, source: str) -> list[Example]:
-    """Read ``messages``; with a ``label`` the last turn is judged (unpaired)."""
+    """Read ``messages``; with a ``label`` the last turn is the rated response (unpaired)."""
     turns = to_turns(row["messages"], field="messages", source=source)
     rest = other_fields(row, "messages", *_LABELS)
     if _label_name(row):
@@ -48,8 +48,9 @@ def from_prompt_completion(row: Row, source: str) -> list[Example]:
 def from_question_answer(row: Row, source: str) -> list[Example]:
     """Read a question and its answer as turns.
 
-    For rewards the column ``answer`` holds the row's own answer, or what follows ``####`` in it,
-    and ``solution`` the whole.
+    For rewards, the column ``answer`` contains the row's own answer, or the text after ``####`` in
+    it,
+    and ``solution`` the whole response.
     """
     prompt, completion, rest = question_and_answer(row, source)
     said = as_turns(completion, "assistant")
@@ -60,7 +61,7 @@ def from_question_answer(row: Row, source: str) -> list[Example]:
 
 
 def from_unpaired(row: Row, source: str) -> list[Example]:
-    """Read ``prompt``, ``completion`` and the judgement ``label``."""
+    """Read ``prompt``, ``completion`` and its binary ``label``."""
     prompt, completion, rest = question_and_answer(row, source)
     return [_judged(prompt, completion, row, other_fields(rest, *_LABELS), source)]
 
@@ -78,8 +79,8 @@ def from_segments(row: Row, source: str) -> list[Example]:
     start = labels.index(True) if True in labels else len(labels)
     if not all(labels[start:]) or start == len(labels):
         raise DataError(
-            f"{source}: segments: text that is not trained follows text that is, or none is "
-            "trained; write the row as messages, where every assistant turn is trained",
+            f"{source}: segments: untrained text follows trained text, or no text is "
+            "trained. Write the row as messages, where every assistant turn is trained.",
             code="D058",
         )
     prompt, completion = "".join(texts[:start]), "".join(texts[start:])
@@ -87,7 +88,7 @@ def from_segments(row: Row, source: str) -> list[Example]:
 
 
 def from_prompt(row: Row, source: str) -> list[Example]:
-    """Read ``prompt`` alone, or the first of MT-bench's ``turns``."""
+    """Read ``prompt`` alone, or the first entry of MT-bench's ``turns``."""
     if "prompt" in row:
         prompt, rest = question_of(row, source)
         return [Example(prompt=prompt, columns=rest, source=source)]
@@ -101,7 +102,7 @@ def from_prompt(row: Row, source: str) -> list[Example]:
 
 
 def from_verl(row: Row, source: str) -> list[Example]:
-    """Read verl's rows: ``prompt``, and the column ``answer`` of ``reward_model.ground_truth``."""
+    """Read verl's rows: ``prompt``, and ``reward_model.ground_truth`` as column ``answer``."""
     prompt = to_text(row["prompt"], field="prompt", source=source)
     model = row["reward_model"]
     truth = model.get("ground_truth") if isinstance(model, dict) else None
@@ -112,7 +113,7 @@ def from_verl(row: Row, source: str) -> list[Example]:
 
 
 def from_preference(row: Row, source: str) -> list[Example]:
-    """Read ``chosen`` and ``rejected`` with an explicit question or their shared beginning."""
+    """Read ``chosen`` and ``rejected`` with an explicit prompt or with their common prefix."""
     names = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
     chosen, rejected = (to_text(row[name], field=name, source=source) for name in names)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -121,7 +122,8 @@ def from_preference(row: Row, source: str) -> list[Example]:
     if not any(name in row for name in ASKED):
         return [implicit_pair(chosen, rejected, row, rest, source)]
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
-        # As in rows of Alpaca: a question and its answers, and not a text and how it goes on.
+        # As in Alpaca rows, these are a question and its responses, not a text and its
+        # continuations.
         chosen, rejected = as_turns(chosen, "assistant"), as_turns(rejected, "assistant")
     prompt, rest = question_of(rest, source)
     return [explicit_pair(prompt, chosen, rejected, row, rest, source)]
@@ -231,7 +233,7 @@ def from_oasst_best(row: Row, source: str) -> list[Example]:
 
 
 def from_oasst_pairs(row: Row, source: str) -> list[Example]:
-    """Read best against worst reply at every ranked assistant branching of an OASST tree."""
+    """Read the best against the worst reply at every ranked assistant branch of an OASST tree."""
     rest = other_fields(row, "prompt")
     pairs: list[Example] = []
     branches: list[tuple[list[Turn], Row]] = [([], row["prompt"])]
@@ -249,7 +251,7 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
 
 
 def from_model_solutions(row: Row, source: str) -> list[Example]:
-    """Read nested ``{"solution", "is_correct"}``: the first right one against each wrong one."""
+    """Read nested ``{"solution", "is_correct"}``: the first correct against each incorrect one."""
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
     right = [v["solution"] for v in tried.values() if v["is_correct"] is True]
     wrong = [v["solution"] for v in tried.values() if v["is_correct"] is False]
@@ -263,7 +265,7 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
 
 
 def _ranked(node: Row) -> list[Row]:
-    """Give the replies that may be used, best first; unranked ones keep their order at the end."""
+    """Return the usable replies, best first; unranked ones keep their order at the end."""
     replies = [r for r in node.get("replies", []) if not r.get("deleted")]
     return sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 10**6)
 
@@ -288,11 +290,11 @@ def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) ->
     name = _label_name(row) or "label"
     label = row[name]
     if isinstance(label, str) and label.lower() in ("true", "false"):
-        label = label.lower() == "true"  # a csv file has no booleans
+        label = label.lower() == "true"  # CSV files have no booleans
     if not isinstance(label, bool):
         raise DataError(
-            f"{source}: {name}: expected true or false, found {shown(label)}; a label that does "
-            "not judge the answer needs another name (rename: {label: class})",
+            f"{source}: {name}: expected true or false, found {shown(label)}. A label that does "
+            "not rate the response needs another name (rename: {label: class}).",
             code="D080",
         )
     return Example(prompt, completion, label=label, columns=rest, source=source)
@@ -301,7 +303,7 @@ def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) ->
 def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:
     if not isinstance(text, str) or not text.lstrip(" ").startswith("\n\nHuman:"):
         raise DataError(
-            f'{source}: {field}: expected text that begins "\\n\\nHuman:", found {shown(text)}',
+            f'{source}: {field}: expected text that starts "\\n\\nHuman:", found {shown(text)}',
             code="D055",
         )
     pieces = _HH_TURN.split(text)[1:]
@@ -313,7 +315,7 @@ def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:
 
 
 FIELDS = ("text", "messages", "prompt")
-"""What may hold the text of a row, the first that is there."""
+"""Fields that may contain the text of a row; the first that is present is used."""
 
 
 def from_classes(row: dict[str, Any], source: str) -> list[Example]:
@@ -325,17 +327,17 @@ def from_classes(row: dict[str, Any], source: str) -> list[Example]:
     field = next(name for name in FIELDS if name in row)
     text = to_text(row[field], field=field, source=source)
     if "label_prob" in row:
-        raise DataError(f"{source}: label_prob has no effect on classes; remove the column")
+        raise DataError(f"{source}: label_prob has no effect on classes. Remove the column.")
     columns = {key: value for key, value in row.items() if key not in (field, "label")}
     columns["label"] = class_name(row["label"], source)
     return [Example(prompt="", completion=text, columns=columns, source=source)]
 
 
 def class_name(label: Any, source: str) -> str:
-    """Give the name of a class: a text as it stands, a whole number or a boolean in words.
+    """Return the name of a class: text unchanged, a whole number or a boolean as text.
 
     Raises:
-        DataError: it is something else, or empty.
+        DataError: the label is something else, or empty.
     """
     if isinstance(label, bool):
         return str(label).lower()
@@ -349,12 +351,12 @@ def class_name(label: Any, source: str) -> str:
 def from_steps(row: Row, source: str) -> list[Example]:
     """Read ``prompt`` and ``steps`` of ``{text, label}``, or TRL's ``completions`` and ``labels``.
 
-    The example's columns ``steps`` and ``step_labels`` hold the texts and whether each is right;
-    a prompt that is a string is one turn of the user.
+    The columns ``steps`` and ``step_labels`` contain the texts and their correctness. A prompt that
+    is a string becomes one user turn.
     """
     texts, labels = _listed(row, source) if "steps" in row else _parallel(row, source)
     if not texts:
-        raise DataError(f"{source}: steps: there is none", code="D050")
+        raise DataError(f"{source}: steps: the list is empty", code="D050")
     for i, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text.strip():
             raise not_text(text, where=f"{source}: steps[{i}]")
@@ -392,7 +394,7 @@ def _parallel(row: Row, source: str) -> tuple[list[Any], list[Any]]:
 
 
 def from_labelled_solutions(row: Row, source: str) -> list[Example]:
-    """Read nested ``{"solution", "is_correct"}``: each attempt with its outcome as label."""
+    """Read nested ``{"solution", "is_correct"}``: each attempt, with its correctness as label."""
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
     rest = {key: value for key, value in row.items() if key not in tried and key != "question"}
     examples = []

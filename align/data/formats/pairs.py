@@ -1,4 +1,4 @@
-"""Make the pair of a preference row: what is the prompt, and which answers follow it."""
+"""Create the pair of a preference row: find its prompt and the two responses."""
 
 from dataclasses import replace
 from math import isfinite
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 def make_pair(
     prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
 ) -> Example:
-    """Make the example of a pair, with the margin of its row."""
+    """Return the example of a pair, with the margin of its row."""
     return Example(
         prompt, chosen, rejected, margin=_margin(row, source), columns=rest, source=source
     )
@@ -23,10 +23,10 @@ def make_pair(
 def explicit_pair(
     prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
 ) -> Example:
-    """Make a pair with a prompt of its own, which the answers may repeat.
+    """Return a pair with an explicit prompt, which the responses may repeat.
 
     Raises:
-        DataError: only one side repeats it, or a side begins with something else.
+        DataError: only one side repeats the prompt, or a side begins with something else.
     """
     if isinstance(prompt, str) and isinstance(chosen, str):
         return make_pair(prompt, chosen, rejected, row, rest, source)
@@ -41,36 +41,36 @@ def explicit_pair(
         sides = [side[len(asked) :] for side in sides]
     elif any(side[0]["role"] != "assistant" for side in sides):
         raise DataError(
-            f"{source}: chosen and rejected begin neither with the prompt nor an answer",
+            f"{source}: chosen and rejected begin neither with the prompt nor a response",
             code="D071",
         )
     return make_pair(asked, sides[0], sides[1], row, rest, source)
 
 
 def implicit_pair(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
-    """Make a pair whose prompt is the shared beginning of both sides.
+    """Return a pair whose prompt is the common prefix of both sides.
 
     Raises:
-        DataError: they share none, or differ before the answer.
+        DataError: there is no common prefix, or the sides differ before the response.
     """
     both: tuple[Any, Any] = (chosen, rejected)
     pairs = enumerate(zip(chosen, rejected, strict=False))
     count = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):
-        # Back to a word border, so that no word is torn between prompt and answer.
+        # Go back to a word boundary, so that no word is split between prompt and response.
         while 0 < count < len(chosen) and not chosen[count].isspace():
             count -= 1
     else:
         while count and chosen[count - 1]["role"] == "assistant":
-            count -= 1  # a shared beginning of the answer belongs to the answer
+            count -= 1  # a common prefix of the responses belongs to the responses
         if any(side[count : count + 1] and side[count]["role"] != "assistant" for side in both):
             raise DataError(
                 f"{source}: the prompts of chosen and rejected differ at turn {count}", code="D071"
             )
     if count == 0:
         raise DataError(
-            f"{source}: chosen and rejected share no beginning, so there is no prompt; "
-            "give a field 'prompt'",
+            f"{source}: chosen and rejected have no common prefix, so there is no prompt. "
+            "Add a field 'prompt'.",
             code="D072",
         )
     return make_pair(chosen[:count], chosen[count:], rejected[count:], row, rest, source)
@@ -90,7 +90,7 @@ def _margin(row: Row, source: str) -> float | None:
 
 
 def as_chat(example: Example) -> Example:
-    """Return an example whose plain prompt and answers are turns of user and assistant."""
+    """Return an example whose plain prompt and responses are converted to turns."""
     if not isinstance(example.prompt, str) or not example.prompt:
         return example
     completion, rejected = (
@@ -102,5 +102,5 @@ def as_chat(example: Example) -> Example:
 
 
 def as_turns(text: Text, role: str) -> list[Turn]:
-    """Make turns of a text; turns stay as they are."""
+    """Return a text as a list with one turn; turns are returned unchanged."""
     return [Turn(role=role, content=text)] if isinstance(text, str) else list(text)

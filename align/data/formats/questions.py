@@ -1,4 +1,4 @@
-"""Find the question and the answer of a row, whatever its fields are called."""
+"""Find the question and the response of a row under any of their known field names."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from align.data.formats.turns import not_text, shown, to_text
 Row = dict[str, Any]
 
 ASKED = ("prompt", "question", "instruction", "query", "problem", "input")
-"""What may hold the question of a row, the first that is there."""
+"""Fields that may contain the question of a row; the first that is present is used."""
 _ANSWERED = ("completion", "response", "output", "solution", "answer")
 _END_MARK = "<|endoftext|>"
 
@@ -21,7 +21,7 @@ def other_fields(row: Row, *used: str) -> Row:
 
 
 def text_field(row: Row, field: str, source: str) -> str:
-    """Return a field that must hold text."""
+    """Return a field that must contain text."""
     value = row.get(field)
     if not isinstance(value, str):
         raise not_text(value, where=f"{source}: {field}")
@@ -29,7 +29,7 @@ def text_field(row: Row, field: str, source: str) -> str:
 
 
 def with_input(instruction: str, given: object, source: str) -> str:
-    """Return an instruction with the input it is about, where there is one."""
+    """Return an instruction followed by its input, if there is one."""
     if given is None or given == "":
         return instruction
     if not isinstance(given, str):
@@ -47,8 +47,9 @@ def question_of(row: Row, source: str) -> tuple[Text, Row]:
         asked = with_input(asked, given, source)
     elif given or before:
         raise DataError(
-            f"{source}: {'input' if given else 'history'} beside a {name} of turns has no place "
-            "among them; write it into the turns, or set it aside (rename: {input: was_input})",
+            f"{source}: a {name} of turns cannot be combined with "
+            f"'{'input' if given else 'history'}'. "
+            "Write it into the turns, or rename it (rename: {input: was_input}).",
             code="D045",
         )
     turns = [*before, *as_turns(asked, "user")]
@@ -70,12 +71,12 @@ def _history(value: Any, source: str) -> list[Turn]:
 
 
 def question_and_answer(row: Row, source: str) -> tuple[Text, Text, Row]:
-    """Return question and answer of a row, both text or both turns, and the other fields."""
+    """Return the question and response of a row, both text or both turns, and the other fields."""
     prompt, rest = question_of(row, source)
     name = next(name for name in _ANSWERED if name in rest)
     answer = to_text(rest[name], field=name, source=source)
     rest = other_fields(rest, name)
     if isinstance(prompt, str) and isinstance(answer, str):
-        # The stop marker of old completion files; the tokenizer's own stop token takes its place.
+        # Drop the stop marker of old completion files; the tokenizer's own stop token replaces it.
         return prompt, answer.removesuffix(_END_MARK), rest
     return as_turns(prompt, "user"), as_turns(answer, "assistant"), rest

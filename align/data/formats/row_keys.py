@@ -1,7 +1,7 @@
-"""Keys that a row of any format may have beside its own fields: none of them is dropped.
+"""Keys that a row of any format may have besides its own fields; none of them is dropped silently.
 
-A key is used by the row's format, or by this module; or it is a column, which the rewards get; or
-it carries text or loss that nothing would use, and the row is refused by the key's name.
+A key is either used by the row's format or by this module, or it is a column that is passed to the
+rewards. If it contains text or loss settings that nothing would use, the row is rejected.
 """
 
 import unicodedata
@@ -25,7 +25,7 @@ WEIGHTS = ("weight", "loss_weight", "sample_weight")
 TEMPLATE = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TEXTS = ("input", "context", "documents", "choices", "options")
-"""Text of the question that only some formats have a place for."""
+"""Text of the question that only some formats can represent."""
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
@@ -34,10 +34,11 @@ _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generati
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a row says beside the fields of its format.
+    """Settings of a row besides the fields of its format.
 
-    ``chat`` holds if the row has any such key of conversations, though it may be empty: the rows of
-    a file are then rendered alike.
+    ``chat`` is True if the row has any conversation key, even an empty one. This makes sure that
+    all
+    rows of a file are rendered alike.
     """
 
     chat: bool = False
@@ -49,14 +50,16 @@ class Extras:
 
 
 def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> tuple[Row, Extras]:
-    """Return the row without the keys that every format shares, and what they say.
+    """Return the row without the keys that every format shares, and their values.
 
     Args:
-        row: fields of the row. kind: what the stage needs. used: keys that the row's format reads.
+        row: fields of the row.
+        kind: what the stage needs.
+        used: keys that the row's format reads.
         source: ``file:line`` for messages.
 
     Raises:
-        DataError: a key carries text or loss that would be dropped, or is nearly such a key.
+        DataError: a key with text or loss settings would be dropped, or a key is misspelled.
     """
     given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
     shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
@@ -76,7 +79,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
 
 
 def _refuse(given: Row, kind: str, shared: Sequence[str], source: str) -> None:
-    away = "or pass it to the rewards as a column by another name (rename: {{{0}: {0}_column}})"
+    away = "or rename it to pass it to the rewards as a column (rename: {{{0}: {0}_column}})"
     for key in given:
         if key in _MEDIA:
             raise DataError(
@@ -142,7 +145,7 @@ def _weight(taken: Row, source: str) -> float:
         raise DataError(f"{source}: {' and '.join(found)}: keep one", code="D042")
     if not found:
         return 1.0
-    value = parsed(taken[found[0]])  # a csv file has no numbers
+    value = parsed(taken[found[0]])  # CSV files contain only text
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise DataError(
             f"{source}: {found[0]}: expected a number, found {shown(value)}", code="D058"
@@ -156,7 +159,7 @@ def apply_extras(example: Example, extras: Extras) -> Example:
     """Return the example with the system turn, tools, reasoning and weight of its row.
 
     Raises:
-        DataError: the conversation begins with another system turn, or has no place for them.
+        DataError: the conversation begins with a different system turn, or cannot represent them.
     """
     says = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
     text_alone = isinstance(example.completion, str) and not example.prompt
@@ -195,8 +198,8 @@ def _with_system(turns: Sequence[Turn], system: str, source: str) -> list[Turn]:
         if first["content"] == system:
             return list(turns)
         raise DataError(
-            f"{source}: the row has a system prompt in a column and another as its first turn; "
-            "keep one",
+            f"{source}: the row has one system prompt in a column and a different one as its first "
+            "turn. Keep one.",
             code="D042",
         )
     return [Turn(role="system", content=system), *turns]
@@ -207,7 +210,7 @@ def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[
     if len(said) != 1 or "reasoning_content" in turns[said[0]]:
         raise DataError(
             f"{source}: reasoning in a column, but {len(said)} assistant turns, or one that has "
-            "its own; write it into the turn (reasoning_content)",
+            "its own reasoning. Write it into the turn (reasoning_content).",
             code="D045",
         )
     found = list(turns)
@@ -216,10 +219,11 @@ def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[
 
 
 def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns as rewards compare them with the text of an answer.
+    """Return the columns in the form in which rewards compare them with the text of a response.
 
-    A table writes whole numbers as floats where a column has empty cells: 4.0 becomes 4 again, NaN
-    becomes null. Texts are composed (NFC), as models write them.
+    Tables write whole numbers as floats if a column has empty cells, so 4.0 becomes 4 and NaN
+    becomes
+    null. Texts are composed (NFC), as models write them.
     """
     return {key: _clean(value) for key, value in columns.items()}
 

@@ -1,4 +1,4 @@
-"""Read sets of answers to one prompt, good ones and bad ones, in the form of RewardBench 2."""
+"""Read sets of good and bad responses to one prompt, in the format of RewardBench 2."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ _FIELDS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True, slots=True)
 class AnswerSet:
-    """Hold one prompt with its answers.
+    """One prompt with its responses.
 
     Attributes:
-        group: the row's ``subset``, else the file's name. source: ``file:line``.
+        group: the row's ``subset``, else the name of the file.
+        source: ``file:line``.
     """
 
     prompt: Text
@@ -33,15 +34,16 @@ class AnswerSet:
 
 
 def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
-    """Load rows ``{prompt, chosen: [answer ...], rejected: [answer ...]}`` in file order.
+    """Load rows ``{prompt, chosen: [response ...], rejected: [response ...]}`` in file order.
 
-    A prompt or answer that is a string is taken as one turn of the user or the assistant, as in
-    RewardBench 2; both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
-    (model_solutions) are read too; those without a right and a wrong one make no set. ``split`` and
-    ``rename`` work as elsewhere.
+    A prompt or response that is a string becomes one turn of the user or the assistant, as in
+    RewardBench 2. Both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
+    (model_solutions) are read too; they are skipped unless they have both a correct and an
+    incorrect
+    attempt. ``split`` and ``rename`` work as for other data.
 
     Raises:
-        DataError: a row is faulty (up to 20 are listed), or nothing is left.
+        DataError: a row is invalid (up to 20 are listed), or no rows are left.
     """
     found: list[AnswerSet] = []
     errors: list[str] = []
@@ -67,7 +69,7 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
     if not found:
-        raise DataError("sets: no rows are left; check the files, or take split: all")
+        raise DataError("sets: no rows are left. Check the files, or use split: all.")
     return found
 
 
@@ -80,7 +82,7 @@ def _check_spec(spec: DataSpec) -> None:
 
 
 def _attempts(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Make a set of a question's attempts; None where all are right, or all wrong."""
+    """Return a set made from a question's attempts; None if all are correct or all incorrect."""
     tried = [v for v in row.values() if isinstance(v, dict) and "is_correct" in v]
     if "question" not in row or not tried:
         return row
@@ -101,8 +103,8 @@ def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:
     row, extras = take_extras(row, kind="preference", used=_FIELDS, source=source)
     if extras.tools or extras.template_kwargs:
         raise DataError(
-            f"{source}: tools and chat_template_kwargs have no place in a set of answers; remove "
-            "them, or write them into the prompt",
+            f"{source}: tools and chat_template_kwargs are not supported in a set of responses. "
+            "Remove them, or write them into the prompt.",
             code="D045",
         )
     chosen, rejected = (_answers(row[name], name, source) for name in ("chosen", "rejected"))

@@ -1,4 +1,4 @@
-"""Read tool schemas and tool calls into the one form that chat templates take."""
+"""Convert tool schemas and tool calls to the form that chat templates expect."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ Item = dict[str, Any]
 
 
 def parsed(value: Any) -> Any:
-    """Return what a text of JSON holds, and anything else (also broken JSON) as it is."""
+    """Return the value of a JSON string; anything else, including invalid JSON, is unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -22,12 +22,12 @@ def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
     """Return tool schemas as ``{"type": "function", "function": {...}}``.
 
     Args:
-        value: a list of schemas, with or without that wrapper, or of texts of JSON; or all of it
-            as one text of JSON.
+        value: a list of schemas (with or without that wrapper) or JSON strings, or one JSON string
+            with the whole list.
         where: the place, for messages.
 
     Raises:
-        DataError: it holds something else.
+        DataError: the value is something else.
     """
     found = parsed(value)
     if found is None or found == "":
@@ -38,8 +38,8 @@ def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f"{where}[{i}]: expected the schema of a tool with a name, found {item!r:.60}; if "
-                "it is no schema, give the column another name with 'rename'",
+                f"{where}[{i}]: expected the schema of a tool with a name, found {item!r:.60}. If "
+                "it is not a schema, rename the column with 'rename'.",
                 code="D057",
             )
         wrapped = item if "function" in item else {"type": "function", "function": item}
@@ -48,7 +48,7 @@ def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
 
 
 def is_call(value: Any) -> bool:
-    """Return whether a value is a tool call, or a list of them, as text of JSON or parsed."""
+    """Return whether a value is a tool call or a list of them, as a JSON string or parsed."""
     found = parsed(value)
     items = found if isinstance(found, list) else [found]
     return bool(items) and all(
@@ -61,7 +61,7 @@ def calls_of(value: Any, *, where: str) -> list[Item]:
     """Return tool calls with parsed arguments, as servers pass them to a chat template.
 
     Raises:
-        DataError: an entry has no name and arguments, or its arguments are no JSON object.
+        DataError: an entry has no name and arguments, or its arguments are not a JSON object.
     """
     found = parsed(value)
     if found is None or found == "":
@@ -91,7 +91,7 @@ def call_of(value: Any, *, where: str) -> Item:
     strange = [k for k in (*item, *call) if k not in known and item.get(k, call.get(k))]
     if strange:
         raise DataError(
-            f"{where}: unknown key '{strange[0]}' of a tool call would be left out; remove it",
+            f"{where}: unknown key '{strange[0]}' of a tool call would be dropped. Remove it.",
             code="D057",
         )
     named = {"id": item["id"]} if item.get("id") else {}

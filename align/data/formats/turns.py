@@ -1,4 +1,4 @@
-"""Check and convert turns of a conversation, whatever names a format gives them."""
+"""Check and convert the turns of a conversation under any of their known field names."""
 
 import difflib
 from collections.abc import Iterable
@@ -59,20 +59,20 @@ _HARMLESS = (
     *("id", "message_id", "uuid", "idx", "index", "lang", "language", "model", "metadata"),
     *("timestamp", "created_at", "create_time", "date"),
 )
-"""Keys that carry neither text nor loss; what they hold is left out."""
+"""Keys that contain neither text nor loss settings; their values are dropped."""
 _PARTS = ("text", "input_text", "output_text")
 
 
 def is_nothing(value: Any) -> bool:
-    """Return whether a field holds nothing, so that leaving it out loses nothing."""
+    """Return whether a field is empty, so that dropping it loses nothing."""
     return isinstance(value, str | list | dict | None) and not value
 
 
 def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
-    """Check a list of turns; text parts of a content list are joined.
+    """Return a checked list of turns; the text parts of a content list are joined.
 
     Raises:
-        DataError: not a list of turns, an unknown role or key, a content that is not text.
+        DataError: not a list of turns, an unknown role or key, or a content that is not text.
     """
     if isinstance(value, dict):
         value = [value]
@@ -110,7 +110,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _check_keys(turn: Row, said: str, text: str, where: str) -> None:
-    """Raise unless the turn has a role and a content, and nothing that would be left out."""
+    """Raise unless the turn has a role and a content, and no key that would be dropped."""
     called = not is_nothing(turn.get("tool_calls")) or not is_nothing(turn.get("function_call"))
     needed = (said,) if called else (said, text)
     for key in needed:
@@ -189,7 +189,7 @@ def _parts_of(parts: list[Any], where: str) -> tuple[str, list[str], list[dict[s
 
 
 def _weight_of(turn: Row, role: str, where: str) -> float:
-    """Return the weight of a turn's loss: 1 unless one of its keys says otherwise."""
+    """Return the loss weight of a turn: 1 unless one of its keys sets another value."""
     given = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or not isfinite(value) or value < 0:
@@ -218,13 +218,13 @@ def _text(value: Any, where: str) -> str:
 
 
 def not_text(value: Any, *, where: str) -> DataError:
-    """Return the error of a field that should hold text."""
+    """Return the error for a field that should contain text."""
     code = "D054" if value is None or isinstance(value, str) else "D055"
     return DataError(f"{where}: expected text, found {shown(value)}", code=code)
 
 
 def to_text(value: Any, *, field: str, source: str) -> Text:
-    """Check a field that holds plain text or a conversation.
+    """Return a field that contains plain text or a conversation, checked.
 
     Raises:
         DataError: it is neither.
@@ -235,7 +235,7 @@ def to_text(value: Any, *, field: str, source: str) -> Text:
 
 
 def guess(word: str, known: Iterable[str], *, cutoff: float = 0.7) -> str:
-    """Return "; did you mean ...?" with the nearest known word, or nothing."""
+    """Return "; did you mean ...?" with the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Open a data file by what stands in it: packed or not, text or table, or no data at all."""
+"""Open data files by their content: compressed or not, text or table, or not data at all."""
 
 import codecs
 import gzip
@@ -34,10 +34,10 @@ _HTML = re.compile(rb"\s*(?:<!doctype html|<html\b)", re.IGNORECASE)
 
 
 def content_of(path: Path, *, name: str) -> str:
-    """Say what a file holds: ``text``, ``parquet`` or ``arrow``, whatever its name says.
+    """Return the content type of a file, whatever its name: ``text``, ``parquet`` or ``arrow``.
 
     Raises:
-        DataError: unreadable, or no data: a Git LFS pointer, a web page, an archive, UTF-16.
+        DataError: unreadable, or not data: a Git LFS pointer, a web page, an archive, UTF-16.
     """
     with _open(path, name=name) as stream:
         try:
@@ -49,9 +49,11 @@ def content_of(path: Path, *, name: str) -> str:
             try:
                 head = unpacked.read(_HEAD_BYTES)
             except (OSError, EOFError, zlib.error):
-                return "text"  # the reader reports it, with the line it comes to
+                return "text"  # the reader reports it with the line number
         if head.startswith(tuple(_TABLES)):
-            raise DataError(f"{name}: parquet or arrow inside gzip; unpack it first", code="D008")
+            raise DataError(
+                f"{name}: parquet or arrow inside gzip. Decompress it first.", code="D008"
+            )
     else:
         for magic, what in _TABLES.items():
             if head.startswith(magic):
@@ -64,39 +66,40 @@ def _open(path: Path, *, name: str) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
-        what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else error
+        what = (
+            f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else error
+        )
         raise DataError(f"{name}: {what}", code="D002") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}", code="D003") from error
 
 
 def _refuse(head: bytes, name: str) -> None:
-    """Raise where the first bytes are those of something else than data."""
+    """Raise if the first bytes show that the file is not data."""
     if head.startswith(_LFS):
         raise DataError(
-            f"{name}:1: a Git LFS pointer, not the data itself; fetch it with 'git lfs pull'",
+            f"{name}:1: a Git LFS pointer, not the data itself. Run 'git lfs pull'.",
             code="D006",
         )
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         raise DataError(
-            f"{name}:1: a web page, not data; the download ended at an error or log-in page",
+            f"{name}:1: a web page, not data; the download saved an error or login page",
             code="D007",
         )
     for magic, what in _ARCHIVES.items():
         if head.startswith(magic):
-            raise DataError(f"{name}: {what}; unpack it first, or pack it with gzip", code="D008")
+            raise DataError(f"{name}: {what}. Decompress it first, or use gzip.", code="D008")
     wide = next((what for bom, what in _WIDE.items() if head.startswith(bom)), None)
     if wide is None and head[1:200:2].count(0) > 0.4 * len(head[1:200:2]) > 2:
         wide = "UTF-16"
     if wide:
-        raise DataError(f"{name}:1: {wide}, not UTF-8; save the file as UTF-8", code="D021")
+        raise DataError(f"{name}:1: {wide}, not UTF-8. Save the file as UTF-8.", code="D021")
 
 
 def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
-    """Give the bytes of a file, unpacked and without a byte order mark, in pieces of some MiB.
-
-    Where a packed file breaks off, the last thing given is the error; all that could be unpacked
-    stands before it.
+    """Yield the bytes of a file in pieces of a few MiB, decompressed and without a BOM.
+    If a compressed file is truncated, the last item is the error, after all data that could be
+    decompressed.
     """
     with _open(path, name=name) as raw:
         packed = raw.read(2) == _GZIP
@@ -120,7 +123,7 @@ def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
 
 
 def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
-    """Give whole lines in blocks of a few MiB, each with the number of its first line."""
+    """Yield whole lines in blocks of a few MiB, each with the number of its first line."""
     line = 1
     rest: list[bytes] = []
     for piece in chunks(path, name=name):
@@ -143,13 +146,13 @@ def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
 
 
 def decoded(block: bytes, first: int, *, name: str) -> Iterator[tuple[str | DataError, int]]:
-    """Give the lines of a block as text (ends kept) with their numbers; a bad line is an error."""
+    """Yield the lines of a block as text with their numbers; an invalid line becomes an error."""
     try:
         text = block.decode("utf-8")
     except UnicodeDecodeError:
         text = None
     if text is not None and "\0" not in text:
-        # Not splitlines: U+2028 and its like are ordinary characters inside a JSON string.
+        # Not splitlines: U+2028 and similar are ordinary characters inside a JSON string.
         pieces = text.split("\n")
         last = pieces.pop()
         for number, piece in enumerate(pieces, start=first):
@@ -169,6 +172,6 @@ def _line(raw: bytes, number: int, *, name: str) -> str | DataError:
         return raw.decode("utf-8") + "\n"
     except UnicodeDecodeError as error:
         return DataError(
-            f"{name}:{number}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8",
+            f"{name}:{number}: byte {raw[error.start]:#04x} is not UTF-8. Save the file as UTF-8.",
             code="D020",
         )

@@ -1,4 +1,4 @@
-"""Read rows of JSON: one object a line, or an array or objects that follow one another."""
+"""Read rows of JSON: one object per line, an array, or consecutive objects."""
 
 import json
 import re
@@ -13,7 +13,7 @@ Row = dict[str, Any] | str
 Item = tuple[Row | DataError, str]
 
 _TAIL_CHARS = 2**16
-"""An error further than this from the end of what was read is no matter of reading on."""
+"""An error farther than this from the end of the buffer is not caused by the end of the buffer."""
 
 
 def _refuse_constant(name: str) -> None:
@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def parse_lines(block: bytes, first: int, name: str) -> Iterator[Item]:
-    """Parse a block of JSON Lines."""
+    """Yield the rows of a block of JSON Lines."""
     for line, number in decoded(block, first, name=name):
         source = f"{name}:{number}"
         if isinstance(line, DataError):
@@ -46,7 +46,7 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
 
 def _broken(message: str, where: str, *, at_end: bool) -> DataError:
     cut = at_end or message.startswith("Unterminated")
-    what = "JSON that breaks off" if cut else "broken JSON"
+    what = "truncated JSON" if cut else "broken JSON"
     return DataError(f"{where}: {what}: {message}", code="D031" if cut else "D030")
 
 
@@ -59,7 +59,7 @@ def _mapping(row: Any, source: str) -> Row | DataError:
 
 
 def read_lines(path: Path, name: str) -> Iterator[Item]:
-    """Read JSON Lines."""
+    """Yield the rows of a JSON Lines file."""
     for block, first in blocks(path, name=name):
         if isinstance(block, DataError):
             yield block, f"{name}:{first}"
@@ -68,7 +68,7 @@ def read_lines(path: Path, name: str) -> Iterator[Item]:
 
 
 class _Tape:
-    """Hold the part of a JSON text that is being read, and the line of a place in it."""
+    """A sliding window over a JSON text that tracks line numbers."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._pieces = chunks(path, name=name)
@@ -78,7 +78,7 @@ class _Tape:
         self.fault: DataError | None = None
 
     def more(self) -> bool:
-        """Forget what was read and read as much again as is left; False at the end."""
+        """Drop the text already read and read as much again as remains; return False at the end."""
         self.line_at(self.at)
         self._mark = 0
         self.text, self.at = self.text[self.at :], 0
@@ -112,7 +112,7 @@ class _Tape:
                 )
 
     def skip(self) -> str:
-        """Move to the next character that is no white space, and give it ("" at the end)."""
+        """Move to the next character that is not white space and return it ("" at the end)."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
@@ -121,7 +121,7 @@ class _Tape:
                 return ""
 
     def line_at(self, at: int) -> str:
-        """Name the line of a place; cheap where places are asked for in order."""
+        """Return the place ``file:line`` of a position; fast for positions in order."""
         if at >= self._mark:
             self._mark_line += self.text.count("\n", self._mark, at)
         else:
@@ -130,11 +130,11 @@ class _Tape:
         return f"{self.name}:{self._mark_line}"
 
     def column_at(self, at: int) -> int:
-        """Give the column of a place, from 1."""
+        """Return the column of a position, from 1."""
         return at - self.text.rfind("\n", 0, at)
 
     def value(self) -> Any:
-        """Decode the value that begins here."""
+        """Return the decoded value that begins at the current position."""
         while True:
             try:
                 row, self.at = _DECODER.raw_decode(self.text, self.at)
@@ -157,9 +157,9 @@ class _Tape:
 
 
 def read_values(path: Path, name: str) -> Iterator[Item]:
-    """Decode a JSON array element by element, or objects that stand one after the other.
+    """Decode a JSON array element by element, or consecutive objects.
 
-    What follows a broken element is not read: where it begins cannot be told.
+    Nothing after a broken element is read, because the start of the next element is unknown.
     """
     tape = _Tape(path, name)
     inside = tape.skip() == "["
@@ -184,7 +184,7 @@ def read_values(path: Path, name: str) -> Iterator[Item]:
             raise tape.fault
         if inside:
             raise DataError(
-                f"{tape.line_at(tape.at)}: JSON that breaks off: the array does not end",
+                f"{tape.line_at(tape.at)}: truncated JSON: the array does not end",
                 code="D031",
             )
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Which files the spec of a stage names."""
+"""Find the files that the spec of a stage refers to."""
 
 import os
 from collections.abc import Mapping
@@ -11,17 +11,18 @@ from align.data.reading.sources import find_files, named_source
 from align.recipe.schema import DataSpec, Spec
 
 _FOLDER_KEYS = ("path", "include_path")
-"""Keys whose folders are read: a model that is imported, a folder of task files."""
+"""Keys whose folders are read: an imported model, or a folder of task files."""
 
 
 def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
-    """Return every file that a stage's spec names, by the path as messages show it.
+    """Return every file that a stage's spec refers to, by its path as shown in messages.
 
-    These are data files, files of templates and of code (``rules.py:score``), and the files of a
-    model folder. Artefacts of other stages are not among them: their manifests are hashed.
+    These are data files, template files, code files (``rules.py:score``), and the files of a model
+    folder. Artifacts of other stages are excluded, because their manifests are hashed.
 
     Args:
-        spec: the stage. references: its inputs, from ``Recipe.inputs``.
+        spec: the stage.
+        references: its inputs, from ``Recipe.inputs``.
     """
     found: dict[str, Path] = {}
     inputs = set(references.values())
@@ -55,12 +56,12 @@ def _data_files(spec: DataSpec) -> dict[str, Path]:
             choice = {"config": spec.config, "revision": spec.revision, "split": spec.split}
             name, _ = named_source(name, **choice)
         return {str(file): file for file in find_files(name)}
-    except (DataError, OSError):  # reading it says what is wrong
+    except (DataError, OSError):  # the reader will report the error
         return {}
 
 
 def _files_of_text(text: str, key: str) -> dict[str, Path]:
-    """Return the file that a value names, or the files of the folder where ``key`` takes one."""
+    """Return the file that a value refers to, or the files of a folder if ``key`` accepts one."""
     code = text.rpartition(":")[0]
     path = Path(code if code.endswith(".py") else text)
     looks_like_path = len(text) < 1024 and "\n" not in text and ("/" in text or "." in text)
@@ -78,11 +79,11 @@ def _files_of_text(text: str, key: str) -> dict[str, Path]:
 
 
 def file_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Return the record (sha256, size, time) of each file; one that cannot be read is left out."""
+    """Return the record (sha256, size, time) of each file; unreadable files are left out."""
     found = {}
     for name, path in files.items():
         try:
             found[name] = file_record(path)
-        except OSError:  # reading it says what is wrong
+        except OSError:  # the reader will report the error
             continue
     return found

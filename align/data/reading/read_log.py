@@ -1,4 +1,4 @@
-"""The sha256 of every data file that this process has parsed, taken from the parsed bytes."""
+"""Record the sha256 of every data file that this process has parsed, from the parsed bytes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _expected: dict[str, str] | None = None
 
 
 def expect(sha256_of: Mapping[str, str] | None) -> None:
-    """Set what the files of this process's stage must hold; None allows any content."""
+    """Set the expected sha256 of the stage's files; None allows any content."""
     global _expected
     _parsed.clear()
     _rows.clear()
@@ -21,22 +21,22 @@ def expect(sha256_of: Mapping[str, str] | None) -> None:
 
 
 def parsed_sha256(path: Path) -> str | None:
-    """Return the sha256 of a file as it was parsed last; None if it was not."""
+    """Return the sha256 of a file when it was last parsed, or None."""
     return _parsed.get(str(path))
 
 
 def num_rows(path: Path) -> int | None:
-    """Return the number of rows of a file that was read to its end; None if it was not."""
+    """Return the number of rows of a file that was read to its end, or None."""
     return _rows.get(str(path))
 
 
 def note_rows(path: Path, count: int) -> None:
-    """Remember how many rows a file has."""
+    """Record the number of rows of a file."""
     _rows[str(path)] = count
 
 
 def note(path: Path, sha256: str) -> None:
-    """Remember the sha256 of the bytes that were parsed.
+    """Record the sha256 of the bytes that were parsed.
 
     Raises:
         DataError: the file changed since the stage began.
@@ -46,20 +46,20 @@ def note(path: Path, sha256: str) -> None:
         if before != sha256:
             raise DataError(
                 f"{path}: changed while the stage was reading it (sha256 {before[:12]} became "
-                f"{sha256[:12]}); leave it as it is and run the command again",
+                f"{sha256[:12]}). Do not change it during a run, and run the command again.",
                 code="D003",
             )
     _parsed[str(path)] = sha256
 
 
 def note_file(path: Path) -> None:
-    """Remember the sha256 of a file that a library reads by itself."""
+    """Record the sha256 of a file that a library reads directly."""
     with path.open("rb") as f:
         note(path, hashlib.file_digest(f, "sha256").hexdigest())
 
 
 class HashedFile:
-    """Hash an open file while it is read from beginning to end."""
+    """A file that is hashed while it is read from beginning to end."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream, self._path = stream, path
@@ -72,7 +72,7 @@ class HashedFile:
         return piece
 
     def finish(self) -> None:
-        """Read what is left, and remember the hash of it all."""
+        """Read the rest of the file and record the hash of the whole."""
         while self.read(2**22):
             pass
         note(self._path, self._digest.hexdigest())

@@ -1,7 +1,8 @@
-"""Read the rows of one file of each format, streaming; a row that cannot be read is an error.
+"""Stream the rows of one file, for each file format; an unreadable row becomes an error.
 
-Each reader gives ``(row or DataError, source)`` where the source is ``file:line`` (the line a row
-starts on) or ``file:row N``. Readers go on after an error where the format allows it.
+Each reader yields ``(row or DataError, source)``, where the source is ``file:line`` (the line on
+which
+the row starts) or ``file:row N``. Readers continue after an error if the format allows it.
 """
 
 import csv
@@ -22,11 +23,12 @@ _TURN_FIELDS = ("role", "content", "from", "value")
 
 
 def scan(path: Path, *, name: str, suffix: str) -> Iterator[Item]:
-    """Read a file with the reader that fits its content, and its suffix where both may be.
+    """Yield the rows of a file; the reader follows from the content, else from the suffix.
 
     Args:
-        path: the file. name: how messages call it.
-        suffix: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, or "" to go by content alone.
+        path: the file.
+        name: its name in messages.
+        suffix: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, or "" to use only the content.
     """
     try:
         reader = reader_of(path, name=name, suffix=suffix)
@@ -37,10 +39,10 @@ def scan(path: Path, *, name: str, suffix: str) -> Iterator[Item]:
 
 
 def reader_of(path: Path, *, name: str, suffix: str) -> str:
-    """Name the reader of a file: a key of READERS.
+    """Return the reader of a file: a key of READERS.
 
     Raises:
-        DataError: the file is no data.
+        DataError: the file is not data.
     """
     content = content_of(path, name=name)
     if content != "text":
@@ -59,7 +61,7 @@ def reader_of(path: Path, *, name: str, suffix: str) -> str:
 
 
 def _head(path: Path, name: str) -> list[str]:
-    """Give the first lines that can be decoded, without blank ones."""
+    """Return the first non-blank lines that can be decoded."""
     for block, first in blocks(path, name=name):
         if isinstance(block, DataError):
             return []
@@ -69,15 +71,15 @@ def _head(path: Path, name: str) -> list[str]:
 
 
 def _looks_like_lines(head: list[str]) -> bool:
-    """Say whether a .json file is JSON Lines: its second line begins an object as the first did.
+    """Return whether a .json file is JSON Lines: its second line also starts an object.
 
-    One whole object that stands alone on a line is read the same either way.
+    A single object on one line is read in the same way by both readers.
     """
     return len(head) > 1 and head[1].startswith("{")
 
 
 class _Lines:
-    """Give a csv reader its lines and remember what is wrong with them."""
+    """Lines for a csv reader; decoding errors are collected in ``faults``."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._blocks, self._name = blocks(path, name=name), name
@@ -113,11 +115,11 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
             if header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    message = f"{source}: a column name stands twice in {header}"
+                    message = f"{source}: a column name occurs twice in {header}"
                     yield DataError(message, code="D036"), source
                     return
             elif len(cells) != len(header):
-                message = f"{source}: {len(cells)} cells, but the header names {len(header)}"
+                message = f"{source}: {len(cells)} cells, but the header has {len(header)}"
                 yield DataError(message, code="D035"), source
             else:
                 yield dict(zip(header, cells, strict=True)), source
@@ -129,7 +131,7 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
 
 
 def _separator(head: list[str]) -> str:
-    """Choose the separator that cuts most rows of the head into as many cells as the first."""
+    """Return the separator that splits most rows into as many cells as the first row."""
 
     def fitness(separator: str) -> tuple[int, int]:
         try:
@@ -145,8 +147,11 @@ def _separator(head: list[str]) -> str:
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of a typed table without the fields that its nested objects do not have.
 
-    All objects of a column have the same fields there: null stands where a row had none, and would
-    be rendered as an argument of a tool call, say. A turn keeps its role and content.
+    In a typed table, all objects of a column have the same fields, and null marks an absent field.
+    If
+    it were kept, it would for example be rendered as an argument of a tool call. A turn keeps its
+    role
+    and content.
     """
     return {key: _without_nulls(value) for key, value in row.items()}
 
@@ -196,7 +201,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
 
 
 def _read_text(path: Path, name: str) -> Iterator[Item]:
-    """Cut plain text at ``<|endoftext|>`` alone on a line, or at blank lines without any mark."""
+    """Split plain text at ``<|endoftext|>`` alone on a line, or else at blank lines."""
     pieces = (block for block, _ in blocks(path, name=name))
     marked = any(_END_MARK.encode() in piece for piece in pieces if isinstance(piece, bytes))
     document: list[str] = []

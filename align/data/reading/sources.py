@@ -1,4 +1,4 @@
-"""Read rows from files, globs, folders and hub data sets, each with the place it came from."""
+"""Read rows from files, globs, folders and hub datasets, each with its place of origin."""
 
 import glob
 import hashlib
@@ -26,19 +26,20 @@ _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
 SIDES = ("all", "train", "heldout")
-"""What ``split`` takes for data without splits of its own; see align/data/split.py."""
+"""Values of ``split`` for data without its own splits; see align/data/split.py."""
 
 
 def named_source(
     path: str, *, config: str | None = None, revision: str | None = None, split: str = "all"
 ) -> tuple[str, str]:
-    """Return the name by which a source is read, and which side of it by hash.
+    """Return the name under which a source is read, and the side of its hash split.
 
-    A name is ``path@revision#config:split``, of which all but the path may be absent. Where the
-    data has splits of its own, ``split`` names one of them and all of it is taken.
+    A name is ``path@revision#config:split``, of which all but the path are optional. If the data
+    has
+    its own splits, ``split`` selects one of them, which is used completely.
 
     Raises:
-        DataError: there is no such split.
+        DataError: the split does not exist.
     """
     name = path + (f"@{revision}" if revision else "") + (f"#{config}" if config else "")
     if split == "all":
@@ -62,7 +63,7 @@ def named_source(
 
 
 def own_splits(name: str) -> list[str]:
-    """Return the names of the splits that a source has of its own and that its name leaves open."""
+    """Return the names of a source's own splits, unless its name already selects one."""
     path, config, revision, split = _choice(name)
     if split is not None or (glob.glob(path) and not Path(path).is_dir()):
         return []
@@ -74,13 +75,13 @@ def own_splits(name: str) -> list[str]:
 
     try:
         return list(datasets.get_dataset_split_names(path, config, revision=revision))
-    except Exception:  # reading it reports what is wrong, as for every hub id
-        logger.info("%s: its splits cannot be asked for", name)
+    except Exception:  # reading the data reports the error, as for every hub id
+        logger.info("%s: its splits could not be listed", name)
         return []
 
 
 def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
-    """Return path, configuration, revision and split of a source's name."""
+    """Return the path, configuration, revision and split from the name of a source."""
     expanded = os.path.expanduser(os.path.expandvars(name))
     if Path(expanded).exists() or (found := _CHOICE.match(expanded)) is None:
         return expanded, None, None, None
@@ -91,18 +92,19 @@ def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
 
 
 def read_rows(path: str) -> Iterator[tuple[Row, str]]:
-    """Read every row of a data source together with its ``file:line`` (or ``file:row N``).
+    """Yield every row of a data source together with its ``file:line`` (or ``file:row N``).
 
     Args:
-        path: a file (jsonl, json, csv or tsv with any separator, parquet, arrow, txt; the texts
-            also gzipped; what a file holds decides, not its name), a folder (all such files in it,
-            by name; of several splits one must be chosen), a glob, or a hub id ``owner/name`` when
-            nothing of that name exists here. Folders and hub ids take a choice behind the name:
-            ``@revision``, ``#config``, ``:split``. Environment variables are expanded.
+        path: a file, a folder, a glob, or a hub id ``owner/name`` if no file or folder has that
+            name. Files are jsonl, json, csv or tsv with any separator, parquet, arrow or txt; text
+            files may be gzipped. The file type is detected from the content, not the name. For a
+            folder, all such files in it are read, sorted by name; if it has several splits, one
+            must be selected. Folders and hub ids accept ``@revision``, ``#config`` and
+            ``:split`` after the name. Environment variables are expanded.
 
     Returns:
-        Dictionaries, or strings for .txt: its documents end at ``<|endoftext|>`` alone on a line,
-        or at blank lines where the file has no such mark.
+        Dictionaries, or strings for .txt files. Their documents end at lines with only
+        ``<|endoftext|>``, or at blank lines if the file has no such mark.
 
     Raises:
         DataError: nothing is found, or a file or one of its rows cannot be read.
@@ -114,7 +116,7 @@ def read_rows(path: str) -> Iterator[tuple[Row, str]]:
 
 
 def scan_rows(path: str) -> Iterator[Item]:
-    """Read as ``read_rows`` does, but give what cannot be read as an error in a row's place."""
+    """Yield rows as ``read_rows`` does, with an error in place of each row that cannot be read."""
     files = find_files(path)
     if not files:
         yield from _read_hub(path)
@@ -127,10 +129,10 @@ def scan_rows(path: str) -> Iterator[Item]:
 
 
 def find_files(path: str) -> list[Path]:
-    """List the files a path means, in a fixed order; an empty list means a hub id.
+    """Return the files that a path refers to, in a fixed order; an empty list means a hub id.
 
     Raises:
-        DataError: the path names nothing and does not look like ``owner/name``.
+        DataError: the path does not exist and does not look like ``owner/name``.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded:
@@ -142,7 +144,7 @@ def find_files(path: str) -> list[Path]:
     if here.is_dir():
         found = _data_files(here)
         if not found:
-            raise DataError(f"{path}: the folder holds no {', '.join(_PLAIN)} file", code="D004")
+            raise DataError(f"{path}: the folder contains no {', '.join(_PLAIN)} file", code="D004")
         return files_of(here, found, name=path, config=config, split=split)
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if Path(p).is_file())
     if found:
@@ -153,9 +155,9 @@ def find_files(path: str) -> list[Path]:
 
 
 def data_fingerprint(path: str) -> list[dict[str, Any]]:
-    """Return path, sha256 and number of rows of every file of a data source, for manifests.
+    """Return the path, sha256 and number of rows of every file of a data source, for manifests.
 
-    The hash is that of the bytes that were parsed; only what was not read yet is read here.
+    The hash covers the bytes that were parsed; files that were not read yet are read here.
     """
     files = find_files(path)
     if not files:
@@ -179,7 +181,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def suffix_of(path: Path) -> str:
-    """Give the suffix that says what a file holds, without ``.gz``; "" if it says nothing."""
+    """Return the suffix that determines the file type, without ``.gz``; "" if it is unknown."""
     name = path.name.lower()
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), "").removesuffix(".gz")
     return ".jsonl" if suffix == ".ndjson" else suffix
@@ -188,7 +190,7 @@ def suffix_of(path: Path) -> str:
 def _known(path: Path) -> Path:
     if not suffix_of(path):
         raise DataError(
-            f"{path}: unknown kind of file; expected one of {', '.join(_PLAIN)}", code="D005"
+            f"{path}: unknown file type; expected one of {', '.join(_PLAIN)}", code="D005"
         )
     return path
 
@@ -208,9 +210,9 @@ def _read_hub(path: str) -> Iterator[Item]:
     except Exception as error:  # the hub client raises types of several libraries
         told = " ".join(str(error).split())
         message = (
-            f"{path}: no such file or folder here, and not to be had from the hub: {told} Correct "
-            "the name, log in if it is private (hf auth login), or download the data set where "
-            "there is a network and give its folder"
+            f"{path}: no such file or folder, and it cannot be loaded from the hub: {told} Correct "
+            "the name, log in if it is private (hf auth login), or download the dataset on a "
+            "machine with network access and use its folder"
         )
         yield DataError(message, code="D011"), path
         return

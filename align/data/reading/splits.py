@@ -1,6 +1,7 @@
-"""Find the splits that a folder of data has of its own, so that they are never joined unasked.
+"""Find the splits that a data folder has of its own, so that they are never joined by accident.
 
-A folder of ``datasets.save_to_disk`` lists them; a data set repository names them in its card
+A folder written by ``datasets.save_to_disk`` lists them. A dataset repository names them in its
+card
 (``configs`` in README.md) or by the names of its files: train, validation and test.
 """
 
@@ -22,7 +23,7 @@ _NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _UNNAMED = "other"
-"""What the files of a folder are called whose names name no split, where others' do."""
+"""Name for the files of a folder that name no split when other files do."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 Splits = dict[str, list[Path]]
@@ -31,14 +32,17 @@ Splits = dict[str, list[Path]]
 def files_of(
     folder: Path, found: Sequence[Path], *, name: str, config: str | None, split: str | None
 ) -> list[Path]:
-    """Return the data files of a folder, those of one split where it has several.
+    """Return the data files of a folder, or those of one split if it has several.
 
     Args:
-        folder: the folder. found: all files in it that may hold data.
-        name: the source as the user wrote it. config, split: what the user chose, or None.
+        folder: the folder.
+        found: all files in it that may contain data.
+        name: the source as the user wrote it.
+        config: the configuration that the user selected, or None.
+        split: the split that the user selected, or None.
 
     Raises:
-        DataError: several splits or configurations and none is chosen, or there is no such one.
+        DataError: several splits or configurations and none is selected, or it does not exist.
     """
     splits = splits_of(folder, found, name=name, config=config)
     if split is not None:
@@ -54,7 +58,7 @@ def files_of(
 
 
 def several_splits(name: str, splits: Sequence[str]) -> DataError:
-    """Return the error of a source whose splits would be joined."""
+    """Return the error for a source whose splits would be joined."""
     return DataError(
         f"{name}: has the splits {', '.join(splits)}, which are never joined; choose one with "
         f"'split: {splits[0]}' in the recipe, or by the name {name}:{splits[0]}",
@@ -63,11 +67,10 @@ def several_splits(name: str, splits: Sequence[str]) -> DataError:
 
 
 def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | None) -> Splits:
-    """Return the files of each split that a folder has of its own; empty where it has none.
+    """Return the files of each split that a folder has of its own; empty if there are none.
 
     Raises:
-        DataError: the folder's index or card is broken, or names configurations of which none was
-            chosen.
+        DataError: the folder's index or card is broken, or none of its configurations is selected.
     """
     if (folder / "dataset_dict.json").is_file():
         listed = _index(folder / "dataset_dict.json")["splits"]
@@ -78,7 +81,7 @@ def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | N
     if configs:
         return _of_config(folder, configs, name=name, config=config)
     if config is not None:
-        raise DataError(f"{name}: no configuration '{config}': the folder names none", code="D013")
+        raise DataError(f"{name}: no configuration '{config}': the folder has none", code="D013")
     return _by_name(folder, [path for path in found if not _is_index(path)])
 
 
@@ -92,9 +95,7 @@ def _index(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: broken index of a saved data set: {error}", code="D013"
-        ) from error
+        raise DataError(f"{path}: broken index of a saved dataset: {error}", code="D013") from error
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -108,7 +109,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
-    """Return the configurations that the card of a data set repository names."""
+    """Return the configurations that the card of a dataset repository lists."""
     card = folder / "README.md"
     matter = _FRONT_MATTER.search(card.read_text(encoding="utf-8")) if card.is_file() else None
     if matter is None:
@@ -158,7 +159,7 @@ def _of_config(
 
 
 def _by_name(folder: Path, found: Sequence[Path]) -> Splits:
-    """Return the files by the splits that their names or folders name; empty where all are one."""
+    """Return the files by the splits in their names or folders; empty if all are in one split."""
     splits: Splits = {}
     for path in found:
         words = set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower()))

@@ -1,10 +1,10 @@
-"""Turn examples into token rows; decide which tokens are trained by rendering prefixes.
+"""Convert examples to token rows; rendering prefixes shows which tokens are trained.
 
-An assistant turn is what the template adds when the conversation grows by it: the text
+An assistant turn is the text that the template appends for it:
 ``render(turns[:i], add_generation_prompt=True)`` must be a prefix of ``render(turns[:i + 1])``.
-The whole text is tokenized once, so the ids are those of ``apply_chat_template(tokenize=True)``
-with every tokenizer; the mask comes from the characters at which each turn begins and ends.
-Nothing is decided by comparing token ids with the pad id.
+The whole text is tokenized once, so the ids equal those of ``apply_chat_template(tokenize=True)``
+for every tokenizer. The mask follows from the characters at which each turn begins and ends.
+Token ids are never compared with the pad id.
 """
 
 import logging
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PLAIN_STRINGS = (
-    "prompts and completions that are plain text are tokenized as they stand, without the model's "
-    "chat template; set strings: chat on the data source to render them as turns"
+    "prompts and completions that are plain text are tokenized unchanged, without the model's "
+    "chat template. Set strings: chat on the data source to render them as turns."
 )
 NO_STOP = "D115"
-"""Code of a template that ends an assistant turn without a stop token."""
+"""Code for a template that ends an assistant turn without a stop token."""
 _PROBE: list[Turn] = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -49,9 +49,9 @@ class ChatFormat:
     """Render prompts, conversations and pairs with one tokenizer.
 
     Args:
-        tokenizer: a transformers tokenizer; a chat template is needed only for conversations.
-        stop_token_ids: generation stops at each of these; None takes the tokenizer's eos. The
-            first is the one appended to answers that are plain text.
+        tokenizer: a transformers tokenizer; only conversations need a chat template.
+        stop_token_ids: generation stops at each of these; None uses the tokenizer's eos. The first
+            one is appended to plain-text responses.
 
     Raises:
         DataError: the tokenizer has no stop token.
@@ -75,7 +75,7 @@ class ChatFormat:
         self._told = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of token ids without special tokens."""
+        """Return the text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def prompt_ids(
@@ -85,12 +85,12 @@ class ChatFormat:
         tools: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Give the ids after which the model answers (with the generation prompt, one BOS).
+        """Return the ids from which the model responds (with the generation prompt and one BOS).
 
-        A plain string is tokenised as it stands, with the BOS the tokenizer adds by itself.
+        A plain string is tokenized unchanged, with the BOS that the tokenizer adds.
 
         Raises:
-            DataError: a conversation, but the tokenizer has no chat template or it fails.
+            DataError: a conversation, but the tokenizer has no chat template or rendering fails.
         """
         if isinstance(prompt, str):
             ids = TokenText(self.tokenizer, prompt).ids
@@ -99,7 +99,7 @@ class ChatFormat:
         return self._prompt_conversation(list(prompt), given)
 
     def prompt_row(self, example: Example) -> PromptRow:
-        """Tokenise the prompt of an example and keep its columns for the rewards."""
+        """Return the tokenized prompt of an example with its columns for the rewards."""
         prompt = example.prompt
         if isinstance(prompt, str):
             ids = self.prompt_ids(prompt)
@@ -115,10 +115,11 @@ class ChatFormat:
         )
 
     def sft_row(self, example: Example) -> TokenRow:
-        """Tokenise prompt and completion; every assistant turn of the completion is trained.
+        """Return the tokenized prompt and completion; the completion's assistant turns are trained.
 
-        A plain-text row trains the completion and the stop token; with an empty prompt (corpus)
-        that is BOS (untrained), text and stop token.
+        A plain-text row trains the completion and the stop token. With an empty prompt (corpus),
+        the row
+        is BOS (untrained), text and stop token.
 
         Raises:
             DataError: the template rewrites earlier turns, or there is nothing to train.
@@ -127,12 +128,13 @@ class ChatFormat:
         return replace(row, label_prob=example.label_prob)
 
     def pair_row(self, example: Example) -> PairRow:
-        """Tokenise both answers after one shared prompt; both start with the same prompt ids.
+        """Return both responses tokenized after one shared prompt, with identical prompt ids.
 
-        Both end with their stop token: a scorer reads the last token, and sampled answers end so.
+        Both end with their stop token: a scorer reads the last token, and sampled responses end
+        with it.
 
         Raises:
-            DataError: both answers have the same ids, or the template cannot be split.
+            DataError: both responses have the same ids, or the template cannot be split.
         """
         chosen = self._until_stop(example, example.completion)
         rejected = self._until_stop(example, example.rejected)
@@ -150,13 +152,13 @@ class ChatFormat:
         )
 
     def _until_stop(self, example: Example, completion: Text | None) -> TokenRow:
-        """Return a row without what the template writes after the last trained token."""
+        """Return a row without the text that the template writes after the last trained token."""
         row = self._row(example, completion)
         end = len(row.trained) - row.trained[::-1].index(True)
         return TokenRow(row.input_ids[:end], row.trained[:end], source=row.source)
 
     def _missing_bos(self, ids: list[int]) -> list[int]:
-        """Return the BOS that the tokenizer writes by itself, unless the text begins with it."""
+        """Return the BOS that the tokenizer adds, unless the text already begins with it."""
         return [] if ids[:1] == self._bos else self._bos
 
     def _row(self, example: Example, completion: Text | None) -> TokenRow:
@@ -180,8 +182,8 @@ class ChatFormat:
         whole = self._missing_bos(whole) + whole
         answer = whole[len(head) :]
         if whole[: len(head)] != head:
-            # A token would reach from the prompt into the answer, and generation, which starts
-            # from the prompt's tokens, could never write it.
+            # A token would span the boundary of prompt and response. Generation starts from the
+            # prompt's tokens and could never produce it.
             answer = TokenText(self.tokenizer, completion).ids
         if not answer or answer[-1] not in self.stop_token_ids:
             answer.append(self.stop_token_ids[0])
@@ -190,12 +192,14 @@ class ChatFormat:
 
     def _conversation(self, prompt: list[Turn], answer: list[Turn], example: Example) -> TokenRow:
         turns, source = prompt + answer, example.source
+        # Render up to each assistant turn to find the characters at which it begins and ends.
         ends: list[tuple[int, int, int]] = []
         done = ""
         for i, turn in enumerate(turns):
             if turn["role"] == "assistant":
                 head, done = self._around(turns, i, example, done=done)
                 ends.append((i, len(head), len(done)))
+        # Tokenize the whole text once and assign a weight to each token.
         text = TokenText(self.tokenizer, done)
         weights = [0.0] * len(text.ids)
         place, first = 0, 0
@@ -215,7 +219,7 @@ class ChatFormat:
         return _weighed(text.ids, weights, source)
 
     def _check_shape(self, turns: Sequence[Turn], rendered: str, example: Example) -> None:
-        """Check the tools, and once for each shape of conversations every turn's place."""
+        """Check the tools, and once per conversation shape that every turn is rendered."""
         check_tools(example.tools, rendered, source=example.source)
         shape = shape_of(turns, bool(example.tools), example.template_kwargs)
         if shape not in self._shapes:
@@ -225,7 +229,7 @@ class ChatFormat:
             self._shapes.add(shape)
 
     def _around(self, turns: list[Turn], i: int, example: Example, *, done: str) -> tuple[str, str]:
-        """Render up to turn i (with the generation prompt) and with it; check both prefixes."""
+        """Render before turn i (with the generation prompt) and after it; check both prefixes."""
         head = self._render(turns[:i], example=example, add_generation_prompt=True)
         full = self._render(turns[: i + 1], example=example, add_generation_prompt=False)
         _check_prefix(done, head, source=example.source)
@@ -233,28 +237,28 @@ class ChatFormat:
         return head, full
 
     def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
-        """Return the place of the one stop token in what the template writes for an answer."""
+        """Return the index of the only stop token in what the template writes for a turn."""
         stops = [k for k, token in enumerate(ids) if token in self.stop_token_ids]
         if len(stops) > 1:
             stop = self.tokenizer.convert_ids_to_tokens(ids[stops[0]])
             raise DataError(
-                f"{source}: the answer itself contains the stop token {stop!r}; remove it there, "
-                "the template writes the stop at the end of the turn"
+                f"{source}: the response itself contains the stop token {stop!r}. Remove it, since "
+                "the template writes it at the end of the turn"
             )
         if stops:
             return stops[0]
         names = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
         raise DataError(
             f"{source}: the chat template ends the assistant's turn without a stop token: "
-            f"{text[-40:]!r} holds none of {names}, so the model would never learn to stop. "
+            f"{text[-40:]!r} contains none of {names}, so the model would never learn to stop. "
             "Choose a template that writes one (stages.<base>.tokenizer.chat_template: "
             f"{', '.join(FAMILIES)}), name the token that ends its turns (tokenizer.stop_token), "
-            "or let the stop token be added to it (tokenizer.append_stop: true)",
+            "or append the stop token (tokenizer.append_stop: true)",
             code=NO_STOP,
         )
 
     def _prompt_conversation(self, turns: list[Turn], example: Example) -> list[int]:
-        # A history must be one that could be trained on: it ends its answers and only grows.
+        # A history must be valid as training data too: responses end and turns are only appended.
         turns = [cast(Turn, {k: v for k, v in t.items() if k != "weight"}) for t in turns]
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
         done = ""
@@ -286,29 +290,29 @@ class ChatFormat:
                     **example.template_kwargs,
                 )
             )
-        except Exception as error:  # Jinja templates raise any type by raise_exception
+        except Exception as error:  # raise_exception in a template can raise any type
             roles = [turn["role"] for turn in turns]
             raise DataError(
-                f"{example.source}: the chat template refuses roles {roles}: {error}"
+                f"{example.source}: the chat template rejects roles {roles}: {error}"
             ) from error
 
 
 def _weighed(ids: Sequence[int], weights: Sequence[float], source: str) -> TokenRow:
-    """Return a row that trains the tokens of a weight above 0."""
+    """Return a row that trains the tokens with a weight above 0."""
     trained = tuple(weight > 0.0 for weight in weights)
     plain = all(weight in (0.0, 1.0) for weight in weights)
     return TokenRow(tuple(ids), trained, source, weights=() if plain else tuple(weights))
 
 
 def is_tie(example: Example) -> bool:
-    """Read the column ``tie`` of a pair; absent means that there is a winner.
+    """Return the column ``tie`` of a pair; without it, the pair has a winner.
 
     Raises:
-        DataError: it is neither true nor false.
+        DataError: the value is neither true nor false.
     """
     tie = example.columns.get("tie", False)
     if isinstance(tie, str) and tie.lower() in ("true", "false"):
-        tie = tie.lower() == "true"  # a csv file has no booleans
+        tie = tie.lower() == "true"  # CSV files have no booleans
     if not isinstance(tie, bool):
         raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
     return tie
@@ -323,8 +327,8 @@ def _check_prefix(before: str, after: str, *, source: str) -> None:
     )
     raise DataError(
         f"{source}: the chat template rewrites earlier turns, so the trained tokens cannot be "
-        f"told apart; first difference at character {at}: {before[at : at + 40]!r} becomes "
-        f"{after[at : at + 40]!r}; use a template that only appends: "
+        f"identified; first difference at character {at}: {before[at : at + 40]!r} becomes "
+        f"{after[at : at + 40]!r}; Use a template that only appends: "
         f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
     )
 
@@ -336,18 +340,18 @@ def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSpec) -> list[str]:
-    """Give the tokenizer the pad token, stop token and chat template that a recipe names.
+    """Set the pad token, stop token and chat template of a tokenizer from a recipe.
 
     Args:
         tokenizer: changed in place.
-        spec: what the recipe names; a family's template brings its markers and its stop token.
+        spec: settings of the recipe; a template family implies its markers and its stop token.
 
     Returns:
-        Tokens that are new to the vocabulary: the caller resizes the embeddings for them.
+        Tokens that were added to the vocabulary. The caller resizes the embeddings for them.
 
     Raises:
-        RecipeError: a pad token, stop token or chat template is missing in both, all at once; or
-            ``append_stop`` has no effect.
+        RecipeError: a pad token, stop token or chat template is missing in both (all are
+            listed), or ``append_stop`` has no effect.
     """
     known = set(tokenizer.get_vocab())
     family, stop = family_of(spec.chat_template), spec.stop_token
@@ -355,7 +359,7 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         if stop not in (None, family.stop):
             raise RecipeError(
                 f"tokenizer.stop_token: {stop!r} with chat_template {spec.chat_template}, whose "
-                f"turns end in {family.stop!r}; remove stop_token or use another template"
+                f"turns end in {family.stop!r}. Remove stop_token or use another template."
             )
         stop = family.stop
     special: dict[str, Any] = {}
@@ -389,10 +393,10 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
 
 
 def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Change the tokenizer's template so that it ends assistant turns in the stop token.
+    """Change the tokenizer's template so that assistant turns end with the stop token.
 
     Raises:
-        RecipeError: the template does so already.
+        RecipeError: the template already does so.
     """
     try:
         ChatFormat(tokenizer).sft_row(Example(prompt=[], completion=_PROBE, source="append_stop"))
@@ -402,6 +406,6 @@ def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.chat_template = with_stop(str(tokenizer.chat_template))
         return
     raise RecipeError(
-        "tokenizer.append_stop has no effect: the chat template ends assistant turns in "
-        f"{tokenizer.eos_token!r} already; remove it"
+        "tokenizer.append_stop has no effect: the chat template already ends assistant turns with "
+        f"{tokenizer.eos_token!r}. Remove it."
     )

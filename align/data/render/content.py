@@ -1,4 +1,4 @@
-"""Prove that a chat template writes all that a row holds: turns, tools and reasoning, in order."""
+"""Verify that a chat template renders everything in a row: turns, tools and reasoning, in order."""
 
 import json
 import re
@@ -9,12 +9,12 @@ from align.core.errors import DataError
 from align.core.types import Example, Turn
 
 DROPS = "D116"
-"""Code of a row of which the template leaves something out."""
+"""Code for a row of which the template drops a part."""
 _THINK_TAGS = re.compile(r"</?think>")
 
 
 def message_of(turn: Turn) -> dict[str, Any]:
-    """Return a turn as chat templates read it: reasoning by both of its usual names, no weight."""
+    """Return a turn as chat templates read it: reasoning under both usual names, without weight."""
     found: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
     if "reasoning_content" in turn:
         found["thinking"] = turn["reasoning_content"]
@@ -22,10 +22,11 @@ def message_of(turn: Turn) -> dict[str, Any]:
 
 
 def check_plain(example: Example, *, reader: str) -> None:
-    """Raise where an example has more than the contents of turns, which is all that is read.
+    """Raise if an example has more than plain turn contents, which is all that the reader supports.
 
     Args:
-        example: any example. reader: what reads it, for messages.
+        example: any example.
+        reader: the consumer of the example, for messages.
     """
     sides = (example.prompt, example.completion, example.rejected)
     turns = [turn for side in sides if side and not isinstance(side, str) for turn in side]
@@ -35,7 +36,7 @@ def check_plain(example: Example, *, reader: str) -> None:
     if more:
         raise DataError(
             f"{example.source}: {reader} reads the contents of turns only, so {more[0]} would be "
-            "dropped; write it into the content of a turn, or remove it",
+            "dropped. Write it into the content of a turn, or remove it.",
             code=DROPS,
         )
 
@@ -43,15 +44,17 @@ def check_plain(example: Example, *, reader: str) -> None:
 def check_turns(
     turns: Sequence[Turn], rendered: str, *, first: int, source: str, begin: int = 0
 ) -> int:
-    """Return where the last of the turns ends in a rendered text.
+    """Return the character at which the last of the turns ends in a rendered text.
 
     Args:
-        turns: some turns of a conversation. rendered: what the template writes for them.
-        first: number of the first of them, for messages. source: ``file:line``, for messages.
-        begin: character from which they are looked for.
+        turns: some turns of a conversation.
+        rendered: the rendered text.
+        first: number of the first of the turns, for messages.
+        source: ``file:line``, for messages.
+        begin: character at which the search begins.
 
     Raises:
-        DataError: a text of a turn is not there, or not in its order.
+        DataError: the text of a turn is missing or out of order.
     """
     at = begin
     for i, turn in enumerate(turns, start=first):
@@ -64,7 +67,7 @@ def check_turns(
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]], rendered: str, *, source: str) -> None:
-    """Raise unless the names and descriptions of all tools stand in a rendered text."""
+    """Raise unless the names and descriptions of all tools occur in a rendered text."""
     for tool in tools:
         function = tool["function"]
         for text in (function["name"], *_described(function)):
@@ -75,21 +78,22 @@ def check_tools(tools: Sequence[Mapping[str, Any]], rendered: str, *, source: st
 def check_shape(
     turns: Sequence[Turn], render: Callable[[Sequence[Turn]], str], *, source: str
 ) -> None:
-    """Raise unless a template writes the content of every turn of a conversation of this shape.
+    """Raise unless a template renders the content of every turn of a conversation of this shape.
 
-    Each content is replaced by a word that stands nowhere else, so that no turn is taken for
-    written because its text happens to be part of another.
+    Each content is replaced by a unique word, so that a turn cannot pass because its text happens
+    to
+    be part of another turn.
     """
     marked = [_marked(turn, i) for i, turn in enumerate(turns)]
     try:
         rendered = render(marked)
     except DataError:
-        return  # a template may refuse made-up contents; that of the row itself was rendered
+        return  # a template may reject these contents; the row itself was rendered
     check_turns(marked, rendered, first=0, source=source)
 
 
 def shape_of(turns: Sequence[Turn], *options: object) -> str:
-    """Return what a template's choice of what to write may depend on, contents apart."""
+    """Return everything but the contents that may change what a template renders."""
     return repr(([(turn["role"], sorted(turn)) for turn in turns], options))
 
 
@@ -103,7 +107,7 @@ def _marked(turn: Turn, i: int) -> Turn:
 
 
 def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a turn in the order of templates, each with what it is called."""
+    """Yield the texts of a turn in the order of templates, each with its name for messages."""
     if "reasoning_content" in turn:
         yield ", its reasoning", turn["reasoning_content"]
     for text in _THINK_TAGS.split(turn["content"]):
@@ -129,7 +133,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _described(schema: Any) -> Iterator[str]:
-    """Yield the descriptions of a schema and the names of its parameters."""
+    """Yield the descriptions in a schema and the names of its parameters."""
     if isinstance(schema, list):
         for item in schema:
             yield from _described(item)
@@ -143,7 +147,7 @@ def _described(schema: Any) -> Iterator[str]:
 
 
 def _end_of(text: str, rendered: str, at: int) -> int | None:
-    """Return where a text ends in another, plain or as JSON; white space around it is ignored."""
+    """Return where a text ends in another, plain or as JSON; surrounding white space is ignored."""
     wanted = text.strip()
     if not wanted:
         return at
@@ -156,8 +160,8 @@ def _end_of(text: str, rendered: str, at: int) -> int | None:
 
 def _dropped(what: str, text: str, source: str) -> DataError:
     return DataError(
-        f"{source}: the chat template drops {what} ({text.strip()[:40]!r}); choose a template that "
-        "writes it (stages.<base>.tokenizer.chat_template: qwen3 writes tools, tool calls and "
-        "reasoning), or write it into the content of a turn",
+        f"{source}: the chat template drops {what} ({text.strip()[:40]!r}). Choose a template that "
+        "renders it (stages.<base>.tokenizer.chat_template: qwen3 writes tools, tool calls and "
+        "reasoning), or write it into the content of a turn.",
         code=DROPS,
     )

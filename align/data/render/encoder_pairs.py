@@ -1,4 +1,4 @@
-"""Turn examples into rows for a scorer that is an encoder; see `reward_models.paired`."""
+"""Convert examples to rows for an encoder-based scorer; see `reward_models.paired`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class PairedFormat:
-    """Render judged answers and pairs of answers as pairs of texts.
+    """Render rated responses and pairs of responses as pairs of texts for an encoder.
 
-    It has those methods of `ChatFormat` that a scorer's rows are made with. Of a row the answer and
-    the separator behind it count as trained; nothing is a stop token.
+    It has the methods of `ChatFormat` that are needed for a scorer's rows. The response and the
+    separator after it count as trained; there are no stop tokens.
 
     Args:
-        tokenizer: the encoder's.
+        tokenizer: the encoder's tokenizer.
     """
 
     stop_token_ids: tuple[int, ...] = ()
@@ -29,23 +29,23 @@ class PairedFormat:
         self.tokenizer = tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of token ids without special tokens."""
+        """Return the text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def sft_row(self, example: Example) -> TokenRow:
-        """Tokenise prompt and completion.
+        """Return the tokenized prompt and completion.
 
         Raises:
-            DataError: there is no completion, or more than an encoder reads.
+            DataError: there is no completion, or the row has parts that an encoder does not read.
         """
         check_plain(example, reader="an encoder")
         return self._row(example.prompt, example.completion, source=example.source)
 
     def pair_row(self, example: Example) -> PairRow:
-        """Tokenise both answers, each with the prompt before it.
+        """Return both responses tokenized, each after the prompt.
 
         Raises:
-            DataError: an answer is missing, both have the same tokens, or more than is read.
+            DataError: a response is missing, both have the same tokens, or parts would not be read.
         """
         check_plain(example, reader="an encoder")
         chosen = self._row(example.prompt, example.completion, source=example.source)
@@ -65,6 +65,6 @@ class PairedFormat:
 
     def _row(self, prompt: Text, completion: Text | None, *, source: str) -> TokenRow:
         if not completion:
-            raise DataError(f"{source}: there is no completion to judge")
+            raise DataError(f"{source}: there is no completion to score")
         ids, start = pair_ids(self.tokenizer, prompt, completion)
         return TokenRow(tuple(ids), tuple(i >= start for i in range(len(ids))), source)

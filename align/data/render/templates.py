@@ -1,9 +1,9 @@
-"""Chat templates that a recipe may name: plain text, ChatML, and one for each family of models.
+"""Chat templates that a recipe can name: plain text, ChatML, and one for each model family.
 
 Masks come from rendering a conversation turn by turn (align.data.render.chat), so a template may
-only append. Stock templates of some families do not: Qwen3 takes the reasoning out of earlier
-answers, gpt-oss ends the last answer in another token than those before it. TRL ships training
-versions of them; its files are read from the installed package.
+only append. The stock templates of some families do not: Qwen3 removes the reasoning from earlier
+responses, and gpt-oss ends the last response with a different token than earlier ones. TRL ships
+training versions of them, which are read from the installed package.
 """
 
 import importlib.util
@@ -31,17 +31,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
-"""Templates of our own, for base models that have none."""
+"""Built-in templates for base models without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Say what a template brings with it.
+    """Special tokens and source of a template.
 
     Attributes:
         markers: special tokens that it writes; each becomes one token of the vocabulary.
-        stop: the marker that ends an assistant turn; None leaves it to the tokenizer's eos.
-        file: name among TRL's templates; None for one of our own.
+        stop: the marker that ends an assistant turn; None uses the tokenizer's eos.
+        file: name among TRL's templates; None for a built-in one.
         changes: (old, new) texts that make TRL's file append only.
     """
 
@@ -52,7 +52,8 @@ class Family:
 
 
 _CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
-# Harmony ends earlier answers in <|end|> and only the last in <|return|>; and it writes the date.
+# Harmony ends earlier responses with <|end|> and only the last with <|return|>; it also writes the
+# date.
 _GPT_OSS_CHANGES = (
     (
         'message.content + "<|end|>" }}\n            {%- set last_tool_call.name = none %}',
@@ -77,11 +78,11 @@ FAMILIES = {
         _GPT_OSS_CHANGES,
     ),
 }
-"""Names that a recipe may give to ``tokenizer.chat_template``."""
+"""Valid names for ``tokenizer.chat_template``."""
 
 
-# Rewrites the turns before the template sees them, so that whoever renders with the saved template
-# (this suite, vLLM, transformers) writes the same text. Contents of parts are left alone.
+# Rewrites the turns before the template sees them, so that every user of the saved template (this
+# suite, vLLM, transformers) renders the same text. Contents with parts are not changed.
 _STOP_AFTER_ANSWERS = (
     "{%- set ns = namespace(turns=[]) -%}"
     "{%- for turn in messages -%}"
@@ -94,20 +95,20 @@ _STOP_AFTER_ANSWERS = (
 
 
 def with_stop(template: str) -> str:
-    """Give a template that writes the stop token after the content of every assistant turn."""
+    """Return a template that writes the stop token after the content of every assistant turn."""
     return _STOP_AFTER_ANSWERS + template
 
 
 def family_of(name: str | None) -> Family:
-    """Give what a named template brings with it; a file, or none, brings nothing."""
+    """Return the family of a named template; a file or None has no markers or stop token."""
     return FAMILIES.get(name or "", Family())
 
 
 def template_text(name: str) -> str:
-    """Give the Jinja text of a named template or of a file.
+    """Return the Jinja text of a named template or of a file.
 
     Raises:
-        RecipeError: there is no such name and no such file, or TRL has no such template any more.
+        RecipeError: neither the name nor the file exists, or TRL no longer has the template.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -123,13 +124,13 @@ def template_text(name: str) -> str:
 
 
 def _trl_text(file: str) -> str:
-    # Read, not imported: the import of TRL's own module takes seconds.
+    # Read, not imported: importing TRL's module takes seconds.
     found = importlib.util.find_spec("trl")
     path = Path(found.origin or "").parent / "chat_templates" / f"{file}.jinja" if found else None
     if path is None or not path.is_file():
         raise RecipeError(
-            f"tokenizer.chat_template: trl has no template {file}.jinja; install trl 1.16, or name "
-            "a Jinja file of your own"
+            f"tokenizer.chat_template: trl has no template {file}.jinja. Install trl 1.16, or use "
+            "your own Jinja file."
         )
     return path.read_text(encoding="utf-8")
 
@@ -138,8 +139,8 @@ def _changed(text: str, family: Family, name: str) -> str:
     for old, new in family.changes:
         if old not in text:
             raise RecipeError(
-                f"tokenizer.chat_template: {name} is written for trl 1.16, and this version's "
-                f"template lacks {old[:40]!r}; install trl 1.16, or name a Jinja file of your own"
+                f"tokenizer.chat_template: {name} was written for trl 1.16, and this version's "
+                f"template lacks {old[:40]!r}. Install trl 1.16, or use your own Jinja file."
             )
         text = text.replace(old, new)
     return text

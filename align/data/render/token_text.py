@@ -1,4 +1,4 @@
-"""A text tokenized once, and where a place of the text is among its tokens."""
+"""A text that is tokenized once, with a mapping from characters to tokens."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ class TokenText:
     """The token ids of a whole text, as ``apply_chat_template(tokenize=True)`` returns them.
 
     A text must not be tokenized in pieces: SentencePiece tokenizers put a space before each piece,
-    and others merge characters across the seam.
+    and others merge characters across the boundary.
 
     Args:
         tokenizer: any tokenizer; without character offsets, prefixes are tokenized instead.
-        text: the whole text, without the special tokens that the tokenizer would add by itself.
+        text: the whole text, without the special tokens that the tokenizer would add.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
@@ -33,9 +33,9 @@ class TokenText:
         self._spans: Sequence[tuple[int, int]] | None = found["offset_mapping"] if is_fast else None
 
     def before(self, cut: int) -> int:
-        """Return how many tokens stand before character ``cut``.
+        """Return the number of tokens before character ``cut``.
 
-        A token on both sides of it stands behind: the prompt alone would not have it.
+        A token that spans the cut is not counted, because the prompt alone would not contain it.
         """
         if self._spans is None:
             return self._shared_with_prefix(cut)
@@ -46,7 +46,7 @@ class TokenText:
         if start == first:
             return first
         # Tokens without width end at the cut: white space whose offsets were trimmed, or a space
-        # that the tokenizer put there. The prefix alone tells on which side they stand.
+        # that the tokenizer inserted. Only tokenizing the prefix shows on which side they belong.
         return min(first, max(start, self._shared_with_prefix(cut)))
 
     def end_of(self, index: int) -> int:

@@ -1,8 +1,8 @@
-"""Find held-out prompts whose words stand in the training texts, whatever the split says.
+"""Find held-out prompts whose words occur in the training texts.
 
-The split keeps a prompt on one side by its exact first message; a quoted or slightly changed copy
-passes it. Here a held-out prompt is contaminated when most of its runs of 13 words stand in
-training texts; one of 8 to 12 words, when a training turn has just these words.
+The split keeps a prompt on one side by its exact first message, but a quoted or slightly changed
+copy passes it. Here, a held-out prompt is contaminated if most of its 13-word runs occur in
+training texts. A prompt of 8 to 12 words is contaminated if a training turn has exactly its words.
 """
 
 from collections import Counter
@@ -16,24 +16,25 @@ from align.data.text.ngrams import grams, words
 GRAM_WORDS = 13
 """As in arXiv:2005.14165 appendix C."""
 MIN_WORDS = 8
-"""Shorter prompts are so common that they say nothing."""
+"""Shorter prompts are too common to be evidence."""
 SHARE = 0.8
-"""Share of a prompt's runs that must stand in training: a common preamble alone does not count.
+"""Fraction of a prompt's runs that must occur in training, so a common preamble does not count.
 The limit is that of arXiv:2307.09288 section A.6 for its worst class."""
 NUM_NOTED = 10
 Place = tuple[str, str]
-"""A contaminated held-out row, and the training row that has most of its words."""
+"""A contaminated held-out row, and the training row that shares most of its words."""
 Wanted = tuple[str, set[int]]
 """A held-out row and its runs of words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contamination:
-    """Hold what an overlap check found.
+    """Result of an overlap check.
 
     Attributes:
-        checked: held-out prompts long enough to tell. skipped: those of fewer than 8 words.
-        places: the contaminated ones.
+        checked: number of held-out prompts that are long enough.
+        skipped: number of prompts with fewer than 8 words.
+        places: the contaminated prompts.
     """
 
     checked: int
@@ -42,11 +43,11 @@ class Contamination:
 
     @property
     def frac(self) -> float:
-        """Give the contaminated share of the prompts checked."""
+        """Return the contaminated fraction of the checked prompts."""
         return len(self.places) / self.checked if self.checked else 0.0
 
     def note(self) -> dict[str, Any]:
-        """Give the entry of a manifest."""
+        """Return the entry of a manifest."""
         return {
             "checked": self.checked,
             "contaminated": len(self.places),
@@ -62,7 +63,8 @@ def find_contamination(
     """Compare sets of held-out prompts with every turn of the training rows.
 
     Args:
-        train: rows of any kind. heldout: the sets, each under a name.
+        train: rows of any kind.
+        heldout: the sets, by name.
     """
     wanted = {name: list(_long_enough(rows)) for name, rows in heldout.items()}
     looked_for = set[int]().union(*(own for rows in wanted.values() for _, own in rows))
@@ -78,7 +80,7 @@ def find_contamination(
 
 
 def _long_enough(examples: Iterable[Example]) -> Iterator[Wanted]:
-    """Give source and runs of the prompts that have words enough to tell."""
+    """Yield the source and word runs of the prompts that are long enough."""
     for example in examples:
         hashes = [words(turn) for turn in _asked(example)]
         if sum(map(len, hashes)) >= MIN_WORDS:
@@ -86,7 +88,7 @@ def _long_enough(examples: Iterable[Example]) -> Iterator[Wanted]:
 
 
 def _nearest(contaminated: Sequence[Wanted], train: Sequence[Example]) -> list[Place]:
-    """Find for each contaminated row the training row that has most of its runs."""
+    """Return, for each contaminated row, the training row that has most of its runs."""
     best = [(0, "")] * len(contaminated)
     owners: dict[int, list[int]] = {}
     for i, (_, own) in enumerate(contaminated):
@@ -100,7 +102,7 @@ def _nearest(contaminated: Sequence[Wanted], train: Sequence[Example]) -> list[P
 
 
 def _runs_of(examples: Sequence[Example], wanted: set[int]) -> Iterator[tuple[str, set[int]]]:
-    """Give source and wanted runs of every different turn that has some."""
+    """Yield the source and wanted runs of every distinct turn that has any."""
     known: set[str] = set()
     for example in examples if wanted else ():
         for turn in _turns(example.prompt, example.completion, example.rejected):
@@ -115,7 +117,7 @@ def _runs(hashes: list[int]) -> set[int]:
 
 
 def _asked(example: Example) -> list[str]:
-    """Give what the user says in a row's prompt, or in all of a conversation without a prompt."""
+    """Return the user's text in a prompt, or in the whole conversation if there is no prompt."""
     text = example.prompt or example.completion
     if not text or isinstance(text, str):
         return list(_turns(example.prompt))

@@ -1,4 +1,4 @@
-"""A label model: what several weak judges say, weighed by how well each agrees with the rest."""
+"""Combine the votes of weak judges, weighting each by its agreement with the others."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 ABSTAIN = -1
 NUM_ROUNDS = 200
 SMOOTHING = 1.0
-"""Votes added to every cell of a judge's table, so that few votes prove nothing."""
+"""Votes added to every cell of a judge's table, so that few votes are weak evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelModel:
-    """Hold what agreement says.
+    """Result of the label model.
 
     Attributes:
-        probabilities: of label 1, per row.
-        prior: share of label 1.
-        tables: (judges, true label, vote): how each judge votes given the truth.
+        probabilities: probability of label 1, per row.
+        prior: fraction of label 1.
+        tables: (judges, true label, vote): the vote distribution of each judge given the truth.
     """
 
     probabilities: NDArray[np.float64]
@@ -26,16 +26,17 @@ class LabelModel:
     tables: NDArray[np.float64]
 
     def accuracy(self, judge: int) -> float:
-        """Give the estimated share of right votes among a judge's votes."""
+        """Return the estimated fraction of a judge's votes that are correct."""
         right = np.diag(self.tables[judge])
         return float((np.array([1.0 - self.prior, self.prior]) * right).sum())
 
 
 def dawid_skene(votes: NDArray[np.int64]) -> LabelModel:
-    """Estimate two-class labels and each judge's reliability by expectation maximisation.
+    """Estimate two-class labels and each judge's reliability by expectation maximization.
 
-    Starts from the majority; rows without any vote get the prior. Judges are taken to err
-    independently given the truth.
+    The estimate starts from the majority vote; rows without any vote get the prior. Judges are
+    assumed
+    to err independently given the truth.
 
     Args:
         votes: (rows, judges) of 0, 1 or ABSTAIN.
@@ -50,10 +51,12 @@ def dawid_skene(votes: NDArray[np.int64]) -> LabelModel:
     q = np.where(any_vote > 0, for_one / np.maximum(any_vote, 1), 0.5)
     prior, tables = 0.5, np.zeros((votes.shape[1], 2, 2))
     for _ in range(NUM_ROUNDS):
+        # M step: class prior and vote tables from the current posteriors.
         truth = np.stack([1.0 - q, q])  # (label, rows)
         prior = float(q.mean())
         tables = np.einsum("lr,vrj->jlv", truth, said) + SMOOTHING
         tables /= tables.sum(2, keepdims=True)
+        # E step: log odds of label 1, summed over the judges' votes.
         log_odds = np.log(prior + 1e-12) - np.log(1.0 - prior + 1e-12)
         log_odds = log_odds + np.einsum(
             "vrj,jv->r", said, np.log(tables[:, 1]) - np.log(tables[:, 0])

@@ -1,6 +1,6 @@
-"""What a word is, and how alike texts are by their words: n-grams, Jaccard similarity, sketches.
+"""Define words and compare texts by them: n-grams, Jaccard similarity, sketches.
 
-One home of these rules: the data check, the contamination check and the stages that make data.
+These rules are shared by the data check, the contamination check and the data-creating stages.
 """
 
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 SHINGLE = 3
-"""Words of one shingle."""
+"""Number of words in a shingle."""
 MIN_SHINGLES = 12
-"""Texts with fewer are too short to be called nearly the same."""
+"""Texts with fewer shingles are too short to be near duplicates."""
 
 _64_BITS = 2**64 - 1
 _MARKS = bytes(set(range(33, 128)) - set(b"0123456789abcdefghijklmnopqrstuvwxyz"))
@@ -23,29 +23,29 @@ def _split(text: str) -> list[bytes]:
 
 
 def words(text: str) -> list[int]:
-    """Give the hash of every word; case and ASCII punctuation do not count."""
+    """Return the hash of every word, ignoring case and ASCII punctuation."""
     return list(map(crc32, _split(text)))
 
 
 def word_texts(text: str) -> list[str]:
-    """Give the words that ``words`` hashes."""
+    """Return the words that ``words`` hashes."""
     return [word.decode("utf-8") for word in _split(text)]
 
 
 def grams(hashes: list[int], size: int) -> set[int]:
-    """Give the hash of every run of ``size`` words; the same in every process."""
+    """Return the hash of every run of ``size`` words, the same in every process."""
     return set(map(hash, zip(*(hashes[i:] for i in range(size)), strict=False)))
 
 
 def shingles(text: str) -> set[int]:
-    """Give the hashes of a text's word triples; a shorter text is one gram of all its words."""
+    """Return the hashes of a text's word triples; a shorter text is one gram of all its words."""
     hashes = words(text)
     return grams(hashes, min(SHINGLE, len(hashes)))
 
 
 def minhash(hashes: set[int], *, permutations: int) -> "MinHash":
-    """Give the MinHash of a set of shingle hashes, for an index that proposes similar sets."""
-    from datasketch import MinHash  # imports scipy: only where it is needed
+    """Return the MinHash of a set of shingle hashes, for an index that proposes similar sets."""
+    from datasketch import MinHash  # imports scipy, so import it only when needed
 
     found = MinHash(num_perm=permutations, hashfunc=_folded)
     found.update_batch(sorted(hashes))
@@ -57,10 +57,10 @@ def _folded(value: int) -> int:
 
 
 def sketch(hashes: list[int]) -> tuple[int, int]:
-    """Give the smallest and the largest shingle hash, or zeros for a text that is too short.
+    """Return the smallest and the largest shingle hash, or zeros if the text is too short.
 
-    Each is the same for two texts with a probability of their Jaccard similarity J, so a pair
-    that agrees in one of them is found with a probability of about 1 - (1 - J)^2: 0.99 at 0.9.
+    Each is equal for two texts with a probability of their Jaccard similarity J. A pair is found if
+    either one is equal, with a probability of about 1 - (1 - J)^2: 0.99 at J = 0.9.
     """
     if len(hashes) < MIN_SHINGLES + SHINGLE - 1:
         return 0, 0
@@ -69,5 +69,5 @@ def sketch(hashes: list[int]) -> tuple[int, int]:
 
 
 def similarity(a: set[int], b: set[int]) -> float:
-    """Give the Jaccard similarity of two sets, from 0 to 1."""
+    """Return the Jaccard similarity of two sets, from 0 to 1."""
     return len(a & b) / len(a | b) if a or b else 0.0

@@ -1,4 +1,4 @@
-"""How alike texts are: ROUGE-L for short ones, near-duplicates and TF-IDF distance for many."""
+"""Text similarity: ROUGE-L for short texts, near duplicates and TF-IDF distance for many."""
 
 import math
 from collections import Counter
@@ -12,12 +12,12 @@ from align.data.text.ngrams import minhash, shingles, similarity, word_texts
 
 NUM_HASHES = 128
 PROPOSE = 0.7
-"""Share of the threshold from which the hashes propose a pair."""
+"""Fraction of the threshold at which the hashes propose a pair."""
 NUM_FEATURES = 4096
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """Give the F-measure of the longest common subsequence of two lists of words, in [0, 1].
+    """Return the F-measure of the longest common subsequence of two lists of words, in [0, 1].
 
     Reference: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1,
     with beta = 1.
@@ -28,10 +28,10 @@ def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def nearest(text: Sequence[str], pool: Sequence[Sequence[str]]) -> tuple[int, float]:
-    """Find the member of ``pool`` with the highest ROUGE-L; (-1, 0.0) for an empty pool."""
+    """Return the index and value of the highest ROUGE-L in ``pool``; (-1, 0.0) if it is empty."""
     best, value = -1, 0.0
     for i, other in enumerate(pool):
-        # Both lengths bound the common subsequence, so most members need no look.
+        # The lengths bound the common subsequence, so most members can be skipped.
         if 2.0 * min(len(text), len(other)) > value * (len(text) + len(other)):
             found = rouge_l(text, other)
             if found > value:
@@ -40,21 +40,22 @@ def nearest(text: Sequence[str], pool: Sequence[Sequence[str]]) -> tuple[int, fl
 
 
 def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Find texts that repeat an earlier one almost word for word.
+    """Yield texts that repeat an earlier one almost word for word.
 
-    MinHash with locality-sensitive hashing proposes pairs of word triples; each is then measured
-    exactly, so that nothing is reported below the threshold.
+    MinHash with locality-sensitive hashing proposes pairs by their word triples. Each pair is then
+    measured exactly, so that nothing below the threshold is reported.
 
     Args:
-        texts: any number of texts. threshold: Jaccard similarity in (0, 1].
+        texts: any number of texts.
+        threshold: Jaccard similarity in (0, 1].
 
-    Returns:
-        (later text, the earlier one that is kept, similarity); a text found is never itself the
-        earlier one of another.
+    Yields:
+        (later text, the earlier one that is kept, similarity). A reported text is never the earlier
+        one of another pair.
     """
     from datasketch import MinHashLSH
 
-    # An index for the threshold itself misses a third of the pairs just above it.
+    # An index for the threshold itself would miss a third of the pairs just above it.
     index = MinHashLSH(threshold=PROPOSE * threshold, num_perm=NUM_HASHES)
     triples = [shingles(text) for text in texts]
     for i, own in enumerate(triples):
@@ -69,7 +70,7 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
 
 
 def tfidf(texts: Sequence[str]) -> NDArray[np.float32]:
-    """Give unit vectors of the texts' words: (number of texts, features), hashed where many.
+    """Return unit TF-IDF vectors: (texts, features), with hashed features if there are many.
 
     Term frequency is 1 + log(count), inverse document frequency log(N / df) + 1.
     """
@@ -88,14 +89,16 @@ def tfidf(texts: Sequence[str]) -> NDArray[np.float32]:
 def diverse(
     vectors: NDArray[np.float32], order: Sequence[int], *, rows: int, min_distance: float
 ) -> tuple[list[int], dict[int, float]]:
-    """Take rows in order unless they lie too near to one already taken.
+    """Select rows in order, skipping those too close to a row that was already selected.
 
     Args:
-        vectors: unit vectors. order: indices, the best first. rows: most to take.
-        min_distance: 1 - cosine similarity below which a row is passed over.
+        vectors: unit vectors.
+        order: indices, the best first.
+        rows: largest number of rows to select.
+        min_distance: rows with a smaller 1 - cosine similarity are skipped.
 
     Returns:
-        Indices taken, and for those passed over the distance to the nearest one taken.
+        The selected indices and, for the skipped ones, the distance to the nearest selected row.
     """
     taken: list[int] = []
     passed: dict[int, float] = {}
