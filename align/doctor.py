@@ -1,4 +1,4 @@
-"""Examine the machine: what is installed, what runs on what, and a remedy for what is missing."""
+"""Check the machine: installed packages, devices and tools, with a remedy for anything missing."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ MIN_DISK_GIB, MIN_MEMORY_GIB = 5.0, 6.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Hold one line of the examination; ``missing`` means that nothing will work without it."""
+    """One line of the check; ``missing`` means that nothing works without it."""
 
     name: str
     value: str
@@ -33,13 +33,13 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
-        """Write the finding with its remedy."""
+        """Return the finding as a line with its remedy."""
         mark = {"ok": "  ok     ", "note": "  note   ", "missing": "  MISSING"}[self.state]
         return f"{mark} {self.name:<14} {self.value}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def examine() -> list[Finding]:
-    """Look at interpreter, packages, devices, compiler, memory and disk; torch is not imported."""
+    """Check interpreter, packages, devices, compiler, memory and disk, without importing torch."""
     return [
         _python(),
         *_packages(),
@@ -104,7 +104,7 @@ def _devices() -> Finding:
     if not has_gpu():
         hidden = ", GPU hidden by CUDA_VISIBLE_DEVICES" if gpus else ", no GPU"
         return Finding(
-            "devices", f"{cores} CPU cores{hidden}", "note", "enough for quickstart and the tests"
+            "devices", f"{cores} CPU cores{hidden}", "note", "enough for the quickstart and the tests"
         )
     found = f"{len(gpus)} GPU ({'; '.join(gpus)}), {cores} CPU cores"
     num_seen, cuda = _torch_devices()
@@ -113,7 +113,7 @@ def _devices() -> Finding:
 
 
 def _torch_devices() -> tuple[int, str | None]:
-    """Return the GPUs that torch sees and its CUDA version, asked of a process of its own."""
+    """Return the number of GPUs that torch sees and its CUDA version, from a separate process."""
     code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or '')"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     words = asked.stdout.split()
@@ -149,12 +149,12 @@ def _compiler() -> list[Finding]:
 def _memory() -> Finding:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     low = gib < MIN_MEMORY_GIB
-    remedy = f"quickstart wants {MIN_MEMORY_GIB:.0f} GiB" if low else ""
+    remedy = f"the quickstart needs {MIN_MEMORY_GIB:.0f} GiB" if low else ""
     return Finding("memory", f"{gib:.1f} GiB", "note" if low else "ok", remedy)
 
 
 def _disk() -> Finding:
     gib = shutil.disk_usage(".").free / 2**30
     low = gib < MIN_DISK_GIB
-    remedy = f"the environment and a run want {MIN_DISK_GIB:.0f} GiB" if low else ""
-    return Finding("disk free", f"{gib:.1f} GiB here", "note" if low else "ok", remedy)
+    remedy = f"the environment and a run need {MIN_DISK_GIB:.0f} GiB" if low else ""
+    return Finding("disk free", f"{gib:.1f} GiB in this folder", "note" if low else "ok", remedy)

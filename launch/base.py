@@ -1,13 +1,13 @@
-"""Bring in a model and its tokenizer, or build and pretrain a small one.
+"""Import a model and its tokenizer, or build and pretrain a small one.
 
-Needs nothing before it. Writes a policy: model/ in the format of transformers.
+Needs no earlier stage. Writes a policy: model/ in the format of transformers.
 
     python launch/base.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/base.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/base.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

@@ -1,8 +1,8 @@
-"""Measure a judge (an endpoint or a reward model) on preference pairs that people have ordered.
+"""Measure a judge (an endpoint or a reward model) on human preference pairs.
 
     python launch/calibrate.py JUDGE --pairs FILE --out FILE [--model NAME] [--rows N]
 
-Prints and writes JSON: agreement, Cohen's kappa, position bias, each with its interval.
+Prints and writes JSON: agreement, Cohen's kappa and position bias, with confidence intervals.
 """
 
 from align.stages.entry import become

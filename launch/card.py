@@ -1,9 +1,9 @@
-"""Measure reward models on held-out pairs and sets of answers: their card.
+"""Create reward cards: measure reward models on held-out pairs and sets of responses.
 
     python launch/card.py RUN/STAGE [RUN/STAGE ...] --pairs JSON --out FILE [--sets JSON]
 
-JSON is a list of data sources as in a recipe. Without --pairs those that the reward stage held out.
-Writes one JSON object: name of the model to its card.
+JSON is a list of data sources as in a recipe. Without --pairs, the held-out pairs of the reward
+stage are used. Writes one JSON object that maps model names to cards.
 """
 
 from align.stages.entry import become

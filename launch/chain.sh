@@ -1,8 +1,8 @@
 #!/bin/sh
-# Run the stages of a recipe one after another; stop at the first that fails.
+# Run the stages of a recipe in order and stop at the first failure.
 #   launch/chain.sh RECIPE [RUN_DIR] [--set key=value ...]
-# RANKS=n in the environment gives every stage n ranks; without it each has the recipe's own number.
-# `align run` does the same and also skips, resumes, shows progress and writes the report.
+# Set RANKS=n in the environment to run every stage with n ranks instead of the recipe's number.
+# `align run` does the same, and also skips, resumes, shows progress and writes the report.
 set -eu
 if [ $# -lt 1 ]; then
   sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
@@ -31,7 +31,7 @@ run_stage() { # NAME KIND RANKS [--set key=value ...]
   fi
 }
 
-# The recipe is checked on the way: its name, then "name kind ranks" for each stage.
+# Also validates the recipe. Prints its name, then "name kind ranks" for each stage.
 stages=$("$python" -m align.cli stages "$recipe" "$@")
 recipe_name=${stages%%
 *}

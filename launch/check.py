@@ -1,8 +1,9 @@
-"""Deep check of a recipe: the preflight of each stage whose inputs are there; nothing is trained.
+"""Run the preflight checks of each stage whose inputs exist, without training.
 
     python launch/check.py --resolved R --run-dir RUN --cards FILE [--done STAGE ...] [--only STAGE]
 
-``align check R --deep`` starts this and prints the cards. Exit codes: 0 no line failed, 2 one did.
+``align check R --deep`` runs this and prints the results. Exit codes: 0 all checks passed,
+2 a check failed.
 """
 
 from align.stages.entry import become

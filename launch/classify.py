@@ -1,14 +1,14 @@
-"""Train a classifier of texts: a new head on a decoder or an encoder.
+"""Train a text classifier: a new head on a decoder or an encoder.
 
-Reads the policy or encoder that `init` names and rows of a text and its class. Writes a classifier
-in the format of transformers, and what it makes of each held-out row.
+Reads the policy or encoder that `init` names, and rows of text with a class. Writes a classifier in
+the format of transformers, and its prediction for each held-out row.
 
     python launch/classify.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/classify.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/classify.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

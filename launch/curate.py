@@ -1,11 +1,11 @@
-"""Keep few, good and different rows, with a ledger of what left and why.
+"""Select few, good and diverse rows, with a ledger of the removed rows and the reasons.
 
 Reads the rows of `data`. Writes data.jsonl and ledger.jsonl.
 
     python launch/curate.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal; the same
-command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal; run the same
+command again to resume.
 """
 
 from align.stages.entry import become

@@ -1,13 +1,14 @@
-"""Direct preference optimisation and its close relatives.
+"""Direct preference optimization (DPO) and related losses.
 
-Reads the policy that `init` names, which is also the reference, and pairs. Writes a policy.
+Reads preference pairs and the policy that `init` names, which is also the reference.
+Writes a policy.
 
     python launch/dpo.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/dpo.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/dpo.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

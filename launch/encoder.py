@@ -1,10 +1,10 @@
-"""Bring in an encoder such as BERT.
+"""Import an encoder such as BERT.
 
 Reads a folder or hub id in the format of transformers. Writes an encoder with its tokenizer.
 
     python launch/encoder.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
 
-Exit codes: 0 done, 1 failed, 2 the recipe is wrong.
+Exit codes: 0 done, 1 failed, 2 invalid recipe.
 """
 
 from align.stages.entry import become

@@ -1,14 +1,14 @@
-"""Learn from single answers judged good or bad (KTO).
+"""Train on single responses labeled good or bad (KTO).
 
-Reads the policy that `init` names, which is also the reference, and judged answers.
+Reads labeled responses and the policy that `init` names, which is also the reference.
 Writes a policy.
 
     python launch/kto.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/kto.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/kto.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

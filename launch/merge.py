@@ -1,14 +1,14 @@
-"""Interpolate the weights of a model and of what was fine-tuned from it.
+"""Interpolate the weights of a model and a fine-tuned version of it.
 
-Reads the policies that `base` and `tuned` name; scores each of `alphas` on held-out prompts and
-writes the chosen one, a policy, with the curve in its manifest.
+Reads the policies that `base` and `tuned` name and scores each of `alphas` on held-out prompts.
+Writes the selected policy, with the curve in its manifest.
 
     python launch/merge.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/merge.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/merge.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

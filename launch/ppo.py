@@ -1,14 +1,14 @@
-"""PPO with a learned critic against the rewards of the recipe.
+"""PPO with a learned critic and the rewards of the recipe.
 
 Reads the policy that `init` names, prompts, and the reward models that `rewards` name.
-Answers come from vLLM where it imports, else from transformers. Writes a policy.
+Samples responses with vLLM if it can be imported, else with transformers. Writes a policy.
 
     python launch/ppo.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
     deepspeed --num_gpus 8 launch/ppo.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/ppo.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

@@ -2,8 +2,8 @@
 
     python launch/serve_reward.py RUN/STAGE [--host 127.0.0.1] [--port 8765] [--combine mean]
 
-One process, one scorer; requests that come close together are scored in one batch. It knows no
-passwords: listen on other addresses than this machine's own only in a network you trust.
+One process runs one scorer and batches concurrent requests. There is no authentication: use an
+address other than 127.0.0.1 only in a network you trust.
 """
 
 from align.stages.entry import become

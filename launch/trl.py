@@ -1,4 +1,4 @@
-"""A trainer of TRL as a stage: same data, artefacts, metrics and resumption.
+"""Run a TRL trainer as a stage, with the same data, artifacts, metrics and resumption.
 
 Reads the policy that `init` names and the rows of `data`. Writes a policy.
 
@@ -6,8 +6,8 @@ Reads the policy that `init` names and the rows of `data`. Writes a policy.
     deepspeed --num_gpus 8 launch/trl.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/trl.py --recipe R --stage NAME
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal after a
-checkpoint; the same command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
+run the same command again to resume.
 """
 
 from align.stages.entry import become

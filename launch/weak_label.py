@@ -1,11 +1,11 @@
-"""Label rows by several weak judges, weighed by how well they agree.
+"""Label rows with several weak judges, weighted by their agreement.
 
-Reads the rows of `data`. Writes data.jsonl with probable labels.
+Reads the rows of `data`. Writes data.jsonl with label probabilities.
 
     python launch/weak_label.py --recipe R [--stage NAME] [--run-dir DIR] [--set K=V ...] [--force]
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the data is wrong, 75 stopped by a signal; the same
-command goes on from there.
+Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal; run the same
+command again to resume.
 """
 
 from align.stages.entry import become

@@ -1,1 +1,1 @@
-"""Which weights are trained: LoRA and its relatives."""
+"""Parameter-efficient tuning: LoRA and related methods."""

@@ -1,9 +1,10 @@
 """Houlsby adapters: a small network after attention and one after the MLP, before the residual.
 
-Each adds its own skip connection: h + U f(D h). U starts at zero, so the model starts as it was.
+Each network adds its own skip connection: h + U f(D h). U starts at zero, so the initial model is
+unchanged.
 
-Reference: arXiv:1902.00751 section 2.1. Deviations: the layer norms stay frozen; U starts at zero
-    and not only near it; f is GELU.
+Reference: arXiv:1902.00751 section 2.1. Deviations: the layer norms stay frozen; U starts at
+    exactly zero instead of near zero; f is GELU.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ NAME = "BOTTLENECK"
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """Say behind which projections the networks sit, and the units of their inner layer."""
+    """Projections that are followed by an adapter, and the size of its inner layer."""
 
     target_modules: list[str] = field(default_factory=list)
     size: int = 64
@@ -30,7 +31,7 @@ class BottleneckConfig(PeftConfig):
 
 
 class Bottleneck(nn.Module):
-    """Give U f(D h), in the dtype of h."""
+    """Compute U f(D h), in the dtype of h."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -39,16 +40,16 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        """Give the change to ``hidden`` (B, T, H)."""
+        """Return the change to ``hidden`` (B, T, H)."""
         inner = nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype)))
         return self.up(inner).to(hidden.dtype)
 
 
 class BottleneckModel(InsertedModel):
-    """Insert bottlenecks."""
+    """A model with bottleneck adapters."""
 
     def build(self, config: BottleneckConfig, width: int) -> nn.Module:
-        """Make one network."""
+        """Return one adapter network."""
         return Bottleneck(width, config.size)
 
 

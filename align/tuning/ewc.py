@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: weights that an old task needs are pulled back to their start."""
+"""Elastic weight consolidation: pull weights that an old task needs back to their start."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Hold where the weights stood and how much the old task needs each of them.
+    """The start of the weights and how much the old task needs each of them.
 
     Attributes:
-        coef: lambda. start: weights at the start of the stage, float32, by name.
+        coef: the coefficient lambda.
+        start: weights at the start of the stage, float32, by name.
         fisher: diagonal Fisher information by name, scaled and capped (see ``scaled``).
     """
 
@@ -27,7 +28,7 @@ class Anchor:
     fisher: Mapping[str, Tensor]
 
     def penalty(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Tensor:
-        """Give coef / 2 * sum of F * (w - w_start)^2 over the parameters that train now.
+        """Return coef / 2 * sum of F * (w - w_start)^2 over the currently trained parameters.
 
         Reference:
             arXiv:1612.00796 eq. 3.
@@ -40,7 +41,7 @@ class Anchor:
         return 0.5 * self.coef * total
 
     def pull(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give one whole weight's share of the penalty and of its gradient, at ``value``."""
+        """Return one whole weight's part of the penalty and of its gradient, at ``value``."""
         moved = value.float() - self.start[name]
         gradient = self.coef * self.fisher[name] * moved
         return 0.5 * (gradient * moved).sum(), gradient
@@ -49,18 +50,19 @@ class Anchor:
 def fisher_diagonal(
     module: nn.Module, rows: Sequence[Row], log_likelihood: Callable[[nn.Module, Row], Tensor]
 ) -> dict[str, Tensor]:
-    """Average the squared gradient of each row's log-likelihood, with dropout off.
+    """Return the mean squared gradient of each row's log-likelihood, with dropout off.
 
-    This is the empirical Fisher: labels are those of the data, gradients are squared row by row
-    (squaring the gradient of a batch would cancel what differs between its rows).
+    This is the empirical Fisher information: labels come from the data, and gradients are squared
+    row
+    by row (squaring the gradient of a batch would cancel the differences between its rows).
 
     Args:
-        module: its trainable parameters are looked at; not yet under DeepSpeed.
-        rows: rows of the old task; each rank takes a part.
+        module: model with trainable parameters, not yet under DeepSpeed.
+        rows: rows of the old task; each rank processes a part of them.
         log_likelihood: (module, row) -> sum over the trained tokens, in nats.
 
     Returns:
-        float32 by parameter name, on every rank.
+        float32 tensors by parameter name, on every rank.
     """
     module.eval()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -78,10 +80,11 @@ def fisher_diagonal(
 
 
 def scaled(fisher: Mapping[str, Tensor], *, cap: float) -> dict[str, Tensor]:
-    """Divide by the mean over all weights, then cap each at ``cap``.
+    """Divide by the mean over all weights, then cap each value at ``cap``.
 
-    At the optimum of the old task gradients all but vanish, and without scaling no lambda has an
-    effect; without the cap a few weights hold all of it.
+    At the optimum of the old task gradients nearly vanish, so without scaling no lambda has an
+    effect.
+    Without the cap, a few weights contain almost all of the information.
 
     Raises:
         DataError: the information is 0 or not finite everywhere.
@@ -91,13 +94,13 @@ def scaled(fisher: Mapping[str, Tensor], *, cap: float) -> dict[str, Tensor]:
     if not 0.0 < mean < float("inf"):
         raise DataError(
             f"keep.ewc.data: the mean Fisher information of its rows is {mean}, expected a finite "
-            "number above 0; give rows of the old task with answers to train on"
+            "number above 0. Use rows of the old task with responses to train on."
         )
     return {name: (x / mean).clamp(max=cap) for name, x in fisher.items()}
 
 
 def anchor_at(module: nn.Module, fisher: Mapping[str, Tensor], *, coef: float) -> Anchor:
-    """Hold the present weights of ``module`` as those to be pulled back to."""
+    """Return an anchor at the current weights of ``module``."""
     named = dict(module.named_parameters())
     start = {name: named[name].detach().float().clone() for name in fisher}
     return Anchor(coef, start, fisher)

@@ -1,4 +1,4 @@
-"""Export full weights from a (sharded, adapted) model, tensor by tensor."""
+"""Export full weights from a sharded or adapted model, tensor by tensor."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,19 +24,21 @@ _WRAPPED = ("base_layer.", "original_module.")
 
 
 def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight in full under its checkpoint name, one at a time.
+    """Yield every weight in full under its name in the saved model, one at a time.
 
-    Works on a plain model, on one under ZeRO 0-3 and on one with an adapter: an adapter that can
-    be merged is added to copies, one layer at a time, and the model stays as it is; one that
-    cannot is left away. Weights in 4 bits come as what they stand for. A tied weight comes once,
-    under its first name. Under ZeRO-3 every rank must take all weights, in step.
+    The model can be plain, under ZeRO 0-3, or have an adapter. An adapter that can be merged is
+    added
+    to copies, one layer at a time, and the model is not changed; other adapters are left out. 4-bit
+    weights are dequantized. A tied weight is yielded once, under its first name. Under ZeRO-3,
+    every
+    rank must consume all weights, in step.
 
     Args:
-        module: the Hugging Face model or what align.tuning made of it (no DeepSpeed engine).
+        module: the Hugging Face model, or what align.tuning made of it (no DeepSpeed engine).
 
     Yields:
-        Name and detached tensor; under ZeRO-3 and of an adapted layer a copy, else the parameter's
-        own memory.
+        Name and detached tensor. The tensor is a copy under ZeRO-3 and for adapted layers. In all
+        other cases it shares the parameter's memory.
     """
     base: Any = causal_lm(module)
     layers = adapted_layers(base)
@@ -56,14 +58,15 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of ``model_dir`` with the updates that were trained beside 4-bit copies.
+    """Yield the weights of ``model_dir`` plus the updates that were trained with 4-bit copies.
 
-    Merging into the 4-bit weights instead would keep their rounding (arXiv:2305.14314 trains the
-    update beside it): what is saved is the full-precision model.
+    The saved model has full precision. Merging into the 4-bit weights would keep their rounding
+    error
+    (arXiv:2305.14314 trains the update beside the quantized weights).
 
     Args:
         module: a model of the qlora method, with or without its head.
-        model_dir: what it was quantised from.
+        model_dir: the model that was quantized.
     """
     base: Any = causal_lm(module)
     layers = adapted_layers(base)
@@ -84,7 +87,7 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
 
 
 def checkpoint_name(name: str) -> str:
-    """Strip what peft adds to a parameter's name.
+    """Return a parameter's name without the parts that peft adds.
 
     ``base_model.model.model.norm.weight`` becomes ``model.norm.weight``.
     """
@@ -96,24 +99,24 @@ def checkpoint_name(name: str) -> str:
 
 @torch.no_grad()
 def full_tensor(parameter: Tensor) -> Tensor:
-    """Give a whole weight."""
+    """Return a whole weight, gathered or dequantized if necessary."""
     with gathered([parameter]):
         if is_quantised(parameter):
             return dequantised(parameter)
         weight = parameter.detach()
-        # Gathered memory is freed on leaving; a loader may keep the tensor longer.
+        # Gathered memory is freed on exit, but a loader may keep the tensor longer.
         return weight.clone() if hasattr(parameter, "ds_id") else weight
 
 
 def _merged(owner: str, layer: Any) -> list[tuple[str, Tensor]]:
-    """Give the weights of an adapted layer, its adapter added."""
+    """Return the weights of an adapted layer with its adapter merged."""
     with gathered(list(layer.parameters())):
         found = merged_parameters(layer)
         return [(f"{checkpoint_name(owner)}.{name}", x.clone()) for name, x in found]
 
 
 def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
-    """Find the adapted layer that a parameter belongs to, and the rest of its name."""
+    """Return the adapted layer that a parameter belongs to, and the rest of its name."""
     parts = name.split(".")
     for i in range(len(parts) - 1, 0, -1):
         if (owner := ".".join(parts[:i])) in layers:
@@ -123,7 +126,7 @@ def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
 
 @contextlib.contextmanager
 def gathered(parameters: list[Tensor]) -> Iterator[None]:
-    """Hold ZeRO-3 parameters whole inside the block; nothing to do for others."""
+    """Gather whole ZeRO-3 parameters inside the block; other parameters are not affected."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
@@ -135,7 +138,7 @@ def gathered(parameters: list[Tensor]) -> Iterator[None]:
 
 
 def _saved_copy(module: nn.Module, name: str) -> Tensor | None:
-    """Find the trained copy that stands in for a module listed in peft's modules_to_save."""
+    """Return the trained copy of a module listed in peft's modules_to_save, or None."""
     owner, wrapped, rest = name.partition(".original_module.")
     if not wrapped:
         return None
@@ -146,12 +149,12 @@ def _saved_copy(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _refuse_adapted_ties(module: nn.Module) -> None:
-    """Refuse an adapter on one side of a tie: merged into the shared weight it changes both."""
+    """Raise if only one side of a tie has an adapter, since merging would change both sides."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
         if other != name and any(part in f"{other} {name}" for part in _WRAPPED):
             raise TrainingError(
                 f"{checkpoint_name(other)} and {checkpoint_name(name)} are one tied weight and "
-                "one of them has an adapter; leave both out of tuning.targets, or untie them"
+                "one of them has an adapter. Remove both from tuning.targets, or untie them."
             )

@@ -1,8 +1,8 @@
-"""Adapters on disk, in peft's format, and the one way to read a model that needs one beside it.
+"""Read and write adapters in peft's format, and load models that depend on an adapter.
 
-An artefact's ``model/`` holds merged weights wherever the adapter can be merged, and ``adapter/``
-is there for those who want it alone. Where it cannot, ``model/`` holds the frozen weights and only
-both together are the model: ``with_adapter`` adds it.
+An artifact's ``model/`` contains merged weights if the adapter can be merged; ``adapter/`` is then
+optional. Otherwise ``model/`` contains the frozen weights, and only both together are the model:
+``with_adapter`` adds the adapter.
 """
 
 import json
@@ -18,13 +18,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
-    """Find the adapter that a model folder is not whole without.
+    """Return the adapter without which a model folder is incomplete.
 
     Args:
-        model_dir: ``model/`` of an artefact; the adapter is in ``adapter/`` beside it.
+        model_dir: ``model/`` of an artifact; the adapter is in ``adapter/`` beside it.
 
     Returns:
-        The adapter's folder and its method, or None where ``model/`` is whole.
+        The adapter's folder and its method, or None if ``model/`` is complete.
     """
     folder = Path(model_dir).parent / "adapter"
     if not (folder / CONFIG).is_file():
@@ -35,24 +35,24 @@ def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
 
 
 def refuse_unmerged(model_dir: Path, reader: str) -> None:
-    """Raise ArtefactError where ``model_dir`` needs an adapter that the reader does not add."""
+    """Raise ArtefactError if ``model_dir`` needs an adapter that the reader does not support."""
     found = unmerged_adapter(model_dir)
     if found is not None:
         raise ArtefactError(
             f"{found[0]}: this {found[1]} adapter cannot be merged into {model_dir}, and "
-            f"{reader} takes merged weights only; tune with a method that merges (lora)"
+            f"{reader} needs merged weights. Use a tuning method that can be merged (lora)."
         )
 
 
 def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) -> Any:
-    """Add the adapter that ``model_dir`` needs to the model loaded from it, frozen by default."""
+    """Add the adapter that ``model_dir`` needs to its loaded model, frozen by default."""
     found = unmerged_adapter(model_dir)
     if found is None:
         return model
     import peft
     from safetensors.torch import load_file
 
-    from align.tuning import bottleneck, loreft  # noqa: F401  they make themselves known to peft
+    from align.tuning import bottleneck, loreft  # noqa: F401  registers them with peft
 
     folder, _ = found
     config = peft.PeftConfig.from_pretrained(str(folder))
@@ -70,10 +70,10 @@ def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) 
 
 
 def base_of_adapter(folder: Path | str) -> str:
-    """Return the model that a folder's adapter was trained on: a folder or a hub id.
+    """Return the model on which a folder's adapter was trained: a folder or a hub id.
 
     Raises:
-        ArtefactError: its configuration cannot be read, or names none.
+        ArtefactError: the adapter's configuration cannot be read, or does not name a model.
     """
     path = Path(folder) / CONFIG
     try:
@@ -81,12 +81,14 @@ def base_of_adapter(folder: Path | str) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: no base_model_name_or_path to merge onto: {error}") from error
     if not isinstance(name, str) or not name:
-        raise ArtefactError(f"{path}: base_model_name_or_path is {name!r}; write the base's folder")
+        raise ArtefactError(
+            f"{path}: base_model_name_or_path is {name!r}. Set it to the base folder."
+        )
     return name
 
 
 def merged_onto(model: Any, folder: Path | str) -> Any:
-    """Return the model with the folder's adapter added into its weights.
+    """Return the model with the folder's adapter merged into its weights.
 
     Raises:
         ArtefactError: the adapter does not fit the model, or cannot be merged.
@@ -101,9 +103,9 @@ def merged_onto(model: Any, folder: Path | str) -> Any:
 
 
 def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:
-    """Give the adapter's tensors on the CPU by peft's names, and its configuration.
+    """Return the adapter's tensors on the CPU under peft's names, and its configuration.
 
-    Both fit the weights that the stage began from; parameters must be whole (gathered).
+    Both belong to the weights at the start of the stage. Parameters must be whole (gathered).
     """
     import peft
 
@@ -121,7 +123,7 @@ def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def save_adapter(state: dict[str, Tensor], config: Any, folder: Path) -> None:
-    """Write an adapter as peft would."""
+    """Write an adapter in peft's format."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def save_adapter(state: dict[str, Tensor], config: Any, folder: Path) -> None:
 
 
 def num_trained(model: nn.Module) -> tuple[int, int]:
-    """Count trained parameters and all of them, also where they are partitioned or in 4 bits."""
+    """Return the number of trained parameters and of all, even if partitioned or in 4 bits."""
     sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 

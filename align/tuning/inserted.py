@@ -1,7 +1,7 @@
-"""What the two own peft tuners share: a layer that runs a module and changes what it gives.
+"""Base of the two custom peft tuners: a layer that runs a module and changes its output.
 
-peft's registration refuses names outside its own enumeration; its three tables take any string.
-They are private, so peft is pinned and tests/e2e/test_own_tuners.py holds the behaviour.
+peft's registration rejects names outside its own enumeration, but its three tables accept any
+string. They are private, so peft is pinned and tests/e2e/test_own_tuners.py checks the behavior.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class InsertedLayer(nn.Module, BaseTunerLayer):
-    """Wrap a module; each named adapter is a small network that changes its output."""
+    """A wrapped module; each named adapter is a small network that changes its output."""
 
     adapter_layer_names = ("inserted_net",)
 
@@ -32,7 +32,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Models ask their layers for more than forward, such as attention_type.
+            # Models access attributes of their layers other than forward, such as attention_type.
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,14 +48,14 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
 
 
 class InsertedModel(BaseTuner):
-    """Put networks into a model; peft freezes, switches, saves and loads them."""
+    """A model with inserted networks, which peft freezes, switches, saves and loads."""
 
     prefix = "inserted_"
     tuner_layer_cls = InsertedLayer
     target_module_mapping: dict[str, Any] = {}
 
     def build(self, config: Any, width: int) -> nn.Module:
-        """Make one network for hidden states of a width."""
+        """Return one network for hidden states of a given width."""
         raise NotImplementedError
 
     def _create_and_replace(
@@ -82,7 +82,7 @@ def _width(module: Any, model: Any) -> int:
 
 
 def register(name: str, config: type, model: type[InsertedModel]) -> None:
-    """Make a tuner known to peft under a name."""
+    """Register a tuner with peft under a name."""
     tables: Any = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, config),
         (PEFT_TYPE_TO_TUNER_MAPPING, model),

@@ -18,22 +18,22 @@ HEAD = "lm_head.weight"
 
 
 def check_alike(base: Path, tuned: Path) -> None:
-    """Refuse two models that do not have the same weights.
+    """Raise unless two models have the same weights.
 
     Raises:
         ArtefactError: names, shapes or the tie of head and embeddings differ.
     """
     if _tied(base) != _tied(tuned):
         raise ArtefactError(
-            f"{base} and {tuned}: the head is tied to the embeddings in one of them only; "
-            "interpolate models of one architecture"
+            f"{base} and {tuned}: the head is tied to the embeddings in only one of them. "
+            "Interpolate models of one architecture."
         )
     first, second = _shapes(base), _shapes(tuned)
     alone = sorted(first.keys() ^ second.keys())
     if alone:
         raise ArtefactError(
-            f"{base} and {tuned}: {len(alone)} weights are in one of them only, such as "
-            f"{alone[0]}; interpolate a model with what was fine-tuned from it"
+            f"{base} and {tuned}: {len(alone)} weights exist in only one of them, such as "
+            f"{alone[0]}. Interpolate a model with one that was fine-tuned from it."
         )
     for name, shape in first.items():
         if shape != second[name]:
@@ -43,10 +43,10 @@ def check_alike(base: Path, tuned: Path) -> None:
 
 
 def interpolated(base: Path, tuned: Path, alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield (1 - alpha) * base + alpha * tuned, computed in float32, in the type of ``tuned``.
+    """Yield (1 - alpha) * base + alpha * tuned, computed in float32, in the dtype of ``tuned``.
 
-    At most one tensor of each model is held at a time. Alpha 0 and 1 give the values of ``base``
-    and ``tuned`` bit for bit.
+    At most one tensor of each model is in memory at a time. Alpha 0 and 1 reproduce ``base`` and
+    ``tuned`` bit for bit.
 
     Reference:
         arXiv:2109.01903 eq. 1.
@@ -56,7 +56,7 @@ def interpolated(base: Path, tuned: Path, alpha: float) -> Iterator[tuple[str, T
 
 
 def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None:
-    """Write a model folder, one file of ``tuned`` at a time; alpha 0 and 1 are copies."""
+    """Write an interpolated model folder, one file at a time; alpha 0 and 1 are copies."""
     shutil.rmtree(out, ignore_errors=True)
     if alpha in (0.0, 1.0):
         shutil.copytree(base if alpha == 0.0 else tuned, out)
@@ -76,22 +76,22 @@ def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None
 
 
 def mix(a: Tensor, b: Tensor, alpha: float, *, name: str) -> Tensor:
-    """Give (1 - alpha) * a + alpha * b in float32, in the type of ``b``.
+    """Return (1 - alpha) * a + alpha * b, computed in float32, in the dtype of ``b``.
 
     Raises:
-        ArtefactError: two tensors that are no floats differ.
+        ArtefactError: two non-float tensors differ.
     """
     if not b.is_floating_point():
         if not torch.equal(a, b):
-            raise ArtefactError(f"{name}: holds {b.dtype} that differ; they cannot be interpolated")
+            raise ArtefactError(f"{name}: {b.dtype} values differ and cannot be interpolated")
         return b
-    if alpha in (0.0, 1.0):  # not 0 * a + b: that would make -0.0 of b a 0.0
+    if alpha in (0.0, 1.0):  # 0 * a + b would turn -0.0 in b into 0.0
         return (b if alpha == 1.0 else a).to(b.dtype)
     return ((1.0 - alpha) * a.float() + alpha * b.float()).to(b.dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the files that hold a model's weights."""
+    """Return the files that contain a model's weights."""
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise ArtefactError(f"{folder}: no *.safetensors; expected a model saved by a stage")
@@ -99,7 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _file(base: Path, tuned: Path, name: str, alpha: float) -> dict[str, Tensor]:
-    """Interpolate what one file of ``tuned`` holds; its partners may lie in other files."""
+    """Interpolate the weights in one file of ``tuned``; in ``base`` they may be in other files."""
     places = {key: file for file in weight_files(base) for key in _names(file)}
     skip = HEAD if _tied(tuned) else None
     found: dict[str, Tensor] = {}

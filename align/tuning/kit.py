@@ -1,4 +1,4 @@
-"""TIES, DARE and SLERP by mergekit, an optional extra, as folders like those of interpolation."""
+"""Merge models by TIES, DARE and SLERP with mergekit, an optional dependency."""
 
 import importlib.util
 import json
@@ -14,21 +14,22 @@ from align.tuning.interpolate import INDEX, weight_files
 
 
 def check_kit() -> None:
-    """Raise ArtefactError where mergekit is not installed."""
+    """Raise ArtefactError if mergekit is not installed."""
     if importlib.util.find_spec("mergekit") is None:
         raise ArtefactError(
-            "merge: ties, dare_ties, dare_linear and slerp need mergekit, which is not installed; "
-            "run pip install 'align-suite[merge]', or use method linear"
+            "merge: ties, dare_ties, dare_linear and slerp need mergekit, which is not installed. "
+            "Run pip install 'align-suite[merge]', or use method linear."
         )
 
 
 def kit_config(
     base: Path, tuned: Sequence[Path], alpha: float, *, method: MergeMethod, density: float
 ) -> dict[str, Any]:
-    """Give mergekit's configuration.
+    """Return mergekit's configuration.
 
-    Alpha is the place between base and tuned (slerp), or what the mean of the pruned task vectors
-    is multiplied by before it is added to the base (the others).
+    Alpha is the position between base and tuned (slerp), or the factor of the mean of the pruned
+    task
+    vectors before they are added to the base (other methods).
 
     Reference:
         TIES arXiv:2306.01708, DARE arXiv:2311.03099.
@@ -58,7 +59,7 @@ def write_by_kit(
     density: float,
     seed: int,
 ) -> None:
-    """Write a model folder: mergekit's weights, everything else as in the first of ``tuned``."""
+    """Write a model folder with mergekit's weights; everything else is as in ``tuned[0]``."""
     from mergekit.config import MergeConfiguration  # pyright: ignore[reportMissingImports]
     from mergekit.merge import run_merge  # pyright: ignore[reportMissingImports]
     from mergekit.options import MergeOptions  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""The one way to load what an artefact holds: its model and, where it needs one, its adapter."""
+"""Load the model of an artifact, with its adapter if it needs one."""
 
 import importlib.util
 from pathlib import Path
@@ -22,24 +22,24 @@ NEAR_MEAN = 0.01
 def load_tuned_policy(
     model_dir: Path | str, *, dtype: str, gradient_checkpointing: bool = False
 ) -> nn.Module:
-    """Load a policy as its artefact means it: with its adapter where that is not merged."""
+    """Load a policy, with its adapter if that is not merged."""
     model = load_policy(model_dir, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     return with_adapter(model, model_dir).eval()
 
 
 def load_scorer(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """Load a reward model as its artefact means it: with its adapter where that is not merged."""
+    """Load a reward model, with its adapter if that is not merged."""
     return made_whole(RewardModel.load(model_dir, dtype), model_dir)
 
 
 def made_whole(model: RewardModel, model_dir: Path | str) -> RewardModel:
-    """Add the adapter that a loaded reward model may need; reward_models knows no adapters."""
+    """Add the adapter that a loaded reward model may need, since reward_models has none."""
     model.backbone = with_adapter(model.backbone, model_dir)
     return model.eval()
 
 
 def load_classifier(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a classifier as its artefact means it: with its adapter where that is not merged."""
+    """Load a classifier, with its adapter if that is not merged."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -59,16 +59,18 @@ def load_for_training(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> nn.Module:
-    """Load a policy and add what ``tuning`` trains; an adapter that is not merged is continued.
+    """Load a policy and add what ``tuning`` trains; an unmerged adapter is trained further.
 
     Args:
-        model_dir: ``model/`` of an artefact, checked with ``check_start``.
-        tuning: the stage's block. dtype: of the weights that are not in 4 bits.
+        model_dir: ``model/`` of an artifact, checked with ``check_start``.
+        tuning: the stage's tuning block.
+        dtype: dtype of the weights that are not in 4 bits.
         gradient_checkpointing: trade compute for memory.
-        dropout: of the model itself, not of its adapter. seed: of new weights.
+        dropout: dropout of the model itself, not of its adapter.
+        seed: random seed of new weights.
 
     Raises:
-        RecipeError: the method freezes the row of a stop token that nothing has trained yet.
+        RecipeError: the method freezes the row of a stop token that was never trained.
     """
     model = load_policy(
         model_dir,
@@ -81,7 +83,7 @@ def load_for_training(
     if dropout:
         set_dropout(model, dropout)
     if gradient_checkpointing and tuning.method != "full":
-        # Frozen embeddings give states without gradient, which checkpointed layers would drop.
+        # Frozen embeddings return states without gradient, which checkpointed layers would drop.
         model.enable_input_require_grads()
     if unmerged_adapter(model_dir) is not None:
         return with_adapter(model, model_dir, trainable=True)
@@ -90,9 +92,9 @@ def load_for_training(
 
 @torch.no_grad()
 def _check_stops_trained(model: Any, model_dir: Path | str, tuning: TuningSpec) -> None:
-    """Refuse to freeze a stop token's row that is still the mean it was given when added.
+    """Raise if a stop token's row would be frozen at the mean with which it was added.
 
-    The output head then says of the stop what it says of an average token: it is never sampled.
+    The output head would score the stop token like an average token, so it is never sampled.
     """
     if "lm_head" in getattr(tuning, "targets", ()):
         return
@@ -105,14 +107,14 @@ def _check_stops_trained(model: Any, model_dir: Path | str, tuning: TuningSpec) 
                 raise RecipeError(
                     f"tuning.method {tuning.method}: the stop token "
                     f"{tokenizer.convert_ids_to_tokens(stop)!r} is new to {model_dir} and nothing "
-                    "has trained its row, which this method freezes: it could never be sampled; "
-                    "train with method full first, or take a chat_template whose stop the model "
-                    "knows (stages.<base>.tokenizer: {chat_template: plain})"
+                    "has trained its row, which this method freezes: it could never be sampled. "
+                    "Train with method full first, or use a chat_template whose stop token the "
+                    "model knows (stages.<base>.tokenizer: {chat_template: plain})"
                 )
 
 
 def quantization(tuning: TuningSpec, dtype: str) -> Any:
-    """Give transformers' 4-bit configuration for qlora, None for every other method.
+    """Return transformers' 4-bit configuration for qlora, or None for other methods.
 
     Raises:
         TrainingError: bitsandbytes is not installed.
@@ -121,8 +123,8 @@ def quantization(tuning: TuningSpec, dtype: str) -> Any:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TrainingError(
-            "tuning.method qlora needs bitsandbytes, which is not installed; run "
-            "pip install 'align-suite[qlora]', or use method lora"
+            "tuning.method qlora needs bitsandbytes, which is not installed. Run "
+            "pip install 'align-suite[qlora]', or use method lora."
         )
     from transformers import BitsAndBytesConfig
 
@@ -135,15 +137,15 @@ def quantization(tuning: TuningSpec, dtype: str) -> Any:
 
 
 def check_start(model_dir: Path, made_by: Any, tuning: TuningSpec) -> None:
-    """Refuse to train on top of an adapter that is neither merged nor continued.
+    """Raise if a stage would train on top of an adapter that is neither merged nor continued.
 
     Args:
-        model_dir: ``model/`` of the artefact to start from.
+        model_dir: ``model/`` of the artifact from which the stage starts.
         made_by: the ``tuning`` block of the stage that wrote it, from its manifest.
-        tuning: the block of the stage that is to start.
+        tuning: the tuning block of the new stage.
 
     Raises:
-        ArtefactError: says what could be done instead.
+        ArtefactError: the message lists alternatives.
     """
     found = unmerged_adapter(model_dir)
     if found is None:

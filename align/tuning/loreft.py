@@ -1,14 +1,13 @@
 """LoReFT: edit hidden states in a subspace, h + R^T (W h + b - R h), R with orthonormal rows.
 
 R is the transposed Q of the QR decomposition of a trained matrix, so its rows stay orthonormal
-whatever the optimiser does. W starts as R and b as zero, so the model starts as it was.
+under any optimizer. W starts as R and b as zero, so the initial model is unchanged.
 
-Which tokens are edited: all, or the first f and last l tokens of the prompt. In a packed row a
-prompt ends where its answers branch off, else at the first token of the answer; outside of packed
-rows the input that begins at position 0 is the prompt, and what is decoded from the cache after it
-is left alone.
+Either all tokens are edited, or the first f and last l tokens of the prompt. In a packed row, a
+prompt ends where its responses branch off, or else at the first token of the response. In other
+rows, the input that begins at position 0 is the prompt, and later decoded tokens are not edited.
 
-Reference: arXiv:2404.03592 eq. 2. Deviation: W starts as R, where the paper draws it at random.
+Reference: arXiv:2404.03592 eq. 2. Deviation: W starts as R; the paper initializes it randomly.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ NAME = "LOREFT"
 
 @dataclass
 class LoreftConfig(PeftConfig):
-    """Say behind which layers states are edited, in how many dimensions, and at which tokens."""
+    """Layers after which states are edited, the number of dimensions, and the edited tokens."""
 
     target_modules: list[str] = field(default_factory=list)
     rank: int = 4
@@ -39,7 +38,7 @@ class LoreftConfig(PeftConfig):
 
 
 class Loreft(nn.Module):
-    """Give R^T (W h + b - R h) at the edited tokens and 0 elsewhere."""
+    """Compute R^T (W h + b - R h) at the edited tokens and 0 elsewhere."""
 
     def __init__(self, width: int, rank: int, *, first: int | None, last: int | None) -> None:
         super().__init__()
@@ -49,10 +48,10 @@ class Loreft(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rank))
 
     def forward(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        """Give the change to ``hidden`` (B, T, H); ``call`` holds the layer's other inputs."""
+        """Return the change to ``hidden`` (B, T, H); ``call`` contains the layer's other inputs."""
         rows = _orthonormal(self.basis)  # (r, H)
         state = hidden.float()
-        # (W - R) h, not W h - R h: at the start it is zero to the last bit.
+        # (W - R) h, not W h - R h, so that the initial change is exactly zero.
         change = (state @ (self.source.float() - rows).T + self.bias.float()) @ rows
         if self.first is not None or self.last is not None:
             change = change * self._edited(hidden, call).unsqueeze(-1)
@@ -73,15 +72,14 @@ class Loreft(nn.Module):
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Give (r, H) orthonormal rows from (H, r)."""
+    """Return (r, H) orthonormal rows from (H, r)."""
     return torch.linalg.qr(basis.float()).Q.T
 
 
 def prompt_ends(segments: Segments) -> Tensor:
-    """Give for each token of a packed row the position at which the prompt of its sequence ends.
-
-    Answers that branch off a prompt say it best; else the first token of ``segments.answers`` does;
-    without either the whole sequence is the prompt.
+    """Return, for each token of a packed row, the position where its sequence's prompt ends.
+    The prompt ends where responses branch off, or else at the first token in ``segments.answers``.
+    Without either, the whole sequence is the prompt.
     """
     positions = segments.positions
     begins = torch.ones_like(positions, dtype=torch.bool)
@@ -92,6 +90,7 @@ def prompt_ends(segments: Segments) -> Tensor:
     ends = shared.new_zeros(len(starts)).scatter_reduce_(0, number, positions + 1, "amax")
     if segments.answers is not None:
         candidates = torch.where(segments.answers, positions, ends[number])
+        # A branched sequence takes the prompt end of its root sequence.
         ends = ends.scatter_reduce(0, number, candidates, "amin")
     order = torch.arange(len(starts), device=positions.device)
     root = torch.where(shared == 0, order, 0).cummax(0).values
@@ -101,10 +100,10 @@ def prompt_ends(segments: Segments) -> Tensor:
 
 
 class LoreftModel(InsertedModel):
-    """Insert the edits behind whole layers."""
+    """A model whose states are edited after whole layers."""
 
     def build(self, config: LoreftConfig, width: int) -> nn.Module:
-        """Make one edit."""
+        """Return one edit network."""
         return Loreft(width, config.rank, first=config.first, last=config.last)
 
 

@@ -1,4 +1,4 @@
-"""Merged weights of adapted layers, without changing the model, and which layers cannot merge."""
+"""Compute merged weights of adapted layers without changing the model."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -12,14 +12,14 @@ from align.tuning.virtual import VirtualTokens
 
 
 def merges(model: nn.Module) -> bool:
-    """Say whether all of a model's adapter can be added into its weights."""
+    """Return whether all of a model's adapters can be merged into its weights."""
     if isinstance(model, VirtualTokens):
         return False
     return not any(isinstance(m, InsertedLayer) for m in model.modules())
 
 
 def base_parameters(model: Any) -> Iterator[Tensor]:
-    """Yield the parameters of an adapted model that are not its adapter's."""
+    """Yield the parameters of an adapted model that do not belong to its adapter."""
     base = model.get_base_model()
     owners = adapted_layers(base)
     inserted = {id(p) for layer in owners.values() for p in _own_parameters(layer)}
@@ -27,7 +27,7 @@ def base_parameters(model: Any) -> Iterator[Tensor]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what trains of an adapted model by name, layers that stand frozen just now included."""
+    """Yield the trained parameters of an adapted model by name, even if temporarily frozen."""
     own = {id(p) for layer in adapted_layers(model).values() for p in _own_parameters(layer)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or id(parameter) in own:
@@ -41,7 +41,7 @@ def _own_parameters(layer: Any) -> Iterator[Tensor]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Give the layers that carry an adapter, by name."""
+    """Return the layers that have an adapter, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -49,11 +49,11 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters added in.
+    """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters merged.
 
-    The sum is taken in float32 on copies and rounded by ``keep_update``; the layer stays as it is.
-    Weights in 4 bits are given as what they stand for, plus the update: exactly what the layer
-    computes with.
+    The sum is computed in float32 on copies and rounded by ``keep_update``; the layer is not
+    changed.
+    4-bit weights are dequantized before the update is added, which equals the layer's computation.
     """
     base = layer.get_base_layer()
     if is_quantised(base.weight):
@@ -82,14 +82,17 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
 def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a weight plus its update to ``dtype`` so that small updates survive on average.
 
-    In bfloat16 most updates of an adapter are smaller than half the distance between neighbours of
-    the weight, so that rounding to the nearest gives the old weight back and with it another model.
-    Here a number between two neighbours goes to the upper one as often as it is near to it: the
-    threshold is a fixed pseudo-random one for each place, so that equal sums round alike, and a
-    weight without update stays as it is.
+    In bfloat16, most updates of an adapter are smaller than half the distance between neighboring
+    values of the weight. Rounding to nearest would return the old weight and thus a different
+    model.
+    Here, a number between two neighbors is rounded up with a probability equal to its relative
+    distance
+    from the lower one. Each position has a fixed pseudo-random threshold, so that equal sums are
+    rounded alike and a weight without update is unchanged.
 
     Args:
-        total: the sum in float32. dtype: of the result; float32 is given back as it is.
+        total: the sum in float32.
+        dtype: dtype of the result; float32 is returned unchanged.
 
     Reference:
         Stochastic rounding, arXiv:1502.02551 eq. 2, with thresholds that are drawn once.
@@ -99,7 +102,7 @@ def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
     bits = total.contiguous().view(torch.int32).flatten()
     pattern = _thresholds(total.device)
     repeated = pattern.repeat(-(-len(bits) // len(pattern)))[: len(bits)]
-    # bfloat16 is the upper half of float32: what the threshold carries over is rounded up.
+    # bfloat16 is the upper half of float32, so a carry from the threshold rounds up.
     upper = (bits + repeated) & -(1 << 16)
     rounded = upper.view(torch.float32).to(torch.bfloat16).view(total.shape)
     return torch.where(total.isfinite(), rounded, total.to(torch.bfloat16))
@@ -107,19 +110,19 @@ def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _thresholds(device: torch.device) -> Tensor:
-    """Draw thresholds for the lower 16 bits; a prime number of them, so that rows differ."""
+    """Return random thresholds for the lower 16 bits; their number is prime so that rows differ."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 1 << 16, (65_537,), generator=generator, dtype=torch.int32)
     return drawn.to(device)
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Say whether a weight is held in 4 bits."""
+    """Return whether a weight is stored in 4 bits."""
     return hasattr(weight, "quant_state")
 
 
 def dequantised(weight: Any) -> Tensor:
-    """Give what a 4-bit weight stands for, in float32."""
+    """Return a 4-bit weight dequantized to float32."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, weight.quant_state).float()

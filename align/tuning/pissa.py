@@ -1,7 +1,7 @@
-"""PiSSA's adapter as plain LoRA: what is saved fits the weights that the stage began from.
+"""Convert a PiSSA adapter to plain LoRA on the weights from which the stage started.
 
-PiSSA moves the leading directions of a weight into its adapter and trains them, W = (W - B0 A0) +
-B A. Beside the original W the same change is B A - B0 A0, a LoRA of twice the rank.
+PiSSA moves the leading directions of a weight into its adapter and trains them: W = (W - B0 A0) +
+B A. Relative to the original W, the change is B A - B0 A0, a LoRA of twice the rank.
 
 Reference: arXiv:2404.02948 section 5.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def remember_start(model: Any) -> None:
-    """Keep B0 and A0 beside each adapter, as buffers that are no part of a checkpoint."""
+    """Store B0 and A0 in each adapter as buffers that are not part of a checkpoint."""
     for layer in lora_layers(model):
         for part, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
             start = holder["default"].weight.detach().clone()
@@ -22,17 +22,17 @@ def remember_start(model: Any) -> None:
 
 
 def is_pissa(model: nn.Module) -> bool:
-    """Say whether ``model`` was wrapped with PiSSA in this process."""
+    """Return whether ``model`` was wrapped with PiSSA in this process."""
     return any(hasattr(layer, "pissa_A0") for layer in lora_layers(model))
 
 
 def lora_layers(model: nn.Module) -> list[Any]:
-    """Give the layers that carry low-rank updates."""
+    """Return the layers that have low-rank updates."""
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 
 
 def as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """Turn a PiSSA adapter's tensors and configuration into those of a LoRA of twice the rank."""
+    """Return a PiSSA adapter's tensors and configuration as a LoRA of twice the rank."""
     found = {}
     for name, layer in model.named_modules():
         if not hasattr(layer, "pissa_A0"):

@@ -1,8 +1,8 @@
-"""The reference of a stage: its policy as it was before the first step.
+"""The reference policy of a stage: its policy before the first step.
 
-With the adapter off the policy is what the stage began from, but for three cases: without an
-adapter there is nothing to switch off, PiSSA takes a part of the weights into its adapter, and an
-adapter that is continued was part of the policy from the start. They need a frozen copy.
+With its adapter disabled, the policy usually equals the start of the stage. There are three
+exceptions that need a frozen copy: there is no adapter, PiSSA moves a part of the weights into its
+adapter, or a continued adapter was part of the policy from the start.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,17 +14,18 @@ from align.tuning.files import unmerged_adapter
 
 
 def off_is_start(tuning: TuningSpec, model_dir: Path) -> bool:
-    """Say whether the policy with its adapter off is the policy that the stage began from.
+    """Return whether the policy with its adapter disabled equals the start of the stage.
 
     Args:
-        tuning: the stage's block. model_dir: what it began from.
+        tuning: the stage's tuning block.
+        model_dir: the model from which the stage started.
     """
     return tuning.method not in ("full", "pissa") and unmerged_adapter(model_dir) is None
 
 
 def start_policy(model: Any, tuning: TuningSpec, model_dir: Path) -> AbstractContextManager[None]:
-    """Make an untrained policy answer as the one it began from, inside the block.
+    """Make an untrained policy respond as it did at the start of the stage, inside the block.
 
-    Most adapters change nothing before their first step; virtual tokens do.
+    Most adapters change nothing before their first step, but virtual tokens do.
     """
     return model.disable_adapter() if off_is_start(tuning, model_dir) else nullcontext()

@@ -1,8 +1,8 @@
 """Virtual tokens before every text: prefix, prompt and p-tuning, with peft's encoders.
 
-Virtual tokens come first and attention is causal, so what the layers see of them (keys and values)
-is the same for every sequence. It is made once per forward pass and handed to the model as a cache
-that is already filled: the same thing serves packed rows, padded batches and decoding.
+Virtual tokens come first and attention is causal, so their keys and values are the same for every
+sequence. They are computed once per forward pass and passed to the model as a filled cache. The
+same mechanism works for packed rows, padded batches and decoding.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from transformers import DynamicCache
 
 
 class VirtualTokens(nn.Module):
-    """Hold a frozen transformers model and the encoder of its virtual tokens.
+    """A frozen transformers model with an encoder for its virtual tokens.
 
     Args:
         model: a causal model, with or without its output head.
-        config: one of peft's prompt-learning configurations, complete.
+        config: one of peft's prompt-learning configurations, with all fields set.
     """
 
     def __init__(self, model: Any, config: Any) -> None:
@@ -33,25 +33,25 @@ class VirtualTokens(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Give the model's configuration."""
+        """Return the model's configuration."""
         return self.model.config
 
     @property
     def device(self) -> torch.device:
-        """Give the device of the model."""
+        """Return the device of the model."""
         return self.model.device
 
     def get_input_embeddings(self) -> Any:
-        """Give the model's own embeddings."""
+        """Return the model's own embeddings."""
         return self.model.get_input_embeddings()
 
     def get_base_model(self) -> Any:
-        """Give the model without its virtual tokens."""
+        """Return the model without its virtual tokens."""
         return self.model
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Leave the virtual tokens away inside the block."""
+        """Disable the virtual tokens inside the block."""
         before, self._off = self._off, True
         try:
             yield
@@ -59,12 +59,12 @@ class VirtualTokens(nn.Module):
             self._off = before
 
     def embeddings(self) -> Tensor:
-        """Give what the encoder makes of the virtual tokens: (tokens, width)."""
+        """Return the encoder's output for the virtual tokens: (tokens, width)."""
         weight = next(self.encoder.parameters())
         return self.encoder(torch.arange(self.num, device=weight.device))
 
     def virtual_cache(self, rows: int = 1) -> DynamicCache | None:
-        """Give a cache that holds the virtual tokens of each row; None when switched off."""
+        """Return a cache with the virtual tokens of each row; None if they are disabled."""
         if self._off:
             return None
         found = self._prefix_cache() if self.gives_cache else self._prompt_cache()
@@ -101,12 +101,15 @@ class VirtualTokens(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model behind the virtual tokens; masks and positions speak of the text alone.
+        """Run the model after the virtual tokens; masks and positions refer only to the text.
 
         Args:
-            input_ids: (B, T). attention_mask: (B, T so far). position_ids: (B, T).
-            past_key_values: what an earlier call gave back, which holds the virtual tokens.
-            kwargs: handed to the model.
+            input_ids: (B, T).
+            attention_mask: (B, T so far).
+            position_ids: (B, T).
+            past_key_values: the cache returned by an earlier call, which includes the virtual
+                tokens.
+            kwargs: passed to the model.
         """
         if self._off:
             num = 0
@@ -127,11 +130,11 @@ class VirtualTokens(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, *, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """Generate as transformers does; the answer follows ``input_ids`` in the result."""
+        """Generate as transformers does; the response follows ``input_ids`` in the result."""
         cache = self.virtual_cache(input_ids.shape[0])
         if cache is None:
             return self.model.generate(input_ids, attention_mask=attention_mask, **kwargs)
-        # It skips as many ids as the cache holds: these stand for the virtual tokens.
+        # transformers skips as many ids as the cache contains; these represent the virtual tokens.
         known = input_ids.new_zeros(input_ids.shape[0], self.num)
         whole = torch.cat([known, input_ids], dim=1)
         mask = torch.cat([torch.ones_like(known), attention_mask], dim=1)
@@ -139,18 +142,18 @@ class VirtualTokens(nn.Module):
         return out[:, self.num :]
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Give what peft saves of virtual tokens: what the encoder makes of them."""
+        """Return the tensors that peft saves for virtual tokens: the encoder's output."""
         return {"prompt_embeddings": self.embeddings().detach().cpu()}
 
     @torch.no_grad()
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Take saved virtual tokens; the configuration must be in inference mode."""
+        """Load saved virtual tokens; the configuration must be in inference mode."""
         assert isinstance(self.encoder, nn.Embedding), type(self.encoder)
         self.encoder.weight.copy_(state["prompt_embeddings"])
 
 
 def _encoder(model: Any, config: Any) -> nn.Module:
-    """Make what turns token numbers into embeddings, or into keys and values: a table or an MLP."""
+    """Return a table or MLP that maps token numbers to embeddings, or to keys and values."""
     from peft.tuners import PrefixEncoder, PromptEmbedding, PromptEncoder
 
     prefix = config.peft_type == "PREFIX_TUNING"

@@ -1,4 +1,4 @@
-"""Wrap a model by a tuning spec: what is frozen, what is added, what is trained."""
+"""Wrap a model by its tuning spec: freeze weights, add modules, select trained parameters."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -29,19 +29,19 @@ from align.recipe.schema.tuning import (
 )
 
 PISSA_ITERATIONS = 16
-"""Subspace iterations of PiSSA's randomised SVD; the exact one takes minutes per large model."""
+"""Subspace iterations of PiSSA's randomized SVD; the exact one takes minutes for large models."""
 
 
 def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
-    """Freeze ``model`` and add what ``tuning`` trains; ``full`` gives the model back as it is.
+    """Freeze ``model`` and add what ``tuning`` trains; ``full`` returns the model unchanged.
 
     Args:
         model: a transformers model, with or without a head.
-        tuning: the recipe's block.
-        seed: of the new weights; every rank and every resumed process must pass the same.
+        tuning: the recipe's tuning block.
+        seed: random seed of new weights; every rank and every resumed process must pass the same.
 
     Raises:
-        RecipeError: the model has not the parts that the method works on.
+        RecipeError: the model does not have the parts that the method needs.
     """
     if isinstance(tuning, FullTuning):
         return model
@@ -63,7 +63,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
             _check_targets(model, tuning.targets)
         if isinstance(tuning, DoraTuning):
             _check_norms(model, tuning)
-        # DeepSpeed casts parameters to bfloat16 and leaves buffers: VeRA's matrices are buffers.
+        # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are buffers.
         wrapped = peft.get_peft_model(
             model,
             peft_config(model, tuning),
@@ -77,9 +77,9 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
 
 
 def _leave_scales_out(model: nn.Module) -> None:
-    """Keep what 4-bit weights are scaled by out of checkpoints, from which it cannot be loaded.
+    """Exclude the scales of 4-bit weights from checkpoints, since they cannot be loaded from there.
 
-    A resumed stage quantises the weights of its start again, to the same scales.
+    A resumed stage quantizes its initial weights again, to the same scales.
     """
 
     def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
@@ -92,7 +92,7 @@ def _leave_scales_out(model: nn.Module) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Say whether ``model`` carries an adapter."""
+    """Return whether ``model`` has an adapter."""
     return hasattr(model, "peft_config")
 
 
@@ -101,7 +101,7 @@ def _devices() -> list[int]:
 
 
 def peft_config(model: Any, tuning: TuningSpec) -> Any:
-    """Give peft's configuration of a method that changes or inserts layers."""
+    """Return peft's configuration for a method that changes or inserts layers."""
     import peft
 
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
@@ -150,13 +150,13 @@ def peft_config(model: Any, tuning: TuningSpec) -> Any:
 
 
 def virtual_config(model: Any, tuning: PrefixTuning | PromptTuning | PtuningTuning) -> Any:
-    """Give peft's configuration of virtual tokens, with the model's sizes filled in."""
+    """Return peft's configuration of virtual tokens, with the model's sizes."""
     import peft
 
     if not hasattr(model.config.get_text_config(), "num_key_value_heads"):
         raise RecipeError(
             f"tuning.method {tuning.method}: virtual tokens need a causal decoder, found "
-            f"{type(model).__name__}; use lora or bottleneck"
+            f"{type(model).__name__}. Use lora or bottleneck."
         )
     config = model.config.get_text_config()
     sizes: dict[str, Any] = {
@@ -190,7 +190,7 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _ia3_targets(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Name keys, values and the inner activations of the MLP, for decoders and for BERT."""
+    """Return the keys, values and inner MLP activations, for decoders and for BERT."""
     names = _names(model)
     if {"k_proj", "v_proj", "down_proj"} <= names:
         return ["k_proj", "v_proj", "down_proj"], ["down_proj"]
@@ -200,7 +200,7 @@ def _ia3_targets(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _projections(model: nn.Module) -> list[str]:
-    """Name the projections that end attention and the MLP."""
+    """Return the output projections of attention and the MLP."""
     names = _names(model)
     if {"o_proj", "down_proj"} <= names:
         return ["o_proj", "down_proj"]
@@ -214,8 +214,8 @@ def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
     num = config.num_hidden_layers
     if tuning.rank > config.hidden_size:
         raise RecipeError(
-            f"tuning.rank: {tuning.rank} dimensions of states of {config.hidden_size}; expected "
-            "fewer"
+            f"tuning.rank: {tuning.rank} dimensions for hidden states of {config.hidden_size}; "
+            "expected fewer"
         )
     numbers = range(num) if tuning.layers == "all" else tuning.layers
     if any(i >= num for i in numbers):
@@ -228,7 +228,7 @@ def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
 
 
 def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers that ``targets`` names, the output head left out."""
+    """Yield the linear layers that ``targets`` names, except the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         wanted = targets == "all-linear" or name.rpartition(".")[2] in targets
@@ -237,7 +237,7 @@ def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linea
 
 
 def _check_targets(model: Any, targets: Targets) -> None:
-    """Refuse a target that names no linear layer, which peft passes over beside one that does."""
+    """Raise if a target is not a linear layer, since peft ignores it if another target is."""
     if targets == "all-linear":
         return
     from transformers.pytorch_utils import Conv1D
@@ -258,28 +258,28 @@ def _check_targets(model: Any, targets: Targets) -> None:
 
 
 def _check_packs(model: Any, method: str) -> None:
-    """Refuse virtual tokens before a model of padded rows."""
+    """Raise if virtual tokens are used with a model that needs padded rows."""
     kind = model.config.get_text_config().model_type
     if model.can_generate() and kind not in PACKS:
         raise RecipeError(
-            f"tuning.method {method} needs packed rows, which {kind} models do not take; use lora "
-            "or bottleneck"
+            f"tuning.method {method} needs packed rows, which {kind} models do not support. "
+            "Use lora or bottleneck."
         )
 
 
 def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:
-    """Refuse a block size that peft would change by itself."""
+    """Raise for a block size that peft would silently change."""
     for name, module in _linears(model, tuning.targets):
         if module.in_features % tuning.block_size:
             fits = [b for b in range(2, 129) if module.in_features % b == 0]
             raise RecipeError(
                 f"tuning.block_size: {tuning.block_size} does not divide the {module.in_features} "
-                f"inputs of {name}; choose one of {', '.join(map(str, fits))}, or other targets"
+                f"inputs of {name}. Use one of {', '.join(map(str, fits))}, or other targets."
             )
 
 
 def _check_norms(model: nn.Module, tuning: LoraTuning) -> None:
-    """Refuse outputs whose weights are all 0: dora divides by their norm, and all is NaN."""
+    """Raise if all weights of an output are 0: dora divides by their norm and would return NaN."""
     norms: dict[str, bool] = {}
     for name, module in _linears(model, tuning.targets):
         kind = name.rpartition(".")[2]
@@ -288,13 +288,13 @@ def _check_norms(model: nn.Module, tuning: LoraTuning) -> None:
     if dead:
         raise RecipeError(
             "tuning.method dora divides by the norm of each output's weights, which is 0 for "
-            f"outputs of {', '.join(dead)}; leave these out: tuning.targets: [{', '.join(alive)}], "
-            "or use lora"
+            f"outputs of {', '.join(dead)}. Exclude them: tuning.targets: [{', '.join(alive)}], "
+            "or use lora."
         )
 
 
 def _lacking(model: nn.Module, method: str, wanted: str) -> str:
     return (
-        f"tuning.method {method}: {type(model).__name__} has no layers called {wanted}; "
-        "use lora, which takes every linear layer"
+        f"tuning.method {method}: {type(model).__name__} has no layers named {wanted}. "
+        "Use lora, which works on every linear layer."
     )

@@ -110,7 +110,7 @@ def test_target_that_is_no_linear_layer_is_refused(method, targets, said):
 
 def test_loreft_of_more_dimensions_than_the_states_is_refused():
     spec = TypeAdapter(TuningSpec).validate_python({"method": "loreft", "rank": 65})
-    with pytest.raises(RecipeError, match=r"tuning.rank: 65 dimensions of states of 64"):
+    with pytest.raises(RecipeError, match=r"tuning.rank: 65 dimensions for hidden states of 64"):
         add_tuner(tiny_model(0, tied=True), spec)
 
 

@@ -235,7 +235,7 @@ def test_same_block_goes_on_with_an_unmerged_adapter(folder, method):
         ("prompt", "grpo", {"method": "lora"}, "cannot be trained on"),
         ("bottleneck", "dpo", {"method": "full"}, "repeat the same 'tuning' block"),
         ("bottleneck", "sft", {"method": "bottleneck", "size": 9}, "repeat the same 'tuning'"),
-        ("loreft", "reward", {"method": "full"}, "takes merged weights only"),
+        ("loreft", "reward", {"method": "full"}, "needs merged weights"),
     ],
 )
 def test_training_on_top_of_an_unmerged_adapter_is_refused(folder, method, kind, tuning, said):
