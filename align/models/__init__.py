@@ -1,1 +1,1 @@
-"""Loading models, heads, packed attention and log-probabilities."""
+"""Models: loading, heads, packed attention and log-probabilities."""

@@ -1,14 +1,13 @@
-"""Attention over packed rows: sequences laid end to end, each seeing only itself and its prompt.
+"""Attention over packed rows: concatenated sequences, each attending only to itself and its prompt.
 
-A packed row (1, N) holds whole sequences without padding, and its positions say all: where they
-restart at 0 a sequence begins; where they jump back to p > 0 an answer begins that continues the
-first p tokens of the last sequence that began at 0. So the prompt of a pair or of a group stands
-in the row once.
+A packed row (1, N) contains whole sequences without padding, described completely by its positions.
+A position of 0 starts a sequence. A jump back to p > 0 starts a response that continues the first p
+tokens of the last sequence that started at 0. The prompt of a pair or group is thus stored once.
 
-Everything but attention works on the N tokens. Attention lays them out as (S, T), right-padded,
-each answer behind its prompt, where causality already keeps a real query from every padded key: no
-mask is built, and the fused causal kernel is used, on CPU products of blocks. Sequences of like
-length share a layout, so that a long one does not pad the short ones.
+All layers but attention work on the N tokens. Attention lays them out as (S, T), right-padded, with
+each response after its prompt. Causality then keeps every real query from the padded keys, so no
+mask is needed and the fused causal kernel can be used (on CPU, products of blocks). Sequences of
+similar length share a layout, so that a long one does not pad the short ones.
 """
 
 from dataclasses import dataclass
@@ -24,23 +23,23 @@ from align.models.block_attention import block_attention
 
 PACKED = "align_packed"
 ALIKE = 0.7
-"""Sequences of one layout are at least this share of its longest."""
+"""Sequences of one layout have at least this fraction of the longest one's length."""
 _HANDED_ON = """
 position_ids cache_position use_cache output_attentions output_hidden_states return_dict
 output_router_logits num_items_in_batch past_key_values position_embeddings
 """
 HARMLESS = frozenset(_HANDED_ON.split())
-"""Options that layers hand on and that say nothing about who sees whom."""
+"""Options that layers pass on and that do not affect which tokens attend to each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Lay sequences of like length out as (S, T).
+    """Sequences of similar length laid out as (S, T).
 
     Attributes:
-        index: (S*T,) packed position that fills each slot; padding repeats position 0.
+        index: (S*T,) packed position of each slot; padding repeats position 0.
         num: S, the number of sequences.
-        max_length: T, the longest of them, in tokens, its prompt included.
+        max_length: T, the length of the longest sequence in tokens, including its prompt.
         mask: (S, T), 1 on real tokens.
     """
 
@@ -52,14 +51,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Say where the sequences of a packed row begin and how attention lays them out.
+    """The sequences of a packed row, and how attention lays them out.
 
     Attributes:
         positions: (N,) position of each token in its sequence.
-        previous: (N,) packed position of the token before each token; its own for a first token.
-        layouts: together they hold every sequence once.
+        previous: (N,) packed position of the preceding token; a first token refers to itself.
+        layouts: together they contain every sequence once.
         unpad_index: (N,) slot of each packed token, counted through all layouts.
-        answers: (N,) bool, the tokens that are trained or scored, where the caller knows them.
+        answers: (N,) bool, the tokens that are trained or scored, if the caller knows them.
     """
 
     positions: Tensor
@@ -70,9 +69,9 @@ class Segments:
 
 
 def segments_from_positions(positions: Tensor) -> Segments:
-    """Read the sequences of a packed row off its positions (N,); see the module's first lines."""
+    """Return the sequences of a packed row from its positions (N,), as the module describes."""
     starts = _starts(positions)
-    shared = positions[starts]  # (S,) leading tokens that stand in the row already
+    shared = positions[starts]  # (S,) leading tokens that the row already contains
     own = torch.diff(starts, append=starts.new_tensor([positions.numel()]))
     root = torch.where(shared == 0, starts, 0).cummax(0).values  # (S,)
     lengths = shared + own
@@ -93,6 +92,7 @@ def segments_from_positions(positions: Tensor) -> Segments:
         layouts.append(Layout(index.flatten(), len(members), width, real.long()))
         base[rows] = offset + width * torch.arange(len(members), device=positions.device)
         offset += width * len(members)
+    # Packed positions of preceding tokens; a branch continues from the end of its prompt.
     at = torch.arange(positions.numel(), device=positions.device)
     previous = (at - 1).index_copy(0, starts, torch.where(shared == 0, starts, root + shared - 1))
     unpad_index = torch.repeat_interleave(base, own) + positions
@@ -106,7 +106,7 @@ def _starts(positions: Tensor) -> Tensor:
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:
-    """Group sequences, longest first, so that none is padded to much more than its own length."""
+    """Group sequences, longest first, so that none is padded much beyond its own length."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or lengths[i] < ALIKE * lengths[groups[-1][0]]:
@@ -133,32 +133,34 @@ def packed_attention(
     """Attend causally within each sequence of a packed row.
 
     Args:
-        module: the calling attention layer (its head grouping is read off the shapes).
-        query: (1, H, N, D). key, value: (1, H_kv, V + N, D); the first V belong to virtual tokens
-            that stand before every sequence.
+        module: the calling attention layer (its head grouping follows from the shapes).
+        query: (1, H, N, D).
+        key: (1, H_kv, V + N, D); the first V belong to virtual tokens before every sequence.
+        value: (1, H_kv, V + N, D), as ``key``.
         attention_mask: must be None; packing replaces it.
-        scaling: factor on the scores. dropout: share of attention weights dropped.
-        sliding_window: tokens a query looks back, itself included; None is all.
+        scaling: factor on the scores.
+        dropout: fraction of attention weights that are dropped.
+        sliding_window: tokens that a query looks back, including itself; None means all.
         softcap: bound c on the scores: c tanh(scores / c) (Gemma 2).
-        s_aux: (H,) score of a sink that takes weight and gives nothing (gpt-oss).
-        others: options of the call that change nothing here.
+        s_aux: (H,) score of a sink that takes weight and contributes no value (gpt-oss).
+        others: further options of the call that have no effect here.
         segments: the layout; None means that each row is one sequence.
 
     Returns:
-        (1, N, H, D) and None (no attention weights), transformers' convention.
+        (1, N, H, D) and None (no attention weights), as transformers expects.
 
     Raises:
-        TrainingError: the model asks for an attention that this is not.
+        TrainingError: the model needs an attention option that is not supported here.
     """
     for name, option in others.items():
         if option is not None and name not in HARMLESS and (name, option) != ("is_causal", True):
-            raise TrainingError(f"its attention asks for {name}, which packed rows do not have")
-    assert attention_mask is None, "packed attention takes no mask; give segments"
+            raise TrainingError(f"its attention needs {name}, which packed rows do not support")
+    assert attention_mask is None, "packed attention accepts no mask; pass segments"
 
     virtual = key.shape[2] - query.shape[2]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # A query of nothing for each virtual token keeps the attention square and causal.
+        # A zero query for each virtual token keeps the attention square and causal.
         q = torch.nn.functional.pad(q, (0, 0, virtual, 0)) if virtual else q
         return square(q, k, v)[:, :, virtual:].transpose(1, 2)  # (S, T, H, D)
 
@@ -199,10 +201,10 @@ def _plain_attention(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """Attend causally by the definition, scores (S, H, T, T) in memory."""
+    """Compute causal attention by its definition, with scores (S, H, T, T) in memory."""
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(2, 3)
+    scores = q @ k.transpose(2, 3)  # (S, H, T, T)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if band is None:

@@ -1,8 +1,8 @@
-"""Causal attention in blocks of queries, by matrix products: on CPU faster than the fused kernel.
+"""Causal attention in blocks of queries as matrix products; faster than the fused kernel on CPU.
 
-torch's fused kernel for CPU multiplies small tiles without the processor's matrix instructions; a
-block of queries against all keys up to it is one product, large enough to use them, and needs no
-product above the diagonal beyond the block itself. benchmarks/README.md has the measurements.
+torch's fused CPU kernel multiplies small tiles without the processor's matrix instructions. A block
+of queries against all keys up to it is one product that is large enough to use them, and only the
+block itself has products above the diagonal. Measurements are in benchmarks/README.md.
 """
 
 from typing import Any
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Queries of a block."""
+"""Number of queries in a block."""
 
 KEEP = 512
-"""Longest sequence, in tokens, whose attention weights are kept for the backward pass; those of
-longer ones are computed again, so that memory per token is bounded."""
+"""Longest sequence, in tokens, whose attention weights are kept for the backward pass. Those of
+longer ones are recomputed, so that memory per token is bounded."""
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Attend causally.
+    """Compute causal attention.
 
     Args:
-        query: (S, H, T, D). key: (S, H_kv, T, D). value: (S, H_kv, T, E). H is a multiple of H_kv.
+        query: (S, H, T, D), where H is a multiple of H_kv.
+        key: (S, H_kv, T, D).
+        value: (S, H_kv, T, E).
         scale: factor on the scores.
 
     Returns:
@@ -32,7 +34,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) 
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attend block by block; heads that share a key are rows of one product (B = S * H_kv)."""
+    """Block-wise attention; heads that share a key are rows of one product (B = S * H_kv)."""
 
     @staticmethod
     def forward(
@@ -78,7 +80,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _weights(q: Tensor, k: Tensor, begin: int, end: int) -> Tensor:
-    """Give the attention weights of the queries of one block: (B, G*n, end)."""
+    """Return the attention weights of the queries of one block: (B, G*n, end)."""
     scores = q[:, :, begin:end].flatten(1, 2) @ k[:, :end].transpose(1, 2)
     n = end - begin
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)

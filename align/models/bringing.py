@@ -1,7 +1,7 @@
-"""Bring in a model that others saved: read its folder first, and what the loader reports after.
+"""Import a model saved by others: check its folder first, and the loader's report afterwards.
 
-transformers fills what a checkpoint lacks at random and says so in a report that scrolls by; here
-each such thing ends the stage in one line that names it.
+transformers initializes missing weights randomly and only mentions it in a report. Here, every such
+problem ends the stage with one line that names it.
 """
 
 import json
@@ -27,15 +27,15 @@ OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnsweri
 _WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.")
 _HEADS = ("lm_head.", "embed_out.")
 PREFIXES = (*_WRAPPERS, *("".join(pair) for pair in product(_WRAPPERS, repeat=2)))
-"""What compiled, parallel and wrapped modules put before the names of their weights."""
+"""Prefixes that compiled, parallel and wrapped modules add to the names of their weights."""
 
 
 @contextmanager
 def one_line(path: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises while it reads a folder into one line.
+    """Convert any error that a library raises while reading a folder into one line.
 
     Raises:
-        ArtefactError: names the folder and the library's first words.
+        ArtefactError: names the folder and the beginning of the library's message.
     """
     try:
         yield
@@ -44,22 +44,22 @@ def one_line(path: str, what: str) -> Iterator[None]:
     except Exception as error:  # a damaged folder can fail anywhere in transformers
         told = " ".join(str(error).split())[:300] or "no reason given"
         raise ArtefactError(
-            f"{path}: cannot be read as {what}: {type(error).__name__}: {told}; give a folder "
-            "that transformers' save_pretrained wrote, or a hub id"
+            f"{path}: cannot be read as {what}: {type(error).__name__}: {told}. Use a folder "
+            "written by transformers' save_pretrained, or a hub id."
         ) from error
 
 
 def is_adapter(path: str) -> bool:
-    """Tell whether a folder holds an adapter and no model."""
+    """Return whether a folder contains an adapter and no model."""
     folder = Path(path)
     return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
 
 
 def check_folder(path: str) -> None:
-    """Refuse a folder that holds another thing than one whole causal language model.
+    """Raise unless a folder contains one complete causal language model.
 
     Raises:
-        ArtefactError: one line that says what was found and what to do.
+        ArtefactError: one line with the problem and the remedy.
     """
     folder = Path(path)
     if not folder.exists():
@@ -68,26 +68,26 @@ def check_folder(path: str) -> None:
         raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
     if (folder / ADAPTER).is_file():
         raise ArtefactError(
-            f"{path}: holds a model and an adapter ({ADAPTER}) beside it; move the adapter's files "
-            "into a folder of their own and name that (it is merged), or remove them"
+            f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
+            "to their own folder and use that folder (the adapter is merged), or remove them."
         )
     config = _json_object(folder / CONFIG)
     kinds = [str(name) for name in config.get("architectures") or []]
     if kinds and any(head in kinds[0] for head in OTHER_HEADS):
         raise ArtefactError(
-            f"{path}: {kinds[0]} has no language-model head; use a stage of kind encoder for a "
-            "classifier's or scorer's start, or the causal model it was made from"
+            f"{path}: {kinds[0]} has no language-model head. Use a stage of kind encoder to start "
+            "a classifier or scorer, or the causal model it was made from."
         )
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ArtefactError(
-            f"{path}: model_type {config.get('model_type')!r} needs Python code of its own "
-            "(auto_map), which is never run; use an architecture of transformers"
+            f"{path}: model_type {config.get('model_type')!r} needs custom Python code "
+            "(auto_map), which is never run. Use an architecture of transformers."
         )
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ArtefactError(
-            f"{path}: its weights are quantized ({method}) and cannot be trained; bring in the "
-            "weights they were made from (tuning.method: qlora quantizes by itself)"
+            f"{path}: its weights are quantized ({method}) and cannot be trained. Import the "
+            "original weights (tuning.method: qlora quantizes them itself)."
         )
     _check_files(folder)
 
@@ -99,7 +99,7 @@ def _check_files(folder: Path) -> None:
         return
     shards = _json_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict):
-        raise ArtefactError(f"{folder / INDEX}: no weight_map; save the model again")
+        raise ArtefactError(f"{folder / INDEX}: no weight_map. Save the model again.")
     names = sorted({str(name) for name in shards.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -108,7 +108,7 @@ def _check_files(folder: Path) -> None:
     if missing:
         raise ArtefactError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
-            f"{', '.join(missing[:3])}; copy or download them again"
+            f"{', '.join(missing[:3])}. Copy or download them again."
         )
 
 
@@ -123,16 +123,16 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def load_whole(path: str, *, dtype: str) -> Any:
-    """Load a causal language model and refuse it unless every weight came from its files.
+    """Load a causal language model and verify that every weight comes from its files.
 
     Raises:
-        ArtefactError: weights are missing, surplus, of another shape or not finite; or the suite
-            cannot run this architecture.
+        ArtefactError: weights are missing, unexpected, of another shape or not finite, or the
+            architecture is not supported.
     """
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are refused by name below
+        "ignore_mismatched_sizes": True,  # reported by name below
         "trust_remote_code": False,
     }
     with one_line(path, "a causal language model"):
@@ -140,26 +140,26 @@ def load_whole(path: str, *, dtype: str) -> Any:
         options["attn_implementation"] = attention_for(config)
         model, report = AutoModelForCausalLM.from_pretrained(path, **options)
         if prefix := _known_prefix(report):
-            log.warning("%s: the prefix %r is taken off the names of its weights", path, prefix)
+            log.warning("%s: the prefix %r is removed from the names of its weights", path, prefix)
             mapping = {f"^{re.escape(prefix)}": ""}
             names = getattr(model, "_weight_conversions", None)
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, key_mapping=mapping, **options
             )
-            model._weight_conversions = names  # else the prefix would come back on saving
+            model._weight_conversions = names  # else the prefix would be restored on saving
     _check_report(path, report)
     bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ArtefactError(
-            f"{path}: {len(bad)} weights hold NaN or infinity: {_named(bad)}; use a copy from "
-            "before they were damaged"
+            f"{path}: {len(bad)} weights contain NaN or infinity: {_named(bad)}. Use a copy from "
+            "before they were damaged."
         )
     form_of(model)
     return model
 
 
 def _known_prefix(report: Any) -> str:
-    """Return the prefix without which the surplus names are the missing ones, or nothing."""
+    """Return the prefix whose removal turns unexpected names into missing ones, or ""."""
     surplus, missing = set(report["unexpected_keys"]), set(report["missing_keys"])
     for prefix in PREFIXES:
         stripped = {name.removeprefix(prefix) for name in surplus if name.startswith(prefix)}
@@ -173,12 +173,13 @@ def _check_report(path: str, report: Any) -> None:
     faults = [
         ("missing from its files (they would be random)", sorted(report["missing_keys"])),
         ("in its files but not in the model", sorted(report["unexpected_keys"])),
-        ("of another shape than config.json says", sorted(map(str, report["mismatched_keys"]))),
+        ("with a shape that differs from config.json", sorted(map(str, report["mismatched_keys"]))),
     ]
     told = [f"{len(names)} weights {what}: {_named(names)}" for what, names in faults if names]
     if told:
         raise ArtefactError(
-            f"{path}: {'; '.join(told)}; is config.json this model's? Save or download it again"
+            f"{path}: {'; '.join(told)}. Check that config.json belongs to "
+            "this model, and save or download it again."
         )
 
 
@@ -188,14 +189,15 @@ def _named(names: list[str]) -> str:
 
 
 def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
-    """Refuse stop tokens that contradict each other or that the model does not have.
+    """Raise if stop tokens contradict each other or are outside the model's vocabulary.
 
     Args:
-        path: the folder or hub id. tokenizer: as saved beside the model.
-        chosen: the recipe names the stop token, which settles a contradiction.
+        path: the folder or hub id.
+        tokenizer: the tokenizer saved with the model.
+        chosen: the recipe sets the stop token, which resolves a contradiction.
 
     Raises:
-        ArtefactError: names the tokens and the line to paste.
+        ArtefactError: names the tokens and the line to add to the recipe.
     """
     with one_line(path, "a model's configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -210,8 +212,8 @@ def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
         if beyond:
             raise ArtefactError(
                 f"{path}: {file} names eos_token_id {beyond[0]}, but the vocabulary has {rows} "
-                f"tokens; write the id of the tokenizer's {tokenizer.eos_token!r} "
-                f"({tokenizer.eos_token_id}) there"
+                f"tokens. Replace it with the id of the tokenizer's {tokenizer.eos_token!r} "
+                f"({tokenizer.eos_token_id})."
             )
     known = [i for ids in reversed(told.values()) for i in ids]
     own = tokenizer.eos_token_id
@@ -219,9 +221,9 @@ def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
         return
     other = tokenizer.convert_ids_to_tokens(known[0])
     raise ArtefactError(
-        f"{path}: the tokenizer ends texts in {tokenizer.eos_token!r} ({own}), "
-        f"{next(f for f in reversed(told) if told[f])} in {other!r} ({known[0]}); say which is "
-        f'right: tokenizer: {{stop_token: "{other}"}}'
+        f"{path}: the tokenizer's stop token is {tokenizer.eos_token!r} ({own}), "
+        f"but {next(f for f in reversed(told) if told[f])} has {other!r} ({known[0]}). Set the "
+        f'correct one in the recipe, for example tokenizer: {{stop_token: "{other}"}}'
     )
 
 

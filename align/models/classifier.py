@@ -1,6 +1,6 @@
-"""Classifiers: a fresh head on a decoder or an encoder, kept in the format of transformers.
+"""Classifiers: a new head on a decoder or an encoder, saved in the format of transformers.
 
-``AutoModelForSequenceClassification`` and transformers' pipelines read what is saved here.
+``AutoModelForSequenceClassification`` and transformers' pipelines can load the saved model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from align.models.padded import right_padded
 
 
 class ClassLogits(nn.Module):
-    """Give the logits of the classes for each sequence of a packed row: (num, C) float32.
+    """Compute the class logits for each sequence of a packed row: (num, C) float32.
 
     Args:
-        model: a model of transformers with a head for sequences.
+        model: a transformers model with a sequence classification head.
     """
 
     def __init__(self, model: Any) -> None:
@@ -28,10 +28,11 @@ class ClassLogits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Lay the sequences out, right-padded, and run the model on them.
+        """Run the model on the right-padded sequences of a packed row.
 
         Args:
-            input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence.
+            input_ids: (1, N).
+            position_ids: (1, N), restarting at 0 with each sequence.
         """
         laid = right_padded(input_ids, position_ids, fill=self.model.config.pad_token_id)
         return self.model(input_ids=laid.input_ids, attention_mask=laid.mask).logits.float()
@@ -40,10 +41,10 @@ class ClassLogits(nn.Module):
 def classifier_from(
     model_dir: Path, classes: Sequence[str], *, dtype: str, quantization: Any = None
 ) -> tuple[Any, list[str]]:
-    """Put a fresh head for these classes on a saved model, dropout off.
+    """Load a saved model with a new head for these classes, dropout off.
 
     Returns:
-        The model, and the weights below the head that ``model_dir`` lacks: they are random too.
+        The model, and the weights below the head that ``model_dir`` lacks, which are random too.
     """
     config = _config(model_dir, classes)
     if quantization is not None:
@@ -71,10 +72,10 @@ def save_classifier(
     directory: Path,
     dtype: str,
 ) -> None:
-    """Write weights by transformers' names, with the classes, and the tokenizer of ``source_dir``.
+    """Save weights under transformers' names, with the classes and the tokenizer of ``source_dir``.
 
     Raises:
-        ArtefactError: ``state`` does not hold exactly the weights the architecture has.
+        ArtefactError: ``state`` does not contain exactly the weights of the architecture.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -104,12 +105,12 @@ def _config(model_dir: Path, classes: Sequence[str]) -> Any:
         problem_type="single_label_classification",
         trust_remote_code=False,
     )
-    # The head of a decoder reads the last token that is not this one.
+    # The head of a decoder reads the last token that is not the padding token.
     config.pad_token_id = load_tokenizer(model_dir).pad_token_id
     return config
 
 
 def _skeleton(config: Any) -> Any:
-    """Give the architecture without memory for its weights."""
+    """Return the architecture without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)

@@ -1,10 +1,10 @@
-"""How a causal model is run on a packed row: packed, padded, or refused by name.
+"""Choose how a causal model runs on a packed row: packed, padded, or rejected with a reason.
 
-Packing is right only where every layer that mixes tokens attends through align.models.attention.
-For the architectures of ``PACKS`` the tests compare that with the model's own forward, token by
-token (tests/numeric/test_architectures.py); every other one is run on padded rows through its own
-layers. On top of that each model is tried out on a few tokens before its first use: an option of
-its configuration may ask for what packed attention does not do, or scale the logits.
+Packing is correct only if every layer that mixes tokens attends through align.models.attention. For
+the architectures in ``PACKS``, the tests compare it with the model's own forward pass, token by
+token (tests/numeric/test_architectures.py). All others run on padded rows through their own layers.
+In addition, each model is probed with a few tokens before its first use, because an option of its
+configuration may need unsupported attention or scale the logits.
 """
 
 import logging
@@ -36,24 +36,24 @@ ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimm
 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
 """
 PACKS = frozenset(_PROVEN.split())
-"""Model types whose packed rows equal their sequences alone."""
+"""Model types for which packed rows give the same results as separate sequences."""
 
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Configuration keys for a bound c on the logits: c tanh(logits / c)."""
+"""Configuration keys of a bound c on the logits: c tanh(logits / c)."""
 
 PROBE_TOKENS = 12
 EXACT, ROUNDED = 1e-3, 0.1
-"""Largest relative difference that the probe takes for rounding: in float32, and in 16 bits."""
+"""Largest relative difference that the probe accepts as rounding, in float32 and in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How one model is run.
+    """How a model is run.
 
     Attributes:
-        packs: a packed row is one forward pass; False lays its sequences out as padded rows.
+        packs: True if a packed row is one forward pass; False if its sequences are padded.
         scale: factor between the output head's product and the model's own logits.
-        why: why a model is not packed.
+        why: the reason if a model is not packed.
     """
 
     packs: bool
@@ -65,10 +65,10 @@ _forms: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()
 
 
 def form_of(lm: Any) -> Form:
-    """Return how a causal language model is run; the first call tries it out.
+    """Return how a causal language model is run; the first call probes it.
 
     Raises:
-        ArtefactError: it sees later tokens, or its logits are more than a product.
+        ArtefactError: the model attends to later tokens, or its logits are not a scaled product.
     """
     if lm not in _forms:
         with _as_loaded(lm):
@@ -78,12 +78,12 @@ def form_of(lm: Any) -> Form:
 
 
 def packs(decoder: Any) -> bool:
-    """Tell whether a decoder takes packed rows; of a language model ask ``form_of`` first."""
+    """Return whether a decoder takes packed rows; for a language model, call ``form_of`` first."""
     return decoder.config._attn_implementation == PACKED
 
 
 def attention_for(config: Any) -> str | None:
-    """Return the attention to train a model with; None leaves the choice to transformers."""
+    """Return the attention for training a model; None leaves the choice to transformers."""
     return PACKED if config.get_text_config().model_type in PACKS else exact_attention(config)
 
 
@@ -91,29 +91,30 @@ def decoder_of(lm: Any) -> Any:
     """Return the decoder below the head of a causal language model.
 
     Raises:
-        ArtefactError: no part of the model is one.
+        ArtefactError: the model has no decoder.
     """
     for found in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
         if isinstance(found, PreTrainedModel) and found is not lm:
             return found
-    raise ArtefactError(f"{type(lm).__name__} has no decoder below its head; use another model")
+    raise ArtefactError(f"{type(lm).__name__} has no decoder below its head. Use another model.")
 
 
 def soft_cap(lm: Any) -> float | None:
-    """Return the bound on the logits, if the configuration names one."""
+    """Return the bound on the logits, if the configuration has one."""
     config = lm.config.get_text_config()
     return next((cap for n in SOFT_CAPS if (cap := getattr(config, n, None)) is not None), None)
 
 
 def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
-    """Run a decoder on the sequences of a packed row (N,) as padded rows; states (N, H).
+    """Run a decoder on the sequences of a packed row (N,) as padded rows; return states (N, H).
 
-    Sequences of like length share a batch, each answer behind its prompt. Padding stands on the
-    right, where a causal model's real tokens never see it.
+    Sequences of similar length share a batch, each response after its prompt. Padding is on the
+    right,
+    where real tokens of a causal model never attend to it.
     """
     batches = [(flat_ids[x.index].view(x.num, x.max_length), x.mask) for x in segments.layouts]
     if any(hasattr(p, "ds_id") for p in decoder.parameters()):
-        # ZeRO-3 gathers weights in each forward pass: every rank must come equally often.
+        # ZeRO-3 gathers weights in each forward pass, so every rank must run equally many.
         missing = int(distributed.global_max(len(batches))) - len(batches)
         batches += [(flat_ids[:1].view(1, 1), torch.ones_like(flat_ids[:1]).view(1, 1))] * missing
     parts = [
@@ -124,7 +125,7 @@ def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
 
 
 def settle_decoder(decoder: Any) -> None:
-    """Try packed rows on a decoder without its head, and give it its own attention if they fail."""
+    """Probe packed rows on a decoder without its head; restore its own attention on failure."""
     with _as_loaded(decoder):
         first, _ = _probe_ids(decoder)
         with _attention(decoder, "eager"):
@@ -136,6 +137,7 @@ def settle_decoder(decoder: Any) -> None:
 @torch.no_grad()
 def _try_out(lm: Any) -> Form:
     decoder, states = decoder_of(lm), []
+    # Run the model alone, and again with other tokens in the second half.
     first, other = _probe_ids(lm)
     hook = decoder.register_forward_hook(
         lambda _, __, out: states.append(getattr(out, "last_hidden_state", None))
@@ -150,21 +152,22 @@ def _try_out(lm: Any) -> Form:
     half = slice(0, PROBE_TOKENS // 2)
     if not _alike(later[half], logits[half]):
         raise ArtefactError(
-            f"{type(lm).__name__}: what it says of a token depends on later ones (difference "
-            f"{_distance(later[half], logits[half]):.2g}), so it is no causal language model; "
-            "use a decoder, or an encoder stage for a classifier or a scorer on this one"
+            f"{type(lm).__name__}: predictions for a token depend on later tokens (difference "
+            f"{_distance(later[half], logits[half]):.2g}), so it is not a causal language model. "
+            "Use a decoder, or an encoder stage for a classifier or scorer."
         )
     if not states or states[0] is None:
-        raise ArtefactError(f"{type(lm).__name__} does not run the decoder it names; use another")
+        raise ArtefactError(f"{type(lm).__name__} does not run its own decoder. Use another model.")
     why = _settle(lm, decoder, states[0][0])
     return Form(why == "", _scale(lm, states[0][0], logits), why)
 
 
 def _settle(model: Any, decoder: Any, alone: Tensor) -> str:
-    """Return why the model cannot be packed, or nothing; its own attention is set if so.
-
+    """Return why the model cannot be packed, and restore its own attention; "" if it can.
     Args:
-        model: what holds the decoder. alone: (PROBE_TOKENS, H) states of the first probe.
+        model: the model that contains the decoder.
+        decoder: the decoder below its head.
+        alone: (PROBE_TOKENS, H) states of the first probe.
     """
     if not packs(decoder):
         return _not_known(decoder)
@@ -182,11 +185,11 @@ def _settle(model: Any, decoder: Any, alone: Tensor) -> str:
 
 
 def _not_known(decoder: Any) -> str:
-    return f"packed rows of {decoder.config.model_type} models see each other"
+    return f"sequences in packed rows of {decoder.config.model_type} models attend to each other"
 
 
 def _seen_through(decoder: Any, alone: Tensor) -> str:
-    """Compare the states of a sequence behind another one in a packed row with those alone."""
+    """Compare the states of the second sequence in a packed row with its states alone."""
     first, other = _probe_ids(decoder)
     at = torch.arange(PROBE_TOKENS, device=first.device).repeat(2)
     packed = decoder(
@@ -197,12 +200,13 @@ def _seen_through(decoder: Any, alone: Tensor) -> str:
     ).last_hidden_state[0, PROBE_TOKENS:]
     if _alike(packed, alone):
         return ""
-    return f"packed states differ from its own by {_distance(packed, alone):.2g} of their size"
+    return f"packed states differ from unpacked ones by a relative {_distance(packed, alone):.2g}"
 
 
 def _scale(lm: Any, states: Tensor, logits: Tensor) -> float:
-    """Find the factor between the head's product and the model's own logits."""
+    """Return the factor between the head's product and the model's own logits."""
     head, cap, config = lm.get_output_embeddings(), soft_cap(lm), lm.config.get_text_config()
+    # Candidate factors from the configuration; 1.0 is tried last.
     known: list[float] = [getattr(config, n, None) or 1.0 for n in ("logit_scale",)]
     known += [getattr(config, "lm_head_multiplier", None) or 1.0]
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -217,25 +221,25 @@ def _scale(lm: Any, states: Tensor, logits: Tensor) -> float:
             if tried.shape == logits.shape and _alike(tried, logits.to(tried.dtype)):
                 return float(scale)
     raise ArtefactError(
-        f"{type(lm).__name__}: its logits are not its output head's product, scaled by what its "
-        "configuration says; this suite would train on other probabilities than the model's own"
+        f"{type(lm).__name__}: its logits are not its output head's product scaled as its "
+        "configuration specifies. Training would use other probabilities than the model's own."
     )
 
 
 def _product(head: nn.Module, states: Tensor) -> Tensor | None:
     try:
         return wide(head(states))
-    except RuntimeError:  # the head takes states of another size
+    except RuntimeError:  # the head expects states of another size
         return None
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32, or in float64 if it has that."""
+    """Return a tensor in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _probe_ids(model: Any) -> tuple[Tensor, Tensor]:
-    """Return two sequences of tokens without the padding token."""
+    """Return two token sequences without the padding token."""
     config = model.config.get_text_config()
     table = model.get_input_embeddings().weight
     pad = getattr(config, "pad_token_id", None)
@@ -259,7 +263,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _as_loaded(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradient, and put every module's mode back."""
+    """Evaluate without gradient, and restore every module's mode afterwards."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -272,7 +276,7 @@ def _as_loaded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
-    """Run a packed model with another attention inside the block."""
+    """Use another attention for a packed model inside the block."""
     if not packs(model):
         yield
         return
@@ -289,13 +293,13 @@ def _router_coef(lm: Any) -> float | None:
 
 @cache
 def _say(name: str, why: str, router_coef: float | None) -> None:
-    """Log once what a user should know of how a model is run."""
+    """Log once how a model is run if the user should know."""
     if why:
-        log.warning("%s runs on padded rows, which is right but slower: %s", name, why)
+        log.warning("%s runs on padded rows, which is correct but slower: %s", name, why)
     if router_coef:
         log.info(
-            "%s: the balance loss of its router (router_aux_loss_coef %g) is not added; experts "
-            "are trained by the stage's loss alone",
+            "%s: the balance loss of its router (router_aux_loss_coef %g) is not added. Experts "
+            "are trained only by the stage's loss",
             name,
             router_coef,
         )

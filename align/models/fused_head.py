@@ -1,8 +1,8 @@
-"""The language-model head and the log-probability of one label per position, as one function.
+"""Language-model head and log-probability of one label per position, fused into one function.
 
-The logits are made and used up in chunks of rows, in both directions, so that no more than
-``CHUNK_ELEMENTS`` of them are held in float32, whatever the vocabulary. The products run in the
-dtype of the weights; the gradient of the weight is added up over chunks in float32.
+The logits are computed and consumed in chunks of rows, in both directions, so that at most
+``CHUNK_ELEMENTS`` of them are in memory in float32, regardless of the vocabulary. Products use the
+dtype of the weights; the gradient of the weight is accumulated over chunks in float32.
 """
 
 from typing import Any
@@ -11,28 +11,30 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**21
-"""Logits of a chunk on CPU: 8 MiB in float32, which the processor's cache holds."""
+"""Number of logits in a chunk on CPU: 8 MiB in float32, which fits the processor's cache."""
 
 CHUNK_ELEMENTS_GPU = 2**28
-"""The same on a GPU, 1 GiB: on an H200 2**26 takes 1.2 to 1.3 times as long."""
+"""Number of logits in a chunk on a GPU: 1 GiB. On an H200, 2**26 takes 1.2 to 1.3 times as long."""
 
 KEPT_ELEMENTS = 2**24
-"""With no more logits than these they are kept for the backward pass, in the dtype of the weights;
-more are computed again: one product in four is saved, or the memory."""
+"""Up to this number, logits are kept for the backward pass, in the dtype of the weights. More
+logits are recomputed: this trades one product in four for memory."""
 
 
 def head_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Give log p(label | hidden state) and, if asked for, the entropy of each distribution.
+    """Return log p(label | hidden state) and, if requested, the entropy of each distribution.
 
     Args:
-        hidden: (N, H). weight: (V, H), the head's. labels: (N,) token ids.
-        temperature: the logits are divided by it.
-        entropy: False gives zeros in its place; it has no gradient.
+        hidden: (N, H).
+        weight: (V, H), the weight of the head.
+        labels: (N,) token ids.
+        temperature: divides the logits.
+        entropy: False returns zeros instead; the entropy has no gradient.
 
     Returns:
-        (N,) twice, in nats: float32, or float64 for weights that have it.
+        (N,) twice, in nats: float32, or float64 for float64 weights.
     """
     return _HeadLogprobs.apply(
         hidden, weight, labels, temperature, entropy, torch.is_grad_enabled()
@@ -55,7 +57,7 @@ class _HeadLogprobs(torch.autograd.Function):
         entropies = torch.zeros_like(values)
         kept = []
         for rows in _chunks(hidden, weight):
-            logits = hidden[rows] @ weight.T
+            logits = hidden[rows] @ weight.T  # (n, V)
             logprobs = torch.log_softmax(_divided(logits, temperature), -1, dtype=kind)
             values[rows] = logprobs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
             if entropy:
@@ -99,7 +101,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """Divide in float32: bfloat16 would round once more."""
+    """Divide in float32, since bfloat16 would round once more."""
     if temperature == 1.0:
         return logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -1,4 +1,4 @@
-"""Heads on a model: scorers begun from a policy, an encoder or a scorer; the critic's values."""
+"""Model heads: scorers on a policy, an encoder or another scorer, and the critic's values."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler
 def scorer_from(
     model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
 ) -> RewardModel:
-    """Load the decoder of a policy (with fresh random heads) or a whole scorer, dropout off.
+    """Load the decoder of a policy (with new random heads) or a whole scorer, dropout off.
 
-    A scorer that has another number of heads keeps its decoder only.
+    Of a scorer with a different number of heads, only the decoder is used.
     """
     kind = getattr(torch, dtype)
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
@@ -44,7 +44,7 @@ def scorer_from(
         )
         width = backbone.config.get_text_config().hidden_size
         model = RewardModel(backbone, width, num_heads=num_heads)
-        model.head.to(kind)  # not the whole: rotary buffers must stay float32
+        model.head.to(kind)  # only the head: rotary buffers must stay float32
     disable_dropout(model)
     if model.reads == "last":
         keep_layout(model)
@@ -55,13 +55,13 @@ def scorer_from(
 def scorer_on_encoder(
     model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
 ) -> tuple[RewardModel, list[str]]:
-    """Put fresh random heads on an encoder without its pooler, dropout off.
+    """Create a scorer with new random heads on an encoder without its pooler, dropout off.
 
     Returns:
-        The model, and the weights below the heads that ``model_dir`` lacks: they are random too.
+        The model, and the weights below the heads that ``model_dir`` lacks, which are random too.
 
     Raises:
-        ArtefactError: it is no encoder whose tokenizer writes pairs of texts.
+        ArtefactError: the model is not an encoder whose tokenizer supports pairs of texts.
     """
     kind = getattr(torch, dtype)
     encoder, info = AutoModel.from_pretrained(
@@ -73,8 +73,8 @@ def scorer_on_encoder(
     )
     if encoder.config.is_encoder_decoder:
         raise ArtefactError(
-            f"{model_dir}: {type(encoder).__name__} is an encoder and a decoder; a reward stage "
-            "begins from an encoder alone, such as BERT, or from a policy"
+            f"{model_dir}: {type(encoder).__name__} is an encoder-decoder. A reward stage must "
+            "start from an encoder, such as BERT, or from a policy."
         )
     try:
         separator = separator_of(load_tokenizer(model_dir))
@@ -82,7 +82,7 @@ def scorer_on_encoder(
         raise ArtefactError(f"{model_dir}: {error}") from error
     drop_pooler(encoder)
     if getattr(encoder.config, "type_vocab_size", 0) < 2:
-        separator = None  # the model has one type only, whatever its tokenizer says
+        separator = None  # the model has one type, even if its tokenizer has two
     width = encoder.config.get_text_config().hidden_size
     model = RewardModel(encoder, width, num_heads=num_heads, reads="first", separator=separator)
     model.head.to(kind)
@@ -92,8 +92,7 @@ def scorer_on_encoder(
 
 
 class TextValues(nn.Module):
-    """Give each token of a packed row the score of its text, by an encoder: (1, N), or K of them.
-
+    """Compute an encoder's score of each text, repeated for its tokens: (1, N), or (1, N, K).
     Args:
         model: a scorer that reads whole texts.
     """
@@ -103,7 +102,7 @@ class TextValues(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Score the texts of a packed row, each in a row of its own."""
+        """Score the texts of a packed row, each in its own row."""
         laid = right_padded(input_ids, position_ids, fill=0)
         values = self.model(laid.input_ids, attention_mask=laid.mask)
         return values[laid.number, laid.at].unsqueeze(0)
@@ -112,7 +111,7 @@ class TextValues(nn.Module):
 def packed_values(
     scorer: RewardModel, input_ids: Tensor, position_ids: Tensor, segments: Segments
 ) -> Tensor:
-    """Return a decoder's values for each token of a packed row: (1, N), or (1, N, K) of K heads."""
+    """Return a decoder's values for the tokens of a packed row: (1, N), or (1, N, K) for K heads."""
     decoder = causal_lm(scorer.backbone)
     if packs(decoder):
         return scorer(input_ids, position_ids=position_ids, segments=segments)
@@ -121,10 +120,10 @@ def packed_values(
 
 
 class ValueModel(nn.Module):
-    """Give V(state before token t) at index t of a packed row.
+    """Compute V(state before token t) at index t of a packed row.
 
-    The state before token t ends with the token before it, so values are shifted by one, as
-    log-probabilities are; the first token of a sequence has no state before it and gets 0.
+    The state before token t ends with the previous token, so values are shifted by one, like
+    log-probabilities. The first token of a sequence has no state before it and gets 0.
     """
 
     def __init__(self, scorer: RewardModel) -> None:
@@ -132,12 +131,13 @@ class ValueModel(nn.Module):
         self.scorer = scorer
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *, behind: bool = False) -> Tensor:
-        """Compute the values of a packed row.
+        """Return the values of a packed row.
 
         Args:
-            input_ids: (1, N). position_ids: (1, N), those of align.models.attention.
-            behind: give V(state that ends with token t) at index t instead, of which the last of a
-                sequence is what follows it.
+            input_ids: (1, N).
+            position_ids: (1, N), as in align.models.attention.
+            behind: return V(state that ends with token t) at index t instead; the last one of a
+                sequence is the value of what follows it.
 
         Returns:
             float32 (1, N).

@@ -1,4 +1,4 @@
-"""Loading and saving of causal language models and their tokenizers."""
+"""Load and save causal language models and their tokenizers."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ from align.models.decoder import attention_for, form_of
 
 @contextmanager
 def bringing_in(path: str) -> Iterator[None]:
-    """Say what to do where a model is neither a folder here nor to be had from the hub.
+    """Report a remedy if a model is neither a local folder nor available from the hub.
 
     Raises:
-        ArtefactError: in place of the hub client's error.
+        ArtefactError: replaces the hub client's error.
     """
     try:
         yield
@@ -30,14 +30,14 @@ def bringing_in(path: str) -> Iterator[None]:
             raise
         told = " ".join(str(error).split())
         raise ArtefactError(
-            f"{path}: no such folder here, and not to be had from the hub: {told} Correct the "
-            "name, log in if it is private (hf auth login), or download the model where there is a "
-            "network and give its folder"
+            f"{path}: no such folder, and it cannot be loaded from the hub: {told} Correct the "
+            "name, log in if it is private (hf auth login), or download the model on a "
+            "machine with network access and use its folder"
         ) from error
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:
-    """Load the tokenizer saved beside a model."""
+    """Load the tokenizer saved with a model."""
     return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
 
 
@@ -50,12 +50,12 @@ def load_policy(
 ) -> Any:
     """Load a causal language model for training on packed rows, dropout off.
 
-    One whose packed rows would see each other is run on padded rows instead (align.models.decoder).
+    If the sequences of its packed rows would attend to each other, it runs on padded rows instead
+    (align.models.decoder). Only ``model/`` is loaded; align.tuning.loading adds an unmerged
+    adapter.
 
-    It is what ``model/`` holds; align.tuning.loading adds an adapter that is not merged into it.
-
-    Dropout stays off because the log-probabilities of one policy must not depend on chance: the
-    ratio of PPO and the reference of DPO are wrong otherwise.
+    Dropout stays off because the log-probabilities of a policy must be deterministic. Otherwise the
+    ratio of PPO and the reference of DPO would be wrong.
     """
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +75,7 @@ def load_policy(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to 0, and all else that it draws while training.
+    """Set every dropout probability of the model to 0, and all other randomness in training.
 
     Some architectures drop whole layers (layerdrop) or jitter the inputs of their routers.
     """
@@ -86,15 +86,15 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Set every dropout probability of the model; it acts while training only.
+    """Set every dropout probability of the model; it takes effect only in training.
 
     Raises:
-        TrainingError: the architecture has no place for dropout.
+        TrainingError: the architecture has no dropout.
     """
     if not _dropout_places(model, rate):
         raise TrainingError(
-            f"keep.dropout: {type(model).__name__} has no dropout layer and no attention dropout; "
-            "remove the setting"
+            f"keep.dropout: {type(model).__name__} has no dropout layer and no attention dropout. "
+            "Remove the setting."
         )
 
 
@@ -103,7 +103,7 @@ _DRAWS = re.compile(r"layerdrop|jitter|drop_path")
 
 
 def _numbers(module: nn.Module, names: re.Pattern[str]) -> list[str]:
-    """List the attributes of a module that hold a probability under one of these names."""
+    """Return the attributes of a module that are a probability with one of these names."""
     return [
         name
         for name, value in vars(module).items()
@@ -124,10 +124,11 @@ def _dropout_places(model: nn.Module, rate: float) -> int:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradient.
+    """Prevent bitsandbytes from repacking 4-bit weights at the first forward without gradient.
 
-    On CPUs with bfloat16 instructions it does so in eval mode: it rounds the scales, so that the
-    policy before and after an evaluation differ, and fails where inputs are no multiple of 64.
+    In eval mode on CPUs with bfloat16 instructions, bitsandbytes rounds the scales, so that the
+    policy
+    differs before and after an evaluation. It also fails if the input size is not a multiple of 64.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -137,10 +138,10 @@ def keep_layout(model: nn.Module) -> None:
 def save_policy(
     state: Mapping[str, Tensor], *, source_dir: Path, directory: Path, dtype: str
 ) -> None:
-    """Write weights by their Hugging Face names, with the config and tokenizer of ``source_dir``.
+    """Save weights under Hugging Face names, with the config and tokenizer of ``source_dir``.
 
     Raises:
-        ArtefactError: ``state`` does not hold exactly the weights the architecture has.
+        ArtefactError: ``state`` does not contain exactly the weights of the architecture.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -148,7 +149,8 @@ def save_policy(
     config.dtype = dtype
     _check_names(state, config)
     if config.get_text_config().tie_word_embeddings:
-        # Stored once: a note of shared names makes the file's header differ from run to run.
+        # Store a tied weight once: a note of shared names would make the file's header
+        # nondeterministic.
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(
@@ -162,14 +164,15 @@ def save_policy(
 
 @torch.no_grad()
 def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
-    """Give new tokens their rows: the mean of all old ones, in the embedding and in the head.
+    """Initialize the rows of new tokens with the mean of all old ones, in embeddings and head.
 
-    Ids beyond the table make it grow; ids within it are rows that a padded table held in reserve
-    and that nothing has ever trained. Tied embeddings stay tied.
+    Ids beyond the table enlarge it. Ids within it use spare rows of a padded table that were never
+    trained. Tied embeddings stay tied.
 
     Args:
-        model: a causal language model of transformers. num_tokens: length of the tokenizer.
-        new_ids: tokens that the tokenizer has just been given.
+        model: a causal language model of transformers.
+        num_tokens: length of the tokenizer.
+        new_ids: tokens that were just added to the tokenizer.
     """
     rows = model.get_input_embeddings().num_embeddings
     new = torch.tensor(sorted({*new_ids, *range(rows, num_tokens)}), dtype=torch.long)
@@ -182,7 +185,7 @@ def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
     tables += [] if head.weight is tables[0] else [head.weight]
     tables += [] if getattr(head, "bias", None) is None else [head.bias]
     for table in tables:
-        # In float32 a mean over many rows of bfloat16 does not stick at the first of them.
+        # A bfloat16 mean over many rows would stop changing after the first few, so use float32.
         table[new] = table[: int(new.min())].float().mean(0).to(table.dtype)
 
 
@@ -197,7 +200,7 @@ def saved_weights(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
-    """Give the stop tokens of the saved generation configuration, the tokenizer's own first."""
+    """Return the stop tokens of the saved generation configuration, the tokenizer's own first."""
     tokenizer = load_tokenizer(model_dir)
     found = [tokenizer.eos_token_id]
     if (Path(model_dir) / "generation_config.json").is_file():

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens, from hidden states in chunks: (B, T, V) never exists.
+"""Log-probabilities of given tokens, computed in chunks so that (B, T, V) never exists.
 
-The one-token shift of language models happens here (and in the reward model) and nowhere else: the
-result at index t is the log-probability of token t given the tokens before it.
+The one-token shift of language models happens only here (and in the reward model): the result at
+index t is the log-probability of token t given the tokens before it.
 """
 
 from dataclasses import replace
@@ -17,11 +17,11 @@ from align.models.decoder import decoder_of, form_of, padded_states, soft_cap, w
 from align.models.fused_head import head_logprobs
 
 CHUNK_ELEMENTS = 2**24
-"""Logits held at once (64 MiB in float32), where the head is not a plain matrix in one piece."""
+"""Largest number of logits in memory (64 MiB in float32) if the head is not one plain matrix."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Hold ``logprobs`` (nats) and, if asked for, ``entropy`` (nats), both shaped as input_ids."""
+    """``logprobs`` (nats) and, if requested, ``entropy`` (nats), both shaped like input_ids."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -38,25 +38,26 @@ def token_logprobs(
     mask: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> TokenLogprobs:
-    """Compute log p(token t | tokens before t) for every token.
+    """Return log p(token t | tokens before t) for every token.
 
     Args:
         model: a causal language model of transformers (or its peft wrapper).
         input_ids: (B, T); rows may be padded on either side or packed.
         attention_mask: (B, T), 1 on real tokens; None means that all are real.
-        position_ids: (B, T), those of align.models.attention: 0 where a packed sequence begins,
-            p where an answer continues the first p tokens of the sequence before; None means that
+        position_ids: (B, T), as in align.models.attention: 0 where a packed sequence begins, p
+            where a response continues the first p tokens of the previous sequence. None means that
             each row is one sequence.
-        temperature: the logits are divided by it first, as the sampler does.
+        temperature: divides the logits first, as in the sampler.
         entropy: also compute the entropy of each distribution, without gradient.
-        mask: (B, T) bool, where a value is wanted; None is everywhere. The head runs only there.
-        label_smoothing: e gives (1 - e) log p(token t) + e times the mean of log p over the
+        mask: (B, T) bool, where a value is needed; None means everywhere. The head runs only there.
+        label_smoothing: e returns (1 - e) log p(token t) + e times the mean of log p over the
             vocabulary: minus the cross-entropy with a smoothed target (arXiv:1512.00567 section 7).
 
     Returns:
-        float32 tensors (B, T), float64 for a model that has it; 0 on padding, outside ``mask`` and
-        on the first token of each sequence, which no distribution predicts.
+        float32 tensors (B, T), or float64 for a float64 model. They are 0 on padding, outside
+        ``mask``, and on the first token of each sequence, which no distribution predicts.
     """
+    # Flatten the real tokens into one packed row.
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = real.bool()
     positions = real.cumsum(1) - 1 if position_ids is None else position_ids
@@ -67,7 +68,7 @@ def token_logprobs(
     predicted = segments.positions > 0
     wanted = predicted if mask is None else mask[real].bool() & predicted
     at = wanted.nonzero().squeeze(1)
-    # The graph must touch the backbone on every rank, also when nothing is trained here.
+    # Every rank must use the backbone in its graph, even if it trains no tokens here.
     zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
     values, entropies = _head(
         model,
@@ -77,6 +78,7 @@ def token_logprobs(
         entropy,
         label_smoothing,
     )
+    # Scatter the values back to (B, T).
     index = real.flatten().nonzero().squeeze(1)[at]
 
     def spread(x: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def token_logprobs(
 
 
 class LogprobModel(nn.Module):
-    """Wrap a causal language model so that its forward gives log-probabilities, not logits."""
+    """A causal language model whose forward returns log-probabilities instead of logits."""
 
     model: Any
     """The causal language model of transformers, or its peft wrapper."""
@@ -106,7 +108,7 @@ class LogprobModel(nn.Module):
         mask: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> TokenLogprobs:
-        """Give ``token_logprobs`` of the wrapped model; see there."""
+        """Return ``token_logprobs`` of the wrapped model."""
         return token_logprobs(
             self.model,
             input_ids,
@@ -124,7 +126,7 @@ def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     decoder = decoder_of(lm)
     if not form_of(lm).packs:
         return padded_states(decoder, flat_ids, segments)
-    # Virtual tokens stand before every sequence of the row, as a cache that is filled already.
+    # Virtual tokens precede every sequence of the row, as a filled cache.
     cache = model.virtual_cache() if hasattr(model, "virtual_cache") else None
     num_virtual = 0 if cache is None else cache.get_seq_length()
     out = decoder(
@@ -138,12 +140,12 @@ def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
 
 
 def causal_lm(model: Any) -> Any:
-    """Give the transformers model inside a peft wrapper, or the model itself."""
+    """Return the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Return the model's own logits (n, V) of last states (n, H): scaled, soft-capped, float32."""
+    """Return the model's logits (n, V) from last states (n, H): scaled, soft-capped, float32."""
     lm = causal_lm(model)
     logits = wide(lm.get_output_embeddings()(hidden)) * form_of(lm).scale
     cap = soft_cap(lm)
@@ -178,17 +180,17 @@ def _head(
     size = max(1, CHUNK_ELEMENTS // head.weight.shape[0] if head.weight.ndim == 2 else 1024)
     parts = list(zip(hidden.split(size), labels.split(size), strict=True))
     if hasattr(head.weight, "ds_id"):
-        # ZeRO-3 gathers the head for each chunk: every rank must come equally often.
+        # ZeRO-3 gathers the head for each chunk, so every rank must run equally many.
         missing = int(distributed.global_max(len(parts))) - len(parts)
         parts += [(hidden[:0], labels[:0])] * missing
     if len(parts) <= 1:
         return chunk(hidden, labels)
-    # Several chunks: keep none of their logits for the backward pass.
+    # With several chunks, recompute their logits in the backward pass.
     results = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in parts]
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
 
 
 def _is_plain(model: nn.Module, head: Any) -> bool:
-    """Say whether the head is one whole matrix and nothing else."""
+    """Return whether the head is a single plain matrix."""
     whole = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
     return whole and soft_cap(causal_lm(model)) is None

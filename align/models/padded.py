@@ -1,4 +1,4 @@
-"""Packed rows laid out right-padded: for models that would look across the seams of a pack."""
+"""Convert packed rows to right-padded ones for models that would attend across sequences."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Hold the sequences of a packed row (1, N) as rows (S, T), and where each token went.
+    """The sequences of a packed row (1, N) as rows (S, T), and the place of each token.
 
     Attributes:
-        input_ids: (S, T). mask: (S, T), 1 on real tokens.
-        number, at: (N,) row and column of each packed token.
+        input_ids: (S, T).
+        mask: (S, T), 1 on real tokens.
+        number: (N,) row of each packed token.
+        at: (N,) column of each packed token.
     """
 
     input_ids: Tensor
@@ -21,10 +23,11 @@ class Padded:
 
 
 def right_padded(input_ids: Tensor, position_ids: Tensor, *, fill: int) -> Padded:
-    """Lay the sequences of a packed row out, each from the first column on.
+    """Return the sequences of a packed row as right-padded rows.
 
     Args:
-        input_ids: (1, N). position_ids: (1, N), restarting at 0 with each sequence.
+        input_ids: (1, N).
+        position_ids: (1, N), restarting at 0 with each sequence.
         fill: token id of the padding.
     """
     at = position_ids[0]

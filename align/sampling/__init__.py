@@ -1,1 +1,1 @@
-"""Rollouts: engines, weight sync, sampled experience."""
+"""Rollouts: engines, weight synchronization, sampled experience."""

@@ -1,4 +1,4 @@
-"""Choose and build a rollout engine: vLLM where it can serve the model, else Hugging Face."""
+"""Select and build a rollout engine: vLLM if it can serve the model, else Hugging Face."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ MIN_VLLM = (0, 25, 1)
 """Older versions lack calls that the engine makes."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes for which vLLM's CPU attention is built (vllm 0.31, ``cpu_attn.py``)."""
+"""Head sizes that vLLM's CPU attention supports (vllm 0.31, ``cpu_attn.py``)."""
 
 
 def build_engine(
@@ -39,24 +39,25 @@ def build_engine(
     tuning: TuningSpec | None = None,
     push: Literal["merged", "adapter"] = "merged",
 ) -> RolloutEngine:
-    """Build the engine that a recipe asks for and log the choice in one line.
+    """Build the engine that a recipe selects and log the choice.
 
-    Under several ranks every rank must call this at the same point: vLLM makes process groups.
+    With several ranks, every rank must call this at the same point, because vLLM creates process
+    groups.
 
     Args:
-        kind: ``auto`` takes vLLM wherever it can serve this model and says why when it cannot.
+        kind: ``auto`` uses vLLM if it can serve this model, and logs the reason if it cannot.
         model_dir: Hugging Face model folder with its tokenizer.
-        dtype: number format of the engine's weights.
-        max_model_len: prompt and answer together, in tokens; never more than the model's positions.
-        seed: source of the seeds of calls that name none.
-        memory_frac: share of the accelerator's memory for weights and cache.
+        dtype: dtype of the engine's weights.
+        max_model_len: prompt and response together, in tokens; at most the model's positions.
+        seed: source of the seeds of calls without explicit seeds.
+        memory_frac: fraction of the accelerator's memory for weights and cache.
         cache_gib: key-value cache on CPU, in GiB.
-        stop_token_ids: tokens that end an answer unless a call says otherwise.
-        tuning: the block of the stage whose policy will be pushed; None without training.
-        push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` beside the weights it starts with.
+        stop_token_ids: tokens that end a response unless a call overrides them.
+        tuning: tuning block of the stage whose policy will be pushed; None without training.
+        push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` together with its initial weights.
 
     Raises:
-        TrainingError: vLLM was asked for by name and cannot serve this model.
+        TrainingError: the recipe requires vLLM, but it cannot serve this model.
     """
     positions = _read_config(Path(model_dir)).get("max_position_embeddings") or max_model_len
     options = EngineOptions(
@@ -86,38 +87,38 @@ def build_engine(
 def choose_engine(
     kind: Literal["auto", "vllm", "hf"], model_dir: str | Path, tuning: TuningSpec | None = None
 ) -> tuple[Literal["vllm", "hf"], str]:
-    """Choose the engine for a model without importing vLLM.
+    """Select the engine for a model without importing vLLM.
 
     Returns:
-        The engine's name and the reason in words.
+        The engine's name and the reason.
 
     Raises:
-        TrainingError: vLLM was asked for by name and cannot serve this model.
+        TrainingError: the recipe requires vLLM, but it cannot serve this model.
     """
     if kind == "hf":
-        return "hf", "asked for by the recipe"
+        return "hf", "selected by the recipe"
     obstacle = adapter_obstacle(model_dir, tuning) or vllm_obstacle(model_dir)
     if obstacle is None:
-        return "vllm", "asked for by the recipe" if kind == "vllm" else "installed, fits the model"
+        return "vllm", "selected by the recipe" if kind == "vllm" else "installed, fits the model"
     if kind == "vllm":
         raise TrainingError(
-            f"sampling.engine: vllm cannot serve {model_dir}: {obstacle}; "
-            "use engine: hf (or auto), or a model that vLLM takes"
+            f"sampling.engine: vllm cannot serve {model_dir}: {obstacle}. "
+            "Use engine: hf (or auto), or a model that vLLM supports."
         )
     return "hf", f"vllm cannot serve this model: {obstacle}"
 
 
 def adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str | None:
-    """Say why vLLM cannot hold the policy's adapter, or None where it has none that matters."""
+    """Return why vLLM cannot serve the policy's adapter, or None if there is no obstacle."""
     found = unmerged_adapter(model_dir)
     method = found[1] if found is not None else tuning.method if tuning is not None else "full"
     if METHODS[method].merges:
         return None
-    return f"its {method} adapter cannot be merged into the weights that vLLM takes"
+    return f"its {method} adapter cannot be merged into the weights that vLLM serves"
 
 
 def vllm_obstacle(model_dir: str | Path) -> str | None:
-    """Say why vLLM cannot serve a model here, or None when nothing is known against it."""
+    """Return why vLLM cannot serve a model here, or None if no obstacle is known."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
     obstacle = _version_obstacle(on_gpu=torch.cuda.is_available())
@@ -129,7 +130,7 @@ def vllm_obstacle(model_dir: str | Path) -> str | None:
     head_size = _head_size(config)
     if head_size is not None and head_size not in CPU_HEAD_SIZES:
         allowed = ", ".join(map(str, CPU_HEAD_SIZES))
-        return f"head size {head_size} is not among those of its CPU attention ({allowed})"
+        return f"head size {head_size} is not supported by its CPU attention ({allowed})"
     return None
 
 
@@ -159,8 +160,8 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise TrainingError(
-            f"{path}: cannot be read as a model configuration ({error}); "
-            "give the folder of a saved Hugging Face model"
+            f"{path}: cannot be read as a model configuration ({error}). "
+            "Use the folder of a saved Hugging Face model."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors on their way to an engine: what it holds is what was sent, bit for bit."""
+"""Checksums of pushed tensors, to verify bit for bit that an engine received what was sent."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 WIDTH = 1 << 16
-"""Lanes of 8 bytes that are weighed at once: what a CPU's second cache holds."""
+"""Number of 8-byte lanes processed at once, sized for a CPU's second-level cache."""
 
 ROWS_ON_DEVICE = 256
-"""The same on an accelerator, in rows of ``WIDTH`` lanes: few kernels, 128 MiB beside the model."""
+"""Number of rows of ``WIDTH`` lanes processed at once on an accelerator: few kernels, 128 MiB."""
 
 
 class Sent:
-    """Named tensors on their way to an engine, and the checksum of each that has passed.
+    """Named tensors on their way to an engine, with a checksum of each tensor that has passed.
 
     Args:
-        named_tensors: what the trainer sends; it is passed through as it is.
-        dtype: number format in which the engine holds weights.
-        device: where the engine holds them.
+        named_tensors: the trainer's tensors, which are passed through unchanged.
+        dtype: dtype of the engine's weights.
+        device: device of the engine's weights.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class Sent:
         self._sums: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor once its checksum is taken."""
+        """Yield each tensor after computing its checksum."""
         for name, tensor in self._named:
             self._sums[name] = checksum(tensor.to(self._device, self._dtype))
             yield name, tensor
 
     def altered(self, held: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of tensors of which the engine holds something else."""
+        """Return the names of tensors whose checksum in the engine differs."""
         both = [name for name in self._sums if name in held]
         if not both:
             return []
@@ -48,11 +48,11 @@ class Sent:
         return [name for name, same in zip(both, (sent == found).tolist(), strict=True) if not same]
 
     def unplaced(self, held: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of tensors for which the engine names no one place."""
+        """Return the names of tensors that have no single place in the engine."""
         return [name for name in self._sums if name not in held]
 
     def __len__(self) -> int:
-        """Return how many tensors have passed."""
+        """Return the number of tensors that have passed."""
         return len(self._sums)
 
 
@@ -60,11 +60,14 @@ class Sent:
 def checksum(tensor: Tensor) -> Tensor:
     """Return a 64-bit checksum of a tensor's elements in order, as a number on its device.
 
-    The bytes are read as 64-bit lanes x, zeros behind the last: the sum over rows r of ``WIDTH``
-    lanes of ``w2[r] * sum(w0[i] * x[r, i] + w1[i] * (x[r, i] >> 32))`` mod 2^64, with odd
-    pseudo-random weights. One changed lane always changes the sum, since an odd number is no
-    divisor of 0; other changes escape with a chance of about 2^-64 (2^-32 where only top bits of
-    lanes differ). Exchanged elements count as changed.
+    The bytes are read as 64-bit lanes x, zero-padded at the end. The checksum is the sum over rows
+    r of
+    ``WIDTH`` lanes of ``w2[r] * sum(w0[i] * x[r, i] + w1[i] * (x[r, i] >> 32))`` mod 2^64, with odd
+    pseudo-random weights. A single changed lane always changes the sum, since an odd number does
+    not
+    divide 0. Other changes are missed with a probability of about 2^-64 (2^-32 if only the top bits
+    of
+    lanes differ). Swapped elements count as changed.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if over := data.numel() % 8:
@@ -76,7 +79,8 @@ def checksum(tensor: Tensor) -> Tensor:
     whole = lanes.numel() // WIDTH * WIDTH
     first, second = _weights(WIDTH, 0, tensor.device), _weights(WIDTH, 1, tensor.device)
     parts = [*lanes[:whole].view(-1, WIDTH).split(rows), lanes[whole:].view(1, -1)]
-    # One buffer for all: new memory of this size costs more than the arithmetic on a CPU.
+    # One buffer for all parts: on a CPU, allocating this much memory costs more than the
+    # arithmetic.
     buffer = torch.empty_like(max(parts, key=Tensor.numel))
     sums = []
     for part in parts:
@@ -94,7 +98,7 @@ def _weights(count: int, stream: int, device: torch.device) -> Tensor:
 
 
 def _odd(index: Tensor, stream: int) -> Tensor:
-    """Return an odd pseudo-random 64-bit number for each index: the mixing steps of SplitMix64."""
+    """Return an odd pseudo-random 64-bit number for each index, mixed as in SplitMix64."""
     x = (index + (stream << 40) + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
     x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
@@ -102,5 +106,5 @@ def _odd(index: Tensor, stream: int) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift right without the sign, which torch's shift of int64 copies."""
+    """Shift right without sign extension, which torch's shift of int64 would do."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

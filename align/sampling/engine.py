@@ -1,4 +1,4 @@
-"""The rollout engine: what every sampler can do, which one is chosen, and the checks they share."""
+"""The rollout engine interface, its options, and checks shared by all engines."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,18 +19,19 @@ from align.tuning.files import unmerged_adapter
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter."
-"""Before the names of an adapter's own tensors in a push."""
+"""Prefix of the names of an adapter's own tensors in a push."""
 
 
 class RolloutEngine(Protocol):
-    """Sample answers from the current policy and say how likely each token was.
+    """Sample responses from the current policy with the log-probability of each token.
 
     Attributes:
         name: ``"vllm"`` or ``"hf"``.
-        takes_adapter: True where a push is the policy's adapter alone, not whole weights.
-        version: version number of the weights that answer now; 0 are the ones in ``model_dir``.
-        dtype: number format of its weights. device: where it holds them.
-        start_s: seconds from the call of the constructor to the ready engine.
+        takes_adapter: True if a push contains only the policy's adapter, not whole weights.
+        version: version of the current weights; 0 means those in ``model_dir``.
+        dtype: dtype of its weights.
+        device: device of its weights.
+        start_s: seconds from the constructor call until the engine is ready.
     """
 
     name: str
@@ -41,20 +42,20 @@ class RolloutEngine(Protocol):
     start_s: float
 
     def awake(self) -> AbstractContextManager[None]:
-        """Hold the accelerator's memory inside the block and give it back after it."""
+        """Use the accelerator's memory inside the block and release it afterwards."""
         ...
 
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
     ) -> Mapping[str, Tensor]:
-        """Replace all weights; names and layout as in a Hugging Face checkpoint.
+        """Replace all weights; names and layout are those of a Hugging Face model.
 
-        Where ``takes_adapter``, all of the adapter; names as in align.sampling.push, whose
-        ``push`` calls this and compares.
+        If ``takes_adapter``, the whole adapter is replaced, with names as in align.sampling.push,
+        whose
+        ``push`` calls this method and compares the checksums.
 
         Returns:
-            For each place that a checkpoint's tensor has in the engine, by the tensor's name, the
-            checksum of what stands there now.
+            The checksum of the engine's data in each place of a saved tensor, by tensor name.
         """
         ...
 
@@ -69,50 +70,50 @@ class RolloutEngine(Protocol):
         seeds: Sequence[int] | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Sample ``n`` answers to each prompt, in the order of the prompts.
+        """Sample ``n`` responses to each prompt, in the order of the prompts.
 
         Args:
             prompts: token ids of each prompt.
-            n: answers per prompt.
-            max_new_tokens: limit of each answer, in tokens.
-            temperature: divides the logits; 0 takes the most likely token each time.
-            top_p: smallest set of tokens with at least this probability that is drawn from.
-            seeds: one per prompt; answer k of a prompt draws with seed + k. None derives them
-                from the engine's seed and the number of calls so far.
-            stop_token_ids: tokens that end an answer; None takes those given at construction.
+            n: responses per prompt.
+            max_new_tokens: limit of each response, in tokens.
+            temperature: divides the logits; 0 selects the most likely token each time.
+            top_p: sample from the smallest set of tokens with at least this probability.
+            seeds: one per prompt; response k of a prompt uses seed + k. None derives them from the
+                engine's seed and the number of previous calls.
+            stop_token_ids: tokens that end a response; None uses those given at construction.
 
         Returns:
-            For each prompt its ``n`` completions. Log-probabilities are of the distribution that
-            was drawn from (after temperature and top_p); for temperature 0 of the plain softmax.
+            ``n`` completions for each prompt. Log-probabilities refer to the sampling distribution
+            (after temperature and top_p), or to the plain softmax for temperature 0.
 
         Raises:
-            DataError: a prompt is empty, or does not fit the engine together with its answer.
+            DataError: a prompt is empty, or prompt and response together exceed the engine's limit.
         """
         ...
 
     def token_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Score tokens 1 .. T-1 of a sequence with the current weights, temperature 1, in nats."""
+        """Return log-probabilities of tokens 1 .. T-1 at temperature 1, in nats."""
         ...
 
     def close(self) -> None:
-        """Give all memory back; the engine cannot be used any more."""
+        """Release all memory; the engine cannot be used afterwards."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Hold what both engines are built from.
+    """Options shared by both engines.
 
     Attributes:
         model_dir: Hugging Face model folder with its tokenizer.
         dtype: ``"float32"`` or ``"bfloat16"``.
-        max_model_len: prompt and answer together, in tokens.
-        seed: source of the seeds of calls that name none.
-        memory_frac: share of the accelerator's memory for weights and cache.
+        max_model_len: prompt and response together, in tokens.
+        seed: source of the seeds of calls without explicit seeds.
+        memory_frac: fraction of the accelerator's memory for weights and cache.
         cache_gib: key-value cache on CPU, in GiB.
-        stop_token_ids: tokens that end an answer unless a call says otherwise.
-        tuning: how the policy that will be pushed is tuned; None for a policy that is not trained.
-        push: what of it vLLM is given, whole weights or the adapter alone.
+        stop_token_ids: tokens that end a response unless a call overrides them.
+        tuning: how the pushed policy is tuned; None for a policy that is not trained.
+        push: what is pushed to vLLM, whole weights or only the adapter.
     """
 
     model_dir: Path
@@ -127,7 +128,7 @@ class EngineOptions:
 
     @property
     def adds_adapter(self) -> bool:
-        """Say whether an adapter that cannot be merged is added to what is in ``model_dir``."""
+        """Return whether an unmergeable adapter is added to the model in ``model_dir``."""
         tuned = self.tuning is not None and not self.tuning.merges
         return tuned and unmerged_adapter(self.model_dir) is None
 
@@ -139,32 +140,32 @@ def check_requests(
     max_new_tokens: int,
     max_model_len: int,
 ) -> None:
-    """Refuse prompts that cannot be answered in full.
+    """Raise if a prompt leaves too little room for a response.
 
     Raises:
-        DataError: a prompt is empty or too long for the engine together with its answer.
+        DataError: a prompt is empty, or prompt and response together exceed the engine's limit.
     """
     assert seeds is None or len(seeds) == len(prompts), (len(seeds or ()), len(prompts))
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise DataError(f"prompt {i} of the batch has no tokens; remove the empty prompt")
+            raise DataError(f"prompt {i} of the batch has no tokens. Remove the empty prompt.")
         if len(prompt) + max_new_tokens > max_model_len:
             raise DataError(
-                f"prompt {i} of the batch has {len(prompt)} tokens, with max_new_tokens "
-                f"{max_new_tokens} more than the engine's {max_model_len}; "
-                "lower max_new_tokens, raise max_length or leave the prompt out"
+                f"prompt {i} of the batch has {len(prompt)} tokens; with max_new_tokens "
+                f"{max_new_tokens}, this exceeds the engine's {max_model_len}. "
+                "Lower max_new_tokens, raise max_length or remove the prompt."
             )
 
 
 def call_seeds(seed: int, call: int, num_prompts: int) -> list[int]:
-    """Derive the seeds of a call that names none, so that no two calls draw alike."""
+    """Derive the seeds of a call without explicit seeds, so that no two calls are alike."""
     return [derive_seed(seed, "engine", call, i) for i in range(num_prompts)]
 
 
 def load_decoder(model_dir: Path) -> Callable[[Sequence[int]], str]:
-    """Load the model's tokenizer as a function from answer tokens to text.
+    """Return a function that decodes response tokens to text with the model's tokenizer.
 
-    Special tokens that were sampled stay in the text, as tags of thought or tools; padding goes.
+    Sampled special tokens stay in the text, such as tags of reasoning or tools; padding is removed.
     """
     from transformers import AutoTokenizer
 
@@ -185,14 +186,13 @@ def make_completion(
     decode: Callable[[Sequence[int]], str],
     version: int,
 ) -> Completion:
-    """Make a completion; the stop token stays in the tokens and out of the text."""
+    """Return a completion; the stop token is part of the tokens but not of the text."""
     stopped = ids[-1] in stop
     return Completion(
         token_ids=tuple(ids),
         logprobs=tuple(logprobs),
         finish_reason="stop" if stopped else "length",
-        # The stop token may be an ordinary word of the vocabulary, which skipping special
-        # tokens would leave in the text.
+        # The stop token may be an ordinary word of the vocabulary, so it is removed by position.
         text=decode(ids[:-1] if stopped else ids),
         weights_version=version,
     )

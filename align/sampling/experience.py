@@ -1,4 +1,4 @@
-"""Experience: the sampled answers of one online step on this rank, and all known of them."""
+"""Experience: the responses that this rank sampled in one online step, with all derived tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,19 +13,21 @@ from align.training.batch import PackedBatch, pack
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Hold B answers as right-padded rows of T tokens, prompt and completion together.
+    """B responses as right-padded rows of T tokens, prompt and completion together.
 
     Attributes:
-        input_ids: (B, T). lengths: (B,) real tokens of each row.
+        input_ids: (B, T).
+        lengths: (B,) number of real tokens in each row.
         mask: (B, T) bool, True on the completion tokens that are trained.
         completion: (B, T) bool, True on every completion token, trained or not.
-        scores: (B,) one number per answer; nan where no reward could tell.
-        truncated: (B,) bool, True where no stop token was sampled.
+        scores: (B,) one score per response; nan if no reward could score it.
+        truncated: (B,) bool, True if no stop token was sampled.
         group_ids: (B,) number of the prompt in the step's batch over all ranks.
-        greedy_scores: (B,) score of the most likely answer to the same prompt; None if not asked.
-        bootstrap: (B,) value of what follows a cut answer, else 0; None if not asked for.
+        greedy_scores: (B,) score of the greedy response to the same prompt; None if not requested.
+        bootstrap: (B,) value after a truncated response, else 0; None if not requested.
         per_token: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages, returns (B, T).
-        prompts, completions: what was asked and answered, in row order.
+        prompts: the prompt of each row.
+        completions: the completion of each row.
     """
 
     input_ids: Tensor
@@ -42,13 +44,12 @@ class Experience:
     completions: Sequence[Completion] = ()
 
     def with_tokens(self, **tensors: Tensor) -> "Experience":
-        """Add (B, T) tensors by name."""
+        """Return a copy with additional (B, T) tensors by name."""
         return replace(self, per_token={**self.per_token, **tensors})
 
     def shared(self, rows: Sequence[int]) -> list[int]:
-        """Give for each of ``rows`` the leading tokens it shares with the answer before it.
-
-        Answers of one prompt that stand side by side have its prompt computed once.
+        """Return the number of leading tokens that each of ``rows`` shares with the previous one.
+        The prompt of adjacent responses to the same prompt is computed only once.
         """
         index = torch.tensor(list(rows), dtype=torch.long)
         prompt_tokens = (self.lengths[index] - self.completion[index].sum(1)).tolist()
@@ -60,7 +61,7 @@ class Experience:
         ]
 
     def micro(self, rows: Sequence[int], counts: Mapping[str, float]) -> PackedBatch:
-        """Pack some rows; no rows give the placeholder with zeros for every tensor."""
+        """Return rows as a packed batch; without rows, a placeholder with zero tensors."""
         if not rows:
             empty = pack([], counts=counts)
             zeros = torch.zeros(empty.mask.shape, device=empty.mask.device)
@@ -87,7 +88,7 @@ class Experience:
     def spread(self, rows: Sequence[int], packed: Tensor, out: Tensor) -> None:
         """Write a packed (1, N) result of ``rows`` back into the (B, T) tensor ``out``.
 
-        A prompt that is computed once is written to the first of its answers only.
+        A prompt that is computed once is written only to the first of its responses.
         """
         start = 0
         for row, skip in zip(rows, self.shared(rows), strict=True):
@@ -99,15 +100,16 @@ class Experience:
 def gather_experience(
     prompts: Sequence[PromptRow], groups: Sequence[Sequence[Completion]], *, first_group: int
 ) -> Experience:
-    """Lay sampled groups out as rows; scores are nan until they are given.
+    """Return sampled groups as rows; scores are nan until they are set.
 
     Args:
-        prompts: this rank's prompts. groups: their completions.
+        prompts: this rank's prompts.
+        groups: the completions of each prompt.
         first_group: number of ``prompts[0]`` in the step's batch over all ranks.
     """
     flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
     ids = [list(p.input_ids) + list(c.token_ids) for p, c in flat]
-    width = max(map(len, ids), default=0)  # a rank may be left without a prompt
+    width = max(map(len, ids), default=0)  # a rank may have no prompts
     shape = (len(flat), width)
     input_ids = torch.zeros(shape, dtype=torch.long)
     completion = torch.zeros(shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The reference sampler: a plain cached decoding loop over a Hugging Face model."""
+"""The reference sampler: a plain decoding loop with a cache over a Hugging Face model."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +25,11 @@ from align.tuning.wrap import add_tuner
 from reward_models.scalar import exact_attention
 
 TOKEN_BUDGET = 65_536
-"""Cache positions (rows x (longest prompt + answer)) of one batch."""
+"""Cache positions (rows x (longest prompt + response)) of one batch."""
 
 
 class HfEngine:
-    """Sample with ``model.forward``; each row draws from its own generator."""
+    """Sample with ``model.forward``; each row uses its own random generator."""
 
     name = "hf"
     takes_adapter = False
@@ -60,15 +60,15 @@ class HfEngine:
         self.start_s = time.perf_counter() - started
 
     def awake(self) -> nullcontext[None]:
-        """Do nothing: this engine keeps its one copy of the weights where it is."""
+        """Do nothing: this engine keeps its only copy of the weights in place."""
         return nullcontext()
 
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
     ) -> dict[str, Tensor]:
-        """Copy every weight by name into the engine's own model; return checksums of all it holds.
-
-        Where the policy's adapter cannot be merged only the adapter is taken: the rest is frozen.
+        """Copy every weight by name into the engine's model; return checksums of all weights.
+        If the policy's adapter cannot be merged, only the adapter is copied, since the rest is
+        frozen.
 
         Raises:
             TrainingError: a weight is unknown, missing or of another shape.
@@ -80,8 +80,8 @@ class HfEngine:
             if target is None or target.shape != tensor.shape:
                 found = "unknown" if target is None else f"{tuple(target.shape)} in the engine"
                 raise TrainingError(
-                    f"weights version {version}: {name} {tuple(tensor.shape)} is {found}; "
-                    "the engine was built from another model"
+                    f"weights version {version}: {name} {tuple(tensor.shape)} is {found}. "
+                    "The engine was built from another model."
                 )
             target.copy_(tensor)
             missing.pop(id(target), None)
@@ -95,7 +95,7 @@ class HfEngine:
         return {name: sums[id(target)] for name, target in targets.items()}
 
     def _targets(self) -> dict[str, Tensor]:
-        """Name what a push must bring: each parameter at least once, a tied one by either name."""
+        """Return the parameters that a push must set by name; a tied one may use either name."""
         if merges(self.model):
             return dict(self.model.named_parameters(remove_duplicate=False))
         frozen = {id(p) for p in base_parameters(self.model)}
@@ -114,7 +114,7 @@ class HfEngine:
         seeds: Sequence[int] | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Sample ``n`` answers to each prompt; see ``RolloutEngine.generate``."""
+        """Sample ``n`` responses to each prompt; see ``RolloutEngine.generate``."""
         check_requests(
             prompts,
             seeds=seeds,
@@ -140,14 +140,14 @@ class HfEngine:
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     def token_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Score tokens 1 .. T-1 of a sequence with the current weights, temperature 1, in nats."""
+        """Return log-probabilities of tokens 1 .. T-1 at temperature 1, in nats."""
         ids = torch.tensor([list(token_ids)], device=self.device)
         with torch.no_grad():
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Release all memory."""
         del self.model
 
     def _decode_batch(
@@ -159,13 +159,14 @@ class HfEngine:
         top_p: float,
         stop: frozenset[int],
     ) -> tuple[Tensor, Tensor]:
-        """Decode one left-padded batch until every row has stopped or is full."""
+        """Decode one left-padded batch until every row has stopped or reached its limit."""
         ids, mask = _left_pad(prompts, self.device)
         stops = torch.tensor(sorted(stop), device=self.device, dtype=torch.long)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache, tokens, logprobs = None, [], []
         for step in range(uniforms.shape[1]):
+            # One forward pass, on the whole prompts first and on one token per row afterwards.
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -190,7 +191,7 @@ class HfEngine:
     def _completions(
         self, tokens: list[list[int]], logprobs: list[list[float]], stop: frozenset[int]
     ) -> list[Completion]:
-        """Cut every row after its first stop token."""
+        """Return each row as a completion, cut after its first stop token."""
         completions = []
         for ids, row_logprobs in zip(tokens, logprobs, strict=True):
             end = next((t + 1 for t, token in enumerate(ids) if token in stop), len(ids))
@@ -209,17 +210,17 @@ class HfEngine:
 def sample(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at given uniform numbers.
+    """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
 
     Args:
         logits: raw scores, (B, V).
         uniforms: numbers in [0, 1), (B,); unused at temperature 0.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: smallest set of tokens with at least this probability that is drawn from.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_p: sample from the smallest set of tokens with at least this probability.
 
     Returns:
-        Token ids (B,) and their log-probabilities (B,) in float32 under the distribution drawn
-        from; at temperature 0 under the plain softmax.
+        Token ids (B,) and their log-probabilities (B,) in float32: under the sampling distribution,
+        or under the plain softmax at temperature 0.
     """
     scores = logits.float() / (temperature or 1.0)
     if temperature == 0.0:
@@ -227,7 +228,7 @@ def sample(
     else:
         if top_p < 1.0:
             scores = _keep_top_p(scores, top_p)
-        # float64: rounding in the cumulative sum must not reach a token of probability 0.
+        # float64, so that rounding in the cumulative sum cannot select a token of probability 0.
         cumulative = scores.double().softmax(-1).cumsum(-1)  # (B, V)
         target = uniforms.double()[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -242,7 +243,7 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
 
 
 def _uniforms(seed: int, num: int) -> Tensor:
-    """Draw the row's random numbers up front, so that no other row can shift them."""
+    """Draw the row's random numbers in advance, so that other rows cannot change them."""
     return torch.rand(num, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -259,7 +260,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 def _chunks(
     rows: Sequence[tuple[Sequence[int], int]], max_new_tokens: int
 ) -> Iterator[list[tuple[Sequence[int], int]]]:
-    """Split rows, in order, into batches within the token budget."""
+    """Yield rows, in order, in batches within the token budget."""
     chunk: list[tuple[Sequence[int], int]] = []
     longest = 0
     for row in rows:

@@ -1,7 +1,7 @@
-"""From trainer to sampler: weights under checkpoint names, and the proof of their arrival.
+"""Push weights from the trainer to the sampler, and verify that they arrived.
 
-Two checks answer two questions. Checksums: does the engine hold, element for element, what was
-sent? Log-probabilities: does it compute with them what the trainer computes, but for rounding?
+There are two checks. Checksums verify that the engine has, element for element, what was sent.
+Log-probabilities verify that it computes the same as the trainer, up to rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,20 +21,20 @@ PUSH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.35}
 """Largest difference of one token's log-probability, in nats, between two runs of one model."""
 
 PROBE_TOKENS = 48
-"""Tokens whose log-probabilities are compared after a push."""
+"""Number of tokens whose log-probabilities are compared after a push."""
 
 
 def pushed_weights(
     module: nn.Module, *, adapter_alone: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the sampler needs: full weights or, of an adapter that cannot merge, itself.
+    """Yield the tensors that the sampler needs: full weights, or an adapter that cannot be merged.
 
-    The adapter's tensors are named ``adapter.`` and their name in ``module``.
+    The adapter's tensors are named ``adapter.`` plus their name in ``module``.
 
     Args:
-        module: the Hugging Face model or what align.tuning made of it.
-        adapter_alone: yield the adapter although it could be merged, for an engine that serves
-            it beside the weights; its scale is multiplied into ``lora_B``.
+        module: the Hugging Face model, or what align.tuning made of it.
+        adapter_alone: yield the adapter even if it could be merged, for an engine that serves it
+            separately; its scale is multiplied into ``lora_B``.
     """
     if merges(module) and not adapter_alone:
         yield from full_weights(module)
@@ -47,7 +47,7 @@ def pushed_weights(
 
 
 def _scales(module: nn.Module) -> dict[str, float]:
-    """Return by what each ``lora_B`` is multiplied in the forward pass, by parameter name."""
+    """Return the factor of each ``lora_B`` in the forward pass, by parameter name."""
     return {
         f"{name}.lora_B.{adapter}.weight": scale
         for name, layer in adapted_layers(module).items()
@@ -57,12 +57,11 @@ def _scales(module: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the checksums of a push covered.
+    """Result of the checksum comparison after a push.
 
     Attributes:
-        same: tensors that the engine holds element for element as they were sent.
-        unplaced: names of tensors for which the engine has no one place, so that no checksum
-            speaks for them.
+        same: number of tensors that the engine received element for element.
+        unplaced: names of tensors without a single place in the engine, which no checksum covers.
     """
 
     same: int
@@ -72,26 +71,26 @@ class Proof:
 def push(
     engine: RolloutEngine, named_tensors: Iterator[tuple[str, Tensor]], *, version: int
 ) -> Proof:
-    """Load weights into an engine and prove that it holds what was sent.
+    """Load weights into an engine and verify that it received what was sent.
 
     Raises:
-        TrainingError: a tensor did not arrive, or not as it was sent.
+        TrainingError: a tensor did not arrive, or arrived changed.
     """
     sent = Sent(named_tensors, dtype=engine.dtype, device=engine.device)
     held = engine.load_weights(sent, version=version)
     if altered := sent.altered(held):
         raise TrainingError(
-            f"weights version {version}: the {engine.name} engine does not hold what was sent: "
+            f"weights version {version}: the {engine.name} engine did not receive what was sent: "
             f"{len(altered)} of {len(sent)} tensors have another checksum "
-            f"({', '.join(altered[:5])}{' ...' if len(altered) > 5 else ''}); "
-            "report it with the library versions of 'align doctor', go on with sampling.engine: hf"
+            f"({', '.join(altered[:5])}{' ...' if len(altered) > 5 else ''}). "
+            "Report it with the output of 'align doctor' and continue with sampling.engine: hf."
         )
     unplaced = sent.unplaced(held)
     return Proof(len(sent) - len(unplaced), tuple(unplaced))
 
 
 def probe_of(ids: Sequence[int]) -> tuple[int, ...]:
-    """Return the start of a prompt, two tokens at least: one alone has nothing to be scored."""
+    """Return the start of a prompt, at least two tokens, since the first one is not scored."""
     return (*ids, *ids)[: min(PROBE_TOKENS, max(2, len(ids)))]
 
 
@@ -105,7 +104,7 @@ def probe_logprobs(model: nn.Module, ids: Sequence[int]) -> Tensor:
 
 
 def measured_rounding(model: nn.Module, ids: Sequence[int], logprobs: Tensor) -> Tensor:
-    """Return by how much other rounding moves ``logprobs``, token by token, in nats."""
+    """Return how much different rounding changes ``logprobs``, token by token, in nats."""
     with rounded_otherwise(model):
         return (probe_logprobs(model, ids) - logprobs).abs()
 
@@ -118,32 +117,35 @@ def check_answers(
 ) -> Tensor:
     """Compare the engine's log-probabilities with the trainer's, in units of rounding.
 
-    The probabilities of given tokens pass through the embedding, every layer and the head, so a
-    head of other weights shows, which the most likely token would not. A change smaller than
-    rounding cannot show here: that weights arrived at all is what ``push`` proves.
+    The probabilities of given tokens depend on the embedding, every layer and the head. They reveal
+    a
+    head with different weights, which the most likely token would not. A change smaller than
+    rounding
+    is not visible here; ``push`` verifies that the weights arrived.
 
     Args:
         engine: the engine after ``push``.
-        probe_ids: any token sequence of two tokens or more.
-        logprobs: the trainer's, temperature 1, of tokens 1 .. T-1 of ``probe_ids``, in nats.
-        rounding: how far rounding alone moves them, in nats.
+        probe_ids: any sequence of at least two tokens.
+        logprobs: the trainer's log-probabilities of tokens 1 .. T-1 of ``probe_ids`` at temperature
+            1, in nats.
+        rounding: how much rounding alone changes them, in nats.
 
     Returns:
         The difference of each token, in nats.
 
     Raises:
-        TrainingError: the difference is more than rounding explains; names the weights' version.
+        TrainingError: the difference exceeds rounding; names the version of the weights.
     """
     assert len(probe_ids) == len(logprobs) + 1 == len(rounding) + 1, (len(probe_ids), len(logprobs))
     gap = (torch.tensor(engine.token_logprobs(probe_ids)) - logprobs).abs()
     times = excess(gap, rounding)
     if times > ENGINE_LIMIT:
         raise TrainingError(
-            f"weights version {engine.version}: the {engine.name} engine and the trainer give "
-            f"other log-probabilities to the same {len(gap)} tokens: {float(gap.mean()):.3g} nats "
-            f"apart on average, {times:.3g} times what rounding does to this model "
-            f"({float(rounding.mean()):.2g}), expected at most {ENGINE_LIMIT:g} times; the "
-            "engine computes something else with these weights (report it with the library "
-            "versions of 'align doctor', go on with sampling.engine: hf)"
+            f"weights version {engine.version}: the {engine.name} engine and the trainer compute "
+            f"different log-probabilities for the same {len(gap)} tokens: "
+            f"{float(gap.mean()):.3g} nats apart on average, {times:.3g} times the effect of rounding on this model "
+            f"({float(rounding.mean()):.2g}), expected at most {ENGINE_LIMIT:g} times. The "
+            "engine computes something else with these weights. Report it with the output "
+            "of 'align doctor' and continue with sampling.engine: hf."
         )
     return gap

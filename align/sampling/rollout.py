@@ -1,4 +1,4 @@
-"""Sample groups of answers with seeds that depend on nothing but the step and the prompt."""
+"""Sample groups of responses with seeds that depend only on the step and the prompt."""
 
 from collections.abc import Sequence
 
@@ -21,21 +21,21 @@ def sample_groups(
     stop_token_ids: Sequence[int],
     first_position: int = 0,
 ) -> list[list[Completion]]:
-    """Sample ``n`` answers to each prompt of a step.
+    """Sample ``n`` responses to each prompt of a step.
 
     Args:
-        engine: the sampler, already on the weights it shall answer with.
+        engine: the sampler, already with the weights to use.
         prompts: this rank's prompts.
-        n: answers per prompt.
+        n: responses per prompt.
         step: number of the online step.
         seed: the stage's seed.
         sampling: temperature, top_p and the length limit.
-        stop_token_ids: tokens that end an answer.
-        first_position: position of ``prompts[0]`` in the step's batch over all ranks, so that
-            the same prompt is answered with the same seed by any number of ranks.
+        stop_token_ids: tokens that end a response.
+        first_position: position of ``prompts[0]`` in the step's batch over all ranks, so that a
+            prompt gets the same seed with any number of ranks.
 
     Returns:
-        For each prompt its ``n`` completions.
+        ``n`` completions for each prompt.
     """
     seeds = [derive_seed(seed, "rollout", step, first_position + i) for i in range(len(prompts))]
     return engine.generate(
@@ -59,10 +59,11 @@ def answer_fixed(
     sampling: SamplingSpec,
     stop_token_ids: Sequence[int],
 ) -> Experience:
-    """Let this rank answer its part of prompts that every rank holds, as evaluations do.
+    """Sample this rank's part of the responses to prompts that all ranks share, as in evaluations.
 
-    The same ``step`` draws with the same seeds each time, so that two policies can be compared
-    prompt by prompt. Arguments as of ``sample_groups``.
+    The same ``step`` always uses the same seeds, so that two policies can be compared prompt by
+    prompt.
+    The arguments are those of ``sample_groups``.
     """
     first = len(prompts) * distributed.rank() // distributed.world_size()
     mine = distributed.shard(prompts)

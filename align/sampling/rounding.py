@@ -1,10 +1,12 @@
-"""What rounding alone does to a model's log-probabilities, and how far a difference exceeds it.
+"""Measure how much rounding alone changes a model's log-probabilities, to judge a difference.
 
-Engine and trainer run other kernels: they add in another order and round in other places. What that
-comes to depends on the model, its number format and the text, so no bound in nats fits all. It is
-measured: the model is compared with itself while the inputs of its matrix products are moved by
-half a unit in the last place, up or down at random. On SmolLM2-135M the mean gap between vLLM
-and trainer is 0.8 to 2.1 times this, in float32 (2e-6 to 7e-6 nats) and in bfloat16 (0.04 to 0.06).
+Engine and trainer use different kernels, which add in a different order and round in different
+places. The effect depends on the model, its dtype and the text, so no fixed bound in nats fits. It
+is measured instead: the model is compared with itself while the inputs of its matrix products are
+moved by half a unit in the last place, up or down at random. On SmolLM2-135M, the mean gap between
+vLLM and the trainer is 0.8 to 2.1 times this, in float32 (2e-6 to 7e-6 nats) and in bfloat16 (0.04
+to
+0.06).
 """
 
 import contextlib
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 ENGINE_LIMIT = 5.0
-"""Most that an engine's gap may be of the trainer's own rounding: other kernels at every layer."""
+"""Largest ratio of an engine's gap to the trainer's own rounding: every layer has other kernels."""
 
 SAME_LIMIT = 2.0
-"""The same for two runs of one implementation: rows packed and alone."""
+"""Largest ratio for two runs of one implementation: rows packed and alone."""
 
 FLOOR = 1e-6
 """Rounding of a log-probability itself, in nats: half a unit of float32 at 16 nats."""
@@ -27,7 +29,7 @@ FLOOR = 1e-6
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
-    """Round the inputs of every linear layer to a neighbour, inside the block."""
+    """Round the inputs of every linear layer to a neighboring value, inside the block."""
     from transformers.pytorch_utils import Conv1D
 
     generators: dict[torch.device, torch.Generator] = {}
@@ -50,16 +52,18 @@ def rounded_otherwise(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
 
 
 def excess(gap: Tensor, rounding: Tensor) -> float:
-    """Return how many times over rounding a difference of log-probabilities is.
+    """Return the ratio of a difference of log-probabilities to the effect of rounding.
 
-    Means and 90 % quantiles are compared, not largest values: these are drawn from a heavy tail
-    and grow with the number of tokens.
+    Means and 90 % quantiles are compared, not maxima, which have a heavy tail and grow with the
+    number
+    of tokens.
 
     Args:
-        gap: differences of single tokens, in nats. rounding: of the same tokens, by rounding alone.
+        gap: differences of single tokens, in nats.
+        rounding: differences of the same tokens that rounding alone causes, in nats.
 
     Returns:
-        The larger of the two quotients; infinite where a difference is no finite number.
+        The larger of the two quotients; infinite if a difference is not finite.
     """
     gap, rounding = gap.detach().abs().double(), rounding.detach().abs().double()
     if not torch.isfinite(gap).all():

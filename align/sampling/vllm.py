@@ -1,4 +1,4 @@
-"""vLLM inside the trainer's process, on GPU and CPU: fast sampling from pushed weights."""
+"""vLLM in the trainer's process, on GPU and CPU: fast sampling from pushed weights."""
 
 import contextlib
 import gc
@@ -35,19 +35,19 @@ from align.sampling.vllm_push import (
 from align.sampling.vllm_sampler import cheapen_sampling
 
 NO_WEIGHTS = -1
-"""Version of an engine on an accelerator that dropped its weights when it went to sleep."""
+"""Version of an engine on an accelerator that dropped its weights to sleep."""
 
 MAX_RUNNING = 256
-"""Answers that are decoded at the same time on CPU."""
+"""Number of responses that are decoded at the same time on CPU."""
 
 MAX_BATCHED_TOKENS = 4096
-"""Prompt tokens of one step on CPU."""
+"""Number of prompt tokens in one step on CPU."""
 
 CPU_BLOCK_SIZE = 32
-"""Tokens of a cache block: the smallest its CPU attention takes, so that short prompts share."""
+"""Tokens per cache block: the smallest size that its CPU attention supports, to share prompts."""
 
 CACHE_PROBE = 2 * CPU_BLOCK_SIZE + 1
-"""Tokens of a prompt that is asked again after a push: two blocks and a token to compute."""
+"""Tokens of a prompt that is run again after a push: two blocks and one token to compute."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -55,32 +55,33 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    # It cannot return the log-probabilities after top_p, which every request asks for.
+    # FlashInfer cannot return log-probabilities after top_p, which every request needs.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
-"""Read by vLLM when it is imported; a user's own setting wins."""
+"""Environment variables that vLLM reads on import; a user's own setting takes precedence."""
 
 
 class VllmEngine:
-    """Drive one vLLM engine, tensor parallel 1, in this process.
+    """One vLLM engine in this process, with tensor parallel size 1.
 
-    Under several ranks each rank has its own engine and its own requests; only construction
-    needs all ranks at once, because vLLM makes process groups inside the trainer's world.
+    With several ranks, each rank has its own engine and its own requests. Only construction needs
+    all
+    ranks at once, because vLLM creates process groups inside the trainer's world.
     """
 
     name = "vllm"
 
     def __init__(self, options: EngineOptions) -> None:
-        """Start vLLM on the weights of ``options.model_dir``.
+        """Start vLLM with the weights of ``options.model_dir``.
 
         Raises:
-            TrainingError: vLLM cannot start; the message holds its reason.
+            TrainingError: vLLM cannot start; the message contains its reason.
         """
         started = time.perf_counter()
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-        # An older way to size the cache, whole GiB only, that overrides cache_gib if present.
+        # An older setting of the cache size, in whole GiB, that would override cache_gib.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         self.options = options
         self.takes_adapter = options.push == "adapter"
@@ -98,7 +99,7 @@ class VllmEngine:
         with _keep_random_state(), _keep_threads():
             self._llm = _start(options, on_cpu=self._on_cpu)
         if not self._owns_world:
-            # Its clean-up, which also runs at exit, destroys the trainer's process group.
+            # vLLM's clean-up, which also runs at exit, would destroy the trainer's process group.
             _detach_finalizer(self._core_client)
         if not self._on_cpu:
             self._sleep()
@@ -106,7 +107,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """Hold the accelerator's memory inside the block; on CPU there is nothing to hand over."""
+        """Use the accelerator's memory inside the block; on CPU nothing is released."""
         self._wake()
         try:
             yield
@@ -117,11 +118,11 @@ class VllmEngine:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int
     ) -> dict[str, Tensor]:
-        """Replace all weights, or the adapter, and forget every cached prefix.
+        """Replace all weights, or the adapter, and clear the prefix cache.
 
         Raises:
-            TrainingError: a weight is unknown, missing or did not reach the layer that computes
-                with it; the adapter in use is not the pushed one; the cache was not reset.
+            TrainingError: a weight is unknown, missing or did not reach the layer that uses it; the
+                active adapter is not the pushed one; or the cache was not cleared.
         """
         self._wake()
         where = f"weights version {version}"
@@ -130,8 +131,8 @@ class VllmEngine:
                 loaded = self._load(named_tensors)
         except (KeyError, ValueError, AttributeError, AssertionError) as error:
             raise TrainingError(
-                f"{where}: vLLM refused them ({type(error).__name__}: {error}); "
-                "the engine was built from another model or its vLLM version is not supported"
+                f"{where}: vLLM rejected them ({type(error).__name__}: {error}). "
+                "The engine was built from another model, or its vLLM version is not supported."
             ) from error
         if loaded.missing:
             names = ", ".join(sorted(loaded.missing)[:5])
@@ -139,9 +140,9 @@ class VllmEngine:
         if loaded.stale:
             names = ", ".join(sorted(loaded.stale)[:5])
             raise TrainingError(
-                f"{where}: {len(loaded.stale)} layers of vLLM still compute with another packed "
-                f"copy of their weights ({names}); report it with the versions of 'align doctor', "
-                "go on with sampling.engine: hf"
+                f"{where}: {len(loaded.stale)} layers of vLLM still use an outdated packed "
+                f"copy of their weights ({names}). Report it with the output of 'align doctor' "
+                "and continue with sampling.engine: hf."
             )
         self.version = version
         self._forget_prefixes(where)
@@ -162,10 +163,10 @@ class VllmEngine:
         return Loaded(loaded.missing, held=held)
 
     def _forget_prefixes(self, where: str) -> None:
-        """Reset the prefix cache; entries of old weights would be mixed into the new answers.
+        """Clear the prefix cache, whose entries for old weights would corrupt new responses.
 
-        The start of the longest prompt that was answered last is asked again: none of it may come
-        from the cache.
+        The start of the longest prompt of the last call is run again; none of it may come from the
+        cache.
         """
         from vllm import SamplingParams
 
@@ -178,9 +179,9 @@ class VllmEngine:
         output = self._run([again], [params])[0]
         if output.num_cached_tokens:
             raise TrainingError(
-                f"{where}: vLLM answered {output.num_cached_tokens} tokens of a prompt from what "
-                "it had cached with the weights of before; report it with the versions of "
-                "'align doctor', go on with sampling.engine: hf"
+                f"{where}: vLLM took {output.num_cached_tokens} tokens of a prompt from the cache "
+                "of the previous weights. Report it with the output of "
+                "'align doctor' and continue with sampling.engine: hf."
             )
 
     def generate(
@@ -194,7 +195,7 @@ class VllmEngine:
         seeds: Sequence[int] | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Sample ``n`` answers to each prompt; see ``RolloutEngine.generate``."""
+        """Sample ``n`` responses to each prompt; see ``RolloutEngine.generate``."""
         from vllm import SamplingParams
 
         check_requests(
@@ -217,7 +218,7 @@ class VllmEngine:
                 top_p=top_p,
                 seed=seed,
                 stop_token_ids=sorted(stop),
-                # Only the recipe's stop tokens end an answer, not those of the model's config.
+                # Only the recipe's stop tokens end a response, not those of the model's config.
                 ignore_eos=True,
                 logprobs=0,
                 detokenize=False,
@@ -229,11 +230,11 @@ class VllmEngine:
             [self._completion(answer, stop) for answer in sorted(o.outputs, key=lambda a: a.index)]
             for o in outputs
         ]
-        # vLLM refuses n > 1 without randomness: all n answers are the one that it gave.
+        # vLLM rejects n > 1 without randomness, where all n responses are the same.
         return [group * n for group in groups] if temperature == 0.0 else groups
 
     def token_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Score tokens 1 .. T-1 of a sequence with the current weights, temperature 1, in nats."""
+        """Return log-probabilities of tokens 1 .. T-1 at temperature 1, in nats."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -243,13 +244,13 @@ class VllmEngine:
         ]
 
     def close(self) -> None:
-        """Free all memory and leave the trainer's process group alone."""
-        # vLLM unmaps memory that sleeps a second time, which breaks its allocator for good.
+        """Release all memory without touching the trainer's process group."""
+        # vLLM would unmap sleeping memory a second time, which breaks its allocator permanently.
         self._wake()
         core = self._core_client.engine_core
         _detach_finalizer(self._core_client)
-        # The engine goes before its workers: it drops compiled code that pins the model. Its
-        # objects were frozen at the start, which hides them from the garbage collector.
+        # Delete the engine before its workers, since its compiled code references the model. Its
+        # objects were frozen at start-up, which hides them from the garbage collector.
         del self._llm
         gc.unfreeze()
         gc.collect()
@@ -273,8 +274,8 @@ class VllmEngine:
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         if self.version == NO_WEIGHTS:
             raise TrainingError(
-                "the vLLM engine dropped its weights when it went to sleep; "
-                "call load_weights before each round of generate"
+                "the vLLM engine dropped its weights when it went to sleep. "
+                "Call load_weights before each round of generate."
             )
         self._wake()
         self._cached = max(prompts, key=len)[:CACHE_PROBE]
@@ -288,9 +289,9 @@ class VllmEngine:
         return make_completion(ids, logprobs, stop=stop, decode=self._decode, version=self.version)
 
     def _sleep(self) -> None:
-        # Level 2 drops the weights: right once the trainer pushes them before each use; level 1
-        # keeps those of model_dir in host memory for an engine that was never pushed to, or only
-        # an adapter beside them.
+        # Level 2 drops the weights, which is correct once the trainer pushes them before each use.
+        # Level 1 keeps those of model_dir in host memory, for an engine that received no push or
+        # only an adapter.
         level = 1 if self.version == 0 or self.takes_adapter else 2
         self._llm.sleep(level=level)
         self._asleep = True
@@ -306,14 +307,14 @@ class VllmEngine:
 
 
 def _detach_finalizer(client: Any) -> None:
-    """Keep vLLM from shutting the engine down by itself; before 0.31 it did not."""
+    """Prevent vLLM from shutting the engine down by itself, as it does since 0.31."""
     finalizer = getattr(client, "_finalizer", None)
     if finalizer is not None:
         finalizer.detach()
 
 
 def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
-    """Construct vLLM with the least start-up work."""
+    """Construct vLLM with minimal start-up work."""
     from vllm import LLM
 
     world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -324,8 +325,8 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
             "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
             "block_size": CPU_BLOCK_SIZE,
             "max_num_seqs": MAX_RUNNING,
-            # A prompt split over two steps rewinds its request's generator, which torch's CPU
-            # generator cannot do: vLLM 0.31 dies of it ("does not use offset").
+            # A prompt split over two steps rewinds its request's generator. torch's CPU generator
+            # cannot do that, and vLLM 0.31 crashes ("does not use offset").
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, options.max_model_len),
             "enforce_eager": True,
@@ -336,7 +337,7 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
         assert isinstance(options.tuning, LoraTuning), options.tuning
         platform |= adapter_options(options.tuning)
     if world_size > 1:
-        # This rank's device and no process of its own: the launcher's ranks are the workers.
+        # Use this rank's device and no extra process: the launcher's ranks are the workers.
         platform["distributed_executor_backend"] = "external_launcher"
     try:
         return LLM(
@@ -353,14 +354,14 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
         )
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
-            f"vLLM cannot start on {options.model_dir}: {error}; change sampling.cache_gib, "
-            "sampling.memory_frac or max_length as it says, or use sampling.engine: hf"
+            f"vLLM cannot start on {options.model_dir}: {error}. Change sampling.cache_gib, "
+            "sampling.memory_frac or max_length as it says, or use sampling.engine: hf."
         ) from error
 
 
 @contextlib.contextmanager
 def _keep_threads() -> Iterator[None]:
-    """Give the trainer ``torch.set_num_threads`` back, which vLLM replaces by a no-op."""
+    """Restore ``torch.set_num_threads`` afterwards, which vLLM replaces with a no-op."""
     set_num_threads = torch.set_num_threads
     try:
         yield
@@ -370,7 +371,7 @@ def _keep_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """Give the trainer its random numbers back: vLLM reseeds at start and draws when sampling."""
+    """Restore the trainer's random state: vLLM reseeds at start and draws while sampling."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:

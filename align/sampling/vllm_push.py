@@ -1,13 +1,14 @@
-"""New weights, or a new adapter, for a running vLLM engine: functions that run on its worker.
+"""Load new weights or a new adapter into a running vLLM engine; these functions run on its worker.
 
-Each returns what it found no place for and the checksums of what the worker holds afterwards. On
-CPU vLLM packs the weights of linear layers for its GEMM and empties the parameters: there the
-checksum is taken of the whole parameter at the moment of packing, the packed copy must be a new
-one, and it must multiply like the parameter it was made of.
+Each function returns the names that found no place, and checksums of what the worker has
+afterwards.
+On CPU, vLLM packs the weights of linear layers for its GEMM and empties the parameters. There, the
+checksum is taken of the whole parameter at the moment of packing. The packed copy must be a new one
+and must multiply like the parameter from which it was made.
 
-Every push of an adapter makes one under a new number. vLLM finds requests, adapters and cached
-prefixes by it, so that no answer can be made with an earlier one: where this number is not loaded,
-vLLM looks for files that are not there and fails.
+Every push of an adapter uses a new number. vLLM looks up requests, adapters and cached prefixes by
+it, so that no response can use an earlier adapter: if this number is not loaded, vLLM looks for
+nonexistent files and fails.
 """
 
 import contextlib
@@ -22,20 +23,20 @@ from align.recipe.schema.tuning import LoraTuning
 from align.sampling.checksums import checksum
 
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
-"""Layers, by model type, whose weights a checkpoint holds transposed (transformers' Conv1D)."""
+"""Layers, by model type, whose weights are saved transposed (transformers' Conv1D)."""
 
 PACKED_COLUMNS = 4
-"""Inputs for which a packed copy is multiplied out after a push."""
+"""Number of inputs with which a packed copy is multiplied after a push."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load left in the worker.
+    """Result of a load in the worker.
 
     Attributes:
         missing: names that got no weight, or found no place.
-        stale: layers that compute with a packed copy that is not the new weight's.
-        held: the checksum of what stands in each place, by the name of the checkpoint's tensor.
+        stale: layers that use a packed copy of older weights.
+        held: checksum of the data in each place, by the name of the saved tensor.
     """
 
     missing: set[str]
@@ -45,7 +46,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a checkpoint's tensor stands: rows of a parameter (None for all), or its transpose."""
+    """The place of a saved tensor: rows of a parameter (None for all), or its transpose."""
 
     name: str
     leaf: str
@@ -54,7 +55,7 @@ class Place:
     turned: bool
 
     def checksum(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the checksum of what stands here, in the order and format of the checkpoint."""
+        """Return the checksum of this place, in the order and dtype of the saved tensor."""
         part = parameter
         if self.rows is not None:
             part = parameter[self.start : self.start + self.rows]
@@ -65,10 +66,11 @@ Places = dict[nn.Module, list[Place]]
 
 
 def places(model: Any) -> Places:
-    """Return, for each module of vLLM's model, what of a checkpoint stands in its parameters.
+    """Return, for each module of vLLM's model, the saved tensors that its parameters contain.
 
-    Fused layers (``qkv_proj``, ``gate_up_proj``) hold several tensors above each other; tables of
-    a vocabulary have empty rows at their end.
+    Fused layers (``qkv_proj``, ``gate_up_proj``) stack several tensors. Vocabulary tables have
+    empty
+    rows at their end.
     """
     fused = getattr(model, "packed_modules_mapping", {})
     turned = TRANSPOSED.get(model.config.model_type, ())
@@ -100,7 +102,7 @@ def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loa
     here = places(model)
     with _recorded(model) as loaded, _packing(here, dtype) as packing:
         worker.model_runner.reload_weights(weights_iterator=named_tensors)
-        # The reload does not repack the head: a tied one would go on with the old weights.
+        # The reload does not repack the head; a tied head would keep the old weights.
         for module in model.modules():
             if isinstance(module, ParallelLMHead):
                 utils.dispatch_cpu_unquantized_gemm(module, remove_weight=False)
@@ -114,7 +116,7 @@ def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loa
 
 
 def load_in_place(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:
-    """Load on an accelerator, where the parameters are what the engine computes with."""
+    """Load on an accelerator, where the engine computes directly with the parameters."""
     model = worker.get_model()
     loaded = model.load_weights(named_tensors)
     missing = {name for name, _ in model.named_parameters()} - loaded if loaded else set()
@@ -124,7 +126,7 @@ def load_in_place(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> L
 def _held(
     here: Places, dtype: torch.dtype, *, except_for: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Return the checksums of the parameters as they are now; of empty ones there are none."""
+    """Return the checksums of the current parameters, except of empty ones."""
     return {
         place.name: place.checksum(parameter, dtype)
         for module, in_module in here.items()
@@ -134,7 +136,7 @@ def _held(
 
 
 class _Packing:
-    """What is known of the weights that vLLM packs during a load on CPU."""
+    """Records of the weights that vLLM packs during a load on CPU."""
 
     def __init__(self, here: Places, dtype: torch.dtype) -> None:
         self.held: dict[str, Tensor] = {}
@@ -143,7 +145,7 @@ class _Packing:
         self._columns: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # one-hot rows, their products
 
     def note(self, layer: Any) -> None:
-        """Take checksums of a weight that is whole, and some of its columns, before packing."""
+        """Record checksums of a whole weight, and some of its columns, before packing."""
         weight = layer.weight
         if weight.is_meta:
             return
@@ -159,9 +161,9 @@ class _Packing:
             self._columns[layer] = one_hot, weight.detach()[:, columns].t().clone()
 
     def renewed(self, layer: Any, before: Callable[..., Tensor]) -> bool:
-        """Return whether the packed copy is a new one and multiplies like its weight."""
+        """Return whether the packed copy is new and multiplies like its weight."""
         if layer.cpu_linear is nn.functional.linear:
-            return True  # it reads the parameter itself
+            return True  # it uses the parameter itself
         if layer.cpu_linear is before or layer not in self._columns:
             return False
         one_hot, wanted = self._columns[layer]
@@ -170,7 +172,7 @@ class _Packing:
 
 @contextlib.contextmanager
 def _packing(here: Places, dtype: torch.dtype) -> Iterator[_Packing]:
-    """Watch vLLM pack weights, inside the block."""
+    """Record the weights that vLLM packs inside the block."""
     from vllm.model_executor.layers import utils
 
     packing, pack = _Packing(here, dtype), utils.dispatch_cpu_unquantized_gemm
@@ -188,7 +190,7 @@ def _packing(here: Places, dtype: torch.dtype) -> Iterator[_Packing]:
 
 @contextlib.contextmanager
 def _recorded(model: Any) -> Iterator[set[str]]:
-    """Note which parameters ``model.load_weights`` fills: vLLM's reload only logs the rest."""
+    """Record which parameters ``model.load_weights`` fills; vLLM's reload only logs the rest."""
     loaded: set[str] = set()
     load: Callable[..., set[str] | None] = model.load_weights
 
@@ -211,7 +213,7 @@ def adapter_options(tuning: LoraTuning) -> dict[str, Any]:
 
 
 def adapter_request(number: int) -> Any:
-    """Return what a request says to be answered with the adapter of this number."""
+    """Return the request option that selects the adapter with this number."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"policy-{number}", number, "pushed, not read from disk")
@@ -220,17 +222,18 @@ def adapter_request(number: int) -> Any:
 def load_adapter(
     worker: Any, number: int, named_tensors: Iterable[tuple[str, Tensor]], tuning: LoraTuning
 ) -> Loaded:
-    """Put an adapter in the place of all others, on the engine's worker.
+    """Replace all adapters with one new adapter on the engine's worker.
 
     Args:
-        worker: vLLM's. number: a new one for each push, from 1.
-        named_tensors: by peft's names, the scale multiplied in.
-        tuning: the block that made them.
+        worker: vLLM's worker.
+        number: a new number for each push, from 1.
+        named_tensors: tensors under peft's names, with the scale multiplied in.
+        tuning: the tuning block that created them.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    # A scale of rank / rank = 1: vLLM multiplies nothing in, and what it holds is what was sent.
+    # With a scale of rank / rank = 1, vLLM multiplies nothing in and stores exactly what was sent.
     config = PEFTHelper(r=tuning.rank, lora_alpha=tuning.rank, target_modules=tuning.targets)
     loras = worker.model_runner.lora_manager
     loras.remove_all_adapters()
@@ -246,6 +249,7 @@ def load_adapter(
     manager.add_adapter(adapter)
     manager.activate_adapter(number)
     slot = manager.lora_index_to_id.index(number)
+    # Checksum the stacked tensors that the adapter's slot actually serves.
     served: dict[str, tuple[Any, int]] = {}
     for name, module in manager.modules.items():
         parent, _, last = name.rpartition(".")

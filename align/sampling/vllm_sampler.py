@@ -1,8 +1,9 @@
-"""Cheaper drawing of tokens in vLLM on CPU, from the same distribution.
+"""Faster token sampling in vLLM on CPU, from the same distribution.
 
-vLLM divides the probabilities by exponential noise: a random number for every word of the
-vocabulary, and on CPU twice where requests have their own seeds, a fifth of a rollout's time. The
-inverse of the cumulative distribution needs one random number for each token that is drawn.
+vLLM divides the probabilities by exponential noise. This needs a random number for every word of
+the
+vocabulary, and twice as many on CPU if requests have their own seeds: a fifth of a rollout's time.
+Inverting the cumulative distribution needs only one random number per sampled token.
 """
 
 import importlib
@@ -14,11 +15,11 @@ from torch import Generator, Tensor
 
 
 def cheapen_sampling() -> None:
-    """Change vLLM's sampler; call it before an engine is built, on CPU, for logprobs of tokens.
+    """Patch vLLM's sampler; call this before an engine is built, on CPU, for logprobs of tokens.
 
-    Nobody reads the rank of a sampled token here either, and the compilation of its count with the
-    C++ compiler makes the first call of a fresh machine 14 s slower (2 s with a warm cache) and
-    needs a compiler at all.
+    The rank of a sampled token is not used here either. Compiling its count with the C++ compiler
+    would
+    delay the first call on a new machine by 14 s (2 s with a warm cache) and require a compiler.
     """
     sampler: Any = importlib.import_module("vllm.v1.sample.sampler")
     sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
@@ -40,12 +41,11 @@ def cheapen_sampling() -> None:
 
 
 def draw_tokens(probs: Tensor, generators: Mapping[int, Generator]) -> Tensor:
-    """Draw one token from each row by the inverse of its cumulative distribution.
+    """Draw one token from each row by inverting its cumulative distribution.
 
     Args:
-        probs: (B, V) float32; rows need not add up to exactly 1.
-        generators: for some rows, by number, where their random number comes from; the others
-            draw from torch's own.
+        probs: (B, V) float32; rows need not sum to exactly 1.
+        generators: random generators of some rows, by row number; the others use torch's own.
 
     Returns:
         (B,) token ids; a token of probability 0 is never drawn.

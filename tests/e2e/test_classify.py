@@ -305,7 +305,9 @@ def test_deep_check_brings_the_encoder_in_and_checks_what_is_trained_on_it(folde
     recipe = Recipe.model_validate({"name": "t", "stages": {"bert": bert, "it": classify}})
     gone = Recipe.model_validate({"name": "t", "stages": {"bert": {**bert, "path": "some/bert"}}})
     (card,) = check_recipe(gone, {})
-    assert "some/bert: no such folder here, and not to be had from the hub" in card.failed[0].remedy
+    assert (
+        "some/bert: no such folder, and it cannot be loaded from the hub" in card.failed[0].remedy
+    )
     for done in ({}, {"bert": folder / "bert"}):
         cards = list(check_recipe(recipe, done))
         assert [card.stage for card in cards] == ["bert", "it"]

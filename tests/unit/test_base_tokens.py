@@ -131,7 +131,7 @@ def test_real_llama_takes_a_new_template_and_says_the_same(
 
 def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path) -> None:
     # conftest.py has set the hub's own switches to offline.
-    with pytest.raises(ArtefactError, match=r"someone/a-model: no such folder.*give its folder"):
+    with pytest.raises(ArtefactError, match=r"someone/a-model: no such folder.*use its folder"):
         bring_in(Path("someone/a-model"), tmp_path, TokenizerSpec())
 
 

@@ -274,7 +274,7 @@ def test_a_model_that_is_no_encoder_is_refused(tmp_path: Path):
     T5Model(T5Config(vocab_size=7, d_model=8, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ArtefactError, match="T5Model is an encoder and a decoder"):
+    with pytest.raises(ArtefactError, match="T5Model is an encoder-decoder"):
         scorer_on_encoder(tmp_path, dtype="float32")
 
 
