@@ -104,7 +104,10 @@ def _devices() -> Finding:
     if not has_gpu():
         hidden = ", GPU hidden by CUDA_VISIBLE_DEVICES" if gpus else ", no GPU"
         return Finding(
-            "devices", f"{cores} CPU cores{hidden}", "note", "enough for the quickstart and the tests"
+            "devices",
+            f"{cores} CPU cores{hidden}",
+            "note",
+            "enough for the quickstart and the tests",
         )
     found = f"{len(gpus)} GPU ({'; '.join(gpus)}), {cores} CPU cores"
     num_seen, cuda = _torch_devices()

@@ -1,1 +1,1 @@
-"""Foundations every layer may use: errors, types, logging, artefacts, checkpoints."""
+"""Foundations for all layers: errors, types, logging, artifacts, checkpoints."""

@@ -1,6 +1,5 @@
-"""Artefacts: directories whose manifest.json is written last, so that a directory is whole or not.
-
-The manifest names every file with its size and sha256; reading an artefact verifies them.
+"""Artifacts: stage folders whose manifest.json is written last, when they are complete.
+The manifest lists every file with its size and sha256, which are verified on reading.
 """
 
 import hashlib
@@ -30,27 +29,26 @@ PACKAGES = (
 )
 LOCK = "stage.lock"
 FAILURE = "failure.txt"
-"""The traceback of a stage that failed unexpectedly."""
+"""File with the traceback of a stage that failed unexpectedly."""
 NOT_HASHED = ("checkpoints", "log.txt", MANIFEST, LOCK, FAILURE)
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """Hold a verified artefact."""
+    """A verified artifact."""
 
     path: Path
     manifest: Mapping[str, Any]
 
     @property
     def model_dir(self) -> Path:
-        """Give the folder with the weights, in the format of transformers."""
+        """Return the folder with the weights, in the format of transformers."""
         return self.path / "model"
 
 
 def spec_hash(spec: Mapping[str, Any], *, seed: int, inputs: Mapping[str, str]) -> str:
-    """Return the hash of what decides a stage's result: resolved spec, seed and inputs' hashes.
-
-    Code of the user's that the spec names counts by its content.
+    """Return the hash of what determines a stage's result: resolved spec, seed and inputs.
+    Inputs are represented by their hashes, and user code that the spec names by its content.
     """
     spec = with_source_hashes(spec)
     text = json.dumps({"spec": spec, "seed": seed, "inputs": dict(inputs)}, sort_keys=True)
@@ -67,7 +65,8 @@ def file_record(path: Path, *, sync: bool = False) -> dict[str, Any]:
     """Return the sha256, size in bytes and modification time of a file, read once.
 
     Args:
-        path: the file. sync: flush it to the disk as well.
+        path: the file.
+        sync: also flush it to the disk.
     """
     with path.open("rb") as f:
         state = os.fstat(f.fileno())
@@ -78,10 +77,11 @@ def file_record(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 
 def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return True if a file has the recorded content; only a new size or time makes it be read.
+    """Return True if a file has the recorded content; it is read only if its size or time differs.
 
     Args:
-        path: the file. record: what ``file_record`` returned, or only its ``sha256``.
+        path: the file.
+        record: the result of ``file_record``, or only its ``sha256``.
     """
     try:
         state = path.stat()
@@ -117,7 +117,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None where the file is missing, cut or anything else."""
+    """Return the JSON object in a file; None if the file is missing, truncated or anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -126,7 +126,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename inside the directory survive a power cut."""
+    """Make a rename inside the directory survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -135,7 +135,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Return {relative path: record} of every file below a directory, all flushed to the disk."""
+    """Return {relative path: record} of every file below a directory, flushing all to the disk."""
     found, folders = {}, [directory]
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -152,7 +152,7 @@ def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, 
 
 
 def _apply_umask(path: Path) -> None:
-    """Let a file be read by those who may read any new file; safetensors writes for its owner."""
+    """Apply the user's umask to a file's mode, since safetensors restricts it to the owner."""
     mask = os.umask(0o077)
     os.umask(mask)
     mode = path.stat().st_mode & 0o777
@@ -161,7 +161,7 @@ def _apply_umask(path: Path) -> None:
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
-    """Complete an artefact: hash its files and write manifest.json last.
+    """Complete an artifact: hash its files and write manifest.json last.
 
     Args:
         directory: the stage's folder with all its files written.
@@ -182,10 +182,10 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return an artefact's manifest; its files are not verified.
+    """Return an artifact's manifest without verifying its files.
 
     Raises:
-        ArtefactError: it is missing, or is not the manifest of a stage.
+        ArtefactError: the manifest is missing or invalid.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -235,14 +235,15 @@ def is_file_record(entry: Any) -> bool:
 
 
 def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
-    """Read and verify an artefact.
+    """Read and verify an artifact.
 
     Args:
-        path: the artefact's folder.
+        path: the artifact's folder.
         expected_kind: ``policy``, ``reward_model`` or ``evaluation``.
 
     Raises:
-        ArtefactError: it is missing, of another kind, or a file differs from its manifest.
+        ArtefactError: the artifact is missing, of another kind, or a file differs from its
+            manifest.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -259,11 +260,12 @@ def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
 
 
 def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) -> Sequence[str]:
-    """Return what differs between an artefact's files and its manifest, one line each.
+    """Return the differences between an artifact's files and its manifest, one line each.
 
     Args:
-        directory: the artefact's folder. manifest: its manifest.
-        whole: read every file; else only those whose size or time is another than recorded.
+        directory: the artifact's folder.
+        manifest: its manifest.
+        whole: read every file; otherwise only those whose size or time differs from the record.
     """
     files: Mapping[str, Mapping[str, Any]] = manifest.get("files", {})
     if not files:
@@ -294,7 +296,7 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) ->
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of the packages that decide a result."""
+    """Return the versions of the packages that affect results."""
     found = {}
     for name in PACKAGES:
         try:
@@ -305,7 +307,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Give the commit of the checkout this code runs from, or None outside one."""
+    """Return the commit of the checkout that contains this code, or None outside a checkout."""
     try:
         out = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,6 +1,6 @@
-"""The preflight card: what was measured before a stage began, the bound, the verdict, the remedy.
+"""The preflight card: for each check the measured value, the bound, the verdict and the remedy.
 
-Standard library only: stages write cards, the terminal and the report read them.
+Standard library only: stages write cards, and the terminal and the report read them.
 """
 
 from collections import Counter
@@ -10,16 +10,16 @@ from typing import Any
 
 CARD_FILE = "preflight.json"
 TOKENS_FILE = "tokens.json"
-"""A few rows of a stage, token by token, as they enter its loss."""
+"""File with a few rows of a stage, token by token, as they enter its loss."""
 VERDICTS = ("ok", "warn", "fail", "not yet")
-"""``not yet``: an input of the check is not made yet, so nothing was found out."""
+"""``not yet``: an input of the check does not exist yet, so there is no result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Hold one check: its name, the measured value, the bound it is held to, and what to do.
+    """One check: its name, the measured value, the bound, the verdict, and what to do.
 
-    ``remedy`` is empty where there is nothing to do; ``seconds`` is what the check took.
+    ``remedy`` is empty if there is nothing to do; ``seconds`` is the duration of the check.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Hold the lines of one stage."""
+    """The checks of one stage."""
 
     stage: str
     kind: str
@@ -40,33 +40,33 @@ class Card:
 
     @property
     def failed(self) -> list[Line]:
-        """Give the lines that stop the stage."""
+        """Return the checks that stop the stage."""
         return [line for line in self.lines if line.verdict == "fail"]
 
     @property
     def seconds(self) -> float:
-        """Give what all checks took together."""
+        """Return the total duration of all checks."""
         return sum(line.seconds for line in self.lines)
 
     def plain(self) -> dict[str, Any]:
-        """Give the card as plain data for JSON."""
+        """Return the card as plain data for JSON."""
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
 def read_card(plain: Mapping[str, Any]) -> Card:
-    """Give the card behind ``Card.plain``; KeyError or TypeError where it is none."""
+    """Return the card from ``Card.plain``; raise KeyError or TypeError if it is invalid."""
     return Card(plain["stage"], plain["kind"], [Line(**line) for line in plain["lines"]])
 
 
 def title(card: Card) -> str:
-    """Sum a card up: ``sft (sft): 8 ok, 1 warn, 0.3 s``."""
+    """Return a one-line summary of a card: ``sft (sft): 8 ok, 1 warn, 0.3 s``."""
     counts = Counter(line.verdict for line in card.lines)
     parts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return f"{card.stage} ({card.kind}): {', '.join(parts)}, {card.seconds:.1f} s"
 
 
 def table(card: Card) -> list[str]:
-    """Give the card as text: the title, one line a check, the remedy below what is not ok."""
+    """Return the card as text: the title, one line per check, and remedies below failed checks."""
     rows = [title(card)]
     names = max((len(line.name) for line in card.lines), default=0)
     for line in card.lines:

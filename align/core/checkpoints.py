@@ -1,8 +1,9 @@
-"""Checkpoints of a running stage: temporary name, hashes, rename; verified before they are loaded.
+"""Checkpoints of a running stage: written under a temporary name, hashed, renamed, and verified.
 
-A checkpoint is a folder ``step-00000042`` that holds one DeepSpeed checkpoint per engine, one RNG
-file per rank and ``checkpoint.json``, which is written last. That record holds the identity of the
-stage that saved it, the hash of every file, and a hash of itself.
+A checkpoint is a folder ``step-00000042`` with one DeepSpeed checkpoint per engine, one RNG file
+per
+rank, and ``checkpoint.json``, which is written last. This record contains the identity of the stage
+that saved it, the hash of every file, and a hash of itself.
 """
 
 import hashlib
@@ -37,8 +38,9 @@ _identity: dict[str, Any] | None = None
 def belong_to(identity: Mapping[str, Any] | None) -> None:
     """Set the identity of the stage that this process runs.
 
-    Checkpoints are saved with it, and those of another stage are passed over. Without one (a tool
-    or a test that looks at a folder) nothing is compared.
+    Checkpoints are saved with it, and those of other stages are skipped. Without an identity (a
+    tool or
+    a test that inspects a folder) nothing is compared.
     """
     global _identity
     _identity = None if identity is None else plain(identity)
@@ -47,17 +49,18 @@ def belong_to(identity: Mapping[str, Any] | None) -> None:
 def save_checkpoint(
     directory: Path, step: int, engines: Mapping[str, Any], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Save engines (model, optimiser), every rank's RNG and ``state`` after ``step`` steps.
+    """Save engines (model, optimizer), every rank's RNG and ``state`` after ``step`` steps.
 
     Args:
         directory: the stage's checkpoints folder.
-        step: optimiser (or rollout) steps done.
+        step: number of completed optimizer (or rollout) steps.
         engines: name -> DeepSpeed engine.
         state: JSON values of the stage itself; data positions are functions of the step.
-        keep: newest checkpoints to keep; older ones are removed after this one is in place.
+        keep: number of newest checkpoints to keep; older ones are removed afterwards.
     """
     final = directory / f"step-{step:08d}"
     temporary = directory / f"step-{step:08d}.tmp"
+    # All ranks write into a temporary folder, which rank 0 renames when it is complete.
     if distributed.rank() == 0:
         remove(temporary)
         temporary.mkdir(parents=True)
@@ -90,7 +93,7 @@ def _record_hash(record: Mapping[str, Any]) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or the file or link that has its name; nothing where there is neither."""
+    """Remove a folder, or a file or link with this name; do nothing if there is neither."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -98,9 +101,8 @@ def remove(path: Path) -> None:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Find the newest checkpoint of this stage whose every file has the recorded size and hash.
-
-    A damaged or foreign one is named in the log and passed over. Every rank gets rank 0's answer.
+    """Return the newest undamaged checkpoint of this stage: all file sizes and hashes match.
+    Damaged or foreign checkpoints are logged and skipped. Every rank gets rank 0's result.
     """
     found = None
     if distributed.rank() == 0:
@@ -109,28 +111,28 @@ def newest_checkpoint(directory: Path) -> Path | None:
             if problem is None:
                 found = path
                 break
-            log.warning("%s: %s; trying the one before it", path, problem)
+            log.warning("%s: %s; trying the previous one", path, problem)
     return distributed.broadcast_object(found)
 
 
 def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Restore engines and this rank's RNG; give the step and the stage's own state."""
+    """Restore engines and this rank's RNG; return the step and the stage's own state."""
     record = json.loads((path / STATE).read_text(encoding="utf-8"))
     if record["world_size"] != distributed.world_size():
         raise ArtefactError(
             f"{path}: saved by {record['world_size']} ranks, resumed with "
-            f"{distributed.world_size()}; start the same number of ranks or use --force"
+            f"{distributed.world_size()}. Start the same number of ranks, or use --force."
         )
     for name, engine in engines.items():
         loaded, _ = engine.load_checkpoint(str(path), tag=name)
         if loaded is None:
-            raise ArtefactError(f"{path}: DeepSpeed could not load engine '{name}'; use --force")
+            raise ArtefactError(f"{path}: DeepSpeed could not load engine '{name}'. Use --force.")
     set_rng_state(torch.load(path / f"rng-{distributed.rank()}.pt", weights_only=True))
     return record["step"], record["state"]
 
 
 def _own(directory: Path) -> list[Path]:
-    """List the checkpoints that this stage saved, oldest first."""
+    """Return the checkpoints that this stage saved, oldest first."""
     folders = sorted(p for p in directory.glob("step-????????") if (p / STATE).is_file())
     return [p for p in folders if _foreign(read_json_object(p / STATE) or {}) is None]
 
@@ -139,7 +141,8 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
     """Return why a checkpoint cannot be used; None if it can.
 
     Args:
-        path: the checkpoint. record: its file with the hashes.
+        path: the checkpoint.
+        record: its file with the hashes.
     """
     found = read_json_object(path / record)
     if found is None:
@@ -165,13 +168,13 @@ def _foreign(record: Mapping[str, Any]) -> str | None:
         return None
     identity = record.get("identity")
     if not isinstance(identity, dict):
-        return "of another stage (it does not say which)"
+        return "of another, unknown stage"
     difference = find_difference(identity, _identity)
     return None if difference is None else f"of another stage or run ({difference})"
 
 
 def rng_state() -> dict[str, Any]:
-    """Give the state of every random generator of this process."""
+    """Return the state of every random generator of this process."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -184,7 +187,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what ``rng_state`` gave."""
+    """Restore a state that ``rng_state`` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

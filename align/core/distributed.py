@@ -1,4 +1,4 @@
-"""Ranks: start-up, seeds and the few collectives the suite needs. One home of the process group."""
+"""Process groups: start-up, seeds, and the collectives that the suite needs."""
 
 import hashlib
 import logging
@@ -31,7 +31,7 @@ TIMEOUT = timedelta(hours=24)
 
 
 def init_process_group(*, deterministic: bool = False) -> None:
-    """Join the launcher's world, or make a world of one when no launcher started this process.
+    """Join the launcher's process group, or create one with a single rank without a launcher.
 
     Args:
         deterministic: take deterministic kernels on a GPU, see ``use_deterministic_kernels``.
@@ -109,10 +109,11 @@ def shutdown() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process at once with ``code``, everything written being flushed.
+    """Exit this process immediately with ``code`` after flushing all output.
 
-    The interpreter's own way out is a race: a gloo thread that lets go of a tensor while Python
-    is taken down aborts the process (exit code -6) after its work is done and saved.
+    A normal interpreter exit is a race: a gloo thread that releases a tensor while Python shuts
+    down
+    aborts the process (exit code -6) after its work is done and saved.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -127,17 +128,17 @@ def _free_port() -> int:
 
 
 def rank() -> int:
-    """Give this process's rank, 0 outside a process group."""
+    """Return this process's rank, 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Give the number of ranks, 1 outside a process group."""
+    """Return the number of ranks, 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """Give the device of this rank."""
+    """Return the device of this rank."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -150,7 +151,7 @@ def barrier() -> None:
 
 
 def global_sums(values: Mapping[str, float]) -> dict[str, float]:
-    """Sum each value over all ranks, in float64; every rank must pass the same keys."""
+    """Sum each value over all ranks in float64; every rank must pass the same keys."""
     keys = sorted(values)
     total = torch.tensor([float(values[k]) for k in keys], dtype=torch.float64, device=device())
     if world_size() > 1:
@@ -159,19 +160,19 @@ def global_sums(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def global_sum(value: float) -> float:
-    """Sum one number over all ranks, in float64."""
+    """Sum one number over all ranks in float64."""
     return global_sums({"value": value})["value"]
 
 
 def sum_in_place(x: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks into itself; every rank must pass the same shape."""
+    """Sum a tensor over all ranks in place; every rank must pass the same shape."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def global_max(value: float) -> float:
-    """Give the largest of one number over all ranks."""
+    """Return the maximum of one number over all ranks."""
     total = torch.tensor(float(value), dtype=torch.float64, device=device())
     if world_size() > 1:
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
@@ -179,7 +180,7 @@ def global_max(value: float) -> float:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Give the picklable ``value`` of every rank, in rank order, on every rank."""
+    """Return the picklable ``value`` of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     out: list[Any] = [None] * world_size()
@@ -188,7 +189,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Give rank 0's ``value`` on every rank."""
+    """Return rank 0's ``value`` on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -197,9 +198,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_first_rank(do: Callable[[], T]) -> T:
-    """Return what ``do`` returns on rank 0; an AlignError that it raises is raised on every rank.
+    """Return the result of ``do`` on rank 0; an AlignError that it raises is raised on every rank.
 
-    All ranks must take part.
+    All ranks must call this.
     """
     value, error = None, None
     if rank() == 0:
@@ -220,7 +221,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on this rank; ranks draw from different streams."""
+    """Seed Python, NumPy and torch on this rank; ranks use different streams."""
     import numpy as np
 
     value = derive_seed(seed, "process", rank())
@@ -230,13 +231,13 @@ def seed_everything(seed: int) -> None:
 
 
 def shard(items: Sequence[Any]) -> list[Any]:
-    """Give this rank's part of ``items``: contiguous, sizes differing by at most one."""
+    """Return this rank's part of ``items``: contiguous, with sizes differing by at most one."""
     n, r, w = len(items), rank(), world_size()
     return list(items[n * r // w : n * (r + 1) // w])
 
 
 PARENT = "ALIGN_PARENT"
-"""Environment variable of a stage that ``align run`` started: process id and start time of that."""
+"""Environment variable with process id and start time of the ``align run`` that started a stage."""
 ORPHAN_GRACE_S = 30.0
 _asked = False
 _deferred = False
@@ -244,7 +245,7 @@ _installed_by = 0
 
 
 class StoppedNow(SystemExit):
-    """End of a stage by a signal that came outside its steps. No ``except Exception`` holds it."""
+    """Stop of a stage by a signal outside its steps; ``except Exception`` does not catch it."""
 
 
 def _ask(_signum: int, _frame: FrameType | None) -> None:
@@ -257,10 +258,11 @@ def _ask(_signum: int, _frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """End this stage in good order on SIGTERM and SIGINT, and when ``align run`` dies.
+    """Stop this stage cleanly on SIGTERM and SIGINT, and when ``align run`` dies.
 
-    Between the steps of a training (``stops_between_steps``) a signal is only noted; anywhere else
-    it raises StoppedNow at once.
+    During training (``stops_between_steps``) a signal is only recorded; elsewhere it raises
+    StoppedNow
+    immediately.
     """
     global _installed_by
     _installed_by = os.getpid()
@@ -273,7 +275,7 @@ def install() -> None:
 
 
 def _watch_parent(pid: int, started: str) -> None:
-    """Wait until a process is gone, then end this one: asked first, killed if it does not end."""
+    """Wait until a process is gone, then terminate this one, and kill it if it does not stop."""
     while started_at(pid) == started:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -282,14 +284,14 @@ def _watch_parent(pid: int, started: str) -> None:
 
 
 def defer_stop() -> None:
-    """Only note the signals that come from here on."""
+    """Only record signals from now on."""
     global _deferred
     _deferred = True
 
 
 @contextmanager
 def stop_deferred() -> Iterator[None]:
-    """Only note the signals that come inside the block."""
+    """Only record signals inside the block."""
     global _deferred
     _deferred = True
     try:
@@ -299,19 +301,19 @@ def stop_deferred() -> Iterator[None]:
 
 
 def stops_between_steps(train: Callable[P, T]) -> Callable[P, T]:
-    """Return ``train`` so that a signal waits for its ``stop_requested``, and for its end."""
+    """Return ``train`` so that signals wait for its ``stop_requested``, and for its end."""
 
     @wraps(train)
     def trained(*args: P.args, **options: P.kwargs) -> T:
         with stop_deferred():
             found = train(*args, **options)
         if stop_requested():
-            raise Preempted("stopped on a signal after the last step; run again to finish")
+            raise Preempted("stopped by a signal after the last step; run again to finish")
         return found
 
     return trained
 
 
 def stop_requested() -> bool:
-    """Return, on every rank alike, True if any rank was asked to stop."""
+    """Return True on every rank if any rank was asked to stop."""
     return distributed.global_max(float(_asked)) > 0.0

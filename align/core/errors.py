@@ -1,6 +1,6 @@
-"""The error hierarchy: one class per thing a user can put right, plus the process exit codes.
+"""The error hierarchy, with one class per kind of error a user can fix, and the process exit codes.
 
-Form of every message: where, what was found, what was expected, what to do.
+Every message says where the problem is, what was found, what was expected, and what to do.
 """
 
 EXIT_OK = 0
@@ -10,23 +10,23 @@ EXIT_PREEMPTED = 75
 
 
 class AlignError(Exception):
-    """Report a failure whose message is meant for the user; the terminal shows no traceback."""
+    """A failure whose message is meant for the user; the terminal shows no traceback."""
 
     exit_code = EXIT_FAILED
 
 
 class RecipeError(AlignError, ValueError):
-    """Report one or more mistakes in a recipe, each as ``file:line:column: path: what``."""
+    """One or more errors in a recipe, each as ``file:line:column: path: what``."""
 
     exit_code = EXIT_USER
 
 
 class DataError(AlignError, ValueError):
-    """Report a row or a data set that cannot be used, as ``file:line: what``.
+    """A row or a dataset that cannot be used, as ``file:line: what``.
 
     Args:
         message: where, found, expected, what to do.
-        code: the entry of align/data/check/codes.yaml that says more (``align explain D040``).
+        code: an entry of align/data/check/codes.yaml with details (``align explain D040``).
     """
 
     exit_code = EXIT_USER
@@ -37,19 +37,19 @@ class DataError(AlignError, ValueError):
 
 
 class ArtefactError(AlignError, OSError):
-    """Report an artefact that is missing, damaged or of the wrong kind."""
+    """An artifact that is missing, damaged or of the wrong kind."""
 
     exit_code = EXIT_USER
 
 
 class PreflightError(AlignError):
-    """Report a stage that a check stopped before its first step; each line says what to do."""
+    """A stage that a check stopped before its first step; each line says what to do."""
 
     exit_code = EXIT_USER
 
 
 class TrainingError(AlignError, RuntimeError):
-    """Report a run that cannot go on: a non-finite loss, an engine on old weights."""
+    """A run that cannot continue: a non-finite loss, an engine with old weights."""
 
 
 class DeviceError(AlignError, RuntimeError):
@@ -59,6 +59,6 @@ class DeviceError(AlignError, RuntimeError):
 
 
 class Preempted(AlignError):
-    """Report that the stage stopped on a signal after saving a checkpoint."""
+    """A stage that stopped on a signal after saving a checkpoint."""
 
     exit_code = EXIT_PREEMPTED

@@ -1,4 +1,4 @@
-"""What a stage was made from, written down before it starts, and whose a folder is."""
+"""The identity of a stage, recorded before it starts: its settings, inputs and files."""
 
 import json
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from align.core.errors import ArtefactError
 BEGUN = "begun.json"
 RECIPE = "recipe.yaml"
 _OWN_LEFTOVERS = {LOCK, FAILURE, "log.txt", f"{BEGUN}.tmp", f"{RECIPE}.tmp"}
-"""Files of a stage that ended before it wrote down what it is made from."""
+"""Files of a stage that ended before it recorded its identity."""
 
 
 def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Return what differs first between two identities of a stage; None if they are the same.
+    """Return the first difference between two identities of a stage; None if they are the same.
 
-    An identity holds ``spec_hash``, ``inputs`` (key -> hashes of the artefact) and ``files`` (path
-    -> record of each file that the stage reads).
+    An identity has ``spec_hash``, ``inputs`` (key -> hashes of the artifact) and ``files`` (path ->
+    record of each file that the stage reads).
     """
     if old.get("spec_hash") != new["spec_hash"]:
-        return "other settings, seed or inputs"
+        return "different settings, seed or inputs"
     old_inputs, old_files = (_mapping(old, key) for key in ("inputs", "files"))
     for key, entry in new["inputs"].items():
         if old_inputs.get(key) != entry:
-            return f"its input {entry['path']} was made anew"
+            return f"its input {entry['path']} was created again"
     for path, record in new["files"].items():
         if path not in old_files:
             return f"{path} is new"
@@ -36,10 +36,11 @@ def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
 
 
 def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str | None:
-    """Return how the files that a stage has read differ from those that it would read now.
+    """Return how the files that a stage has read differ from those it would read now.
 
     Args:
-        files: path -> record, as written down. present: the paths that the recipe names now.
+        files: path -> record, as stored.
+        present: the paths that the recipe names now.
     """
     for path, record in files.items():
         if path not in present:
@@ -51,7 +52,7 @@ def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str |
 
 
 def read_begun(folder: Path) -> dict[str, Any] | None:
-    """Return the identity in a stage's begun.json; None where there is none that can be read."""
+    """Return the identity in a stage's begun.json; None if it is missing or unreadable."""
     found = read_json_object(folder / BEGUN)
     return found if found is not None and isinstance(found.get("spec_hash"), str) else None
 
@@ -68,15 +69,15 @@ def is_stage_folder(folder: Path) -> bool:
 
 
 def check_is_stage_folder(folder: Path) -> None:
-    """Refuse to write to or remove a folder that this suite did not make.
+    """Raise if a folder to be written or removed was not created by this suite.
 
     Raises:
-        ArtefactError: the folder holds something else.
+        ArtefactError: the folder contains something else.
     """
     if not is_stage_folder(folder):
         raise ArtefactError(
             f"{folder}: exists, but no stage of align wrote it (no {BEGUN} or {MANIFEST} in it). "
-            "Nothing was changed. Move it away, or use another stage name or run folder"
+            "Nothing was changed. Move it, or use another stage name or run folder."
         )
 
 
@@ -85,7 +86,7 @@ def _has(path: Path, key: str) -> bool:
 
 
 def _is_resolved_recipe(folder: Path) -> bool:
-    """Return True if recipe.yaml is the full recipe that a stage of this folder's name wrote."""
+    """Return True if recipe.yaml is the resolved recipe of a stage with this folder's name."""
     import yaml
 
     try:

@@ -1,8 +1,10 @@
-"""The lock of a stage's folder: one process at a time, also on a shared file system.
+"""The lock of a stage's folder: one process at a time, even on a shared file system.
 
-The lock is a file that is created exclusively, which network file systems do atomically too. It
-names its holder. A holder of this machine that has died is noticed at once; one of another machine
-(or container) counts as dead when it has not touched the file for ``SILENT_S``.
+The lock is a file that is created exclusively, which is atomic on network file systems too. It
+names
+its holder. A dead holder on this machine is detected immediately. A holder on another machine (or
+in
+another container) counts as dead if it has not touched the file for ``SILENT_S``.
 """
 
 import json
@@ -21,7 +23,7 @@ SILENT_S = 300.0
 
 
 def started_at(pid: int) -> str | None:
-    """Return when a process of this machine started, in clock ticks; None where there is none."""
+    """Return the start time of a process on this machine, in clock ticks; None if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -30,7 +32,7 @@ def started_at(pid: int) -> str | None:
 
 
 def _here() -> str:
-    """Name this machine and container, in which process ids mean something."""
+    """Return an id of this machine and container, within which process ids are meaningful."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -40,13 +42,13 @@ def _here() -> str:
 
 
 class StageLock:
-    """Hold the lock of a stage's folder until ``release`` or the end of the process."""
+    """Lock of a stage's folder, until ``release`` or the end of the process."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock.
+        """Acquire the lock.
 
         Raises:
-            ArtefactError: another process holds it.
+            ArtefactError: another process has it.
         """
         self.path = folder / LOCK
         self._pid = os.getpid()
@@ -73,10 +75,12 @@ class StageLock:
                 f.flush()
                 os.fsync(f.fileno())
             return mine
-        raise ArtefactError(f"{self.path}: others take this lock at the same time; try again")
+        raise ArtefactError(
+            f"{self.path}: other processes acquire this lock at the same time. Try again."
+        )
 
     def _remove_dead(self) -> None:
-        """Remove a dead holder's file, and nothing that another process has put there since."""
+        """Remove the file of a dead holder, but not one that another process created since."""
         moved = self.path.with_name(f"{LOCK}.{socket.gethostname()}.{self._pid}.tmp")
         try:
             self.path.rename(moved)
@@ -95,25 +99,25 @@ class StageLock:
                 continue
 
     def release(self) -> None:
-        """Give the lock back; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         self._stopped.set()
         if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
             self.path.unlink(missing_ok=True)
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Refuse a stage's folder in which another process works.
+    """Raise if another process is working in a stage's folder.
 
     Raises:
-        ArtefactError: with the holder, and what to do.
+        ArtefactError: names the holder and what to do.
     """
     path = folder / LOCK
     if not _is_alive(path):
         return
     holder = read_json_object(path) or {}
     raise ArtefactError(
-        f"{folder}: process {holder.get('pid')} on {holder.get('host')} runs this stage; wait for "
-        f"its end or stop it (if it is dead, remove {path})"
+        f"{folder}: process {holder.get('pid')} on {holder.get('host')} is running this stage. "
+        f"Wait for it or stop it (if it is dead, remove {path})."
     )
 
 
@@ -130,7 +134,7 @@ def _is_alive(path: Path) -> bool:
 
 
 def _now(folder: Path) -> float:
-    """Return the time of the file system, whose clock may differ from that of this machine."""
+    """Return the time of the file system, whose clock may differ from this machine's."""
     probe = folder / f"{LOCK}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}.tmp"
     try:
         probe.touch()

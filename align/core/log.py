@@ -1,4 +1,4 @@
-"""What a stage says of itself: metrics.jsonl, samples.jsonl, one human line a step, and mirrors."""
+"""Logs of a stage: metrics.jsonl, samples.jsonl, one readable line per step, and sinks."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ HEADLINE = (
     "optim/learning_rate",
     "tokens/per_s",
 )
-"""Metrics of the human line, in this order; the file holds all of them."""
+"""Metrics of the readable line, in this order; the file contains all of them."""
 LINE_METRICS = 7
 QUIET = (
     "DeepSpeed",
@@ -58,21 +58,21 @@ log = logging.getLogger("align")
 
 
 class _Formatter(logging.Formatter):
-    """Show what models, data and templates say without letting it drive the terminal."""
+    """Log formatter that escapes control characters in text from models, data and templates."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line with its control characters as escapes."""
+        """Return the line with its control characters escaped."""
         return visible(super().format(record))
 
 
 def setup_logging(rank: int) -> None:
     """Send log lines to standard error: rank 0 from INFO up, other ranks from WARNING up.
 
-    Libraries that talk at INFO are held to WARNING. Call it before importing them: some read
-    their level from the environment at import. A second call only changes the level.
+    Libraries that log much at INFO are limited to WARNING. Call this before importing them, because
+    some read their level from the environment at import. A second call only changes the level.
 
     Args:
-        rank: number of this process among all, 0 is the one that speaks.
+        rank: number of this process; rank 0 logs at INFO.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -89,26 +89,26 @@ def setup_logging(rank: int) -> None:
 
 
 class Sink(Protocol):
-    """Mirror metrics somewhere else."""
+    """A further target for metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one step."""
         ...
 
     def rewind(self, step: int) -> None:
-        """Forget what came after a step, as far as the target can."""
+        """Remove everything after a step, as far as the target supports it."""
         ...
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         ...
 
 
 class MetricsLog:
     """Append a stage's metrics and samples to its folder; only rank 0 writes.
 
-    A new log starts its files anew unless ``rewind`` is called before the first line: a stage
-    that resumes at a checkpoint keeps the lines up to it, one that starts over keeps none.
+    A new log overwrites its files unless ``rewind`` is called before the first line. A stage that
+    resumes at a checkpoint keeps the lines up to it, and one that starts over keeps none.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class MetricsLog:
         """Open the log.
 
         Args:
-            directory: the stage's folder; its name and its parent's name the mirrored run.
-            total_steps: optimiser or rollout steps of the whole stage, for the ETA.
+            directory: the stage's folder; its name and its parent's name identify the run in sinks.
+            total_steps: optimizer or rollout steps of the whole stage, for the ETA.
             sinks: any of ``tensorboard``, ``wandb``, ``trackio``.
-            rank: number of this process; all but 0 write nothing.
+            rank: number of this process; only rank 0 writes.
 
         Raises:
             RecipeError: a sink is unknown or its package is not installed.
@@ -138,12 +138,12 @@ class MetricsLog:
     def log(
         self, step: int, metrics: Mapping[str, float], *, sample: Mapping[str, Any] | None = None
     ) -> None:
-        """Write one line of metrics and one human line.
+        """Write one line of metrics and one readable line.
 
         Args:
-            step: steps done so far; several lines may share a step.
-            metrics: ``group/name`` to number; a number that is not finite is written as null.
-            sample: ``prompt``, ``completion`` and ``score``, written to samples.jsonl besides.
+            step: steps completed so far; several lines may have the same step.
+            metrics: ``group/name`` to number; a non-finite number is written as null.
+            sample: ``prompt``, ``completion`` and ``score``, also written to samples.jsonl.
         """
         if not self._writes:
             return
@@ -169,26 +169,26 @@ class MetricsLog:
     def sample(
         self, step: int, prompt: str | Sequence[Any], completion: str, score: float | None
     ) -> None:
-        """Write one sampled answer to samples.jsonl."""
+        """Write one sampled response to samples.jsonl."""
         if self._writes:
             row = {"step": step, "prompt": prompt, "completion": completion, "score": score}
             self._write(SAMPLES_FILE, row)
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
-        """Write what an evaluation while training found to evaluations.jsonl."""
+        """Write the result of an evaluation during training to evaluations.jsonl."""
         if self._writes:
             self._write(EVALUATIONS_FILE, {"step": step, **found})
 
     def rewind(self, step: int) -> dict[str, float]:
-        """Drop the lines after ``step``, so that going on from there repeats nothing.
+        """Drop the lines after ``step``, so that resuming from there repeats nothing.
 
-        A last line that a killed process left half-written is dropped too.
+        A last line that a killed process left incomplete is dropped too.
 
         Args:
-            step: number of the step that the checkpoint was saved after.
+            step: the step after which the checkpoint was saved.
 
         Returns:
-            The metrics of the last line kept; none on ranks that do not write.
+            The metrics of the last kept line; empty on ranks that do not write.
         """
         if not self._writes:
             return {}
@@ -208,7 +208,7 @@ class MetricsLog:
         return {k: v for k, v in (kept[-1] if kept else {}).items() if "/" in k}
 
     def close(self) -> None:
-        """Close the files and the mirrors; a second call does nothing."""
+        """Close the files and the sinks; a second call does nothing."""
         self._close_files()
         while self._sinks:
             self._sinks.pop().close()
@@ -233,7 +233,7 @@ class MetricsLog:
 def human_line(
     stage: str, step: int, total_steps: int, metrics: Mapping[str, float], left_s: float
 ) -> str:
-    """Say one step in one line: stage, step, its chief metrics and the time left."""
+    """Return one step as one line: stage, step, its main metrics and the time left."""
     names = [name for name in HEADLINE if name in metrics]
     names += [name for name in metrics if name not in HEADLINE]
     said = [f"{name} {short_number(metrics[name])}" for name in names[:LINE_METRICS]]
@@ -242,7 +242,7 @@ def human_line(
 
 
 def short_number(value: float) -> str:
-    """Write a number with about four significant digits: 1234, 0.4321, 2.5e-05."""
+    """Return a number with about four significant digits: 1234, 0.4321, 2.5e-05."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 1000:
@@ -251,11 +251,11 @@ def short_number(value: float) -> str:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after a step, and those that a crash left damaged; return the rows kept."""
+    """Drop the lines after a step and damaged ones; return the rows that are kept."""
     if not path.is_file():
         return []
     kept, damaged = [], 0
-    # As bytes: str.splitlines also breaks at characters that a completion may hold (U+2028).
+    # As bytes: str.splitlines also splits at characters that a completion may contain (U+2028).
     for line in path.read_bytes().splitlines(keepends=True):
         row = _row(line) if line.endswith(b"\n") else None
         if row is None:
@@ -263,7 +263,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
         elif row["step"] <= step:
             kept.append((line, row))
     if damaged:
-        log.warning("%s: %d damaged lines are left out", path, damaged)
+        log.warning("%s: %d damaged lines are dropped", path, damaged)
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("wb") as f:
         f.write(b"".join(line for line, _ in kept))
@@ -283,7 +283,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def open_sink(name: str, directory: Path) -> Sink:
-    """Open the mirror of that name for a stage's folder.
+    """Open a sink by name for a stage's folder.
 
     Raises:
         RecipeError: the name is unknown or the package is not installed.
@@ -297,17 +297,17 @@ def open_sink(name: str, directory: Path) -> Sink:
             return _trackio(directory)
     except ImportError as e:
         raise RecipeError(
-            f"sinks.{name}: true, but the package '{name}' does not import ({e}); "
-            f"run 'pip install {name}' or set sinks.{name}: false"
+            f"sinks.{name}: true, but the package '{name}' cannot be imported ({e}). "
+            f"Run 'pip install {name}' or set sinks.{name}: false."
         ) from e
     raise RecipeError(f"sinks: unknown sink '{name}'; expected tensorboard, wandb or trackio")
 
 
 class TensorboardSink:
-    """Mirror to event files under ``tensorboard/`` of the stage's folder."""
+    """Write metrics to event files under ``tensorboard/`` in the stage's folder."""
 
     def __init__(self, directory: Path) -> None:
-        # The names in protobuf modules are made at import, out of a type checker's sight.
+        # Names in protobuf modules are created at import, invisible to a type checker.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -323,18 +323,18 @@ class TensorboardSink:
         self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
 
     def rewind(self, step: int) -> None:
-        """Tell TensorBoard to hide what earlier processes wrote after this step."""
+        """Make TensorBoard hide what earlier processes wrote after this step."""
         start = self._session(status=self._session.START)
         event = self._event(step=step + 1, wall_time=time.time(), session_log=start)
         self._writer.add_event(event)
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         self._writer.close()
 
 
 class RunSink:
-    """Mirror to an open W&B or trackio run; neither can forget, so a rewind repeats steps there."""
+    """Write metrics to an open W&B or trackio run; a rewind cannot delete there, so steps repeat."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -347,7 +347,7 @@ class RunSink:
         """Do nothing: both keep what was sent."""
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         self._run.finish()
 
 

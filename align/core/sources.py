@@ -1,6 +1,6 @@
-"""Code that a recipe names by ``FILE.py:NAME`` or ``MODULE:NAME``: where it lies, and its hash.
+"""User code that a recipe names as ``FILE.py:NAME`` or ``MODULE:NAME``: its file and its hash.
 
-Nothing here imports the code: a recipe is checked, and a plan made, without running it.
+The code is never imported here, so a recipe can be checked and planned without running it.
 """
 
 import ast
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def source_file(path: str) -> Path | None:
-    """Return the file of ``FILE.py:NAME`` or ``MODULE:NAME``, None where there is none."""
+    """Return the file of ``FILE.py:NAME`` or ``MODULE:NAME``, or None."""
     place = path.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
@@ -28,7 +28,7 @@ def source_file(path: str) -> Path | None:
 
 
 def source_names(file: Path) -> list[str] | None:
-    """Return the names that a module binds at its top level, None where it does not parse."""
+    """Return the names that a module binds at its top level; None if it cannot be parsed."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
@@ -47,7 +47,7 @@ def source_names(file: Path) -> list[str] | None:
 def with_source_hashes(value: Any) -> Any:
     """Return a specification with the path of each ``kind: python`` replaced by its file's hash.
 
-    What decides a result is what the function does, not where its file lies.
+    The result of a stage depends on what the function does, not on where its file is.
     """
     if isinstance(value, Mapping):
         found = {name: with_source_hashes(inner) for name, inner in value.items()}

@@ -1,4 +1,4 @@
-"""One line that says why nothing more can be written, for errors of Python and of torch."""
+"""Explain in one line why nothing more can be written, for errors of Python and torch."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ _NUMBERS = {
     errno.EACCES: "writing is not permitted",
 }
 _WRITERS = ("inline_container", "PytorchStreamWriter", "unexpected pos")
-"""Words of torch's file writer, which does not tell why a write failed."""
+"""Parts of the messages of torch's file writer, which does not report why a write failed."""
 MIB = 2**20
 
 
 def storage_problem(error: BaseException, folder: Path) -> str | None:
-    """Return the one line for an error of writing below ``folder``; None for any other error."""
+    """Return one line for an error of writing below ``folder``; None for any other error."""
     number = _number_of(error)
     writer = any(word in str(error) for word in _WRITERS)
     if number not in _NUMBERS and not writer:
@@ -39,12 +39,12 @@ def storage_problem(error: BaseException, folder: Path) -> str | None:
     wanted = f"; a checkpoint of this stage needs about {needed} MiB" if needed else ""
     return (
         f"{folder}: {reason} on {_device(place)} ({free // MIB} MiB free{wanted}). Nothing that "
-        "was saved is lost: free some space or mend the permissions, and run the same command again"
+        "was saved is lost. Free space or fix the permissions, and run the same command again"
     )
 
 
 def _number_of(error: BaseException | None) -> int | None:
-    """Return the errno of an error or of what caused it."""
+    """Return the errno of an error or of its cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -62,7 +62,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _device(place: Path) -> str:
-    """Name the device and mount point of a path."""
+    """Return the device and mount point of a path."""
     point = place.resolve()
     while not os.path.ismount(point) and point != point.parent:
         point = point.parent
@@ -75,7 +75,7 @@ def _device(place: Path) -> str:
 
 
 def _largest_mib(folder: Path) -> int:
-    """Return the size of the largest checkpoint, whole or begun, below a stage's folder."""
+    """Return the size of the largest checkpoint, complete or not, below a stage's folder."""
     sizes = [0]
     for checkpoint in folder.glob("checkpoints/*"):
         try:

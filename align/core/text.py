@@ -1,4 +1,4 @@
-"""Text for people: suggestions for misspelled names and values shown in messages."""
+"""Text for users: suggestions for misspelled names, values in messages, hidden secrets."""
 
 import re
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from typing import Any, TextIO
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """Give ``; did you mean 'x'?`` for the nearest candidate, or nothing."""
+    """Return ``; did you mean 'x'?`` with the nearest candidate, or an empty string."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def shown(value: Any) -> str:
-    """Describe a value for a message, shortened."""
+    """Return a short description of a value for a message."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -32,17 +32,19 @@ _CONTROLS = re.compile(
 
 
 def visible(text: str) -> str:
-    """Return text in which control characters are written as escapes.
+    """Return text with control characters escaped.
 
-    Text of models, data and recipes could otherwise move the cursor, set the window's title or
-    reverse the reading direction (C0 and C1 controls, bidi marks). Line breaks and tabs stay.
-    Secrets of the recipe are shown by the name of their variable.
+    Text of models, data and recipes could otherwise move the cursor, set the window title or
+    reverse
+    the reading direction (C0 and C1 controls, bidi marks). Line breaks and tabs are kept. Secrets
+    of
+    the recipe are replaced by the names of their variables.
     """
     return _CONTROLS.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), hidden(text))
 
 
 class VisibleStream:
-    """Write text to a stream with its control characters as escapes."""
+    """A text stream that escapes control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -61,18 +63,18 @@ _secrets: dict[str, str] = {}
 
 
 def is_secret_name(name: str) -> bool:
-    """Return True if an environment variable holds a secret by its name, such as API_KEY."""
+    """Return True if the name of an environment variable indicates a secret, such as API_KEY."""
     return _SECRET_NAME.search(name.upper()) is not None
 
 
 def keep_secret(name: str, value: str) -> None:
-    """Never write or show the value of this environment variable; ``${name}`` stands for it."""
+    """Hide the value of this environment variable in all output; ``${name}`` replaces it."""
     if len(value) >= 4:
         _secrets[value] = name
 
 
 def hidden(value: Any) -> Any:
-    """Return text, or lists and mappings of it, with ``${NAME}`` in the place of each secret."""
+    """Return text, or lists and mappings of it, with each secret replaced by ``${NAME}``."""
     if isinstance(value, dict):
         return {key: hidden(inside) for key, inside in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""Data types that cross layers; standard library only.
+"""Data types shared by all layers; standard library only.
 
-Worked example. The row ``{"prompt": "2+2?", "completion": "4"}`` at line 7 of a.jsonl becomes
-``Example(prompt="2+2?", completion="4", source="a.jsonl:7")``; its tokens
-``TokenRow(input_ids=(1, 20, 21, 22, 30, 2), trained=(F, F, F, F, T, T))``: the answer and the stop
-token are trained, the prompt is not.
+Worked example: the row ``{"prompt": "2+2?", "completion": "4"}`` at line 7 of a.jsonl becomes
+``Example(prompt="2+2?", completion="4", source="a.jsonl:7")``. Its tokens are
+``TokenRow(input_ids=(1, 20, 21, 22, 30, 2), trained=(F, F, F, F, T, T))``: the response and the
+stop token are trained, the prompt is not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,9 @@ from typing import Any, NotRequired, TypedDict
 class Turn(TypedDict):
     """One turn of a conversation.
 
-    ``weight`` multiplies the loss of an assistant turn (absent is 1, 0 leaves it untrained); each
-    entry of ``tool_calls`` is ``{"type": "function", "function": {"name", "arguments"}}``.
+    ``weight`` multiplies the loss of an assistant turn (default 1; 0 leaves it untrained). Each
+    entry
+    of ``tool_calls`` is ``{"type": "function", "function": {"name", "arguments"}}``.
     """
 
     role: str
@@ -28,17 +29,17 @@ class Turn(TypedDict):
 
 
 Text = str | Sequence[Turn]
-"""Plain text (no chat template is applied) or a conversation (the template is)."""
+"""Plain text (rendered without a chat template) or a conversation (rendered with it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Hold one row of any data format in canonical form.
+    """One row of any data format in canonical form.
 
-    sft: ``prompt`` and ``completion``; a row of messages has an empty prompt and all turns as
+    sft: ``prompt`` and ``completion``. A row of messages has an empty prompt and all turns as
     completion, and every assistant turn of the completion is trained.
-    preference: ``prompt``, ``completion`` (the chosen answer) and ``rejected``.
-    unpaired: ``prompt``, ``completion``, ``label``. prompts: ``prompt`` only.
+    preference: ``prompt``, ``completion`` (the chosen response) and ``rejected``.
+    unpaired: ``prompt``, ``completion``, ``label``. prompts: only ``prompt``.
     ``columns`` keeps every other field of the row (``answer``, ``label`` ...) for the rewards.
     """
 
@@ -48,11 +49,11 @@ class Example:
     label: bool | None = None
     margin: float | None = None
     label_prob: float = 1.0
-    """Probability that the answer is good (sft) or the chosen one the better (preference)."""
+    """Probability that the response is good (sft) or that the chosen one is better (preference)."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     tools: Sequence[Mapping[str, Any]] = ()
-    """Schemas of the tools that the template shows the model."""
+    """Schemas of the tools that the template presents to the model."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the chat template, such as ``enable_thinking``."""
     weight: float = 1.0
@@ -61,9 +62,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Hold one tokenised sequence; ``trained[t]`` says whether token t enters the loss.
+    """One tokenized sequence; ``trained[t]`` is True if token t enters the loss.
 
-    ``weights[t]`` multiplies the loss of token t; empty is 1 for every token.
+    ``weights[t]`` multiplies the loss of token t; an empty tuple means 1 for every token.
     """
 
     input_ids: tuple[int, ...]
@@ -75,11 +76,13 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """Hold one tokenised preference pair: both rows begin with the same prompt token ids.
+    """One tokenized preference pair; both rows begin with the same prompt token ids.
 
-    ``tie`` says that the two answers were judged equally good; ``shared`` that the prompt may be
-    computed once for both, and be cut from the left. For an encoder, whose prompt also sees the
-    answer, it is False.
+    ``tie`` means that both responses were rated equally good. ``shared`` means that the prompt may
+    be
+    computed once for both and cut from the left. It is False for an encoder, whose prompt also
+    attends
+    to the response.
     """
 
     chosen: TokenRow
@@ -94,7 +97,7 @@ class PairRow:
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """Hold one tokenised prompt together with what the rewards need to judge an answer to it."""
+    """One tokenized prompt with the columns that the rewards need."""
 
     input_ids: tuple[int, ...]
     prompt: Text
@@ -106,14 +109,14 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Hold one sampled answer as the rollout engine gives it back.
+    """One sampled response, as returned by the rollout engine.
 
     Attributes:
-        token_ids: sampled tokens, the stop token included when one was sampled.
-        logprobs: natural log-probability of each sampled token under the sampling distribution.
-        finish_reason: ``"stop"`` (a stop token was sampled) or ``"length"`` (cut at the limit).
-        text: decoded answer without special tokens.
-        weights_version: version number of the weights that produced it.
+        token_ids: sampled tokens, including the stop token if one was sampled.
+        logprobs: natural log-probability of each token under the sampling distribution.
+        finish_reason: ``"stop"`` (a stop token was sampled) or ``"length"`` (limit reached).
+        text: decoded response without its stop token.
+        weights_version: version of the weights that produced it.
     """
 
     token_ids: tuple[int, ...]

@@ -111,7 +111,7 @@ class TextValues(nn.Module):
 def packed_values(
     scorer: RewardModel, input_ids: Tensor, position_ids: Tensor, segments: Segments
 ) -> Tensor:
-    """Return a decoder's values for the tokens of a packed row: (1, N), or (1, N, K) for K heads."""
+    """Return a decoder's values for the tokens of a packed row: (1, N), or (1, N, K heads)."""
     decoder = causal_lm(scorer.backbone)
     if packs(decoder):
         return scorer(input_ids, position_ids=position_ids, segments=segments)

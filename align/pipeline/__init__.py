@@ -1,4 +1,4 @@
-"""Recipe -> plan -> stage processes -> artefacts. Never imports torch."""
+"""Recipe -> plan -> stage processes -> artifacts. Never imports torch."""
 
 from align.pipeline.planning import PlannedStage, plan
 from align.pipeline.running import run

@@ -17,7 +17,7 @@ Status = Literal["done", "changed", "half-done", "to do"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """Hold what the run knows of one stage before it starts."""
+    """Status of one stage before a run."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class PlannedStage:
 
 
 def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
-    """Compare a recipe with what lies in its run folder.
+    """Compare a recipe with the contents of its run folder.
 
     Args:
         recipe: a valid recipe.
@@ -34,8 +34,8 @@ def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
 
     Returns:
         One entry per stage in the recipe's order. ``done``: finished with these settings and
-        inputs. ``changed``: finished or begun with others. ``half-done``: begun with these.
-    """
+        inputs. ``changed``: finished or started with different ones. ``half-done``: started with
+        these."""
     hashes: dict[str, str] = {}
     planned = []
     for name, spec in recipe.stages.items():
@@ -66,7 +66,7 @@ def _status(
         path = recipe.folder_of(upstream, run_dir) / MANIFEST
         recorded = manifest.get("inputs", {}).get(key, {}).get("manifest_sha256")
         if recorded and path.is_file() and file_sha256(path) != recorded:
-            return "changed", f"its input {upstream} was made anew since"
+            return "changed", f"its input {upstream} was created again since"
     difference = _changed_file(recipe, name, manifest)
     if difference is not None:
         return "changed", difference
@@ -77,7 +77,7 @@ def _status(
 
 
 def _changed_file(recipe: Recipe, name: str, manifest: Mapping[str, Any]) -> str | None:
-    """Return how the files that the stage has read differ from what they are now."""
+    """Return how the files that the stage has read differ from their current state."""
     identity = manifest.get("identity")
     if isinstance(identity, dict) and isinstance(identity.get("files"), dict):
         present = named_files(recipe.stages[name], recipe.inputs(name))
@@ -95,7 +95,7 @@ def _unfinished_status(
     begun, before = read_begun(folder), _recipe_before(folder)
     if begun is None and before is None:
         if (folder / RECIPE_FILE).is_file():
-            return "changed", f"begun, but {folder / RECIPE_FILE} cannot be read"
+            return "changed", f"started, but {folder / RECIPE_FILE} cannot be read"
         return "to do", ""
     kept = sorted((folder / "checkpoints").glob("*"))
     different = _changes_since(recipe, name, before)
@@ -107,16 +107,16 @@ def _unfinished_status(
                 file = changed_file(begun["files"], present)
                 different += [] if file is None else [file]
         else:
-            different = different or ["other settings or inputs"]
+            different = different or ["different settings or inputs"]
     if different and not kept:
-        return "to do", "an earlier try with other settings left nothing to go on from"
+        return "to do", "an earlier attempt with different settings saved no checkpoint"
     if different:
-        return "changed", "begun with " + "; ".join(different[:3])
+        return "changed", "started with " + "; ".join(different[:3])
     return "half-done", f"{len(kept)} checkpoints" if kept else "no checkpoint yet"
 
 
 def _recipe_before(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe that an unfinished stage wrote down; None if it cannot be read."""
+    """Return the recipe that an unfinished stage recorded; None if it cannot be read."""
     import yaml
 
     try:
@@ -127,7 +127,7 @@ def _recipe_before(folder: Path) -> dict[str, Any] | None:
 
 
 def _changes_since(recipe: Recipe, name: str, before: Mapping[str, Any] | None) -> list[str]:
-    """Return which settings differ from those that an unfinished stage was begun with."""
+    """Return the settings that differ from those with which an unfinished stage was started."""
     try:
         old = (before or {})["stages"][name]
         old_seed = (before or {})["seed"] if old.get("seed") is None else old["seed"]

@@ -1,4 +1,4 @@
-"""Start one stage as a process group, pass signals on to its ranks, leave no orphans behind."""
+"""Start a stage as a process group, forward signals to its ranks, and leave no orphans."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from align.core.lock import started_at
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 STAGE_MODULE = "align.stages"
-"""``python -m`` of it with a kind and a recipe is a stage."""
+"""Module that ``python -m`` starts as a stage, with a kind and a recipe."""
 
 
 def stage_argv(
@@ -36,17 +36,17 @@ def stage_argv(
 
 
 def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str]:
-    """Give a stage's environment: its share of the cores, no fights over them."""
+    """Return a stage's environment variables, with its part of the cores."""
     env = dict(os.environ)
     env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // ranks))
-    # Spinning threads starve each other as soon as anything else runs: on 2 busy cores a pass took
-    # 2.3 times as long with the default, and no longer on idle ones.
+    # Spinning threads starve each other when anything else runs. On 2 busy cores, a pass took 2.3
+    # times as long with the default; on idle cores there was no difference.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     env["TOKENIZERS_PARALLELISM"] = "false"
-    # No file of the working directory may stand in for a module (trl.py, datasets.py).
+    # Prevent files in the working directory from shadowing modules (trl.py, datasets.py).
     env["PYTHONSAFEPATH"] = "1"
-    # A stage whose 'align run' was killed ends by itself (align.core.distributed.install).
+    # A stage exits if its 'align run' was killed (align.core.distributed.install).
     env["ALIGN_PARENT"] = f"{os.getpid()}:{started_at(os.getpid())}"
     if not on_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
@@ -54,14 +54,14 @@ def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str
 
 
 def free_port() -> int:
-    """Ask the system for a port that nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 class StageProcess:
-    """Hold a running stage: its launcher and ranks share one session of their own."""
+    """A running stage, whose launcher and ranks share their own session."""
 
     def __init__(
         self, argv: Sequence[str], *, env: Mapping[str, str], log: Path, module: str = STAGE_MODULE
@@ -80,18 +80,18 @@ class StageProcess:
         )
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait a while for the end; give the exit code, or None when it still runs."""
+        """Wait for the end; return the exit code, or None if the stage is still running."""
         try:
             return self._process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM to every rank that was not asked yet; call it again until the stage ends.
+        """Send SIGTERM to every rank that did not get it yet; call again until the stage ends.
 
-        Ranks may still be started by the launcher. The deepspeed launcher itself is left out: it
-        kills its ranks 30 s after a signal of its own, and its exit code would hide that of the
-        ranks. It ends by itself when they do.
+        The launcher may still start ranks. The deepspeed launcher itself gets no signal: it would
+        kill its
+        ranks after 30 s, and its exit code would replace theirs. It exits when they do.
         """
         for pid, command in self._members():
             is_rank = self._module in command and "deepspeed.launcher" not in " ".join(command)
@@ -100,7 +100,7 @@ class StageProcess:
                 _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill whatever is left of the stage."""
+        """Kill all remaining processes of the stage."""
         for pid, _ in self._members():
             _send(pid, signal.SIGKILL)
 
@@ -113,7 +113,7 @@ class StageProcess:
         self._log.close()
 
     def _members(self) -> list[tuple[int, list[str]]]:
-        """List the live processes of the stage's session with their command lines."""
+        """Return the live processes of the stage's session with their command lines."""
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -137,12 +137,12 @@ def _send(pid: int, signum: int) -> None:
 
 
 def ended_by_signal(code: int) -> bool:
-    """Return True if an exit code, also one that a launcher passed on, is that of a signal."""
+    """Return True if an exit code, possibly forwarded by a launcher, is that of a signal."""
     return code < 0 or code > 128
 
 
 def exit_reason(code: int) -> str:
-    """Say in words how a process ended."""
+    """Return a description of how a process ended."""
     number = -code if code < 0 else code - 128 if code > 128 else 0
     if not number:
         return f"exit code {code}"
@@ -155,10 +155,12 @@ def exit_reason(code: int) -> str:
 
 
 def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
-    """Run a module of align.stages.tools as a process of its own.
+    """Run a module of align.stages.tools as its own process.
 
     Args:
-        name: of the module. arguments: its command line. quiet: its standard output is dropped.
+        name: name of the module.
+        arguments: its command line.
+        quiet: discard its standard output.
 
     Returns:
         Its exit code.
@@ -169,7 +171,7 @@ def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int
 
 
 def become_tool(name: str, arguments: Sequence[str]) -> NoReturn:
-    """Turn this process into a module of align.stages.tools, so that signals to it arrive there."""
+    """Replace this process with a module of align.stages.tools, which then receives its signals."""
     sys.stdout.flush()
     sys.stderr.flush()
     module = f"align.stages.tools.{name}"

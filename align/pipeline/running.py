@@ -1,7 +1,7 @@
-"""Run a recipe: start each stage as its own process, skip what is done, resume the rest.
+"""Run a recipe: start each stage as its own process, skip finished stages, resume the others.
 
-The state of a run is what lies on disk: a stage is done when its manifest.json carries the hash
-of the stage as the recipe has it now.
+The state of a run is stored on disk: a stage is done if its manifest.json contains the hash of the
+stage in the current recipe.
 """
 
 import fcntl
@@ -42,10 +42,10 @@ from align.recipe.schema import Recipe
 
 POLL_S = 0.2
 GRACE_S = 120.0
-"""Time that ranks have after a signal to finish their step and save a checkpoint."""
+"""Seconds that ranks have after a signal to finish their step and save a checkpoint."""
 LOG_TAIL = 30
 WITHOUT_CHECKPOINTS = ("encoder", "evaluate", "merge", "curate", "weak_label")
-"""Kinds of stages that begin again after a signal."""
+"""Kinds of stages that start over after a signal."""
 
 
 def run(
@@ -67,20 +67,20 @@ def run(
         recipe_path: the YAML file.
         overrides: ``--set`` texts.
         runs: folder of all runs.
-        run_dir: folder of the run; None is ``<runs>/<recipe name>``.
-        force: run changed stages again, and the stage named by ``only`` or ``from_``, and with
-            them every selected stage that depends on them.
-        only: run this stage alone.
-        from_: leave out the stages before this one.
-        module: what is started for a stage, with its kind and the resolved recipe.
-        terminal: where progress is shown; None is standard output.
-        grace_s: seconds between a signal's passing on and the end of patience.
+        run_dir: folder of the run; None means ``<runs>/<recipe name>``.
+        force: rerun changed stages, the stage named by ``only`` or ``from_``, and every selected
+            stage that depends on them.
+        only: run only this stage.
+        from_: skip the stages before this one.
+        module: module that is started for a stage, with its kind and the resolved recipe.
+        terminal: where progress is shown; None means standard output.
+        grace_s: seconds between forwarding a signal and killing the stage.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 the user's to put right, 75 preempted.
+        The exit code: 0 done, 1 failed, 2 an error that the user can fix, 75 preempted.
 
     Raises:
-        AlignError: nothing was started, because of what the message says.
+        AlignError: nothing was started, for the reason in the message.
     """
     recipe = load_recipe(recipe_path, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
@@ -97,9 +97,11 @@ def run(
                 terminal.skip(position, len(planned), stage.name, stage.reason)
                 continue
             if signals.count:
-                terminal.line(f"stopped by a signal before {stage.name}; run it again to go on")
+                terminal.line(
+                    f"stopped by a signal before {stage.name}; run the same command again to resume"
+                )
                 return EXIT_PREEMPTED
-            # Until the run is whole again, no summary is better than an outdated one.
+            # Until the run is complete again, no summary is better than an outdated one.
             (folder / "summary.json").unlink(missing_ok=True)
             check_is_stage_folder(folder / stage.name)
             refuse_if_held(folder / stage.name)
@@ -122,14 +124,14 @@ def run(
 def select(
     recipe: Recipe, planned: Sequence[PlannedStage], *, only: str | None, from_: str | None
 ) -> list[str]:
-    """Choose the stages of ``--only`` and ``--from``; all without them.
+    """Return the stages that ``--only`` and ``--from`` select; all without them.
 
     Raises:
-        RecipeError: no such stage, or a chosen stage needs one that is neither done nor chosen.
+        RecipeError: the stage does not exist, or needs one that is neither done nor selected.
     """
     names = list(recipe.stages)
     if only and from_:
-        raise RecipeError("--only and --from exclude each other; give one")
+        raise RecipeError("--only and --from cannot be combined. Use one of them.")
     named = only or from_
     if named and named not in names:
         raise RecipeError(
@@ -141,8 +143,8 @@ def select(
         for key, reference in recipe.inputs(name).items():
             if reference in names and reference not in chosen and reference not in done:
                 raise RecipeError(
-                    f"stages.{name}.{key}: needs '{reference}', which is not done; leave --only or "
-                    f"--from away, or use --from {reference}"
+                    f"stages.{name}.{key}: needs '{reference}', which is not done. "
+                    f"Remove --only or --from, or use --from {reference}."
                 )
     return chosen
 
@@ -155,7 +157,7 @@ def redone(
     named: str | None,
     force: bool,
 ) -> set[str]:
-    """Give the stages whose earlier result is to be replaced.
+    """Return the stages whose earlier results are to be replaced.
 
     Raises:
         RecipeError: stages changed and ``force`` is off.
@@ -174,13 +176,13 @@ def redone(
     if not again and all(s.status == "done" for s in planned if s.name in chosen):
         first = next(iter(recipe.stages))
         raise RecipeError(
-            f"--force: no stage changed; name one with --only STAGE, or use --from {first} for all"
+            f"--force: no stage changed. Select one with --only STAGE, or all with --from {first}."
         )
     return again
 
 
 def _set_aside(folder: Path) -> None:
-    """Clear the way: a finished artefact stays as ``<stage>.old`` until the new one is complete."""
+    """Make room: a finished artifact is kept as ``<stage>.old`` until the new one is complete."""
     old = folder.with_name(folder.name + ".old")
     if (folder / MANIFEST).is_file():
         _remove(old)
@@ -190,7 +192,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a stage's folder, and never one that this suite did not make."""
+    """Remove a stage's folder, but never one that this suite did not create."""
     if folder.exists():
         check_is_stage_folder(folder)
         shutil.rmtree(folder)
@@ -222,7 +224,7 @@ def _run_stage(
     seconds = time.monotonic() - began
     add_seconds(run_dir, name, seconds)
     if code == EXIT_OK and not (folder / MANIFEST).is_file():
-        # The launcher ends with 0 when a signal took its own child; only the manifest is proof.
+        # The launcher exits with 0 if a signal killed its child, so only the manifest is proof.
         code = EXIT_PREEMPTED if signals.count else EXIT_FAILED
     if code == EXIT_OK:
         _remove(folder.with_name(name + ".old"))
@@ -238,7 +240,7 @@ def _run_stage(
 
 
 class _Signals:
-    """Count SIGINT and SIGTERM while a run goes on, in place of their usual effect."""
+    """Count SIGINT and SIGTERM during a run instead of their usual effect."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -258,7 +260,7 @@ class _Signals:
 
 
 def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, grace_s: float) -> int:
-    """Show progress until the stage ends; pass the first signal on, kill on the second."""
+    """Show progress until the stage ends; forward the first signal and kill on the second."""
     deadline = 0.0
     while True:
         code = process.wait(POLL_S)
@@ -281,10 +283,10 @@ def _tail(log: Path, start: int) -> list[str]:
 
 
 def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
-    """Write summary.json and the report once every stage is done.
+    """Write summary.json and the report when every stage is done.
 
     Returns:
-        The exit code: 1 if an expectation of the recipe does not hold.
+        The exit code: 1 if an expectation of the recipe is not met.
     """
     missing = [name for name in recipe.stages if not (run_dir / name / MANIFEST).is_file()]
     if missing:
@@ -302,22 +304,22 @@ def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Keep two runs out of one folder."""
+    """Prevent two runs from using one folder."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as e:
         raise ArtefactError(
-            f"{run_dir}: cannot be made or written to ({e.strerror}); give another folder with "
-            "--runs, or mend its permissions"
+            f"{run_dir}: cannot be created or written ({e.strerror}). Use another folder with "
+            "--runs, or fix its permissions."
         ) from e
     with lock as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecipeError(
-                f"{run_dir}: another 'align run' works in this folder; wait for it or use --runs"
+                f"{run_dir}: another 'align run' is using this folder. Wait for it or use --runs."
             ) from None
-        except OSError:  # no such locks on this file system: each stage's own lock remains
+        except OSError:  # no such locks on this file system; stages still have their own locks
             pass
         yield

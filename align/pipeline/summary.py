@@ -1,4 +1,4 @@
-"""Join a run's evaluation with what each stage cost."""
+"""Combine a run's evaluation with the cost of each stage."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ TIMINGS = "timings.json"
 
 
 def add_seconds(run_dir: Path, name: str, seconds: float) -> None:
-    """Count the time of a stage's process; the manifest does not see imports or earlier tries."""
+    """Add the time of a stage's process; the manifest excludes imports and earlier attempts."""
     timings = _timings(run_dir)
     timings[name] = round(timings.get(name, 0.0) + seconds, 2)
     _write(run_dir, timings)
 
 
 def forget_seconds(run_dir: Path, name: str) -> None:
-    """Count from zero for a stage that starts anew."""
+    """Reset the time of a stage that starts over."""
     timings = _timings(run_dir)
     if timings.pop(name, None) is not None:
         _write(run_dir, timings)
@@ -26,23 +26,25 @@ def forget_seconds(run_dir: Path, name: str) -> None:
 def _write(run_dir: Path, timings: dict[str, float]) -> None:
     try:
         write_json_atomic(run_dir / TIMINGS, timings)
-    except OSError:  # no time that is lost is worth a run
+    except OSError:  # losing a timing must not fail the run
         return
 
 
 def _timings(run_dir: Path) -> dict[str, float]:
-    """Return the seconds of each stage; a file that is damaged counts from zero."""
+    """Return the seconds of each stage; a damaged file counts as empty."""
     found = read_json_object(run_dir / TIMINGS) or {}
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and 0 <= v < 1e12}
 
 
 def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
-    """Join the last evaluation's results with the cost of each stage.
+    """Combine the last evaluation's results with the cost of each stage.
 
-    Reward models and expectations are those of all evaluations; a reward model that several have
+    Reward models and expectations come from all evaluations. A reward model that several
+    evaluations
     measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``. ``earlier``
-    holds the tasks of the evaluations before the last, such as the scores on an old task before
-    and after a new one was learned.
+    contains the tasks of the evaluations before the last, such as the scores on an old task before
+    and
+    after a new one was learned.
     """
     summary: dict[str, Any] = {}
     latest = ""
@@ -65,7 +67,7 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
 
 def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[str, Any]:
-    """Put an evaluation's results over those of the evaluations before it."""
+    """Merge an evaluation's results with those of earlier evaluations."""
     measured = later.get("reward_models", {})
     kept = {
         f"{name}/{model}" if model in measured else model: row

@@ -18,7 +18,7 @@ from align.report.tables import judge_lines, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
 STILL_EVERY_S = 60.0
-"""After how long a line that did not change is written once more."""
+"""Seconds after which an unchanged line is written again."""
 SHOWN = (
     "reward/mean",
     "kl/reference",
@@ -28,25 +28,25 @@ SHOWN = (
     "eval/loss",
     "length/mean",
 )
-"""Metrics worth a place on the progress line, most telling first; at most three are shown."""
+"""Metrics for the progress line, most important first; at most three are shown."""
 STARTING = "starting"
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
-"""What align.core.log writes for people: rank 0's time and text."""
+"""Matches the readable lines of align.core.log: rank 0's time and text."""
 
 
 class Tail:
-    """Read the complete lines that were added to a file since the last look."""
+    """Read the complete lines that were appended to a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.is_file() else 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the new rows of a JSON-lines file."""
+        """Return the new rows of a JSON Lines file."""
         return [row for line in self.lines() if (row := _row(line)) is not None]
 
     def lines(self) -> list[bytes]:
-        """Give the new lines; a file cut short by a resume is followed from its new end."""
+        """Return the new lines; a file truncated by a resume is followed from its new end."""
         if not self._path.is_file():
             return []
         size = self._path.stat().st_size
@@ -62,7 +62,7 @@ class Tail:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    # A resume may leave the offset inside a line; that one line is only not shown.
+    # A resume may leave the offset inside a line; that line is not shown.
     try:
         row = json.loads(line)
     except ValueError:
@@ -71,7 +71,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class Terminal:
-    """Show the stage that runs and what came of the others."""
+    """Show the running stage and the results of the others."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
@@ -92,12 +92,12 @@ class Terminal:
         self._console.print(visible(text), markup=False)
 
     def plan(self, name: str, run_dir: Path, planned: Sequence[Any]) -> None:
-        """Say what the run will do."""
+        """Show what the run will do."""
         states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
         self.line(f"{name} in {run_dir}: {states}")
 
     def skip(self, position: int, count: int, stage: str, reason: str) -> None:
-        """Say that a stage is done already."""
+        """Show that a stage is already done."""
         self.line(f"[{position}/{count}] {stage}: done already, {reason}")
 
     def begin(self, position: int, count: int, stage: str, kind: str, folder: Path) -> None:
@@ -116,9 +116,9 @@ class Terminal:
             self.line(f"{self._title} ({kind}): started")
 
     def update(self) -> None:
-        """Read what the stage wrote and show it; plain lines come when there is something new.
+        """Read what the stage wrote and show it; plain lines appear only when there is news.
 
-        That is at most every 5 s, and once a minute while nothing changes.
+        That is at most every 5 s, and once a minute if nothing changes.
         """
         for row in self._metrics.rows() if self._metrics else ():
             self._first = self._first or row
@@ -142,7 +142,7 @@ class Terminal:
             self.line(f"{self._title}: {text}{so_far}")
 
     def end(self, seconds: float) -> None:
-        """Say that the stage is done."""
+        """Show that the stage is done."""
         self.update()
         self._stop_live()
         numbers = metric_text(self._last)
@@ -151,17 +151,17 @@ class Terminal:
             self.line(f"    {sample_text(self._sample)}")
 
     def stopping(self, grace_s: float) -> None:
-        """Say that a signal was passed on."""
+        """Show that a signal was forwarded."""
         self.line(
             f"{self._title}: stopping after this step to save a checkpoint (up to {grace_s:.0f} s; "
-            "once more kills it)"
+            "a second signal kills it)"
         )
 
     def preempted(self, stage: str, *, saved: bool) -> None:
-        """Say that a stage stopped on a signal."""
+        """Show that a stage was stopped by a signal."""
         self._stop_live()
-        state = "a checkpoint is saved" if saved else "no new checkpoint was saved"
-        self.line(f"{stage}: stopped, {state}; the same command goes on from there")
+        state = "a checkpoint was saved" if saved else "no new checkpoint was saved"
+        self.line(f"{stage}: stopped, {state}. Run the same command again to resume")
 
     def failed(self, stage: str, reason: str, log: Path, tail: Sequence[str]) -> None:
         """Show the end of a failed stage's log."""
@@ -171,7 +171,7 @@ class Terminal:
             self.line(f"    {text}")
 
     def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
-        """Show whether the expectations hold, the verdicts, the tables, and where to read on."""
+        """Show expectations, verdicts, tables, and where to find the report."""
         self._stop_live()
         for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
             self.line(line)
@@ -185,7 +185,7 @@ class Terminal:
             self._live = None
 
     def _state(self) -> str:
-        """Say how far the steps are; before the first and after the last, what the log says."""
+        """Return the progress; before the first and after the last step, the last log line."""
         step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
         if self._last and not (self._said and total and step >= total):
             return self._progress_text()
@@ -217,7 +217,7 @@ class Terminal:
 
 
 def expectation_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return one line on all of a recipe's expectations, then one for each that failed."""
+    """Return one line for all expectations of a recipe, then one for each that failed."""
     found = summary.get("expectations", [])
     failed = [entry for entry in found if not entry["holds"]]
     if not failed:
@@ -233,7 +233,7 @@ def expectation_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def plan_lines(planned: Sequence[Any]) -> list[str]:
-    """Write a plan as one line per stage: name, kind, status, reason."""
+    """Return a plan as one line per stage: name, kind, status, reason."""
     names = max(len(stage.name) for stage in planned)
     kinds = max(len(stage.kind) for stage in planned)
     return [
@@ -243,7 +243,7 @@ def plan_lines(planned: Sequence[Any]) -> list[str]:
 
 
 def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | None:
-    """Estimate the seconds left from the first and last rows seen of this attempt."""
+    """Return the estimated seconds left, from the first and last rows of this attempt."""
     total, step = last.get("total_steps"), last.get("step")
     if not first or not total or not step or "time_s" not in last:
         return None
@@ -255,13 +255,13 @@ def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | N
 
 
 def metric_text(row: Mapping[str, Any]) -> str:
-    """Give the three most telling metrics of a row."""
+    """Return the three most important metrics of a row."""
     present = [name for name in SHOWN if isinstance(row.get(name), int | float)]
     return ", ".join(f"{name} {number(row[name])}" for name in present[:3])
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:
-    """Give a sample as one line: the end of the prompt, the answer, the score."""
+    """Return a sample as one line: the end of the prompt, the response, the score."""
     prompt = " ".join(str(sample.get("prompt", "")).split())
     completion = " ".join(str(sample.get("completion", "")).split())
     score = sample.get("score")
@@ -270,7 +270,7 @@ def sample_text(sample: Mapping[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Write seconds as people say them: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Return a readable duration: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -280,7 +280,7 @@ def clock(seconds: float) -> str:
 
 
 def number(value: Any) -> str:
-    """Write a number with three or four telling digits."""
+    """Return a number with three or four significant digits."""
     if not isinstance(value, int | float):
         return "-"
     if value == 0 or 0.001 <= abs(value) < 10000:

@@ -143,7 +143,8 @@ def check_answers(
         raise TrainingError(
             f"weights version {engine.version}: the {engine.name} engine and the trainer compute "
             f"different log-probabilities for the same {len(gap)} tokens: "
-            f"{float(gap.mean()):.3g} nats apart on average, {times:.3g} times the effect of rounding on this model "
+            f"{float(gap.mean()):.3g} nats apart on average, {times:.3g} times the effect of "
+            "rounding on this model "
             f"({float(rounding.mean()):.2g}), expected at most {ENGINE_LIMIT:g} times. The "
             "engine computes something else with these weights. Report it with the output "
             "of 'align doctor' and continue with sampling.engine: hf."

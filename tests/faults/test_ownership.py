@@ -145,7 +145,7 @@ def test_a_run_does_not_touch_a_stage_that_another_process_runs(tmp_path: Path) 
     (folder / "begun.json").write_text('{"spec_hash": "0"}')
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
     lock = StageLock(folder)
-    with pytest.raises(ArtefactError, match="runs this stage"):
+    with pytest.raises(ArtefactError, match="is running this stage"):
         run(write_recipe("x"), run_dir=folder.parent, force=True, only="data")
     assert (folder / "checkpoints" / "step-00000001").is_dir()
     lock.release()

@@ -292,9 +292,9 @@ def test_margin_comes_from_its_field_or_from_the_scores() -> None:
         (
             {"prompt": [U, A], "chosen": [A], "rejected": [B]},
             "preference",
-            "ends with a turn of assis",
+            "ends with a turn of role assis",
         ),
-        ({"prompt": [U, A]}, "prompts", "ends with a turn of assistant, expected user"),
+        ({"prompt": [U, A]}, "prompts", "ends with a turn of role assistant, expected user"),
         ({"prompt": ""}, "prompts", "prompt is empty"),
         (
             {"prompt": "p", "completion": "c", "label": 3},

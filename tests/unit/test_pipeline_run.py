@@ -144,7 +144,7 @@ def test_force_with_a_name_runs_an_unchanged_stage_again():
     start_up_to_sft()
     assert start(only="base", force=True)[:2] == (0, ["base"])
     Path("r.yaml").write_text(RECIPE.rpartition("  dpo")[0])
-    with pytest.raises(RecipeError, match="no stage changed; name one with --only"):
+    with pytest.raises(RecipeError, match=r"no stage changed\. Select one with --only"):
         start(force=True)
 
 
@@ -194,7 +194,7 @@ def test_half_done_stage_with_other_settings_is_changed_if_it_has_a_checkpoint()
     Path("runs/toy/base/checkpoints/step-1").mkdir(parents=True)
     assert states()[0] == "half-done"
     assert states("r.yaml", changed)[0] == "changed"
-    assert reasons(changed)[0] == "begun with steps 1 -> 2"
+    assert reasons(changed)[0] == "started with steps 1 -> 2"
 
 
 def test_a_try_that_left_nothing_is_cleared_away_before_the_next():
@@ -235,7 +235,7 @@ def test_sigterm_reaches_the_stage_and_its_code_75_comes_back():
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 75, shown
-    assert "a checkpoint is saved; the same command goes on from there" in shown
+    assert "a checkpoint was saved. Run the same command again to resume" in shown
     Path("base.wait").unlink()
     assert start(only="base")[:2] == (0, ["base"])
 
@@ -259,7 +259,7 @@ def test_two_runs_in_one_folder_are_refused():
     Path("runs/toy").mkdir(parents=True)
     with Path("runs/toy/.lock").open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(RecipeError, match="another 'align run' works in this folder"):
+        with pytest.raises(RecipeError, match="another 'align run' is using this folder"):
             start()
 
 
