@@ -78,7 +78,7 @@ def _timeout() -> timedelta:
 
 
 def use_deterministic_kernels() -> None:
-    """Let every operation give the same bits each time; call it before the first one on a GPU.
+    """Make every operation deterministic; call this before the first operation on a GPU.
 
     An operation that has no such kernel warns.
     """

@@ -334,7 +334,7 @@ class TensorboardSink:
 
 
 class RunSink:
-    """Write metrics to an open W&B or trackio run; a rewind cannot delete there, so steps repeat."""
+    """Write metrics to an open W&B or trackio run; a rewind repeats steps there."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
