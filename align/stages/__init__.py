@@ -1,1 +1,1 @@
-"""The stages a recipe can name; each runs in its own process."""
+"""The stages of a recipe; each runs in its own process."""

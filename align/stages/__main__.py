@@ -1,4 +1,4 @@
-"""One stage of a recipe as this process: ``python -m align.stages KIND --recipe R``."""
+"""Run one stage of a recipe: ``python -m align.stages KIND --recipe R``."""
 
 from align.stages.base import main
 

@@ -1,4 +1,4 @@
-"""What every stage process does: read the recipe, join the ranks, run, write the manifest last."""
+"""The stage process: read the recipe, join the ranks, run the stage, write the manifest last."""
 
 import argparse
 import logging
@@ -57,39 +57,39 @@ from reward_models.scalar import reads_first
 
 log = logging.getLogger(__name__)
 READS_LATE = ("base", "encoder")
-"""Stage kinds that read a model's folder and template while they run, not as parsed data."""
+"""Stage kinds that read a model's folder and template while they run, not only at the start."""
 DATA_FILE = "data.jsonl"
-"""What a stage that makes data writes, one row a line."""
+"""Output of a data stage, one row per line."""
 LEDGER_FILE = "ledger.jsonl"
-"""One line for each row that left: its place, the reason and the value that decided."""
+"""One line per dropped row: its source, the reason and the value that decided."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """Give a stage its surroundings: where it writes, what it may read, its seed."""
+    """Context of a stage: its recipe, output folder, inputs and seed."""
 
     recipe: Recipe
     name: str
     run_dir: Path
     seed: int
     scratch: Path | None = None
-    """Folder to write to instead of the stage's own where only the preflight is wanted."""
+    """Output folder when only the preflight runs; None for a real run."""
     resources: ExitStack = field(default_factory=ExitStack)
-    """What the stage holds, such as its engine; closed when it has ended, however it ends."""
+    """Resources of the stage, such as its engine; closed when the stage ends for any reason."""
 
     @property
     def out(self) -> Path:
-        """Give the stage's own folder."""
+        """Output folder of the stage."""
         return self.scratch or self.run_dir / self.name
 
     @property
     def check_only(self) -> bool:
-        """Say whether the stage ends with its preflight's card (``align check --deep``)."""
+        """Whether only the preflight runs (``align check --deep``)."""
         return self.scratch is not None
 
     @property
     def ledger(self) -> Path | None:
-        """Give the file for rows that are left out; None where this process keeps none."""
+        """File for dropped rows; None if this process does not write one."""
         keeps = not self.check_only and distributed.rank() == 0
         return self.out / LEDGER_FILE if keeps else None
 
@@ -98,12 +98,12 @@ class StageContext:
         return self.recipe.folder_of(reference, self.run_dir)
 
     def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
-        """Read and verify the artifact a recipe names by stage or by path.
+        """Load and verify an artifact that the recipe refers to by stage or by path.
 
         Args:
             reference: stage name or folder. kind: what the artifact must be.
-            with_adapter: True where the caller adds the adapter that ``model/`` may need (see
-                align.tuning.files); else an artifact that needs one is refused.
+            with_adapter: True if the caller adds the adapter that ``model/`` may need (see
+                align.tuning.files); otherwise an artifact that needs one is an error.
         """
         found = read_artefact(self.folder_of(reference), kind)
         if not with_adapter:
@@ -111,14 +111,14 @@ class StageContext:
         return found
 
     def metrics(self, total_steps: int) -> MetricsLog:
-        """Open the stage's metrics.jsonl."""
+        """Return the metrics log of the stage."""
         sinks = [name for name, on in self.recipe.sinks.model_dump().items() if on]
         return MetricsLog(self.out, total_steps=total_steps, sinks=sinks, rank=distributed.rank())
 
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """Hold what a finished stage says of itself in its manifest."""
+    """Results of a finished stage for its manifest."""
 
     metrics: Mapping[str, float]
     data: Sequence[Mapping[str, Any]] = field(default_factory=list)
@@ -128,11 +128,11 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A stage whose inputs are read and whose parts are built, before anything is trained.
+    """A stage whose inputs are loaded and whose parts are built, before training.
 
     Attributes:
-        train: trains, writes the stage's files and returns what its manifest says.
-        checks: the lines of the preflight's card, in order.
+        train: trains, writes the stage's files and returns its results.
+        checks: the preflight checks, in order.
         views: returns a few rows token by token, for the report.
         notes: entries of the manifest that are known before the first step.
     """
@@ -144,22 +144,20 @@ class Prepared:
 
 
 def chat_format(model_dir: Path) -> ChatFormat:
-    """Give the renderer of a saved model: its tokenizer, template and stop tokens."""
+    """Return the chat format of a saved model: its tokenizer, template and stop tokens."""
     from align.models.loading import load_tokenizer, stop_token_ids
 
     return ChatFormat(load_tokenizer(model_dir), stop_token_ids=stop_token_ids(model_dir))
 
 
 def main() -> NoReturn:
-    """Run the stage of the command line as this process; never returns."""
+    """Run the stage named on the command line and exit with its code."""
     args = _arguments()
     signals.install()
     try:
         code = run_stage(args.kind, args)
     except signals.StoppedNow:
-        log.warning(
-            "%s: stopped on a signal; the same command goes on from what is saved", args.kind
-        )
+        log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
         code = EXIT_PREEMPTED
     except AlignError as e:
         setup_logging(distributed.rank())
@@ -175,7 +173,7 @@ def main() -> NoReturn:
 
 
 def _last_words(error: Exception, args: argparse.Namespace) -> str:
-    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
+    """Return one line for an unexpected error; its traceback is written to a file."""
     folder = Path(args.run_dir or "runs") / (args.stage or args.kind)
     if (problem := storage_problem(error, folder)) is not None:
         return problem
@@ -187,29 +185,29 @@ def _last_words(error: Exception, args: argparse.Namespace) -> str:
         return text
     told = " ".join(str(error).split())[:300]
     return (
-        f"stage {args.stage or args.kind} failed: {type(error).__name__}: {told}; the traceback is "
-        f"in {place}, and 'align doctor' shows the environment for a report"
+        f"stage {args.stage or args.kind} failed: {type(error).__name__}: {told}. The traceback is "
+        f"in {place}; 'align doctor' shows the environment for a bug report"
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m align.stages", description="Run one stage of a recipe as this process."
+        prog="python -m align.stages", description="Run one stage of a recipe."
     )
     parser.add_argument("kind", choices=STAGES, help="kind of the stage")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
-    source.add_argument("--resolved", help="resolved recipe, as align run hands it on")
+    source.add_argument("--resolved", help="resolved recipe, as written by align run")
     parser.add_argument("--stage", help="stage name; default: the only one of this kind")
     parser.add_argument("--run-dir", help="folder of the run; default: runs/<recipe name>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--force", action="store_true", help="redo a stage that is there already")
+    parser.add_argument("--force", action="store_true", help="run a finished stage again")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
     return parser.parse_args()
 
 
 def run_stage(kind: str, args: argparse.Namespace) -> int:
-    """Run one stage in this process, which must then join no other world; give the exit code."""
+    """Run one stage in this process and return the exit code; call it once per process."""
     began = time.monotonic()
     handed = args.resolved is not None
     recipe = read_resolved(args.resolved) if handed else load_recipe(args.recipe, args.overrides)
@@ -218,6 +216,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     if spec is None or spec.kind != kind:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
         raise ArtefactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
+    # From here on all ranks take part.
     distributed.init_process_group(deterministic=recipe.deterministic)
     distributed.check_ranks(name, spec.ranks)
     setup_logging(distributed.rank())
@@ -225,6 +224,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     seed = recipe.seed_of(name)
     context = StageContext(recipe, name, run_dir, seed)
     manifest = _manifest_head(context, spec)
+    # A finished stage with the same identity is skipped.
     identity = distributed.on_first_rank(lambda: _begin(context, manifest, force=args.force))
     if identity is None:
         return EXIT_OK
@@ -267,7 +267,7 @@ def _run(kind: str, context: StageContext, manifest: Mapping[str, Any], began: f
 
 
 def _refuse_changes(context: StageContext, identity: Mapping[str, Any]) -> None:
-    """Refuse to finish a stage whose model folder or template changed since it began."""
+    """Raise ArtefactError if the stage's model folder or template changed since it started."""
     spec = context.recipe.stages[context.name]
     present = named_files(spec, context.recipe.inputs(context.name))
     difference = changed_file(identity["files"], present)
@@ -280,7 +280,7 @@ def _only_stage(recipe: Recipe, kind: str) -> str:
     if len(names) != 1:
         raise ArtefactError(
             f"recipe '{recipe.name}' has {len(names)} stages of kind '{kind}' "
-            f"({', '.join(names) or 'none'}); say which with --stage"
+            f"({', '.join(names) or 'none'}). Choose one with --stage"
         )
     return names[0]
 
@@ -316,14 +316,14 @@ _lock: StageLock | None = None
 def _begin(
     context: StageContext, manifest: Mapping[str, Any], *, force: bool
 ) -> dict[str, Any] | None:
-    """Lock the stage's folder and write down what the stage is made from; rank 0 alone does it.
+    """Lock the stage's folder and record the identity of its inputs; only rank 0 calls this.
 
     Returns:
         The stage's identity; None if it is finished.
 
     Raises:
-        ArtefactError: the folder is not a stage's, another process works in it, or what lies there
-            was made from something else.
+        ArtefactError: the folder is not a stage folder, another process is using it, or it
+            contains results of a different recipe.
     """
     global _lock
     check_is_stage_folder(context.out)
@@ -363,7 +363,7 @@ def _release() -> None:
 
 
 def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Return True if the stage is finished with this identity and its files are as it left them."""
+    """Return whether the stage is finished with this identity and its files are unchanged."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_manifest(out)
@@ -380,13 +380,13 @@ def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
         )
     damage = find_damage(out, manifest, whole=False)
     if damage:
-        raise ArtefactError(f"{damage[0]}; use --force to run the stage again")
+        raise ArtefactError(f"{damage[0]}. Use --force to run the stage again")
     log.info("%s: already done, nothing to do (--force does it again)", out)
     return True
 
 
 def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to resume, or to begin beside, checkpoints that were made from something else."""
+    """Raise ArtefactError if the folder has checkpoints of a stage with another identity."""
     kept = sorted((out / "checkpoints").glob("*-*"), reverse=True)
     if not kept:
         return
@@ -401,7 +401,7 @@ def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 def with_data_of_stages(spec: Any, context: StageContext) -> Any:
-    """Give the spec with every ``stage`` of its data sources as the path of verified data."""
+    """Return the spec with each data source's ``stage`` replaced by the path of its data."""
     if isinstance(spec, DataSpec):
         if spec.stage is None:
             return spec
@@ -416,13 +416,13 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
 
 
 def prepare_stage(spec: Any, context: StageContext) -> Prepared:
-    """Read a stage's inputs and build its parts, by the ``prepare`` of its kind's module."""
+    """Call ``prepare`` of the stage kind's module, which loads inputs and builds the parts."""
     module = import_module(f"align.stages.{STAGES[spec.kind].module}")
     return module.prepare(with_data_of_stages(spec, context), context)
 
 
 def prepare_and_train(spec: Any, context: StageContext) -> StageResult:
-    """Prepare a stage, run its checks, write their card, and train.
+    """Prepare a stage, run its preflight checks, write their card, and train.
 
     Raises:
         PreflightError: a check failed; nothing was trained.
@@ -440,7 +440,7 @@ RowFormat = ChatFormat | PairedFormat
 
 
 def scorer_format(artefact: Artefact) -> RowFormat:
-    """Give the renderer of a scorer, or of the policy or encoder that one begins from."""
+    """Return the row format of a reward model, or of the policy or encoder it starts from."""
     if artefact.manifest["kind"] == "encoder" or reads_first(artefact.model_dir):
         return PairedFormat(load_tokenizer(artefact.model_dir))
     return chat_format(artefact.model_dir)

@@ -1,7 +1,7 @@
-"""Stage base: bring in a pretrained model, or build a small one and pretrain it on a corpus.
+"""Stage base: import a pretrained model, or build a small one and pretrain it on a corpus.
 
-Either way the artifact holds all that later stages need: weights, a tokenizer with pad token, stop
-token and chat template, and a generation configuration that stops where training stops.
+In both cases the artifact contains everything later stages need: weights, a tokenizer with pad
+token, stop token and chat template, and a generation configuration with the same stop tokens.
 """
 
 import logging
@@ -45,7 +45,7 @@ TOKENIZER = "tokenizer_config.json"
 
 
 def prepare(spec: BaseStage, context: StageContext) -> Prepared:
-    """Import the model of ``spec.path``; one that is built is pretrained after the checks."""
+    """Import the model of ``spec.path``, or prepare to build and pretrain a new one."""
     out = context.out / "model"
     if spec.path is None:
         checks = corpus_checks(spec, context)
@@ -56,7 +56,7 @@ def prepare(spec: BaseStage, context: StageContext) -> Prepared:
 
 
 def build_and_pretrain(spec: BaseStage, context: StageContext) -> StageResult:
-    """Pretrain a new model, save it, and check what was saved as an imported one is."""
+    """Pretrain a new model, save it, and run the checks of an imported model on it."""
     out = context.out / "model"
     model, tokenizer, metrics = _build_and_pretrain(spec, context)
     _save_once(model, tokenizer, out)
@@ -74,7 +74,7 @@ def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
     path = source = str(spec.path)
     if is_adapter(path):
         source = base_of_adapter(path)
-        log.warning("%s is an adapter: it is merged onto its base %s", path, source)
+        log.warning("%s is an adapter: merging it into its base model %s", path, source)
     check_folder(source)
     with one_line(source, "a tokenizer") if Path(source).exists() else bringing_in(source):
         tokenizer = load_tokenizer(path if (Path(path) / TOKENIZER).is_file() else source)
@@ -138,13 +138,13 @@ def _build_and_pretrain(
 
 
 def train_tokenizer(corpus: Sequence[Example], build: BuildSpec, directory: Path) -> Any:
-    """Train a byte-level BPE on the corpus and on the frame that the plain template writes.
+    """Train a byte-level BPE tokenizer on the corpus and on the text of the plain template.
 
-    The tokenizer is saved and loaded again before it is used: transformers picks a tokenizer's
-    class by the model's configuration beside it, and every later stage will read that one.
+    The tokenizer is saved and loaded again before it is used, because transformers selects the
+    tokenizer class by the model configuration in the folder, as every later stage will.
 
     Args:
-        corpus: plain text examples. build: vocabulary size. directory: where it is saved.
+        corpus: plain text examples. build: vocabulary size. directory: where to save it.
     """
 
     def texts() -> Iterator[str]:
@@ -183,7 +183,7 @@ def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
 
 
 def _save_once(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write the model and its tokenizer; all ranks must take part."""
+    """Write the model and its tokenizer; every rank must call this."""
     if distributed.rank() == 0:
         _save(model, tokenizer, out)
     distributed.barrier()

@@ -1,4 +1,4 @@
-"""The best weights of a stage: kept by step while it trains, made its own at the end."""
+"""The best weights of a stage: saved by step during training, restored at the end."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ from align.training.stopping import EarlyStopping
 
 @dataclass(frozen=True, slots=True)
 class BestWeights:
-    """Keep weights by step under ``best/`` of the stage's folder.
+    """Weights saved by step under ``best/`` in the stage's folder.
 
     Attributes:
-        write: writes the present weights below the folder ``out``; all ranks take part.
+        write: writes the current weights below the folder ``out``; runs on every rank.
         out: the stage's folder.
     """
 
@@ -25,15 +25,15 @@ class BestWeights:
     out: Path
 
     def folder(self, step: int) -> Path:
-        """Name the folder of a step's ``model/`` and, for LoRA, ``adapter/``."""
+        """Return the folder of a step's ``model/`` and, for LoRA, ``adapter/``."""
         return self.out / "best" / f"step-{step:08d}"
 
     def save(self, step: int) -> None:
-        """Keep the present weights; all ranks must take part."""
+        """Save the current weights; every rank must call this."""
         self.write(out=self.folder(step))
 
     def prune(self, steps: set[int]) -> None:
-        """Forget all weights but those of the given steps."""
+        """Delete all saved weights except those of the given steps."""
         if distributed.rank() == 0:
             kept = {self.folder(step) for step in steps}
             for folder in set((self.out / "best").glob("step-*")) - kept:
@@ -41,7 +41,7 @@ class BestWeights:
         distributed.barrier()
 
     def restore(self, step: int) -> None:
-        """Make the weights of a step the stage's own; the files are shared, not copied."""
+        """Put a step's weights into the stage's folder, as hard links instead of copies."""
         if distributed.rank() == 0:
             for part in self.folder(step).iterdir():
                 target = self.out / part.name
@@ -51,14 +51,14 @@ class BestWeights:
 
 
 def build_stopping(spec: OfflineStage, best: BestWeights) -> EarlyStopping | None:
-    """Give what stops an offline stage early, if its recipe asks for it."""
+    """Return the early stopping of an offline stage, or None if the recipe has none."""
     if spec.keep.early_stopping is None:
         return None
     return EarlyStopping(spec.keep.early_stopping, save=best.save, prune=best.prune)
 
 
 def stopping_notes(stopping: EarlyStopping) -> dict[str, Any]:
-    """Give the manifest's notes on which weights were kept and why the stage ended."""
+    """Return the manifest's notes on which weights were kept and why the stage ended."""
     found: dict[str, Any] = {
         "metric": stopping.spec.metric,
         "best_step": stopping.best_step,

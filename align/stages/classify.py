@@ -1,4 +1,4 @@
-"""Stage classify: sort texts into classes by a new head on a decoder or an encoder."""
+"""Stage classify: train a text classifier with a new head on a decoder or an encoder."""
 
 import json
 from collections.abc import Sequence
@@ -45,13 +45,13 @@ PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class ClassRow(TokenRow):
-    """Hold a tokenized text and the name of its class."""
+    """A tokenized text and the name of its class."""
 
     label: str = ""
 
 
 def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
-    """Read the labeled texts, and put a fresh head on the policy or encoder ``spec.init``."""
+    """Load the labeled texts and put a new head on the policy or encoder ``spec.init``."""
     source = load_backbone(spec, context)
     render = partial(class_row, load_tokenizer(source.model_dir))
     data = offline_rows(spec, context, kind="classes", render=render)
@@ -90,7 +90,7 @@ def train(
     module: ClassLogits,
     task: OfflineTask[Any],
 ) -> StageResult:
-    """Train a classifier, save it, and score what was saved on the held-out rows."""
+    """Train a classifier, save it, and score the saved model on the held-out rows."""
     write = partial(save, spec, model, classes, source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
@@ -106,7 +106,7 @@ def train(
         notes |= stopping_notes(stopping)
     if task.heldout:
         if stopping is not None or spec.tuning.method == "qlora":
-            # What was saved is another model than the last in memory: earlier, or not in 4 bits.
+            # The saved model may differ from the one in memory: an earlier step, or not in 4 bits.
             kept = load_classifier(context.out / "model", getattr(torch, spec.dtype))
             module = ClassLogits(kept.to(distributed.device()))
         if spec.tuning.method == "qlora":
@@ -118,15 +118,15 @@ def train(
 
 
 def class_row(tokenizer: Any, example: Example) -> ClassRow:
-    """Tokenize a text as the tokenizer does by itself, or a conversation by the chat template."""
+    """Return a row from a plain text, or from a conversation with the chat template."""
     text = example.completion
     assert text is not None
     if isinstance(text, str):
         ids = tokenizer(text)["input_ids"]
     elif tokenizer.chat_template is None:
         raise DataError(
-            f"{example.source}: a conversation, but the tokenizer has no chat template; give the "
-            "rows a 'text' instead of 'messages' (an encoder reads texts)"
+            f"{example.source}: a conversation, but the tokenizer has no chat template. Use rows "
+            "with 'text' instead of 'messages' (an encoder reads plain text)"
         )
     else:
         check_plain(example, reader="a classifier")
@@ -138,20 +138,20 @@ def class_row(tokenizer: Any, example: Example) -> ClassRow:
 
 
 def classes_of(rows: Sequence[ClassRow], watched: Sequence[ClassRow]) -> list[str]:
-    """Name the classes of the training rows: numbers in their order, else the alphabet's.
+    """Return the classes of the training rows, in numeric or alphabetical order.
 
     Raises:
-        DataError: there is one only, or a held-out row has another.
+        DataError: there is only one class, or a held-out row has an unknown one.
     """
     found = sorted({row.label for row in rows}, key=_by_number)
     if len(found) < 2:
         raise DataError(
-            f"{rows[0].source}: every training row is of class {found[0]!r}; expected two or more"
+            f"{rows[0].source}: every training row has class {found[0]!r}; expected two or more"
         )
     for row in watched:
         if row.label not in found:
             raise DataError(
-                f"{row.source}: class {row.label!r} stands in no training row; there are "
+                f"{row.source}: class {row.label!r} is in no training row; known classes are "
                 f"{', '.join(found[:20])}"
             )
     return found
@@ -165,7 +165,7 @@ def _by_number(name: str) -> tuple[bool, int, str]:
 def build_classifier(
     spec: ClassifyStage, source: Artefact, classes: Sequence[str], *, seed: int
 ) -> Any:
-    """Put a fresh head on the model of ``source``; add what ``tuning`` trains below it.
+    """Return the model of ``source`` with a new head and the adapter of ``tuning``.
 
     Raises:
         ArtefactError: weights below the head are missing, and ``tuning`` would not train them.
@@ -183,14 +183,14 @@ def build_classifier(
 
 
 def length_of(row: ClassRow) -> int:
-    """Give a row's tokens."""
+    """Return the number of tokens in a row."""
     return len(row.input_ids)
 
 
 def collate(
     classes: Sequence[str], rows: Sequence[ClassRow], batch: Sequence[ClassRow]
 ) -> PackedBatch:
-    """Pack rows with the numbers of their classes; the global count is the rows of the batch."""
+    """Pack rows with their class numbers; the global count is the number of rows in the batch."""
     return pack(
         rows,
         counts={"rows": float(len(batch))},
@@ -201,9 +201,9 @@ def collate(
 def labelled_loss(
     model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean cross-entropy, and of the accuracy.
+    """Return this micro-batch's part of the mean cross-entropy and of the accuracy.
 
-    Targets are smoothed while training only: the held-out loss stays the plain one.
+    Labels are smoothed only during training; the held-out loss is the plain one.
     """
     logits = model(batch.input_ids, batch.position_ids)[: batch.num]
     labels = batch.per_sequence["label"].long()
@@ -214,9 +214,9 @@ def labelled_loss(
 
 
 def predict(module: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> Tensor:
-    """Return the probabilities of the classes for each held-out row: (rows, C).
+    """Return the class probabilities of each held-out row, shape (rows, C).
 
-    Every rank runs all rows: under ZeRO-3 the ranks must run as many passes.
+    Every rank runs all rows, because ZeRO-3 needs the same number of passes on each rank.
     """
     rows = task.heldout
     found = map_rows(
@@ -235,7 +235,7 @@ def predict(module: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> Ten
 def judge(
     probs: Tensor, rows: Sequence[ClassRow], classes: Sequence[str], *, seed: int, out: Path
 ) -> dict[str, Any]:
-    """Write down what each held-out row was taken for, and give the scores."""
+    """Write the prediction for each held-out row and return the scores."""
     chosen = probs.argmax(-1).tolist()
     if distributed.rank() == 0:
         with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
@@ -250,7 +250,7 @@ def judge(
 def save(
     spec: ClassifyStage, model: Any, classes: Sequence[str], source: Artefact, *, out: Path
 ) -> None:
-    """Write model/ and, with an adapter, adapter/ below ``out``; all ranks must take part."""
+    """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
     prefix = model.base_model_prefix
     weights, adapter = whole_state(model.base_model, source)
     state = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}

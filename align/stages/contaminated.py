@@ -1,4 +1,4 @@
-"""The preflight's lines on held-out prompts that stand in the texts a stage trains on."""
+"""Preflight checks for held-out prompts that appear in the training data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,10 @@ def contamination_checks(
     *,
     max_frac: float,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Compare what a stage trains on with held-out prompts; return the card's lines and the notes.
+    """Compare training data with held-out prompts and return the checks and the manifest's notes.
 
-    The stage's own held-out rows stop it where more than ``max_frac`` of them are contaminated;
-    those of the recipe's evaluate stages, which may ask on purpose what was taught, only warn.
+    The stage fails if more than ``max_frac`` of its own held-out rows are contaminated. Prompts of
+    the recipe's evaluate stages, which may repeat training data on purpose, only warn.
     """
     checks: list[Check] = []
     notes: dict[str, Any] = {}
@@ -45,14 +45,14 @@ def contamination_checks(
 
 
 def describe(found: Contamination, *, max_frac: float | None) -> Finding:
-    """Put a result in words, held to ``max_frac``; None only warns."""
-    value = f"{len(found.places)} of {found.checked} held-out prompts stand in the training texts"
+    """Return the finding of a comparison; with ``max_frac`` None it only warns."""
+    value = f"{len(found.places)} of {found.checked} held-out prompts appear in the training data"
     if found.skipped:
-        value += f"; {found.skipped} of under {MIN_WORDS} words are too short to tell"
+        value += f" ({found.skipped} prompts shorter than {MIN_WORDS} words were not checked)"
     bound = "none" if max_frac is None else f"at most {max_frac:.0%}"
     if not found.places:
         return Finding(value, bound)
-    shown = [f"{held} stands in {trained}" for held, trained in found.places[:NUM_SHOWN]]
+    shown = [f"{held} appears in {trained}" for held, trained in found.places[:NUM_SHOWN]]
     more = len(found.places) - len(shown)
     remedy = "; ".join(shown) + (f"; and {more} more" if more else "")
     remedy += ". Remove these rows from one side"
@@ -63,7 +63,7 @@ def describe(found: Contamination, *, max_frac: float | None) -> Finding:
 
 
 def _evaluated(context: StageContext) -> list[Example]:
-    """Load what the recipe's evaluate stages will ask, but for what stages of the run make."""
+    """Return the prompts of the evaluate stages, except those that other stages produce."""
     examples: list[Example] = []
     for name, spec in context.recipe.stages.items():
         if isinstance(spec, EvaluateStage):

@@ -27,9 +27,9 @@ from align.tuning.reference import start_policy
 
 @dataclass(frozen=True, slots=True)
 class ReferencePair:
-    """Hold a pair with the reference's log-probability (nats, token sums) of both responses.
+    """A pair with the reference's log-probabilities of both responses (nats, token sums).
 
-    Both are 0 for a loss that needs no reference.
+    Both are 0 for a loss without a reference.
     """
 
     pair: PairRow
@@ -38,7 +38,7 @@ class ReferencePair:
 
 
 def prepare(spec: DpoStage, context: StageContext) -> Prepared:
-    """Read the pairs, build the policy of ``spec.init`` and ask it, as the reference, once."""
+    """Load the pairs, build the policy and compute the reference log-probabilities with it."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
@@ -48,7 +48,7 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
     if spec.reference_free:
         rows = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
     else:
-        # Before the first step the policy is the reference, but for a new adapter that changes it.
+        # Before the first step the policy is the reference, unless a new adapter changes it.
         with start_policy(module.model, spec.tuning, source.model_dir):
             rows = reference_pairs(
                 module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
@@ -67,7 +67,7 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
 
 
 def refuse_ties(pairs: Sequence[PairRow]) -> None:
-    """Refuse pairs without a winner, which DPO would train as if the first response had won.
+    """Raise DataError for ties, which DPO would train as if the first response had won.
 
     Raises:
         DataError: with how many there are and the first place.
@@ -75,8 +75,8 @@ def refuse_ties(pairs: Sequence[PairRow]) -> None:
     ties = [pair.source for pair in pairs if pair.tie]
     if ties:
         raise DataError(
-            f"{ties[0]}: tie: true, and {len(ties)} pairs in all; dpo needs a winner in each: "
-            "leave them out, or train a reward stage with tie_margin on them"
+            f"{ties[0]}: tie: true ({len(ties)} ties in all), but dpo needs a winner in each pair. "
+            "Remove these rows, or train a reward stage with tie_margin on them"
         )
 
 
@@ -87,7 +87,7 @@ def reference_pairs(
     micro_tokens: int,
     ld_alpha: float | None = None,
 ) -> list[ReferencePair]:
-    """Compute the reference log-probabilities once; every rank does a part and gets all."""
+    """Return the pairs with reference log-probabilities; the work is split across ranks."""
 
     def sums(model: nn.Module, batch: PackedBatch) -> list[tuple[float, float]]:
         logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs  # (1, N)
@@ -106,7 +106,7 @@ def reference_pairs(
 
 
 def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:
-    """Pack pairs; the global count is the pairs of the whole batch."""
+    """Pack pairs; the global count is the number of pairs in the batch."""
     return pack_pairs(
         [row.pair for row in rows],
         counts={"pairs": float(len(batch))},
@@ -118,7 +118,7 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
 
 
 def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:
-    """Sum the log-probabilities of each response, the longer one's tail weighed by ``ld_alpha``."""
+    """Return summed log-probabilities of each response; ``ld_alpha`` weights the longer's tail."""
     if ld_alpha is not None and batch.num:
         weights = tail_weights(batch.mask[0], batch.segment_ids, batch.num, alpha=ld_alpha)
         logprobs = logprobs * weights
@@ -128,7 +128,7 @@ def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None)
 def preference_loss(
     spec: DpoStage, model: nn.Module, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean loss per pair, and of what people watch."""
+    """Return this micro-batch's part of the mean loss per pair and of the logged metrics."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
     sums, lengths = batch.segment_sums(logprobs), batch.segment_sums(batch.mask.float())
     means, ref = sums / lengths.clamp(min=1), batch.per_sequence["ref"]
@@ -152,7 +152,7 @@ def preference_loss(
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Hold log-probabilities (2 B,) of chosen and rejected responses in turn, as sums and means."""
+    """Log-probabilities (2 B,), alternating chosen and rejected, as sums and as means."""
 
     sums: Tensor
     means: Tensor
@@ -160,15 +160,15 @@ class Sides:
     ref_means: Tensor
 
     def exchanged(self) -> "Sides":
-        """Give the same pairs with chosen and rejected exchanged."""
+        """Return the same pairs with chosen and rejected exchanged."""
         parts = (self.sums, self.means, self.ref_sums, self.ref_means)
         return Sides(*(x.view(-1, 2).flip(1).reshape(-1) for x in parts))
 
 
 def pair_losses(spec: DpoStage, sides: Sides) -> PreferenceLoss:
-    """Give the loss of each pair by the recipe's rule.
+    """Return the loss of each pair for the loss type of the recipe.
 
-    ``ipo`` compares means per token (the convention of its authors as TRL records it).
+    ``ipo`` uses means per token, the convention of its authors according to TRL.
     """
     eps, means = spec.label_smoothing, sides.means
     if spec.loss == "orpo":

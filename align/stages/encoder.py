@@ -1,4 +1,4 @@
-"""Stage encoder: bring in an encoder, which a classify or reward stage puts its head on."""
+"""Stage encoder: import an encoder as the backbone of a classify or reward stage."""
 
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,18 @@ from align.stages.base import Prepared, StageContext, StageResult
 
 
 def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
-    """Import the encoder: its own weights and tokenizer."""
+    """Import the encoder with its weights and tokenizer."""
     if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
         raise ArtefactError(f"{spec.path}: no config.json; expected a folder saved by transformers")
     with bringing_in(spec.path):
         tokenizer = load_tokenizer(spec.path)
     if tokenizer.pad_token_id is None:
-        raise ArtefactError(f"{spec.path}: its tokenizer has no pad token; give it one and save it")
+        raise ArtefactError(
+            f"{spec.path}: its tokenizer has no pad token. Add one and save the folder again"
+        )
     kind = _saved_class(spec.path)
     model, info = kind.from_pretrained(spec.path, output_loading_info=True, trust_remote_code=False)
-    # transformers makes what a checkpoint lacks at random: that is none of the encoder.
+    # transformers initializes missing weights at random; those are not part of the encoder.
     own = {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}
     if distributed.rank() == 0:
         model.save_pretrained(str(context.out / "model"), state_dict=own)
@@ -39,18 +41,18 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
 
 
 def fits(model: Any, tokenizer: Any) -> Finding:
-    """See that the encoder has an embedding for every token."""
+    """Check that the encoder has an embedding for every token."""
     embeddings = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     return Finding(
         f"largest token {largest:,} of {embeddings:,}",
         "smaller",
         "ok" if largest < embeddings else "fail",
-        "the tokenizer is another model's",
+        "the tokenizer belongs to another model",
     )
 
 
 def _saved_class(path: str) -> Any:
-    """Give the class that the model was saved as, so that no weight of it is lost."""
+    """Return the class that the model was saved as, so that no weight is lost."""
     names = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
     return getattr(transformers, names[0], AutoModel) if names else AutoModel

@@ -1,9 +1,9 @@
-"""Stage kto: learn from single responses that were judged good or bad, without pairs.
+"""Stage kto: train on single responses labeled good or bad, without pairs.
 
 The loss compares each response's log-ratio to the reference with a reference point: the KL of the
-policy to the reference, estimated on mismatched responses (the prompt of one row with the response
-of the next row of the data set that has another prompt), over the whole batch of all ranks, at
-least 0 and without gradient.
+policy to the reference. The KL is estimated on mismatched responses (the prompt of one row with the
+response of the next row that has another prompt) over the batch of all ranks. It is at least 0 and
+has no gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ from align.tuning.reference import start_policy
 
 @dataclass(frozen=True, slots=True)
 class KtoRow(TokenRow):
-    """Hold a judged response, and its prompt with another row's response.
+    """A labeled response, and its prompt with another row's response.
 
     Attributes:
-        good: how the response was judged.
-        mismatched: the other response after this prompt.
-        ref, ref_mismatched: the reference's log-probability of both, nats, token sums.
+        good: label of the response.
+        mismatched: this prompt with the other response.
+        ref, ref_mismatched: the reference's log-probability of each (nats, token sums).
     """
 
     good: bool = True
@@ -46,7 +46,7 @@ class KtoRow(TokenRow):
 
 
 def prepare(spec: KtoStage, context: StageContext) -> Prepared:
-    """Read the labeled responses, build the policy and ask it, as the reference, once."""
+    """Load the responses, build the policy and compute reference log-probabilities with it."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, kind="unpaired", render=partial(judged_row, chat))
@@ -54,7 +54,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
         mismatch(rows, max_length=spec.max_length) for rows in (data.training, data.heldout)
     )
     module = build_policy(spec, source.model_dir, seed=context.seed)
-    # Before the first step the policy is the reference, but for a new adapter that changes it.
+    # Before the first step the policy is the reference, unless a new adapter changes it.
     with start_policy(module.model, spec.tuning, source.model_dir):
         rows = reference_rows(module, [*training, *heldout], micro_tokens=spec.micro_tokens)
     task = OfflineTask(
@@ -71,16 +71,16 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
 
 
 def judged_row(chat: ChatFormat, example: Example) -> KtoRow:
-    """Tokenize a judged response; what a template writes after the stop token is left out."""
+    """Return a tokenized labeled response, without template text after the stop token."""
     row = trim_after_last_trained(chat.sft_row(example))
     return KtoRow(row.input_ids, row.trained, row.source, good=bool(example.label))
 
 
 def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
-    """Put behind each prompt the response of the next row that has another prompt.
+    """Return the rows, each with the response of the next row that has another prompt.
 
     Args:
-        rows: judged responses. max_length: tokens to which the mismatched row is cut.
+        rows: labeled responses. max_length: the mismatched row is truncated to this many tokens.
 
     Raises:
         DataError: all rows have one prompt.
@@ -89,8 +89,8 @@ def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
     prompts = [row.input_ids[:start] for row, start in zip(rows, starts, strict=True)]
     if len(set(prompts)) < 2 and rows:
         raise DataError(
-            f"kto: all {len(rows)} rows have the same prompt, expected at least two prompts: the "
-            "reference point is measured on answers to other prompts"
+            f"kto: all {len(rows)} rows have the same prompt, expected at least two prompts. Add "
+            "rows: the reference point is measured on responses to other prompts"
         )
     found = []
     for i, row in enumerate(rows):
@@ -107,13 +107,13 @@ def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
 
 
 def other(row: KtoRow) -> TokenRow:
-    """Give a row's mismatched response, which ``mismatch`` has put there."""
+    """Return a row's mismatched response, which ``mismatch`` has set."""
     assert row.mismatched is not None, row.source
     return row.mismatched
 
 
 def reference_rows(module: nn.Module, rows: Sequence[KtoRow], *, micro_tokens: int) -> list[KtoRow]:
-    """Compute the reference's log-probabilities once; every rank does a part and gets all."""
+    """Return the rows with reference log-probabilities; the work is split across ranks."""
     found = map_rows(
         module,
         [side for row in rows for side in (row, other(row))],
@@ -134,7 +134,7 @@ def _sums(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
-    """Pack responses; the global counts are the responses of the whole batch, and the good ones."""
+    """Pack responses; the global counts are all responses of the batch, and the good ones."""
     num_good = sum(row.good for row in batch)
     return pack(
         rows,
@@ -148,7 +148,7 @@ def collate(rows: Sequence[KtoRow], batch: Sequence[KtoRow]) -> PackedBatch:
 
 
 def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> Mapping[str, float]:
-    """Estimate the policy's KL to the reference on the mismatched responses of a batch, in nats."""
+    """Return the KL to the reference (nats), estimated on a batch's mismatched responses."""
     plan = plan_micro_batches(
         [len(other(row).input_ids) for row in batch],
         micro_tokens=spec.micro_tokens,
@@ -168,7 +168,7 @@ def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> 
 def judged_loss(
     spec: KtoStage, model: nn.Module, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean loss per response, and of what people watch."""
+    """Return this micro-batch's part of the mean loss per response and of the logged metrics."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
     ratio = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
     good = batch.per_sequence["good"] > 0.5

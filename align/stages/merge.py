@@ -1,4 +1,4 @@
-"""Stage merge: interpolate a model and what was fine-tuned from it; choose alpha by responses."""
+"""Stage merge: interpolate a base and a fine-tuned model; choose alpha by sampled scores."""
 
 import contextlib
 import logging
@@ -43,10 +43,10 @@ SETS = ("prompts", "shifted")
 
 @dataclass(frozen=True, slots=True)
 class AlphaScores:
-    """The scores of all responses of one alpha to one set of prompts.
+    """Scores of all responses of one alpha to one set of prompts.
 
     Attributes:
-        scores: one per response, None where invalid. prompts: number of the prompt of each.
+        scores: one per response, None if invalid. prompts: prompt number of each.
     """
 
     scores: list[float | None]
@@ -54,7 +54,7 @@ class AlphaScores:
 
 
 def prepare(spec: MergeStage, context: StageContext) -> Prepared:
-    """Read ``spec.base``, ``spec.tuned`` and what else is merged."""
+    """Load the models to merge and their preflight checks."""
     if spec.method != "linear":
         check_kit()
     names = (spec.base, spec.tuned, *spec.others)
@@ -68,7 +68,7 @@ def prepare(spec: MergeStage, context: StageContext) -> Prepared:
 
 
 def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) -> StageResult:
-    """Write the interpolation that the rule chooses."""
+    """Write the interpolation with the chosen alpha."""
     curve: list[Point] = []
     alpha = spec.alphas[0]
     if len(spec.alphas) > 1:
@@ -90,7 +90,7 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) 
 def write(
     spec: MergeStage, sources: Sequence[Artefact], alpha: float, out: Path, *, seed: int
 ) -> None:
-    """Write the merged model of one alpha; ``sources`` are the base and what was tuned from it."""
+    """Write the merged model of one alpha; ``sources`` are the base and the tuned models."""
     base, *tuned = (source.model_dir for source in sources)
     if spec.method == "linear":
         write_interpolated(base, tuned[0], alpha, out)
@@ -103,7 +103,7 @@ def write(
 def merged_weights(
     spec: MergeStage, sources: Sequence[Artefact], alpha: float, context: StageContext
 ) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
-    """Give what yields the merged weights of one alpha, as often as it is called."""
+    """Return a function that yields the merged weights of one alpha on every call."""
     base, tuned = sources[0].model_dir, sources[1].model_dir
     if spec.method == "linear":
         yield partial(interpolated, base, tuned, alpha)
@@ -116,7 +116,7 @@ def merged_weights(
 def merge_checks(
     spec: MergeStage, sources: Sequence[Artefact], context: StageContext
 ) -> list[Check]:
-    """Give the checks of a merge: models of one form, and scores that tell right from wrong."""
+    """Return the checks of a merge: compatible models, and rewards that prefer correct answers."""
 
     def alike() -> Finding:
         words = load_tokenizer(sources[0].model_dir).get_vocab()
@@ -124,9 +124,9 @@ def merge_checks(
             check_alike(sources[0].model_dir, source.model_dir)
             if load_tokenizer(source.model_dir).get_vocab() != words:
                 raise ArtefactError(
-                    f"{name}: its tokenizer has other tokens than that of {spec.base}, so equal "
-                    "rows of the embeddings stand for different tokens; merge what was fine-tuned "
-                    "from one model"
+                    f"{name}: its tokenizer differs from that of {spec.base}, so equal rows of the "
+                    "embeddings belong to different tokens. Merge models that were fine-tuned from "
+                    "the same base"
                 )
         names = ", ".join([spec.tuned, *spec.others])
         return Finding(f"{names} and {spec.base} have the same weights by name and shape")
@@ -143,7 +143,7 @@ def merge_checks(
 
 
 def refuse_adapter(name: str, artefact: Artefact) -> None:
-    """Refuse a policy part of which stands beside its weights and would be left out.
+    """Raise ArtefactError for a policy whose adapter is separate from its weights.
 
     Raises:
         ArtefactError: its stage tuned by a method that cannot be merged.
@@ -152,13 +152,13 @@ def refuse_adapter(name: str, artefact: Artefact) -> None:
     method = tuning.get("method", "full")
     if not METHODS[method].merges:
         raise ArtefactError(
-            f"{name}: tuned by {method}, whose adapter is no part of the weights; "
-            "interpolate models of full or LoRA-like tuning"
+            f"{name}: tuned by {method}, whose adapter is not part of the weights. "
+            "Interpolate models with full or LoRA-like tuning"
         )
 
 
 def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) -> list[Point]:
-    """Score every alpha on both sets of prompts; one engine takes the weights in turn."""
+    """Return the scores of every alpha on both sets of prompts, sampled by one engine."""
     base, tuned = sources[:2]
     chat = chat_format(base.model_dir)
     sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
@@ -203,7 +203,7 @@ def push_merged(
     *,
     version: int,
 ) -> None:
-    """Bring merged weights into the engine and prove that it answers with them."""
+    """Push merged weights into the engine and verify that it uses them."""
     named = dict(trainer.model.named_parameters())
     for name, tensor in weights():
         named[name].copy_(tensor)
@@ -221,12 +221,12 @@ def answer(
     stop_token_ids: tuple[int, ...],
     context: StageContext,
 ) -> AlphaScores:
-    """Let the engine answer this rank's prompts; every rank gets the scores of all."""
+    """Sample responses to this rank's prompts and return the scores of all ranks."""
     held = answer_fixed(
         engine,
         rows,
         n=spec.samples,
-        step=0,  # every alpha draws with the same seeds, so that comparisons are paired
+        step=0,  # the same seeds for every alpha, so that comparisons are paired
         seed=context.seed,
         sampling=spec.sampling,
         stop_token_ids=stop_token_ids,
@@ -239,7 +239,7 @@ def answer(
 
 
 def curve_of(found: Mapping[float, Mapping[str, AlphaScores]], *, seed: int) -> list[Point]:
-    """Give each alpha's score on both sets, and its paired difference to alpha 1.
+    """Return each alpha's score on both sets, and its paired difference to alpha 1.
 
     Returns:
         Points with ``alpha``, ``prompts`` and ``shifted`` ([value, low, high]), and
@@ -258,11 +258,11 @@ def curve_of(found: Mapping[float, Mapping[str, AlphaScores]], *, seed: int) -> 
 
 
 def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
-    """Give the alpha with the best shifted score among those that keep what was learned.
+    """Return the alpha with the best shifted score among those that keep the prompts score.
 
     Args:
-        curve: see ``curve_of``; holds alpha 1. tolerance: how far below the score of alpha 1 on
-            ``prompts`` an alpha may be.
+        curve: see ``curve_of``; must contain alpha 1. tolerance: how far below the score of alpha 1
+            on ``prompts`` an alpha may be.
 
     Returns:
         The alpha; of equally good ones the largest.
@@ -277,6 +277,8 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
 
     bar = next(value(point, "prompts") for point in curve if point["alpha"] == 1.0) - tolerance
     if bar == float("-inf"):
-        raise ArtefactError("merge: no answer of the fine-tuned model could be scored")
+        raise ArtefactError(
+            "merge: no response of the fine-tuned model could be scored. Check the rewards"
+        )
     kept = [point for point in curve if value(point, "prompts") >= bar]
     return max(kept, key=lambda point: (value(point, "shifted"), point["alpha"]))["alpha"]

@@ -1,4 +1,4 @@
-"""What the training stages share: policies in and out, data, and the offline schedule."""
+"""Shared parts of the training stages: loading and saving policies, data, the schedule."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -47,15 +47,15 @@ from align.tuning.wrap import add_tuner, has_adapter
 
 LOSS_SAVED = "eval/loss_saved"
 SAVED_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
-"""Most that merging may move the held-out loss: in nats, or as a share of a loss above 1."""
+"""Largest change of the held-out loss by merging: in nats, or as a fraction of a loss above 1."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def read_back(load: Callable[[], Model]) -> Model | None:
-    """Load what was saved beside the trained model; None on every rank where it does not fit.
+    """Load the saved model next to the trained one; return None on every rank if it does not fit.
 
-    Full-precision weights take four times the memory of those in 4 bits or more, so on an
-    accelerator that holds the one the other may not fit. All ranks must take part.
+    Full-precision weights take at least four times the memory of 4-bit weights, so they may not
+    fit on the same accelerator. Every rank must call this.
     """
     try:
         model = load()
@@ -63,8 +63,8 @@ def read_back(load: Callable[[], Model]) -> Model | None:
         model = None
     if distributed.global_sum(float(model is None)):
         log.warning(
-            "the saved full-precision model does not fit beside the trained one: %s is not "
-            "measured; an evaluate stage can score what was saved",
+            "the saved full-precision model does not fit in memory next to the trained one: %s is "
+            "not measured. An evaluate stage can score the saved model",
             LOSS_SAVED,
         )
         return None
@@ -72,9 +72,9 @@ def read_back(load: Callable[[], Model]) -> Model | None:
 
 
 def saved_loss(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:
-    """Give the held-out loss of what was saved, under its own name; nothing without held-out rows.
+    """Return the held-out loss of the saved model under its own name; empty without held-out rows.
 
-    The task's references (dpo, kto) stay those of the training: the 4-bit start.
+    The reference log-probabilities of dpo and kto remain those of the 4-bit initial model.
     """
     if not task.heldout:
         return {}
@@ -82,10 +82,10 @@ def saved_loss(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> d
 
 
 def check_saved_loss(final: Mapping[str, float], *, dtype: str) -> None:
-    """Refuse weights whose held-out loss is not that of the policy that was trained.
+    """Check that the saved weights have the held-out loss of the trained policy.
 
     Raises:
-        TrainingError: merging has made another model of it.
+        TrainingError: the losses differ, so merging changed the model.
     """
     trained, saved = final["eval/loss"], final[LOSS_SAVED]
     limit = SAVED_LIMIT[dtype] * max(1.0, abs(trained))
@@ -101,7 +101,7 @@ def check_saved_loss(final: Mapping[str, float], *, dtype: str) -> None:
 def build_anchor(
     spec: OfflineStage | OnlineStage, module: LogprobModel, chat: ChatFormat, context: StageContext
 ) -> Anchor | None:
-    """Measure what the old task needs of the policy as it is now; None without ``keep.ewc``."""
+    """Return the EWC anchor of the old task at the current weights; None without ``keep.ewc``."""
     ewc = spec.keep.ewc
     if ewc is None:
         return None
@@ -118,12 +118,12 @@ def build_anchor(
 
 
 def replayed(spec: OfflineStage | OnlineStage) -> list[DataSpec]:
-    """Give the data of the old task that the stage reads, for the manifest."""
+    """Return the old task's data that the stage reads, for the manifest."""
     return [] if spec.keep.ewc is None else spec.keep.ewc.data
 
 
 def log_likelihood(module: nn.Module, row: TokenRow) -> Tensor:
-    """Sum the log-probabilities (nats) of a row's trained tokens."""
+    """Return the sum of the log-probabilities (nats) of a row's trained tokens."""
     batch = pack([row])
     return module(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs.sum()
 
@@ -132,7 +132,7 @@ log = logging.getLogger(__name__)
 
 
 def load_init(spec: TrainingStage, context: StageContext) -> Artefact:
-    """Return the policy that a stage starts from; refuse one whose tuning cannot be continued."""
+    """Return the policy that a stage starts from; raise if its tuning cannot be continued."""
     source = context.artefact(spec.init, "policy", with_adapter=True)
     made_by = source.manifest.get("spec", {}).get("tuning")
     check_start(source.model_dir, made_by, spec.tuning)
@@ -146,20 +146,20 @@ def load_backbone(spec: TrainingStage, context: StageContext) -> Artefact:
 
 
 def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artefact) -> None:
-    """Refuse weights below a new head that the start lacks and ``tuning`` would not train.
+    """Check that no weight below a new head is missing unless ``tuning`` trains it.
 
     Raises:
-        ArtefactError: there are some in ``missing``.
+        ArtefactError: a missing weight would stay random.
     """
     if missing and spec.tuning.method != "full":
         raise ArtefactError(
-            f"{source.path}: has no weights for {', '.join(missing[:3])}, which would stay random "
-            f"under tuning.method {spec.tuning.method}; use full, or a model that has them"
+            f"{source.path}: no weights for {', '.join(missing[:3])}, which would stay random "
+            f"with tuning.method {spec.tuning.method}. Use full, or a model that has them"
         )
 
 
 def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> LogprobModel:
-    """Load the policy of a training stage and add what its recipe's ``tuning`` trains."""
+    """Return the policy of a training stage with the adapter of its ``tuning``."""
     model = load_for_training(
         model_dir,
         spec.tuning,
@@ -174,7 +174,7 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
 
 
 def add_tuner_to_backbone(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
-    """Return the model below a new head with what ``tuning`` trains."""
+    """Return the model below a new head with the adapter of ``tuning``."""
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         if spec.tuning.method not in ("full", "head"):
@@ -185,9 +185,9 @@ def add_tuner_to_backbone(spec: OfflineStage, backbone: Any, *, seed: int) -> An
 def save_trained_policy(
     spec: TrainingStage, module: LogprobModel, *, source: Artefact, out: Path
 ) -> None:
-    """Write model/ and, with an adapter, adapter/; all ranks must take part.
+    """Write model/ and, with an adapter, adapter/; every rank must call this.
 
-    model/ holds the adapter merged where that is possible, and else the frozen weights.
+    model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
     """
     state, adapter = whole_state(module.model, source)
     if distributed.rank() == 0:
@@ -200,10 +200,10 @@ def save_trained_policy(
 def whole_state(
     model: nn.Module, source: Artefact
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
-    """Copy a trained model's weights, and its adapter's tensors and configuration if it has one.
+    """Return copies of a model's weights, and of its adapter's tensors and configuration if any.
 
-    Under ZeRO-3 each rank holds but a part of them: all ranks must take part. Only rank 0 keeps
-    the copy; the others return no weights.
+    Under ZeRO-3 each rank has only a part of them, so every rank must call this. Only rank 0 keeps
+    the copies; the other ranks return no weights.
     """
     if any(map(is_quantised, model.parameters())):
         named = full_precision_weights(model, source.model_dir)
@@ -220,7 +220,7 @@ def whole_state(
 
 
 def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:
-    """Derive the schedule of an offline stage from its recipe and the number of its rows."""
+    """Return the schedule of an offline stage for a number of rows."""
     return OfflineSchedule(
         total_steps=total_steps(
             num_rows, batch_size=spec.batch_size, epochs=spec.epochs, steps=spec.steps
@@ -236,11 +236,11 @@ def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSch
 
 @dataclass(frozen=True, slots=True)
 class OfflineRows:
-    """The tokenized rows of an offline stage, and what loading them has found.
+    """Tokenized rows of an offline stage, with the findings of loading them.
 
     Attributes:
-        training: rows to train on. heldout: rows that the loss is measured on.
-        examples: some of the examples that the rows were made from, for the preflight.
+        training: rows to train on. heldout: rows for held-out evaluation.
+        examples: some of the examples behind the rows, for the preflight.
         checks: lines of the preflight's card. notes: entries of the manifest.
     """
 
@@ -258,11 +258,11 @@ def offline_rows(
     kind: Literal["sft", "preference", "unpaired", "steps", "classes"],
     render: Callable[[Example], Any],
 ) -> OfflineRows:
-    """Load and tokenize training and held-out rows; no prompt may be on both sides.
+    """Load and tokenize training and held-out rows that share no prompt.
 
     Args:
-        spec: the stage; its ``max_length`` and ``max_lost_frac`` bound what is lost.
-        context: the stage's surroundings. kind: what the rows must hold.
+        spec: the stage; ``max_length`` and ``max_lost_frac`` bound the dropped rows.
+        context: context of the stage. kind: kind of rows, such as sft or preference.
         render: example -> tokenized row.
     """
     training = load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap)
@@ -313,7 +313,7 @@ def run_offline(
     stopping: EarlyStopping | None,
     anchor: Anchor | None = None,
 ) -> dict[str, float]:
-    """Train ``module`` on an offline task; give the last metrics."""
+    """Train ``module`` on an offline task and return the last metrics."""
     schedule = offline_schedule(spec, len(task.rows), context.seed)
     learner = Learner(
         module,
@@ -340,7 +340,7 @@ def run_offline(
 def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
     """Return path, sha256 and rows of every file behind the data specs, for the manifest.
 
-    The hashes are those of the bytes that were parsed when the rows were read.
+    The hashes are of the bytes that were parsed when the rows were loaded.
     """
     found: list[dict[str, Any]] = []
     for spec in (spec for group in groups for spec in group):
@@ -392,7 +392,7 @@ def train_policy(
     chat: ChatFormat,
     context: StageContext,
 ) -> StageResult:
-    """Train the policy of an offline stage, save it and sum the stage up."""
+    """Train and save the policy of an offline stage, and return its results."""
     anchor = build_anchor(spec, module, chat, context)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
@@ -411,7 +411,7 @@ def train_policy(
         saved = read_back(partial(load_tuned_policy, context.out / "model", dtype=spec.dtype))
         if saved is not None:
             final |= saved_loss(LogprobModel(saved), task, spec.micro_tokens)
-            # qlora saves another policy on purpose; the best weights are not the last ones.
+            # qlora saves a different policy on purpose; the best weights are not the last ones.
             if spec.tuning.method != "qlora" and stopping is None:
                 check_saved_loss(final, dtype=spec.dtype)
     return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)

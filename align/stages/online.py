@@ -62,7 +62,7 @@ def build_watch(
     best: BestWeights,
     metrics: MetricsLog,
 ) -> Watch:
-    """Put together what evaluates an online run while it trains.
+    """Return the training monitor: held-out evaluation during online training.
 
     Raises:
         DataError: there are fewer held-out prompts than ranks.
@@ -91,9 +91,9 @@ def build_watch(
 
 
 def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
-    """Keep the weights that were asked for; give the manifest's notes on it.
+    """Restore the weights selected by ``keep`` and return the manifest's notes.
 
-    Where the guard ended the stage these are the best ones, whatever ``keep`` says.
+    If the guard ended the stage, these are always the best weights.
     """
     top, alarm = guard.best_step(watch.history), watch.stopped_by
     best.prune({top})
@@ -112,7 +112,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
-    """Read the prompts; build the policy ``spec.init``, its reference, the engine and rewards."""
+    """Load the prompts; build policy, reference policy, engine and rewards."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     training, heldout = load_prompts(spec, context)
@@ -158,13 +158,13 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an online stage is built from, checked before it trains.
+    """Parts of an online stage, which are checked before training.
 
     Attributes:
         source: what ``init`` names. chat: its renderer.
         prompts: to train on. heldout: to evaluate on while training.
         engine: the sampler. module: the policy. rewards: of the training.
-        reference: the policy of the start; None where no KL is asked for.
+        reference: the initial policy; None if no KL is needed.
     """
 
     source: Artefact
@@ -178,7 +178,7 @@ class Parts:
 
 
 def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult:
-    """Reinforce the policy with the rewards, and write it before the engine is closed."""
+    """Train the policy on the rewards, and save it before the engine is closed."""
     online = build_run(spec, context, parts)
     metrics = context.metrics(spec.steps)
     write = partial(save_trained_policy, spec, parts.module, source=parts.source)
@@ -200,7 +200,7 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
     """Return the online loop's parts: policy and critic under their learners, and the KL."""
     algorithm = build_algorithm(spec)
     updates = spec.minibatches * spec.update_epochs  # of one step
-    # The policy's schedule is over the steps that it takes, not over those that teach the critic.
+    # The policy's schedule excludes the warm-up steps that train only the critic.
     policy_steps = max(1, spec.steps - algorithm.critic_warmup_steps)
     policy = Learner(
         parts.module,
@@ -228,7 +228,7 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
 
 
 def probe_of(prompts: Sequence[PromptRow]) -> tuple[int, ...]:
-    """Return token ids whose log-probabilities can be compared: two or more, of a prompt."""
+    """Return the ids of a prompt with at least two tokens, to compare log-probabilities on."""
     first = next((p.input_ids for p in prompts if len(p.input_ids) > 1), prompts[0].input_ids)
     return first if len(first) > 1 else first * 2
 
@@ -241,7 +241,7 @@ def begin_watch(
     best: BestWeights,
     metrics: MetricsLog,
 ) -> Watch | None:
-    """Return the evaluation while training that the recipe asks for; None without one."""
+    """Return the training monitor of the recipe, or None if it has none."""
     spec = online.spec
     if spec.watch is None:
         return None
@@ -258,7 +258,7 @@ def begin_watch(
 
 
 def load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example], list[Example]]:
-    """Load the prompts to train on and those held out; none may be on both sides."""
+    """Return training and held-out prompts that do not overlap."""
     training = load_examples(spec.prompts, kind="prompts", seed=context.seed)
     if spec.watch is None:
         return training, []
@@ -270,7 +270,7 @@ def load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example
 def build_reference(
     spec: OnlineStage, module: LogprobModel, model_dir: Path
 ) -> LogprobModel | None:
-    """Give the policy of the start of this stage: with its adapter off, or a frozen copy."""
+    """Return the initial policy: the policy with its adapter off, or a frozen copy."""
     if spec.kl.coef == 0.0 and spec.watch is None:
         return None
     if off_is_start(spec.tuning, model_dir):
@@ -281,9 +281,9 @@ def build_reference(
 def build_critic(
     spec: OnlineStage, policy_dir: Path, context: StageContext, updates: int
 ) -> Learner | None:
-    """Build PPO's value network from a reward model or the policy; its head starts at zero.
+    """Return PPO's critic, built from a reward model or the policy; its head starts at zero.
 
-    All its weights are trained, whatever ``tuning`` says of the policy.
+    All its weights are trained, regardless of the policy's ``tuning``.
     """
     if spec.critic is None:
         return None
@@ -295,7 +295,7 @@ def build_critic(
     if load_tokenizer(folder).get_vocab() != load_tokenizer(policy_dir).get_vocab():
         raise ArtefactError(
             f"critic.init: {spec.critic.init} has another vocabulary than the policy, whose tokens "
-            "it would judge; remove it, and the critic begins from the policy"
+            "it must score. Remove critic.init to start the critic from the policy"
         )
     scorer = scorer_from(folder, dtype=spec.dtype)
     nn.init.zeros_(scorer.head.weight)
@@ -313,7 +313,7 @@ def _is_reward(reference: str, context: StageContext) -> bool:
 
 
 def build_kl(spec: OnlineStage) -> FixedKL | AdaptiveKL:
-    """Give the KL coefficient's controller."""
+    """Return the controller of the KL coefficient."""
     if spec.kl.target is None:
         return FixedKL(spec.kl.coef)
     return AdaptiveKL(spec.kl.coef, spec.kl.target, spec.kl.horizon)

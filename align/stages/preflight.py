@@ -1,4 +1,4 @@
-"""The checks of each family of stages, put together, and the rows that the report shows."""
+"""The preflight checks of each family of stages, and the token views of the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from align.stages.evaluate.measure import TaskRewards
 from align.training.offline import OfflineTask
 
 NUM_SHOWN = 2
-"""Rows of a stage that are kept token by token."""
+"""Number of rows in the token view of a stage."""
 
 MADE_UP = [
     Example(
@@ -39,11 +39,11 @@ MADE_UP = [
         source="made up",
     ),
 ]
-"""Conversations of one turn and of several, for models that bring no data with them."""
+"""Conversations of one and of several turns, for stages without data."""
 
 
 def row_views(rows: Sequence[Any], chat: ChatFormat | PairedFormat) -> list[View]:
-    """View some rows of a training stage; of a pair both sides."""
+    """Return token views of some rows of a training stage; of a pair, both sides."""
     few = [sides_of(row) for row in spread(rows, NUM_SHOWN)]
     few = few[:1] if len(few[0]) > 1 else few
     names = ("chosen", "rejected") if len(few[0]) > 1 else ("row",)
@@ -55,13 +55,13 @@ def row_views(rows: Sequence[Any], chat: ChatFormat | PairedFormat) -> list[View
 
 
 def base_checks(model_dir: Path) -> list[Check]:
-    """Give the checks on a model that was brought in: made-up conversations are rendered."""
+    """Return the checks on an imported model, made with sample conversations."""
     chat = chat_format(model_dir)
     return prompt_checks(chat, [chat.prompt_row(e) for e in MADE_UP], model_dir=model_dir)
 
 
 def corpus_checks(spec: BaseStage, context: StageContext) -> list[Check]:
-    """Give what can be checked before a model is built: that there is text to learn from."""
+    """Return the check on the corpus, which runs before a model is built."""
 
     def corpus() -> Finding:
         texts = [
@@ -91,8 +91,8 @@ def offline_checks(
     """Return the checks of an offline stage: its rows, the model it starts from, its loss.
 
     Args:
-        module: what the loss is called with. model: the transformers or peft model inside it.
-        task: rows, batches and loss. examples: some of what its rows were made from.
+        module: passed to the loss. model: the transformers or peft model inside it.
+        task: rows, batches and loss. examples: some of the examples behind its rows.
     """
     flat = [side for row in task.rows for side in sides_of(row)]
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -104,7 +104,7 @@ def offline_checks(
 
 
 def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
-    """View some responses of the sampler after their prompts, as they will be trained."""
+    """Return token views of some sampled responses after their prompts."""
     prompts, completions = probe.own_answers()
     found = []
     for prompt, said in spread(list(zip(prompts, completions, strict=True)), NUM_SHOWN):

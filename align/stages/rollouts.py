@@ -1,4 +1,4 @@
-"""What stages that sample share: engine, prompts, weight sync and rewards."""
+"""Shared parts of the sampling stages: engine, prompts, weight pushes and rewards."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def start_engine(
     chat: ChatFormat,
     context: StageContext,
 ) -> RolloutEngine:
-    """Start the sampler that the recipe asks for, with the weights in ``model_dir``."""
+    """Start the rollout engine of the recipe with the weights in ``model_dir``."""
     return build_engine(
         spec.sampling.engine,
         model_dir,
@@ -66,7 +66,7 @@ def start_engine(
 
 
 def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
-    """Render the prompts; those too long to be answered in full are lost, counted and bounded."""
+    """Return the tokenized prompts; those without room for a full response are dropped."""
     examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
     return fitted(examples, spec, chat, context, what="prompts")
 
@@ -74,7 +74,7 @@ def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[Prom
 def fitted(
     examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
 ) -> list[PromptRow]:
-    """Render prompts and drop those that do not fit, noted in the ledger.
+    """Return the tokenized prompts that fit, and record the others in the ledger.
 
     A prompt and its response must fit into ``max_length`` and into the model's positions.
     """
@@ -91,7 +91,7 @@ def fitted(
 
 
 def num_positions(chat: ChatFormat) -> int | None:
-    """Return how many positions the model of a renderer has; None where nothing says so."""
+    """Return the number of positions of the model, or None if its configuration has none."""
     file = Path(chat.tokenizer.name_or_path) / "config.json"
     if not file.is_file():
         return None
@@ -102,7 +102,7 @@ def num_positions(chat: ChatFormat) -> int | None:
 
 
 class Push:
-    """The way of the policy's weights into the engine, and the proof that it answers with them."""
+    """Pushes the policy's weights into the engine and verifies that the engine uses them."""
 
     def __init__(self, engine: RolloutEngine, policy: Learner, probe: Sequence[int]) -> None:
         self.engine, self.policy, self.probe = engine, policy, probe_of(probe)
@@ -110,7 +110,7 @@ class Push:
         self._proof: Proof | None = None
 
     def __call__(self, version: int) -> None:
-        """Push under ``version``; the engine starts with version 0, the policy of the start."""
+        """Push the weights as ``version``; the engine starts with version 0, the initial policy."""
         if version != self.engine.version:
             policy, alone = self.policy.module.model, self.engine.takes_adapter
             pushed = pushed_weights(policy, adapter_alone=alone)
@@ -124,23 +124,23 @@ class Push:
         check_answers(self.engine, self.probe, logprobs, self._rounding)
 
     def _note(self, proof: Proof) -> None:
-        """Log what the checksums speak for, once and where it changes."""
+        """Log which tensors the checksums cover, once and whenever that changes."""
         if proof == self._proof:
             return
         self._proof = proof
-        log.info("push: %d tensors in the engine are what was sent, by checksum", proof.same)
+        log.info("push: %d tensors in the engine verified by checksum", proof.same)
         if proof.unplaced:
             log.warning(
-                "push: no checksum speaks for %d tensors, which the engine holds in another form "
-                "(%s ...); the log-probabilities alone do",
+                "push: %d tensors have another layout in the engine, so no checksum covers them "
+                "(%s ...); they are verified by log-probabilities only",
                 *(len(proof.unplaced), proof.unplaced[0]),
             )
 
 
 def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: OnlineStage) -> None:
-    """Compare a merged policy with the one in memory: merging must not change it.
+    """Check that a merged policy equals the one in memory, up to rounding.
 
-    Qlora's is another one on purpose: the update on weights that were never quantized.
+    With qlora it differs on purpose: the update is applied to weights that were never quantized.
 
     Raises:
         TrainingError: the log-probabilities of a prompt differ by more than rounding.
@@ -155,10 +155,10 @@ def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: O
     times = excess(gap, measured_rounding(saved, probe, found))
     if times > ENGINE_LIMIT:
         raise TrainingError(
-            f"{model_dir}: the merged weights are another model than the trained one: "
+            f"{model_dir}: the merged weights differ from the trained model: "
             f"log-probabilities of {len(gap)} tokens are {float(gap.abs().mean()):.3g} nats apart "
-            f"on average, {times:.3g} times what rounding does, expected at most "
-            f"{ENGINE_LIMIT:g} times; the adapter is in adapter/: merge it in float32 "
+            f"on average, {times:.3g} times the effect of rounding, expected at most "
+            f"{ENGINE_LIMIT:g} times. The adapter is in adapter/: merge it in float32 "
             "(dtype: float32)"
         )
 
@@ -166,16 +166,16 @@ def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: O
 def build_rewards(
     specs: list[Any], context: StageContext, tokenizer: Any = None
 ) -> list[RewardFunction]:
-    """Build rewards with stage names resolved to the folders of their reward models.
+    """Return the rewards, with stage names resolved to the folders of their reward models.
 
     Args:
-        specs: as the recipe has them. context: the stage's surroundings.
-        tokenizer: of the policy whose responses are scored; None where no token ids are given.
+        specs: rewards of the recipe. context: context of the stage.
+        tokenizer: tokenizer of the scored policy; None if rewards get text without token ids.
 
     Raises:
         TrainingError: a reward server or a judge cannot be used.
-        RecipeError: a reward cannot be built as the recipe has it; own code does not load.
-        ArtefactError: a process reward has another vocabulary than the policy.
+        RecipeError: a reward is invalid, or custom code cannot be loaded.
+        ArtefactError: a process reward model has another vocabulary than the policy.
     """
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
@@ -190,7 +190,7 @@ def build_rewards(
 
 
 def _complete(reward: Any, plain: dict[str, Any], tokenizer: Any) -> None:
-    """Make the scorers whole whose adapters are not merged; tell them whose ids they will get."""
+    """Add unmerged adapters to reward models and set the tokenizer of the ids they receive."""
     if plain["kind"] in ("scalar", "process"):
         made_whole(reward.model, plain["model"])
         try:

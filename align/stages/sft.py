@@ -1,4 +1,4 @@
-"""Stage sft: maximum likelihood of the assistant turns, mean over the tokens of the batch."""
+"""Stage sft: supervised fine-tuning on the assistant turns; the loss is a token mean."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from align.training.offline import OfflineTask
 
 
 def prepare(spec: SftStage, context: StageContext) -> Prepared:
-    """Read the rows and build the policy of ``spec.init``, to be fine-tuned on them."""
+    """Load the rows and build the policy of ``spec.init``."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, kind="sft", render=chat.sft_row)
@@ -34,10 +34,10 @@ def length_of(row: TokenRow) -> int:
 
 
 def collate(rows: Sequence[TokenRow], batch: Sequence[TokenRow]) -> PackedBatch:
-    """Pack rows; the global count is the trained tokens of the whole batch, by their weight.
+    """Pack rows; the global count is the sum of the weights of the batch's trained tokens.
 
-    A row weighs as much as its label is probable (weak labels; 1 for all others), times the
-    weights that its turns or the row itself were given.
+    The weight of a token is the label probability of its row (below 1 for weak labels only) times
+    the weights of its turn and its row.
     """
     weighed = any(row.label_prob != 1.0 or row.weights for row in rows)
     return pack(
@@ -52,16 +52,16 @@ def _trained(row: TokenRow) -> float:
 
 
 def weights_of(row: TokenRow) -> list[float]:
-    """Return what the loss of each token of a row is multiplied by."""
+    """Return the weight of each token of a row in the loss."""
     return [row.label_prob * weight for weight in row.weights or (1.0,) * len(row.input_ids)]
 
 
 def sft_loss(
     model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give this micro-batch's share of the mean negative log-likelihood per trained token.
+    """Return this micro-batch's part of the mean negative log-likelihood per trained token.
 
-    Targets are smoothed while training only: the held-out loss stays the plain one.
+    Labels are smoothed only during training; the held-out loss is the plain one.
     """
     smoothing = label_smoothing if model.training else 0.0
     found = model(batch.input_ids, batch.position_ids, mask=batch.mask, label_smoothing=smoothing)

@@ -248,7 +248,7 @@ def test_weights_that_would_stay_random_are_refused(folder):
         ([{"text": "a", "label": "x"}], r"a\.jsonl:1: every training row is of class 'x'"),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
-            r"heldout\.jsonl:1: class 'colour' stands in no training row; there are x, y",
+            r"heldout\.jsonl:1: class 'colour' is in no training row; known classes are x, y",
         ),
         ([{"text": "a", "label": None}], r"a\.jsonl:1: label: expected the name .* found None"),
         ([{"text": "a"}], r"a\.jsonl:1: no known format has the fields \['text'\].*text, label"),

@@ -56,8 +56,8 @@ def test_contaminated_row_stops_the_stage_with_both_places(stage, started, tmp_p
     recipe, run_dir = started
     code, said = runs.run(recipe, stage, run_dir, overrides=options(stage, tmp_path))
     assert code == 2, said
-    assert "1 of 4 held-out prompts stand in the training texts" in said
-    assert f"{tmp_path}/held.jsonl:2 stands in {tmp_path}/train.jsonl:5" in said
+    assert "1 of 4 held-out prompts appear in the training data" in said
+    assert f"{tmp_path}/held.jsonl:2 appears in {tmp_path}/train.jsonl:5" in said
     assert not (run_dir / stage / "metrics.jsonl").exists()
 
 

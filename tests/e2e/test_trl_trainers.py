@@ -238,7 +238,7 @@ def test_a_stopped_trainer_goes_on_only_from_what_holds_all_of_it(
     checkpoints: list[str],
 ) -> None:
     with pytest.raises(
-        RecipeError, match=r"in no checkpoint|out the second model|begin at the first"
+        RecipeError, match=r"not in a checkpoint|lack the second model|again at its first batch"
     ):
         run(recipe, name, fresh, change)
     changes = (change, "checkpoint_every=0")

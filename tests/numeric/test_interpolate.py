@@ -144,7 +144,7 @@ def test_rule_takes_the_best_shifted_score_that_keeps_what_was_learnt() -> None:
     equal = [point(0.5, 0.8, 0.7), point(0.75, 0.9, 0.7), point(1.0, 0.8, 0.4)]
     assert choose(equal, tolerance=0.0) == 0.75
     assert choose([point(0.5, None, 0.7), point(1.0, 0.8, None)], tolerance=0.0) == 1.0
-    with pytest.raises(ArtefactError, match="no answer of the fine-tuned model could be scored"):
+    with pytest.raises(ArtefactError, match="no response of the fine-tuned model could be scored"):
         choose([point(0.5, 0.5, 0.7), point(1.0, None, None)], tolerance=0.1)
 
 

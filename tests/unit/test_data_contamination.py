@@ -56,6 +56,6 @@ def test_limit_decides_between_a_warning_and_a_stop():
     assert describe(result, max_frac=0.05).verdict == "warn"
     finding = describe(result, max_frac=0.04)
     assert finding.verdict == "fail"
-    assert "h:3 stands in t:7" in finding.remedy
+    assert "h:3 appears in t:7" in finding.remedy
     assert describe(result, max_frac=None).verdict == "warn"
     assert describe(Contamination(0, 9, []), max_frac=0.0).verdict == "ok"

@@ -82,10 +82,10 @@ def test_chat_commands_reset_set_the_temperature_and_quit(model_dir: Path):
     assert chat.turns == []
     assert chat.temperature == 0.5
     assert "found 'x'; expected a number >= 0" in shown
-    assert "no command /nope" in shown
+    assert "unknown command /nope" in shown
 
 
 def test_chat_says_when_the_context_is_full(model_dir: Path):
     _, shown = say(model_dir, "a " * 40)
     # 40 words, "user" and "assistant".
-    assert "the conversation has 42 tokens, the model takes 32; use /reset" in shown
+    assert "the conversation has 42 tokens, but the context has 32. Use /reset" in shown

@@ -1,4 +1,4 @@
-"""Measure a judge (an endpoint or a reward model) on preference pairs that people have ordered."""
+"""Calibrate a judge (an endpoint or a reward model) on human preference pairs."""
 
 import argparse
 import json
@@ -13,13 +13,15 @@ from align.stages.evaluate.judge import calibrate
 
 
 def main() -> NoReturn:
-    """Measure the judge of the command line; never returns."""
-    parser = argparse.ArgumentParser(description="Measure a judge against people.")
+    """Calibrate the judge named on the command line and exit."""
+    parser = argparse.ArgumentParser(description="Calibrate a judge on human preference pairs.")
     parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
     parser.add_argument("--model", help="name of the model at the endpoint")
     parser.add_argument("--pairs", required=True, help="file of preference pairs")
     parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
-    parser.add_argument("--heldout-frac", type=float, help="only those held out by this share")
+    parser.add_argument(
+        "--heldout-frac", type=float, help="use only the held-out pairs of this fraction"
+    )
     parser.add_argument("--criteria", default=PairwiseSpec.model_fields["criteria"].default)
     parser.add_argument("--cache", default=EndpointSpec.model_fields["cache"].default)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

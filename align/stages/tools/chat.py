@@ -1,4 +1,4 @@
-"""Talk to a policy in the terminal, or answer the lines of standard input."""
+"""Chat with a policy in the terminal, or respond to the lines of standard input."""
 
 import argparse
 import sys
@@ -11,11 +11,11 @@ from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.text import VisibleStream
 from align.core.types import Text, Turn
 
-HELP = "/reset forgets the conversation, /temperature 0.5 sets it, /quit ends"
+HELP = "/reset clears the conversation, /temperature 0.5 sets it, /quit ends"
 
 
 class Chat:
-    """Hold a conversation with one model; it is rendered as in training.
+    """A conversation with one model, rendered as in training.
 
     Args:
         model_dir: weights, tokenizer and generation configuration of a policy.
@@ -47,11 +47,11 @@ class Chat:
 
     @property
     def has_template(self) -> bool:
-        """Say whether the model takes conversations; else each line is text to go on from."""
+        """Whether the model has a chat template; without one, each line is text to continue."""
         return self.format.tokenizer.chat_template is not None
 
     def answer(self, line: str, out: TextIO) -> str:
-        """Answer one line, writing the response to ``out`` as it comes.
+        """Respond to one line, streaming the response to ``out``.
 
         Raises:
             DataError: the conversation does not fit the model's context.
@@ -65,7 +65,7 @@ class Chat:
         room = self.max_new_tokens if context is None else context - len(ids)
         if room < 1:
             raise DataError(
-                f"the conversation has {len(ids)} tokens, the model takes {context}; use /reset"
+                f"the conversation has {len(ids)} tokens, but the context has {context}. Use /reset"
             )
         tokens = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode():
@@ -83,7 +83,7 @@ class Chat:
         return text
 
     def _sampling(self) -> dict[str, Any]:
-        # The saved generation configuration must not add a cut-off of its own.
+        # The saved generation configuration must not add a limit of its own, such as top_k.
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
@@ -101,18 +101,18 @@ def _streamer(tokenizer: Any, out: TextIO) -> Any:
 
 
 def talk(chat: Chat, lines: Iterator[str], out: TextIO) -> None:
-    """Answer lines until they end or one says /quit."""
+    """Respond to lines until they end or one is /quit."""
     for line in lines:
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
             chat.turns = []
-            out.write("the conversation starts anew\n")
+            out.write("conversation cleared\n")
         elif command == "/temperature":
             out.write(_set_temperature(chat, rest) + "\n")
         elif command.startswith("/"):
-            out.write(f"no command {command}; {HELP}\n")
+            out.write(f"unknown command {command}: {HELP}\n")
         elif command:
             try:
                 chat.answer(line.strip(), out)
@@ -143,8 +143,8 @@ def _typed_lines() -> Iterator[str]:
 
 
 def main() -> None:
-    """Talk to the artifact of the command line; never returns."""
-    parser = argparse.ArgumentParser(description="Talk to a checkpoint.")
+    """Chat with the artifact named on the command line."""
+    parser = argparse.ArgumentParser(description="Chat with a model.")
     parser.add_argument("artefact", type=Path, help="runs/<recipe>/<stage>")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -165,7 +165,7 @@ def main() -> None:
         sys.exit(e.exit_code)
     typed = sys.stdin.isatty()
     if typed:
-        kind = "" if chat.has_template else "; no chat template: each line is text to go on from"
+        kind = "" if chat.has_template else "; no chat template: each line is text to continue"
         sys.stdout.write(f"{args.artefact}: {HELP}{kind}\n")
     out = cast(TextIO, VisibleStream(sys.stdout))
     talk(chat, _typed_lines() if typed else iter(sys.stdin), out)

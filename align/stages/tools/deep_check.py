@@ -1,7 +1,7 @@
-"""The deep check of a recipe: the preflight of every stage whose inputs are there, nothing trained.
+"""The deep check of a recipe: the preflight of every stage whose inputs exist, without training.
 
-Stages run as far as their preflight, in a temporary folder that holds links to what the run has
-finished and the models that base and encoder stages bring in by path. The run folder is only read.
+Stages run up to their preflight in a temporary folder. It contains links to the run's finished
+stages and the models that base and encoder stages import by path. The run folder is only read.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BRINGS_IN = (BaseStage, EncoderStage)
 
 
 def main() -> NoReturn:
-    """Check a recipe as this process; cards go to a file, one JSON object a line."""
+    """Check a recipe and write the cards to a file, one JSON object per line."""
     parser = argparse.ArgumentParser(description="Run the preflight of a recipe's stages.")
     parser.add_argument("--resolved", required=True, help="resolved recipe")
     parser.add_argument("--run-dir", required=True, help="folder with finished stages")
@@ -62,14 +62,14 @@ def main() -> NoReturn:
 def check_recipe(
     recipe: Recipe, done: dict[str, Path], *, only: str | None = None
 ) -> Iterator[Card]:
-    """Check the stages of a recipe in order.
+    """Yield the preflight card of each stage of a recipe, in order.
 
     Args:
         recipe: a valid recipe. done: finished stages and their folders.
-        only: check this stage alone; its inputs are still brought in.
+        only: check this stage alone; its inputs are still imported.
 
     Yields:
-        One card for each stage; a stage whose inputs are not made yet has one line that says so.
+        One card per stage. If the inputs do not exist yet, the card has one line saying so.
     """
     with tempfile.TemporaryDirectory(prefix="align-check-") as name:
         inputs, work = Path(name) / "inputs", Path(name) / "work"
@@ -88,11 +88,11 @@ def check_recipe(
 
 
 def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
-    """Run one stage up to its preflight.
+    """Run one stage up to its preflight and return the card.
 
     Args:
-        inputs: folder of the artifacts that there are, by stage; a model that a base stage brings
-            in by path is added to it.
+        inputs: folder with the existing artifacts by stage; a model that a base stage imports by
+            path is added to it.
         scratch: empty folder that the stage may write to.
     """
     spec = recipe.stages[name]
@@ -102,8 +102,10 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
         if reference in recipe.stages and not (inputs / reference).exists()
     ]
     if missing:
-        what = f"needs {', '.join(missing)}, not made yet"
-        remedy = "run the recipe that far and check again; each stage also checks itself first"
+        what = f"needs {', '.join(missing)}, which does not exist yet"
+        remedy = (
+            "run the recipe up to there and check again; every stage also runs its own preflight"
+        )
         return Card(name, spec.kind, [Line("inputs", what, "", "not yet", remedy)])
     context = StageContext(recipe, name, inputs, recipe.seed_of(name), scratch=scratch)
     try:

@@ -18,10 +18,12 @@ log = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """Measure and write; never returns."""
+    """Measure the reward models named on the command line, write their cards, and exit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artefacts", nargs="+", type=Path, help="folders of reward stages")
-    parser.add_argument("--pairs", help="data sources as JSON; default: what the stage held out")
+    parser.add_argument(
+        "--pairs", help="data sources as JSON; default: the held-out data of the stage"
+    )
     parser.add_argument("--sets", default="[]", help="data sources as JSON")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
@@ -37,23 +39,23 @@ def main() -> NoReturn:
 
 
 def measure(models: dict[str, Artefact], pairs: str | None, sets: str) -> dict[str, Any]:
-    """Give the card of each model on the same data.
+    """Return the card of each model, all on the same data.
 
     Raises:
-        DataError: no pairs are named, and the first model's stage held none out.
+        DataError: no pairs are given, and the first model's stage held none out.
     """
     first = next(iter(models.values())).manifest
     spec = first["spec"]
     named = json.loads(pairs) if pairs else spec.get("heldout", [])
     if not named or (not pairs and spec.get("supervision", "pairs") != "pairs"):
         raise DataError(
-            f"{next(iter(models))}: its stage held out no pairs; name some with --pairs FILE"
+            f"{next(iter(models))}: its stage held out no pairs. Pass some with --pairs FILE"
         )
     given = CardInput(
         pairs=sources(named),
         sets=sources(json.loads(sets)),
         max_length=spec["max_length"],
-        # Rows that do not fit are counted on the card; the stage that trained bounded them.
+        # Rows that do not fit are only counted on the card; the training stage has bounded them.
         max_lost_frac=1.0,
         seed=first["seed"],
     )
@@ -61,7 +63,7 @@ def measure(models: dict[str, Artefact], pairs: str | None, sets: str) -> dict[s
 
 
 def sources(plain: Sequence[dict[str, Any]]) -> list[DataSpec]:
-    """Read data sources that are written as in a recipe."""
+    """Return data sources from their recipe form."""
     return [DataSpec.model_validate(source) for source in plain]
 
 

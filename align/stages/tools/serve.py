@@ -1,4 +1,4 @@
-"""Serve a reward model over HTTP: one process, one scorer."""
+"""Serve a reward model over HTTP: one process, one model."""
 
 import argparse
 import logging
@@ -13,16 +13,18 @@ from align.tuning.loading import made_whole
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 256
-"""Connections at a time; more are told to come again, so half-sent requests hold up nobody."""
+"""Maximum concurrent connections; others get 503, so slow requests cannot block the server."""
 
 
 def main() -> NoReturn:
-    """Serve until interrupted; never returns."""
+    """Serve until interrupted, then exit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artefact", type=Path, help="folder of a reward stage")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--combine", default="mean", help="of several heads")
+    parser.add_argument(
+        "--combine", default="mean", help="how to combine the scores of several heads"
+    )
     args = parser.parse_args()
     setup_logging(0)
     try:
@@ -34,7 +36,7 @@ def main() -> NoReturn:
 
 
 def serve(path: Path, *, host: str, port: int, combine: str) -> None:
-    """Load and verify the artifact, then answer requests."""
+    """Load and verify the artifact, then serve requests."""
     try:
         import uvicorn
 
@@ -55,7 +57,10 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
         "heads": reward.model.num_heads,
     }
     if host not in ("127.0.0.1", "localhost", "::1"):
-        log.warning("listening on %s: whoever reaches it can ask; it knows no passwords", host)
+        log.warning(
+            "listening on %s without authentication: anyone who can reach it can send requests",
+            host,
+        )
     log.info("reward model %s at http://%s:%d (POST /score, GET /health)", path, host, port)
     app = build_app(reward, about, takes_ids=reward.model.reads == "last")
     uvicorn.run(

@@ -1,4 +1,4 @@
-"""The preflight of stage trl: the rows as TRL's own code made them, and the model it holds."""
+"""The preflight of stage trl: the rows as TRL's code prepares them, and its model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ def preflight_trl(
     source: Artefact,
     rewards: Sequence[RewardFunction],
 ) -> tuple[list[Check], Callable[[], list[View]] | None]:
-    """Return the checks of what a trainer of TRL is about to train on, and rows to be shown.
+    """Return the checks of a TRL trainer's data and model, and rows for the token view.
 
     Args:
         spec: the stage. trainer: ready to train.
@@ -44,7 +44,7 @@ def preflight_trl(
     few = spread(examples, MAX_SEEN)
     if made:
         checks = collated_checks(spec, dataset, made, examples, chat=chat, source=source)
-    else:  # its batches hold no tokens that say what is trained: this suite's rendering of the rows
+    else:  # its batches do not show which tokens are trained: use this suite's rendering
         own = own_rows(spec, few, chat)
         checks = tokens.row_checks(chat, own, few, model_dir=source.model_dir)
     return [*checks, start], lambda: views(made or own_rows(spec, few, chat), chat)
@@ -59,7 +59,7 @@ def collated_checks(
     chat: ChatFormat,
     source: Artefact,
 ) -> list[Check]:
-    """Give the lines of a card on rows that TRL made."""
+    """Return the checks on rows that TRL prepared."""
     answers = own_rows(spec, spread(examples, collated.MAX_ROWS), chat)
     num_answer_tokens = sum(sum(row.trained) for row in answers)
     ids = [row.input_ids for row in made]
@@ -80,7 +80,7 @@ def collated_checks(
 
 
 def own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> list[TokenRow]:
-    """Render examples as this suite does, the responses of a pair as two rows."""
+    """Return examples rendered by this suite, the two responses of a pair as two rows."""
     if spec.rows != "preference":
         return [chat.sft_row(example) for example in examples]
     pairs = [chat.pair_row(example) for example in examples]
@@ -88,5 +88,5 @@ def own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> l
 
 
 def views(rows: Sequence[TokenRow], chat: ChatFormat) -> list[View]:
-    """View some rows as the trainer made them."""
+    """Return token views of some rows as the trainer prepared them."""
     return [view_of(row, chat, side="row") for row in spread(rows, NUM_SHOWN)]

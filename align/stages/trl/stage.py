@@ -1,8 +1,8 @@
 """Stage trl: any trainer of TRL with this suite's data, artifacts, metrics and resumption.
 
-The trainer's own code does the training: what it normalizes by and how exactly it resumes is
-TRL's. What it gets is what every stage gets: checked rows, a verified policy, and checkpoints
-that are hashed when they are written and verified before they are loaded.
+TRL's code does the training, so loss normalization and the exactness of resuming are TRL's. As in
+every stage, rows are checked, the policy is verified, and checkpoints are hashed when they are
+written and verified before they are loaded.
 """
 
 import logging
@@ -48,16 +48,16 @@ from align.tuning.wrap import has_adapter
 log = logging.getLogger(__name__)
 HASHES = "hashes.json"
 CONVERSING = ("GKD", "GOLD", "IWOPD")
-"""Trainers that read whole conversations, as a column ``messages``."""
+"""Trainers that read whole conversations from a column ``messages``."""
 
 
 def prepare(spec: TrlStage, context: StageContext) -> Prepared:
-    """Build the trainer of TRL that the recipe names, with ``spec.init`` and the rows."""
+    """Build the recipe's TRL trainer with the policy ``spec.init`` and the rows."""
     source = context.artefact(spec.init, "policy")
     trainer_class, config_class = find_trainer(spec.trainer)
     chat = chat_format(source.model_dir)
     args = configuration(config_class, spec, context)
-    limit = getattr(args, "max_length", None)  # by default it cuts without a word
+    limit = getattr(args, "max_length", None)  # by default TRL truncates silently
     train, heldout = (
         fitting(data, spec, context, chat=chat, limit=limit) for data in (spec.data, spec.heldout)
     )
@@ -97,7 +97,7 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
 def train_and_save(
     spec: TrlStage, context: StageContext, trainer: Any, *, source: Artefact, evaluated: bool
 ) -> StageResult:
-    """Train with a trainer of TRL and save the model as every stage does."""
+    """Train with a TRL trainer and save the model like every stage does."""
     final = trained(trainer, spec, context, evaluated=evaluated)
     trained_params, total = num_trained(trainer.model)
     final |= {"tuning/trained_params": float(trained_params), "tuning/params": float(total)}
@@ -108,10 +108,10 @@ def train_and_save(
 def trained(
     trainer: Any, spec: TrlStage, context: StageContext, *, evaluated: bool
 ) -> dict[str, float]:
-    """Train to the end, from the newest checkpoint where there is one; give the last metrics.
+    """Train to the end, from the newest checkpoint if there is one, and return the last metrics.
 
     Raises:
-        Preempted: a signal stopped it before.
+        Preempted: a signal stopped the training.
     """
     metrics, period = context.metrics(spec.steps), resume_period(trainer)
     trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
@@ -124,8 +124,8 @@ def trained(
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     done = trainer.state.global_step
     if done < spec.steps:
-        whence = "to go on from there" if period else "to begin anew: no checkpoint would hold all"
-        raise Preempted(f"stopped on a signal after step {done}; run again {whence}")
+        whence = "to resume" if period else "to start over: this trainer cannot be resumed"
+        raise Preempted(f"stopped by a signal after step {done}. Run again {whence}")
     final = {key: float(value) for key, value in named(last_logs(trainer)).items()}
     if evaluated:
         found = named(trainer.evaluate())
@@ -136,14 +136,14 @@ def trained(
 
 
 def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) -> None:
-    """Write model/ and, with an adapter, adapter/; all ranks must take part."""
+    """Write model/ and, with an adapter, adapter/; every rank must call this."""
     if has_adapter(trainer.model):
         tensors, adapter = whole_state(trainer.model, source)
     else:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         tensors, adapter = {name: tensor.detach().cpu() for name, tensor in state.items()}, None
-    # Under ZeRO-3 transformers would partition every model that is made from here on, and wait
-    # for all ranks: what one rank makes to check the names would hang.
+    # Under ZeRO-3 transformers would partition every new model and wait for all ranks: the model
+    # that one rank creates to check the names would hang.
     unset_hf_deepspeed_config()
     if distributed.rank() == 0:
         save_policy(
@@ -161,9 +161,9 @@ def fitting(
     chat: ChatFormat,
     limit: int | None,
 ) -> list[Example]:
-    """Load and render every row as training would, so that faults show; lose those too long.
+    """Render every row as training would, to find invalid ones, and drop rows that are too long.
 
-    TRL cuts long rows without a word; here they are counted and bounded as in every stage.
+    TRL truncates long rows silently; here they are counted and bounded as in every stage.
     """
     examples = load_examples(data, kind=spec.rows, seed=context.seed)
     for example in examples:
@@ -171,13 +171,13 @@ def fitting(
         if spec.rows != "prompts" and _is_weighed(example):
             raise DataError(
                 f"{example.source}: the weight of the row or of a turn has no effect: TRL trains "
-                "every turn alike; use sft, or remove it"
+                "every turn alike. Use kind: sft, or remove the weight"
             )
     unsure = [e.source for e in examples if e.label_prob != 1.0 and spec.rows != "prompts"]
     if unsure:
         raise DataError(
-            f"{context.name}: label_prob of {len(unsure)} rows has no effect: TRL takes labels as "
-            f"certain ({unsure[0]}); use sft, reward or dpo, or rename: {{label_prob: was}}"
+            f"{context.name}: label_prob of {len(unsure)} rows has no effect: TRL treats labels as "
+            f"certain ({unsure[0]}). Use sft, reward or dpo, or rename: {{label_prob: was}}"
         )
     rows = [_longest(example, spec, chat) for example in examples]
     if not rows or limit is None:
@@ -210,7 +210,7 @@ def _longest(example: Example, spec: TrlStage, chat: ChatFormat) -> TokenRow:
 
 
 def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
-    """Write examples in the format that TRL names after their kind; prompts keep their columns."""
+    """Return examples as a dataset in TRL's format of their kind; prompts keep their columns."""
     from datasets import Dataset
 
     return Dataset.from_list([_row(example, spec) for example in examples])
@@ -238,8 +238,8 @@ def _conversation(example: Example, trainer: str) -> list[Any]:
     said = [example.prompt or [], example.completion or []]
     if any(isinstance(part, str) for part in said):
         raise DataError(
-            f"{example.source}: plain text, but TRL's {trainer} reads conversations; give prompt "
-            "and completion as messages with role and content"
+            f"{example.source}: plain text, but TRL's {trainer} reads conversations. Provide "
+            "prompt and completion as messages with role and content"
         )
     return [turn for part in said for turn in part]
 
@@ -248,16 +248,16 @@ def _column(example: Example, name: str) -> Any:
     if name not in example.columns:
         raise DataError(
             f"{example.source}: no column '{name}', which 'columns' names; the row has "
-            f"{', '.join(sorted(example.columns)) or 'no further ones'}"
+            f"{', '.join(sorted(example.columns)) or 'no extra columns'}"
         )
     return example.columns[name]
 
 
 def end_once(rows: Any, chat: ChatFormat) -> Any:
-    """Cut the second stop token of pairs that TRL's ORPO and CPO tokenize.
+    """Remove the second stop token of pairs that TRL's ORPO and CPO tokenize.
 
-    They add one wherever the last token is none: a template that writes a line break after its own
-    stop would teach the model to stop twice. Nothing is trained after the first.
+    They add a stop token if the last token is not one. With a template that writes a line break
+    after its own stop, the model would learn to stop twice. Rows end after the first stop here.
     """
     sides = [s for s in ("chosen", "rejected") if f"{s}_labels" in (rows.column_names or ())]
 
@@ -284,39 +284,39 @@ def _first_end(ids: Sequence[int], chat: ChatFormat) -> int:
 
 
 class Watcher(TrainerCallback):
-    """Mirror TRL's log lines to metrics.jsonl, hash its checkpoints, and stop when asked to."""
+    """Callback that writes metrics.jsonl, hashes TRL's checkpoints, and stops on a signal."""
 
     def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int) -> None:
         self.metrics, self.checkpoints, self.period = metrics, checkpoints, period
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write one line; a loss that is not finite stops the stage."""
+        """Write one line of metrics; raise TrainingError if the loss is not finite."""
         found = named(logs or {})
         loss = found.get("train/loss", 0.0)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"optimiser step {state.global_step}: the loss is {loss}, expected a finite "
-                "number; nothing of this step is saved. Lower the learning rate"
+                f"optimizer step {state.global_step}: the loss is {loss}, expected a finite "
+                "number; this step was not saved. Lower the learning rate"
             )
         if "train/train_runtime" not in found and found:
             self.metrics.log(state.global_step, found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Hash what was saved; the hashes are written last."""
+        """Hash the saved checkpoint; the hashes are written last."""
         distributed.barrier()
         if distributed.rank() == 0:
             folder = self.checkpoints / f"checkpoint-{state.global_step}"
             write_record(folder, HASHES, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where a signal asked for it, after a step that can be resumed after, and save."""
+        """Save and stop after a signal, at the next step that training can resume from."""
         if stop_requested() and not (self.period and state.global_step % self.period):
             control.should_training_stop = True
             control.should_save = self.period > 0
 
 
 def named(logs: Mapping[str, Any]) -> dict[str, float]:
-    """Bring TRL's names into the form group/name."""
+    """Return TRL's metrics with names of the form group/name."""
     moved = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
     found: dict[str, float] = {}
     for key, value in logs.items():
@@ -327,13 +327,13 @@ def named(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def last_logs(trainer: Any) -> dict[str, Any]:
-    """Give TRL's last log line of a training step."""
+    """Return TRL's last log line of a training step."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {k: v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
 
 
 def newest_verified(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint whose every file has its recorded hash; name damaged ones."""
+    """Return the newest checkpoint whose files match their hashes; warn about damaged ones."""
     found = None
     if distributed.rank() == 0:
         folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))

@@ -1,4 +1,4 @@
-"""The trainers of TRL: finding one by name, building it, and the steps it can resume after."""
+"""TRL's trainers: find one by name, build it, and determine where it can resume."""
 
 import importlib
 import inspect
@@ -24,29 +24,29 @@ from reward_models.scalar import exact_attention
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _SERVER = (
-    "samples from a vLLM server that runs beside the stage and is sent the weights over NCCL; "
+    "samples from a separate vLLM server and sends it the weights over NCCL; "
     "kind: grpo samples inside the stage"
 )
 REFUSED = {
-    "Reward": "trains a scorer, and a trl stage writes a policy; use kind: reward",
+    "Reward": "trains a reward model, but a trl stage writes a policy; use kind: reward",
     "AsyncGRPO": _SERVER,
-    "AsyncDistillation": f"{_SERVER}, and Distillation does without a server",
+    "AsyncDistillation": f"{_SERVER}, and Distillation needs no server",
 }
-"""Trainers that cannot be a stage, and why."""
+"""Trainers that cannot be a stage, with the reason."""
 MOVING = (
     "SyncRefModelCallback",
     "SyncTeacherModelCallback",
     "PEFTAdapterEMACallback",
     "BEMACallback",
 )
-"""Callbacks of TRL that move a second model along with the policy."""
+"""TRL callbacks that update a second model together with the policy."""
 
 
 def find_trainer(name: str) -> tuple[type, type]:
-    """Find ``<name>Trainer`` and ``<name>Config`` in TRL or in one of its experimental modules.
+    """Return ``<name>Trainer`` and ``<name>Config`` from TRL or its experimental modules.
 
     Raises:
-        RecipeError: there is no such trainer; the names that there are. Or it cannot be a stage.
+        RecipeError: there is no such trainer (with the known names), or it cannot be a stage.
     """
     import trl
     from trl import experimental
@@ -71,7 +71,7 @@ def find_trainer(name: str) -> tuple[type, type]:
 
 
 def load_model(model_dir: Path, spec: TrlStage) -> Any:
-    """Load a model as TRL expects it; dropout stays off as in every stage."""
+    """Load a model as TRL expects it, with dropout off as in every stage."""
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         str(model_dir),
@@ -84,15 +84,15 @@ def load_model(model_dir: Path, spec: TrlStage) -> Any:
 
 
 def load_trained(model_dir: Path, spec: TrlStage, *, seed: int) -> Any:
-    """Load the policy and add what ``tuning`` trains."""
+    """Load the policy and add the adapter of ``tuning``."""
     return add_tuner(load_model(model_dir, spec), spec.tuning, seed=derive_seed(seed, "tuning"))
 
 
 def configuration(config_class: type, spec: TrlStage, context: StageContext) -> Any:
-    """Build the trainer's configuration from the stage's keys and ``args``.
+    """Return the trainer's configuration from the stage's keys and ``args``.
 
     Raises:
-        RecipeError: the class has no such argument, or refuses a value.
+        RecipeError: the class has no such argument, or rejects a value.
     """
     known = set(inspect.signature(config_class).parameters)
     own = _own_arguments(spec, context)
@@ -137,7 +137,7 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
         "eval_strategy": "steps" if spec.eval_every else "no",
         "eval_steps": spec.eval_every or None,
         "logging_steps": 1,
-        # The default shows the last finite loss in place of one that is not.
+        # The default replaces a loss that is not finite with the last finite one.
         "logging_nan_inf_filter": False,
         "report_to": [],
         "disable_tqdm": True,
@@ -146,7 +146,7 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
         found["deepspeed"] = deepspeed_config(spec.zero, optim, dtype=spec.dtype) | {
             "train_micro_batch_size_per_gpu": spec.micro_batch_size,
             "gradient_accumulation_steps": passes,
-            # accelerate says itself where an optimizer step ends.
+            # accelerate itself determines where an optimizer step ends.
             "managed_gradient_accumulation": True,
         }
     return found
@@ -159,10 +159,10 @@ def extras(
     context: StageContext,
     rewards: Sequence[RewardFunction],
 ) -> dict[str, Any]:
-    """Give reference, teacher and rewards to trainers that take them.
+    """Return the arguments for reference, teacher and rewards of trainers that take them.
 
     Raises:
-        RecipeError: the recipe names one that the trainer does not take, or lacks one it needs.
+        RecipeError: the recipe sets one that the trainer does not take, or lacks one it needs.
     """
     takes = set(inspect.signature(trainer_class).parameters)
     keys = {
@@ -197,7 +197,7 @@ def extras(
 
 
 def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
-    """Give a reward the name that TRL shows; the calling convention is the same."""
+    """Return a reward as a function with the name that TRL logs."""
 
     def score(*, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         listed = {k: v for k, v in columns.items() if isinstance(v, list)}
@@ -208,46 +208,46 @@ def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
 
 
 def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
-    """Build a trainer; what TRL has against its data or arguments is the recipe's to put right.
+    """Build a trainer, turning TRL's complaints about data or arguments into recipe errors.
 
     Raises:
-        RecipeError: TRL's own words.
+        RecipeError: the message of TRL.
     """
     try:
         trainer = trainer_class(**arguments)
     except (TypeError, ValueError, KeyError, ImportError) as error:
         said = f"{type(error).__name__}: {error}"
         raise RecipeError(
-            f"{where}: {trainer_class.__name__} refuses its data or arguments: {said}; look at "
+            f"{where}: {trainer_class.__name__} refuses its data or arguments: {said}. Check "
             "'rows' and 'args'"
         ) from error
     if "ref" in getattr(trainer.model, "peft_config", ()):
-        # A copy of the fresh adapter, which a resumed trainer fills with the trained one. Without
-        # it the reference is the model with the adapter off, which is the same: both begin so.
+        # A copy of the new adapter, which a resumed trainer would overwrite with the trained one.
+        # Without it the reference is the model with the adapter off, which is the same model.
         trainer.model.delete_adapter("ref")
     return trainer
 
 
 def unresumable(trainer: Any) -> str | None:
-    """Say why no checkpoint holds all that a trainer goes on from; None where one does."""
+    """Return why a trainer cannot resume from a checkpoint, or None if it can."""
     if type(trainer).__name__ == "IWOPDTrainer":
-        return "its batches begin at the first one again"
+        return "it starts again at its first batch"
     if any(type(c).__name__ in MOVING for c in trainer.callback_handler.callbacks):
         return (
-            "its checkpoints leave out the second model that it moves along with the policy "
+            "its checkpoints lack the second model that is updated with the policy "
             "(teacher_model_kind: ema, sync_ref_model)"
         )
     return None
 
 
 def resume_period(trainer: Any) -> int:
-    """Give every how many optimizer steps a checkpoint holds all that training goes on from.
+    """Return after how many optimizer steps, and multiples of them, training can resume.
 
-    Responses that serve several steps (``steps_per_generation``, ``num_iterations``) stand in no
-    checkpoint, so it is whole only where new ones are drawn.
+    Responses that are used for several steps (``steps_per_generation``, ``num_iterations``) are not
+    in a checkpoint, so training can only resume where new ones are sampled.
 
     Returns:
-        1 for most trainers; 0, never, where ``unresumable`` has a reason.
+        1 for most trainers; 0 (never) if ``unresumable`` has a reason.
     """
     if unresumable(trainer):
         return 0
@@ -257,7 +257,7 @@ def resume_period(trainer: Any) -> int:
 
 
 def check_resumable(spec: TrlStage, trainer: Any, *, where: str) -> None:
-    """Refuse checkpoints from which the stage would go on differently.
+    """Check that the stage would resume identically from its checkpoints.
 
     Raises:
         RecipeError: ``checkpoint_every`` is not a multiple of the period.
@@ -265,18 +265,18 @@ def check_resumable(spec: TrlStage, trainer: Any, *, where: str) -> None:
     reason, period = unresumable(trainer), resume_period(trainer)
     if spec.checkpoint_every and reason:
         raise RecipeError(
-            f"{where}: a resumed {spec.trainer} of TRL goes on differently: {reason}; remove "
-            "checkpoint_every, and a stage that is stopped begins anew"
+            f"{where}: TRL's {spec.trainer} cannot resume exactly: {reason}. Remove "
+            "checkpoint_every; an interrupted stage then starts over"
         )
     if spec.checkpoint_every and spec.checkpoint_every % period:
         raise RecipeError(
-            f"{where}: checkpoint_every is {spec.checkpoint_every}, but answers serve {period} "
-            f"steps and stand in no checkpoint; use a multiple of {period}"
+            f"{where}: checkpoint_every is {spec.checkpoint_every}, but responses are used for "
+            f"{period} steps and are not in a checkpoint. Use a multiple of {period}"
         )
 
 
 def restore_counts(trainer: Any, checkpoint: Path) -> None:
-    """Take up the count of tokens, which TRL keeps in its log lines only."""
+    """Restore the token count, which TRL keeps only in its log lines."""
     if hasattr(trainer, "_total_train_tokens"):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         counts = [int(line["num_tokens"]) for line in state["log_history"] if "num_tokens" in line]
