@@ -37,7 +37,7 @@ class Watch:
     """Hold what an evaluation needs and what the evaluations so far have found.
 
     Attributes:
-        prompts: all held-out prompts; each rank answers its part.
+        prompts: all held-out prompts; each rank responses its part.
         rewards: those of the training. gold: those it never sees.
         push: brings the policy's present weights into the engine under a version number.
         reference: as in the online run, but always there.

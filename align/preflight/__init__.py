@@ -1,1 +1,1 @@
-"""Checks on real rows and the real model, made before a stage takes its first step."""
+"""Checks on the actual rows and model that run before the first step of a stage."""

@@ -1,4 +1,4 @@
-"""What a check is: a name and a function that gives a finding; and how a list of them is run."""
+"""Checks and findings: a check is a name and a function that returns a finding."""
 
 import math
 import time
@@ -11,13 +11,13 @@ from align.core.errors import AlignError
 
 Item = TypeVar("Item")
 MAX_SEEN = 32
-"""Examples of a stage that its checks look at, at most."""
+"""Maximum number of a stage's examples that its checks use."""
 Verdict = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Hold what a check found: the measured value, its bound, the verdict, and what to do."""
+    """Result of a check: the measured value, its bound, the verdict, and what to do."""
 
     value: str
     bound: str = ""
@@ -29,7 +29,7 @@ Check = tuple[str, Callable[[], Finding]]
 
 
 def examine(checks: Iterable[Check]) -> list[Line]:
-    """Run checks one after the other; one that ends in an error of the user's is a failed line."""
+    """Run checks in order and return one line each; an AlignError becomes a failed line."""
     lines = []
     for name, check in checks:
         began = time.monotonic()
@@ -43,13 +43,13 @@ def examine(checks: Iterable[Check]) -> list[Line]:
 
 
 def at_most(value: float, limit: float, *, unit: str, remedy: str, fails: bool = True) -> Finding:
-    """Hold a number to an upper bound; a number that is not finite is over every bound."""
+    """Return the finding for an upper bound; a number that is not finite exceeds every bound."""
     held = math.isfinite(value) and value <= limit
     verdict = "ok" if held else "fail" if fails else "warn"
     return Finding(f"{value:.3g} {unit}".strip(), f"at most {limit:g}", verdict, remedy)
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """Choose ``count`` items evenly over the sequence."""
+    """Return at most ``count`` evenly spaced items of a sequence."""
     step = max(1, len(items) // count)
     return list(items[::step][:count])

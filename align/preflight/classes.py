@@ -1,4 +1,4 @@
-"""Checks on a classifier before its first step: its classes, its tokens, its loss."""
+"""Checks on a classifier before its first step: classes, tokens, loss."""
 
 import json
 import math
@@ -25,11 +25,11 @@ def class_checks(
     classes: Sequence[str],
     source: Artefact,
 ) -> list[Check]:
-    """Give the checks of a classify stage.
+    """Return the checks of a classify stage.
 
     Args:
-        spec: the stage. module: what the Learner will train. backbone: the model below the head.
-        task: rows, batches and loss. classes: their names. source: what ``init`` names.
+        spec: the stage. module: the module to train. backbone: the model below the head.
+        task: rows, batches and loss. classes: class names. source: the artifact of ``init``.
     """
     rows = few_rows(spec, task)
     return [
@@ -42,7 +42,7 @@ def class_checks(
 
 
 def balance(task: OfflineTask[Any], classes: Sequence[str]) -> Finding:
-    """Count the rows of each class; one that is held out only, or never, cannot be judged."""
+    """Report the rows per class; warn if a class has no held-out rows."""
     trained = Counter(row.label for row in task.rows)
     watched = Counter(row.label for row in task.heldout)
     few = min(classes, key=lambda name: trained[name])
@@ -54,13 +54,13 @@ def balance(task: OfflineTask[Any], classes: Sequence[str]) -> Finding:
             value,
             "each class among the held-out rows",
             "warn",
-            f"no held-out row is {', '.join(absent[:5])}: macro-F1 says nothing of it",
+            f"no held-out row has class {', '.join(absent[:5])}, so macro-F1 does not cover it",
         )
     return Finding(value, "each class among the held-out rows")
 
 
 def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
-    """See that the model has an embedding for every token and positions for every row."""
+    """Check that the model has an embedding for every token and positions for every row."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     embeddings, positions = config["vocab_size"], config.get("max_position_embeddings")
@@ -71,19 +71,19 @@ def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
         f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}",
         "smaller",
         "ok" if fits else "fail",
-        "lower max_length to the positions of the model, or take the tokenizer it was trained with",
+        "lower max_length to the positions of the model, or use the tokenizer it was trained with",
     )
 
 
 def first_loss(
     module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], num_classes: int
 ) -> Finding:
-    """Hold the loss of the fresh head to that of one that knows nothing."""
+    """Check that the loss of the new head is near that of uniform predictions."""
     loss = loss_of(module, task, [rows])
     return at_most(
         loss,
         math.log(num_classes) + 0.5,
-        unit=f"nats, of ln {num_classes} = {math.log(num_classes):.3f} for no knowledge",
-        remedy="the fresh head is sure of what it cannot know: the states below it are very large",
+        unit=f"nats; uniform predictions give ln {num_classes} = {math.log(num_classes):.3f}",
+        remedy="the untrained head is overconfident: the hidden states below it are very large",
         fails=not math.isfinite(loss),
     )

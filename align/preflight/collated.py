@@ -1,7 +1,7 @@
-"""Checks on rows that another trainer's code made: what stands in its batches is what it trains.
+"""Checks on the batches of another trainer, which show which tokens it trains.
 
-A batch holds ``input_ids`` with ``labels`` or ``completion_mask`` beside them, under no prefix or
-under ``chosen_`` and ``rejected_``; padding is what ``attention_mask`` leaves out.
+A batch contains ``input_ids`` with ``labels`` or ``completion_mask``, without a prefix or with
+``chosen_`` and ``rejected_``. Padding is where ``attention_mask`` is 0.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +15,25 @@ from align.preflight.checks import Finding, spread
 from align.preflight.tokens import trained_tokens
 
 MAX_ROWS = 4096
-"""Rows that are looked at, evenly spread."""
+"""Maximum number of checked rows, evenly spaced."""
 BATCH = 256
 PREFIXES = ("", "chosen_", "rejected_")
 IGNORED = -100
 SURPLUS = 1.2
-"""Trained tokens per token of the responses from which more than the responses must be trained."""
+"""Ratio of trained tokens to response tokens above which the trainer trains more than those."""
 
 Collate = Callable[[list[Any]], Any]
 
 
 def rows_of(dataset: Sequence[Any], collate: Collate, sources: Sequence[str]) -> list[TokenRow]:
-    """Give the rows of a trainer's data set as its collator hands them to the loss.
+    """Return the rows of a trainer's data set as its collator passes them to the loss.
 
     Args:
         dataset: rows as the trainer prepared them. collate: its collator.
-        sources: the place of each row; where the trainer made other rows, they are numbered.
+        sources: source of each row; if the number of rows differs, rows are numbered instead.
 
     Returns:
-        Rows, those of a pair as two; none where its batches hold no tokens.
+        Rows, a pair as two rows; empty if the batches contain no tokens.
     """
     places = spread(range(len(dataset)), MAX_ROWS)
     named = sources if len(sources) == len(dataset) else [f"row {i}" for i in range(len(dataset))]
@@ -55,7 +55,7 @@ def _rows(batch: Mapping[str, Any], sources: Sequence[str]) -> Iterator[TokenRow
             continue
         real = batch.get(f"{prefix}attention_mask", torch.ones_like(ids)).bool()
         for i, (tokens, mask, here) in enumerate(zip(ids, trained, real, strict=True)):
-            # Chosen and rejected responses may stand in one batch, one half after the other.
+            # A batch may contain all chosen responses followed by all rejected ones.
             kept = mask[here].tolist()
             # Nothing predicts the first token, so no loss trains it, whatever its label says.
             yield TokenRow(
@@ -71,45 +71,45 @@ def _trained(batch: Mapping[str, Any], prefix: str) -> torch.Tensor | None:
 
 
 def as_many(dataset: Sequence[Any], num_rows: int) -> Finding:
-    """See that the trainer dropped none of the rows that it was given."""
+    """Check that the trainer dropped no rows."""
     value = f"{len(dataset):,} of {num_rows:,} rows are in the trainer's data set"
     verdict = "ok" if len(dataset) == num_rows else "warn"
     return Finding(
         value,
         "all",
         verdict,
-        "the trainer packed rows, or left some out for its own reasons (a prompt that fills its "
-        "max_length); its arguments stand in 'args'",
+        "the trainer packed rows, or dropped some by its own rules (such as prompts that fill its "
+        "max_length). Its arguments are in 'args'",
     )
 
 
 def only_answers(
     chat: ChatFormat, rows: Sequence[TokenRow], num_answer_tokens: int, num_all: int
 ) -> Finding:
-    """Count the trained tokens, and hold them to the tokens of the responses.
+    """Compare the number of trained tokens with the number of response tokens.
 
     Args:
-        chat: knows the stop tokens. rows: as the trainer makes them.
-        num_answer_tokens: trained tokens of the same rows, as this suite renders them.
-        num_all: rows that there are.
+        chat: has the stop tokens. rows: rows of the trainer.
+        num_answer_tokens: trained tokens of the same rows as this suite renders them.
+        num_all: total number of rows.
     """
     found = trained_tokens(rows)
     total = sum(_said(chat, row.input_ids[a:b]) for row in rows for a, b in _runs(row.trained))
-    looked = "" if len(rows) >= num_all else f", {len(rows):,} of {num_all:,} looked at"
-    value = f"{found.value}{looked}; their answers have {num_answer_tokens:,}"
+    looked = "" if len(rows) >= num_all else f", {len(rows):,} of {num_all:,} checked"
+    value = f"{found.value}{looked}; their responses have {num_answer_tokens:,}"
     if found.verdict == "ok" and total > SURPLUS * num_answer_tokens:
         return Finding(
             value,
-            "the answers",
+            "the responses",
             "warn",
-            "the trainer also trains tokens that are not the assistant's; give it rows of prompt "
+            "the trainer also trains tokens that are not the assistant's. Give it rows of prompt "
             "and completion, or see its arguments (args: {assistant_only_loss: true} in SFT)",
         )
     return Finding(value, found.bound, found.verdict, found.remedy)
 
 
 def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> Finding:
-    """See that every run of trained tokens holds a stop, with nothing but white space after it."""
+    """Check that every run of trained tokens ends in a stop token, apart from white space."""
     runs = [(row, start, end) for row in rows for start, end in _runs(row.trained)]
     bad = [row.source for row, start, end in runs if not _stops(chat, row, start, end, known)]
     value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"
@@ -119,20 +119,20 @@ def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> 
             f"{value}, {twice:,} in two",
             "one",
             "warn",
-            "the trainer adds a stop after the template's own, so the model learns to stop twice; "
-            "take a template that writes nothing after its stop",
+            "the trainer adds a stop token after the template's: the model learns to stop twice. "
+            "Use a template that writes nothing after its stop token",
         )
     return Finding(
         value,
         f"all, by eos_token_id {sorted(known)} of the saved model",
         "fail" if bad else "ok",
-        f"the trainer's own rendering ends {', '.join(bad[:3])} otherwise: cut at its max_length, "
-        "or by a template without the stop; compare 'align data show'",
+        f"the trainer ends {', '.join(bad[:3])} differently: truncated at its max_length, or "
+        "rendered by a template without a stop token. Compare 'align data show'",
     )
 
 
 def _said(chat: ChatFormat, ids: Sequence[int]) -> int:
-    """Count tokens to the first of the stops and the white space that a run ends in."""
+    """Return a run's length up to and including its first trailing stop or white-space token."""
     end = len(ids)
     while end and (
         ids[end - 1] in chat.stop_token_ids or not chat.decode(ids[end - 1 : end]).strip()

@@ -1,4 +1,4 @@
-"""Checks on a model and its loss before the first step of sft, reward and dpo."""
+"""Checks on the model and the loss of an offline stage before its first step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,19 +32,19 @@ NUM_ROWS = 4
 NUM_TENSORS = 64
 LN2 = math.log(2.0)
 LONGEST = 256
-"""Tokens of a row that are run through the model's own forward, with all its logits."""
+"""Maximum tokens per row for the model's own forward pass, which returns all logits."""
 OWN_BOUNDS = {"float32": (1e-4, 2e-3), "bfloat16": (0.05, 1.5)}
-"""Median and largest difference of a token's log-probability, in nats, that rounding explains."""
+"""Bounds by rounding of the median and largest difference of token log-probabilities, in nats."""
 
 
 def loss_checks(
     spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], *, vocab_size: int
 ) -> list[Check]:
-    """Give the checks of an offline stage on its own loss, before any step.
+    """Return the checks on the loss of an offline stage.
 
     Args:
-        spec: the stage. module: what the Learner will train. task: rows, batches and loss.
-        vocab_size: tokens the model can tell apart.
+        spec: the stage. module: the module to train. task: rows, batches and loss.
+        vocab_size: number of token embeddings.
     """
     rows = few_rows(spec, task)
     checks: list[Check] = [
@@ -63,15 +63,20 @@ def loss_checks(
 
 
 def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
-    """Weigh the good responses against the bad ones.
+    """Check the balance of good and bad responses.
 
-    Reference: arXiv:2402.01306 section 4.2: weight times number of the good ones over that of the
-    bad ones should lie between 1 and 4/3; up to twice as much either way is left alone here.
+    Reference: arXiv:2402.01306 section 4.2: the ratio of weight times number of the good and bad
+    responses should be between 1 and 4/3; here a ratio between 1/2 and 2 is accepted.
     """
     num_good, num_bad = sum(good), len(good) - sum(good)
-    seen = f"{num_good:,} good answers, {num_bad:,} bad ones"
+    seen = f"{num_good:,} good responses, {num_bad:,} bad ones"
     if not num_good or not num_bad:
-        return Finding(seen, "both", "warn", "one side alone only moves the policy away from it")
+        return Finding(
+            seen,
+            "both",
+            "warn",
+            "with one label only, the policy just moves toward or away from all responses",
+        )
     ratio = spec.desirable_weight * num_good / (spec.undesirable_weight * num_bad)
     if 0.5 <= ratio <= 2.0:
         return Finding(seen, "weighted 1 : 2 at most")
@@ -81,23 +86,23 @@ def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
         f"{seen}, weighted {ratio:.2g} : 1",
         "weighted 1 : 2 at most",
         "warn",
-        f"one side outweighs the other; '{side}: {weight:.3g}' balances them",
+        f"one side outweighs the other. Set '{side}: {weight:.3g}' to balance them",
     )
 
 
 def margins(task: OfflineTask[Any]) -> Finding:
-    """Count the pairs that say by how much the chosen response is better."""
+    """Check that some pairs have a margin."""
     known = sum(row.pair.margin != 0.0 for row in task.rows)
     return Finding(
         f"{known:,} of {len(task.rows):,} pairs have a margin",
         "more than 0",
         "ok" if known else "fail",
-        "'use_margin' has no effect on these rows; remove it, or rename the column to 'margin'",
+        "'use_margin' has no effect on these rows. Remove it, or rename the column to 'margin'",
     )
 
 
 def few_rows(spec: OfflineStage, task: OfflineTask[Any]) -> list[Any]:
-    """Choose some rows that fit one forward pass together."""
+    """Return some rows that together fit one forward pass."""
     chosen: list[Any] = []
     for row in spread(task.rows, NUM_ROWS):
         if sum(map(task.length, [*chosen, row])) <= spec.micro_tokens or not chosen:
@@ -106,14 +111,14 @@ def few_rows(spec: OfflineStage, task: OfflineTask[Any]) -> list[Any]:
 
 
 def sides_of(row: Any) -> list[TokenRow]:
-    """Give the sequences of a row: of a pair both."""
+    """Return the sequences of a row: both of a pair, otherwise the row itself."""
     pair = row if isinstance(row, TokenRow | PairRow) else row.pair
     return [pair.chosen, pair.rejected] if isinstance(pair, PairRow) else [pair]
 
 
 @torch.no_grad()
 def loss_of(module: nn.Module, task: OfflineTask[Any], parts: Sequence[Sequence[Any]]) -> float:
-    """Give the loss of a batch that is cut into ``parts``, as one optimizer step sums it up."""
+    """Return the loss of a batch split into ``parts``, summed as in an optimizer step."""
     module.eval()
     batch = [row for part in parts for row in part]
     return sum(float(task.loss_fn(module, task.collate(part, batch))[0]) for part in parts)
@@ -126,17 +131,17 @@ def first_loss(
     rows: Sequence[Any],
     vocab_size: int,
 ) -> Finding:
-    """Hold the loss before the first step to what it must be."""
+    """Check that the loss before the first step has its expected value or bound."""
     loss = loss_of(module, task, [rows])
-    # Fresh virtual tokens change what the policy says; the reference is without them.
+    # New virtual tokens change the policy, but not the reference, which runs without them.
     virtual = spec.tuning.virtual
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
             loss,
             open_dpo_limit(spec, vocab_size),
             unit="nats, for a model no worse than chance",
-            remedy="the model predicts these answers worse than chance does: is it another model's "
-            "tokenizer?",
+            remedy="the model predicts these responses worse than chance. Check that the tokenizer "
+            "belongs to the model",
             fails=not math.isfinite(loss),
         )
     if isinstance(spec, DpoStage | KtoStage):
@@ -155,24 +160,23 @@ def first_loss(
             + (
                 f", as {spec.tuning.method} tuning does"
                 if virtual
-                else "; the reference must be the model that the stage starts from"
+                else ". The reference must be the model that the stage starts from"
             ),
         )
     if isinstance(spec, RewardStage):
         return at_most(
             loss,
             LN2 + 0.5,
-            unit="nats, of ln 2 = 0.693 for a scorer that knows nothing",
-            remedy="the fresh scorer is sure of what it cannot know; look at margins and "
-            "center_coef",
+            unit="nats; equal scores give ln 2 = 0.693",
+            remedy="the untrained reward model is overconfident. Check margins and center_coef",
             fails=not math.isfinite(loss),
         )
     return at_most(
         loss,
         math.log(vocab_size),
         unit="nats per trained token",
-        remedy="the model predicts these answers worse than chance does: is it another model's "
-        "tokenizer, or a model that was never pretrained?",
+        remedy="the model predicts these responses worse than chance. Check that the tokenizer "
+        "belongs to the model and that the model is pretrained",
         fails=not math.isfinite(loss),
     )
 
@@ -181,7 +185,7 @@ def first_loss(
 def reference(
     spec: DpoStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
 ) -> Finding:
-    """Compare the reference's log-probabilities with the policy's: their KL begins at 0."""
+    """Compare log-probabilities of reference and policy: their KL must start at 0."""
     batch = task.collate(rows, rows)
     module.eval()
     lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)
@@ -202,14 +206,14 @@ def reference(
         excess(gap, rounding),
         ENGINE_LIMIT,
         unit=f"times the rounding of this model ({float(rounding.mean()):.2g} nats a token) "
-        f"between policy and reference: {float(gap.mean()):.2g} nats a token, {len(gap)} answers",
+        f"between policy and reference: {float(gap.mean()):.2g} nats a token, {len(gap)} responses",
         remedy="the reference is not the model that the stage starts from",
         fails=not spec.tuning.virtual,
     )
 
 
 def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
-    """Give the loss where policy and reference are one model, and how it is written.
+    """Return the loss when policy and reference are equal, and its formula.
 
     With a log-ratio of 0: sigmoid and cDPO -log sigmoid(0); robust ((1 - e) - e) / (1 - 2 e) times
     that; hinge max(0, 1 - 0); ipo (0 - 1 / (2 beta))^2.
@@ -222,13 +226,13 @@ def expected_dpo_loss(spec: DpoStage) -> tuple[float, str]:
 
 
 def expected_kto_loss(spec: KtoStage, counts: Mapping[str, float]) -> tuple[float, str]:
-    """Give the loss where policy and reference are one model: each weight by 1 - sigmoid(0)."""
+    """Return the loss when policy and reference are equal: weights times 1 - sigmoid(0)."""
     total = spec.desirable_weight * counts["good"] + spec.undesirable_weight * counts["bad"]
     return total / (2.0 * counts["rows"]), "half the mean weight"
 
 
 def open_dpo_limit(spec: DpoStage, vocab_size: int) -> float:
-    """Bound a first loss that depends on the model: its likelihood part by that of chance."""
+    """Return the bound of a first loss with a likelihood term, which is at most that of chance."""
     chance = math.log(vocab_size)
     if spec.loss == "orpo":
         return chance + spec.beta * chance
@@ -241,14 +245,14 @@ def open_dpo_limit(spec: DpoStage, vocab_size: int) -> float:
 def packing(
     spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
 ) -> Finding:
-    """Compare the loss of rows packed into one with that of each row by itself."""
+    """Compare the loss of packed rows with that of each row alone."""
     together = loss_of(module, task, [rows])
     alone = loss_of(module, task, [[row] for row in rows])
     return at_most(
         abs(together - alone),
         PUSH_TOLERANCE[spec.dtype] * max(1.0, abs(alone)),
         unit=f"between {len(rows)} rows packed and alone",
-        remedy="rows of one pack see each other; report it with the versions of 'align doctor'",
+        remedy="packed rows attend to each other. Report this with the versions of 'align doctor'",
     )
 
 
@@ -276,31 +280,31 @@ def own_forward(
     held = all(x <= b for x, b in zip(self_, bounds, strict=True))
     apart = all(x <= max(b / 4, 4 * y) for x, y, b in zip(seam, self_, bounds, strict=True))
     remedy = (
-        "the suite's log-probabilities are not the model's own"
+        "this suite's log-probabilities differ from the model's own"
         if not held
-        else "rows of one pack see each other"
+        else "packed rows attend to each other"
     )
     return Finding(
         f"own forward: median {self_[0]:.1g}, largest {self_[1]:.1g} nats a token; packed against "
         f"alone: {seam[0]:.1g}, {seam[1]:.1g}",
         f"at most {bounds[0]:g}, {bounds[1]:g}",
         "ok" if held and apart else "fail",
-        f"{remedy}; use another model, and report it with the versions of 'align doctor'",
+        f"{remedy}. Use another model, and report this with the versions of 'align doctor'",
     )
 
 
 def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return log p of each token of (1, T) from the logits that the model itself gives."""
+    """Return log p of each token of (1, T) from the model's own logits, shape (T,)."""
     logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     found = logprobs[:-1].gather(-1, ids[0, 1:, None])[:, 0]
     return torch.cat([found.new_zeros(1), found])
 
 
 def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:
-    """Give the check that a model is the artifact that the stage starts from.
+    """Return the check that a model has the weights of the artifact it starts from.
 
     Args:
-        spec: the stage. model: the transformers or peft model. source: what ``init`` names.
+        spec: the stage. model: the transformers or peft model. source: the artifact of ``init``.
     """
     # PiSSA moves the leading part of each weight it adapts into the adapter.
     moved = spec.tuning.method == "pissa"
@@ -309,7 +313,7 @@ def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> lis
 
 @torch.no_grad()
 def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
-    """Compare weights in memory with those of the artifact, bit by bit, up to 64 tensors."""
+    """Check that up to 64 tensors in memory are bit-identical to those of the artifact."""
     saved = _saved_names(source.model_dir)
     bare = causal_lm(model)
     prefix = getattr(bare, "base_model_prefix", "model")
@@ -335,8 +339,8 @@ def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
         f"{len(chosen) - len(different)} of {len(chosen)} tensors are those of {name} ({sha})",
         "all",
         "ok" if chosen and not different else "fail",
-        f"other weights than the artefact's: {', '.join(different[:3]) or 'no name in common'}; "
-        "run the stage that wrote it again",
+        f"weights differ from the artifact: {', '.join(different[:3]) or 'no name in common'}. "
+        "Run the stage that wrote it again",
     )
 
 
@@ -354,7 +358,7 @@ def _saved_tensor(file: Path, name: str) -> Tensor:
 
 
 def _equal(own: Tensor, saved: Tensor) -> bool:
-    """Say whether a weight is the saved one; one that is held in 4 bits cannot be compared."""
+    """Return whether a weight equals the saved one; 4-bit weights are not compared."""
     is_quantised = own.dtype == torch.uint8
     with gathered([own]):
         return is_quantised or torch.equal(saved.to(own.dtype), own.detach().cpu())

@@ -1,4 +1,4 @@
-"""Checks on a scorer that is an encoder before its first step: its texts, its tokens, its loss."""
+"""Checks on an encoder reward model before its first step: texts, tokens, loss."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from align.training.offline import OfflineTask
 from reward_models.scalar import RewardModel, score_token_ids
 
 NUM_SCORED = 8
-"""Texts that are scored to see whether the model tells them apart."""
+"""Number of texts that are scored to check that their scores differ."""
 
 
 def paired_checks(
@@ -27,11 +27,12 @@ def paired_checks(
     task: OfflineTask[Any],
     source: Artefact,
 ) -> list[Check]:
-    """Give the checks of a reward stage on an encoder.
+    """Return the checks of a reward stage with an encoder.
 
     Args:
-        spec: the stage. chat: what rendered the rows. module: what the Learner will train.
-        model: the scorer in it. task: rows, batches and loss. source: what ``init`` names.
+        spec: the stage. chat: row format. module: the module to train.
+        model: the reward model in it. task: rows, batches and loss. source: the artifact of
+            ``init``.
     """
     rows = [side for row in (*task.rows, *task.heldout) for side in sides_of(row)]
     return [
@@ -43,19 +44,19 @@ def paired_checks(
 
 
 def tokens(chat: PairedFormat, model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
-    """See that the model has an embedding for every token and positions for every text."""
+    """Check that the model has an embedding for every token and positions for every text."""
     embeddings, positions = _embeddings(model), model.max_tokens
     largest, longest = max(max(r.input_ids) for r in rows), max(len(r.input_ids) for r in rows)
     value = f"largest token {largest:,} of {embeddings:,}, longest text {longest:,} of {positions}"
     if largest >= embeddings:
-        remedy = "the tokenizer has more tokens than the model; take the one it was trained with"
+        remedy = "the tokenizer has more tokens than the model. Use the one it was trained with"
         return Finding(value, "smaller", "fail", remedy)
     if positions is not None and longest > positions:
-        return Finding(value, "smaller", "fail", f"max_length: {positions} leaves such rows out")
+        return Finding(value, "smaller", "fail", f"set max_length: {positions} to drop such rows")
     unknown = chat.tokenizer.unk_token_id
     lost = sum(row.input_ids.count(unknown) for row in rows)
     if lost:
-        remedy = "the tokenizer cannot write these texts; look at their characters, or change it"
+        remedy = "the tokenizer cannot encode these texts. Check their characters, or change it"
         return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)
     return Finding(value, "smaller")
 
@@ -66,13 +67,13 @@ def _embeddings(model: RewardModel) -> int:
 
 
 def whole_texts(model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
-    """See that the first token knows what follows it: other texts have other scores."""
+    """Check that the first token attends to the whole text: different texts score differently."""
     texts = list(dict.fromkeys(row.input_ids for row in spread(rows, NUM_SCORED)))
     scores = set(score_token_ids(model, texts))
     return Finding(
         f"{len(texts)} texts have {len(scores)} different scores",
         "2 or more",
         "ok" if len(scores) > 1 or len(texts) == 1 else "fail",
-        "the first token does not see what follows it, so this is no encoder; bring it in with "
-        "kind: base and begin from that",
+        "the first token does not attend to what follows it, so this is not an encoder. Import it "
+        "with kind: base and start from that stage",
     )

@@ -1,4 +1,4 @@
-"""The self-test of rewards: a known right answer above a known wrong one, speed, invalid scores."""
+"""Self-test of rewards: correct answers must score above wrong ones; speed; invalid scores."""
 
 import re
 import time
@@ -16,12 +16,12 @@ from reward_models.specs import LengthSpec, RefusalSpec, RemoteSpec, RepetitionS
 
 NUM_ROWS = 8
 FORMS = (("", ""), ("#### ", ""), ("The answer is ", "."), ("\\boxed{", "}"))
-"""What may stand before and after a final answer; the form that a reward reads best is taken."""
+"""Text before and after a final answer; the form that a reward reads best is used."""
 _PLAIN = re.compile(r"(?:\\\W|[^\\\[\].*+?{}|^$()])*")
-"""A pattern that stands for exactly one text: ordinary characters, and escaped special ones."""
+"""Matches patterns that match exactly one text: ordinary and escaped special characters."""
 DEAD = (
-    "all groups are dead: answers that score alike teach nothing; look at some of them, at the "
-    "reward, and at what the template writes before the answer"
+    "all responses get the same score, so there is nothing to learn. Check some responses, the "
+    "reward, and what the template writes before the response"
 )
 Answers = Callable[[], tuple[Sequence[PromptRow], Sequence[Completion]]]
 """Prompts and the policy's own responses to them."""
@@ -29,7 +29,7 @@ Answers = Callable[[], tuple[Sequence[PromptRow], Sequence[Completion]]]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Hold responses of known worth to some rows, in the same order."""
+    """Known correct and wrong responses to some rows, in the same order."""
 
     rows: list[PromptRow]
     right: list[str]
@@ -43,12 +43,12 @@ def reward_checks(
     prompts: Sequence[PromptRow],
     answers: Answers | None,
 ) -> list[Check]:
-    """Give one check for each reward that there is something to hold it to.
+    """Return one check per reward that can be tested.
 
     Args:
         label: what the rewards are for: reward, score or judge.
-        specs: as the recipe has them. rewards: built from them, in the same order.
-        prompts: of the stage. answers: the policy's own, for the rate of invalid scores.
+        specs: rewards of the recipe. rewards: built from them, in the same order.
+        prompts: those of the stage. answers: sampled responses, for the rate of invalid scores.
     """
     return [
         (f"{label} {reward.name}", partial(self_test, spec, reward, prompts, answers))
@@ -58,7 +58,7 @@ def reward_checks(
 
 
 def _testable(spec: RewardSpec, prompts: Sequence[PromptRow]) -> bool:
-    """Say whether known answers can be made; a line without any would say nothing."""
+    """Return whether known answers can be constructed for the reward."""
     column = _column(spec)
     if _learned(spec):
         return column in prompts[0].columns
@@ -71,11 +71,12 @@ def self_test(
     prompts: Sequence[PromptRow],
     answers: Answers | None,
 ) -> Finding:
-    """Score known answers and the policy's own; say what came out and how fast."""
+    """Score known answers and sampled responses, and report the results and the speed."""
     began, scored = time.monotonic(), 0
-    said, remedy = ["no known answers can be made for it"], ""
+    said, remedy = ["no known answers can be constructed for it"], ""
     verdict: Verdict = "ok"
     try:
+        # Known responses: the best of several forms counts, since rewards parse different ones.
         forms = known_answers(spec, prompts)
         results = [_above(reward, known) for known in forms]
         scored += sum(2 * len(known.rows) for known in forms)
@@ -88,7 +89,7 @@ def self_test(
             scores = score_answers(asked, own, [reward]).by_name[reward.name]
             scored += len(scores)
             lost = sum(score is None for score in scores)
-            said.append(f"{lost} of {len(scores)} own answers invalid")
+            said.append(f"{lost} of {len(scores)} sampled responses invalid")
             known = {score for score in scores if score is not None}
             if len(known) == 1 and len(scores) - lost > 1:
                 verdict = "warn" if verdict == "ok" else verdict
@@ -96,13 +97,15 @@ def self_test(
                 remedy = remedy or DEAD
             if lost == len(scores):
                 verdict = "fail"
-                remedy = f"no answer can be scored ({_reasons(reward)}); nothing could be trained"
+                remedy = (
+                    f"no response can be scored ({_reasons(reward)}), so nothing can be trained"
+                )
             elif lost and verdict == "ok":
-                verdict, remedy = "warn", f"left out of training: {_reasons(reward)}"
+                verdict, remedy = "warn", f"excluded from training: {_reasons(reward)}"
     except MissingColumnError as error:
-        return Finding("the data lack its column", "", "fail", str(error))
+        return Finding("its column is missing in the data", "", "fail", str(error))
     if scored:
-        said.append(f"{scored / max(time.monotonic() - began, 1e-6):,.0f} answers/s")
+        said.append(f"{scored / max(time.monotonic() - began, 1e-6):,.0f} responses/s")
     return Finding(", ".join(said), "right above wrong", verdict, remedy)
 
 
@@ -111,13 +114,16 @@ def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[Verdict, str]:
     if above == rows or (_learned(spec) and 2 * above >= rows):
         return "ok", ""
     if _learned(spec):
-        return "warn", "the reward model prefers other rows' answers; is it one for these prompts?"
+        return (
+            "warn",
+            "the reward model prefers answers of other rows. Check that it fits these prompts",
+        )
     if above == 0:
         return "fail", (
-            f"no way of stating the value of column '{_column(spec)}' gets a higher score than a "
-            "wrong value; look at 'column' and 'pattern'"
+            f"the value of column '{_column(spec)}' never scores above a wrong value, in any "
+            "form. Check 'column' and 'pattern'"
         )
-    return "warn", f"some values of column '{_column(spec)}' are never scored as right"
+    return "warn", f"some values of column '{_column(spec)}' are never scored as correct"
 
 
 def _reasons(reward: RewardFunction) -> str:
@@ -125,7 +131,7 @@ def _reasons(reward: RewardFunction) -> str:
 
 
 def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]:
-    """Make right and wrong answers to a few rows, in every form that may suit the reward."""
+    """Return correct and wrong answers to a few rows, in every form that may suit the reward."""
     fixed = _fixed(spec)
     if fixed is not None:
         rows = spread(prompts, 1)
@@ -155,7 +161,7 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
 
 
 def _fixed(spec: RewardSpec) -> tuple[str, str] | None:
-    """Give a right and a wrong answer where the rule looks at nothing but the text."""
+    """Return a correct and a wrong answer for a rule that reads only the text, else None."""
     if isinstance(spec, LengthSpec):
         return "word", " ".join(["word"] * spec.limit)
     if isinstance(spec, RepetitionSpec):
@@ -165,7 +171,7 @@ def _fixed(spec: RewardSpec) -> tuple[str, str] | None:
 
 
 def _refusals(spec: RefusalSpec, rows: Sequence[PromptRow]) -> Known:
-    """Decline where the column says so and reply elsewhere; the wrong answer does the reverse."""
+    """Return responses that refuse where the column asks for it; the wrong ones do the reverse."""
     declined, replied = "I'm sorry, but I can't help with that.", "Gladly. First take a pencil."
     due = [_first(_value(row, spec.column)) in spec.declines for row in rows]
     return Known(
@@ -176,21 +182,21 @@ def _refusals(spec: RefusalSpec, rows: Sequence[PromptRow]) -> Known:
 
 
 def _learned(spec: RewardSpec) -> bool:
-    """Say whether a learned scorer has a part in the judgment."""
+    """Return whether a reward model takes part in the score."""
     if isinstance(spec, EnsembleSpec):
         return any(map(_learned, spec.members))
     return isinstance(spec, ScalarSpec)
 
 
 def _reads_ids(spec: RewardSpec) -> bool:
-    """Say whether a reward asks for the token ids of responses, which made-up ones lack."""
+    """Return whether a reward reads token ids, which constructed responses do not have."""
     if isinstance(spec, EnsembleSpec):
         return any(map(_reads_ids, spec.members))
     return isinstance(spec, RemoteSpec) and spec.token_ids
 
 
 def _column(spec: RewardSpec) -> str | None:
-    """Name the column with the right answer; a learned scorer is held to the row's reference."""
+    """Return the column of the correct answer; for a reward model it is ``reference``."""
     if isinstance(spec, ScalarSpec):
         return "reference"
     if isinstance(spec, EnsembleSpec):
@@ -201,8 +207,8 @@ def _column(spec: RewardSpec) -> str | None:
 def _value(row: PromptRow, column: str) -> Any:
     if column not in row.columns:
         raise MissingColumnError(
-            f"{row.source}: no column '{column}'; the row has {sorted(row.columns) or 'none'}; "
-            "rename a column of the data or set 'column' of the reward"
+            f"{row.source}: no column '{column}'; the row has {sorted(row.columns) or 'none'}. "
+            "Rename a column of the data or set 'column' of the reward"
         )
     return row.columns[column]
 
@@ -220,7 +226,7 @@ def _other(values: Sequence[str], mine: str) -> str | None:
 
 
 def _from_pattern(pattern: str | None) -> list[tuple[str, str]]:
-    """Make a form of a pattern that is plain text around its one group; else none."""
+    """Return the form of a pattern that is plain text around one group, else an empty list."""
     start = re.search(r"(?<!\\)\((?!\?)", pattern or "")
     if pattern is None or start is None:
         return []
@@ -238,9 +244,9 @@ def _from_pattern(pattern: str | None) -> list[tuple[str, str]]:
 
 
 def _above(reward: RewardFunction, known: Known) -> int:
-    """Count the rows whose right answer has a higher score than the wrong one.
+    """Return the number of rows whose correct answer scores above the wrong one.
 
-    The responses are texts that no policy sampled: they have no token ids.
+    The responses are texts that no policy sampled, so they have no token ids.
     """
     right, wrong = (
         score_answers(known.rows, [_said(text) for text in side], [reward], with_ids=False).by_name[

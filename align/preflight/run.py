@@ -1,4 +1,4 @@
-"""Run the preflight of a stage: its checks, the card they make, and the end where a line failed."""
+"""Run a stage's preflight: run the checks, write their card, and raise if one failed."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 def run_checks(stage: str, kind: str, checks: Sequence[Check]) -> Card:
-    """Return the card of a stage; every rank gets that of the first rank."""
+    """Run the checks and return the stage's card; every rank gets the first rank's card."""
     return Card(stage, kind, distributed.broadcast_object(examine(checks)))
 
 
 def keep_card(card: Card, out: Path, *, views: Callable[[], Sequence[View]] | None = None) -> None:
-    """Write a stage's card and log it; every rank goes on, or none.
+    """Write and log a stage's card; all ranks continue, or all raise.
 
     Args:
         card: the same on every rank. out: the stage's folder.
-        views: returns a few rows token by token, which are kept for the report.
+        views: returns token views of a few rows, which are saved for the report.
 
     Raises:
         PreflightError: a line failed.
@@ -44,7 +44,7 @@ def keep_card(card: Card, out: Path, *, views: Callable[[], Sequence[View]] | No
 def _keep_views(views: Callable[[], Sequence[View]], path: Path) -> None:
     try:
         found = [plain(view) for view in views()]
-    except AlignError as error:  # what refuses the rows is a line of the card
-        log.warning("no rows are shown token by token: %s", error)
+    except AlignError as error:  # the card has a line for the same error
+        log.warning("no token view of the rows: %s", error)
         return
     write_json_atomic(path, found)

@@ -1,4 +1,4 @@
-"""Checks on sampler, trainer and reference: before the first step they are one model."""
+"""Checks that sampler, trainer and reference policy agree before the first step."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,13 +25,13 @@ NUM_PROMPTS, NUM_ANSWERS, MAX_TOKENS = 4, 2, 32
 
 
 class Probe:
-    """Hold a few responses of the sampler, and score them as the stage will.
+    """A few sampled responses, scored as the stage will score them.
 
     Args:
-        spec: the stage. engine: the sampler, with the weights that the stage starts from.
-        module: the policy before the Learner takes it. reference: the frozen policy, ``module``
-            itself where its adapter is to be switched off, or None for no reference.
-        prompts: of the stage. stop_token_ids: of the stage. seed: of the stage.
+        spec: the stage. engine: the sampler, with the stage's initial weights.
+        module: the policy, not yet wrapped by the Learner. reference: the frozen policy,
+            ``module`` itself if its adapter is to be switched off, or None for no reference.
+        prompts, stop_token_ids, seed: those of the stage.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Probe:
         self.seeds = [derive_seed(seed, "preflight", i) for i in range(len(self.prompts))]
 
     def checks(self) -> list[Check]:
-        """Give the checks in the order in which one explains the next."""
+        """Return the checks, ordered so that an earlier failure explains later ones."""
         found: list[Check] = []
         if self.spec.tuning.method != "loreft":
             found.append(("own forward", self.own_forward))
@@ -64,11 +64,11 @@ class Probe:
 
     @cached_property
     def sampled(self) -> Experience:
-        """Give responses drawn as the stage draws them."""
+        """Responses sampled with the temperature of the stage."""
         return self._answers(self.spec.sampling.temperature, NUM_ANSWERS)
 
     def own_answers(self) -> tuple[Sequence[PromptRow], Sequence[Completion]]:
-        """Give the sampled responses as the rewards take them."""
+        """Return the prompts and sampled responses as the rewards take them."""
         return self.sampled.prompts, self.sampled.completions
 
     def _answers(self, temperature: float, n: int) -> Experience:
@@ -85,7 +85,7 @@ class Probe:
 
     @cached_property
     def rounding(self) -> Tensor:
-        """By how much other rounding moves the policy's log-probabilities of sampled tokens."""
+        """How much different rounding changes the policy's log-probabilities of sampled tokens."""
         batch = _whole(self.sampled)
         plain = self._logprobs(batch)
         with rounded_otherwise(self.module):
@@ -94,7 +94,7 @@ class Probe:
     def _within(
         self, gap: Tensor, limit: float, *, what: str, remedy: str, fails: bool = True
     ) -> Finding:
-        """Bound differences of log-probabilities in units of this model's own rounding."""
+        """Return the finding for log-probability differences, in units of the model's rounding."""
         return at_most(
             excess(gap, self.rounding),
             limit,
@@ -122,16 +122,15 @@ class Probe:
             gap,
             ENGINE_LIMIT,
             what=f"between {self.engine.name} and trainer",
-            remedy="sampler and trainer do not compute the same; take sampling.engine: hf, and "
-            "report it with the versions of 'align doctor'",
+            remedy="sampler and trainer compute different log-probabilities. Use sampling.engine: "
+            "hf, and report this with the versions of 'align doctor'",
         )
 
     @torch.no_grad()
     def greedy(self) -> Finding:
         """Compare the sampler's greedy tokens with the most likely ones of the Hugging Face model.
 
-        Where they differ, the model's own best must not be better by more than the number format
-        explains.
+        If they differ, the difference in log-probability must not exceed rounding.
         """
         batch = _whole(self._answers(0.0, 1))
         self.module.eval()
@@ -147,12 +146,12 @@ class Probe:
             ENGINE_LIMIT,
             what=f"behind the model's best tokens; {int((behind == 0).sum())} of {len(at)} greedy "
             f"tokens of {self.engine.name} are the best",
-            remedy="the sampler takes other tokens than the model it was given; take "
-            "sampling.engine: hf",
+            remedy="the sampler's greedy tokens are not those of the model. Use sampling.engine: "
+            "hf",
         )
 
     def ratio(self) -> Finding:
-        """Compare the policy with itself: response by response, and as an update packs them."""
+        """Compare log-probabilities of responses run one by one and packed as in an update."""
         together = _spread(self.sampled, [list(range(len(self.sampled.lengths)))], self._logprobs)
         alone = _spread(
             self.sampled, [[i] for i in range(len(self.sampled.lengths))], self._logprobs
@@ -160,15 +159,15 @@ class Probe:
         return self._within(
             (together - alone)[self.sampled.completion],
             SAME_LIMIT,
-            what="between answers packed and alone",
-            remedy="log-probabilities depend on what an answer is packed with; report it with the "
-            "versions of 'align doctor'",
+            what="between responses packed and alone",
+            remedy="log-probabilities depend on what a response is packed with. Report this with "
+            "the versions of 'align doctor'",
         )
 
     def kl(self) -> Finding:
-        """Compare the reference with the policy on sampled responses: their KL begins at 0.
+        """Compare the reference with the policy on sampled responses: their KL must start at 0.
 
-        A fresh adapter changes nothing but the rounding: dora divides by norms, oft rotates.
+        A new adapter changes only the rounding: dora divides by norms, oft rotates.
         """
         assert self.reference is not None
         batch = _whole(self.sampled)
@@ -182,11 +181,11 @@ class Probe:
             gap,
             ENGINE_LIMIT,
             what=f"between policy and reference, KL {float(gap.mean()):.2g} a token",
-            remedy="the policy begins away from its reference"
+            remedy="the policy differs from its reference before the first step"
             + (
                 f", as {self.spec.tuning.method} tuning does"
                 if virtual
-                else "; the reference must be the model that the stage starts from"
+                else ". The reference must be the model that the stage starts from"
             ),
             fails=not virtual,
         )

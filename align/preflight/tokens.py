@@ -1,7 +1,7 @@
-"""Checks on token rows: what is trained, where it stops, what the template wrote, the BOS.
+"""Checks on token rows: trained tokens, stop tokens, the chat template, the BOS, the vocabulary.
 
 They read the rows as they enter the loss and the files of the model, and render whole conversations
-at once, so that they do not repeat how align.data.render.chat makes rows.
+at once. They are therefore independent of how align.data.render.chat builds rows.
 """
 
 import json
@@ -17,18 +17,18 @@ from align.data.render.token_text import num_shared
 from align.preflight.checks import Check, Finding, spread
 
 NUM_RENDERED = 16
-"""Conversations that are rendered whole."""
+"""Number of conversations that are rendered as a whole."""
 PROBE_ANSWER: Turn = {"role": "assistant", "content": "Yes."}
 
 
 def row_checks(
     chat: ChatFormat, rows: Sequence[TokenRow], examples: Sequence[Example], *, model_dir: Path
 ) -> list[Check]:
-    """Give the checks on rows that are trained.
+    """Return the checks on training rows.
 
     Args:
-        chat: what rendered the rows. rows: all of them, as they enter the loss.
-        examples: what the rows were made from. model_dir: the saved model they train.
+        chat: row format. rows: all rows, as they enter the loss.
+        examples: examples behind the rows. model_dir: the saved model.
     """
     stops = saved_stops(model_dir)
     few = [chat_turns(e.prompt, e.completion) for e in examples if not is_text(e)]
@@ -44,7 +44,7 @@ def row_checks(
 def prompt_checks(
     chat: ChatFormat, prompts: Sequence[PromptRow], *, model_dir: Path
 ) -> list[Check]:
-    """Give the checks on prompts that are answered; a response is made up to render them whole."""
+    """Return the checks on prompts; they are rendered with a fixed probe response."""
     few = [
         [*row.prompt, PROBE_ANSWER]
         for row in spread([r for r in prompts if not isinstance(r.prompt, str)], NUM_RENDERED)
@@ -59,12 +59,12 @@ def prompt_checks(
 
 
 def is_text(example: Example) -> bool:
-    """Say whether an example is plain text, to which no template is applied."""
+    """Return whether an example is plain text, to which no template is applied."""
     return isinstance(example.prompt, str) and isinstance(example.completion, str)
 
 
 def chat_turns(prompt: Any, completion: Any) -> list[Turn]:
-    """Join prompt and completion as one conversation."""
+    """Return prompt and completion as one conversation."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(completion, str):
@@ -73,7 +73,7 @@ def chat_turns(prompt: Any, completion: Any) -> list[Turn]:
 
 
 def saved_stops(model_dir: Path) -> frozenset[int]:
-    """Read what stops generation by default: eos_token_id of the saved generation configuration."""
+    """Return the saved model's default stop tokens: eos_token_id of its configuration."""
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
         if path.is_file():
@@ -84,21 +84,23 @@ def saved_stops(model_dir: Path) -> frozenset[int]:
 
 
 def trained_tokens(rows: Sequence[TokenRow]) -> Finding:
-    """Count the trained tokens; every row has some, none at position 0, which nothing predicts."""
+    """Check that every row has trained tokens, none at position 0, which nothing predicts."""
     total = sum(len(row.trained) for row in rows)
     counts = [sum(row.trained) for row in rows]
-    value = f"{sum(counts):,} of {total:,} tokens in {len(rows):,} rows, {min(counts)} at least"
+    value = (
+        f"{sum(counts):,} of {total:,} tokens in {len(rows):,} rows, at least {min(counts)} per row"
+    )
     bound = "more than 0 in every row"
     bad = [row for row, n in zip(rows, counts, strict=True) if n == 0 or row.trained[0]]
     if bad:
         places = ", ".join(row.source for row in bad[:5])
         what = f"{len(bad)} rows train nothing, or their first token: {places}"
-        return Finding(value, bound, "fail", f"{what}; look at them, or raise max_length")
+        return Finding(value, bound, "fail", f"{what}. Check these rows, or raise max_length")
     return Finding(value, bound)
 
 
 def stop_tokens(chat: ChatFormat, rows: Sequence[TokenRow], stops: frozenset[int]) -> Finding:
-    """See that each run of trained tokens ends in a token that generation stops on."""
+    """Check that each run of trained tokens ends in a token that generation stops on."""
     ends = [(row.input_ids[t], row.source) for row in rows for t in _ends(row)]
     names = chat.tokenizer.convert_ids_to_tokens(sorted({token for token, _ in ends}))
     value = f"{len(ends):,} turns end in {', '.join(map(repr, names[:4]))}"
@@ -110,7 +112,7 @@ def stop_tokens(chat: ChatFormat, rows: Sequence[TokenRow], stops: frozenset[int
             bound,
             "fail",
             f"{len(wrong)} turns ({', '.join(wrong[:3])}) end in a token that generation does not "
-            "stop on; name it in stages.<base>.tokenizer.stop_token",
+            "stop on. Set it in stages.<base>.tokenizer.stop_token",
         )
     return Finding(value, bound)
 
@@ -122,7 +124,7 @@ def _ends(row: TokenRow) -> Iterator[int]:
 
 
 def generation_stops(chat: ChatFormat, stops: frozenset[int]) -> Finding:
-    """See that the sampler is told to stop where the saved model stops."""
+    """Check that the sampler has the stop tokens of the saved model."""
     told = sorted(chat.stop_token_ids)
     names = chat.tokenizer.convert_ids_to_tokens(told)
     verdict = "ok" if set(told) == stops and told else "fail"
@@ -130,7 +132,7 @@ def generation_stops(chat: ChatFormat, stops: frozenset[int]) -> Finding:
         f"the sampler stops on {', '.join(map(repr, names))}",
         f"eos_token_id {sorted(stops)} of the saved model",
         verdict,
-        "name the stop token in stages.<base>.tokenizer.stop_token and run the base stage again",
+        "set the stop token in stages.<base>.tokenizer.stop_token and run the base stage again",
     )
 
 
@@ -144,7 +146,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
         said = [message_of(turn) for turn in turns]
         found = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
-        # No row holds what is said after the last response.
+        # A row ends with the last response; turns after it are not compared.
         whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
         at = num_shared(whole, row.input_ids)
         if at < max(len(whole), len(row.input_ids)):
@@ -155,7 +157,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
                 f"token {at}: whole {one!r}, as trained {other!r}",
                 "the same ids",
                 "fail",
-                "the template writes a conversation otherwise than it grows; choose one that only "
+                "earlier turns are rendered differently as a conversation grows. Use one that only "
                 "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
             )
     if "strftime_now" in str(tokenizer.chat_template):
@@ -163,16 +165,16 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
             value,
             "the same text every day",
             "warn",
-            "the template writes today's date into every prompt, so another day's run sees other "
-            "tokens; choose a family's template with tokenizer.chat_template",
+            "the template writes today's date into every prompt: a run on another day sees other "
+            "tokens. Choose a family's template with tokenizer.chat_template",
         )
     return Finding(value, "the same ids")
 
 
 def unknown_id(chat: ChatFormat) -> int:
-    """Give the token that stands for what the tokenizer cannot write; -1 where it has none.
+    """Return the id of the tokenizer's unknown token, or -1 if it has none.
 
-    Some tokenizers call their stop token or their BOS so, having no other use for the name.
+    Some tokenizers use their stop token or BOS as the unknown token; that does not count.
     """
     found: Any = chat.tokenizer.unk_token_id
     used = (*chat.stop_token_ids, chat.tokenizer.bos_token_id)
@@ -180,7 +182,7 @@ def unknown_id(chat: ChatFormat) -> int:
 
 
 def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
-    """Count the beginnings: one BOS where the tokenizer has the habit of writing one, never two."""
+    """Check that rows start with one BOS if the tokenizer adds one, and never with two."""
     bos = chat.tokenizer.bos_token_id
     if bos is None:
         return Finding("the tokenizer has no BOS", "never two")
@@ -192,7 +194,7 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
             f"{value}, {double:,} with two",
             "never two",
             "fail",
-            "the template writes a BOS and the tokenizer adds one; take it out of the template",
+            "the template writes a BOS and the tokenizer adds another. Remove it from the template",
         )
     writes = list(chat.tokenizer("a")["input_ids"])[:1] == [bos]
     if writes and single < len(rows):
@@ -200,14 +202,14 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
             value,
             "all: the tokenizer writes one",
             "warn",
-            "these rows begin without the BOS that the model was trained with: the template leaves "
+            "these rows start without the BOS that the model was trained with: the template leaves "
             "it out, or prompts were cut from the left",
         )
     return Finding(value, "never two")
 
 
 def vocabulary(chat: ChatFormat, rows: Sequence[Sequence[int]], model_dir: Path) -> Finding:
-    """See that the model has an embedding for every token and positions for every row."""
+    """Check that the model has an embedding for every token and positions for every row."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     embeddings, positions = config["vocab_size"], config.get("max_position_embeddings")
@@ -216,12 +218,12 @@ def vocabulary(chat: ChatFormat, rows: Sequence[Sequence[int]], model_dir: Path)
     lost = sum(list(ids).count(unknown) for ids in rows)
     value = f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}"
     if largest >= embeddings:
-        remedy = "the tokenizer has more tokens than the model; bring both in with a base stage"
+        remedy = "the tokenizer has more tokens than the model. Import both with a base stage"
         return Finding(value, "smaller", "fail", remedy)
     if positions is not None and longest > positions:
-        remedy = f"rows reach past the positions the model was trained on; max_length: {positions}"
+        remedy = f"rows are longer than the model's positions. Set max_length: {positions}"
         return Finding(value, "smaller", "warn", remedy)
     if lost:
-        remedy = "the tokenizer cannot write these rows; look at their characters, or change it"
+        remedy = "the tokenizer cannot encode these rows. Check their characters, or change it"
         return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)
     return Finding(value, "smaller")

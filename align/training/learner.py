@@ -118,7 +118,7 @@ class Learner:
         return self.engine.module
 
     def step(self, micro_batches: Sequence[Micro], loss_fn: LossFunction) -> dict[str, float]:
-        """Take one optimizer step over ``micro_batches``; every rank passes the same number.
+        """Run one optimizer step over ``micro_batches``; every rank passes the same number of them.
 
         Returns:
             The global sum of every statistic of ``loss_fn``, with ``loss``, ``grad_norm`` and

@@ -17,7 +17,7 @@ from engine_models import save_tiny, tiny_model
 from align.core.errors import ArtefactError
 from align.recipe.schema import MergeStage
 from align.recipe.schema.tuning import LoraTuning
-from align.stages.merge import Answered, choose, curve_of
+from align.stages.merge import AlphaScores, choose, curve_of
 from align.tuning.export import full_weights
 from align.tuning.interpolate import check_alike, interpolated, mix, write_interpolated
 from align.tuning.wrap import add_tuner
@@ -150,8 +150,8 @@ def test_rule_takes_the_best_shifted_score_that_keeps_what_was_learnt() -> None:
 
 def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
     """Answers without a score leave with their partner: gains are over prompts 0 and 2 only."""
-    tuned = Answered([1.0, None, 1.0], [0, 1, 2])
-    half = Answered([0.0, 0.5, 1.0], [0, 1, 2])
+    tuned = AlphaScores([1.0, None, 1.0], [0, 1, 2])
+    half = AlphaScores([0.0, 0.5, 1.0], [0, 1, 2])
     found = {1.0: {"prompts": tuned, "shifted": tuned}, 0.5: {"prompts": half, "shifted": half}}
     first, last = curve_of(found, seed=0)
     assert (first["alpha"], last["alpha"]) == (0.5, 1.0)

@@ -88,7 +88,7 @@ def test_training_more_than_the_answers_is_a_warning_and_a_blind_row_fails() -> 
     answers = [row("q: yes</s>", 4)] * 3
     found = collated.only_answers(CHAT, answers, 12, 3)
     assert found.verdict == "ok"
-    assert found.value.endswith("their answers have 12")
+    assert found.value.endswith("their responses have 12")
     everything = [row("q: yes</s>", 6)] * 3  # 18 of 12
     assert collated.only_answers(CHAT, everything, 12, 3).verdict == "warn"
     # Some trainers add a second stop behind the line break of the template: no other text.

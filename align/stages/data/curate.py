@@ -45,7 +45,7 @@ class Pool:
         self.ledger.add(self.examples[i].source, reason, **details)
 
     def text(self, i: int) -> str:
-        """Give question and answers of row i: pairs differ where either response does."""
+        """Return question and responses of row i; two pairs differ if either response differs."""
         example = self.examples[i]
         said = [question(example), answer_text(example)]
         if example.rejected is not None:
