@@ -1,1 +1,1 @@
-"""Recipes: strict schema, loading, DeepSpeed configuration. Never imports torch."""
+"""Recipes: strict schema, loading, validation and error messages. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Warnings on a right recipe: settings outside of what is known to work. Never an error."""
+"""Warnings about a valid recipe: settings outside the range that is known to work."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from align.recipe.algorithms import known_rates
 from align.recipe.schema import Recipe, TrainingStage
 
 SMALL_WIDTH = 512
-"""Hidden size below which published rates say nothing: such models take larger ones."""
+"""Published learning rates do not apply below this hidden size; small models need larger rates."""
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """Give one line per setting of a valid recipe that deserves a second look."""
+    """Return one line for each unusual setting of a valid recipe."""
     found = []
     for name, spec in recipe.stages.items():
         if isinstance(spec, TrainingStage) and not _is_small(recipe, spec.init):
@@ -31,7 +31,8 @@ def _rate(name: str, spec: Any) -> list[str]:
 
 
 def _is_small(recipe: Recipe, init: str) -> bool:
-    """Follow ``init`` back to the model; one that cannot be looked at counts as large."""
+    """Return whether the model behind ``init`` is small; an unknown model counts as large."""
+    # Follow the chain of `init` to the stage that imports or builds the model.
     seen: set[str] = set()
     while init in recipe.stages and init not in seen:
         seen.add(init)
@@ -42,6 +43,7 @@ def _is_small(recipe: Recipe, init: str) -> bool:
             return spec.build.hidden_size < SMALL_WIDTH
         else:
             init = spec.path
+    # A transformers folder, or the model inside an artifact.
     for folder in (Path(init), Path(init) / "model"):
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Online algorithms as bundles of options: one entry of ``ALGORITHMS`` each.
 
-An algorithm is a named set of defaults for a stage; every option can still be given in the recipe,
-and ``align show`` prints the whole set. docs/algorithms.md has formulas, deviations and curves.
-Coefficients of KL are moderate ones of ours: the papers tune them to the task.
+An algorithm is a named set of defaults for a stage. A recipe can still set every option, and
+``align show`` prints the whole set. docs/algorithms.md has formulas, deviations and curves.
+The KL coefficients are moderate values chosen for this project; the papers tune them per task.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,16 @@ class Algorithm:
     """An online algorithm: how it compares responses, and the defaults of its stage's options.
 
     Attributes:
-        says: its formula, an edge case and its paper, as ``align show`` prints them.
-        estimator: its advantages; a name of ``align.online.advantages.ESTIMATORS``, or
+        says: formula, edge case and paper, as ``align show`` prints them.
+        estimator: advantage estimator; a name of ``align.online.advantages.ESTIMATORS``, or
             ``module:function`` for a function elsewhere.
-        needs_critic: True where a value network is trained beside the policy.
-        needs_greedy: True where the greedy response to every prompt is sampled and scored too.
-        compares_group: True where the responses to one prompt are compared with each other.
-        scales: what the advantages may be divided by.
-        scale, objective, aggregation: defaults of the stage's options of these names.
+        needs_critic: True if a value network is trained together with the policy.
+        needs_greedy: True if the greedy response to every prompt is sampled and scored, too.
+        compares_group: True if the responses to one prompt are compared with each other.
+        scales: valid values of the stage's option ``scale``.
+        scale: default of the option ``scale``, the divisor of the advantages.
+        objective: default of the option ``objective``.
+        aggregation: default of the option ``aggregation``.
         options: defaults of further options of the stage.
     """
 
@@ -41,7 +43,7 @@ class Algorithm:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Return what a stage of this algorithm sets otherwise than plain GRPO does."""
+        """Return the options in which this algorithm differs from plain GRPO."""
         names = ("estimator", "scale", "objective", "aggregation")
         own = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(_PLAIN, n)}
         return {**own, **self.options}
@@ -128,7 +130,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "kl": {"coef": 0.05, "place": "reward", "estimator": "k1"},
         },
     ),
-    # It has a stage kind of its own, for the critic's options.
+    # PPO has its own stage kind, because of the critic's options.
     "ppo": Algorithm(
         "gae",
         says="A_t = delta_t + gamma lam A_t+1 with delta_t = r_t + gamma V_t+1 - V_t, whitened "
@@ -140,11 +142,11 @@ ALGORITHMS: dict[str, Algorithm] = {
         scale="none",
     ),
 }
-"""Every algorithm by its name in a recipe; a new one is a line here and a function."""
+"""Every algorithm by its name in a recipe; a new one needs an entry here and an estimator."""
 
 
 def of_estimator(name: str) -> Algorithm:
-    """Return the first algorithm with an estimator: what it needs is the estimator's need."""
+    """Return the first algorithm with this estimator; its ``needs_*`` flags are the estimator's."""
     return next(algorithm for algorithm in ALGORITHMS.values() if algorithm.estimator == name)
 
 
@@ -166,15 +168,16 @@ def _one_of(name: str, names: list[str]) -> str:
 
 
 def defaults_of(name: Any) -> dict[str, Any]:
-    """Return the defaults that an algorithm sets; none for what names no algorithm."""
+    """Return the defaults of an algorithm; {} if the name is not an algorithm."""
     known = isinstance(name, str) and name in ALGORITHMS
     return ALGORITHMS[name].defaults if known else {}
 
 
 def with_preset(given: Any) -> Any:
-    """Lay a stage's own options over those of its algorithm; what is no stage passes through.
+    """Return a stage's options merged over the defaults of its algorithm.
 
-    A recipe's file has them laid in already, with their origin; this is for specs built in Python.
+    This is for specs that are built in Python: recipe files already contain the defaults, with
+    their origin. A value that is not a mapping is returned unchanged.
     """
     if not isinstance(given, dict):
         return given
@@ -194,12 +197,13 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Hold what is known of a method's learning rate.
+    """The learning rates that are known to work for a tuning method.
 
     Attributes:
-        default: taken where a recipe leaves the rate out.
-        low, high: outside of these ``align check`` warns.
-        source: where the numbers come from, and which are our choice.
+        default: rate of a recipe that does not set one.
+        low: ``align check`` warns below this rate.
+        high: ``align check`` warns above this rate.
+        source: origin of the numbers, and which of them are our choice.
     """
 
     default: float
@@ -291,7 +295,7 @@ RATES: dict[str, Rates] = {
         "our choice",
     ),
 }
-"""Method to its rates in the stages that learn from right answers (sft, reward, classify)."""
+"""Learning rates by tuning method in supervised stages (sft, reward, classify)."""
 
 POLICY_SOURCES = {
     "full": "5e-7 for Zephyr (its dpo recipe, arXiv:2310.16944), 1e-6 for DeepSeekMath "
@@ -300,14 +304,14 @@ POLICY_SOURCES = {
     "lora": "5e-6 in Zephyr's qlora recipe of dpo, 1e-5 in TRL's advice on dpo and in its runs of "
     "grpo; the upper end is our choice",
 }
-"""What the rates of policy optimisation rest on; a method without an entry takes their ratio."""
+"""Sources of the rates in policy optimization; other methods use the ratio of these two."""
 
 
 def known_rates(family: str, method: str) -> Rates | None:
-    """Return what is known of a method's rate in a family of stages; None for an unknown method.
+    """Return the known rates of a method in a family of stages; None for an unknown method.
 
-    Policy optimisation takes a twentieth of the supervised default, from a twentieth of the lowest
-    to a tenth of the highest rate: so published rates of full and LoRA training relate.
+    Policy optimization uses 1/20 of the supervised default, and a range from 1/20 of the lowest to
+    1/10 of the highest rate. Published rates of full and LoRA training have this ratio.
     """
     found = RATES.get(method)
     if found is None or family == "supervised":
@@ -317,6 +321,7 @@ def known_rates(family: str, method: str) -> Rates | None:
         f"1/20 to 1/10 of its supervised rates, as with full and lora, is our choice; those: "
         f"{found.source}",
     )
-    shares = (found.default / 20, found.low / 20, found.high / 10)
-    default, low, high = (float(f"{rate:.3g}") for rate in shares)
+    scaled = (found.default / 20, found.low / 20, found.high / 10)
+    # Three digits: 2e-5 / 20 is 1.0000000000000002e-06 otherwise.
+    default, low, high = (float(f"{rate:.3g}") for rate in scaled)
     return Rates(default, low, high, source)

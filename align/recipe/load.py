@@ -1,4 +1,4 @@
-"""Load a recipe: read, lay ``--set`` over it, validate, check its references. Never torch."""
+"""Load a recipe: read it, apply ``--set``, fill in defaults, validate. Never imports torch."""
 
 import json
 import os
@@ -36,15 +36,15 @@ SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
 
 
 def shipped_tasks() -> list[str]:
-    """Name the tasks that come with the package."""
+    """Return the names of the tasks that are shipped with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def find_task(name: str) -> Path:
-    """Find the file of a task: one that is shipped, by name, or any by path.
+    """Return the file of a task, given the name of a shipped task or a path.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the task does not exist.
     """
     shipped = SHIPPED / f"{name}.yaml"
     if "/" not in name and shipped.is_file():
@@ -58,10 +58,10 @@ def find_task(name: str) -> Path:
 
 
 def load_task(name: str) -> Source:
-    """Read a task; its paths that begin with ``./`` or ``../`` are taken from its own folder.
+    """Return a task's data; paths that begin with ``./`` or ``../`` are relative to its file.
 
     Raises:
-        RecipeError: there is no such task, or it is not YAML.
+        RecipeError: the task does not exist or is not YAML.
     """
     path = find_task(name)
     source = read_source(path)
@@ -75,7 +75,7 @@ def load_task(name: str) -> Source:
 
 
 def expand_tasks(source: Source) -> None:
-    """Replace each name in ``tasks`` of an evaluate stage by what stands in the task's file."""
+    """Replace every task name of the evaluate stages by the content of the task's file."""
     stages = source.data.get("stages")
     for stage, spec in stages.items() if isinstance(stages, dict) else ():
         tasks = spec.get("tasks") if isinstance(spec, dict) else None
@@ -88,6 +88,7 @@ def expand_tasks(source: Source) -> None:
 
 def _expand(source: Source, tasks: list[Any], key: Key) -> None:
     place = int(key[-1])
+    # An unknown task is reported with the other errors of the recipe.
     try:
         task = load_task(tasks[place])
     except RecipeError as error:
@@ -102,10 +103,10 @@ def _expand(source: Source, tasks: list[Any], key: Key) -> None:
 
 
 def complete_blocks(source: Source) -> None:
-    """Write into every stage, where the recipe says nothing, what more than one class decides.
+    """Fill in the defaults of every stage that depend on other settings of the stage.
 
-    That is what the stage's algorithm sets, the rate of its tuning method, and in a block that is
-    given in part what the stage's own default sets beside it.
+    These are the algorithm's defaults, the learning rate of the tuning method, and the remaining
+    keys of a partly given block whose default differs between stages.
     """
     stages = source.data.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
@@ -115,43 +116,43 @@ def complete_blocks(source: Source) -> None:
         if "algorithm" in kind.model_fields:
             algorithm = stage.get("algorithm")
             mark = Mark(f"algorithm: {algorithm}")
-            _lay_in(source, ("stages", name), stage, defaults_of(algorithm), mark)
+            _lay_in(source, ("stages", name), stage, below=defaults_of(algorithm), mark=mark)
         if issubclass(kind, TrainingStage):
-            _lay_in_rate(source, name, stage, kind)
+            _lay_in_rate(source, name, stage, kind=kind)
         _complete(stage, kind)
 
 
 def _lay_in(
-    source: Source, key: Key, given: dict[str, Any], below: Mapping[str, Any], mark: Mark
+    source: Source, key: Key, given: dict[str, Any], *, below: Mapping[str, Any], mark: Mark
 ) -> None:
-    """Write into ``given``, which stands at ``key``, what ``below`` has and it has not."""
+    """Add the values of ``below`` that are missing in ``given``, the mapping at ``key``."""
     for name, value in below.items():
         here = (*key, name)
         if name not in given:
             source.marks[here] = mark
             given[name] = {} if isinstance(value, Mapping) else value
         if isinstance(value, Mapping) and isinstance(given[name], dict):
-            _lay_in(source, here, given[name], value, mark)
+            _lay_in(source, here, given[name], below=value, mark=mark)
 
 
 def _lay_in_rate(
-    source: Source, name: str, stage: dict[str, Any], kind: type[TrainingStage]
+    source: Source, name: str, stage: dict[str, Any], *, kind: type[TrainingStage]
 ) -> None:
-    """Write the learning rate of the stage's tuning method where the recipe leaves it out."""
+    """Add the default learning rate of the stage's tuning method if the recipe sets none."""
     tuning = stage.get("tuning", {"method": "full"})
     method = tuning.get("method") if isinstance(tuning, dict) else None
     known = known_rates(kind.family, method) if isinstance(method, str) else None
     if known is not None:
         below = {"optim": {"learning_rate": known.default}}
         mark = Mark(f"default of {method} in {stage['kind']}")
-        _lay_in(source, ("stages", name), stage, below, mark)
+        _lay_in(source, ("stages", name), stage, below=below, mark=mark)
 
 
 def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
-    """Complete the blocks of ``given`` in place by what the default of each sets."""
+    """Add the missing keys of each given block from the stage's default of that block."""
     for name, field in kind.model_fields.items():
         block, default = given.get(name), field.default
-        # A default of one of several classes (tuning) belongs to another method than is given.
+        # The default of a union (tuning) belongs to one method; the given block may be another.
         if not isinstance(block, dict) or field.annotation is not type(default):
             continue
         for key in sorted(default.model_fields_set - set(block)):
@@ -164,18 +165,19 @@ _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
 
 
 RECIPE_FILE = "recipe.yaml"
+"""Name of the resolved recipe in the folder of each started stage."""
 _SECRETS = "# secrets from the environment: "
-"""The resolved recipe in the folder of each stage that was begun."""
+"""Start of the first line of a resolved recipe that contains secrets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """Hold a valid recipe with where each value comes from.
+    """A valid recipe with the origin of each value.
 
     Attributes:
         recipe: the validated recipe.
         origins: dotted key of every value to ``file:line``, ``--set`` or ``default``.
-        data: the recipe as plain data, every default written out.
+        data: the recipe as plain data, including all defaults.
     """
 
     recipe: Recipe
@@ -184,9 +186,9 @@ class Resolved:
 
 
 def write_resolved(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with every default, for the process of a stage and for the report.
+    """Write a recipe with all defaults, for the process of a stage and for the report.
 
-    Secrets are written as ``${NAME}``; the first line says which, for ``read_resolved``.
+    Secrets are written as ``${NAME}``, and the first line lists their names for ``read_resolved``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = recipe.model_dump(mode="json")
@@ -194,16 +196,18 @@ def write_resolved(recipe: Recipe, path: Path) -> None:
     text = yaml.safe_dump(hidden(plain), sort_keys=False)
     if names:
         text = f"{_SECRETS}{' '.join(names)}\n{text}"
+    # A rename is atomic: a stage that is killed here leaves no half-written recipe.
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 
 def read_resolved(path: Path | str) -> Recipe:
-    """Read what ``write_resolved`` wrote: checked as data, no file is extended, nothing laid over.
+    """Return a recipe that ``write_resolved`` wrote; ``extends`` and ``--set`` do not apply.
 
     Raises:
-        RecipeError: it is not there, or not a recipe of this version.
+        RecipeError: the file is missing, is not a recipe of this version, or needs an environment
+            variable that is not set.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -221,7 +225,7 @@ def read_resolved(path: Path | str) -> Recipe:
 
 
 def _revealed(value: Any, name: str, secret: str) -> Any:
-    """Put a secret back where ``write_resolved`` has left its name."""
+    """Return the value with ``${name}`` replaced by the secret."""
     keep_secret(name, secret)
     if isinstance(value, dict):
         return {key: _revealed(inside, name, secret) for key, inside in value.items()}
@@ -231,37 +235,40 @@ def _revealed(value: Any, name: str, secret: str) -> Any:
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load and check a recipe.
+    """Load and validate a recipe.
 
     Args:
         path: the YAML file, or the name of a shipped recipe.
-        overrides: ``stages.ppo.kl.coef=0.1`` texts, laid over the file in order.
+        overrides: ``stages.ppo.kl.coef=0.1`` texts, applied to the file in order.
 
     Raises:
-        RecipeError: all mistakes found, one ``file:line:column: dotted.path: what`` line each.
+        RecipeError: lists all errors, one ``file:line:column: dotted.path: what`` line each.
     """
     return load_resolved(path, overrides).recipe
 
 
 def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
-    """Load and check a recipe, keeping the origin of each value.
+    """Load and validate a recipe, and record the origin of each value.
 
     Raises:
         RecipeError: as ``load_recipe``.
     """
+    # Read. Tasks are expanded twice: overrides may refer to keys of a task, or add tasks.
     source = read_source(find_recipe(path))
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)
     place_own_code(source, Path(path).parent)
     complete_blocks(source)
+    # Validate against the schema.
     errors = list(source.errors)
     recipe = None
     try:
-        # Validated as JSON: strict about types, yet a list is a fine tuple.
+        # JSON mode is strict about types, but accepts a list for a tuple.
         recipe = Recipe.model_validate_json(json.dumps(source.data), strict=True)
     except ValidationError as e:
         errors += describe(e.errors(include_url=False), source.marks)
+    # Check what spans several keys or stages, as far as the stages are valid.
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
     errors += _stage_name_errors(source)
     errors += _reference_errors(specs, source)
@@ -279,7 +286,7 @@ def _by_place(line: str) -> tuple[str, int, int]:
 
 
 def _valid_stages(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Validate each stage by itself, so that one bad stage does not hide another's mistakes."""
+    """Return each stage's spec, None if invalid: one bad stage must not hide another's errors."""
     stages = data.get("stages")
     if not isinstance(stages, dict):
         return {}
@@ -297,7 +304,7 @@ def _stage_name_errors(source: Source) -> list[str]:
     stages = source.data.get("stages")
     return [
         f"{locate(('stages', name), 'extra_forbidden', source.marks)}: stages.{name}: "
-        "a stage's name is a folder's: expected letters, digits, '_' and '-' only"
+        "a stage name is also a folder name; expected letters, digits, '_' and '-' only"
         for name in (stages if isinstance(stages, dict) else ())
         if not _STAGE_NAME.fullmatch(name)
     ]
@@ -314,7 +321,9 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
         named = references(spec) if spec is not None else _raw_init(raw, stage)
         wanted = reference_kinds(spec) if spec is not None else _init_kinds(kinds[stage])
         for key, name in named.items():
-            problem = _reference_problem(stage, name, wanted.get(key, ("policy",)), kinds)
+            problem = _reference_problem(
+                stage, name, wanted=wanted.get(key, ("policy",)), kinds=kinds
+            )
             if problem:
                 where = locate(_place(stage, key), "reference", source.marks)
                 found.append(f"{where}: stages.{stage}.{key}: {problem}")
@@ -338,7 +347,7 @@ def _start_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
 
 
 def _place(stage: str, key: str) -> Key:
-    """Give the place in the file of a dotted key below a stage."""
+    """Return the key path of a dotted key below a stage."""
     return ("stages", stage, *(int(part) if part.isdigit() else part for part in key.split(".")))
 
 
@@ -355,20 +364,21 @@ def _init_kinds(kind: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _class_of(kind: Any) -> type[StageSpec] | None:
-    """Return the class of what a recipe names as a kind, None where there is none."""
+    """Return the class of a stage kind, None for an unknown kind."""
     return STAGES.get(kind) if isinstance(kind, str) else None
 
 
 def _reference_problem(
-    stage: str, name: str, wanted: Sequence[str], kinds: Mapping[str, Any]
+    stage: str, name: str, *, wanted: Sequence[str], kinds: Mapping[str, Any]
 ) -> str | None:
+    # Stages run in the order of the recipe, so only earlier ones can be referred to.
     names = list(kinds)
     earlier = names[: names.index(stage)]
     fitting = [n for n in earlier if (made := _class_of(kinds[n])) and made.produces in wanted]
     expected = f"expected an earlier stage that writes a {' or '.join(wanted)}"
     listed = f" ({', '.join(fitting)})" if fitting else ""
     if name == stage:
-        return f"a stage cannot name itself; {expected}{listed}"
+        return f"a stage cannot refer to itself; {expected}{listed}"
     if name in kinds and name not in earlier:
         return f"stage '{name}' comes later; {expected}{listed}, or move '{name}' before '{stage}'"
     if name in kinds:
@@ -376,27 +386,27 @@ def _reference_problem(
         if made_by is None or made_by.produces in wanted:
             return None
         return f"stage '{name}' ({kinds[name]}) writes a {made_by.produces}; {expected}{listed}"
-    return _path_problem(name, wanted, f"{expected}{listed}", fitting)
+    return _path_problem(name, wanted, expected=f"{expected}{listed}", fitting=fitting)
 
 
 def _path_problem(
-    name: str, wanted: Sequence[str], expected: str, fitting: Sequence[str]
+    name: str, wanted: Sequence[str], *, expected: str, fitting: Sequence[str]
 ) -> str | None:
     folder = Path(name)
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
-            advice = "; bring a Hugging Face model in with a stage 'kind: base, path: ...'"
+            advice = "; import a Hugging Face model with a stage 'kind: base, path: ...'"
         else:
             advice = suggest(name, fitting)
         state = "a folder without manifest.json" if folder.is_dir() else "no stage and no folder"
-        return f"'{name}' is {state}; {expected} or an artefact's folder{advice}"
+        return f"'{name}' is {state}; {expected} or the folder of an artifact{advice}"
     try:
         kind = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
     except (ValueError, AttributeError):
         return f"{manifest} is not a JSON mapping; run the stage that wrote it again"
     if kind not in wanted:
-        return f"'{name}' holds a {kind}; expected a {' or '.join(wanted)}"
+        return f"'{name}' is a {kind}; expected a {' or '.join(wanted)}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Turn pydantic's complaints about a recipe into lines that say where, what and what instead."""
+"""Turn pydantic's validation errors into lines with the place, the problem and the fix."""
 
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,20 +41,20 @@ ALIASES = {
     "max_grad_norm_": "max_grad_norm",
     "gradient_clipping": "max_grad_norm",
 }
-"""What other suites call the same thing; used for suggestions only."""
+"""Names of the same keys in other libraries; used for suggestions only."""
 
 MOVED = {"lora": "write 'tuning: {method: lora, rank: ...}' instead"}
-"""Keys of earlier versions, and what to write now."""
+"""Keys of earlier versions, with their replacement."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def describe(errors: Iterable[Mapping[str, Any]], marks: Mapping[Key, Mark]) -> list[str]:
-    """Write one line per mistake.
+    """Return one line per validation error.
 
     Args:
         errors: ``ValidationError.errors()`` of ``Recipe``.
-        marks: where each value of the recipe stands.
+        marks: place of each value in the recipe's files.
 
     Returns:
         ``file:line:column: dotted.path: what was found; what is expected`` lines.
@@ -62,15 +62,16 @@ def describe(errors: Iterable[Mapping[str, Any]], marks: Mapping[Key, Mark]) -> 
     lines: dict[Key, str] = {}
     for error in errors:
         key, kind, owners = trace(error["loc"])
-        what = _what(error, key, kind, owners)
+        what = _what(error, key, kind, owners=owners)
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             key = (*key, error["ctx"]["discriminator"].strip("'"))
+        # A union reports an error for each of its members; the first one is enough.
         lines.setdefault(key, f"{locate(key, error['type'], marks)}: {dotted(key)}: {what}")
     return list(lines.values())
 
 
 def locate(key: Key, problem: str, marks: Mapping[Key, Mark]) -> str:
-    """Find the place of a value, or of the nearest mapping around it when it is missing."""
+    """Return the place of a value; for a missing one, the place of the mapping around it."""
     whole = key
     while key and key not in marks:
         key = key[:-1]
@@ -80,11 +81,11 @@ def locate(key: Key, problem: str, marks: Mapping[Key, Mark]) -> str:
 
 
 def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[BaseModel]]]]:
-    """Follow pydantic's location through the schema, dropping the union tags it puts in.
+    """Follow pydantic's location through the schema, without the union tags that it contains.
 
     Returns:
-        The key path as the recipe has it, the type expected there (None: unknown), and the
-        models on the way with their paths, outermost first.
+        The key path in the recipe, the type that is expected there (None: unknown), and the
+        models along the path with their own paths, outermost first.
     """
     key: list[str | int] = []
     kind: Any = Recipe
@@ -93,9 +94,11 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
     for part in loc:
         kind, union = bare(kind), None
         variants = union_of(kind)
+        # A tagged union: this part is the tag, not a key.
         if models := tagged(variants):
             kind = models.get(str(part))
             continue
+        # A plain union: a word is the label of the member that pydantic tried.
         if len(variants) > 1 and not isinstance(part, int):
             union = kind
             kind = next((v for v in variants if _label(v) == str(part).split("[")[0]), None)
@@ -113,7 +116,7 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
 
 
 def bare(kind: Any) -> Any:
-    """Take ``Annotated`` and ``| None`` off a type."""
+    """Return a type without ``Annotated`` and ``| None``."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if get_origin(kind) in (Union, types.UnionType):
@@ -124,14 +127,14 @@ def bare(kind: Any) -> Any:
 
 
 def union_of(kind: Any) -> list[Any]:
-    """List a union's members, or nothing when the type is no union."""
+    """Return the members of a union, [] for any other type."""
     if get_origin(kind) not in (Union, types.UnionType):
         return []
     return [bare(a) for a in get_args(kind) if a is not type(None)]
 
 
 def tagged(variants: Sequence[Any]) -> dict[str, type[BaseModel]]:
-    """Map each ``kind`` (or ``method``) to its model, when all members of a union are models."""
+    """Return the model of each ``kind`` (or ``method``) if all members of a union are models."""
     if not variants or not all(is_model(v) for v in variants):
         return {}
     return {t: v for v in variants for t in get_args(v.model_fields[_tag_of(v)].annotation)}
@@ -142,12 +145,12 @@ def _tag_of(model: type[BaseModel]) -> str:
 
 
 def is_model(kind: Any) -> bool:
-    """Say whether a type is a part of the schema with named keys."""
+    """Return whether a type is a schema class with named keys."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def inner(kind: Any, part: str | int) -> Any:
-    """Give the type found one step further along a key path, None when there is none."""
+    """Return the type one step further along a key path, None if there is none."""
     if is_model(kind):
         field = kind.model_fields.get(str(part))
         return field.annotation if field else None
@@ -167,7 +170,7 @@ def _label(kind: Any) -> str:
 
 
 def expected(kind: Any) -> str:
-    """Say in words what a type takes."""
+    """Return a description of the values that a type accepts."""
     kind = bare(kind)
     if variants := union_of(kind):
         if models := tagged(variants):
@@ -189,9 +192,10 @@ def expected(kind: Any) -> str:
 
 
 def _what(
-    error: Mapping[str, Any], key: Key, kind: Any, owners: list[tuple[Key, type[BaseModel]]]
+    error: Mapping[str, Any], key: Key, kind: Any, *, owners: list[tuple[Key, type[BaseModel]]]
 ) -> str:
     problem, context, found = error["type"], error.get("ctx", {}), error.get("input")
+    # Keys that should not be there, or are missing.
     if problem == "extra_forbidden":
         return "unknown key" + _unknown_key(str(key[-1]), owners)
     if problem == "missing":
@@ -204,6 +208,7 @@ def _what(
             f"found '{context['tag']}'; expected one of {', '.join(tags)}"
             f"{suggest(str(context['tag']), tags)}"
         )
+    # Values of the right type that are not allowed.
     if problem == "literal_error" and get_origin(kind) is Literal:
         options = [str(a) for a in get_args(kind)]
         return f"found {shown(found)}; expected {expected(kind)}{suggest(str(found), options)}"
@@ -216,6 +221,7 @@ def _what(
     if bound := _bound(context):
         number = bare(kind) if bare(kind) in _WORDS else float
         return f"found {shown(found)}; expected {_WORDS[number]} {bound}"
+    # Values of another type.
     if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or union_of(kind):
         hint = "; remove the quotes" if _is_number(found) and kind in (int, float) else ""
         return f"found {shown(found)}; expected {expected(kind)}{hint}"
@@ -248,6 +254,7 @@ def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
         return ""
     if name in MOVED and "tuning" in owners[-1][1].model_fields:
         return f"; {MOVED[name]}"
+    # Look for the key where people misplace it: here, in a block below, in a block above.
     _, model = owners[-1]
     wanted = ALIASES.get(name, name)
     fields = list(model.model_fields)
@@ -264,7 +271,7 @@ def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
 
 
 def nested_keys(model: type[BaseModel]) -> list[str]:
-    """List the dotted keys below the models that a model holds."""
+    """Return the dotted keys of all models nested in a model."""
     found = []
     for name, field in model.model_fields.items():
         kind = bare(field.annotation)

@@ -1,4 +1,4 @@
-"""Lay ``--set stages.ppo.kl.coef=0.1`` texts over a recipe that was read."""
+"""Apply ``--set stages.ppo.kl.coef=0.1`` overrides to a recipe."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ ORIGIN = "--set"
 
 
 def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
-    """Change ``source`` in place; mistakes are added to its errors.
+    """Change ``source`` in place and add invalid overrides to its errors.
 
     Args:
         source: the recipe's data and marks.
-        overrides: ``key.path=value`` texts; the value is YAML, an index picks a list item.
+        overrides: ``key.path=value`` texts; the value is YAML, and an index selects a list item.
     """
     for text in overrides:
         path, equals, value_text = text.partition("=")
@@ -37,7 +37,7 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
 
 
 def _put(source: Source, parts: Sequence[str], value: Any) -> str | None:
-    """Set one value, making the mappings on the way; give what is wrong, if anything."""
+    """Set one value and create the mappings along its path; return the problem, if any."""
     holder: Any = source.data
     key: tuple[str | int, ...] = ()
     for i, part in enumerate(parts):
@@ -51,6 +51,7 @@ def _put(source: Source, parts: Sequence[str], value: Any) -> str | None:
             step: Any = int(part)
         elif isinstance(holder, dict):
             step = part
+            # A typo in a stage's name must not create a stage; a whole new stage may be set.
             if key == ("stages",) and part not in holder and not (last and isinstance(value, dict)):
                 return f"no stage '{part}'; stages are {', '.join(holder)}{suggest(part, holder)}"
             if not last and holder.get(part) is None:

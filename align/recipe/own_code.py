@@ -1,4 +1,4 @@
-"""Own code in a recipe: found from the recipe's folder, and checked without running it."""
+"""Custom code in a recipe: resolve its path from the recipe's folder and check it unexecuted."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,10 @@ from align.recipe.source import Key, Source
 
 
 def place_own_code(source: Source, folder: Path) -> None:
-    """Make the files of ``kind: python`` absolute, taken from ``folder``; note those not there."""
+    """Make the files of ``kind: python`` absolute, relative to ``folder``; report missing ones."""
     for key, block in _blocks(source.data, ()):
         path = block.get("path")
-        if not isinstance(path, str) or ":" not in path:  # the schema says what is expected
+        if not isinstance(path, str) or ":" not in path:  # The schema reports this error.
             continue
         place, _, name = path.rpartition(":")
         if place.endswith(".py"):
@@ -30,9 +30,10 @@ def _problem(path: str) -> str | None:
     if file is None:
         where = "no such file" if place.endswith(".py") else "no such module on Python's path"
         return f"{place}: {where}; expected FILE.py:FUNCTION, from the recipe's folder"
+    # Only parsed: importing it could run anything, in the process of the command line.
     names = source_names(file)
     if names is None:
-        return f"{file} is not Python; run: python -m py_compile {file}"
+        return f"{file} is not valid Python; run: python -m py_compile {file}"
     if name not in names:
         return f"{file} has no '{name}'{suggest(name, names)}"
     return None

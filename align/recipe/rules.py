@@ -1,8 +1,8 @@
-"""Options that are set and change nothing: one small rule for each part of a recipe.
+"""Rules that find options without effect: one small rule for each part of a recipe.
 
-A value is told from one that was left out by comparing it with its default, so a recipe that is
-written out in full (``align show``) stays right. What two keys of one part say of each other is
-checked by the part itself; here stand the rules that take a wider look, each at its own key.
+An option counts as set if its value differs from its default, so a recipe with all defaults written
+out (``align show``) stays valid. Contradictions between keys of one part are checked by the part's
+class; the rules here need a wider view, and each reports the key at fault.
 """
 
 import json
@@ -37,22 +37,25 @@ from align.recipe.schema.tuning import METHODS
 from reward_models.specs import EnsembleSpec, LengthSpec, MathSpec
 
 Idle = tuple[str, str]
-"""A dotted key below a stage, and why its value has no effect or cannot work."""
+"""A dotted key below a stage, and the reason why its value has no effect or cannot work."""
 
 
 def idle_options(spec: Spec, key: str = "") -> Iterator[Idle]:
-    """Find the options of a stage, or of a part of one, that are set without effect.
+    """Yield the options of a stage, or of a part of it, that have no effect.
 
     Args:
-        spec: a valid stage or part. key: its own dotted key below the stage.
+        spec: a valid stage or part.
+        key: dotted key of the part below the stage.
 
     Yields:
         The dotted key of each such option below the stage, and the reason.
     """
     here = f"{key}." if key else ""
+    # The rules of this part itself.
     for kind, rule in RULES:
         if isinstance(spec, kind):
             yield from ((here + name, reason) for name, reason in rule(spec))
+    # The parts inside it.
     for name in type(spec).model_fields:
         value = getattr(spec, name)
         if isinstance(value, Spec):
@@ -65,7 +68,7 @@ def idle_options(spec: Spec, key: str = "") -> Iterator[Idle]:
 
 
 def changed(spec: Spec, *names: str) -> list[str]:
-    """Give those of ``names`` whose value is not the default."""
+    """Return those of ``names`` whose value is not the default."""
     fields = type(spec).model_fields
     return [
         n for n in names if getattr(spec, n) != fields[n].get_default(call_default_factory=True)
@@ -84,7 +87,7 @@ def _data(spec: DataSpec) -> Iterator[Idle]:
         yield "phrasing", "has no effect without 'templates'; remove it"
     if spec.world is not None:
         for name in changed(spec, "rename", "format"):
-            yield name, "has no effect on rows that are made; remove it"
+            yield name, "has no effect on a synthetic dataset (world); remove it"
 
 
 def _optim(spec: OptimSpec) -> Iterator[Idle]:
@@ -94,7 +97,7 @@ def _optim(spec: OptimSpec) -> Iterator[Idle]:
     if spec.schedule == "constant" and changed(spec, "min_lr_frac"):
         yield "min_lr_frac", "has no effect with schedule constant, which never falls"
     if max(spec.betas) >= 1.0:
-        yield "betas", f"found {list(spec.betas)}; a mean with weight 1 never moves: below 1"
+        yield "betas", f"found {list(spec.betas)}; expected below 1, or the mean never changes"
 
 
 def _zero(spec: ZeroSpec) -> Iterator[Idle]:
@@ -115,7 +118,7 @@ def _greedy(spec: Any) -> Iterator[Idle]:
 
 def _kl(spec: KlSpec) -> Iterator[Idle]:
     if spec.target is None and changed(spec, "horizon"):
-        yield "horizon", "has no effect without 'target': the coefficient stays as it is"
+        yield "horizon", "has no effect without 'target': the coefficient is constant"
     if spec.coef == 0.0 and spec.corrected:
         yield "corrected", "has no effect with coef 0"
     if spec.coef == 0.0 and spec.target is not None:
@@ -135,7 +138,7 @@ def _training(spec: TrainingStage) -> Iterator[Idle]:
 
 def _offline(spec: OfflineStage) -> Iterator[Idle]:
     if spec.steps is not None and changed(spec, "epochs"):
-        yield "epochs", "has no effect beside 'steps', which says how long; give one of them"
+        yield "epochs", "has no effect if 'steps' is set; give one of them"
     yield from _heldout(spec)
 
 
@@ -156,7 +159,7 @@ def _base(spec: BaseStage) -> Iterator[Idle]:
 
 
 def _preset(spec: OnlineStage, block: str) -> Mapping[str, Any]:
-    """Return what the stage's algorithm sets in a block, which is no choice of the recipe's."""
+    """Return the algorithm's defaults of a block, which the recipe did not choose."""
     return defaults_of(getattr(spec, "algorithm", None)).get(block, {})
 
 
@@ -167,13 +170,14 @@ def _online(spec: OnlineStage) -> Iterator[Idle]:
             if getattr(spec.clip, name) != getattr(plain, name):
                 yield (
                     f"clip.{name}",
-                    "has no effect with one optimiser step per rollout, where every ratio is 1; "
+                    "has no effect with one optimizer step per rollout, where every ratio is 1; "
                     "raise minibatches or update_epochs",
                 )
     if all(reward.weight == 0.0 for reward in spec.rewards):
-        yield "rewards", "all weights are 0: every answer scores the same"
+        yield "rewards", "all weights are 0: every response scores the same"
     if spec.watch is not None and spec.watch.guard is not None:
         guard = spec.watch.guard
+        # One evaluation before the first step, then one every `every` steps and a last one.
         looks = 1 + -(-spec.steps // spec.watch.every)
         needed = guard.window + (guard.patience - 1 if guard.stop_on else 0)
         if looks < needed:
@@ -196,7 +200,7 @@ def _kl_of_stage(spec: PpoStage | GrpoStage) -> Iterator[Idle]:
 
 def _ppo(spec: PpoStage) -> Iterator[Idle]:
     if spec.critic.warmup_steps >= spec.steps:
-        yield "critic.warmup_steps", f"leaves none of the {spec.steps} steps to the policy"
+        yield "critic.warmup_steps", f"leaves none of the {spec.steps} steps for the policy"
 
 
 def _grpo(spec: GrpoStage) -> Iterator[Idle]:
@@ -208,7 +212,7 @@ def _grpo(spec: GrpoStage) -> Iterator[Idle]:
 
 def _repeats(spec: Any) -> Iterator[Idle]:
     if spec.samples > 1 and spec.sampling.temperature == 0.0:
-        yield "samples", "has no effect at temperature 0: every answer of a prompt is the same"
+        yield "samples", "has no effect at temperature 0: all responses to a prompt are the same"
 
 
 def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
@@ -220,7 +224,7 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
     if spec.reference is not None and not any(
         task.sampling.temperature == 1.0 and "kl" in task.reported for task in spec.all_tasks
     ):
-        yield "reference", "has no effect: KL is measured on answers drawn at temperature 1 only"
+        yield "reference", "has no effect: KL is only measured on responses at temperature 1"
 
 
 def _merge(spec: MergeStage) -> Iterator[Idle]:
@@ -229,14 +233,14 @@ def _merge(spec: MergeStage) -> Iterator[Idle]:
         for name in changed(spec, *names):
             yield name, "has no effect with a single alpha, which is merged without scoring"
     if spec.base in (spec.tuned, *spec.others):
-        yield "base", f"'{spec.base}' is what it is merged with: nothing would change"
+        yield "base", f"'{spec.base}' would be merged with itself; name two different models"
 
 
 def _trl(spec: TrlStage) -> Iterator[Idle]:
     if changed(spec.optim, "min_lr_frac"):
         yield "optim.min_lr_frac", "has no effect in a trl stage; remove it"
     if spec.columns and spec.rows == "prompts":
-        yield "columns", "has no effect: trainers on prompts are given all columns; remove it"
+        yield "columns", "has no effect: trainers on prompts get all columns; remove it"
     if spec.optim.schedule == "slanted":
         yield "optim.schedule", "TRL's trainers have no slanted schedule; write cosine or linear"
 
@@ -283,33 +287,33 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (MathSpec, _math),
     (LengthSpec, _length),
 ]
-"""Part of a recipe and what must hold of it; a part that is several kinds meets all its rules."""
+"""The rules by class; a subclass must satisfy the rules of all its base classes."""
 
 
 WHOLE = ("init", "base", "tuned", "others", "critic")
-"""Keys that name a model of which only the weights are read, but for ``init`` where it trains."""
+"""Keys of models whose weights alone are read; ``init`` of a training stage is an exception."""
 
 
 def start_problem(method: str) -> str:
-    """Say why training cannot start on top of an adapter, and what can be done."""
+    """Return why training cannot start from an unmerged adapter, and what to do instead."""
     if METHODS[method].continues:
         way = (
-            f"repeat the same 'tuning' block, which goes on training this {method} adapter (not "
-            "in a reward or classify stage, whose model is another one)"
+            f"repeat the same 'tuning' block, which continues to train this {method} adapter (not "
+            "in a reward or classify stage, whose model has another head)"
         )
     else:
-        way = "only its virtual tokens are saved, not what made them, so it cannot be trained on"
+        way = "only its virtual tokens are saved, so it cannot be trained further"
     return f"{_unmerged(method)}; {way}; or tune the earlier stage with a method that merges (lora)"
 
 
 def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Find stages that would leave out, or cannot hold, an earlier stage's unmerged adapter.
+    """Return the stages that would ignore, or cannot load, an earlier stage's unmerged adapter.
 
     Args:
-        stages: stage name to spec, None for one that is not valid by itself.
+        stages: stage name to spec, None for an invalid stage.
 
     Returns:
-        (stage, dotted key) to what is wrong.
+        (stage, dotted key) to the problem.
     """
     found = {}
     for name, spec in stages.items():
@@ -323,23 +327,23 @@ def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 
 
 def _problem(spec: Any, key: str, made_by: Any) -> str | None:
-    """Say what is wrong where ``key`` names a model whose adapter is not merged."""
+    """Return the problem if ``key`` names a model with an unmerged adapter, None if it works."""
     part = key.partition(".")[0]
     if part == "init" and isinstance(spec, TrainingStage):
         if spec.new_head is not None or spec.tuning != made_by or not made_by.continues:
             return start_problem(made_by.method)
         if isinstance(spec, PpoStage) and spec.critic.init is None:
             return (
-                f"{_unmerged(made_by.method)}, and the critic, which would start from it, takes "
-                "weights alone; name a merged policy or a reward model in 'critic.init'"
+                f"{_unmerged(made_by.method)}, but the critic would start from its weights alone; "
+                "name a merged policy or a reward model in 'critic.init'"
             )
     elif part in WHOLE:
         return (
-            f"{_unmerged(made_by.method)}, and a {spec.kind} stage takes weights alone here; tune "
+            f"{_unmerged(made_by.method)}, but a {spec.kind} stage reads only weights here; tune "
             "that stage with a method that merges (lora)"
         )
     elif part == "models" and isinstance(spec, EvaluateStage) and spec.sampling.engine == "vllm":
-        return f"{_unmerged(made_by.method)}; write sampling.engine: hf (or auto, which takes it)"
+        return f"{_unmerged(made_by.method)}; write sampling.engine: hf (or auto, which uses hf)"
     return None
 
 
@@ -348,17 +352,17 @@ def _unmerged(method: str) -> str:
 
 
 Problem = tuple[str, str]
-"""A dotted key below a stage, and what is wrong with its value."""
+"""A dotted key below a stage, and the problem with its value."""
 
 
 def encoder_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Find settings that need a decoder where the recipe names an encoder.
+    """Return the settings that need a decoder although the recipe names an encoder.
 
     Args:
-        stages: stage name to spec, None for one that is not valid by itself.
+        stages: stage name to spec, None for an invalid stage.
 
     Returns:
-        (stage, dotted key) to what is wrong.
+        (stage, dotted key) to the problem.
     """
     found: dict[tuple[str, str], str] = {}
     for name, spec in stages.items():
@@ -369,9 +373,9 @@ def encoder_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
             problems = [
                 (
                     "critic.init",
-                    "it scores whole texts (its init is an encoder), and a critic judges every "
-                    "token; remove it, and the critic begins from the policy, or name a decoder's "
-                    "scorer",
+                    "it scores whole texts (its init is an encoder), but a critic scores every "
+                    "token; remove it to start the critic from the policy, or name a reward model "
+                    "whose init is a decoder",
                 )
             ]
         found |= {(name, key): problem for key, problem in problems}
@@ -379,7 +383,7 @@ def encoder_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 
 
 def is_encoder(reference: str, stages: Mapping[str, Any]) -> bool:
-    """Say whether a stage's name or an artefact's folder is that of an encoder."""
+    """Return whether a stage name or an artifact's folder refers to an encoder."""
     if reference in stages:
         return isinstance(stages[reference], EncoderStage)
     return _read(Path(reference) / "manifest.json").get("kind") == "encoder"
@@ -395,7 +399,7 @@ def _scores_whole_texts(reference: str | None, stages: Mapping[str, Any]) -> boo
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; what is none is reported where the reference itself is checked."""
+    """Return a file's JSON mapping, {} if it is invalid; the reference check reports the error."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -416,12 +420,12 @@ def _head(spec: RewardStage | ClassifyStage) -> Iterator[Problem]:
     if spec.supervision == "steps":
         yield (
             "supervision",
-            "an encoder gives one score to a whole text, none to the steps so far; begin from a "
-            "policy (kind: base), or take pairs or answers",
+            "an encoder gives one score to a whole text and none to its steps; set init to a "
+            "policy (kind: base), or use pairs or answers",
         )
     if spec.norm_sampling is not None:
         yield (
             "norm_sampling",
-            "an encoder cannot answer prompts; remove it, and the answers of 'data' set mean and "
-            "std",
+            "an encoder cannot generate responses; remove it to compute mean and std on the "
+            "responses of 'data'",
         )

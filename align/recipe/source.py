@@ -1,8 +1,8 @@
-"""Read recipe files into plain data that remembers where each value was written.
+"""Read recipe files into plain data, and record the place of each value.
 
 Worked example. Line 4 of r.yaml is ``    coef: 0.1`` below ``kl:`` below ``ppo:`` below
 ``stages:``; then ``data["stages"]["ppo"]["kl"]["coef"] == 0.1`` and
-``marks[("stages", "ppo", "kl", "coef")]`` holds ``r.yaml``, line 4 and both columns.
+``marks[("stages", "ppo", "kl", "coef")]`` contains ``r.yaml``, line 4 and both columns.
 """
 
 import math
@@ -25,7 +25,7 @@ _VARIABLE = re.compile(r"\$?\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|[^}]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Say where a value stands; ``file`` is ``--set`` for one from the command line."""
+    """The place of a value; ``file`` is ``--set`` for a value from the command line."""
 
     file: str
     line: int = 0
@@ -33,16 +33,16 @@ class Mark:
     column: int = 0
 
     def at_key(self) -> str:
-        """Give ``file:line:column`` of the key."""
+        """Return ``file:line:column`` of the key."""
         return self._text(self.key_column)
 
     def at_value(self) -> str:
-        """Give ``file:line:column`` of the value."""
+        """Return ``file:line:column`` of the value."""
         return self._text(self.column)
 
     @property
     def origin(self) -> str:
-        """Give ``file:line``, or ``--set``."""
+        """Return ``file:line``, or ``--set``."""
         return f"{self.file}:{self.line}" if self.line else self.file
 
     def _text(self, column: int) -> str:
@@ -51,7 +51,7 @@ class Mark:
 
 @dataclass(slots=True)
 class Source:
-    """Hold parsed data, the mark of every value in it, and the mistakes found on the way."""
+    """Parsed data with the place of every value, and the errors found while reading."""
 
     data: dict[str, Any] = field(default_factory=dict)
     marks: dict[Key, Mark] = field(default_factory=dict)
@@ -62,7 +62,7 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):
-    """Read plain scalars as YAML 1.2 does: ``no`` is text, ``1e-5`` a number, ``010`` ten."""
+    """A YAML 1.2 loader for plain scalars: ``no`` is text, ``1e-5`` a number, ``010`` is 10."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
@@ -106,7 +106,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 MAX_BYTES = 2**20
 MAX_DEPTH = 40
 MAX_VALUES = 50_000
-"""Bounds of a recipe: size of a file, nesting, and values once aliases are written out."""
+"""Limits of a recipe: characters of a file, nesting depth, and values with aliases expanded."""
 
 
 _BRACED = re.compile(r"(?<=\$)\{([A-Za-z_][^{}\n]*)\}")
@@ -131,19 +131,19 @@ def _restore_braces(node: yaml.Node | None) -> None:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """Parse YAML within the bounds. ``${NAME}`` needs no quotes, also inside ``{}`` and ``[]``.
+    """Return the YAML node of a text; ``${NAME}`` needs no quotes, also in ``{}`` and ``[]``.
 
     Raises:
-        yaml.MarkedYAMLError: it is no YAML, or too long or nested too deeply.
+        yaml.MarkedYAMLError: the text is not YAML, too long or nested too deeply.
     """
     if len(text) > MAX_BYTES:
         problem = f"{len(text):,} characters; expected at most {MAX_BYTES:,}"
         raise yaml.MarkedYAMLError(problem=problem)
-    # One character for another, so that every mark keeps its line and column.
+    # Replace character by character, so that every mark keeps its line and column.
     if _OPEN not in text and _CLOSE not in text:
         text = _BRACED.sub(rf"{_OPEN}\1{_CLOSE}", text)
     depth = 0
-    # Events come without recursion; composing nodes would overflow the stack of libyaml.
+    # Events need no recursion; composing deeply nested nodes would overflow libyaml's stack.
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -157,11 +157,11 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
-"""Recipes that come with the package; in a checkout a link to the top-level folder."""
+"""Recipes that are shipped with the package; in a checkout, a link to the top-level folder."""
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a recipe: any by path, or one that is shipped by its bare name."""
+    """Return the file of a recipe, given a path or the bare name of a shipped recipe."""
     path = Path(name)
     shipped = SHIPPED / f"{path}.yaml"
     bare = path.name == str(name) and not path.suffix
@@ -169,16 +169,16 @@ def find_recipe(name: Path | str) -> Path:
 
 
 def read_source(path: Path | str) -> Source:
-    """Read a recipe and everything it extends.
+    """Read a recipe and all the recipes that it extends.
 
     Args:
-        path: the recipe; ``extends`` inside it is relative to its folder.
+        path: the recipe; ``extends`` is relative to its folder.
 
     Returns:
-        Merged data, marks and mistakes; only a file that cannot be read at all raises.
+        Merged data, marks and errors.
 
     Raises:
-        RecipeError: a file is missing or not YAML, or ``extends`` goes in a circle.
+        RecipeError: a file is missing or not YAML, or ``extends`` is circular.
     """
     return _read(Path(path), chain=())
 
@@ -187,7 +187,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
     real = path.resolve()
     if real in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
-        raise RecipeError(f"{path}: 'extends' goes in a circle: {circle}; remove one of them")
+        raise RecipeError(f"{path}: 'extends' is circular: {circle}; remove one of them")
     source = _parse(path)
     if "extends" not in source.data:
         return source
@@ -208,6 +208,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
 
 
 def _parse(path: Path) -> Source:
+    # Read at most the limit: the path may be a device or a huge file.
     try:
         with path.open("rb") as f:
             text = f.read(MAX_BYTES * 4 + 1).decode("utf-8")
@@ -244,7 +245,7 @@ def _near_files(path: Path) -> str:
 
 
 class _Reader:
-    """Turn YAML nodes into data, noting marks and mistakes in a ``Source``."""
+    """A converter from YAML nodes to data that records marks and errors in a ``Source``."""
 
     def __init__(self, file: str, source: Source) -> None:
         self.file = file
@@ -255,7 +256,7 @@ class _Reader:
     def value(self, node: yaml.Node, key: Key, *, key_node: yaml.Node | None = None) -> Any:
         at = node.start_mark
         named = (key_node or node).start_mark
-        # A block value may start on the line after its key; the key is what people look for.
+        # A block value may start on the line after its key; an error should show the key's line.
         line = named.line if key_node is not None else at.line
         column = at.column if at.line == line else named.column
         self.source.marks[key] = Mark(self.file, line + 1, named.column + 1, column + 1)
@@ -266,6 +267,7 @@ class _Reader:
                 f"{where}: more than {MAX_VALUES:,} values once aliases are written out; write a "
                 "smaller recipe"
             )
+        # YAML aliases can make a node its own descendant.
         if any(node is n for n in self.open):
             self.problem(key, "an alias that contains itself; write the value out")
             return None
@@ -293,12 +295,13 @@ class _Reader:
                 at = key_node.start_mark
                 name = dotted((*key, key_node.value))
                 self.source.errors.append(
-                    f"{self.file}:{at.line + 1}:{at.column + 1}: {name}: this key stands twice; "
+                    f"{self.file}:{at.line + 1}:{at.column + 1}: {name}: duplicate key; "
                     f"the first is on line {first.line}; remove one"
                 )
             else:
                 name = key_node.value
                 found[name] = self.value(child, (*key, name), key_node=key_node)
+        # Merged mappings ('<<') come last: the mapping's own keys take precedence.
         for other in merged:
             if not isinstance(other, yaml.MappingNode):
                 self.problem(key, "'<<' merges a mapping; found something else")
@@ -314,7 +317,7 @@ class _Reader:
     def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
         if node.tag == _TAG + "str":
             text, changed = self.expanded(node.value, key)
-            # An unquoted ${STEPS} may hold a number; a quoted one stays text.
+            # An unquoted ${STEPS} may be a number; a quoted one stays text.
             if changed and not node.style:
                 return self.read(plain_scalar, text, key)
             return text
@@ -336,9 +339,10 @@ class _Reader:
             return None
 
     def expanded(self, text: str, key: Key) -> tuple[str, bool]:
-        """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` is a literal ``${NAME}``.
+        """Return the text with its variables replaced, and whether it changed.
 
-        ``${RECIPE_DIR}`` is the folder of the file that it stands in.
+        ``${NAME}`` and ``${NAME:-default}`` are environment variables, ``${RECIPE_DIR}`` is the
+        folder of the recipe's file, and ``$${NAME}`` is a literal ``${NAME}``.
         """
         known = os.environ | {"RECIPE_DIR": str(Path(self.file).parent)}
 
@@ -361,6 +365,7 @@ class _Reader:
                     f"${{{name}:-default}}",
                 )
                 return ""
+            # A secret by its name, or by its place in a URL (query or user:password@).
             in_address = "?" in text[: match.start()] or "@" in text[match.end() :]
             if name in os.environ and (is_secret_name(name) or ("://" in text and in_address)):
                 keep_secret(name, value)
@@ -376,7 +381,7 @@ class _Reader:
 
 
 def parse_value(text: str, name: str, errors: list[str]) -> Any:
-    """Read the value of ``--set name=text`` as YAML; mistakes inside it go to ``errors``."""
+    """Return the value of ``--set name=text``, parsed as YAML; errors are added to ``errors``."""
     node = _compose(text)
     if node is None:
         return None
@@ -387,27 +392,28 @@ def parse_value(text: str, name: str, errors: list[str]) -> Any:
 
 
 def plain_scalar(text: str) -> Any:
-    """Read a text the way an unquoted YAML value is read."""
+    """Return a text parsed as an unquoted YAML value."""
     tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
     return _READERS.get(tag.removeprefix(_TAG), str)(text)
 
 
 def _merge(base: Source, child: Source) -> None:
-    """Lay ``child`` over ``base``, key by key; lists and stages of another kind are replaced."""
+    """Merge ``child`` over ``base`` by key; lists and stages of another kind are replaced."""
     base.errors += child.errors
-    _merge_at(base, child, (), base.data, child.data)
+    _merge_at(base, child, (), into=base.data, new=child.data)
 
 
-def _merge_at(base: Source, child: Source, key: Key, into: dict[str, Any], new: Any) -> None:
+def _merge_at(base: Source, child: Source, key: Key, *, into: dict[str, Any], new: Any) -> None:
     for name, value in new.items():
         here = (*key, name)
         old = into.get(name)
+        # A stage set to null is removed.
         if value is None and key == ("stages",) and name in into:
             del into[name]
             forget(base.marks, here)
         elif isinstance(old, dict) and isinstance(value, dict) and not _other_kind(old, value):
             base.marks[here] = child.marks[here]
-            _merge_at(base, child, here, old, value)
+            _merge_at(base, child, here, into=old, new=value)
         else:
             into[name] = value
             forget(base.marks, here)
@@ -419,11 +425,11 @@ def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def forget(marks: dict[Key, Mark], key: Key) -> None:
-    """Drop the marks of a value and of all inside it."""
+    """Remove the marks of a value and of everything inside it."""
     for k in [k for k in marks if k[: len(key)] == key]:
         del marks[k]
 
 
 def dotted(key: Sequence[str | int]) -> str:
-    """Write a key path as people do: ``stages.ppo.rewards.0.model``."""
+    """Return a key path in dotted form: ``stages.ppo.rewards.0.model``."""
     return ".".join(str(k) for k in key)

@@ -231,8 +231,8 @@ def test_same_block_goes_on_with_an_unmerged_adapter(folder, method):
 @pytest.mark.parametrize(
     ("method", "kind", "tuning", "said"),
     [
-        ("prefix", "dpo", {"method": "prefix", "virtual_tokens": 3}, "cannot be trained on"),
-        ("prompt", "grpo", {"method": "lora"}, "cannot be trained on"),
+        ("prefix", "dpo", {"method": "prefix", "virtual_tokens": 3}, "cannot be trained further"),
+        ("prompt", "grpo", {"method": "lora"}, "cannot be trained further"),
         ("bottleneck", "dpo", {"method": "full"}, "repeat the same 'tuning' block"),
         ("bottleneck", "sft", {"method": "bottleneck", "size": 9}, "repeat the same 'tuning'"),
         ("loreft", "reward", {"method": "full"}, "needs merged weights"),

@@ -165,7 +165,7 @@ def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
     [
         ({}, "give prompts, shifted, scores"),
         ({"alphas": [0.5], "prompts": [{"path": "x"}]}, "a single alpha is not scored; remove"),
-        ({"alphas": [0.5, 0.5]}, "holds one twice"),
+        ({"alphas": [0.5, 0.5]}, "contains a duplicate"),
         (
             {
                 "alphas": [0.0, 0.5],
@@ -173,7 +173,7 @@ def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
                 "shifted": [{"path": "x"}],
                 "scores": [{"kind": "math"}],
             },
-            "alphas must hold 1.0",
+            "alphas must contain 1.0",
         ),
     ],
 )

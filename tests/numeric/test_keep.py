@@ -203,22 +203,22 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
             "found 'eval/accuracy'; a sft stage measures eval/loss",
         ),
         ("sft", {"keep": {"augment": {}}}, "keep.augment changes nothing"),
-        ("sft", {"keep": {"augment": {"templates": ["no slot"]}}}, "must hold {text} once"),
+        ("sft", {"keep": {"augment": {"templates": ["no slot"]}}}, "must contain {text} once"),
         (
             "sft",
             {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}, "tuning": {"method": "lora"}},
-            "which lora tuning leaves as they are",
+            "which lora tuning does not change",
         ),
-        ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "gives it up for"),
+        ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "by another head"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
-        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "takes its rows as they stand"),
+        ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "uses its rows unchanged"),
         (
             "sft",
             {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
             "trains nothing inside a layer",
         ),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
-        ("grpo", {"keep": STOP}, "stopped by 'watch' with 'guard'"),
+        ("grpo", {"keep": STOP}, "use 'watch' with 'guard'"),
     ],
 )
 def test_settings_that_do_not_fit_the_stage_are_refused(kind: str, keys: dict, said: str) -> None:

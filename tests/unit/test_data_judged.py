@@ -86,7 +86,7 @@ def test_tie_is_read_from_its_column():
         ({"supervision": "steps", "heads": 3}, "heads has no effect"),
         ({"step_separator": "##"}, "step_separator has no effect"),
         ({"noise_folds": 1}, "noise_folds"),
-        ({"tie_margin": 1.0, "label_smoothing": 0.1}, "cannot be joined"),
+        ({"tie_margin": 1.0, "label_smoothing": 0.1}, "cannot be combined"),
         ({"norm_prompts": 0, "norm_sampling": {}}, "no effect with norm_prompts 0"),
     ],
 )

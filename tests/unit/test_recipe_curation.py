@@ -39,14 +39,17 @@ def test_a_stage_reads_the_data_of_an_earlier_one(tmp_path):
             "stage that writes a data",
         ),
         (GROW + "  s: {kind: sft, init: grow, data: [{path: a}]}\n", "writes a data; expected"),
-        ("  s: {kind: sft, init: base, data: [{path: a}], mix_cap: 5}\n", "no effect on one"),
+        ("  s: {kind: sft, init: base, data: [{path: a}], mix_cap: 5}\n", "on a single dataset"),
         (
             "  s: {kind: sft, init: base, data: [{path: a, phrasing: all}]}\n",
             "phrasing: has no effect without 'templates'",
         ),
         ("  s: {kind: curate, ranks: 2, data: [{path: a}]}\n", "runs as one process"),
         ("  s: {kind: curate, data: [{path: a}], keep_frac: 0.5}\n", "no effect without 'quality'"),
-        ("  s: {kind: curate, data: [{path: a}], near_duplicates: null}\n", "nothing would leave"),
+        (
+            "  s: {kind: curate, data: [{path: a}], near_duplicates: null}\n",
+            "no row would be dropped",
+        ),
         (
             "  s: {kind: weak_label, of: sft, data: [{path: a}], functions: [{by: {kind: length, "
             "target: 2, limit: 4}, good_from: 1.0}]}\n",

@@ -70,8 +70,8 @@ def test_recipe_itself_is_right() -> None:
     [
         ("sft.data.0.weight", "2.0", "no effect on a single source"),
         ("sft.data.0.heldout_frac", "0.2", "no effect with split: all"),
-        ("sft.data.0.rename", "{a: b}", "no effect on rows that are made"),
-        ("sft.data.0.format", "alpaca", "no effect on rows that are made"),
+        ("sft.data.0.rename", "{a: b}", "no effect on a synthetic dataset"),
+        ("sft.data.0.format", "alpaca", "no effect on a synthetic dataset"),
         ("sft.optim", "{schedule: constant, min_lr_frac: 0.1}", "never falls"),
         ("sft.optim", "{schedule: slanted, warmup_frac: 0.1}", "no effect with schedule slanted"),
         ("sft.optim", "{schedule: slanted, min_lr_frac: 0.1}", "no effect with schedule slanted"),
@@ -85,13 +85,13 @@ def test_recipe_itself_is_right() -> None:
         ("grpo.importance", "{mode: none, level: sequence}", "no effect with mode none"),
         ("grpo.importance", "{mode: none, floor: 0.5}", "no effect with mode none"),
         ("grpo.importance", "{floor: 0.5}", "no effect with mode truncate"),
-        ("sft.optim.betas", "[0.9, 1.0]", "never moves"),
+        ("sft.optim.betas", "[0.9, 1.0]", "the mean never changes"),
         ("sft.zero.offload", "cpu", "no effect with stage 0"),
         ("sft.keep_checkpoints", "3", "no effect with checkpoint_every 0"),
         ("sft.eval_every", "10", "without 'heldout'"),
         ("merge.tolerance", "0.1", "no effect with a single alpha"),
         ("merge.sampling", "{engine: hf}", "no effect with a single alpha"),
-        ("merge.base", "sft", "nothing would change"),
+        ("merge.base", "sft", "would be merged with itself"),
         ("trl.optim.schedule", "slanted", "no slanted schedule"),
         ("found.batch_size", "8", "nothing is trained"),
         ("found.max_length", "8", "nothing is trained"),
@@ -106,8 +106,8 @@ def test_recipe_itself_is_right() -> None:
         ("grpo.kl", "{coef: 0.0, place: loss, estimator: k2}", "coef is 0"),
         ("grpo.kl", "{coef: 0.0, place: loss, estimator: k3, corrected: true}", "with coef 0"),
         ("ppo.importance", "{mode: none, cap: 3.0}", "no effect with mode none"),
-        ("grpo.clip.high", "0.3", "one optimiser step per rollout"),
-        ("grpo.clip.dual", "3.0", "one optimiser step per rollout"),
+        ("grpo.clip.high", "0.3", "one optimizer step per rollout"),
+        ("grpo.clip.dual", "3.0", "one optimizer step per rollout"),
         ("grpo.max_draws", "5", "without dynamic_sampling"),
         ("ppo.critic.warmup_steps", "4", "leaves none of the 4 steps"),
         ("ppo.rewards", "[{kind: math, weight: 0.0}]", "all weights are 0"),
@@ -117,8 +117,8 @@ def test_recipe_itself_is_right() -> None:
         ("ppo.watch", GUARDED, "needs 5 evaluations to raise an alarm, and 4 steps"),
         ("evaluate.scores.0.weight", "2.0", "weigh in 'judge'"),
         ("evaluate.pairs", "[{world: preference, rows: 4}]", "without 'reward_models'"),
-        ("evaluate.reference", "base", "at temperature 1 only"),
-        ("evaluate.samples", "4", "every answer of a prompt is the same"),
+        ("evaluate.reference", "base", "only measured on responses at temperature 1"),
+        ("evaluate.samples", "4", "all responses to a prompt are the same"),
         ("evaluate.sampling", "{temperature: 0.0, top_p: 0.9}", "no effect at temperature 0"),
     ],
 )
@@ -151,7 +151,7 @@ def test_each_is_named_at_its_own_line_and_column() -> None:
         "keeps none",
         # "    kl: {coef: 0.1, " is 20 characters, so the key stands in column 21.
         "r.yaml:20:21: stages.ppo.kl.horizon: has no effect without 'target': the coefficient "
-        "stays as it is",
+        "is constant",
     ]
 
 
@@ -178,7 +178,7 @@ def test_option_with_effect_stays(overrides: tuple[str, ...]) -> None:
 
 def test_top_p_with_importance_correction_is_refused() -> None:
     (line,) = mistakes("stages.grpo.sampling.top_p=0.9")
-    assert "samples from another distribution than is trained" in line
+    assert "samples from another distribution than the policy" in line
 
 
 def test_k1_in_the_loss_is_refused() -> None:

@@ -55,7 +55,7 @@ def test_a_reward_stage_may_begin_from_an_encoder_and_reward_a_policy():
         ),
         (
             ["stages.rm.norm_sampling={max_new_tokens: 8}"],
-            r"stages\.rm\.norm_sampling: an encoder cannot answer prompts; remove it",
+            r"stages\.rm\.norm_sampling: an encoder cannot generate responses; remove it",
         ),
         (
             ["stages.rm.tuning={method: prefix}"],
@@ -63,7 +63,7 @@ def test_a_reward_stage_may_begin_from_an_encoder_and_reward_a_policy():
         ),
         (
             ["stages.ppo.critic={init: rm}"],
-            r"stages\.ppo\.critic\.init: it scores whole texts .*a critic judges every token",
+            r"stages\.ppo\.critic\.init: it scores whole texts .*a critic scores every token",
         ),
     ],
 )

@@ -101,7 +101,8 @@ def test_all_mistakes_come_at_once_in_order_of_line():
         "r.yaml:2:7: seed: found 'x'; expected a whole number",
         "r.yaml:12:31: stages.sft.data.0.rows: found 0; expected a whole number >= 1",
         "r.yaml:16:11: stages.rm.init: 'stf' is no stage and no folder; expected an earlier stage "
-        "that writes a policy or encoder (base, sft) or an artefact's folder; did you mean 'sft'?",
+        "that writes a policy or encoder (base, sft) or the folder of an artifact; did you mean "
+        "'sft'?",
         "r.yaml:23:31: stages.ppo.rewards.0.model: stage 'sft' (sft) writes a policy; expected an "
         "earlier stage that writes a reward_model (rm)",
     ]
@@ -147,7 +148,7 @@ def test_union_mistake_is_one_line_with_both_choices():
 
 def test_duplicate_key_names_both_lines():
     assert mistakes(with_lines("    steps: 4", "    steps: 4\n    steps: 5")) == [
-        "r.yaml:25:5: stages.ppo.steps: this key stands twice; the first is on line 24; remove one"
+        "r.yaml:25:5: stages.ppo.steps: duplicate key; the first is on line 24; remove one"
     ]
 
 
@@ -206,7 +207,7 @@ def test_extends_with_another_kind_replaces_the_stage():
 def test_extends_circle_is_an_error():
     Path("a.yaml").write_text("extends: b.yaml\n")
     Path("b.yaml").write_text("extends: a.yaml\n")
-    with pytest.raises(RecipeError, match=r"circle: a\.yaml -> b\.yaml -> a\.yaml"):
+    with pytest.raises(RecipeError, match=r"circular: a\.yaml -> b\.yaml -> a\.yaml"):
         load_recipe("a.yaml")
 
 
@@ -272,7 +273,7 @@ def test_missing_environment_variable_is_named_with_the_remedy(monkeypatch: pyte
     ("old", "new", "found"),
     [
         ("    init: base\n", "    init: ppo\n", "stage 'ppo' comes later"),
-        ("    init: base\n", "    init: sft\n", "a stage cannot name itself"),
+        ("    init: base\n", "    init: sft\n", "a stage cannot refer to itself"),
         ("    init: base\n", "    init: Qwen/Qwen3-0.6B\n", "'kind: base, path: ...'"),
         ("    steps: 4", "    steps: 4\n    critic: {init: nope}", "a policy or reward_model"),
     ],
@@ -294,7 +295,7 @@ def test_reference_may_be_the_folder_of_a_fitting_artefact():
     assert "'old/sft' is a folder without manifest.json" in line
     Path("old/sft/manifest.json").write_text('{"kind": "reward_model"}')
     (line,) = mistakes(text)
-    assert line.endswith("'old/sft' holds a reward_model; expected a policy")
+    assert line.endswith("'old/sft' is a reward_model; expected a policy")
     Path("old/sft/manifest.json").write_text('{"kind": "policy"}')
     assert load_recipe("r.yaml").stages["sft"].init == "old/sft"
 
@@ -302,8 +303,8 @@ def test_reference_may_be_the_folder_of_a_fitting_artefact():
 def test_stage_name_must_be_a_folder_name():
     lines = mistakes(GOOD + "  ../x: {kind: sft, init: base, data: [{world: sft}]}\n")
     assert lines == [
-        "r.yaml:25:3: stages.../x: a stage's name is a folder's: expected letters, digits, '_' "
-        "and '-' only"
+        "r.yaml:25:3: stages.../x: a stage name is also a folder name; expected letters, "
+        "digits, '_' and '-' only"
     ]
 
 

@@ -89,8 +89,8 @@ def test_key_without_effect_on_the_method_is_unknown(tuning, key):
         ("grpo", {"method": "prompt"}, {"sampling": {"engine": "vllm"}}, "cannot be merged"),
         ("reward", {"method": "loreft", "last": 2}, {}, "does not know where a prompt ends"),
         ("sft", {"method": "loreft", "first": 0}, {}, "no token is edited"),
-        ("sft", {"method": "loreft", "layers": []}, {}, "an empty list names no layer"),
-        ("sft", {"method": "vera", "targets": []}, {}, "an empty list names no layer"),
+        ("sft", {"method": "loreft", "layers": []}, {}, "the list is empty: nothing would"),
+        ("sft", {"method": "vera", "targets": []}, {}, "the list is empty: nothing would"),
         ("sft", {"method": "lora", "dropout": 1.0}, {}, "less than 1"),
         ("dpo", {"method": "lora"}, {"layers": {"freeze_embeddings": True}}, "as they are"),
     ],
@@ -191,17 +191,17 @@ SCORES = "[{kind: regex, pattern: x}]"
 @pytest.mark.parametrize(
     ("later", "key", "said"),
     [
-        ("{kind: merge, base: base, tuned: sft, alphas: [0.5]}", "tuned", "takes weights alone"),
-        ("{kind: merge, base: sft, tuned: base, alphas: [0.5]}", "base", "takes weights alone"),
+        ("{kind: merge, base: base, tuned: sft, alphas: [0.5]}", "tuned", "reads only weights"),
+        ("{kind: merge, base: sft, tuned: base, alphas: [0.5]}", "base", "reads only weights"),
         (
             "{kind: merge, base: base, tuned: base, others: [sft], method: ties, alphas: [1]}",
             "others.0",
-            "takes weights alone",
+            "reads only weights",
         ),
         (
             "{kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 1}",
             "init",
-            "takes weights alone",
+            "reads only weights",
         ),
         (
             f"{{kind: ppo, init: sft, tuning: {{method: bottleneck}}, {ONLINE_KEYS}}}",
@@ -211,7 +211,7 @@ SCORES = "[{kind: regex, pattern: x}]"
         (
             f"{{kind: ppo, init: base, critic: {{init: scorer}}, {ONLINE_KEYS}}}",
             "critic.init",
-            "takes weights alone",
+            "reads only weights",
         ),
         (
             f"{{kind: evaluate, models: [base, sft], baseline: base, prompts: [{{path: x}}], "
@@ -367,7 +367,7 @@ def test_policy_optimisation_has_rates_of_its_own(tmp_path, name, rate, said):
     [
         ({"method": "lora"}, {"engine": "hf"}, "no effect with engine hf"),
         ({"method": "dora"}, {}, "needs an adapter that vLLM serves (lora or rslora)"),
-        ({"method": "full"}, {}, "with full leave it out"),
+        ({"method": "full"}, {}, "with full omit it"),
         ({"method": "rslora", "rank": 513}, {}, "ranks up to 512, found 513"),
     ],
 )
@@ -383,7 +383,7 @@ def test_a_classifier_takes_a_head_and_no_end_of_a_prompt():
     assert stage("classify", {"method": "head"}).tuning.method == "head"
     with pytest.raises(ValidationError, match="a classify model does not know where a prompt ends"):
         stage("classify", {"method": "loreft", "last": 2})
-    with pytest.raises(ValidationError, match="a classify stage gives it up for a score"):
+    with pytest.raises(ValidationError, match="a classify stage replaces it by another head"):
         stage("classify", {"method": "full"}, keep={"ewc": {"coef": 1, "data": [{"world": "sft"}]}})
 
 

@@ -81,7 +81,7 @@ WORLD = "name: t, prompts: [{world: prompts, rows: 9}]"
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ("reward_models: []", "nothing to ask"),
+        ("reward_models: []", "nothing to evaluate"),
         ("scores: [{kind: math}]", "belong together"),
         ("tasks: [{WORLD}]", "needs a judge"),
         ("tasks: [world, world]", "same name"),

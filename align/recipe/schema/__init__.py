@@ -1,4 +1,4 @@
-"""The recipe schema: every key a recipe may hold, its default, its range. No torch here."""
+"""The recipe schema: every key of a recipe with its default and range. Never imports torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,11 +127,11 @@ STAGES: dict[str, type[StageSpec]] = {
     get_args(stage.model_fields["kind"].annotation)[0]: stage
     for stage in get_args(get_args(AnyStage)[0])
 }
-"""Stage kind to its class: the one list of kinds. What a kind is to the others stands there."""
+"""Stage kind to its class, the only list of kinds; the class declares what the kind produces."""
 
 
 class SinkSpec(Spec):
-    """Choose where metrics.jsonl is mirrored to."""
+    """Experiment trackers to which metrics.jsonl is mirrored."""
 
     tensorboard: bool = False
     wandb: bool = False
@@ -139,7 +139,7 @@ class SinkSpec(Spec):
 
 
 class Recipe(Spec):
-    """Hold one recipe: its stages run in the order they are written."""
+    """A recipe; its stages run in the order in which they are written."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     description: str = ""
@@ -178,7 +178,7 @@ def reference_kinds(spec: Spec) -> dict[str, tuple[str, ...]]:
 
 
 def _marked(part: Any, key: str) -> Iterator[tuple[str, str, Ref]]:
-    """Walk a spec for the fields that are marked by ``Ref``."""
+    """Yield (dotted key, name, mark) of every reference in a spec, at any depth."""
     if isinstance(part, list):
         for i, item in enumerate(part):
             yield from _marked(item, f"{key}{i}.")

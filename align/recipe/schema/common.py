@@ -1,4 +1,4 @@
-"""Parts of stage specs: the strict base class, data, tokenizer, optimiser, ZeRO, sampling, KL."""
+"""Blocks shared by several stages: data, tokenizer, optimizer, ZeRO, sampling, KL, clipping."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,19 +10,19 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _as_tuple(value: Any) -> Any:
-    """Take a list for a tuple also where it is no JSON any more: after a stage's presets."""
+    """Return a list as a tuple; strict validation accepts lists for tuples in JSON mode only."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class DataSpec(Spec):
-    """Name one data source: a file, glob, folder or hub id (``path``), an earlier ``stage`` that
-    writes data, or the made ``world``."""
+    """One data source: a file, glob, folder or hub id (``path``), an earlier ``stage`` that
+    writes data, or the synthetic ``world``."""
 
     path: str | None = None
     stage: Annotated[str | None, Ref("data")] = None
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
     tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
-    """Tasks of the world that rows are drawn from; empty is all five."""
+    """Synthetic tasks that the rows are drawn from; an empty list means all five."""
     rows: Count | None = None
     format: Literal[
         "auto",
@@ -49,25 +49,25 @@ class DataSpec(Spec):
         "verl",
     ] = "auto"
     rename: dict[str, str] = {}
-    """Fields by new names, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
+    """Renamed fields, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
     strings: Literal["text", "chat"] = "text"
-    """Plain prompt and answer texts: as they stand, or as turns by the chat template."""
+    """Use plain prompt and response strings unchanged, or as turns of the chat template."""
     split: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "all"
-    """``all``, or ``train`` or ``heldout`` by a hash of the prompt; for data that has splits of its
-    own (a data set repository, a folder of save_to_disk, a hub id), the name of one of them."""
+    """``all``, or ``train`` or ``heldout`` by a hash of the prompt; for data with its own splits
+    (a dataset repository, a folder of save_to_disk, a hub id), the name of one of them."""
     config: str | None = None
-    """Configuration of a data set repository or hub id."""
+    """Configuration of a dataset repository or hub id."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     heldout_frac: Fraction = 0.1
     weight: Positive = 1.0
     answers: Literal["chosen", "both"] | None = None
-    """Make sft rows of preference pairs: one of the chosen answer, or one of each answer.
-    ``both`` teaches in what form to answer and not which answer is preferred."""
+    """Convert preference pairs to sft rows: one of the chosen response, or one of each response.
+    ``both`` teaches the format of responses, not the preference between them."""
     templates: str | None = None
-    """YAML file of Jinja2 templates that word each row as an instruction (FLAN, 2109.01652)."""
+    """YAML file of Jinja2 templates that phrase each row as an instruction (arXiv:2109.01652)."""
     phrasing: Literal["one", "all"] | None = None
-    """Each row in one wording, drawn by the seed (the default), or in every wording."""
+    """Use one random template per row (the default), or every template."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
@@ -77,24 +77,24 @@ class DataSpec(Spec):
         if self.path is None and self.split not in sides:
             raise ValueError(f"split: expected one of {', '.join(sides)}, found '{self.split}'")
         if self.path is None and (self.config is not None or self.revision is not None):
-            raise ValueError("'config' and 'revision' are those of a 'path'; remove them")
+            raise ValueError("'config' and 'revision' have no effect without 'path'; remove them")
         if self.world is not None and self.answers is not None:
             raise ValueError("'answers' is for files of preference pairs; use world: sft")
         if self.tasks and self.world is None:
-            raise ValueError("'tasks' are those of the made world; remove it")
+            raise ValueError("'tasks' has no effect without 'world'; remove it")
         if self.world is not None and self.templates is not None:
-            raise ValueError("'templates' word the rows of files; world rows are worded already")
+            raise ValueError("'templates' has no effect with 'world'; remove it")
         return self
 
 
 def refuse_answers(specs: list[DataSpec], kind: str) -> None:
-    """Raise ValueError where ``answers`` would have no effect: on data that is not for sft."""
+    """Raise ValueError if ``answers`` is set on data that is not for sft."""
     if any(spec.answers is not None for spec in specs):
         raise ValueError(f"'answers' makes sft rows and has no effect in a {kind} stage; remove it")
 
 
 class TokenizerSpec(Spec):
-    """Say what the tokenizer lacks: special tokens are added and saved with the artefact."""
+    """Settings that the tokenizer lacks; special tokens are added and saved with the artifact."""
 
     pad_token: str | None = None
     stop_token: str | None = None
@@ -102,11 +102,11 @@ class TokenizerSpec(Spec):
     """``plain``, ``chatml``, ``llama3``, ``qwen2_5``, ``qwen3``, ``qwen3_instruct``, ``gemma3``,
     ``gpt_oss`` or a path to a Jinja file; None keeps the tokenizer's own."""
     append_stop: bool = False
-    """Let the saved template end every assistant turn in the stop token, where it writes none."""
+    """Extend the saved template so that every assistant turn ends in the stop token."""
 
 
 class BuildSpec(Spec):
-    """Describe a small Qwen2-architecture model and the tokenizer trained for it."""
+    """Size of a small Qwen2-architecture model and of the tokenizer trained for it."""
 
     vocab_size: Annotated[int, Field(ge=64)] = 512
     hidden_size: Count = 128
@@ -116,20 +116,20 @@ class BuildSpec(Spec):
     intermediate_size: Count = 384
     max_positions: Count = 256
     init_std: Positive = 0.06
-    """Wider than the usual 0.02, with which models this small are slow to learn to copy."""
+    """Larger than the usual 0.02, with which models of this size learn to copy slowly."""
 
 
 class OptimSpec(Spec):
-    """Describe AdamW and its learning-rate schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-5
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
     warmup_frac: Fraction = 0.03
     min_lr_frac: Fraction = 0.0
     cut_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the steps in which ``slanted`` rises; then it falls (arXiv:1801.06146 eq. 3)."""
+    """Fraction of the steps in which ``slanted`` rises before it falls (arXiv:1801.06146 eq. 3)."""
     ratio: Annotated[float, Field(gt=1.0)] = 32.0
-    """Peak of ``slanted`` over its smallest rate."""
+    """Ratio of the peak rate of ``slanted`` to its smallest rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -137,43 +137,43 @@ class OptimSpec(Spec):
 
 
 class ZeroSpec(Spec):
-    """Choose DeepSpeed ZeRO: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters."""
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 + gradients, 3 + parameters."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
     offload: Literal["none", "cpu"] = "none"
 
 
 class SamplingSpec(Spec):
-    """Say how answers are drawn and by which engine."""
+    """How responses are sampled, and by which engine."""
 
     engine: Literal["auto", "vllm", "hf"] = "auto"
     max_new_tokens: Count = 128
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     memory_frac: Fraction = 0.3
-    """Share of the accelerator's memory for the engine's weights and cache."""
+    """Fraction of the accelerator's memory for the engine's weights and cache."""
     cache_gib: Positive = 0.5
-    """Key-value cache of the engine on CPU, in GiB."""
+    """Size of the engine's key-value cache on CPU, in GiB."""
 
 
 class OnlineSampling(SamplingSpec):
-    """Say also how the policy that is trained comes to the engine."""
+    """Sampling of an online stage, and how the engine gets the policy's weights."""
 
     push: Literal["merged", "adapter"] = "merged"
-    """Before each step vLLM gets whole weights, an adapter merged in, or the adapter alone."""
+    """Before each step, send vLLM all weights with the adapter merged, or the adapter alone."""
 
 
 class KlSpec(Spec):
-    """Say where the KL to the reference goes and how it is estimated."""
+    """The KL penalty to the reference policy: its place, coefficient and estimator."""
 
     coef: Annotated[float, Field(ge=0.0)] = 0.0
     place: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
     corrected: bool = False
-    """Weigh k3 in the loss by policy / old policy, with gradient: that of KL(policy || reference)
-    also off-policy (arXiv:2512.02556)."""
+    """Weight k3 in the loss by policy / old policy, including its gradient, so that the gradient is
+    that of KL(policy || reference) also off-policy (arXiv:2512.02556)."""
     target: Positive | None = None
-    """Aim of the adaptive controller in nats per answer (arXiv:1909.08593); None keeps coef."""
+    """Target of adaptive control in nats per response (arXiv:1909.08593); None: coef is fixed."""
     horizon: Positive = 10000.0
 
     @model_validator(mode="after")
@@ -188,39 +188,42 @@ class KlSpec(Spec):
 
 
 class ClipSpec(Spec):
-    """Bound the policy ratio to [1 - low, 1 + high] (arXiv:1707.06347; high > low: 2503.14476)."""
+    """Clipping of the policy ratio to [1 - low, 1 + high].
+
+    Reference: arXiv:1707.06347; high > low: arXiv:2503.14476.
+    """
 
     low: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """1.0 sets no lower bound."""
     high: Positive = 0.2
     dual: Annotated[float, Field(gt=1.0)] | None = None
-    """Bound of the ratio where the advantage is negative (arXiv:1912.09729), usually 3."""
+    """Upper bound of the ratio for negative advantages (arXiv:1912.09729), usually 3."""
 
 
 class ImportanceSpec(Spec):
-    """Correct the difference between the sampler's and the trainer's log-probabilities."""
+    """Importance weights for the difference between sampler and trainer log-probabilities."""
 
     mode: Literal["none", "truncate", "mask"] = "truncate"
     level: Literal["token", "sequence", "geometric"] = "token"
-    """What one weight speaks of: a token; an answer, by the product over its tokens; an answer, by
-    their geometric mean (biased, but it does not explode with the length)."""
+    """Unit of one weight: a token; a response, by the product over its tokens; a response, by their
+    geometric mean (biased, but it does not explode with the length)."""
     cap: Annotated[float, Field(gt=1.0)] = 2.0
     floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Lower end of what ``mask`` keeps; None is 1 / cap."""
+    """Smallest ratio that ``mask`` keeps; None is 1 / cap."""
 
 
 class OverlongSpec(Spec):
-    """Lower the score of answers near the length limit (DAPO, arXiv:2503.14476 eq. 13)."""
+    """Penalty of responses close to the length limit (DAPO, arXiv:2503.14476 eq. 13)."""
 
     buffer_frac: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Last share of max_new_tokens in which the penalty grows from 0 to all of it."""
+    """Last fraction of max_new_tokens, in which the penalty grows from 0 to ``penalty``."""
     penalty: Positive = 1.0
-    """Points taken from the score of an answer at the limit."""
+    """Amount subtracted from the score of a response at the limit."""
 
 
 def distinct_names(rewards: list[RewardSpec]) -> None:
-    """Raise ValueError where two rewards would write one column."""
+    """Raise ValueError if two rewards have the same name, which is also their column."""
     names = [reward.name or reward.kind for reward in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two rewards are called '{name}'; give each its own 'name'")
+            raise ValueError(f"two rewards have the name '{name}'; give each its own 'name'")

@@ -1,4 +1,4 @@
-"""Schema of the stages that make data: self_instruct, curate and weak_label."""
+"""Schema of the stages that produce data: self_instruct, curate and weak_label."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -39,26 +39,26 @@ NOT_TEXT = (
 
 
 class DataStage(StageSpec):
-    """Hold what the stages that write data.jsonl share; they run as one process."""
+    """Base of the stages that write data.jsonl; they run as one process."""
 
     produces: ClassVar[str] = "data"
 
     @model_validator(mode="after")
     def _one_rank(self) -> "DataStage":
         if self.ranks != 1:
-            raise ValueError("a stage that makes data runs as one process; remove 'ranks'")
+            raise ValueError("a stage that produces data runs as one process; remove 'ranks'")
         return self
 
 
 class WordingSpec(Spec):
-    """Say how tasks are laid out for a model that goes on with a list."""
+    """Prompt format of the tasks for a model that continues a list."""
 
     head: str = "Tasks, each of another kind:\n\n"
     item: str = "Task {number}: {instruction}\n"
-    """One item of the list; what the model writes after ``Task 9: `` and before what follows
-    {instruction} here, a line break, is the new instruction."""
+    """One item of the list. The new instruction is what the model writes after ``Task 9: `` up to
+    the text that follows {instruction} here (a line break)."""
     solved: str = "Task: {instruction}\nAnswer: {answer}\n\n"
-    """One solved task, shown before the new one where ``answer: few_shot``."""
+    """One solved task, shown before the new one with ``answer: few_shot``."""
 
     @model_validator(mode="after")
     def _slots(self) -> "WordingSpec":
@@ -76,28 +76,28 @@ class WordingSpec(Spec):
 
 
 class SelfInstructStage(DataStage):
-    """Grow a set of instructions from a few by a model (Self-Instruct, arXiv:2212.10560)."""
+    """Generate instructions from a few examples with a model (Self-Instruct, arXiv:2212.10560)."""
 
     module: ClassVar[str] = "data.self_instruct"
     kind: Literal["self_instruct"]
     init: Annotated[str, Ref("policy")]
     seeds: list[DataSpec] = Field(min_length=1)
-    """Rows of instruction and answer, usually written by people."""
+    """Rows of instruction and response, usually written by people."""
     target: Count
-    """New rows to keep."""
+    """Number of new rows to keep."""
     max_rounds: Count = 50
     prompts_per_round: Count = 32
     examples: Annotated[int, Field(ge=1)] = 8
-    """Instructions shown for each new one."""
+    """Number of example instructions in the prompt for each new one."""
     grown_examples: Annotated[int, Field(ge=0)] = 2
-    """At most so many of them are grown ones; the rest are seeds."""
+    """Maximum number of generated examples among them; the others are seeds."""
     novelty: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
-    """ROUGE-L (F) with any kept instruction from which a new one is refused."""
+    """A new instruction is rejected if its ROUGE-L (F) with a kept one is at least this."""
     min_words: Count = 3
     max_words: Count = 150
     refuse_words: list[str] = list(NOT_TEXT)
     answer: Literal["few_shot", "chat"] = "few_shot"
-    """Answers by going on with solved tasks (base models) or by the chat template."""
+    """Generate responses by continuing solved tasks (base models) or by the chat template."""
     answer_examples: Count = 3
     wording: WordingSpec = WordingSpec()
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
@@ -119,7 +119,7 @@ class SelfInstructStage(DataStage):
 
 
 class WordsSpec(Spec):
-    """Bound the length of answers, in words."""
+    """Limits of the length of responses, in words."""
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Count | None = None
@@ -132,16 +132,16 @@ class WordsSpec(Spec):
 
 
 class DiversitySpec(Spec):
-    """Take the best rows that are not too like those taken before (arXiv:2312.15685, section 3)."""
+    """Selection of the best rows that differ from each other (arXiv:2312.15685, section 3)."""
 
     rows: Count
-    """Rows to take at most."""
+    """Maximum number of rows to select."""
     min_distance: Fraction = 0.1
-    """Cosine distance (of TF-IDF word vectors) to the nearest row taken below which one is left."""
+    """Smallest cosine distance (of TF-IDF word vectors) to the nearest selected row."""
 
 
 class CurateStage(DataStage):
-    """Keep few, good and different rows (LIMA, arXiv:2305.11206), with a ledger of what left."""
+    """Select few, good and diverse rows (LIMA, arXiv:2305.11206); a ledger lists dropped rows."""
 
     module: ClassVar[str] = "data.curate"
     kind: Literal["curate"]
@@ -149,12 +149,12 @@ class CurateStage(DataStage):
     of: Literal["sft", "preference"] = "sft"
     words: WordsSpec | None = None
     quality: list[RewardSpec] = []
-    """Scores of the (chosen) answers; their weighted sum is a row's quality."""
+    """Scores of the (chosen) responses; their weighted sum is the quality of a row."""
     min_quality: float | None = None
     keep_frac: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the rows that is kept, by quality."""
+    """Fraction of the rows to keep, by quality."""
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.8
-    """Jaccard similarity of the rows' word triples from which the later row leaves; null: off."""
+    """The later of two rows is dropped from this Jaccard similarity of word triples; null: off."""
     diversity: DiversitySpec | None = None
 
     @model_validator(mode="after")
@@ -167,13 +167,16 @@ class CurateStage(DataStage):
         steps = (self.words, self.near_duplicates, self.diversity)
         chosen = self.min_quality is not None or self.keep_frac is not None
         if all(step is None for step in steps) and not chosen:
-            raise ValueError("nothing would leave: give words, min_quality, keep_frac, ...")
+            raise ValueError("no row would be dropped: give words, min_quality, keep_frac, ...")
         return self
 
 
 class LabelFunction(Spec):
-    """Let a score vote. sft rows: good from ``good_from`` on, bad below ``bad_below``, else no
-    vote. Pairs: for the answer that scores higher by more than ``min_gap``, else no vote."""
+    """A score as a weak label.
+
+    An sft row is good from ``good_from`` on and bad below ``bad_below``. In a pair the response
+    that scores higher by more than ``min_gap`` is preferred. Otherwise there is no vote.
+    """
 
     by: RewardSpec
     good_from: float | None = None
@@ -182,23 +185,23 @@ class LabelFunction(Spec):
 
     @property
     def name(self) -> str:
-        """Give the name of the score."""
+        """Return the name of the score."""
         return self.by.name or self.by.kind
 
 
 class WeakLabelStage(DataStage):
-    """Label rows by several weak judges, weighed by how well they agree (Dawid and Skene, 1979)."""
+    """Label rows by several weak judges, weighted by their agreement (Dawid and Skene, 1979)."""
 
     module: ClassVar[str] = "data.weak_label"
     kind: Literal["weak_label"]
     data: list[DataSpec] = Field(min_length=1)
     of: Literal["sft", "preference"]
-    """sft: is the answer good? preference: which answer is better?"""
+    """sft: is the response good? preference: which response is better?"""
     functions: list[LabelFunction] = Field(min_length=1)
     use_given: bool | None = None
-    """preference: the order in the data is one more voter (default: true)."""
+    """preference: use the order in the data as another vote (default: true)."""
     min_confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Rows whose label is less probable than this leave (counted in the ledger)."""
+    """Drop rows whose label is less probable than this (listed in the ledger)."""
 
     @model_validator(mode="after")
     def _legal(self) -> "WeakLabelStage":
@@ -207,7 +210,7 @@ class WeakLabelStage(DataStage):
         if not sft:
             refuse_answers(self.data, "weak_label (of: preference)")
         if sft and self.use_given is not None:
-            raise ValueError("'use_given' has no effect on sft rows, which say nothing; remove it")
+            raise ValueError("'use_given' has no effect on sft rows (no labels); remove it")
         for function in self.functions:
             bounds = (function.good_from, function.bad_below)
             if sft and (function.min_gap is not None or bounds == (None, None)):
@@ -216,13 +219,13 @@ class WeakLabelStage(DataStage):
                 )
             if sft and None not in bounds and bounds[0] < bounds[1]:  # type: ignore[operator]
                 raise ValueError(
-                    f"{function.name}: good_from lies below bad_below: it votes for both"
+                    f"{function.name}: good_from is below bad_below: it votes for both"
                 )
             if not sft and bounds != (None, None):
                 raise ValueError(f"{function.name}: good_from and bad_below are for of: sft only")
         voters = len(self.functions) + (not sft and self.use_given is not False)
         if voters < 3:
             raise ValueError(
-                f"{voters} voters: agreement says how good each is from three on; add functions"
+                f"{voters} voters: estimating their accuracy needs at least three; add functions"
             )
         return self

@@ -1,4 +1,4 @@
-"""Schema of the evaluate stage."""
+"""Schema of the stages that compare models: evaluate and merge."""
 
 import re
 from typing import Annotated, ClassVar, Literal
@@ -23,10 +23,10 @@ MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
 
 
 class MergeStage(StageSpec):
-    """Interpolate between a model and what was fine-tuned from it (WiSE-FT, arXiv:2109.01903).
+    """Interpolate between a model and its fine-tuned version (WiSE-FT, arXiv:2109.01903).
 
-    With several alphas each is scored on prompts like those of the fine-tuning and on shifted
-    ones; a single alpha is merged as it is.
+    Several alphas are scored on prompts like those of the fine-tuning and on shifted prompts, and
+    the best one is merged. A single alpha is merged without scoring.
     """
 
     produces: ClassVar[str] = "policy"
@@ -35,23 +35,23 @@ class MergeStage(StageSpec):
     base: Annotated[str, Ref("policy")]
     tuned: Annotated[str, Ref("policy")]
     others: Annotated[list[str], Ref("policy")] = []
-    """More models that were fine-tuned from ``base``, merged with ``tuned`` by ties and dare."""
+    """Other models fine-tuned from ``base``, merged together with ``tuned`` by ties and dare."""
     method: MergeMethod = "linear"
-    """All but linear need mergekit: pip install 'align-suite[merge]'."""
+    """All methods except linear need mergekit: pip install 'align-suite[merge]'."""
     density: Fraction | None = None
-    """Share of each task vector that ties and dare keep; None is 0.5."""
+    """Fraction of each task vector that ties and dare keep; None is 0.5."""
     alphas: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    """Shares of the fine-tuned weights: 0 is ``base``, 1 is ``tuned``; with ties and dare what the
-    merged task vector is multiplied by."""
+    """Weights of the fine-tuned model: 0 is ``base``, 1 is ``tuned``; with ties and dare, factors
+    of the merged task vector."""
     prompts: list[DataSpec] = []
-    """Held-out prompts like those that were trained on."""
+    """Held-out prompts like those of the fine-tuning."""
     shifted: list[DataSpec] = []
-    """Held-out prompts of another kind: what the base could do and should still do."""
+    """Held-out prompts of another kind, for abilities of ``base`` that should be preserved."""
     scores: list[RewardSpec] = []
-    """Their weighted sum is the score of an answer."""
+    """Their weighted sum is the score of a response."""
     tolerance: Annotated[float, Field(ge=0.0)] = 0.01
-    """Chosen is the best alpha on ``shifted`` among those that score on ``prompts`` at most this
-    much (in the unit of the score) below alpha 1; of equal ones the largest."""
+    """The chosen alpha is the best on ``shifted`` among those whose score on ``prompts`` is at most
+    this much below that of alpha 1 (in the unit of the score); the largest one if several tie."""
     samples: Count = 1
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     dtype: Dtype = "float32"
@@ -65,7 +65,7 @@ class MergeStage(StageSpec):
         if self.method in ("linear", "slerp") and (self.others or self.density is not None):
             raise ValueError(f"'others' and 'density' have no effect with method {self.method}")
         if len(set(self.alphas)) != len(self.alphas):
-            raise ValueError(f"alphas {self.alphas} holds one twice")
+            raise ValueError(f"alphas {self.alphas} contains a duplicate")
         if len(self.alphas) == 1:
             given = [key for key, value in judged.items() if value]
             if given:
@@ -75,7 +75,7 @@ class MergeStage(StageSpec):
         if missing:
             raise ValueError(f"several alphas are scored to choose one; give {', '.join(missing)}")
         if 1.0 not in self.alphas:
-            raise ValueError("alphas must hold 1.0, against which 'tolerance' is measured")
+            raise ValueError("alphas must contain 1.0, the reference of 'tolerance'")
         refuse_answers([*self.prompts, *self.shifted], "merge")
         distinct_names(self.scores)
         return self
@@ -87,18 +87,18 @@ _PASS = re.compile(r"pass@([1-9][0-9]*)")
 
 
 class PairwiseSpec(Spec):
-    """Let a language model say which of two answers is better, in both orders."""
+    """A language model as judge of response pairs, in both orders."""
 
     endpoint: EndpointSpec
     criteria: str = "Judge which answer helps the user more: correct, on the question, clear."
     sequential: bool = True
-    """Stop as soon as the verdict is clear; the interval then holds at every moment together."""
+    """Stop as soon as the verdict is clear; the interval is valid at any stopping time."""
     batch: Count = 32
-    """Prompts that are judged between two looks at the verdict."""
+    """Prompts that are judged between two checks of the verdict."""
 
 
 class TaskSampling(Spec):
-    """Say how the answers of a task are drawn."""
+    """How the responses of a task are sampled."""
 
     max_new_tokens: Count = 128
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
@@ -106,37 +106,37 @@ class TaskSampling(Spec):
 
 
 class TaskSpec(Spec):
-    """Ask held-out prompts, grade the answers, and say which metrics are reported."""
+    """An evaluation task: held-out prompts, a grader, a judge and the metrics to report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str = ""
     prompts: list[DataSpec] = Field(min_length=1)
     grader: list[RewardSpec] = []
-    """Each becomes a metric under its name (default: its kind); higher is better."""
+    """Each is a metric under its name (default: its kind); higher is better."""
     judge: list[RewardSpec] = []
-    """The weighted sum decides each comparison; none takes the stage's ``pairwise`` judge, or
-    without one the weighted sum of the grader."""
+    """The weighted sum decides each comparison. If empty, the stage's ``pairwise`` judge decides,
+    or without one the weighted sum of the grader."""
     metrics: list[str] = []
-    """What is reported, the deciding metric first; none reports all that apply."""
+    """Metrics to report, the deciding one first; if empty, all that apply."""
     samples: Count = 1
-    """Answers to each prompt: the mean over them is avg@k."""
+    """Responses to each prompt; their mean score is avg@k."""
     sampling: TaskSampling = TaskSampling()
     max_length: Count = 1024
     max_lost_frac: Fraction = 0.0
-    """Share of the prompts, and of the answers, that may be lost to ``max_length``."""
+    """Fraction of the prompts, and of the responses, that may be lost to ``max_length``."""
     answers: list[DataSpec] = []
-    """Held-out answers for the metric ``perplexity``."""
+    """Held-out responses for the metric ``perplexity``."""
     by: str | None = None
-    """Column of the prompts by whose values the deciding metric is also reported."""
+    """Column of the prompts; the deciding metric is also reported for each of its values."""
 
     @property
     def grades(self) -> list[str]:
-        """Name the metrics of the grader."""
+        """Return the names of the grader's metrics."""
         return [reward.name or reward.kind for reward in self.grader]
 
     @property
     def reported(self) -> list[str]:
-        """Name the metrics that are reported, the deciding one first."""
+        """Return the names of the reported metrics, the deciding one first."""
         if self.metrics:
             return self.metrics
         measured = [m for m in MEASURED if m not in ("kl", "perplexity")]
@@ -146,7 +146,7 @@ class TaskSpec(Spec):
 
     @property
     def passes(self) -> list[int]:
-        """Give the k of each metric ``pass@k``."""
+        """Return the k of each reported metric ``pass@k``."""
         return [int(found[1]) for m in self.reported if (found := _PASS.fullmatch(m))]
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class TaskSpec(Spec):
         if too_many := [k for k in self.passes if k > self.samples]:
             raise ValueError(f"pass@{too_many[0]} needs samples: {too_many[0]} or more")
         if self.passes and not self.grader:
-            raise ValueError("pass@k needs a 'grader' that says what is right")
+            raise ValueError("pass@k needs a 'grader' that decides what is correct")
         drawn = (self.sampling.temperature, self.sampling.top_p)
         if "kl" in self.metrics and drawn != (1.0, 1.0):
             raise ValueError("the estimate of kl needs sampling.temperature: 1.0 and top_p: 1.0")
@@ -174,27 +174,27 @@ class TaskSpec(Spec):
 
 
 class HarnessSpec(Spec):
-    """Run tasks of lm-evaluation-harness in an environment of its own."""
+    """Tasks of lm-evaluation-harness, run in a separate environment."""
 
     python: str
-    """Python of the environment in which lm-eval is installed."""
+    """Python interpreter of the environment in which lm-eval is installed."""
     tasks: list[str] = Field(min_length=1)
     backend: Literal["hf", "vllm"] = "hf"
     include_path: str | None = None
-    """Folder of own task files."""
+    """Folder of custom task files."""
     limit: Count | None = None
-    """Questions of each task; None asks all."""
+    """Questions per task; None for all."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     batch_size: Count = 8
     chat_template: bool = False
-    """Ask through the model's chat template."""
+    """Apply the model's chat template to the questions."""
 
 
 OWN_TASK = "heldout"
-"""Name of the task that the stage's own prompts make."""
+"""Name of the task that consists of the stage's own prompts."""
 
 LONGER = "longer"
-"""The judge of `align calibrate` for whom the longer answer wins: what a judge must beat."""
+"""A judge of `align calibrate` that prefers the longer response: the baseline of other judges."""
 
 
 class EvaluateStage(StageSpec):
@@ -205,20 +205,20 @@ class EvaluateStage(StageSpec):
     kind: Literal["evaluate"]
     models: Annotated[list[str], Ref("policy")] = Field(min_length=1)
     labels: dict[str, str] = {}
-    """Names in tables for ``models`` that are given by path."""
+    """Display names of ``models`` that are given by path."""
     baseline: str
     reference: Annotated[str | None, Ref("policy")] = None
-    """Policy the KL is measured against; None is the baseline."""
+    """Reference policy of the KL; None for the baseline."""
     tasks: list[TaskSpec] = []
-    """Each by name (align/evaluation/tasks/), by the path of a file, or written out."""
+    """Each is a name (align/evaluation/tasks/), the path of a file, or an inline task."""
     pairwise: PairwiseSpec | None = None
-    """Judge behind an endpoint, for tasks without a ``judge`` of their own."""
+    """Endpoint judge for tasks without their own ``judge``."""
     harness: HarnessSpec | None = None
-    """Tasks of lm-evaluation-harness, in an environment of its own."""
+    """Tasks of lm-evaluation-harness, run in a separate environment."""
     prompts: list[DataSpec] = []
-    """A task of the stage's own, with ``scores`` and ``judge``."""
+    """Prompts of the stage's own task, with ``scores`` and ``judge``."""
     scores: list[RewardSpec] = []
-    """Each becomes a column of the table under its name (default: its kind)."""
+    """Each is a column of the table under its name (default: its kind)."""
     judge: list[RewardSpec] = []
     """The weighted sum decides each comparison; equal sums are ties."""
     samples: Count = 1
@@ -231,18 +231,18 @@ class EvaluateStage(StageSpec):
     sets: list[DataSpec] = []
     """Rows ``{prompt, chosen: [..], rejected: [..]}`` (RewardBench 2) for best-of-4 accuracy."""
     max_lost_frac: Fraction = 0.0
-    """Share of the prompts, and of the pairs, that may be lost to ``max_length``."""
+    """Fraction of the prompts, and of the pairs, that may be lost to ``max_length``."""
     expect: dict[str, tuple[float | None, float | None]] = {}
-    """Bands such as ``models/dpo/kl: [0, 20]`` or ``differences/grpo-sft/exact_match: [0.1, null]``
-    on summary.json; the report and the terminal say which hold."""
+    """Expected ranges of numbers in summary.json, such as ``models/dpo/kl: [0, 20]`` or
+    ``differences/grpo-sft/exact_match: [0.1, null]``; the report and the terminal check them."""
 
     def label(self, model: str) -> str:
-        """Give the name of a model in tables."""
+        """Return the display name of a model."""
         return self.labels.get(model, model)
 
     @property
     def all_tasks(self) -> list[TaskSpec]:
-        """Give the task of the stage's own prompts, if it has any, then the others."""
+        """Return the task of the stage's own prompts, if any, followed by the other tasks."""
         return [self._own_task(), *self.tasks] if self.prompts else list(self.tasks)
 
     def _own_task(self) -> TaskSpec:
@@ -281,10 +281,14 @@ class EvaluateStage(StageSpec):
             missing = [name for name, value in parts.items() if not value]
             raise ValueError(f"prompts, scores and judge belong together; {missing} missing")
         if not (self.prompts or self.tasks or self.harness):
-            raise ValueError("nothing to ask: give prompts, scores and judge, or tasks, or harness")
+            raise ValueError(
+                "nothing to evaluate: give prompts, scores and judge, or tasks, or harness"
+            )
         names = [task.name for task in self.all_tasks]
         if len(set(names)) < len(names):
-            raise ValueError(f"two tasks have the same name: {names}; '{OWN_TASK}' are the prompts")
+            raise ValueError(
+                f"two tasks have the same name: {names}; '{OWN_TASK}' is the stage's own prompts"
+            )
         for task in self.tasks:
             if not (task.judge or task.grader or self.pairwise):
                 raise ValueError(

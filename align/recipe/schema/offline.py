@@ -1,4 +1,4 @@
-"""Schema of what every stage has, of the base stage and of the offline stages."""
+"""Schema of the stage base classes, the model imports (base, encoder) and the offline stages."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -30,26 +30,26 @@ from align.recipe.schema.tuning import (
 
 
 class UnfreezeSpec(Spec):
-    """Begin with the top layer and thaw the next one below it every so often."""
+    """Gradual unfreezing: start with the top layer, then unfreeze the next one below it."""
 
     every_steps: Count
-    """Optimiser steps between two thaws."""
+    """Optimizer steps between two layers."""
 
 
 class LayersSpec(Spec):
-    """Freeze layers, thaw them from the top, train lower ones more slowly (arXiv:1801.06146).
+    """Frozen layers, gradual unfreezing and layer-wise learning rates (arXiv:1801.06146).
 
-    Layers are the decoder's blocks, counted from 0 at the bottom. What stands above them (final
-    norm, head, an adapter outside of the blocks) counts with the top layer; the embeddings, and
-    with them a tied head, lie below layer 0.
+    Layers are the decoder's blocks, counted from 0 at the bottom. Everything above them (final
+    norm, head, an adapter outside of the blocks) belongs to the top layer. The embeddings, and a
+    head tied to them, are below layer 0.
     """
 
     freeze_first: Annotated[int, Field(ge=0)] = 0
-    """Lowest layers that never train."""
+    """Number of lowest layers that are never trained."""
     freeze_embeddings: bool = False
     unfreeze: UnfreezeSpec | None = None
     rate_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Learning rate of a layer as a share of that of the layer above it."""
+    """Ratio of a layer's learning rate to that of the layer above it."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "LayersSpec":
@@ -59,7 +59,7 @@ class LayersSpec(Spec):
 
 
 def refuse_outside(layers: LayersSpec | None, tuning: TuningSpec) -> None:
-    """Raise ValueError where nothing that trains belongs to what the block speaks of."""
+    """Raise ValueError if no trained weight is affected by the ``layers`` block."""
     if layers is None:
         return
     if not tuning.inside_layers:
@@ -78,22 +78,25 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class EarlyStoppingSpec(Spec):
-    """End the stage when a held-out number no longer gets better; the best weights are kept."""
+    """Early stopping on a held-out metric; the best weights are kept."""
 
     metric: str = "eval/loss"
-    """A loss, a KL, a calibration error and the reward of bad answers are better when lower,
-    everything else when higher."""
+    """Lower is better for a loss, a KL, a calibration error and the reward of bad responses;
+    higher is better for everything else."""
     patience: Count = 3
-    """Evaluations in a row without a gain, after which the stage ends."""
+    """Number of consecutive evaluations without improvement before the stage ends."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
-    """Smallest gain that counts, in the metric's unit."""
+    """Smallest improvement that counts, in the metric's unit."""
 
 
 class EwcSpec(Spec):
-    """Pull weights that an old task needs back to where they were (arXiv:1612.00796 eq. 3)."""
+    """Elastic weight consolidation: a penalty on changing weights that an old task needs.
+
+    Reference: arXiv:1612.00796 eq. 3.
+    """
 
     coef: Positive
-    """Lambda. The Fisher information is scaled to mean 1, so 1 is a plain L2 pull of 1/2."""
+    """Lambda. The Fisher information is scaled to mean 1, so 1 is like an L2 penalty of 1/2."""
     data: list[DataSpec] = Field(min_length=1)
     """Supervised rows of the old task; each costs one backward pass before the first step."""
     cap: Annotated[float, Field(gt=1.0)] = 10.0
@@ -101,16 +104,16 @@ class EwcSpec(Spec):
 
 
 class AugmentSpec(Spec):
-    """Reword what the user says, anew in each epoch; answers are never touched."""
+    """Augmentation of user turns, different in each epoch; responses are never changed."""
 
     word_dropout: Rate = 0.0
-    """Chance of each word of a user turn to be left out; one word always stays."""
+    """Probability of dropping each word of a user turn; at least one word remains."""
     templates: list[str] = []
-    """Frames around a user turn, each with ``{text}`` once; one is drawn for each row."""
+    """Templates around a user turn, each with ``{text}`` once; one is drawn for each row."""
 
 
 class KeepSpec(Spec):
-    """Gather what keeps a model from forgetting and from over-fitting; all off by default."""
+    """Regularization against forgetting and over-fitting; all off by default."""
 
     dropout: Rate = 0.0
     early_stopping: EarlyStoppingSpec | None = None
@@ -119,31 +122,31 @@ class KeepSpec(Spec):
 
 
 class StageSpec(Spec):
-    """Base of every stage: what its kind is to the others, and how its processes are started."""
+    """Base of every stage: what it produces, and how its processes are started."""
 
     produces: ClassVar[str]
     """Kind of the artifact that it writes."""
     module: ClassVar[str]
-    """Module of ``align.stages`` whose ``prepare(spec, context)`` makes the stage ready."""
-    if TYPE_CHECKING:  # each class has its own
+    """Module of ``align.stages`` whose ``prepare(spec, context)`` prepares the stage."""
+    if TYPE_CHECKING:  # Each class has its own literal.
         kind: str
     ranks: Count = 1
     threads: Count | None = None
-    """CPU threads of each rank; None divides the cores among the ranks of this node."""
+    """CPU threads per rank; None divides the cores among the ranks of this node."""
     seed: int | None = None
 
 
 class TrainingStage(StageSpec):
-    """Hold what every training stage shares."""
+    """Base of every training stage."""
 
     produces: ClassVar[str] = "policy"
     family: ClassVar[Literal["supervised", "policy"]]
-    """It learns right answers, or a policy that is held against its reference. The family sets
-    the learning rates that are known to work."""
+    """Supervised learning, or optimization of a policy relative to its reference. The learning
+    rates that are known to work depend on the family."""
     heldout_metrics: ClassVar[tuple[str, ...]] = ()
-    """Numbers that it measures on held-out rows while it trains."""
+    """Metrics that it measures on held-out rows during training."""
     new_head: ClassVar[str | None] = None
-    """The stage's kind where its model loses the language head for a new one."""
+    """The stage's kind if a new head replaces the model's language head."""
     init: Annotated[str, Ref("policy")]
     dtype: Dtype = "float32"
     zero: ZeroSpec = ZeroSpec()
@@ -156,9 +159,9 @@ class TrainingStage(StageSpec):
     """Token budget of one forward-backward pass on one rank."""
     gradient_checkpointing: bool = False
     expect: dict[str, tuple[float | None, float | None]] = {}
-    """Bands of this stage's metrics, such as ``kl/reference: [0, 5]``: drawn in the report."""
+    """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between checkpoints; 0 keeps none."""
+    """Optimizer steps between checkpoints; 0 for no checkpoints."""
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")
@@ -174,10 +177,11 @@ class TrainingStage(StageSpec):
 
 
 def refuse_unfit(stage: TrainingStage, *, watched: bool) -> None:
-    """Raise ValueError for a setting of ``keep`` that has no effect, or a wrong one, in a stage.
+    """Raise ValueError for a setting of ``keep`` that is invalid or has no effect in a stage.
 
     Args:
-        stage: the stage. watched: it looks at held-out rows while it trains.
+        stage: the stage.
+        watched: True if the stage evaluates held-out rows during training.
     """
     keep = stage.keep
     if stage.family == "policy" and keep.dropout > 0.0:
@@ -193,8 +197,8 @@ def refuse_unfit(stage: TrainingStage, *, watched: bool) -> None:
 def _refuse_stopping(stopping: EarlyStoppingSpec, stage: TrainingStage, *, watched: bool) -> None:
     if not stage.heldout_metrics:
         raise ValueError(
-            "keep.early_stopping watches held-out rows; an online stage is watched and stopped by "
-            "'watch' with 'guard'"
+            "keep.early_stopping needs held-out rows; to stop an online stage early, use 'watch' "
+            "with 'guard'"
         )
     if stopping.metric not in stage.heldout_metrics:
         raise ValueError(
@@ -208,13 +212,13 @@ def _refuse_stopping(stopping: EarlyStoppingSpec, stage: TrainingStage, *, watch
 def _refuse_ewc(ewc: EwcSpec, stage: TrainingStage) -> None:
     if stage.new_head:
         raise ValueError(
-            "keep.ewc protects what a language model says; "
-            f"a {stage.kind} stage gives it up for a score"
+            "keep.ewc protects the language head; "
+            f"a {stage.kind} stage replaces it by another head; remove it"
         )
     if stage.tuning.method != "full":
         raise ValueError(
-            f"keep.ewc pulls the weights of the model back, which {stage.tuning.method} tuning "
-            "leaves as they are; use full tuning, or remove it"
+            f"keep.ewc regularizes the weights of the model, which {stage.tuning.method} tuning "
+            "does not change; use full tuning, or remove it"
         )
     refuse_answers(ewc.data, "ewc")
 
@@ -222,33 +226,32 @@ def _refuse_ewc(ewc: EwcSpec, stage: TrainingStage) -> None:
 def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
     if kind != "sft":
         raise ValueError(
-            f"keep.augment rewords the rows of an sft stage anew in each epoch; a {kind} stage "
-            "takes its rows as they stand; remove it"
+            f"keep.augment is for sft stages; a {kind} stage uses its rows unchanged; remove it"
         )
     if augment == AugmentSpec():
         raise ValueError("keep.augment changes nothing; give word_dropout or templates")
     for template in augment.templates:
         if template.count("{text}") != 1:
-            raise ValueError(f"keep.augment.templates: {template!r} must hold {{text}} once")
+            raise ValueError(f"keep.augment.templates: {template!r} must contain {{text}} once")
 
 
 class OfflineStage(TrainingStage):
-    """Hold what sft, classify, reward, dpo and kto share."""
+    """Base of sft, classify, reward, dpo and kto."""
 
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
     mix_cap: Count | None = None
-    """Mix several data sets in proportion to their rows, none counting for more than this many
+    """Mix several datasets in proportion to their rows, with at most this many counted of each
     (examples-proportional mixing with a limit, arXiv:1910.10683 section 3.5.2)."""
     batch_size: Count = 32
-    """Rows (pairs) of one optimiser step over all ranks."""
+    """Rows (pairs) per optimizer step over all ranks."""
     epochs: Positive = 1.0
     steps: Count | None = None
-    """Optimiser steps; overrides ``epochs``."""
+    """Optimizer steps; overrides ``epochs``."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     max_lost_frac: Fraction = 0.01
     max_contaminated_frac: Fraction = 0.05
-    """Share of the held-out prompts whose words may stand in the training texts."""
+    """Fraction of the held-out prompts that may appear in the training texts."""
 
     @model_validator(mode="after")
     def _answers_for_sft(self) -> "OfflineStage":
@@ -256,14 +259,14 @@ class OfflineStage(TrainingStage):
             refuse_answers([*self.data, *self.heldout], "preference")
         refuse_unfit(self, watched=bool(self.heldout) and self.eval_every > 0)
         if self.mix_cap is not None and len(self.data) < 2:
-            raise ValueError("'mix_cap' has no effect on one data set; remove it")
+            raise ValueError("'mix_cap' has no effect on a single dataset; remove it")
         if self.mix_cap is not None and any(spec.weight != 1.0 for spec in self.data):
             raise ValueError("'mix_cap' sets the weights of the mixture; remove 'weight' or it")
         return self
 
 
 class BaseStage(StageSpec):
-    """Bring in a model (``path``) or build and pretrain a small one (``build``)."""
+    """Import a model (``path``), or build and pretrain a small one (``build``)."""
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "base_model"
@@ -299,11 +302,11 @@ class SftStage(OfflineStage):
     heldout_metrics: ClassVar = ("eval/loss",)
     kind: Literal["sft"]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
+    """Fraction of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
 
 
 class DpoStage(OfflineStage):
-    """Direct preference optimisation (arXiv:2305.18290) and close relatives."""
+    """Direct preference optimization (arXiv:2305.18290) and related losses."""
 
     module: ClassVar[str] = "dpo"
     family: ClassVar = "policy"
@@ -315,20 +318,20 @@ class DpoStage(OfflineStage):
     ``simpo`` and ``orpo`` need no reference."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     gamma: Annotated[float, Field(ge=0.0)] | None = None
-    """simpo's margin between chosen and rejected (arXiv:2405.14734); None is beta / 2."""
+    """Margin of simpo between chosen and rejected (arXiv:2405.14734); None is beta / 2."""
     nll_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the chosen answer's negative log-likelihood per token (arXiv:2404.19733)."""
+    """Weight of the chosen response's negative log-likelihood per token (arXiv:2404.19733)."""
     ld_alpha: Fraction | None = None
-    """Weight of the tokens by which the longer answer exceeds the shorter (arXiv:2409.06411)."""
+    """Weight of the tokens by which the longer response exceeds the shorter (arXiv:2409.06411)."""
 
     @property
     def reference_free(self) -> bool:
-        """Say whether the loss does without a reference."""
+        """Return whether the loss needs no reference policy."""
         return self.loss in ("simpo", "orpo")
 
     @property
     def on_means(self) -> bool:
-        """Say whether the loss compares means per token instead of sums."""
+        """Return whether the loss compares means per token instead of sums."""
         return self.loss in ("sigmoid_norm", "ipo", "simpo", "orpo")
 
     @model_validator(mode="after")
@@ -347,7 +350,7 @@ class DpoStage(OfflineStage):
 
 
 class KtoStage(OfflineStage):
-    """Learn from single answers judged good or bad (KTO, arXiv:2402.01306)."""
+    """Learn from single responses labeled good or bad (KTO, arXiv:2402.01306)."""
 
     module: ClassVar[str] = "kto"
     family: ClassVar = "policy"
@@ -357,7 +360,7 @@ class KtoStage(OfflineStage):
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
     batch_size: Annotated[int, Field(ge=2)] = 32
-    """Answers of one optimiser step over all ranks; their mean sets the loss's reference point."""
+    """Responses per optimizer step over all ranks; their mean is the loss's reference point."""
 
     @model_validator(mode="after")
     def _legal(self) -> "KtoStage":
@@ -366,7 +369,7 @@ class KtoStage(OfflineStage):
 
 
 class RewardStage(OfflineStage):
-    """Train a reward model (arXiv:1706.03741; centring arXiv:2312.09244)."""
+    """Train a reward model (arXiv:1706.03741; centering: arXiv:2312.09244)."""
 
     produces: ClassVar[str] = "reward_model"
     module: ClassVar[str] = "reward.stage"
@@ -376,25 +379,25 @@ class RewardStage(OfflineStage):
     kind: Literal["reward"]
     init: Annotated[str, Ref("policy", "encoder")]
     supervision: Literal["pairs", "answers", "steps"] = "pairs"
-    """``pairs`` by Bradley and Terry; ``answers`` with a label each (balanced cross-entropy);
-    ``steps`` of a solution with a label each (process reward, arXiv:2305.20050)."""
+    """``pairs``: Bradley-Terry; ``answers``: labeled responses (balanced cross-entropy);
+    ``steps``: labeled steps of a solution (process reward model, arXiv:2305.20050)."""
     center_coef: Annotated[float, Field(ge=0.0)] = 0.01
     use_margin: bool = False
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     tie_margin: Positive | None = None
-    """Score difference below which a tie is likely (Rao and Kupper 1967); needed where rows say
-    ``tie: true``. Equal answers tie with probability tanh(tie_margin / 2)."""
+    """Score difference below which a tie is likely (Rao and Kupper 1967); needed for rows with
+    ``tie: true``. Equal scores tie with probability tanh(tie_margin / 2)."""
     heads: Count = 1
-    """Heads on the one backbone, each taught by its own bootstrap sample of the rows."""
+    """Number of heads on one backbone, each trained on its own bootstrap sample of the rows."""
     step_separator: Annotated[str, Field(min_length=1)] = "\n"
-    """What stands between the steps of a solution; a token that holds it ends a step."""
+    """Text between the steps of a solution; a token that contains it ends a step."""
     noise_folds: Annotated[int, Field(ge=0)] = 0
-    """Parts of the pairs of which each is judged by a scorer trained on the others, to find labels
-    that are likely wrong (noise.jsonl); 0 leaves it out, else at least 2."""
+    """Cross-validation folds for finding labels that are likely wrong (noise.jsonl): each fold is
+    scored by a model trained on the others. 0 for none, otherwise at least 2."""
     norm_prompts: Annotated[int, Field(ge=0)] = 64
-    """Rows of ``data`` whose answers set the scorer's mean and std."""
+    """Number of rows of ``data`` whose responses set the mean and std of the scores."""
     norm_sampling: SamplingSpec | None = None
-    """Sample the answers that set mean and std from ``init`` instead of taking those of the data
+    """Normalize on responses sampled from ``init`` instead of those of the data
     (arXiv:1909.08593 section 2)."""
 
     @model_validator(mode="after")
@@ -403,14 +406,14 @@ class RewardStage(OfflineStage):
             only = ("center_coef", "use_margin", "label_smoothing", "tie_margin", "noise_folds")
             self._refuse(only, f"with supervision {self.supervision}")
         if self.supervision == "steps":
-            # A process reward is a probability: it is not normalised.
+            # A process reward is a probability: it is not normalized.
             self._refuse(("heads", "norm_prompts", "norm_sampling"), "with supervision steps")
         else:
             self._refuse(("step_separator",), "without supervision: steps")
         if self.noise_folds == 1:
-            raise ValueError("noise_folds: one part cannot be judged by the others; give 2 or more")
+            raise ValueError("noise_folds: one fold has no others to train on; give 2 or more")
         if self.tie_margin is not None and (self.use_margin or self.label_smoothing):
-            raise ValueError("'tie_margin' cannot be joined with use_margin or label_smoothing")
+            raise ValueError("'tie_margin' cannot be combined with use_margin or label_smoothing")
         if self.norm_sampling is not None and self.norm_prompts == 0:
             raise ValueError("'norm_sampling' has no effect with norm_prompts 0; remove it")
         return self
@@ -423,17 +426,17 @@ class RewardStage(OfflineStage):
 
 
 class EncoderStage(StageSpec):
-    """Bring in an encoder such as BERT, which cannot generate: for classify and reward stages."""
+    """Import an encoder such as BERT for classify and reward stages; it cannot generate."""
 
     produces: ClassVar[str] = "encoder"
     module: ClassVar[str] = "encoder"
     kind: Literal["encoder"]
     path: str
-    """Folder or hub id in the format of transformers."""
+    """Folder or hub id of a transformers model."""
 
 
 class ClassifyStage(OfflineStage):
-    """Sort texts into classes with a new head on a decoder or an encoder."""
+    """Train a text classifier: a new head on a decoder or an encoder."""
 
     produces: ClassVar[str] = "classifier"
     module: ClassVar[str] = "classify"
@@ -443,4 +446,4 @@ class ClassifyStage(OfflineStage):
     kind: Literal["classify"]
     init: Annotated[str, Ref("policy", "encoder")]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of each target spread evenly over the classes (arXiv:1512.00567 section 7)."""
+    """Fraction of each target spread evenly over the classes (arXiv:1512.00567 section 7)."""

@@ -36,31 +36,31 @@ AlarmName = Literal["gold_slope", "proxy_gap", "length", "repetition", "one_rewa
 
 
 class GuardSpec(Spec):
-    """Say which alarms of over-optimisation end the stage early."""
+    """Alarms of over-optimization, and which of them end the stage early."""
 
     stop_on: list[AlarmName] = ["gold_slope"]
-    """An empty list only warns."""
+    """Alarms that end the stage; with an empty list alarms are only logged."""
     window: Annotated[int, Field(ge=3)] = 4
-    """Evaluations that a slope is taken over."""
+    """Number of evaluations over which a slope is fitted."""
     patience: Count = 2
-    """Evaluations in a row that must raise the same alarm before the stage ends."""
+    """Number of consecutive evaluations with the same alarm before the stage ends."""
 
 
 class WatchSpec(Spec):
-    """Evaluate the policy on held-out prompts while it trains; training itself is not touched."""
+    """Held-out evaluation of the policy during training; it does not affect the updates."""
 
     every: Count
-    """Steps between evaluations; the first is before the first step, the last after the last."""
+    """Steps between evaluations; there is also one before the first and after the last step."""
     prompts: list[DataSpec] = Field(min_length=1)
     gold: list[RewardSpec] = Field(min_length=1)
-    """Scorers that training never sees; the best checkpoint is the best by their weighted sum."""
+    """Scorers that are not used in training; their weighted sum selects the best checkpoint."""
     max_contaminated_frac: Fraction = 0.05
-    """Share of ``prompts`` whose words may stand in the training prompts."""
+    """Fraction of ``prompts`` that may appear in the training prompts."""
     samples: Count = 1
-    """Answers per prompt."""
+    """Responses per prompt."""
     keep: Literal["last", "best"] = "last"
-    """Which weights become ``model/``: the best by gold always stay under ``best/``, and become it
-    where the guard ends the stage."""
+    """Which weights are exported to ``model/``. The best by gold score are always kept in
+    ``best/``, and are exported if the guard ends the stage."""
     guard: GuardSpec | None = None
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class WatchSpec(Spec):
 
 
 def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> None:
-    """Raise ValueError where a gold scorer is one that is trained on: it could not fall behind."""
+    """Raise ValueError if a gold scorer is also a training reward: it could not detect hacking."""
 
     def judged_by(reward: RewardSpec) -> dict[str, object]:
         return reward.model_dump(exclude={"weight", "name"})
@@ -81,22 +81,22 @@ def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> No
         if judged_by(reward) in trained:
             raise ValueError(
                 f"watch.gold: '{reward.name or reward.kind}' is also a training reward, so the "
-                "guard would see nothing; give a scorer that training never sees"
+                "guard cannot detect over-optimization; give a scorer that is not trained on"
             )
 
 
 class CriticSpec(Spec):
-    """Describe PPO's value network; ``init`` None starts it from the policy's weights."""
+    """PPO's value network; with ``init: null`` it starts from the policy's weights."""
 
     init: Annotated[str | None, Ref("policy", "reward_model")] = None
     optim: OptimSpec = OptimSpec(learning_rate=1e-5, schedule="constant")
     clip: Positive = 0.2
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Rollout steps in which only the critic learns."""
+    """Rollout steps at the start in which only the critic is trained."""
 
 
 class OnlineStage(TrainingStage):
-    """Hold what ppo and grpo share."""
+    """Base of ppo and grpo."""
 
     module: ClassVar[str] = "online"
     family: ClassVar = "policy"
@@ -110,16 +110,16 @@ class OnlineStage(TrainingStage):
     clip: ClipSpec = ClipSpec()
     importance: ImportanceSpec = ImportanceSpec()
     truncated_score: float | None = None
-    """Score of an answer without a stop token; None keeps the reward's own."""
+    """Score of a response without a stop token; None keeps the reward's own score."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
-    """What an answer without a stop token is: ``terminal`` ends there like any other; ``bootstrap``
-    goes on, worth what PPO's critic says (arXiv:1712.00378); ``mask`` stays out of loss and group
-    (DAPO's overlong filtering)."""
+    """How a response without a stop token is treated: ``terminal`` as if it ended there;
+    ``bootstrap`` adds the critic's value of the rest (arXiv:1712.00378); ``mask`` excludes it from
+    loss and group statistics (DAPO's overlong filtering)."""
     overlong: OverlongSpec | None = None
     max_lost_frac: Fraction = 0.01
     watch: WatchSpec | None = None
-    """Evaluation on held-out prompts while training, and the guard against over-optimisation."""
-    if TYPE_CHECKING:  # each stage has its own defaults, or a fixed value
+    """Held-out evaluation during training, and the guard against over-optimization."""
+    if TYPE_CHECKING:  # Each stage has its own defaults, or a fixed value.
         kind: Literal["ppo", "grpo"]
         kl: KlSpec
         group_size: int
@@ -134,15 +134,15 @@ class OnlineStage(TrainingStage):
 
     @property
     def algorithm_facts(self) -> Algorithm:
-        """Return what the stage's estimator needs."""
+        """Return the algorithm whose estimator the stage uses."""
         return of_estimator(self.estimator)
 
     @model_validator(mode="after")
     def _legal(self) -> "OnlineStage":
         if self.sampling.temperature == 0.0:
-            raise ValueError("sampling.temperature is 0: every answer of a prompt is the same")
+            raise ValueError("sampling.temperature is 0: all responses to a prompt are the same")
         if self.sampling.top_p < 1.0:
-            raise ValueError("sampling.top_p < 1 samples from another distribution than is trained")
+            raise ValueError("sampling.top_p < 1 samples from another distribution than the policy")
         if self.prompts_per_step % (self.minibatches * self.ranks):
             raise ValueError("prompts_per_step must be a multiple of minibatches x ranks")
         if self.truncation == "mask" and self.truncated_score is not None:
@@ -184,14 +184,14 @@ class PpoStage(OnlineStage):
     def _bootstrap_or_score(self) -> "PpoStage":
         if self.truncation == "bootstrap" and self.truncated_score is not None:
             raise ValueError(
-                "truncation: bootstrap says that a cut answer goes on, 'truncated_score' that it "
-                "ends; give one of them"
+                "truncation: bootstrap and 'truncated_score' contradict each other: a truncated "
+                "response either continues or ends; give one of them"
             )
         return self
 
 
 class GrpoStage(OnlineStage):
-    """Policy optimisation without a critic: the options that tell its algorithms apart."""
+    """Policy optimization without a critic; ``algorithm`` selects a set of defaults."""
 
     critic: ClassVar[None] = None
     whiten_rewards: ClassVar[bool] = False
@@ -202,16 +202,16 @@ class GrpoStage(OnlineStage):
     group_size: Count = 8
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
     estimator: Annotated[str, AfterValidator(known_estimator)] = "group_relative"
-    """Score against the group's mean, the mean of the others, nothing, or the greedy answer's."""
+    """Baseline of the score: group mean, mean of the others, none, or the greedy response."""
     scale: Literal["std", "batch", "none"] = "std"
-    """Divide by the group's standard deviation, the whole batch's, or nothing (Dr. GRPO)."""
+    """Divide by the standard deviation of the group, of the batch, or by nothing (Dr. GRPO)."""
     objective: Literal["clip", "gspo", "cispo"] = "clip"
-    """Clip the ratio of each token, the ratio of each answer, or the weight of each token."""
+    """Clip the ratio of each token, the ratio of each response, or the weight of each token."""
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = "token"
-    """Mean over tokens (DAPO); over tokens, then answers (the first GRPO); sum over tokens, mean
-    over answers (RLOO); that by max_new_tokens (Dr. GRPO)."""
+    """Mean over all tokens (DAPO); mean over tokens, then responses (original GRPO); sum over
+    tokens, mean over responses (RLOO); the same divided by max_new_tokens (Dr. GRPO)."""
     dynamic_sampling: bool = False
-    """Draw more prompts until every group of the step has unequal scores (DAPO section 3.2)."""
+    """Sample more prompts until every group of the step has unequal scores (DAPO section 3.2)."""
     max_draws: Count = 3
 
     @model_validator(mode="before")
@@ -228,7 +228,7 @@ class GrpoStage(OnlineStage):
                 f"scale: {' or '.join(facts.scales)}"
             )
         if self.group_size == 1 and facts.compares_group:
-            raise ValueError(f"{self.estimator} compares answers: group_size must be 2 or more")
+            raise ValueError(f"{self.estimator} compares responses: group_size must be 2 or more")
         if self.dynamic_sampling and not facts.compares_group:
             raise ValueError(f"'dynamic_sampling' has no effect with {self.estimator}; remove it")
         if self.truncation == "bootstrap":
@@ -240,10 +240,10 @@ class GrpoStage(OnlineStage):
         if self.objective != "clip" and self.clip.dual is not None:
             raise ValueError(f"'clip.dual' has no effect with objective {self.objective}")
         if self.objective == "gspo" and self.aggregation != "sequence":
-            raise ValueError("gspo has one loss per answer; write aggregation: sequence")
+            raise ValueError("gspo has one loss per response; write aggregation: sequence")
         if self.objective == "gspo" and self.clip.low > 0.1:
             raise ValueError(
-                f"gspo's ratio is a mean over an answer and never falls by {self.clip.low}; "
+                f"gspo's ratio is a mean over a response and never falls by {self.clip.low}; "
                 "write clip: {low: 3.0e-4, high: 4.0e-4} or algorithm: gspo"
             )
         return self

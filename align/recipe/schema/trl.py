@@ -1,4 +1,4 @@
-"""Schema of the stage that runs a trainer of TRL."""
+"""Schema of the stage that runs a TRL trainer."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -54,11 +54,11 @@ OWNED = (
     "save_only_model",
     "ignore_data_skip",
 )
-"""Arguments that the stage sets itself from the keys every stage has."""
+"""Trainer arguments that the stage sets from its own keys."""
 
 
 class TrlStage(StageSpec):
-    """Run any trainer of TRL with this suite's data, artefacts, metrics and resumption."""
+    """Run any TRL trainer with this project's data, artifacts, metrics and resumption."""
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "trl.stage"
@@ -67,33 +67,33 @@ class TrlStage(StageSpec):
     """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""
     init: Annotated[str, Ref("policy")]
     reference: bool = False
-    """Give the trainer a frozen copy of ``init`` as ``ref_model``."""
+    """Pass a frozen copy of ``init`` to the trainer as ``ref_model``."""
     teacher: Annotated[str | None, Ref("policy")] = None
-    """Policy that a trainer of distillation learns from (GKD, Distillation, GOLD, IWOPD)."""
+    """Teacher policy of a distillation trainer (GKD, Distillation, GOLD, IWOPD)."""
     data: list[DataSpec] = Field(min_length=1)
     heldout: list[DataSpec] = []
     rows: Literal["sft", "preference", "unpaired", "prompts"]
-    """What the trainer reads."""
+    """Kind of rows that the trainer reads."""
     columns: list[str] = []
-    """Further columns of the rows that it reads (TPO: reference); of prompts it is given all."""
+    """Additional columns that the trainer reads (TPO: reference); with prompts it gets all."""
     rewards: list[RewardSpec] = []
-    """Handed to online trainers as ``reward_funcs``."""
+    """Reward functions of online trainers, passed as ``reward_funcs``."""
     args: dict[str, Any] = {}
-    """Further arguments of the trainer's configuration class."""
+    """Additional arguments of the trainer's configuration class."""
     tuning: TuningSpec = FullTuning(method="full")
-    """What is trained; the reference of a tuned policy is the model with its adapter off."""
+    """Trained weights; with an adapter, the reference is the model with its adapter disabled."""
     optim: OptimSpec = OptimSpec()
     zero: ZeroSpec = ZeroSpec()
     dtype: Dtype = "float32"
     max_length: Count | None = None
-    """Tokens of a row; longer ones are lost, not cut. None takes the trainer's own limit."""
+    """Maximum tokens of a row; longer rows are dropped. None for the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
     max_contaminated_frac: Fraction = 0.05
-    """Share of the held-out prompts whose words may stand in the training texts."""
+    """Fraction of the held-out prompts that may appear in the training texts."""
     batch_size: Count = 8
-    """Rows of one optimiser step over all ranks."""
+    """Rows per optimizer step over all ranks."""
     micro_batch_size: Count = 8
-    """Rows of one forward-backward pass on one rank."""
+    """Rows per forward-backward pass on one rank."""
     gradient_checkpointing: bool = False
     steps: Count
     eval_every: int = Field(default=0, ge=0)

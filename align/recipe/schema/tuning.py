@@ -1,6 +1,6 @@
-"""Schema of ``tuning:``, which weights of a training stage are trained; one class per family.
+"""Schema of ``tuning:``, the choice of trained weights; one class per family of methods.
 
-Each method has only the keys that change something for it.
+Each method has only the keys that affect it.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -14,33 +14,33 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 def _names_one(value: Any) -> Any:
     if not value:
-        raise ValueError("an empty list names no layer: nothing would be trained")
+        raise ValueError("the list is empty: nothing would be trained; name at least one layer")
     return value
 
 
 Targets = Annotated[Literal["all-linear"] | list[str], AfterValidator(_names_one)]
-"""``all-linear`` is every linear layer of the decoder, the output head left out."""
+"""``all-linear`` means every linear layer of the decoder except the output head."""
 
 
 class Tuning(Spec):
-    """Base of the methods, with what a method can do where it is not as usual."""
+    """Base of the methods; the class variables declare the capabilities of a method."""
 
     merges: ClassVar[bool] = True
-    """The adapter can be added into the weights; else it stays beside the model."""
+    """The adapter can be merged into the weights; otherwise it is saved separately."""
     virtual: ClassVar[bool] = False
-    """It puts virtual tokens before the text."""
+    """The method prepends virtual tokens to the text."""
     inside_layers: ClassVar[bool] = True
-    """It trains something inside the layers."""
+    """The method trains weights inside the layers."""
     continues: ClassVar[bool] = False
-    """An unmerged adapter whose files hold all that was trained, so that training can go on."""
+    """The files of the unmerged adapter contain everything needed to continue training."""
     new_at_start: ClassVar[bool] = False
-    """The policy is not what ``init`` holds before the first step, or not to the engine."""
+    """The policy (or the engine's copy of it) differs from ``init`` before the first step."""
     in_trl: ClassVar[bool] = True
-    """TRL's trainers, which save and load adapters by themselves, can hold and resume it."""
+    """TRL's trainers, which save and load adapters themselves, can train and resume it."""
     served_ranks: ClassVar[tuple[int, ...]] = ()
-    """Largest ranks of the adapter alone that vLLM can be built for."""
+    """Maximum ranks that vLLM can be configured for when it serves the adapter alone."""
     peft_type: ClassVar[str | None] = None
-    """peft's name of an adapter that stays beside the model."""
+    """peft's name of an adapter that is saved separately."""
 
 
 class BesideTuning(Tuning):
@@ -52,7 +52,7 @@ class BesideTuning(Tuning):
 
 
 class VirtualTuning(BesideTuning):
-    """Base of the methods that put virtual tokens before the text."""
+    """Base of the methods that prepend virtual tokens to the text."""
 
     virtual: ClassVar[bool] = True
     inside_layers: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class LoraTuning(Tuning):
 
 
 class DoraTuning(LoraTuning):
-    """Train the norm of each output's weights apart from their direction (arXiv:2402.09353)."""
+    """Train the norm of each output's weights separately from the direction (arXiv:2402.09353)."""
 
     served_ranks: ClassVar[tuple[int, ...]] = ()
     method: Literal["dora"]
@@ -102,7 +102,7 @@ class PissaTuning(Tuning):
 
 
 class QloraTuning(Tuning):
-    """Add low-rank updates to weights held in 4 bits, doubly quantised NF4 (arXiv:2305.14314)."""
+    """Add low-rank updates to 4-bit weights, doubly quantized NF4 (arXiv:2305.14314)."""
 
     new_at_start: ClassVar[bool] = True
     in_trl: ClassVar[bool] = False
@@ -147,17 +147,17 @@ class BottleneckTuning(BesideTuning):
 
 
 class PrefixTuning(VirtualTuning):
-    """Train keys and values of virtual tokens in every layer, through a small MLP (2101.00190)."""
+    """Train keys and values of virtual tokens in every layer by an MLP (arXiv:2101.00190)."""
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     method: Literal["prefix"]
     virtual_tokens: Count = 16
     hidden: Count | None = None
-    """Units of that MLP; None is the model's hidden size."""
+    """Units of the MLP; None for the model's hidden size."""
 
 
 class PromptTuning(VirtualTuning):
-    """Train the embeddings of virtual tokens (arXiv:2104.08691), begun from those of real ones."""
+    """Train the embeddings of virtual tokens, initialized from real ones (arXiv:2104.08691)."""
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     method: Literal["prompt"]
@@ -165,20 +165,20 @@ class PromptTuning(VirtualTuning):
 
 
 class PtuningTuning(VirtualTuning):
-    """Train virtual tokens whose embeddings an MLP makes (arXiv:2103.10385)."""
+    """Train virtual tokens whose embeddings are computed by an MLP (arXiv:2103.10385)."""
 
     peft_type: ClassVar[str | None] = "P_TUNING"
     method: Literal["ptuning"]
     virtual_tokens: Count = 16
     hidden: Count = 128
-    """Units of that MLP."""
+    """Units of the MLP."""
 
 
 class LoreftTuning(BesideTuning):
     """Edit hidden states in a low-rank subspace (arXiv:2404.03592 eq. 2).
 
     By default every token is edited. ``first`` and ``last`` edit that many tokens at the start and
-    the end of the prompt instead; the tokens of the answer then stay as they are.
+    the end of the prompt instead; the tokens of the response are then unchanged.
     """
 
     continues: ClassVar[bool] = True
@@ -195,7 +195,7 @@ class LoreftTuning(BesideTuning):
     @model_validator(mode="after")
     def _edits_something(self) -> "LoreftTuning":
         if (self.first is not None or self.last is not None) and not self.first and not self.last:
-            raise ValueError("'first' and 'last' are 0: no token is edited; leave both out for all")
+            raise ValueError("'first' and 'last' are 0: no token is edited; omit both to edit all")
         return self
 
 
@@ -222,17 +222,17 @@ METHODS: dict[str, type[Tuning]] = {
     for tuning in get_args(get_args(TuningSpec)[0])
     for method in get_args(tuning.model_fields["method"].annotation)
 }
-"""Method to its class."""
+"""Class of each method."""
 
 
 def refuse_dropout(tuning: TuningSpec) -> None:
-    """Raise ValueError where dropout would blur the comparison with the reference."""
+    """Raise ValueError if dropout would randomize the comparison with the reference."""
     if isinstance(tuning, LoraTuning | QloraTuning) and tuning.dropout > 0.0:
         raise ValueError("tuning.dropout would make the policy differ from its reference by chance")
 
 
 def refuse_head(tuning: TuningSpec, kind: str) -> None:
-    """Raise ValueError where there is no new head to train."""
+    """Raise ValueError if a stage without a new head is asked to train one."""
     if tuning.method == "head":
         raise ValueError(
             f"tuning.method head trains a new task head, which a {kind} stage does not add; use it "
@@ -241,12 +241,12 @@ def refuse_head(tuning: TuningSpec, kind: str) -> None:
 
 
 def refuse_beside(tuning: TuningSpec) -> None:
-    """Raise ValueError for what TRL's trainers cannot hold: they know peft's own layers only."""
+    """Raise ValueError for methods that TRL's trainers do not support: they know only peft's."""
     if not tuning.in_trl:
         raise ValueError(
-            f"tuning.method {tuning.method} is not for trainers of TRL, which save and load "
-            "adapters by themselves, and would not resume exactly; use lora, rslora, dora, ia3, "
-            "oft or vera, or this suite's own stage (sft, dpo, kto, grpo)"
+            f"tuning.method {tuning.method} is not for trainers of TRL: they save and load "
+            "adapters themselves and could not resume exactly; use lora, rslora, dora, ia3, "
+            "oft or vera, or a stage of this project (sft, dpo, kto, grpo)"
         )
 
 
@@ -260,22 +260,22 @@ def refuse_checkpointing(tuning: TuningSpec) -> None:
 
 
 def refuse_served(tuning: TuningSpec, engine: str) -> None:
-    """Raise ValueError where vLLM is asked for by name and cannot hold the adapter."""
+    """Raise ValueError if vLLM is requested but cannot load the adapter."""
     if not tuning.merges and engine == "vllm":
         raise ValueError(
             f"sampling.engine vllm cannot sample from a {tuning.method} adapter, which cannot be "
-            "merged; use engine: hf (or auto, which takes it and says so)"
+            "merged; use engine: hf (or auto, which falls back to hf)"
         )
 
 
 def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
-    """Raise ValueError where vLLM cannot be given the adapter alone."""
+    """Raise ValueError if vLLM cannot serve the adapter alone."""
     if engine == "hf":
         raise ValueError("sampling.push: adapter has no effect with engine hf; remove it")
     if not isinstance(tuning, LoraTuning) or not tuning.served_ranks:
         raise ValueError(
             f"sampling.push: adapter needs an adapter that vLLM serves (lora or rslora); with "
-            f"{tuning.method} leave it out: whole weights are pushed"
+            f"{tuning.method} omit it, and all weights are pushed"
         )
     if tuning.rank > tuning.served_ranks[-1]:
         raise ValueError(
@@ -285,7 +285,7 @@ def refuse_pushed(tuning: TuningSpec, engine: str) -> None:
 
 
 def refuse_last(tuning: TuningSpec, kind: str) -> None:
-    """Raise ValueError where the end of the prompt is not known: a scorer sees one text."""
+    """Raise ValueError for ``last`` in a scorer, which sees one text without a prompt's end."""
     if isinstance(tuning, LoreftTuning) and tuning.last:
         raise ValueError(
             f"tuning.last: a {kind} model does not know where a prompt ends; leave 'first' and "
