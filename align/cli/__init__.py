@@ -10,6 +10,7 @@ from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
 from align.cli.reward import reward
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtefactError
+from align.core.failure import last_words
 from align.core.text import visible
 
 cli = typer.Typer(
@@ -71,9 +72,10 @@ def check(
     from align.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    typer.echo(f"{recipe}: valid, {len(loaded.stages)} stages: {', '.join(loaded.stages)}")
+    names = ", ".join(loaded.stages)
+    typer.echo(visible(f"{recipe}: valid, {len(loaded.stages)} stages: {names}"))
     for line in warnings(loaded):
-        typer.echo(f"{recipe}: warning: {line}")
+        typer.echo(visible(f"{recipe}: warning: {line}"))
     if deep or only:
         from align.cli.deep import check_deeply
 
@@ -91,9 +93,9 @@ def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("run
     resolved = load_resolved(recipe, overrides or ())
     run_dir = runs / resolved.recipe.name
     typer.echo(visible(resolved_yaml(resolved)))
-    typer.echo(f"plan for {run_dir}:")
+    typer.echo(visible(f"plan for {run_dir}:"))
     for line in plan_lines(plan(resolved.recipe, run_dir)):
-        typer.echo("  " + line)
+        typer.echo(visible("  " + line))
 
 
 @cli.command()
@@ -223,29 +225,5 @@ def app() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_USER)
     except Exception as e:
-        typer.echo(_last_words(e), err=True)
+        typer.echo(last_words(e), err=True)
         sys.exit(EXIT_FAILED)
-
-
-def _last_words(error: Exception) -> str:
-    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
-    import tempfile
-    import traceback
-
-    from align.core.storage import storage_problem
-
-    if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
-        return visible(f"{error.filename}: {problem}" if error.filename else problem)
-    text = "".join(traceback.format_exception(error))
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="align-failure-", suffix=".txt", delete=False, errors="backslashreplace"
-        ) as f:
-            f.write(visible(text))
-    except OSError:
-        return visible(text)
-    told = " ".join(str(error).split())[:300]
-    return visible(
-        f"align failed: {type(error).__name__}: {told}; this is a mistake in align. The traceback "
-        f"is in {f.name}; 'align doctor' shows the environment for a report"
-    )

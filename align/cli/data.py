@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from align.core.errors import EXIT_USER, DataError
+from align.core.text import visible
 
 if TYPE_CHECKING:
     from align.data.check import Report, Request
@@ -91,6 +92,8 @@ def _checked(request: "Request") -> "Report":
     """Return the report of a check, with a progress bar on a terminal."""
     from dataclasses import replace
 
+    from rich.markup import escape
+
     from align.data.check import check_data
 
     with _bar() as bar, tempfile.TemporaryDirectory() as folder:
@@ -100,7 +103,7 @@ def _checked(request: "Request") -> "Report":
             with spool.open("wb") as f:
                 shutil.copyfileobj(sys.stdin.buffer, f)
             request = replace(request, path="<stdin>", stdin=spool)
-        task = bar.add_task(request.path, rows=0) if bar else None
+        task = bar.add_task(escape(visible(request.path)), rows=0) if bar else None
 
         def advance(size: int, rows: int) -> None:
             if bar is not None and task is not None:
@@ -133,7 +136,7 @@ def _show(report: "Report", *, as_json: bool) -> None:
     from align.data.check import show
 
     if as_json:
-        typer.echo(json.dumps(show.as_json(report), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(show.as_json(report), indent=2))
     else:
         show.print_report(report, Console(highlight=False, soft_wrap=True))
 
@@ -153,10 +156,13 @@ def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
 def _chat(model: str, template: str | None) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
     from align.data.render.chat import apply_tokenizer_spec
+    from align.models.bringing import one_line
+    from align.models.loading import bringing_in
     from align.recipe.schema import TokenizerSpec
     from align.stages.base import chat_format
 
-    chat = chat_format(Path(model))
+    with one_line(model, "a tokenizer") if Path(model).exists() else bringing_in(model):
+        chat = chat_format(Path(model))
     if template is not None:
         pad = str(chat.tokenizer.pad_token or chat.tokenizer.eos_token)
         apply_tokenizer_spec(chat.tokenizer, TokenizerSpec(chat_template=template, pad_token=pad))
@@ -208,7 +214,7 @@ def show(
         if line is not None and example.source.rpartition(":")[2].removeprefix("row ") != line:
             continue
         for view in views(example, chat):
-            console.print(headline(view), style="bold", markup=False)
+            console.print(visible(headline(view)), style="bold", markup=False)
             console.print(as_text(view, colour=console.is_terminal))
             fragments.append(as_html(view))
         shown += 1
@@ -264,4 +270,4 @@ def convert(
         specs, out, heldout=heldout, heldout_frac=heldout_frac, to=to, seed=seed, columns=columns
     ):
         output = note["output"]
-        typer.echo(f"{output['path']}: {output['rows']:,} rows of {to}")
+        typer.echo(visible(f"{output['path']}: {output['rows']:,} rows of {to}"))

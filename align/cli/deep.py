@@ -11,7 +11,7 @@ import typer
 from align.core.accelerator import has_gpu
 from align.core.card import Card, read_card, table
 from align.core.errors import EXIT_FAILED, RecipeError
-from align.core.text import suggest
+from align.core.text import suggest, visible
 from align.pipeline.planning import plan
 from align.pipeline.processes import stage_env
 from align.pipeline.terminal import Tail
@@ -100,11 +100,11 @@ def check_deeply(recipe: Recipe, run_dir: Path, only: str | None) -> None:
     def show(card: Card) -> None:
         cards.append(card)
         for line in table(card):
-            typer.echo(line)
+            typer.echo(visible(line))
 
     code, log = deep_check(recipe, run_dir=run_dir, only=only, show=show)
     if log:
-        typer.echo(log, err=True)
+        typer.echo(visible(log), err=True)
     if cards:
-        typer.echo(closing_line(cards))
+        typer.echo(visible(closing_line(cards)))
     raise typer.Exit(code)

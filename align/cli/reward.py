@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align.core.errors import EXIT_FAILED, EXIT_OK, RecipeError
+from align.core.text import visible
 
 if TYPE_CHECKING:
     from reward_models.base import RewardFunction
@@ -44,16 +45,16 @@ def try_out(
     except (MissingColumnError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
     # Print one line per kind of response, then the weaknesses.
-    typer.echo(f"{path} on {len(examples)} rows of {data}")
+    typer.echo(visible(f"{path} on {len(examples)} rows of {data}"))
     for outcome in outcomes:
         shown = " ".join("-" if s is None else f"{s:.3g}" for s in outcome.scores[:8])
         mean = "none" if outcome.mean is None else f"{outcome.mean:.3f}"
         typer.echo(f"  {outcome.response.name:24s} mean {mean:>8s}   {shown}")
     for reason, count in built.invalid.most_common():
-        typer.echo(f"  no score: {count} x {reason}")
+        typer.echo(visible(f"  no score: {count} x {reason}"))
     found = weaknesses(outcomes)
     for line in found:
-        typer.echo(f"weak: {line}")
+        typer.echo(visible(f"weak: {line}"))
     typer.echo("no attack pays" if not found else f"{len(found)} weaknesses")
     raise typer.Exit(EXIT_FAILED if found else EXIT_OK)
 

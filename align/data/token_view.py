@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from align.core.text import visible
 from align.core.types import Example, TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
@@ -94,7 +95,7 @@ def as_text(view: View, *, colour: bool) -> Text:
     text = Text()
     last: State = "masked"
     for token in view.tokens:
-        shown = token.text.replace("\n", "\u21b5\n") + "\u2020" * (token.state == "stop")
+        shown = visible(token.text).replace("\n", "\u21b5\n") + "\u2020" * (token.state == "stop")
         if not colour and (token.state == "masked") != (last == "masked"):
             text.append("]" if token.state == "masked" else "[")
         text.append(shown, style=_STYLES[token.state])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from align.core.errors import AlignError, ArtefactError
@@ -55,8 +56,11 @@ def is_adapter(path: str) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
 
 
-def check_folder(path: str) -> None:
+def check_folder(path: str, *, causal: bool = True) -> None:
     """Raise unless a folder contains one complete causal language model.
+
+    Args:
+        path: the folder or hub id. causal: False where an encoder is expected, with any head.
 
     Raises:
         ArtefactError: one line with the problem and the remedy.
@@ -72,13 +76,15 @@ def check_folder(path: str) -> None:
             "to their own folder and use that folder (the adapter is merged), or remove them."
         )
     config = _json_object(folder / CONFIG)
-    kinds = [str(name) for name in config.get("architectures") or []]
-    if kinds and any(head in kinds[0] for head in OTHER_HEADS):
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ArtefactError(f"{folder / CONFIG}: architectures: expected a list of class names")
+    if causal and named and any(head in named[0] for head in OTHER_HEADS):
         raise ArtefactError(
-            f"{path}: {kinds[0]} has no language-model head. Use a stage of kind encoder to start "
+            f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
             "a classifier or scorer, or the causal model it was made from."
         )
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+    if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
         raise ArtefactError(
             f"{path}: model_type {config.get('model_type')!r} needs custom Python code "
             "(auto_map), which is never run. Use an architecture of transformers."
@@ -148,14 +154,23 @@ def load_whole(path: str, *, dtype: str) -> Any:
             )
             model._weight_conversions = names  # else the prefix would be restored on saving
     _check_report(path, report)
+    refuse_not_finite(path, model)
+    form_of(model)
+    return model
+
+
+def refuse_not_finite(path: str, model: nn.Module) -> None:
+    """Raise if weights of a model are NaN or infinite.
+
+    Raises:
+        ArtefactError: names the weights.
+    """
     bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ArtefactError(
             f"{path}: {len(bad)} weights contain NaN or infinity: {_named(bad)}. Use a copy from "
             "before they were damaged."
         )
-    form_of(model)
-    return model
 
 
 def _known_prefix(report: Any) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from align.core import distributed
 from align.core.errors import ArtefactError
+from align.models.bringing import check_folder, one_line, refuse_not_finite
 from align.models.loading import bringing_in, load_tokenizer
 from align.preflight.checks import Finding
 from align.recipe.schema import EncoderStage
@@ -17,16 +18,20 @@ from align.stages.base import Prepared, StageContext, StageResult
 
 def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     """Import the encoder with its weights and tokenizer."""
-    if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
-        raise ArtefactError(f"{spec.path}: no config.json; expected a folder saved by transformers")
-    with bringing_in(spec.path):
+    check_folder(spec.path, causal=False)
+    exists = Path(spec.path).exists()
+    with one_line(spec.path, "a tokenizer") if exists else bringing_in(spec.path):
         tokenizer = load_tokenizer(spec.path)
     if tokenizer.pad_token_id is None:
         raise ArtefactError(
             f"{spec.path}: its tokenizer has no pad token. Add one and save the folder again"
         )
-    kind = _saved_class(spec.path)
-    model, info = kind.from_pretrained(spec.path, output_loading_info=True, trust_remote_code=False)
+    with one_line(spec.path, "an encoder"):
+        kind = _saved_class(spec.path)
+        model, info = kind.from_pretrained(
+            spec.path, output_loading_info=True, trust_remote_code=False
+        )
+    refuse_not_finite(spec.path, model)
     # transformers initializes missing weights at random; those are not part of the encoder.
     own = {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}
     if distributed.rank() == 0:

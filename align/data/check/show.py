@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from align.core.text import visible
 from align.data.check.findings import codes
 from align.data.check.run import Report
 
@@ -21,7 +22,7 @@ def print_report(report: Report, console: Console) -> None:
         for line in _finding_lines(report, code):
             console.print(line)
     for line in summary_lines(report):
-        console.print(Text(line))
+        console.print(Text(visible(line)))
     console.print(verdict(report))
 
 
@@ -32,7 +33,7 @@ def _finding_lines(report: Report, code: str) -> Iterator[Text]:
     yield Text.assemble((f"{code} {entry.severity}", f"bold {colour}"), f": {entry.title}{times}")
     kept = report.tally.kept[code]
     for finding in kept:
-        yield Text.assemble("  ", (finding.where, "bold"), f": {_clean(finding.found)}")
+        yield Text.assemble("  ", (_clean(finding.where), "bold"), f": {_clean(finding.found)}")
         if finding.excerpt:
             yield Text(f"      {_clean(finding.excerpt)}", style="dim")
     if count > len(kept):

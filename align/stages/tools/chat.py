@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 from align.core.artefacts import read_artefact
 from align.core.errors import EXIT_OK, AlignError, DataError
-from align.core.text import VisibleStream
+from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
 
 HELP = "/reset clears the conversation, /temperature 0.5 sets it, /quit ends"
@@ -151,17 +151,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        artefact = read_artefact(args.artefact, "policy")
+        folder = read_artefact(args.artefact, "policy").model_dir
         from transformers import set_seed
         from transformers.utils import logging
 
+        from align.models.bringing import check_folder, one_line
+
+        check_folder(str(folder))
         logging.disable_progress_bar()
         set_seed(args.seed)
-        chat = Chat(
-            artefact.model_dir, temperature=args.temperature, max_new_tokens=args.max_new_tokens
-        )
+        with one_line(str(folder), "a causal language model"):
+            chat = Chat(folder, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     except AlignError as e:
-        sys.stderr.write(f"{e}\n")
+        sys.stderr.write(visible(f"{e}\n"))
         sys.exit(e.exit_code)
     typed = sys.stdin.isatty()
     if typed:

@@ -17,6 +17,7 @@ from align.core import distributed
 from align.core.artefacts import write_manifest
 from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
+from align.core.failure import last_words
 from align.core.log import log, setup_logging
 from align.preflight.run import run_checks
 from align.recipe.load import read_resolved
@@ -53,8 +54,8 @@ def main() -> NoReturn:
     except AlignError as error:
         log.error("%s", error)
         code = error.exit_code
-    except Exception:
-        log.exception("the deep check itself failed")
+    except Exception as error:
+        log.error("%s", last_words(error))
         code = EXIT_FAILED
     distributed.end_process(code)
 

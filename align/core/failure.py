@@ -1,0 +1,27 @@
+"""The last words of a command on an error that nobody foresaw."""
+
+import tempfile
+import traceback
+from pathlib import Path
+
+from align.core.storage import storage_problem
+from align.core.text import visible
+
+
+def last_words(error: Exception) -> str:
+    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
+    if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
+        return visible(f"{error.filename}: {problem}" if error.filename else problem)
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="align-failure-", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as f:
+            f.write(visible(text))
+    except OSError:
+        return visible(text)
+    told = " ".join(str(error).split())[:300]
+    return visible(
+        f"align failed: {type(error).__name__}: {told}; this is a mistake in align. The traceback "
+        f"is in {f.name}; 'align doctor' shows the environment for a report"
+    )
