@@ -1,4 +1,4 @@
-"""Advantages: how much better a token or a response was than expected."""
+"""Advantage estimators: how much better a token or a response was than expected."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
 import math
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 STD_EPS = 1e-4
-"""Added to a group's standard deviation, so that rounding in the scores is not blown up."""
+"""Added to a group's standard deviation, so that rounding errors of scores are not amplified."""
 
 
 def gae(
@@ -21,18 +21,18 @@ def gae(
     lam: float,
     bootstrap: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Give generalized advantage estimates and returns over the trained tokens.
+    """Return generalized advantage estimates (GAE) and returns over the trained tokens.
 
     delta_t = r_t + gamma V_next(t) - V_t, A_t = delta_t + gamma lam A_next(t), R_t = A_t + V_t,
     where next(t) is the next TRAINED token: tokens in between (prompt, tool output, padding) are
-    no time steps, and their values are not looked at.
+    not time steps, and their values are ignored.
 
     Args:
-        rewards: per-token rewards; must be 0 where the mask is False, else they would be lost.
+        rewards: per-token rewards; must be 0 where the mask is False, or they would be lost.
         values: the critic's values.
         mask: True where a token was sampled by the policy and is trained.
         gamma: discount, in [0, 1].
-        lam: 0 trusts the critic, 1 the sampled return.
+        lam: lambda in [0, 1]; 0 uses the critic, 1 the sampled return.
         bootstrap: value of what follows the last trained token of each row; None is 0, which
             treats every response, also one cut at the length limit, as finished.
 
@@ -42,15 +42,14 @@ def gae(
     Reference:
         arXiv:1506.02438 eq. 16.
     """
-    assert not (rewards.detach().masked_fill(mask, 0.0) != 0.0).any(), (
-        "a reward lies on a masked token"
-    )
+    assert not (rewards.detach().masked_fill(mask, 0.0) != 0.0).any(), "a masked token has a reward"
     rewards, values = rewards.detach(), values.detach()
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.detach()
     carried = torch.zeros_like(next_value)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # Masked tokens pass the carried advantage and the next value on unchanged.
         carried = torch.where(mask[:, t], delta + gamma * lam * carried, carried)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = carried.masked_fill(~mask[:, t], 0.0)
@@ -58,10 +57,10 @@ def gae(
 
 
 def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Tell for each response whether all scores of its group are exactly equal.
+    """Return for each response whether all scores of its group are exactly equal.
 
-    Such a group (a single response too) has nothing to learn from. Equality is exact: a threshold
-    on the standard deviation takes rounding for a difference or a small difference for rounding.
+    Nothing can be learned from such a group, or from a single response. Equality is exact: a
+    threshold on the standard deviation would confuse rounding errors and small differences.
     """
     _, group = group_ids.unique(return_inverse=True)
     size = scores.numel()
@@ -71,7 +70,7 @@ def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bo
 
 
 def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give scores minus their group's mean in float64, group sizes per response, group numbers."""
+    """Return centered scores in float64, each response's group size, and its group number."""
     assert torch.isfinite(scores).all(), f"scores must be finite, got {scores.tolist()}"
     _, group = group_ids.unique(return_inverse=True)
     exact = scores.detach().double()
@@ -83,12 +82,12 @@ def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def group_relative(
     scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, scale: str
 ) -> Float[Tensor, " B"]:
-    """Compare each response's score with the mean of the responses to the same prompt.
+    """Return each score minus the mean score of the responses to the same prompt (GRPO).
 
     Args:
-        scores: one finite number per response; leave invalid responses out before.
-        group_ids: responses with the same number belong together; any integers, in any order.
-        scale: std divides by the group's standard deviation + 1e-4, none does not.
+        scores: one finite number per response, without invalid responses.
+        group_ids: prompt number of each response; any integers, in any order.
+        scale: std divides by the group's standard deviation + 1e-4; none does not.
 
     Returns:
         One advantage per response. A group of equal scores, or of one response, gets exactly 0; its
@@ -101,17 +100,18 @@ def group_relative(
     assert scale in ("std", "none"), f"unknown scale {scale!r}"
     centred, sizes, group = _centred(scores, group_ids)
     if scale == "std":
+        # Sample variance; a group of one response divides by 1 and stays 0.
         squares = torch.zeros_like(centred).index_add(0, group, centred.square())[group]
         centred = centred / ((squares / (sizes - 1.0).clamp(min=1.0)).sqrt() + STD_EPS)
     return centred.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
 
 
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Compare each response's score with the mean of the OTHER responses to the same prompt.
+    """Return each score minus the mean score of the OTHER responses to the same prompt (RLOO).
 
     Args:
-        scores: one finite number per response; leave invalid responses out before.
-        group_ids: responses with the same number belong together; any integers, in any order.
+        scores: one finite number per response, without invalid responses.
+        group_ids: prompt number of each response; any integers, in any order.
 
     Returns:
         One advantage per response; exactly 0 in a group of equal scores or of one response.
@@ -126,7 +126,7 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
 
 
 def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Sum the rewards of each trained token and of all that follow it, undiscounted.
+    """Return the undiscounted sum of the rewards from each trained token to the end.
 
     Args:
         rewards: per-token rewards; must be 0 where the mask is False.
@@ -144,7 +144,7 @@ def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Fl
 def against_greedy(
     scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Compare each response's score with that of the most likely response to the same prompt.
+    """Return each score minus the score of the greedy response to the same prompt (ReMax).
 
     Reference:
         arXiv:2310.10505 (ReMax) eq. 6.
@@ -155,7 +155,7 @@ def against_greedy(
 def batch_scaled(
     advantages: Float[Tensor, " B"], *, count: float, total_sq: float
 ) -> Float[Tensor, " B"]:
-    """Divide advantages that are centered in their groups by the batch's standard deviation.
+    """Return group-centered advantages divided by the batch's standard deviation.
 
     Args:
         advantages: scores minus their group's mean; they add up to 0, so their variance is the
@@ -164,7 +164,7 @@ def batch_scaled(
         total_sq: sum of the squares over all ranks.
 
     Returns:
-        Scaled advantages; what was 0 stays 0, also where every score equals its group's mean.
+        Scaled advantages; zeros stay 0, even if every score equals its group's mean.
 
     Reference:
         arXiv:2501.03262, REINFORCE++ with baseline.
@@ -177,12 +177,12 @@ def batch_scaled(
 def overlong_penalty(
     lengths: Int[Tensor, " B"], *, limit: int, buffer: float
 ) -> Float[Tensor, " B"]:
-    """Give 0 up to limit - buffer tokens, then a line down to -1 at the limit.
+    """Return a length penalty: 0 up to limit - buffer tokens, then linear down to -1 at the limit.
 
     Args:
         lengths: tokens of each response.
-        limit: the length at which answers are cut, in tokens.
-        buffer: length of the line, in tokens, > 0.
+        limit: length at which responses are truncated, in tokens.
+        buffer: length of the linear part, in tokens, > 0.
 
     Reference:
         arXiv:2503.14476 eq. 13.
@@ -198,13 +198,13 @@ def shaped_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, "B T"]:
-    """Spread each response's score and its KL penalty over its tokens.
+    """Return per-token rewards: the score at the last trained token, minus the KL penalty.
 
     Args:
         scores: one number per response, added at its last trained token.
         kl: estimated KL to the reference at each token, in nats.
         mask: True where a token is trained. A row without such a token gets no reward at all.
-        kl_coef: price of one nat, in units of the score.
+        kl_coef: penalty per nat, in units of the score.
 
     Returns:
         Per-token rewards, detached, 0 where the mask is False.
@@ -213,6 +213,7 @@ def shaped_rewards(
         arXiv:1909.08593 eq. 2, with the score at the last trained token itself, never behind it.
     """
     rewards = (-kl_coef * kl.detach()).masked_fill(~mask, 0.0)
+    # Rows without a trained token get last = -1, which matches no position.
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = positions.masked_fill(~mask, -1).amax(dim=1, keepdim=True)  # (B, 1)
     return rewards + torch.where(positions == last, scores.detach()[:, None], 0.0)
@@ -225,4 +226,4 @@ ESTIMATORS: dict[str, Callable[..., object]] = {
     "reward_to_go": reward_to_go,
     "greedy": against_greedy,
 }
-"""Advantage estimator by the name a recipe gives it."""
+"""Advantage estimators by their names in a recipe."""

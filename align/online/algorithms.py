@@ -1,10 +1,10 @@
-"""The bundle that tells one online algorithm from another, built from a stage's recipe.
+"""What distinguishes one online algorithm from another, built from a stage's recipe.
 
-An algorithm is a line of ``align.recipe.algorithms.ALGORITHMS`` and a function that computes its
-advantages. The names of the function's parameters say what it takes of a step: ``scores``,
-``group_ids`` and ``greedy_scores`` of the responses that are trained, (B,), for one advantage per
-response; or ``rewards``, ``values``, ``mask`` and ``bootstrap``, (B, T), for one per token. Any
-other parameter is an option of the stage, such as ``scale`` or ``gamma``.
+An algorithm is an entry of ``align.recipe.algorithms.ALGORITHMS`` and a function that computes its
+advantages. The parameter names of the function select its inputs. For one advantage per response:
+``scores``, ``group_ids`` and ``greedy_scores`` of the trained responses, (B,). For one advantage
+per token: ``rewards``, ``values``, ``mask``, (B, T), and ``bootstrap``, (B,). Any other parameter
+is an option of the stage, such as ``scale`` or ``gamma``.
 """
 
 import inspect
@@ -39,9 +39,9 @@ class OnlineAlgorithm:
         estimate: (experience, KL coefficient) -> experience with ``advantages`` (and ``returns``).
         policy_objective: (model, micro-batch, ``kl_coef``) -> loss and statistics of the policy.
         critic_objective: loss and statistics of the critic; None without one.
-        critic_warmup_steps: first steps, in which only the critic learns.
-        needs_old_logprobs: whether the policy before the update must be asked. With one optimizer
-            step per rollout the old policy is the current one, and dropout is off.
+        critic_warmup_steps: number of first steps that train only the critic.
+        needs_old_logprobs: whether the log-probabilities of the policy before the update are
+            needed. With one optimizer step per rollout the old policy is the current one.
         needs_greedy: whether the greedy response to each prompt is sampled and scored too.
     """
 
@@ -54,10 +54,10 @@ class OnlineAlgorithm:
 
 
 def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
-    """Return the algorithm that a stage's recipe asks for.
+    """Return the algorithm of a stage's recipe.
 
     Raises:
-        TrainingError: its estimator is unknown, or takes what no step has.
+        TrainingError: its estimator is unknown, or has a parameter that no step provides.
     """
     facts = spec.algorithm_facts
     several = spec.minibatches * spec.update_epochs > 1
@@ -84,7 +84,7 @@ def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
 
 
 def find_estimator(name: str) -> Estimator:
-    """Return the function of an estimator: a known one, or ``module:function``.
+    """Return an estimator by its name or as ``module:function``.
 
     Raises:
         TrainingError: there is none of that name.
@@ -153,12 +153,12 @@ def estimate_per_response(
 ) -> Experience:
     """Return the experience with one advantage for all tokens of a response.
 
-    Responses without a valid score take no part in their group, nor in the loss.
+    Responses without a valid score are excluded from their group and from the loss.
 
     Args:
-        experience: scored responses. kl_coef: price of one nat, in units of the score.
-        estimator: from ``inputs`` of the trained responses to their advantages.
-        kl_in_reward: estimator of the KL that is taken off the score; None takes nothing off.
+        experience: scored responses. kl_coef: penalty per nat, in units of the score.
+        estimator: maps ``inputs`` of the trained responses to their advantages.
+        kl_in_reward: estimator of the KL that is subtracted from the score; None subtracts nothing.
         batch_scale: divide by the standard deviation over the batch of all ranks.
 
     Reference: arXiv:2402.03300 eq. 3; scale none arXiv:2503.20783; scale batch arXiv:2501.03262;
@@ -195,14 +195,15 @@ def estimate_per_token(
 ) -> Experience:
     """Return the experience with advantages of tokens, whitened over the batch of all ranks.
 
-    After the last token comes nothing, worth 0. With ``truncation: bootstrap`` a response cut at
-    the length limit has not ended: it gets no score at its last token, and behind it the critic's
-    value of where it was cut; both together would count what follows twice.
+    The value after the last token is 0. With ``truncation: bootstrap``, a response truncated at the
+    length limit has not ended: it gets no score at its last token, and the value after it is the
+    critic's. Both together would count the future twice.
 
     Args:
-        experience: scored responses. kl_coef: price of one nat, in units of the score.
-        estimator: from ``inputs`` to advantages, or to advantages and returns.
-        kl_in_reward: estimator of the KL that is taken off the rewards; None takes nothing off.
+        experience: scored responses. kl_coef: penalty per nat, in units of the score.
+        estimator: maps ``inputs`` to advantages, or to advantages and returns.
+        kl_in_reward: estimator of the KL that is subtracted from the rewards; None subtracts
+            nothing.
         whiten_rewards: divide the rewards by their standard deviation first.
 
     Reference: gae arXiv:1707.06347 eq. 11, arXiv:1909.08593 section 2; bootstrap arXiv:1712.00378;
@@ -210,6 +211,8 @@ def estimate_per_token(
     """
     mask = experience.mask
     rewards = _token_rewards(experience, _kl(experience, kl_in_reward, kl_coef), kl_coef)  # (B, T)
+    # The mean is kept: without it every token would get a constant, which rewards or punishes
+    # length.
     if whiten_rewards:
         rewards = _whiten(rewards, mask, center=False)
     found: Mapping[str, Tensor | None] = {
@@ -225,7 +228,7 @@ def estimate_per_token(
 
 
 def _kl(experience: Experience, kl_in_reward: str | None, kl_coef: float) -> Tensor | None:
-    """Return the KL estimate of each token where it is taken off the reward, (B, T)."""
+    """Return the KL estimate of each token, (B, T), or None if the reward has no KL penalty."""
     if kl_in_reward is None or kl_coef == 0.0:
         return None
     tokens = experience.per_token
@@ -240,7 +243,7 @@ def _token_rewards(experience: Experience, kl: Tensor | None, kl_coef: float) ->
     steps = experience.per_token.get("step_rewards")
     if steps is None:
         return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
-    # What the steps do not explain goes to the last token, so that the sum stays the score.
+    # The rest of the score goes to the last token, so that the rewards sum to the score.
     steps = steps.masked_fill(~experience.mask, 0.0)
     rest = (scores - steps.sum(1)).masked_fill(is_open, 0.0)
     return shaped_rewards(rest, kl, experience.mask, kl_coef=kl_coef) + steps

@@ -1,4 +1,4 @@
-"""What the trainer adds to sampled responses: old and reference log-probabilities, values."""
+"""Annotate sampled responses with old and reference log-probabilities and values."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,11 +17,11 @@ from align.training.learner import Learner
 
 
 def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Cut rows of this rank into micro-batches; every rank gets the same number of them.
+    """Split this rank's rows into micro-batches; every rank gets the same number of them.
 
-    Responses of one prompt stay together as far as the budget allows, because their prompt is
-    computed once. Ranks hold different responses, and ZeRO-3 needs them to run the model equally
-    often.
+    Responses to one prompt stay together as far as the token budget allows, because their prompt
+    is computed once. Ranks have different responses, but ZeRO-3 needs the same number of forward
+    passes on each.
     """
     units = _units(experience, rows, micro_tokens)
     costs = [_cost(experience, unit) for unit in units]
@@ -32,12 +32,12 @@ def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -
 
 
 def _cost(experience: Experience, rows: Sequence[int]) -> int:
-    """Count the tokens of rows packed side by side, in this order."""
+    """Return the number of tokens of rows packed in this order."""
     return int(experience.lengths[list(rows)].sum()) - sum(experience.shared(rows))
 
 
 def _units(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Cut rows, in order, into runs of responses to one prompt that fit the budget."""
+    """Return runs of consecutive responses to one prompt that fit the token budget."""
     groups = experience.group_ids.tolist()
     units: list[list[int]] = []
     for row in rows:
@@ -58,12 +58,12 @@ def annotate(
     reference: nn.Module | None,
     critic: Learner | None,
 ) -> Experience:
-    """Add old_logprobs, ref_logprobs and values as far as asked for.
+    """Return the experience with old_logprobs, ref_logprobs and values as requested.
 
     Args:
         experience: responses of this step. policy: the learner, before its update.
         spec: the stage. old: whether the policy's own log-probabilities are needed.
-        reference: a model like the policy's module, or the policy's own module to be run with its
+        reference: the frozen reference policy, or the policy's own module, which runs with its
             adapter off; None for no reference.
         critic: the value learner; None for no values.
     """
@@ -71,7 +71,7 @@ def annotate(
     temperature = spec.sampling.temperature
 
     def logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:
-        # Wanted on every completion token, also of responses that are not trained.
+        # Needed on every completion token, including responses that are not trained.
         return model(
             batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
         ).logprobs
@@ -96,7 +96,7 @@ def annotate(
 
 
 def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -> Tensor:
-    """Give the critic's value of the state behind each cut response; 0 behind a finished one."""
+    """Return the critic's value after each truncated response, (B,); 0 after a finished one."""
     rows = experience.truncated.nonzero().flatten().tolist()
     plan = local_plan(experience, rows, spec.micro_tokens)
     batches = [experience.micro(micro, {}) for micro in plan]
@@ -115,7 +115,7 @@ def infer_tokens(
     plan: Sequence[Sequence[int]],
     fn: Callable[[nn.Module, PackedBatch], Tensor],
 ) -> Tensor:
-    """Return what ``fn`` finds of every token, (B, T), micro-batch by micro-batch of ``plan``."""
+    """Return the result of ``fn`` for every token, (B, T), run in the micro-batches of ``plan``."""
     out = torch.zeros(experience.input_ids.shape)
     batches = [experience.micro(rows, {}) for rows in plan]
     if isinstance(model, Learner):

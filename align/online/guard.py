@@ -1,8 +1,8 @@
-"""The guard against over-optimization: what evaluations while training say about the reward.
+"""The guard against reward over-optimization, based on held-out evaluations during training.
 
-Pure functions of the history of evaluations. The same held-out prompts are answered each time, so
-everything is paired by prompt: a slope or a fit is taken for each prompt, and its interval is that
-of the mean over prompts. It holds for other prompts of the same kind, not for other training runs.
+Pure functions of the history of evaluations. Every evaluation uses the same held-out prompts, so
+everything is paired by prompt: a slope or a fit is computed per prompt, and its interval is that of
+the mean over prompts. The intervals cover other prompts of the same kind, not other training runs.
 """
 
 import math
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z = 1.96
-"""Two-sided 95 % of the normal distribution."""
+"""Two-sided 95 % quantile of the normal distribution."""
 LONGER, REPEATED, DOMINANT, DISAGREEING = 1.25, 0.1, 0.9, 2.0
-"""Limits of the alarms: growth of the length, of the share of repeated trigrams, share of the
-training score's change that one reward makes, growth of the ensemble's disagreement."""
+"""Limits of the alarms: growth factor of the length, increase of the repeated-trigram fraction,
+fraction of the training score's change due to one reward, growth of ensemble disagreement."""
 
 
 class Interval(NamedTuple):
-    """Hold an estimate with its 95 % bounds, NaN where one prompt says nothing about spread."""
+    """An estimate with its 95 % bounds, which are NaN for fewer than two prompts."""
 
     value: float
     low: float
@@ -30,14 +30,14 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Hold one evaluation while training; lists have one entry per held-out prompt.
+    """One evaluation during training; lists have one entry per held-out prompt.
 
     Attributes:
         step: steps done. kl: KL to the reference in nats per response.
-        proxy: training score. gold: score that training never sees; None where invalid.
-        length: tokens. repetition: share of the response's word trigrams that are repeats.
+        proxy: training score. gold: score that training never sees. None if invalid.
+        length: tokens. repetition: fraction of the response's word trigrams that are repeats.
         rewards: weighted mean of each training reward, by name.
-        disagreement: mean spread among the members of the ensembles; None without one.
+        disagreement: mean spread among ensemble members; None without an ensemble.
     """
 
     step: int
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 class Alarm(NamedTuple):
-    """Say what is wrong, from what it is seen, and what to do."""
+    """An alarm: its name, the evidence, and what to do."""
 
     name: str
     reason: str
@@ -59,9 +59,9 @@ class Alarm(NamedTuple):
 
 
 class CurveFit(NamedTuple):
-    """Hold R(d) = d (alpha - beta log d), d = sqrt(KL), and where it is highest.
+    """Fit of R(d) = d (alpha - beta log d) with d = sqrt(KL), and the KL of its maximum.
 
-    ``top_kl`` is in nats per response; None where beta is not positive: the curve has no top.
+    ``top_kl`` is in nats per response; None if beta is not positive: there is no maximum.
     """
 
     alpha: Interval
@@ -70,14 +70,14 @@ class CurveFit(NamedTuple):
 
 
 def repeated_share(text: str) -> float:
-    """Give the share of the text's word trigrams that occurred in it before; 0 below 3 words."""
+    """Return the fraction of a text's word trigrams that are repeats; 0 below 3 words."""
     words = text.split()
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def over_prompts(values: NDArray[np.float64]) -> Interval:
-    """Give the mean over prompts with its normal interval."""
+    """Return the mean over prompts with its normal 95 % interval."""
     if values.size < 2:
         return Interval(float(values[0]) if values.size else math.nan, math.nan, math.nan)
     mean = float(values.mean())
@@ -86,7 +86,7 @@ def over_prompts(values: NDArray[np.float64]) -> Interval:
 
 
 def by_prompt(history: Sequence[Evaluation], *names: str) -> list[NDArray[np.float64]]:
-    """Lay out fields as (evaluations, prompts), of the prompts valid in all fields throughout."""
+    """Return fields as (evaluations, prompts), for prompts that are valid everywhere."""
     tables = [
         np.array([[math.nan if x is None else x for x in getattr(e, name)] for e in history])
         for name in names
@@ -96,23 +96,23 @@ def by_prompt(history: Sequence[Evaluation], *names: str) -> list[NDArray[np.flo
 
 
 def slope(values: NDArray[np.float64], xs: Sequence[float]) -> Interval:
-    """Give the least-squares slope of (K, P) values over K places, as a mean over prompts."""
+    """Return the least-squares slope of (K, P) values over K positions, as a mean over prompts."""
     centred = np.asarray(xs, dtype=np.float64) - np.mean(xs)
     return over_prompts(centred @ values / (centred @ centred))
 
 
 def fit_curve(kl: Sequence[float], gains: NDArray[np.float64]) -> CurveFit | None:
-    """Fit R(d) = d (alpha - beta log d) to what a score gained over the start.
+    """Return the fit of R(d) = d (alpha - beta log d) to the gains of a score.
 
     Args:
-        kl: (K,) nats per response; places with KL <= 0 say nothing and are left out.
+        kl: (K,) nats per response; entries with KL <= 0 are left out.
         gains: (K, P) score minus the score before the first step.
 
     Returns:
-        None with fewer than three places, which two parameters would always fit, or no prompt.
+        None with fewer than three entries, which two parameters always fit, or without prompts.
 
     Reference:
-        arXiv:2210.10760 eq. 1 (reinforcement). The KL is taken as known and places have equal
+        arXiv:2210.10760 eq. 1 (reinforcement). The KL is taken as known and entries have equal
         weights; the paper fits by the same least squares.
     """
     known = [i for i, value in enumerate(kl) if value > 0.0]
@@ -122,35 +122,34 @@ def fit_curve(kl: Sequence[float], gains: NDArray[np.float64]) -> CurveFit | Non
     design = np.stack([d, -d * np.log(d)], axis=1)  # (K, 2)
     per_prompt = np.linalg.pinv(design) @ gains[known]  # (2, P)
     alpha, beta = over_prompts(per_prompt[0]), over_prompts(per_prompt[1])
-    # dR/dd = alpha - beta (log d + 1) = 0. A flat top beyond any KL is no top either.
+    # dR/dd = alpha - beta (log d + 1) = 0. A maximum at an unreachable KL counts as none.
     log_d = alpha.value / beta.value - 1.0 if beta.value > 0.0 else math.inf
     return CurveFit(alpha, beta, math.exp(2.0 * log_d) if log_d < 10.0 else None)
 
 
 def gains_of(history: Sequence[Evaluation], name: str) -> NDArray[np.float64]:
-    """Give how far ``proxy`` or ``gold`` is above the first evaluation: (K, P)."""
+    """Return the gain of ``proxy`` or ``gold`` over the first evaluation, shape (K, P)."""
     (table,) = by_prompt(history, name)
     return table - table[:1]
 
 
 def mean_of(values: Sequence[float | None]) -> float:
-    """Give the mean of the valid values; -inf where there is none, so that it is never best."""
+    """Return the mean of the valid values; -inf if there are none, so that it is never best."""
     known = [x for x in values if x is not None]
     return sum(known) / len(known) if known else -math.inf
 
 
 def best_step(history: Sequence[Evaluation]) -> int:
-    """Give the step of the highest mean gold score, the earliest of equals."""
+    """Return the step with the highest mean gold score, the earliest of equals."""
     return max(history, key=lambda seen: (mean_of(seen.gold), -seen.step)).step
 
 
 def alarms(history: Sequence[Evaluation], *, window: int) -> list[Alarm]:
-    """Give the alarms that the newest evaluation raises.
+    """Return the alarms that the newest evaluation raises.
 
     Args:
         history: all evaluations so far, the first before the first step.
-        window: newest evaluations that a slope is taken over; before there are that many there
-            is no alarm.
+        window: number of newest evaluations in a slope; with fewer evaluations there is no alarm.
     """
     if len(history) < window:
         return []
@@ -168,7 +167,7 @@ def alarms(history: Sequence[Evaluation], *, window: int) -> list[Alarm]:
 def stopping_alarm(
     history: Sequence[Evaluation], *, stop_on: Sequence[str], window: int, patience: int
 ) -> Alarm | None:
-    """Give the alarm of ``stop_on`` that the newest ``patience`` evaluations all raise."""
+    """Return the alarm of ``stop_on`` that the newest ``patience`` evaluations all raise."""
     if len(history) < patience:
         return None
     raised = [
@@ -179,7 +178,7 @@ def stopping_alarm(
 
 
 def _gold_slope_of(history: Sequence[Evaluation], window: int) -> Interval | None:
-    """Give gold's slope per step: the KL need not grow, so sqrt(KL) would not order evaluations."""
+    """Return gold's slope per step; not per sqrt(KL), because the KL need not grow."""
     seen = history[-window:]
     (gold,) = by_prompt(seen, "gold")
     return slope(gold, [e.step for e in seen]) if gold.shape[1] > 1 else None
@@ -194,12 +193,12 @@ def _gold_slope(history: Sequence[Evaluation], window: int) -> Alarm | None:
         "gold_slope",
         f"the gold score falls by {-100 * found.value:.3g} per 100 steps since step {since} "
         f"(95 % interval {100 * found.low:.3g} to {100 * found.high:.3g})",
-        f"keep the checkpoint of step {best_step(history)}; raise kl.coef or better the reward",
+        f"keep the checkpoint of step {best_step(history)}; raise kl.coef or improve the reward",
     )
 
 
 def _proxy_gap(history: Sequence[Evaluation], window: int) -> Alarm | None:
-    """Compare in units of each score's spread over prompts before the first step."""
+    """Compare the slopes in units of each score's spread over prompts before the first step."""
     steps = [e.step for e in history[-window:]]
     tables = by_prompt([history[0], *history[-window:]], "proxy", "gold")
     if tables[0].shape[1] < 2:
@@ -212,7 +211,7 @@ def _proxy_gap(history: Sequence[Evaluation], window: int) -> Alarm | None:
         "proxy_gap",
         f"since step {steps[0]} the training score rises away from the gold score, by "
         f"{100 * gap.value:.3g} standard deviations per 100 steps, and gold does not rise",
-        "look at answers of high reward; train the reward on answers of this policy",
+        "inspect responses with a high reward; train the reward model on responses of this policy",
     )
 
 
@@ -232,7 +231,7 @@ def _length(history: Sequence[Evaluation], window: int) -> Alarm | None:
         return None
     return Alarm(
         "length",
-        f"answers grew from {before:.4g} to {now:.4g} tokens and the gold score does not rise",
+        f"responses grew from {before:.4g} to {now:.4g} tokens and the gold score does not rise",
         "add a length reward, or train the reward on pairs of equal length",
     )
 
@@ -243,7 +242,7 @@ def _repetition(history: Sequence[Evaluation], window: int) -> Alarm | None:
         return None
     return Alarm(
         "repetition",
-        f"{100 * now:.3g} % of the trigrams of an answer are repeats, {100 * before:.3g} % at "
+        f"{100 * now:.3g} % of the trigrams of a response are repeats, {100 * before:.3g} % at "
         "the start",
         "add a repetition reward, raise kl.coef or lower the learning rate",
     )
@@ -273,5 +272,5 @@ def _disagreement(history: Sequence[Evaluation], window: int) -> Alarm | None:
     return Alarm(
         "disagreement",
         f"the members of the ensemble differ by {now:.3g} (std), {before:.3g} at the start",
-        "combine by mean_minus_std; train the members on answers of this policy",
+        "combine by mean_minus_std; train the members on responses of this policy",
     )

@@ -1,4 +1,4 @@
-"""The online loop of PPO and GRPO: sample, score, annotate, estimate, update."""
+"""The training loop of the online methods: sample, score, annotate, estimate, update."""
 
 import logging
 import math
@@ -45,13 +45,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class OnlineRun:
-    """The parts of one online stage.
+    """Parts of one online stage.
 
     Attributes:
-        algorithm: advantages and objectives, as the recipe asks for them.
-        push: brings the policy's present weights into the engine under a version number.
-        reference: the frozen policy of the start of this stage; the learner's own module when its
-            adapter is to be switched off; None when no KL is asked for.
+        algorithm: advantages and objectives of the recipe.
+        push: pushes the policy's current weights into the engine under a version number.
+        reference: the frozen initial policy; the learner's own module if its adapter is to be
+            switched off; None if no KL is needed.
     """
 
     spec: OnlineStage
@@ -69,7 +69,7 @@ class OnlineRun:
 
     @property
     def engines(self) -> dict[str, Any]:
-        """Give what a checkpoint holds, by name."""
+        """DeepSpeed engines in a checkpoint, by name."""
         found = {"policy": self.policy.engine}
         return found if self.critic is None else {**found, "critic": self.critic.engine}
 
@@ -78,12 +78,13 @@ class OnlineRun:
 def train_online(
     run: OnlineRun, *, metrics: MetricsLog, checkpoints: Path, watch: Watch | None = None
 ) -> dict[str, float]:
-    """Run all steps, resuming from the newest verified checkpoint; give the last step's metrics.
+    """Run all steps from the newest verified checkpoint and return the last step's metrics.
 
-    With ``watch`` the policy is evaluated in between, and its guard may end the run early.
+    With ``watch`` the policy is evaluated between steps, and the guard may end the run early.
     """
     spec, start = run.spec, 0
     last: dict[str, float] = {}
+    # Resume, or evaluate the initial policy.
     found = newest_checkpoint(checkpoints)
     if found is not None:
         start, state = load_checkpoint(found, run.engines)
@@ -104,6 +105,7 @@ def train_online(
         if watch is not None and watch.due(step + 1):
             last |= watch.look(step + 1)
         metrics.log(step + 1, last, sample=sample)
+        # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         if stop or (spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0):
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
@@ -111,7 +113,7 @@ def train_online(
             state |= {"watch": watch.state_dict()} if watch is not None else {}
             save_checkpoint(checkpoints, step + 1, run.engines, state, keep=spec.keep_checkpoints)
         if stop and step + 1 < spec.steps:
-            raise Preempted(f"stopped on a signal after step {step + 1}; run again to go on")
+            raise Preempted(f"stopped by a signal after step {step + 1}. Run again to resume")
     return last
 
 
@@ -130,7 +132,7 @@ class Timer:
 
 
 def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Take one step; return its metrics and its first sample."""
+    """Run one online step and return its metrics and its first sample."""
     timer, kl_coef = Timer(), run.kl.coef
     with timer("step"):
         with run.engine.awake():  # the sampler owns the accelerator's memory in this block
@@ -170,7 +172,7 @@ Groups = list[tuple[PromptRow, list[Completion]]]
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What the engine answered to this rank's prompts of a step.
+    """Sampled responses to this rank's prompts of a step.
 
     Attributes:
         groups: prompts and their sampled responses.
@@ -186,9 +188,9 @@ class Samples:
 def sample(run: OnlineRun, step: int) -> Samples:
     """Sample responses to this rank's part of the step's prompts.
 
-    With ``dynamic_sampling`` prompts are drawn again until enough groups have unequal scores; the
-    last groups are filled up with what was drawn before. Which groups are kept is decided over all
-    ranks, so that their number changes nothing.
+    With ``dynamic_sampling``, prompts are drawn until enough groups have unequal scores; if there
+    are too few, groups with equal scores fill the batch. The groups are selected over all ranks, so
+    the result does not depend on the number of ranks.
     """
     spec = run.spec
     draws = spec.max_draws if spec.dynamic_sampling else 1
@@ -219,6 +221,7 @@ def sample(run: OnlineRun, step: int) -> Samples:
         kept = list(zip(mine, groups, strict=True))
         if not spec.dynamic_sampling:
             break
+        # Dynamic sampling: every rank sees the groups of all ranks, in the same order.
         judged = [(pair, _has_signal(run, *pair)) for pair in kept]
         for pair, has_signal in chain.from_iterable(distributed.gather_objects(judged)):
             (live if has_signal else spare).append(pair)
@@ -243,7 +246,7 @@ def _greedy(run: OnlineRun, prompts: Sequence[PromptRow]) -> Groups:
 
 
 def score(run: OnlineRun, samples: Samples) -> tuple[Experience, Scores]:
-    """Score the responses of a step, and the greedy ones that they are compared with.
+    """Return the scored responses of a step, with the scores of the greedy responses.
 
     Responses whose greedy counterpart has no score are not trained.
     """
@@ -273,9 +276,9 @@ def _scored(run: OnlineRun, pairs: Groups, *, first_group: int) -> tuple[Experie
 
 
 def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> bool:
-    """Return whether the rewards of a group differ, before anything is taken off for length.
+    """Return whether the rewards of a group differ, before the length penalty.
 
-    Reference: arXiv:2503.14476 eq. 11: neither all nor none of the responses may be right.
+    Reference: arXiv:2503.14476 eq. 11: neither all nor none of the responses may be correct.
     """
     experience = gather_experience([prompt], [group], first_group=0)
     scores = score_answers(experience.prompts, experience.completions, run.rewards)
@@ -287,16 +290,16 @@ def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> b
 def update(
     run: OnlineRun, experience: Experience, *, step: int, kl_coef: float
 ) -> dict[str, float]:
-    """Take ``update_epochs`` x ``minibatches`` optimizer steps on the experience.
+    """Run ``update_epochs`` x ``minibatches`` optimizer steps on the experience.
 
-    Mini-batches are cut along prompts, in order; which prompts stand where is already random. One
-    without a response to learn from is left out, which is known before the first weight moves.
+    Mini-batches are split along prompts, in order; the order of the prompts is already random. A
+    mini-batch without a trainable response is skipped, which is decided before the first update.
 
     Returns:
         The mean of each statistic over the optimizer steps.
 
     Raises:
-        TrainingError: there is nothing to learn from in the whole step.
+        TrainingError: no response of the step can be trained.
     """
     spec, algorithm = run.spec, run.algorithm
     answers = len(experience.lengths)
@@ -307,8 +310,8 @@ def update(
     plans = [plan for plan in plans if plan is not None]
     if not plans:
         raise TrainingError(
-            "no response of this step has a valid score to train on; expected at least one. Look "
-            "at samples.jsonl and at the rewards' invalid counts"
+            "no response of this step has a valid score to train on; expected at least one. Check "
+            "samples.jsonl and the rewards' invalid counts"
         )
     num = spec.update_epochs * len(plans)
     for _ in range(spec.update_epochs):
@@ -326,7 +329,7 @@ def update(
 
 
 def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:
-    """Return the micro-batches of a mini-batch, None where no rank can learn from it."""
+    """Return the micro-batches of a mini-batch, or None if no rank has a trainable token in it."""
     mask = experience.mask[rows]
     counts = distributed.global_sums(
         {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}

@@ -1,4 +1,4 @@
-"""What the policy and the critic are differentiated through in an online step."""
+"""Objectives of the policy and the critic in an online step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,9 +39,9 @@ def policy_objective(
 
     Args:
         model: the policy. batch: packed responses with their advantages.
-        kl_coef: weight of the KL in the loss. temperature: at which responses were sampled.
+        kl_coef: weight of the KL in the loss. temperature: temperature of the samples.
         objective: clip, gspo or cispo. clip: ``clip_low`` and ``clip_high``.
-        dual_clip: bound of the loss where the advantage is negative; None has none.
+        dual_clip: bound of the loss where the advantage is negative; None sets none.
         importance: options of ``importance_weights``, sampler against trainer.
         kl_in_loss: an estimator of ``kl_estimate``, or corrected; None adds no KL.
         aggregation, max_tokens: see ``reduce_policy_loss``.
@@ -55,6 +55,7 @@ def policy_objective(
     )
     logprobs, mask, tokens = out.logprobs, batch.mask, batch.per_token
     old = tokens.get("old_logprobs", logprobs.detach())
+    # Importance correction: the sampler's distribution differs slightly from the trainer's.
     weights = importance_weights(
         old,
         tokens["rollout_logprobs"],
@@ -78,6 +79,7 @@ def policy_objective(
     def token_share(x: Tensor) -> Tensor:
         return x.detach().float().masked_fill(~mask, 0.0).sum() * share
 
+    # Statistics, each a mean over the trained tokens of all ranks.
     log_ratio = logprobs.detach() - old
     stats = {
         "ratio": token_share(parts.ratio),
@@ -105,7 +107,7 @@ def policy_loss(
     """Return the loss of each token, (1, N), by one of three objectives.
 
     clip: the probability ratio of each token is clipped. gspo: that of each response. cispo: the
-    weight of each token, never its gradient.
+    weight of each token is clipped, but not its gradient.
     """
     advantages, mask = batch.per_token["advantages"], batch.mask  # (1, N)
     if objective == "clip":
@@ -129,7 +131,7 @@ def policy_loss(
 def reduce_policy_loss(
     loss: Tensor, batch: PackedBatch, *, aggregation: str, max_tokens: int
 ) -> Tensor:
-    """Average per-token losses (1, N) with global counts, by one of four rules.
+    """Return the mean of per-token losses (1, N) with global counts, by one of four rules.
 
     token: over all trained tokens. sequence: over tokens of each response, then over responses.
     sequence_sum: sum over tokens of each response, then mean over responses.

@@ -1,4 +1,4 @@
-"""From responses to scores: the weighted sum of the rewards, and what happens without one."""
+"""Score responses: the weighted sum of the rewards, and how invalid scores are handled."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Hold one number per response for each reward and for their weighted sum; None is invalid."""
+    """Scores per response, by reward and as their weighted sum; None means invalid."""
 
     total: list[float | None]
     by_name: dict[str, list[float | None]]
@@ -34,13 +34,13 @@ def score_answers(
     *,
     with_ids: bool = True,
 ) -> Scores:
-    """Score responses with every reward and add them up by weight.
+    """Return the scores of all rewards and their weighted sum.
 
-    A response that any reward calls invalid (None) has no total: it is left out, never taken as 0.
+    If any reward is invalid (None), the response has no total; it is left out, not counted as 0.
 
     Args:
-        prompts: of each response. answers: sampled ones. rewards: asked in order.
-        with_ids: hand the token ids on; False where the responses are texts only.
+        prompts: prompt of each response. answers: responses. rewards: called in order.
+        with_ids: True passes token ids to the rewards; False if the responses are text only.
     """
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
@@ -48,7 +48,7 @@ def score_answers(
         columns["prompt_ids"] = [list(p.input_ids) for p in prompts]
         columns["completion_ids"] = [list(a.token_ids) for a in answers]
     asked = [p.prompt for p in prompts]
-    # The convention of the rewards: a conversation is answered by a conversation.
+    # Convention of the rewards: the response to a conversation is a conversation.
     said: list[Any] = [
         a.text if isinstance(p, str) else [{"role": "assistant", "content": a.text}]
         for p, a in zip(asked, answers, strict=True)
@@ -64,7 +64,7 @@ def score_answers(
 
 
 def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:
-    """Give how far the members of the ensembles among the rewards differed at the last call."""
+    """Return the mean spread among the ensemble members at the last call of the rewards."""
     spreads = [getattr(reward, "disagreement", math.nan) for reward in rewards]
     known = [spread for spread in spreads if math.isfinite(spread)]
     sums = distributed.global_sums({"spread": sum(known), "num": float(len(known))})
@@ -72,9 +72,9 @@ def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:
 
 
 def step_rewards(experience: Experience, rewards: Sequence[RewardFunction]) -> Tensor | None:
-    """Lay out what process rewards give to the tokens of their last call: (B, T), weighted.
+    """Return the weighted per-token rewards of process rewards at their last call, (B, T).
 
-    None where no reward speaks of steps. An estimator without a critic looks at scores alone.
+    None without a process reward. An estimator without a critic uses only the scores.
     """
     speaking = [
         (r.weight, tokens) for r in rewards if (tokens := getattr(r, "token_rewards", None))
@@ -96,15 +96,15 @@ def apply_scores(
     mask_truncated: bool,
     penalty: Tensor | None = None,
 ) -> Experience:
-    """Put scores on the experience; responses without one, or masked by rule, are not trained.
+    """Return the experience with scores; responses without one, or masked, are not trained.
 
     A total that is not finite is no score. A response with a token whose log-probability the
     sampler gave as -inf or NaN has none either: nothing says how it was drawn.
 
     Args:
-        experience: the responses. scores: what the rewards said of them.
+        experience: the responses. scores: their scores.
         truncated_score: score of a response without a stop token; None keeps its own.
-        mask_truncated: whether such a response is left out of the loss.
+        mask_truncated: True leaves such a response out of the loss.
         penalty: (B,) added to the scores, before ``truncated_score``; None adds nothing.
     """
     total = torch.tensor([math.nan if s is None else s for s in scores.total])
@@ -129,7 +129,7 @@ def apply_scores(
 
 
 def length_penalty(experience: Experience, spec: OnlineStage) -> Tensor | None:
-    """Give what the recipe takes off the scores of responses near the length limit."""
+    """Return the penalty (B,) for responses near the length limit, or None if there is none."""
     if spec.overlong is None:
         return None
     limit = spec.sampling.max_new_tokens

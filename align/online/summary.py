@@ -1,4 +1,4 @@
-"""The numbers of one online step, over all ranks."""
+"""Metrics of one online step over all ranks."""
 
 import math
 
@@ -12,7 +12,7 @@ from align.sampling.experience import Experience
 
 
 def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
-    """Give mean reward, lengths, KL, invalid and truncated shares, explained variance."""
+    """Return mean reward, lengths, KL, invalid and truncated fractions, explained variance."""
     sums = _sums(experience, scores, spec)
     answers = sums["answers"]
     valid = max(sums["valid"], 1.0)

@@ -1,7 +1,7 @@
-"""Evaluation while training: the same held-out prompts, answered by the policy as it is now.
+"""The training monitor: evaluates the current policy on the same held-out prompts during training.
 
-Nothing of it reaches the training: the engine draws by seeds of its own, no gradient is taken, and
-the weights are pushed under a version of their own, so that the next step begins as without it.
+It does not affect training: sampling uses its own seeds, no gradient is computed, and the weights
+are pushed under a separate version, so that the next step starts as it would without the monitor.
 """
 
 import logging
@@ -28,21 +28,21 @@ from reward_models.base import RewardFunction
 
 log = logging.getLogger(__name__)
 NUM_SHOWN = 64
-"""Answers of one evaluation that are written down."""
+"""Number of responses of one evaluation that are recorded."""
 Answer = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Watch:
-    """Hold what an evaluation needs and what the evaluations so far have found.
+    """State of the training monitor: its parts and the evaluations so far.
 
     Attributes:
         prompts: all held-out prompts; each rank responses its part.
-        rewards: those of the training. gold: those it never sees.
-        push: brings the policy's present weights into the engine under a version number.
-        reference: as in the online run, but always there.
-        save: keeps the policy's present weights as those of a step.
-        prune: forgets all kept weights but those of the given steps.
+        rewards: rewards of the training. gold: rewards that training never sees.
+        push: pushes the policy's current weights into the engine under a version number.
+        reference: as in the online run, but never None.
+        save: saves the policy's current weights under a step.
+        prune: deletes all saved weights except those of the given steps.
     """
 
     stage: OnlineStage
@@ -61,18 +61,18 @@ class Watch:
     metrics: MetricsLog
     history: list[guard.Evaluation] = field(default_factory=list)
     checkpointed: int | None = None
-    """Best step at the newest checkpoint: a resumed run may come back to it."""
+    """Best step at the newest checkpoint, which a resumed run may return to."""
 
     def due(self, step: int) -> bool:
-        """Say whether the policy is evaluated after that many steps."""
+        """Return whether the policy is evaluated after ``step`` steps."""
         return step % self.spec.every == 0 or step == self.stage.steps
 
     def look(self, step: int) -> dict[str, float]:
-        """Evaluate the policy after ``step`` steps; give its numbers and seconds."""
+        """Evaluate the policy after ``step`` steps and return its metrics and the seconds spent."""
         began = time.monotonic()
         with self.engine.awake():
-            # A version that training never uses: the next step pushes again, which also clears
-            # what the engine has cached of these prompts. -1 is an engine without weights.
+            # A version that training never uses: the next step pushes again, which also clears the
+            # engine's cache of these prompts. -1 is an engine without weights.
             self.push(-2 - step)
             experience = self._sample()
         experience = annotate(
@@ -83,6 +83,7 @@ class Watch:
             step, answers, disagreement, {r.name: r.weight for r in self.rewards if r.weight}
         )
         self.history.append(seen)
+        # The checkpointed best stays too: a run that resumes there may still return it.
         if guard.best_step(self.history) == step:
             self.save(step)
             self.prune({at for at in (step, self.checkpointed) if at is not None})
@@ -95,7 +96,7 @@ class Watch:
 
     @property
     def stopped_by(self) -> guard.Alarm | None:
-        """Give the alarm for which the stage ends now."""
+        """Alarm that ends the stage now, or None."""
         limits = self.spec.guard
         if limits is None:
             return None
@@ -104,13 +105,13 @@ class Watch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint holds of the evaluations, as JSON values."""
+        """Return the state for a checkpoint, as JSON values."""
         self.checkpointed = guard.best_step(self.history)
         self.prune({self.checkpointed})
         return {"history": [asdict(seen) for seen in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.history = [guard.Evaluation(**seen) for seen in state["history"]]
         self.checkpointed = guard.best_step(self.history)
 
@@ -119,7 +120,7 @@ class Watch:
             self.engine,
             self.prompts,
             n=self.spec.samples,
-            # Each evaluation draws with the same seeds, so that they differ by the weights alone.
+            # Every evaluation uses the same seeds, so that only the weights differ.
             step=0,
             seed=distributed.derive_seed(self.seed, "watch"),
             sampling=self.stage.sampling,
@@ -127,10 +128,10 @@ class Watch:
         )
 
     def _judged(self, experience: Experience) -> tuple[list[Answer], float | None]:
-        """Score the responses of all ranks by the training's rewards and by gold."""
+        """Return the responses of all ranks with training and gold scores, and the disagreement."""
         asked, said = experience.prompts, experience.completions
         trained = score_answers(asked, said, self.rewards)
-        # Only rewards with members have it, as of their last call.
+        # Only ensembles have it, from their last call.
         spreads = [getattr(reward, "disagreement", math.nan) for reward in self.rewards]
         proxy = apply_scores(
             experience,
@@ -170,7 +171,7 @@ class Watch:
         return [] if limits is None else guard.alarms(self.history, window=limits.window)
 
     def _record(self, alarms: Sequence[guard.Alarm]) -> dict[str, Any]:
-        """Give what the report draws of this evaluation."""
+        """Return the record of the newest evaluation for the report."""
         seen = self.history[-1]
         kls = [e.kl for e in self.history]
         curves = {
@@ -194,14 +195,14 @@ class Watch:
 
 
 def plain(interval: guard.Interval) -> list[float | None]:
-    """Give [value, low, high] for JSON, None for what is not a number."""
+    """Return [value, low, high] for JSON, with None for NaN and infinities."""
     return [x if math.isfinite(x) else None for x in interval]
 
 
 def evaluation(
     step: int, answers: Sequence[Answer], disagreement: float | None, weights: dict[str, float]
 ) -> guard.Evaluation:
-    """Sum up responses, given in the order of their prompts, by prompt."""
+    """Return the evaluation of responses, which are ordered by prompt."""
     by_prompt: dict[int, list[Answer]] = {}
     for answer in answers:
         by_prompt.setdefault(answer["prompt_index"], []).append(answer)
@@ -223,13 +224,13 @@ def evaluation(
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Give the mean of the valid values, None where there is none."""
+    """Return the mean of the valid values, or None if there are none."""
     known = [float(x) for x in values if x is not None]
     return sum(known) / len(known) if known else None
 
 
 def numbers(seen: guard.Evaluation, answers: Sequence[Answer]) -> dict[str, float]:
-    """Give the metrics of an evaluation; a score that no response has is left out."""
+    """Return the metrics of an evaluation, without scores that no response has."""
     named = {
         "gold": mean(seen.gold),
         "proxy": mean(seen.proxy),
