@@ -211,8 +211,7 @@ def estimate_per_token(
     """
     mask = experience.mask
     rewards = _token_rewards(experience, _kl(experience, kl_in_reward, kl_coef), kl_coef)  # (B, T)
-    # The mean is kept: without it every token would get a constant, which rewards or punishes
-    # length.
+    # The mean is kept: centering would add a constant per token, which depends on the length.
     if whiten_rewards:
         rewards = _whiten(rewards, mask, center=False)
     found: Mapping[str, Tensor | None] = {

@@ -110,6 +110,7 @@ def only_answers(
 
 def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> Finding:
     """Check that every run of trained tokens ends in a stop token, apart from white space."""
+    # A multi-turn row has one run of trained tokens per assistant turn.
     runs = [(row, start, end) for row in rows for start, end in _runs(row.trained)]
     bad = [row.source for row, start, end in runs if not _stops(chat, row, start, end, known)]
     value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"

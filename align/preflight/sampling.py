@@ -135,6 +135,7 @@ class Probe:
         batch = _whole(self._answers(0.0, 1))
         self.module.eval()
         segments = segments_from_positions(batch.position_ids[0])
+        # Position of each sampled token, (n,), and the hidden state that predicts it.
         segments = replace(segments, answers=batch.mask[0])
         at = batch.mask[0].nonzero().squeeze(1)
         hidden = hidden_states(self.module.model, batch.input_ids[0], segments)
@@ -173,6 +174,7 @@ class Probe:
         batch = _whole(self.sampled)
         own = self.reference is self.module
         policy = self._logprobs(batch)
+        # With an adapter, the reference is the policy's own weights without it.
         with self.module.model.disable_adapter() if own else nullcontext():
             reference = self._logprobs(batch, self.reference)
         gap = (policy - reference)[batch.mask]

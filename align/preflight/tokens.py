@@ -148,6 +148,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
         found = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
         # A row ends with the last response; turns after it are not compared.
         whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
+        # Number of leading ids in common; less than both lengths means a difference.
         at = num_shared(whole, row.input_ids)
         if at < max(len(whole), len(row.input_ids)):
             one, other = (
@@ -196,6 +197,7 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
             "fail",
             "the template writes a BOS and the tokenizer adds another. Remove it from the template",
         )
+    # Only a tokenizer that adds a BOS itself was trained with one on every row.
     writes = list(chat.tokenizer("a")["input_ids"])[:1] == [bos]
     if writes and single < len(rows):
         return Finding(

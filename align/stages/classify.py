@@ -94,9 +94,11 @@ def train(
     write = partial(save, spec, model, classes, source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
+    # Training.
     trained, total = num_trained(model)
     final = run_offline(module, task, spec, context, stopping=stopping)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
+    # Saving: the last weights, or the best ones under early stopping.
     notes: dict[str, Any] = {"classes": classes}
     if stopping is None:
         write(out=context.out)
@@ -104,6 +106,7 @@ def train(
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes |= stopping_notes(stopping)
+    # Scores on the held-out rows, of the model as it was saved.
     if task.heldout:
         if stopping is not None or spec.tuning.method == "qlora":
             # The saved model may differ from the one in memory: an earlier step, or not in 4 bits.

@@ -162,6 +162,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
     base, tuned = sources[:2]
     chat = chat_format(base.model_dir)
     sets = {name: _rows(spec, getattr(spec, name), context) for name in SETS}
+    # Scores are comparable only if both models see the same prompt tokens.
     other = chat_format(tuned.model_dir)
     for rows in sets.values():
         same_tokens(rows[:8], other, what=f"model '{spec.tuned}'", baseline=spec.base)
@@ -170,6 +171,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
     metrics = context.metrics(len(spec.alphas))
     found: dict[float, dict[str, AlphaScores]] = {}
     with contextlib.closing(start_engine(spec, base.model_dir, chat, context)) as engine:
+        # One engine for all alphas: only its weights change.
         for i, alpha in enumerate(spec.alphas):
             merged = merged_weights(spec, sources, alpha, context)
             with engine.awake(), merged as weights:

@@ -397,6 +397,7 @@ def train_policy(
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
+    # Training.
     final = run_offline(module, task, spec, context, stopping=stopping, anchor=anchor)
     trained, total = num_trained(module.model)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
@@ -407,6 +408,7 @@ def train_policy(
         best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
+    # Merging an adapter may change the model, so the saved weights are measured again.
     if task.heldout and has_adapter(module.model) and merges(module.model):
         saved = read_back(partial(load_tuned_policy, context.out / "model", dtype=spec.dtype))
         if saved is not None:

@@ -185,8 +185,10 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     best = BestWeights(write, context.out)
     watch = begin_watch(online, context, parts, best=best, metrics=metrics)
     checkpoints = context.out / "checkpoints"
+    # Training; a resumed stage continues from its newest checkpoint.
     final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
+    # Saving; otherwise finish_watch restores the best weights.
     if watch is None or watch.spec.keep == "last":
         write(out=context.out)
         check_saved(online.policy, parts.prompts[0].input_ids, context.out / "model", spec)

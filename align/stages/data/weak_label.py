@@ -79,6 +79,7 @@ def agreed(
     if of == "sft":
         model = dawid_skene(votes)
         return model, model.probabilities
+    # Randomize the order of the pairs, fit, and restore it.
     turned = np.array([hash_fraction(example.source) < 0.5 for example in examples])
     shown = np.where((votes != ABSTAIN) & turned[:, None], 1 - votes, votes)
     model = dawid_skene(shown)

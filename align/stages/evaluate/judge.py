@@ -94,6 +94,7 @@ def calibrate(
         for e in examples
     ]
     report: dict[str, Any] = {}
+    # Endpoint, length heuristic or reward model.
     if model is not None:
         spec = PairwiseSpec(
             endpoint=EndpointSpec(url=judge, model=model, cache=cache), criteria=criteria

@@ -34,6 +34,7 @@ def preflight_trl(
         source: what ``init`` names. rewards: handed to an online trainer.
     """
     start: Check = ("start", partial(same_weights, trainer.model, source, moved=False))
+    # Online trainers: there are prompts and rewards, but no training rows.
     if spec.rows == "prompts":
         prompts = [chat.prompt_row(example) for example in examples]
         checks = tokens.prompt_checks(chat, prompts, model_dir=source.model_dir)

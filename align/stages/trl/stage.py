@@ -115,6 +115,7 @@ def trained(
     """
     metrics, period = context.metrics(spec.steps), resume_period(trainer)
     trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
+    # Resume only from a checkpoint whose hashes match.
     newest = newest_verified(context.out / "checkpoints")
     if newest is not None:
         metrics.rewind(int(newest.name.split("-")[1]))
@@ -122,6 +123,7 @@ def trained(
         log.info("resumed from %s", newest)
     with stop_deferred():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    # The callback stops the trainer early after a signal.
     done = trainer.state.global_step
     if done < spec.steps:
         whence = "to resume" if period else "to start over: this trainer cannot be resumed"
