@@ -336,5 +336,5 @@ def test_options_without_effect_or_sense_are_refused(options, words):
 
 
 def test_ppo_refuses_two_opinions_of_a_cut_answer():
-    with pytest.raises(ValidationError, match="goes on"):
+    with pytest.raises(ValidationError, match="contradict each other"):
         ppo_spec(truncation="bootstrap", truncated_score=-1.0)
