@@ -236,7 +236,7 @@ def test_early_stopping_keeps_and_judges_the_best_weights(folder):
 
 
 def test_weights_that_would_stay_random_are_refused(folder):
-    with pytest.raises(ArtefactError, match=r"no weights for bert\.pooler.*stay random.*use full"):
+    with pytest.raises(ArtefactError, match=r"no weights for bert\.pooler.*stay random.*Use full"):
         classify(folder, "refused", "poolerless", "head")
     found = classify(folder, "poolerless_full", "poolerless", "full")
     assert found.manifest["metrics"]["eval/loss"] > 0.0
