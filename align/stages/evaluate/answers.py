@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +57,8 @@ def sample_all(
     answers: Answers = {task.name: {} for task in spec.all_tasks}
     longest = max(task.max_length for task in spec.all_tasks)
     roomy = spec.model_copy(update={"max_length": longest})
+    # An engine ends before the next one starts, and in any case with the stage.
+    engines = context.resources.enter_context(ExitStack())
     engine: RolloutEngine | None = None
     held: Artefact | None = None
     names: list[str] = []
@@ -66,9 +69,9 @@ def sample_all(
             same_tokens(prompts[:8], chat, what=what, baseline=spec.baseline)
         # An engine is built for one architecture and adapter; otherwise only the weights change.
         if engine is None or held is None or _config(held) != _config(artefact):
-            if engine is not None:
-                engine.close()
-            engine = start_engine(roomy, artefact.model_dir, chat, context)
+            engines.close()
+            started = start_engine(roomy, artefact.model_dir, chat, context)
+            engine = engines.enter_context(closing(started))
             held = artefact
             names.append(engine.name)
         with engine.awake():
@@ -82,8 +85,7 @@ def sample_all(
                 answers[task.name][name] = found
         num = sum(len(answers[task][name].completions) for task in answers)
         log.info("%s: %d responses sampled", name, num)
-    assert engine is not None
-    engine.close()
+    engines.close()
     return answers, "+".join(dict.fromkeys(names))
 
 
