@@ -249,7 +249,7 @@ def test_a_stopped_trainer_goes_on_only_from_what_holds_all_of_it(
     run(recipe, name, whole, *changes)
     shutil.rmtree(fresh / name)
     monkeypatch.setattr(signals, "_asked", True)
-    with pytest.raises(Preempted, match=f"after step {after}; run again"):
+    with pytest.raises(Preempted, match=rf"after step {after}\. Run again"):
         run(recipe, name, fresh, *changes)
     monkeypatch.setattr(signals, "_asked", False)
     found = [folder.name for folder in (fresh / name / "checkpoints").glob("checkpoint-*")]
