@@ -196,6 +196,10 @@ def test_code_that_does_not_load_is_one_clear_error(tmp_path: Path):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"could not be loaded.*{said}"):
             own(file, "score")
+    file.write_text("limit = 3\nclass Bare: pass")
+    for name, said in (("limit", "limit is a int"), ("Bare", "Bare is a type")):
+        with pytest.raises(ValueError, match=f"could not be loaded.*{said} that cannot be called"):
+            own(file, name)
 
 
 RECIPE = """
