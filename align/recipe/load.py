@@ -160,7 +160,7 @@ def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
         _complete(block, type(default))
 
 
-_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _PLACE = re.compile(r"^(.*?):(\d+):(\d+): ")
 
 
@@ -304,7 +304,8 @@ def _stage_name_errors(source: Source) -> list[str]:
     stages = source.data.get("stages")
     return [
         f"{locate(('stages', name), 'extra_forbidden', source.marks)}: stages.{name}: "
-        "a stage name is also a folder name; expected letters, digits, '_' and '-' only"
+        "a stage name is also a folder name; expected letters, digits, '_' and '-' only, "
+        "100 at most"
         for name in (stages if isinstance(stages, dict) else ())
         if not _STAGE_NAME.fullmatch(name)
     ]

@@ -216,6 +216,8 @@ def _what(
         return str(context["error"])
     if problem == "too_short":
         return f"found {context['actual_length']} items; expected at least {context['min_length']}"
+    if problem == "string_too_long":
+        return f"found {len(str(found))} characters; expected at most {context['max_length']}"
     if problem == "string_pattern_mismatch":
         return f"found {shown(found)}; expected letters, digits, '_', and then also '.' and '-'"
     if bound := _bound(context):

@@ -304,8 +304,16 @@ def test_stage_name_must_be_a_folder_name():
     lines = mistakes(GOOD + "  ../x: {kind: sft, init: base, data: [{world: sft}]}\n")
     assert lines == [
         "r.yaml:25:3: stages.../x: a stage name is also a folder name; expected letters, "
-        "digits, '_' and '-' only"
+        "digits, '_' and '-' only, 100 at most"
     ]
+
+
+def test_names_that_no_file_system_takes_are_refused():
+    name = "n" * 300
+    lines = mistakes(GOOD.replace("toy", name))
+    assert lines == ["r.yaml:1:7: name: found 300 characters; expected at most 100"]
+    lines = mistakes(GOOD + f"  {name}: {{kind: sft, init: base, data: [{{world: sft}}]}}\n")
+    assert "100 at most" in lines[0]
 
 
 def test_shown_recipe_loads_to_the_same_recipe():

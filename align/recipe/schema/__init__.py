@@ -141,7 +141,7 @@ class SinkSpec(Spec):
 class Recipe(Spec):
     """A recipe; its stages run in the order in which they are written."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
     description: str = ""
     seed: int = 0
     deterministic: bool = False
