@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align.core.card import CARD_FILE, read_card
 from align.core.text import visible
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
@@ -70,6 +71,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
+def _changed(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 class Terminal:
     """Show the running stage and the results of the others."""
 
@@ -83,6 +88,7 @@ class Terminal:
         self._samples: Tail | None = None
         self._log: Tail | None = None
         self._said = self._shown = ""
+        self._card: Path | None = None
         self._first: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
         self._sample: dict[str, Any] | None = None
@@ -106,6 +112,8 @@ class Terminal:
         files = ("metrics.jsonl", "samples.jsonl", "log.txt")
         self._metrics, self._samples, self._log = (Tail(folder / file) for file in files)
         self._said, self._shown = "", STARTING
+        # The card of the attempt before stays until this one has its own.
+        self._card, self._card_before = folder / CARD_FILE, _changed(folder / CARD_FILE)
         self._first, self._last, self._sample = None, {}, None
         self._began = self._plain_at = time.monotonic()
         if self._console.is_terminal:
@@ -120,6 +128,7 @@ class Terminal:
 
         That is at most every 5 s, and once a minute if nothing changes.
         """
+        self._warn()
         for row in self._metrics.rows() if self._metrics else ():
             self._first = self._first or row
             self._last |= row
@@ -132,6 +141,17 @@ class Terminal:
             self._live.update(self._frame())
         else:
             self._plain()
+
+    def _warn(self) -> None:
+        """Show the warnings of the stage's preflight, once."""
+        if self._card is None or _changed(self._card) in (None, self._card_before):
+            return
+        card = read_card(json.loads(self._card.read_text(encoding="utf-8")))
+        self._card = None
+        for line in card.lines:
+            if line.verdict == "warn":
+                self.line(f"{self._title}: warning: {line.name}: {line.value} ({line.bound})")
+                self.line(f"    -> {line.remedy}")
 
     def _plain(self) -> None:
         text, now = self._state(), time.monotonic()

@@ -4,8 +4,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from align.core.card import Card, Line
 from align.pipeline.terminal import Tail, Terminal, clock, eta_s, number, sample_text
 
 
@@ -80,6 +82,31 @@ def test_in_a_terminal_the_line_has_pace_metric_time_left_and_sample(tmp_path: P
     # 3 of 9 steps in 6 s leave 12 s.
     for part in ("step 3/9", "1,234 tokens/s", "train/loss 1.5", "12 s left", "2+2? -> 4"):
         assert part in shown
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_warnings_of_the_preflight_are_shown_once(tmp_path: Path, tty: bool):
+    lines = [
+        Line("packing", "0", "at most 0.001", "ok"),
+        Line("balance", "1 good answer, 39 bad ones", "1 : 2 at most", "warn", remedy="weigh them"),
+    ]
+    before = Card("kto", "kto", [Line("balance", "of the attempt before", "1 : 2", "warn")])
+    (tmp_path / "preflight.json").write_text(json.dumps(before.plain()))
+    shown = io.StringIO()
+    terminal = Terminal(
+        Console(file=shown, width=160, soft_wrap=True, force_terminal=tty, highlight=False)
+    )
+    terminal.begin(2, 2, "kto", "kto", tmp_path)
+    terminal.update()
+    (tmp_path / "preflight.json").write_text(json.dumps(Card("kto", "kto", lines).plain()))
+    for _ in range(3):
+        terminal.update()
+    terminal.end(7.0)
+    said = shown.getvalue()
+    warning = "[2/2] kto: warning: balance: 1 good answer, 39 bad ones (1 : 2 at most)"
+    assert said.count(warning) == said.count("-> weigh them") == 1
+    assert "packing" not in said
+    assert "of the attempt before" not in said
 
 
 def test_without_steps_the_log_speaks_and_nothing_is_said_twice(tmp_path: Path, monkeypatch):
