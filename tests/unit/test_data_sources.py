@@ -59,6 +59,9 @@ def test_parquet_gives_nested_rows(tmp_path: Path) -> None:
     file = tmp_path / "r.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     assert read(file) == [(rows[0], "r.parquet:row 1"), (rows[1], "r.parquet:row 2")]
+    values = pyarrow.array([0.1, None, 3.0, 1e-8], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"answer": values}), file)
+    assert [row["answer"] for row, _ in read(file)] == [0.1, None, 3.0, 1e-8]
     file.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="broken parquet"):
         read(file)
@@ -85,6 +88,8 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> Non
     [
         ("r.jsonl", b'{"a": 1}\n{"a" 2}\n', r"r.jsonl:2:6: broken JSON: Expecting ':' delimiter"),
         ("r.jsonl", b'{"a": NaN}\n', "r.jsonl:1: broken JSON: NaN is not JSON"),
+        ("r.jsonl", b'{"a": 1, "a": 2}\n', "r.jsonl:1: broken JSON: key 'a' stands twice"),
+        ("r.json", b'[{"a": {"b": 1, "b": 2}}]', "r.json:1: broken JSON: key 'b' stands twice"),
         ("r.jsonl", b"[1, 2]\n", "r.jsonl:1: expected an object with named fields"),
         ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "r.jsonl:2: byte 0xff is not UTF-8"),
         ("r.json", b'[\n{"a": 1},\n{"a": }\n]', r"r.json:3:7: broken JSON: Expecting value"),

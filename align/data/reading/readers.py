@@ -165,6 +165,17 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Return a batch's rows; 0.1 of single precision stays 0.1, not 0.10000000149011612."""
+    import pyarrow
+
+    for at, column in enumerate(batch.schema):
+        if pyarrow.types.is_float32(column.type):
+            digits = batch.column(at).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(at, column.name, digits)
+    return batch.to_pylist()
+
+
 def _read_parquet(path: Path, name: str) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
@@ -173,7 +184,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(path) as table:
             number = itertools.count(1)
             for batch in table.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     yield without_nulls(row), f"{name}:row {next(number)}"
         note_file(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -193,7 +204,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
             for batch in batches:
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     yield without_nulls(row), f"{name}:row {next(number)}"
         note_file(path)
     except (pyarrow.ArrowException, OSError) as error:
