@@ -1,6 +1,7 @@
 """No key of a row or a turn is dropped: it is used, or a column, or the row is refused by name."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ KEYS: dict[str, Any] = {
     "choices": ["qzxone", "qzxtwo"],
     "images": ["qzximage.png"],
     "loss": False,
+    "masks": [0, 1],
     "sytem": "qzxmisspelt",
     "topic": "qzxtopic",
 }
@@ -106,7 +108,9 @@ def test_system_column_is_a_turn_wherever_it_stands() -> None:
         to_examples(twice, kind="sft", format="auto", source="a:1")
 
 
-@pytest.mark.parametrize("key", ["loss", "train", "trainable", "loss_mask", "weight", "training"])
+@pytest.mark.parametrize(
+    "key", ["loss", "train", "trainable", "loss_mask", "weight", "training", "train_on_turn"]
+)
 @pytest.mark.parametrize("value", [False, 0, 0.0])
 def test_turn_that_is_not_trained_has_weight_0(key: str, value: object) -> None:
     row = {"messages": [U, {**A, key: value}, U, {**B, key: 1}]}
@@ -300,11 +304,17 @@ def test_answers_for_rewards_come_from_their_usual_places() -> None:
 
 def test_columns_of_tables_are_what_an_answer_is_compared_with() -> None:
     row = {"prompt": "Q", "answer": 4.0, "score": 0.5, "name": "cafe\u0301", "all": [2.0, None]}
+    row |= {"price": Decimal("1200.00"), "rate": Decimal("0.10"), "none": Decimal("NaN")}
     (example,) = to_examples(row, kind="prompts", format="auto", source="a:1")
     assert repr(example.columns["answer"]) == "4"
     assert example.columns["score"] == 0.5
     assert example.columns["name"] == "caf\u00e9"
     assert repr(example.columns["all"]) == "[2, None]"
+    assert [repr(example.columns[key]) for key in ("price", "rate", "none")] == [
+        "1200",
+        "0.1",
+        "None",
+    ]
 
 
 def test_new_format_needs_only_its_entry_in_the_table() -> None:
@@ -387,3 +397,65 @@ def test_kind_of_questions_without_answers_is_prompts() -> None:
     assert infer([(row, "a:1")], form="auto", rename={}, kind=None).kind == "prompts"
     row = {"messages": [U, A]}
     assert infer([(row, "a:1")], form="auto", rename={}, kind=None).kind == "sft"
+
+
+@pytest.mark.parametrize(
+    "key", ["masks", "loss_masks", "turn_weights", "train_on_turn", "trainOnInputs", "no_loss"]
+)
+@pytest.mark.parametrize("value", [[0, 1], [[False], [True]], False, 1.0])
+def test_column_that_says_what_is_trained_is_refused_by_name(key: str, value: object) -> None:
+    for name in ("messages", "preference", "unpaired"):
+        kind, row = ROWS[name]
+        with pytest.raises(DataError, match=f"a:7: .*{key}.* would be (dropped|left out)"):
+            to_examples({**row, key: value}, kind=kind, format=name, source="a:7")
+    (asked,) = to_examples({"prompt": "Q", key: value}, kind="prompts", format="auto", source="a:7")
+    assert asked.columns[key] == value
+
+
+@pytest.mark.parametrize("key", ["mask", "is_masked", "compute_loss", "skipLoss"])
+def test_turn_with_a_loss_key_of_unknown_sense_says_how_to_write_it(key: str) -> None:
+    with pytest.raises(DataError, match=rf"messages\[1\]: unknown key '{key}'.*weight: 0"):
+        to_examples({"messages": [U, {**A, key: True}]}, kind="sft", format="auto", source="a:7")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "key"),
+    [
+        ("sft", {"messages": [U, A], "prompt": "Another."}, "prompt"),
+        ("sft", {"messages": [U, A], "response": "Another."}, "response"),
+        ("sft", {"prompt": "Q", "completion": "A", "response": "Another."}, "response"),
+        (
+            "sft",
+            {
+                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+                "instruction": "Another.",
+            },
+            "instruction",
+        ),
+        (
+            "preference",
+            {"prompt": "Q", "question": "Another.", "chosen": "A", "rejected": "B"},
+            "question",
+        ),
+        (
+            "unpaired",
+            {"messages": [U, A], "label": True, "prompt": [{**U, "content": "Other"}]},
+            "prompt",
+        ),
+    ],
+)
+def test_a_second_question_or_answer_is_refused_unless_it_repeats_the_first(
+    kind: Any, row: dict, key: str
+) -> None:
+    with pytest.raises(DataError, match=f"a:7: {key}: .* would be dropped"):
+        to_examples(row, kind=kind, format="auto", source="a:7")
+    repeated = {**row, key: "A" if key == "response" else " Q\n"}
+    (example,) = to_examples(repeated, kind=kind, format="auto", source="a:7")
+    assert example.columns[key] == repeated[key]
+    (example,) = to_examples(
+        {**{k: v for k, v in row.items() if k != key}, f"{key}_column": "Another."},
+        kind=kind,
+        format="auto",
+        source="a:7",
+    )
+    assert example.columns[f"{key}_column"] == "Another."

@@ -13,7 +13,13 @@ from align.data.formats import importers
 from align.data.formats.faults import check_example
 from align.data.formats.importers import from_classes
 from align.data.formats.questions import ASKED
-from align.data.formats.row_keys import Extras, apply_extras, clean_columns, take_extras
+from align.data.formats.row_keys import (
+    Extras,
+    apply_extras,
+    check_left_over,
+    clean_columns,
+    take_extras,
+)
 from align.data.formats.turns import guess
 from align.data.reading.json import Row
 
@@ -314,6 +320,8 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         read = cast(Reader, importers.from_labelled_solutions)
     examples = []
     for example in read(row, source):
+        if kind in ("sft", "preference", "unpaired"):
+            check_left_over(example)
         example = apply_extras(example, extras)
         example = replace(example, columns=clean_columns(example.columns))
         examples.append(_fit(_with_label_prob(example, kind), kind, name))

@@ -7,14 +7,16 @@ rewards. If it contains text or loss settings that nothing would use, the row is
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from math import isfinite, isnan
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
+from align.data.formats.questions import ASKED
 from align.data.formats.tools import parsed, schemas_of
-from align.data.formats.turns import guess, is_nothing, not_text, shown
+from align.data.formats.turns import guess, is_about_loss, is_nothing, not_text, shown
 
 Row = dict[str, Any]
 
@@ -29,6 +31,8 @@ _TEXTS = ("input", "context", "documents", "choices", "options")
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
+_SAID = (*ASKED, "completion", "response", "output")
+"""Columns that may hold another question or answer than the one that is trained."""
 _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generation_prompt")
 
 
@@ -88,7 +92,9 @@ def _refuse(given: Row, kind: str, shared: Sequence[str], source: str) -> None:
                 code="D056",
             )
         if key in (*_TURNS, *_LOSS, *(_TEXTS if kind != "prompts" else ())) or (
-            key in (*REASONING, *WEIGHTS) and key not in shared and kind != "prompts"
+            kind not in ("prompts", "classes")
+            and key not in (*shared, *_NUMBERS)
+            and (key in (*REASONING, *WEIGHTS) or is_about_loss(key, given[key]))
         ):
             raise DataError(
                 f"{source}: {key}: {shown(given[key])} would be dropped, since {kind} rows of this "
@@ -218,12 +224,41 @@ def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[
     return found
 
 
+def check_left_over(example: Example) -> None:
+    """Refuse a question or an answer in a column whose text the example does not have.
+
+    Rows may repeat their question beside the conversation, as those of UltraChat do.
+
+    Raises:
+        DataError: names the column.
+    """
+    sides = (example.prompt, example.completion, example.rejected)
+    there = "\n".join(" ".join(text.split()) for side in sides for text in _texts(side))
+    for key in _SAID:
+        for text in _texts(example.columns.get(key)):
+            if " ".join(text.split()) not in there:
+                raise DataError(
+                    f"{example.source}: {key}: {shown(text)} would be dropped, since the row's "
+                    "text is taken from other fields; remove it, or pass it to the rewards as a "
+                    f"column by another name (rename: {{{key}: {key}_column}})",
+                    code="D045",
+                )
+
+
+def _texts(side: Any) -> list[str]:
+    if isinstance(side, str):
+        return [side]
+    turns = side if isinstance(side, list | tuple) else ()
+    contents = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
+    return [content for content in contents if isinstance(content, str)]
+
+
 def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns in the form in which rewards compare them with the text of a response.
 
     Tables write whole numbers as floats if a column has empty cells, so 4.0 becomes 4 and NaN
-    becomes
-    null. Texts are composed (NFC), as models write them.
+    becomes null. Decimals (4.00) become plain numbers. Texts are composed (NFC), as models write
+    them.
     """
     return {key: _clean(value) for key, value in columns.items()}
 
@@ -231,6 +266,8 @@ def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else unicodedata.normalize("NFC", value)
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, float):
         if isnan(value):
             return None

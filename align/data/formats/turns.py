@@ -1,6 +1,7 @@
 """Check and convert the turns of a conversation under any of their known field names."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from math import isfinite
 from typing import Any
@@ -48,7 +49,11 @@ _WEIGHTS = (
     "train",
     "training",
     "trainable",
+    "train_on_turn",
 )
+_LOSS_WORDS = frozenset(("loss", "losses", "mask", "masks", "masked", "weight", "weights"))
+_LOSS_WORDS |= {"train", "trained", "trainable", "training"}
+_WORD_BORDER = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")
 _USED = (
     *("role", "content", "from", "value"),
     *("tool_calls", "function_call", "tool_call_id", "name"),
@@ -66,6 +71,18 @@ _PARTS = ("text", "input_text", "output_text")
 def is_nothing(value: Any) -> bool:
     """Return whether a field is empty, so that dropping it loses nothing."""
     return isinstance(value, str | list | dict | None) and not value
+
+
+def is_about_loss(key: str, value: Any) -> bool:
+    """Return whether a key such as ``loss_mask`` or ``trainOnInputs`` says what is trained."""
+    words = {word.lower() for word in _WORD_BORDER.split(key)}
+    return bool(words & _LOSS_WORDS) and _is_numeric(value)
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_numeric(item) for item in value)
+    return isinstance(value, bool | int | float)
 
 
 def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
@@ -124,9 +141,12 @@ def _check_keys(turn: Row, said: str, text: str, where: str) -> None:
     strange = [k for k in turn if k not in (*_USED, *_HARMLESS) and not is_nothing(turn[k])]
     if strange:
         hint = guess(strange[0], _USED)
+        remedy = "; remove it, or write its text into content"
+        if is_about_loss(strange[0], turn[strange[0]]):
+            remedy = "; write weight: 0 into each turn that is not trained, and remove it"
         raise DataError(
             f"{where}: unknown key '{strange[0]}' of a turn, {shown(turn[strange[0]])}, would be "
-            f"left out{hint or '; remove it, or write its text into content'}",
+            f"left out{hint or remedy}",
             code="D052" if hint else "D059",
         )
 
