@@ -1,8 +1,8 @@
 """Reward functions: learned scorers, rules and mathematics; nothing here imports ``align``.
 
 ``build_reward(spec)`` turns the plain dict of one reward in a recipe into a callable with TRL's
-convention, so that the same reward serves PPO, GRPO, evaluation and any TRL trainer. A further
-reward is a class in ``specs.py`` and a builder, named in ``BUILDERS``.
+convention, so that the same reward works in PPO, GRPO, evaluation and any TRL trainer. To add a
+reward, write a class in ``specs.py`` and a builder, and register it in ``BUILDERS``.
 """
 
 from collections.abc import Mapping
@@ -27,21 +27,22 @@ BUILDERS = {
     "python": "own.build_python",
     "ensemble": "ensemble.build_ensemble",
 }
-"""Reward kind to its builder in this package, imported on use: learned scorers need torch."""
+"""Builder of each reward kind in this package, imported on use since learned scorers need torch."""
 
 
 def build_reward(spec: Mapping[str, Any] | RewardBase) -> RewardFunction:
     """Build the reward that one entry of a recipe describes.
 
     Args:
-        spec: the entry, as a plain dict or checked already; ``model`` of a learned reward is the
-            folder that holds the scorer. Absent keys take the defaults of ``reward_models.specs``.
+        spec: the entry, as a plain dict or already validated; ``model`` of a learned reward is the
+            folder that contains the scorer. Missing keys use the defaults of
+            ``reward_models.specs``.
 
     Returns:
         The reward, with ``name`` (default: its kind), ``weight`` and ``invalid``.
 
     Raises:
-        ValueError: on an unknown kind or key, or a setting that cannot work.
+        ValueError: an unknown kind or key, or an invalid setting.
     """
     checked = spec if isinstance(spec, RewardBase) else read_spec(spec)
     module, _, builder = BUILDERS[checked.kind].rpartition(".")

@@ -1,4 +1,4 @@
-"""What every reward shares: the call convention, invalid scores, columns, the text of an answer."""
+"""Shared parts of all rewards: the call convention, invalid scores, columns, response text."""
 
 import logging
 import math
@@ -15,12 +15,12 @@ Text = str | Sequence[Mapping[str, Any]]
 
 
 class RewardFunction(Protocol):
-    """Score completions; the convention is TRL's, so a reward also runs inside a TRL trainer.
+    """Score completions with TRL's convention, so that a reward also works in a TRL trainer.
 
     Attributes:
         name: column name in tables and metrics.
         weight: factor of this reward in a weighted sum; the reward itself does not apply it.
-        invalid: how often a score could not be given, by reason, since the reward was built.
+        invalid: number of missing scores by reason, since the reward was built.
     """
 
     name: str
@@ -30,25 +30,25 @@ class RewardFunction(Protocol):
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """Give one score per completion; None where the reward cannot tell."""
+        """Return one score per completion; None if the reward cannot score it."""
         ...
 
 
 class MissingColumnError(KeyError):
-    """Report a reward that needs a column which the data do not have."""
+    """A reward needs a column that the data do not have."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class InvalidScoreError(Exception):
-    """Raise inside a rule when it cannot judge a row; the message is the counted reason."""
+    """Raised in a rule that cannot score a row; the message is the counted reason."""
 
 
 def finite_score(value: Any) -> float | None:
-    """Return what someone else gave as a score as a float, None unless it is a finite number.
+    """Return a score from external code as a float, or None unless it is a finite number.
 
-    A truth value, a text, a list and a number beyond floats are no scores.
+    Booleans, texts, lists and numbers beyond the range of floats are not scores.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -60,10 +60,10 @@ def finite_score(value: Any) -> float | None:
 
 
 def completion_text(completion: Text) -> str:
-    """Give the answer's text: the string itself or the content of the last assistant turn.
+    """Return the response's text: the string itself or the content of the last assistant turn.
 
     Raises:
-        InvalidScoreError: if a conversation holds no assistant turn with text.
+        InvalidScoreError: the conversation has no assistant turn with text.
     """
     if isinstance(completion, str):
         return completion
@@ -74,10 +74,10 @@ def completion_text(completion: Text) -> str:
 
 
 def turn_text(turn: Mapping[str, Any]) -> str:
-    """Give the text of one turn, whose content may also be a list of parts.
+    """Return the text of one turn, whose content may also be a list of parts.
 
     Raises:
-        InvalidScoreError: it has none.
+        InvalidScoreError: the turn has no text.
     """
     content = turn.get("content")
     if isinstance(content, str):
@@ -90,16 +90,16 @@ def turn_text(turn: Mapping[str, Any]) -> str:
 def column_values(
     columns: Mapping[str, Any], column: str, *, reward: str, num_rows: int
 ) -> Sequence[Any]:
-    """Give one value per completion of a data column.
+    """Return the values of a data column, one per completion.
 
     Raises:
-        MissingColumnError: if the data have no such column.
-        ValueError: if the column does not hold one value per completion.
+        MissingColumnError: the data have no such column.
+        ValueError: the column does not have one value per completion.
     """
     if column not in columns:
         raise MissingColumnError(
             f"reward '{reward}': column '{column}' is missing; the data have "
-            f"{sorted(columns) or 'no columns'}; rename a column or set 'column' of the reward"
+            f"{sorted(columns) or 'no columns'}. Rename a column or set 'column' of the reward."
         )
     values = columns[column]
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != num_rows:
@@ -111,23 +111,23 @@ def column_values(
 
 
 def check_rows(prompts: Sequence[Text], completions: Sequence[Text], *, reward: str) -> None:
-    """Refuse prompts and completions of different number.
+    """Raise unless there are equally many prompts and completions.
 
     Raises:
-        ValueError: if the two lengths differ.
+        ValueError: the two lengths differ.
     """
     if len(prompts) != len(completions):
         raise ValueError(
-            f"reward '{reward}': {len(prompts)} prompts but {len(completions)} completions; "
-            "repeat each prompt once per completion"
+            f"reward '{reward}': {len(prompts)} prompts but {len(completions)} completions. "
+            "Repeat each prompt once per completion."
         )
 
 
 class Rule:
-    """Apply a function of (answer text, column value) to each row and count what fails.
+    """Apply a function of (response text, column value) to each row and count failures.
 
-    A row whose function raises gets None and its reason is counted in ``invalid``: an exception
-    says nothing about the answer, so it is never turned into a score of 0.
+    A row for which the function raises gets None, and its reason is counted in ``invalid``. An
+    exception is no evidence about the response, so it never becomes a score of 0.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Rule:
         """Score each completion.
 
         Raises:
-            MissingColumnError: if the rule needs a column that is not there.
+            MissingColumnError: the rule needs a missing column.
         """
         check_rows(prompts, completions, reward=self.name)
         values: Sequence[Any] = [None] * len(completions)
@@ -171,7 +171,7 @@ class Rule:
             return score
         except InvalidScoreError as error:
             reason = str(error)
-        # A rule may fail in any way on text that a model made up; the row is reported, not lost.
+        # A rule may fail in any way on generated text; the row is reported, not lost.
         except Exception as error:
             reason = type(error).__name__
             if reason not in self.invalid:
@@ -183,5 +183,5 @@ class Rule:
 def rule_from_spec(
     spec: RewardBase, function: Callable[[str, Any], float], *, column: str | None = None
 ) -> Rule:
-    """Wrap a row function as the reward that ``spec`` names."""
+    """Return a row function as the reward that ``spec`` describes."""
     return Rule(function, name=spec.label, weight=spec.weight, column=column)

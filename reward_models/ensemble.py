@@ -1,4 +1,4 @@
-"""Combine rewards that judge the same thing; their disagreement is a warning of hacking."""
+"""Combine rewards that rate the same property; their disagreement warns of reward hacking."""
 
 import logging
 import math
@@ -18,10 +18,10 @@ def _mean_minus_std(scores: Sequence[float], kappa: float) -> float:
 
 
 def combiner(combine: str, *, kappa: float, reward: str) -> Callable[[Sequence[float]], float]:
-    """Give the function that makes one score of the members': mean, min or mean_minus_std.
+    """Return the function that combines the members' scores: mean, min or mean_minus_std.
 
     Raises:
-        ValueError: if ``combine`` is none of them.
+        ValueError: ``combine`` is none of these.
     """
     combiners: dict[str, Callable[[Sequence[float]], float]] = {
         "mean": statistics.fmean,
@@ -36,7 +36,7 @@ def combiner(combine: str, *, kappa: float, reward: str) -> Callable[[Sequence[f
 
 
 def spread(scores: Sequence[float]) -> float:
-    """Give the population standard deviation of the members' scores of one answer."""
+    """Return the population standard deviation of the members' scores for one response."""
     return statistics.pstdev(scores)
 
 
@@ -44,14 +44,14 @@ class EnsembleReward:
     """Combine the members' scores of each completion by mean, min or mean - kappa * std.
 
     A member's weight multiplies its score before they are combined. A completion that any member
-    cannot judge is invalid: leaving that member out would change the scale of the score.
+    cannot score is invalid, because leaving out that member would change the scale of the score.
 
     Attributes:
-        disagreement: mean over the completions of the last call of the population standard
-            deviation of the members' weighted scores; NaN when none was valid.
+        disagreement: population standard deviation of the members' weighted scores, averaged over
+            the completions of the last call; NaN if none was valid.
 
-    Reference: arXiv:2310.02743 penalises by the variance; here the standard deviation is used,
-        which has the unit of the score.
+    Reference: arXiv:2310.02743 penalizes the variance; this uses the standard deviation, which has
+        the unit of the score.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class EnsembleReward:
         weight: float = 1.0,
     ) -> None:
         if len(members) < 2:
-            raise ValueError(f"reward '{name}': {len(members)} member; an ensemble needs two")
+            raise ValueError(
+                f"reward '{name}': {len(members)} member; an ensemble needs at least two"
+            )
         self.members = list(members)
         self.combine = combiner(combine, kappa=kappa, reward=name)
         self.name = name
@@ -76,7 +78,7 @@ class EnsembleReward:
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """Score each completion by all members and combine."""
+        """Return the combined score of each completion."""
         check_rows(prompts, completions, reward=self.name)
         by_member = [
             member(prompts=prompts, completions=completions, **columns) for member in self.members
@@ -110,7 +112,7 @@ class EnsembleReward:
 
 
 def build_ensemble(spec: EnsembleSpec) -> EnsembleReward:
-    """Build the ensemble of a spec, each member from its own."""
+    """Build the ensemble of a spec, with each member from its own spec."""
     from reward_models import build_reward
 
     return EnsembleReward(

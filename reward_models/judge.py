@@ -1,9 +1,9 @@
 """Ask a language model behind an OpenAI-compatible endpoint for verdicts in JSON.
 
-A request is sent at temperature 0 with the schema that its answer must follow. What the endpoint
-said is kept on disk by the hash of the request, so a verdict is paid for once, and a run that was
-cut off goes on where it stopped. An answer that is no verdict (a refusal, text that does not follow
-the schema, an answer cut at the limit) is invalid with its reason, and never a tie or a 0.
+A request is sent at temperature 0 with the JSON schema of its answer. Replies are cached on disk by
+the hash of the request, so a verdict is paid for once, and an interrupted run continues where it
+stopped. A reply that is not a verdict (a refusal, text that violates the schema, a truncated reply)
+is invalid with its reason, and never a tie or a 0.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from typing import Any
 Messages = Sequence[Mapping[str, str]]
 """A conversation of ``{"role": ..., "content": ...}`` turns."""
 MAX_REPLY_BYTES = 4 * 2**20
-"""Longest reply to one request that is read."""
+"""Largest size of a reply, in bytes."""
 FIRST_WAIT_S = 0.5
-"""Wait before the first retry; each further one waits twice as long."""
+"""Seconds before the first retry; each further wait is twice as long."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -33,27 +33,28 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 class JudgeError(RuntimeError):
-    """Report an endpoint that cannot be used or did not answer in time."""
+    """An endpoint cannot be used or did not answer in time."""
 
 
 class _MalformedReplyError(ValueError):
-    """Report a reply that is none of the protocol's; the message is the counted reason."""
+    """A reply violates the protocol; the message is the counted reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Say where the judge is and how it is asked.
+    """The judge's address and how it is asked.
 
     Attributes:
         url: base of the API, such as ``http://127.0.0.1:8000/v1``.
-        model: its name there.
-        api_key_env: environment variable that holds the key; None sends none.
+        model: name of the model there.
+        api_key_env: environment variable that contains the key; None sends none.
         max_tokens: length limit of one verdict, in tokens.
-        concurrency: requests under way at a time.
-        timeout_s: of one request. deadline_s: of one call of `JudgeClient.ask`, retries included.
-        retries: of a request that was not answered, or answered "later" (429, 5xx).
-        cache: folder of the verdicts; None keeps none.
-        dollars_per_million: prices of a million prompt tokens and of a million answer tokens.
+        concurrency: number of simultaneous requests.
+        timeout_s: limit of one request.
+        deadline_s: limit of one call of `JudgeClient.ask`, including retries.
+        retries: number of retries of a request that got no reply, or was deferred (429, 5xx).
+        cache: folder of cached verdicts; None disables the cache.
+        dollars_per_million: prices of a million prompt tokens and of a million response tokens.
     """
 
     url: str
@@ -70,7 +71,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Hold one answer of the judge: its JSON value, or the reason why there is none."""
+    """One reply of the judge: its JSON value, or the reason why there is none."""
 
     value: Mapping[str, Any] | None
     invalid: str | None = None
@@ -78,13 +79,16 @@ class Verdict:
 
 @dataclass(slots=True)
 class Cost:
-    """Count what a client has asked since it was made.
+    """Counters of a client since it was created.
 
     Attributes:
-        requests: sent and answered. cached: answered from disk. retries: sent again.
-        prompt_tokens: as the endpoint counts them, cached ones left out. answer_tokens: likewise.
+        requests: number of answered requests.
+        cached: number of replies from the cache.
+        retries: number of repeated requests.
+        prompt_tokens: as counted by the endpoint, without cached replies.
+        answer_tokens: likewise.
         seconds: wall time inside `JudgeClient.ask`.
-        invalid: answers that were no verdict, by reason, cached ones included.
+        invalid: replies that were not verdicts, by reason, including cached ones.
     """
 
     requests: int = 0
@@ -96,7 +100,7 @@ class Cost:
     invalid: Counter[str] = field(default_factory=Counter)
 
     def dollars(self, endpoint: Endpoint) -> float:
-        """Give the price of the tokens asked for."""
+        """Return the price of all tokens."""
         prompt, answer = endpoint.dollars_per_million
         return (self.prompt_tokens * prompt + self.answer_tokens * answer) / 1e6
 
@@ -115,16 +119,15 @@ class JudgeClient:
         self._client = _client(endpoint)
 
     def ask(self, conversations: Sequence[Messages], schema: Mapping[str, Any]) -> list[Verdict]:
-        """Give a verdict on each conversation; the same conversation is asked once.
+        """Return a verdict on each conversation; equal conversations are asked once.
 
         Args:
-            conversations: what the judge is to read.
+            conversations: what the judge reads.
             schema: JSON schema of a verdict: an object of strings, numbers and enumerations.
 
         Raises:
-            JudgeError: the endpoint refuses the request, cannot be reached, sends nothing but
-                replies of another protocol, or ``deadline_s`` is over; verdicts that came before
-                stay in the cache.
+            JudgeError: the endpoint rejects the request, cannot be reached, sends only replies of
+                another protocol, or ``deadline_s`` is over. Earlier verdicts stay in the cache.
         """
         began = time.monotonic()
         wanted = {self._key(messages, schema): messages for messages in conversations}
@@ -189,7 +192,7 @@ class JudgeClient:
         return f"judge {self.endpoint.model} at {self.endpoint.url}"
 
     def _send(self, request: Mapping[str, Any], began: float) -> dict[str, Any]:
-        """Send one request until it is answered; return what the cache keeps of the answer."""
+        """Send one request until it is answered; return what the cache stores."""
         import httpx
         import openai
 
@@ -202,29 +205,30 @@ class JudgeClient:
             left = self.endpoint.deadline_s - (time.monotonic() - began)
             if left <= 0:
                 raise JudgeError(
-                    f"{where}: deadline of {self.endpoint.deadline_s:g} s is over; raise "
-                    "deadline_s or concurrency; with a cache the same command goes on from here"
+                    f"{where}: deadline of {self.endpoint.deadline_s:g} s is over. Raise "
+                    "deadline_s or concurrency. "
+                    "With a cache, run the same command again to continue."
                 )
             try:
                 return self._counted(self._exchange(request, min(self.endpoint.timeout_s, left)))
             except later as error:
                 if attempt == self.endpoint.retries:
                     raise JudgeError(
-                        f"{where}: no answer after {attempt + 1} tries ({_reason(error)}); is the "
-                        "server up? with a cache the same command goes on from here"
+                        f"{where}: no answer after {attempt + 1} tries ({_reason(error)}). Check "
+                        "the server. With a cache, run the same command again to continue."
                     ) from error
                 with self._lock:
                     self.cost.retries += 1
                 time.sleep(min(FIRST_WAIT_S * 2**attempt, max(0.0, left)))
             except openai.OpenAIError as error:
                 raise JudgeError(
-                    f"{where}: the request was refused ({_reason(error)}); expected an "
-                    "OpenAI-compatible endpoint that takes response_format json_schema"
+                    f"{where}: the request was rejected ({_reason(error)}); expected an "
+                    "OpenAI-compatible endpoint that supports response_format json_schema"
                 ) from error
         raise AssertionError("the last try returns or raises")
 
     def _exchange(self, request: Mapping[str, Any], limit_s: float) -> Any:
-        """Send one request and return the JSON value of its reply, all within the limit."""
+        """Send one request and return the JSON value of its reply, within the time limit."""
         end, text = time.monotonic() + limit_s, bytearray()
         streaming = self._client.chat.completions.with_streaming_response
         with streaming.create(**request, timeout=limit_s) as reply:
@@ -232,7 +236,7 @@ class JudgeClient:
                 text += part
                 if len(text) > MAX_REPLY_BYTES:
                     raise _MalformedReplyError(f"reply: more than {MAX_REPLY_BYTES} bytes")
-                # The client's own timeout starts anew with every part.
+                # The client's own timeout restarts with every part.
                 if time.monotonic() > end:
                     raise TimeoutError(f"no whole reply within {limit_s:.1f} s")
         try:
@@ -241,10 +245,10 @@ class JudgeClient:
             raise _MalformedReplyError("reply: not JSON") from error
 
     def _counted(self, reply: Any) -> dict[str, Any]:
-        """Return what the cache keeps of a reply.
+        """Return the part of a reply that the cache stores.
 
         Raises:
-            _MalformedReplyError: it is none of the protocol's.
+            _MalformedReplyError: the reply violates the protocol.
         """
         usage = reply.get("usage") if isinstance(reply, dict) else None
         usage = usage if isinstance(usage, dict) else {}
@@ -276,7 +280,7 @@ def _client(endpoint: Endpoint) -> Any:
         from openai import DefaultHttpxClient, OpenAI
     except ImportError as error:
         raise JudgeError(
-            "a judge behind an endpoint needs the package openai; run: pip install openai"
+            "a judge behind an endpoint needs the package openai. Run: pip install openai"
         ) from error
     key = os.environ.get(endpoint.api_key_env) if endpoint.api_key_env else "none"
     if key is None:
@@ -313,10 +317,10 @@ def read_verdict(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> Verdic
 
 
 def follows(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Say whether a value follows a schema of the kind that verdicts have.
+    """Return whether a value follows a verdict schema.
 
     Raises:
-        ValueError: the schema uses a keyword that is not checked here.
+        ValueError: the schema uses an unsupported keyword.
     """
     known = {
         "type",
@@ -330,7 +334,9 @@ def follows(value: Any, schema: Mapping[str, Any]) -> bool:
         "maxLength",
     }
     if surplus := set(schema) - known:
-        raise ValueError(f"verdict schema: keywords {sorted(surplus)} are not checked; remove them")
+        raise ValueError(
+            f"verdict schema: keywords {sorted(surplus)} are not supported; remove them"
+        )
     if "enum" in schema and value not in schema["enum"]:
         return False
     if schema.get("type") == "object":
@@ -341,7 +347,7 @@ def follows(value: Any, schema: Mapping[str, Any]) -> bool:
             and all(follows(value[name], parts[name]) for name in value)
         )
     allowed = _TYPES.get(schema.get("type", ""))
-    if allowed and type(value) not in allowed:  # JSON gives exact types; a bool is no integer
+    if allowed and type(value) not in allowed:  # exact types, since bool is a subclass of int
         return False
     if isinstance(value, str):
         return len(value) <= schema.get("maxLength", len(value))

@@ -1,4 +1,4 @@
-"""The generative judge as a reward: a language model grades one answer at a time."""
+"""The generative judge as a reward: a language model grades one response at a time."""
 
 import logging
 from collections import Counter
@@ -28,9 +28,9 @@ REFERENCE = "\n<reference_answer>\n{reference}\n</reference_answer>"
 
 
 class JudgeReward:
-    """Grade answers by a judge behind an endpoint; the grade becomes (grade - low) / (high - low).
+    """Grade responses with a judge behind an endpoint; the score is (grade - low) / (high - low).
 
-    An answer of the judge that is no verdict makes the score invalid, never 0; reasons are counted.
+    A reply that is not a verdict makes the score invalid, never 0. Reasons are counted.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class JudgeReward:
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """Grade each answer.
+        """Grade each response.
 
         Raises:
-            JudgeError: the endpoint refuses the request or cannot be reached in time.
-            MissingColumnError: the column that holds the reference answer is missing.
+            JudgeError: the endpoint rejects the request or cannot be reached in time.
+            MissingColumnError: the column with the reference answer is missing.
         """
         check_rows(prompts, completions, reward=self.name)
         references: Sequence[Any] = [None] * len(completions)
@@ -108,7 +108,7 @@ def _as_text(turns: Sequence[Mapping[str, Any]]) -> str:
 
 
 def build_judge(spec: JudgeSpec) -> JudgeReward:
-    """Build the judge of a spec; its endpoint is first asked when answers are scored."""
+    """Build the judge of a spec; the endpoint is not contacted before responses are scored."""
     endpoint = spec.endpoint.model_dump()
     cache = endpoint.pop("cache")
     return JudgeReward(

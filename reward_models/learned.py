@@ -1,4 +1,4 @@
-"""The reward that calls a learned scorer: rendering, normalisation, heads combined."""
+"""Rewards from a learned scorer: rendering, normalization, combination of heads."""
 
 import logging
 import math
@@ -21,20 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 class ScalarReward:
-    """Score answers with a trained reward model.
+    """Score responses with a trained reward model.
 
-    With the columns ``prompt_ids`` and ``completion_ids`` (token ids of this scorer's vocabulary)
-    exactly those ids are scored: the suite passes what was sampled. Without ``prompt_ids``, as
-    inside a TRL trainer, or with ids of another vocabulary (see `meet`), the texts are rendered
-    with the tokenizer. A scorer that is an encoder always reads the texts, as a pair (see
-    `reward_models.paired`). What is longer than the scorer's positions is invalid.
+    With the columns ``prompt_ids`` and ``completion_ids`` (token ids of this scorer's vocabulary),
+    exactly those ids are scored: the suite passes the sampled ids. Without ``prompt_ids``, as in a
+    TRL trainer, or with ids of another vocabulary (see `meet`), the texts are rendered with the
+    tokenizer. An encoder always reads the texts, as a pair (see `reward_models.paired`). Rows
+    longer
+    than the scorer's positions are invalid.
 
-    A scorer of several heads is an ensemble: each head's score is normalised by its own mean and
-    std, and ``combine`` makes one score of them. A score that is not finite is invalid.
+    A scorer with several heads is an ensemble: each head's score is normalized by its own mean and
+    std, and ``combine`` turns them into one score. A non-finite score is invalid.
 
     Attributes:
-        takes_ids: whether given token ids are scored; False where it reads the texts.
-        disagreement: of the last call, as in `EnsembleReward`; NaN for a single head.
+        takes_ids: True if given token ids are scored; False if it reads the texts.
+        disagreement: as in `EnsembleReward`, for the last call; NaN for a single head.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class ScalarReward:
     ) -> None:
         if combine != "mean" and model.num_heads == 1:
             raise ValueError(
-                f"reward '{name}': combine '{combine}' has no effect on a scorer with one head; "
-                "train it with 'heads: 3', or leave combine out"
+                f"reward '{name}': combine '{combine}' has no effect on a scorer with one head. "
+                "Train it with 'heads: 3', or remove combine."
             )
         if tokenizer.eos_token_id is None and model.reads == "last":
-            raise ValueError(f"reward '{name}': its tokenizer has no eos token to end an answer")
+            raise ValueError(f"reward '{name}': its tokenizer has no eos token to end a response")
         self.model = model
         self.tokenizer = tokenizer
         self.normalise = normalise
@@ -70,19 +71,21 @@ class ScalarReward:
         self._limit = model.max_tokens
 
     def shares_vocabulary(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
-        """Tell whether token ids of another tokenizer mean the same to this scorer."""
+        """Return whether token ids of another tokenizer have the same meaning for this scorer."""
         return self.tokenizer.get_vocab() == tokenizer.get_vocab()
 
     def meet(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Learn whose token ids will be given: those of another vocabulary are not read."""
+        """Set the tokenizer of the given token ids; ids of another vocabulary are not used."""
         if self.takes_ids and not self.shares_vocabulary(tokenizer):
-            logger.info("reward %s: another vocabulary than the policy's, reads texts", self.name)
+            logger.info(
+                "reward %s: its vocabulary differs from the policy's, so it reads texts", self.name
+            )
             self.takes_ids = False
 
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """Score each answer; (score - mean) / std of each head where the reward normalises."""
+        """Score each response; each head returns (score - mean) / std if the reward normalizes."""
         check_rows(prompts, completions, reward=self.name)
         rows = self.rows(prompts, completions, columns)
         fits = [self._limit is None or len(row) <= self._limit for row in rows]
@@ -116,7 +119,7 @@ class ScalarReward:
         completions: Sequence[Text],
         columns: Mapping[str, Any],
     ) -> list[list[int]]:
-        """Give the token ids of prompt and answer that are scored."""
+        """Return the token ids of prompt and response that are scored."""
         if "prompt_ids" not in columns or not self.takes_ids:
             pairs = zip(prompts, completions, strict=True)
             return [self._render(prompt, completion) for prompt, completion in pairs]
@@ -129,17 +132,17 @@ class ScalarReward:
         vocab_size = self.model.config.get_text_config().vocab_size
         if highest >= vocab_size:
             raise ValueError(
-                f"reward '{self.name}': token id {highest} but the scorer knows {vocab_size}; the "
-                "ids come from another tokenizer"
+                f"reward '{self.name}': token id {highest} but the scorer's vocabulary has "
+                f"{vocab_size}; the ids come from another tokenizer"
             )
         return rows
 
     def num_prompt_tokens(self, prompt: Text, completion: Text) -> int:
-        """Count the tokens of a rendered prompt."""
+        """Return the number of tokens of a rendered prompt."""
         return len(self._parts(prompt, completion)[0])
 
     def _render(self, prompt: Text, completion: Text) -> list[int]:
-        """Return the ids of prompt and answer, the answer up to and with its stop token."""
+        """Return the ids of prompt and response, up to and including the stop token."""
         if self.model.reads == "first":
             return pair_ids(self.tokenizer, prompt, completion)[0]
         head, answer = self._parts(prompt, completion)
@@ -167,15 +170,15 @@ class ScalarReward:
         full: str = tokenizer.apply_chat_template(turns + answer, tokenize=False)
         if not full.startswith(before):
             raise ValueError(
-                f"reward '{self.name}': the chat template rewrites earlier turns; use a template "
-                "that only appends"
+                f"reward '{self.name}': the chat template rewrites earlier turns. Use a template "
+                "that only appends."
             )
         return self._split(before, full[len(before) :].rstrip())
 
     def _split(self, before: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokenize prompt and answer as one text, as the scorer's training rows were.
+        """Tokenize prompt and response as one text, as in the scorer's training rows.
 
-        Where a token would reach from one into the other, they are tokenized apart.
+        If a token would span the boundary, they are tokenized separately.
         """
         head, whole = self._ids(before), self._ids(before + answer)
         same = whole[: len(head)] == head
@@ -186,21 +189,22 @@ class ScalarReward:
 
 
 def build_scalar(spec: ScalarSpec) -> ScalarReward:
-    """Load the scorer of a spec's ``model`` folder onto the accelerator if there is one.
+    """Load the scorer of a spec's ``model`` folder, onto the accelerator if there is one.
 
     Raises:
-        ValueError: the scorer was taught by steps.
+        ValueError: the scorer was trained with step supervision.
     """
     found = load_scalar(spec, combine=spec.combine, kappa=spec.kappa, normalise=spec.normalise)
     if found.model.extra.get("supervision") == "steps":
         raise ValueError(
-            f"reward '{spec.label}': {spec.model} was taught by steps; use kind: process"
+            f"reward '{spec.label}': {spec.model} was trained with step supervision. "
+            "Use kind: process."
         )
     return found
 
 
 def load_scalar(spec: ScalarSpec | ProcessSpec, **options: Any) -> ScalarReward:
-    """Load the scorer in ``spec.model`` as a reward with further ``options`` of its class."""
+    """Load the scorer in ``spec.model`` as a reward, with further ``options`` of its class."""
     from transformers import AutoTokenizer
 
     model = RewardModel.load(spec.model, getattr(torch, spec.dtype))

@@ -1,8 +1,9 @@
-"""Reward for mathematics: the final number, or LaTeX expression, of a response is the right one.
+"""Reward for mathematics: compare the final number or LaTeX expression with the reference.
 
-The final answer is what follows the last of ``####``, ``\\boxed{...}`` and "answer is"; without
-such a marker it is the last line, or else the last number of the text. What was thought before the
-end of a block ``<think>`` is not looked at.
+The final answer follows the last of ``####``, ``\\boxed{...}`` and "answer is". Without such a
+marker
+it is the last line, or else the last number of the text. Text before the end of a ``<think>`` block
+is ignored.
 """
 
 import re
@@ -25,7 +26,7 @@ _CLAUSE_END = re.compile(
 
 
 def _braced(text: str, start: int) -> str:
-    """Return what stands between the brace opened just before ``start`` and its partner."""
+    """Return the text between the brace opened just before ``start`` and its matching brace."""
     depth = 1
     for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -37,15 +38,17 @@ def _braced(text: str, start: int) -> str:
 def final_number(text: str) -> Number | None:
     """Return the final number of a response, exactly.
 
-    A marked answer must be one number: beside it only words, a unit and punctuation may stand.
-    The first clause with digits counts, so listing several candidates gains nothing. Read are
-    signs, thousands, decimals, exponents, powers, fractions, mixed numbers, currency and percent.
+    A marked answer must be one number; only words, a unit and punctuation may surround it. The
+    first
+    clause with digits counts, so listing several candidates does not help. Supported are signs,
+    thousands separators, decimals, exponents, powers, fractions, mixed numbers, currency and
+    percent.
 
     Returns:
-        The number, or None where there is none (a marker without a number has none).
+        The number, or None if there is none (also after a marker without a number).
     """
     thoughts = list(_THINK.finditer(text))
-    if thoughts and not thoughts[-1][1]:  # still thinking where it was cut
+    if thoughts and not thoughts[-1][1]:  # truncated while still thinking
         return None
     text = text[thoughts[-1].end() :] if thoughts else text
     text = _DISPLAY.sub(" ", _TAG.sub(" ", text))
@@ -61,19 +64,19 @@ def final_number(text: str) -> Number | None:
     clause = next((c for c in _CLAUSE_END.split(line) if holds_digits(c)), None)
     if clause is not None:
         return read_number(clause)
-    # "The answer is this:", and the number by itself at the end.
+    # "The answer is this:", followed by the number alone at the end.
     return None if last.group() == "####" else read_number(_last_line(rest))
 
 
 def _last_line(text: str) -> str:
-    """Return the last line with digits, empty where there is none."""
+    """Return the last line with digits, or ""."""
     return next((line for line in reversed(text.splitlines()) if holds_digits(line)), "")
 
 
 def same_number(answer: Number, reference: Number) -> bool:
     """Return whether two numbers are equal.
 
-    Where only one has a percent sign, both readings count: 50% answers 50 and 0.5.
+    If only one has a percent sign, both readings are accepted: 50% matches 50 and 0.5.
     """
     if answer.value == reference.value:
         return True
@@ -84,17 +87,17 @@ def same_number(answer: Number, reference: Number) -> bool:
 
 
 def reference_number(value: Any) -> Number:
-    """Return the one number that a reference is; a worked solution ends with a marker.
+    """Return the single number of a reference; a worked solution ends with a marker.
 
     Raises:
-        InvalidScoreError: it is no number, several, or an expression.
+        InvalidScoreError: the reference is not a number, has several, or is an expression.
     """
     text = str(value)
     found = final_number(text) if _MARKER.search(text) else read_number(text)
     if found is not None:
         return found
     if not holds_digits(text) and text.replace(" ", "").isalpha():
-        raise InvalidScoreError("reference holds no number")
+        raise InvalidScoreError("reference contains no number")
     raise InvalidScoreError("reference is not one number; use latex: true")
 
 
@@ -105,13 +108,13 @@ def _number_score(answer: str, value: Any) -> float:
 
 
 def build_math(spec: MathSpec) -> Rule:
-    """Build the reward that compares the final number, or with ``latex`` the final expression.
+    """Build the reward that compares the final number or, with ``latex``, the final expression.
 
     Args:
-        spec: ``column`` of the reference, ``latex``, ``timeout_s`` (seconds for one answer).
+        spec: ``column`` of the reference, ``latex``, ``timeout_s`` (seconds per response).
 
     Raises:
-        ValueError: if ``latex`` is set and math-verify is not installed.
+        ValueError: ``latex`` is set but math-verify is not installed.
     """
     function = _number_score
     if spec.latex:

@@ -1,4 +1,4 @@
-"""Symbolic comparison in a process of its own: sympy can hang or eat memory on made-up input.
+"""Symbolic comparison in a separate process, since sympy can hang or exhaust memory.
 
 ``python -m reward_models.math_process`` is the worker: one JSON request per line on stdin, one
 JSON reply per line on stdout. `LatexVerifier` starts it, reuses it, and kills it at the time limit.
@@ -14,26 +14,26 @@ from reward_models.base import InvalidScoreError
 from reward_models.worker import Worker, WorkerError, serve
 
 START_TIMEOUT_S = 120.0
-"""Seconds the worker may take to import sympy on a busy machine; no answer is charged for it."""
+"""Seconds for the worker to import sympy on a busy machine, not counted for any response."""
 MEMORY_BYTES = 4 * 2**30
-"""Address space of the worker; beyond it the answer is invalid, not the machine out of memory."""
+"""Address space of the worker; a response that needs more is invalid."""
 
 
 class LatexVerifier:
-    """Compare answers with math-verify under a time limit.
+    """Compare responses with math-verify under a time limit.
 
     Args:
-        timeout_s: seconds for one answer; the worker is killed then and started again.
+        timeout_s: seconds per response; then the worker is killed and restarted.
 
     Raises:
-        ValueError: if math-verify is not installed.
+        ValueError: math-verify is not installed.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(
-                "reward 'math': latex needs the package math-verify, which is not installed; "
-                "install it or remove 'latex: true'"
+                "reward 'math': latex needs the package math-verify, which is not installed. "
+                "Install it or remove 'latex: true'."
             )
         self.timeout_s = timeout_s
         self.worker = Worker(
@@ -41,10 +41,10 @@ class LatexVerifier:
         )
 
     def score(self, answer: str, value: Any) -> float:
-        """Return 1.0 where the answer's final expression equals the reference, else 0.0.
+        """Return 1.0 if the response's final expression equals the reference, else 0.0.
 
         Raises:
-            InvalidScoreError: at the time limit, or where the worker or math-verify fails.
+            InvalidScoreError: the time limit was reached, or the worker or math-verify failed.
         """
         request = {"answer": answer, "reference": str(value)}
         try:
@@ -65,7 +65,7 @@ def _reference(parse: Any, text: str) -> list[Any]:
 def compare(answer: str, reference: str) -> dict[str, Any]:
     """Compare in this process, without a time limit.
 
-    math-verify takes several boxed answers together as one set, so listing candidates is wrong.
+    math-verify treats several boxed answers as one set, so listing candidates is incorrect.
 
     Returns:
         ``{"score": 0.0 or 1.0}``, or ``{"invalid": reason}`` for an unreadable reference.
@@ -74,15 +74,15 @@ def compare(answer: str, reference: str) -> dict[str, Any]:
 
     gold = _reference(parse, reference)
     if not gold:
-        return {"invalid": "reference holds no expression"}
+        return {"invalid": "reference contains no expression"}
     found = parse(answer, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return {"score": float(bool(found) and verify(gold, found, timeout_seconds=None))}
 
 
 def _prepare() -> tuple[str, Any]:
-    import math_verify  # noqa: F401  (its seconds of import come before the first time limit)
+    import math_verify  # noqa: F401  (import it before the first time limit starts)
 
-    # It warns that its own time limit is off; here the process that waits holds the limit.
+    # It warns that its own time limit is off; here, the waiting process enforces the limit.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return "ready", _reply
 
@@ -90,7 +90,7 @@ def _prepare() -> tuple[str, Any]:
 def _reply(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return compare(**request)
-    # Whatever sympy raises on made-up input is reported to the caller, who counts it.
+    # Any error of sympy on generated input is reported to the caller, who counts it.
     except Exception as error:
         return {"invalid": f"verifier: {type(error).__name__}"}
 

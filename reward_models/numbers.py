@@ -1,8 +1,8 @@
-"""Read one number out of a text, exactly, or nothing: what is left beside number and unit counts.
+"""Read exactly one number from a text, or none if anything else would change its value.
 
-A text is cut into numbers, words, punctuation and everything else (operators, variables, LaTeX
-commands). It reads as a number where it holds exactly one, and nothing else but words, units and
-punctuation: ``2\\pi``, ``3x+1``, ``5 - 3`` and ``(3, 4)`` are no numbers.
+A text is split into numbers, words, punctuation and everything else (operators, variables, LaTeX
+commands). It is read as a number if it contains exactly one, and otherwise only words, units and
+punctuation: ``2\\pi``, ``3x+1``, ``5 - 3`` and ``(3, 4)`` are not numbers.
 """
 
 import re
@@ -13,11 +13,11 @@ from fractions import Fraction
 from typing import Literal
 
 MAX_DIGITS = 400
-"""Longest number, in characters, that is read; longer ones are no answer to any exercise."""
+"""Longest number that is read, in characters; no exercise has longer ones."""
 MAX_POWER = 400
-"""Largest exponent, up or down, that is computed."""
+"""Largest absolute exponent that is computed."""
 MAX_STATEMENT = 1000
-"""Longest text, in characters, that is read as one number."""
+"""Longest text that is read as one number, in characters."""
 
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
 _SIGNS = {0x22C5: "×", 0xB7: "×", 0x2219: "×", 0x2044: "/", 0xB0: " degrees ", 0xBA: " degrees "}
@@ -35,7 +35,7 @@ _LATEX = (
     (r"[<>!]=", "≠"),
     (r"\^\s*\{\s*(-?\d+)\s*\}", r"^\1"),
     (r"(?<=\d)\*\*(?=\d)", "^"),
-    # Emphasis in Markdown: stars that touch what they enclose.
+    # Markdown emphasis: stars adjacent to the text they enclose.
     (r"(?<![\w*])\*{1,3}(?=\S)|(?<=\S)\*{1,3}(?![\w*])|`", ""),
     (r"(?<!\\)[{}]", " "),
     (r"\b(?:minus|negative)\s+(?=[$€£¥]?[\d.])", "-"),
@@ -78,17 +78,17 @@ _UNIT_NAMES = (
     "min mins sec secs ms am pm px usd eur gbp gb mb kb tb hz khz mhz ghz kw kwh wh mol pa kpa bar "
     "atm rad deg sq cu ha kcal cal"
 )
-"""Units that may touch their number; any longer word may too."""
+"""Units that may directly follow their number; any longer word may too."""
 _UNITS = frozenset(_UNIT_NAMES.split())
 _CHANGING_WORDS = (
     "plus minus times over squared cubed power root sqrt pi half halves not sin cos tan cot sec "
     "csc log ln exp mod theta alpha beta infinity"
 )
-"""Words that make another value of the number beside them."""
+"""Words that change the value of the number beside them."""
 _CHANGING = frozenset(_CHANGING_WORDS.split())
 _MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _COEFFICIENT = re.compile(r"\d\s?[a-z]\b|(?<![\w\\])[a-z]\s*[-+×*/^]")
-"""What makes the left side of an equation an expression in a variable, as in 2x = 6."""
+"""Matches the left side of an equation if it is an expression in a variable, as in 2x = 6."""
 
 Kind = Literal["number", "word", "punct", "other"]
 
@@ -109,13 +109,13 @@ class _Token:
 
 
 def read_number(text: str, *, is_latex: bool = False) -> Number | None:
-    """Return the number that a text states, None where it states none, several, or more than one.
+    """Return the number that a text states; None if it states none, several, or something else.
 
-    In a chain of equations the last side counts.
+    In a chain of equations, the last side counts.
 
     Args:
         text: one statement, such as ``x = 1,234.5 kg`` or ``\\frac12``.
-        is_latex: letters that stand bare are variables, not units, as within ``\\boxed{}``.
+        is_latex: bare letters are variables, not units, as within ``\\boxed{}``.
     """
     if len(text) > MAX_STATEMENT:
         return None
@@ -130,7 +130,7 @@ def read_number(text: str, *, is_latex: bool = False) -> Number | None:
 
 
 def last_number(text: str) -> Number | None:
-    """Return the last number of prose, None where it is a part of an expression or a list."""
+    """Return the last number of prose; None if it is part of an expression or a list."""
     if len(text) > MAX_STATEMENT:
         text = text[-MAX_STATEMENT:].partition(" ")[2]
     tokens = _tokens(clean(text), is_latex=False)
@@ -150,12 +150,12 @@ def last_number(text: str) -> Number | None:
 
 
 def holds_digits(text: str) -> bool:
-    """Return whether any digit stands in a text."""
+    """Return whether a text contains any digit."""
     return any(c.isdigit() or unicodedata.category(c) == "No" for c in text)
 
 
 def clean(text: str) -> str:
-    """Return a text with one spelling for dashes, spaces, fractions, powers and LaTeX's words."""
+    """Return a text with uniform dashes, spaces, fractions, powers and LaTeX commands."""
     text = _VULGAR.sub(lambda m: f" {unicodedata.normalize('NFKC', m.group())} ", text)
     text = text.translate(_DASHES | _SIGNS)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m.group().translate(_SUPERSCRIPTS), text)
@@ -173,7 +173,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
 
 
 def _words_of(match: re.Match[str]) -> str:
-    """Return the words within ``\\text{...}``; a letter alone is a unit there."""
+    """Return the words within ``\\text{...}``; a single letter there is a unit."""
     words = match[1].strip()
     return " units" if len(words) == 1 and words.isalpha() else f" {match[1]}"
 
@@ -194,7 +194,7 @@ def _tokens(text: str, *, is_latex: bool) -> list[_Token]:
                 plain = _is_plain(word, touches=touches, is_latex=is_latex)
                 found.append(_Token("word" if plain else "other", word))
         else:
-            # Within LaTeX an exclamation mark is a factorial.
+            # Within LaTeX, an exclamation mark is a factorial.
             kind: Kind = (
                 "punct" if match["punct"] and not (is_latex and "!" in match[0]) else "other"
             )
@@ -203,7 +203,7 @@ def _tokens(text: str, *, is_latex: bool) -> list[_Token]:
 
 
 def _is_plain(word: str, *, touches: bool, is_latex: bool) -> bool:
-    """Return whether a word leaves the value of the number beside it as it is."""
+    """Return whether a word does not change the value of the number beside it."""
     if word[0].isdigit():  # an ordinal
         return True
     for part in re.sub(r"\^?-?[23]$", "", word).split("/"):

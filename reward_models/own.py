@@ -1,8 +1,9 @@
-"""A reward function of the user's own, in a process of its own.
+"""A user-defined reward function, run in a separate process.
 
-The function is code that the suite knows nothing of: it may hang, raise, leak, print or end the
-process. It runs in a worker with a deadline and a memory limit, which is started again when it
-fails; what has no score is counted with its reason, and is never a number.
+The suite knows nothing about this code: it may hang, raise, leak, print or exit. It runs in a
+worker
+with a deadline and a memory limit, which is restarted after a failure. A missing score is counted
+with its reason and never becomes a number.
 """
 
 import logging
@@ -17,18 +18,18 @@ from reward_models.worker import Worker, WorkerError
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
-"""How long the module may take to import; torch takes some seconds on a busy machine."""
+"""Seconds for the module to import; torch takes several seconds on a busy machine."""
 PATIENCE = 4
-"""Deadlines that one call may use up looking for the responses that hang."""
+"""Number of deadlines that one call may spend on finding the responses that hang."""
 
 
 class OwnReward:
-    """Score responses with a function of TRL's, verl's or OpenRLHF's convention.
+    """Score responses with a function that follows TRL's, verl's or OpenRLHF's convention.
 
-    A batch that fails is asked again in parts, so that one response costs only itself.
+    A batch that fails is scored again in parts, so that a bad response affects only itself.
 
     Attributes:
-        style: whose convention the function follows.
+        style: the convention of the function.
     """
 
     def __init__(self, spec: PythonSpec) -> None:
@@ -52,7 +53,7 @@ class OwnReward:
         """Score each response.
 
         Raises:
-            MissingColumnError: the function has a parameter that no column fits.
+            MissingColumnError: no column matches a parameter of the function.
         """
         check_rows(prompts, completions, reward=self.name)
         batch = {"prompts": list(prompts), "completions": list(completions)}
@@ -74,7 +75,7 @@ class OwnReward:
     def _scored(
         self, batch: Mapping[str, list[Any]], columns: Mapping[str, list[Any]], end: float
     ) -> tuple[list[float | None], list[str | None]]:
-        """Return scores and reasons; a batch without any, for an error, is halved."""
+        """Return scores and reasons; a batch that fails with an error is split in half."""
         rows = len(batch["completions"])
         if time.monotonic() >= end:
             return [None] * rows, ["function timed out"] * rows
@@ -85,9 +86,9 @@ class OwnReward:
             reply = {"scores": [None] * rows, "reasons": [str(error)] * rows, "raised": str(error)}
         if "missing" in reply:
             raise MissingColumnError(
-                f"reward '{self.name}': its function needs '{reply['missing']}', which is no "
-                f"column of the data; they have {sorted(columns) or 'none'}; rename a column or "
-                "give the parameter a default"
+                f"reward '{self.name}': its function needs '{reply['missing']}', which is not a "
+                f"column of the data ({sorted(columns) or 'none'}). Rename a column or "
+                "give the parameter a default value."
             )
         if reply.get("spent"):
             self.worker.close()
@@ -112,6 +113,6 @@ def build_python(spec: PythonSpec) -> OwnReward:
     """Load the function of a spec in its worker.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the function cannot be loaded.
     """
     return OwnReward(spec)

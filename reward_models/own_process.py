@@ -1,7 +1,7 @@
-"""The worker that runs a reward function of the user's: ``python -m reward_models.own_process``.
+"""The worker that runs a user-defined reward function: ``python -m reward_models.own_process``.
 
-The function is TRL's, verl's or OpenRLHF's by the names of its parameters (`style_of`). It is given
-one batch at a time and answers one score for each response, or the reason why there is none.
+The parameter names of the function determine its convention: TRL, verl or OpenRLHF (`style_of`). It
+receives one batch at a time and returns one score per response, or the reason why there is none.
 """
 
 import asyncio
@@ -23,20 +23,20 @@ from reward_models.paired import plain_text
 from reward_models.worker import serve
 
 STYLES = {"verl": ("solution_str", "ground_truth"), "openrlhf": ("queries",)}
-"""Parameters by which the function of another suite is known; any other is TRL's."""
+"""Parameters that identify the functions of other suites; any other function is TRL's."""
 TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
-"""Columns that may hold what verl calls ground_truth and OpenRLHF labels; the first counts."""
+"""Columns for verl's ground_truth and OpenRLHF's labels; the first that is present is used."""
 
 
 def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function that ``FILE.py:NAME`` or ``MODULE:NAME`` names, its ``args`` filled in.
+    """Return the function named by ``FILE.py:NAME`` or ``MODULE:NAME``, with its ``args`` bound.
 
-    A class is made with ``args``, and what it makes is called.
+    A class is instantiated with ``args``, and the instance is called.
     """
     place, _, name = path.rpartition(":")
     if place.endswith(".py"):
         file = Path(place).resolve()
-        sys.path.insert(0, str(file.parent))  # for modules that lie beside it
+        sys.path.insert(0, str(file.parent))  # for modules in the same folder
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None, file
         assert spec.loader is not None, file
@@ -55,7 +55,7 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def style_of(function: Callable[..., Any]) -> str:
-    """Return whose convention a function follows: trl, verl or openrlhf."""
+    """Return the convention that a function follows: trl, verl or openrlhf."""
     names = _parameters(function)
     fitting = [style for style, needed in STYLES.items() if names.keys() >= set(needed)]
     return fitting[0] if fitting and "completions" not in names else "trl"
@@ -64,12 +64,12 @@ def style_of(function: Callable[..., Any]) -> str:
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # built in: it is given everything
+    except (TypeError, ValueError):  # built-in functions get all columns
         return {"columns": inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)}
 
 
 class Scorer:
-    """Call a function by its own convention and make plain scores of what it returns."""
+    """Call a function by its own convention and convert its result to plain scores."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -97,7 +97,7 @@ class Scorer:
                 found = [self._result(self._call(_row(given, i))) for i in range(rows)]
                 return _reply([score for score, _ in found], [reason for _, reason in found])
             return self._scores(self._call(given), rows)
-        # Whatever the user's code does, ending the process included, is a reason and no score.
+        # Anything the user's code does, even exiting the process, is a reason and not a score.
         except BaseException as error:
             return _failed(error, rows)
 
@@ -133,7 +133,7 @@ class Scorer:
         if hasattr(result, "tolist"):
             result = result.tolist()
         if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
-            return _all_invalid(f"returned a {type(result).__name__}, no list of scores", rows)
+            return _all_invalid(f"returned a {type(result).__name__}, not a list of scores", rows)
         given = list(result)
         if len(given) != rows:
             return _all_invalid(f"returned {len(given)} scores for {rows} responses", rows)
@@ -157,7 +157,7 @@ class Scorer:
 def _of_other_suite(
     style: str, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments that verl (one value a row) or OpenRLHF hands to a function."""
+    """Return the arguments that verl (one value per row) or OpenRLHF passes to a function."""
     answers = [completion_text(completion) for completion in completions]
     rows = range(len(answers))
     truth = next((columns[name] for name in TRUTH if name in columns), None)
@@ -183,7 +183,7 @@ def _row(given: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand for what TRL hands over for logging."""
+    """Replace TRL's logging functions."""
 
 
 def _reply(scores: list[float | None], reasons: list[str | None]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _prepare() -> tuple[Any, Callable[[Mapping[str, Any]], Any]]:
     told = json.loads(sys.argv[1])
     try:
         scorer = Scorer(load(told["path"], told["args"]))
-    # Loading runs the user's module, which may do anything; the parent says what it was.
+    # Loading runs the user's module, which may raise anything; the parent reports it.
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -1,8 +1,9 @@
-"""What a scorer that is an encoder reads: prompt and answer as one pair of texts.
+"""Input of an encoder-based scorer: prompt and response as one pair of texts.
 
-The tokenizer writes the pair as it was made to, BERT's as ``[CLS] prompt [SEP] answer [SEP]``.
-Training and scoring both take their token ids from `pair_ids`. Where the tokenizer tells the two
-texts apart by token types, these follow from the ids: see `separator_of`.
+The tokenizer writes the pair in its own format, such as BERT's ``[CLS] prompt [SEP] response
+[SEP]``.
+Training and scoring both take their token ids from `pair_ids`. If the tokenizer distinguishes the
+two texts by token types, these follow from the ids: see `separator_of`.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
 
 
 def plain_text(text: Text) -> str:
-    """Write a conversation as text: one turn is its content, several are lines ``role: content``.
-
-    Plain text stays as it is.
+    """Return a conversation as text: one turn's content, or ``role: content`` lines of several.
+    Plain text is returned unchanged.
     """
     if isinstance(text, str):
         return text
@@ -30,12 +30,12 @@ def plain_text(text: Text) -> str:
 def pair_ids(
     tokenizer: "PreTrainedTokenizerBase", prompt: Text, completion: Text
 ) -> tuple[list[int], int]:
-    """Tokenise a prompt and its answer as a pair, whatever their length.
+    """Tokenize a prompt and its response as a pair, regardless of length.
 
-    The name of a special token within a text is text: no answer can write a separator.
+    The name of a special token in a text stays text, so no response can write a separator.
 
     Returns:
-        The ids, and how many of them stand before the answer.
+        The ids, and the number of ids before the response.
     """
     found: Any = tokenizer(
         [plain_text(prompt)], [plain_text(completion)], split_special_tokens=True, verbose=False
@@ -45,21 +45,21 @@ def pair_ids(
 
 
 def separator_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Give the token after which the second text of a pair begins, by the tokenizer's token types.
+    """Return the token after which the second text of a pair begins, from the token types.
 
     Returns:
-        Its id; None for a tokenizer that gives both texts the same type.
+        Its id; None for a tokenizer that uses the same type for both texts.
 
     Raises:
-        ValueError: the types are not 0 up to the first separator and 1 behind it.
+        ValueError: the types are not 0 up to the first separator and 1 after it.
     """
     found: Any = tokenizer(["a"], ["b"], split_special_tokens=True)
     ids, parts = found["input_ids"][0], found.sequence_ids(0)
     start = parts.index(1)
     if parts[start - 1] is not None:
         raise ValueError(
-            "its tokenizer puts no token between the two texts of a pair, so an answer could not "
-            "be told from its prompt; give the tokenizer a template for pairs and save it"
+            "its tokenizer puts no token between the two texts of a pair, so a response cannot "
+            "be distinguished from its prompt. Save the tokenizer with a template for pairs."
         )
     types = found.get("token_type_ids", [[0] * len(ids)])[0]
     if not any(types):
@@ -68,13 +68,13 @@ def separator_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     if types != _types(ids, separator):
         raise ValueError(
             f"its tokenizer gives a pair the token types {types}; expected 0 up to the first "
-            "separator and 1 behind it, as BERT's does"
+            "separator and 1 after it, as BERT's does"
         )
     return separator
 
 
 def token_types(input_ids: "Tensor", separator: int) -> "Tensor":
-    """Give the type of each token: 0 up to the first separator of its row, 1 behind it."""
+    """Return the type of each token: 0 up to the first separator of its row, 1 after it."""
     ends = (input_ids == separator).long()
     return ((ends.cumsum(-1) - ends) > 0).long()
 

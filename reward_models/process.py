@@ -1,10 +1,12 @@
-"""Process reward: a scorer that reads every step of a solution, made safe for reinforcement.
+"""Process reward: a scorer of every step of a solution, made safe for reinforcement learning.
 
-The scorer says after each step how likely all is right so far. These probabilities become one
-score (``min``, ``last`` or ``product``), and never a sum: a sum pays for writing more steps. The
-score so far is also a potential over the beginnings of an answer. Its differences, laid on the
-tokens that end the steps, add up to the score itself, so that a learner sees at once which step
-gained or lost, and answers stay in the order of their scores however many steps they have.
+After each step, the scorer predicts the probability that everything so far is correct. These
+probabilities become one score (``min``, ``last`` or ``product``), never a sum, which would reward
+writing more steps. The score so far is also a potential over the prefixes of a response. Its
+differences, assigned to the tokens that end the steps, add up to the score itself. The learner thus
+sees which step gained or lost, and responses keep the order of their scores regardless of the
+number
+of steps.
 
 Reference: potential-based shaping, Ng, Harada and Russell 1999; step scores arXiv:2305.20050.
 """
@@ -28,14 +30,16 @@ AGGREGATES = ("min", "last", "product")
 def step_ends(
     ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", separator: str
 ) -> list[int]:
-    """Give the places of the tokens that end the steps of an answer.
+    """Return the positions of the tokens that end the steps of a response.
 
-    A token that holds the separator ends a step; what follows the last one is a step too, and
-    ends with the answer.
+    A token that contains the separator ends a step. The text after the last one is also a step,
+    which
+    ends with the response.
 
     Args:
-        ids: token ids of the answer, at least one.
-        tokenizer: theirs. separator: text between two steps.
+        ids: token ids of the response, at least one.
+        tokenizer: tokenizer of the ids.
+        separator: text between two steps.
     """
     holds = {i: separator in tokenizer.decode([i]) for i in set(ids)}
     ends = [t for t, i in enumerate(ids) if holds[i]]
@@ -43,10 +47,10 @@ def step_ends(
 
 
 def potentials(probabilities: Sequence[float], aggregate: str) -> list[float]:
-    """Give the score of an answer as if it ended after each of its steps.
+    """Return the score of a response as if it ended after each of its steps.
 
     Args:
-        probabilities: that all is right so far, after each step.
+        probabilities: probability after each step that everything so far is correct.
         aggregate: ``min`` of them, the ``last`` one, or their ``product``.
     """
     found: list[float] = []
@@ -59,7 +63,7 @@ def potentials(probabilities: Sequence[float], aggregate: str) -> list[float]:
 def increments(
     probabilities: Sequence[float], ends: Sequence[int], *, aggregate: str, num_tokens: int
 ) -> list[float]:
-    """Lay the differences of the potentials on the tokens that end the steps; 0 elsewhere.
+    """Assign the differences of the potentials to the tokens that end the steps; 0 elsewhere.
 
     The potential before the first step is 0, so the sum is the last potential: the score.
     """
@@ -72,10 +76,11 @@ def increments(
 
 
 class ProcessReward:
-    """Score solutions step by step with a scorer that a reward stage taught by steps.
+    """Score solutions step by step with a scorer that was trained with step supervision.
 
     Attributes:
-        token_rewards: of the last call, for each answer one number a token whose sum is its score.
+        token_rewards: of the last call: one number per token of each response, which sum to its
+            score.
     """
 
     def __init__(self, scalar: ScalarReward, *, separator: str, aggregate: str = "min") -> None:
@@ -94,15 +99,15 @@ class ProcessReward:
         self.token_rewards: list[list[float]] = []
 
     def meet(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Learn whose token ids will be given.
+        """Check the tokenizer of the given token ids.
 
         Raises:
-            ValueError: of another vocabulary, so the steps' ends are no tokens of the policy.
+            ValueError: its vocabulary differs, so step ends are not tokens of the policy.
         """
         if not self._scalar.shares_vocabulary(tokenizer):
             raise ValueError(
-                f"reward '{self.name}': a process reward lays scores on the policy's tokens, and "
-                "its own are others; train it on a policy with the same tokenizer"
+                f"reward '{self.name}': a process reward assigns scores to the policy's tokens, "
+                "but its tokenizer differs. Train it on a policy with the same tokenizer."
             )
 
     def __call__(
@@ -148,15 +153,15 @@ def build_process(spec: ProcessSpec) -> ProcessReward:
     """Load the process reward of a spec's ``model`` folder.
 
     Raises:
-        ValueError: the scorer was not taught by steps.
+        ValueError: the scorer was not trained with step supervision.
     """
     scalar = load_scalar(spec, normalise=False)
     model: RewardModel = scalar.model
     if model.extra.get("supervision") != "steps":
         raise ValueError(
-            f"reward '{scalar.name}': {spec.model} was taught by "
-            f"{model.extra.get('supervision', 'pairs')}; a process reward needs a reward stage "
-            "with supervision: steps, any other is kind: scalar"
+            f"reward '{scalar.name}': {spec.model} was trained with supervision "
+            f"{model.extra.get('supervision', 'pairs')}. A process reward needs a reward stage "
+            "with supervision: steps; use kind: scalar for others."
         )
     separator = model.extra["step_separator"]
     return ProcessReward(scalar, separator=separator, aggregate=spec.aggregate)

@@ -1,4 +1,4 @@
-"""Tell answers that decline from answers that answer, by their opening words."""
+"""Detect refusals by their opening words."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from reward_models.base import Rule, rule_from_spec
 from reward_models.specs import RefusalSpec
 
 OPENING_CHARACTERS = 160
-"""A refusal says so at once; later "I cannot" mostly belongs to an answer."""
+"""A refusal appears at the start; a later "I cannot" usually belongs to a normal response."""
 _DECLINES = re.compile(
     r"\bI(?:'m| am) (?:sorry|unable|not able|afraid)\b"
     r"|\bI (?:cannot|can't|can not|won't|will not)\b"
@@ -17,12 +17,12 @@ _DECLINES = re.compile(
 
 
 def declines(answer: str) -> bool:
-    """Say whether an answer opens with a phrase of refusal; a rule of thumb for English."""
+    """Return whether a response opens with a phrase of refusal; a heuristic for English."""
     return _DECLINES.search(answer[:OPENING_CHARACTERS].replace("\u2019", "'")) is not None
 
 
 def refusal(spec: RefusalSpec) -> Rule:
-    """Score 1 when an answer declines exactly where the column's value asks for it."""
+    """Score 1 if a response declines exactly when the column's value asks for it."""
     wanted = {str(value) for value in spec.declines}
 
     def score(answer: str, value: Any) -> float:
@@ -32,7 +32,7 @@ def refusal(spec: RefusalSpec) -> Rule:
 
 
 def refusing_side(chosen: str, rejected: str) -> str:
-    """Name the side of a pair that declines: neither, chosen, rejected or both."""
+    """Return the side of a pair that declines: neither, chosen, rejected or both."""
     sides = (declines(chosen), declines(rejected))
     return {(False, False): "neither", (True, False): "chosen", (False, True): "rejected"}.get(
         sides, "both"

@@ -1,9 +1,10 @@
-"""The reward behind HTTP: ask a server that ``align serve-reward`` started, or one of your own.
+"""The reward behind HTTP: query a server started by ``align serve-reward``, or a custom one.
 
-Only the standard library is needed. A request that fails is sent again with growing waits until the
-deadline, which holds for the whole exchange: an answer that drips is cut off. Redirects are not
-followed. A server that cannot be reached when the reward is built is an error before anything is
-trained; one that fails later makes answers invalid, a few times, and then ends the stage.
+Only the standard library is needed. A failed request is retried with growing waits until the
+deadline, which covers the whole exchange, so a slowly dripping reply is cut off. Redirects are not
+followed. If the server cannot be reached when the reward is built, this is an error before
+training.
+A later failure makes responses invalid a few times, and then ends the stage.
 """
 
 import http.client
@@ -25,31 +26,33 @@ from reward_models.specs import RemoteSpec
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_S = 0.2
-"""Wait before the first retry; each further one waits twice as long."""
+"""Seconds before the first retry; each further wait is twice as long."""
 ROWS_PER_REQUEST = 256
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Longest reply that is read."""
+"""Largest size of a reply, in bytes."""
 FAILURES = (OSError, ValueError, http.client.HTTPException, RecursionError)
-"""What an exchange with a server can end with."""
+"""Errors that can end an exchange with a server."""
 
 
 class RemoteRewardError(RuntimeError):
-    """Report a reward server that cannot be used."""
+    """A reward server cannot be used."""
 
 
 class _Refused(Exception):
-    """What a server said against a request; sending it again would not help."""
+    """A server rejected a request; sending it again would not help."""
 
 
 class RemoteReward:
-    """Score answers on a server.
+    """Score responses on a server.
 
-    Texts are sent and the server renders them with the scorer's own template. With ``token_ids``
-    the sampled ids go too and are scored, which is exact where both share a tokenizer. The row's
-    own columns go as ``columns``. Only finite numbers count as scores.
+    Texts are sent, and the server renders them with the scorer's own template. With ``token_ids``,
+    the
+    sampled ids are sent too and are scored, which is exact if both sides share a tokenizer. The
+    row's
+    own columns are sent as ``columns``. Only finite numbers count as scores.
 
     Attributes:
-        disagreement: of the last call, as the server gives it; NaN for a single head.
+        disagreement: of the last call, as reported by the server; NaN for a single head.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class RemoteReward:
         self.url = url.rstrip("/")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise RemoteRewardError(
-                f"reward '{name}': url {url!r} is no address; expected http://HOST:PORT"
+                f"reward '{name}': url {url!r} is not an address; expected http://HOST:PORT"
             )
         self.deadline_s = deadline_s
         self.retries = retries
@@ -82,18 +85,18 @@ class RemoteReward:
             self.server = self._ask("/health", None)
         except (_Refused, *FAILURES) as error:
             raise RemoteRewardError(
-                f"reward '{name}': no reward server at {self.url} ({_reason(error)}); start one "
-                "with 'align serve-reward RUN/STAGE' and give its address as url"
+                f"reward '{name}': no reward server at {self.url} ({_reason(error)}). Start one "
+                "with 'align serve-reward RUN/STAGE' and set url to its address."
             ) from error
 
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """Score each answer.
+        """Score each response.
 
         Raises:
-            RemoteRewardError: the server refuses the request, or ``max_failures`` calls in a row
-                were not answered.
+            RemoteRewardError: the server rejects the request, or ``max_failures`` calls in a row
+                got no reply.
         """
         check_rows(prompts, completions, reward=self.name)
         body: dict[str, Sequence[Any]] = {
@@ -121,7 +124,7 @@ class RemoteReward:
         return scores
 
     def _scored(self, part: Mapping[str, Any]) -> tuple[list[float | None], float | None]:
-        """Return the scores of one request, invalid ones where it failed, and their spread."""
+        """Return the scores of one request (invalid ones if it failed) and their spread."""
         num_rows = len(part["completions"])
         try:
             answer = self._ask("/score", part)
@@ -131,7 +134,7 @@ class RemoteReward:
                 raise ValueError(f"{size} scores for {num_rows} answers")
         except _Refused as error:
             raise RemoteRewardError(
-                f"reward '{self.name}': {self.url} refused the request: {error}"
+                f"reward '{self.name}': {self.url} rejected the request: {error}"
             ) from error
         except FAILURES as error:
             self._failures += 1
@@ -140,7 +143,7 @@ class RemoteReward:
             if self._failures >= self.max_failures:
                 raise RemoteRewardError(
                     f"reward '{self.name}': {self.url} did not answer {self._failures} times in a "
-                    f"row ({_reason(error)}); look at the server, then run the stage again"
+                    f"row ({_reason(error)}). Check the server, then run the stage again."
                 ) from error
             return [None] * num_rows, None
         self._failures = 0
@@ -151,7 +154,7 @@ class RemoteReward:
         return scores, finite_score(answer.get("disagreement"))
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Send a request until it is answered, ``retries`` or the deadline are used up."""
+        """Send a request until it is answered or ``retries`` or the deadline are exhausted."""
         data = None if body is None else json.dumps(body, default=str).encode()
         end = time.monotonic() + self.deadline_s
         for attempt in range(self.retries + 1):
@@ -162,16 +165,16 @@ class RemoteReward:
                 if attempt == self.retries or time.monotonic() + wait >= end:
                     raise
                 reason = _reason(error)
-            log.info("reward %s: %s; asking again in %.1f s", self.name, reason, wait)
+            log.info("reward %s: %s; retrying in %.1f s", self.name, reason, wait)
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
     def _exchange(self, path: str, data: bytes | None, limit_s: float) -> dict[str, Any]:
-        """Send one request and read its reply, all within the limit.
+        """Send one request and read its reply, within the time limit.
 
         Raises:
-            _Refused: the server says that the request is wrong.
-            OSError, HTTPException, ValueError, RecursionError: there is no readable answer.
+            _Refused: the server says that the request is invalid.
+            OSError, HTTPException, ValueError, RecursionError: there is no readable reply.
         """
         address = urlsplit(self.url)
         secure = address.scheme == "https"
@@ -179,7 +182,7 @@ class RemoteReward:
         connection = kind(address.netloc.rpartition("@")[2], timeout=limit_s)
         began = time.monotonic()
         connection.connect()
-        # A timeout of the socket starts anew with every byte; this one ends the whole exchange.
+        # A socket timeout restarts with every byte; this timer ends the whole exchange.
         cut = threading.Timer(limit_s, _shut, [connection.sock])
         cut.start()
         try:
@@ -203,7 +206,7 @@ class RemoteReward:
 def _read_answer(status: int, text: bytes) -> dict[str, Any]:
     said = text[:2000].decode(errors="replace")
     if 300 <= status < 400:
-        raise _Refused(f"{status}: redirects are not followed; give the final address as url")
+        raise _Refused(f"{status}: redirects are not followed; set url to the final address")
     if status >= 500 or status == 429:
         raise HTTPError("", status, said[:200], Message(), None)
     if status != 200:
@@ -219,12 +222,12 @@ def _read_answer(status: int, text: bytes) -> dict[str, Any]:
 def _shut(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:  # the other side was first
+    except OSError:  # the other side closed first
         return
 
 
 def _fault(score: Any) -> str:
-    """Return the counted reason why something is no score."""
+    """Return the counted reason why a value is not a score."""
     if score is None:
         return "server: invalid"
     if isinstance(score, int | float) and not isinstance(score, bool):
@@ -233,7 +236,7 @@ def _fault(score: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a column's value as JSON has it; numbers that are not finite become null."""
+    """Return a column's value for JSON; non-finite numbers become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -248,7 +251,7 @@ def _reason(error: BaseException) -> str:
 
 
 def build_remote(spec: RemoteSpec) -> RemoteReward:
-    """Reach the server of a spec.
+    """Connect to the server of a spec.
 
     Raises:
         RemoteRewardError: it cannot be reached.

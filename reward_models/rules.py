@@ -1,4 +1,4 @@
-"""Rewards that are plain rules on the answer's text: match, regex, format, length, repetition."""
+"""Rule-based rewards on the response's text: match, regex, format, length, repetition."""
 
 import unicodedata
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from reward_models.specs import (
 PatternSpec = ExactMatchSpec | RegexSpec | FormatSpec
 
 PATTERN_TIMEOUT_S = 1.0
-"""Time limit of one pattern on one answer: patterns can take exponential time."""
+"""Time limit of one pattern on one response, since patterns can take exponential time."""
 
 
 def _compile(spec: PatternSpec, *, num_groups: int | None = None) -> regex.Pattern[str]:
     """Compile the pattern of a spec; the grammar is that of ``re`` (``regex`` version 0).
 
     Raises:
-        ValueError: if the pattern is malformed or has another number of groups than needed.
+        ValueError: the pattern is malformed or does not have the required number of groups.
     """
     where = f"reward '{spec.label}': pattern {spec.pattern!r}"
     try:
@@ -34,8 +34,8 @@ def _compile(spec: PatternSpec, *, num_groups: int | None = None) -> regex.Patte
         raise ValueError(f"{where} is not a regular expression: {error}") from error
     if num_groups is not None and pattern.groups != num_groups:
         raise ValueError(
-            f"{where} has {pattern.groups} groups; it needs exactly {num_groups} around what is "
-            "compared, use (?:...) for the others"
+            f"{where} has {pattern.groups} groups; it needs exactly {num_groups} around the text "
+            "to compare. Use (?:...) for the others."
         )
     return pattern
 
@@ -46,7 +46,7 @@ def _composed(text: str) -> str:
 
 
 def _plain_value(value: Any) -> str:
-    """Return a column's value as text; a column with a gap makes floats of its integers."""
+    """Return a column's value as text; in a column with gaps, integers are stored as floats."""
     is_whole = isinstance(value, float) and value.is_integer()
     return str(int(value)) if is_whole else str(value)
 
@@ -59,12 +59,11 @@ def _within_limit(find: Callable[[], Any]) -> Any:
 
 
 def exact_match(spec: ExactMatchSpec) -> Rule:
-    """Score 1 when the answer, or what ``pattern`` captures of it, equals the column's value.
+    """Score 1 if the response, or what ``pattern`` captures of it, equals the column's value.
 
-    Surrounding whitespace never counts, nor does the way Unicode composes a letter; 4.0 of a column
-    with gaps is 4. The last match of the pattern is taken, so an answer that
-    corrects itself is judged by its end. No match is a wrong answer: 0. A list in the column
-    holds several accepted values.
+    Surrounding white space and Unicode composition are ignored; 4.0 in a column with gaps is 4. The
+    last match of the pattern counts, so a response that corrects itself is scored by its end. No
+    match is a wrong answer: 0. A list in the column contains several accepted values.
     """
     pattern: Any = _compile(spec, num_groups=1) if spec.pattern is not None else None
 
@@ -87,7 +86,7 @@ def exact_match(spec: ExactMatchSpec) -> Rule:
 
 
 def regex_found(spec: RegexSpec) -> Rule:
-    """Score 1 when the pattern is found anywhere in the answer."""
+    """Score 1 if the pattern is found anywhere in the response."""
     pattern = _compile(spec)
 
     def score(answer: str, value: Any) -> float:
@@ -98,7 +97,7 @@ def regex_found(spec: RegexSpec) -> Rule:
 
 
 def format_matches(spec: FormatSpec) -> Rule:
-    """Score 1 when the whole answer, from first to last character, has the form of the pattern."""
+    """Score 1 if the whole response matches the pattern."""
     pattern = _compile(spec)
 
     def score(answer: str, value: Any) -> float:
@@ -111,10 +110,10 @@ def format_matches(spec: FormatSpec) -> Rule:
 
 
 def length(spec: LengthSpec) -> Rule:
-    """Score 1 up to ``target`` words, 0 from ``limit`` words on, a straight line between.
+    """Score 1 up to ``target`` words, 0 from ``limit`` words on, linear in between.
 
     Raises:
-        ValueError: if ``limit`` is not above ``target``.
+        ValueError: ``limit`` is not above ``target``.
     """
     target, limit = spec.target, spec.limit
     if limit <= target:
@@ -130,9 +129,9 @@ def length(spec: LengthSpec) -> Rule:
 
 
 def repetition(spec: RepetitionSpec) -> Rule:
-    """Score the share of the answer's word n-grams that are distinct.
+    """Score the fraction of the response's word n-grams that are distinct.
 
-    An answer with fewer than ``ngram`` words repeats nothing and scores 1.
+    A response with fewer than ``ngram`` words repeats nothing and scores 1.
     """
     ngram = spec.ngram
 

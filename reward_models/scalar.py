@@ -1,11 +1,13 @@
-"""The learned scorer: a decoder or an encoder with one scalar head or several, and its files.
+"""The learned scorer: a decoder or an encoder with one or several scalar heads, and its files.
 
-Of a decoder, index t of the values speaks of the text up to and including token t; the score of an
-answer is the value at its last real token, the stop token included, as in training. That position
+For a decoder, index t of the values refers to the text up to and including token t. The score of a
+response is the value at its last real token, including the stop token, as in training. This
+position
 comes from lengths or the attention mask, never from comparing ids with the pad id.
 
-An encoder sees the whole text from everywhere. Its score is read from its first token, [CLS], and
-every index of the values holds that one number, so the last of them is the score here too.
+An encoder attends to the whole text from every position. Its score is read from its first token,
+[CLS], and every index of the values contains that number, so the last of them is the score here
+too.
 """
 
 import json
@@ -25,11 +27,11 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 SCORER_FILE = "scorer.json"
 Reads = Literal["last", "first"]
-"""The token that a score is read from: the last one of a decoder, the first one of an encoder."""
+"""The token from which a score is read: the last one of a decoder, the first one of an encoder."""
 
 
 class ScalarHead(nn.Linear):
-    """Map each hidden state to one number a head, in float32 whatever the weights' dtype.
+    """Map each hidden state to one number per head, in float32 for any dtype of the weights.
 
     Reference: "The N Implementation Details of RLHF with PPO": weights ~ N(0, 1 / sqrt(d + 1))
         for a hidden size d.
@@ -44,27 +46,27 @@ class ScalarHead(nn.Linear):
             self.weight.normal_(0.0, std, generator=generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Give float32 values per position: (B, T, D) -> (B, T), or (B, T, K) of K > 1 heads."""
+        """Return float32 values per position: (B, T, D) -> (B, T), or (B, T, K) for K > 1 heads."""
         values = nn.functional.linear(hidden.float(), self.weight.float())
         return values.squeeze(-1) if self.out_features == 1 else values
 
 
 class RewardModel(nn.Module):
-    """Give every token of a text a scalar value.
+    """Compute a scalar value for every token of a text.
 
     Args:
         backbone: a transformers decoder without its language-model head (``AutoModel``), or an
             encoder without its pooler.
         hidden_size: width of the backbone's last hidden state.
-        num_heads: heads on the one backbone; more than one make an ensemble.
+        num_heads: number of heads on the backbone; several heads form an ensemble.
         reads: ``first`` for an encoder.
-        separator: the token behind which an encoder's token types are 1; None for one without.
-        generator: source of the heads' random initial weights.
+        separator: the token after which an encoder's token types are 1; None without token types.
+        generator: random generator of the heads' initial weights.
 
     Attributes:
-        mean: mean score on reference samples, one a head; a float32 buffer, kept in scorer.json.
-        std: standard deviation of the same; set both with `set_normalisation`.
-        extra: what scorer.json says besides, such as how the scorer was supervised.
+        mean: mean score on reference samples, one per head; a float32 buffer, saved in scorer.json.
+        std: standard deviation of the same scores; set both with `set_normalisation`.
+        extra: other keys of scorer.json, such as how the scorer was supervised.
     """
 
     mean: Tensor
@@ -92,20 +94,20 @@ class RewardModel(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """Count the heads."""
+        """Return the number of heads."""
         return self.head.out_features
 
     @property
     def config(self) -> Any:
-        """Give the backbone's configuration."""
+        """Return the backbone's configuration."""
         return self.backbone.config
 
     @property
     def max_tokens(self) -> int | None:
-        """Give the longest text that the backbone has positions for; None where nothing says."""
+        """Return the largest number of tokens for which the backbone has positions, or None."""
         for name, module in self.backbone.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                # RoBERTa counts positions from behind its pad id.
+                # RoBERTa counts positions from after its pad id.
                 before = 0 if module.padding_idx is None else module.padding_idx + 1
                 return module.num_embeddings - before
         return getattr(self.config, "max_position_embeddings", None)
@@ -118,19 +120,19 @@ class RewardModel(nn.Module):
     def set_normalisation(
         self, *, mean: float | Sequence[float], std: float | Sequence[float]
     ) -> None:
-        """Keep the mean and standard deviation of the raw scores on reference samples.
+        """Store the mean and standard deviation of the raw scores on reference samples.
 
-        With several heads both hold one number a head.
+        With several heads, both have one number per head.
 
         Raises:
-            ValueError: if a number is not finite, ``std`` is not above 0, or their count is wrong.
+            ValueError: a number is not finite, ``std`` is not above 0, or their count is wrong.
         """
         means, stds = torch.tensor(mean), torch.tensor(std)
         if not (means.isfinite().all() and stds.isfinite().all() and (stds > 0.0).all()):
             raise ValueError(f"scorer mean {mean}, std {std}: need finite numbers and std > 0")
         if not means.shape == stds.shape == self.mean.shape:
             raise ValueError(f"scorer mean {mean}, std {std}: need {self.num_heads} of each")
-        # New tensors: DeepSpeed casts the buffers that it finds to the training dtype.
+        # Create new tensors, since DeepSpeed casts existing buffers to the training dtype.
         device = self.mean.device
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
@@ -143,19 +145,19 @@ class RewardModel(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Give the raw value at every position.
+        """Return the raw value at every position.
 
         Args:
             input_ids: (B, T), or one packed row (1, N) with ``position_ids`` restarting at 0.
-            position_ids: (B, T); an encoder counts by itself.
+            position_ids: (B, T); an encoder counts positions itself.
             attention_mask: (B, T), 1 on real tokens; right padding.
-            kwargs: handed to the backbone.
+            kwargs: passed to the backbone.
 
         Returns:
-            (B, T) float32, not normalised.
+            (B, T) float32, not normalized.
         """
         if self.reads == "first":
-            assert position_ids is None, "texts of an encoder are rows of their own"
+            assert position_ids is None, "an encoder needs each text in its own row"
             return self._of_whole_texts(input_ids, attention_mask)
         output = self.backbone(
             input_ids=input_ids,
@@ -167,7 +169,7 @@ class RewardModel(nn.Module):
         return self.head(output.last_hidden_state)
 
     def _of_whole_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Give every token the value of the first token of its row."""
+        """Return the value of each row's first token for all its tokens."""
         types = {}
         if self.separator is not None:
             types["token_type_ids"] = token_types(input_ids, self.separator)
@@ -183,12 +185,12 @@ class RewardModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write model.safetensors, config.json, scorer.json and the tokenizer's files.
+        """Save model.safetensors, config.json, scorer.json and the tokenizer's files.
 
         Args:
-            directory: made if missing.
-            tokenizer: the one the scorer was trained with.
-            state_dict: full weights where the module's own are sharded (ZeRO-3).
+            directory: created if missing.
+            tokenizer: the tokenizer with which the scorer was trained.
+            state_dict: full weights if the module's own are sharded (ZeRO-3).
             extra: further keys for scorer.json.
         """
         from safetensors.torch import save_file
@@ -216,16 +218,17 @@ class RewardModel(nn.Module):
         *,
         attn_implementation: str | None = None,
     ) -> "RewardModel":
-        """Read a scorer that `save` wrote.
+        """Load a scorer that `save` wrote.
 
         Args:
-            directory: ``model/`` of a reward stage. dtype: of the weights.
-            attn_implementation: of a decoder, ``exact_attention`` if left out; an encoder takes
-                transformers' own choice.
+            directory: ``model/`` of a reward stage.
+            dtype: dtype of the weights.
+            attn_implementation: attention of a decoder, default ``exact_attention``; an encoder
+                uses transformers' own choice.
 
         Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if the weights do not fit the configuration.
+            FileNotFoundError: a file is missing.
+            ValueError: the weights do not fit the configuration.
         """
         from safetensors.torch import load_file
         from transformers import AutoConfig, AutoModel
@@ -251,7 +254,7 @@ class RewardModel(nn.Module):
         width = config.get_text_config().hidden_size
         model = cls(backbone, width, num_heads=num_heads, reads=reads, separator=separator)
         model.extra = {k: v for k, v in scorer.items() if k not in ("mean", "std")}
-        # The head alone: casting the backbone again would round its rotary frequencies.
+        # Cast only the head: casting the backbone again would round its rotary frequencies.
         model.head.to(dtype)
         try:
             model.load_state_dict(load_file(directory / WEIGHTS_FILE))
@@ -262,21 +265,21 @@ class RewardModel(nn.Module):
 
 
 def exact_attention(config: Any) -> str | None:
-    """Return the attention that computes what a decoder's configuration says; None for any."""
+    """Return the attention that exactly follows a decoder's configuration; None for any."""
     text = config.get_text_config()
-    # transformers' fused attention leaves the soft cap out, and scales Falcon's ALiBi otherwise.
+    # transformers' fused attention ignores the soft cap and scales Falcon's ALiBi differently.
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     return "eager" if capped or getattr(text, "alibi", False) else None
 
 
 def drop_pooler(encoder: Any) -> None:
-    """Take off the layer behind an encoder's states, if it has one: scores are read before it."""
+    """Remove the pooler of an encoder if it has one, since scores are read before it."""
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
 
 
 def reads_first(directory: Path) -> bool:
-    """Say whether a folder holds a scorer that is an encoder."""
+    """Return whether a folder contains an encoder-based scorer."""
     path = directory / SCORER_FILE
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("reads") == "first"
 
@@ -284,7 +287,7 @@ def reads_first(directory: Path) -> bool:
 def score_token_ids(
     model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
 ) -> list[float]:
-    """Give the raw score of each token row, in order: the mean over the heads."""
+    """Return the raw score of each token row, in order: the mean over the heads."""
     by_head = score_heads(model, rows, micro_tokens=micro_tokens)
     return [sum(scores) / len(scores) for scores in by_head]
 
@@ -292,7 +295,7 @@ def score_token_ids(
 def score_heads(
     model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
 ) -> list[list[float]]:
-    """Score token rows, each ending as its answer ends; one raw score a head, in row order."""
+    """Return one raw score per head for each token row; every row ends with its response."""
     found = token_values(model, rows, micro_tokens=micro_tokens)
     return [values[-1].view(-1).tolist() for values in found]
 
@@ -301,28 +304,30 @@ def score_heads(
 def token_values(
     model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
 ) -> list[Tensor]:
-    """Give the values of every token of each row, in batches of similar length.
+    """Return the values of every token of each row, computed in batches of similar length.
 
-    The module's mode (dropout) is put back afterwards.
+    The module's mode (dropout) is restored afterwards.
 
     Args:
         model: the scorer.
-        rows: token ids of prompt and answer; at least one token each.
-        micro_tokens: padded tokens of one forward pass (a longer row goes alone).
+        rows: token ids of prompt and response; at least one token each.
+        micro_tokens: padded tokens of one forward pass (a longer row has its own pass).
 
     Returns:
-        For each row (T,), or (T, K) of several heads, on CPU.
+        For each row (T,), or (T, K) with several heads, on CPU.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     device = model.head.weight.device
     was_training = model.training
     model.eval()
+    # Take the shortest rows first, and grow each batch up to the token budget.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while order:
         size = 1
         while size < len(order) and len(rows[order[size]]) * (size + 1) <= micro_tokens:
             size += 1
         batch, order = order[:size], order[size:]
+        # Pad on the right to the longest row of the batch.
         lengths = torch.tensor([len(rows[i]) for i in batch])
         width = int(lengths.max())
         ids = torch.zeros(len(batch), width, dtype=torch.long)

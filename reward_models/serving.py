@@ -1,4 +1,4 @@
-"""A learned reward behind HTTP: requests that come close together are scored in one batch."""
+"""A learned reward behind HTTP; concurrent requests are scored in one batch."""
 
 import asyncio
 import json
@@ -13,17 +13,17 @@ from typing import Any, Protocol
 from reward_models.base import InvalidScoreError
 
 MAX_ROWS = 1024
-"""Answers of one request."""
+"""Largest number of responses in one request."""
 MAX_BYTES = 16 * 2**20
-"""Size of one request."""
+"""Largest size of one request."""
 BATCH_ROWS = 512
-"""Answers that are scored together."""
+"""Largest number of responses scored together."""
 WAIT_S = 0.005
-"""How long the first request of a batch waits for others."""
+"""Seconds that the first request of a batch waits for others."""
 READ_TIMEOUT_S = 30.0
-"""How long a request may take to arrive."""
+"""Seconds within which a request must arrive."""
 MAX_WAITING = 64
-"""Requests that may wait for the scorer; more are told to come again."""
+"""Largest number of waiting requests; further ones must be retried by the client."""
 FIELDS = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
@@ -34,16 +34,16 @@ class Scorer(Protocol):
     disagreement: float
 
     def __call__(self, *, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
-        """Give one score per completion."""
+        """Return one score per completion."""
         ...
 
 
 class BadRequestError(ValueError):
-    """Report a request that cannot be scored; its text goes to the client."""
+    """A request cannot be scored; the message is sent to the client."""
 
 
 class Batcher:
-    """Score requests in one thread, those that wait together in one call."""
+    """Score requests in one thread; waiting requests are combined in one call."""
 
     def __init__(self, reward: Scorer) -> None:
         self._reward = reward
@@ -52,10 +52,10 @@ class Batcher:
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, body: Mapping[str, list[Any]]) -> Future[dict[str, Any]]:
-        """Queue a checked request.
+        """Queue a validated request.
 
         Raises:
-            queue.Full: too many wait already.
+            queue.Full: too many requests are waiting.
         """
         done: Future[dict[str, Any]] = Future()
         self._waiting.put_nowait((body, done))
@@ -83,7 +83,7 @@ class Batcher:
         joined = {name: [x for body, _ in batch for x in body[name]] for name in names}
         try:
             scores = self._reward(**joined)
-        # Whatever a text makes the scorer do is told to its client; the server goes on.
+        # Any error of the scorer is sent to the client, and the server continues.
         except Exception as error:
             if len(batch) > 1:  # one bad request must not fail the others
                 for item in batch:
@@ -101,10 +101,10 @@ class Batcher:
 
 
 def read_request(data: bytes) -> dict[str, list[Any]]:
-    """Check the body of a request.
+    """Validate the body of a request.
 
     Raises:
-        BadRequestError: with what is wrong.
+        BadRequestError: says what is wrong.
     """
     try:
         body = json.loads(data)
@@ -116,19 +116,21 @@ def read_request(data: bytes) -> dict[str, list[Any]]:
             "expected an object with prompts, completions and, if known, prompt_ids, "
             "completion_ids, columns"
         )
-    body.pop("columns", None)  # for servers with rules of their own; a scorer reads the texts
+    body.pop("columns", None)  # for custom servers; a scorer reads only the texts
     if ("prompt_ids" in body) != ("completion_ids" in body):
-        raise BadRequestError("prompt_ids and completion_ids go together")
+        raise BadRequestError("prompt_ids and completion_ids must be sent together")
     lengths = {name: len(v) if isinstance(v, list) else -1 for name, v in body.items()}
     if len(set(lengths.values())) != 1 or -1 in lengths.values():
-        raise BadRequestError(f"expected lists of equal length, found {lengths} (-1: no list)")
+        raise BadRequestError(f"expected lists of equal length, found {lengths} (-1: not a list)")
     if not 1 <= lengths["completions"] <= MAX_ROWS:
-        raise BadRequestError(f"{lengths['completions']} answers; expected 1 to {MAX_ROWS}")
+        raise BadRequestError(f"{lengths['completions']} responses; expected 1 to {MAX_ROWS}")
     for name in ("prompts", "completions"):
         if not all(isinstance(x, str) or _is_turns(x) for x in body[name]):
             raise BadRequestError(f"{name}: expected texts or lists of turns {{role, content}}")
         if not all(_is_encodable(x) for x in body[name]):
-            raise BadRequestError(f"{name}: a text holds half a surrogate pair, which is no letter")
+            raise BadRequestError(
+                f"{name}: a text contains half of a surrogate pair, which is not a character"
+            )
     if not all(isinstance(x, str) or _has_answer(x) for x in body["completions"]):
         raise BadRequestError("completions: expected an assistant turn among the turns")
     for name in ("prompt_ids", "completion_ids"):
@@ -166,11 +168,12 @@ def _has_answer(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = True) -> Any:
-    """Give the web application: ``GET /health`` says ``about``, ``POST /score`` scores.
+    """Return the web application: ``GET /health`` returns ``about``, ``POST /score`` scores.
 
     Args:
-        reward: scores. about: what it is.
-        takes_ids: False where it reads texts alone, and a request with token ids is refused.
+        reward: the scorer.
+        about: its description.
+        takes_ids: False if it only reads texts; requests with token ids are then rejected.
 
     Raises:
         ImportError: fastapi is not installed.
@@ -197,16 +200,16 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
                 async for part in request.stream():
                     data += part
                     if len(data) > MAX_BYTES:
-                        return refuse(413, f"more than {MAX_BYTES} bytes; send fewer answers")
+                        return refuse(413, f"more than {MAX_BYTES} bytes; send fewer responses")
         except TimeoutError:
             return refuse(408, f"the request did not arrive within {READ_TIMEOUT_S:g} s")
         except ClientDisconnect:
-            return refuse(400, "the client left")
+            return refuse(400, "the client disconnected")
         try:
             body = read_request(bytes(data))
             if not takes_ids and "prompt_ids" in body:
                 raise BadRequestError(
-                    "this reward model is an encoder and reads texts; leave token ids out "
+                    "this reward model is an encoder and reads texts. Do not send token ids "
                     "(token_ids: false)"
                 )
             future = batcher.submit(body)
@@ -214,7 +217,7 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
         except (ValueError, InvalidScoreError) as error:  # a request that cannot be scored
             return refuse(422, str(error))
         except queue.Full:
-            return refuse(503, f"{MAX_WAITING} requests wait already")
+            return refuse(503, f"{MAX_WAITING} requests are already waiting")
         except Exception as error:
             return refuse(500, f"{type(error).__name__}: {error}")
 

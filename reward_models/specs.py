@@ -1,8 +1,8 @@
-"""What each reward can be told: one class per kind, the one source of its keys and defaults.
+"""Settings of each reward: one class per kind, the only source of its keys and defaults.
 
-A recipe is checked by these classes, and ``build_reward`` by the same. They stand here and not with
-the rest of the recipe's schema because nothing in this package imports ``align``; neither torch nor
-any other heavy library is imported.
+Recipes and ``build_reward`` are validated by these classes. They are here and not in the recipe's
+schema because nothing in this package imports ``align``. Neither torch nor any other heavy library
+is imported.
 """
 
 from collections.abc import Mapping
@@ -24,18 +24,18 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Spec(BaseModel):
-    """Base of every specification: unknown keys and later changes are refused."""
+    """Base of every specification; unknown keys and later changes are rejected."""
 
-    # Deferred: only the recipe as a whole is ever validated, and building each class takes time.
+    # Deferred: only whole recipes are validated, and building each class takes time.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Ref:
-    """Mark of a field that names an artifact: a folder, or in a recipe the stage that writes it.
+    """Mark a field that names an artifact: a folder or, in a recipe, the stage that writes it.
 
     Attributes:
-        kinds: what the artifact may be, such as ``policy``.
+        kinds: allowed kinds of the artifact, such as ``policy``.
     """
 
     kinds: tuple[str, ...]
@@ -45,26 +45,26 @@ class Ref:
 
 
 class EndpointSpec(Spec):
-    """Name a language model behind an OpenAI-compatible API, and how it is asked."""
+    """A language model behind an OpenAI-compatible API, and how it is asked."""
 
     url: str
     """Base of the API, such as http://127.0.0.1:8000/v1."""
     model: str
     api_key_env: str | None = None
-    """Environment variable that holds the key; None sends none."""
+    """Environment variable that contains the key; None sends none."""
     max_tokens: Count = 256
     concurrency: Count = 8
     timeout_s: Positive = 60.0
     deadline_s: Positive = 3600.0
     retries: Annotated[int, Field(ge=0)] = 4
     cache: str | None = "runs/judge-cache"
-    """Folder of the verdicts by the hash of what was asked; null keeps none."""
+    """Folder of cached verdicts, by the hash of the request; null disables the cache."""
     dollars_per_million: tuple[float, float] = (0.0, 0.0)
-    """Prices of a million prompt tokens and of a million answer tokens."""
+    """Prices of a million prompt tokens and of a million response tokens."""
 
 
 class RewardBase(Spec):
-    """Hold what every reward has."""
+    """Settings of every reward."""
 
     weight: float = 1.0
     name: str | None = None
@@ -73,25 +73,25 @@ class RewardBase(Spec):
 
     @property
     def label(self) -> str:
-        """The reward's name in tables and metrics: its own, or its kind."""
+        """Return the reward's name in tables and metrics: its own, or its kind."""
         return self.name or self.kind
 
 
 class ScalarSpec(RewardBase):
-    """Score with a trained reward model: a reward stage's name or an artefact's path."""
+    """Score with a trained reward model: the name of a reward stage or the path of an artifact."""
 
     kind: Literal["scalar"]
     model: Annotated[str, Ref("reward_model")]
     normalise: bool = True
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """How the scores of a model with several heads become one."""
+    """How the scores of several heads are combined."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the backbone's weights; the head computes in float32."""
+    """Dtype of the backbone's weights; the head computes in float32."""
 
 
 class ProcessSpec(RewardBase):
-    """Score solutions step by step: a reward stage with ``supervision: steps``."""
+    """Score solutions step by step with a reward stage that has ``supervision: steps``."""
 
     kind: Literal["process"]
     model: Annotated[str, Ref("reward_model")]
@@ -100,7 +100,7 @@ class ProcessSpec(RewardBase):
 
 
 class ExactMatchSpec(RewardBase):
-    """Score 1 when the answer (or what ``pattern`` captures of it) equals the column's value."""
+    """Score 1 if the response (or what ``pattern`` captures of it) equals the column's value."""
 
     kind: Literal["exact_match"]
     column: str = "answer"
@@ -109,14 +109,14 @@ class ExactMatchSpec(RewardBase):
 
 
 class RegexSpec(RewardBase):
-    """Score 1 when ``pattern`` is found in the answer."""
+    """Score 1 if ``pattern`` is found in the response."""
 
     kind: Literal["regex"]
     pattern: str
 
 
 class FormatSpec(RewardBase):
-    """Score 1 when the whole answer has the form ``pattern``."""
+    """Score 1 if the whole response matches ``pattern``."""
 
     kind: Literal["format"]
     pattern: str
@@ -131,14 +131,14 @@ class LengthSpec(RewardBase):
 
 
 class RepetitionSpec(RewardBase):
-    """Score the share of n-grams of the answer that are distinct."""
+    """Score the fraction of the response's n-grams that are distinct."""
 
     kind: Literal["repetition"]
     ngram: Count = 3
 
 
 class RefusalSpec(RewardBase):
-    """Score 1 when the answer declines exactly where the column's value is in ``declines``."""
+    """Score 1 if the response declines exactly when the column's value is in ``declines``."""
 
     kind: Literal["refusal"]
     column: str = "label"
@@ -146,7 +146,7 @@ class RefusalSpec(RewardBase):
 
 
 class MathSpec(RewardBase):
-    """Score 1 when the final number (or LaTeX expression) equals the column's value."""
+    """Score 1 if the final number (or LaTeX expression) equals the column's value."""
 
     kind: Literal["math"]
     column: str = "answer"
@@ -155,30 +155,30 @@ class MathSpec(RewardBase):
 
 
 class RemoteSpec(RewardBase):
-    """Score on a server that ``align serve-reward`` started."""
+    """Score on a server started by ``align serve-reward``."""
 
     kind: Literal["remote"]
     url: str
-    """Its address, such as http://127.0.0.1:8765."""
+    """Address of the server, such as http://127.0.0.1:8765."""
     deadline_s: Positive = 60.0
-    """Of one request, retries included."""
+    """Limit of one request, including retries."""
     retries: Annotated[int, Field(ge=0)] = 4
     max_failures: Count = 3
-    """Requests in a row without an answer after which the stage ends."""
+    """Number of consecutive requests without a reply after which the stage ends."""
     token_ids: bool = False
-    """Send the sampled token ids instead of texts: policy and scorer share a tokenizer."""
+    """Send the sampled token ids too, if policy and scorer share a tokenizer."""
 
 
 class JudgeSpec(RewardBase):
-    """Let a language model behind an OpenAI-compatible API grade each answer."""
+    """Grade each response with a language model behind an OpenAI-compatible API."""
 
     kind: Literal["judge"]
     endpoint: EndpointSpec
     criteria: str = "Judge whether it helps: correct, on the question, clear."
     scale: tuple[int, int] = (1, 10)
-    """Worst and best grade; the score is the grade's place between them, in [0, 1]."""
+    """Worst and best grade; the score is the grade's relative position between them, in [0, 1]."""
     reference: str | None = None
-    """Column with a good answer that the judge is shown."""
+    """Column with a reference answer that is shown to the judge."""
 
     @model_validator(mode="after")
     def _scale_rises(self) -> "JudgeSpec":
@@ -188,26 +188,26 @@ class JudgeSpec(RewardBase):
 
 
 class PythonSpec(RewardBase):
-    """Score with a function of one's own: TRL's, verl's or OpenRLHF's convention."""
+    """Score with a user-defined function that follows TRL's, verl's or OpenRLHF's convention."""
 
     kind: Literal["python"]
     path: Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$")]
-    """``FILE.py:FUNCTION``, from the recipe's folder, or ``MODULE:FUNCTION``; a class will do."""
+    """``FILE.py:FUNCTION``, relative to the recipe's folder, or ``MODULE:FUNCTION``, or a class."""
     args: dict[str, Any] = {}
-    """Given to the function by keyword, to a class when it is made."""
+    """Keyword arguments of the function, or of the class constructor."""
     deadline_s: Positive = 30.0
-    """Of one call, in seconds; then the process of the function is killed and started again."""
+    """Limit of one call, in seconds; then the function's process is killed and restarted."""
     memory_gib: Positive = 8.0
-    """What the process may hold."""
+    """Memory limit of the process."""
 
     @property
     def label(self) -> str:
-        """The reward's name in tables and metrics: its own, or the function's."""
+        """Return the reward's name in tables and metrics: its own, or the function's."""
         return self.name or self.path.rpartition(":")[2]
 
 
 class EnsembleSpec(RewardBase):
-    """Combine rewards that judge the same thing."""
+    """Combine rewards that rate the same property."""
 
     kind: Literal["ensemble"]
     members: list["RewardSpec"] = Field(min_length=2)
@@ -240,10 +240,10 @@ def kinds() -> dict[str, type[RewardBase]]:
 
 
 def read_spec(given: Mapping[str, Any]) -> RewardBase:
-    """Return the specification that a plain mapping describes, its defaults filled in.
+    """Return the specification that a plain mapping describes, with defaults filled in.
 
     Raises:
-        ValueError: the kind or a key is unknown, a key is missing, or a value cannot be.
+        ValueError: the kind or a key is unknown, a key is missing, or a value is invalid.
     """
     known, kind = kinds(), given.get("kind")
     if kind not in known:
@@ -257,7 +257,7 @@ def read_spec(given: Mapping[str, Any]) -> RewardBase:
 
 
 def _problem(error: Mapping[str, Any], known: Mapping[str, type[RewardBase]]) -> str:
-    # pydantic puts the kind of each reward on the way into the location.
+    # pydantic includes the kind of each reward in the location.
     path = [str(part) for part in error["loc"] if part not in known]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":

@@ -1,7 +1,7 @@
-"""A process of its own for code that can hang, eat memory or die: asked line by line in JSON.
+"""A separate process for code that can hang, exhaust memory or die, with requests as lines of JSON.
 
-The worker is ``python -m MODULE``; `Worker` starts it, asks it under a time limit and kills it, and
-`serve` is its loop. Where the parent dies, the worker's input ends and so does the worker.
+The worker is ``python -m MODULE``. `Worker` starts it, sends requests under a time limit and kills
+it; `serve` is its loop. If the parent dies, the worker's input ends, and so does the worker.
 """
 
 import json
@@ -19,11 +19,11 @@ from typing import Any
 
 
 class WorkerError(RuntimeError):
-    """Report a worker that gave no answer; the message is the reason."""
+    """A worker gave no reply; the message is the reason."""
 
 
 class Worker:
-    """A process that is started when it is first asked, and again after it was killed."""
+    """A process that is started on the first request, and again after it was killed."""
 
     def __init__(
         self,
@@ -38,10 +38,9 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Any:
-        """Start the process if none runs; return what it said first, None if one runs.
-
+        """Start the process unless one is running; return its first message, or None.
         Raises:
-            WorkerError: it does not begin in time, or dies.
+            WorkerError: it does not start in time, or dies.
         """
         if self.process is not None and self.process.poll() is None:
             return None
@@ -63,19 +62,20 @@ class Worker:
         """Return the reply to a request.
 
         Raises:
-            WorkerError: it timed out or died; it is killed, and the next request starts another.
+            WorkerError: the worker timed out or died; it is killed, and the next request starts
+                another.
         """
         self.start()
         return self._exchange(json.dumps(request, default=str).encode() + b"\n", timeout_s, "died")
 
     def close(self) -> None:
-        """Kill the process with all that it started."""
+        """Kill the process and all its children."""
         if self.process is not None:
             _kill(self.process)
             self.process = None
 
     def _exchange(self, request: bytes, timeout_s: float, failed: str) -> Any:
-        """Write a request and read one line, both within the time limit."""
+        """Write a request and read one line, within the time limit."""
         process = self.process
         assert process is not None
         assert process.stdin is not None
@@ -107,14 +107,14 @@ class Worker:
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # it has ended by itself
+    except (ProcessLookupError, PermissionError):  # it has already exited
         process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
         try:
             pipe.close()
-        except BrokenPipeError:  # unsent bytes for a process that is gone
+        except BrokenPipeError:  # unsent bytes for a dead process
             continue
 
 
@@ -123,16 +123,16 @@ def serve(
     *,
     limit: tuple[int, int],
 ) -> None:
-    """Answer requests until stdin ends; what the code prints goes to standard error.
+    """Answer requests until stdin ends; printed output goes to standard error.
 
     Args:
-        answer: prepares (imports, loads) and returns the first reply and the function of requests.
-        limit: resource of ``resource.setrlimit`` and bytes, set once all is prepared.
+        answer: prepares (imports, loads) and returns the first reply and the request function.
+        limit: resource of ``resource.setrlimit`` and bytes, set after preparation.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     requests = os.fdopen(os.dup(sys.stdin.fileno()))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    with open(os.devnull) as nothing:  # code that reads its input must not read the requests
+    with open(os.devnull) as nothing:  # user code must not read the requests
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     first, function = answer()
     kind, size = limit

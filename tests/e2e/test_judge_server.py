@@ -101,5 +101,5 @@ def test_real_server_cuts_a_verdict_and_refuses_an_unknown_model(url: str) -> No
     assert short.judge([Pair("q", "a", "b")])[0].result is None
     assert short.report()["invalid"] == {"cut": 2}
     unknown = JudgeClient(Endpoint(url=url, model="other"))
-    with pytest.raises(JudgeError, match=r"refused.*other"):
+    with pytest.raises(JudgeError, match=r"rejected.*other"):
         unknown.ask([[{"role": "user", "content": "hello"}]], {"type": "object"})

@@ -114,7 +114,7 @@ def test_an_error_keeps_what_came_before_it_in_the_cache(server: Server, tmp_pat
         (200, say("tie")) if r["messages"][0]["content"] == "a" else (400, refused)
     )
     endpoint = server.endpoint(cache=tmp_path, concurrency=1)
-    with pytest.raises(JudgeError, match=r"refused.*no schema.*json_schema"):
+    with pytest.raises(JudgeError, match=r"rejected.*no schema.*json_schema"):
         JudgeClient(endpoint).ask(questions("a", "b"), SCHEMA)
     later = JudgeClient(endpoint)
     later.ask(questions("a"), SCHEMA)
@@ -277,7 +277,7 @@ def test_a_judges_reply_that_drips_or_does_not_end_is_cut_off(monkeypatch: pytes
 def test_a_judge_is_not_followed_to_another_place():
     moved = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"
     with serving(lambda body: iter([moved])) as http:
-        with pytest.raises(JudgeError, match="refused"):
+        with pytest.raises(JudgeError, match="rejected"):
             JudgeClient(judge.Endpoint(url=f"{http.url}/v1", model="m")).ask(questions("a"), SCHEMA)
         assert http.paths == ["/v1/chat/completions"]
 

@@ -142,7 +142,7 @@ def test_math_reference_without_number_is_invalid_and_wrong_answer_is_zero():
     reward = build_reward({"kind": "math"})
     scores = reward(prompts=["?"] * 3, completions=["4", "?", "4"], answer=["four", "4", None])
     assert scores == [None, 0.0, None]
-    assert reward.invalid == {"reference holds no number": 1, "column 'answer' is empty": 1}
+    assert reward.invalid == {"reference contains no number": 1, "column 'answer' is empty": 1}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_latex_compares_symbolically_and_survives_a_time_limit():
     references = [r"\frac12"] * 5 + ["", "x^2 + 2x + 1"]
     scores = reward(prompts=["?"] * 7, completions=answers, answer=references)
     assert scores == [1.0, 1.0, 0.0, 0.0, 0.0, None, 1.0]
-    assert reward.invalid == {"reference holds no expression": 1}
+    assert reward.invalid == {"reference contains no expression": 1}
     first = verifier.worker.process.pid
 
     hang = r"\boxed{9^{9^{9^{9}}}}"

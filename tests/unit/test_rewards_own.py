@@ -149,8 +149,8 @@ def test_what_is_printed_disturbs_nothing(code: Path):
     ("name", "reason"),
     [
         ("short", "returned 1 scores for 3 responses"),
-        ("text", "returned a str, no list of scores"),
-        ("nothing", "returned a NoneType, no list of scores"),
+        ("text", "returned a str, not a list of scores"),
+        ("nothing", "returned a NoneType, not a list of scores"),
     ],
 )
 def test_a_result_of_another_form_is_invalid_as_a_whole(code: Path, name: str, reason: str):

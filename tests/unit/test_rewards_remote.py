@@ -155,7 +155,7 @@ def test_server_refuses_what_is_no_request_and_goes_on(server: str):
     assert post(server, b" " * (17 * 2**20))[0] == 413
     assert post(server, json.dumps(TEXTS).encode())[0] == 200
     reward = build_reward({"kind": "remote", "url": server})
-    with pytest.raises(RemoteRewardError, match="refused the request: 422"):
+    with pytest.raises(RemoteRewardError, match="rejected the request: 422"):
         reward(prompts=["a"], completions=[3])  # type: ignore[list-item]
 
 

@@ -212,7 +212,7 @@ def test_token_ids_of_another_vocabulary_are_not_read_but_the_texts(tmp_path: Pa
     assert reward(**given, **ids) == by_text
     process = ProcessReward(reward, separator="\n")
     process.meet(_tokenizer())
-    with pytest.raises(ValueError, match="its own are others"):
+    with pytest.raises(ValueError, match="its tokenizer differs"):
         process.meet(other)
 
 
@@ -307,7 +307,7 @@ def test_process_reward_reads_the_values_at_step_ends(tmp_path: Path):
     )
     # The same from text alone: words are separated by spaces, the template is not used.
     assert reward(prompts=["hi"], completions=["yes a no"]) == pytest.approx(found, abs=1e-5)
-    with pytest.raises(ValueError, match="use kind: process"):
+    with pytest.raises(ValueError, match="Use kind: process"):
         build_reward({"kind": "scalar", "model": str(tmp_path)})
 
 
