@@ -100,6 +100,7 @@ def load_examples(
         weights = [float(min(len(part), mix_cap)) for part in parts]
     elif all(weight == 1.0 for weight in weights):
         return [example for part in parts for example in part]
+    # The spec with the most rows per unit of weight keeps its rows; the others are repeated.
     scale = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
     mixed: list[Example] = []
     for i, (part, spec, weight) in enumerate(zip(parts, specs, weights, strict=True)):
@@ -332,7 +333,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         try:
             found: list[Example] = []
             row = rename_fields(row, spec.rename, source=source)
-            for worded in _worded(row, spec, source, seed):
+            for worded in _worded(row, spec, source=source, seed=seed):
                 form = detector.format_of(worded, source)
                 made = to_examples(worded, kind=kind, format=form, source=source)
                 found += [as_chat(e) for e in made] if spec.strings == "chat" else made
@@ -342,7 +343,9 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
                 break
             continue
         barren += not found
-        examples += [a for e in found if _on_side(e, spec, row, side) for a in _answers(e, spec)]
+        examples += [
+            a for e in found if _on_side(e, spec, row=row, side=side) for a in _answers(e, spec)
+        ]
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
@@ -367,7 +370,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     return examples
 
 
-def _worded(row: Row, spec: DataSpec, source: str, seed: int) -> Sequence[Row]:
+def _worded(row: Row, spec: DataSpec, *, source: str, seed: int) -> Sequence[Row]:
     if spec.templates is None:
         return [row]
     phrasing = spec.phrasing or "one"
@@ -382,7 +385,7 @@ def _answers(example: Example, spec: DataSpec) -> list[Example]:
     return [replace(example, completion=side, rejected=None, margin=None) for side in sides]
 
 
-def _on_side(example: Example, spec: DataSpec, row: Row, side: str) -> bool:
+def _on_side(example: Example, spec: DataSpec, *, row: Row, side: str) -> bool:
     if side == "all":
         return True
     # All wordings of a row stay on one side, whatever seed and phrasing.

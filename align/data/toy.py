@@ -308,7 +308,7 @@ TASKS: dict[str, Callable[[_Dice], Instance]] = {
 }
 
 
-def _draw(dice: _Dice, split: str, heldout_frac: float, tasks: Sequence[str]) -> Instance:
+def _draw(dice: _Dice, *, split: str, heldout_frac: float, tasks: Sequence[str]) -> Instance:
     make = TASKS[dice.pick(tasks)]
     for _ in range(MAX_TRIES):
         instance = make(dice)
@@ -366,11 +366,11 @@ def _answers(dice: _Dice, kind: str, instance: Instance) -> tuple[str | None, st
 
 
 def _corpus(
-    dice: _Dice, rows: int, split: str, heldout_frac: float, tasks: Sequence[str]
+    dice: _Dice, *, rows: int, split: str, heldout_frac: float, tasks: Sequence[str]
 ) -> Iterator[Example]:
     for i in range(rows):
         sentences = [
-            _sentence(dice, _draw(dice, split, heldout_frac, tasks))
+            _sentence(dice, _draw(dice, split=split, heldout_frac=heldout_frac, tasks=tasks))
             for _ in range(dice.number(3, 6))
         ]
         yield Example(prompt="", completion=" ".join(sentences), source=f"world:corpus:{i}")
@@ -402,7 +402,7 @@ def generate(
     """
     dice = _Dice("world", kind, split, seed)
     if kind == "corpus":
-        yield from _corpus(dice, rows, split, heldout_frac, tasks)
+        yield from _corpus(dice, rows=rows, split=split, heldout_frac=heldout_frac, tasks=tasks)
         return
     seen: set[str] = set()
     tries = 0
@@ -413,7 +413,7 @@ def generate(
                 f"world {kind} ({split}): {rows} distinct questions requested, found {len(seen)}. "
                 "Request fewer rows or raise heldout_frac."
             )
-        instance = _draw(dice, split, heldout_frac, tasks)
+        instance = _draw(dice, split=split, heldout_frac=heldout_frac, tasks=tasks)
         question = _question(dice, instance)
         if kind == "prompts" and question in seen:
             continue

@@ -105,7 +105,7 @@ def read_wordings(path: str) -> Sequence[Wording]:
     )
     errors: list[str] = []
     found = [
-        _wording(entry, f"{path}: entry {i + 1}", environment, errors)
+        _wording(entry, f"{path}: entry {i + 1}", environment, errors=errors)
         for i, entry in enumerate(entries)
     ]
     names = [wording.name for wording in found if wording is not None]
@@ -124,7 +124,7 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _wording(entry: Any, where: str, environment: Any, errors: list[str]) -> Wording | None:
+def _wording(entry: Any, where: str, environment: Any, *, errors: list[str]) -> Wording | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         errors.append(f"{where}: expected a mapping with a text 'name', found {str(entry)[:60]!r}")
         return None

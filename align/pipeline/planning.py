@@ -45,23 +45,24 @@ def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
             seed=recipe.seed_of(name),
             inputs={key: hashes.get(ref, ref) for key, ref in inputs.items()},
         )
-        status, reason = _status(recipe, name, Path(run_dir), hashes)
+        status, reason = _status(recipe, name, run_dir=Path(run_dir), hashes=hashes)
         planned.append(PlannedStage(name, spec.kind, status, reason))
     return planned
 
 
 def _status(
-    recipe: Recipe, name: str, run_dir: Path, hashes: Mapping[str, str]
+    recipe: Recipe, name: str, *, run_dir: Path, hashes: Mapping[str, str]
 ) -> tuple[Status, str]:
     folder = run_dir / name
     if not (folder / MANIFEST).is_file():
-        return _unfinished_status(recipe, name, folder, hashes[name])
+        return _unfinished_status(recipe, name, folder=folder, expected_hash=hashes[name])
     try:
         manifest = read_manifest(folder)
     except ArtefactError as e:
         return "changed", str(e)
     if manifest.get("spec_hash") != hashes[name]:
-        return "changed", _what_changed(recipe, name, manifest, hashes)
+        return "changed", _what_changed(recipe, name, manifest, hashes=hashes)
+    # The same settings do not suffice: inputs, files and the artifact itself may have changed.
     for key, upstream in recipe.inputs(name).items():
         path = recipe.folder_of(upstream, run_dir) / MANIFEST
         recorded = manifest.get("inputs", {}).get(key, {}).get("manifest_sha256")
@@ -90,7 +91,7 @@ def _changed_file(recipe: Recipe, name: str, manifest: Mapping[str, Any]) -> str
 
 
 def _unfinished_status(
-    recipe: Recipe, name: str, folder: Path, expected_hash: str
+    recipe: Recipe, name: str, *, folder: Path, expected_hash: str
 ) -> tuple[Status, str]:
     begun, before = read_begun(folder), _recipe_before(folder)
     if begun is None and before is None:
@@ -140,7 +141,7 @@ def _changes_since(recipe: Recipe, name: str, before: Mapping[str, Any] | None) 
 
 
 def _what_changed(
-    recipe: Recipe, name: str, manifest: Mapping[str, Any], hashes: Mapping[str, str]
+    recipe: Recipe, name: str, manifest: Mapping[str, Any], *, hashes: Mapping[str, str]
 ) -> str:
     new = recipe.stages[name].model_dump(mode="json")
     different = _differences(manifest.get("spec", {}), new)

@@ -114,7 +114,14 @@ def run(
             arguments += ["--run-dir", str(folder)]
             terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
             code = _run_stage(
-                recipe, stage.name, module, arguments, folder, terminal, signals, grace_s
+                recipe,
+                stage.name,
+                module=module,
+                arguments=arguments,
+                run_dir=folder,
+                terminal=terminal,
+                signals=signals,
+                grace_s=grace_s,
             )
             if code != EXIT_OK:
                 return code
@@ -201,6 +208,7 @@ def _remove(folder: Path) -> None:
 def _run_stage(
     recipe: Recipe,
     name: str,
+    *,
     module: str,
     arguments: Sequence[str],
     run_dir: Path,
@@ -218,7 +226,7 @@ def _run_stage(
     began = time.monotonic()
     process = StageProcess(argv, env=env, log=log, module=module)
     try:
-        code = _watch(process, terminal, signals, grace_s)
+        code = _watch(process, terminal, signals, grace_s=grace_s)
     finally:
         process.close()
     seconds = time.monotonic() - began
@@ -259,7 +267,7 @@ class _Signals:
             signal.signal(signum, handler)
 
 
-def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, grace_s: float) -> int:
+def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, *, grace_s: float) -> int:
     """Show progress until the stage ends; forward the first signal and kill on the second."""
     deadline = 0.0
     while True:

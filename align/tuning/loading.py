@@ -16,7 +16,7 @@ from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
 NEAR_MEAN = 0.01
-"""A new row counts as untrained within this share of the mean's length, which is its start."""
+"""A row is untrained if its distance to its initial value, the mean, is below this fraction."""
 
 
 def load_tuned_policy(

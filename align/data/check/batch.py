@@ -120,7 +120,7 @@ class BatchChecker:
                 form = detector.format_of(row, source)
                 examples = to_examples(row, kind=plan.load_kind, format=form, source=source)
             except DataError as error:
-                part.tally.add(finding_of(error, batch.name, source, row))
+                part.tally.add(finding_of(error, batch.name, source, row=row))
                 continue
             if examples:
                 table.append(self._look(part, examples, source))
@@ -149,7 +149,7 @@ class BatchChecker:
         for code, found in text_faults(whole, special=special):
             part.tally.add(Finding(code, source, found, excerpt=_clipped(whole)))
         hashes = words(whole)
-        self._look_for_evaluation(part, hashes, source, whole)
+        self._look_for_evaluation(part, hashes, source=source, whole=whole)
         only = examples[0] if len(examples) == 1 else None
         label = str(only.label) if only else ""
         place = int(source.rpartition(":")[2].removeprefix("row "))
@@ -171,7 +171,9 @@ class BatchChecker:
             part.lost += found[0] in ("D110", "D111")
             part.tally.add(Finding(found[0], source, found[1], excerpt=_first_text(example)))
 
-    def _look_for_evaluation(self, part: Part, hashes: list[int], source: str, whole: str) -> None:
+    def _look_for_evaluation(
+        self, part: Part, hashes: list[int], *, source: str, whole: str
+    ) -> None:
         for size, known in self._plan.contamination.items():
             shared = grams(hashes, size) & known.keys()
             if shared:
@@ -181,7 +183,7 @@ class BatchChecker:
                 return
 
 
-def finding_of(error: DataError, name: str, source: str, row: Any = None) -> Finding:
+def finding_of(error: DataError, name: str, source: str, *, row: Any = None) -> Finding:
     """Return the finding of an error; the place at the beginning of its message is removed.
 
     Args:
