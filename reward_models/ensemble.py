@@ -91,6 +91,7 @@ class EnsembleReward:
                 for member, score in zip(self.members, row, strict=True)
                 if score is not None and math.isfinite(score)
             ]
+            # Report which members failed, and leave the row without a score.
             if len(scores) < len(row):
                 failed = [
                     m.name

@@ -145,6 +145,7 @@ class JudgeClient:
             read_verdict(answers[self._key(messages, schema)], schema) for messages in conversations
         ]
         self.cost.invalid.update(v.invalid for v in found if v.invalid)
+        # A few malformed replies are invalid verdicts; only malformed ones mean a wrong endpoint.
         malformed = [answer["malformed"] for answer in answers.values() if "malformed" in answer]
         if malformed and len(malformed) == len(answers):
             raise JudgeError(

@@ -91,6 +91,7 @@ class ScalarReward:
         fits = [self._limit is None or len(row) <= self._limit for row in rows]
         short = [row for row, fit in zip(rows, fits, strict=True) if fit]
         raw = iter(score_heads(self.model, short, micro_tokens=self.micro_tokens))
+        # Normalize each head, then combine the heads of each row.
         mean, std = self.model.mean.view(-1).tolist(), self.model.std.view(-1).tolist()
         if not self.normalise:
             mean, std = [0.0] * len(mean), [1.0] * len(std)

@@ -52,6 +52,7 @@ def final_number(text: str) -> Number | None:
         return None
     text = text[thoughts[-1].end() :] if thoughts else text
     text = _DISPLAY.sub(" ", _TAG.sub(" ", text))
+    # Prefer the last marked answer; without a marker read the last line.
     markers = list(_MARKER.finditer(text))
     if not markers:
         line = _last_line(text)

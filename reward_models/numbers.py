@@ -138,6 +138,7 @@ def last_number(text: str) -> Number | None:
     if not places:
         return None
     at = places[-1]
+    # A comma, colon or bracket may separate the number from the token before it.
     before = tokens[max(0, at - 2) : at][::-1]
     if before and before[0].kind == "punct" and before[0].text in (",", ":", "(", "[", ",("):
         joined = [token.kind for token in before[1:]]

@@ -99,6 +99,7 @@ class OwnReward:
             return reply["scores"], reply["reasons"]
         scores: list[float | None] = []
         reasons: list[str | None] = []
+        # Bisect the batch to isolate the responses that fail.
         for part in (slice(0, rows // 2), slice(rows // 2, rows)):
             found = self._scored(_cut(batch, part), _cut(columns, part), end)
             scores, reasons = scores + found[0], reasons + found[1]

@@ -116,6 +116,7 @@ class ProcessReward:
         """Score each solution by the probabilities after its steps."""
         check_rows(prompts, completions, reward=self.name)
         rows = self._scalar.rows(prompts, completions, columns)
+        # The response starts after the given prompt ids, or after the rendered prompt.
         if "completion_ids" in columns and "prompt_ids" in columns:
             starts = [len(ids) for ids in columns["prompt_ids"]]
         else:

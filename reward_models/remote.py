@@ -146,6 +146,7 @@ class RemoteReward:
                     f"row ({_reason(error)}). Check the server, then run the stage again."
                 ) from error
             return [None] * num_rows, None
+        # A reply resets the count of consecutive failures.
         self._failures = 0
         scores = [finite_score(score) for score in given]
         for score, said in zip(scores, given, strict=True):

@@ -71,6 +71,7 @@ class Batcher:
                 except queue.Empty:
                     break
                 rows += len(batch[-1][0]["completions"])
+            # Requests with and without token ids cannot share a call.
             for with_ids in (False, True):
                 alike = [item for item in batch if ("prompt_ids" in item[0]) == with_ids]
                 if alike:

@@ -261,6 +261,7 @@ def _problem(error: Mapping[str, Any], known: Mapping[str, type[RewardBase]]) ->
     path = [str(part) for part in error["loc"] if part not in known]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
+        # Follow the location to the class that has the key, for a suggestion.
         owner: Any = None
         for part in error["loc"][:-1]:
             inner = getattr(owner, "model_fields", {}).get(part)

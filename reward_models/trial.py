@@ -77,6 +77,7 @@ def try_reward(
     own = [_text(value) for value in columns[name]]
     found = []
     for response in RESPONSES:
+        # Up to eight other answers serve as wrong ones.
         texts = [
             response.make(mine, list(dict.fromkeys(o for o in own if o != mine))[:8] or ["?"])
             for mine in own

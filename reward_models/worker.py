@@ -82,6 +82,7 @@ class Worker:
         assert process.stdout is not None
         writer, reader = process.stdin.fileno(), process.stdout.fileno()
         deadline, line, left = time.monotonic() + timeout_s, bytearray(), memoryview(request)
+        # Write and read in turn, so that neither pipe can block the other.
         try:
             while not line.endswith(b"\n"):
                 wait_s = max(0.0, deadline - time.monotonic())

@@ -287,6 +287,7 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) ->
                 f"{file}: its sha256 differs from the manifest's; it was changed after the stage "
                 "finished"
             )
+    # Files that were added to a recorded folder are damage too.
     folders = {name.split("/")[0] for name in files if "/" in name}
     for path in sorted(p for folder in folders for p in (directory / folder).rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -154,6 +154,7 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
         return f"damaged ({record} lists no files)"
     if "step" in found and path.name != f"step-{found['step']:08d}":
         return f"damaged (its name does not say step {found['step']})"
+    # The record is intact; compare every file with it.
     for name, entry in files.items():
         file = path / name
         if not file.is_file():

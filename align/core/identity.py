@@ -22,6 +22,7 @@ def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
     """
     if old.get("spec_hash") != new["spec_hash"]:
         return "different settings, seed or inputs"
+    # The spec is the same; compare the inputs and then the files.
     old_inputs, old_files = (_mapping(old, key) for key in ("inputs", "files"))
     for key, entry in new["inputs"].items():
         if old_inputs.get(key) != entry:

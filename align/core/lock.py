@@ -63,6 +63,7 @@ class StageLock:
             "pid": self._pid,
             "started": started_at(self._pid),
         }
+        # A dead holder is removed and the creation retried.
         for _ in range(3):
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)

@@ -158,6 +158,7 @@ class MetricsLog:
         self._write(METRICS_FILE, line)
         if self._first_step is None:
             self._first_step = step - 1
+        # The ETA uses only this attempt, whose speed may differ from earlier ones.
         rate = elapsed / max(step - self._first_step, 1)
         left = rate * max(self._total_steps - step, 0)
         log.info("%s", human_line(self._directory.name, step, self._total_steps, numbers, left))

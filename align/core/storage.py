@@ -23,6 +23,7 @@ def storage_problem(error: BaseException, folder: Path) -> str | None:
     writer = any(word in str(error) for word in _WRITERS)
     if number not in _NUMBERS and not writer:
         return None
+    # The folder itself may not exist yet, so inspect its nearest parent.
     place = _existing(folder)
     state = os.statvfs(place)
     free = state.f_bavail * state.f_frsize

@@ -175,6 +175,7 @@ def convert(
     for example in load_examples(specs, kind=kind, seed=seed):
         kept = {k: v for k, v in example.columns.items() if columns}
         rows.append({**kept, **extra_fields(example), **write(example)})
+    # Rename only a complete file into place.
     temporary = out.with_name(f".partial-{out.name}")
     _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
     temporary.rename(out)

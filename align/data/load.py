@@ -178,6 +178,7 @@ def fit_rows(
         kept.append(fitted)
         if fitted is not row:
             cut.append(row)
+    # The ledger lists every affected row, even if the loss is allowed.
     for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
         _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
     if cut:
@@ -346,6 +347,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         examples += [
             a for e in found if _on_side(e, spec, row=row, side=side) for a in _answers(e, spec)
         ]
+    # All rows are read before an error is raised, so that it lists up to MAX_REPORTED rows.
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
@@ -354,6 +356,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         logger.warning("%s: %d of %d rows contain no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
+    # A mix of plain text and conversations is probably a mistake: only the latter get the template.
     plain = sum(isinstance(e.prompt, str) and isinstance(e.completion, str) for e in examples)
     if kind in ("sft", "preference", "unpaired") and 0 < plain < len(examples):
         logger.warning(

@@ -179,9 +179,11 @@ def packed_attention(
             q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
         )
 
+    # Without segments each row is one sequence and needs no layout.
     if segments is None:
         return attend(query, key, value).contiguous(), None
     text = query, key[:, :, virtual:], value[:, :, virtual:]
+    # Attend per layout, then return the tokens to their packed order.
     parts = []
     for layout in segments.layouts:
         q, k, v = (_lay_out(x, layout) for x in text)

@@ -145,6 +145,7 @@ def load_whole(path: str, *, dtype: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         options["attn_implementation"] = attention_for(config)
         model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+        # Compiled or wrapped models add a prefix to all names; load again without it.
         if prefix := _known_prefix(report):
             log.warning("%s: the prefix %r is removed from the names of its weights", path, prefix)
             mapping = {f"^{re.escape(prefix)}": ""}
@@ -230,6 +231,7 @@ def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
                 f"tokens. Replace it with the id of the tokenizer's {tokenizer.eos_token!r} "
                 f"({tokenizer.eos_token_id})."
             )
+    # The generation configuration takes precedence over config.json.
     known = [i for ids in reversed(told.values()) for i in ids]
     own = tokenizer.eos_token_id
     if chosen or own is None or not known or own in known:

@@ -47,6 +47,7 @@ def classifier_from(
         The model, and the weights below the head that ``model_dir`` lacks, which are random too.
     """
     config = _config(model_dir, classes)
+    # The new head must not be quantized, since it is trained.
     if quantization is not None:
         bare = _skeleton(config)
         heads = [n for n, _ in bare.named_children() if n != bare.base_model_prefix]

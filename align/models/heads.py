@@ -28,6 +28,7 @@ def scorer_from(
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     if (model_dir / SCORER_FILE).is_file():
         model = RewardModel.load(model_dir, kind, attn_implementation=attention_for(config))
+        # Keep only the decoder and replace the heads.
         if model.num_heads != num_heads:
             width, reads, separator = model.head.in_features, model.reads, model.separator
             model = RewardModel(

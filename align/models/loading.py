@@ -178,6 +178,7 @@ def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
     new = torch.tensor(sorted({*new_ids, *range(rows, num_tokens)}), dtype=torch.long)
     if not len(new):
         return
+    # Enlarge the table before the rows are initialized.
     if num_tokens > rows:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     head = model.get_output_embeddings()

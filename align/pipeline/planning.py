@@ -98,6 +98,7 @@ def _unfinished_status(
         if (folder / RECIPE_FILE).is_file():
             return "changed", f"started, but {folder / RECIPE_FILE} cannot be read"
         return "to do", ""
+    # Without checkpoints nothing would be lost, so changed settings simply start over.
     kept = sorted((folder / "checkpoints").glob("*"))
     different = _changes_since(recipe, name, before)
     if begun is not None:

@@ -27,6 +27,7 @@ def stage_argv(
     """Return the command line of a stage: plain Python for one rank, deepspeed for more."""
     if ranks == 1:
         return [sys.executable, "-u", "-m", module, *arguments]
+    # Each stage uses its own port, so that several runs can share a machine.
     count = "--num_gpus" if on_gpu else "--num_accelerators"
     return [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),

@@ -176,6 +176,7 @@ def redone(
             advice = "use --force to run them again, or another name: in the recipe to keep both"
             raise RecipeError("\n".join([*lines, advice]))
         return set()
+    # A stage is also rerun if any stage it depends on is rerun.
     again = {s.name for s in changed} | ({named} if named else set())
     for name in chosen:
         if any(reference in again for reference in recipe.inputs(name).values()):

@@ -269,6 +269,7 @@ def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | N
         return None
     steps = step - first["step"]
     spent = last["time_s"] - first["time_s"]
+    # With only one row so far, use the average since the start.
     if steps <= 0:
         steps, spent = step, last["time_s"]
     return max(0.0, (total - step) * spent / steps)

@@ -71,6 +71,7 @@ def build_engine(
         tuning=tuning,
         push=push,
     )
+    # Import only the engine that is used: vLLM is heavy and optional.
     name, reason = choose_engine(kind, options.model_dir, tuning)
     if name == "vllm":
         from align.sampling.vllm import VllmEngine as Engine

@@ -114,6 +114,7 @@ def gather_experience(
     input_ids = torch.zeros(shape, dtype=torch.long)
     completion = torch.zeros(shape, dtype=torch.bool)
     rollout = torch.zeros(shape)
+    # Rows are right-padded: prompt, then response.
     for i, (prompt, answer) in enumerate(flat):
         start = len(prompt.input_ids)
         input_ids[i, : len(ids[i])] = torch.tensor(ids[i])

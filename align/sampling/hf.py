@@ -85,6 +85,7 @@ class HfEngine:
                 )
             target.copy_(tensor)
             missing.pop(id(target), None)
+        # Every parameter must have been set; a tied one counts once.
         if missing:
             names = ", ".join(sorted(missing.values())[:5])
             raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")

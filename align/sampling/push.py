@@ -85,6 +85,7 @@ def push(
             f"({', '.join(altered[:5])}{' ...' if len(altered) > 5 else ''}). "
             "Report it with the output of 'align doctor' and continue with sampling.engine: hf."
         )
+    # Tensors without a single place cannot be compared and are reported instead.
     unplaced = sent.unplaced(held)
     return Proof(len(sent) - len(unplaced), tuple(unplaced))
 

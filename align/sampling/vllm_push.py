@@ -73,6 +73,7 @@ def places(model: Any) -> Places:
     rows at their end.
     """
     fused = getattr(model, "packed_modules_mapping", {})
+    # Fused layers list their parts in packed_modules_mapping, in the order of output_sizes.
     turned = TRANSPOSED.get(model.config.model_type, ())
     found: Places = {}
     for path, module in model.named_modules():

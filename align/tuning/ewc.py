@@ -74,6 +74,7 @@ def fisher_diagonal(
         for name, gradient in zip(trained, found, strict=True):
             if gradient is not None:
                 totals[name] += gradient.float().square()
+    # Every rank divides the global sum by the total number of rows.
     for total in totals.values():
         distributed.sum_in_place(total).div_(len(rows))
     return totals

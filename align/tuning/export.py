@@ -43,6 +43,7 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     base: Any = causal_lm(module)
     layers = adapted_layers(base)
     _refuse_adapted_ties(base)
+    # A layer is merged once, at the first of its parameters.
     done: set[str] = set()
     for name, parameter in base.named_parameters():
         owner, inner = _owner(name, layers)

@@ -70,6 +70,7 @@ def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None
         save_file(tensors, out / file.name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file.name)
         total += sum(x.nbytes for x in tensors.values())
+    # A sharded model needs an index of its new files.
     if (tuned / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")

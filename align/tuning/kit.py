@@ -71,6 +71,7 @@ def write_by_kit(
     shutil.rmtree(out, ignore_errors=True)
     old = {file.name for file in weight_files(tuned[0])} | {INDEX}
     shutil.copytree(tuned[0], out, ignore=lambda _, names: old & set(names))
+    # mergekit writes a whole model folder, of which only the weights are used.
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         run_merge(MergeConfiguration.model_validate(config), place, options)
         for file in [*weight_files(Path(place)), *Path(place).glob(INDEX)]:

@@ -117,6 +117,7 @@ class VirtualTokens(nn.Module):
             num = self.num
             if past_key_values is None:
                 past_key_values = self.virtual_cache(input_ids.shape[0])
+        # Virtual tokens are always visible and shift the positions of the text.
         if attention_mask is not None and num:
             ones = attention_mask.new_ones(attention_mask.shape[0], num)
             attention_mask = torch.cat([ones, attention_mask], dim=1)

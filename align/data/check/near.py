@@ -59,6 +59,7 @@ def look_for_near_copies(
     from datasketch import MinHashLSH  # imports scipy, so import it only when needed
 
     texts, keys = texts_of(looked_at), rows.column("key")
+    # Each row is compared with the earlier rows that the index proposes.
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
     triples: dict[int, set[int]] = {}
     for i in looked_at:

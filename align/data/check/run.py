@@ -107,6 +107,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
         _add(report, part)
         if progress:
             progress(part.size, part.rows)
+    # A file without rows may still have been read without an error.
     for name in report.files:
         if not any(part.rows for part in parts if part.name == name):
             tally.add(Finding("D012", name, "no rows"))

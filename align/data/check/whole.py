@@ -50,6 +50,7 @@ def join(parts: Sequence[Part], counted: Mapping[str, bool]) -> Rows:
 
 def repeats(values: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield (i, first) for every row i whose value occurs at an earlier row; 0 means none."""
+    # Sort stably, so that the first row of each run of equal values is the earliest one.
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

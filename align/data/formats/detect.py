@@ -234,6 +234,7 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     # Any row may have a label beside its text. It is a class only if the stage asks for classes.
     fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
     fits = [n for n in fits if (when := FORMATS[n].when) is None or when(row)]
+    # Resolve formats with overlapping fields by precedence, then by the kind of the stage.
     fits = [name for name in fits if not any(_takes(other, name, row) for other in fits)]
     if len(fits) > 1:
         wanted = [name for name in fits if kind in FORMATS[name].gives]

@@ -236,6 +236,7 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
     """Read the best against the worst reply at every ranked assistant branch of an OASST tree."""
     rest = other_fields(row, "prompt")
     pairs: list[Example] = []
+    # Breadth-first search over the tree, with the turns before each node.
     branches: list[tuple[list[Turn], Row]] = [([], row["prompt"])]
     while branches:
         before, node = branches.pop(0)

@@ -107,6 +107,7 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
     try:
         for cells in reader:
             source, line = f"{name}:{line + 1}", reader.line_num
+            # Report undecodable lines at the row in which they occurred.
             for fault in lines.faults:
                 yield fault, source
             lines.faults.clear()

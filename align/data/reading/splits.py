@@ -140,6 +140,7 @@ def _of_config(
             f"choose one with 'config: {names[0]}' in the recipe, or by the name {name}#{names[0]}",
             code="D013",
         )
+    # data_files is a pattern, a list of patterns, or a list of {split, path}.
     given = configs[names.index(chosen)]["data_files"]
     entries = given if isinstance(given, list) else [given]
     splits: Splits = {}

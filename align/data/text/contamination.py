@@ -68,6 +68,7 @@ def find_contamination(
     """
     wanted = {name: list(_long_enough(rows)) for name, rows in heldout.items()}
     looked_for = set[int]().union(*(own for rows in wanted.values() for _, own in rows))
+    # Collect only the runs that some held-out prompt contains, to bound memory.
     seen: set[int] = set()
     for _, runs in _runs_of(train, looked_for):
         seen |= runs
