@@ -233,7 +233,7 @@ def test_the_preflight_line_fails_where_logits_lack_their_scale(dtype: str) -> N
     decoders._forms[model] = Form(packs=True, scale=1.0)
     found = _own_forward_line(model, dtype)
     assert found.verdict == "fail"
-    assert "not the model's own" in found.remedy
+    assert "differ from the model's own" in found.remedy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -366,7 +366,7 @@ def test_tokens_without_an_embedding_or_a_position_fail_the_preflight():
     assert tokens(form, model, [short]).verdict == "ok"
     assert tokens(form, model, [form.sft_row(Example("a", "\u2603"))]).verdict == "warn"
     long = tokens(form, model, [short, form.sft_row(Example("a", "good " * 5))])
-    assert (long.verdict, long.remedy) == ("fail", "max_length: 8 leaves such rows out")
+    assert (long.verdict, long.remedy) == ("fail", "set max_length: 8 to drop such rows")
     strange = replace(short, input_ids=(*short.input_ids[:-1], len(form.tokenizer)))
     assert tokens(form, model, [strange]).verdict == "fail"
 
