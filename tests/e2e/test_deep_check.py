@@ -79,7 +79,7 @@ def test_stages_are_checked_as_far_as_the_run_has_come(tmp_path: Path) -> None:
     hopeless = "stages.ppo.rewards=[{kind: exact_match, pattern: 'q(zz)q'}]"
     code, said = deep(recipe, tmp_path / "runs", "--only", "ppo", "--set", hopeless)
     assert code == 2, said
-    assert "no way of stating the value of column 'answer'" in said
+    assert "the value of column 'answer' never scores above a wrong value" in said
     missing = "stages.ppo.rewards=[{kind: math, column: solution}]"
     code, said = deep(recipe, tmp_path / "runs", "--only", "ppo", "--set", missing)
     assert code == 2, said

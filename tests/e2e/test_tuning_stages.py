@@ -310,7 +310,7 @@ def test_models_of_different_tokens_are_not_merged(folder):
     file.write_text(file.read_text(encoding="utf-8").replace('"<pad>"', '"<blank>"'))
     (other / "manifest.json").unlink()
     write_manifest(other, {"kind": "policy", "spec_hash": "other", "spec": {}})
-    with pytest.raises(PreflightError, match="its tokenizer has other tokens than that of base"):
+    with pytest.raises(PreflightError, match="its tokenizer differs from that of base"):
         merged(folder, other, "mixed")
 
 
