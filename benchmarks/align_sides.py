@@ -33,7 +33,7 @@ class GatedLog:
 
 @dataclass(frozen=True, slots=True)
 class BenchContext(StageContext):
-    """Give a stage its surroundings without a pipeline around it."""
+    """Return the context of a stage without a pipeline around it."""
 
     gate: Gate | None = None
 

@@ -109,7 +109,7 @@ def cases() -> Iterator[Case]:
 
 
 def measure(case: Case, draws: int, seed: int = 0) -> dict[str, object]:
-    """Give the share of covering intervals and their mean width."""
+    """Return the share of covering intervals and their mean width."""
     rng = np.random.default_rng([seed, case.prompts, *case.name.encode()])
     covered, widths, absent = 0, [], 0
     for _ in range(draws):
@@ -132,7 +132,7 @@ def measure(case: Case, draws: int, seed: int = 0) -> dict[str, object]:
 
 
 def false_verdicts(shares: tuple[float, float, float], prompts: int, draws: int) -> float:
-    """Give how often looking after every pair ends in a verdict, where there is no difference."""
+    """Return how often testing after every pair finds a difference where there is none."""
     rng = np.random.default_rng([7, prompts])
     wrong = 0
     for _ in range(draws):

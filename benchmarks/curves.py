@@ -98,7 +98,7 @@ def points(sizes: Sequence[int], measure: Callable[[int], float]) -> dict[str, A
 
 
 def random_row(length: int, vocab: int, *, trained_from: int = 1) -> TokenRow:
-    """Give a row of random tokens, trained from ``trained_from`` on."""
+    """Return a row of random tokens, trained from ``trained_from`` on."""
     ids = torch.randint(2, vocab, (length,)).tolist()
     return TokenRow(tuple(ids), tuple(t >= trained_from for t in range(length)))
 
@@ -121,7 +121,7 @@ def _group_step(learner: Learner, answers: int, vocab: int) -> None:
 
 
 def _kept_mib(num: int, vocab: int) -> float:
-    """Give what the head keeps for the backward pass besides its weight, in MiB."""
+    """Return what the head keeps for the backward pass besides its weight, in MiB."""
     weight = torch.randn(vocab, 32, dtype=torch.bfloat16, requires_grad=True)
     hidden = torch.randn(num, 32, dtype=torch.bfloat16, requires_grad=True)
     kept: dict[int, int] = {}

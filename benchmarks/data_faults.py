@@ -23,7 +23,7 @@ KINDS = ("sft", "preference", "unpaired", "prompts", "math")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold what the check said of one file."""
+    """What the check found in one file."""
 
     case: Case
     found: bool

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Gate:
-    """Hold a training loop between rounds.
+    """A gate that stops a training loop between rounds.
 
     A round begins when the harness says so and ends with the loop's next log line; in between the
     other side runs, so that only one of them computes at a time.
@@ -36,7 +36,7 @@ class Gate:
         self.wait()
 
     def ready(self) -> None:
-        """Say that everything is built, then wait for the first round."""
+        """Report that everything is built, then wait for the first round."""
         self._send({"ready": True})
         self.wait()
 
@@ -46,7 +46,7 @@ class Gate:
 
 
 def peak_mib() -> float:
-    """Give the most memory this process ever held: on the GPU where there is one, else resident."""
+    """Return this process's peak memory: on the GPU if there is one, otherwise resident."""
     import torch
 
     if torch.cuda.is_available():

@@ -86,14 +86,14 @@ class Side:
 
 
 def alternate(sides: Sequence[Side], *, warmup: int, rounds: int) -> None:
-    """Let ready sides take ``warmup`` and then ``rounds`` rounds in turn."""
+    """Run ``warmup`` and then ``rounds`` rounds of the ready sides in turn."""
     for _ in range(warmup + rounds):
         for side in sides:
             side.go()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Give median, smallest and largest."""
+    """Return median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -119,7 +119,7 @@ def summary(side: Side, *, warmup: int, units: float | str) -> dict[str, Any]:
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
-    """Give the ratio of the rates, pair by pair."""
+    """Return the ratio of the rates, pair by pair."""
     return spread([a / b for a, b in zip(ours["rates"], theirs["rates"], strict=True)])
 
 

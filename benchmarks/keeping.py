@@ -114,14 +114,14 @@ def _copy_twin(runs: Path, run_dir: Path, stage: str, seed: int) -> None:
 
 
 def interval(values: list[float]) -> list[float]:
-    """Give [mean, low, high] at 95 % over the seeds."""
+    """Return [mean, low, high] at 95 % over the seeds."""
     middle = mean(values)
     half = student.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
     return [round(x, 4) for x in (middle, middle - half, middle + half)]
 
 
 def summarise(name: str, seeds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Give the mean scores of each model and the paired differences."""
+    """Return the mean scores of each model and the paired differences."""
     scores = {
         model: {key: interval([s[model][key] for s in seeds]) for key in seeds[0][model]}
         for model in seeds[0]

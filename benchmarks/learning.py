@@ -58,7 +58,7 @@ Point = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Hold what all runs share."""
+    """What all runs share."""
 
     model_dir: Path
     steps: int
@@ -98,7 +98,7 @@ class Clock:
 
 
 class Arena:
-    """Hold the prompts, the reward and the one engine that every run is measured with."""
+    """The prompts, the reward and the one engine that every run is measured with."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.version = setting, 0
@@ -121,12 +121,12 @@ class Arena:
         return [self.chat.prompt_row(example) for example in examples]
 
     def next_version(self) -> int:
-        """Give a number that the engine has not had."""
+        """Return a version number that the engine has not seen."""
         self.version += 1
         return self.version
 
     def order(self, seed: int) -> list[PromptRow]:
-        """Give the prompts of all steps of a run in order, as the online loop picks them."""
+        """Return the prompts of all steps of a run in order, as the online loop picks them."""
         picks = partial(
             batch_indices,
             len(self.prompts),
@@ -136,7 +136,7 @@ class Arena:
         return [self.prompts[i] for step in range(self.setting.steps) for i in picks(step=step)]
 
     def reward_of(self, weights: Iterator[tuple[str, torch.Tensor]]) -> float:
-        """Give the mean held-out reward of some weights; each call draws with the same seeds."""
+        """Return the mean held-out reward of some weights; each call draws with the same seeds."""
         with self.engine.awake():
             self.engine.load_weights(weights, version=self.next_version())
             groups = sample_groups(

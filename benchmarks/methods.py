@@ -98,7 +98,7 @@ def measure(name: str, spec: SftStage, run_dir: Path) -> None:
 
 
 def held_out_loss(model: Any, spec: SftStage, chat: Any) -> float:
-    """Give the mean negative log-likelihood per trained token, in the micro-batches of training."""
+    """Return the mean negative log-likelihood per trained token, in the micro-batches of training."""
     rows = [chat.sft_row(e) for e in load_examples(spec.heldout, kind="sft", seed=0)]
     rows = [row for row in rows if len(row.input_ids) <= spec.max_length]
     task = OfflineTask([], rows, length_of, collate, sft_loss)
@@ -118,7 +118,7 @@ def in_four_bits(spec: SftStage, run_dir: Path, name: str) -> Any:
 def greedy_score(
     artefact: Artefact, chat: Any, prompts: list[DataSpec], task: dict[str, Any], length: int
 ) -> list[float]:
-    """Give the share of right greedy answers with its 95 % interval."""
+    """Return the fraction of correct greedy responses with its 95 % interval."""
     examples = load_examples(prompts, kind="prompts", seed=0)
     rows = [chat.prompt_row(e) for e in examples]
     room = length - task["tokens"]
@@ -144,7 +144,7 @@ def starts(recipe: Recipe, name: str) -> list[str]:
 
 
 def line(name: str, run_dir: Path) -> str:
-    """Give a method's row of the table."""
+    """Return a method's row of the table."""
     manifest = json.loads((run_dir / name / "manifest.json").read_text(encoding="utf-8"))
     found = json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
     said = manifest["metrics"]
@@ -168,7 +168,7 @@ def line(name: str, run_dir: Path) -> str:
 
 
 def reload(found: dict[str, Any], said: dict[str, float]) -> str:
-    """Say how near the losses of the fresh process are to those of the training process."""
+    """Return how close the losses of the fresh process are to those of the training process."""
     gap = abs(found["loss"] - said.get(LOSS_SAVED, said["eval/loss"]))
     if "adapter_loss" in found:
         gap = max(gap, abs(found["adapter_loss"] - said["eval/loss"]))

@@ -102,7 +102,7 @@ def points(run_dir: Path) -> list[dict[str, Any]]:
 def summary(
     full: list[dict[str, Any]], guarded: list[dict[str, Any]], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Say where gold was highest, where the guard stopped, and how much would have been lost."""
+    """Return where gold was highest, where the guard stopped, and how much would have been lost."""
     top = max(full, key=lambda point: (point["gold"][0], -point["step"]))
     watch = manifest["watch"]
     kept = next(point for point in guarded if point["step"] == watch["best_step"])

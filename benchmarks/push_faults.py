@@ -272,7 +272,7 @@ def costs(model_dir: Path, pushes: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def no_checksums() -> Iterator[None]:
-    """Take no checksums inside the block, to know what they cost."""
+    """Skip checksums inside the block, to measure their cost."""
     from unittest import mock
 
     def nothing(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def today() -> str:
-    """Give the date, for the results."""
+    """Return the date, for the results."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
@@ -192,7 +192,7 @@ def try_settings(row: Row, work: Mapping[str, Any], settings: Mapping[str, Any])
 
 
 def units(row: Row) -> float | str:
-    """Say how much work a round is: a number, or the fact that holds it."""
+    """Return how much work a round is: a number, or the name of the fact that holds it."""
     if row.kind == "sft":
         return float(sum(lengths(row.lengths, row.rows, longest=row.longest, median=row.median)))
     if row.kind in ("reward", "dpo"):

@@ -24,7 +24,7 @@ HEAD = (
 
 
 def render(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Give the table as Markdown.
+    """Return the table as Markdown.
 
     Args:
         results: what `benchmarks.run` wrote, by name of the row; a row without is "not measured".

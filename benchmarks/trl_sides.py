@@ -42,7 +42,7 @@ class GateCallback(TrainerCallback):
 
 
 def _arguments(work: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what every row shares; a row's ``settings`` win."""
+    """Return what every row shares; a row's ``settings`` take precedence."""
     shared = {
         "output_dir": work["out"],
         "max_steps": FOREVER,
@@ -63,7 +63,7 @@ def _arguments(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(work: Mapping[str, Any]) -> tuple[Path, Any, dict[str, Any]]:
-    """Give the folder, the tokenizer and the keywords that load a model."""
+    """Return the folder, the tokenizer and the keywords that load a model."""
     torch.set_num_threads(work["threads"])
     folder = Path(work["folder"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "model")

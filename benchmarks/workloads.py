@@ -68,7 +68,7 @@ def write_model(folder: Path, shape: Shape, *, dtype: str, stop_frac: float = 0.
 
 
 def _set_stop_probability(model: Any, frac: float) -> None:
-    """Give every hidden state a large first channel, and let only the stop token read it."""
+    """Set a large first channel in every hidden state, which only the stop token reads."""
     import torch
 
     vocab, _ = model.lm_head.weight.shape
@@ -98,7 +98,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def num_words(vocab_size: int) -> int:
-    """Give the number of words: a large vocabulary is not filled, its size costs all the same."""
+    """Return the number of words: a large vocabulary is not filled, but its size has its cost."""
     return min(vocab_size, MAX_VOCAB) - SPECIAL
 
 
@@ -124,7 +124,7 @@ class Words:
         self._random, self._num = random.Random(seed), num_words(vocab_size)
 
     def __call__(self, num: int) -> str:
-        """Give ``num`` random words."""
+        """Return ``num`` random words."""
         return "".join(f"<w{self._random.randrange(self._num)}>" for _ in range(num))
 
 

@@ -1,4 +1,4 @@
-"""Take three optimizer steps with the Learner under every ZeRO stage, in float32 and bfloat16."""
+"""Run three optimizer steps with the Learner under every ZeRO stage, in float32 and bfloat16."""
 
 import logging
 from typing import Any

@@ -145,7 +145,7 @@ class Recipe(Spec):
     description: str = ""
     seed: int = 0
     deterministic: bool = False
-    """Take deterministic kernels on a GPU too, which are slower; on a CPU they always are."""
+    """Use deterministic kernels on a GPU too. They are slower; CPU kernels always are deterministic."""
     sinks: SinkSpec = SinkSpec()
     stages: dict[str, AnyStage] = Field(min_length=1)
 
