@@ -98,7 +98,7 @@ def measure(name: str, spec: SftStage, run_dir: Path) -> None:
 
 
 def held_out_loss(model: Any, spec: SftStage, chat: Any) -> float:
-    """Return the mean negative log-likelihood per trained token, in the micro-batches of training."""
+    """Return the mean negative log-likelihood per trained token, batched as in training."""
     rows = [chat.sft_row(e) for e in load_examples(spec.heldout, kind="sft", seed=0)]
     rows = [row for row in rows if len(row.input_ids) <= spec.max_length]
     task = OfflineTask([], rows, length_of, collate, sft_loss)

@@ -145,7 +145,7 @@ class Recipe(Spec):
     description: str = ""
     seed: int = 0
     deterministic: bool = False
-    """Use deterministic kernels on a GPU too. They are slower; CPU kernels always are deterministic."""
+    """Use deterministic kernels on a GPU, which are slower; CPU kernels always are."""
     sinks: SinkSpec = SinkSpec()
     stages: dict[str, AnyStage] = Field(min_length=1)
 
