@@ -23,6 +23,10 @@ def bringing_in(path: str) -> Iterator[None]:
     Raises:
         ArtefactError: replaces the hub client's error.
     """
+    # A hub id has at most one slash and no leading dot; anything else must be a local folder.
+    local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if local and not Path(path).exists():
+        raise ArtefactError(f"{path}: no such folder. Correct the path.")
     try:
         yield
     except OSError as error:

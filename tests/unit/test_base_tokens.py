@@ -15,6 +15,7 @@ from small_tokenizers import byte_tokenizer
 from align.core.card import Card
 from align.core.errors import ArtefactError, DataError
 from align.data.render.chat import ChatFormat
+from align.models.loading import bringing_in
 from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
 from align.stages.base import StageContext, chat_format, prepare_and_train
 from tests.sixteen_faults import NO_STOP
@@ -150,3 +151,14 @@ def test_base_stage_stops_at_a_template_without_a_stop_and_keeps_the_appended_on
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     assert tokenizer.apply_chat_template(said, tokenize=False) == "user: q\nassistant: a</s>\n"
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../nowhere", "runs/x/base/model"])
+def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(path: str):
+    asked = False
+    with (
+        pytest.raises(ArtefactError, match=r"no such folder\. Correct the path"),
+        bringing_in(path),
+    ):
+        asked = True
+    assert not asked
