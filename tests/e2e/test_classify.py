@@ -245,7 +245,7 @@ def test_weights_that_would_stay_random_are_refused(folder):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"text": "a", "label": "x"}], r"a\.jsonl:1: every training row is of class 'x'"),
+        ([{"text": "a", "label": "x"}], r"a\.jsonl:1: every training row has class 'x'"),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
             r"heldout\.jsonl:1: class 'colour' is in no training row; known classes are x, y",
