@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -346,8 +347,8 @@ def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
     )
     assert (newest / "hashes.json").exists()
     damaged = newest.with_name("checkpoint-5")
-    damaged.mkdir(exist_ok=True)
-    (damaged / "hashes.json").write_text('{"files": {"model.safetensors": {"bytes": 1}}}')
+    shutil.copytree(newest, damaged)
+    (damaged / "model.safetensors").unlink()
     said = runs.finish(recipe, "trl", tmp_path)
     assert "checkpoint-5: damaged (model.safetensors is missing)" in said
     assert f"resumed from {newest}" in said

@@ -29,9 +29,9 @@ from align.stages.base import StageContext, chat_format
 from align.stages.offline import (
     LOSS_SAVED,
     build_policy,
+    load_init,
     offline_rows,
     read_back,
-    start_of,
     train_policy,
 )
 from align.training.batch import flatten_pairs, pack
@@ -75,9 +75,10 @@ def test_fresh_process_has_the_trained_model_and_the_loss_of_the_saved_one(folde
     spec: Any = recipe.stages["sft"]
     context = StageContext(recipe, "sft", folder, 0)
     context.out.mkdir()
-    source = start_of(spec, context)
+    source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    rows, held = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    loaded = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    rows, held = loaded.training, loaded.heldout
     module = build_policy(spec, source.model_dir)
     task = OfflineTask(rows, held, sft.length_of, sft.collate, sft.sft_loss)
     result = train_policy(spec, module, task, source=source, chat=chat, context=context)
@@ -183,7 +184,9 @@ def test_reward_says_loss_and_normalisation_of_the_saved_scorer(folder):
     assert abs(said["eval/loss"] - mean(losses)) > 1e-5
     chat = chat_format(folder / "base" / "model")
     examples = load_examples([DataSpec.model_validate(TRAINED)], kind="preference", seed=0)
-    scores = [score(row) for row in flatten_pairs([chat.pair_row(e) for e in examples[:4]])]
+    # norm_prompts is 4: four evenly spaced pairs of the data.
+    even = [examples[i * len(examples) // 4] for i in range(4)]
+    scores = [score(row) for row in flatten_pairs([chat.pair_row(e) for e in even])]
     assert said["scorer/mean"] == pytest.approx(mean(scores), abs=1e-5)
 
 

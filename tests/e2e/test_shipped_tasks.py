@@ -73,7 +73,7 @@ def test_shipped_and_own_tasks_give_every_metric_with_interval_and_verdict(
     (tmp_path / "own.yaml").write_text(OWN)
     asked = [{"prompt": f"Tell me about {word}."} for word in ("a dog", "the sun", "my boat")]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    told = [row | {"completion": "Once upon a time, there was a little girl."} for row in asked]
+    told = [row | {"completion": " Once upon a time, there was a little girl."} for row in asked]
     (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     align("run", str(tmp_path / "small.yaml"), "--runs", str(tmp_path))
     shipped = "gsm8k,multiple_choice,traits,over_refusal,instructions"

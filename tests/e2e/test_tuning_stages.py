@@ -319,7 +319,7 @@ def test_unmerged_adapter_falls_back_to_hf_by_name(folder):
     assert choose_engine("auto", found.model_dir) == (
         "hf",
         "vllm cannot serve this model: its prompt adapter cannot be merged into the weights that "
-        "vLLM takes",
+        "vLLM serves",
     )
     assert "adapter" not in choose_engine("auto", artefact(folder, "sft", "dora").model_dir)[1]
 

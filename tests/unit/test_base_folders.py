@@ -140,7 +140,7 @@ def test_an_adapter_is_merged_onto_its_base_aloud(good: Path, tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         model_dir, _ = bring_in(tmp_path / "adapter", tmp_path, PLAIN)
     torch.testing.assert_close(weights(model_dir)[Q], weights(good)[Q] + update)
-    assert any("merged onto its base" in r.message for r in caplog.records)
+    assert any("merging it into its base model" in r.message for r in caplog.records)
 
 
 def test_an_adapter_beside_a_model_is_refused(good: Path, folder: Path) -> None:
