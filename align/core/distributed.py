@@ -278,9 +278,21 @@ def _watch_parent(pid: int, started: str) -> None:
     """Wait until a process is gone, then terminate this one, and kill it if it does not stop."""
     while started_at(pid) == started:
         time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_GRACE_S)
+    # The main thread is addressed, because a signal to the process may go to any thread and then
+    # does not interrupt what the main thread waits in. It is sent until the handler has run: one
+    # that arrives just before a system call is seen only after that call.
+    deadline = time.monotonic() + ORPHAN_GRACE_S
+    while not _asked and time.monotonic() < deadline:
+        signal.pthread_kill(_main_thread(), signal.SIGTERM)
+        time.sleep(1.0)
+    time.sleep(max(deadline - time.monotonic(), 0.0))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _main_thread() -> int:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return ident
 
 
 def defer_stop() -> None:

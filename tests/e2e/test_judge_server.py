@@ -56,7 +56,7 @@ def url(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
             try:
-                server.wait(timeout=20)
+                server.wait(timeout=120)
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()

@@ -79,7 +79,7 @@ def server(artefact: Path) -> Iterator[str]:
         text=True,
     )
     url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 90.0
+    end = time.monotonic() + 300.0
     while True:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=1.0).read()
@@ -90,7 +90,7 @@ def server(artefact: Path) -> Iterator[str]:
             time.sleep(0.1)
     yield url
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) is not None
+    assert process.wait(timeout=120) is not None
 
 
 TEXTS = {"prompts": ["hi", "hi a", "b"], "completions": ["yes", "no no a", "yes b <eos>"]}
@@ -132,7 +132,7 @@ def test_many_clients_at_once_each_get_their_own_scores(artefact: Path, server: 
 def post(url: str, data: bytes) -> tuple[int, str]:
     request = urllib.request.Request(f"{url}/score", data=data)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -251,13 +251,13 @@ def test_a_reply_of_another_form_is_invalid_and_counted(reply: bytes):
 
 def test_the_deadline_holds_for_a_reply_that_drips():
     for reply in (b'HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"scores"', b"HTTP/1.1 200 OK"):
-        parts = [reply, *(b" " for _ in range(400))]
+        parts = [reply, *(b" " for _ in range(2000))]
         with serving(lambda body, parts=parts: iter(parts), pause_s=0.05) as http:
             reward = build_reward({"kind": "remote", "url": http.url})
             reward.deadline_s = 0.5
             began = time.monotonic()
             assert reward(prompts=["a"], completions=["b"]) == [None]
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 60.0
         assert reward.invalid == {"server: TimeoutError": 1}
 
 
@@ -292,7 +292,7 @@ def test_a_signal_to_the_command_ends_the_server(artefact: Path):
     port = free_port()
     argv = [sys.executable, "-m", "align.cli", "serve-reward", str(artefact), "--port", str(port)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 90.0
+    end = time.monotonic() + 300.0
     while True:
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) == 0:
@@ -301,7 +301,7 @@ def test_a_signal_to_the_command_ends_the_server(artefact: Path):
         assert time.monotonic() < end, "the server did not start"
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port)) != 0
 
@@ -311,7 +311,7 @@ def test_no_server_is_an_error_before_training():
     spec = {"kind": "remote", "url": f"http://127.0.0.1:{free_port()}", "deadline_s": 0.5}
     with pytest.raises(RemoteRewardError, match="align serve-reward"):
         build_reward(spec)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 60.0
 
 
 def test_a_server_that_fails_is_retried_then_invalid_then_ends_the_stage():
