@@ -50,13 +50,19 @@ class EndpointSpec(Spec):
     url: str
     """Base of the API, such as http://127.0.0.1:8000/v1."""
     model: str
+    """Name of the model, as the API lists it."""
     api_key_env: str | None = None
     """Environment variable that contains the key; None sends none."""
     max_tokens: Count = 256
+    """Maximum tokens of a reply."""
     concurrency: Count = 8
+    """Maximum number of requests at the same time."""
     timeout_s: Positive = 60.0
+    """Limit of one request, in seconds."""
     deadline_s: Positive = 3600.0
+    """Limit of all requests of one call, including retries, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 4
+    """Further attempts after a request that fails."""
     cache: str | None = "runs/judge-cache"
     """Folder of cached verdicts, by the hash of the request; null disables the cache."""
     dollars_per_million: tuple[float, float] = (0.0, 0.0)
@@ -67,7 +73,9 @@ class RewardBase(Spec):
     """Settings of every reward."""
 
     weight: float = 1.0
+    """Factor of this reward in the sum; 0 only measures it."""
     name: str | None = None
+    """Name in metrics and tables; None for the kind."""
     if TYPE_CHECKING:  # each class has its own
         kind: str
 
@@ -82,10 +90,13 @@ class ScalarSpec(RewardBase):
 
     kind: Literal["scalar"]
     model: Annotated[str, Ref("reward_model")]
+    """Reward stage, or folder of a reward model."""
     normalise: bool = True
+    """Subtract the mean and divide by the std that were measured after the training."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How the scores of several heads are combined."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
+    """Number of stds that ``mean_minus_std`` subtracts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the backbone's weights; the head computes in float32."""
 
@@ -95,8 +106,11 @@ class ProcessSpec(RewardBase):
 
     kind: Literal["process"]
     model: Annotated[str, Ref("reward_model")]
+    """Reward stage with ``supervision: steps``, or folder of such a model."""
     aggregate: Literal["min", "last", "product"] = "min"
+    """How the probabilities of a solution's steps become one score (arXiv:2305.20050)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the backbone's weights; the head computes in float32."""
 
 
 class ExactMatchSpec(RewardBase):
@@ -104,8 +118,11 @@ class ExactMatchSpec(RewardBase):
 
     kind: Literal["exact_match"]
     column: str = "answer"
+    """Column of the row with the expected text."""
     pattern: str | None = None
+    """Regular expression whose first group is compared; None compares the whole response."""
     ignore_case: bool = True
+    """Treat upper and lower case as equal."""
 
 
 class RegexSpec(RewardBase):
@@ -113,6 +130,7 @@ class RegexSpec(RewardBase):
 
     kind: Literal["regex"]
     pattern: str
+    """Regular expression that is searched for."""
 
 
 class FormatSpec(RewardBase):
@@ -120,6 +138,7 @@ class FormatSpec(RewardBase):
 
     kind: Literal["format"]
     pattern: str
+    """Regular expression that must match from beginning to end."""
 
 
 class LengthSpec(RewardBase):
@@ -127,7 +146,9 @@ class LengthSpec(RewardBase):
 
     kind: Literal["length"]
     target: Count
+    """Most words with a score of 1."""
     limit: Count
+    """Number of words from which on the score is 0."""
 
 
 class RepetitionSpec(RewardBase):
@@ -135,6 +156,7 @@ class RepetitionSpec(RewardBase):
 
     kind: Literal["repetition"]
     ngram: Count = 3
+    """Number of words of an n-gram."""
 
 
 class RefusalSpec(RewardBase):
@@ -142,7 +164,9 @@ class RefusalSpec(RewardBase):
 
     kind: Literal["refusal"]
     column: str = "label"
+    """Column of the row with its label."""
     declines: list[str] = Field(min_length=1)
+    """Labels of the requests that should be declined."""
 
 
 class MathSpec(RewardBase):
@@ -150,8 +174,11 @@ class MathSpec(RewardBase):
 
     kind: Literal["math"]
     column: str = "answer"
+    """Column of the row with the expected number or expression."""
     latex: bool = False
+    """Compare LaTeX expressions too, by the package math-verify."""
     timeout_s: Positive = 5.0
+    """Limit of one comparison by math-verify, in seconds."""
 
 
 class RemoteSpec(RewardBase):
@@ -163,6 +190,7 @@ class RemoteSpec(RewardBase):
     deadline_s: Positive = 60.0
     """Limit of one request, including retries."""
     retries: Annotated[int, Field(ge=0)] = 4
+    """Further attempts after a request that fails."""
     max_failures: Count = 3
     """Number of consecutive requests without a reply after which the stage ends."""
     token_ids: bool = False
@@ -174,7 +202,9 @@ class JudgeSpec(RewardBase):
 
     kind: Literal["judge"]
     endpoint: EndpointSpec
+    """The model that grades."""
     criteria: str = "Judge whether it helps: correct, on the question, clear."
+    """What the judge is told to grade."""
     scale: tuple[int, int] = (1, 10)
     """Worst and best grade; the score is the grade's relative position between them, in [0, 1]."""
     reference: str | None = None
@@ -211,8 +241,11 @@ class EnsembleSpec(RewardBase):
 
     kind: Literal["ensemble"]
     members: list["RewardSpec"] = Field(min_length=2)
+    """The combined rewards; the ``weight`` of each multiplies its score first."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """Mean, minimum, or mean minus ``kappa`` times the std of the scores."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
+    """Number of stds that ``mean_minus_std`` subtracts."""
 
 
 RewardSpec = Annotated[

@@ -29,9 +29,9 @@ from align.recipe.schema.offline import (
     EncoderStage,
     OfflineStage,
     RewardStage,
-    TrainingStage,
 )
 from align.recipe.schema.online import GrpoStage, OnlineStage, PpoStage
+from align.recipe.schema.training import TrainingStage
 from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.tuning import METHODS
 from reward_models.specs import EnsembleSpec, LengthSpec, MathSpec

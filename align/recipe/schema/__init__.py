@@ -32,22 +32,24 @@ from align.recipe.schema.evaluate import (
     TaskSpec,
 )
 from align.recipe.schema.offline import (
-    AugmentSpec,
     BaseStage,
     ClassifyStage,
     DpoStage,
-    EarlyStoppingSpec,
     EncoderStage,
-    EwcSpec,
     KtoStage,
-    LayersSpec,
     OfflineStage,
     RewardStage,
     SftStage,
+)
+from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
+from align.recipe.schema.training import (
+    AugmentSpec,
+    EarlyStoppingSpec,
+    EwcSpec,
+    LayersSpec,
     StageSpec,
     TrainingStage,
 )
-from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
 from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.tuning import TuningSpec
 from reward_models.specs import EndpointSpec, EnsembleSpec, RewardSpec, ScalarSpec
@@ -134,20 +136,28 @@ class SinkSpec(Spec):
     """Experiment trackers to which metrics.jsonl is mirrored."""
 
     tensorboard: bool = False
+    """Write TensorBoard's event files."""
     wandb: bool = False
+    """Log to Weights & Biases."""
     trackio: bool = False
+    """Log to Trackio."""
 
 
 class Recipe(Spec):
     """A recipe; its stages run in the order in which they are written."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+    """Name of the run, and of its folder under ``runs/``."""
     description: str = ""
+    """One line that the report shows."""
     seed: int = 0
+    """Seed of every stage without its own."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU, which are slower; CPU kernels always are."""
     sinks: SinkSpec = SinkSpec()
+    """Experiment trackers."""
     stages: dict[str, AnyStage] = Field(min_length=1)
+    """The stages by name, in the order in which they run."""
 
     def inputs(self, stage: str) -> dict[str, str]:
         """Return the references of a stage to others: dotted key -> stage name, path or hub id."""

@@ -19,11 +19,15 @@ class DataSpec(Spec):
     writes data, or the synthetic ``world``."""
 
     path: str | None = None
+    """File, glob, folder or hub id."""
     stage: Annotated[str | None, Ref("data")] = None
+    """Earlier stage that writes data."""
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
+    """Synthetic data of this kind, for tests and examples."""
     tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
     """Synthetic tasks that the rows are drawn from; an empty list means all five."""
     rows: Count | None = None
+    """Number of rows, drawn at random; None for all. Needed with ``world``."""
     format: Literal[
         "auto",
         "messages",
@@ -48,6 +52,7 @@ class DataSpec(Spec):
         "segments",
         "verl",
     ] = "auto"
+    """Layout of the rows; ``auto`` detects it from their keys."""
     rename: dict[str, str] = {}
     """Renamed fields, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
     strings: Literal["text", "chat"] = "text"
@@ -60,7 +65,9 @@ class DataSpec(Spec):
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     heldout_frac: Fraction = 0.1
+    """Fraction of the prompts on the ``heldout`` side of ``split``."""
     weight: Positive = 1.0
+    """Factor of this source's share in a mixture of several."""
     answers: Literal["chosen", "both"] | None = None
     """Convert preference pairs to sft rows: one of the chosen response, or one of each response.
     ``both`` teaches the format of responses, not the preference between them."""
@@ -97,7 +104,9 @@ class TokenizerSpec(Spec):
     """Settings that the tokenizer lacks; special tokens are added and saved with the artifact."""
 
     pad_token: str | None = None
+    """Padding token; None keeps the tokenizer's own."""
     stop_token: str | None = None
+    """Token that ends a response; None keeps the model's own."""
     chat_template: str | None = None
     """``plain``, ``chatml``, ``llama3``, ``qwen2_5``, ``qwen3``, ``qwen3_instruct``, ``gemma3``,
     ``gpt_oss`` or a path to a Jinja file; None keeps the tokenizer's own."""
@@ -109,12 +118,19 @@ class BuildSpec(Spec):
     """Size of a small Qwen2-architecture model and of the tokenizer trained for it."""
 
     vocab_size: Annotated[int, Field(ge=64)] = 512
+    """Tokens of the byte-level BPE vocabulary."""
     hidden_size: Count = 128
+    """Width of the hidden states."""
     num_layers: Count = 4
+    """Number of decoder layers."""
     num_heads: Count = 4
+    """Query heads of each layer."""
     num_kv_heads: Count = 2
+    """Key and value heads of each layer (grouped-query attention)."""
     intermediate_size: Count = 384
+    """Width of the MLP's inner activations."""
     max_positions: Count = 256
+    """Maximum number of tokens of a sequence."""
     init_std: Positive = 0.06
     """Larger than the usual 0.02, with which models of this size learn to copy slowly."""
 
@@ -123,33 +139,47 @@ class OptimSpec(Spec):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-5
+    """Peak learning rate; the default depends on the method (docs/tuning.md)."""
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
+    """Course of the learning rate after the warmup."""
     warmup_frac: Fraction = 0.03
+    """Fraction of the steps in which the rate rises linearly."""
     min_lr_frac: Fraction = 0.0
+    """Rate after the last step, as a fraction of the peak."""
     cut_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Fraction of the steps in which ``slanted`` rises before it falls (arXiv:1801.06146 eq. 3)."""
     ratio: Annotated[float, Field(gt=1.0)] = 32.0
     """Ratio of the peak rate of ``slanted`` to its smallest rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of matrices (arXiv:1711.05101); none on norms and biases."""
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
     eps: Positive = 1e-8
+    """Term that AdamW adds to the denominator."""
     max_grad_norm: Positive = 1.0
+    """Global gradient norm above which gradients are scaled down."""
 
 
 class ZeroSpec(Spec):
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 + gradients, 3 + parameters."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """What is sharded over the ranks."""
     offload: Literal["none", "cpu"] = "none"
+    """Keep the optimizer states in CPU memory."""
 
 
 class SamplingSpec(Spec):
     """How responses are sampled, and by which engine."""
 
     engine: Literal["auto", "vllm", "hf"] = "auto"
+    """``auto``: vLLM where it is installed and serves the model, else transformers."""
     max_new_tokens: Count = 128
+    """Maximum tokens of a response."""
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Divisor of the logits; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample from the most probable tokens with this total probability."""
     memory_frac: Fraction = 0.3
     """Fraction of the accelerator's memory for the engine's weights and cache."""
     cache_gib: Positive = 0.5
@@ -167,14 +197,18 @@ class KlSpec(Spec):
     """The KL penalty to the reference policy: its place, coefficient and estimator."""
 
     coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the penalty; 0 for none."""
     place: Literal["reward", "loss"] = "reward"
+    """Subtract the penalty from the reward, or add it to the loss."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL per token (http://joschu.net/blog/kl-approx.html)."""
     corrected: bool = False
     """Weight k3 in the loss by policy / old policy, including its gradient, so that the gradient is
     that of KL(policy || reference) also off-policy (arXiv:2512.02556)."""
     target: Positive | None = None
     """Target of adaptive control in nats per response (arXiv:1909.08593); None: coef is fixed."""
     horizon: Positive = 10000.0
+    """Responses over which adaptive control can change the coefficient by up to 20 %."""
 
     @model_validator(mode="after")
     def _legal(self) -> "KlSpec":
@@ -196,6 +230,7 @@ class ClipSpec(Spec):
     low: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """1.0 sets no lower bound."""
     high: Positive = 0.2
+    """Distance of the upper bound from 1."""
     dual: Annotated[float, Field(gt=1.0)] | None = None
     """Upper bound of the ratio for negative advantages (arXiv:1912.09729), usually 3."""
 
@@ -204,10 +239,12 @@ class ImportanceSpec(Spec):
     """Importance weights for the difference between sampler and trainer log-probabilities."""
 
     mode: Literal["none", "truncate", "mask"] = "truncate"
+    """Cap the weights, or exclude what lies outside the bounds from the loss."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """Unit of one weight: a token; a response, by the product over its tokens; a response, by their
     geometric mean (biased, but it does not explode with the length)."""
     cap: Annotated[float, Field(gt=1.0)] = 2.0
+    """Largest weight, or largest ratio that ``mask`` keeps."""
     floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Smallest ratio that ``mask`` keeps; None is 1 / cap."""
 

@@ -15,7 +15,7 @@ from align.recipe.schema.common import (
     refuse_answers,
 )
 from align.recipe.schema.dtype import Dtype
-from align.recipe.schema.offline import StageSpec
+from align.recipe.schema.training import StageSpec
 from reward_models.specs import RewardSpec
 
 NOT_TEXT = (
@@ -54,6 +54,7 @@ class WordingSpec(Spec):
     """Prompt format of the tasks for a model that continues a list."""
 
     head: str = "Tasks, each of another kind:\n\n"
+    """Text before the list."""
     item: str = "Task {number}: {instruction}\n"
     """One item of the list. The new instruction is what the model writes after ``Task 9: `` up to
     the text that follows {instruction} here (a line break)."""
@@ -81,12 +82,15 @@ class SelfInstructStage(DataStage):
     module: ClassVar[str] = "data.self_instruct"
     kind: Literal["self_instruct"]
     init: Annotated[str, Ref("policy")]
+    """Policy that writes instructions and responses."""
     seeds: list[DataSpec] = Field(min_length=1)
     """Rows of instruction and response, usually written by people."""
     target: Count
     """Number of new rows to keep."""
     max_rounds: Count = 50
+    """Rounds after which the stage ends with fewer rows than ``target``."""
     prompts_per_round: Count = 32
+    """Instructions that are sampled in one round."""
     examples: Annotated[int, Field(ge=1)] = 8
     """Number of example instructions in the prompt for each new one."""
     grown_examples: Annotated[int, Field(ge=0)] = 2
@@ -94,15 +98,23 @@ class SelfInstructStage(DataStage):
     novelty: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     """A new instruction is rejected if its ROUGE-L (F) with a kept one is at least this."""
     min_words: Count = 3
+    """Fewest words of an instruction."""
     max_words: Count = 150
+    """Most words of an instruction."""
     refuse_words: list[str] = list(NOT_TEXT)
+    """Words of instructions that are rejected."""
     answer: Literal["few_shot", "chat"] = "few_shot"
     """Generate responses by continuing solved tasks (base models) or by the chat template."""
     answer_examples: Count = 3
+    """Number of solved tasks before the new one."""
     wording: WordingSpec = WordingSpec()
+    """Text around tasks and answers."""
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
+    """How instructions and responses are sampled."""
     dtype: Dtype = "float32"
+    """Number format of the engine."""
     max_length: Count = 1024
+    """Maximum tokens of prompt and response."""
 
     @model_validator(mode="after")
     def _legal(self) -> "SelfInstructStage":
@@ -122,7 +134,9 @@ class WordsSpec(Spec):
     """Limits of the length of responses, in words."""
 
     min: Annotated[int, Field(ge=0)] = 1
+    """Fewest words."""
     max: Count | None = None
+    """Most words; None for no limit."""
 
     @model_validator(mode="after")
     def _order(self) -> "WordsSpec":
@@ -146,16 +160,21 @@ class CurateStage(DataStage):
     module: ClassVar[str] = "data.curate"
     kind: Literal["curate"]
     data: list[DataSpec] = Field(min_length=1)
+    """Rows to select from."""
     of: Literal["sft", "preference"] = "sft"
+    """Kind of rows."""
     words: WordsSpec | None = None
+    """Limits of the length of responses."""
     quality: list[RewardSpec] = []
     """Scores of the (chosen) responses; their weighted sum is the quality of a row."""
     min_quality: float | None = None
+    """Rows of lower quality are dropped."""
     keep_frac: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Fraction of the rows to keep, by quality."""
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.8
     """The later of two rows is dropped from this Jaccard similarity of word triples; null: off."""
     diversity: DiversitySpec | None = None
+    """Selection of rows that differ from each other."""
 
     @model_validator(mode="after")
     def _legal(self) -> "CurateStage":
@@ -179,9 +198,13 @@ class LabelFunction(Spec):
     """
 
     by: RewardSpec
+    """The score."""
     good_from: float | None = None
+    """Lowest score of a good response."""
     bad_below: float | None = None
+    """Scores below it are of bad responses."""
     min_gap: Annotated[float, Field(ge=0.0)] | None = None
+    """Score difference up to which a pair gets no vote; None is 0."""
 
     @property
     def name(self) -> str:
@@ -195,9 +218,11 @@ class WeakLabelStage(DataStage):
     module: ClassVar[str] = "data.weak_label"
     kind: Literal["weak_label"]
     data: list[DataSpec] = Field(min_length=1)
+    """Rows to label."""
     of: Literal["sft", "preference"]
     """sft: is the response good? preference: which response is better?"""
     functions: list[LabelFunction] = Field(min_length=1)
+    """The judges, each with one vote per row."""
     use_given: bool | None = None
     """preference: use the order in the data as another vote (default: true)."""
     min_confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

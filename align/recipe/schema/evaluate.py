@@ -16,7 +16,7 @@ from align.recipe.schema.common import (
     refuse_answers,
 )
 from align.recipe.schema.dtype import Dtype
-from align.recipe.schema.offline import StageSpec
+from align.recipe.schema.training import StageSpec
 from reward_models.specs import EndpointSpec, RewardSpec
 
 MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
@@ -33,7 +33,9 @@ class MergeStage(StageSpec):
     module: ClassVar[str] = "merge"
     kind: Literal["merge"]
     base: Annotated[str, Ref("policy")]
+    """The model before the fine-tuning."""
     tuned: Annotated[str, Ref("policy")]
+    """The model after the fine-tuning."""
     others: Annotated[list[str], Ref("policy")] = []
     """Other models fine-tuned from ``base``, merged together with ``tuned`` by ties and dare."""
     method: MergeMethod = "linear"
@@ -53,11 +55,15 @@ class MergeStage(StageSpec):
     """The chosen alpha is the best on ``shifted`` among those whose score on ``prompts`` is at most
     this much below that of alpha 1 (in the unit of the score); the largest one if several tie."""
     samples: Count = 1
+    """Responses to each prompt."""
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    """How responses are sampled."""
     dtype: Dtype = "float32"
     """Number format of the engine while scoring; the file keeps that of ``tuned``."""
     max_length: Count = 1024
+    """Maximum tokens of prompt and response."""
     max_lost_frac: Fraction = 0.0
+    """Fraction of the prompts that may be lost to ``max_length``."""
 
     @model_validator(mode="after")
     def _legal(self) -> "MergeStage":
@@ -90,7 +96,9 @@ class PairwiseSpec(Spec):
     """A language model as judge of response pairs, in both orders."""
 
     endpoint: EndpointSpec
+    """The model that compares."""
     criteria: str = "Judge which answer helps the user more: correct, on the question, clear."
+    """What the judge is told to compare."""
     sequential: bool = True
     """Stop as soon as the verdict is clear; the interval is valid at any stopping time."""
     batch: Count = 32
@@ -101,16 +109,22 @@ class TaskSampling(Spec):
     """How the responses of a task are sampled."""
 
     max_new_tokens: Count = 128
+    """Maximum tokens of a response."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Divisor of the logits; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample from the most probable tokens with this total probability."""
 
 
 class TaskSpec(Spec):
     """An evaluation task: held-out prompts, a grader, a judge and the metrics to report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Name in tables and files."""
     description: str = ""
+    """One line that the report shows."""
     prompts: list[DataSpec] = Field(min_length=1)
+    """Held-out prompts."""
     grader: list[RewardSpec] = []
     """Each is a metric under its name (default: its kind); higher is better."""
     judge: list[RewardSpec] = []
@@ -121,7 +135,9 @@ class TaskSpec(Spec):
     samples: Count = 1
     """Responses to each prompt; their mean score is avg@k."""
     sampling: TaskSampling = TaskSampling()
+    """How responses are sampled."""
     max_length: Count = 1024
+    """Maximum tokens of prompt and response."""
     max_lost_frac: Fraction = 0.0
     """Fraction of the prompts, and of the responses, that may be lost to ``max_length``."""
     answers: list[DataSpec] = []
@@ -179,13 +195,17 @@ class HarnessSpec(Spec):
     python: str
     """Python interpreter of the environment in which lm-eval is installed."""
     tasks: list[str] = Field(min_length=1)
+    """Names of tasks of lm-evaluation-harness."""
     backend: Literal["hf", "vllm"] = "hf"
+    """The harness's engine."""
     include_path: str | None = None
     """Folder of custom task files."""
     limit: Count | None = None
     """Questions per task; None for all."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; None for the task's own number."""
     batch_size: Count = 8
+    """Questions per batch."""
     chat_template: bool = False
     """Apply the model's chat template to the questions."""
 
@@ -204,9 +224,11 @@ class EvaluateStage(StageSpec):
     module: ClassVar[str] = "evaluate.stage"
     kind: Literal["evaluate"]
     models: Annotated[list[str], Ref("policy")] = Field(min_length=1)
+    """Stages, folders or hub ids of the compared models."""
     labels: dict[str, str] = {}
     """Display names of ``models`` that are given by path."""
     baseline: str
+    """The one of ``models`` that the others are compared with."""
     reference: Annotated[str | None, Ref("policy")] = None
     """Reference policy of the KL; None for the baseline."""
     tasks: list[TaskSpec] = []
@@ -222,10 +244,15 @@ class EvaluateStage(StageSpec):
     judge: list[RewardSpec] = []
     """The weighted sum decides each comparison; equal sums are ties."""
     samples: Count = 1
+    """Responses to each prompt."""
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    """How responses to ``prompts`` are sampled."""
     dtype: Dtype = "float32"
+    """Number format of the engines."""
     max_length: Count = 1024
+    """Maximum tokens of prompt and response."""
     reward_models: Annotated[list[str], Ref("reward_model")] = []
+    """Reward models to measure on ``pairs``."""
     pairs: list[DataSpec] = []
     """Held-out pairs on which each reward model's card is measured."""
     sets: list[DataSpec] = []

@@ -28,7 +28,7 @@ from align.recipe.schema.common import (
     distinct_names,
     refuse_answers,
 )
-from align.recipe.schema.offline import TrainingStage, refuse_unfit
+from align.recipe.schema.training import TrainingStage, refuse_unfit
 from align.recipe.schema.tuning import refuse_dropout, refuse_pushed, refuse_served
 from reward_models.specs import RewardSpec
 
@@ -52,6 +52,7 @@ class WatchSpec(Spec):
     every: Count
     """Steps between evaluations; there is also one before the first and after the last step."""
     prompts: list[DataSpec] = Field(min_length=1)
+    """Held-out prompts."""
     gold: list[RewardSpec] = Field(min_length=1)
     """Scorers that are not used in training; their weighted sum selects the best checkpoint."""
     max_contaminated_frac: Fraction = 0.05
@@ -62,6 +63,7 @@ class WatchSpec(Spec):
     """Which weights are exported to ``model/``. The best by gold score are always kept in
     ``best/``, and are exported if the guard ends the stage."""
     guard: GuardSpec | None = None
+    """Alarms of over-optimization; None for none."""
 
     @model_validator(mode="after")
     def _legal(self) -> "WatchSpec":
@@ -89,8 +91,11 @@ class CriticSpec(Spec):
     """PPO's value network; with ``init: null`` it starts from the policy's weights."""
 
     init: Annotated[str | None, Ref("policy", "reward_model")] = None
+    """Policy or reward model that the critic starts from; None for the policy's weights."""
     optim: OptimSpec = OptimSpec(learning_rate=1e-5, schedule="constant")
+    """Optimizer and learning rate of the critic."""
     clip: Positive = 0.2
+    """Distance from the old value to which an update of a value is clipped."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Rollout steps at the start in which only the critic is trained."""
 
@@ -101,14 +106,23 @@ class OnlineStage(TrainingStage):
     module: ClassVar[str] = "online"
     family: ClassVar = "policy"
     prompts: list[DataSpec] = Field(min_length=1)
+    """Prompts that responses are sampled for."""
     rewards: list[RewardSpec] = Field(min_length=1)
+    """Rewards of a response; their weighted sum is its score."""
     sampling: OnlineSampling = OnlineSampling()
+    """How responses are sampled."""
     steps: Count
+    """Rollout steps."""
     prompts_per_step: Count = 32
+    """Prompts of each rollout step, over all ranks."""
     minibatches: Count = 1
+    """Optimizer steps into which the responses of a rollout step are divided."""
     update_epochs: Count = 1
+    """Passes over the responses of a rollout step."""
     clip: ClipSpec = ClipSpec()
+    """Clipping of the policy ratio."""
     importance: ImportanceSpec = ImportanceSpec()
+    """Correction for the sampler's different log-probabilities."""
     truncated_score: float | None = None
     """Score of a response without a stop token; None keeps the reward's own score."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
@@ -116,7 +130,9 @@ class OnlineStage(TrainingStage):
     ``bootstrap`` adds the critic's value of the rest (arXiv:1712.00378); ``mask`` excludes it from
     loss and group statistics (DAPO's overlong filtering)."""
     overlong: OverlongSpec | None = None
+    """Penalty of responses close to the length limit."""
     max_lost_frac: Fraction = 0.01
+    """Fraction of the prompts that may be lost to ``max_length``."""
     watch: WatchSpec | None = None
     """Held-out evaluation during training, and the guard against over-optimization."""
     if TYPE_CHECKING:  # Each stage has its own defaults, or a fixed value.
@@ -173,12 +189,19 @@ class PpoStage(OnlineStage):
 
     kind: Literal["ppo"]
     group_size: Count = 1
+    """Responses to each prompt."""
     kl: KlSpec = KlSpec(coef=0.05)
+    """KL penalty to the reference policy."""
     gamma: Fraction = 1.0
+    """Discount of later rewards."""
     lam: Fraction = 0.95
+    """Lambda of generalized advantage estimation (arXiv:1506.02438)."""
     critic: CriticSpec = CriticSpec()
+    """The value network."""
     whiten_rewards: bool = False
+    """Divide the rewards of a step by their standard deviation."""
     update_epochs: Count = 2
+    """Passes over the responses of a rollout step."""
 
     @model_validator(mode="after")
     def _bootstrap_or_score(self) -> "PpoStage":
@@ -200,7 +223,9 @@ class GrpoStage(OnlineStage):
     algorithm: Annotated[str, AfterValidator(known_algorithm)] = "grpo"
     """Named set of defaults for the options of this stage (align/recipe/algorithms.py)."""
     group_size: Count = 8
+    """Responses to each prompt."""
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
+    """KL penalty to the reference policy."""
     estimator: Annotated[str, AfterValidator(known_estimator)] = "group_relative"
     """Baseline of the score: group mean, mean of the others, none, or the greedy response."""
     scale: Literal["std", "batch", "none"] = "std"
@@ -213,6 +238,7 @@ class GrpoStage(OnlineStage):
     dynamic_sampling: bool = False
     """Sample more prompts until every group of the step has unequal scores (DAPO section 3.2)."""
     max_draws: Count = 3
+    """Maximum rounds of sampling of one step with ``dynamic_sampling``."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from align.recipe.schema.common import (
     distinct_names,
 )
 from align.recipe.schema.dtype import Dtype
-from align.recipe.schema.offline import StageSpec
+from align.recipe.schema.training import StageSpec
 from align.recipe.schema.tuning import FullTuning, TuningSpec, refuse_beside, refuse_head
 from reward_models.specs import RewardSpec
 
@@ -66,12 +66,15 @@ class TrlStage(StageSpec):
     trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
     """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""
     init: Annotated[str, Ref("policy")]
+    """Stage whose model is trained, or the folder of one."""
     reference: bool = False
     """Pass a frozen copy of ``init`` to the trainer as ``ref_model``."""
     teacher: Annotated[str | None, Ref("policy")] = None
     """Teacher policy of a distillation trainer (GKD, Distillation, GOLD, IWOPD)."""
     data: list[DataSpec] = Field(min_length=1)
+    """Training rows."""
     heldout: list[DataSpec] = []
+    """Rows that are evaluated during training and never trained on."""
     rows: Literal["sft", "preference", "unpaired", "prompts"]
     """Kind of rows that the trainer reads."""
     columns: list[str] = []
@@ -83,11 +86,15 @@ class TrlStage(StageSpec):
     tuning: TuningSpec = FullTuning(method="full")
     """Trained weights; with an adapter, the reference is the model with its adapter disabled."""
     optim: OptimSpec = OptimSpec()
+    """Optimizer and learning rate."""
     zero: ZeroSpec = ZeroSpec()
+    """What DeepSpeed shards over the ranks."""
     dtype: Dtype = "float32"
+    """Number format of the weights."""
     max_length: Count | None = None
     """Maximum tokens of a row; longer rows are dropped. None for the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
+    """Fraction of the rows that may be lost to ``max_length``."""
     max_contaminated_frac: Fraction = 0.05
     """Fraction of the held-out prompts that may appear in the training texts."""
     batch_size: Count = 8
@@ -95,10 +102,15 @@ class TrlStage(StageSpec):
     micro_batch_size: Count = 8
     """Rows per forward-backward pass on one rank."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
     steps: Count
+    """Optimizer steps."""
     eval_every: int = Field(default=0, ge=0)
+    """Optimizer steps between evaluations of ``heldout``; 0 for none."""
     checkpoint_every: int = Field(default=0, ge=0)
+    """Optimizer steps between checkpoints; 0 for no checkpoints."""
     keep_checkpoints: Count = 2
+    """Number of latest checkpoints to keep."""
 
     @model_validator(mode="after")
     def _legal(self) -> "TrlStage":

@@ -80,9 +80,13 @@ class LoraTuning(Tuning):
     served_ranks: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128, 256, 320, 512)
     method: Literal["lora", "rslora"]
     rank: Count = 16
+    """Rank of the updates."""
     alpha: Positive = 32.0
+    """Scale of the updates, before the division by the rank."""
     dropout: Rate = 0.0
+    """Probability of dropping an input of the adapter; not with a reference."""
     targets: Targets = "all-linear"
+    """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
 class DoraTuning(LoraTuning):
@@ -98,7 +102,9 @@ class PissaTuning(Tuning):
     in_trl: ClassVar[bool] = False
     method: Literal["pissa"]
     rank: Count = 16
+    """Number of singular directions."""
     targets: Targets = "all-linear"
+    """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
 class QloraTuning(Tuning):
@@ -108,9 +114,13 @@ class QloraTuning(Tuning):
     in_trl: ClassVar[bool] = False
     method: Literal["qlora"]
     rank: Count = 16
+    """Rank of the updates."""
     alpha: Positive = 32.0
+    """Scale of the updates, before the division by the rank."""
     dropout: Rate = 0.0
+    """Probability of dropping an input of the adapter; not with a reference."""
     targets: Targets = "all-linear"
+    """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
 class Ia3Tuning(Tuning):
@@ -126,6 +136,7 @@ class OftTuning(Tuning):
     block_size: Annotated[int, Field(ge=2)] = 32
     """Must divide the inputs of every target."""
     targets: Targets = "all-linear"
+    """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
 class VeraTuning(Tuning):
@@ -133,7 +144,9 @@ class VeraTuning(Tuning):
 
     method: Literal["vera"]
     rank: Count = 256
+    """Rank of the shared random matrices."""
     targets: Targets = "all-linear"
+    """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
 class BottleneckTuning(BesideTuning):
@@ -152,6 +165,7 @@ class PrefixTuning(VirtualTuning):
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     method: Literal["prefix"]
     virtual_tokens: Count = 16
+    """Number of virtual tokens."""
     hidden: Count | None = None
     """Units of the MLP; None for the model's hidden size."""
 
@@ -162,6 +176,7 @@ class PromptTuning(VirtualTuning):
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     method: Literal["prompt"]
     virtual_tokens: Count = 16
+    """Number of virtual tokens."""
 
 
 class PtuningTuning(VirtualTuning):
@@ -170,6 +185,7 @@ class PtuningTuning(VirtualTuning):
     peft_type: ClassVar[str | None] = "P_TUNING"
     method: Literal["ptuning"]
     virtual_tokens: Count = 16
+    """Number of virtual tokens."""
     hidden: Count = 128
     """Units of the MLP."""
 
@@ -185,12 +201,15 @@ class LoreftTuning(BesideTuning):
     peft_type: ClassVar[str | None] = "LOREFT"
     method: Literal["loreft"]
     rank: Count = 4
+    """Dimension of the subspace."""
     layers: Annotated[
         Literal["all"] | list[Annotated[int, Field(ge=0)]], AfterValidator(_names_one)
     ] = "all"
     """Layers after which hidden states are edited, counted from 0."""
     first: Annotated[int, Field(ge=0)] | None = None
+    """Number of edited tokens at the start of the prompt."""
     last: Annotated[int, Field(ge=0)] | None = None
+    """Number of edited tokens at the end of the prompt."""
 
     @model_validator(mode="after")
     def _edits_something(self) -> "LoreftTuning":

@@ -1,0 +1,248 @@
+"""Schema of every stage's keys and of the blocks that all training stages share."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from align.recipe.schema.common import (
+    Count,
+    DataSpec,
+    OptimSpec,
+    Positive,
+    Ref,
+    Spec,
+    ZeroSpec,
+    refuse_answers,
+)
+from align.recipe.schema.dtype import Dtype
+from align.recipe.schema.tuning import (
+    FullTuning,
+    TuningSpec,
+    refuse_checkpointing,
+    refuse_head,
+    refuse_last,
+)
+
+
+class UnfreezeSpec(Spec):
+    """Gradual unfreezing: start with the top layer, then unfreeze the next one below it."""
+
+    every_steps: Count
+    """Optimizer steps between two layers."""
+
+
+class LayersSpec(Spec):
+    """Frozen layers, gradual unfreezing and layer-wise learning rates (arXiv:1801.06146).
+
+    Layers are the decoder's blocks, counted from 0 at the bottom. Everything above them (final
+    norm, head, an adapter outside of the blocks) belongs to the top layer. The embeddings, and a
+    head tied to them, are below layer 0.
+    """
+
+    freeze_first: Annotated[int, Field(ge=0)] = 0
+    """Number of lowest layers that are never trained."""
+    freeze_embeddings: bool = False
+    """Do not train the embeddings, nor a head tied to them."""
+    unfreeze: UnfreezeSpec | None = None
+    """Unfreeze one layer after the other, from the top."""
+    rate_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Ratio of a layer's learning rate to that of the layer above it."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "LayersSpec":
+        if self == LayersSpec.model_construct():
+            raise ValueError("the block changes nothing; give one of its keys, or remove it")
+        return self
+
+
+def refuse_outside(layers: LayersSpec | None, tuning: TuningSpec) -> None:
+    """Raise ValueError if no trained weight is affected by the ``layers`` block."""
+    if layers is None:
+        return
+    if not tuning.inside_layers:
+        raise ValueError(
+            f"'layers' has no effect with tuning.method {tuning.method}, which trains nothing "
+            "inside a layer; remove it, or choose a method such as lora"
+        )
+    if layers.freeze_embeddings and tuning.method != "full":
+        raise ValueError(
+            f"'layers.freeze_embeddings' has no effect with tuning.method {tuning.method}, which "
+            "leaves the embeddings as they are; remove it"
+        )
+
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class EarlyStoppingSpec(Spec):
+    """Early stopping on a held-out metric; the best weights are kept."""
+
+    metric: str = "eval/loss"
+    """Lower is better for a loss, a KL, a calibration error and the reward of bad responses;
+    higher is better for everything else."""
+    patience: Count = 3
+    """Number of consecutive evaluations without improvement before the stage ends."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest improvement that counts, in the metric's unit."""
+
+
+class EwcSpec(Spec):
+    """Elastic weight consolidation: a penalty on changing weights that an old task needs.
+
+    Reference: arXiv:1612.00796 eq. 3.
+    """
+
+    coef: Positive
+    """Lambda. The Fisher information is scaled to mean 1, so 1 is like an L2 penalty of 1/2."""
+    data: list[DataSpec] = Field(min_length=1)
+    """Supervised rows of the old task; each costs one backward pass before the first step."""
+    cap: Annotated[float, Field(gt=1.0)] = 10.0
+    """Largest Fisher information of a weight, in units of the mean."""
+
+
+class AugmentSpec(Spec):
+    """Augmentation of user turns, different in each epoch; responses are never changed."""
+
+    word_dropout: Rate = 0.0
+    """Probability of dropping each word of a user turn; at least one word remains."""
+    templates: list[str] = []
+    """Templates around a user turn, each with ``{text}`` once; one is drawn for each row."""
+
+
+class KeepSpec(Spec):
+    """Regularization against forgetting and over-fitting; all off by default."""
+
+    dropout: Rate = 0.0
+    """Rate of attention dropout and of the model's dropout layers while training."""
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop when a held-out metric no longer improves."""
+    ewc: EwcSpec | None = None
+    """Penalty on changing weights that an old task needs."""
+    augment: AugmentSpec | None = None
+    """Augmentation of user turns."""
+
+
+class StageSpec(Spec):
+    """Base of every stage: what it produces, and how its processes are started."""
+
+    produces: ClassVar[str]
+    """Kind of the artifact that it writes."""
+    module: ClassVar[str]
+    """Module of ``align.stages`` whose ``prepare(spec, context)`` prepares the stage."""
+    if TYPE_CHECKING:  # Each class has its own literal.
+        kind: str
+    ranks: Count = 1
+    """Number of processes, one per GPU (or CPU rank)."""
+    threads: Count | None = None
+    """CPU threads per rank; None divides the cores among the ranks of this node."""
+    seed: int | None = None
+    """Seed of this stage; None for the recipe's."""
+
+
+class TrainingStage(StageSpec):
+    """Base of every training stage."""
+
+    produces: ClassVar[str] = "policy"
+    family: ClassVar[Literal["supervised", "policy"]]
+    """Supervised learning, or optimization of a policy relative to its reference. The learning
+    rates that are known to work depend on the family."""
+    heldout_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics that it measures on held-out rows during training."""
+    new_head: ClassVar[str | None] = None
+    """The stage's kind if a new head replaces the model's language head."""
+    init: Annotated[str, Ref("policy")]
+    """Stage whose model is trained, or the folder of one."""
+    dtype: Dtype = "float32"
+    """Number format of the weights; ``auto`` is bfloat16 where the hardware is fast with it."""
+    zero: ZeroSpec = ZeroSpec()
+    """What DeepSpeed shards over the ranks."""
+    optim: OptimSpec = OptimSpec()
+    """Optimizer and learning rate."""
+    tuning: TuningSpec = FullTuning()
+    """Which weights are trained, and by which method."""
+    layers: LayersSpec | None = None
+    """Frozen layers and layer-wise learning rates."""
+    keep: KeepSpec = KeepSpec()
+    """Regularization against forgetting and over-fitting."""
+    max_length: Count = 1024
+    """Maximum tokens of prompt and response; longer rows are dropped and counted."""
+    micro_tokens: Count = 8192
+    """Token budget of one forward-backward pass on one rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    expect: dict[str, tuple[float | None, float | None]] = {}
+    """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints; 0 for no checkpoints."""
+    keep_checkpoints: Count = 2
+    """Number of latest checkpoints to keep."""
+
+    @model_validator(mode="after")
+    def _tuning_fits(self) -> "TrainingStage":
+        if self.new_head:
+            refuse_last(self.tuning, self.new_head)
+        else:
+            refuse_head(self.tuning, "policy")
+        refuse_outside(self.layers, self.tuning)
+        if self.gradient_checkpointing:
+            refuse_checkpointing(self.tuning)
+        return self
+
+
+def refuse_unfit(stage: TrainingStage, *, watched: bool) -> None:
+    """Raise ValueError for a setting of ``keep`` that is invalid or has no effect in a stage.
+
+    Args:
+        stage: the stage.
+        watched: True if the stage evaluates held-out rows during training.
+    """
+    keep = stage.keep
+    if stage.family == "policy" and keep.dropout > 0.0:
+        raise ValueError("keep.dropout would make the policy differ from its reference by chance")
+    if keep.early_stopping is not None:
+        _refuse_stopping(keep.early_stopping, stage, watched=watched)
+    if keep.ewc is not None:
+        _refuse_ewc(keep.ewc, stage)
+    if keep.augment is not None:
+        _refuse_augment(keep.augment, stage.kind)
+
+
+def _refuse_stopping(stopping: EarlyStoppingSpec, stage: TrainingStage, *, watched: bool) -> None:
+    if not stage.heldout_metrics:
+        raise ValueError(
+            "keep.early_stopping needs held-out rows; to stop an online stage early, use 'watch' "
+            "with 'guard'"
+        )
+    if stopping.metric not in stage.heldout_metrics:
+        raise ValueError(
+            f"keep.early_stopping.metric: found '{stopping.metric}'; a {stage.kind} stage measures "
+            + ", ".join(stage.heldout_metrics)
+        )
+    if not watched:
+        raise ValueError("keep.early_stopping needs 'heldout' rows and 'eval_every' of 1 or more")
+
+
+def _refuse_ewc(ewc: EwcSpec, stage: TrainingStage) -> None:
+    if stage.new_head:
+        raise ValueError(
+            "keep.ewc protects the language head; "
+            f"a {stage.kind} stage replaces it by another head; remove it"
+        )
+    if stage.tuning.method != "full":
+        raise ValueError(
+            f"keep.ewc regularizes the weights of the model, which {stage.tuning.method} tuning "
+            "does not change; use full tuning, or remove it"
+        )
+    refuse_answers(ewc.data, "ewc")
+
+
+def _refuse_augment(augment: AugmentSpec, kind: str) -> None:
+    if kind != "sft":
+        raise ValueError(
+            f"keep.augment is for sft stages; a {kind} stage uses its rows unchanged; remove it"
+        )
+    if augment == AugmentSpec():
+        raise ValueError("keep.augment changes nothing; give word_dropout or templates")
+    for template in augment.templates:
+        if template.count("{text}") != 1:
+            raise ValueError(f"keep.augment.templates: {template!r} must contain {{text}} once")
