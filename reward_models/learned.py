@@ -27,8 +27,7 @@ class ScalarReward:
     exactly those ids are scored: the suite passes the sampled ids. Without ``prompt_ids``, as in a
     TRL trainer, or with ids of another vocabulary (see `meet`), the texts are rendered with the
     tokenizer. An encoder always reads the texts, as a pair (see `reward_models.paired`). Rows
-    longer
-    than the scorer's positions are invalid.
+    longer than the scorer's positions are invalid.
 
     A scorer with several heads is an ensemble: each head's score is normalized by its own mean and
     std, and ``combine`` turns them into one score. A non-finite score is invalid.

@@ -1,9 +1,8 @@
 """Reward for mathematics: compare the final number or LaTeX expression with the reference.
 
 The final answer follows the last of ``####``, ``\\boxed{...}`` and "answer is". Without such a
-marker
-it is the last line, or else the last number of the text. Text before the end of a ``<think>`` block
-is ignored.
+marker it is the last line, or else the last number of the text. Text before the end of a
+``<think>`` block is ignored.
 """
 
 import re
@@ -39,9 +38,8 @@ def final_number(text: str) -> Number | None:
     """Return the final number of a response, exactly.
 
     A marked answer must be one number; only words, a unit and punctuation may surround it. The
-    first
-    clause with digits counts, so listing several candidates does not help. Supported are signs,
-    thousands separators, decimals, exponents, powers, fractions, mixed numbers, currency and
+    first clause with digits counts, so listing several candidates does not help. Supported are
+    signs, thousands separators, decimals, exponents, powers, fractions, mixed numbers, currency and
     percent.
 
     Returns:

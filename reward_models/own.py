@@ -1,9 +1,8 @@
 """A user-defined reward function, run in a separate process.
 
 The suite knows nothing about this code: it may hang, raise, leak, print or exit. It runs in a
-worker
-with a deadline and a memory limit, which is restarted after a failure. A missing score is counted
-with its reason and never becomes a number.
+worker with a deadline and a memory limit, which is restarted after a failure. A missing score is
+counted with its reason and never becomes a number.
 """
 
 import logging

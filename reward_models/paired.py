@@ -1,9 +1,8 @@
 """Input of an encoder-based scorer: prompt and response as one pair of texts.
 
 The tokenizer writes the pair in its own format, such as BERT's ``[CLS] prompt [SEP] response
-[SEP]``.
-Training and scoring both take their token ids from `pair_ids`. If the tokenizer distinguishes the
-two texts by token types, these follow from the ids: see `separator_of`.
+[SEP]``. Training and scoring both take their token ids from `pair_ids`. If the tokenizer
+distinguishes the two texts by token types, these follow from the ids: see `separator_of`.
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,7 @@ probabilities become one score (``min``, ``last`` or ``product``), never a sum, 
 writing more steps. The score so far is also a potential over the prefixes of a response. Its
 differences, assigned to the tokens that end the steps, add up to the score itself. The learner thus
 sees which step gained or lost, and responses keep the order of their scores regardless of the
-number
-of steps.
+number of steps.
 
 Reference: potential-based shaping, Ng, Harada and Russell 1999; step scores arXiv:2305.20050.
 """
@@ -33,8 +32,7 @@ def step_ends(
     """Return the positions of the tokens that end the steps of a response.
 
     A token that contains the separator ends a step. The text after the last one is also a step,
-    which
-    ends with the response.
+    which ends with the response.
 
     Args:
         ids: token ids of the response, at least one.

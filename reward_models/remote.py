@@ -3,8 +3,7 @@
 Only the standard library is needed. A failed request is retried with growing waits until the
 deadline, which covers the whole exchange, so a slowly dripping reply is cut off. Redirects are not
 followed. If the server cannot be reached when the reward is built, this is an error before
-training.
-A later failure makes responses invalid a few times, and then ends the stage.
+training. A later failure makes responses invalid a few times, and then ends the stage.
 """
 
 import http.client
@@ -46,10 +45,8 @@ class RemoteReward:
     """Score responses on a server.
 
     Texts are sent, and the server renders them with the scorer's own template. With ``token_ids``,
-    the
-    sampled ids are sent too and are scored, which is exact if both sides share a tokenizer. The
-    row's
-    own columns are sent as ``columns``. Only finite numbers count as scores.
+    the sampled ids are sent too and are scored, which is exact if both sides share a tokenizer. The
+    row's own columns are sent as ``columns``. Only finite numbers count as scores.
 
     Attributes:
         disagreement: of the last call, as reported by the server; NaN for a single head.

@@ -2,8 +2,7 @@
 
 For a decoder, index t of the values refers to the text up to and including token t. The score of a
 response is the value at its last real token, including the stop token, as in training. This
-position
-comes from lengths or the attention mask, never from comparing ids with the pad id.
+position comes from lengths or the attention mask, never from comparing ids with the pad id.
 
 An encoder attends to the whole text from every position. Its score is read from its first token,
 [CLS], and every index of the values contains that number, so the last of them is the score here

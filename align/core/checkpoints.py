@@ -1,9 +1,8 @@
 """Checkpoints of a running stage: written under a temporary name, hashed, renamed, and verified.
 
 A checkpoint is a folder ``step-00000042`` with one DeepSpeed checkpoint per engine, one RNG file
-per
-rank, and ``checkpoint.json``, which is written last. This record contains the identity of the stage
-that saved it, the hash of every file, and a hash of itself.
+per rank, and ``checkpoint.json``, which is written last. This record contains the identity of the
+stage that saved it, the hash of every file, and a hash of itself.
 """
 
 import hashlib
@@ -39,8 +38,7 @@ def belong_to(identity: Mapping[str, Any] | None) -> None:
     """Set the identity of the stage that this process runs.
 
     Checkpoints are saved with it, and those of other stages are skipped. Without an identity (a
-    tool or
-    a test that inspects a folder) nothing is compared.
+    tool or a test that inspects a folder) nothing is compared.
     """
     global _identity
     _identity = None if identity is None else plain(identity)

@@ -112,8 +112,7 @@ def end_process(code: int) -> NoReturn:
     """Exit this process immediately with ``code`` after flushing all output.
 
     A normal interpreter exit is a race: a gloo thread that releases a tensor while Python shuts
-    down
-    aborts the process (exit code -6) after its work is done and saved.
+    down aborts the process (exit code -6) after its work is done and saved.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -261,8 +260,7 @@ def install() -> None:
     """Stop this stage cleanly on SIGTERM and SIGINT, and when ``align run`` dies.
 
     During training (``stops_between_steps``) a signal is only recorded; elsewhere it raises
-    StoppedNow
-    immediately.
+    StoppedNow immediately.
     """
     global _installed_by
     _installed_by = os.getpid()

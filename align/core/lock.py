@@ -1,10 +1,8 @@
 """The lock of a stage's folder: one process at a time, even on a shared file system.
 
 The lock is a file that is created exclusively, which is atomic on network file systems too. It
-names
-its holder. A dead holder on this machine is detected immediately. A holder on another machine (or
-in
-another container) counts as dead if it has not touched the file for ``SILENT_S``.
+names its holder. A dead holder on this machine is detected immediately. A holder on another machine
+(or in another container) counts as dead if it has not touched the file for ``SILENT_S``.
 """
 
 import json

@@ -35,10 +35,8 @@ def visible(text: str) -> str:
     """Return text with control characters escaped.
 
     Text of models, data and recipes could otherwise move the cursor, set the window title or
-    reverse
-    the reading direction (C0 and C1 controls, bidi marks). Line breaks and tabs are kept. Secrets
-    of
-    the recipe are replaced by the names of their variables.
+    reverse the reading direction (C0 and C1 controls, bidi marks). Line breaks and tabs are kept.
+    Secrets of the recipe are replaced by the names of their variables.
     """
     return _CONTROLS.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), hidden(text))
 

@@ -15,8 +15,7 @@ class Turn(TypedDict):
     """One turn of a conversation.
 
     ``weight`` multiplies the loss of an assistant turn (default 1; 0 leaves it untrained). Each
-    entry
-    of ``tool_calls`` is ``{"type": "function", "function": {"name", "arguments"}}``.
+    entry of ``tool_calls`` is ``{"type": "function", "function": {"name", "arguments"}}``.
     """
 
     role: str
@@ -79,10 +78,8 @@ class PairRow:
     """One tokenized preference pair; both rows begin with the same prompt token ids.
 
     ``tie`` means that both responses were rated equally good. ``shared`` means that the prompt may
-    be
-    computed once for both and cut from the left. It is False for an encoder, whose prompt also
-    attends
-    to the response.
+    be computed once for both and cut from the left. It is False for an encoder, whose prompt also
+    attends to the response.
     """
 
     chosen: TokenRow

@@ -67,8 +67,7 @@ class AugmentedRows(Sequence[TokenRow]):
     """Tokenized rows that are reworded in each epoch.
 
     Indexing the sequence returns the original rows. If a reworded row is longer than
-    ``max_length``,
-    the original row is trained instead.
+    ``max_length``, the original row is trained instead.
 
     Args:
         rows: the original tokenized rows, in the order of the training data.

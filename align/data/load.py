@@ -73,17 +73,14 @@ def load_examples(
     """Load the rows of all specs into one deterministic list.
 
     Each spec is read in turn: its fields are renamed (``rename: {old: new}``), its rows are
-    converted
-    to examples and split by the hash of the first user message. ``rows`` then keeps a seeded sample
-    of that size, in file order. ``answers`` turns preference pairs into sft rows.
+    converted to examples and split by the hash of the first user message. ``rows`` then keeps a
+    seeded sample of that size, in file order. ``answers`` turns preference pairs into sft rows.
 
     ``weight`` sets the mixture. With n_i rows and weight w_i, let S be the largest n_i / w_i. The
-    spec
-    that attains S keeps each row once. Every other spec is expanded to round(w_i * S) rows: whole
-    copies in order, then a seeded sample of the rest. A weight therefore never drops rows, and
-    equal
-    weights make the sets equally large. Without weights (all 1.0) the sets are concatenated. The
-    result is not shuffled.
+    spec that attains S keeps each row once. Every other spec is expanded to round(w_i * S) rows:
+    whole copies in order, then a seeded sample of the rest. A weight therefore never drops rows,
+    and equal weights make the sets equally large. Without weights (all 1.0) the sets are
+    concatenated. The result is not shuffled.
 
     Args:
         specs: data sources of the recipe.
@@ -149,8 +146,7 @@ def fit_rows(
     """Return the rows that fit into ``max_length``; responses are never cut.
 
     A sequence that is too long is dropped whole. The prompt of a pair is cut from the left as far
-    as
-    needed, equally for both responses, so that both survive. The pair is dropped if its longer
+    as needed, equally for both responses, so that both survive. The pair is dropped if its longer
     response leaves no prompt token, or if the prompt must stay whole (``shared`` is False). Prompts
     longer than ``max_length`` are dropped whole.
 

@@ -16,8 +16,7 @@ def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> lis
     """Return (row, epoch) for each row of one step, from an endless stream of concatenated epochs.
 
     Step s covers positions ``s * batch_size`` to ``(s + 1) * batch_size``. Every row is used once
-    per
-    epoch. A batch may span the boundary of two epochs and can then contain a row twice.
+    per epoch. A batch may span the boundary of two epochs and can then contain a row twice.
 
     Args:
         num_rows: number of rows in the dataset, at least 1.

@@ -109,8 +109,7 @@ def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run a decoder on the sequences of a packed row (N,) as padded rows; return states (N, H).
 
     Sequences of similar length share a batch, each response after its prompt. Padding is on the
-    right,
-    where real tokens of a causal model never attend to it.
+    right, where real tokens of a causal model never attend to it.
     """
     batches = [(flat_ids[x.index].view(x.num, x.max_length), x.mask) for x in segments.layouts]
     if any(hasattr(p, "ds_id") for p in decoder.parameters()):

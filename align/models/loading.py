@@ -131,8 +131,8 @@ def keep_layout(model: nn.Module) -> None:
     """Prevent bitsandbytes from repacking 4-bit weights at the first forward without gradient.
 
     In eval mode on CPUs with bfloat16 instructions, bitsandbytes rounds the scales, so that the
-    policy
-    differs before and after an evaluation. It also fails if the input size is not a multiple of 64.
+    policy differs before and after an evaluation. It also fails if the input size is not a multiple
+    of 64.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

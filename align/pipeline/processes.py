@@ -91,8 +91,7 @@ class StageProcess:
         """Send SIGTERM to every rank that did not get it yet; call again until the stage ends.
 
         The launcher may still start ranks. The deepspeed launcher itself gets no signal: it would
-        kill its
-        ranks after 30 s, and its exit code would replace theirs. It exits when they do.
+        kill its ranks after 30 s, and its exit code would replace theirs. It exits when they do.
         """
         for pid, command in self._members():
             is_rank = self._module in command and "deepspeed.launcher" not in " ".join(command)

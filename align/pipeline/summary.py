@@ -40,11 +40,9 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Combine the last evaluation's results with the cost of each stage.
 
     Reward models and expectations come from all evaluations. A reward model that several
-    evaluations
-    measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``. ``earlier``
-    contains the tasks of the evaluations before the last, such as the scores on an old task before
-    and
-    after a new one was learned.
+    evaluations measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``.
+    ``earlier`` contains the tasks of the evaluations before the last, such as the scores on an old
+    task before and after a new one was learned.
     """
     summary: dict[str, Any] = {}
     latest = ""

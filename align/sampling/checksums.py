@@ -61,13 +61,10 @@ def checksum(tensor: Tensor) -> Tensor:
     """Return a 64-bit checksum of a tensor's elements in order, as a number on its device.
 
     The bytes are read as 64-bit lanes x, zero-padded at the end. The checksum is the sum over rows
-    r of
-    ``WIDTH`` lanes of ``w2[r] * sum(w0[i] * x[r, i] + w1[i] * (x[r, i] >> 32))`` mod 2^64, with odd
-    pseudo-random weights. A single changed lane always changes the sum, since an odd number does
-    not
-    divide 0. Other changes are missed with a probability of about 2^-64 (2^-32 if only the top bits
-    of
-    lanes differ). Swapped elements count as changed.
+    r of ``WIDTH`` lanes of ``w2[r] * sum(w0[i] * x[r, i] + w1[i] * (x[r, i] >> 32))`` mod 2^64,
+    with odd pseudo-random weights. A single changed lane always changes the sum, since an odd
+    number does not divide 0. Other changes are missed with a probability of about 2^-64 (2^-32 if
+    only the top bits of lanes differ). Swapped elements count as changed.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if over := data.numel() % 8:

@@ -51,8 +51,7 @@ class RolloutEngine(Protocol):
         """Replace all weights; names and layout are those of a Hugging Face model.
 
         If ``takes_adapter``, the whole adapter is replaced, with names as in align.sampling.push,
-        whose
-        ``push`` calls this method and compares the checksums.
+        whose ``push`` calls this method and compares the checksums.
 
         Returns:
             The checksum of the engine's data in each place of a saved tensor, by tensor name.

@@ -119,10 +119,8 @@ def check_answers(
     """Compare the engine's log-probabilities with the trainer's, in units of rounding.
 
     The probabilities of given tokens depend on the embedding, every layer and the head. They reveal
-    a
-    head with different weights, which the most likely token would not. A change smaller than
-    rounding
-    is not visible here; ``push`` verifies that the weights arrived.
+    a head with different weights, which the most likely token would not. A change smaller than
+    rounding is not visible here; ``push`` verifies that the weights arrived.
 
     Args:
         engine: the engine after ``push``.

@@ -62,8 +62,7 @@ def answer_fixed(
     """Sample this rank's part of the responses to prompts that all ranks share, as in evaluations.
 
     The same ``step`` always uses the same seeds, so that two policies can be compared prompt by
-    prompt.
-    The arguments are those of ``sample_groups``.
+    prompt. The arguments are those of ``sample_groups``.
     """
     first = len(prompts) * distributed.rank() // distributed.world_size()
     mine = distributed.shard(prompts)

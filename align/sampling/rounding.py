@@ -5,8 +5,7 @@ places. The effect depends on the model, its dtype and the text, so no fixed bou
 is measured instead: the model is compared with itself while the inputs of its matrix products are
 moved by half a unit in the last place, up or down at random. On SmolLM2-135M, the mean gap between
 vLLM and the trainer is 0.8 to 2.1 times this, in float32 (2e-6 to 7e-6 nats) and in bfloat16 (0.04
-to
-0.06).
+to 0.06).
 """
 
 import contextlib
@@ -55,8 +54,7 @@ def excess(gap: Tensor, rounding: Tensor) -> float:
     """Return the ratio of a difference of log-probabilities to the effect of rounding.
 
     Means and 90 % quantiles are compared, not maxima, which have a heavy tail and grow with the
-    number
-    of tokens.
+    number of tokens.
 
     Args:
         gap: differences of single tokens, in nats.

@@ -65,8 +65,7 @@ class VllmEngine:
     """One vLLM engine in this process, with tensor parallel size 1.
 
     With several ranks, each rank has its own engine and its own requests. Only construction needs
-    all
-    ranks at once, because vLLM creates process groups inside the trainer's world.
+    all ranks at once, because vLLM creates process groups inside the trainer's world.
     """
 
     name = "vllm"

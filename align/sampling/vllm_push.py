@@ -1,10 +1,9 @@
 """Load new weights or a new adapter into a running vLLM engine; these functions run on its worker.
 
 Each function returns the names that found no place, and checksums of what the worker has
-afterwards.
-On CPU, vLLM packs the weights of linear layers for its GEMM and empties the parameters. There, the
-checksum is taken of the whole parameter at the moment of packing. The packed copy must be a new one
-and must multiply like the parameter from which it was made.
+afterwards. On CPU, vLLM packs the weights of linear layers for its GEMM and empties the parameters.
+There, the checksum is taken of the whole parameter at the moment of packing. The packed copy must
+be a new one and must multiply like the parameter from which it was made.
 
 Every push of an adapter uses a new number. vLLM looks up requests, adapters and cached prefixes by
 it, so that no response can use an earlier adapter: if this number is not loaded, vLLM looks for
@@ -69,8 +68,7 @@ def places(model: Any) -> Places:
     """Return, for each module of vLLM's model, the saved tensors that its parameters contain.
 
     Fused layers (``qkv_proj``, ``gate_up_proj``) stack several tensors. Vocabulary tables have
-    empty
-    rows at their end.
+    empty rows at their end.
     """
     fused = getattr(model, "packed_modules_mapping", {})
     # Fused layers list their parts in packed_modules_mapping, in the order of output_sizes.

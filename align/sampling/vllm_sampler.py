@@ -1,9 +1,8 @@
 """Faster token sampling in vLLM on CPU, from the same distribution.
 
 vLLM divides the probabilities by exponential noise. This needs a random number for every word of
-the
-vocabulary, and twice as many on CPU if requests have their own seeds: a fifth of a rollout's time.
-Inverting the cumulative distribution needs only one random number per sampled token.
+the vocabulary, and twice as many on CPU if requests have their own seeds: a fifth of a rollout's
+time. Inverting the cumulative distribution needs only one random number per sampled token.
 """
 
 import importlib
@@ -18,8 +17,8 @@ def cheapen_sampling() -> None:
     """Patch vLLM's sampler; call this before an engine is built, on CPU, for logprobs of tokens.
 
     The rank of a sampled token is not used here either. Compiling its count with the C++ compiler
-    would
-    delay the first call on a new machine by 14 s (2 s with a warm cache) and require a compiler.
+    would delay the first call on a new machine by 14 s (2 s with a warm cache) and require a
+    compiler.
     """
     sampler: Any = importlib.import_module("vllm.v1.sample.sampler")
     sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)

@@ -53,8 +53,7 @@ def fisher_diagonal(
     """Return the mean squared gradient of each row's log-likelihood, with dropout off.
 
     This is the empirical Fisher information: labels come from the data, and gradients are squared
-    row
-    by row (squaring the gradient of a batch would cancel the differences between its rows).
+    row by row (squaring the gradient of a batch would cancel the differences between its rows).
 
     Args:
         module: model with trainable parameters, not yet under DeepSpeed.
@@ -84,8 +83,7 @@ def scaled(fisher: Mapping[str, Tensor], *, cap: float) -> dict[str, Tensor]:
     """Divide by the mean over all weights, then cap each value at ``cap``.
 
     At the optimum of the old task gradients nearly vanish, so without scaling no lambda has an
-    effect.
-    Without the cap, a few weights contain almost all of the information.
+    effect. Without the cap, a few weights contain almost all of the information.
 
     Raises:
         DataError: the information is 0 or not finite everywhere.

@@ -27,11 +27,9 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight in full under its name in the saved model, one at a time.
 
     The model can be plain, under ZeRO 0-3, or have an adapter. An adapter that can be merged is
-    added
-    to copies, one layer at a time, and the model is not changed; other adapters are left out. 4-bit
-    weights are dequantized. A tied weight is yielded once, under its first name. Under ZeRO-3,
-    every
-    rank must consume all weights, in step.
+    added to copies, one layer at a time, and the model is not changed; other adapters are left out.
+    4-bit weights are dequantized. A tied weight is yielded once, under its first name. Under
+    ZeRO-3, every rank must consume all weights, in step.
 
     Args:
         module: the Hugging Face model, or what align.tuning made of it (no DeepSpeed engine).
@@ -62,8 +60,7 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
     """Yield the weights of ``model_dir`` plus the updates that were trained with 4-bit copies.
 
     The saved model has full precision. Merging into the 4-bit weights would keep their rounding
-    error
-    (arXiv:2305.14314 trains the update beside the quantized weights).
+    error (arXiv:2305.14314 trains the update beside the quantized weights).
 
     Args:
         module: a model of the qlora method, with or without its head.

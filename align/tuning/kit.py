@@ -28,8 +28,7 @@ def kit_config(
     """Return mergekit's configuration.
 
     Alpha is the position between base and tuned (slerp), or the factor of the mean of the pruned
-    task
-    vectors before they are added to the base (other methods).
+    task vectors before they are added to the base (other methods).
 
     Reference:
         TIES arXiv:2306.01708, DARE arXiv:2311.03099.

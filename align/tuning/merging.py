@@ -52,8 +52,8 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters merged.
 
     The sum is computed in float32 on copies and rounded by ``keep_update``; the layer is not
-    changed.
-    4-bit weights are dequantized before the update is added, which equals the layer's computation.
+    changed. 4-bit weights are dequantized before the update is added, which equals the layer's
+    computation.
     """
     base = layer.get_base_layer()
     if is_quantised(base.weight):
@@ -84,11 +84,9 @@ def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
 
     In bfloat16, most updates of an adapter are smaller than half the distance between neighboring
     values of the weight. Rounding to nearest would return the old weight and thus a different
-    model.
-    Here, a number between two neighbors is rounded up with a probability equal to its relative
-    distance
-    from the lower one. Each position has a fixed pseudo-random threshold, so that equal sums are
-    rounded alike and a weight without update is unchanged.
+    model. Here, a number between two neighbors is rounded up with a probability equal to its
+    relative distance from the lower one. Each position has a fixed pseudo-random threshold, so that
+    equal sums are rounded alike and a weight without update is unchanged.
 
     Args:
         total: the sum in float32.

@@ -23,8 +23,7 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
     """Yield all faults of an example, those of its texts first.
 
     Faults are empty or damaged text, no assistant turn, a response before any question, a prompt
-    that
-    does not end with the user, and equal chosen and rejected responses.
+    that does not end with the user, and equal chosen and rejected responses.
     """
     prompt, completion, rejected = example.prompt, example.completion, example.rejected
     if prompt:

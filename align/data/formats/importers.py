@@ -49,8 +49,7 @@ def from_question_answer(row: Row, source: str) -> list[Example]:
     """Read a question and its answer as turns.
 
     For rewards, the column ``answer`` contains the row's own answer, or the text after ``####`` in
-    it,
-    and ``solution`` the whole response.
+    it, and ``solution`` the whole response.
     """
     prompt, completion, rest = question_and_answer(row, source)
     said = as_turns(completion, "assistant")

@@ -41,8 +41,7 @@ class Extras:
     """Settings of a row besides the fields of its format.
 
     ``chat`` is True if the row has any conversation key, even an empty one. This makes sure that
-    all
-    rows of a file are rendered alike.
+    all rows of a file are rendered alike.
     """
 
     chat: bool = False

@@ -39,8 +39,7 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
     A prompt or response that is a string becomes one turn of the user or the assistant, as in
     RewardBench 2. Both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
     (model_solutions) are read too; they are skipped unless they have both a correct and an
-    incorrect
-    attempt. ``split`` and ``rename`` work as for other data.
+    incorrect attempt. ``split`` and ``rename`` work as for other data.
 
     Raises:
         DataError: a row is invalid (up to 20 are listed), or no rows are left.

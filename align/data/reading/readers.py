@@ -1,8 +1,7 @@
 """Stream the rows of one file, for each file format; an unreadable row becomes an error.
 
 Each reader yields ``(row or DataError, source)``, where the source is ``file:line`` (the line on
-which
-the row starts) or ``file:row N``. Readers continue after an error if the format allows it.
+which the row starts) or ``file:row N``. Readers continue after an error if the format allows it.
 """
 
 import csv
@@ -149,10 +148,8 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of a typed table without the fields that its nested objects do not have.
 
     In a typed table, all objects of a column have the same fields, and null marks an absent field.
-    If
-    it were kept, it would for example be rendered as an argument of a tool call. A turn keeps its
-    role
-    and content.
+    If it were kept, it would for example be rendered as an argument of a tool call. A turn keeps
+    its role and content.
     """
     return {key: _without_nulls(value) for key, value in row.items()}
 

@@ -35,8 +35,7 @@ def named_source(
     """Return the name under which a source is read, and the side of its hash split.
 
     A name is ``path@revision#config:split``, of which all but the path are optional. If the data
-    has
-    its own splits, ``split`` selects one of them, which is used completely.
+    has its own splits, ``split`` selects one of them, which is used completely.
 
     Raises:
         DataError: the split does not exist.

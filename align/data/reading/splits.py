@@ -1,8 +1,7 @@
 """Find the splits that a data folder has of its own, so that they are never joined by accident.
 
 A folder written by ``datasets.save_to_disk`` lists them. A dataset repository names them in its
-card
-(``configs`` in README.md) or by the names of its files: train, validation and test.
+card (``configs`` in README.md) or by the names of its files: train, validation and test.
 """
 
 import json

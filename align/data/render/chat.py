@@ -118,8 +118,7 @@ class ChatFormat:
         """Return the tokenized prompt and completion; the completion's assistant turns are trained.
 
         A plain-text row trains the completion and the stop token. With an empty prompt (corpus),
-        the row
-        is BOS (untrained), text and stop token.
+        the row is BOS (untrained), text and stop token.
 
         Raises:
             DataError: the template rewrites earlier turns, or there is nothing to train.

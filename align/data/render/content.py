@@ -81,8 +81,7 @@ def check_shape(
     """Raise unless a template renders the content of every turn of a conversation of this shape.
 
     Each content is replaced by a unique word, so that a turn cannot pass because its text happens
-    to
-    be part of another turn.
+    to be part of another turn.
     """
     marked = [_marked(turn, i) for i, turn in enumerate(turns)]
     try:

@@ -35,8 +35,7 @@ def dawid_skene(votes: NDArray[np.int64]) -> LabelModel:
     """Estimate two-class labels and each judge's reliability by expectation maximization.
 
     The estimate starts from the majority vote; rows without any vote get the prior. Judges are
-    assumed
-    to err independently given the truth.
+    assumed to err independently given the truth.
 
     Args:
         votes: (rows, judges) of 0, 1 or ABSTAIN.
