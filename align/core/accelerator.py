@@ -55,6 +55,7 @@ def device_conflict(*, num_seen: int, cuda: str | None) -> str | None:
             "(unset TORCH_INDEX, then: make setup), or set CUDA_VISIBLE_DEVICES= to train on the "
             "CPU"
         )
+    # torch was built for CUDA and sees no GPU: usually the driver is older than its CUDA.
     drivers = {line.rsplit(",", 1)[-1].strip() for line in list_gpus()} or {"unknown"}
     needed = DRIVER_OF_CUDA.get(cuda.split(".")[0])
     wants = f"CUDA {cuda} needs driver {needed} or newer" if needed else f"it needs CUDA {cuda}"

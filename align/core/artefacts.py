@@ -69,6 +69,7 @@ def file_record(path: Path, *, sync: bool = False) -> dict[str, Any]:
         sync: also flush it to the disk.
     """
     with path.open("rb") as f:
+        # Size and time before hashing: a write during the read then shows as a difference.
         state = os.fstat(f.fileno())
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         if sync:
@@ -88,6 +89,8 @@ def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
         size = record.get("bytes")
         if size is not None and state.st_size != size:
             return False
+        # Same size and time: trust the record, since hashing all weights at every start takes
+        # minutes.
         if size is not None and state.st_mtime_ns == record.get("mtime_ns"):
             return True
         return file_sha256(path) == record["sha256"]
@@ -107,6 +110,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    # The rename itself is durable only once the directory is on the disk.
     fsync_directory(path.parent)
 
 
@@ -153,6 +157,7 @@ def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, 
 
 def _apply_umask(path: Path) -> None:
     """Apply the user's umask to a file's mode, since safetensors restricts it to the owner."""
+    # The umask can only be read by setting it.
     mask = os.umask(0o077)
     os.umask(mask)
     mode = path.stat().st_mode & 0o777
@@ -172,6 +177,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
     """
     full = {
         **manifest,
+        # Flushes every file to the disk before the manifest declares the stage finished.
         "files": hash_tree(directory, leave_out=NOT_HASHED),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -208,6 +214,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _manifest_problem(found: Any) -> str | None:
     if not isinstance(found, dict):
         return "expected an object"
+    # Only types are checked: manifests of older versions may lack keys.
     kinds = {"kind": str, "spec_hash": str, "spec": dict, "inputs": dict, "data": list}
     kinds |= {"metrics": dict, "files": dict, "identity": dict}
     for key, kind in kinds.items():
@@ -276,6 +283,7 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) ->
         if not file.is_file():
             found.append(f"{file}: missing, but its manifest lists it")
             continue
+        # The size first: it is free and catches truncated files.
         size = file.stat().st_size
         if size != entry["bytes"]:
             found.append(

@@ -64,8 +64,11 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     distributed.barrier()
     for name, engine in engines.items():
+        # A collective call: under ZeRO each rank writes its own shard.
         engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+    # Every rank has its own random stream, so each saves it.
     torch.save(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
+    # Wait until every rank has written before the files are hashed.
     distributed.barrier()
     if distributed.rank() == 0:
         remove(final)
@@ -73,8 +76,10 @@ def save_checkpoint(
         write_record(temporary, STATE, record)
         temporary.rename(final)
         fsync_directory(directory)
+        # Only this stage's own checkpoints are removed, never those of another stage.
         for old in _own(directory)[:-keep]:
             shutil.rmtree(old)
+    # No rank continues, or exits, before the checkpoint is complete.
     distributed.barrier()
     return final
 
@@ -104,6 +109,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """
     found = None
     if distributed.rank() == 0:
+        # Rank 0 alone decides: on a shared disk ranks could see different checkpoints.
         for path in sorted(directory.glob("step-????????"), reverse=True):
             problem = damage(path)
             if problem is None:
@@ -116,6 +122,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Restore engines and this rank's RNG; return the step and the stage's own state."""
     record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    # ZeRO shards belong to their ranks, and each rank has its own random state.
     if record["world_size"] != distributed.world_size():
         raise ArtefactError(
             f"{path}: saved by {record['world_size']} ranks, resumed with "
@@ -174,6 +181,7 @@ def _foreign(record: Mapping[str, Any]) -> str | None:
 
 def rng_state() -> dict[str, Any]:
     """Return the state of every random generator of this process."""
+    # As plain lists: torch.load(weights_only=True) accepts no NumPy arrays.
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),

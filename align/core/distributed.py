@@ -51,8 +51,10 @@ def init_process_group(*, deterministic: bool = False) -> None:
     if not launched:
         world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update(world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    # DeepSpeed detects its accelerator on import, so set it first.
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # One rank per machine removes stale locks; the others would race with it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         extensions.prepare()
     import deepspeed
@@ -207,6 +209,7 @@ def on_first_rank(do: Callable[[], T]) -> T:
             value = do()
         except AlignError as e:
             error = e
+    # The other ranks wait here, so an error of rank 0 cannot leave them in a later collective.
     value, error = broadcast_object((value, error))
     if error is not None:
         raise error
@@ -215,6 +218,7 @@ def on_first_rank(do: Callable[[], T]) -> T:
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """Derive a 62-bit seed from (seed, purpose, step, rank ...), independent of other purposes."""
+    # A hash, not an offset: neighboring seeds and steps must not share random numbers.
     text = "/".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
@@ -223,6 +227,7 @@ def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on this rank; ranks use different streams."""
     import numpy as np
 
+    # NumPy accepts only 32 bits.
     value = derive_seed(seed, "process", rank())
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -249,6 +254,7 @@ class StoppedNow(SystemExit):
 
 def _ask(_signum: int, _frame: FrameType | None) -> None:
     global _asked
+    # A forked child inherits the handler; its signals do not concern the stage.
     if os.getpid() != _installed_by:
         return
     _asked = True
@@ -274,6 +280,7 @@ def install() -> None:
 
 def _watch_parent(pid: int, started: str) -> None:
     """Wait until a process is gone, then terminate this one, and kill it if it does not stop."""
+    # Compare start times too, since the id of a dead process may be assigned again.
     while started_at(pid) == started:
         time.sleep(1.0)
     # The main thread is addressed, because a signal to the process may go to any thread and then
@@ -326,4 +333,5 @@ def stops_between_steps(train: Callable[P, T]) -> Callable[P, T]:
 
 def stop_requested() -> bool:
     """Return True on every rank if any rank was asked to stop."""
+    # A launcher may signal ranks at different steps; all must stop after the same one.
     return distributed.global_max(float(_asked)) > 0.0

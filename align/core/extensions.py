@@ -33,12 +33,14 @@ def build_folder() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     version = ""
     if compiler is not None:
+        # Another compiler may produce incompatible objects, so its version is part of the key.
         asked = [compiler, "-dumpfullversion", "-dumpversion"]
         version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
     packages = [f"{name}={_version(name)}" for name in ("torch", "deepspeed")]
     # The kernels are built for the processor at hand, and their locks name no machine.
     parts = [platform.node(), _processor(), platform.python_version(), version, *packages]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    # Beside the environment that they were built for; a system-wide one is not writable.
     home = Path(sys.prefix)
     if not os.access(home, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -123,6 +125,7 @@ def stale_segments() -> list[Path]:
     found = [p for p in SHARED_MEMORY.glob(SEGMENTS) if p.stat().st_uid == os.getuid()]
     if not found:
         return []
+    # DeepSpeed never removes the segment of a killed process, and it fills /dev/shm.
     mapped = "".join(_memory_maps())
     return [path for path in found if str(path) not in mapped]
 

@@ -12,12 +12,14 @@ def last_words(error: Exception) -> str:
     """Return one line for an error that nobody foresaw; its traceback goes to a file."""
     if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
         return visible(f"{error.filename}: {problem}" if error.filename else problem)
+    # A file keeps the traceback for a report; the terminal gets one line.
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="align-failure-", suffix=".txt", delete=False, errors="backslashreplace"
         ) as f:
             f.write(visible(text))
+    # No place for the file: better a traceback on the terminal than none.
     except OSError:
         return visible(text)
     told = " ".join(str(error).split())[:300]

@@ -66,6 +66,7 @@ def is_stage_folder(folder: Path) -> bool:
         return False
     if read_begun(folder) is not None or _has(folder / MANIFEST, "spec_hash"):
         return True
+    # A stage that stopped before its record has only its recipe, or only files of its start.
     return _is_resolved_recipe(folder) or {p.name for p in folder.iterdir()} <= _OWN_LEFTOVERS
 
 

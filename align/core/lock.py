@@ -23,9 +23,11 @@ SILENT_S = 300.0
 def started_at(pid: int) -> str | None:
     """Return the start time of a process on this machine, in clock ticks; None if there is none."""
     try:
+        # The second field, the command's name, may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    # A zombie is dead: only its parent has not collected it yet.
     return None if fields[0] in "ZX" else fields[19]
 
 
@@ -80,11 +82,13 @@ class StageLock:
 
     def _remove_dead(self) -> None:
         """Remove the file of a dead holder, but not one that another process created since."""
+        # Rename before checking again: two processes may find the same dead holder.
         moved = self.path.with_name(f"{LOCK}.{socket.gethostname()}.{self._pid}.tmp")
         try:
             self.path.rename(moved)
         except FileNotFoundError:
             return
+        # The moved file is a new holder's lock: put it back.
         if _is_alive(moved):
             moved.rename(self.path)
         else:
@@ -100,6 +104,7 @@ class StageLock:
     def release(self) -> None:
         """Release the lock; a second call does nothing."""
         self._stopped.set()
+        # A forked child, or a holder whose lock was taken over, must not remove it.
         if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
             self.path.unlink(missing_ok=True)
 

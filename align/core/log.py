@@ -148,6 +148,7 @@ class MetricsLog:
         if not self._writes:
             return
         elapsed = time.monotonic() - self._began
+        # JSON has no NaN: strict readers would reject the whole file.
         numbers = {name: float(value) for name, value in metrics.items()}
         line = {
             "step": step,
@@ -217,9 +218,11 @@ class MetricsLog:
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         if name not in self._files:
             if not self._files and not self._resumed:
+                # Remove the lines of an earlier attempt only when this one has something to write.
                 for file in FILES:
                     (self._directory / file).unlink(missing_ok=True)
             self._directory.mkdir(parents=True, exist_ok=True)
+            # Line buffered: a killed process loses at most the line that it was writing.
             path = self._directory / name
             self._files[name] = path.open("a", encoding="utf-8", buffering=1)
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ def source_file(path: str) -> Path | None:
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
     parts = place.split(".")
+    # The same order as an import in the stage's process, without running any code.
     for folder in (Path.cwd(), *map(Path, sys.path)):
         for file in (
             folder.joinpath(*parts).with_suffix(".py"),
@@ -53,6 +54,7 @@ def with_source_hashes(value: Any) -> Any:
         found = {name: with_source_hashes(inner) for name, inner in value.items()}
         if value.get("kind") == "python" and isinstance(path := value.get("path"), str):
             file = source_file(path)
+            # A missing file gets its own hash; the stage itself reports it.
             code = hashlib.sha256(file.read_bytes()).hexdigest() if file else "missing"
             found["path"] = f"sha256:{code}:{path.rpartition(':')[2]}"
         return found

@@ -27,6 +27,7 @@ def storage_problem(error: BaseException, folder: Path) -> str | None:
     place = _existing(folder)
     state = os.statvfs(place)
     free = state.f_bavail * state.f_frsize
+    # torch's writer gives no errno: a file size limit, if set, is the likelier reason.
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if number in _NUMBERS:
         reason = _NUMBERS[number]
@@ -49,6 +50,7 @@ def _number_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
+        # Libraries in Rust and C++ raise their own types with the system's text.
         found = next((n for n in _NUMBERS if os.strerror(n) in str(error)), None)
         if found is not None:
             return found

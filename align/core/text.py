@@ -22,6 +22,7 @@ def shown(value: Any) -> str:
         return "nothing (null)"
     if isinstance(value, bool):
         return str(value).lower()
+    # repr shows quotes and escapes, so '1' and 1 differ in the message.
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -67,6 +68,7 @@ def is_secret_name(name: str) -> bool:
 
 def keep_secret(name: str, value: str) -> None:
     """Hide the value of this environment variable in all output; ``${name}`` replaces it."""
+    # Replacing very short values would garble unrelated text.
     if len(value) >= 4:
         _secrets[value] = name
 
@@ -78,6 +80,7 @@ def hidden(value: Any) -> Any:
     if isinstance(value, list):
         return [hidden(inside) for inside in value]
     if isinstance(value, str):
+        # Longest first: a secret may contain another one.
         for secret in sorted(_secrets, key=len, reverse=True):
             value = value.replace(secret, "${" + _secrets[secret] + "}")
     return value

@@ -32,6 +32,7 @@ def kl_estimate(
         Schulman 2020, joschu.net/blog/kl-approx.
     """
     assert kind in ("k1", "k2", "k3"), f"unknown KL estimator {kind!r}"
+    # x = log(policy / reference) at the sampled token. Only the policy is trained.
     x = logprobs - ref_logprobs.detach()
     if kind == "k1":
         return x
@@ -62,6 +63,7 @@ def corrected_kl(
     Reference:
         arXiv:2512.02556 section 3.1. Deviation: the log-ratio is clamped to +-20 nats.
     """
+    # Importance weight policy / old: the samples come from the old policy.
     ratio = (logprobs - old_logprobs.detach()).clamp(-20.0, 20.0).exp()
     # The ratio keeps its gradient: the expected gradient is wrong without it.
     return ratio * kl_estimate(logprobs, ref_logprobs, "k3")
@@ -115,6 +117,8 @@ class AdaptiveKL:
                 f"adaptive KL controller: measured KL is {kl}, expected a finite number. "
                 "Lower the learning rate or raise kl.coef"
             )
+        # Proportional control, arXiv:1909.08593: the error is clipped so that one batch moves the
+        # coefficient by at most 20 %.
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(num_samples / self.horizon, 1.0)
 

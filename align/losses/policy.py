@@ -35,6 +35,8 @@ def policy_ratio(
 
     The log-ratio is clamped to +-20 nats; beyond that a token has no gradient.
     """
+    # Masked tokens may carry -inf or NaN; the fill comes before exp so that no NaN gradient is
+    # left.
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -72,10 +74,12 @@ def clipped_policy_loss(
     """
     _check_clip(clip_low, clip_high)
     assert dual_clip is None or dual_clip > 1.0, f"dual_clip {dual_clip} must exceed 1"
+    # With A = 0 and ratio = 1 a masked token has loss 0 and no gradient.
     advantages = advantages.detach().masked_fill(~mask, 0.0)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     objective, clipped = _lower(ratio, advantages, clip_low, clip_high)
     if dual_clip is not None:
+        # A bad token (A < 0) whose ratio has grown large would dominate the step: bound its loss.
         floor = dual_clip * advantages
         clipped = clipped | ((advantages < 0.0) & (objective < floor))
         objective = torch.where(advantages < 0.0, torch.maximum(objective, floor), objective)
@@ -157,6 +161,7 @@ def cispo_policy_loss(
     """
     _check_clip(clip_low, clip_high)
     advantages = advantages.detach().masked_fill(~mask, 0.0)
+    # The weight is a constant: the gradient flows only through logprobs, for every token.
     ratio = policy_ratio(logprobs.detach(), old_logprobs, mask)
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     loss = -weight * advantages * logprobs.masked_fill(~mask, 0.0)
@@ -170,6 +175,8 @@ def _check_clip(low: float, high: float) -> None:
 
 def _lower(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Return the lower of the unclipped and clipped objectives, and where clipping is active."""
+    # torch.minimum is pessimistic in both directions: it ignores a ratio that has already moved too
+    # far the good way, and keeps the gradient of one that has moved the bad way.
     free = ratio * advantages
     held = ratio.clamp(1.0 - low, 1.0 + high) * advantages
     return torch.minimum(free, held), held < free
@@ -224,6 +231,7 @@ def importance_weights(
         flat = reduce(log_ratio.flatten(), segment_ids, num_segments, mask=mask.flatten())
         log_ratio = flat[segment_ids].view_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    # truncate keeps a biased but bounded weight; mask drops the token altogether.
     if mode == "truncate":
         return ratio.clamp(max=cap).masked_fill(~mask, 0.0)
     inside = mask & (ratio >= (1.0 / cap if floor is None else floor)) & (ratio <= cap)

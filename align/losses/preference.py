@@ -34,6 +34,7 @@ class PreferenceLoss:
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
     """Return the cross-entropy of "chosen wins" against the target 1 - label_smoothing."""
+    # logsigmoid, not log(sigmoid): the latter is -inf for logits below about -100 in float32.
     return -(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
@@ -73,11 +74,14 @@ def _pair_loss(difference: Tensor, beta: float, label_smoothing: float, kind: st
     if kind in ("sigmoid", "sigmoid_norm"):
         return _smoothed(logits, label_smoothing)
     if kind == "robust":
+        # Unbiased under label noise: the expected loss equals that of clean labels
+        # (arXiv:2403.00409).
         agree = (1.0 - label_smoothing) * F.logsigmoid(logits)
         swapped = label_smoothing * F.logsigmoid(-logits)
         return (swapped - agree) / (1.0 - 2.0 * label_smoothing)
     if kind == "hinge":
         return torch.relu(1.0 - logits)
+    # ipo regresses the difference to a fixed margin, so it cannot grow without bound.
     return (difference - 1.0 / (2.0 * beta)).square()
 
 
@@ -184,6 +188,7 @@ def orpo_loss(
     assert beta > 0.0, f"beta {beta} must be positive"
 
     def log_odds(mean: Tensor) -> Tensor:
+        # log(p / (1 - p)) with log p = mean; expm1 keeps 1 - p exact where p is near 1.
         mean = mean.clamp(max=-1e-6)
         return mean - torch.log(-torch.expm1(mean))
 
@@ -222,6 +227,7 @@ def kto_loss(
     """
     assert beta > 0.0, f"beta {beta} must be positive"
     assert kl >= 0.0, f"kl {kl} must not be negative"
+    # eq. 8: gains and losses are measured from the reference point kl, not from 0.
     distance = beta * (policy - ref - kl)
     signed = torch.where(desirable, distance, -distance)
     shortfall = 1.0 - torch.sigmoid(signed)
@@ -246,10 +252,12 @@ def tail_weights(
         arXiv:2409.06411 (LD-DPO) eq. 9.
     """
     assert 0.0 <= alpha <= 1.0, f"alpha {alpha} not in [0, 1]"
+    # Counts in float64: float32 cannot count beyond 2^24 tokens in a row.
     lengths = segment_sum(mask.double(), segment_ids, num_segments)
     # Position of each token within its response, counting trained tokens.
     before = lengths.cumsum(0) - lengths
     rank = mask.double().cumsum(0) - before[segment_ids]  # 1 at the first token of a response
+    # Responses 2k and 2k + 1 are a pair: (S,) -> (S/2, 2) -> (S/2,) -> (S,).
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
     weights = torch.where(rank > shorter[segment_ids], alpha, 1.0)
     return weights.masked_fill(~mask, 0.0).float()

@@ -11,12 +11,14 @@ Count = int | float | Tensor
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """Return x with 0 where the mask is False; a NaN there reaches neither value nor gradient."""
+    # Not x * mask: NaN * 0 is NaN, in the value and in the gradient.
     return x.masked_fill(~mask, 0.0)
 
 
 def _divide(total: Tensor, count: Count) -> Tensor:
     """Return total / count; for a count of 0 the sum itself, which is 0 and keeps its graph."""
     if isinstance(count, Tensor):
+        # Divide by 1 instead of branching on a tensor, which would wait for the GPU.
         return total / torch.where(count == 0, torch.ones_like(count), count).to(total.dtype)
     return total / (count or 1)
 
@@ -87,6 +89,7 @@ def masked_whiten(
     # Population moments in float64: the difference of squares cancels in float32.
     mean = first / n.clamp(min=1.0)
     variance = second / n.clamp(min=1.0) - mean.square()
+    # (1e-6)^2: a relative spread of one part in a million, see above.
     constant = variance <= 1e-12 * mean.square()
     scale = torch.where(constant, torch.ones_like(variance), variance).rsqrt()
     centred = torch.where(constant, torch.zeros_like(mean), (x.double() - mean) * scale)
@@ -147,6 +150,7 @@ def segment_sum(
         One sum per sequence; 0 for a sequence without counting tokens.
     """
     if mask is not None:
+        # Ids of masked tokens may be out of range; their value is 0, so segment 0 is not changed.
         x, segment_ids = _kept(x, mask), segment_ids.masked_fill(~mask, 0)
     return x.new_zeros(num_segments).index_add(0, segment_ids, x)
 

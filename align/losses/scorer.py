@@ -42,6 +42,7 @@ def tie_loss(
     difference = chosen - rejected
     wins = F.logsigmoid(difference - tie_margin)
     loses = F.logsigmoid(-difference - tie_margin)
+    # log P(tie) = log(e^(2m) - 1) + log sigmoid(d - m) + log sigmoid(-d - m).
     tied = math.log(math.expm1(2.0 * tie_margin)) + wins + loses
     return -torch.where(tie, tied, wins) + center_coef * (chosen + rejected).square()
 
@@ -79,5 +80,6 @@ def step_loss(
     Reference:
         arXiv:2305.20050 section 2.4: a process reward model reads one prediction after each step.
     """
+    # (B, T): computed everywhere, since shapes must not depend on the number of steps.
     loss = F.binary_cross_entropy_with_logits(values, labels, reduction="none")
     return torch.where(ends, loss, torch.zeros_like(loss))

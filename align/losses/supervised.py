@@ -50,5 +50,6 @@ def class_loss(
     Reference:
         arXiv:1512.00567 section 7.
     """
+    # Sum here and divide by the global count: a mean per micro-batch would weight rows unequally.
     total = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
     return total / num_rows

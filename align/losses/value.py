@@ -32,6 +32,8 @@ def clipped_value_loss(
     """
     assert clip > 0.0, f"clip {clip} must be positive"
     old_values, returns = old_values.detach(), returns.detach()
+    # The larger error is pessimistic, as in the policy: a value that has moved by more than clip
+    # towards its target gets no gradient.
     held = values.clamp(old_values - clip, old_values + clip)
     return 0.5 * maximum((values - returns).square(), (held - returns).square())
 

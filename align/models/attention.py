@@ -70,23 +70,29 @@ class Segments:
 
 def segments_from_positions(positions: Tensor) -> Segments:
     """Return the sequences of a packed row from its positions (N,), as the module describes."""
+    # Sequences begin wherever the position is not the previous one plus 1.
     starts = _starts(positions)
     shared = positions[starts]  # (S,) leading tokens that the row already contains
     own = torch.diff(starts, append=starts.new_tensor([positions.numel()]))
+    # Start of the sequence that a response branches from: the last one that began at 0.
     root = torch.where(shared == 0, starts, 0).cummax(0).values  # (S,)
     lengths = shared + own
     assert bool((shared == 0)[0]), "a packed row must begin with the first token of a sequence"
     layouts: list[Layout] = []
     base = torch.zeros_like(starts)
     offset = 0
+    # Lay out each group of similar lengths as (S, T) and remember where its slots begin.
     for members in _alike(lengths.tolist()):
         rows = torch.tensor(members, device=positions.device)
         width = int(lengths[rows[0]])
         column = torch.arange(width, device=positions.device)
+        # (S, T) packed positions: shared columns come from the prompt, later ones from the
+        # sequence.
         behind = (starts - shared)[rows].unsqueeze(1) + column
         index = torch.where(
             column < shared[rows].unsqueeze(1), root[rows].unsqueeze(1) + column, behind
         )
+        # Padding points at position 0: any valid index, since causality keeps real queries from it.
         real = column < lengths[rows].unsqueeze(1)
         index = index.masked_fill(~real, 0)
         layouts.append(Layout(index.flatten(), len(members), width, real.long()))
@@ -95,11 +101,13 @@ def segments_from_positions(positions: Tensor) -> Segments:
     # Packed positions of preceding tokens; a branch continues from the end of its prompt.
     at = torch.arange(positions.numel(), device=positions.device)
     previous = (at - 1).index_copy(0, starts, torch.where(shared == 0, starts, root + shared - 1))
+    # Slot of each packed token: first slot of its sequence plus its position, (N,).
     unpad_index = torch.repeat_interleave(base, own) + positions
     return Segments(positions, previous, tuple(layouts), unpad_index)
 
 
 def _starts(positions: Tensor) -> Tensor:
+    # The first token always starts a sequence.
     jumps = torch.ones_like(positions, dtype=torch.bool)
     jumps[1:] = positions[1:] != positions[:-1] + 1
     return jumps.nonzero().squeeze(1)
@@ -152,6 +160,7 @@ def packed_attention(
     Raises:
         TrainingError: the model needs an attention option that is not supported here.
     """
+    # An unknown option could change who attends to whom, so it is an error, not ignored.
     for name, option in others.items():
         if option is not None and name not in HARMLESS and (name, option) != ("is_causal", True):
             raise TrainingError(f"its attention needs {name}, which packed rows do not support")
@@ -165,6 +174,7 @@ def packed_attention(
         return square(q, k, v)[:, :, virtual:].transpose(1, 2)  # (S, T, H, D)
 
     def square(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Choose the kernel: by definition, in blocks on the CPU, or torch's fused one.
         band = _band(q.shape[2], sliding_window, q.device)
         if softcap is not None or s_aux is not None:
             scale = q.shape[3] ** -0.5 if scaling is None else scaling
@@ -172,6 +182,7 @@ def packed_attention(
         if q.device.type == "cpu" and band is None and dropout == 0.0:
             scale = q.shape[3] ** -0.5 if scaling is None else scaling
             return block_attention(q, k, v, scale=scale)
+        # Grouped-query attention: repeat keys and values for the heads that share them.
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -212,9 +223,11 @@ def _plain_attention(
     if band is None:
         band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~band, float("-inf"))
+    # The sink is one more column of scores; it takes weight and is cut off after the softmax.
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, length, 1)
         scores = torch.cat([scores, column], dim=-1)
+    # The softmax of 16-bit scores is computed in float32, as in transformers.
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     weights = scores.softmax(-1, dtype=kind)[..., :length].to(q.dtype)
     return nn.functional.dropout(weights, dropout) @ v
@@ -225,6 +238,7 @@ def _before(virtual: Tensor, text: Tensor) -> Tensor:
 
 
 def _lay_out(x: Tensor, layout: Layout) -> Tensor:
+    # (1, H, N, D) -> (N, H, D) -> (S*T, H, D) -> (S, H, T, D)
     rows = x[0].transpose(0, 1).index_select(0, layout.index)  # (S*T, H, D)
     return rows.unflatten(0, (layout.num, layout.max_length)).transpose(1, 2)
 
@@ -233,6 +247,7 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
     if window is None or window >= length:
         return None
     at = torch.arange(length, device=device)
+    # (T, T): how far a query looks back; negative is the future.
     back = at[:, None] - at[None, :]
     return (back >= 0) & (back < window)
 

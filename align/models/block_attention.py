@@ -40,12 +40,14 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, grad: bool
     ) -> Tensor:
+        # Heads that share a key are more rows of the same product: (S, H, T, D) -> (B, G, T, D).
         num, heads, length, width = query.shape
         groups = heads // key.shape[1]
         q = (query * scale).reshape(-1, groups, length, width)  # (B, G, T, D)
         k = key.reshape(-1, length, width)  # (B, T, D)
         v = value.reshape(-1, length, value.shape[3])  # (B, T, E)
         out, kept = q.new_empty(*q.shape[:3], v.shape[2]), []
+        # Queries begin .. end see keys 0 .. end, so nothing beyond the block is computed.
         for begin, end in _blocks(length):
             weights = _weights(q, k, begin, end)
             out[:, :, begin:end] = (weights @ v[:, :end]).unflatten(1, (groups, -1))
@@ -63,6 +65,8 @@ class _BlockAttention(torch.autograd.Function):
         num, grad = grad.shape[0], grad.reshape(*q.shape[:3], v.shape[2])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for number, (begin, end) in enumerate(_blocks(length)):
+            # With P the weights and dO the gradient: dV = P^T dO, dS = softmax'(dO V^T), dQ = dS K,
+            # dK = dS^T Q. Keys collect the gradients of all later blocks.
             weights = kept[number] if kept else _weights(q, k, begin, end)
             out = grad[:, :, begin:end].flatten(1, 2)  # (B, G*n, D)
             dv[:, :end] += weights.transpose(1, 2) @ out
@@ -83,6 +87,7 @@ def _weights(q: Tensor, k: Tensor, begin: int, end: int) -> Tensor:
     """Return the attention weights of the queries of one block: (B, G*n, end)."""
     scores = q[:, :, begin:end].flatten(1, 2) @ k[:, :end].transpose(1, 2)
     n = end - begin
+    # Only the last n columns can be in the future of a query of this block.
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     scores.unflatten(1, (q.shape[1], n))[..., begin:].masked_fill_(future, float("-inf"))
     return scores.softmax(-1)

@@ -40,6 +40,7 @@ def one_line(path: str, what: str) -> Iterator[None]:
     """
     try:
         yield
+    # Errors of the suite already say what to do.
     except AlignError:
         raise
     except Exception as error:  # a damaged folder can fail anywhere in transformers
@@ -75,6 +76,7 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
             "to their own folder and use that folder (the adapter is merged), or remove them."
         )
+    # Everything below is decided from the JSON files, before any weight is read.
     config = _json_object(folder / CONFIG)
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -107,6 +109,7 @@ def _check_files(folder: Path) -> None:
     if not isinstance(shards, dict):
         raise ArtefactError(f"{folder / INDEX}: no weight_map. Save the model again.")
     names = sorted({str(name) for name in shards.values()})
+    # An index may name any path; files outside the folder are never read.
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ArtefactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
@@ -166,6 +169,7 @@ def refuse_not_finite(path: str, model: nn.Module) -> None:
     Raises:
         ArtefactError: names the weights.
     """
+    # Checked at import: later, one NaN would look like an unstable training.
     bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ArtefactError(
@@ -176,6 +180,7 @@ def refuse_not_finite(path: str, model: nn.Module) -> None:
 
 def _known_prefix(report: Any) -> str:
     """Return the prefix whose removal turns unexpected names into missing ones, or ""."""
+    # Exactly one prefix explains all names, or none is removed.
     surplus, missing = set(report["unexpected_keys"]), set(report["missing_keys"])
     for prefix in PREFIXES:
         stripped = {name.removeprefix(prefix) for name in surplus if name.startswith(prefix)}

@@ -49,6 +49,7 @@ def classifier_from(
     config = _config(model_dir, classes)
     # The new head must not be quantized, since it is trained.
     if quantization is not None:
+        # Every child beside the base model belongs to the head.
         bare = _skeleton(config)
         heads = [n for n, _ in bare.named_children() if n != bare.base_model_prefix]
         quantization.llm_int8_skip_modules = heads
@@ -82,6 +83,7 @@ def save_classifier(
 
     config = _config(source_dir, classes)
     skeleton = _skeleton(config)
+    # Compare names first: a missing weight would be random after loading, without an error.
     expected = set(skeleton.state_dict())
     if expected != set(state):
         raise ArtefactError(

@@ -93,6 +93,7 @@ def decoder_of(lm: Any) -> Any:
     Raises:
         ArtefactError: the model has no decoder.
     """
+    # Architectures differ in which of the three gives the decoder.
     for found in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
         if isinstance(found, PreTrainedModel) and found is not lm:
             return found
@@ -142,8 +143,10 @@ def _try_out(lm: Any) -> Form:
         lambda _, __, out: states.append(getattr(out, "last_hidden_state", None))
     )
     try:
+        # Eager attention is the plain definition, so it is the reference for both comparisons.
         with _attention(lm, "eager"):
             logits = lm(input_ids=first.unsqueeze(0), use_cache=False).logits[0]
+            # A causal model computes the same logits for the first half whatever follows it.
             changed = torch.cat([first[: PROBE_TOKENS // 2], other[PROBE_TOKENS // 2 :]])
             later = lm(input_ids=changed.unsqueeze(0), use_cache=False).logits[0]
     finally:
@@ -204,6 +207,7 @@ def _seen_through(decoder: Any, alone: Tensor) -> str:
 
 def _scale(lm: Any, states: Tensor, logits: Tensor) -> float:
     """Return the factor between the head's product and the model's own logits."""
+    # Training computes logits as scale * head(states), which must equal the model's own logits.
     head, cap, config = lm.get_output_embeddings(), soft_cap(lm), lm.config.get_text_config()
     # Candidate factors from the configuration; 1.0 is tried last.
     known: list[float] = [getattr(config, n, None) or 1.0 for n in ("logit_scale",)]
@@ -243,6 +247,7 @@ def _probe_ids(model: Any) -> tuple[Tensor, Tensor]:
     table = model.get_input_embeddings().weight
     pad = getattr(config, "pad_token_id", None)
     rows = min(config.vocab_size, table.shape[0]) if table.ndim == 2 else config.vocab_size
+    # Fixed ids, so that the verdict does not depend on a tokenizer or on chance.
     ids = [i for i in range(min(rows, 4 * PROBE_TOKENS)) if i != pad]
     found = [[ids[(start + 5 * i) % len(ids)] for i in range(PROBE_TOKENS)] for start in (3, 11)]
     first, other = torch.tensor(found, device=model.device)
@@ -263,6 +268,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def _as_loaded(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradient, and restore every module's mode afterwards."""
+    # Per module: parts of a model may be in different modes.
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

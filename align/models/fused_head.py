@@ -53,6 +53,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
         kind = torch.promote_types(weight.dtype, torch.float32)
+        # (N,) results; only one chunk of logits (n, V) exists at a time.
         values = hidden.new_empty(len(hidden), dtype=kind)
         entropies = torch.zeros_like(values)
         kept = []
@@ -60,8 +61,10 @@ class _HeadLogprobs(torch.autograd.Function):
             logits = hidden[rows] @ weight.T  # (n, V)
             logprobs = torch.log_softmax(_divided(logits, temperature), -1, dtype=kind)
             values[rows] = logprobs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+            # H = -sum p log p, in place on a copy of the probabilities.
             if entropy:
                 entropies[rows] = -(logprobs.exp().mul_(logprobs)).sum(-1)
+            # Few logits: keep them rather than computing the product twice.
             if grad and len(hidden) * len(weight) <= KEPT_ELEMENTS:
                 kept.append(logits)
         if grad:
@@ -90,12 +93,14 @@ class _HeadLogprobs(torch.autograd.Function):
             dhidden[rows] = slope @ weight
             if dweight is not None:
                 dweight += slope.T @ hidden[rows]
+        # Rounded to the dtype of the weight once, after the sum over all chunks.
         whole = None if dweight is None else dweight.to(weight.dtype)
         return dhidden, whole, None, None, None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     elements = CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    # Rows per chunk, such that rows x vocabulary stays within the limit.
     size = max(1, elements // len(weight))
     return [slice(begin, begin + size) for begin in range(0, len(hidden), size)]
 

@@ -47,6 +47,7 @@ def scorer_from(
         model = RewardModel(backbone, width, num_heads=num_heads)
         model.head.to(kind)  # only the head: rotary buffers must stay float32
     disable_dropout(model)
+    # Decoders read packed rows, which are probed; encoders get padded rows and need no probe.
     if model.reads == "last":
         keep_layout(model)
         settle_decoder(model.backbone)
@@ -81,6 +82,7 @@ def scorer_on_encoder(
         separator = separator_of(load_tokenizer(model_dir))
     except ValueError as error:
         raise ArtefactError(f"{model_dir}: {error}") from error
+    # The new head reads the first token's state; a pooler would be a second, pretrained head.
     drop_pooler(encoder)
     if getattr(encoder.config, "type_vocab_size", 0) < 2:
         separator = None  # the model has one type, even if its tokenizer has two
@@ -106,6 +108,7 @@ class TextValues(nn.Module):
         """Score the texts of a packed row, each in its own row."""
         laid = right_padded(input_ids, position_ids, fill=0)
         values = self.model(laid.input_ids, attention_mask=laid.mask)
+        # (S, T) -> (N,) -> (1, N)
         return values[laid.number, laid.at].unsqueeze(0)
 
 
@@ -116,6 +119,7 @@ def packed_values(
     decoder = causal_lm(scorer.backbone)
     if packs(decoder):
         return scorer(input_ids, position_ids=position_ids, segments=segments)
+    # (N, H) -> (1, N, H), the layout that the head expects.
     states = padded_states(decoder, input_ids[0], segments)
     return scorer.head(states.unsqueeze(0))
 
@@ -147,4 +151,5 @@ class ValueModel(nn.Module):
         values = packed_values(self.scorer, input_ids, position_ids, segments)
         if behind:
             return values
+        # Index t reads the value of the token before t; a first token has none.
         return values[:, segments.previous].masked_fill(position_ids == 0, 0.0)

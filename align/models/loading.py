@@ -73,6 +73,7 @@ def load_policy(
     if quantization is not None:
         keep_layout(model)
     form_of(model)
+    # The reentrant variant needs inputs with gradient, which frozen embeddings do not give.
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(distributed.device())
@@ -118,6 +119,7 @@ def _numbers(module: nn.Module, names: re.Pattern[str]) -> list[str]:
 def _dropout_places(model: nn.Module, rate: float) -> int:
     places = 0
     for module in model.modules():
+        # Dropout is either a module or a number that an attention layer reads.
         if isinstance(module, _DropoutNd):
             module.p, places = rate, places + 1
             continue
@@ -149,6 +151,7 @@ def save_policy(
     """
     from huggingface_hub import save_torch_state_dict
 
+    # Weights, configuration and tokenizer always travel together.
     config = AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
     config.dtype = dtype
     _check_names(state, config)
@@ -162,6 +165,7 @@ def save_policy(
     )
     config.save_pretrained(str(directory))
     load_tokenizer(source_dir).save_pretrained(str(directory))
+    # It names further stop tokens, without which the saved model would not stop.
     if (source_dir / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(str(source_dir)).save_pretrained(str(directory))
 
@@ -209,12 +213,14 @@ def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
     tokenizer = load_tokenizer(model_dir)
     found = [tokenizer.eos_token_id]
     if (Path(model_dir) / "generation_config.json").is_file():
+        # Chat models often stop at an end-of-turn token as well as at the end of text.
         extra = GenerationConfig.from_pretrained(str(model_dir)).eos_token_id
         found += extra if isinstance(extra, list) else [extra]
     return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
 def _check_names(state: Mapping[str, Tensor], config: Any) -> None:
+    # Names only: no memory is allocated for the weights.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = set(model.state_dict())

@@ -60,11 +60,13 @@ def token_logprobs(
     # Flatten the real tokens into one packed row.
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = real.bool()
+    # Padding on either side is cut away, so positions count real tokens.
     positions = real.cumsum(1) - 1 if position_ids is None else position_ids
     flat_ids, segments = input_ids[real], segments_from_positions(positions[real])
     if mask is not None:
         segments = replace(segments, answers=mask[real].bool())
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
+    # The first token of a sequence follows nothing; the head runs only where a value is needed.
     predicted = segments.positions > 0
     wanted = predicted if mask is None else mask[real].bool() & predicted
     at = wanted.nonzero().squeeze(1)
@@ -72,6 +74,7 @@ def token_logprobs(
     zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
     values, entropies = _head(
         model,
+        # The state of the preceding token predicts token t: this is the one-token shift.
         hidden.index_select(0, segments.previous[at]),
         flat_ids[at],
         temperature,
@@ -161,12 +164,14 @@ def _head(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     head = causal_lm(model).get_output_embeddings()
+    # One plain matrix: the fused function, with the logit scale folded into the temperature.
     if not label_smoothing and _is_plain(model, head):
         divisor = temperature / form_of(causal_lm(model)).scale
         return head_logprobs(hidden, head.weight, labels, temperature=divisor, entropy=entropy)
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = token_logits(model, h) / temperature
+        # log p(y) = logit_y - logsumexp(logits), all (n,).
         norm = torch.logsumexp(logits, -1)
         chosen = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1) - norm
         if label_smoothing:
@@ -174,6 +179,7 @@ def _head(
         if not entropy:
             return chosen, chosen.detach()
         with torch.no_grad():
+            # H = log Z - sum p * logit
             spread = norm - (torch.softmax(logits, -1) * logits).sum(-1)
         return chosen, spread
 

@@ -31,7 +31,9 @@ def right_padded(input_ids: Tensor, position_ids: Tensor, *, fill: int) -> Padde
         fill: token id of the padding.
     """
     at = position_ids[0]
+    # Each position 0 begins the next row.
     number = (at == 0).cumsum(0) - 1
+    # (S, T) with T the longest sequence.
     shape = (int(number[-1]) + 1, int(at.max()) + 1)
     ids = input_ids.new_full(shape, fill)
     ids[number, at] = input_ids[0]

@@ -43,10 +43,12 @@ def gae(
         arXiv:1506.02438 eq. 16.
     """
     assert not (rewards.detach().masked_fill(mask, 0.0) != 0.0).any(), "a masked token has a reward"
+    # Advantages are constants of the policy loss, and returns constants of the value loss.
     rewards, values = rewards.detach(), values.detach()
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.detach()
     carried = torch.zeros_like(next_value)
+    # Backwards over time, all rows (B,) at once.
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         # Masked tokens pass the carried advantage and the next value on unchanged.
@@ -63,6 +65,7 @@ def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bo
     threshold on the standard deviation would confuse rounding errors and small differences.
     """
     _, group = group_ids.unique(return_inverse=True)
+    # Highest and lowest score of each group; at most B groups, so (B,) is large enough.
     size = scores.numel()
     high = scores.new_full((size,), -torch.inf).scatter_reduce(0, group, scores, "amax")
     low = scores.new_full((size,), torch.inf).scatter_reduce(0, group, scores, "amin")
@@ -73,7 +76,9 @@ def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Return centered scores in float64, each response's group size, and its group number."""
     assert torch.isfinite(scores).all(), f"scores must be finite, got {scores.tolist()}"
     _, group = group_ids.unique(return_inverse=True)
+    # float64: a group's mean of equal scores must be that score, or advantages would be noise.
     exact = scores.detach().double()
+    # Sums of each group by its number, gathered back to its responses: (B,) -> (groups,) -> (B,).
     zeros = torch.zeros_like(exact)
     sizes = zeros.index_add(0, group, torch.ones_like(exact))[group]
     return exact - zeros.index_add(0, group, exact)[group] / sizes, sizes, group
@@ -121,6 +126,7 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
         group's mean, which is the same number.
     """
     centred, sizes, _ = _centred(scores, group_ids)
+    # s - (sum - s) / (G - 1) = G / (G - 1) * (s - mean)
     advantages = centred * sizes / (sizes - 1.0).clamp(min=1.0)
     return advantages.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
 
@@ -138,6 +144,7 @@ def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Fl
     Reference:
         arXiv:2501.03262 (REINFORCE++): GAE without a critic at gamma = lambda = 1.
     """
+    # With V = 0 every delta is the reward itself, and GAE is its undiscounted sum.
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)[0]
 
 
@@ -188,6 +195,7 @@ def overlong_penalty(
         arXiv:2503.14476 eq. 13.
     """
     assert buffer > 0.0, f"buffer {buffer} must be positive"
+    # 0 at limit - buffer tokens, -1 at the limit, linear between.
     return ((limit - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
 
 
@@ -212,6 +220,7 @@ def shaped_rewards(
     Reference:
         arXiv:1909.08593 eq. 2, with the score at the last trained token itself, never behind it.
     """
+    # The KL penalty is part of the reward at every token, (B, T).
     rewards = (-kl_coef * kl.detach()).masked_fill(~mask, 0.0)
     # Rows without a trained token get last = -1, which matches no position.
     positions = torch.arange(mask.shape[1], device=mask.device)

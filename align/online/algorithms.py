@@ -106,6 +106,7 @@ def find_estimator(name: str) -> Estimator:
 def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experience]:
     estimator = find_estimator(spec.estimator)
     parameters = inspect.signature(estimator).parameters
+    # The signature is the interface: its parameters are inputs of a step or options of the stage.
     inputs = tuple(name for name in parameters if name in (*PER_RESPONSE, *PER_TOKEN))
     fields = type(spec).model_fields
     options = {n: getattr(spec, n) for n in parameters if n in fields and n not in inputs}
@@ -130,6 +131,7 @@ def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experien
             kl_in_reward=kl_in_reward,
             whiten_rewards=spec.whiten_rewards,
         )
+    # scale: batch divides once by the deviation over all groups, not also by that of each group.
     batch_scale = spec.scale == "batch"
     if batch_scale and "scale" in options:
         options["scale"] = "none"
@@ -167,16 +169,20 @@ def estimate_per_response(
     scores = experience.scores  # (B,)
     kl = _kl(experience, kl_in_reward, kl_coef)  # (B, T)
     if kl is not None:
+        # One advantage per response: the KL of its tokens is charged to the response as a whole,
+        # (B,).
         scores = scores - kl_coef * (kl * experience.completion).sum(1)
     found = {"scores": scores, "group_ids": experience.group_ids}
     if experience.greedy_scores is not None:
         found["greedy_scores"] = experience.greedy_scores
+    # The estimator sees only valid responses, so an invalid one shifts no group mean.
     trained = experience.mask.any(1)
     advantages = torch.zeros_like(scores)
     if bool(trained.any()):
         result = estimator(**{name: found[name][trained] for name in inputs})
         assert isinstance(result, Tensor), "one advantage per response expected"
         advantages[trained] = result
+    # Sums over all ranks: every rank must divide by the same number, also one without responses.
     if batch_scale:
         squares = float(advantages.double().square().sum())
         moments = {"count": float(trained.sum()), "total_sq": squares}
@@ -237,8 +243,10 @@ def _kl(experience: Experience, kl_in_reward: str | None, kl_coef: float) -> Ten
 def _token_rewards(experience: Experience, kl: Tensor | None, kl_coef: float) -> Tensor:
     kl = torch.zeros_like(experience.per_token["rollout_logprobs"]) if kl is None else kl
     scores = experience.scores.nan_to_num(0.0)
+    # A truncated response gets the critic's value after its end instead of its score.
     is_open = experience.truncated & (experience.bootstrap is not None)  # (B,)
     scores = scores.masked_fill(is_open, 0.0)
+    # Process rewards place parts of the score at the tokens that end the steps, (B, T).
     steps = experience.per_token.get("step_rewards")
     if steps is None:
         return shaped_rewards(scores, kl, experience.mask, kl_coef=kl_coef)
@@ -249,6 +257,7 @@ def _token_rewards(experience: Experience, kl: Tensor | None, kl_coef: float) ->
 
 
 def _whiten(x: Tensor, mask: Tensor, *, center: bool) -> Tensor:
+    # Moments over all ranks, so that advantages do not depend on how many ranks share the batch.
     count, total, total_sq = masked_moments(x, mask).tolist()
     sums = distributed.global_sums({"count": count, "total": total, "total_sq": total_sq})
     return masked_whiten(

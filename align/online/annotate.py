@@ -24,8 +24,10 @@ def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -
     passes on each.
     """
     units = _units(experience, rows, micro_tokens)
+    # ranks=1: the rows are already divided among the ranks, only micro-batches are planned here.
     costs = [_cost(experience, unit) for unit in units]
     plan = plan_micro_batches(costs, micro_tokens=micro_tokens, ranks=1)[0] if units else []
+    # Pad with empty micro-batches, whose forward pass joins ZeRO-3's gathers.
     wanted = int(distributed.global_max(len(plan)))
     plan = plan + [[]] * (wanted - len(plan))
     return [[row for unit in micro for row in units[unit]] for micro in plan]
@@ -41,6 +43,7 @@ def _units(experience: Experience, rows: Sequence[int], micro_tokens: int) -> li
     groups = experience.group_ids.tolist()
     units: list[list[int]] = []
     for row in rows:
+        # Consecutive responses to one prompt form a unit as long as they fit together.
         same = bool(units) and groups[units[-1][0]] == groups[row]
         if same and _cost(experience, [*units[-1], row]) <= micro_tokens:
             units[-1].append(row)
@@ -79,13 +82,16 @@ def annotate(
     def values(model: nn.Module, batch: PackedBatch) -> Tensor:
         return model(batch.input_ids, batch.position_ids)
 
+    # The mask selects whose log-probabilities are computed: every completion token.
     whole = replace(experience, mask=experience.completion)
     found = {}
     if old:
         found["old_logprobs"] = infer_tokens(whole, policy, plan, logprobs)
     if reference is not None:
+        # A LoRA policy is its own reference with the adapter off, which saves a copy of the model.
         own = reference is policy.module
         with policy.module.model.disable_adapter() if own else nullcontext():
+            # The learner runs its engine; a separate reference runs as a plain module.
             run: Any = policy if own else reference.eval()
             found["ref_logprobs"] = infer_tokens(whole, run, plan, logprobs)
     if critic is not None:
@@ -103,7 +109,9 @@ def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -
     found = critic.infer(batches, lambda model, b: model(b.input_ids, b.position_ids, behind=True))
     out = torch.zeros(len(experience.lengths))
     for micro, batch, values in zip(plan, batches, found, strict=True):
+        # Index of the last token of each response in the packed row (1, N).
         ends = torch.bincount(batch.segment_ids).cumsum(0) - 1
+        # Empty micro-batches contain one placeholder segment, which [: num] cuts off.
         out[micro] = values[0, ends].float().cpu()[: batch.num]
     return out
 

@@ -78,6 +78,7 @@ def repeated_share(text: str) -> float:
 
 def over_prompts(values: NDArray[np.float64]) -> Interval:
     """Return the mean over prompts with its normal 95 % interval."""
+    # One prompt has no spread over prompts: the mean is known, its interval is not.
     if values.size < 2:
         return Interval(float(values[0]) if values.size else math.nan, math.nan, math.nan)
     mean = float(values.mean())
@@ -91,12 +92,14 @@ def by_prompt(history: Sequence[Evaluation], *names: str) -> list[NDArray[np.flo
         np.array([[math.nan if x is None else x for x in getattr(e, name)] for e in history])
         for name in names
     ]
+    # (names, evaluations, prompts) -> (prompts,): paired over time, so a gap excludes the prompt.
     valid = ~np.isnan(np.stack(tables)).any(axis=(0, 1))
     return [table[:, valid] for table in tables]
 
 
 def slope(values: NDArray[np.float64], xs: Sequence[float]) -> Interval:
     """Return the least-squares slope of (K, P) values over K positions, as a mean over prompts."""
+    # sum((x - mean) y) / sum((x - mean)^2), for each column of values: (K,) @ (K, P) -> (P,).
     centred = np.asarray(xs, dtype=np.float64) - np.mean(xs)
     return over_prompts(centred @ values / (centred @ centred))
 
@@ -118,6 +121,7 @@ def fit_curve(kl: Sequence[float], gains: NDArray[np.float64]) -> CurveFit | Non
     known = [i for i, value in enumerate(kl) if value > 0.0]
     if len(known) < 3 or not gains.size:
         return None
+    # R is linear in alpha and beta, so one pseudoinverse solves all prompts.
     d = np.sqrt([kl[i] for i in known])
     design = np.stack([d, -d * np.log(d)], axis=1)  # (K, 2)
     per_prompt = np.linalg.pinv(design) @ gains[known]  # (2, P)
@@ -170,6 +174,7 @@ def stopping_alarm(
     """Return the alarm of ``stop_on`` that the newest ``patience`` evaluations all raise."""
     if len(history) < patience:
         return None
+    # Each entry repeats the check on the history as it was i evaluations ago.
     raised = [
         {alarm.name: alarm for alarm in alarms(history[: len(history) - i], window=window)}
         for i in range(patience)
@@ -203,7 +208,9 @@ def _proxy_gap(history: Sequence[Evaluation], window: int) -> Alarm | None:
     tables = by_prompt([history[0], *history[-window:]], "proxy", "gold")
     if tables[0].shape[1] < 2:
         return None
+    # The scores have different units; row 0 is the evaluation before the first step.
     proxy, gold = (table[1:] / (table[0].std() or 1.0) for table in tables)
+    # Alarm only if the gap opens, the proxy rises and gold does not, each beyond its interval.
     gap = slope(proxy - gold, steps)
     if gap.low <= 0.0 or slope(proxy, steps).low <= 0.0 or slope(gold, steps).low > 0.0:
         return None
@@ -226,6 +233,7 @@ def _rise(history: Sequence[Evaluation], of: Callable[[Evaluation], list[float]]
 
 def _length(history: Sequence[Evaluation], window: int) -> Alarm | None:
     before, now = (float(np.mean(e.length)) for e in (history[0], history[-1]))
+    # Longer responses are fine as long as the gold score rises with them.
     grown = _rise(history, lambda e: e.length).low > 0.0 and now > LONGER * before
     if not grown or _gold_rises(history, window):
         return None
@@ -253,6 +261,7 @@ def _one_reward(history: Sequence[Evaluation], window: int) -> Alarm | None:
     rises = {name: now[name] - before[name] for name in before}
     if len(rises) < 2:
         return None
+    # Absolute changes: rewards that fall must not cancel those that rise.
     total = sum(abs(x) for x in rises.values())
     name = max(rises, key=lambda n: rises[n])
     others = [n for n in rises if n != name]

@@ -107,6 +107,7 @@ def train_online(
         metrics.log(step + 1, last, sample=sample)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
+        # Prompts and seeds are functions of the step, so only counters and controllers are state.
         if stop or (spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0):
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
             state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
@@ -136,6 +137,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
     timer, kl_coef = Timer(), run.kl.coef
     with timer("step"):
         with run.engine.awake():  # the sampler owns the accelerator's memory in this block
+            # The version is the step, so a completion names the weights that sampled it.
             with timer("push"):
                 run.push(step)
             with timer("rollout"):
@@ -153,11 +155,13 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
             )
             experience = run.algorithm.estimate(experience, kl_coef)  # advantages, returns
             stats = update(run, experience, step=step, kl_coef=kl_coef)
+    # Metrics, then the KL controller, which acts on the next step.
     found = summarise(experience, scores, run.spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
     found |= timer.seconds
     found |= {"kl/coef": kl_coef, "tokens/per_s": found["tokens/sampled"] / found["time/step_s"]}
+    # The first sample of the batch, whatever its score: a chosen one would flatter the run.
     first = {
         "prompt": experience.prompts[0].prompt,
         "completion": experience.completions[0].text,
@@ -194,12 +198,14 @@ def sample(run: OnlineRun, step: int) -> Samples:
     """
     spec = run.spec
     draws = spec.max_draws if spec.dynamic_sampling else 1
+    # This rank's contiguous part of the batch; the recipe guarantees that it divides evenly.
     wanted = spec.prompts_per_step // distributed.world_size()
     first = distributed.rank() * wanted
     kept: Groups = []
     live: Groups = []
     spare: Groups = []
     for draw in range(draws):
+        # Numbered across steps, so that each draw continues the shuffled order of the prompts.
         number = step * draws + draw
         indices = batch_indices(
             len(run.prompts),
@@ -227,6 +233,7 @@ def sample(run: OnlineRun, step: int) -> Samples:
             (live if has_signal else spare).append(pair)
         if len(live) >= spec.prompts_per_step:
             break
+    # Every rank takes its part of the same list: live groups first, then spare ones.
     if spec.dynamic_sampling:
         kept = (live + spare)[first : first + wanted]
     greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
@@ -253,8 +260,10 @@ def score(run: OnlineRun, samples: Samples) -> tuple[Experience, Scores]:
     experience, scores = _scored(run, samples.groups, first_group=samples.first_group)
     if samples.greedy is None:
         return experience, scores
+    # One greedy score per prompt, repeated for each of its responses.
     greedy = _scored(run, samples.greedy, first_group=0)[0].scores  # (P,)
     greedy = greedy.repeat_interleave(run.spec.group_size)  # (B,)
+    # A response without a baseline has no advantage, so it is not trained.
     mask = experience.mask & ~greedy.isnan().unsqueeze(1)
     return replace(experience, greedy_scores=greedy, mask=mask), scores
 
@@ -271,6 +280,7 @@ def _scored(run: OnlineRun, pairs: Groups, *, first_group: int) -> tuple[Experie
         mask_truncated=run.spec.truncation == "mask",
         penalty=length_penalty(experience, run.spec),
     )
+    # Process rewards were computed by the call above and are read from the rewards.
     steps = step_rewards(experience, run.rewards)
     return (experience if steps is None else experience.with_tokens(step_rewards=steps)), scores
 
@@ -305,6 +315,8 @@ def update(
     answers = len(experience.lengths)
     size = math.ceil(answers / spec.minibatches)
     totals: dict[str, float] = {}
+    # Fix all micro-batches before the first update: their global counts must not change between
+    # epochs.
     parts = [list(range(at, min(at + size, answers))) for at in range(0, answers, size)]
     plans = [_micro_batches(experience, rows, spec.micro_tokens) for rows in parts]
     plans = [plan for plan in plans if plan is not None]
@@ -313,6 +325,7 @@ def update(
             "no response of this step has a valid score to train on; expected at least one. Check "
             "samples.jsonl and the rewards' invalid counts"
         )
+    # Optimizer steps: each mini-batch once per epoch, the policy first, then the critic.
     num = spec.update_epochs * len(plans)
     for _ in range(spec.update_epochs):
         for micro in plans:
@@ -331,6 +344,7 @@ def update(
 def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:
     """Return the micro-batches of a mini-batch, or None if no rank has a trainable token in it."""
     mask = experience.mask[rows]
+    # Denominators over all ranks: losses are sums that each rank divides by the same counts.
     counts = distributed.global_sums(
         {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}
     )

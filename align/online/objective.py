@@ -15,6 +15,7 @@ from align.losses.policy import (
     importance_weights,
 )
 from align.losses.value import clipped_value_loss
+from align.models.logprobs import TokenLogprobs
 from align.training.batch import PackedBatch
 
 
@@ -53,7 +54,10 @@ def policy_objective(
         entropy=True,
         mask=batch.mask,
     )
+    # All packed, (1, N): log-probabilities, mask, and tensors per token of the experience.
     logprobs, mask, tokens = out.logprobs, batch.mask, batch.per_token
+    # Without stored values the current policy is the old one: ratio 1 with the gradient of
+    # REINFORCE.
     old = tokens.get("old_logprobs", logprobs.detach())
     # Importance correction: the sampler's distribution differs slightly from the trainer's.
     weights = importance_weights(
@@ -66,6 +70,7 @@ def policy_objective(
     )
     parts = policy_loss(logprobs, old, batch, objective=objective, clip=clip, dual_clip=dual_clip)
     loss = parts.loss * weights
+    # The KL is not importance weighted: it regularizes the current policy.
     if kl_in_loss is not None and kl_coef > 0.0:
         ref = tokens["ref_logprobs"]
         kl = (
@@ -74,25 +79,41 @@ def policy_objective(
             else kl_estimate(logprobs, ref, kl_in_loss)
         )
         loss = loss + kl_coef * kl.masked_fill(~mask, 0.0)
+    stats = _statistics(parts, out, batch, old=old, weights=weights, cap=importance["cap"])
+    total = reduce_policy_loss(loss, batch, aggregation=aggregation, max_tokens=max_tokens)
+    # Connects an empty micro-batch to the graph, so that every rank runs the same backward pass.
+    return total + 0.0 * logprobs.sum(), stats
+
+
+def _statistics(
+    parts: PerToken,
+    out: TokenLogprobs,
+    batch: PackedBatch,
+    *,
+    old: Tensor,
+    weights: Tensor,
+    cap: float,
+) -> dict[str, Tensor]:
+    """Return this micro-batch's part of each mean over the trained tokens of all ranks."""
+    tokens, mask = batch.per_token, batch.mask
+    assert out.entropy is not None
     share = 1.0 / max(batch.counts["tokens"], 1.0)
 
     def token_share(x: Tensor) -> Tensor:
         return x.detach().float().masked_fill(~mask, 0.0).sum() * share
 
-    # Statistics, each a mean over the trained tokens of all ranks.
-    log_ratio = logprobs.detach() - old
-    stats = {
+    log_ratio = out.logprobs.detach() - old
+    return {
         "ratio": token_share(parts.ratio),
         "clip_frac": token_share(parts.clipped),
         "entropy": token_share(out.entropy),
+        # k3 of KL(old || new) at samples of the old policy: how far this update has moved.
         "approx_kl": token_share(torch.exp(log_ratio) - 1.0 - log_ratio),
         "sampler_kl": token_share(tokens["rollout_logprobs"] - old),
         "sampler_gap": token_share((tokens["rollout_logprobs"] - old).abs()),
         "importance_weight": token_share(weights),
-        "importance_bounded": token_share((weights == 0.0) | (weights >= importance["cap"])),
+        "importance_bounded": token_share((weights == 0.0) | (weights >= cap)),
     }
-    total = reduce_policy_loss(loss, batch, aggregation=aggregation, max_tokens=max_tokens)
-    return total + 0.0 * logprobs.sum(), stats
 
 
 def policy_loss(
@@ -124,6 +145,7 @@ def policy_loss(
         num_segments=max(batch.num, 1),
         **clip,
     )
+    # Back from (N,) to the packed layout (1, N).
     rows = (x.unsqueeze(0) for x in (parts.loss, parts.ratio, parts.clipped))
     return PerToken(*rows)
 
@@ -146,6 +168,7 @@ def reduce_policy_loss(
     if aggregation == "constant":
         return loss.sum() / (answers * max_tokens)
     assert aggregation == "sequence", f"unknown aggregation {aggregation!r}"
+    # Mean per response first, so that long responses do not dominate.
     lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)  # (num,)
     return (batch.segment_sums(loss) / lengths).sum() / answers
 
@@ -158,6 +181,7 @@ def critic_objective(
     tokens, mask = batch.per_token, batch.mask
     loss = clipped_value_loss(values, tokens["values"], tokens["returns"], clip=clip)
     share = 1.0 / max(batch.counts["tokens"], 1.0)
+    # Counts tokens outside the clip range, whether or not the clipped error is the larger one.
     clipped = (values.detach() - tokens["values"]).abs() > clip
     stats = {"clip_frac": (clipped & mask).sum() * share}
     return loss.masked_fill(~mask, 0.0).sum() * share + 0.0 * values.sum(), stats

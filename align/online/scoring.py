@@ -42,6 +42,7 @@ def score_answers(
         prompts: prompt of each response. answers: responses. rewards: called in order.
         with_ids: True passes token ids to the rewards; False if the responses are text only.
     """
+    # Columns of the rows become keyword arguments; a row without the column passes None.
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
     if with_ids:
@@ -56,6 +57,7 @@ def score_answers(
     by_name = {r.name: r(prompts=asked, completions=said, **columns) for r in rewards}
     total: list[float | None] = []
     for i in range(len(answers)):
+        # A missing part would change the scale of the sum, so the whole response becomes invalid.
         parts = [(r.weight, by_name[r.name][i]) for r in rewards]
         known = [w * s for w, s in parts if s is not None]
         value = sum(known) if len(known) == len(parts) else math.nan
@@ -67,6 +69,7 @@ def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:
     """Return the mean spread among the ensemble members at the last call of the rewards."""
     spreads = [getattr(reward, "disagreement", math.nan) for reward in rewards]
     known = [spread for spread in spreads if math.isfinite(spread)]
+    # All ranks take part, also those without an ensemble result.
     sums = distributed.global_sums({"spread": sum(known), "num": float(len(known))})
     return {"reward/disagreement": sums["spread"] / sums["num"]} if sums["num"] else {}
 
@@ -84,6 +87,7 @@ def step_rewards(experience: Experience, rewards: Sequence[RewardFunction]) -> T
     found = torch.zeros(experience.completion.shape)
     for row, mask in enumerate(experience.completion):
         for weight, tokens in speaking:
+            # tokens[row] has one number for each completion token of the row.
             found[row, mask] += weight * torch.tensor(tokens[row])
     return found
 
@@ -107,10 +111,12 @@ def apply_scores(
         mask_truncated: True leaves such a response out of the loss.
         penalty: (B,) added to the scores, before ``truncated_score``; None adds nothing.
     """
+    # (B,) with NaN for invalid responses; the order of the next steps matters.
     total = torch.tensor([math.nan if s is None else s for s in scores.total])
     total = total.masked_fill(~total.isfinite(), math.nan)
     if penalty is not None:
         total = total + penalty
+    # Replaces also an invalid score: a truncated response is judged by its truncation alone.
     if truncated_score is not None:
         total = torch.where(experience.truncated, torch.tensor(truncated_score), total)
     impossible = ~experience.per_token["rollout_logprobs"].isfinite().all(1)  # (B,)
@@ -122,6 +128,7 @@ def apply_scores(
             len(impossible),
         )
         total = total.masked_fill(impossible, math.nan)
+    # A response keeps its score for the metrics even if it is left out of the loss.
     keep = ~total.isnan()
     if mask_truncated:
         keep &= ~experience.truncated

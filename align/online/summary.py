@@ -32,10 +32,12 @@ def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict
         found["reward/dead_group_frac"] = sums["dead"] / answers
     if "ref" in sums:
         found["kl/reference"] = sums["ref"] / max(sums["tokens"], 1.0)
+        # Per response, in the unit of the adaptive controller's target.
         found["kl/reference_per_answer"] = sums["ref"] / answers
         found["kl/reference_k3"] = sums["ref_k3"] / max(sums["tokens"], 1.0)
     if "returns_sq" in sums:
         n = max(sums["trained"], 1.0)
+        # Variance as E[x^2] - E[x]^2, because only sums can be added over ranks.
         spread = sums["returns_sq"] / n - (sums["returns"] / n) ** 2
         errors = sums["errors_sq"] / n - (sums["errors"] / n) ** 2
         if spread > 0.0:
@@ -61,8 +63,10 @@ def _sums(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str
         sums[f"by/{name}"], sums[f"num/{name}"] = float(sum(known)), float(len(known))
     if spec.group_size > 1:
         dead = dead_groups(experience.scores[valid], experience.group_ids[valid])
+        # An invalid response teaches nothing either.
         sums["dead"] = float(dead.sum()) + float((~valid).sum())
     if "ref_logprobs" in tokens:
+        # k1 and k3 over all completion tokens, also those that are not trained.
         x = (tokens["old_logprobs"] - tokens["ref_logprobs"]).double()[experience.completion]
         sums["ref"] = float(x.sum())
         sums["ref_k3"] = float((torch.exp(-x) - 1.0 + x).sum())
@@ -71,4 +75,5 @@ def _sums(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str
         errors = returns - tokens["values"].double()[mask]
         sums |= {"returns": float(returns.sum()), "returns_sq": float(returns.square().sum())}
         sums |= {"errors": float(errors.sum()), "errors_sq": float(errors.square().sum())}
+    # Every rank has the same keys: they depend on the recipe, not on the responses.
     return distributed.global_sums(sums)

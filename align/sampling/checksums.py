@@ -35,6 +35,7 @@ class Sent:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor after computing its checksum."""
         for name, tensor in self._named:
+            # In the engine's dtype and on its device, so that the sums compare equal bit for bit.
             self._sums[name] = checksum(tensor.to(self._device, self._dtype))
             yield name, tensor
 
@@ -43,6 +44,7 @@ class Sent:
         both = [name for name in self._sums if name in held]
         if not both:
             return []
+        # One comparison and one transfer for all tensors: each .item() would wait for the GPU.
         sent = torch.stack([self._sums[name] for name in both])
         found = torch.stack([held[name] for name in both])
         return [name for name, same in zip(both, (sent == found).tolist(), strict=True) if not same]
@@ -72,9 +74,11 @@ def checksum(tensor: Tensor) -> Tensor:
     elif data.storage_offset() % 8:
         data = data.clone()  # a slice whose lanes are not aligned
     lanes = data.view(torch.int64)
+    # A CPU takes one row at a time, which stays in its cache; a GPU takes many to save kernels.
     rows = 1 if tensor.device.type == "cpu" else ROWS_ON_DEVICE
     whole = lanes.numel() // WIDTH * WIDTH
     first, second = _weights(WIDTH, 0, tensor.device), _weights(WIDTH, 1, tensor.device)
+    # (rows, WIDTH) each; the last part is (1, remaining lanes).
     parts = [*lanes[:whole].view(-1, WIDTH).split(rows), lanes[whole:].view(1, -1)]
     # One buffer for all parts: on a CPU, allocating this much memory costs more than the
     # arithmetic.
@@ -82,10 +86,13 @@ def checksum(tensor: Tensor) -> Tensor:
     sums = []
     for part in parts:
         n, room = part.shape[1], buffer.view(-1)[: part.numel()].view(part.shape)
+        # int64 products and sums wrap around, which is arithmetic mod 2^64. There, the top bits of
+        # x reach only the top bits of the sum, so the upper half is added once more, shifted down.
         low = torch.mul(part, first[:n], out=room).sum(1)
         high = torch.bitwise_right_shift(part, 32, out=room).mul_(second[:n]).sum(1)
         sums.append(low + high)
     by_row = torch.cat(sums)
+    # A different weight for each row: swapped rows change the sum.
     return (by_row * _odd(torch.arange(len(by_row), device=tensor.device), 2)).sum()
 
 
@@ -96,6 +103,7 @@ def _weights(count: int, stream: int, device: torch.device) -> Tensor:
 
 def _odd(index: Tensor, stream: int) -> Tensor:
     """Return an odd pseudo-random 64-bit number for each index, mixed as in SplitMix64."""
+    # The decimal literals are the hexadecimal constants as signed 64-bit integers.
     x = (index + (stream << 40) + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
     x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB

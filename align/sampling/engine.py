@@ -144,6 +144,7 @@ def check_requests(
     Raises:
         DataError: a prompt is empty, or prompt and response together exceed the engine's limit.
     """
+    # Reject the whole batch before anything is sampled: engines would truncate or fail halfway.
     assert seeds is None or len(seeds) == len(prompts), (len(seeds or ()), len(prompts))
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -171,6 +172,8 @@ def load_decoder(model_dir: Path) -> Callable[[Sequence[int]], str]:
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
     def decode(ids: Sequence[int]) -> str:
+        # Not skip_special_tokens: it would also remove tags that rewards look for, such as
+        # </think>.
         kept = [i for i in ids if i != tokenizer.pad_token_id]
         return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -186,6 +189,7 @@ def make_completion(
     version: int,
 ) -> Completion:
     """Return a completion; the stop token is part of the tokens but not of the text."""
+    # A response always has at least one token: max_new_tokens is positive.
     stopped = ids[-1] in stop
     return Completion(
         token_ids=tuple(ids),

@@ -51,9 +51,11 @@ class Experience:
         """Return the number of leading tokens that each of ``rows`` shares with the previous one.
         The prompt of adjacent responses to the same prompt is computed only once.
         """
+        # Without rows, an empty tensor of dtype float could not index.
         index = torch.tensor(list(rows), dtype=torch.long)
         prompt_tokens = (self.lengths[index] - self.completion[index].sum(1)).tolist()
         groups = self.group_ids[index].tolist()
+        # The first row shares nothing, since no row precedes it.
         before = [None, *groups]
         return [
             tokens if group == last else 0
@@ -66,12 +68,15 @@ class Experience:
             empty = pack([], counts=counts)
             zeros = torch.zeros(empty.mask.shape, device=empty.mask.device)
             return replace(empty, per_token=dict.fromkeys(self.per_token, zeros))
+        # The experience stays on the CPU; only the packed micro-batch is moved.
         index, device = torch.tensor(list(rows)), distributed.device()
         at = torch.arange(self.input_ids.shape[1]).expand(len(rows), -1)  # (b, T)
         skip = torch.tensor(self.shared(rows)).unsqueeze(1)
+        # Real tokens of each row without those that the previous row already contains.
         own = (at >= skip) & (at < self.lengths[index].unsqueeze(1))  # (b, T)
 
         def flat(x: Tensor) -> Tensor:
+            # (b, T) -> (N,) in row order -> (1, N)
             return x[index][own].unsqueeze(0).to(device)
 
         number = torch.arange(len(rows)).unsqueeze(1).expand_as(at)
@@ -90,6 +95,7 @@ class Experience:
 
         A prompt that is computed once is written only to the first of its responses.
         """
+        # Walk the packed row; each response has its length minus the shared prompt.
         start = 0
         for row, skip in zip(rows, self.shared(rows), strict=True):
             end = int(self.lengths[row])

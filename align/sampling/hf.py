@@ -39,6 +39,8 @@ class HfEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         started = time.perf_counter()
+        # The sampler's log-probabilities are compared with the trainer's, so attention must be
+        # exact.
         config = AutoConfig.from_pretrained(options.model_dir, trust_remote_code=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -48,6 +50,7 @@ class HfEngine:
             trust_remote_code=False,
         )
         model = with_adapter(model.to(self.device), options.model_dir)
+        # The policy trains an adapter that cannot be merged: build its shape, pushes fill it.
         if options.adds_adapter:
             assert options.tuning is not None
             model = add_tuner(model, options.tuning)
@@ -73,6 +76,7 @@ class HfEngine:
         Raises:
             TrainingError: a weight is unknown, missing or of another shape.
         """
+        # Keyed by identity: a tied weight has two names and must be set once.
         targets = self._targets()
         missing = {id(parameter): name for name, parameter in targets.items()}
         for name, tensor in named_tensors:
@@ -90,6 +94,7 @@ class HfEngine:
             names = ", ".join(sorted(missing.values())[:5])
             raise TrainingError(f"weights version {version}: {len(missing)} missing ({names} ...)")
         self.version = version
+        # One checksum per parameter, returned under each of its names.
         sums = {
             id(t): checksum(t.to(self.dtype)) for t in {id(t): t for t in targets.values()}.values()
         }
@@ -99,6 +104,7 @@ class HfEngine:
         """Return the parameters that a push must set by name; a tied one may use either name."""
         if merges(self.model):
             return dict(self.model.named_parameters(remove_duplicate=False))
+        # Only the adapter is pushed; the base never changes.
         frozen = {id(p) for p in base_parameters(self.model)}
         named = self.model.named_parameters()
         return {f"{ADAPTER}{name}": p for name, p in named if id(p) not in frozen}
@@ -126,9 +132,11 @@ class HfEngine:
             seeds = call_seeds(self.options.seed, self._calls, len(prompts))
         self._calls += 1
         stop = frozenset(self.options.stop_token_ids if stop_token_ids is None else stop_token_ids)
+        # n rows per prompt, in order; response k has the seed + k on every engine.
         rows = [(prompt, seeds[i] + k) for i, prompt in enumerate(prompts) for k in range(n)]
         answers: list[Completion] = []
         for chunk in _chunks(rows, max_new_tokens):
+            # (rows, max_new_tokens): one number for each token that may be sampled.
             uniforms = torch.stack([_uniforms(seed, max_new_tokens) for _, seed in chunk])
             tokens, logprobs = self._decode_batch(
                 [prompt for prompt, _ in chunk],
@@ -142,6 +150,7 @@ class HfEngine:
 
     def token_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of tokens 1 .. T-1 at temperature 1, in nats."""
+        # Logits at t predict token t + 1: (1, T) -> (T - 1, V) -> (T - 1,).
         ids = torch.tensor([list(token_ids)], device=self.device)
         with torch.no_grad():
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -164,6 +173,7 @@ class HfEngine:
         ids, mask = _left_pad(prompts, self.device)
         stops = torch.tensor(sorted(stop), device=self.device, dtype=torch.long)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        # Left padding: real tokens count from 0, padded ones get 0 and are masked.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache, tokens, logprobs = None, [], []
         for step in range(uniforms.shape[1]):
@@ -182,10 +192,12 @@ class HfEngine:
             )
             tokens.append(token)
             logprobs.append(logprob)
+            # Rows that have stopped continue until all have; _completions cuts what follows.
             done |= torch.isin(token, stops)
             if done.all():
                 break
             ids, positions = token[:, None], positions[:, -1:] + 1
+            # (B, T + 1): the new token is real in every row.
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         return torch.stack(tokens, 1), torch.stack(logprobs, 1)  # (B, T)
 
@@ -239,6 +251,7 @@ def sample(
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     ordered, order = scores.sort(dim=-1, descending=True)
     probs = ordered.softmax(-1)
+    # Drop a token if those before it already reach top_p; the most likely one always stays.
     outside = probs.cumsum(-1) - probs >= top_p
     return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 

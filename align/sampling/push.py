@@ -39,6 +39,7 @@ def pushed_weights(
     if merges(module) and not adapter_alone:
         yield from full_weights(module)
         return
+    # Only an engine that serves the adapter alone needs the scale: merging includes it.
     scales = _scales(module) if adapter_alone else {}
     for name, parameter in adapter_parameters(module):
         scale = scales.get(name)
@@ -77,6 +78,7 @@ def push(
         TrainingError: a tensor did not arrive, or arrived changed.
     """
     sent = Sent(named_tensors, dtype=engine.dtype, device=engine.device)
+    # The engine consumes the iterator, which computes a checksum of each tensor as it passes.
     held = engine.load_weights(sent, version=version)
     if altered := sent.altered(held):
         raise TrainingError(
@@ -101,6 +103,7 @@ def probe_logprobs(model: nn.Module, ids: Sequence[int]) -> Tensor:
     device = next(model.parameters()).device
     row = torch.tensor([list(ids)], device=device)  # (1, T)
     positions = torch.arange(row.shape[1], device=device).unsqueeze(0)
+    # Index 0 has no preceding token and is 0.
     return model(row, positions).logprobs[0, 1:].float().cpu()
 
 

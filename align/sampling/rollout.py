@@ -37,6 +37,7 @@ def sample_groups(
     Returns:
         ``n`` completions for each prompt.
     """
+    # The position in the whole batch, not on this rank: results do not depend on the rank count.
     seeds = [derive_seed(seed, "rollout", step, first_position + i) for i in range(len(prompts))]
     return engine.generate(
         [row.input_ids for row in prompts],

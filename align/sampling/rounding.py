@@ -35,9 +35,11 @@ def rounded_otherwise(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
 
     def disturb(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
+        # A fixed seed: the measured rounding is the same in every run.
         if x.device not in generators:
             generators[x.device] = torch.Generator(x.device).manual_seed(seed)
         sign = torch.randint(0, 2, x.shape, generator=generators[x.device], device=x.device)
+        # eps / 2 is the relative size of half a unit in the last place.
         step = (2.0 * sign - 1.0) * torch.finfo(x.dtype).eps / 2.0
         return ((x.float() * (1.0 + step)).to(x.dtype), *args[1:])
 
@@ -66,6 +68,7 @@ def excess(gap: Tensor, rounding: Tensor) -> float:
     gap, rounding = gap.detach().abs().double(), rounding.detach().abs().double()
     if not torch.isfinite(gap).all():
         return math.inf
+    # The floor keeps a model without rounding error from making every gap infinite.
     mean = max(float(rounding.mean()), FLOOR)
     tail = max(float(rounding.quantile(0.9)), mean)
     return max(float(gap.mean()) / mean, float(gap.quantile(0.9)) / tail)

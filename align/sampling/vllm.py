@@ -149,8 +149,10 @@ class VllmEngine:
 
     def _load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:
         if not self.takes_adapter:
+            # Runs inside the worker, which is this process: tensors are passed, not copied.
             load = load_packed if self._on_cpu else load_in_place
             return self._llm.collective_rpc(load, args=(named_tensors,))[0]
+        # A new number for each adapter: requests, caches and prefixes are looked up by it.
         self._pushes += 1
         named = ((name.removeprefix(ADAPTER), tensor) for name, tensor in named_tensors)
         pushed = (self._pushes, named, self.options.tuning)
@@ -277,12 +279,14 @@ class VllmEngine:
                 "Call load_weights before each round of generate."
             )
         self._wake()
+        # Remembered for _forget_prefixes: a prompt that the cache may contain.
         self._cached = max(prompts, key=len)[:CACHE_PROBE]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with _keep_random_state():
             return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
 
     def _completion(self, answer: Any, stop: frozenset[int]) -> Completion:
+        # With logprobs=0 each entry has only the sampled token.
         ids = list(answer.token_ids)
         logprobs = [entry[token].logprob for entry, token in zip(answer.logprobs, ids, strict=True)]
         return make_completion(ids, logprobs, stop=stop, decode=self._decode, version=self.version)

@@ -81,6 +81,7 @@ def places(model: Any) -> Places:
         if len(parts) > 1 and len(parts) == len(sizes):
             pieces = list(zip(parts, sizes, strict=True))
         for leaf, _ in module.named_parameters(recurse=False):
+            # Parts of a fused parameter follow each other in its rows.
             start = 0
             for part, rows in pieces:
                 name = ".".join(filter(None, (parent, part, leaf)))
@@ -96,6 +97,7 @@ def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loa
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     model, dtype = worker.get_model(), worker.model_config.dtype
+    # Names, packed copies and places before the reload, to compare with those after it.
     expected = {name for name, _ in model.named_parameters()}
     before = {m: m.cpu_linear for m in model.modules() if hasattr(m, "cpu_linear")}
     here = places(model)
@@ -105,6 +107,7 @@ def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loa
         for module in model.modules():
             if isinstance(module, ParallelLMHead):
                 utils.dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    # Parameters that were not packed, such as norms and embeddings, still hold their data.
     held = _held(here, dtype, except_for=packing.rearranged)
     stale = {m for m, old in before.items() if not packing.renewed(m, old)}
     return Loaded(
@@ -151,10 +154,12 @@ class _Packing:
         for place in self._here.get(layer, ()):
             if place.leaf == "weight":
                 self.held[place.name] = place.checksum(weight, self._dtype)
+                # Rearranged in place, as experts are, so its later checksum would differ.
                 if weight.ndim != 2:
                     self.rearranged.add(place.name)
         if weight.ndim == 2:
             width = weight.shape[1]
+            # A few columns spread over the width: one-hot inputs read exactly these weights.
             columns = torch.arange(min(PACKED_COLUMNS, width)) * width // PACKED_COLUMNS
             one_hot = nn.functional.one_hot(columns, width).to(weight.dtype)
             self._columns[layer] = one_hot, weight.detach()[:, columns].t().clone()
@@ -180,6 +185,7 @@ def _packing(here: Places, dtype: torch.dtype) -> Iterator[_Packing]:
         packing.note(layer)
         pack(layer, remove_weight)
 
+    # vLLM calls it through the module, so replacing the attribute records every call.
     utils.dispatch_cpu_unquantized_gemm = noted
     try:
         yield packing
@@ -207,6 +213,7 @@ def _recorded(model: Any) -> Iterator[set[str]]:
 
 def adapter_options(tuning: LoraTuning) -> dict[str, Any]:
     """Return the options of an engine that serves one adapter of this tuning."""
+    # vLLM accepts only certain maximum ranks: the smallest that fits.
     rank = min(r for r in tuning.served_ranks if r >= tuning.rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 

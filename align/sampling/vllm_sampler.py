@@ -52,5 +52,6 @@ def draw_tokens(probs: Tensor, generators: Mapping[int, Generator]) -> Tensor:
     points = torch.rand(len(probs), 1, dtype=torch.float64)  # in [0, 1)
     for row, generator in generators.items():
         points[row] = torch.rand(1, dtype=torch.float64, generator=generator)
+    # Scaling by the total instead of 1 makes up for rows that do not sum to exactly 1.
     below = probs.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(below, points * below[:, -1:], right=True).squeeze(1)

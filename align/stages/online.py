@@ -67,6 +67,7 @@ def build_watch(
     Raises:
         DataError: there are fewer held-out prompts than ranks.
     """
+    # The guard's intervals need two prompts, and a rank without one could not sample.
     if len(prompts) < max(2, distributed.world_size()):
         raise DataError(
             f"watch.prompts: {len(prompts)} rows for {distributed.world_size()} ranks; expected at "
@@ -96,6 +97,7 @@ def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
     If the guard ended the stage, these are always the best weights.
     """
     top, alarm = guard.best_step(watch.history), watch.stopped_by
+    # Training is over: nothing can resume at an earlier best.
     best.prune({top})
     restored = watch.spec.keep == "best" or alarm is not None
     if restored:
@@ -113,6 +115,7 @@ log = logging.getLogger(__name__)
 
 def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     """Load the prompts; build policy, reference policy, engine and rewards."""
+    # Data first: faulty prompts are reported before a model or an engine is loaded.
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     training, heldout = load_prompts(spec, context)
@@ -123,10 +126,12 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
         max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
     )
     prompts = fitted(training, spec, chat, context, what="prompts")
+    # The engine starts before the policy is built: vLLM claims its share of the memory at start.
     engine = context.resources.enter_context(
         closing(start_engine(spec, source.model_dir, chat, context))
     )
     module = build_policy(spec, source.model_dir, seed=context.seed)
+    # The adapter's first weights are random, so the engine cannot read them from disk.
     if spec.tuning.new_at_start:
         with engine.awake():
             push(engine, pushed_weights(module.model), version=0)
@@ -275,6 +280,7 @@ def build_reference(
     """Return the initial policy: the policy with its adapter off, or a frozen copy."""
     if spec.kl.coef == 0.0 and spec.watch is None:
         return None
+    # Switching the adapter off gives the initial policy without a second copy.
     if off_is_start(spec.tuning, model_dir):
         return module
     return LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
@@ -300,6 +306,7 @@ def build_critic(
             "it must score. Remove critic.init to start the critic from the policy"
         )
     scorer = scorer_from(folder, dtype=spec.dtype)
+    # V = 0 at the start: advantages then begin as plain returns instead of noise.
     nn.init.zeros_(scorer.head.weight)
     return Learner(
         ValueModel(scorer.to(distributed.device())),

@@ -14,6 +14,7 @@ def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[st
     """
     half = dtype == "bfloat16"
     zero_config: dict[str, Any] = {"stage": effective_stage(zero, dtype=dtype)}
+    # Without it, a saved ZeRO-3 checkpoint would contain no whole weights.
     if zero.stage == 3:
         zero_config["stage3_gather_16bit_weights_on_model_save"] = True
     if zero.offload == "cpu":

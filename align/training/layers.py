@@ -48,6 +48,7 @@ class LayerPlan:
             return None
         if self.spec.unfreeze is None:
             return 0
+        # The top layer trains from the start; each one below waits for its turn.
         above = self.num_layers - 1 - depth
         if depth < 0:
             above -= self.spec.freeze_first  # the frozen layers take no turn

@@ -38,6 +38,7 @@ def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
     """
     if optim.schedule == "slanted":
         return optim.learning_rate * _slanted(optim, step, total_steps)
+    # Step 0 already has a rate above 0: a first step that changes nothing would be wasted.
     warmup = round(optim.warmup_frac * total_steps)
     if step < warmup:
         return optim.learning_rate * (step + 1) / (warmup + 1)
@@ -53,6 +54,7 @@ def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
 
 
 def _slanted(optim: OptimSpec, step: int, total_steps: int) -> float:
+    # arXiv:1801.06146 eq. 3: share is p, the rate (1 + p (ratio - 1)) / ratio.
     cut = max(1, math.floor(optim.cut_frac * total_steps))
     share = step / cut if step < cut else 1.0 - (step - cut) / max(1, total_steps - cut)
     return (1.0 + max(0.0, share) * (optim.ratio - 1.0)) / optim.ratio
@@ -131,15 +133,20 @@ class Learner:
         rate = learning_rate(self.optim, self.steps, self.total_steps)
         self._set_layers(rate)
         totals: dict[str, Tensor] = {}
+        # Forward and backward of each micro-batch; gradients add up until engine.step().
         for micro in micro_batches:
             loss, stats = loss_fn(self.engine, micro)
+            # Once per optimizer step, with the first micro-batch.
             if self.anchor is not None and not totals and self._zero_stage < 3:
                 penalty = self.anchor.penalty(self.module.named_parameters())
                 penalty = penalty / distributed.world_size()  # summed over ranks below
                 loss, stats = loss + penalty, {**stats, "ewc": penalty}
+            # DeepSpeed averages over ranks, but the losses are parts of a global mean: undo the
+            # division.
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             for name, value in {"loss": loss, **stats}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
+        # One collective for all statistics, and the first wait for the GPU in this step.
         sums = distributed.global_sums({k: float(v) for k, v in totals.items()})
         if not math.isfinite(sums["loss"]):
             raise TrainingError(
@@ -150,6 +157,7 @@ class Learner:
             sums["ewc"] = self._pull_whole(self.anchor)
             sums["loss"] += sums["ewc"]
         self.engine.step()
+        # Outside ZeRO and bf16, DeepSpeed reports no norm; then _clip has stored it.
         norm = float(self.engine.get_global_grad_norm() or self._norm)
         self._check_norm(norm)
         self.steps += 1
@@ -165,6 +173,7 @@ class Learner:
             if parameter.requires_grad and name in anchor.fisher:
                 weight: Any = safe_get_full_fp32_param(parameter)
                 penalty, gradient = anchor.pull(name, weight)
+                # A collective call: every rank gathers the weights in the same order.
                 full: Any = safe_get_full_grad(parameter)
                 safe_set_full_grad(parameter, full + gradient)
                 total += float(penalty)
@@ -190,6 +199,7 @@ class Learner:
         ZeRO steps a frozen shard on zero gradients at rate 0. Its moments stay 0, but its step
         count grows, so the bias correction would differ from a run without ZeRO.
         """
+        # ZeRO wraps the optimizer; plain training has only the inner one.
         outer: Any = self._optimizer
         inner = getattr(outer, "optimizer", outer)
         params = inner.param_groups[group]["params"]
@@ -275,6 +285,7 @@ def _groups(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Return parameter groups by layer and weight decay, and the layer of each group."""
     found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    # A fixed order, since optimizer states in a checkpoint are matched by position.
     for depth in sorted({depth for depth, _, _ in trained}):
         for decay in (True, False):
             params = [p for d, name, p in trained if (d, decays(name, p)) == (depth, decay)]
@@ -299,6 +310,7 @@ def _adamw(
         lr=0.0,
         betas=optim.betas,
         eps=optim.eps,
+        # On the CPU, foreach would only allocate temporary copies of all weights.
         foreach=False if fused is None else None,
         fused=fused,
     )

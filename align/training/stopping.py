@@ -89,6 +89,7 @@ class EarlyStopping:
     @property
     def _best(self) -> int:
         """Index of the last evaluation that improved on the best by more than ``min_delta``."""
+        # Compared with the best so far, not with the previous one: slow drift must not count.
         sign = -1.0 if self.spec.metric.endswith(LOWER_IS_BETTER) else 1.0
         best = 0
         for i in range(1, len(self.history)):
