@@ -56,6 +56,21 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the
 
 
 @cli.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print the page docs/recipe-keys.md instead")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, for editors and other tools."""
+    import json
+
+    from align.recipe import reference
+
+    shown = json.dumps(reference.json_schema(), indent=1) + "\n"
+    typer.echo(reference.markdown() if markdown else shown, nl=False)
+
+
+@cli.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
@@ -50,5 +50,9 @@ def _settled(value: Any) -> Any:
     return fast_dtype() if value == "auto" else value
 
 
-Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_settled)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"],
+    BeforeValidator(_settled),
+    WithJsonSchema({"enum": ["float32", "bfloat16", "auto"], "type": "string"}),
+]
 """``float32``, ``bfloat16``, or in a recipe ``auto``."""
