@@ -42,7 +42,10 @@ def _reworded(text: Any, spec: AugmentSpec, dice: "_Draws", *, plain: bool = Tru
 def _said(text: str, spec: AugmentSpec, dice: "_Draws") -> str:
     if spec.word_dropout:
         words = text.split()
+        # One draw per word, so that a text that gets shorter does not shift the draws of other
+        # rows.
         kept = [word for word in words if dice.next() >= spec.word_dropout]
+        # Text without a dropped word keeps its own white space.
         if len(kept) < len(words):
             text = " ".join(kept or words[:1])
     if spec.templates:
@@ -60,6 +63,7 @@ class _Draws:
         """Return the next number."""
         seed, *where = self._place
         self._count += 1
+        # 53 bits are what a float holds exactly.
         return (derive_seed(seed, "augment", *where, self._count) % 2**53) / 2**53
 
 

@@ -29,6 +29,8 @@ def plan_micro_batches(
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for i in order:
+        # Ties go to the rank with fewer rows, then to the lower rank: every rank makes the same
+        # plan.
         rank = min(range(ranks), key=lambda r: (load[r], len(dealt[r]), r))
         dealt[rank].append(i)
         load[rank] += lengths[i]
@@ -53,6 +55,7 @@ def _first_fit(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) ->
     micros: list[list[int]] = []
     room: list[int] = []
     for i in rows:
+        # First fit, longest first: the shorter rows fill what the long ones leave.
         place = next((k for k, left in enumerate(room) if lengths[i] <= left), None)
         if place is None:
             place = len(micros)

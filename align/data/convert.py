@@ -170,6 +170,7 @@ def convert(
     """
     if out.exists():
         raise DataError(f"{out}: the file already exists. Choose another name or remove it.")
+    # Everything is converted before the first byte is written.
     kind, write = WRITERS[to]
     rows = []
     for example in load_examples(specs, kind=kind, seed=seed):
@@ -216,6 +217,7 @@ def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> Non
             f"{path.name.removeprefix('.partial-')}: this file type cannot be written. Use .jsonl."
         )
     content = text.encode("utf-8")
+    # No time stamp: the same rows give the same bytes.
     path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
 
 

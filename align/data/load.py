@@ -43,12 +43,14 @@ def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
         return row
     if isinstance(row, str):
         raise DataError(f"{source}: 'rename' has no effect on plain text. Remove it.", code="D044")
+    # A key that contains a dot itself takes precedence over a nested field.
     nested = {old: _nested(row, old) for old in rename if old not in row and "." in old}
     row = {**row, **{old: value for old, value in nested.items() if value is not _MISSING}}
     missing = sorted(set(rename) - set(row))
     if missing:
         message = f"{source}: rename: no field {missing}; the row has {sorted(row)}"
         raise DataError(message, code="D040")
+    # After renaming, no two fields may have the same name: one would be lost.
     names = Counter(rename.get(key, key) for key in row)
     twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
@@ -120,6 +122,7 @@ def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
     seen: dict[str, str] = {}
     for example in train:
         for key in _identities(example):
+            # The first row with a prompt is named in messages.
             seen.setdefault(key, example.source)
     both = [
         (example.source, seen[key])
@@ -242,6 +245,7 @@ def fit_row(row: AnyRow, *, max_length: int) -> AnyRow | None:
 
 
 def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
+    # Both sides lose the same tokens, so the prompt stays shared.
     over = _length(pair) - max_length
     if over <= 0:
         return pair
@@ -321,6 +325,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         if kind != "sft":
             raise DataError(f"{spec.path}: 'answers' has no effect on {kind} data. Remove it.")
         kind = "preference"
+    # One detector per source, so that a file of one format is recognized only once.
     detector = FormatDetector(spec.format, kind=kind)
     examples: list[Example] = []
     errors: list[str] = []
@@ -393,7 +398,9 @@ def _on_side(example: Example, spec: DataSpec, *, row: Row, side: str) -> bool:
 
 
 def _choose(examples: list[Example], count: int, *, seed: int, purpose: str) -> list[Example]:
+    # A stream for each purpose: adding a data source must not change the samples of the others.
     digest = hashlib.sha256(f"load/{purpose}/{seed}".encode()).digest()
     order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
     chosen = order.permutation(len(examples))[:count]
+    # Back in file order, so that a sample reads like the file.
     return [examples[i] for i in sorted(chosen.tolist())]

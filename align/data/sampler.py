@@ -29,6 +29,7 @@ def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> lis
     position, end = step * batch_size, (step + 1) * batch_size
     places: list[tuple[int, int]] = []
     while position < end:
+        # The position in the endless stream tells the epoch and the place in its order.
         epoch, offset = divmod(position, num_rows)
         part = epoch_indices(num_rows, seed=seed, epoch=epoch)[offset : offset + end - position]
         places += [(row, epoch) for row in part]

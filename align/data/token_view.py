@@ -70,6 +70,7 @@ def _tokens(row: TokenRow, chat: ChatFormat | PairedFormat) -> Iterator[Token]:
     """Yield the tokens, decoding only complete text so that no character is split."""
     start, before = 0, ""
     for i, token in enumerate(row.input_ids):
+        # A byte-level token may hold a part of a character: wait until the text is complete.
         whole = str(chat.tokenizer.decode(list(row.input_ids[start : i + 1])))
         text = "" if whole.endswith("\ufffd") else whole[len(before) :]
         if text:

@@ -100,6 +100,7 @@ def read_wordings(path: str) -> Sequence[Wording]:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of templates, each with name, prompt, ...")
+    # Template files may come from elsewhere: no access to attributes of Python, no changes.
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=_given
     )

@@ -51,5 +51,6 @@ def at_most(value: float, limit: float, *, unit: str, remedy: str, fails: bool =
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
     """Return at most ``count`` evenly spaced items of a sequence."""
+    # Evenly spaced, since the first rows of a file are often alike.
     step = max(1, len(items) // count)
     return list(items[::step][:count])

@@ -79,6 +79,7 @@ def first_loss(
     module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], num_classes: int
 ) -> Finding:
     """Check that the loss of the new head is near that of uniform predictions."""
+    # A new head predicts nearly uniformly: -log(1 / C) = log C.
     loss = loss_of(module, task, [rows])
     return at_most(
         loss,

@@ -35,6 +35,7 @@ def rows_of(dataset: Sequence[Any], collate: Collate, sources: Sequence[str]) ->
     Returns:
         Rows, a pair as two rows; empty if the batches contain no tokens.
     """
+    # In batches, as a collator pads to the longest row of the batch that it gets.
     places = spread(range(len(dataset)), MAX_ROWS)
     named = sources if len(sources) == len(dataset) else [f"row {i}" for i in range(len(dataset))]
     found: list[TokenRow] = []
@@ -93,6 +94,7 @@ def only_answers(
         num_answer_tokens: trained tokens of the same rows as this suite renders them.
         num_all: total number of rows.
     """
+    # Compare only up to the first stop token of a run: what follows is judged by `stops`.
     found = trained_tokens(rows)
     total = sum(_said(chat, row.input_ids[a:b]) for row in rows for a, b in _runs(row.trained))
     looked = "" if len(rows) >= num_all else f", {len(rows):,} of {num_all:,} checked"
@@ -153,10 +155,12 @@ def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
 
 
 def _stops(chat: ChatFormat, row: TokenRow, start: int, end: int, known: frozenset[int]) -> bool:
+    # Only white space may follow the last stop token of a run.
     last = max((i for i in range(start, end) if row.input_ids[i] in known), default=None)
     return last is not None and not chat.decode(row.input_ids[last + 1 : end]).strip()
 
 
 def _stops_twice(chat: ChatFormat, ids: Sequence[int], known: frozenset[int]) -> bool:
+    # Tokens with text, or stop tokens: the last two of them both being stops means twice.
     said = [i for i in ids if i in known or chat.decode([i]).strip()]
     return len(said) > 1 and said[-1] in known and said[-2] in known

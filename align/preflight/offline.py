@@ -77,6 +77,7 @@ def balance(spec: KtoStage, good: Sequence[bool]) -> Finding:
             "warn",
             "with one label only, the policy just moves toward or away from all responses",
         )
+    # Numbers times weights: what each label contributes to the loss in total.
     ratio = spec.desirable_weight * num_good / (spec.undesirable_weight * num_bad)
     if 0.5 <= ratio <= 2.0:
         return Finding(seen, "weighted 1 : 2 at most")
@@ -186,6 +187,7 @@ def reference(
     spec: DpoStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
 ) -> Finding:
     """Compare log-probabilities of reference and policy: their KL must start at 0."""
+    # The reference was computed before training, perhaps in other packs: allow for rounding.
     batch = task.collate(rows, rows)
     module.eval()
     lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)
@@ -246,6 +248,7 @@ def packing(
     spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
 ) -> Finding:
     """Compare the loss of packed rows with that of each row alone."""
+    # The global counts are those of all rows in both cases, so the sums must agree.
     together = loss_of(module, task, [rows])
     alone = loss_of(module, task, [[row] for row in rows])
     return at_most(
@@ -265,6 +268,7 @@ def own_forward(
     In 16 bits the model differs from itself by rounding: packed against alone is held to what alone
     differs from the model's own forward, and that to the size of rounding.
     """
+    # Short sequences only: the model's own forward pass returns logits for the whole vocabulary.
     sides = [side.input_ids for row in rows for side in sides_of(row)]
     sequences = [torch.tensor([ids[:LONGEST]]) for ids in sides if len(ids) > 1][:NUM_ROWS]
     device = module.model.device
@@ -273,10 +277,12 @@ def own_forward(
     packed = module(torch.cat(sequences, 1).to(device), at.to(device)).logprobs[0].cpu()
     alone = torch.cat([module(x.to(device)).logprobs[0].cpu() for x in sequences])
     own = torch.cat([_own_logprobs(module.model, x.to(device)).cpu() for x in sequences])
+    # The first token of a sequence has no prediction.
     scored = at[0] > 0
     seams, self_gap = (packed - alone).abs()[scored], (alone - own).abs()[scored]
     bounds = OWN_BOUNDS[spec.dtype]
     (seam, self_) = ((float(x.median()), float(x.max())) for x in (seams, self_gap))
+    # Two verdicts: alone against the model's own forward, then packed against alone.
     held = all(x <= b for x, b in zip(self_, bounds, strict=True))
     apart = all(x <= max(b / 4, 4 * y) for x, y, b in zip(seam, self_, bounds, strict=True))
     remedy = (
@@ -295,6 +301,7 @@ def own_forward(
 
 def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     """Return log p of each token of (1, T) from the model's own logits, shape (T,)."""
+    # (1, T, V) -> (T, V); logits at t predict token t + 1.
     logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     found = logprobs[:-1].gather(-1, ids[0, 1:, None])[:, 0]
     return torch.cat([found.new_zeros(1), found])
@@ -317,6 +324,7 @@ def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
     saved = _saved_names(source.model_dir)
     bare = causal_lm(model)
     prefix = getattr(bare, "base_model_prefix", "model")
+    # A head on a bare backbone has names without the prefix, a whole model has them with it.
     own = {
         name: tensor
         for raw, tensor in bare.named_parameters()

@@ -143,6 +143,7 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
         return []
     rows = spread(prompts, NUM_ROWS)
     values = [_first(_value(row, column)) for row in rows]
+    # The wrong answer of a row is the correct one of another row, which has the right format.
     pairs = [
         (row, mine, other)
         for row, mine in zip(rows, values, strict=True)
@@ -227,10 +228,12 @@ def _other(values: Sequence[str], mine: str) -> str | None:
 
 def _from_pattern(pattern: str | None) -> list[tuple[str, str]]:
     """Return the form of a pattern that is plain text around one group, else an empty list."""
+    # The first group that captures; everything around it must be literal text.
     start = re.search(r"(?<!\\)\((?!\?)", pattern or "")
     if pattern is None or start is None:
         return []
     depth, end = 0, len(pattern)
+    # Find the closing bracket of that group; it may contain further groups.
     for bracket in re.finditer(r"(?<!\\)[()]", pattern[start.start() :]):
         depth += 1 if bracket.group() == "(" else -1
         if depth == 0:

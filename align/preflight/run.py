@@ -29,6 +29,7 @@ def keep_card(card: Card, out: Path, *, views: Callable[[], Sequence[View]] | No
     Raises:
         PreflightError: a line failed.
     """
+    # Rank 0 writes before the barrier, so the card exists even if every rank raises below.
     if distributed.rank() == 0:
         write_json_atomic(out / CARD_FILE, card.plain())
         for line in table(card):

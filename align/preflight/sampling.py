@@ -48,6 +48,7 @@ class Probe:
         self.spec, self.engine, self.module, self.reference = spec, engine, module, reference
         self.prompts = spread(prompts, NUM_PROMPTS)
         self.stop_token_ids = stop_token_ids
+        # Seeds of their own: the check must not use up those of the first step.
         self.seeds = [derive_seed(seed, "preflight", i) for i in range(len(self.prompts))]
 
     def checks(self) -> list[Check]:
@@ -141,6 +142,7 @@ class Probe:
         hidden = hidden_states(self.module.model, batch.input_ids[0], segments)
         logits = token_logits(self.module.model, hidden[segments.previous[at]])  # (n, V)
         chosen = logits.gather(-1, batch.input_ids[0][at, None])[:, 0]
+        # 0 where the sampler chose the model's best token, else the gap between the two.
         behind = logits.max(-1).values - chosen
         return self._within(
             behind,
@@ -153,6 +155,7 @@ class Probe:
 
     def ratio(self) -> Finding:
         """Compare log-probabilities of responses run one by one and packed as in an update."""
+        # PPO's ratio is 1 only if a response has the same log-probabilities however it is packed.
         together = _spread(self.sampled, [list(range(len(self.sampled.lengths)))], self._logprobs)
         alone = _spread(
             self.sampled, [[i] for i in range(len(self.sampled.lengths))], self._logprobs

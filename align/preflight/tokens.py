@@ -74,6 +74,7 @@ def chat_turns(prompt: Any, completion: Any) -> list[Turn]:
 
 def saved_stops(model_dir: Path) -> frozenset[int]:
     """Return the saved model's default stop tokens: eos_token_id of its configuration."""
+    # In the order in which transformers looks for stop tokens.
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
         if path.is_file():

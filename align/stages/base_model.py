@@ -78,8 +78,10 @@ def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
     check_folder(source)
     with one_line(source, "a tokenizer") if Path(source).exists() else bringing_in(source):
         tokenizer = load_tokenizer(path if (Path(path) / TOKENIZER).is_file() else source)
+    # A stop token of the recipe, or of its template, settles contradictions in the model's files.
     chosen = spec.tokenizer.stop_token or family_of(spec.tokenizer.chat_template).stop
     check_stops(source, tokenizer, chosen=chosen is not None)
+    # Tokens first, then the model, whose embeddings must have a row for each of them.
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
     model = load_whole(source, dtype=spec.dtype)
     if source != path:
@@ -93,6 +95,7 @@ def _build_and_pretrain(
 ) -> tuple[nn.Module, Any, dict[str, float]]:
     assert spec.build is not None
     corpus = load_examples(spec.data, kind="corpus", seed=context.seed)
+    # Trained on rank 0 alone and broadcast, so that all ranks have the same tokens.
     tokenizer = distributed.broadcast_object(
         train_tokenizer(corpus, spec.build, context.out / "model")
         if distributed.rank() == 0
@@ -107,6 +110,7 @@ def _build_and_pretrain(
         what=f"{context.name}: corpus rows",
         ledger=context.ledger,
     )
+    # The same seed on every rank, so that all start from the same weights.
     torch.manual_seed(distributed.derive_seed(context.seed, "weights"))
     module = LogprobModel(Qwen2ForCausalLM(_qwen2_config(spec.build, tokenizer)))
     learner = Learner(
@@ -149,6 +153,7 @@ def train_tokenizer(corpus: Sequence[Example], build: BuildSpec, directory: Path
 
     def texts() -> Iterator[str]:
         yield from (str(example.completion) for example in corpus)
+        # Repeated, so that the words of the plain template become few tokens.
         yield from ["User: \nAssistant: \nSystem: \n"] * 8
 
     blank = Qwen2TokenizerFast(model_max_length=build.max_positions)
@@ -192,11 +197,13 @@ def _save_once(model: Any, tokenizer: Any, out: Path) -> None:
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
     stops = model.generation_config.eos_token_id if model.generation_config else None
     stops = stops if isinstance(stops, list) else [stops]
+    # The tokenizer's own stop token first, then the model's, without repetition.
     eos = list(dict.fromkeys(t for t in [tokenizer.eos_token_id, *stops] if t is not None))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
+    # Packed attention exists only in this suite; the saved model must load anywhere.
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))

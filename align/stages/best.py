@@ -35,6 +35,7 @@ class BestWeights:
     def prune(self, steps: set[int]) -> None:
         """Delete all saved weights except those of the given steps."""
         if distributed.rank() == 0:
+            # Rank 0 deletes for all: the folder is shared.
             kept = {self.folder(step) for step in steps}
             for folder in set((self.out / "best").glob("step-*")) - kept:
                 shutil.rmtree(folder)
@@ -43,6 +44,7 @@ class BestWeights:
     def restore(self, step: int) -> None:
         """Put a step's weights into the stage's folder, as hard links instead of copies."""
         if distributed.rank() == 0:
+            # Links cost no disk space; the source may be deleted afterwards.
             for part in self.folder(step).iterdir():
                 target = self.out / part.name
                 shutil.rmtree(target, ignore_errors=True)

@@ -161,6 +161,7 @@ def classes_of(rows: Sequence[ClassRow], watched: Sequence[ClassRow]) -> list[st
 
 
 def _by_number(name: str) -> tuple[bool, int, str]:
+    # Numbers by value and before words: 2 precedes 10.
     is_number = name.removeprefix("-").isdecimal()
     return (not is_number, int(name) if is_number else 0, name)
 
@@ -181,6 +182,7 @@ def build_classifier(
         set_dropout(model, spec.keep.dropout)
     tuning_seed = distributed.derive_seed(seed, "tuning")
     tuned = add_tuner_to_backbone(spec, model.base_model, seed=tuning_seed)
+    # Only the base gets the adapter; the new head is trained in full.
     setattr(model, model.base_model_prefix, tuned)
     return model.to(distributed.device())
 
@@ -208,6 +210,7 @@ def labelled_loss(
 
     Labels are smoothed only during training; the held-out loss is the plain one.
     """
+    # (num, C); an empty micro-batch has one placeholder row, which is cut off.
     logits = model(batch.input_ids, batch.position_ids)[: batch.num]
     labels = batch.per_sequence["label"].long()
     smoothing = label_smoothing if model.training else 0.0
@@ -256,6 +259,7 @@ def save(
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
     prefix = model.base_model_prefix
     weights, adapter = whole_state(model.base_model, source)
+    # The names of transformers: the base below its prefix, then the head's own modules.
     state = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
     for name, head in model.named_children():
         if name != prefix:

@@ -30,6 +30,7 @@ def contamination_checks(
     checks: list[Check] = []
     notes: dict[str, Any] = {}
     try:
+        # An unreadable evaluation file must not stop a training stage that does not need it.
         sides = {"": heldout, EVALUATION: _evaluated(context)}
     except AlignError as error:
         sides = {"": heldout}
@@ -39,6 +40,7 @@ def contamination_checks(
     for side, found in find_contamination(train, sides).items():
         name = f"contamination: {side}" if side else "contamination"
         finding = describe(found, max_frac=None if side else max_frac)
+        # Bound as a default: a plain closure would see the last finding of the loop.
         checks.append((name, lambda finding=finding: finding))
         notes.setdefault("contamination", {})[side or "heldout"] = found.note()
     return checks, notes

@@ -53,6 +53,7 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
             rows = reference_pairs(
                 module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
             )
+    # Reference values were computed for training and held-out pairs in one pass.
     num_training = len(data.training)
     task = OfflineTask(
         rows[:num_training],
@@ -120,6 +121,7 @@ def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> Pa
 def answer_sums(logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float | None) -> Tensor:
     """Return summed log-probabilities of each response; ``ld_alpha`` weights the longer's tail."""
     if ld_alpha is not None and batch.num:
+        # LD-DPO: tokens beyond the shorter response of the pair count less.
         weights = tail_weights(batch.mask[0], batch.segment_ids, batch.num, alpha=ld_alpha)
         logprobs = logprobs * weights
     return batch.segment_sums(logprobs)
@@ -130,6 +132,7 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's part of the mean loss per pair and of the logged metrics."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    # (2 pairs,), chosen and rejected in turn; an empty micro-batch gives empty tensors.
     sums, lengths = batch.segment_sums(logprobs), batch.segment_sums(batch.mask.float())
     means, ref = sums / lengths.clamp(min=1), batch.per_sequence["ref"]
     share = 1.0 / batch.counts["pairs"]
@@ -137,8 +140,10 @@ def preference_loss(
         answer_sums(logprobs, batch, ld_alpha=spec.ld_alpha), means, ref, ref / lengths.clamp(min=1)
     )
     result = pair_losses(spec, sides)
+    # The NLL term keeps the chosen response likely (arXiv:2404.19733).
     loss = result.loss - spec.nll_coef * means[0::2]
     if "label_prob" in batch.per_sequence:
+        # With an uncertain label, the loss is the expectation over both orders.
         turned = pair_losses(spec, sides.exchanged()).loss - spec.nll_coef * means[1::2]
         loss = soft_labels(loss, turned, batch.per_sequence["label_prob"][0::2])
     margins = result.chosen_rewards - result.rejected_rewards

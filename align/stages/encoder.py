@@ -27,6 +27,7 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
             f"{spec.path}: its tokenizer has no pad token. Add one and save the folder again"
         )
     with one_line(spec.path, "an encoder"):
+        # With its own class all weights are loaded, also a head that a later stage may not need.
         kind = _saved_class(spec.path)
         model, info = kind.from_pretrained(
             spec.path, output_loading_info=True, trust_remote_code=False

@@ -85,6 +85,7 @@ def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
     Raises:
         DataError: all rows have one prompt.
     """
+    # A prompt ends where the first trained token begins.
     starts = [row.trained.index(True) for row in rows]
     prompts = [row.input_ids[:start] for row, start in zip(rows, starts, strict=True)]
     if len(set(prompts)) < 2 and rows:
@@ -94,6 +95,7 @@ def mismatch(rows: Sequence[KtoRow], *, max_length: int) -> list[KtoRow]:
         )
     found = []
     for i, row in enumerate(rows):
+        # The next row with another prompt, around the end of the list.
         j = next(
             k % len(rows)
             for k in range(i + 1, i + len(rows))
@@ -161,7 +163,9 @@ def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> 
         )
         for micro in plan
     ]
+    # k1 at mismatched responses; the placeholder of an empty rank adds nothing.
     found = infer(model, packs, lambda m, b: float((_sums(m, b) - b.per_sequence["ref"]).sum()))
+    # One reference point for the batch of all ranks, at least 0.
     return {"kl": max(distributed.global_sum(sum(found)) / len(batch), 0.0)}
 
 
@@ -185,6 +189,7 @@ def judged_loss(
     rewards = spec.beta * ratio.detach()
     share = 1.0 / batch.counts["rows"]
     stats = {
+        # Weighted by rows, so that the parts of all micro-batches sum to the KL itself.
         "kl": kl * share * torch.tensor(float(batch.num)),
         "good_reward": rewards[good].sum() / max(batch.counts["good"], 1.0),
         "bad_reward": rewards[~good].sum() / max(batch.counts["bad"], 1.0),

@@ -79,6 +79,7 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) 
     distributed.barrier()
     log.info("alpha %g written", alpha)
     metrics = {"merge/alpha": alpha}
+    # Without a sweep there is no curve, and alpha is the recipe's.
     chosen = next((point for point in curve if point["alpha"] == alpha), None)
     if chosen is not None:
         metrics |= {f"merge/{name}": chosen[name][0] for name in SETS}
@@ -104,6 +105,7 @@ def merged_weights(
     spec: MergeStage, sources: Sequence[Artefact], alpha: float, context: StageContext
 ) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
     """Return a function that yields the merged weights of one alpha on every call."""
+    # Linear interpolation is cheap enough to repeat; other methods go through a temporary folder.
     base, tuned = sources[0].model_dir, sources[1].model_dir
     if spec.method == "linear":
         yield partial(interpolated, base, tuned, alpha)
@@ -206,6 +208,7 @@ def push_merged(
     version: int,
 ) -> None:
     """Push merged weights into the engine and verify that it uses them."""
+    # The trainer's copy gets the same weights, to compare log-probabilities with the engine's.
     named = dict(trainer.model.named_parameters())
     for name, tensor in weights():
         named[name].copy_(tensor)
@@ -252,6 +255,7 @@ def curve_of(found: Mapping[float, Mapping[str, AlphaScores]], *, seed: int) -> 
         point: Point = {"alpha": alpha}
         for name, mine in sets.items():
             point[name] = as_triple(mean_interval(mine.scores, mine.prompts, seed=seed))
+            # The gain over alpha 1, the fine-tuned model itself, paired by prompt.
             a, b, clusters = valid_pairs(mine.scores, found[1.0][name].scores, mine.prompts)
             gain = paired_bootstrap(a, b, clusters=clusters, seed=seed) if a else None
             point[f"{name}_gain"] = as_triple(gain)
@@ -277,6 +281,8 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
         triple: Triple = point[name]
         return float("-inf") if triple[0] is None else triple[0]
 
+    # Keep the score on the training prompts, then maximize the one on shifted prompts (WiSE-FT,
+    # arXiv:2109.01903).
     bar = next(value(point, "prompts") for point in curve if point["alpha"] == 1.0) - tolerance
     if bar == float("-inf"):
         raise ArtefactError(

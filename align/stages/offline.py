@@ -88,6 +88,7 @@ def check_saved_loss(final: Mapping[str, float], *, dtype: str) -> None:
         TrainingError: the losses differ, so merging changed the model.
     """
     trained, saved = final["eval/loss"], final[LOSS_SAVED]
+    # Relative to the loss above 1 nat, absolute below.
     limit = SAVED_LIMIT[dtype] * max(1.0, abs(trained))
     if not abs(saved - trained) <= limit:
         raise TrainingError(
@@ -141,6 +142,7 @@ def load_init(spec: TrainingStage, context: StageContext) -> Artefact:
 
 def load_backbone(spec: TrainingStage, context: StageContext) -> Artefact:
     """Return the policy or encoder that a stage puts a new head on."""
+    # The manifest says which of the two it is, so that the recipe need not.
     kind = read_manifest(context.folder_of(spec.init))["kind"]
     return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
 
@@ -177,6 +179,7 @@ def add_tuner_to_backbone(spec: OfflineStage, backbone: Any, *, seed: int) -> An
     """Return the model below a new head with the adapter of ``tuning``."""
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # With frozen embeddings, checkpointed layers would get no input with a gradient.
         if spec.tuning.method not in ("full", "head"):
             backbone.enable_input_require_grads()
     return add_tuner(backbone, spec.tuning, seed=seed)
@@ -210,11 +213,13 @@ def whole_state(
     else:
         named = full_weights(model)
     state = {}
+    # Every rank iterates, since each tensor is gathered; only rank 0 copies it to the CPU.
     for name, tensor in named:
         if distributed.rank() == 0:
             state[name] = tensor.detach().cpu().clone()
     if not has_adapter(model):
         return state, None
+    # Adapters are small: gathered all at once.
     with gathered([p for _, p in adapter_parameters(model)]):
         return state, adapter_state(model)
 
@@ -267,6 +272,7 @@ def offline_rows(
     """
     training = load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap)
     heldout = load_examples(spec.heldout, kind=kind, seed=context.seed)
+    # Shared prompts would make the held-out loss a training loss.
     check_overlap(training, heldout)
     checks, notes = contamination_checks(
         context, training, heldout, max_frac=spec.max_contaminated_frac
@@ -285,6 +291,8 @@ def offline_rows(
         )
         if spec.keep.augment is None or examples is heldout:
             return kept
+        # By identity, because fit_rows keeps the row objects and equal rows may come from two
+        # examples.
         made_from = {id(row): example for row, example in zip(rows, examples, strict=True)}
         return AugmentedRows(
             kept,
@@ -393,6 +401,7 @@ def train_policy(
     context: StageContext,
 ) -> StageResult:
     """Train and save the policy of an offline stage, and return its results."""
+    # Measured at the start, before the first step moves the weights.
     anchor = build_anchor(spec, module, chat, context)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)

@@ -45,6 +45,7 @@ MADE_UP = [
 def row_views(rows: Sequence[Any], chat: ChatFormat | PairedFormat) -> list[View]:
     """Return token views of some rows of a training stage; of a pair, both sides."""
     few = [sides_of(row) for row in spread(rows, NUM_SHOWN)]
+    # One pair has two sides, which fill the view already.
     few = few[:1] if len(few[0]) > 1 else few
     names = ("chosen", "rejected") if len(few[0]) > 1 else ("row",)
     return [

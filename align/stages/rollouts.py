@@ -79,6 +79,7 @@ def fitted(
     A prompt and its response must fit into ``max_length`` and into the model's positions.
     """
     rows = [chat.prompt_row(e) for e in examples]
+    # Room for a whole response is kept free, so that truncation means max_new_tokens only.
     longest = min(spec.max_length, num_positions(chat) or spec.max_length)
     kept, _ = fit_rows(
         rows,
@@ -92,6 +93,7 @@ def fitted(
 
 def num_positions(chat: ChatFormat) -> int | None:
     """Return the number of positions of the model, or None if its configuration has none."""
+    # Tokenizers are loaded from the model's folder, so the configuration is beside them.
     file = Path(chat.tokenizer.name_or_path) / "config.json"
     if not file.is_file():
         return None
@@ -111,11 +113,15 @@ class Push:
 
     def __call__(self, version: int) -> None:
         """Push the weights as ``version``; the engine starts with version 0, the initial policy."""
+        # The engine already has version 0; it is verified all the same.
         if version != self.engine.version:
             policy, alone = self.policy.module.model, self.engine.takes_adapter
             pushed = pushed_weights(policy, adapter_alone=alone)
             self._note(push(self.engine, pushed, version=version))
+        # A push that changes nothing visible to checksums would still show here, as other outputs.
         logprobs = self.policy.infer([self.probe], probe_logprobs)[0]
+        # Measured once: rounding depends on the model and its dtype, hardly on the weights of a
+        # step.
         if self._rounding is None:
             measured = self.policy.infer(
                 [self.probe], lambda model, ids: measured_rounding(model, ids, logprobs)
@@ -149,6 +155,7 @@ def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: O
     if not (has_adapter(trained) and merges(trained)) or spec.tuning.method == "qlora":
         return
     logprobs = policy.infer([probe], probe_logprobs)[0]
+    # Read back from disk, as the next stage will.
     saved = LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).eval()
     found = probe_logprobs(saved, probe)
     gap = found - logprobs
@@ -180,6 +187,7 @@ def build_rewards(
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
         rewards = [build_reward(p) for p in plain]
+    # A server that cannot be reached is no mistake in the recipe.
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
     except ValueError as error:

@@ -33,6 +33,7 @@ class Anchor:
         Reference:
             arXiv:1612.00796 eq. 3.
         """
+        # A sum of F * (w - w_start)^2 in float32, since differences of bfloat16 weights vanish.
         total = torch.zeros((), device=distributed.device())
         for name, parameter in parameters:
             if parameter.requires_grad and name in self.fisher:
@@ -43,6 +44,7 @@ class Anchor:
     def pull(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return one whole weight's part of the penalty and of its gradient, at ``value``."""
         moved = value.float() - self.start[name]
+        # d/dw of coef / 2 * F * (w - w_start)^2
         gradient = self.coef * self.fisher[name] * moved
         return 0.5 * (gradient * moved).sum(), gradient
 
@@ -88,6 +90,7 @@ def scaled(fisher: Mapping[str, Tensor], *, cap: float) -> dict[str, Tensor]:
     Raises:
         DataError: the information is 0 or not finite everywhere.
     """
+    # Scale to mean 1, so that lambda means the same for every model and task.
     count = sum(x.numel() for x in fisher.values())
     mean = sum(float(x.double().sum()) for x in fisher.values()) / max(count, 1)
     if not 0.0 < mean < float("inf"):

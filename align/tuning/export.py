@@ -45,6 +45,7 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     done: set[str] = set()
     for name, parameter in base.named_parameters():
         owner, inner = _owner(name, layers)
+        # The adapter's own tensors are not part of the saved model.
         if owner is not None and not inner.startswith("base_layer."):
             continue
         if owner is not None and not isinstance(layers[owner], InsertedLayer):
@@ -70,6 +71,7 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
     layers = adapted_layers(base)
     names = {checkpoint_name(n) for n, _ in base.named_parameters()}
     for saved_name, tensor in saved_weights(model_dir):
+        # A backbone without its head has names without the model's prefix.
         name = saved_name
         if name not in names:
             name = name.removeprefix(f"{base.base_model_prefix}.")
@@ -78,6 +80,8 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is not None:
             with gathered(list(layer.parameters())):
+                # W + scale * B A, on the CPU: the full-precision weights need not fit on the
+                # accelerator.
                 for adapter in layer.active_adapters:
                     update = layer.get_delta_weight(adapter).float().cpu()
                     tensor = keep_update(tensor.float() + update, tensor.dtype)
@@ -115,6 +119,7 @@ def _merged(owner: str, layer: Any) -> list[tuple[str, Tensor]]:
 
 def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
     """Return the adapted layer that a parameter belongs to, and the rest of its name."""
+    # The longest prefix that is an adapted layer; parameters may be nested below it.
     parts = name.split(".")
     for i in range(len(parts) - 1, 0, -1):
         if (owner := ".".join(parts[:i])) in layers:
@@ -149,6 +154,7 @@ def _saved_copy(module: nn.Module, name: str) -> Tensor | None:
 def _refuse_adapted_ties(module: nn.Module) -> None:
     """Raise if only one side of a tie has an adapter, since merging would change both sides."""
     first: dict[int, str] = {}
+    # A tied weight appears under two names with one identity.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
         if other != name and any(part in f"{other} {name}" for part in _WRAPPED):

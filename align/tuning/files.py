@@ -30,6 +30,7 @@ def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
     if not (folder / CONFIG).is_file():
         return None
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    # Only methods that cannot be merged have a peft_type; other adapters are optional.
     methods = [method for method, tuning in METHODS.items() if tuning.peft_type == kind]
     return (folder, methods[0]) if methods else None
 
@@ -56,6 +57,7 @@ def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) 
 
     folder, _ = found
     config = peft.PeftConfig.from_pretrained(str(folder))
+    # peft freezes adapters that it loads in inference mode.
     config.inference_mode = not trainable
     if not config.is_prompt_learning:
         loaded = peft.PeftModel.from_pretrained(
@@ -129,6 +131,7 @@ def save_adapter(state: dict[str, Tensor], config: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.contiguous() for k, v in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # Saved as an inference adapter, as peft does; the stage may still train.
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference
@@ -141,6 +144,7 @@ def num_trained(model: nn.Module) -> tuple[int, int]:
 
 
 def _size(parameter: Any) -> int:
+    # Under ZeRO-3 a parameter is empty, in 4 bits it has half as many elements.
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     if hasattr(parameter, "quant_state"):

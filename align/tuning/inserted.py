@@ -42,6 +42,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or not active:
             return out
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        # Residual: each network returns a change to the states (B, T, H).
         for name in active:
             hidden = hidden + self.inserted_net[name](hidden, kwargs)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
@@ -68,6 +69,7 @@ class InsertedModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        # A second adapter on the same layer joins the first one.
         layer = target if isinstance(target, InsertedLayer) else InsertedLayer(target)
         parameter = next(layer.get_base_layer().parameters())
         net = self.build(peft_config, _width(layer.get_base_layer(), self.model))

@@ -61,6 +61,7 @@ def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None
     if alpha in (0.0, 1.0):
         shutil.copytree(base if alpha == 0.0 else tuned, out)
         return
+    # Configuration and tokenizer are those of the tuned model, only the weights are new.
     weights = {file.name for file in weight_files(tuned)} | {INDEX}
     shutil.copytree(tuned, out, ignore=lambda _, names: weights & set(names))
     places: dict[str, str] = {}
@@ -102,6 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _file(base: Path, tuned: Path, name: str, alpha: float) -> dict[str, Tensor]:
     """Interpolate the weights in one file of ``tuned``; in ``base`` they may be in other files."""
     places = {key: file for file in weight_files(base) for key in _names(file)}
+    # A tied head follows the embeddings; interpolating it again would be redundant.
     skip = HEAD if _tied(tuned) else None
     found: dict[str, Tensor] = {}
     with safe_open(tuned / name, framework="pt") as mine:

@@ -43,6 +43,7 @@ def kit_config(
     if method == "slerp":
         models = [{"model": str(base)}, {"model": str(tuned[0])}]
         return config | {"models": models, "parameters": {"t": alpha}}
+    # Equal weights, normalized: the mean of the pruned task vectors, scaled by alpha.
     part = {"weight": 1.0, "density": density}
     models = [{"model": str(folder), "parameters": part} for folder in tuned]
     return config | {"models": models, "parameters": {"normalize": True, "lambda": alpha}}

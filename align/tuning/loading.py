@@ -45,6 +45,7 @@ def load_classifier(model_dir: Path | str, dtype: torch.dtype = torch.float32) -
     model = AutoModelForSequenceClassification.from_pretrained(
         str(model_dir), dtype=dtype, trust_remote_code=False
     )
+    # The adapter is on the base; the head was saved in full.
     whole = with_adapter(model.base_model, model_dir)
     setattr(model, model.base_model_prefix, whole)
     return model.eval()
@@ -101,6 +102,8 @@ def _check_stops_trained(model: Any, model_dir: Path | str, tuning: TuningSpec) 
     tokenizer, table = load_tokenizer(model_dir), model.get_output_embeddings().weight
     firsts = sorted({*tokenizer.all_special_ids, *stop_token_ids(model_dir)})
     for stop in stop_token_ids(model_dir)[:1]:
+        # Rows of new tokens were set to the mean of the rows before the first new one. Which one
+        # that was is not recorded, so each special token up to the stop token is tried.
         for first in (i for i in firsts if 0 < i <= stop < len(table)):
             mean = table[:first].float().mean(0)
             if bool((table[stop].float() - mean).norm() <= NEAR_MEAN * mean.norm()):

@@ -67,6 +67,7 @@ class Loreft(nn.Module):
         column = torch.arange(length, device=hidden.device).unsqueeze(0)
         at = call.get("position_ids")
         at = column if at is None else at
+        # A decoding step begins after position 0: its tokens are no longer the prompt.
         begins = (at == 0).any()
         return ((at < first) | (column >= length - last)) & begins
 
@@ -86,12 +87,15 @@ def prompt_ends(segments: Segments) -> Tensor:
     begins[1:] = positions[1:] != positions[:-1] + 1
     number = begins.cumsum(0) - 1  # (N,) sequence of each token
     starts = begins.nonzero().squeeze(1)
+    # Leading tokens that a sequence has in common with its root; 0 for a root itself.
     shared = positions[starts]  # (S,)
+    # Without branches or responses, the prompt ends with the last token of the sequence.
     ends = shared.new_zeros(len(starts)).scatter_reduce_(0, number, positions + 1, "amax")
     if segments.answers is not None:
         candidates = torch.where(segments.answers, positions, ends[number])
         # A branched sequence takes the prompt end of its root sequence.
         ends = ends.scatter_reduce(0, number, candidates, "amin")
+    # Number of the root that each sequence branches from.
     order = torch.arange(len(starts), device=positions.device)
     root = torch.where(shared == 0, order, 0).cummax(0).values
     branches = shared > 0

@@ -57,6 +57,7 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
     """
     base = layer.get_base_layer()
     if is_quantised(base.weight):
+        # 4-bit: dequantize to float32, then add each update; the result is no longer quantized.
         weight = dequantised(base.weight)
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             weight = weight + layer.get_delta_weight(adapter).float()
@@ -65,6 +66,7 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
             yield "bias", base.bias.detach()
         return
     parameters = dict(base.named_parameters(recurse=False))
+    # peft's merge changes the weights in place: swap in float32 copies and restore afterwards.
     kept = {name: p.data for name, p in parameters.items()}
     try:
         for p in parameters.values():
@@ -75,6 +77,7 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
     finally:
         for name, p in parameters.items():
             p.data = kept[name]
+        # peft noted the merge; without this, the layer would skip its adapter from now on.
         layer.merged_adapters.clear()
     yield from found.items()
 

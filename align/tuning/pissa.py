@@ -39,9 +39,11 @@ def as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], An
             continue
         key_a, key_b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         a, b = state[key_a], state[key_b]
+        # B A - B0 A0 = [B, -B0] [A; A0]: twice the rank.
         found[key_a] = torch.cat([a, layer.pissa_A0.to(a)], 0)
         found[key_b] = torch.cat([b, -layer.pissa_B0.to(b)], 1)
     config = copy.deepcopy(model.peft_config["default"])
+    # Both doubled, so the scale alpha / r stays the same.
     config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.init_lora_weights = True
     return found, config

@@ -73,6 +73,7 @@ class VirtualTokens(nn.Module):
         wide = DynamicCache()
         layers: Any = found.layers
         for i, layer in enumerate(layers):
+            # (1, H_kv, V, D) -> (B, H_kv, V, D) without copying: all rows share the virtual tokens.
             keys, values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
             wide.update(keys, values, i)
         return wide
@@ -88,6 +89,7 @@ class VirtualTokens(nn.Module):
         return cache
 
     def _prompt_cache(self) -> DynamicCache:
+        # Prompt and p-tuning: run the embeddings (1, V, H) through the model to get its cache.
         decoder = self.model.get_decoder() if self.model.can_generate() else self.model
         cache = DynamicCache()
         decoder(inputs_embeds=self.embeddings().unsqueeze(0), past_key_values=cache, use_cache=True)

@@ -47,6 +47,7 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
         return model
     if isinstance(tuning, HeadTuning):
         return model.requires_grad_(False)
+    # New weights depend only on the seed, and the process's random state is not consumed.
     with torch.random.fork_rng(devices=_devices()):
         torch.manual_seed(seed)
         if isinstance(tuning, PrefixTuning | PromptTuning | PtuningTuning):

@@ -107,6 +107,7 @@ class BatchChecker:
         if batch.name in plan.expected:
             detector.expect(batch.name, plan.expected[batch.name])
         items = batch.payload
+        # Blocks are parsed here, in the worker, since parsing takes most of the time.
         if isinstance(items, bytes):
             _look_for_blank_lines(part, items, batch.first)
             items = parse_lines(items, batch.first, batch.name)
@@ -150,6 +151,7 @@ class BatchChecker:
             part.tally.add(Finding(code, source, found, excerpt=_clipped(whole)))
         hashes = words(whole)
         self._look_for_evaluation(part, hashes, source=source, whole=whole)
+        # A row that gives several examples has no single label and cannot contradict another row.
         only = examples[0] if len(examples) == 1 else None
         label = str(only.label) if only else ""
         place = int(source.rpartition(":")[2].removeprefix("row "))
@@ -175,6 +177,8 @@ class BatchChecker:
         self, part: Part, hashes: list[int], *, source: str, whole: str
     ) -> None:
         for size, known in self._plan.contamination.items():
+            # One shared run of words is enough for a finding; the smallest hash makes the choice
+            # repeatable.
             shared = grams(hashes, size) & known.keys()
             if shared:
                 place = known[min(shared)]
@@ -222,6 +226,7 @@ def _same(only: Example | None) -> int:
     if only is None:
         return 0
     texts = [text_of(side) for side in (only.prompt, only.completion, only.rejected)]
+    # The same prompt and responses, in either order: then the labels contradict each other.
     if only.rejected is not None:
         return hash64("\0".join([texts[0], *sorted(texts[1:])]))
     return hash64("\0".join(texts)) if only.label is not None else 0

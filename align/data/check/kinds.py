@@ -56,6 +56,7 @@ def _renamed(head: Sequence[Item], rename: Mapping[str, str]) -> Iterator[Row]:
 def _kind_of(row: Row, form: str) -> str:
     if isinstance(row, str):
         return "corpus"
+    # Misspelled names count too: the error message should be about the intended kind.
     if _names(tuple(row), "chosen") or _names(tuple(row), "rejected"):
         return "preference"
     found = _form_of(row, "sft") if form == "auto" else form

@@ -27,6 +27,7 @@ def candidates(rows: Rows) -> np.ndarray:
     _, firsts = np.unique(rows.column("whole"), return_index=True)
     chosen = np.zeros(len(rows.table), bool)
     for column in ("low", "high"):
+        # Rows that share 90 % of their words mostly share the smallest or the largest hash.
         values = rows.column(column)[firsts]
         _, group, count = np.unique(values, return_inverse=True, return_counts=True)
         chosen[firsts[(count[group] > 1) & (values != 0)]] = True

@@ -96,6 +96,7 @@ def _items_at(source: "Source", places: Mapping[str, int]) -> Iterator[Item]:
     if source.reader != "lines" or source.path is None:
         yield from source.items()
         return
+    # Walk through the file once, and parse only the wanted lines.
     lines = sorted(int(place.rpartition(":")[2]) for place in places)
     at = 0
     for block, first in blocks(source.path, name=source.name):

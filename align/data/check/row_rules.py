@@ -38,6 +38,7 @@ def _turns(text: Text | None) -> Sequence[Turn]:
 
 def _pair(example: Example) -> Iterator[Fault]:
     chosen, rejected = text_of(example.completion), text_of(example.rejected)
+    # Only responses of similar length can have the same words, so most pairs skip the comparison.
     if len(chosen) - len(rejected) in range(-20, 21):
         both = [" ".join(side.lower().split()) for side in (chosen, rejected)]
         if both[0] == both[1]:

@@ -156,6 +156,7 @@ def _size(sources: Sequence[Source]) -> int:
 def _plan(request: Request, sources: Sequence[Source]) -> Plan:
     kind, expected = request.kind, {}
     for source in sources:
+        # The first file decides the kind; every file has its own expected format.
         head = list(islice(source.items(), HEAD_ROWS))
         reading = infer(head, form=request.form, rename=request.rename, kind=kind)
         kind = reading.kind
@@ -200,6 +201,7 @@ def _checked(sources: Sequence[Source], plan: Plan, *, size: int) -> Iterator[Pa
         waiting: deque[Any] = deque()
         for batch in batches:
             waiting.append(pool.apply_async(_check, (batch,)))
+            # A bounded queue: results come in order, and memory does not grow with the file.
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().get()
         while waiting:

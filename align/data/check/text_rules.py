@@ -56,9 +56,11 @@ def text_faults(text: str, *, special: re.Pattern[str] | None) -> Iterator[Fault
         special: pattern of the tokenizer's special tokens; None looks for the control tokens of
             well-known chat formats.
     """
+    # With a tokenizer, exactly its special tokens matter.
     if special is not None:
         if found := special.search(text):
             yield "D112", f"the tokenizer's special token {found.group()!r}"
+    # Most rows contain none of the hints and skip the slower patterns.
     elif not any(hint in text for hint in _HINTS):
         if not text.isascii():
             yield from _bidi_faults(text)

@@ -23,6 +23,7 @@ class TokenRules:
 
     def __init__(self, chat: ChatFormat, max_length: int | None, kind: str) -> None:
         self._chat, self._max_length, self._kind = chat, max_length, kind
+        # Longest first, so that a token is not taken for another one that it begins with.
         tokens = sorted(set(chat.tokenizer.all_special_tokens), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 

@@ -54,6 +54,7 @@ def repeats(values: np.ndarray) -> Iterator[tuple[int, int]]:
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    # Each sorted position points at the first position of its run of equal values.
     group = np.repeat(starts, np.diff(np.r_[starts, len(ordered)]))
     later = np.flatnonzero((group != np.arange(len(ordered))) & (ordered != 0))
     found = sorted(zip(order[later].tolist(), order[group[later]].tolist(), strict=True))

@@ -56,6 +56,7 @@ def _content_faults(text: Text, name: str) -> Iterator[Fault]:
         return
     for i, turn in enumerate(text):
         content = turn["content"]
+        # A tool may return nothing, and a turn may consist of tool calls alone.
         may_be_empty = turn["role"] == "tool" or "tool_calls" in turn
         if (not content or content.isspace()) and not may_be_empty:
             yield "D054", f"{name}[{i}]: the content of the {turn['role']} is empty"

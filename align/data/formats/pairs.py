@@ -32,6 +32,7 @@ def explicit_pair(
         return make_pair(prompt, chosen, rejected, row, rest, source)
     asked = as_turns(prompt, "user")
     sides = [as_turns(side, "assistant") for side in (chosen, rejected)]
+    # Some datasets repeat the prompt in both sides, others give the responses alone.
     repeats = [side[: len(asked)] == asked for side in sides]
     if any(repeats):
         if not all(repeats):

@@ -41,6 +41,8 @@ def content_of(path: Path, *, name: str) -> str:
     """
     with _open(path, name=name) as stream:
         try:
+            # The first bytes decide; names are often wrong (a .jsonl that is gzipped or a web
+            # page).
             head = stream.read(_HEAD_BYTES)
         except OSError as error:
             raise DataError(f"{name}: cannot be read: {error.strerror}", code="D003") from error
@@ -90,6 +92,7 @@ def _refuse(head: bytes, name: str) -> None:
         if head.startswith(magic):
             raise DataError(f"{name}: {what}. Decompress it first, or use gzip.", code="D008")
     wide = next((what for bom, what in _WIDE.items() if head.startswith(bom)), None)
+    # UTF-16 without a mark: every second byte of Latin text is 0.
     if wide is None and head[1:200:2].count(0) > 0.4 * len(head[1:200:2]) > 2:
         wide = "UTF-16"
     if wide:
@@ -104,6 +107,7 @@ def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
     with _open(path, name=name) as raw:
         packed = raw.read(2) == _GZIP
         raw.seek(0)
+        # The hash is of the file's own bytes, before they are unpacked.
         hashed = cast(Any, HashedFile(raw, path))
         stream = gzip.GzipFile(fileobj=hashed) if packed else hashed
         first = True
@@ -133,6 +137,7 @@ def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
                 yield block, line
             yield piece, line + block.count(b"\n")
             return
+        # Cut at the last line break; the rest joins the next piece.
         end = piece.rfind(b"\n") + 1
         if not end:
             rest.append(piece)
@@ -148,6 +153,7 @@ def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
 def decoded(block: bytes, first: int, *, name: str) -> Iterator[tuple[str | DataError, int]]:
     """Yield the lines of a block as text with their numbers; an invalid line becomes an error."""
     try:
+        # Decode the whole block at once, and line by line only if that fails.
         text = block.decode("utf-8")
     except UnicodeDecodeError:
         text = None

@@ -21,6 +21,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # A repeated key would silently lose a value.
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -91,6 +92,7 @@ class _Tape:
         self.line_at(self.at)
         self._mark = 0
         self.text, self.at = self.text[self.at :], 0
+        # Doubling the buffer keeps decoding of a large value linear in its length.
         wanted, got = max(1, len(self.text)), 0
         while got < wanted and self.fault is None:
             piece = next(self._pieces, b"")
@@ -113,6 +115,7 @@ class _Tape:
         except UnicodeDecodeError as error:
             self.text += raw[: error.start].decode("utf-8")
             self._undecoded = raw[error.start :]
+            # Up to three bytes may be the beginning of a character that the next piece completes.
             if final or len(self._undecoded) > 3:
                 self.fault = DataError(
                     f"{self.line_at(len(self.text))}: byte {raw[error.start]:#04x} is not UTF-8; "
@@ -150,6 +153,8 @@ class _Tape:
                 return row
             except json.JSONDecodeError as error:
                 before = self.at
+                # An error near the end of the buffer may vanish with more text; elsewhere it is
+                # real.
                 at_end = len(self.text) - error.pos < _TAIL_CHARS or "Unterminated" in error.msg
                 if at_end and self.fault is None and self.more():
                     continue
@@ -171,6 +176,7 @@ def read_values(path: Path, name: str) -> Iterator[Item]:
     Nothing after a broken element is read, because the start of the next element is unknown.
     """
     tape = _Tape(path, name)
+    # Without a bracket, the file is a sequence of objects.
     inside = tape.skip() == "["
     tape.at += inside
     try:

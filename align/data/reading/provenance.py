@@ -25,6 +25,7 @@ def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
         references: its inputs, from ``Recipe.inputs``.
     """
     found: dict[str, Path] = {}
+    # Stages and artifacts are identified by their manifests, not by their files.
     inputs = set(references.values())
 
     def walk(part: Any, key: str) -> None:

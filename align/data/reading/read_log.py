@@ -42,6 +42,7 @@ def note(path: Path, sha256: str) -> None:
         DataError: the file changed since the stage began.
     """
     if _expected is not None:
+        # A file that was not announced counts from its first reading.
         before = _expected.setdefault(str(path), sha256)
         if before != sha256:
             raise DataError(

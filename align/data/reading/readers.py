@@ -100,6 +100,7 @@ class _Lines:
 def _read_table(path: Path, name: str) -> Iterator[Item]:
     csv.field_size_limit(2**31 - 1)
     lines = _Lines(path, name)
+    # strict: an unbalanced quote is an error, not a cell that swallows the rest of the file.
     reader = csv.reader(iter(lines), delimiter=_separator(_head(path, name)), strict=True)
     header: list[str] | None = None
     line = 0
@@ -169,6 +170,7 @@ def _rows_of(batch: Any) -> list[dict[str, Any]]:
 
     for at, column in enumerate(batch.schema):
         if pyarrow.types.is_float32(column.type):
+            # By way of text: the shortest decimal that gives this float.
             digits = batch.column(at).cast(pyarrow.string()).cast(pyarrow.float64())
             batch = batch.set_column(at, column.name, digits)
     return batch.to_pylist()
@@ -212,6 +214,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
 def _read_text(path: Path, name: str) -> Iterator[Item]:
     """Split plain text at ``<|endoftext|>`` alone on a line, or else at blank lines."""
     pieces = (block for block, _ in blocks(path, name=name))
+    # The whole file decides how its documents are separated, so it is read twice.
     marked = any(_END_MARK.encode() in piece for piece in pieces if isinstance(piece, bytes))
     document: list[str] = []
     start = 1

@@ -43,6 +43,7 @@ def named_source(
     name = path + (f"@{revision}" if revision else "") + (f"#{config}" if config else "")
     if split == "all":
         return name, split
+    # The data's own splits take precedence over a split by hash.
     own = own_splits(name)
     if split in own:
         return f"{name}:{split}", "all"
@@ -82,6 +83,7 @@ def own_splits(name: str) -> list[str]:
 def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
     """Return the path, configuration, revision and split from the name of a source."""
     expanded = os.path.expanduser(os.path.expandvars(name))
+    # A file whose name contains @, # or : is taken literally.
     if Path(expanded).exists() or (found := _CHOICE.match(expanded)) is None:
         return expanded, None, None, None
     path = found["path"]
@@ -167,6 +169,7 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
         return [{"path": path, "sha256": digest.hexdigest(), "rows": rows}]
     prints = []
     for file in files:
+        # Normally the rows were read before training; the log then has hash and count.
         if num_rows(file) is None:
             for _ in read_rows(str(file)):
                 pass

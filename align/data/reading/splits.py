@@ -162,6 +162,7 @@ def _by_name(folder: Path, found: Sequence[Path]) -> Splits:
     """Return the files by the splits in their names or folders; empty if all are in one split."""
     splits: Splits = {}
     for path in found:
+        # train-00000-of-00002.parquet and test/part.jsonl both name their split by a whole word.
         words = set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower()))
         named = [split for split, names in _NAMES.items() if words & set(names)]
         splits.setdefault(named[0] if len(named) == 1 else _UNNAMED, []).append(path)

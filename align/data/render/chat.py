@@ -139,6 +139,7 @@ class ChatFormat:
         rejected = self._until_stop(example, example.rejected)
         if chosen.input_ids == rejected.input_ids:
             raise DataError(f"{example.source}: chosen and rejected have the same tokens")
+        # Common tokens, but never a trained one: each response must train all of its tokens.
         shared = num_shared(chosen.input_ids, rejected.input_ids)
         return PairRow(
             chosen=chosen,
@@ -203,11 +204,15 @@ class ChatFormat:
         weights = [0.0] * len(text.ids)
         place, first = 0, 0
         for i, begin, end in ends:
+            # Tokens between the two characters belong to the turn, up to and including its stop
+            # token.
             start, stop = text.before(begin), text.before(end)
             stop = self._stop_in(text.ids[start:stop], done[begin:end], source=source) + start
+            # Assistant turns in the prompt are context and are not trained.
             if i >= len(prompt):
                 weight = turns[i].get("weight", 1.0) * example.weight
                 weights[start : stop + 1] = [weight] * (stop + 1 - start)
+            # Everything before this turn, then the turn itself, must appear in the rendered text.
             check_turns(turns[first:i], done[:begin], first=first, source=source, begin=place)
             said = done[: text.end_of(stop)]
             check_turns([turns[i]], said, first=i, source=source, begin=begin)
@@ -220,6 +225,8 @@ class ChatFormat:
     def _check_shape(self, turns: Sequence[Turn], rendered: str, example: Example) -> None:
         """Check the tools, and once per conversation shape that every turn is rendered."""
         check_tools(example.tools, rendered, source=example.source)
+        # Once per shape: whether a template renders a turn depends on roles and keys, not on the
+        # text.
         shape = shape_of(turns, bool(example.tools), example.template_kwargs)
         if shape not in self._shapes:
             asks = turns[-1]["role"] != "assistant"
@@ -299,6 +306,7 @@ class ChatFormat:
 def _weighed(ids: Sequence[int], weights: Sequence[float], source: str) -> TokenRow:
     """Return a row that trains the tokens with a weight above 0."""
     trained = tuple(weight > 0.0 for weight in weights)
+    # Without fractional weights the mask says everything.
     plain = all(weight in (0.0, 1.0) for weight in weights)
     return TokenRow(tuple(ids), trained, source, weights=() if plain else tuple(weights))
 
@@ -334,6 +342,7 @@ def _check_prefix(before: str, after: str, *, source: str) -> None:
 
 def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     bos = tokenizer.bos_token_id
+    # Some tokenizers have a BOS but never write it, so ask instead of reading the setting.
     ids = list(tokenizer("a")["input_ids"])
     return [bos] if isinstance(bos, int) and ids[:1] == [bos] else []
 
@@ -352,6 +361,7 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         RecipeError: a pad token, stop token or chat template is missing in both (all are
             listed), or ``append_stop`` has no effect.
     """
+    # Tokens that are new after this function need rows in the embeddings.
     known = set(tokenizer.get_vocab())
     family, stop = family_of(spec.chat_template), spec.stop_token
     if family.stop is not None:

@@ -109,6 +109,7 @@ def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
     """Yield the texts of a turn in the order of templates, each with its name for messages."""
     if "reasoning_content" in turn:
         yield ", its reasoning", turn["reasoning_content"]
+    # Templates may move or drop the tags themselves, but not the text around them.
     for text in _THINK_TAGS.split(turn["content"]):
         yield "", text
     for call in turn.get("tool_calls", ()):
@@ -150,6 +151,7 @@ def _end_of(text: str, rendered: str, at: int) -> int | None:
     wanted = text.strip()
     if not wanted:
         return at
+    # Templates write arguments of tool calls as JSON, with or without escapes.
     for form in (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
         found = rendered.find(form, at)
         if found >= 0:

@@ -60,6 +60,7 @@ class PairedFormat:
             source=example.source,
             tie=is_tie(example),
             label_prob=example.label_prob,
+            # An encoder's prompt attends to the response, so it cannot be computed once for both.
             shared=False,
         )
 

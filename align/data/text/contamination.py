@@ -74,6 +74,7 @@ def find_contamination(
         seen |= runs
     found = {}
     for name, rows in wanted.items():
+        # A prompt is contaminated if most of its runs occur somewhere, not necessarily in one row.
         bad = [(source, own) for source, own in rows if len(own & seen) >= SHARE * len(own)]
         skipped = len(heldout[name]) - len(rows)
         found[name] = Contamination(len(rows), skipped, _nearest(bad, train))
@@ -95,6 +96,7 @@ def _nearest(contaminated: Sequence[Wanted], train: Sequence[Example]) -> list[P
     for i, (_, own) in enumerate(contaminated):
         for run in own:
             owners.setdefault(run, []).append(i)
+    # A second pass over the training rows, only for the few contaminated prompts.
     for source, runs in _runs_of(train, set(owners)):
         for i, count in Counter(i for run in runs for i in owners[run]).items():
             if count > best[i][0]:

@@ -131,6 +131,7 @@ def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
             pool.drop(i, "low quality", quality=pool.quality[i])
     pool.kept.sort(key=lambda i: -pool.quality[i])
     if spec.keep_frac is not None:
+        # A copy by slicing, since dropping changes the list.
         for i in pool.kept[math.ceil(spec.keep_frac * len(pool.kept)) :]:
             pool.drop(i, "lower quality", quality=pool.quality[i])
 
@@ -140,6 +141,7 @@ def by_likeness(pool: Pool, spec: CurateStage) -> None:
     if spec.near_duplicates is None:
         return
     order = list(pool.kept)
+    # Best first: of two near-duplicates the later one in this order is dropped.
     texts = [pool.text(i) for i in order]
     for late, early, value in near_duplicates(texts, threshold=spec.near_duplicates):
         twin = pool.examples[order[early]].source

@@ -59,6 +59,7 @@ def to_row(example: Example) -> dict[str, Any]:
     elif example.prompt:
         row |= {"prompt": example.prompt, "completion": example.completion}
     else:
+        # Rows without a prompt are whole conversations or plain text.
         row["messages" if not isinstance(example.completion, str) else "text"] = example.completion
     if example.label_prob != 1.0:
         row["label_prob"] = example.label_prob
@@ -117,6 +118,7 @@ def _asked(example: Example) -> Text:
     if example.prompt or example.completion is None or isinstance(example.completion, str):
         return example.prompt
     turns = list(example.completion)
+    # A row of messages has its prompt before the last response.
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     return turns

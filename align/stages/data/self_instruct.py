@@ -75,6 +75,7 @@ def refusal(
     unfit = sorted(set(found) & {word.lower() for word in spec.refuse_words})
     if unfit:
         return "not for a text model", {"words": unfit}
+    # ROUGE-L with every known instruction, as in the paper: the largest one decides.
     place, value = nearest(found, [word_texts(task["instruction"]) for task in known])
     details = {"rouge_l": round(value, 4), "nearest": known[place]["name"] if place >= 0 else None}
     return ("like a known one" if value >= spec.novelty else None), details
@@ -141,6 +142,7 @@ def grow(
 ) -> StageResult:
     """Generate ``spec.target`` rows from the seeds, starting with round ``start``."""
     metrics = context.metrics(spec.target)
+    # One line of metrics per round, numbered by the rows kept so far.
     if start:
         metrics.rewind(len(grown.rows))
     for number in range(start, spec.max_rounds):
@@ -270,6 +272,7 @@ class Sampler:
 def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
     """Run one round: sample instructions, reject invalid ones, sample responses to the others."""
     spec, seed = sampler.spec, sampler.seed
+    # Depends only on the round, so a resumed stage draws the same lists.
     dice = random.Random(derive_seed(seed, "self_instruct", number))
     drawn = {
         f"round {number}, {i}": draw_examples(grown, spec, dice)
@@ -283,6 +286,7 @@ def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
     fresh: list[dict[str, Any]] = []
     for name, completion in zip(asked, said, strict=True):
         text, whole = first_item(completion, spec)
+        # Candidates of the same round must differ from each other as well.
         known = [*grown.tasks, *fresh]
         reason, details = refusal(text, whole=whole, known=known, spec=spec)
         if reason is not None:

@@ -81,6 +81,7 @@ def agreed(
         return model, model.probabilities
     # Randomize the order of the pairs, fit, and restore it.
     turned = np.array([hash_fraction(example.source) < 0.5 for example in examples])
+    # Turning a pair around exchanges votes 0 and 1; abstentions stay.
     shown = np.where((votes != ABSTAIN) & turned[:, None], 1 - votes, votes)
     model = dawid_skene(shown)
     return model, np.where(turned, 1.0 - model.probabilities, model.probabilities)
@@ -106,6 +107,7 @@ def collect_votes(
         ]
         for function in spec.functions
     ]
+    # The order in the data is one more voter, with an accuracy that is estimated like the others'.
     if spec.use_given is not False:
         names, columns = [*names, GIVEN], [*columns, [1] * len(examples)]
     return names, np.array(columns, dtype=np.int64).T
@@ -120,6 +122,7 @@ def _scores(
 
 
 def _verdict(function: LabelFunction, score: float | None) -> int:
+    # Scores between the two bounds do not tell, so the function abstains.
     if score is not None and function.good_from is not None and score >= function.good_from:
         return 1
     if score is not None and function.bad_below is not None and score < function.bad_below:

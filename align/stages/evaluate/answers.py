@@ -56,6 +56,7 @@ def sample_all(
     """
     answers: Answers = {task.name: {} for task in spec.all_tasks}
     longest = max(task.max_length for task in spec.all_tasks)
+    # One engine serves all tasks, so it needs the room of the longest.
     roomy = spec.model_copy(update={"max_length": longest})
     # An engine ends before the next one starts, and in any case with the stage.
     engines = context.resources.enter_context(ExitStack())
@@ -66,6 +67,7 @@ def sample_all(
         chat = chat_format(artefact.model_dir)
         for task_name, prompts in rows.items():
             what = f"{task_name}: model '{name}'"
+            # A few rows show another tokenizer or template, which would make the comparison unfair.
             same_tokens(prompts[:8], chat, what=what, baseline=spec.baseline)
         # An engine is built for one architecture and adapter; otherwise only the weights change.
         if engine is None or held is None or _config(held) != _config(artefact):

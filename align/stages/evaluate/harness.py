@@ -35,6 +35,7 @@ def _ask_all(
     found: dict[str, dict[str, list[Record]]] = {}
     for name, artefact in artefacts.items():
         out = context.out / "harness" / name
+        # An interrupted run may have left results of other models there.
         shutil.rmtree(out, ignore_errors=True)
         options = spec.harness.model_dump(exclude={"python"})
         argv = harness_argv(
@@ -54,6 +55,7 @@ def _ask_all(
 
 def _block(spec: EvaluateStage, task: str, models: Mapping[str, list[Record]]) -> dict[str, Any]:
     baseline = spec.label(spec.baseline)
+    # The harness may skip a task for one model only.
     missing = [spec.label(m) for m in spec.models if spec.label(m) not in models]
     if missing:
         raise AlignError(

@@ -51,6 +51,7 @@ def judge_all(
     found: tuple[dict[str, Judged], dict[str, Any]] | None = None
     if distributed.rank() == 0:
         baseline = spec.label(spec.baseline)
+        # One bench for all models: its cache, its cost and its biases are those of the whole task.
         bench = open_bench(spec.pairwise)
         judged = {
             name: _judge_one(spec.pairwise, bench, model, other=answered[baseline], seed=seed)
@@ -130,5 +131,6 @@ def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) ->
     chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf
     rows = [chat.pair_row(e) for e in examples]
     fits = [max(len(r.chosen.input_ids), len(r.rejected.input_ids)) <= limit for r in rows]
+    # Only pairs that fit are scored; the others keep their place without a verdict.
     said = iter(scored_orders([p for p, fit in zip(pairs, fits, strict=True) if fit], score))
     return [next(said) if fit else BothOrders(None, None) for fit in fits]

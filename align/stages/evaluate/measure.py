@@ -56,6 +56,7 @@ def kl_per_answer(
         )
         return own - other  # (1, N)
 
+    # log p - log q at tokens sampled from p: an unbiased estimate of KL(p || q) per response.
     plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
     return infer_tokens(answers, policy, plan, log_ratio).sum(1).tolist()
 

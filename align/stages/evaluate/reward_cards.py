@@ -119,6 +119,7 @@ def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair
         what="held-out pairs of the reward model",
     )
     scores = score_token_ids(model, [row.input_ids for row in flatten_pairs(rows)])
+    # Rows keep their source, through which the example's columns are found again.
     named = {e.source: e for e in examples}
     pairs = [
         _pair(row, named[row.source], chat, scores=scores[2 * i : 2 * i + 2])
@@ -215,6 +216,7 @@ def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[d
     for group, score, value in zip(answers.groups, scores, answers.gold, strict=True):
         proxies.setdefault(group, []).append(score)
         golds.setdefault(group, []).append(value)
+    # best-of-n needs both scores of every response, or its n would vary between prompts.
     judged = {str(k) for k in proxies if None not in (*proxies[k], *golds[k])}
     proxy, gold = (
         {str(k): [v for v in row if v is not None] for k, row in side.items() if str(k) in judged}

@@ -110,10 +110,12 @@ def measure_all(
     tasks = spec.all_tasks
     metrics = context.metrics(len(spec.models))
     chat = chat_format(artefacts[spec.label(spec.baseline)].model_dir)
+    # Prepared once for all models: every model is measured on the same tokens.
     heldout = {task.name: held_out_rows(task, chat, context) for task in tasks}
     reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
     found: dict[str, dict[str, Answered]] = {task.name: {} for task in tasks}
     for i, (name, artefact) in enumerate(artefacts.items()):
+        # One model in memory at a time, plus the reference.
         policy = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype))
         for task in tasks:
             experience = answers[task.name][name]
@@ -122,6 +124,7 @@ def measure_all(
                 kl = kl_per_answer(experience, policy=policy, reference=reference)
             grader, judge = rewards[task.name]
             mine = to_records(experience, kl, scores=grader, judge=judge, by=task.by)
+            # Rank order is prompt order, because each rank has a contiguous part of the prompts.
             records = [r for part in distributed.gather_objects(mine) for r in part]
             losses = row_losses(policy, heldout[task.name])
             found[task.name][name] = Answered(records, losses)
@@ -225,6 +228,7 @@ def reward_cards(
         return {}
     sampled = None
     if OWN_TASK in answered and spec.samples > 1:
+        # The baseline's responses, so that all reward models choose among the same ones.
         mine = answers[OWN_TASK][spec.label(spec.baseline)]
         records = answered[OWN_TASK][spec.label(spec.baseline)].records
         rows = [

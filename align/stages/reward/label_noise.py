@@ -68,6 +68,7 @@ def noise_report(
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(inside.out)
+    # The source breaks ties, so the file does not depend on the order of the parts.
     lines.sort(key=lambda line: (-line["probability"], line["row"]))
     if distributed.rank() == 0:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -96,6 +97,7 @@ def cut(pairs: Sequence[PairRow], *, folds: int, seed: int) -> list[int]:
     names = list(dict.fromkeys(prompts))
     if len(names) < folds:
         raise ValueError(f"noise_folds: {len(names)} prompts cannot be split into {folds} parts")
+    # Shuffle the prompts, then deal them out: parts differ by at most one prompt.
     rng = np.random.default_rng(distributed.derive_seed(seed, "noise"))
     place = {names[i]: k % folds for k, i in enumerate(rng.permutation(len(names)).tolist())}
     return [place[prompt] for prompt in prompts]

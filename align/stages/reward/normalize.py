@@ -44,6 +44,7 @@ def normalisation(
         One number each, or one per head if there are several.
     """
     lengths = [len(row.input_ids) for row in rows]
+    # ranks=1: every rank scores all rows, which are few, and gets the same numbers.
     plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
     found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
     mean, std = found.mean(0), found.std(0, correction=0)
@@ -96,10 +97,12 @@ def _distinct_prompts(
     found: dict[tuple[int, ...], PromptRow] = {}
     for example in examples:
         row = chat.prompt_row(example)
+        # By tokens: the same prompt would be sampled twice otherwise.
         found.setdefault(row.input_ids, row)
     kept, _ = fit_rows(
         list(found.values()),
         max_length=spec.max_length - spec.norm_sampling.max_new_tokens,
+        # Reference responses need not cover the data; prompts that do not fit are left out.
         max_lost_frac=1.0,
         what=f"{context.name}: prompts of the reference responses",
         ledger=context.ledger,

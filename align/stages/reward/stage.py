@@ -143,7 +143,9 @@ def train_part(
     """Return a one-head reward model trained on some of the pairs, for the stage's epochs."""
     steps = spec.steps
     if steps is not None:
+        # A part trains on (folds - 1) / folds of the pairs, so it gets that fraction of the steps.
         steps = max(1, round(steps * (spec.noise_folds - 1) / spec.noise_folds))
+    # One head without checkpoints: a part is short, and only its scores are used.
     plain = spec.model_copy(update={"heads": 1, "checkpoint_every": 0, "steps": steps})
     rows = [WeightedPair(pair, (1.0,)) for pair in pairs]
     model = fresh_scorer(plain, source, context)
@@ -213,6 +215,7 @@ def answer_task(
         classes = class_weights(data.training)
     except ValueError as error:
         raise DataError(f"{context.name}: {error}") from error
+    # Each head of an ensemble trains on its own bootstrap sample; held-out rows count once.
     weights = head_weights(len(data.training), spec.heads, seed=context.seed)
     rows = [replace(row, weights=w) for row, w in zip(data.training, weights, strict=True)]
     heldout = [replace(row, weights=(1.0,) * spec.heads) for row in data.heldout]
@@ -247,6 +250,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
             f"{example.source}: a step contains the separator {separator!r}. Split it there, or "
             "set another step_separator"
         )
+    # Rendered as one response whose steps are joined by the separator.
     row = trim_after_last_trained(chat.sft_row(replace(example, completion=separator.join(steps))))
     first = row.trained.index(True)
     ends = step_ends(row.input_ids[first:], chat.tokenizer, separator)
@@ -255,6 +259,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
             f"{example.source}: {len(steps)} steps, but only {len(ends)} can be found in the "
             f"tokens: {separator!r} is not a token of its own. Set another step_separator"
         )
+    # Step ends count from the response; positions in the row count from its start.
     places = tuple(first + end for end in ends)
     return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
@@ -350,6 +355,7 @@ def save_scorer(
     if spec.supervision == "steps":
         model.extra["step_separator"] = spec.step_separator
     backbone, adapter = whole_state(model.backbone, source)
+    # The head is trained in full and saved beside the merged backbone.
     state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
     state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
     if distributed.rank() == 0:

@@ -60,8 +60,10 @@ def head_weights(num_rows: int, num_heads: int, *, seed: int) -> list[tuple[floa
 def final_scores(values: Tensor, batch: PackedBatch) -> Tensor:
     """Return the values at the stop token of each sequence, shape (num, heads)."""
     n = batch.segment_ids.numel()
+    # A token is the last of its sequence if the next one belongs to another: (N,) mask.
     last = torch.ones(n, dtype=torch.bool, device=values.device)
     last[:-1] = batch.segment_ids[1:] != batch.segment_ids[:-1]
+    # (1, N) or (1, N, heads) -> (N, heads) -> (num, heads)
     return values.reshape(n, -1)[last][: batch.num]
 
 
@@ -79,6 +81,7 @@ def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -
             "ranked": float(sum(not row.pair.tie for row in batch)),
         },
         per_sequence={
+            # per_sequence has one number per response, so values of a pair appear twice.
             "margin": [m for row in rows for m in (row.pair.margin,) * 2],
             "tie": [t for row in rows for t in (float(row.pair.tie),) * 2],
             **label_probs([row.pair for row in rows]),
@@ -96,6 +99,7 @@ def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, T
     if "label_prob" not in batch.per_sequence:
         return certain
     label_prob = batch.per_sequence["label_prob"][0::2]
+    # The expected loss: as labeled with label_prob, exchanged with the rest.
     return lambda a, b: soft_labels(certain(a, b), certain(b, a), label_prob)
 
 
@@ -129,6 +133,7 @@ def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[
         "accuracy": ((gap > 0) & ranked).sum() * share,
         "margin": (gap * ranked).sum() * share,
     }
+    # Divided by pairs, not by the sum of weights, which is the same in expectation.
     total = weighted.sum() / (batch.counts["pairs"] * spec.heads)
     return total + 0.0 * values.sum(), stats
 
@@ -165,6 +170,7 @@ def judged_loss(
     ]
     weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)
     share = 1.0 / batch.counts["answers"]
+    # An ensemble decides by the mean of its heads.
     right = (scores.mean(1) > 0) == good
     total = weighted.sum() * share / spec.heads
     return total + 0.0 * values.sum(), {"accuracy": right.sum() * share}
@@ -185,6 +191,7 @@ def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
 
 def collate_steps(rows: Sequence[JudgedSteps], batch: Sequence[JudgedSteps]) -> PackedBatch:
     """Pack solutions; the global count is the judged steps of the whole batch."""
+    # {position: label} of each row, then two dense vectors for packing.
     marks = [dict(zip(row.ends, row.labels, strict=True)) for row in rows]
     return pack(
         rows,

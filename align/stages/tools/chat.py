@@ -61,6 +61,7 @@ class Chat:
         turns: list[Turn] = [*self.turns, {"role": "user", "content": line}]
         prompt: Text = turns if self.has_template else line
         ids = self.format.prompt_ids(prompt)
+        # A shorter response is better than none when the context is nearly full.
         context = getattr(self.model.config, "max_position_embeddings", None)
         room = self.max_new_tokens if context is None else context - len(ids)
         if room < 1:

@@ -76,6 +76,7 @@ def check_recipe(
         inputs, work = Path(name) / "inputs", Path(name) / "work"
         inputs.mkdir()
         for stage, path in done.items():
+            # Links, so that a check cannot write into the run's folder.
             os.symlink(path, inputs / stage)
         for stage, spec in recipe.stages.items():
             wanted = only is None or stage == only
@@ -83,6 +84,8 @@ def check_recipe(
                 scratch = work / stage
                 scratch.mkdir(parents=True)
                 card = check_stage(recipe, stage, inputs, scratch)
+                # Models refer to themselves in cycles; without this, two would be in memory at
+                # once.
                 gc.collect()
                 if wanted:
                     yield card
@@ -116,6 +119,7 @@ def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
             card = run_checks(name, spec.kind, prepare_stage(spec, context).checks)
     except AlignError as error:
         return Card(name, spec.kind, [Line("preparation", "stopped", "", "fail", str(error))])
+    # A model imported by this stage is the input of later ones: finish it as an artifact.
     if (scratch / "model").is_dir() and not (inputs / name).exists():
         write_manifest(scratch, {"kind": spec.produces, "spec_hash": ""})
         os.symlink(scratch, inputs / name)

@@ -56,6 +56,7 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
         "spec_hash": artefact.manifest["spec_hash"],
         "heads": reward.model.num_heads,
     }
+    # There is no authentication, so exposing it must be a visible decision.
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(
             "listening on %s without authentication: anyone who can reach it can send requests",

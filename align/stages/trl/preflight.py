@@ -68,6 +68,7 @@ def collated_checks(
         tokens.chat_turns(e.prompt, e.completion) for e in examples if not tokens.is_text(e)
     ]
     stops = tokens.saved_stops(source.model_dir)
+    # TRL trains both responses of a pair.
     num_all = len(examples) * (2 if spec.rows == "preference" else 1)
     counted = partial(collated.only_answers, chat, made, num_answer_tokens, num_all)
     return [

@@ -78,6 +78,7 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
         processing_class=load_tokenizer(source.model_dir),
         **given,
     )
+    # TRL appends the stop token to text that a template has already ended.
     trainer.train_dataset = end_once(trainer.train_dataset, chat)
     if heldout:
         trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
@@ -142,6 +143,7 @@ def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) 
     if has_adapter(trainer.model):
         tensors, adapter = whole_state(trainer.model, source)
     else:
+        # A collective call under ZeRO-3; ranks other than 0 may get nothing.
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         tensors, adapter = {name: tensor.detach().cpu() for name, tensor in state.items()}, None
     # Under ZeRO-3 transformers would partition every new model and wait for all ranks: the model
@@ -191,6 +193,7 @@ def fitting(
         what=f"{context.name}: rows",
         ledger=context.ledger,
     )
+    # fit_rows keeps the row objects, so identity leads back to the examples.
     whole = {id(row) for row in kept}
     return [e for e, row in zip(examples, rows, strict=True) if id(row) in whole]
 

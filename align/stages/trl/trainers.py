@@ -53,6 +53,7 @@ def find_trainer(name: str) -> tuple[type, type]:
 
     if name in REFUSED:
         raise RecipeError(f"trainer: TRL's {name} {REFUSED[name]}")
+    # Names only: importing every experimental module would need their optional packages.
     modules = [m.name for m in pkgutil.iter_modules(experimental.__path__) if m.ispkg]
     if hasattr(trl, f"{name}Trainer"):
         return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
@@ -95,6 +96,7 @@ def configuration(config_class: type, spec: TrlStage, context: StageContext) -> 
         RecipeError: the class has no such argument, or rejects a value.
     """
     known = set(inspect.signature(config_class).parameters)
+    # Check names first: a misspelled argument must not reach TRL as a TypeError.
     own = _own_arguments(spec, context)
     if spec.max_length is not None:
         own["max_length"] = spec.max_length
@@ -112,6 +114,7 @@ def configuration(config_class: type, spec: TrlStage, context: StageContext) -> 
 
 def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
     optim, saves = spec.optim, "steps" if spec.checkpoint_every else "no"
+    # TRL counts micro-batches per process; the recipe names the global batch.
     passes = spec.batch_size // (spec.micro_batch_size * spec.ranks)
     found = {
         "output_dir": str(context.out / "checkpoints"),
@@ -164,6 +167,7 @@ def extras(
     Raises:
         RecipeError: the recipe sets one that the trainer does not take, or lacks one it needs.
     """
+    # The signature tells what a trainer needs, so new trainers need no entry here.
     takes = set(inspect.signature(trainer_class).parameters)
     keys = {
         "ref_model": ("reference", spec.reference),
@@ -200,6 +204,7 @@ def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
     """Return a reward as a function with the name that TRL logs."""
 
     def score(*, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+        # TRL also passes its own state and callbacks, which are no columns of the rows.
         listed = {k: v for k, v in columns.items() if isinstance(v, list)}
         return reward(prompts=prompts, completions=completions, **listed)
 
@@ -252,6 +257,7 @@ def resume_period(trainer: Any) -> int:
     if unresumable(trainer):
         return 0
     args, passes = vars(trainer.args), trainer.args.gradient_accumulation_steps
+    # One generation serves this many micro-batches; a step ends after `passes` of them.
     uses = (args.get("steps_per_generation") or 1) * args.get("num_iterations", 1)
     return math.lcm(uses, passes) // passes
 
