@@ -2,13 +2,14 @@
 #   make quickstart   set up, then run the whole chain on generated data
 #   make test         set up with the test extra, then run the tests
 #   make faults       the tests that inject faults, alone
+#   make mutants      plant faults in the code; the near tests must find each
 #   make bench        measure the table of benchmarks/README.md
 #   make setup        set up only          make check   lint and types
 # TORCH_INDEX=URL takes torch from another index; PYTHON=PATH chooses the interpreter.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu faults check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu faults mutants check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -47,6 +48,9 @@ test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTE
 
 faults: setup-test ## Inject damage, changes, signals and hostile inputs; kill and resume stages
 	@$(PY) -m pytest -q tests/faults tests/e2e/test_resume.py $(PYTEST_ARGS)
+
+mutants: setup-test ## Plant faults in a copy of the code; near tests must find each (JOBS=2)
+	@$(PY) -m benchmarks.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
 
 test-gpu: setup-test ## Run the tests that need a GPU
 	@ALIGN_TEST_GPU=1 $(PY) -m pytest $(PYTEST_ARGS) tests/gpu

@@ -1,0 +1,1 @@
+"""Faults planted in the code, each of which a near test must find: ``make mutants``."""
