@@ -79,7 +79,7 @@ class PairRow:
 
     ``tie`` means that both responses were rated equally good. ``shared`` means that the prompt may
     be computed once for both and cut from the left. It is False for an encoder, whose prompt also
-    attends to the response.
+    attends to the response. A cut keeps the first ``num_head_tokens`` tokens (BOS).
     """
 
     chosen: TokenRow
@@ -90,6 +90,7 @@ class PairRow:
     tie: bool = False
     label_prob: float = 1.0
     shared: bool = True
+    num_head_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,18 +249,21 @@ def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
     over = _length(pair) - max_length
     if over <= 0:
         return pair
-    if over >= pair.num_prompt_tokens or not pair.shared:
+    head = pair.num_head_tokens
+    if over >= pair.num_prompt_tokens - head or not pair.shared:
         return None
     return replace(
         pair,
-        chosen=_cut(pair.chosen, over),
-        rejected=_cut(pair.rejected, over),
+        chosen=_cut(pair.chosen, head, over),
+        rejected=_cut(pair.rejected, head, over),
         num_prompt_tokens=pair.num_prompt_tokens - over,
     )
 
 
-def _cut(row: TokenRow, count: int) -> TokenRow:
-    return replace(row, input_ids=row.input_ids[count:], trained=row.trained[count:])
+def _cut(row: TokenRow, head: int, count: int) -> TokenRow:
+    """Return a row without ``count`` tokens after its first ``head`` ones."""
+    ids, trained = (x[:head] + x[head + count :] for x in (row.input_ids, row.trained))
+    return replace(row, input_ids=ids, trained=trained)
 
 
 # A synthetic instance can be worded in several ways, so its text alone does not identify it.

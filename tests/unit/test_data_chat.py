@@ -11,6 +11,7 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
+from align.data.load import fit_row
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import TEMPLATES
 from align.recipe.schema import TokenizerSpec
@@ -202,6 +203,37 @@ def test_pair_shares_the_prompt_ids() -> None:
     assert spoken(tokenizer, pair.rejected.input_ids, pair.rejected.trained) == "yet no</s>"
     assert not any(pair.chosen.trained[:n])
     assert pair.margin == 1.5
+
+
+@pytest.mark.parametrize("template", [None, "plain"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_pair_that_is_cut_keeps_its_bos(template, bos) -> None:
+    tokenizer = make_tokenizer(template and TEMPLATES[template], bos=bos)
+    prompt = "a long question" if template is None else [turn("user", "a long question")]
+    pair = ChatFormat(tokenizer).pair_row(Example(prompt, completion="yes", rejected="no way"))
+    long = len(pair.rejected.input_ids)
+    cut = fit_row(pair, max_length=long - 5)
+    assert cut is not None
+    for before, after in ((pair.chosen, cut.chosen), (pair.rejected, cut.rejected)):
+        kept = before.input_ids[:1] if bos else ()
+        assert after.input_ids == kept + before.input_ids[len(kept) + 5 :]
+        assert spoken(tokenizer, after.input_ids, after.trained) == spoken(
+            tokenizer, before.input_ids, before.trained
+        )
+    assert (pair.chosen.input_ids[0] == tokenizer.bos_token_id) is bos
+    # At least one token of the prompt itself stays.
+    shortest = long - pair.num_prompt_tokens + bos + 1
+    assert fit_row(pair, max_length=shortest) is not None
+    assert fit_row(pair, max_length=shortest - 1) is None
+
+
+def test_a_token_that_begins_every_turn_is_no_bos_to_keep() -> None:
+    tokenizer = make_tokenizer(MARKED)
+    tokenizer.bos_token = "<|im_start|>"
+    example = Example([turn("user", "a question")], completion="yes", rejected="no")
+    pair = ChatFormat(tokenizer).pair_row(example)
+    assert pair.chosen.input_ids[0] == tokenizer.bos_token_id
+    assert pair.num_head_tokens == 0
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])

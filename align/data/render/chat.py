@@ -141,15 +141,25 @@ class ChatFormat:
             raise DataError(f"{example.source}: chosen and rejected have the same tokens")
         # Common tokens, but never a trained one: each response must train all of its tokens.
         shared = num_shared(chosen.input_ids, rejected.input_ids)
+        prompt_end = min(shared, *(row.trained.index(True) for row in (chosen, rejected)))
         return PairRow(
             chosen=chosen,
             rejected=rejected,
-            num_prompt_tokens=min(shared, *(row.trained.index(True) for row in (chosen, rejected))),
+            num_prompt_tokens=prompt_end,
             margin=example.margin or 0.0,
             source=example.source,
             tie=is_tie(example),
             label_prob=example.label_prob,
+            num_head_tokens=self._num_head(chosen.input_ids[:prompt_end]),
         )
+
+    def _num_head(self, prompt_ids: Sequence[int]) -> int:
+        """Return 1 if a prompt begins with BOS, whoever wrote it, else 0.
+
+        A template may use the same token for each turn; then it marks a turn, not the beginning.
+        """
+        bos = self.tokenizer.bos_token_id
+        return int(prompt_ids[:1] == (bos,) and bos not in prompt_ids[1:])
 
     def _until_stop(self, example: Example, completion: Text | None) -> TokenRow:
         """Return a row without the text that the template writes after the last trained token."""
