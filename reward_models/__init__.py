@@ -2,7 +2,7 @@
 
 ``build_reward(spec)`` turns the plain dict of one reward in a recipe into a callable with TRL's
 convention, so that the same reward works in PPO, GRPO, evaluation and any TRL trainer. To add a
-reward, write a class in ``specs.py`` and a builder, and register it in ``BUILDERS``.
+reward, write a subclass of ``RewardSpec`` that names its builder, and the builder.
 """
 
 from collections.abc import Mapping
@@ -10,27 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from reward_models.base import RewardFunction
-from reward_models.specs import RewardBase, read_spec
-
-BUILDERS = {
-    "scalar": "learned.build_scalar",
-    "process": "process.build_process",
-    "remote": "remote.build_remote",
-    "judge": "judging.build_judge",
-    "exact_match": "rules.exact_match",
-    "regex": "rules.regex_found",
-    "format": "rules.format_matches",
-    "length": "rules.length",
-    "repetition": "rules.repetition",
-    "refusal": "refusals.refusal",
-    "math": "math.build_math",
-    "python": "own.build_python",
-    "ensemble": "ensemble.build_ensemble",
-}
-"""Builder of each reward kind in this package, imported on use since learned scorers need torch."""
+from reward_models.specs import RewardSpec, read_spec
 
 
-def build_reward(spec: Mapping[str, Any] | RewardBase) -> RewardFunction:
+def build_reward(spec: Mapping[str, Any] | RewardSpec) -> RewardFunction:
     """Build the reward that one entry of a recipe describes.
 
     Args:
@@ -44,9 +27,9 @@ def build_reward(spec: Mapping[str, Any] | RewardBase) -> RewardFunction:
     Raises:
         ValueError: an unknown kind or key, or an invalid setting.
     """
-    checked = spec if isinstance(spec, RewardBase) else read_spec(spec)
-    module, _, builder = BUILDERS[checked.kind].rpartition(".")
-    return getattr(import_module(f"reward_models.{module}"), builder)(checked)
+    checked = spec if isinstance(spec, RewardSpec) else read_spec(spec)
+    module, _, builder = checked.builder.partition(":")
+    return getattr(import_module(module), builder)(checked)
 
 
-__all__ = ["BUILDERS", "RewardFunction", "build_reward"]
+__all__ = ["RewardFunction", "build_reward"]

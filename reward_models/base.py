@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from reward_models.specs import RewardBase
+from reward_models.specs import RewardSpec
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Rule:
 
 
 def rule_from_spec(
-    spec: RewardBase, function: Callable[[str, Any], float], *, column: str | None = None
+    spec: RewardSpec, function: Callable[[str, Any], float], *, column: str | None = None
 ) -> Rule:
     """Return a row function as the reward that ``spec`` describes."""
     return Rule(function, name=spec.label, weight=spec.weight, column=column)

@@ -5,19 +5,25 @@ schema because nothing in this package imports ``align``. Neither torch nor any 
 is imported.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -28,6 +34,56 @@ class Spec(BaseModel):
 
     # Deferred: only whole recipes are validated, and building each class takes time.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class Variants(Spec):
+    """Base of specifications of one sort, such as all rewards; defining a subclass registers it.
+
+    A base has ``tag``, the key that selects the class, and ``variants``, an empty dictionary. Each
+    subclass that declares the tag as a literal is entered there. A field annotated with the base
+    accepts every class that is registered when a value is validated, wherever the class is defined.
+    """
+
+    tag: ClassVar[str]
+    variants: ClassVar[dict[str, type[Any]]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.tag not in cls.__annotations__:  # a base without a name of its own
+            return
+        for name in get_args(cls.model_fields[cls.tag].annotation):
+            if name in cls.variants:
+                other = cls.variants[name]
+                raise TypeError(f"{cls.tag} '{name}' is defined twice: {other} and {cls}")
+            cls.variants[name] = cls
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if "variants" not in cls.__dict__:
+            return handler(source)
+        return core_schema.with_info_plain_validator_function(cls._read)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        # The classes may contain each other: ``align.recipe.reference`` writes the references.
+        return {"variants": cls.__name__} if "variants" in cls.__dict__ else handler(schema)
+
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        adapter = _union(cls.tag, tuple(dict.fromkeys(cls.variants.values())))
+        if info.mode == "json":
+            # Only in JSON does strict validation accept a list for a tuple.
+            return adapter.validate_json(json.dumps(value), strict=True)
+        return adapter.validate_python(value)
+
+
+@cache
+def _union(tag: str, classes: tuple[type[Any], ...]) -> TypeAdapter[Any]:
+    """Return the validator of any of the classes, which the value of ``tag`` selects."""
+    return TypeAdapter(Annotated[Union[classes], Field(discriminator=tag)])  # noqa: UP007
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -69,9 +125,14 @@ class EndpointSpec(Spec):
     """Prices of a million prompt tokens and of a million response tokens."""
 
 
-class RewardBase(Spec):
-    """Settings of every reward."""
+class RewardSpec(Variants):
+    """Settings of every reward, and where the reward is built."""
 
+    tag: ClassVar[str] = "kind"
+    variants: ClassVar[dict[str, type["RewardSpec"]]] = {}
+    builder: ClassVar[str]
+    """``module:function`` that returns the reward for a spec; imported on use, as it may need
+    torch."""
     weight: float = 1.0
     """Factor of this reward in the sum; 0 only measures it."""
     name: str | None = None
@@ -85,9 +146,10 @@ class RewardBase(Spec):
         return self.name or self.kind
 
 
-class ScalarSpec(RewardBase):
+class ScalarSpec(RewardSpec):
     """Score with a trained reward model: the name of a reward stage or the path of an artifact."""
 
+    builder: ClassVar[str] = "reward_models.learned:build_scalar"
     kind: Literal["scalar"]
     model: Annotated[str, Ref("reward_model")]
     """Reward stage, or folder of a reward model."""
@@ -101,9 +163,10 @@ class ScalarSpec(RewardBase):
     """Dtype of the backbone's weights; the head computes in float32."""
 
 
-class ProcessSpec(RewardBase):
+class ProcessSpec(RewardSpec):
     """Score solutions step by step with a reward stage that has ``supervision: steps``."""
 
+    builder: ClassVar[str] = "reward_models.process:build_process"
     kind: Literal["process"]
     model: Annotated[str, Ref("reward_model")]
     """Reward stage with ``supervision: steps``, or folder of such a model."""
@@ -113,9 +176,10 @@ class ProcessSpec(RewardBase):
     """Dtype of the backbone's weights; the head computes in float32."""
 
 
-class ExactMatchSpec(RewardBase):
+class ExactMatchSpec(RewardSpec):
     """Score 1 if the response (or what ``pattern`` captures of it) equals the column's value."""
 
+    builder: ClassVar[str] = "reward_models.rules:exact_match"
     kind: Literal["exact_match"]
     column: str = "answer"
     """Column of the row with the expected text."""
@@ -125,25 +189,28 @@ class ExactMatchSpec(RewardBase):
     """Treat upper and lower case as equal."""
 
 
-class RegexSpec(RewardBase):
+class RegexSpec(RewardSpec):
     """Score 1 if ``pattern`` is found in the response."""
 
+    builder: ClassVar[str] = "reward_models.rules:regex_found"
     kind: Literal["regex"]
     pattern: str
     """Regular expression that is searched for."""
 
 
-class FormatSpec(RewardBase):
+class FormatSpec(RewardSpec):
     """Score 1 if the whole response matches ``pattern``."""
 
+    builder: ClassVar[str] = "reward_models.rules:format_matches"
     kind: Literal["format"]
     pattern: str
     """Regular expression that must match from beginning to end."""
 
 
-class LengthSpec(RewardBase):
+class LengthSpec(RewardSpec):
     """Score 1 up to ``target`` words, falling linearly to 0 at ``limit`` words."""
 
+    builder: ClassVar[str] = "reward_models.rules:length"
     kind: Literal["length"]
     target: Count
     """Most words with a score of 1."""
@@ -151,17 +218,19 @@ class LengthSpec(RewardBase):
     """Number of words from which on the score is 0."""
 
 
-class RepetitionSpec(RewardBase):
+class RepetitionSpec(RewardSpec):
     """Score the fraction of the response's n-grams that are distinct."""
 
+    builder: ClassVar[str] = "reward_models.rules:repetition"
     kind: Literal["repetition"]
     ngram: Count = 3
     """Number of words of an n-gram."""
 
 
-class RefusalSpec(RewardBase):
+class RefusalSpec(RewardSpec):
     """Score 1 if the response declines exactly when the column's value is in ``declines``."""
 
+    builder: ClassVar[str] = "reward_models.refusals:refusal"
     kind: Literal["refusal"]
     column: str = "label"
     """Column of the row with its label."""
@@ -169,9 +238,10 @@ class RefusalSpec(RewardBase):
     """Labels of the requests that should be declined."""
 
 
-class MathSpec(RewardBase):
+class MathSpec(RewardSpec):
     """Score 1 if the final number (or LaTeX expression) equals the column's value."""
 
+    builder: ClassVar[str] = "reward_models.math:build_math"
     kind: Literal["math"]
     column: str = "answer"
     """Column of the row with the expected number or expression."""
@@ -181,9 +251,10 @@ class MathSpec(RewardBase):
     """Limit of one comparison by math-verify, in seconds."""
 
 
-class RemoteSpec(RewardBase):
+class RemoteSpec(RewardSpec):
     """Score on a server started by ``align serve-reward``."""
 
+    builder: ClassVar[str] = "reward_models.remote:build_remote"
     kind: Literal["remote"]
     url: str
     """Address of the server, such as http://127.0.0.1:8765."""
@@ -197,9 +268,10 @@ class RemoteSpec(RewardBase):
     """Send the sampled token ids too, if policy and scorer share a tokenizer."""
 
 
-class JudgeSpec(RewardBase):
+class JudgeSpec(RewardSpec):
     """Grade each response with a language model behind an OpenAI-compatible API."""
 
+    builder: ClassVar[str] = "reward_models.judging:build_judge"
     kind: Literal["judge"]
     endpoint: EndpointSpec
     """The model that grades."""
@@ -217,9 +289,10 @@ class JudgeSpec(RewardBase):
         return self
 
 
-class PythonSpec(RewardBase):
+class PythonSpec(RewardSpec):
     """Score with a user-defined function that follows TRL's, verl's or OpenRLHF's convention."""
 
+    builder: ClassVar[str] = "reward_models.own:build_python"
     kind: Literal["python"]
     path: Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$")]
     """``FILE.py:FUNCTION``, relative to the recipe's folder, or ``MODULE:FUNCTION``, or a class."""
@@ -236,11 +309,12 @@ class PythonSpec(RewardBase):
         return self.name or self.path.rpartition(":")[2]
 
 
-class EnsembleSpec(RewardBase):
+class EnsembleSpec(RewardSpec):
     """Combine rewards that rate the same property."""
 
+    builder: ClassVar[str] = "reward_models.ensemble:build_ensemble"
     kind: Literal["ensemble"]
-    members: list["RewardSpec"] = Field(min_length=2)
+    members: list[RewardSpec] = Field(min_length=2)
     """The combined rewards; the ``weight`` of each multiplies its score first."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """Mean, minimum, or mean minus ``kappa`` times the std of the scores."""
@@ -248,37 +322,13 @@ class EnsembleSpec(RewardBase):
     """Number of stds that ``mean_minus_std`` subtracts."""
 
 
-RewardSpec = Annotated[
-    ScalarSpec
-    | ProcessSpec
-    | ExactMatchSpec
-    | RegexSpec
-    | FormatSpec
-    | LengthSpec
-    | RepetitionSpec
-    | RefusalSpec
-    | MathSpec
-    | RemoteSpec
-    | JudgeSpec
-    | PythonSpec
-    | EnsembleSpec,
-    Field(discriminator="kind"),
-]
-
-
-def kinds() -> dict[str, type[RewardBase]]:
-    """Return the class of each kind of reward."""
-    classes = get_args(get_args(RewardSpec)[0])
-    return {get_args(spec.model_fields["kind"].annotation)[0]: spec for spec in classes}
-
-
-def read_spec(given: Mapping[str, Any]) -> RewardBase:
+def read_spec(given: Mapping[str, Any]) -> RewardSpec:
     """Return the specification that a plain mapping describes, with defaults filled in.
 
     Raises:
         ValueError: the kind or a key is unknown, a key is missing, or a value is invalid.
     """
-    known, kind = kinds(), given.get("kind")
+    known, kind = RewardSpec.variants, given.get("kind")
     if kind not in known:
         raise ValueError(f"reward kind {kind!r} is unknown; use one of {', '.join(known)}")
     try:
@@ -289,7 +339,7 @@ def read_spec(given: Mapping[str, Any]) -> RewardBase:
         raise ValueError(f"reward '{name}': {'; '.join(found)}") from None
 
 
-def _problem(error: Mapping[str, Any], known: Mapping[str, type[RewardBase]]) -> str:
+def _problem(error: Mapping[str, Any], known: Mapping[str, type[RewardSpec]]) -> str:
     # pydantic includes the kind of each reward in the location.
     path = [str(part) for part in error["loc"] if part not in known]
     key = ".".join(path)

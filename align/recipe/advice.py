@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.recipe.algorithms import known_rates
 from align.recipe.schema import Recipe, TrainingStage
+from align.recipe.schema.tuning import known_rates
 
 SMALL_WIDTH = 512
 """Published learning rates do not apply below this hidden size; small models need larger rates."""

@@ -14,14 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
 from align.core.text import hidden, keep_secret, secret_names, suggest
-from align.recipe.algorithms import defaults_of, known_rates
+from align.recipe.algorithms import defaults_of
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.own_code import place_own_code
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
 from align.recipe.schema import (
     STAGES,
-    AnyStage,
     Recipe,
     StageSpec,
     TrainingStage,
@@ -30,6 +29,7 @@ from align.recipe.schema import (
     references,
 )
 from align.recipe.schema.common import Spec
+from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
@@ -290,7 +290,7 @@ def _valid_stages(data: Mapping[str, Any]) -> dict[str, Any]:
     stages = data.get("stages")
     if not isinstance(stages, dict):
         return {}
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyStage)
+    adapter: TypeAdapter[Any] = TypeAdapter(StageSpec)
     specs: dict[str, Any] = {}
     for name, raw in stages.items():
         try:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from align.core.text import shown, suggest
 from align.recipe.schema import Recipe
 from align.recipe.source import Key, Mark, dotted
+from reward_models.specs import Variants
 
 ALIASES = {
     "lr": "learning_rate",
@@ -93,11 +94,11 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
     owners: list[tuple[Key, type[BaseModel]]] = []
     for part in loc:
         kind, union = bare(kind), None
-        variants = union_of(kind)
-        # A tagged union: this part is the tag, not a key.
-        if models := tagged(variants):
+        # A base of variants: this part is the tag, not a key.
+        if models := variants_of(kind):
             kind = models.get(str(part))
             continue
+        variants = union_of(kind)
         # A plain union: a word is the label of the member that pydantic tried.
         if len(variants) > 1 and not isinstance(part, int):
             union = kind
@@ -133,15 +134,9 @@ def union_of(kind: Any) -> list[Any]:
     return [bare(a) for a in get_args(kind) if a is not type(None)]
 
 
-def tagged(variants: Sequence[Any]) -> dict[str, type[BaseModel]]:
-    """Return the model of each ``kind`` (or ``method``) if all members of a union are models."""
-    if not variants or not all(is_model(v) for v in variants):
-        return {}
-    return {t: v for v in variants for t in get_args(v.model_fields[_tag_of(v)].annotation)}
-
-
-def _tag_of(model: type[BaseModel]) -> str:
-    return "kind" if "kind" in model.model_fields else "method"
+def variants_of(kind: Any) -> dict[str, type[Variants]]:
+    """Return the class of each ``kind`` (or ``method``) of a base of variants, {} for others."""
+    return kind.variants if is_model(kind) and "variants" in kind.__dict__ else {}
 
 
 def is_model(kind: Any) -> bool:
@@ -172,10 +167,9 @@ def _label(kind: Any) -> str:
 def expected(kind: Any) -> str:
     """Return a description of the values that a type accepts."""
     kind = bare(kind)
+    if models := variants_of(kind):
+        return f"a mapping with '{kind.tag}' one of {', '.join(models)}"
     if variants := union_of(kind):
-        if models := tagged(variants):
-            tag = _tag_of(next(iter(models.values())))
-            return f"a mapping with '{tag}' one of {', '.join(models)}"
         return " or ".join(expected(v) for v in variants)
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -203,7 +197,7 @@ def _what(
     if problem == "union_tag_not_found":
         return f"missing; expected one of {_tags(kind)}"
     if problem == "union_tag_invalid":
-        tags = list(tagged(union_of(kind)))
+        tags = list(variants_of(kind))
         return (
             f"found '{context['tag']}'; expected one of {', '.join(tags)}"
             f"{suggest(str(context['tag']), tags)}"
@@ -248,7 +242,7 @@ def _is_number(found: Any) -> bool:
 
 
 def _tags(kind: Any) -> str:
-    return ", ".join(tagged(union_of(kind)))
+    return ", ".join(variants_of(kind))
 
 
 def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
@@ -277,7 +271,7 @@ def nested_keys(model: type[BaseModel]) -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         kind = bare(field.annotation)
-        for inner_model in [kind] if is_model(kind) else tagged(union_of(kind)).values():
+        for inner_model in variants_of(kind).values() or [kind] * is_model(kind):
             found += [f"{name}.{inside}" for inside in inner_model.model_fields]
             found += [f"{name}.{inside}" for inside in nested_keys(inner_model)]
     return list(dict.fromkeys(found))

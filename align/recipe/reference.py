@@ -15,11 +15,12 @@ from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from align.recipe.algorithms import ALGORITHMS
 from align.recipe.schema import STAGES, Recipe, Spec, StageSpec
-from align.recipe.schema.tuning import METHODS
-from reward_models import specs as rewards
+from align.recipe.schema.tuning import METHODS, TuningSpec
+from reward_models.specs import RewardSpec
 
 Schema = dict[str, Any]
 """A JSON schema, or a part of one."""
@@ -27,12 +28,12 @@ Schema = dict[str, Any]
 URL = "https://json-schema.org/draft/2020-12/schema"
 DISCRIMINATORS = ("kind", "method")
 """Keys that choose a class; where they have no description, that of the class is used."""
-UNIONS = {
-    "SftStage": "[stage](#stages)",
-    "LoraTuning": "[tuning method](#tuning-methods)",
-    "MathSpec": "[reward](#rewards)",
+CHAPTERS = {
+    StageSpec: "[stage](#stages)",
+    TuningSpec: "[tuning method](#tuning-methods)",
+    RewardSpec: "[reward](#rewards)",
 }
-"""Links to the chapter of each union of classes, by the name of a member."""
+"""Links to the chapter of each base of variants."""
 INTRODUCTION = """\
 # Keys of a recipe
 
@@ -49,8 +50,10 @@ RECIPE` prints a recipe with all defaults and says where each value comes from.
 
 def json_schema() -> Schema:
     """Return the JSON schema of recipes, with a description of every key."""
-    schema = Recipe.model_json_schema()
-    parts = schema.pop("$defs")
+    classes = [Recipe, *(spec for base in CHAPTERS for spec in base.variants.values())]
+    _, found = models_json_schema([(spec, "validation") for spec in dict.fromkeys(classes)])
+    parts = _with_variants(found)["$defs"]
+    schema = parts.pop(Recipe.__name__)
     specs = {spec.__name__: spec for spec in _subclasses(Spec)}
     for name, part in {**parts, Recipe.__name__: schema}.items():
         _describe(part, specs[name])
@@ -59,6 +62,24 @@ def json_schema() -> Schema:
     tasks["items"] = {"anyOf": [{"type": "string"}, tasks["items"]]}
     parts["GrpoStage"]["properties"]["algorithm"]["enum"] = list(ALGORITHMS)
     return {"$schema": URL, **schema, "$defs": parts}
+
+
+def _with_variants(part: Any) -> Any:
+    """Return a JSON schema with each base of variants written as the union of its classes."""
+    if isinstance(part, list):
+        return [_with_variants(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    found = {key: _with_variants(inner) for key, inner in part.items()}
+    base = next((base for base in CHAPTERS if base.__name__ == found.get("variants")), None)
+    if base is None:
+        return found
+    places = {name: f"#/$defs/{spec.__name__}" for name, spec in sorted(base.variants.items())}
+    del found["variants"]
+    return found | {
+        "discriminator": {"mapping": places, "propertyName": base.tag},
+        "oneOf": [{"$ref": place} for place in dict.fromkeys(places.values())],
+    }
 
 
 def descriptions(spec: type[BaseModel]) -> dict[str, str]:
@@ -116,11 +137,11 @@ def markdown() -> str:
     """Return the page of all keys."""
     stages = list(STAGES.values())
     shared = [base for base in _subclasses(StageSpec) if base not in stages]
-    methods, kinds = dict.fromkeys(METHODS.values()), dict.fromkeys(rewards.kinds().values())
+    methods, kinds = dict.fromkeys(METHODS.values()), dict.fromkeys(RewardSpec.variants.values())
     chapters = {
         "Stages": [StageSpec, *shared, *stages],
         "Tuning methods": list(methods),
-        "Rewards": [rewards.RewardBase, *kinds],
+        "Rewards": [RewardSpec, *kinds],
     }
     placed = {spec for specs in chapters.values() for spec in specs}
     named = set(json_schema()["$defs"])
@@ -136,7 +157,9 @@ def markdown() -> str:
 
 def _section(spec: type[BaseModel], level: str) -> list[str]:
     """Return heading, summary and table of one class; keys of its bases are linked."""
-    part = spec.model_json_schema()
+    # The keys of a base of variants are those that each variant has.
+    shown = next(iter(spec.variants.values())) if spec in CHAPTERS else spec
+    part = shown.model_json_schema()
     _describe(part, spec)
     own = [
         key
@@ -169,9 +192,8 @@ def _type(field: Schema) -> str:
     """Return a field's type in words, with a link to the block that it names."""
     if "$ref" in field:
         return _link(field["$ref"].rpartition("/")[2])
-    if "oneOf" in field:
-        members = {option["$ref"].rpartition("/")[2] for option in field["oneOf"]}
-        return next(link for member, link in UNIONS.items() if member in members)
+    if "variants" in field:
+        return next(link for base, link in CHAPTERS.items() if base.__name__ == field["variants"])
     if options := field.get("anyOf"):
         return " or ".join(dict.fromkeys(map(_type, options)))
     if "const" in field:
@@ -197,7 +219,7 @@ def _link(name: str) -> str:
 @cache
 def _title(name: str) -> str:
     """Return the heading of a class: its kind or method where it has one."""
-    for prefix, classes in (("kind", STAGES), ("method", METHODS), ("reward", rewards.kinds())):
+    for prefix, classes in (("kind", STAGES), ("method", METHODS), ("reward", RewardSpec.variants)):
         if kinds := [kind for kind, spec in classes.items() if spec.__name__ == name]:
             return f"{prefix}: {', '.join(kinds)}"
     words = re.sub(r"(?<!^)([A-Z])", r" \1", re.sub("Spec$", "", name)).lower().split()

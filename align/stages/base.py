@@ -418,7 +418,7 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
 def prepare_stage(spec: Any, context: StageContext) -> Prepared:
     """Call ``prepare`` of the stage kind's module, which loads inputs and builds the parts."""
     # Imported by name: one kind must not load the libraries of all others.
-    module = import_module(f"align.stages.{STAGES[spec.kind].module}")
+    module = import_module(spec.module)
     return module.prepare(with_data_of_stages(spec, context), context)
 
 

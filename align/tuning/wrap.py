@@ -1,35 +1,19 @@
 """Wrap a model by its tuning spec: freeze weights, add modules, select trained parameters."""
 
-from collections.abc import Iterator
-from typing import Any, cast
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
 
-from align.core.errors import RecipeError
-from align.models.decoder import PACKS
 from align.models.loading import keep_layout
 from align.recipe.schema.tuning import (
-    BottleneckTuning,
-    DoraTuning,
     FullTuning,
-    HeadTuning,
-    Ia3Tuning,
-    LoraTuning,
-    LoreftTuning,
-    OftTuning,
     PissaTuning,
-    PrefixTuning,
-    PromptTuning,
-    PtuningTuning,
     QloraTuning,
-    Targets,
     TuningSpec,
     VeraTuning,
 )
-
-PISSA_ITERATIONS = 16
-"""Subspace iterations of PiSSA's randomized SVD; the exact one takes minutes for large models."""
 
 
 def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
@@ -45,30 +29,25 @@ def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
     """
     if isinstance(tuning, FullTuning):
         return model
-    if isinstance(tuning, HeadTuning):
+    if tuning.builder is None:
         return model.requires_grad_(False)
+    module, _, builder = tuning.builder.partition(":")
+    config = getattr(import_module(module), builder)(model, tuning)
     # New weights depend only on the seed, and the process's random state is not consumed.
     with torch.random.fork_rng(devices=_devices()):
         torch.manual_seed(seed)
-        if isinstance(tuning, PrefixTuning | PromptTuning | PtuningTuning):
-            _check_packs(model, tuning.method)
+        if tuning.virtual:
             from align.tuning.virtual import VirtualTokens
 
-            return VirtualTokens(model, virtual_config(model, tuning))
+            return VirtualTokens(model, config)
         import peft
 
         if isinstance(tuning, QloraTuning):
             keep_layout(model)
             _leave_scales_out(model)
-        if not isinstance(tuning, Ia3Tuning | BottleneckTuning | LoreftTuning):
-            _check_targets(model, tuning.targets)
-        if isinstance(tuning, DoraTuning):
-            _check_norms(model, tuning)
         # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are buffers.
         wrapped = peft.get_peft_model(
-            model,
-            peft_config(model, tuning),
-            autocast_adapter_dtype=not isinstance(tuning, VeraTuning),
+            model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
         )
         if isinstance(tuning, PissaTuning):
             from align.tuning.pissa import remember_start
@@ -99,203 +78,3 @@ def has_adapter(model: nn.Module) -> bool:
 
 def _devices() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
-
-
-def peft_config(model: Any, tuning: TuningSpec) -> Any:
-    """Return peft's configuration for a method that changes or inserts layers."""
-    import peft
-
-    task: dict[str, Any] = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
-    if isinstance(tuning, LoraTuning | QloraTuning):
-        return peft.LoraConfig(
-            r=tuning.rank,
-            lora_alpha=cast("Any", tuning.alpha),
-            lora_dropout=tuning.dropout,
-            target_modules=_targets(tuning.targets),
-            use_rslora=tuning.method == "rslora",
-            use_dora=isinstance(tuning, DoraTuning),
-            **task,
-        )
-    if isinstance(tuning, PissaTuning):
-        return peft.LoraConfig(
-            r=tuning.rank,
-            lora_alpha=tuning.rank,
-            target_modules=_targets(tuning.targets),
-            init_lora_weights=f"pissa_niter_{PISSA_ITERATIONS}",  # pyright: ignore
-            **task,
-        )
-    if isinstance(tuning, Ia3Tuning):
-        targets, inner = _ia3_targets(model)
-        return peft.IA3Config(target_modules=targets, feedforward_modules=inner, **task)
-    if isinstance(tuning, OftTuning):
-        _check_blocks(model, tuning)
-        return peft.OFTConfig(
-            oft_block_size=tuning.block_size, r=0, target_modules=_targets(tuning.targets), **task
-        )
-    if isinstance(tuning, VeraTuning):
-        return peft.VeraConfig(r=tuning.rank, target_modules=_targets(tuning.targets), **task)
-    if isinstance(tuning, BottleneckTuning):
-        from align.tuning.bottleneck import BottleneckConfig
-
-        return BottleneckConfig(target_modules=_projections(model), size=tuning.size, **task)
-    assert isinstance(tuning, LoreftTuning), tuning
-    from align.tuning.loreft import LoreftConfig
-
-    return LoreftConfig(
-        target_modules=_layers(model, tuning),
-        rank=tuning.rank,
-        first=tuning.first,
-        last=tuning.last,
-        **task,
-    )
-
-
-def virtual_config(model: Any, tuning: PrefixTuning | PromptTuning | PtuningTuning) -> Any:
-    """Return peft's configuration of virtual tokens, with the model's sizes."""
-    import peft
-
-    if not hasattr(model.config.get_text_config(), "num_key_value_heads"):
-        raise RecipeError(
-            f"tuning.method {tuning.method}: virtual tokens need a causal decoder, found "
-            f"{type(model).__name__}. Use lora or bottleneck."
-        )
-    config = model.config.get_text_config()
-    sizes: dict[str, Any] = {
-        "num_virtual_tokens": tuning.virtual_tokens,
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "token_dim": config.hidden_size,
-        "num_transformer_submodules": 1,
-        "task_type": "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": config.name_or_path or None,
-    }
-    if isinstance(tuning, PromptTuning):
-        return peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **sizes)  # pyright: ignore
-    if isinstance(tuning, PtuningTuning):
-        return peft.PromptEncoderConfig(encoder_hidden_size=tuning.hidden, **sizes)
-    heads = config.num_key_value_heads
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    sizes |= {"num_attention_heads": heads, "token_dim": heads * head_size}
-    hidden = tuning.hidden or config.hidden_size
-    return peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=hidden, **sizes)
-
-
-def _targets(targets: str | list[str]) -> str | list[str]:
-    return targets if isinstance(targets, str) else list(targets)
-
-
-def _names(model: nn.Module) -> set[str]:
-    return {name.rpartition(".")[2] for name, _ in model.named_modules()}
-
-
-def _ia3_targets(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the keys, values and inner MLP activations, for decoders and for BERT."""
-    names = _names(model)
-    if {"k_proj", "v_proj", "down_proj"} <= names:
-        return ["k_proj", "v_proj", "down_proj"], ["down_proj"]
-    if {"key", "value", "intermediate"} <= names:
-        return [r"key", r"value", "output.dense"], ["output.dense"]
-    raise RecipeError(_lacking(model, "ia3", "k_proj, v_proj, down_proj (or key, value, output)"))
-
-
-def _projections(model: nn.Module) -> list[str]:
-    """Return the output projections of attention and the MLP."""
-    names = _names(model)
-    if {"o_proj", "down_proj"} <= names:
-        return ["o_proj", "down_proj"]
-    if {"attention", "intermediate", "output"} <= names:
-        return ["output.dense"]
-    raise RecipeError(_lacking(model, "bottleneck", "o_proj, down_proj (or BERT's output.dense)"))
-
-
-def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
-    config = model.config.get_text_config()
-    num = config.num_hidden_layers
-    if tuning.rank > config.hidden_size:
-        raise RecipeError(
-            f"tuning.rank: {tuning.rank} dimensions for hidden states of {config.hidden_size}; "
-            "expected fewer"
-        )
-    numbers = range(num) if tuning.layers == "all" else tuning.layers
-    if any(i >= num for i in numbers):
-        raise RecipeError(
-            f"tuning.layers: found {max(numbers)}, expected numbers from 0 to {num - 1}: the model "
-            f"has {num} layers"
-        )
-    name = "layers" if "layers" in _names(model) else "layer"
-    return [f"{name}.{i}" for i in numbers]
-
-
-def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers that ``targets`` names, except the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in model.named_modules():
-        wanted = targets == "all-linear" or name.rpartition(".")[2] in targets
-        if isinstance(module, nn.Linear) and module is not head and wanted:
-            yield name, module
-
-
-def _check_targets(model: Any, targets: Targets) -> None:
-    """Raise if a target is not a linear layer, since peft ignores it if another target is."""
-    if targets == "all-linear":
-        return
-    from transformers.pytorch_utils import Conv1D
-
-    linear = (nn.Linear, Conv1D)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    named = {name: m for name, m in model.named_modules() if not (tied and m is head)}
-    kinds = sorted({n.rpartition(".")[2] for n, m in named.items() if isinstance(m, linear)})
-    for target in targets:
-        hit = [m for name, m in named.items() if f".{name}".endswith(f".{target}")]
-        if not hit or not all(isinstance(m, linear) for m in hit):
-            found = type(hit[0]).__name__ if hit else "no layer of its own"
-            raise RecipeError(
-                f"tuning.targets: '{target}' names {found}, expected linear layers of "
-                f"{type(model).__name__}: {', '.join(kinds)}"
-            )
-
-
-def _check_packs(model: Any, method: str) -> None:
-    """Raise if virtual tokens are used with a model that needs padded rows."""
-    kind = model.config.get_text_config().model_type
-    if model.can_generate() and kind not in PACKS:
-        raise RecipeError(
-            f"tuning.method {method} needs packed rows, which {kind} models do not support. "
-            "Use lora or bottleneck."
-        )
-
-
-def _check_blocks(model: nn.Module, tuning: OftTuning) -> None:
-    """Raise for a block size that peft would silently change."""
-    for name, module in _linears(model, tuning.targets):
-        if module.in_features % tuning.block_size:
-            fits = [b for b in range(2, 129) if module.in_features % b == 0]
-            raise RecipeError(
-                f"tuning.block_size: {tuning.block_size} does not divide the {module.in_features} "
-                f"inputs of {name}. Use one of {', '.join(map(str, fits))}, or other targets."
-            )
-
-
-def _check_norms(model: nn.Module, tuning: LoraTuning) -> None:
-    """Raise if all weights of an output are 0: dora divides by their norm and would return NaN."""
-    norms: dict[str, bool] = {}
-    for name, module in _linears(model, tuning.targets):
-        kind = name.rpartition(".")[2]
-        norms[kind] = norms.get(kind, True) and bool(module.weight.any(1).all())
-    dead, alive = ([kind for kind, ok in norms.items() if ok == held] for held in (False, True))
-    if dead:
-        raise RecipeError(
-            "tuning.method dora divides by the norm of each output's weights, which is 0 for "
-            f"outputs of {', '.join(dead)}. Exclude them: tuning.targets: [{', '.join(alive)}], "
-            "or use lora."
-        )
-
-
-def _lacking(model: nn.Module, method: str, wanted: str) -> str:
-    return (
-        f"tuning.method {method}: {type(model).__name__} has no layers named {wanted}. "
-        "Use lora, which works on every linear layer."
-    )

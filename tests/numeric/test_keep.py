@@ -224,7 +224,7 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
 def test_settings_that_do_not_fit_the_stage_are_refused(kind: str, keys: dict, said: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    from align.recipe.schema import AnyStage
+    from align.recipe.schema import StageSpec
 
     stage = {"kind": kind, "init": "base"}
     online = {
@@ -234,7 +234,7 @@ def test_settings_that_do_not_fit_the_stage_are_refused(kind: str, keys: dict, s
     }
     stage |= online if kind == "grpo" else {"data": [{"path": "x"}]}
     with pytest.raises(ValidationError, match=said):
-        TypeAdapter(AnyStage).validate_python(stage | keys)
+        TypeAdapter(StageSpec).validate_python(stage | keys)
 
 
 def test_what_fits_is_taken() -> None:

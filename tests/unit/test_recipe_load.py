@@ -111,8 +111,8 @@ def test_all_mistakes_come_at_once_in_order_of_line():
 def test_wrong_kind_lists_the_kinds_without_pydantic_tags():
     assert mistakes(with_lines("kind: sft", "kind: sftt")) == [
         "r.yaml:10:11: stages.sft.kind: found 'sftt'; expected one of base, encoder, sft, "
-        "classify, reward, dpo, kto, ppo, grpo, trl, self_instruct, curate, weak_label, evaluate, "
-        "merge; did you mean 'sft'?"
+        "dpo, kto, reward, classify, ppo, grpo, trl, self_instruct, curate, weak_label, merge, "
+        "evaluate; did you mean 'sft'?"
     ]
 
 
@@ -120,9 +120,7 @@ def test_missing_keys_are_reported_at_the_stage():
     (line,) = mistakes(with_lines("    steps: 4\n", ""))
     assert line == "r.yaml:18:3: stages.ppo.steps: missing; expected a whole number"
     (line,) = mistakes(with_lines("    kind: ppo\n", ""))
-    assert line.startswith(
-        "r.yaml:18:3: stages.ppo.kind: missing; expected one of base, encoder, sft"
-    )
+    assert line.startswith("r.yaml:18:3: stages.ppo.kind: missing; expected one of base, ")
 
 
 def test_types_are_strict():

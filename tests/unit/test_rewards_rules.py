@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from reward_models import BUILDERS, build_reward
+from reward_models import build_reward
 from reward_models.base import Rule
-from reward_models.specs import RewardSpec, kinds
+from reward_models.specs import RewardSpec
 
 
 def _scores(spec: dict[str, Any], completions: list[Any], **columns: Any) -> list[float | None]:
@@ -134,26 +134,27 @@ def test_unknown_kind_lists_the_known():
 
 
 def test_every_kind_of_reward_has_a_builder():
-    assert set(kinds()) == set(BUILDERS)
-    for place in BUILDERS.values():
-        module, _, name = place.rpartition(".")
-        assert callable(getattr(import_module(f"reward_models.{module}"), name)), place
+    for spec in RewardSpec.variants.values():
+        module, _, name = spec.builder.partition(":")
+        assert callable(getattr(import_module(module), name)), spec.builder
 
 
 def test_recipes_are_checked_by_the_same_classes():
     from align.recipe import schema
 
     assert schema.RewardSpec is RewardSpec
-    full = kinds()["exact_match"](kind="exact_match", name="em", weight=2.0)
+    full = RewardSpec.variants["exact_match"](kind="exact_match", name="em", weight=2.0)
     for given in (full, full.model_dump(), {"kind": "exact_match", "name": "em", "weight": 2.0}):
         reward = build_reward(given)
         assert (reward.name, reward.__name__, reward.weight) == ("em", "em", 2.0)
         assert reward(prompts=["?"], completions=["A"], answer=["a"]) == [1.0]
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", RewardSpec.variants)
 def test_unknown_key_of_any_kind_is_refused(kind: str):
-    required = {k: None for k, f in kinds()[kind].model_fields.items() if f.is_required()}
+    required = {
+        k: None for k, f in RewardSpec.variants[kind].model_fields.items() if f.is_required()
+    }
     with pytest.raises(ValueError, match=r"reward '.*': (.*; )?unknown key 'weigth'; did you mean"):
         build_reward({**required, "kind": kind, "weigth": 2.0})
 

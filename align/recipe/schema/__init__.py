@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -17,6 +17,33 @@ from align.recipe.schema.common import (
     TokenizerSpec,
     ZeroSpec,
 )
+from align.recipe.schema.training import (
+    AugmentSpec,
+    EarlyStoppingSpec,
+    EwcSpec,
+    LayersSpec,
+    StageSpec,
+    TrainingStage,
+)
+from align.recipe.schema.tuning import TuningSpec
+from reward_models.specs import EndpointSpec, EnsembleSpec, RewardSpec, ScalarSpec
+
+# Kinds of stages are listed in the order in which their modules are imported.
+# isort: split
+from align.recipe.schema.offline import (
+    BaseStage,
+    ClassifyStage,
+    DpoStage,
+    EncoderStage,
+    KtoStage,
+    OfflineStage,
+    RewardStage,
+    SftStage,
+)
+from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
+from align.recipe.schema.trl import TrlStage
+
+# isort: split
 from align.recipe.schema.data_stages import (
     CurateStage,
     DataStage,
@@ -31,32 +58,9 @@ from align.recipe.schema.evaluate import (
     PairwiseSpec,
     TaskSpec,
 )
-from align.recipe.schema.offline import (
-    BaseStage,
-    ClassifyStage,
-    DpoStage,
-    EncoderStage,
-    KtoStage,
-    OfflineStage,
-    RewardStage,
-    SftStage,
-)
-from align.recipe.schema.online import GrpoStage, GuardSpec, OnlineStage, PpoStage, WatchSpec
-from align.recipe.schema.training import (
-    AugmentSpec,
-    EarlyStoppingSpec,
-    EwcSpec,
-    LayersSpec,
-    StageSpec,
-    TrainingStage,
-)
-from align.recipe.schema.trl import TrlStage
-from align.recipe.schema.tuning import TuningSpec
-from reward_models.specs import EndpointSpec, EnsembleSpec, RewardSpec, ScalarSpec
 
 __all__ = [
     "STAGES",
-    "AnyStage",
     "AugmentSpec",
     "BaseStage",
     "BuildSpec",
@@ -106,29 +110,7 @@ __all__ = [
     "references",
 ]
 
-AnyStage = Annotated[
-    BaseStage
-    | EncoderStage
-    | SftStage
-    | ClassifyStage
-    | RewardStage
-    | DpoStage
-    | KtoStage
-    | PpoStage
-    | GrpoStage
-    | TrlStage
-    | SelfInstructStage
-    | CurateStage
-    | WeakLabelStage
-    | EvaluateStage
-    | MergeStage,
-    Field(discriminator="kind"),
-]
-
-STAGES: dict[str, type[StageSpec]] = {
-    get_args(stage.model_fields["kind"].annotation)[0]: stage
-    for stage in get_args(get_args(AnyStage)[0])
-}
+STAGES = StageSpec.variants
 """Stage kind to its class, the only list of kinds; the class declares what the kind produces."""
 
 
@@ -156,7 +138,7 @@ class Recipe(Spec):
     """Use deterministic kernels on a GPU, which are slower; CPU kernels always are."""
     sinks: SinkSpec = SinkSpec()
     """Experiment trackers."""
-    stages: dict[str, AnyStage] = Field(min_length=1)
+    stages: dict[str, StageSpec] = Field(min_length=1)
     """The stages by name, in the order in which they run."""
 
     def inputs(self, stage: str) -> dict[str, str]:

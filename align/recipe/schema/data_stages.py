@@ -79,7 +79,7 @@ class WordingSpec(Spec):
 class SelfInstructStage(DataStage):
     """Generate instructions from a few examples with a model (Self-Instruct, arXiv:2212.10560)."""
 
-    module: ClassVar[str] = "data.self_instruct"
+    module: ClassVar[str] = "align.stages.data.self_instruct"
     kind: Literal["self_instruct"]
     init: Annotated[str, Ref("policy")]
     """Policy that writes instructions and responses."""
@@ -157,7 +157,7 @@ class DiversitySpec(Spec):
 class CurateStage(DataStage):
     """Select few, good and diverse rows (LIMA, arXiv:2305.11206); a ledger lists dropped rows."""
 
-    module: ClassVar[str] = "data.curate"
+    module: ClassVar[str] = "align.stages.data.curate"
     kind: Literal["curate"]
     data: list[DataSpec] = Field(min_length=1)
     """Rows to select from."""
@@ -215,7 +215,7 @@ class LabelFunction(Spec):
 class WeakLabelStage(DataStage):
     """Label rows by several weak judges, weighted by their agreement (Dawid and Skene, 1979)."""
 
-    module: ClassVar[str] = "data.weak_label"
+    module: ClassVar[str] = "align.stages.data.weak_label"
     kind: Literal["weak_label"]
     data: list[DataSpec] = Field(min_length=1)
     """Rows to label."""

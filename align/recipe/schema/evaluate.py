@@ -30,7 +30,7 @@ class MergeStage(StageSpec):
     """
 
     produces: ClassVar[str] = "policy"
-    module: ClassVar[str] = "merge"
+    module: ClassVar[str] = "align.stages.merge"
     kind: Literal["merge"]
     base: Annotated[str, Ref("policy")]
     """The model before the fine-tuning."""
@@ -221,7 +221,7 @@ class EvaluateStage(StageSpec):
     """Compare checkpoints on held-out prompts."""
 
     produces: ClassVar[str] = "evaluation"
-    module: ClassVar[str] = "evaluate.stage"
+    module: ClassVar[str] = "align.stages.evaluate.stage"
     kind: Literal["evaluate"]
     models: Annotated[list[str], Ref("policy")] = Field(min_length=1)
     """Stages, folders or hub ids of the compared models."""

@@ -60,7 +60,7 @@ class BaseStage(StageSpec):
     """Import a model (``path``), or build and pretrain a small one (``build``)."""
 
     produces: ClassVar[str] = "policy"
-    module: ClassVar[str] = "base_model"
+    module: ClassVar[str] = "align.stages.base_model"
     kind: Literal["base"]
     path: str | None = None
     """Folder or hub id of a transformers model."""
@@ -95,10 +95,20 @@ class BaseStage(StageSpec):
         return self
 
 
+class EncoderStage(StageSpec):
+    """Import an encoder such as BERT for classify and reward stages; it cannot generate."""
+
+    produces: ClassVar[str] = "encoder"
+    module: ClassVar[str] = "align.stages.encoder"
+    kind: Literal["encoder"]
+    path: str
+    """Folder or hub id of a transformers model."""
+
+
 class SftStage(OfflineStage):
     """Supervised fine-tuning on the assistant turns."""
 
-    module: ClassVar[str] = "sft"
+    module: ClassVar[str] = "align.stages.sft"
     family: ClassVar = "supervised"
     heldout_metrics: ClassVar = ("eval/loss",)
     kind: Literal["sft"]
@@ -109,7 +119,7 @@ class SftStage(OfflineStage):
 class DpoStage(OfflineStage):
     """Direct preference optimization (arXiv:2305.18290) and related losses."""
 
-    module: ClassVar[str] = "dpo"
+    module: ClassVar[str] = "align.stages.dpo"
     family: ClassVar = "policy"
     heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob")
     kind: Literal["dpo"]
@@ -155,7 +165,7 @@ class DpoStage(OfflineStage):
 class KtoStage(OfflineStage):
     """Learn from single responses labeled good or bad (KTO, arXiv:2402.01306)."""
 
-    module: ClassVar[str] = "kto"
+    module: ClassVar[str] = "align.stages.kto"
     family: ClassVar = "policy"
     heldout_metrics: ClassVar = ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward")
     kind: Literal["kto"]
@@ -178,7 +188,7 @@ class RewardStage(OfflineStage):
     """Train a reward model (arXiv:1706.03741; centering: arXiv:2312.09244)."""
 
     produces: ClassVar[str] = "reward_model"
-    module: ClassVar[str] = "reward.stage"
+    module: ClassVar[str] = "align.stages.reward.stage"
     family: ClassVar = "supervised"
     heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy")
     new_head: ClassVar[str | None] = "reward"
@@ -235,21 +245,11 @@ class RewardStage(OfflineStage):
             raise ValueError(f"{', '.join(changed)} has no effect {when}; remove it")
 
 
-class EncoderStage(StageSpec):
-    """Import an encoder such as BERT for classify and reward stages; it cannot generate."""
-
-    produces: ClassVar[str] = "encoder"
-    module: ClassVar[str] = "encoder"
-    kind: Literal["encoder"]
-    path: str
-    """Folder or hub id of a transformers model."""
-
-
 class ClassifyStage(OfflineStage):
     """Train a text classifier: a new head on a decoder or an encoder."""
 
     produces: ClassVar[str] = "classifier"
-    module: ClassVar[str] = "classify"
+    module: ClassVar[str] = "align.stages.classify"
     family: ClassVar = "supervised"
     heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy")
     new_head: ClassVar[str | None] = "classify"

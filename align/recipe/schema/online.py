@@ -103,7 +103,7 @@ class CriticSpec(Spec):
 class OnlineStage(TrainingStage):
     """Base of ppo and grpo."""
 
-    module: ClassVar[str] = "online"
+    module: ClassVar[str] = "align.stages.online"
     family: ClassVar = "policy"
     prompts: list[DataSpec] = Field(min_length=1)
     """Prompts that responses are sampled for."""

@@ -22,6 +22,7 @@ from align.recipe.schema.tuning import (
     refuse_head,
     refuse_last,
 )
+from reward_models.specs import Variants
 
 
 class UnfreezeSpec(Spec):
@@ -122,13 +123,15 @@ class KeepSpec(Spec):
     """Augmentation of user turns."""
 
 
-class StageSpec(Spec):
+class StageSpec(Variants):
     """Base of every stage: what it produces, and how its processes are started."""
 
+    tag: ClassVar[str] = "kind"
+    variants: ClassVar[dict[str, type["StageSpec"]]] = {}
     produces: ClassVar[str]
     """Kind of the artifact that it writes."""
     module: ClassVar[str]
-    """Module of ``align.stages`` whose ``prepare(spec, context)`` prepares the stage."""
+    """Module whose ``prepare(spec, context)`` prepares the stage."""
     if TYPE_CHECKING:  # Each class has its own literal.
         kind: str
     ranks: Count = 1

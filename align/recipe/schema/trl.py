@@ -61,7 +61,7 @@ class TrlStage(StageSpec):
     """Run any TRL trainer with this project's data, artifacts, metrics and resumption."""
 
     produces: ClassVar[str] = "policy"
-    module: ClassVar[str] = "trl.stage"
+    module: ClassVar[str] = "align.stages.trl.stage"
     kind: Literal["trl"]
     trainer: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
     """Class name without ``Trainer``: KTO, ORPO, CPO, RLOO, OnlineDPO, GKD ..."""

@@ -3,11 +3,13 @@
 Each method has only the keys that affect it.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.recipe.schema.common import Count, Positive, Spec
+from align.recipe.schema.common import Count, Positive
+from reward_models.specs import Variants
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -22,9 +24,40 @@ Targets = Annotated[Literal["all-linear"] | list[str], AfterValidator(_names_one
 """``all-linear`` means every linear layer of the decoder except the output head."""
 
 
-class Tuning(Spec):
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The learning rates that are known to work for a tuning method.
+
+    Attributes:
+        default: rate of a recipe that does not set one.
+        low: ``align check`` warns below this rate.
+        high: ``align check`` warns above this rate.
+        source: origin of the numbers, and which of them are our choice.
+    """
+
+    default: float
+    low: float
+    high: float
+    source: str
+
+
+LORA_RATES = Rates(
+    2e-4,
+    1e-4,
+    3e-4,
+    "1e-4 to 2e-4 from 7B to 65B (arXiv:2305.14314 appendix B), 2e-4 for GPT-3 (arXiv:2106.09685 "
+    "appendix D), in Zephyr's qlora recipe and in TRL's example",
+)
+_PEFT = "peft's comparison of methods on Llama-3.2-3B (method_comparison/MetaMathQA)"
+
+
+class TuningSpec(Variants):
     """Base of the methods; the class variables declare the capabilities of a method."""
 
+    tag: ClassVar[str] = "method"
+    variants: ClassVar[dict[str, type["TuningSpec"]]] = {}
+    if TYPE_CHECKING:  # Each class has its own literal.
+        method: str
     merges: ClassVar[bool] = True
     """The adapter can be merged into the weights; otherwise it is saved separately."""
     virtual: ClassVar[bool] = False
@@ -41,9 +74,14 @@ class Tuning(Spec):
     """Maximum ranks that vLLM can be configured for when it serves the adapter alone."""
     peft_type: ClassVar[str | None] = None
     """peft's name of an adapter that is saved separately."""
+    builder: ClassVar[str | None] = None
+    """``module:function`` that returns peft's configuration for a model and a spec, if it adds any
+    module."""
+    rates: ClassVar[Rates | None] = None
+    """Learning rates in supervised stages (sft, reward, classify); None if none are known."""
 
 
-class BesideTuning(Tuning):
+class BesideTuning(TuningSpec):
     """Base of the methods whose adapter cannot be merged."""
 
     merges: ClassVar[bool] = False
@@ -58,26 +96,43 @@ class VirtualTuning(BesideTuning):
     inside_layers: ClassVar[bool] = False
 
 
-class FullTuning(Tuning):
+class FullTuning(TuningSpec):
     """Train every weight."""
 
+    rates: ClassVar[Rates | None] = Rates(
+        2e-5,
+        1e-5,
+        5e-5,
+        "2e-5 to 5e-5 for BERT (arXiv:1810.04805 appendix A.3), 2e-5 for Llama 2 "
+        "(arXiv:2307.09288 section 3.1), DeepSeekMath's reward model (arXiv:2402.03300) and TRL's "
+        "default of sft",
+    )
     method: Literal["full"] = "full"
 
 
-class HeadTuning(Tuning):
+class HeadTuning(TuningSpec):
     """Freeze the backbone and train the new task head of a reward or classify stage."""
 
     inside_layers: ClassVar[bool] = False
+    rates: ClassVar[Rates | None] = Rates(
+        1e-3,
+        1e-4,
+        1e-2,
+        "Adam's own 1e-3 (arXiv:1412.6980 algorithm 1) for a layer alone; a factor of 10 either "
+        "way is our choice",
+    )
     method: Literal["head"]
 
 
-class LoraTuning(Tuning):
+class LoraTuning(TuningSpec):
     """Add low-rank updates (arXiv:2106.09685).
 
     ``rslora`` scales by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732).
     """
 
     served_ranks: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128, 256, 320, 512)
+    builder: ClassVar[str | None] = "align.tuning.configs:lora"
+    rates: ClassVar[Rates | None] = LORA_RATES
     method: Literal["lora", "rslora"]
     rank: Count = 16
     """Rank of the updates."""
@@ -96,10 +151,18 @@ class DoraTuning(LoraTuning):
     method: Literal["dora"]
 
 
-class PissaTuning(Tuning):
+class PissaTuning(TuningSpec):
     """Train the leading singular directions of each weight (arXiv:2404.02948), alpha = rank."""
 
     in_trl: ClassVar[bool] = False
+    builder: ClassVar[str | None] = "align.tuning.configs:pissa"
+    rates: ClassVar[Rates | None] = Rates(
+        2e-5,
+        1e-5,
+        5e-5,
+        "2e-5 in its authors' scripts for Llama 2 (arXiv:2404.02948): it trains the leading part "
+        "of the weights themselves",
+    )
     method: Literal["pissa"]
     rank: Count = 16
     """Number of singular directions."""
@@ -107,11 +170,13 @@ class PissaTuning(Tuning):
     """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
-class QloraTuning(Tuning):
+class QloraTuning(TuningSpec):
     """Add low-rank updates to 4-bit weights, doubly quantized NF4 (arXiv:2305.14314)."""
 
     new_at_start: ClassVar[bool] = True
     in_trl: ClassVar[bool] = False
+    builder: ClassVar[str | None] = "align.tuning.configs:lora"
+    rates: ClassVar[Rates | None] = LORA_RATES
     method: Literal["qlora"]
     rank: Count = 16
     """Rank of the updates."""
@@ -123,15 +188,26 @@ class QloraTuning(Tuning):
     """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
-class Ia3Tuning(Tuning):
+class Ia3Tuning(TuningSpec):
     """Scale keys, values and the inner activations of the MLP by trained vectors (2205.05638)."""
 
+    builder: ClassVar[str | None] = "align.tuning.configs:ia3"
+    rates: ClassVar[Rates | None] = Rates(
+        5e-3,
+        1e-3,
+        1e-2,
+        f"3e-3 in its authors' configuration of T0 (arXiv:2205.05638, Adafactor), 5e-3 in {_PEFT}",
+    )
     method: Literal["ia3"]
 
 
-class OftTuning(Tuning):
+class OftTuning(TuningSpec):
     """Rotate the inputs of each weight by trained orthogonal blocks (arXiv:2306.07280)."""
 
+    builder: ClassVar[str | None] = "align.tuning.configs:oft"
+    rates: ClassVar[Rates | None] = Rates(
+        1e-4, 3e-5, 3e-4, f"1e-4 in {_PEFT}; a factor of 3 either way is our choice"
+    )
     method: Literal["oft"]
     block_size: Annotated[int, Field(ge=2)] = 32
     """Must divide the inputs of every target."""
@@ -139,9 +215,17 @@ class OftTuning(Tuning):
     """``all-linear``, or endings of module names such as ``q_proj``."""
 
 
-class VeraTuning(Tuning):
+class VeraTuning(TuningSpec):
     """Scale shared random low-rank matrices by trained vectors (arXiv:2310.11454)."""
 
+    builder: ClassVar[str | None] = "align.tuning.configs:vera"
+    rates: ClassVar[Rates | None] = Rates(
+        1e-3,
+        1e-4,
+        2e-2,
+        f"1e-4 in {_PEFT}, 2e-2 in peft's example for RoBERTa; the default in between is our "
+        "choice",
+    )
     method: Literal["vera"]
     rank: Count = 256
     """Rank of the shared random matrices."""
@@ -154,6 +238,14 @@ class BottleneckTuning(BesideTuning):
 
     continues: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "BOTTLENECK"
+    builder: ClassVar[str | None] = "align.tuning.configs:bottleneck"
+    rates: ClassVar[Rates | None] = Rates(
+        3e-4,
+        3e-5,
+        3e-3,
+        "3e-4 in its authors' example for BERT, the middle of the rates that they tried "
+        "(arXiv:1902.00751 section 3)",
+    )
     method: Literal["bottleneck"]
     size: Count = 64
     """Units of the inner layer."""
@@ -163,6 +255,13 @@ class PrefixTuning(VirtualTuning):
     """Train keys and values of virtual tokens in every layer by an MLP (arXiv:2101.00190)."""
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    builder: ClassVar[str | None] = "align.tuning.configs:prefix"
+    rates: ClassVar[Rates | None] = Rates(
+        1e-3,
+        5e-5,
+        5e-3,
+        f"5e-5 in its authors' runs of GPT-2 (arXiv:2101.00190), 1e-3 and 5e-3 in {_PEFT}",
+    )
     method: Literal["prefix"]
     virtual_tokens: Count = 16
     """Number of virtual tokens."""
@@ -174,6 +273,14 @@ class PromptTuning(VirtualTuning):
     """Train the embeddings of virtual tokens, initialized from real ones (arXiv:2104.08691)."""
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    builder: ClassVar[str | None] = "align.tuning.configs:prompt"
+    rates: ClassVar[Rates | None] = Rates(
+        1e-3,
+        1e-3,
+        3e-1,
+        "0.3 for T5 (arXiv:2104.08691 section 3, Adafactor); with AdamW 1e-3 in "
+        f"{_PEFT} and 3e-2 in its guide",
+    )
     method: Literal["prompt"]
     virtual_tokens: Count = 16
     """Number of virtual tokens."""
@@ -183,6 +290,13 @@ class PtuningTuning(VirtualTuning):
     """Train virtual tokens whose embeddings are computed by an MLP (arXiv:2103.10385)."""
 
     peft_type: ClassVar[str | None] = "P_TUNING"
+    builder: ClassVar[str | None] = "align.tuning.configs:ptuning"
+    rates: ClassVar[Rates | None] = Rates(
+        1e-4,
+        3e-5,
+        1e-3,
+        f"1e-4 and, with an LSTM, 5e-4 in {_PEFT}; the ends of the range are our choice",
+    )
     method: Literal["ptuning"]
     virtual_tokens: Count = 16
     """Number of virtual tokens."""
@@ -199,6 +313,14 @@ class LoreftTuning(BesideTuning):
 
     continues: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LOREFT"
+    builder: ClassVar[str | None] = "align.tuning.configs:loreft"
+    rates: ClassVar[Rates | None] = Rates(
+        9e-4,
+        3e-4,
+        3e-3,
+        "9e-4 in its authors' commands for Llama (arXiv:2404.03592); a factor of 3 either way is "
+        "our choice",
+    )
     method: Literal["loreft"]
     rank: Count = 4
     """Dimension of the subspace."""
@@ -218,30 +340,38 @@ class LoreftTuning(BesideTuning):
         return self
 
 
-TuningSpec = Annotated[
-    FullTuning
-    | HeadTuning
-    | LoraTuning
-    | DoraTuning
-    | PissaTuning
-    | QloraTuning
-    | Ia3Tuning
-    | OftTuning
-    | VeraTuning
-    | BottleneckTuning
-    | PrefixTuning
-    | PromptTuning
-    | PtuningTuning
-    | LoreftTuning,
-    Field(discriminator="method"),
-]
-
-METHODS: dict[str, type[Tuning]] = {
-    method: tuning
-    for tuning in get_args(get_args(TuningSpec)[0])
-    for method in get_args(tuning.model_fields["method"].annotation)
-}
+METHODS = TuningSpec.variants
 """Class of each method."""
+
+
+POLICY_SOURCES = {
+    "full": "5e-7 for Zephyr (its dpo recipe, arXiv:2310.16944), 1e-6 for DeepSeekMath "
+    "(arXiv:2402.03300) and TRL's default of dpo, kto and grpo, 3e-6 for PPO (arXiv:2403.17031), "
+    "5e-7 to 5e-6 in TRL's advice on kto",
+    "lora": "5e-6 in Zephyr's qlora recipe of dpo, 1e-5 in TRL's advice on dpo and in its runs of "
+    "grpo; the upper end is our choice",
+}
+"""Sources of the rates in policy optimization; other methods use the ratio of these two."""
+
+
+def known_rates(family: str, method: str) -> Rates | None:
+    """Return the known rates of a method in a family of stages; None for an unknown method.
+
+    Policy optimization uses 1/20 of the supervised default, and a range from 1/20 of the lowest to
+    1/10 of the highest rate. Published rates of full and LoRA training have this ratio.
+    """
+    found = METHODS[method].rates if method in METHODS else None
+    if found is None or family == "supervised":
+        return found
+    source = POLICY_SOURCES.get(
+        "lora" if found is LORA_RATES else method,
+        f"1/20 to 1/10 of its supervised rates, as with full and lora, is our choice; those: "
+        f"{found.source}",
+    )
+    scaled = (found.default / 20, found.low / 20, found.high / 10)
+    # Three digits: 2e-5 / 20 is 1.0000000000000002e-06 otherwise.
+    default, low, high = (float(f"{rate:.3g}") for rate in scaled)
+    return Rates(default, low, high, source)
 
 
 def refuse_dropout(tuning: TuningSpec) -> None:
