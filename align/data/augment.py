@@ -86,9 +86,9 @@ class AugmentedRows(Sequence[TokenRow]):
         self,
         rows: Sequence[TokenRow],
         examples: Sequence[Example],
+        *,
         render: Callable[[Example], TokenRow],
         spec: AugmentSpec,
-        *,
         seed: int,
         max_length: int,
     ) -> None:

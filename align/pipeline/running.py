@@ -94,7 +94,7 @@ def run(
             if stage.name not in chosen:
                 continue
             if stage.status == "done" and stage.name not in again:
-                terminal.skip(position, len(planned), stage.name, stage.reason)
+                terminal.skip(stage.name, stage.reason, position=position, count=len(planned))
                 continue
             if signals.count:
                 terminal.line(
@@ -112,7 +112,9 @@ def run(
             write_resolved(recipe, resolved)
             arguments = [stage.kind, "--resolved", str(resolved), "--stage", stage.name]
             arguments += ["--run-dir", str(folder)]
-            terminal.begin(position, len(planned), stage.name, stage.kind, folder / stage.name)
+            terminal.begin(
+                stage.name, stage.kind, folder / stage.name, position=position, count=len(planned)
+            )
             code = _run_stage(
                 recipe,
                 stage.name,
@@ -244,7 +246,7 @@ def _run_stage(
         saves = code == EXIT_PREEMPTED and spec.kind not in WITHOUT_CHECKPOINTS
         terminal.preempted(name, saved=kept or saves)
         return EXIT_PREEMPTED
-    terminal.failed(name, exit_reason(code), log, _tail(log, process.log_start))
+    terminal.failed(name, exit_reason(code), log=log, tail=_tail(log, process.log_start))
     return code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
 
 

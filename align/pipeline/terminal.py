@@ -102,11 +102,11 @@ class Terminal:
         states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
         self.line(f"{name} in {run_dir}: {states}")
 
-    def skip(self, position: int, count: int, stage: str, reason: str) -> None:
+    def skip(self, stage: str, reason: str, *, position: int, count: int) -> None:
         """Show that a stage is already done."""
         self.line(f"[{position}/{count}] {stage}: done already, {reason}")
 
-    def begin(self, position: int, count: int, stage: str, kind: str, folder: Path) -> None:
+    def begin(self, stage: str, kind: str, folder: Path, *, position: int, count: int) -> None:
         """Start following a stage's metrics, samples and log."""
         self._title = f"[{position}/{count}] {stage}"
         files = ("metrics.jsonl", "samples.jsonl", "log.txt")
@@ -183,7 +183,7 @@ class Terminal:
         state = "a checkpoint was saved" if saved else "no new checkpoint was saved"
         self.line(f"{stage}: stopped, {state}. Run the same command again to resume")
 
-    def failed(self, stage: str, reason: str, log: Path, tail: Sequence[str]) -> None:
+    def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str]) -> None:
         """Show the end of a failed stage's log."""
         self._stop_live()
         self.line(f"{stage}: failed ({reason}); the end of {log}:")

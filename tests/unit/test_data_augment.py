@@ -65,7 +65,7 @@ def test_batches_of_any_step_are_the_same_whatever_came_before() -> None:
         return TokenRow(ids, tuple(True for _ in ids))
 
     augmented = AugmentedRows(
-        rows, examples, render, AugmentSpec(word_dropout=0.5), seed=3, max_length=999
+        rows, examples, render=render, spec=AugmentSpec(word_dropout=0.5), seed=3, max_length=999
     )
     schedule = OfflineSchedule(9, 4, 99, 0, 0, 1, seed=6)
     late = pick(augmented, schedule, 7)
@@ -92,8 +92,8 @@ def test_rows_that_no_longer_fit_stand_as_they_are() -> None:
     augmented = AugmentedRows(
         [row(4), row(4)],
         [Example(prompt="long"), Example(prompt="short")],
-        lambda e: row(lengths[e.prompt]),
-        AugmentSpec(templates=["<{text}>"]),
+        render=lambda e: row(lengths[e.prompt]),
+        spec=AugmentSpec(templates=["<{text}>"]),
         seed=0,
         max_length=5,
     )

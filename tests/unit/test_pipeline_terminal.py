@@ -59,7 +59,7 @@ def test_tail_gives_whole_new_lines_only_and_follows_a_cut_file(tmp_path: Path):
 def follow(folder: Path, *, tty: bool) -> str:
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, width=160, soft_wrap=True, force_terminal=tty))
-    terminal.begin(2, 5, "sft", "sft", folder)
+    terminal.begin("sft", "sft", folder, position=2, count=5)
     row = {"step": 3, "time_s": 6.0, "total_steps": 9, "train/loss": 1.5, "tokens/per_s": 1234.5}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     sample = {"step": 3, "prompt": "2+2?", "completion": "4", "score": None}
@@ -96,7 +96,7 @@ def test_warnings_of_the_preflight_are_shown_once(tmp_path: Path, tty: bool):
     terminal = Terminal(
         Console(file=shown, width=160, soft_wrap=True, force_terminal=tty, highlight=False)
     )
-    terminal.begin(2, 2, "kto", "kto", tmp_path)
+    terminal.begin("kto", "kto", tmp_path, position=2, count=2)
     terminal.update()
     (tmp_path / "preflight.json").write_text(json.dumps(Card("kto", "kto", lines).plain()))
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_without_steps_the_log_speaks_and_nothing_is_said_twice(tmp_path: Path, 
     (tmp_path / "log.txt").write_text("12:00:00 of the attempt before\n")
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, width=160, soft_wrap=True, force_terminal=False))
-    terminal.begin(1, 1, "evaluate", "evaluate", tmp_path)
+    terminal.begin("evaluate", "evaluate", tmp_path, position=1, count=1)
     log = (tmp_path / "log.txt").open("a")
     row = {"step": 1, "time_s": 6.0, "total_steps": 1, "reward/mean": 0.5}
     for now, text in (

@@ -71,7 +71,7 @@ def _examples(paths: Sequence[str]) -> Iterator[Example]:
 
 
 def texts_at(
-    ids: Sequence[int], rows: Rows, sources: Iterable["Source"], plan: Plan
+    ids: Sequence[int], rows: Rows, *, sources: Iterable["Source"], plan: Plan
 ) -> dict[int, str]:
     """Return the texts of some rows, which are read again."""
     wanted: dict[str, dict[str, int]] = defaultdict(dict)

@@ -119,7 +119,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
     note = look_for_near_copies(
         rows,
         tally,
-        lambda ids: texts_at(ids, rows, sources, plan),
+        lambda ids: texts_at(ids, rows, sources=sources, plan=plan),
         same_prompt=plan.kind not in ("preference", "unpaired"),
     )
     report.notes += [note] if note else []

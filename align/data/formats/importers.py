@@ -35,7 +35,7 @@ def from_messages(row: Row, source: str) -> list[Example]:
     turns = to_turns(row["messages"], field="messages", source=source)
     rest = other_fields(row, "messages", *_LABELS)
     if _label_name(row):
-        return [_judged(turns[:-1], turns[-1:], row, rest, source)]
+        return [_judged(turns[:-1], turns[-1:], row, rest=rest, source=source)]
     return [Example(prompt=[], completion=turns, columns=rest, source=source)]
 
 
@@ -62,7 +62,7 @@ def from_question_answer(row: Row, source: str) -> list[Example]:
 def from_unpaired(row: Row, source: str) -> list[Example]:
     """Read ``prompt``, ``completion`` and its binary ``label``."""
     prompt, completion, rest = question_and_answer(row, source)
-    return [_judged(prompt, completion, row, other_fields(rest, *_LABELS), source)]
+    return [_judged(prompt, completion, row, rest=other_fields(rest, *_LABELS), source=source)]
 
 
 def from_segments(row: Row, source: str) -> list[Example]:
@@ -119,13 +119,13 @@ def from_preference(row: Row, source: str) -> list[Example]:
         raise DataError(f"{source}: chosen and rejected: one is text, the other turns", code="D073")
     rest = other_fields(row, *names, "margin")
     if not any(name in row for name in ASKED):
-        return [implicit_pair(chosen, rejected, row, rest, source)]
+        return [implicit_pair(chosen, rejected, row=row, rest=rest, source=source)]
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         # As in Alpaca rows, these are a question and its responses, not a text and its
         # continuations.
         chosen, rejected = as_turns(chosen, "assistant"), as_turns(rejected, "assistant")
     prompt, rest = question_of(rest, source)
-    return [explicit_pair(prompt, chosen, rejected, row, rest, source)]
+    return [explicit_pair(prompt, chosen, rejected, row=row, rest=rest, source=source)]
 
 
 def from_hh(row: Row, source: str) -> list[Example]:
@@ -133,7 +133,11 @@ def from_hh(row: Row, source: str) -> list[Example]:
     sides = [_hh_turns(row[side], field=side, source=source) for side in ("chosen", "rejected")]
     return [
         implicit_pair(
-            sides[0], sides[1], row, other_fields(row, "chosen", "rejected", "margin"), source
+            sides[0],
+            sides[1],
+            row=row,
+            rest=other_fields(row, "chosen", "rejected", "margin"),
+            source=source,
         )
     ]
 
@@ -148,7 +152,16 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (to_turns(row[name], field=name, source=source) for name in names)
     prompt = to_turns(given["messages"], field="input.messages", source=source)
-    return [make_pair(prompt, chosen, rejected, row, other_fields(row, "input", *names), source)]
+    return [
+        make_pair(
+            prompt,
+            chosen,
+            rejected,
+            row=row,
+            rest=other_fields(row, "input", *names),
+            source=source,
+        )
+    ]
 
 
 def from_alpaca(row: Row, source: str) -> list[Example]:
@@ -159,7 +172,7 @@ def from_alpaca(row: Row, source: str) -> list[Example]:
     answer = [Turn(role="assistant", content=text_field(row, output, source))]
     rest = other_fields(rest, output, "kto_tag")
     if "kto_tag" in row:
-        return [_judged(as_turns(prompt, "user"), answer, row, rest, source)]
+        return [_judged(as_turns(prompt, "user"), answer, row, rest=rest, source=source)]
     return [Example(as_turns(prompt, "user"), answer, columns=rest, source=source)]
 
 
@@ -169,9 +182,9 @@ def from_sharegpt(row: Row, source: str) -> list[Example]:
     rest = other_fields(row, "conversations", "chosen", "rejected", "margin", *_LABELS)
     if "chosen" in row and "rejected" in row:
         sides = [to_turns(row[s], field=s, source=source) for s in ("chosen", "rejected")]
-        return [make_pair(turns, sides[0], sides[1], row, rest, source)]
+        return [make_pair(turns, sides[0], sides[1], row=row, rest=rest, source=source)]
     if _label_name(row):
-        return [_judged(turns[:-1], turns[-1:], row, rest, source)]
+        return [_judged(turns[:-1], turns[-1:], row, rest=rest, source=source)]
     return [Example(prompt=[], completion=turns, columns=rest, source=source)]
 
 
@@ -196,7 +209,11 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
     prompt = [Turn(role="user", content=text_field(row, "instruction", source))]
     sides = [[Turn(role="assistant", content=side[1])] for side in (best, worst)]
     rest = other_fields(row, "instruction", "completions")
-    return [make_pair(prompt, sides[0], sides[1], {"margin": best[0] - worst[0]}, rest, source)]
+    return [
+        make_pair(
+            prompt, sides[0], sides[1], row={"margin": best[0] - worst[0]}, rest=rest, source=source
+        )
+    ]
 
 
 def from_text(row: Row | str, source: str) -> list[Example]:
@@ -245,7 +262,7 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
         if len(said) > 1:
             best, worst = ([_oasst_turn(said[i], source)] for i in (0, -1))
             if best != worst:
-                pairs.append(make_pair(turns, best, worst, {}, rest, source))
+                pairs.append(make_pair(turns, best, worst, row={}, rest=rest, source=source))
         branches += [(turns, reply) for reply in replies]
     return pairs
 
@@ -261,7 +278,7 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
         return []
     chosen = [Turn(role="assistant", content=right[0])]
     sides = [[Turn(role="assistant", content=text)] for text in dict.fromkeys(wrong)]
-    return [make_pair(prompt, chosen, side, {}, rest, source) for side in sides]
+    return [make_pair(prompt, chosen, side, row={}, rest=rest, source=source) for side in sides]
 
 
 def _ranked(node: Row) -> list[Row]:
@@ -286,7 +303,7 @@ def _label_name(row: Row) -> str | None:
     return next((name for name in _LABELS if name in row), None)
 
 
-def _judged(prompt: Text, completion: Text, row: Row, rest: Row, source: str) -> Example:
+def _judged(prompt: Text, completion: Text, row: Row, *, rest: Row, source: str) -> Example:
     name = _label_name(row) or "label"
     label = row[name]
     if isinstance(label, str) and label.lower() in ("true", "false"):

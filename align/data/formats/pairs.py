@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def make_pair(
-    prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
+    prompt: Text, chosen: Text, rejected: Text, *, row: Row, rest: Row, source: str
 ) -> Example:
     """Return the example of a pair, with the margin of its row."""
     return Example(
@@ -21,7 +21,7 @@ def make_pair(
 
 
 def explicit_pair(
-    prompt: Text, chosen: Text, rejected: Text, row: Row, rest: Row, source: str
+    prompt: Text, chosen: Text, rejected: Text, *, row: Row, rest: Row, source: str
 ) -> Example:
     """Return a pair with an explicit prompt, which the responses may repeat.
 
@@ -29,7 +29,7 @@ def explicit_pair(
         DataError: only one side repeats the prompt, or a side begins with something else.
     """
     if isinstance(prompt, str) and isinstance(chosen, str):
-        return make_pair(prompt, chosen, rejected, row, rest, source)
+        return make_pair(prompt, chosen, rejected, row=row, rest=rest, source=source)
     asked = as_turns(prompt, "user")
     sides = [as_turns(side, "assistant") for side in (chosen, rejected)]
     # Some datasets repeat the prompt in both sides, others give the responses alone.
@@ -45,10 +45,10 @@ def explicit_pair(
             f"{source}: chosen and rejected begin neither with the prompt nor a response",
             code="D071",
         )
-    return make_pair(asked, sides[0], sides[1], row, rest, source)
+    return make_pair(asked, sides[0], sides[1], row=row, rest=rest, source=source)
 
 
-def implicit_pair(chosen: Text, rejected: Text, row: Row, rest: Row, source: str) -> Example:
+def implicit_pair(chosen: Text, rejected: Text, *, row: Row, rest: Row, source: str) -> Example:
     """Return a pair whose prompt is the common prefix of both sides.
 
     Raises:
@@ -74,7 +74,9 @@ def implicit_pair(chosen: Text, rejected: Text, row: Row, rest: Row, source: str
             "Add a field 'prompt'.",
             code="D072",
         )
-    return make_pair(chosen[:count], chosen[count:], rejected[count:], row, rest, source)
+    return make_pair(
+        chosen[:count], chosen[count:], rejected[count:], row=row, rest=rest, source=source
+    )
 
 
 def _margin(row: Row, source: str) -> float | None:

@@ -67,7 +67,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
     shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
     shared += REASONING if kind == "sft" else ()
-    _refuse(given, kind, shared, source)
+    _refuse(given, kind=kind, shared=shared, source=source)
     taken = {key: given[key] for key in shared if key in given}
     rest = {k: v for k, v in row.items() if k in used or (k not in taken and k not in shared)}
     extras = Extras(
@@ -81,7 +81,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     return rest, extras
 
 
-def _refuse(given: Row, kind: str, shared: Sequence[str], source: str) -> None:
+def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> None:
     away = "or rename it to pass it to the rewards as a column (rename: {{{0}: {0}_column}})"
     for key in given:
         if key in _MEDIA:

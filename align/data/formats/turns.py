@@ -105,9 +105,9 @@ def _turn(turn: Any, where: str) -> Turn:
         raise DataError(f"{where}: expected a turn, found {shown(turn)}", code="D050")
     said = "from" if "from" in turn and "role" not in turn else "role"
     text = "value" if "value" in turn and "content" not in turn else "content"
-    _check_keys(turn, said, text, where)
-    role = _role_of(turn[said], _SHAREGPT_ROLES if said == "from" else ROLES, said, where)
-    content, reasoning, calls = _content_of(turn.get(text), turn, text, where)
+    _check_keys(turn, said=said, text=text, where=where)
+    role = _role_of(turn[said], _SHAREGPT_ROLES if said == "from" else ROLES, key=said, where=where)
+    content, reasoning, calls = _content_of(turn.get(text), turn, text=text, where=where)
     if reasoning and role != "assistant":
         raise DataError(f"{where}: reasoning in a turn of {role}, expected assistant", code="D056")
     if calls and role != "assistant":
@@ -126,7 +126,7 @@ def _turn(turn: Any, where: str) -> Turn:
     return found
 
 
-def _check_keys(turn: Row, said: str, text: str, where: str) -> None:
+def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
     """Raise unless the turn has a role and a content, and no key that would be dropped."""
     called = not is_nothing(turn.get("tool_calls")) or not is_nothing(turn.get("function_call"))
     needed = (said,) if called else (said, text)
@@ -151,7 +151,7 @@ def _check_keys(turn: Row, said: str, text: str, where: str) -> None:
         )
 
 
-def _role_of(role: Any, known: Iterable[str], key: str, where: str) -> str:
+def _role_of(role: Any, known: Iterable[str], *, key: str, where: str) -> str:
     if role in known:
         return _SHAREGPT_ROLES[role] if key == "from" else role
     meant = _MEANT.get(str(role).lower()) if key == "role" else None
@@ -163,7 +163,7 @@ def _role_of(role: Any, known: Iterable[str], key: str, where: str) -> str:
 
 
 def _content_of(
-    value: Any, turn: Row, text: str, where: str
+    value: Any, turn: Row, *, text: str, where: str
 ) -> tuple[str, str, list[dict[str, Any]]]:
     """Return a turn's text, reasoning and tool calls, from its content and the keys beside it."""
     if turn.get("from") in _CALLS and is_call(value):
