@@ -195,7 +195,7 @@ def train(arena: Arena, name: str, seed: int) -> list[Point]:
         stop_token_ids=arena.chat.stop_token_ids,
         push=lambda step: push(arena.next_version()),
         policy=policy,
-        critic=build_critic(spec, setting.model_dir, None, updates),  # type: ignore[arg-type]
+        critic=build_critic(spec, setting.model_dir, context=None, updates=updates),  # type: ignore[arg-type]
         reference=build_reference(spec, module, setting.model_dir),
         kl=FixedKL(spec.kl.coef),
     )

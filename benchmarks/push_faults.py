@@ -160,7 +160,9 @@ def compare(engine: Any, policy: Policy) -> None:
     """Compare log-probabilities as a stage does after a push."""
     probe = probe_of(PROMPT)
     logprobs = probe_logprobs(policy.scored, probe)
-    check_answers(engine, probe, logprobs, measured_rounding(policy.scored, probe, logprobs))
+    check_answers(
+        engine, probe, logprobs=logprobs, rounding=measured_rounding(policy.scored, probe, logprobs)
+    )
 
 
 def run_setup(setup: Setup, faults: tuple[Fault, ...], pushes: int) -> tuple[dict[str, str], int]:
@@ -255,7 +257,7 @@ def costs(model_dir: Path, pushes: int) -> Iterator[str]:
                 if rounding is None:
                     rounding = measured_rounding(policy.scored, probe, logprobs)
                     began = time.perf_counter()
-                check_answers(engine, probe, logprobs, rounding)
+                check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
                 answers.append(time.perf_counter() - began)
             except TrainingError as error:
                 sys.stderr.write(f"false alarm: {error}\n")

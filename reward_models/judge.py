@@ -134,7 +134,7 @@ class JudgeClient:
         pool = ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(wanted))))
         try:
             jobs = {
-                key: pool.submit(self._answer, key, messages, schema, began)
+                key: pool.submit(self._answer, key, messages, schema, began=began)
                 for key, messages in wanted.items()
             }
             answers = {key: job.result() for key, job in jobs.items()}
@@ -173,7 +173,7 @@ class JudgeClient:
         }
 
     def _answer(
-        self, key: str, messages: Messages, schema: Mapping[str, Any], began: float
+        self, key: str, messages: Messages, schema: Mapping[str, Any], *, began: float
     ) -> dict[str, Any]:
         place = self.endpoint.cache / key[:2] / f"{key}.json" if self.endpoint.cache else None
         if place is not None and (known := _read(place)) is not None:

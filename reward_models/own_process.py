@@ -119,7 +119,7 @@ class Scorer:
             }
             hidden = {"prompt_ids"} - self.parameters.keys()
         else:
-            known = _of_other_suite(self.style, prompts, completions, columns)
+            known = _of_other_suite(self.style, prompts, completions, columns=columns)
             hidden = set()
         return {
             name: value
@@ -155,7 +155,7 @@ class Scorer:
 
 
 def _of_other_suite(
-    style: str, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    style: str, prompts: Sequence[Any], completions: Sequence[Any], *, columns: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments that verl (one value per row) or OpenRLHF passes to a function."""
     answers = [completion_text(completion) for completion in completions]

@@ -168,6 +168,20 @@ def test_functions_and_files_are_short():
     assert not sorted(wrong)
 
 
+def test_at_most_three_parameters_are_positional():
+    assert structure.many_positional() == []
+
+
+def test_interfaces_of_libraries_are_still_there():
+    found = {
+        f"{module}.{node.name}"
+        for module, (_, tree) in structure.modules().items()
+        for node in structure.functions(tree)
+        if structure.positional(node) > 3
+    }
+    assert structure.INTERFACES.keys() <= found
+
+
 def test_no_import_circles():
     graph = {module: imports(module, at_import=True) & TREES.keys() - {module} for module in TREES}
     assert structure.circles(graph) == []

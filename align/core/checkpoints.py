@@ -45,7 +45,7 @@ def belong_to(identity: Mapping[str, Any] | None) -> None:
 
 
 def save_checkpoint(
-    directory: Path, step: int, engines: Mapping[str, Any], state: Mapping[str, Any], *, keep: int
+    directory: Path, step: int, *, engines: Mapping[str, Any], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Save engines (model, optimizer), every rank's RNG and ``state`` after ``step`` steps.
 

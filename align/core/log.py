@@ -162,14 +162,19 @@ class MetricsLog:
         # The ETA uses only this attempt, whose speed may differ from earlier ones.
         rate = elapsed / max(step - self._first_step, 1)
         left = rate * max(self._total_steps - step, 0)
-        log.info("%s", human_line(self._directory.name, step, self._total_steps, numbers, left))
+        log.info(
+            "%s",
+            human_line(
+                self._directory.name, numbers, step=step, total_steps=self._total_steps, left_s=left
+            ),
+        )
         for sink in self._sinks:
             sink.log(step, numbers)
         if sample is not None:
-            self.sample(step, sample["prompt"], sample["completion"], sample.get("score"))
+            self.sample(step, sample["prompt"], sample["completion"], score=sample.get("score"))
 
     def sample(
-        self, step: int, prompt: str | Sequence[Any], completion: str, score: float | None
+        self, step: int, prompt: str | Sequence[Any], completion: str, *, score: float | None
     ) -> None:
         """Write one sampled response to samples.jsonl."""
         if self._writes:
@@ -235,7 +240,7 @@ class MetricsLog:
 
 
 def human_line(
-    stage: str, step: int, total_steps: int, metrics: Mapping[str, float], left_s: float
+    stage: str, metrics: Mapping[str, float], *, step: int, total_steps: int, left_s: float
 ) -> str:
     """Return one step as one line: stage, step, its main metrics and the time left."""
     names = [name for name in HEADLINE if name in metrics]

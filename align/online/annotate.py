@@ -86,16 +86,16 @@ def annotate(
     whole = replace(experience, mask=experience.completion)
     found = {}
     if old:
-        found["old_logprobs"] = infer_tokens(whole, policy, plan, logprobs)
+        found["old_logprobs"] = infer_tokens(whole, policy, plan=plan, fn=logprobs)
     if reference is not None:
         # A LoRA policy is its own reference with the adapter off, which saves a copy of the model.
         own = reference is policy.module
         with policy.module.model.disable_adapter() if own else nullcontext():
             # The learner runs its engine; a separate reference runs as a plain module.
             run: Any = policy if own else reference.eval()
-            found["ref_logprobs"] = infer_tokens(whole, run, plan, logprobs)
+            found["ref_logprobs"] = infer_tokens(whole, run, plan=plan, fn=logprobs)
     if critic is not None:
-        found["values"] = infer_tokens(whole, critic, plan, values)
+        found["values"] = infer_tokens(whole, critic, plan=plan, fn=values)
         if spec.truncation == "bootstrap":
             experience = replace(experience, bootstrap=_values_behind(experience, critic, spec))
     return experience.with_tokens(**found)
@@ -120,6 +120,7 @@ def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -
 def infer_tokens(
     experience: Experience,
     model: Learner | nn.Module,
+    *,
     plan: Sequence[Sequence[int]],
     fn: Callable[[nn.Module, PackedBatch], Tensor],
 ) -> Tensor:

@@ -112,7 +112,9 @@ def train_online(
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
             state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
             state |= {"watch": watch.state_dict()} if watch is not None else {}
-            save_checkpoint(checkpoints, step + 1, run.engines, state, keep=spec.keep_checkpoints)
+            save_checkpoint(
+                checkpoints, step + 1, engines=run.engines, state=state, keep=spec.keep_checkpoints
+            )
         if stop and step + 1 < spec.steps:
             raise Preempted(f"stopped by a signal after step {step + 1}. Run again to resume")
     return last

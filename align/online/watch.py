@@ -81,7 +81,10 @@ class Watch:
         )
         answers, disagreement = self._judged(experience)
         seen = evaluation(
-            step, answers, disagreement, {r.name: r.weight for r in self.rewards if r.weight}
+            step,
+            answers,
+            disagreement=disagreement,
+            weights={r.name: r.weight for r in self.rewards if r.weight},
         )
         self.history.append(seen)
         # The checkpointed best stays too: a run that resumes there may still return it.
@@ -204,7 +207,7 @@ def plain(interval: guard.Interval) -> list[float | None]:
 
 
 def evaluation(
-    step: int, answers: Sequence[Answer], disagreement: float | None, weights: dict[str, float]
+    step: int, answers: Sequence[Answer], *, disagreement: float | None, weights: dict[str, float]
 ) -> guard.Evaluation:
     """Return the evaluation of responses, which are ordered by prompt."""
     by_prompt: dict[int, list[Answer]] = {}

@@ -20,6 +20,7 @@ from align.training.offline import OfflineTask
 def class_checks(
     spec: ClassifyStage,
     module: nn.Module,
+    *,
     backbone: nn.Module,
     task: OfflineTask[Any],
     classes: Sequence[str],
@@ -36,8 +37,8 @@ def class_checks(
         ("classes", partial(balance, task, classes)),
         ("tokens", partial(tokens, task, source.model_dir)),
         *start_checks(spec, backbone, source),
-        ("first loss", partial(first_loss, module, task, rows, len(classes))),
-        ("packing", partial(packing, spec, module, task, rows)),
+        ("first loss", partial(first_loss, module, task, rows, num_classes=len(classes))),
+        ("packing", partial(packing, spec, module, task, rows=rows)),
     ]
 
 
@@ -76,7 +77,7 @@ def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
 
 
 def first_loss(
-    module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], num_classes: int
+    module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], *, num_classes: int
 ) -> Finding:
     """Check that the loss of the new head is near that of uniform predictions."""
     # A new head predicts nearly uniformly: -log(1 / C) = log C.

@@ -85,7 +85,7 @@ def as_many(dataset: Sequence[Any], num_rows: int) -> Finding:
 
 
 def only_answers(
-    chat: ChatFormat, rows: Sequence[TokenRow], num_answer_tokens: int, num_all: int
+    chat: ChatFormat, rows: Sequence[TokenRow], *, num_answer_tokens: int, num_all: int
 ) -> Finding:
     """Compare the number of trained tokens with the number of response tokens.
 
@@ -114,7 +114,9 @@ def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> 
     """Check that every run of trained tokens ends in a stop token, apart from white space."""
     # A multi-turn row has one run of trained tokens per assistant turn.
     runs = [(row, start, end) for row in rows for start, end in _runs(row.trained)]
-    bad = [row.source for row, start, end in runs if not _stops(chat, row, start, end, known)]
+    bad = [
+        row.source for row, start, end in runs if not _stops(chat, row, known, start=start, end=end)
+    ]
     value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"
     twice = sum(_stops_twice(chat, row.input_ids[a:b], known) for row, a, b in runs)
     if twice and not bad:
@@ -154,7 +156,7 @@ def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
             start = None
 
 
-def _stops(chat: ChatFormat, row: TokenRow, start: int, end: int, known: frozenset[int]) -> bool:
+def _stops(chat: ChatFormat, row: TokenRow, known: frozenset[int], *, start: int, end: int) -> bool:
     # Only white space may follow the last stop token of a run.
     last = max((i for i in range(start, end) if row.input_ids[i] in known), default=None)
     return last is not None and not chat.decode(row.input_ids[last + 1 : end]).strip()

@@ -48,13 +48,13 @@ def loss_checks(
     """
     rows = few_rows(spec, task)
     checks: list[Check] = [
-        ("first loss", partial(first_loss, spec, module, task, rows, vocab_size)),
-        ("packing", partial(packing, spec, module, task, rows)),
+        ("first loss", partial(first_loss, spec, module, task, rows=rows, vocab_size=vocab_size)),
+        ("packing", partial(packing, spec, module, task, rows=rows)),
     ]
     if isinstance(module, LogprobModel) and spec.tuning.method != "loreft":
         checks.append(("own forward", partial(own_forward, spec, module, rows)))
     if isinstance(spec, DpoStage) and not spec.reference_free:
-        checks.append(("reference", partial(reference, spec, module, task, rows)))
+        checks.append(("reference", partial(reference, spec, module, task, rows=rows)))
     if isinstance(spec, RewardStage) and spec.use_margin:
         checks.append(("margins", partial(margins, task)))
     if isinstance(spec, KtoStage):
@@ -129,6 +129,7 @@ def first_loss(
     spec: OfflineStage,
     module: nn.Module,
     task: OfflineTask[Any],
+    *,
     rows: Sequence[Any],
     vocab_size: int,
 ) -> Finding:
@@ -184,7 +185,7 @@ def first_loss(
 
 @torch.no_grad()
 def reference(
-    spec: DpoStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
+    spec: DpoStage, module: nn.Module, task: OfflineTask[Any], *, rows: Sequence[Any]
 ) -> Finding:
     """Compare log-probabilities of reference and policy: their KL must start at 0."""
     # The reference was computed before training, perhaps in other packs: allow for rounding.
@@ -245,7 +246,7 @@ def open_dpo_limit(spec: DpoStage, vocab_size: int) -> float:
 
 
 def packing(
-    spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any]
+    spec: OfflineStage, module: nn.Module, task: OfflineTask[Any], *, rows: Sequence[Any]
 ) -> Finding:
     """Compare the loss of packed rows with that of each row alone."""
     # The global counts are those of all rows in both cases, so the sums must agree.

@@ -22,6 +22,7 @@ NUM_SCORED = 8
 def paired_checks(
     spec: RewardStage,
     chat: PairedFormat,
+    *,
     module: nn.Module,
     model: RewardModel,
     task: OfflineTask[Any],

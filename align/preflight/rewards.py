@@ -40,6 +40,7 @@ def reward_checks(
     label: str,
     specs: Sequence[RewardSpec],
     rewards: Sequence[RewardFunction],
+    *,
     prompts: Sequence[PromptRow],
     answers: Answers | None,
 ) -> list[Check]:
@@ -51,7 +52,10 @@ def reward_checks(
         prompts: those of the stage. answers: sampled responses, for the rate of invalid scores.
     """
     return [
-        (f"{label} {reward.name}", partial(self_test, spec, reward, prompts, answers))
+        (
+            f"{label} {reward.name}",
+            partial(self_test, spec, reward, prompts=prompts, answers=answers),
+        )
         for spec, reward in zip(specs, rewards, strict=True)
         if answers is not None or _testable(spec, prompts)
     ]
@@ -68,6 +72,7 @@ def _testable(spec: RewardSpec, prompts: Sequence[PromptRow]) -> bool:
 def self_test(
     spec: RewardSpec,
     reward: RewardFunction,
+    *,
     prompts: Sequence[PromptRow],
     answers: Answers | None,
 ) -> Finding:

@@ -116,6 +116,7 @@ def measured_rounding(model: nn.Module, ids: Sequence[int], logprobs: Tensor) ->
 def check_answers(
     engine: RolloutEngine,
     probe_ids: Sequence[int],
+    *,
     logprobs: Tensor,
     rounding: Tensor,
 ) -> Tensor:

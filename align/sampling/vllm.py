@@ -155,8 +155,8 @@ class VllmEngine:
         # A new number for each adapter: requests, caches and prefixes are looked up by it.
         self._pushes += 1
         named = ((name.removeprefix(ADAPTER), tensor) for name, tensor in named_tensors)
-        pushed = (self._pushes, named, self.options.tuning)
-        loaded = self._llm.collective_rpc(load_adapter, args=pushed)[0]
+        pushed, tuning = (self._pushes, named), {"tuning": self.options.tuning}
+        loaded = self._llm.collective_rpc(load_adapter, args=pushed, kwargs=tuning)[0]
         self._adapter = adapter_request(self._pushes)
         if self._llm.llm_engine.list_loras() != {self._adapter.lora_int_id}:
             raise ValueError(f"it does not serve adapter {self._adapter.lora_int_id} alone")

@@ -226,7 +226,7 @@ def adapter_request(number: int) -> Any:
 
 
 def load_adapter(
-    worker: Any, number: int, named_tensors: Iterable[tuple[str, Tensor]], tuning: LoraTuning
+    worker: Any, number: int, named_tensors: Iterable[tuple[str, Tensor]], *, tuning: LoraTuning
 ) -> Loaded:
     """Replace all adapters with one new adapter on the engine's worker.
 

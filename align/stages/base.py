@@ -231,13 +231,13 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     if not handed and distributed.rank() == 0:
         write_resolved(recipe, context.out / RECIPE_FILE)
     try:
-        _run(kind, context, manifest | {"identity": identity}, began)
+        _run(kind, context, manifest=manifest | {"identity": identity}, began=began)
     finally:
         _release()
     return EXIT_OK
 
 
-def _run(kind: str, context: StageContext, manifest: Mapping[str, Any], began: float) -> None:
+def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began: float) -> None:
     """Run the stage, and write its manifest last."""
     spec, identity = context.recipe.stages[context.name], manifest["identity"]
     checkpoints.belong_to(identity)

@@ -74,7 +74,9 @@ def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
         ),
         checks=[
             *data.checks,
-            *class_checks(spec, module, model.base_model, task, classes, source),
+            *class_checks(
+                spec, module, backbone=model.base_model, task=task, classes=classes, source=source
+            ),
         ],
         notes=data.notes,
     )
@@ -91,12 +93,12 @@ def train(
     task: OfflineTask[Any],
 ) -> StageResult:
     """Train a classifier, save it, and score the saved model on the held-out rows."""
-    write = partial(save, spec, model, classes, source)
+    write = partial(save, spec, model, classes=classes, source=source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
     # Training.
     trained, total = num_trained(model)
-    final = run_offline(module, task, spec, context, stopping=stopping)
+    final = run_offline(module, task, spec, context=context, stopping=stopping)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     # Saving: the last weights, or the best ones under early stopping.
     notes: dict[str, Any] = {"classes": classes}
@@ -254,7 +256,7 @@ def judge(
 
 
 def save(
-    spec: ClassifyStage, model: Any, classes: Sequence[str], source: Artefact, *, out: Path
+    spec: ClassifyStage, model: Any, *, classes: Sequence[str], source: Artefact, out: Path
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
     prefix = model.base_model_prefix

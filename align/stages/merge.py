@@ -75,7 +75,7 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) 
         curve = sweep(spec, sources, context)
         alpha = choose(curve, tolerance=spec.tolerance)
     if distributed.rank() == 0:
-        write(spec, sources, alpha, context.out / "model", seed=context.seed)
+        write(spec, sources, alpha=alpha, out=context.out / "model", seed=context.seed)
     distributed.barrier()
     log.info("alpha %g written", alpha)
     metrics = {"merge/alpha": alpha}
@@ -89,20 +89,20 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) 
 
 
 def write(
-    spec: MergeStage, sources: Sequence[Artefact], alpha: float, out: Path, *, seed: int
+    spec: MergeStage, sources: Sequence[Artefact], *, alpha: float, out: Path, seed: int
 ) -> None:
     """Write the merged model of one alpha; ``sources`` are the base and the tuned models."""
     base, *tuned = (source.model_dir for source in sources)
     if spec.method == "linear":
-        write_interpolated(base, tuned[0], alpha, out)
+        write_interpolated(base, tuned[0], alpha=alpha, out=out)
         return
     density = 0.5 if spec.density is None else spec.density
-    write_by_kit(base, tuned, alpha, out, method=spec.method, density=density, seed=seed)
+    write_by_kit(base, tuned, alpha=alpha, out=out, method=spec.method, density=density, seed=seed)
 
 
 @contextlib.contextmanager
 def merged_weights(
-    spec: MergeStage, sources: Sequence[Artefact], alpha: float, context: StageContext
+    spec: MergeStage, sources: Sequence[Artefact], *, alpha: float, context: StageContext
 ) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
     """Return a function that yields the merged weights of one alpha on every call."""
     # Linear interpolation is cheap enough to repeat; other methods go through a temporary folder.
@@ -111,7 +111,7 @@ def merged_weights(
         yield partial(interpolated, base, tuned, alpha)
         return
     with tempfile.TemporaryDirectory(dir=context.out) as place:
-        write(spec, sources, alpha, Path(place) / "model", seed=context.seed)
+        write(spec, sources, alpha=alpha, out=Path(place) / "model", seed=context.seed)
         yield partial(saved_weights, Path(place) / "model")
 
 
@@ -140,7 +140,9 @@ def merge_checks(
         for name, data in zip(SETS, (spec.prompts, spec.shifted), strict=True):
             rows = _rows(spec, data, context)
             found += prompt_checks(chat, rows, model_dir=sources[0].model_dir)
-            found += reward_checks(f"{name}: score", spec.scores, rewards, rows, None)
+            found += reward_checks(
+                f"{name}: score", spec.scores, rewards, prompts=rows, answers=None
+            )
     return found
 
 
@@ -172,14 +174,21 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
     trainer = LogprobModel(load_policy(base.model_dir, dtype=spec.dtype)).eval()
     metrics = context.metrics(len(spec.alphas))
     found: dict[float, dict[str, AlphaScores]] = {}
-    with contextlib.closing(start_engine(spec, base.model_dir, chat, context)) as engine:
+    with contextlib.closing(start_engine(spec, base.model_dir, chat, context=context)) as engine:
         # One engine for all alphas: only its weights change.
         for i, alpha in enumerate(spec.alphas):
-            merged = merged_weights(spec, sources, alpha, context)
+            merged = merged_weights(spec, sources, alpha=alpha, context=context)
             with engine.awake(), merged as weights:
-                push_merged(engine, trainer, weights, sets["prompts"], version=i + 1)
+                push_merged(engine, trainer, weights=weights, rows=sets["prompts"], version=i + 1)
                 found[alpha] = {
-                    name: answer(engine, rows, rewards, spec, chat.stop_token_ids, context)
+                    name: answer(
+                        engine,
+                        rows,
+                        rewards,
+                        spec=spec,
+                        stop_token_ids=chat.stop_token_ids,
+                        context=context,
+                    )
                     for name, rows in sets.items()
                 }
             seen = {
@@ -202,9 +211,9 @@ def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list
 def push_merged(
     engine: RolloutEngine,
     trainer: LogprobModel,
+    *,
     weights: Callable[[], Iterator[tuple[str, torch.Tensor]]],
     rows: Sequence[PromptRow],
-    *,
     version: int,
 ) -> None:
     """Push merged weights into the engine and verify that it uses them."""
@@ -215,13 +224,16 @@ def push_merged(
     push(engine, weights(), version=version)
     probe = probe_of(rows[0].input_ids)
     logprobs = probe_logprobs(trainer, probe)
-    check_answers(engine, probe, logprobs, measured_rounding(trainer, probe, logprobs))
+    check_answers(
+        engine, probe, logprobs=logprobs, rounding=measured_rounding(trainer, probe, logprobs)
+    )
 
 
 def answer(
     engine: RolloutEngine,
     rows: Sequence[PromptRow],
     rewards: Sequence[RewardFunction],
+    *,
     spec: MergeStage,
     stop_token_ids: tuple[int, ...],
     context: StageContext,

@@ -100,7 +100,11 @@ def check_saved_loss(final: Mapping[str, float], *, dtype: str) -> None:
 
 
 def build_anchor(
-    spec: OfflineStage | OnlineStage, module: LogprobModel, chat: ChatFormat, context: StageContext
+    spec: OfflineStage | OnlineStage,
+    module: LogprobModel,
+    chat: ChatFormat,
+    *,
+    context: StageContext,
 ) -> Anchor | None:
     """Return the EWC anchor of the old task at the current weights; None without ``keep.ewc``."""
     ewc = spec.keep.ewc
@@ -297,8 +301,8 @@ def offline_rows(
         return AugmentedRows(
             kept,
             [made_from[id(row)] for row in kept],
-            render,
-            spec.keep.augment,
+            render=render,
+            spec=spec.keep.augment,
             seed=distributed.derive_seed(context.seed, "augment"),
             max_length=spec.max_length,
         )
@@ -316,8 +320,8 @@ def run_offline(
     module: nn.Module,
     task: OfflineTask[Any],
     spec: OfflineStage,
-    context: StageContext,
     *,
+    context: StageContext,
     stopping: EarlyStopping | None,
     anchor: Anchor | None = None,
 ) -> dict[str, float]:
@@ -402,12 +406,12 @@ def train_policy(
 ) -> StageResult:
     """Train and save the policy of an offline stage, and return its results."""
     # Measured at the start, before the first step moves the weights.
-    anchor = build_anchor(spec, module, chat, context)
+    anchor = build_anchor(spec, module, chat, context=context)
     write = partial(save_trained_policy, spec, module, source=source)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
     # Training.
-    final = run_offline(module, task, spec, context, stopping=stopping, anchor=anchor)
+    final = run_offline(module, task, spec, context=context, stopping=stopping, anchor=anchor)
     trained, total = num_trained(module.model)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     notes = {}

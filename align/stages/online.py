@@ -125,10 +125,10 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
         heldout,
         max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
     )
-    prompts = fitted(training, spec, chat, context, what="prompts")
+    prompts = fitted(training, spec, chat, context=context, what="prompts")
     # The engine starts before the policy is built: vLLM claims its share of the memory at start.
     engine = context.resources.enter_context(
-        closing(start_engine(spec, source.model_dir, chat, context))
+        closing(start_engine(spec, source.model_dir, chat, context=context))
     )
     module = build_policy(spec, source.model_dir, seed=context.seed)
     # The adapter's first weights are random, so the engine cannot read them from disk.
@@ -154,7 +154,9 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
             *prompt_checks(chat, prompts, model_dir=source.model_dir),
             *start_checks(spec, module.model, source),
             *probe.checks(),
-            *reward_checks("reward", spec.rewards, rewards, prompts, probe.own_answers),
+            *reward_checks(
+                "reward", spec.rewards, rewards, prompts=prompts, answers=probe.own_answers
+            ),
         ],
         views=lambda: answer_views(probe, chat),
         notes=notes,
@@ -196,7 +198,9 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     # Saving; otherwise finish_watch restores the best weights.
     if watch is None or watch.spec.keep == "last":
         write(out=context.out)
-        check_saved(online.policy, parts.prompts[0].input_ids, context.out / "model", spec)
+        check_saved(
+            online.policy, parts.prompts[0].input_ids, model_dir=context.out / "model", spec=spec
+        )
     final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else finish_watch(watch, best)
@@ -216,7 +220,7 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
         dtype=spec.dtype,
         total_steps=policy_steps * updates,
         layers=spec.layers,
-        anchor=build_anchor(spec, parts.module, parts.chat, context),
+        anchor=build_anchor(spec, parts.module, parts.chat, context=context),
     )
     return OnlineRun(
         spec=spec,
@@ -228,7 +232,9 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
         stop_token_ids=parts.chat.stop_token_ids,
         push=Push(parts.engine, policy, probe_of(parts.prompts)),
         policy=policy,
-        critic=build_critic(spec, parts.source.model_dir, context, spec.steps * updates),
+        critic=build_critic(
+            spec, parts.source.model_dir, context=context, updates=spec.steps * updates
+        ),
         reference=parts.reference if spec.kl.coef > 0.0 else None,
         kl=build_kl(spec),
     )
@@ -256,7 +262,7 @@ def begin_watch(
     return build_watch(
         online,
         spec.watch,
-        prompts=fitted(parts.heldout, spec, parts.chat, context, what="watched prompts"),
+        prompts=fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts"),
         gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer),
         reference=parts.reference,
         best=best,
@@ -287,7 +293,7 @@ def build_reference(
 
 
 def build_critic(
-    spec: OnlineStage, policy_dir: Path, context: StageContext, updates: int
+    spec: OnlineStage, policy_dir: Path, *, context: StageContext, updates: int
 ) -> Learner | None:
     """Return PPO's critic, built from a reward model or the policy; its head starts at zero.
 

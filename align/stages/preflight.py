@@ -130,7 +130,7 @@ def evaluate_checks(
     for task in spec.all_tasks:
         grader, judge = rewards[task.name]
         prompts, own = rows[task.name], "" if task.name == OWN_TASK else f"{task.name}: "
-        checks += reward_checks(f"{own}score", task.grader, grader, prompts, None)
+        checks += reward_checks(f"{own}score", task.grader, grader, prompts=prompts, answers=None)
         if task.judge:
-            checks += reward_checks(f"{own}judge", task.judge, judge, prompts, None)
+            checks += reward_checks(f"{own}judge", task.judge, judge, prompts=prompts, answers=None)
     return checks

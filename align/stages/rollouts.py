@@ -48,6 +48,7 @@ def start_engine(
     spec: OnlineStage | EvaluateStage | MergeStage | SelfInstructStage,
     model_dir: Path,
     chat: ChatFormat,
+    *,
     context: StageContext,
 ) -> RolloutEngine:
     """Start the rollout engine of the recipe with the weights in ``model_dir``."""
@@ -68,11 +69,11 @@ def start_engine(
 def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
     """Return the tokenized prompts; those without room for a full response are dropped."""
     examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
-    return fitted(examples, spec, chat, context, what="prompts")
+    return fitted(examples, spec, chat, context=context, what="prompts")
 
 
 def fitted(
-    examples: Sequence[Example], spec: Any, chat: ChatFormat, context: StageContext, *, what: str
+    examples: Sequence[Example], spec: Any, chat: ChatFormat, *, context: StageContext, what: str
 ) -> list[PromptRow]:
     """Return the tokenized prompts that fit, and record the others in the ledger.
 
@@ -127,7 +128,7 @@ class Push:
                 [self.probe], lambda model, ids: measured_rounding(model, ids, logprobs)
             )
             self._rounding = measured[0]
-        check_answers(self.engine, self.probe, logprobs, self._rounding)
+        check_answers(self.engine, self.probe, logprobs=logprobs, rounding=self._rounding)
 
     def _note(self, proof: Proof) -> None:
         """Log which tensors the checksums cover, once and whenever that changes."""
@@ -143,7 +144,9 @@ class Push:
             )
 
 
-def check_saved(policy: Learner, prompt: Sequence[int], model_dir: Path, spec: OnlineStage) -> None:
+def check_saved(
+    policy: Learner, prompt: Sequence[int], *, model_dir: Path, spec: OnlineStage
+) -> None:
     """Check that a merged policy equals the one in memory, up to rounding.
 
     With qlora it differs on purpose: the update is applied to weights that were never quantized.

@@ -142,7 +142,9 @@ def train_offline(
         stop = stop_requested()
         if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
             state = {} if stopping is None else {"stopping": stopping.state_dict()}
-            save_checkpoint(checkpoints, done, engines, state, keep=schedule.keep_checkpoints)
+            save_checkpoint(
+                checkpoints, done, engines=engines, state=state, keep=schedule.keep_checkpoints
+            )
         if stop and done < schedule.total_steps:
             raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
     if stopping is not None:

@@ -52,10 +52,10 @@ def interpolated(base: Path, tuned: Path, alpha: float) -> Iterator[tuple[str, T
         arXiv:2109.01903 eq. 1.
     """
     for file in weight_files(tuned):
-        yield from _file(base, tuned, file.name, alpha).items()
+        yield from _file(base, tuned, name=file.name, alpha=alpha).items()
 
 
-def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None:
+def write_interpolated(base: Path, tuned: Path, *, alpha: float, out: Path) -> None:
     """Write an interpolated model folder, one file at a time; alpha 0 and 1 are copies."""
     shutil.rmtree(out, ignore_errors=True)
     if alpha in (0.0, 1.0):
@@ -67,7 +67,7 @@ def write_interpolated(base: Path, tuned: Path, alpha: float, out: Path) -> None
     places: dict[str, str] = {}
     total = 0
     for file in weight_files(tuned):
-        tensors = dict(_file(base, tuned, file.name, alpha))
+        tensors = dict(_file(base, tuned, name=file.name, alpha=alpha))
         save_file(tensors, out / file.name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file.name)
         total += sum(x.nbytes for x in tensors.values())
@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _file(base: Path, tuned: Path, name: str, alpha: float) -> dict[str, Tensor]:
+def _file(base: Path, tuned: Path, *, name: str, alpha: float) -> dict[str, Tensor]:
     """Interpolate the weights in one file of ``tuned``; in ``base`` they may be in other files."""
     places = {key: file for file in weight_files(base) for key in _names(file)}
     # A tied head follows the embeddings; interpolating it again would be redundant.

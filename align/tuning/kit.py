@@ -52,9 +52,9 @@ def kit_config(
 def write_by_kit(
     base: Path,
     tuned: Sequence[Path],
+    *,
     alpha: float,
     out: Path,
-    *,
     method: MergeMethod,
     density: float,
     seed: int,

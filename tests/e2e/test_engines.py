@@ -209,12 +209,12 @@ def test_check_answers_refuses_an_engine_on_old_weights(engine, tied):
     new, probe = tiny_model(1, tied=tied), LONG_PROMPT[:6]
     wanted = torch.tensor(exact_logprobs(new, probe[:1], probe[1:]))
     with pytest.raises(TrainingError, match=r"weights version 1: .* nats apart"):
-        check_answers(engine, probe, wanted, FP32_ROUNDING)
+        check_answers(engine, probe, logprobs=wanted, rounding=FP32_ROUNDING)
     push(engine, new, version=2)
-    assert check_answers(engine, probe, wanted, FP32_ROUNDING).max() < 1e-3
+    assert check_answers(engine, probe, logprobs=wanted, rounding=FP32_ROUNDING).max() < 1e-3
     wanted[1] = float("nan")
     with pytest.raises(TrainingError, match="weights version 2"):
-        check_answers(engine, probe, wanted, FP32_ROUNDING)
+        check_answers(engine, probe, logprobs=wanted, rounding=FP32_ROUNDING)
 
 
 @pytest.mark.parametrize("kind", KINDS)

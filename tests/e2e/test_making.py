@@ -395,7 +395,13 @@ def trainer_arguments(recipe: Path, change: str, folder: Path) -> None:
     spec, context = loaded.stages["trl"], StageContext(loaded, "trl", folder, 0)
     trainer_class, config_class = find_trainer(spec.trainer)
     configuration(config_class, spec, context)
-    extras(trainer_class, spec, folder, context, build_rewards(spec.rewards, context))
+    extras(
+        trainer_class,
+        spec,
+        model_dir=folder,
+        context=context,
+        rewards=build_rewards(spec.rewards, context),
+    )
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def assert_answers_of(model, engine: RolloutEngine) -> None:
     probe = list(range(5, 25))
     trainer = LogprobModel(model)
     logprobs = probe_logprobs(trainer, probe)
-    check_answers(engine, probe, logprobs, measured_rounding(trainer, probe, logprobs))
+    check_answers(
+        engine, probe, logprobs=logprobs, rounding=measured_rounding(trainer, probe, logprobs)
+    )
     groups = engine.generate(PROMPTS, n=1, max_new_tokens=10, temperature=0.0, stop_token_ids=())
     for prompt, (answer,) in zip(PROMPTS, groups, strict=True):
         assert list(answer.token_ids) == greedy(model, prompt, 10)

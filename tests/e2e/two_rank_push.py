@@ -60,7 +60,9 @@ def push_after_training(engine, stage: int, rank: int) -> dict:
     after = trainer_logprobs(learner)
     push(engine, full_weights(model), version=stage)
     rounding = torch.full((len(after),), 1e-5)
-    difference = float(check_answers(engine, PROBE, torch.tensor(after), rounding).max())
+    difference = float(
+        check_answers(engine, PROBE, logprobs=torch.tensor(after), rounding=rounding).max()
+    )
     prompts = [[5, 6], [7], [8, 9, 10]] if rank == 0 else []
     groups = engine.generate(prompts, n=2, max_new_tokens=4 + 20 * rank, temperature=1.0)
     return {

@@ -211,7 +211,9 @@ def test_a_whole_verification_finds_what_size_and_time_do_not_show() -> None:
 
 
 def save(step: int, keep: int = 9) -> Path:
-    return checkpoints.save_checkpoint(Path("checkpoints"), step, {}, {"step": step}, keep=keep)
+    return checkpoints.save_checkpoint(
+        Path("checkpoints"), step, engines={}, state={"step": step}, keep=keep
+    )
 
 
 def test_a_checkpoint_of_another_stage_is_passed_over_and_kept() -> None:

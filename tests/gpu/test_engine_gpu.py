@@ -34,7 +34,7 @@ def test_vllm_on_gpu_sleeps_wakes_and_follows_each_push(tmp_path, tied):
             proof = push(engine, full_weights(new.cuda()), version=version)
             assert not proof.unplaced
             wanted = torch.tensor(exact_logprobs(rounded, PROBE[:1], PROBE[1:]))
-            check_answers(engine, PROBE, wanted, torch.full((len(wanted),), 0.02))
+            check_answers(engine, PROBE, logprobs=wanted, rounding=torch.full((len(wanted),), 0.02))
             groups = engine.generate([PROBE], n=4, max_new_tokens=8, temperature=1.0, seeds=[3])
             again = engine.generate([PROBE], n=4, max_new_tokens=8, temperature=1.0, seeds=[3])
             assert groups == again

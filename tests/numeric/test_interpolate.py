@@ -45,7 +45,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def test_written_weights_are_the_weighted_mean(pair, tmp_path: Path, alpha: float) -> None:
     a, b = (weights(folder) for folder in pair)
     check_alike(*pair)
-    write_interpolated(*pair, alpha, tmp_path / "out")
+    write_interpolated(*pair, alpha=alpha, out=tmp_path / "out")
     found = weights(tmp_path / "out")
     assert found.keys() == b.keys()
     for name, x in found.items():
@@ -63,7 +63,7 @@ def test_written_weights_are_the_weighted_mean(pair, tmp_path: Path, alpha: floa
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_ends_are_byte_equal_to_the_inputs(pair, tmp_path: Path, alpha: float) -> None:
     source = pair[int(alpha)]
-    write_interpolated(*pair, alpha, tmp_path / "out")
+    write_interpolated(*pair, alpha=alpha, out=tmp_path / "out")
     files = {p.name: p.read_bytes() for p in source.iterdir()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
     for name, tensor in interpolated(*pair, alpha):
@@ -73,7 +73,7 @@ def test_ends_are_byte_equal_to_the_inputs(pair, tmp_path: Path, alpha: float) -
 def test_written_model_answers_as_the_mean_of_the_weights(pair, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    write_interpolated(*pair, 0.5, tmp_path / "out")
+    write_interpolated(*pair, alpha=0.5, out=tmp_path / "out")
     models = [AutoModelForCausalLM.from_pretrained(p) for p in (*pair, tmp_path / "out")]
     state = {k: (v + models[1].state_dict()[k]) / 2 for k, v in models[0].state_dict().items()}
     models[0].load_state_dict(state)

@@ -33,7 +33,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 def merged(folders: list[Path], alpha: float, out: Path, method, density: float = 0.5):
     base, *tuned = folders
-    write_by_kit(base, tuned, alpha, out, method=method, density=density, seed=0)
+    write_by_kit(base, tuned, alpha=alpha, out=out, method=method, density=density, seed=0)
     check_alike(base, out)
     assert (out / "tokenizer.json").read_bytes() == (tuned[0] / "tokenizer.json").read_bytes()
     return weights(out)

@@ -263,9 +263,9 @@ def test_prompts_beyond_the_models_positions_are_lost_at_loading(tmp_path: Path)
     spec = grpo_spec(max_length=256, max_lost_frac=0.9)  # max_new_tokens 6
     context: Any = SimpleNamespace(name="grpo", ledger=tmp_path / "ledger.jsonl")
     chat: Any = Chat()
-    assert len(fitted(examples, spec, chat, context, what="prompts")) == 4
+    assert len(fitted(examples, spec, chat, context=context, what="prompts")) == 4
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
-    kept = fitted(examples, spec, chat, context, what="prompts")
+    kept = fitted(examples, spec, chat, context=context, what="prompts")
     assert [len(row.input_ids) for row in kept] == [10, 58]
     lost = context.ledger.read_text().splitlines()
     assert ["p.jsonl:59" in line or "p.jsonl:200" in line for line in lost] == [True, True]

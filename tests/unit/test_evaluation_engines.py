@@ -39,7 +39,7 @@ def test_engines_end_one_by_one_and_with_the_stage(fails: bool, monkeypatch, tmp
     log: list[str] = []
     monkeypatch.setattr(answers, "chat_format", lambda _: None)
     monkeypatch.setattr(answers, "same_tokens", lambda *_, **__: None)
-    monkeypatch.setattr(answers, "start_engine", lambda *_: Engine(log))
+    monkeypatch.setattr(answers, "start_engine", lambda *_, context: Engine(log))
     monkeypatch.setattr(answers, "_config", lambda artefact: artefact.path)
     monkeypatch.setattr(answers, "_ask", ask)
     spec = EvaluateStage(
@@ -54,5 +54,7 @@ def test_engines_end_one_by_one_and_with_the_stage(fails: bool, monkeypatch, tmp
     artefacts = {name: Artefact(Path(name), {}) for name in "ab"}
     ends = pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext()
     with ends, context.resources:
-        answers.sample_all(spec, artefacts, {task.name: [] for task in spec.all_tasks}, context)
+        answers.sample_all(
+            spec, artefacts, {task.name: [] for task in spec.all_tasks}, context=context
+        )
     assert log == ["start 0", "end 0", "start 1", "end 1"]

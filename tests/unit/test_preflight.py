@@ -267,7 +267,7 @@ def test_reference_in_bfloat16_is_held_to_the_rounding_of_the_model(source, move
         replace(pair, ref_chosen=pair.ref_chosen - moved * sum(pair.pair.chosen.trained))
         for pair in task.rows
     ]
-    found = offline.reference(spec, module, replace(task, rows=pairs), pairs)
+    found = offline.reference(spec, module, replace(task, rows=pairs), rows=pairs)
     assert found.verdict == verdict
 
 
@@ -288,8 +288,8 @@ def test_rows_that_see_each_other_fail(source: Artefact) -> None:
         for p in inner.parameters():
             p.mul_(10.0)
     rows = offline.few_rows(SFT, task)
-    assert offline.packing(SFT, inner, task, rows).verdict == "ok"
-    assert offline.packing(SFT, Leaky(inner), task, rows).verdict == "fail"
+    assert offline.packing(SFT, inner, task, rows=rows).verdict == "ok"
+    assert offline.packing(SFT, Leaky(inner), task, rows=rows).verdict == "fail"
 
 
 def test_margins_that_no_pair_has_fail() -> None:
@@ -305,8 +305,8 @@ def test_model_worse_than_chance_is_a_warning(source: Artefact) -> None:
     task, module = sft_task(), policy(source)
     rows = offline.few_rows(SFT, task)
     # A model of 261 tokens near uniform has ln 261 = 5.56 nats: fine for it, too much for 2 tokens.
-    assert offline.first_loss(SFT, module, task, rows, 300).verdict == "ok"
-    assert offline.first_loss(SFT, module, task, rows, 2).verdict == "warn"
+    assert offline.first_loss(SFT, module, task, rows=rows, vocab_size=300).verdict == "ok"
+    assert offline.first_loss(SFT, module, task, rows=rows, vocab_size=2).verdict == "warn"
 
 
 def test_spread_takes_examples_evenly_over_all() -> None:
@@ -372,7 +372,7 @@ def test_deep_check_ends_with_the_card_and_writes_nothing(tmp_path, monkeypatch)
     context, happened = fake_stage(tmp_path, monkeypatch, [BAD])
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    card = check_stage(context.recipe, "sft", tmp_path, scratch)
+    card = check_stage(context.recipe, "sft", inputs=tmp_path, scratch=scratch)
     assert [line.verdict for line in card.lines] == ["fail"]
     assert happened == ["closed"]
     assert not list(scratch.iterdir())
@@ -419,7 +419,9 @@ def test_reward_is_held_to_known_answers() -> None:
 
     def verdict(**plain) -> str:
         spec = TypeAdapter(RewardSpec).validate_python(plain)
-        (line,) = examine(reward_checks("reward", [spec], [build_reward(plain)], rows, None))
+        (line,) = examine(
+            reward_checks("reward", [spec], [build_reward(plain)], prompts=rows, answers=None)
+        )
         return line.verdict
 
     assert verdict(kind="math") == "ok"
@@ -432,4 +434,6 @@ def test_reward_is_held_to_known_answers() -> None:
     assert verdict(kind="math", column="solution") == "fail"
     # What nothing is known of has no line, rather than one that cannot fail.
     spec = TypeAdapter(RewardSpec).validate_python({"kind": "regex", "pattern": "x"})
-    assert not reward_checks("score", [spec], [build_reward(spec.model_dump())], rows, None)
+    assert not reward_checks(
+        "score", [spec], [build_reward(spec.model_dump())], prompts=rows, answers=None
+    )

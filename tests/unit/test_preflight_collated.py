@@ -86,15 +86,22 @@ def test_a_trained_run_may_end_in_white_space_after_its_stop_and_in_nothing_else
 
 def test_training_more_than_the_answers_is_a_warning_and_a_blind_row_fails() -> None:
     answers = [row("q: yes</s>", 4)] * 3
-    found = collated.only_answers(CHAT, answers, 12, 3)
+    found = collated.only_answers(CHAT, answers, num_answer_tokens=12, num_all=3)
     assert found.verdict == "ok"
     assert found.value.endswith("their responses have 12")
     everything = [row("q: yes</s>", 6)] * 3  # 18 of 12
-    assert collated.only_answers(CHAT, everything, 12, 3).verdict == "warn"
+    assert (
+        collated.only_answers(CHAT, everything, num_answer_tokens=12, num_all=3).verdict == "warn"
+    )
     # Some trainers add a second stop behind the line break of the template: no other text.
-    assert collated.only_answers(CHAT, [row("q: yes</s>\n</s>", 6)] * 3, 12, 3).verdict == "ok"
+    assert (
+        collated.only_answers(
+            CHAT, [row("q: yes</s>\n</s>", 6)] * 3, num_answer_tokens=12, num_all=3
+        ).verdict
+        == "ok"
+    )
     blind = [*answers, row("q: yes</s>", 0, source="a:9")]
-    found = collated.only_answers(CHAT, blind, 12, 4)
+    found = collated.only_answers(CHAT, blind, num_answer_tokens=12, num_all=4)
     assert found.verdict == "fail"
     assert "a:9" in found.remedy
 

@@ -230,7 +230,7 @@ def test_made_up_answers_of_the_preflight_are_scored_as_texts(tmp_path: Path):
         scores = [reward(prompts=["hi"] * 4, completions=side) for side in sides]
         above.append(sum(a > b for a, b in zip(*scores, strict=True)))
     assert max(above) > 0
-    found = self_test(Spec(kind="scalar", model="x"), reward, rows, None)
+    found = self_test(Spec(kind="scalar", model="x"), reward, prompts=rows, answers=None)
     assert found.value.startswith(f"right above wrong in {max(above)} of 4")
 
 

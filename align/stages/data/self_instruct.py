@@ -122,7 +122,7 @@ def prepare(spec: SelfInstructStage, context: StageContext) -> Prepared:
     grown = read_seeds(spec, context)
     start = restore(grown, context)
     engine = context.resources.enter_context(
-        closing(start_engine(spec, source.model_dir, chat, context))
+        closing(start_engine(spec, source.model_dir, chat, context=context))
     )
     sampler = Sampler(engine, chat, spec, context.seed)
     return Prepared(
@@ -380,7 +380,7 @@ def log_round(metrics: Any, grown: Grown, number: int) -> None:
 def save(grown: Grown, rounds: int, context: StageContext) -> None:
     """Save a checkpoint, so that an interrupted stage resumes after this round."""
     state = {"rows": grown.rows, "ledger": grown.ledger.entries}
-    save_checkpoint(context.out / "checkpoints", rounds, {}, state, keep=1)
+    save_checkpoint(context.out / "checkpoints", rounds, engines={}, state=state, keep=1)
 
 
 def restore(grown: Grown, context: StageContext) -> int:

@@ -47,6 +47,7 @@ def sample_all(
     spec: EvaluateStage,
     artefacts: Mapping[str, Artefact],
     rows: Mapping[str, Sequence[PromptRow]],
+    *,
     context: StageContext,
 ) -> tuple[Answers, str]:
     """Return each model's responses to this rank's prompts of all tasks, and the engine's name.
@@ -72,7 +73,7 @@ def sample_all(
         # An engine is built for one architecture and adapter; otherwise only the weights change.
         if engine is None or held is None or _config(held) != _config(artefact):
             engines.close()
-            started = start_engine(roomy, artefact.model_dir, chat, context)
+            started = start_engine(roomy, artefact.model_dir, chat, context=context)
             engine = engines.enter_context(closing(started))
             held = artefact
             names.append(engine.name)
@@ -81,7 +82,8 @@ def sample_all(
                 push(engine, saved_weights(artefact.model_dir), version=version)
                 # Prove that the engine computes with the new weights before anything is sampled.
                 probe = probe_of(next(iter(rows.values()))[0].input_ids)
-                check_answers(engine, probe, *trainer_logprobs(artefact, probe, spec))
+                logprobs, rounding = trainer_logprobs(artefact, probe, spec)
+                check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
             for i, task in enumerate(spec.all_tasks):
                 found = _ask(engine, task, rows[task.name], chat=chat, step=i, seed=context.seed)
                 answers[task.name][name] = found

@@ -58,7 +58,7 @@ def kl_per_answer(
 
     # log p - log q at tokens sampled from p: an unbiased estimate of KL(p || q) per response.
     plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
-    return infer_tokens(answers, policy, plan, log_ratio).sum(1).tolist()
+    return infer_tokens(answers, policy, plan=plan, fn=log_ratio).sum(1).tolist()
 
 
 def held_out_rows(task: TaskSpec, chat: ChatFormat, context: StageContext) -> list[TokenRow]:

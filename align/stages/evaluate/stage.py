@@ -79,13 +79,16 @@ def evaluate(
     summary: dict[str, Any] = {"engine": "none"}
     # Tasks: sample and measure every model, then compare with the baseline.
     if spec.all_tasks:
-        answers, summary["engine"] = sample_all(spec, artefacts, rows, context)
-        answered = measure_all(spec, artefacts, answers, rewards, context)
+        answers, summary["engine"] = sample_all(spec, artefacts, rows, context=context)
+        answered = measure_all(spec, artefacts, answers=answers, rewards=rewards, context=context)
     summary["tasks"] = {
-        task.name: summarise(spec, task, answered[task.name], context) for task in spec.all_tasks
+        task.name: summarise(spec, task, answered[task.name], context=context)
+        for task in spec.all_tasks
     } | harness_blocks(spec, artefacts, context)
     # Reward models: scored on held-out pairs, independent of the tasks.
-    cards = reward_cards(spec, context, answers, answered, artefacts[baseline])
+    cards = reward_cards(
+        spec, context, answers=answers, answered=answered, baseline=artefacts[baseline]
+    )
     summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["expectations"] = check_expectations(summary, spec.expect)
     if distributed.rank() == 0:
@@ -102,6 +105,7 @@ def evaluate(
 def measure_all(
     spec: EvaluateStage,
     artefacts: Mapping[str, Artefact],
+    *,
     answers: Answers,
     rewards: TaskRewards,
     context: StageContext,
@@ -153,7 +157,7 @@ def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> 
 
 
 def summarise(
-    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], context: StageContext
+    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], *, context: StageContext
 ) -> dict[str, Any]:
     """Return the comparison of the models on one task."""
     baseline = spec.label(spec.baseline)
@@ -219,6 +223,7 @@ def write_samples(path: Path, answered: Mapping[str, Mapping[str, Answered]]) ->
 def reward_cards(
     spec: EvaluateStage,
     context: StageContext,
+    *,
     answers: Answers,
     answered: Mapping[str, Mapping[str, Answered]],
     baseline: Artefact,

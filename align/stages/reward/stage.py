@@ -74,7 +74,7 @@ def prepare(spec: RewardStage, context: StageContext) -> Prepared:
     model = fresh_scorer(spec, source, context)
     module = values_of(model)
     if isinstance(chat, PairedFormat):
-        checks = paired_checks(spec, chat, module, model, task, source)
+        checks = paired_checks(spec, chat, module=module, model=model, task=task, source=source)
     else:
         checks = offline_checks(
             spec,
@@ -107,13 +107,13 @@ def train(
     # Label noise: cross-validated before the training of the model itself.
     if spec.noise_folds:
         pairs = [row.pair for row in task.rows]
-        part = partial(train_part, spec, source)
+        part = partial(train_part, spec=spec, source=source)
         notes["noise"] = noise_report(pairs, context, folds=spec.noise_folds, train=part)
     # Training.
-    best = BestWeights(partial(save_scorer, spec, model, source), context.out)
+    best = BestWeights(partial(save_scorer, spec, model, source=source), context.out)
     stopping = build_stopping(spec, best)
     trained, total = num_trained(model)
-    final = run_offline(values_of(model), task, spec, context, stopping=stopping)
+    final = run_offline(values_of(model), task, spec, context=context, stopping=stopping)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     # The saved model may differ from the one in memory: an earlier step, or not in 4 bits.
     if stopping is not None:
@@ -122,7 +122,7 @@ def train(
         model = saved_scorer(spec, context.out / "model")
         notes |= stopping_notes(stopping)
     elif spec.tuning.method == "qlora":
-        save_scorer(spec, model, source, context.out)
+        save_scorer(spec, model, context.out, source=source)
         model = read_back(partial(saved_scorer, spec, context.out / "model")) or model
     if spec.tuning.method == "qlora" and not has_adapter(model.backbone):
         final |= saved_loss(values_of(model), task, spec.micro_tokens)
@@ -130,7 +130,7 @@ def train(
     numbers = reference_numbers(
         spec, context, source=source, chat=chat, model=model, rows=task.rows
     )
-    save_scorer(spec, model, source, context.out, numbers=numbers)
+    save_scorer(spec, model, context.out, source=source, numbers=numbers)
     for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
         many = value if isinstance(value, list) else [value]
         final[f"scorer/{name}"] = sum(many) / len(many)
@@ -138,7 +138,7 @@ def train(
 
 
 def train_part(
-    spec: RewardStage, source: Artefact, pairs: list[PairRow], context: StageContext
+    pairs: list[PairRow], context: StageContext, *, spec: RewardStage, source: Artefact
 ) -> RewardModel:
     """Return a one-head reward model trained on some of the pairs, for the stage's epochs."""
     steps = spec.steps
@@ -157,7 +157,7 @@ def train_part(
         partial(pair_loss, plain),
         padded=model.reads == "first",
     )
-    run_offline(values_of(model), task, plain, context, stopping=None)
+    run_offline(values_of(model), task, plain, context=context, stopping=None)
     return model
 
 
@@ -219,7 +219,7 @@ def answer_task(
     weights = head_weights(len(data.training), spec.heads, seed=context.seed)
     rows = [replace(row, weights=w) for row, w in zip(data.training, weights, strict=True)]
     heldout = [replace(row, weights=(1.0,) * spec.heads) for row in data.heldout]
-    loss = partial(judged_loss, spec, classes)
+    loss = partial(judged_loss, spec=spec, class_weights=classes)
     task = OfflineTask(
         rows, heldout, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
     )
@@ -339,9 +339,9 @@ def reference_numbers(
 def save_scorer(
     spec: RewardStage,
     model: RewardModel,
-    source: Artefact,
     out: Path,
     *,
+    source: Artefact,
     numbers: tuple[Numbers, Numbers] | None = None,
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this.

@@ -154,10 +154,11 @@ def collate_answers(rows: Sequence[JudgedAnswer], batch: Sequence[JudgedAnswer])
 
 
 def judged_loss(
-    spec: RewardStage,
-    class_weights: tuple[float, float],
     model: nn.Module,
     batch: PackedBatch,
+    *,
+    spec: RewardStage,
+    class_weights: tuple[float, float],
 ) -> tuple[Tensor, Stats]:
     """Return this micro-batch's part of the mean balanced cross-entropy per response and head."""
     values = model(batch.input_ids, batch.position_ids)

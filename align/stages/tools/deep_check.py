@@ -83,7 +83,7 @@ def check_recipe(
             if wanted or (isinstance(spec, BRINGS_IN) and stage not in done):
                 scratch = work / stage
                 scratch.mkdir(parents=True)
-                card = check_stage(recipe, stage, inputs, scratch)
+                card = check_stage(recipe, stage, inputs=inputs, scratch=scratch)
                 # Models refer to themselves in cycles; without this, two would be in memory at
                 # once.
                 gc.collect()
@@ -91,7 +91,7 @@ def check_recipe(
                     yield card
 
 
-def check_stage(recipe: Recipe, name: str, inputs: Path, scratch: Path) -> Card:
+def check_stage(recipe: Recipe, name: str, *, inputs: Path, scratch: Path) -> Card:
     """Run one stage up to its preflight and return the card.
 
     Args:

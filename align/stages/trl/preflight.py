@@ -38,13 +38,15 @@ def preflight_trl(
     if spec.rows == "prompts":
         prompts = [chat.prompt_row(example) for example in examples]
         checks = tokens.prompt_checks(chat, prompts, model_dir=source.model_dir)
-        checks += reward_checks("reward", spec.rewards, rewards, prompts, None)
+        checks += reward_checks("reward", spec.rewards, rewards, prompts=prompts, answers=None)
         return [*checks, start], None
     dataset = trainer.train_dataset
     made = collated.rows_of(dataset, trainer.data_collator, [e.source for e in examples])
     few = spread(examples, MAX_SEEN)
     if made:
-        checks = collated_checks(spec, dataset, made, examples, chat=chat, source=source)
+        checks = collated_checks(
+            spec, dataset, made=made, examples=examples, chat=chat, source=source
+        )
     else:  # its batches do not show which tokens are trained: use this suite's rendering
         own = own_rows(spec, few, chat)
         checks = tokens.row_checks(chat, own, few, model_dir=source.model_dir)
@@ -54,9 +56,9 @@ def preflight_trl(
 def collated_checks(
     spec: TrlStage,
     dataset: Sequence[Any],
+    *,
     made: Sequence[TokenRow],
     examples: Sequence[Example],
-    *,
     chat: ChatFormat,
     source: Artefact,
 ) -> list[Check]:
@@ -70,7 +72,9 @@ def collated_checks(
     stops = tokens.saved_stops(source.model_dir)
     # TRL trains both responses of a pair.
     num_all = len(examples) * (2 if spec.rows == "preference" else 1)
-    counted = partial(collated.only_answers, chat, made, num_answer_tokens, num_all)
+    counted = partial(
+        collated.only_answers, chat, made, num_answer_tokens=num_answer_tokens, num_all=num_all
+    )
     return [
         ("rows", partial(collated.as_many, dataset, len(examples))),
         ("trained tokens", counted),

@@ -66,7 +66,9 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
         context, train, heldout, max_frac=spec.max_contaminated_frac
     )
     rewards = build_rewards(spec.rewards, context)
-    given = extras(trainer_class, spec, source.model_dir, context, rewards)
+    given = extras(
+        trainer_class, spec, model_dir=source.model_dir, context=context, rewards=rewards
+    )
     if heldout:
         given["eval_dataset"] = to_dataset(heldout, spec)
     trainer = build_trainer(
@@ -102,7 +104,7 @@ def train_and_save(
     final = trained(trainer, spec, context, evaluated=evaluated)
     trained_params, total = num_trained(trainer.model)
     final |= {"tuning/trained_params": float(trained_params), "tuning/params": float(total)}
-    save(spec, context, trainer, source)
+    save(spec, context, trainer=trainer, source=source)
     return StageResult(final, fingerprints(spec.data, spec.heldout))
 
 
@@ -138,7 +140,7 @@ def trained(
     return final
 
 
-def save(spec: TrlStage, context: StageContext, trainer: Any, source: Artefact) -> None:
+def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artefact) -> None:
     """Write model/ and, with an adapter, adapter/; every rank must call this."""
     if has_adapter(trainer.model):
         tensors, adapter = whole_state(trainer.model, source)

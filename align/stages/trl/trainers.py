@@ -158,6 +158,7 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
 def extras(
     trainer_class: type,
     spec: TrlStage,
+    *,
     model_dir: Path,
     context: StageContext,
     rewards: Sequence[RewardFunction],

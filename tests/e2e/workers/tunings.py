@@ -69,7 +69,7 @@ def sft(method: str, stage: int, source: Path, out: Path) -> list[dict[str, floa
     steps = ranks.sft_steps(trained, range(1))
     path = out / "checkpoints"
     if stage == 3:
-        path = save_checkpoint(path, 1, {"policy": trained.engine}, {}, keep=1)
+        path = save_checkpoint(path, 1, engines={"policy": trained.engine}, state={}, keep=1)
     steps += ranks.sft_steps(trained, range(1, 2))
     save(method, trained.module, source, out)
     if stage < 3:
