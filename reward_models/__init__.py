@@ -22,14 +22,16 @@ def build_reward(spec: Mapping[str, Any] | RewardSpec) -> RewardFunction:
             ``reward_models.specs``.
 
     Returns:
-        The reward, with ``name`` (default: its kind), ``weight`` and ``invalid``.
+        The reward, with ``name`` (default: its kind), ``weight``, ``prefill`` and ``invalid``.
 
     Raises:
         ValueError: an unknown kind or key, or an invalid setting.
     """
     checked = spec if isinstance(spec, RewardSpec) else read_spec(spec)
     module, _, builder = checked.builder.partition(":")
-    return getattr(import_module(module), builder)(checked)
+    reward = getattr(import_module(module), builder)(checked)
+    reward.prefill = checked.prefill
+    return reward
 
 
 __all__ = ["RewardFunction", "build_reward"]

@@ -20,11 +20,14 @@ class RewardFunction(Protocol):
     Attributes:
         name: column name in tables and metrics.
         weight: factor of this reward in a weighted sum; the reward itself does not apply it.
+        prefill: True if it expects what the chat template writes at the beginning of a response,
+            which the caller puts before each completion.
         invalid: number of missing scores by reason, since the reward was built.
     """
 
     name: str
     weight: float
+    prefill: bool
     invalid: Counter[str]
 
     def __call__(

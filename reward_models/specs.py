@@ -137,6 +137,9 @@ class RewardSpec(Variants):
     """Factor of this reward in the sum; 0 only measures it."""
     name: str | None = None
     """Name in metrics and tables; None for the kind."""
+    prefill: bool = False
+    """Score a response together with what the chat template writes at its beginning, such as
+    ``<think>``."""
     if TYPE_CHECKING:  # each class has its own
         kind: str
 
@@ -144,6 +147,14 @@ class RewardSpec(Variants):
     def label(self) -> str:
         """Return the reward's name in tables and metrics: its own, or its kind."""
         return self.name or self.kind
+
+
+def _refuse_prefill(spec: RewardSpec) -> None:
+    if spec.prefill:
+        raise ValueError(
+            f"'prefill' has no effect on a {spec.kind} reward: its own chat template writes the "
+            "beginning of the response; remove it"
+        )
 
 
 class ScalarSpec(RewardSpec):
@@ -162,6 +173,11 @@ class ScalarSpec(RewardSpec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the backbone's weights; the head computes in float32."""
 
+    @model_validator(mode="after")
+    def _sees_the_response(self) -> "ScalarSpec":
+        _refuse_prefill(self)
+        return self
+
 
 class ProcessSpec(RewardSpec):
     """Score solutions step by step with a reward stage that has ``supervision: steps``."""
@@ -174,6 +190,11 @@ class ProcessSpec(RewardSpec):
     """How the probabilities of a solution's steps become one score (arXiv:2305.20050)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the backbone's weights; the head computes in float32."""
+
+    @model_validator(mode="after")
+    def _sees_the_response(self) -> "ProcessSpec":
+        _refuse_prefill(self)
+        return self
 
 
 class ExactMatchSpec(RewardSpec):
@@ -320,6 +341,12 @@ class EnsembleSpec(RewardSpec):
     """Mean, minimum, or mean minus ``kappa`` times the std of the scores."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
     """Number of stds that ``mean_minus_std`` subtracts."""
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "EnsembleSpec":
+        if any(member.prefill for member in self.members):
+            raise ValueError("'prefill' of a member has no effect; set it on the ensemble")
+        return self
 
 
 def read_spec(given: Mapping[str, Any]) -> RewardSpec:

@@ -95,7 +95,12 @@ class PairRow:
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One tokenized prompt with the columns that the rewards need."""
+    """One tokenized prompt with the columns that the rewards need.
+
+    Attributes:
+        prefill: text that the chat template writes at the beginning of every response, such as
+            ``<think>``; it is part of the prompt's tokens.
+    """
 
     input_ids: tuple[int, ...]
     prompt: Text
@@ -103,6 +108,7 @@ class PromptRow:
     source: str = ""
     tools: Sequence[Mapping[str, Any]] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
 
 
 @dataclass(frozen=True, slots=True)

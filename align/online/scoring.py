@@ -49,12 +49,19 @@ def score_answers(
         columns["prompt_ids"] = [list(p.input_ids) for p in prompts]
         columns["completion_ids"] = [list(a.token_ids) for a in answers]
     asked = [p.prompt for p in prompts]
-    # Convention of the rewards: the response to a conversation is a conversation.
-    said: list[Any] = [
-        a.text if isinstance(p, str) else [{"role": "assistant", "content": a.text}]
-        for p, a in zip(asked, answers, strict=True)
-    ]
-    by_name = {r.name: r(prompts=asked, completions=said, **columns) for r in rewards}
+    said = _completions(prompts, [a.text for a in answers])
+    whole = _completions(
+        prompts, [p.prefill + a.text for p, a in zip(prompts, answers, strict=True)]
+    )
+    by_name = {
+        # A reward that is not built from a recipe may not have the attribute.
+        r.name: r(
+            prompts=asked,
+            completions=whole if getattr(r, "prefill", False) else said,
+            **columns,
+        )
+        for r in rewards
+    }
     total: list[float | None] = []
     for i in range(len(answers)):
         # A missing part would change the scale of the sum, so the whole response becomes invalid.
@@ -63,6 +70,14 @@ def score_answers(
         value = sum(known) if len(known) == len(parts) else math.nan
         total.append(value if math.isfinite(value) else None)
     return Scores(total, by_name)
+
+
+def _completions(prompts: Sequence[PromptRow], texts: Sequence[str]) -> list[Any]:
+    """Return texts in the convention of the rewards: the response to turns is an assistant turn."""
+    return [
+        text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
+        for p, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,8 @@ def self_test(
             above, rows = max(results), len(forms[0].rows)
             said = [f"right above wrong in {above} of {rows}"]
             verdict, remedy = _judged(spec, above, rows)
+        if unseen := _unseen_prefill(spec, prompts):
+            verdict, remedy = "warn" if verdict == "ok" else verdict, remedy or unseen
         if answers is not None:
             asked, own = answers()
             scores = score_answers(asked, own, [reward]).by_name[reward.name]
@@ -112,6 +114,18 @@ def self_test(
     if scored:
         said.append(f"{scored / max(time.monotonic() - began, 1e-6):,.0f} responses/s")
     return Finding(", ".join(said), "right above wrong", verdict, remedy)
+
+
+def _unseen_prefill(spec: RewardSpec, prompts: Sequence[PromptRow]) -> str:
+    """Return a remedy if the pattern expects what the template writes and the reward sees none."""
+    pattern = str(getattr(spec, "pattern", None) or "")
+    for prefill in {p.prefill for p in prompts if p.prefill}:
+        if not spec.prefill and prefill[: prefill.index(">") + 1] in pattern:
+            return (
+                f"the chat template writes {prefill!r} at the beginning of each response, and the "
+                "reward does not see it. Set prefill: true, or remove it from 'pattern'"
+            )
+    return ""
 
 
 def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[Verdict, str]:
@@ -256,8 +270,10 @@ def _above(reward: RewardFunction, known: Known) -> int:
 
     The responses are texts that no policy sampled, so they have no token ids.
     """
+    # They are whole: nothing of them is written by a template.
+    rows = [replace(row, prefill="") for row in known.rows]
     right, wrong = (
-        score_answers(known.rows, [_said(text) for text in side], [reward], with_ids=False).by_name[
+        score_answers(rows, [_said(text) for text in side], [reward], with_ids=False).by_name[
             reward.name
         ]
         for side in (known.right, known.wrong)

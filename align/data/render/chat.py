@@ -10,7 +10,7 @@ Token ids are never compared with the pad id.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from align.core.errors import DataError, RecipeError
@@ -22,7 +22,13 @@ from align.data.render.content import (
     message_of,
     shape_of,
 )
-from align.data.render.templates import FAMILIES, family_of, template_text, with_stop
+from align.data.render.templates import (
+    FAMILIES,
+    family_of,
+    prefill_in,
+    template_text,
+    with_stop,
+)
 from align.data.render.token_text import TokenText, num_shared
 from align.recipe.schema import TokenizerSpec
 
@@ -96,15 +102,17 @@ class ChatFormat:
             ids = TokenText(self.tokenizer, prompt).ids
             return self._missing_bos(ids) + ids
         given = Example(prompt, source="prompt", tools=tools, template_kwargs=template_kwargs or {})
-        return self._prompt_conversation(list(prompt), given)
+        return TokenText(self.tokenizer, self._prompt_text(list(prompt), given)).ids
 
     def prompt_row(self, example: Example) -> PromptRow:
         """Return the tokenized prompt of an example with its columns for the rewards."""
-        prompt = example.prompt
+        prompt, prefill = example.prompt, ""
         if isinstance(prompt, str):
             ids = self.prompt_ids(prompt)
         else:
-            ids = self._prompt_conversation(list(prompt), example)
+            text = self._prompt_text(list(prompt), example)
+            ids = TokenText(self.tokenizer, text).ids
+            prefill = self._prefill(list(prompt), text, example)
         return PromptRow(
             input_ids=tuple(ids),
             prompt=prompt,
@@ -112,6 +120,7 @@ class ChatFormat:
             source=example.source,
             tools=example.tools,
             template_kwargs=example.template_kwargs,
+            prefill=prefill,
         )
 
     def sft_row(self, example: Example) -> TokenRow:
@@ -273,7 +282,7 @@ class ChatFormat:
             code=NO_STOP,
         )
 
-    def _prompt_conversation(self, turns: list[Turn], example: Example) -> list[int]:
+    def _prompt_text(self, turns: list[Turn], example: Example) -> str:
         # A history must be valid as training data too: responses end and turns are only appended.
         turns = [cast(Turn, {k: v for k, v in t.items() if k != "weight"}) for t in turns]
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
@@ -286,7 +295,16 @@ class ChatFormat:
         rest = turns[last + 1 :]
         check_turns(rest, head, first=last + 1, source=example.source, begin=len(done))
         self._check_shape(turns, head, example)
-        return TokenText(self.tokenizer, head).ids
+        return head
+
+    def _prefill(self, turns: list[Turn], head: str, example: Example) -> str:
+        """Return what the template writes at the beginning of the response after ``head``."""
+        before = self._render(turns, example=example, add_generation_prompt=False)
+        return prefill_in(head[len(before) :], self._special) if head.startswith(before) else ""
+
+    @cached_property
+    def _special(self) -> set[str]:
+        return {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
 
     def _render(
         self, turns: Sequence[Turn], *, example: Example, add_generation_prompt: bool

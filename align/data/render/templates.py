@@ -7,6 +7,8 @@ training versions of them, which are read from the installed package.
 """
 
 import importlib.util
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +99,18 @@ _STOP_AFTER_ANSWERS = (
 def with_stop(template: str) -> str:
     """Return a template that writes the stop token after the content of every assistant turn."""
     return _STOP_AFTER_ANSWERS + template
+
+
+def prefill_in(generation_prompt: str, special: Collection[str]) -> str:
+    """Return the part of a generation prompt that belongs to the response.
+
+    It begins with the first tag that is no special token, such as ``<think>``; what comes before
+    names the role. Without such a tag there is none.
+    """
+    for tag in re.finditer(r"<[A-Za-z][\w-]*>", generation_prompt):
+        if tag[0] not in special:
+            return generation_prompt[tag.start() :]
+    return ""
 
 
 def family_of(name: str | None) -> Family:

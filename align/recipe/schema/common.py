@@ -258,6 +258,15 @@ class OverlongSpec(Spec):
     """Amount subtracted from the score of a response at the limit."""
 
 
+def refuse_prefill(rewards: list[RewardSpec], kind: str) -> None:
+    """Raise ValueError if a reward expects a template's beginning where no template is applied."""
+    for reward in rewards:
+        if reward.prefill:
+            raise ValueError(
+                f"reward '{reward.label}': 'prefill' has no effect in a {kind} stage; remove it"
+            )
+
+
 def distinct_names(rewards: list[RewardSpec]) -> None:
     """Raise ValueError if two rewards have the same name, which is also their column."""
     names = [reward.name or reward.kind for reward in rewards]

@@ -13,6 +13,7 @@ from align.recipe.schema.common import (
     Spec,
     distinct_names,
     refuse_answers,
+    refuse_prefill,
 )
 from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.training import StageSpec
@@ -179,6 +180,7 @@ class CurateStage(DataStage):
     @model_validator(mode="after")
     def _legal(self) -> "CurateStage":
         distinct_names(self.quality)
+        refuse_prefill(self.quality, "curate")
         if self.of != "sft":
             refuse_answers(self.data, "curate (of: preference)")
         if not self.quality and (self.min_quality is not None or self.keep_frac is not None):
@@ -231,6 +233,7 @@ class WeakLabelStage(DataStage):
     @model_validator(mode="after")
     def _legal(self) -> "WeakLabelStage":
         distinct_names([function.by for function in self.functions])
+        refuse_prefill([function.by for function in self.functions], "weak_label")
         sft = self.of == "sft"
         if not sft:
             refuse_answers(self.data, "weak_label (of: preference)")

@@ -12,6 +12,7 @@ from align.recipe.schema.common import (
     Ref,
     ZeroSpec,
     distinct_names,
+    refuse_prefill,
 )
 from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.training import StageSpec
@@ -123,6 +124,7 @@ class TrlStage(StageSpec):
         if self.batch_size % (self.micro_batch_size * self.ranks):
             raise ValueError("batch_size must be a multiple of micro_batch_size x ranks")
         distinct_names(self.rewards)
+        refuse_prefill(self.rewards, "trl")
         refuse_head(self.tuning, "trl")
         refuse_beside(self.tuning)
         return self
