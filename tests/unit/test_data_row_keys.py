@@ -11,9 +11,10 @@ from align.core.errors import DataError
 from align.core.types import Example
 from align.data.check.kinds import infer
 from align.data.convert import WRITERS, convert
-from align.data.formats.detect import FORMATS, detect, to_examples
+from align.data.formats.detect import detect, to_examples
 from align.data.load import load_examples
 from align.recipe.schema import DataSpec
+from align.recipe.schema.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 U, A, B = (

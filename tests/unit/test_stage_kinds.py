@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from align.data.formats.detect import ALIASES, FORMATS
 from align.online.advantages import ESTIMATORS
 from align.recipe.algorithms import ALGORITHMS
 from align.recipe.schema import STAGES, DataSpec, Spec, TrainingStage, ref_of, references
+from align.recipe.schema.formats import ALIASES, FORMATS
 from align.recipe.schema.tuning import METHODS, known_rates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,9 +173,13 @@ def test_every_kind_is_explained_in_the_docs():
         assert f"`{method}`" in told, method
 
 
-def test_data_formats_are_those_of_the_schema():
-    named = get_args(DataSpec.model_fields["format"].annotation)
+def test_every_data_format_has_an_importer_and_is_listed_in_the_schema():
+    named = DataSpec.model_json_schema()["properties"]["format"]["enum"]
     assert sorted(named) == sorted(["auto", *FORMATS, *ALIASES])
+    for form in FORMATS.values():
+        for place in (form.read, *form.read_for.values()):
+            module, _, name = place.partition(":")
+            assert callable(getattr(import_module(module), name)), place
 
 
 def test_algorithms_have_an_estimator_each():

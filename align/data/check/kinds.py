@@ -8,10 +8,11 @@ from functools import lru_cache
 from typing import cast
 
 from align.core.errors import DataError
-from align.data.formats.detect import FORMATS, Kind, detect
+from align.data.formats.detect import Kind, detect
 from align.data.formats.turns import guess
 from align.data.load import rename_fields
 from align.data.reading.json import Item, Row
+from align.recipe.schema.formats import FORMATS
 
 HEAD_ROWS = 100
 _LONGEST_NUMBER = 20

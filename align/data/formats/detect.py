@@ -3,16 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal, cast
+from dataclasses import replace
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any, Literal
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
-from align.data.formats import importers
 from align.data.formats.faults import check_example
-from align.data.formats.importers import from_classes
-from align.data.formats.questions import ASKED
 from align.data.formats.row_keys import (
     Extras,
     apply_extras,
@@ -22,163 +20,19 @@ from align.data.formats.row_keys import (
 )
 from align.data.formats.turns import guess
 from align.data.reading.json import Row
+from align.recipe.schema.formats import ALIASES, FORMATS
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps", "classes"]
-Reader = Callable[[Any, str], list[Example]]
+Importer = Callable[[Any, str], list[Example]]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One way to read a row.
-
-    Attributes:
-        fields: alternative lists of fields, each sufficient to read a row.
-        gives: the kinds of data that it produces.
-        read: the importer.
-        uses: further fields that the importer reads if they are present.
-        when: a further condition on the row; None means none.
-        over: formats with the same fields over which this one takes precedence.
-        last: use the format only if no other one fits.
-    """
-
-    fields: tuple[tuple[str, ...], ...]
-    gives: tuple[str, ...]
-    read: Reader
-    uses: tuple[str, ...] = ()
-    when: Callable[[Any], bool] | None = None
-    over: tuple[str, ...] = ()
-    last: bool = False
-
-    @property
-    def used(self) -> frozenset[str]:
-        """Return every field that the importer reads."""
-        return frozenset(self.uses).union(*self.fields)
-
-    def most_fields(self, row: Collection[str]) -> frozenset[str]:
-        """Return the longest list of fields that the row has completely; empty if there is none."""
-        whole = [option for option in self.fields if all(field in row for field in option)]
-        return frozenset(max(whole, key=len, default=()))
-
-
-def _format(*fields: str, gives: str, read: Reader, uses: str = "", **options: Any) -> Format:
-    """Return a format; each of ``fields`` is one list of fields, joined by ``+``."""
-    lists = tuple(tuple(option.split("+")) for option in fields)
-    return Format(lists, tuple(gives.split()), read, tuple(uses.split()), **options)
-
-
-def _is_hh(row: dict[str, Any]) -> bool:
-    return isinstance(row["chosen"], str) and "\n\nAssistant:" in row["chosen"]
-
-
-def _has_attempts(row: dict[str, Any]) -> bool:
-    return any(isinstance(value, dict) and "is_correct" in value for value in row.values())
-
-
-FORMATS: dict[str, Format] = {
-    "openai_dpo": _format(
-        "input+preferred_output+non_preferred_output",
-        gives="preference",
-        read=importers.from_openai_dpo,
-    ),
-    "hh": _format(
-        "chosen+rejected",
-        gives="preference",
-        read=importers.from_hh,
-        when=_is_hh,
-        over=("preference",),
-    ),
-    "preference": _format(
-        "chosen+rejected",
-        *(f"{asked}+chosen+rejected" for asked in ASKED),
-        "chosen_messages+rejected_messages",
-        gives="preference",
-        read=importers.from_preference,
-        uses="input history margin score_chosen score_rejected",
-        over=("unpaired", "question_answer"),
-    ),
-    "ultrafeedback": _format(
-        "instruction+completions", gives="preference", read=importers.from_ultrafeedback
-    ),
-    "model_solutions": _format(
-        "question+ground_truth",
-        gives="preference unpaired",
-        read=importers.from_model_solutions,
-        when=_has_attempts,
-    ),
-    "steps": _format(
-        "prompt+steps", "prompt+completions+labels", gives="steps", read=importers.from_steps
-    ),
-    "oasst": _format(
-        "message_tree_id+prompt", gives="sft preference", read=importers.from_oasst_best
-    ),
-    "sharegpt": _format(
-        "conversations",
-        "conversations+chosen+rejected",
-        gives="sft preference unpaired",
-        read=importers.from_sharegpt,
-        uses="label kto_tag margin",
-    ),
-    "messages": _format(
-        "messages",
-        gives="sft unpaired",
-        read=importers.from_messages,
-        uses="label kto_tag",
-        over=("question_answer",),
-    ),
-    "seed_tasks": _format("instruction+instances", gives="sft", read=importers.from_seed_tasks),
-    "alpaca": _format(
-        "instruction+output",
-        "instruction+input+output",
-        "instruction+response",
-        gives="sft unpaired",
-        read=importers.from_alpaca,
-        uses="input history kto_tag",
-        over=("question_answer",),
-    ),
-    "dolly": _format("instruction+context+response", gives="sft", read=importers.from_alpaca),
-    "unpaired": _format(
-        "prompt+completion+label",
-        gives="unpaired",
-        read=importers.from_unpaired,
-        uses="input",
-        over=("question_answer",),
-    ),
-    "prompt_completion": _format(
-        "prompt+completion",
-        "prompt+response",
-        "input+output",
-        gives="sft",
-        read=importers.from_prompt_completion,
-        uses="input",
-        over=("question_answer",),
-    ),
-    "question_answer": _format(
-        "question+answer",
-        "question+response",
-        "query+response",
-        "query+answer",
-        "problem+solution",
-        gives="sft",
-        read=importers.from_question_answer,
-        uses="input",
-    ),
-    "segments": _format("segments", gives="sft", read=importers.from_segments),
-    "classes": _format(
-        "text+label", "messages+label", "prompt+label", gives="classes", read=from_classes
-    ),
-    "verl": _format("prompt+reward_model", gives="prompts", read=importers.from_verl),
-    "text": _format("text", gives="corpus sft", read=importers.from_text, last=True),
-    "prompt": _format(
-        "prompt", "turns", gives="prompts", read=importers.from_prompt, uses="input", last=True
-    ),
-}
-"""How rows are read. If several formats fit, one with a strict superset of another's fields takes
-precedence. Then ``over`` and ``last`` decide, and finally the kind that the stage needs."""
-
-ALIASES = {"openai": "messages"}
-"""Alternative names of formats in a recipe."""
+@cache
+def _importer(place: str) -> Importer:
+    """Return the function that ``module:function`` names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 class FormatDetector:
@@ -314,11 +168,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         row, extras = take_extras(row, kind=kind, used=used, source=source)
         if extras.weight == 0.0:
             return []
-    read = form.read
-    if (name, kind) == ("oasst", "preference"):
-        read = cast(Reader, importers.from_oasst_pairs)
-    if (name, kind) == ("model_solutions", "unpaired"):
-        read = cast(Reader, importers.from_labelled_solutions)
+    read = _importer(form.read_for.get(kind, form.read))
     examples = []
     for example in read(row, source):
         if kind in ("sft", "preference", "unpaired"):

@@ -12,7 +12,6 @@ from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns, explicit_pair, implicit_pair, make_pair
 from align.data.formats.questions import (
-    ASKED,
     other_fields,
     question_and_answer,
     question_of,
@@ -20,6 +19,7 @@ from align.data.formats.questions import (
     with_input,
 )
 from align.data.formats.turns import not_text, shown, to_text, to_turns
+from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
 

@@ -6,11 +6,10 @@ from align.core.errors import DataError
 from align.core.types import Text, Turn
 from align.data.formats.pairs import as_turns
 from align.data.formats.turns import not_text, shown, to_text
+from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
 
-ASKED = ("prompt", "question", "instruction", "query", "problem", "input")
-"""Fields that may contain the question of a row; the first that is present is used."""
 _ANSWERED = ("completion", "response", "output", "solution", "answer")
 _END_MARK = "<|endoftext|>"
 

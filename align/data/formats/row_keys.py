@@ -14,9 +14,9 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
-from align.data.formats.questions import ASKED
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import guess, is_about_loss, is_nothing, not_text, shown
+from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
 

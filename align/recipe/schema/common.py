@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from align.recipe.schema.formats import FormatName
 from reward_models.specs import Count, Positive, Ref, RewardSpec, Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -28,30 +29,7 @@ class DataSpec(Spec):
     """Synthetic tasks that the rows are drawn from; an empty list means all five."""
     rows: Count | None = None
     """Number of rows, drawn at random; None for all. Needed with ``world``."""
-    format: Literal[
-        "auto",
-        "messages",
-        "prompt_completion",
-        "preference",
-        "unpaired",
-        "prompt",
-        "alpaca",
-        "sharegpt",
-        "openai",
-        "openai_dpo",
-        "hh",
-        "ultrafeedback",
-        "text",
-        "seed_tasks",
-        "oasst",
-        "model_solutions",
-        "steps",
-        "classes",
-        "dolly",
-        "question_answer",
-        "segments",
-        "verl",
-    ] = "auto"
+    format: FormatName = "auto"
     """Layout of the rows; ``auto`` detects it from their keys."""
     rename: dict[str, str] = {}
     """Renamed fields, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
