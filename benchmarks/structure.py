@@ -32,6 +32,9 @@ INTERFACES = {
 }
 """Functions that a library calls with positional arguments, and the interface they implement."""
 OPENINGS = re.compile(r"(Give|Gives|Hold|Holds|Say|Says|Tell|Take|Let|Bring)\b")
+PLACE = re.compile(r"^# An? (.+), place (\d+): ", re.MULTILINE)
+"""Comment in tests/seams above each place that an extension of the suite touches."""
+KINDS = ("algorithm", "reward", "data format", "tuning method", "stage")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 TRACER = """
@@ -195,6 +198,18 @@ def measure() -> dict[str, str]:
     }
 
 
+def places() -> dict[str, str]:
+    """Return the number of places that each extension in tests/seams touches."""
+    found = [
+        match
+        for path in sorted((ROOT / "tests" / "seams").glob("*.py"))
+        for match in PLACE.findall(path.read_text(encoding="utf-8"))
+    ]
+    counts = [max(int(number) for kind, number in found if kind == name) for name in KINDS]
+    name = f"places to touch for a new {' / '.join(KINDS)} (tests/seams)"
+    return {name: " / ".join(map(str, counts))}
+
+
 def trace(command: list[str]) -> dict[str, str]:
     """Run a command under the tracer; return the files and functions that it entered."""
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +233,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="trace the command after --")
     parser.add_argument("command", nargs="*")
     args = parser.parse_args()
-    figures = trace(args.command) if args.trace else measure()
+    figures = trace(args.command) if args.trace else measure() | places()
     for name, value in figures.items():
         sys.stdout.write(f"{name}: {value}\n")
 

@@ -17,7 +17,7 @@ from align.core.text import hidden, keep_secret, secret_names, suggest
 from align.recipe.algorithms import defaults_of
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
-from align.recipe.own_code import place_own_code
+from align.recipe.own_code import import_extensions, place_own_code
 from align.recipe.rules import adapter_problems, encoder_problems, idle_options
 from align.recipe.schema import (
     STAGES,
@@ -209,6 +209,7 @@ def read_resolved(path: Path | str) -> Recipe:
         RecipeError: the file is missing, is not a recipe of this version, or needs an environment
             variable that is not set.
     """
+    import_extensions()
     try:
         text = Path(path).read_text(encoding="utf-8")
         plain = yaml.safe_load(text)
@@ -253,6 +254,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     Raises:
         RecipeError: as ``load_recipe``.
     """
+    import_extensions()
     # Read. Tasks are expanded twice: overrides may refer to keys of a task, or add tasks.
     source = read_source(find_recipe(path))
     expand_tasks(source)

@@ -51,7 +51,7 @@ from align.models.loading import load_tokenizer
 from align.preflight.checks import Check
 from align.preflight.run import keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
-from align.recipe.schema import STAGES, DataSpec, Recipe, Spec
+from align.recipe.schema import DataSpec, Recipe, Spec
 from align.tuning.files import refuse_unmerged
 from reward_models.scalar import reads_first
 
@@ -194,7 +194,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m align.stages", description="Run one stage of a recipe."
     )
-    parser.add_argument("kind", choices=STAGES, help="kind of the stage")
+    parser.add_argument("kind", help="kind of the stage, such as sft")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
     source.add_argument("--resolved", help="resolved recipe, as written by align run")

@@ -13,10 +13,11 @@ from online_parts import grpo_spec, sampled, scored
 from align.online.algorithms import build_algorithm
 from align.recipe.algorithms import ALGORITHMS, Algorithm
 
-# The one line.
+# An algorithm, place 1: its entry.
 MAX_RL = {"max_rl": Algorithm(f"{__name__}:max_rl", scales=("none",), scale="none")}
 
 
+# An algorithm, place 2: its advantages.
 def max_rl(scores: Tensor, group_ids: Tensor) -> Tensor:
     """Return (score - group mean) / group mean; 0 in a group of mean 0 (arXiv:2602.02710)."""
     advantages = torch.zeros_like(scores)
