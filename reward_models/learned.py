@@ -10,6 +10,7 @@ import torch
 
 from reward_models.base import Text, check_rows, column_values, completion_text
 from reward_models.ensemble import combiner, spread
+from reward_models.limits import render_chat
 from reward_models.paired import pair_ids
 from reward_models.scalar import RewardModel, score_heads
 from reward_models.specs import ProcessSpec, ScalarSpec
@@ -163,11 +164,8 @@ class ScalarReward:
     def _render_turns(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answer = [{"role": "assistant", "content": completion_text(completion)}]
-        tokenizer: Any = self.tokenizer
-        before: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        full: str = tokenizer.apply_chat_template(turns + answer, tokenize=False)
+        before: str = render_chat(self.tokenizer, turns, tokenize=False, add_generation_prompt=True)
+        full: str = render_chat(self.tokenizer, turns + answer, tokenize=False)
         if not full.startswith(before):
             raise ValueError(
                 f"reward '{self.name}': the chat template rewrites earlier turns. Use a template "

@@ -12,6 +12,7 @@ as Jinja2 over the fields of the input row::
 """
 
 import hashlib
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from align.core.errors import DataError
 from align.core.types import Turn
 from align.data.reading.read_log import note
+from reward_models.limits import LimitError, check_length, template_limits
 
 MADE = ("prompt", "completion", "chosen", "rejected")
 FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"})
@@ -46,7 +48,11 @@ class Wording:
         made: dict[str, Any] = {}
         for field, template in self.fields.items():
             try:
-                text = template.render(row).strip()
+                with template_limits(f"template '{self.name}', {field}"):
+                    text = template.render(row).strip()
+                    check_length(text)
+            except LimitError as error:
+                raise DataError(f"{source}: {error}") from error
             except Exception as error:  # code in a template may raise any exception
                 said = str(error) or type(error).__name__
                 raise DataError(
@@ -96,7 +102,7 @@ def read_wordings(path: str) -> Sequence[Wording]:
     note(file, hashlib.sha256(content).hexdigest())
     try:
         entries = yaml.safe_load(content.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of templates, each with name, prompt, ...")
@@ -127,7 +133,9 @@ def _given(value: Any) -> Any:
 
 def _wording(entry: Any, where: str, environment: Any, *, errors: list[str]) -> Wording | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        errors.append(f"{where}: expected a mapping with a text 'name', found {str(entry)[:60]!r}")
+        errors.append(
+            f"{where}: expected a mapping with a text 'name', found {reprlib.repr(entry)[:60]}"
+        )
         return None
     fields = {key: value for key, value in entry.items() if key != "name"}
     if set(fields) not in FIELDS or not all(isinstance(v, str) for v in fields.values()):
@@ -139,7 +147,9 @@ def _wording(entry: Any, where: str, environment: Any, *, errors: list[str]) -> 
     compiled = {}
     for key, text in fields.items():
         try:
-            compiled[key] = environment.from_string(text)
-        except TemplateError as error:
+            # Jinja already computes constant expressions here.
+            with template_limits(f"template '{entry['name']}'"):
+                compiled[key] = environment.from_string(text)
+        except (TemplateError, LimitError) as error:
             errors.append(f"{where} '{entry['name']}', {key}: {error}")
     return Wording(entry["name"], compiled)

@@ -15,6 +15,7 @@ from align.data.render.chat import ChatFormat
 from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
 from align.preflight.checks import Check, Finding, spread
+from reward_models.limits import render_chat
 
 NUM_RENDERED = 16
 """Number of conversations that are rendered as a whole."""
@@ -146,7 +147,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
     for turns in conversations:
         row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
         said = [message_of(turn) for turn in turns]
-        found = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+        found = render_chat(tokenizer, said, tokenize=True, return_dict=False)
         # A row ends with the last response; turns after it are not compared.
         whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
         # Number of leading ids in common; less than both lengths means a difference.

@@ -39,6 +39,7 @@ from align.training.offline import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.loading import load_classifier, quantization
+from reward_models.limits import LimitError, render_chat
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -136,7 +137,10 @@ def class_row(tokenizer: Any, example: Example) -> ClassRow:
     else:
         check_plain(example, reader="a classifier")
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in text]
-        written = tokenizer.apply_chat_template(turns, tokenize=False)
+        try:
+            written = render_chat(tokenizer, turns, tokenize=False)
+        except LimitError as error:
+            raise DataError(f"{example.source}: {error}") from error
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     label = example.columns["label"]
     return ClassRow(tuple(ids), (False,) * len(ids), source=example.source, label=label)

@@ -31,6 +31,7 @@ from align.data.render.templates import (
 )
 from align.data.render.token_text import TokenText, num_shared
 from align.recipe.schema import TokenizerSpec
+from reward_models.limits import LimitError, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ class ChatFormat:
         self._bos = _leading_bos(tokenizer)
         self._shapes: set[str] = set()
         self._told = False
+        self._endless = ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
@@ -96,7 +98,8 @@ class ChatFormat:
         A plain string is tokenized unchanged, with the BOS that the tokenizer adds.
 
         Raises:
-            DataError: a conversation, but the tokenizer has no chat template or rendering fails.
+            DataError: a conversation, but the tokenizer has no chat template, or rendering fails
+                or exceeds its limits.
         """
         if isinstance(prompt, str):
             ids = TokenText(self.tokenizer, prompt).ids
@@ -314,9 +317,12 @@ class ChatFormat:
                 f"{example.source}: a conversation, but "
                 + _NEEDS.format(what="chat template", key="chat_template", example="plain")
             )
+        if self._endless:
+            raise DataError(f"{example.source}: not rendered: {self._endless}")
         try:
             return str(
-                self.tokenizer.apply_chat_template(
+                render_chat(
+                    self.tokenizer,
                     [message_of(turn) for turn in turns],
                     tools=[dict(tool) for tool in example.tools] or None,
                     tokenize=False,
@@ -324,10 +330,15 @@ class ChatFormat:
                     **example.template_kwargs,
                 )
             )
+        except LimitError as error:
+            # A template without an end has none for the other rows either.
+            self._endless = f"{error} (row {example.source})"
+            raise DataError(f"{example.source}: {error}") from error
         except Exception as error:  # raise_exception in a template can raise any type
             roles = [turn["role"] for turn in turns]
             raise DataError(
-                f"{example.source}: the chat template rejects roles {roles}: {error}"
+                f"{example.source}: the chat template rejects roles {roles}: "
+                f"{error or type(error).__name__}"
             ) from error
 
 

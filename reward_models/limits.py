@@ -1,0 +1,136 @@
+"""Limits on the time and memory of programs that come with a model or a data set: its templates."""
+
+import ctypes
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+TEMPLATE_S = 10.0
+"""Largest time for one row, in seconds of processor time; a template takes milliseconds."""
+TEMPLATE_MIB = 2048
+"""Largest memory that one row may add, in MiB."""
+MAX_TEXT = 2**26
+"""Largest rendered text of one row, in characters."""
+AGAIN_S = 1.0
+"""The time limit is raised again after this time, for a program that catches it."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class LimitError(RuntimeError):
+    """A program exceeded a limit; the message says which."""
+
+
+class _OutOfTimeError(LimitError):
+    """Raised inside a program that runs for too long."""
+
+    def __init__(self) -> None:
+        super().__init__("it ran for too long")
+
+
+def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Return what ``apply_chat_template`` returns, within the limits of a template.
+
+    Raises:
+        LimitError: names the template's folder, and says for how long it ran or what it took.
+    """
+    with template_limits(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"):
+        found = tokenizer.apply_chat_template(list(turns), **options)
+        if isinstance(found, str):
+            check_length(found)
+        return found
+
+
+def check_length(text: str) -> None:
+    """Raise LimitError if a rendered text is too long to be a row."""
+    if len(text) > MAX_TEXT:
+        raise LimitError(f"it wrote {len(text):,} characters, expected at most {MAX_TEXT:,}")
+
+
+@contextmanager
+def template_limits(name: str) -> Iterator[None]:
+    """Limit the time and memory of the block, in which a template renders one row.
+
+    Raises:
+        LimitError: begins with ``name``.
+    """
+    try:
+        with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):
+            yield
+    except _OutOfTimeError:
+        raise LimitError(
+            f"{name} ran for {TEMPLATE_S:g} s on one row without an end; expected milliseconds. "
+            "Correct its loops, or use another template"
+        ) from None
+    except MemoryError:
+        raise LimitError(
+            f"{name} takes more than {TEMPLATE_MIB:,} MiB of memory for one row; correct it, or "
+            "use another template"
+        ) from None
+    except LimitError as error:
+        raise LimitError(f"{name}: {error}; correct it, or use another template") from None
+
+
+@contextmanager
+def memory_limit(mib: int) -> Iterator[None]:
+    """Raise MemoryError inside the block before this process has grown by ``mib``."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", "rb") as f:
+        size = int(f.read().split()[0]) * _PAGE + mib * 2**20
+    limits = [x for x in (size, *before) if x != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise an exception inside the block after ``seconds`` of this process's processor time.
+
+    In other threads than the main one the time is that of the clock.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        with _time_limit_in_thread(seconds):
+            yield
+        return
+    # A signal also ends arithmetic on huge numbers, which takes hours within one bytecode.
+    before = signal.signal(signal.SIGVTALRM, _out_of_time)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _out_of_time(_signum: int, _frame: FrameType | None) -> None:
+    raise _OutOfTimeError
+
+
+@contextmanager
+def _time_limit_in_thread(seconds: float) -> Iterator[None]:
+    """Set an exception in this thread from another one; Python handles signals in the main one."""
+    thread, lock, done = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def stop() -> None:
+        with lock:
+            if not done:
+                set_exception(thread, ctypes.py_object(_OutOfTimeError))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            done = True
+            set_exception(thread, None)  # one that was set, but not raised yet
+        timer.cancel()
