@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from align.core.errors import DataError
+from align.data.reading.bounds import CODE, Unpacked, max_row, row_too_long
 from align.data.reading.read_log import HashedFile
 
 BLOCK_BYTES = 2**22
@@ -101,8 +102,8 @@ def _refuse(head: bytes, name: str) -> None:
 
 def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
     """Yield the bytes of a file in pieces of a few MiB, decompressed and without a BOM.
-    If a compressed file is truncated, the last item is the error, after all data that could be
-    decompressed.
+    If a compressed file is truncated or unpacks to too much, the last item is the error, after all
+    data before it.
     """
     with _open(path, name=name) as raw:
         packed = raw.read(2) == _GZIP
@@ -110,10 +111,16 @@ def chunks(path: Path, *, name: str) -> Iterator[bytes | DataError]:
         # The hash is of the file's own bytes, before they are unpacked.
         hashed = cast(Any, HashedFile(raw, path))
         stream = gzip.GzipFile(fileobj=hashed) if packed else hashed
+        unpacked = Unpacked(path, name)
         first = True
         while True:
             try:
                 piece = stream.read(BLOCK_BYTES)
+                if packed:
+                    unpacked.add(len(piece))
+            except DataError as error:
+                yield error
+                return
             except (OSError, EOFError, zlib.error) as error:
                 what = "broken gzip" if packed else "cannot be read"
                 code = "D009" if packed else "D003"
@@ -130,10 +137,11 @@ def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
     """Yield whole lines in blocks of a few MiB, each with the number of its first line."""
     line = 1
     rest: list[bytes] = []
+    longest = max_row()
     for piece in chunks(path, name=name):
         if isinstance(piece, DataError):
             block = b"".join(rest)
-            if block:
+            if block and piece.code != CODE:  # the limit cut the row, not its writer
                 yield block, line
             yield piece, line + block.count(b"\n")
             return
@@ -141,6 +149,9 @@ def blocks(path: Path, *, name: str) -> Iterator[tuple[bytes | DataError, int]]:
         end = piece.rfind(b"\n") + 1
         if not end:
             rest.append(piece)
+            if sum(map(len, rest)) > longest:
+                yield row_too_long(f"{name}:{line}"), line
+                return
             continue
         block = b"".join([*rest, piece[:end]])
         yield block, line

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.data.reading.bounds import max_row, row_too_long
 from align.data.reading.files import blocks, chunks, decoded
 
 Row = dict[str, Any] | str
@@ -92,6 +93,8 @@ class _Tape:
         self.line_at(self.at)
         self._mark = 0
         self.text, self.at = self.text[self.at :], 0
+        if len(self.text) > max_row():
+            self.fault = row_too_long(self.line_at(0))
         # Doubling the buffer keeps decoding of a large value linear in its length.
         wanted, got = max(1, len(self.text)), 0
         while got < wanted and self.fault is None:

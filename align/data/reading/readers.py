@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.data.reading.bounds import Unpacked, max_batch, max_row, row_too_long, too_large
 from align.data.reading.files import blocks, content_of, decoded
 from align.data.reading.json import Item, read_lines, read_values
 from align.data.reading.read_log import note_file
+from reward_models.limits import memory_limit
 
 SEPARATORS = ",;\t|"
 _END_MARK = "<|endoftext|>"
@@ -98,7 +100,7 @@ class _Lines:
 
 
 def _read_table(path: Path, name: str) -> Iterator[Item]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(min(max_row(), 2**31 - 1))
     lines = _Lines(path, name)
     # strict: an unbalanced quote is an error, not a cell that swallows the rest of the file.
     reader = csv.reader(iter(lines), delimiter=_separator(_head(path, name)), strict=True)
@@ -127,6 +129,9 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
         for fault in lines.faults:
             yield fault, name
     except csv.Error as error:
+        if "field larger" in str(error):
+            yield row_too_long(f"{name}:{line + 1}"), f"{name}:{line + 1}"
+            return
         message = f"{name}:{line + 1}: broken table: {error}"
         yield DataError(message, code="D037"), f"{name}:{line + 1}"
 
@@ -164,6 +169,12 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+NUM_ROWS = 256
+"""Number of rows of a typed table that are converted at a time."""
+_ROW_BYTES = 64
+"""Least memory of a row: a table can state any number of rows in a few bytes."""
+
+
 def _rows_of(batch: Any) -> list[dict[str, Any]]:
     """Return a batch's rows; 0.1 of single precision stays 0.1, not 0.10000000149011612."""
     import pyarrow
@@ -176,39 +187,72 @@ def _rows_of(batch: Any) -> list[dict[str, Any]]:
     return batch.to_pylist()
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Item]:
+def _parts(batch: Any) -> Iterator[Any]:
+    """Yield a record batch in parts, whose values are written out: each with its own text."""
     import pyarrow
-    import pyarrow.parquet
 
+    for start in range(0, batch.num_rows, NUM_ROWS):
+        part = batch.slice(start, NUM_ROWS)
+        for at, column in enumerate(part.schema):
+            if pyarrow.types.is_dictionary(column.type):
+                part = part.set_column(at, column.name, part.column(at).dictionary_decode())
+        yield part
+
+
+def _read_typed(path: Path, name: str, form: str, batches: Iterator[Any]) -> Iterator[Item]:
+    """Yield the rows of a typed table within the limits on memory."""
+    import pyarrow
+
+    number, unpacked = itertools.count(1), Unpacked(path, name)
+    parts = (part for batch in batches for part in _parts(batch))
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            number = itertools.count(1)
-            for batch in table.iter_batches(batch_size=4096):
-                for row in _rows_of(batch):
-                    yield without_nulls(row), f"{name}:row {next(number)}"
+        while True:
+            with memory_limit(max_batch() // 2**20):
+                part = next(parts, None)
+                if part is None:
+                    break
+                unpacked.add(max(part.nbytes, _ROW_BYTES * part.num_rows))
+                rows = _rows_of(part)
+            for row in rows:
+                yield without_nulls(row), f"{name}:row {next(number)}"
         note_file(path)
+    except MemoryError:
+        what = f"the next {NUM_ROWS} rows take more than {max_batch() / 2**30:g} GiB"
+        yield too_large(f"{name}:row {next(number)}", what), name
+    except DataError as error:
+        yield error, name
     except (pyarrow.ArrowException, OSError) as error:
-        yield DataError(f"{name}: broken parquet: {error}", code="D010"), name
+        yield DataError(f"{name}: broken {form}: {error}", code="D010"), name
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Item]:
+    def batches() -> Iterator[Any]:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as table:
+            # In this thread: a failed allocation in one of pyarrow's ends the process.
+            yield from table.iter_batches(batch_size=NUM_ROWS, use_threads=False)
+
+    yield from _read_typed(path, name, "parquet", batches())
 
 
 def _read_arrow(path: Path, name: str) -> Iterator[Item]:
-    import pyarrow
-    import pyarrow.ipc
+    def batches() -> Iterator[Any]:
+        import pyarrow
+        import pyarrow.ipc
 
-    number = itertools.count(1)
-    try:
-        with pyarrow.memory_map(str(path)) as source:
+        # Not mapped: a file that is cut while it is read would end the process.
+        with pyarrow.OSFile(str(path)) as source:
             if path.open("rb").read(6) == b"ARROW1":
                 table = pyarrow.ipc.open_file(source)
-                batches = map(table.get_batch, range(table.num_record_batches))
+                found = map(table.get_batch, range(table.num_record_batches))
             else:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            for batch in batches:
-                for row in _rows_of(batch):
-                    yield without_nulls(row), f"{name}:row {next(number)}"
-        note_file(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield DataError(f"{name}: broken arrow: {error}", code="D010"), name
+                found = iter(pyarrow.ipc.open_stream(source))
+            for batch in found:
+                batch.validate(full=True)  # offsets that point outside of it would crash Python
+                yield batch
+
+    yield from _read_typed(path, name, "arrow", batches())
 
 
 def _read_text(path: Path, name: str) -> Iterator[Item]:
@@ -217,16 +261,20 @@ def _read_text(path: Path, name: str) -> Iterator[Item]:
     # The whole file decides how its documents are separated, so it is read twice.
     marked = any(_END_MARK.encode() in piece for piece in pieces if isinstance(piece, bytes))
     document: list[str] = []
-    start = 1
+    start, size, longest = 1, 0, max_row()
     for line, number in _text_lines(path, name):
         if isinstance(line, DataError):
             yield line, f"{name}:{number}"
             continue
         if line == _END_MARK if marked else not line.strip():
             yield from _document(document, start, name)
-            document, start = [], number + 1
+            document, start, size = [], number + 1, 0
         else:
             document.append(line)
+            size += len(line)
+            if size > longest:
+                yield row_too_long(f"{name}:{start}"), f"{name}:{start}"
+                return
     yield from _document(document, start, name)
 
 

@@ -115,7 +115,7 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = yaml.safe_load(matter.group(1))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(
             f"{card}: the card's header is not valid YAML: {error}", code="D013"
         ) from error
