@@ -11,11 +11,17 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+MAX_PRINTED = 2**22
+"""Bytes of a worker's own output that are passed on to standard error."""
+MAX_REPLY = 2**26
+"""Largest reply, in bytes."""
 
 
 class WorkerError(RuntimeError):
@@ -36,6 +42,7 @@ class Worker:
         self.module, self.arguments, self.name = module, arguments, name
         self.start_timeout_s = start_timeout_s
         self.process: subprocess.Popen[bytes] | None = None
+        self._printable = [MAX_PRINTED]
 
     def start(self) -> Any:
         """Start the process unless one is running; return its first message, or None.
@@ -50,12 +57,18 @@ class Worker:
             [sys.executable, "-m", self.module, *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
             process_group=0,
         )
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
         weakref.finalize(self, _kill, self.process)
+        assert self.process.stderr is not None
+        printed = os.dup(self.process.stderr.fileno())
+        threading.Thread(
+            target=_pass_on, args=(printed, self._printable, self.name), daemon=True
+        ).start()
         return self._exchange(b"", self.start_timeout_s, "did not start")
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> Any:
@@ -96,6 +109,8 @@ class Worker:
                     if not part:
                         raise WorkerError(f"{self.name} {failed}")
                     line += part
+                    if len(line) > MAX_REPLY:
+                        raise WorkerError(f"{self.name} sent a reply without an end")
             return json.loads(line)
         except (BrokenPipeError, ValueError):
             self.close()
@@ -105,13 +120,30 @@ class Worker:
             raise
 
 
+def _pass_on(printed: int, left: list[int], name: str) -> None:
+    """Write what a worker prints to standard error, up to ``left[0]`` bytes over its restarts.
+
+    The worker itself is no argument: it must be collected, and its process killed, when unused.
+    """
+    with os.fdopen(printed, "rb", buffering=0) as stream:
+        while part := stream.read(65536):
+            if left[0] > 0:
+                os.write(2, part[: left[0]])
+                left[0] -= len(part)
+                if left[0] <= 0:
+                    told = (
+                        f"\n{name} printed more than {MAX_PRINTED:,} bytes; the rest is left out\n"
+                    )
+                    os.write(2, told.encode())
+
+
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # it has already exited
         process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (process.stdin, process.stdout, process.stderr):
         assert pipe is not None
         try:
             pipe.close()
