@@ -25,8 +25,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0, le=1e12)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 
 
 class Spec(BaseModel):

@@ -5,7 +5,6 @@ Worked example. Line 4 of r.yaml is ``    coef: 0.1`` below ``kl:`` below ``ppo:
 ``marks[("stages", "ppo", "kl", "coef")]`` contains ``r.yaml``, line 4 and both columns.
 """
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +90,8 @@ def _int(text: str) -> int:
 
 def _float(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("expected a finite number")
+    if not abs(value) < 2**63:
+        raise ValueError("expected a finite number below 2^63")
     return value
 
 
@@ -152,8 +151,31 @@ def _compose(text: str) -> yaml.Node | None:
                 problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
             )
     root = yaml.compose(text, Loader=_Loader)
+    if root is not None:
+        _check_expansion(root, {})
     _restore_braces(root)
     return root
+
+
+def _check_expansion(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the values and the depth of a node with aliases expanded, without expanding them.
+
+    An alias names an earlier node, so each node is counted once.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = (1, 1)  # for an alias that contains itself, which the reader reports
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 1
+    values = [v for _, v in node.value] if isinstance(node, yaml.MappingNode) else node.value
+    counts, depths = zip((0, 0), *(_check_expansion(value, known) for value in values), strict=True)
+    count, depth = 1 + sum(counts), 1 + max(depths)
+    if count > MAX_VALUES or depth > MAX_DEPTH:
+        limit = f"{MAX_VALUES:,} values" if count > MAX_VALUES else f"{MAX_DEPTH} levels"
+        problem = f"more than {limit} once aliases are expanded; write a smaller recipe"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    known[id(node)] = count, depth
+    return count, depth
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -251,7 +273,6 @@ class _Reader:
         self.file = file
         self.source = source
         self.open: list[yaml.Node] = []
-        self.count = 0
 
     def value(self, node: yaml.Node, key: Key, *, key_node: yaml.Node | None = None) -> Any:
         at = node.start_mark
@@ -260,13 +281,6 @@ class _Reader:
         line = named.line if key_node is not None else at.line
         column = at.column if at.line == line else named.column
         self.source.marks[key] = Mark(self.file, line + 1, named.column + 1, column + 1)
-        self.count += 1
-        if self.count > MAX_VALUES:
-            where = self.source.marks[key].at_value()
-            raise RecipeError(
-                f"{where}: more than {MAX_VALUES:,} values once aliases are written out; write a "
-                "smaller recipe"
-            )
         # YAML aliases can make a node its own descendant.
         if any(node is n for n in self.open):
             self.problem(key, "an alias that contains itself; write the value out")

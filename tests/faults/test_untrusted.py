@@ -20,6 +20,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 HOSTILE = {
     "billion laughs": (LAUGHS, "more than 50,000 values"),
+    "deep by aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000)),
+        "more than 40 levels once aliases are expanded",
+    ),
     "deep flow": ("a: " + "[" * 100_000 + "]" * 100_000, "nested more than 40 deep"),
     "deep and open": ("a: " + "[" * 5_000, "nested more than 40 deep"),
     "deep block": ("\n".join(" " * i + "a:" for i in range(600)), "nested more than 40 deep"),
@@ -44,6 +48,7 @@ def test_a_recipe_that_would_exhaust_the_machine_is_refused_at_once(name, tmp_pa
         ("1e999", "expected a finite number"),
         ("-1e999", "expected a finite number"),
         ("1" + "0" * 30, "expected a number below 2\\^63"),
+        ("1e30", "expected a finite number below 2\\^63"),
         ("9" * 5000, "found"),
         ("${HUGE}", "expected a finite number"),
     ],
@@ -59,6 +64,28 @@ def test_numbers_without_bound_are_an_error_with_their_place(
     found = read_source(path).errors
     assert len(found) == 1
     assert re.search(rf"r\.yaml:2:9: a\.rate: .*{told}", found[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("steps", "2000000000000", r"<= 1e\+12"),
+        ("batch_size", "2000000000000", r"<= 1e\+12"),
+        ("optim", "{learning_rate: 1.0e+10}", "<= 1000"),
+    ],
+)
+def test_counts_and_rates_that_no_run_can_have_are_errors(
+    key: str, value: str, told: str, tmp_path: Path
+) -> None:
+    from align.recipe.load import load_recipe
+
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nstages:\n  base: {kind: base, path: m}\n"
+        f"  sft: {{kind: sft, init: base, data: [{{world: sft}}], {key}: {value}}}\n"
+    )
+    with pytest.raises(RecipeError, match=rf"r\.yaml:4:\d+: stages\.sft\.{key}.*{told}"):
+        load_recipe(path)
 
 
 def test_a_list_as_a_key_below_a_merge_is_an_error_not_a_crash(tmp_path: Path) -> None:

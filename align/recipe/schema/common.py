@@ -116,7 +116,7 @@ class BuildSpec(Spec):
 class OptimSpec(Spec):
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: Positive = 1e-5
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e3)] = 1e-5
     """Peak learning rate; the default depends on the method (docs/tuning.md)."""
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
     """Course of the learning rate after the warmup."""
