@@ -199,7 +199,7 @@ def _parts(batch: Any) -> Iterator[Any]:
         yield part
 
 
-def _read_typed(path: Path, name: str, form: str, batches: Iterator[Any]) -> Iterator[Item]:
+def _read_typed(batches: Iterator[Any], path: Path, name: str, *, form: str) -> Iterator[Item]:
     """Yield the rows of a typed table within the limits on memory."""
     import pyarrow
 
@@ -233,7 +233,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Item]:
             # In this thread: a failed allocation in one of pyarrow's ends the process.
             yield from table.iter_batches(batch_size=NUM_ROWS, use_threads=False)
 
-    yield from _read_typed(path, name, "parquet", batches())
+    yield from _read_typed(batches(), path, name, form="parquet")
 
 
 def _read_arrow(path: Path, name: str) -> Iterator[Item]:
@@ -252,7 +252,7 @@ def _read_arrow(path: Path, name: str) -> Iterator[Item]:
                 batch.validate(full=True)  # offsets that point outside of it would crash Python
                 yield batch
 
-    yield from _read_typed(path, name, "arrow", batches())
+    yield from _read_typed(batches(), path, name, form="arrow")
 
 
 def _read_text(path: Path, name: str) -> Iterator[Item]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example, PairRow, PromptRow, Text, TokenRow, Turn
 from align.data.render.content import (
+    check_prefix,
     check_shape,
     check_tools,
     check_turns,
@@ -260,8 +261,8 @@ class ChatFormat:
         """Render before turn i (with the generation prompt) and after it; check both prefixes."""
         head = self._render(turns[:i], example=example, add_generation_prompt=True)
         full = self._render(turns[: i + 1], example=example, add_generation_prompt=False)
-        _check_prefix(done, head, source=example.source)
-        _check_prefix(head, full, source=example.source)
+        check_prefix(done, head, source=example.source)
+        check_prefix(head, full, source=example.source)
         return head, full
 
     def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
@@ -294,7 +295,7 @@ class ChatFormat:
             self._conversation([], turns[: last + 1], replace(example, weight=1.0))
             done = self._render(turns[: last + 1], example=example, add_generation_prompt=False)
         head = self._render(turns, example=example, add_generation_prompt=True)
-        _check_prefix(done, head, source=example.source)
+        check_prefix(done, head, source=example.source)
         rest = turns[last + 1 :]
         check_turns(rest, head, first=last + 1, source=example.source, begin=len(done))
         self._check_shape(turns, head, example)
@@ -362,21 +363,6 @@ def is_tie(example: Example) -> bool:
     if not isinstance(tie, bool):
         raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
     return tie
-
-
-def _check_prefix(before: str, after: str, *, source: str) -> None:
-    if after.startswith(before):
-        return
-    at = next(
-        (k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-        min(len(before), len(after)),
-    )
-    raise DataError(
-        f"{source}: the chat template rewrites earlier turns, so the trained tokens cannot be "
-        f"identified; first difference at character {at}: {before[at : at + 40]!r} becomes "
-        f"{after[at : at + 40]!r}; Use a template that only appends: "
-        f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
-    )
 
 
 def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

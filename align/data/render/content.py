@@ -7,6 +7,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Turn
+from align.data.render.templates import FAMILIES
 
 DROPS = "D116"
 """Code for a row of which the template drops a part."""
@@ -165,4 +166,20 @@ def _dropped(what: str, text: str, source: str) -> DataError:
         "renders it (stages.<base>.tokenizer.chat_template: qwen3 writes tools, tool calls and "
         "reasoning), or write it into the content of a turn.",
         code=DROPS,
+    )
+
+
+def check_prefix(before: str, after: str, *, source: str) -> None:
+    """Raise DataError if a longer conversation does not begin with the text of a shorter one."""
+    if after.startswith(before):
+        return
+    at = next(
+        (k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    raise DataError(
+        f"{source}: the chat template rewrites earlier turns, so the trained tokens cannot be "
+        f"identified; first difference at character {at}: {before[at : at + 40]!r} becomes "
+        f"{after[at : at + 40]!r}; Use a template that only appends: "
+        f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
     )
