@@ -234,7 +234,7 @@ ROW_FAULTS: list[tuple[str, str, Change, str]] = [
     ("content an image part", "sft", _turn(0, content=[{"type": "image", "url": "x"}]), "D056"),
     ("tool call in its own field", "sft", _turn(1, tool_calls=[{"name": "f"}]), "D057"),
     ("weight 0", "sft", _turn(1, weight=0), "D058"),
-    ("messages a text", "sft", _set("messages", "[{'role': 'user'}]"), "D050"),
+    ("messages a text", "sft", _set("messages", "[{'role': 'user'}"), "D050"),
     ("messages empty", "sft", _set("messages", []), "D050"),
     ("a turn that is a text", "sft", _set("messages", ["hello"]), "D050"),
     ("a turn without a role", "sft", _set("messages", [{"content": "hello"}]), "D051"),

@@ -18,7 +18,7 @@ from align.data.formats.row_keys import (
     clean_columns,
     take_extras,
 )
-from align.data.formats.turns import guess
+from align.data.formats.turns import guess, parse_turns
 from align.data.reading.json import Row
 from align.recipe.schema.formats import ALIASES, FORMATS
 
@@ -150,6 +150,8 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         DataError: the row is not of this format, does not fit the kind, or is invalid.
     """
     name = ALIASES.get(format, format)
+    if isinstance(row, dict):
+        row = parse_turns(row, source=source)
     if name == "auto":
         name = detect(row, kind=kind, source=source)
     form = FORMATS[name]

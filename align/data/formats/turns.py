@@ -1,8 +1,10 @@
 """Check and convert the turns of a conversation under any of their known field names."""
 
+import ast
 import difflib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import Any
 
@@ -39,6 +41,12 @@ _SHAREGPT_ROLES = {
     "tool_response": "tool",
     "tool": "tool",
 }
+TURN_FIELDS = (
+    *("messages", "conversations", "prompt", "completion", "chosen", "rejected"),
+    *("chosen_messages", "rejected_messages", "preferred_output", "non_preferred_output"),
+)
+"""Fields that may hold turns."""
+_TURNS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']\s*:")
 _CALLS = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = (
@@ -66,6 +74,41 @@ _HARMLESS = (
 )
 """Keys that contain neither text nor loss settings; their values are dropped."""
 _PARTS = ("text", "input_text", "output_text")
+
+
+def parse_turns(row: Row, *, source: str) -> Row:
+    """Return the row with turns that were written as text, as CSV files have them, parsed.
+
+    The text is JSON or a Python literal. Used as it stands, it would be trained as the text of a
+    plain prompt or response.
+
+    Raises:
+        DataError: a field begins like a list of turns and is neither of the two.
+    """
+    found = {}
+    for field in TURN_FIELDS:
+        text = row.get(field)
+        if isinstance(text, str) and _TURNS_AS_TEXT.match(text):
+            value = _literal(text)
+            if not isinstance(value, list):
+                raise DataError(
+                    f"{source}: {field}: turns written as text that is neither JSON nor a Python "
+                    f"literal: {text:.60}... Write the column with json.dumps, or the file "
+                    "as JSON Lines or Parquet.",
+                    code="D050",
+                )
+            found[field] = value
+    return {**row, **found} if found else row
+
+
+def _literal(text: str) -> Any:
+    parsers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    for parse in parsers:
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 def is_nothing(value: Any) -> bool:
