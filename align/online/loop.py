@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -304,8 +305,7 @@ def update(
 ) -> dict[str, float]:
     """Run ``update_epochs`` x ``minibatches`` optimizer steps on the experience.
 
-    Mini-batches are split along prompts, in order; the order of the prompts is already random. A
-    mini-batch without a trainable response is skipped, which is decided before the first update.
+    A mini-batch without a trainable response is skipped, which is decided before the first update.
 
     Returns:
         The mean of each statistic over the optimizer steps.
@@ -314,12 +314,15 @@ def update(
         TrainingError: no response of the step can be trained.
     """
     spec, algorithm = run.spec, run.algorithm
-    answers = len(experience.lengths)
-    size = math.ceil(answers / spec.minibatches)
     totals: dict[str, float] = {}
-    # Fix all micro-batches before the first update: their global counts must not change between
-    # epochs.
-    parts = [list(range(at, min(at + size, answers))) for at in range(0, answers, size)]
+    # Fix the micro-batches of all epochs before the first update.
+    parts = [
+        rows
+        for epoch in range(spec.update_epochs)
+        for rows in mini_batches(
+            experience, spec.minibatches, seed=run.seed, step=step, epoch=epoch
+        )
+    ]
     plans = [_micro_batches(experience, rows, spec.micro_tokens) for rows in parts]
     plans = [plan for plan in plans if plan is not None]
     if not plans:
@@ -327,20 +330,37 @@ def update(
             "no response of this step has a valid score to train on; expected at least one. Check "
             "samples.jsonl and the rewards' invalid counts"
         )
-    # Optimizer steps: each mini-batch once per epoch, the policy first, then the critic.
-    num = spec.update_epochs * len(plans)
-    for _ in range(spec.update_epochs):
-        for micro in plans:
-            found: dict[str, float] = {}
-            if step >= algorithm.critic_warmup_steps:
-                objective = partial(algorithm.policy_objective, kl_coef=kl_coef)
-                found |= _named(run.policy.step(micro, objective), "policy")
-            if run.critic is not None:
-                assert algorithm.critic_objective is not None
-                found |= _named(run.critic.step(micro, algorithm.critic_objective), "value")
-            for name, value in found.items():
-                totals[name] = totals.get(name, 0.0) + value / num
+    # One optimizer step per mini-batch, the policy first, then the critic.
+    for micro in plans:
+        found: dict[str, float] = {}
+        if step >= algorithm.critic_warmup_steps:
+            objective = partial(algorithm.policy_objective, kl_coef=kl_coef)
+            found |= _named(run.policy.step(micro, objective), "policy")
+        if run.critic is not None:
+            assert algorithm.critic_objective is not None
+            found |= _named(run.critic.step(micro, algorithm.critic_objective), "value")
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value / len(plans)
     return totals
+
+
+def mini_batches(
+    experience: Experience, num: int, *, seed: int, step: int, epoch: int
+) -> list[list[int]]:
+    """Return the rows of each mini-batch of an epoch, split along prompts.
+
+    The first epoch takes the prompts in their order, which is already random. Each further one
+    shuffles them, alike on every rank, so that other prompts share a mini-batch.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(experience.group_ids.tolist()):
+        groups.setdefault(group, []).append(row)
+    order = list(groups.values())
+    if epoch > 0 and num > 1:
+        random.Random(distributed.derive_seed(seed, "minibatches", step, epoch)).shuffle(order)
+    rows = [row for group in order for row in group]
+    size = math.ceil(len(rows) / num)
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:

@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ from online_parts import (
 from align.core.errors import TrainingError
 from align.core.types import PromptRow
 from align.online.algorithms import build_algorithm
-from align.online.annotate import annotate
-from align.online.loop import sample, score, update
+from align.online.annotate import annotate, local_plan
+from align.online.loop import mini_batches, sample, score, update
 from align.sampling.build import build_engine
 from align.sampling.experience import Experience
 from reward_models import build_reward
@@ -168,6 +169,50 @@ def test_old_logprobs_are_not_needed_for_one_step_of_grpo(model_dir, importance)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
     start = weights(policy_of(model_dir))
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[0][0], start, strict=True))
+
+
+def test_every_epoch_takes_each_answer_once_in_other_mini_batches() -> None:
+    experience = sampled(((2, 3),) * 12)
+    options = {"seed": 3, "step": 5}
+    epochs = [mini_batches(experience, 3, epoch=epoch, **options) for epoch in range(4)]
+    for parts in epochs:
+        assert [len(part) for part in parts] == [8, 8, 8]
+        assert sorted(row for part in parts for row in part) == list(range(24))
+        for part in parts:  # both answers to a prompt, side by side
+            assert [row // 2 for row in part[::2]] == [row // 2 for row in part[1::2]]
+    assert epochs[0] == [list(range(0, 8)), list(range(8, 16)), list(range(16, 24))]
+    sets = [{frozenset(part) for part in parts} for parts in epochs]
+    assert all(a.isdisjoint(b) for i, a in enumerate(sets) for b in sets[:i])
+    assert mini_batches(experience, 3, epoch=1, seed=3, step=6) != epochs[1]
+    assert mini_batches(experience, 3, epoch=1, **options) == epochs[1]  # for a resumed run
+    # One mini-batch is the whole step in each epoch.
+    assert mini_batches(experience, 1, epoch=1, **options) == [list(range(24))]
+
+
+def test_an_update_takes_the_mini_batches_of_each_epoch(model_dir) -> None:
+    """Three epochs at once are those of three calls that play one epoch each, by hand."""
+    spec = grpo_spec(minibatches=2, update_epochs=3, prompts_per_step=4)
+    found = []
+    for at_once in (True, False):
+        policy = policy_of(model_dir)
+        experience = scored(sampled(((2, 3), (4, 1), (3, 3), (1, 5))), [0.0, 1.0] * 4)
+        experience = annotate(experience, policy, spec, old=True, reference=None, critic=None)
+        experience = build_algorithm(spec).estimate(experience, 0.0)
+        if at_once:
+            update(run_of(spec, policy), experience, step=2, kl_coef=0.0)
+        else:
+            for epoch in range(3):
+                for rows in mini_batches(experience, 2, seed=3, step=2, epoch=epoch):
+                    mask = experience.mask[rows]
+                    counts = {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}
+                    micro = [
+                        experience.micro(part, counts)
+                        for part in local_plan(experience, rows, spec.micro_tokens)
+                    ]
+                    policy.step(micro, partial(build_algorithm(spec).policy_objective, kl_coef=0.0))
+        found.append(weights(policy))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 SCORES = [0.0, 1.0, 5.0, None, 2.0, 4.0, None, 7.0]
