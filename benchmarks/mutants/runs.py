@@ -53,7 +53,8 @@ class Result:
 
 def take_copy(folder: Path, *, of: Path = ROOT) -> None:
     """Copy the code, its tests and what they read; later edits of the checkout do not matter."""
-    ignored = shutil.ignore_patterns("__pycache__")
+    # The checkout's bytecode names the checkout's files; that of a clean run is copied with it.
+    ignored = shutil.ignore_patterns("__pycache__") if of == ROOT else None
     for name in FOLDERS:
         shutil.copytree(of / name, folder / name, symlinks=True, ignore=ignored)
     for path in of.iterdir():
@@ -65,7 +66,7 @@ def run_clean(mutants: Sequence[Mutant], folder: Path) -> Result:
     """Return the result of all tests on an unchanged copy."""
     _prepare()
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    pid, began = _start(folder, tests), time.monotonic()
+    pid, began = _start(folder, tests, keep_bytecode=True), time.monotonic()
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         time.sleep(0.05)
     return _result(None, folder, time.monotonic() - began)
@@ -112,6 +113,8 @@ def _prepare() -> None:
     """Set what tests/conftest.py sets, then import the libraries."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Looking for pytest's plugins takes longer than many a test.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     logging.disable(logging.WARNING)  # what the libraries say of this machine
     for name in LIBRARIES:
         importlib.import_module(name)
@@ -119,7 +122,7 @@ def _prepare() -> None:
     assert "align" not in sys.modules, "the code under test must be imported in the forks"
 
 
-def _start(folder: Path, tests: Sequence[str]) -> int:
+def _start(folder: Path, tests: Sequence[str], *, keep_bytecode: bool = False) -> int:
     """Fork a process that runs tests in a copy, and return its id."""
     (folder / "result.json").unlink(missing_ok=True)
     pid = os.fork()
@@ -127,6 +130,10 @@ def _start(folder: Path, tests: Sequence[str]) -> int:
         return pid
     try:
         os.setsid()
+        if not keep_bytecode:
+            # It would be taken for that of another mutant of the same size and second.
+            sys.dont_write_bytecode = True
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         _run_tests(folder, tests)
     except BaseException:
         traceback.print_exc()
@@ -147,9 +154,6 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> None:
     # The copy stands in for the checkout, here and in processes that the tests start.
     sys.path[:] = [str(folder), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
     os.environ["PYTHONPATH"] = str(folder)
-    # Bytecode would be taken for that of another mutant of the same size and second.
-    sys.dont_write_bytecode = True
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     for name in [n for n in sys.modules if n.partition(".")[0] == "benchmarks"]:
         del sys.modules[name]
     failed: list[str] = []
