@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from align.core.errors import TrainingError
 from align.losses.kl import AdaptiveKL, FixedKL, kl_estimate
+from align.recipe.schema.common import KlSpec
 
 LOGITS = (0.4, -0.9, 0.1)
 REFERENCE = (0.5, 0.2, 0.3)
@@ -69,6 +71,24 @@ def test_kl_gradients_as_a_loss_equal_autograd_of_the_exact_divergences(logits):
         loss = (probs.detach() * kl_estimate(logprobs, ref, kind)).sum()
         (got,) = torch.autograd.grad(loss, theta, retain_graph=True)
         torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-9)
+
+
+def test_kl_of_k1_alone_has_the_gradient_of_the_divergence_as_a_reward():
+    """The policy gradient of -KL by enumeration; a reward is a constant to the policy gradient."""
+    theta, logprobs, ref = enumerate_vocabulary()
+    exact = (logprobs.exp() * (logprobs - ref)).sum()
+    (expected,) = torch.autograd.grad(exact, theta, retain_graph=True)
+    apart = {}
+    for kind in ("k1", "k2", "k3"):
+        reward = -kl_estimate(logprobs, ref, kind).detach()
+        surrogate = -(logprobs.exp().detach() * reward * logprobs).sum()
+        (found,) = torch.autograd.grad(surrogate, theta, retain_graph=True)
+        apart[kind] = float((found - expected).abs().max())
+    assert apart["k1"] < 1e-12
+    assert min(apart["k2"], apart["k3"]) > 0.05
+    for kind in ("k2", "k3"):
+        with pytest.raises(ValidationError, match=f"{kind} in the reward"):
+            KlSpec(coef=0.1, place="reward", estimator=kind)
 
 
 def test_kl_is_zero_at_the_start():

@@ -194,6 +194,11 @@ class KlSpec(Spec):
             raise ValueError(
                 "k1 in the loss has zero expected gradient; use k2 or k3, or place: reward"
             )
+        if self.place == "reward" and self.estimator != "k1":
+            raise ValueError(
+                f"{self.estimator} in the reward does not have the gradient of the KL; use "
+                "estimator: k1, or place: loss"
+            )
         if self.corrected and (self.place, self.estimator) != ("loss", "k3"):
             raise ValueError("'corrected' needs place: loss and estimator: k3; remove it")
         return self
