@@ -106,6 +106,43 @@ def soft_cap(lm: Any) -> float | None:
     return next((cap for n in SOFT_CAPS if (cap := getattr(config, n, None)) is not None), None)
 
 
+def rotary_limit(config: Any) -> int | None:
+    """Return the length up to which a row's rotary factors are its own, or None without a limit.
+
+    Beyond it, transformers' ``longrope`` and ``dynamic`` choose one set of factors for the whole
+    batch by its longest row, so a row would get other log-probabilities beside a longer one.
+    """
+    config = config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(kind for kind in found.values() if isinstance(kind, dict))]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") == "longrope" or "dynamic" in str(kind.get("rope_type"))
+    ]
+    return min(limits, default=None)
+
+
+def check_rotary(decoder: Any, positions: Tensor) -> None:
+    """Refuse a forward pass in which the rotary factors of a row depend on the others.
+
+    Raises:
+        TrainingError: a position lies beyond the limit.
+    """
+    limit = rotary_limit(decoder.config)
+    if limit is not None and int(positions.max()) >= limit:
+        raise TrainingError(
+            f"{type(decoder).__name__}: a row has {int(positions.max()) + 1} tokens. "
+            + SWITCHES.format(limit=limit)
+        )
+
+
+SWITCHES = (
+    "Beyond {limit} tokens this model's rotary factors follow the longest row of a batch, so the "
+    "log-probabilities of a row would depend on its neighbors. Set max_length to {limit} or less"
+)
+
+
 def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run a decoder on the sequences of a packed row (N,) as padded rows; return states (N, H).
 
@@ -293,7 +330,10 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 
 def _router_coef(lm: Any) -> float | None:
-    return getattr(lm.config.get_text_config(), "router_aux_loss_coef", None)
+    """Return the weight of the router's balance loss if the configuration asks for that loss."""
+    config = lm.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    return getattr(config, "router_aux_loss_coef", None) if asked else None
 
 
 @cache
@@ -302,9 +342,10 @@ def _say(name: str, why: str, router_coef: float | None) -> None:
     if why:
         log.warning("%s runs on padded rows, which is correct but slower: %s", name, why)
     if router_coef:
-        log.info(
-            "%s: the balance loss of its router (router_aux_loss_coef %g) is not added. Experts "
-            "are trained only by the stage's loss",
+        log.warning(
+            "%s: its configuration asks for the balance loss of the router (output_router_logits: "
+            "true, router_aux_loss_coef: %g), which is not added. The stage's loss alone trains "
+            "router and experts. Set output_router_logits: false in its config.json to confirm",
             name,
             router_coef,
         )

@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModel
 
 from align.core.errors import ArtefactError
 from align.models.attention import Segments, segments_from_positions
-from align.models.decoder import attention_for, packs, padded_states, settle_decoder
+from align.models.decoder import (
+    attention_for,
+    check_rotary,
+    packs,
+    padded_states,
+    settle_decoder,
+)
 from align.models.loading import disable_dropout, keep_layout, load_tokenizer
 from align.models.logprobs import causal_lm
 from align.models.padded import right_padded
@@ -117,6 +123,7 @@ def packed_values(
 ) -> Tensor:
     """Return a decoder's values for the tokens of a packed row: (1, N), or (1, N, K heads)."""
     decoder = causal_lm(scorer.backbone)
+    check_rotary(decoder, segments.positions)
     if packs(decoder):
         return scorer(input_ids, position_ids=position_ids, segments=segments)
     # (N, H) -> (1, N, H), the layout that the head expects.

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
-from align.models.decoder import attention_for, form_of
+from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 
 
 @contextmanager
@@ -77,6 +77,20 @@ def load_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(distributed.device())
+
+
+def check_length(model_dir: Path, max_length: int) -> None:
+    """Refuse rows whose rotary factors would depend on the other rows of a batch.
+
+    Raises:
+        ArtefactError: ``max_length`` allows them.
+    """
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+    limit = rotary_limit(config)
+    if limit is not None and max_length > limit:
+        raise ArtefactError(
+            f"{model_dir}: max_length is {max_length}. " + SWITCHES.format(limit=limit)
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from align.core import distributed
 from align.models.attention import Segments, segments_from_positions
-from align.models.decoder import decoder_of, form_of, padded_states, soft_cap, wide
+from align.models.decoder import (
+    check_rotary,
+    decoder_of,
+    form_of,
+    padded_states,
+    soft_cap,
+    wide,
+)
 from align.models.fused_head import head_logprobs
 
 CHUNK_ELEMENTS = 2**24
@@ -127,11 +134,12 @@ def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Return the decoder's last states (N, H) for one packed row of token ids (N,)."""
     lm = causal_lm(model)
     decoder = decoder_of(lm)
-    if not form_of(lm).packs:
-        return padded_states(decoder, flat_ids, segments)
     # Virtual tokens precede every sequence of the row, as a filled cache.
     cache = model.virtual_cache() if hasattr(model, "virtual_cache") else None
     num_virtual = 0 if cache is None else cache.get_seq_length()
+    check_rotary(decoder, segments.positions + num_virtual)
+    if not form_of(lm).packs:
+        return padded_states(decoder, flat_ids, segments)
     out = decoder(
         input_ids=flat_ids.unsqueeze(0),
         position_ids=segments.positions.unsqueeze(0) + num_virtual,

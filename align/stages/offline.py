@@ -20,7 +20,7 @@ from align.data.load import check_overlap, fit_rows, load_examples, source_of
 from align.data.reading.read_log import parsed_sha256
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
-from align.models.loading import save_policy
+from align.models.loading import check_length, save_policy
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import MAX_SEEN, Check, spread
 from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
@@ -141,6 +141,7 @@ def load_init(spec: TrainingStage, context: StageContext) -> Artefact:
     source = context.artefact(spec.init, "policy", with_adapter=True)
     made_by = source.manifest.get("spec", {}).get("tuning")
     check_start(source.model_dir, made_by, spec.tuning)
+    check_length(source.model_dir, spec.max_length)
     return source
 
 
@@ -148,7 +149,9 @@ def load_backbone(spec: TrainingStage, context: StageContext) -> Artefact:
     """Return the policy or encoder that a stage puts a new head on."""
     # The manifest says which of the two it is, so that the recipe need not.
     kind = read_manifest(context.folder_of(spec.init))["kind"]
-    return context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+    source = context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+    check_length(source.model_dir, spec.max_length)
+    return source
 
 
 def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artefact) -> None:

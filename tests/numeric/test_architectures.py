@@ -40,7 +40,7 @@ from align.models.attention import PACKED, segments_from_positions
 from align.models.classifier import ClassLogits
 from align.models.decoder import PACKS, Form, attention_for, form_of, settle_decoder
 from align.models.heads import ValueModel
-from align.models.loading import disable_dropout, set_dropout
+from align.models.loading import check_length, disable_dropout, set_dropout
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Finding
 from align.preflight.offline import own_forward
@@ -135,6 +135,60 @@ def test_a_model_that_packs_by_type_and_not_by_option_falls_back(monkeypatch, ca
         "StableLmForCausalLM",
         "NemotronForCausalLM",
     ]
+
+
+LIMIT = 16
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+SWITCHING: dict[str, dict[str, Any]] = {
+    "phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": LIMIT},
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+        "max_position_embeddings": LIMIT,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", SWITCHING)
+def test_rows_beyond_a_switch_of_rotary_factors_are_refused(
+    model_type: str, tmp_path: Path
+) -> None:
+    options = SWITCHING[model_type]
+    short, longest = list(range(3, 10)), list(range(20, 20 + LIMIT))
+    own = tiny_model(model_type, torch.float32, own=True, **options)
+    model = tiny_model(model_type, torch.float32, **options)
+    scorer = RewardModel(model.model, 32)
+
+    def row(tail: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        both = longest + tail
+        positions = [*range(len(both)), *range(len(short))]
+        return torch.tensor([both + short]), torch.tensor([positions])
+
+    # Up to the limit a packed row is right.
+    with torch.no_grad():
+        alone = own(torch.tensor([short])).logits[0]
+        expected = alone[:-1].log_softmax(-1).gather(1, torch.tensor(short)[1:, None])[:, 0]
+        found = LogprobModel(model)(*row([])).logprobs[0, -len(short) + 1 :]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0.0)
+        # One token more, and transformers itself gives the short row other logits beside it.
+        batch = torch.tensor([short + [0] * (LIMIT + 1 - len(short)), [*longest, 5]])
+        beside = own(batch, attention_mask=(batch != 0).long()).logits[0, : len(short)]
+    assert float((alone - beside).abs().max()) > 1e-3
+    for run in (LogprobModel(model), ValueModel(scorer)):
+        with pytest.raises(TrainingError, match=f"Set max_length to {LIMIT} or less"):
+            run(*row([5]))
+    model.config.save_pretrained(tmp_path)
+    check_length(tmp_path, LIMIT)
+    with pytest.raises(ArtefactError, match=f"max_length is {LIMIT + 1}"):
+        check_length(tmp_path, LIMIT + 1)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_balance_loss_that_is_asked_for_and_not_added_is_said(asked: bool, caplog) -> None:
+    decoders._say.cache_clear()
+    model = tiny_model("mixtral", torch.float32, output_router_logits=asked)
+    with caplog.at_level(logging.WARNING):
+        form_of(model)
+    assert ("output_router_logits" in caplog.text) is asked
 
 
 def test_an_attention_option_that_is_not_known_is_refused() -> None:
