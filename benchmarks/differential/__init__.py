@@ -1,0 +1,1 @@
+"""Losses and gradients of align beside those of TRL's trainers."""
