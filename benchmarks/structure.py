@@ -1,23 +1,28 @@
 """Measure the structure of the code: sizes, imports, signatures, docstrings, comments, one trace.
 
     python -m benchmarks.structure                       # counts over align/ and reward_models/
-    python -m benchmarks.structure --trace -- python launch/grpo.py --recipe R --stage NAME
+    python -m benchmarks.structure --trace               # runs a small chain, about a minute
 
-The trace runs one stage under a call tracer and prints how many files and functions of the project
-it entered. Everything else is read from the source with `ast`; nothing is imported.
+The trace runs small stages of the quickstart's recipe by ``align run`` under a tracer. It prints
+how many files and functions of the project the process of one GRPO prompt enters, from the recipe
+to the saved model, and how often an sft stage reads the recipe and a data file of which it takes
+training and held-out rows. Everything else is read from the source with `ast`.
 """
 
 import argparse
 import ast
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import tokenize
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("align", "reward_models")
@@ -31,6 +36,8 @@ INTERFACES = {
     "align.tuning.wrap.leave_out": "torch's state_dict hooks",
 }
 """Functions that a library calls with positional arguments, and the interface they implement."""
+PURPOSES = {"file_record": "hash", "reader_of": "type"}
+"""Functions inside of which a data file is opened for something else than to parse all of it."""
 OPENINGS = re.compile(r"(Give|Gives|Hold|Holds|Say|Says|Tell|Take|Let|Bring)\b")
 PLACE = re.compile(r"^# An? (.+), place (\d+): ", re.MULTILINE)
 """Comment in tests/seams above each place that an extension of the suite touches."""
@@ -38,24 +45,60 @@ KINDS = ("algorithm", "reward", "data format", "tuning method", "stage")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 TRACER = """
-import atexit, sys, threading
+import atexit, json, os, sys, threading
 ROOTS = ({root!r} + "/align/", {root!r} + "/reward_models/")
-SEEN = set()
-def _trace(frame, event, arg):
-    code = frame.f_code
-    if event == "call" and code.co_filename.startswith(ROOTS) and code.co_name != "<module>":
-        SEEN.add((code.co_filename, code.co_qualname))
+CALLS, OPENED = set(), []
+def _ours(frame):
+    return frame.f_code.co_filename.startswith(ROOTS) and frame.f_code.co_name != "<module>"
+def _note(frame, event, arg):
+    if event == "call" and _ours(frame):
+        CALLS.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+def _audit(event, args):
+    if event != "open":
+        return
+    name, frame = os.path.basename(str(args[0])), sys._getframe().f_back
+    if name in {watched!r}:
+        within = []
+        while frame is not None:
+            if _ours(frame):
+                within.append(frame.f_code.co_qualname)
+            frame = frame.f_back
+        OPENED.append((name, within))
+    elif name == {start!r} and sys.getprofile() is None:
+        # Only now: the profiler would make the import of torch slow. Callers were entered before.
+        while frame is not None:
+            _note(frame, "call", None)
+            frame = frame.f_back
+        threading.setprofile(_note); sys.setprofile(_note)
 def _write():
-    with open({out!r}, "w") as f:
-        f.writelines(f"{{a}}\\t{{b}}\\n" for a, b in sorted(SEEN))
-import os
+    with open({folder!r} + "/" + str(os.getpid()) + ".json", "w") as f:
+        json.dump(dict(argv=sys.orig_argv, calls=sorted(CALLS), opened=OPENED), f)
 _exit = os._exit
 def _ending(code):
     _write(); _exit(code)
 os._exit = _ending
 atexit.register(_write)
-threading.setprofile(_trace); sys.setprofile(_trace)
+sys.addaudithook(_audit)
 """
+RECIPE = """\
+extends: {root}/recipes/quickstart.yaml
+name: traced
+stages:
+  base: {{steps: 2, data: [{{world: corpus, rows: 100}}]}}
+  grpo:
+    init: base
+    prompts: [{{path: rows.jsonl, split: train}}]
+    rewards: [{{kind: regex, pattern: a}}]
+    steps: 1
+    prompts_per_step: 1
+    sampling: {{engine: hf}}
+  sft:
+    init: base
+    data: [{{path: rows.jsonl, split: train}}]
+    heldout: [{{path: rows.jsonl, split: heldout}}]
+    steps: 1
+"""
+"""Small versions of the quickstart's stages; the others are in the recipe, but do not run."""
 
 
 def modules() -> dict[str, tuple[str, ast.Module]]:
@@ -210,18 +253,71 @@ def places() -> dict[str, str]:
     return {name: " / ".join(map(str, counts))}
 
 
-def trace(command: list[str]) -> dict[str, str]:
-    """Run a command under the tracer; return the files and functions that it entered."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "calls.tsv")
-        hook = TRACER.format(root=str(ROOT), out=out)
-        (Path(folder) / "sitecustomize.py").write_text(hook, encoding="utf-8")
-        path = os.pathsep.join([folder, str(ROOT), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
-        calls = [line.split("\t") for line in Path(out).read_text().splitlines()]
+def write_tracer(folder: Path, *, watched: Sequence[str], start: str = "") -> str:
+    """Write a hook for Python processes into ``folder``, where each leaves a JSON file.
+
+    Args:
+        folder: made here.
+        watched: names of the files whose opens are noted, with the project's functions around each.
+        start: name of the file at whose opening the tracing of calls begins; "" for no tracing.
+
+    Returns:
+        PYTHONPATH of the processes.
+    """
+    folder.mkdir()
+    hook = TRACER.format(root=str(ROOT), folder=str(folder), watched=list(watched), start=start)
+    (folder / "sitecustomize.py").write_text(hook, encoding="utf-8")
+    return os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def read_traces(folder: Path) -> list[dict[str, Any]]:
+    """Return what each process noted."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+
+
+def purpose(within: Sequence[str]) -> str:
+    """Return why a file was opened, by the functions around the call: hash, type or parse."""
+    return next((what for name, what in PURPOSES.items() if name in within), "parse")
+
+
+def run_small(stage: str, folder: Path, *, path: str) -> None:
+    """Run a stage of RECIPE by ``align run``."""
+    command = [sys.executable, "-m", "align", "run", "traced.yaml", "--only", stage]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+
+
+def trace() -> dict[str, str]:
+    """Return the files and functions that a prompt passes, and how often files are read."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "traced.yaml").write_text(RECIPE.format(root=ROOT), encoding="utf-8")
+        rows = [{"prompt": f"Say {i} again.", "completion": f"{i}"} for i in range(20)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+        run_small("base", folder, path=str(ROOT))
+        path = write_tracer(folder / "grpo", watched=[], start="recipe.yaml")
+        run_small("grpo", folder, path=path)
+        path = write_tracer(folder / "sft", watched=["traced.yaml", "rows.jsonl"])
+        run_small("sft", folder, path=path)
+        (grpo,) = (p for p in read_traces(folder / "grpo") if "align.stages" in p["argv"])
+        sft = Counter(
+            (file, purpose(within))
+            for process in read_traces(folder / "sft")
+            for file, within in process["opened"]
+        )
     return {
-        "files of the project entered": str(len({name for name, _ in calls})),
-        "functions of the project entered": str(len(calls)),
+        "files and functions of the project in the process of a grpo stage": (
+            f"{len({name for name, _ in grpo['calls']})} / {len(grpo['calls'])}"
+        ),
+        "times the recipe / a data file is read for a stage": (
+            f"{sft['traced.yaml', 'parse']} / {sft['rows.jsonl', 'parse']} (the data file is also "
+            f"opened {sft['rows.jsonl', 'hash']} x for its hash and {sft['rows.jsonl', 'type']} x "
+            "for its type)"
+        ),
     }
 
 
@@ -230,10 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--trace", action="store_true", help="trace the command after --")
-    parser.add_argument("command", nargs="*")
+    parser.add_argument("--trace", action="store_true", help="run two small stages under a tracer")
     args = parser.parse_args()
-    figures = trace(args.command) if args.trace else measure() | places()
+    figures = trace() if args.trace else measure() | places()
     for name, value in figures.items():
         sys.stdout.write(f"{name}: {value}\n")
 

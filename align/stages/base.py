@@ -43,17 +43,15 @@ from align.core.log import MetricsLog, setup_logging
 from align.core.storage import storage_problem
 from align.core.text import hidden, visible
 from align.data.reading import read_log
-from align.data.reading.provenance import file_records, named_files
+from align.data.reading.provenance import file_records, named_files, shared_files
+from align.data.reading.sources import parse_once
 from align.data.render.chat import ChatFormat
-from align.data.render.encoder_pairs import PairedFormat
 from align.data.token_view import View
-from align.models.loading import load_tokenizer
 from align.preflight.checks import Check
 from align.preflight.run import keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
-from align.recipe.schema import DataSpec, Recipe, Spec
+from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec
 from align.tuning.files import refuse_unmerged
-from reward_models.scalar import reads_first
 
 log = logging.getLogger(__name__)
 READS_LATE = ("base", "encoder")
@@ -417,9 +415,14 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
 
 def prepare_stage(spec: Any, context: StageContext) -> Prepared:
     """Call ``prepare`` of the stage kind's module, which loads inputs and builds the parts."""
+    spec = with_data_of_stages(spec, context)
+    # Prompts of evaluate stages are compared with the training rows.
+    others = [s for n, s in context.recipe.stages.items() if n != context.name]
+    evaluated = [s for s in others if isinstance(s, EvaluateStage)]
     # Imported by name: one kind must not load the libraries of all others.
     module = import_module(spec.module)
-    return module.prepare(with_data_of_stages(spec, context), context)
+    with parse_once(shared_files([spec, *evaluated])):
+        return module.prepare(spec, context)
 
 
 def prepare_and_train(spec: Any, context: StageContext) -> StageResult:
@@ -435,13 +438,3 @@ def prepare_and_train(spec: Any, context: StageContext) -> StageResult:
             keep_card(card, context.out, views=prepared.views)
         result = prepared.train()
     return replace(result, notes={**prepared.notes, **result.notes})
-
-
-RowFormat = ChatFormat | PairedFormat
-
-
-def scorer_format(artefact: Artefact) -> RowFormat:
-    """Return the row format of a reward model, or of the policy or encoder it starts from."""
-    if artefact.manifest["kind"] == "encoder" or reads_first(artefact.model_dir):
-        return PairedFormat(load_tokenizer(artefact.model_dir))
-    return chat_format(artefact.model_dir)

@@ -1,7 +1,8 @@
 """Find the files that the spec of a stage refers to."""
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
 
     walk(spec, "")
     return dict(sorted(found.items()))
+
+
+def shared_files(specs: Sequence[Spec]) -> list[Path]:
+    """Return the data files that two or more data sources of these specifications refer to."""
+    files = [file for spec in _data_specs(specs) for file in _data_files(spec).values()]
+    return [file for file, count in Counter(files).items() if count > 1]
+
+
+def _data_specs(part: Any) -> Iterator[DataSpec]:
+    """Yield every data source in a specification or a list of them, at any depth."""
+    if isinstance(part, DataSpec):
+        yield part
+    elif isinstance(part, Spec):
+        for name in type(part).model_fields:
+            yield from _data_specs(getattr(part, name))
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _data_specs(inner)
 
 
 def _data_files(spec: DataSpec) -> dict[str, Path]:

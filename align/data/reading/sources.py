@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ _CHOICE = re.compile(
 )
 SIDES = ("all", "train", "heldout")
 """Values of ``split`` for data without its own splits; see align/data/split.py."""
+_shared: dict[str, list[Item] | None] = {}
+"""Files whose rows are kept once they are parsed; None until then."""
+
+
+@contextmanager
+def parse_once(files: Iterable[Path]) -> Iterator[None]:
+    """Keep the parsed rows of these files inside the block, for every further reading of them."""
+    _shared.update(dict.fromkeys(map(str, files)))
+    try:
+        yield
+    finally:
+        _shared.clear()
 
 
 def named_source(
@@ -123,10 +136,27 @@ def scan_rows(path: str) -> Iterator[Item]:
         yield from _read_hub(path)
     for file in files:
         count = 0
-        for row, source in scan(file, name=str(file), suffix=suffix_of(file)):
+        for row, source in _items(file):
             count += not isinstance(row, DataError)
             yield row, source
         note_rows(file, count)
+
+
+def _items(file: Path) -> Iterator[Item]:
+    """Yield the items of a file, those that were kept if it was parsed before."""
+    name = str(file)
+    kept = _shared.get(name)
+    if kept is not None:
+        yield from kept
+        return
+    parsed: list[Item] = []
+    for item in scan(file, name=name, suffix=suffix_of(file)):
+        if name in _shared:
+            parsed.append(item)
+        yield item
+    # Only here is the file read to its end: a reader may stop at an error.
+    if name in _shared:
+        _shared[name] = parsed
 
 
 def find_files(path: str) -> list[Path]:

@@ -22,7 +22,7 @@ from align.evaluation.card import (
 )
 from align.models.loading import load_tokenizer
 from align.recipe.schema import DataSpec
-from align.stages.base import RowFormat, scorer_format
+from align.stages.reward.tasks import RowFormat, scorer_format
 from align.training.batch import flatten_pairs, trim_after_last_trained
 from align.tuning.loading import load_scorer
 from reward_models.learned import ScalarReward

@@ -24,7 +24,7 @@ from align.models.heads import TextValues, packed_values, scorer_from, scorer_on
 from align.models.loading import load_tokenizer, set_dropout
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
-from align.stages.base import Prepared, RowFormat, StageContext, StageResult, scorer_format
+from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.offline import (
     OfflineRows,
@@ -44,6 +44,7 @@ from align.stages.reward.normalize import Numbers, even_sample, normalisation, s
 from align.stages.reward.tasks import (
     JudgedAnswer,
     JudgedSteps,
+    RowFormat,
     WeightedPair,
     class_weights,
     collate_answers,
@@ -53,6 +54,7 @@ from align.stages.reward.tasks import (
     head_weights,
     judged_loss,
     pair_loss,
+    scorer_format,
     steps_loss,
 )
 from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_after_last_trained

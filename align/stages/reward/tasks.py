@@ -9,13 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
+from align.core.artefacts import Artefact
 from align.core.types import PairRow, TokenRow
+from align.data.render.chat import ChatFormat
+from align.data.render.encoder_pairs import PairedFormat
 from align.losses.preference import bradley_terry_loss, soft_labels
 from align.losses.scorer import answer_loss, step_loss, tie_loss
+from align.models.loading import load_tokenizer
 from align.recipe.schema import RewardStage
+from align.stages.base import chat_format
 from align.training.batch import PackedBatch, label_probs, pack, pack_pairs
+from reward_models.scalar import reads_first
 
 Stats = dict[str, Tensor]
+RowFormat = ChatFormat | PairedFormat
+
+
+def scorer_format(artefact: Artefact) -> RowFormat:
+    """Return the row format of a reward model, or of the policy or encoder it starts from."""
+    if artefact.manifest["kind"] == "encoder" or reads_first(artefact.model_dir):
+        return PairedFormat(load_tokenizer(artefact.model_dir))
+    return chat_format(artefact.model_dir)
 
 
 @dataclass(frozen=True, slots=True)
