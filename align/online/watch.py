@@ -60,8 +60,8 @@ class Watch:
     prune: Callable[[set[int]], None]
     metrics: MetricsLog
     history: list[guard.Evaluation] = field(default_factory=list)
-    checkpointed: int | None = None
-    """Best step at the newest checkpoint, which a resumed run may return to."""
+    checkpointed: list[int] = field(default_factory=list)
+    """Best step at each checkpoint that a resumed run may return to."""
 
     def due(self, step: int) -> bool:
         """Return whether the policy is evaluated after ``step`` steps."""
@@ -87,16 +87,20 @@ class Watch:
             weights={r.name: r.weight for r in self.rewards if r.weight},
         )
         self.history.append(seen)
-        # The checkpointed best stays too: a run that resumes there may still return it.
-        if guard.best_step(self.history) == step:
-            self.save(step)
-            self.prune({at for at in (step, self.checkpointed) if at is not None})
+        self.keep_best(step)
         alarms = self._alarms()
         for alarm in alarms:
             log.warning("step %d: %s; %s", step, alarm.reason, alarm.remedy)
         self.metrics.evaluation(step, {**self._record(alarms), "answers": answers[:NUM_SHOWN]})
         found = numbers(seen, answers) | {"eval/alarms": float(len(alarms))}
         return found | {"time/watch_s": time.monotonic() - began}
+
+    def keep_best(self, step: int) -> None:
+        """Save the weights of the newest evaluation, after ``step`` steps, if it is the best."""
+        # The checkpointed bests stay too: a run that resumes there may still return them.
+        if guard.best_step(self.history) == step:
+            self.save(step)
+            self.prune({step, *self.checkpointed})
 
     @property
     def stopped_by(self) -> guard.Alarm | None:
@@ -110,14 +114,17 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON values."""
-        self.checkpointed = guard.best_step(self.history)
-        self.prune({self.checkpointed})
-        return {"history": [asdict(seen) for seen in self.history]}
+        # One more than is kept: the old checkpoints count until the new one is complete.
+        kept = [*self.checkpointed, guard.best_step(self.history)]
+        self.checkpointed = kept[-self.stage.keep_checkpoints - 1 :]
+        self.prune(set(self.checkpointed))
+        history = [asdict(seen) for seen in self.history]
+        return {"history": history, "checkpointed": self.checkpointed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self.history = [guard.Evaluation(**seen) for seen in state["history"]]
-        self.checkpointed = guard.best_step(self.history)
+        self.checkpointed = list(state["checkpointed"])
 
     def _sample(self) -> Experience:
         return answer_fixed(

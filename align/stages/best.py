@@ -56,7 +56,12 @@ def build_stopping(spec: OfflineStage, best: BestWeights) -> EarlyStopping | Non
     """Return the early stopping of an offline stage, or None if the recipe has none."""
     if spec.keep.early_stopping is None:
         return None
-    return EarlyStopping(spec.keep.early_stopping, save=best.save, prune=best.prune)
+    return EarlyStopping(
+        spec.keep.early_stopping,
+        save=best.save,
+        prune=best.prune,
+        keep_checkpoints=spec.keep_checkpoints,
+    )
 
 
 def stopping_notes(stopping: EarlyStopping) -> dict[str, Any]:

@@ -21,15 +21,17 @@ class EarlyStopping:
         spec: the recipe's block.
         save: saves the current weights under a step.
         prune: deletes all saved weights except those of the given steps.
+        keep_checkpoints: number of checkpoints that are kept.
         history: (step, numbers) of each evaluation.
-        checkpointed: best step at the newest checkpoint, which a resumed run may return to.
+        checkpointed: best step at each checkpoint that a resumed run may return to.
     """
 
     spec: EarlyStoppingSpec
     save: Callable[[int], None]
     prune: Callable[[set[int]], None]
+    keep_checkpoints: int
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    checkpointed: int | None = None
+    checkpointed: list[int] = field(default_factory=list)
 
     def look(self, step: int, found: Mapping[str, float]) -> None:
         """Record the metrics of the evaluation after ``step`` steps.
@@ -43,10 +45,10 @@ class EarlyStopping:
                 + ", ".join(found)
             )
         self.history.append((step, dict(found)))
-        # The checkpointed best stays too: a run that resumes there may still return it.
+        # The checkpointed bests stay too: a run that resumes there may still return them.
         if self.best_step == step:
             self.save(step)
-            self.prune({step} | ({self.checkpointed} if self.checkpointed is not None else set()))
+            self.prune({step, *self.checkpointed})
         if self.stopped:
             log.info(
                 "%s has not improved for %d evaluations (best %.4g at step %d): stopping early",
@@ -73,15 +75,18 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON values."""
+        # One more than is kept: the old checkpoints count until the new one is complete.
         if self.history:
-            self.checkpointed = self.best_step
-            self.prune({self.checkpointed})
-        return {"history": [[step, found] for step, found in self.history]}
+            kept = [*self.checkpointed, self.best_step][-self.keep_checkpoints - 1 :]
+            self.checkpointed = kept
+            self.prune(set(kept))
+        history = [[step, found] for step, found in self.history]
+        return {"history": history, "checkpointed": self.checkpointed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self.history = [(step, found) for step, found in state["history"]]
-        self.checkpointed = self.best_step if self.history else None
+        self.checkpointed = list(state["checkpointed"])
 
     def _value(self, i: int) -> float:
         return self.history[i][1][self.spec.metric]

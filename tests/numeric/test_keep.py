@@ -1,8 +1,11 @@
 """Label smoothing, dropout and early stopping: numbers by hand and what must not change."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,8 @@ from align.core.types import TokenRow
 from align.models import logprobs
 from align.models.loading import load_policy, set_dropout
 from align.models.logprobs import LogprobModel
+from align.online import guard
+from align.online.watch import Watch
 from align.recipe.schema import EarlyStoppingSpec, RewardStage, SftStage, TuningSpec
 from align.stages.sft import collate, sft_loss
 from align.training.learner import decays
@@ -97,7 +102,10 @@ def stopped_after(values: list[float], **settings) -> tuple[int, int | None, lis
     """Feed values; give the best step, the step at which it stops, and the steps kept."""
     saved: list[int] = []
     stopping = EarlyStopping(
-        EarlyStoppingSpec(**settings), save=saved.append, prune=lambda steps: None
+        EarlyStoppingSpec(**settings),
+        save=saved.append,
+        prune=lambda steps: None,
+        keep_checkpoints=2,
     )
     for step, value in enumerate(values, 1):
         stopping.look(10 * step, {stopping.spec.metric: value})
@@ -119,10 +127,10 @@ def test_early_stopping_waits_patience_evaluations_without_gain() -> None:
 def test_early_stopping_goes_on_from_a_checkpoint_as_without_one() -> None:
     spec = EarlyStoppingSpec(patience=2)
     pruned: list[set[int]] = []
-    first = EarlyStopping(spec, save=lambda step: None, prune=pruned.append)
+    first = EarlyStopping(spec, save=lambda step: None, prune=pruned.append, keep_checkpoints=1)
     for step, value in ((1, 3.0), (2, 2.0)):
         first.look(step, {"eval/loss": value})
-    again = EarlyStopping(spec, save=lambda step: None, prune=pruned.append)
+    again = EarlyStopping(spec, save=lambda step: None, prune=pruned.append, keep_checkpoints=1)
     again.load_state_dict(first.state_dict())
     again.look(3, {"eval/loss": 1.0})
     # The weights of step 2 stay until the next checkpoint: a resumed run may need them again.
@@ -134,6 +142,68 @@ def test_early_stopping_goes_on_from_a_checkpoint_as_without_one() -> None:
     assert again.best == {"eval/loss": 1.0}
     with pytest.raises(TrainingError, match=r"'eval/loss' was not measured\. Use one of eval/x"):
         again.look(6, {"eval/x": 1.0})
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["early stopping", "watch"])
+def test_every_checkpoint_on_disk_has_its_best_weights(kind: str, keep: int) -> None:
+    """A run may be killed at any moment, and resume from any checkpoint that is still there."""
+    weights: set[int] = set()
+    checkpoints: dict[int, tuple[int, dict]] = {}  # step -> best step then, state
+
+    def prune(steps: set[int]) -> None:
+        weights.intersection_update(steps)
+        assert {best for best, _ in checkpoints.values()} <= weights
+
+    def monitor() -> Any:
+        if kind == "early stopping":
+            spec = EarlyStoppingSpec(patience=99)
+            return EarlyStopping(spec, save=weights.add, prune=prune, keep_checkpoints=keep)
+        parts = dict.fromkeys(
+            [
+                "spec",
+                "seed",
+                "prompts",
+                "rewards",
+                "gold",
+                "engine",
+                "stop_token_ids",
+                "push",
+                "policy",
+                "reference",
+                "metrics",
+            ]
+        )
+        stage = SimpleNamespace(keep_checkpoints=keep)
+        return Watch(stage=stage, save=weights.add, prune=prune, **parts)  # type: ignore[arg-type]
+
+    def look(step: int, loss: float) -> None:
+        if kind == "early stopping":
+            running.look(step, {"eval/loss": loss})
+            return
+        empty: Any = {"length": [], "repetition": [], "rewards": {}, "disagreement": None}
+        running.history.append(guard.Evaluation(step, 0.0, [-loss], [-loss], **empty))
+        running.keep_best(step)
+
+    running = monitor()
+    losses = [9.0, 8.0, 8.5, 7.0, 6.0, 6.5, 5.0, 5.5, 4.0, 3.0]
+    for step, loss in enumerate(losses, 1):
+        look(step, loss)
+        best = min(range(1, step + 1), key=lambda at: (losses[at - 1], at))
+        # A checkpoint after each step: the old ones go only when the new one is complete.
+        checkpoints[step] = best, json.loads(json.dumps(running.state_dict()))
+        for old in sorted(checkpoints)[:-keep]:
+            del checkpoints[old]
+        if step == 6:  # killed; the newest checkpoint is damaged if there is another one
+            back = min(checkpoints)
+            checkpoints = {back: checkpoints[back]}
+            running = monitor()
+            running.load_state_dict(checkpoints[back][1])
+            assert checkpoints[back][0] in weights
+            for again in range(back + 1, 7):
+                look(again, losses[again - 1])
+    assert 10 in weights
+    assert len(weights) <= keep + 2
 
 
 def decaying(model: nn.Module) -> set[str]:

@@ -224,7 +224,9 @@ def test_the_sample_of_a_sorted_file_reaches_to_its_end() -> None:
 )
 def test_early_stopping_knows_which_way_is_better(metric, values, best) -> None:
     spec = EarlyStoppingSpec(metric=metric)
-    stopping = EarlyStopping(spec, save=lambda step: None, prune=lambda steps: None)
+    stopping = EarlyStopping(
+        spec, save=lambda step: None, prune=lambda steps: None, keep_checkpoints=1
+    )
     for step, value in enumerate(values, start=1):
         stopping.look(step, {metric: value})
     assert stopping.best_step == best
