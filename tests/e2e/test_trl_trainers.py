@@ -7,6 +7,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -21,6 +23,7 @@ import stage_runs as runs
 from align.core import distributed as signals
 from align.core.artefacts import read_artefact
 from align.core.errors import DataError, Preempted, RecipeError
+from align.core.types import Example
 from align.data.load import load_examples
 from align.data.toy import generate
 from align.models.loading import load_policy, load_tokenizer
@@ -317,3 +320,16 @@ def test_what_a_trainer_cannot_do_is_refused_with_the_reason(
 def test_plain_text_trains_as_plain_text(recipe: Path, fresh: Path) -> None:
     run(recipe, "SFT", fresh, f"data=[{{path: {recipe.parent}/text.jsonl}}]")
     assert [line["step"] for line in numbers(fresh, "SFT")] == [1, 2, 3]
+
+
+def test_a_dataset_has_the_columns_of_every_row() -> None:
+    asked: Any = [{"role": "user", "content": "q"}]
+    said: Any = [{"role": "assistant", "content": "a"}]
+    spec: Any = SimpleNamespace(trainer="GRPO", rows="prompts", columns=[])
+    found = trl.to_dataset([Example(asked), Example(asked, columns={"answer": "4"})], spec)
+    assert found["answer"] == [None, "4"]
+    assert found["prompt"] == [asked, asked]
+    mixed = [Example([], [*asked, *said], source="f:1"), Example(asked, said, source="f:2")]
+    spec = SimpleNamespace(trainer="SFT", rows="sft", columns=[])
+    with pytest.raises(DataError, match=r"f:2: a row without 'messages', but f:1 has it"):
+        trl.to_dataset(mixed, spec)

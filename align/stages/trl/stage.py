@@ -220,7 +220,17 @@ def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
     """Return examples as a dataset in TRL's format of their kind; prompts keep their columns."""
     from datasets import Dataset
 
-    return Dataset.from_list([_row(example, spec) for example in examples])
+    rows = [_row(example, spec) for example in examples]
+    first = next((name for name in ("messages", "text", "prompt") if name in rows[0]), "")
+    for example, row in zip(examples, rows, strict=True):
+        if first not in row:
+            raise DataError(
+                f"{example.source}: a row without '{first}', but {examples[0].source} has it. TRL "
+                "reads all rows alike: use messages, or prompt and completion, for every row"
+            )
+    # By columns: from_list keeps only the fields of the first row.
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def _row(example: Example, spec: TrlStage) -> dict[str, Any]:
