@@ -2,8 +2,9 @@
 
 import csv
 import gzip
+import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +30,12 @@ def _turns(text: Text | None, role: str) -> list[Row]:
 
 
 def extra_fields(example: Example) -> Row:
-    """Return the fields for tools, template arguments and weight in a row of any format."""
+    """Return the fields for tools, template arguments and weights in a row of any format."""
     fields: Row = {"tools": [dict(tool) for tool in example.tools]} if example.tools else {}
     if example.template_kwargs:
         fields["chat_template_kwargs"] = dict(example.template_kwargs)
+    if example.label_prob != 1.0:
+        fields["label_prob"] = example.label_prob
     return fields if example.weight == 1.0 else {**fields, "weight": example.weight}
 
 
@@ -204,7 +207,9 @@ def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> Non
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+        # By columns: from rows, pyarrow keeps only the fields of the first one.
+        table = {name: [row.get(name) for row in rows] for name in _columns(rows)}
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
         return
     if suffix in (".csv", ".tsv"):
         text = _table(rows, "\t" if suffix == ".tsv" else ",", path)
@@ -221,19 +226,18 @@ def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> Non
     path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
 
 
-def _table(rows: Iterable[Row], separator: str, path: Path) -> str:
+def _table(rows: Sequence[Row], separator: str, path: Path) -> str:
     """Return rows with single turns as a table of plain text."""
-    import io
-
     stream = io.StringIO(newline="")
-    writer: Any = None
-    for row in rows:
-        cells = {name: _cell(value, path) for name, value in row.items()}
-        if writer is None:
-            writer = csv.DictWriter(stream, list(cells), delimiter=separator)
-            writer.writeheader()
-        writer.writerow(cells)
+    writer = csv.DictWriter(stream, _columns(rows), restval="", delimiter=separator)
+    writer.writeheader()
+    writer.writerows({name: _cell(value, path) for name, value in row.items()} for row in rows)
     return stream.getvalue()
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Return every field that a row has; rows of one file may have different fields."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _cell(value: Any, path: Path) -> Any:

@@ -38,6 +38,32 @@ def test_converted_rows_are_read_back_as_the_same_examples(tmp_path: Path, suffi
         assert [e.columns["id"] for e in after] == [e.columns["id"] for e in before]
 
 
+def test_a_table_has_every_column_that_a_row_has(tmp_path: Path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    system = {"role": "system", "content": "be kind"}
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": asked}, {"messages": [system, *asked], "id": "x", "weight": 2.0}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert([DataSpec(path=str(source))], out, to="alpaca", seed=0, columns=True)
+    lines = out.read_text().splitlines()
+    assert lines == ["instruction,input,output,id,weight,system", "q,,a,,,", "q,,a,x,2.0,be kind"]
+    first, second = load_examples([DataSpec(path=str(out))], kind="sft", seed=0)
+    assert (first.prompt, first.weight) == (asked[:1], 1.0)
+    assert (second.prompt, second.weight) == ([system, asked[0]], 2.0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "tsv"])
+def test_numbers_of_pairs_survive_every_file_type(tmp_path: Path, suffix: str):
+    source, out = tmp_path / "in.jsonl", tmp_path / f"out.{suffix}"
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    more = [{"margin": 0.5}, {"label_prob": 0.9}, {"score_chosen": 9, "score_rejected": 1.5}, {}]
+    source.write_text("".join(json.dumps(pair | row) + "\n" for row in more))
+    convert([DataSpec(path=str(source))], out, to="preference", seed=0, columns=False)
+    found = load_examples([DataSpec(path=str(out))], kind="preference", seed=0)
+    assert [e.margin for e in found] == [0.5, None, 7.5, None]
+    assert [e.label_prob for e in found] == [1.0, 0.9, 1.0, 1.0]
+
+
 def test_split_sides_follow_the_hash_of_the_prompt_and_make_the_whole(tmp_path: Path):
     source = tmp_path / "in.jsonl"
     write_rows(clean_rows("preference", count=80), source, "jsonl")

@@ -18,7 +18,8 @@ from align.data.formats.row_keys import (
     clean_columns,
     take_extras,
 )
-from align.data.formats.turns import guess, parse_turns
+from align.data.formats.tools import parsed
+from align.data.formats.turns import guess, is_nothing, parse_turns
 from align.data.reading.json import Row
 from align.recipe.schema.formats import ALIASES, FORMATS
 
@@ -192,7 +193,9 @@ def _with_label_prob(example: Example, kind: Kind) -> Example:
             "certain; use them in sft, reward or dpo, or set it aside (rename: {label_prob: was})"
         )
     rest = dict(example.columns)
-    prob = rest.pop("label_prob")
+    prob = parsed(rest.pop("label_prob"))  # cells of a table are text, and empty ones are nothing
+    if is_nothing(prob):
+        return replace(example, columns=rest)
     if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0.0 <= prob <= 1.0:
         raise DataError(
             f"{example.source}: label_prob: expected a number in [0, 1], found {prob!r}"

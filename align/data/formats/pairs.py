@@ -6,7 +6,8 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
-from align.data.formats.turns import shown
+from align.data.formats.tools import parsed
+from align.data.formats.turns import is_nothing, shown
 
 Row = dict[str, Any]
 
@@ -80,10 +81,13 @@ def implicit_pair(chosen: Text, rejected: Text, *, row: Row, rest: Row, source: 
 
 
 def _margin(row: Row, source: str) -> float | None:
-    if "margin" in row:
-        value = row["margin"]
-    elif "score_chosen" in row and "score_rejected" in row:
-        both = (row["score_chosen"], row["score_rejected"])
+    # Cells of a table are text, and empty ones are nothing.
+    given = {name: parsed(row.get(name)) for name in ("margin", "score_chosen", "score_rejected")}
+    given = {name: value for name, value in given.items() if not is_nothing(value)}
+    if "margin" in given:
+        value = given["margin"]
+    elif "score_chosen" in given and "score_rejected" in given:
+        both = (given["score_chosen"], given["score_rejected"])
         value = both[0] - both[1] if all(isinstance(v, int | float) for v in both) else both
     else:
         return None

@@ -61,8 +61,6 @@ def to_row(example: Example) -> dict[str, Any]:
     else:
         # Rows without a prompt are whole conversations or plain text.
         row["messages" if not isinstance(example.completion, str) else "text"] = example.completion
-    if example.label_prob != 1.0:
-        row["label_prob"] = example.label_prob
     row |= extra_fields(example)
     return {**row, "from": example.source}
 
