@@ -230,7 +230,7 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
         rewards=parts.rewards,
         engine=parts.engine,
         stop_token_ids=parts.chat.stop_token_ids,
-        push=Push(parts.engine, policy, probe_of(parts.prompts)),
+        push=Push(parts.engine, policy, parts.prompts[0].input_ids),
         policy=policy,
         critic=build_critic(
             spec, parts.source.model_dir, context=context, updates=spec.steps * updates
@@ -238,12 +238,6 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
         reference=parts.reference if spec.kl.coef > 0.0 else None,
         kl=build_kl(spec),
     )
-
-
-def probe_of(prompts: Sequence[PromptRow]) -> tuple[int, ...]:
-    """Return the ids of a prompt with at least two tokens, to compare log-probabilities on."""
-    first = next((p.input_ids for p in prompts if len(p.input_ids) > 1), prompts[0].input_ids)
-    return first if len(first) > 1 else first * 2
 
 
 def begin_watch(

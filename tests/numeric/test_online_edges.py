@@ -29,7 +29,6 @@ from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
 from align.stages.evaluate.measure import wants_kl
-from align.stages.online import probe_of
 from align.stages.reward.normalize import even_sample, normalisation
 from align.stages.rollouts import fitted
 from align.training.offline import total_steps
@@ -188,11 +187,6 @@ def test_a_rank_without_prompts_lays_out_nothing() -> None:
     empty = gather_experience([], [], first_group=0)
     assert empty.input_ids.shape == (0, 0)
     assert empty.truncated.dtype == torch.bool
-
-
-def test_a_push_is_probed_with_two_tokens_at_least() -> None:
-    assert probe_of([PromptRow((5,), "", {}), PromptRow((6, 7), "", {})]) == (6, 7)
-    assert probe_of([PromptRow((5,), "", {})]) == (5, 5)
 
 
 def test_a_scorer_of_one_score_is_not_blown_up() -> None:
