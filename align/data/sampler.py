@@ -1,15 +1,23 @@
 """Select rows as a pure function of (seed, step), so that resuming needs no saved state."""
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
+
+
+@lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order of the rows in an epoch; steps of one epoch share it."""
+    digest = hashlib.sha256(f"sampler/epoch/{seed}/{epoch}".encode()).digest()
+    stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
+    return stream.permutation(num_rows)
 
 
 def epoch_indices(num_rows: int, *, seed: int, epoch: int) -> list[int]:
     """Return the order of the rows in an epoch: a permutation of ``range(num_rows)``."""
-    digest = hashlib.sha256(f"sampler/epoch/{seed}/{epoch}".encode()).digest()
-    stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
-    return stream.permutation(num_rows).tolist()
+    return _order(num_rows, seed, epoch).tolist()
 
 
 def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
@@ -31,7 +39,7 @@ def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> lis
     while position < end:
         # The position in the endless stream tells the epoch and the place in its order.
         epoch, offset = divmod(position, num_rows)
-        part = epoch_indices(num_rows, seed=seed, epoch=epoch)[offset : offset + end - position]
+        part = _order(num_rows, seed, epoch)[offset : offset + end - position].tolist()
         places += [(row, epoch) for row in part]
         position += len(part)
     return places
