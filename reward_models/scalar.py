@@ -104,12 +104,7 @@ class RewardModel(nn.Module):
     @property
     def max_tokens(self) -> int | None:
         """Return the largest number of tokens for which the backbone has positions, or None."""
-        for name, module in self.backbone.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                # RoBERTa counts positions from after its pad id.
-                before = 0 if module.padding_idx is None else module.padding_idx + 1
-                return module.num_embeddings - before
-        return getattr(self.config, "max_position_embeddings", None)
+        return max_tokens(self.backbone)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the backbone; arguments are those of transformers."""
@@ -269,6 +264,16 @@ def exact_attention(config: Any) -> str | None:
     # transformers' fused attention ignores the soft cap and scales Falcon's ALiBi differently.
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     return "eager" if capped or getattr(text, "alibi", False) else None
+
+
+def max_tokens(backbone: Any) -> int | None:
+    """Return the largest number of tokens for which a backbone has positions, or None."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from after its pad id.
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - before
+    return getattr(backbone.config, "max_position_embeddings", None)
 
 
 def drop_pooler(encoder: Any) -> None:

@@ -1,5 +1,6 @@
 """Load and save causal language models and their tokenizers."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,18 @@ def bringing_in(path: str) -> Iterator[None]:
 def load_tokenizer(model_dir: Path | str) -> Any:
     """Load the tokenizer saved with a model."""
     return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+"""Names under which architectures configure the number of their positions."""
+
+
+def num_positions(model_dir: Path | str) -> int | None:
+    """Return the number of positions of a saved model, or None if no configuration has one."""
+    file = Path(model_dir) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = config.get("text_config") or config
+    return next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
 
 
 def load_policy(

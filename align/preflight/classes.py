@@ -1,11 +1,9 @@
 """Checks on a classifier before its first step: classes, tokens, loss."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,8 +11,10 @@ from torch import nn
 from align.core.artefacts import Artefact
 from align.preflight.checks import Check, Finding, at_most
 from align.preflight.offline import few_rows, loss_of, packing, start_checks
+from align.preflight.tokens import fitting
 from align.recipe.schema import ClassifyStage
 from align.training.offline import OfflineTask
+from reward_models.scalar import max_tokens
 
 
 def class_checks(
@@ -35,7 +35,7 @@ def class_checks(
     rows = few_rows(spec, task)
     return [
         ("classes", partial(balance, task, classes)),
-        ("tokens", partial(tokens, task, source.model_dir)),
+        ("tokens", partial(tokens, task, backbone)),
         *start_checks(spec, backbone, source),
         ("first loss", partial(first_loss, module, task, rows, num_classes=len(classes))),
         ("packing", partial(packing, spec, module, task, rows=rows)),
@@ -60,19 +60,12 @@ def balance(task: OfflineTask[Any], classes: Sequence[str]) -> Finding:
     return Finding(value, "each class among the held-out rows")
 
 
-def tokens(task: OfflineTask[Any], model_dir: Path) -> Finding:
+def tokens(task: OfflineTask[Any], backbone: Any) -> Finding:
     """Check that the model has an embedding for every token and positions for every row."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    embeddings, positions = config["vocab_size"], config.get("max_position_embeddings")
-    rows = [*task.rows, *task.heldout]
-    largest, longest = max(max(r.input_ids) for r in rows), max(len(r.input_ids) for r in rows)
-    fits = largest < embeddings and (positions is None or longest <= positions)
-    return Finding(
-        f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}",
-        "smaller",
-        "ok" if fits else "fail",
-        "lower max_length to the positions of the model, or use the tokenizer it was trained with",
+    return fitting(
+        [row.input_ids for row in (*task.rows, *task.heldout)],
+        embeddings=backbone.get_input_embeddings().num_embeddings,
+        positions=max_tokens(backbone),
     )
 
 

@@ -11,6 +11,7 @@ from align.core.types import TokenRow
 from align.data.render.encoder_pairs import PairedFormat
 from align.preflight.checks import Check, Finding, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
+from align.preflight.tokens import fitting
 from align.recipe.schema import RewardStage
 from align.training.offline import OfflineTask
 from reward_models.scalar import RewardModel, score_token_ids
@@ -46,20 +47,12 @@ def paired_checks(
 
 def tokens(chat: PairedFormat, model: RewardModel, rows: Sequence[TokenRow]) -> Finding:
     """Check that the model has an embedding for every token and positions for every text."""
-    embeddings, positions = _embeddings(model), model.max_tokens
-    largest, longest = max(max(r.input_ids) for r in rows), max(len(r.input_ids) for r in rows)
-    value = f"largest token {largest:,} of {embeddings:,}, longest text {longest:,} of {positions}"
-    if largest >= embeddings:
-        remedy = "the tokenizer has more tokens than the model. Use the one it was trained with"
-        return Finding(value, "smaller", "fail", remedy)
-    if positions is not None and longest > positions:
-        return Finding(value, "smaller", "fail", f"set max_length: {positions} to drop such rows")
-    unknown = chat.tokenizer.unk_token_id
-    lost = sum(row.input_ids.count(unknown) for row in rows)
-    if lost:
-        remedy = "the tokenizer cannot encode these texts. Check their characters, or change it"
-        return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)
-    return Finding(value, "smaller")
+    return fitting(
+        [row.input_ids for row in rows],
+        embeddings=_embeddings(model),
+        positions=model.max_tokens,
+        unknown=chat.tokenizer.unk_token_id,
+    )
 
 
 def _embeddings(model: RewardModel) -> int:

@@ -14,7 +14,8 @@ from align.core.types import Example, PromptRow, TokenRow, Turn
 from align.data.render.chat import ChatFormat
 from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
-from align.preflight.checks import Check, Finding, spread
+from align.models.loading import num_positions
+from align.preflight.checks import Check, Finding, Verdict, spread
 from reward_models.limits import render_chat
 
 NUM_RENDERED = 16
@@ -215,18 +216,39 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
 def vocabulary(chat: ChatFormat, rows: Sequence[Sequence[int]], model_dir: Path) -> Finding:
     """Check that the model has an embedding for every token and positions for every row."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    embeddings, positions = config["vocab_size"], config.get("max_position_embeddings")
+    return fitting(
+        rows,
+        embeddings=config.get("text_config", config)["vocab_size"],
+        positions=num_positions(model_dir),
+        unknown=unknown_id(chat),
+        too_long="warn",
+    )
+
+
+def fitting(
+    rows: Sequence[Sequence[int]],
+    *,
+    embeddings: int,
+    positions: int | None,
+    unknown: int | None = None,
+    too_long: Verdict = "fail",
+) -> Finding:
+    """Check that there is an embedding for every token and a position for every token of a row.
+
+    Args:
+        rows: token ids. embeddings: number of tokens that the model knows.
+        positions: number of tokens in its longest text; None has no limit.
+        unknown: id of the tokenizer's unknown token. too_long: verdict on a longer row.
+    """
     largest, longest = max(max(ids) for ids in rows), max(len(ids) for ids in rows)
-    unknown = unknown_id(chat)
-    lost = sum(list(ids).count(unknown) for ids in rows)
     value = f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}"
     if largest >= embeddings:
-        remedy = "the tokenizer has more tokens than the model. Import both with a base stage"
+        remedy = "the tokenizer has more tokens than the model. Use the one it was trained with"
         return Finding(value, "smaller", "fail", remedy)
     if positions is not None and longest > positions:
-        remedy = f"rows are longer than the model's positions. Set max_length: {positions}"
-        return Finding(value, "smaller", "warn", remedy)
+        remedy = f"set max_length: {positions} to drop such rows"
+        return Finding(value, "smaller", too_long, remedy)
+    lost = sum(list(ids).count(unknown) for ids in rows) if unknown is not None else 0
     if lost:
         remedy = "the tokenizer cannot encode these rows. Check their characters, or change it"
         return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from align.core.errors import TrainingError
+from align.models.loading import num_positions
 from align.recipe.schema.tuning import METHODS, TuningSpec
 from align.sampling.engine import EngineOptions, RolloutEngine
 from align.tuning.files import unmerged_adapter
@@ -59,8 +60,10 @@ def build_engine(
     Raises:
         TrainingError: the recipe requires vLLM, but it cannot serve this model.
     """
+    # One clear line if the folder has no readable configuration.
+    _read_config(Path(model_dir))
     # vLLM refuses to start with more tokens than the model has positions.
-    positions = _read_config(Path(model_dir)).get("max_position_embeddings") or max_model_len
+    positions = num_positions(model_dir) or max_model_len
     options = EngineOptions(
         model_dir=Path(model_dir),
         dtype=dtype,
@@ -163,7 +166,8 @@ def _installed(package: str) -> str | None:
 def _read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found.get("text_config") or found
     except (OSError, json.JSONDecodeError) as error:
         raise TrainingError(
             f"{path}: cannot be read as a model configuration ({error}). "

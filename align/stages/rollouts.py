@@ -1,6 +1,5 @@
 """Shared parts of the sampling stages: engine, prompts, weight pushes and rewards."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat
+from align.models.loading import num_positions
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import (
     EvaluateStage,
@@ -81,7 +81,9 @@ def fitted(
     """
     rows = [chat.prompt_row(e) for e in examples]
     # Room for a whole response is kept free, so that truncation means max_new_tokens only.
-    longest = min(spec.max_length, num_positions(chat) or spec.max_length)
+    # Tokenizers are loaded from the model's folder, so the configuration is beside them.
+    positions = num_positions(chat.tokenizer.name_or_path)
+    longest = min(spec.max_length, positions or spec.max_length)
     kept, _ = fit_rows(
         rows,
         max_length=longest - spec.sampling.max_new_tokens,
@@ -90,18 +92,6 @@ def fitted(
         ledger=context.ledger,
     )
     return kept
-
-
-def num_positions(chat: ChatFormat) -> int | None:
-    """Return the number of positions of the model, or None if its configuration has none."""
-    # Tokenizers are loaded from the model's folder, so the configuration is beside them.
-    file = Path(chat.tokenizer.name_or_path) / "config.json"
-    if not file.is_file():
-        return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 class Push:

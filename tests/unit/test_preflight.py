@@ -3,16 +3,26 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
@@ -23,9 +33,9 @@ from align.core.errors import DataError, PreflightError
 from align.core.types import Example, PromptRow, TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.render.templates import TEMPLATES
-from align.models.loading import load_policy
+from align.models.loading import load_policy, num_positions
 from align.models.logprobs import LogprobModel
-from align.preflight import offline, tokens
+from align.preflight import classes, offline, tokens
 from align.preflight.checks import MAX_SEEN, Check, Finding, examine, spread
 from align.preflight.rewards import reward_checks
 from align.recipe.schema import DpoStage, Recipe, RewardSpec, SftStage, Spec
@@ -203,6 +213,33 @@ def test_token_without_an_embedding_fails(source: Artefact) -> None:
     assert tokens.vocabulary(chat, [(1, 2)], source.model_dir).verdict == "ok"
     assert tokens.vocabulary(chat, [(1, len(chat.tokenizer))], source.model_dir).verdict == "fail"
     assert tokens.vocabulary(chat, [(1,) * 257], source.model_dir).verdict == "warn"
+
+
+def test_positions_are_read_under_every_name(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    GPT2Config(n_positions=77).save_pretrained(tmp_path)
+    assert num_positions(tmp_path) == 77
+    LlamaConfig(max_position_embeddings=33).save_pretrained(tmp_path)
+    assert num_positions(tmp_path) == 33
+    config.write_text(json.dumps({"text_config": {"max_position_embeddings": 9}, "n_ctx": 4}))
+    assert num_positions(tmp_path) == 9
+    config.write_text("{}")
+    assert num_positions(tmp_path) is None
+    config.unlink()
+    assert num_positions(tmp_path) is None
+
+
+def test_row_of_a_classifier_needs_the_positions_of_its_model() -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "vocab_size": 30, "max_position_embeddings": 20}
+    # RoBERTa's 20 positions are enough for 18 tokens: it counts from 2.
+    model = RobertaModel(RobertaConfig(**sizes, pad_token_id=1)).eval()
+    for length, verdict in ((18, "ok"), (19, "fail")):
+        rows = [TokenRow((5,) * length, (False,) * length)]
+        task: Any = SimpleNamespace(rows=rows, heldout=[])
+        assert classes.tokens(task, model).verdict == verdict
+        with nullcontext() if verdict == "ok" else pytest.raises((IndexError, RuntimeError)):
+            model(torch.tensor([rows[0].input_ids]))
 
 
 def test_model_that_is_not_the_artefact_fails(source: Artefact) -> None:

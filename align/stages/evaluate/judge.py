@@ -1,6 +1,5 @@
 """Query the judge of an evaluate stage, and calibrate a judge against human preferences."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
 from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model, plain
 from align.evaluation.verdict import Answered, Judged
+from align.models.loading import num_positions
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.base import chat_format
@@ -127,8 +127,7 @@ def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) ->
 
     if reads_first(folder):  # returns None itself for pairs that are too long
         return scored_orders(pairs, score)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    chat, limit = chat_format(folder), config.get("max_position_embeddings") or math.inf
+    chat, limit = chat_format(folder), num_positions(folder) or math.inf
     rows = [chat.pair_row(e) for e in examples]
     fits = [max(len(r.chosen.input_ids), len(r.rejected.input_ids)) <= limit for r in rows]
     # Only pairs that fit are scored; the others keep their place without a verdict.

@@ -27,11 +27,13 @@ class Chat:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from align.models.loading import num_positions
         from align.stages.base import chat_format
         from align.tuning.files import with_adapter
         from reward_models.scalar import exact_attention
 
         self.format = chat_format(model_dir)
+        self.positions = num_positions(model_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -62,7 +64,7 @@ class Chat:
         prompt: Text = turns if self.has_template else line
         ids = self.format.prompt_ids(prompt)
         # A shorter response is better than none when the context is nearly full.
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self.positions
         room = self.max_new_tokens if context is None else context - len(ids)
         if room < 1:
             raise DataError(
