@@ -15,11 +15,6 @@ def _order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return stream.permutation(num_rows)
 
 
-def epoch_indices(num_rows: int, *, seed: int, epoch: int) -> list[int]:
-    """Return the order of the rows in an epoch: a permutation of ``range(num_rows)``."""
-    return _order(num_rows, seed, epoch).tolist()
-
-
 def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
     """Return (row, epoch) for each row of one step, from an endless stream of concatenated epochs.
 

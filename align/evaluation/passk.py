@@ -4,8 +4,6 @@ from collections.abc import Hashable, Sequence
 from math import comb
 from typing import TypeVar
 
-from align.evaluation.stats import Interval, share_interval
-
 Prompt = TypeVar("Prompt", bound=Hashable)
 
 
@@ -46,11 +44,3 @@ def pass_by_prompt(
             known[0] += 1
             known[1] += score >= 1.0
     return {name: pass_at_k(n, c, k) for name, (n, c) in counts.items() if n >= k}
-
-
-def pass_at_k_interval(
-    scores: Sequence[float | None], prompts: Sequence[Hashable], *, k: int
-) -> Interval | None:
-    """Return the mean of pass@k over prompts with its interval; None without a valid prompt."""
-    values = list(pass_by_prompt(scores, prompts, k=k).values())
-    return share_interval(values) if values else None

@@ -23,25 +23,6 @@ def _divide(total: Tensor, count: Count) -> Tensor:
     return total / (count or 1)
 
 
-def masked_mean(
-    x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], dim: int | None = None
-) -> Float[Tensor, "..."]:
-    """Return the mean of x where the mask is True, over everything or along one dimension.
-
-    Args:
-        x: values.
-        mask: True where a value counts.
-        dim: dimension to average away; None averages over all.
-
-    Returns:
-        The mean; 0 where nothing counts. It is local to this rank: across ranks, sum first and
-        divide by the global count (`token_mean`).
-    """
-    if dim is None:
-        return _divide(_kept(x, mask).sum(), mask.sum())
-    return _divide(_kept(x, mask).sum(dim), mask.sum(dim))
-
-
 def masked_moments(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, " 3"]:
     """Return count, sum and sum of squares where the mask is True, in float64.
 
@@ -111,23 +92,6 @@ def token_mean(
         it. A fully masked micro-batch gives a 0 that is still connected to the graph.
     """
     return _divide(_kept(x, mask).sum(), num_tokens)
-
-
-def sequence_mean(
-    x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], num_sequences: Count
-) -> Float[Tensor, ""]:
-    """Return the sum of per-sequence means, divided by a global number of sequences.
-
-    Args:
-        x: per-token values.
-        mask: True where a token counts; a sequence without such a token contributes 0.
-        num_sequences: sequences with at least one counting token, over all ranks and micro-batches
-            of the optimizer step.
-
-    Returns:
-        This micro-batch's part of the mean. For packed rows, sum `segment_mean` and divide.
-    """
-    return _divide(masked_mean(x, mask, dim=1).sum(), num_sequences)
 
 
 def segment_sum(

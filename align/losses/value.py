@@ -1,10 +1,8 @@
-"""The critic's clipped value loss, and the explained variance of its values."""
+"""The critic's clipped value loss."""
 
 # ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, maximum
-
-from align.losses.reduce import masked_mean
 
 
 def clipped_value_loss(
@@ -36,23 +34,3 @@ def clipped_value_loss(
     # towards its target gets no gradient.
     held = values.clamp(old_values - clip, old_values + clip)
     return 0.5 * maximum((values - returns).square(), (held - returns).square())
-
-
-def explained_variance(
-    values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]
-) -> Float[Tensor, ""]:
-    """Return the fraction of the returns' variance that the values explain.
-
-    1 - Var(R - V) / Var(R) over the tokens where the mask is True, population variances.
-
-    Returns:
-        At most 1. 0 is no better than a constant; NaN if the returns do not vary.
-    """
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    returns, errors = returns.detach().double(), (returns - values).detach().double()
-    total = variance(returns)
-    share = 1.0 - variance(errors) / total
-    return share.masked_fill(total == 0.0, float("nan")).to(values.dtype)

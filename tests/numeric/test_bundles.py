@@ -167,10 +167,10 @@ def test_an_unknown_estimator_is_an_error_and_never_group_relative(monkeypatch, 
 
 
 def test_an_estimator_that_takes_what_no_step_has_is_an_error(monkeypatch):
-    # masked_mean(x, mask, dim=None): no step has an x.
-    name = "align.losses.reduce:masked_mean"
+    # token_mean(x, mask, num_tokens): no step has an x.
+    name = "align.losses.reduce:token_mean"
     monkeypatch.setitem(ALGORITHMS, "mean", Algorithm(name))
-    with pytest.raises(TrainingError, match="takes x, mask, dim; expected some of scores"):
+    with pytest.raises(TrainingError, match="takes x, mask, num_tokens; expected some of scores"):
         build_algorithm(grpo_spec(algorithm="mean"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from align.evaluation.length import length_controlled_win_rate
-from align.evaluation.passk import pass_at_k, pass_at_k_interval
+from align.evaluation.passk import pass_at_k, pass_by_prompt
 from align.evaluation.sequential import ConfidenceSequence
 from align.evaluation.stats import (
     prompts_needed,
@@ -174,6 +174,6 @@ def test_pass_at_k_is_unbiased():
 def test_pass_at_k_leaves_out_prompts_with_too_few_valid_answers():
     scores = [1.0, 0.0, 0.0, 0.0, None, 1.0]
     prompts = ["a", "a", "b", "b", "c", "c"]
-    found = pass_at_k_interval(scores, prompts, k=2)
-    assert found.value == pytest.approx(0.5)  # a: 1, b: 0, c has one valid answer only
-    assert pass_at_k_interval([None], ["a"], k=1) is None
+    # c has one valid answer only
+    assert pass_by_prompt(scores, prompts, k=2) == {"a": 1.0, "b": 0.0}
+    assert pass_by_prompt([None], ["a"], k=1) == {}

@@ -2,7 +2,7 @@
 
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows, augment
-from align.data.sampler import batch_places, epoch_indices
+from align.data.sampler import batch_indices, batch_places
 from align.recipe.schema import AugmentSpec
 from align.training.offline import OfflineSchedule, pick
 
@@ -75,7 +75,7 @@ def test_batches_of_any_step_are_the_same_whatever_came_before() -> None:
             assert batch == late
     places = batch_places(5, 4, seed=6, step=7)  # positions 28 to 31: epochs 5, 5, 6, 6
     assert [epoch for _, epoch in places] == [5, 5, 6, 6]
-    order = [epoch_indices(5, seed=6, epoch=e) for e in (5, 6)]
+    order = [batch_indices(5, 5, seed=6, step=e) for e in (5, 6)]
     assert [i for i, _ in places] == [order[0][3], order[0][4], order[1][0], order[1][1]]
     spec = AugmentSpec(word_dropout=0.5)
     expected = [render(augment(examples[i], spec, seed=3, index=i, epoch=e)) for i, e in places]
