@@ -90,6 +90,21 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     raise InvalidScoreError(f"{turn['role']} turn without text")
 
 
+def plain_text(text: Text) -> str:
+    """Return a conversation as text: one turn's content, or ``role: content`` lines of several.
+
+    Plain text is returned unchanged.
+
+    Raises:
+        InvalidScoreError: a turn has no text.
+    """
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return turn_text(text[0])
+    return "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in text)
+
+
 def column_values(
     columns: Mapping[str, Any], column: str, *, reward: str, num_rows: int
 ) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from reward_models.base import (
     Text,
     check_rows,
     completion_text,
+    plain_text,
 )
 from reward_models.judge import Endpoint, JudgeClient, Verdict
 from reward_models.specs import JudgeSpec
@@ -86,8 +87,7 @@ class JudgeReward:
 
     def _conversation(self, prompt: Text, completion: Text, reference: Any) -> list[dict[str, str]]:
         told = INSTRUCTION.format(criteria=self.criteria, low=self.low, high=self.high)
-        question = prompt if isinstance(prompt, str) else _as_text(prompt)
-        said = ASKED.format(question=question, answer=completion_text(completion))
+        said = ASKED.format(question=plain_text(prompt), answer=completion_text(completion))
         if reference is not None:
             said += REFERENCE.format(reference=reference)
         return [{"role": "system", "content": told}, {"role": "user", "content": said}]
@@ -99,12 +99,6 @@ class JudgeReward:
             self.invalid[f"judge: {verdict.invalid}"] += 1
             return None
         return (verdict.value["score"] - self.low) / (self.high - self.low)
-
-
-def _as_text(turns: Sequence[Mapping[str, Any]]) -> str:
-    if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def build_judge(spec: JudgeSpec) -> JudgeReward:

@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reward_models.base import InvalidScoreError, completion_text, finite_score
-from reward_models.paired import plain_text
+from reward_models.base import InvalidScoreError, completion_text, finite_score, plain_text
 from reward_models.worker import serve
 
 STYLES = {"verl": ("solution_str", "ground_truth"), "openrlhf": ("queries",)}

@@ -8,22 +8,11 @@ distinguishes the two texts by token types, these follow from the ids: see `sepa
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models.base import Text, turn_text
+from reward_models.base import Text, plain_text
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-
-def plain_text(text: Text) -> str:
-    """Return a conversation as text: one turn's content, or ``role: content`` lines of several.
-    Plain text is returned unchanged.
-    """
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return turn_text(text[0])
-    return "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in text)
 
 
 def pair_ids(

@@ -120,11 +120,22 @@ class ProcessReward:
         else:
             pairs = zip(prompts, completions, strict=True)
             starts = [self._scalar.num_prompt_tokens(*pair) for pair in pairs]
-        values = token_values(self._scalar.model, rows, micro_tokens=self._scalar.micro_tokens)
+        limit = self._scalar.model.max_tokens
+        fits = [limit is None or len(row) <= limit for row in rows]
+        short = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        values = iter(
+            token_values(self._scalar.model, short, micro_tokens=self._scalar.micro_tokens)
+        )
         self.token_rewards = []
         scores: list[float | None] = []
-        for row, start, found in zip(rows, starts, values, strict=True):
-            scores.append(self._solution(row[start:], found[start:].tolist()))
+        for row, start, fit in zip(rows, starts, fits, strict=True):
+            answer = row[start:]
+            if fit:
+                scores.append(self._solution(answer, next(values)[start:].tolist()))
+                continue
+            self.invalid[f"longer than the {limit} positions of the scorer"] += 1
+            self.token_rewards.append([0.0] * len(answer))
+            scores.append(None)
         return scores
 
     def _solution(self, answer: Sequence[int], log_odds: Sequence[float]) -> float | None:

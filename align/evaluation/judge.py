@@ -11,7 +11,7 @@ from align.evaluation.compare import Record, as_triple, by_place
 from align.evaluation.sequential import ConfidenceSequence
 from align.evaluation.stats import share_interval
 from align.evaluation.verdict import Judged, Place
-from reward_models.base import completion_text
+from reward_models.base import completion_text, plain_text
 from reward_models.judge import JudgeClient, Messages, Verdict
 
 SCHEMA: dict[str, Any] = {
@@ -136,15 +136,6 @@ def position(said: Sequence[BothOrders]) -> dict[str, Any]:
     }
 
 
-def plain(text: Text) -> str:
-    """Return a prompt as the judge reads it: plain text, or a conversation with its roles."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return str(text[0]["content"])
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
-
-
 def judge_model(
     bench: Bench,
     records: Sequence[Record],
@@ -198,7 +189,9 @@ def _by_prompt(results: Mapping[Place, float | None], prompts: Sequence[int]) ->
 
 
 def _pair(mine: Record, theirs: Record) -> Pair:
-    return Pair(plain(mine["prompt"]), answer(mine["completion"]), answer(theirs["completion"]))
+    return Pair(
+        plain_text(mine["prompt"]), answer(mine["completion"]), answer(theirs["completion"])
+    )
 
 
 def answer(completion: Text) -> str:

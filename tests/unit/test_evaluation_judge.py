@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from judge_server import Server, running
 
 from align.evaluation.calibrate import calibration, kappa_interval, scored_orders
-from align.evaluation.judge import Bench, BothOrders, Pair, judge_model, plain
+from align.evaluation.judge import Bench, BothOrders, Pair, judge_model
 from reward_models.judge import JudgeClient
 
 
@@ -139,12 +139,6 @@ def test_scorer_of_single_answers_knows_no_order():
     pairs = [Pair("q", "aaa", "a"), Pair("q", "a", "aa"), Pair("q", "b", "b")]
     said = scored_orders(pairs, lambda prompts, answers: [float(len(a)) for a in answers])
     assert [s.result for s in said] == [1.0, 0.0, 0.5]
-
-
-def test_conversation_is_written_with_its_roles():
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
-    assert plain(turns) == "user: hi\nassistant: yes?"
-    assert plain(turns[:1]) == "hi"
 
 
 def test_longer_is_a_judge_and_held_out_pairs_are_those_of_the_split(tmp_path: Path):

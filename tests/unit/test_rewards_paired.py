@@ -31,7 +31,8 @@ from align.preflight.paired import tokens, whole_texts
 from align.stages.reward.tasks import final_scores
 from align.training.batch import pack_pairs, pair_length
 from reward_models import build_reward
-from reward_models.paired import pair_ids, plain_text, separator_of, token_types
+from reward_models.base import plain_text
+from reward_models.paired import pair_ids, separator_of, token_types
 from reward_models.scalar import RewardModel, drop_pooler, score_token_ids, token_values
 from reward_models.serving import build_app
 

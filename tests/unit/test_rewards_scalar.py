@@ -311,6 +311,21 @@ def test_process_reward_reads_the_values_at_step_ends(tmp_path: Path):
         build_reward({"kind": "scalar", "model": str(tmp_path)})
 
 
+def test_process_reward_of_a_solution_beyond_the_positions_is_invalid(tmp_path: Path):
+    model = _model()
+    model.extra = {"supervision": "steps", "step_separator": "a"}
+    model.save(tmp_path, tokenizer=_tokenizer())
+    reward = build_reward({"kind": "process", "model": str(tmp_path)})
+    head, fits, long = [2, 5], [5, 8, 1], [5] * 127  # 2 + 127 tokens for 128 positions
+    ids = {"prompt_ids": [head] * 3, "completion_ids": [fits, long, fits]}
+    scores = reward(prompts=["x"] * 3, completions=["y"] * 3, **ids)
+    assert scores[0] == scores[2] is not None
+    assert scores[1] is None
+    assert reward.invalid == {"longer than the 128 positions of the scorer": 1}
+    assert [len(tokens) for tokens in reward.token_rewards] == [3, 127, 3]
+    assert not any(reward.token_rewards[1])
+
+
 def test_process_reward_needs_a_scorer_of_steps(tmp_path: Path):
     _reward(tmp_path)
     with pytest.raises(ValueError, match="supervision: steps"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.faults import check_example
+from align.data.formats.questions import prompt_of
 from align.data.formats.row_keys import (
     Extras,
     apply_extras,
@@ -254,9 +255,4 @@ def _prompt_part(example: Example, name: str) -> Text:
             f"{example.source}: plain text has no prompts; use rows with a field 'prompt'",
             code="D044",
         )
-    if example.prompt or example.completion is None or isinstance(example.completion, str):
-        return example.prompt
-    turns = list(example.completion)
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    return turns
+    return prompt_of(example)

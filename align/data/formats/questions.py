@@ -3,7 +3,7 @@
 from typing import Any
 
 from align.core.errors import DataError
-from align.core.types import Text, Turn
+from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
 from align.data.formats.turns import not_text, shown, to_text
 from align.recipe.schema.formats import ASKED
@@ -79,3 +79,13 @@ def question_and_answer(row: Row, source: str) -> tuple[Text, Text, Row]:
         # Drop the stop marker of old completion files; the tokenizer's own stop token replaces it.
         return prompt, answer.removesuffix(_END_MARK), rest
     return as_turns(prompt, "user"), as_turns(answer, "assistant"), rest
+
+
+def prompt_of(example: Example) -> Text:
+    """Return an example's prompt; of a conversation without one, all turns before its response."""
+    if example.prompt or example.completion is None or isinstance(example.completion, str):
+        return example.prompt
+    turns = list(example.completion)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return turns

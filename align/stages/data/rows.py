@@ -9,6 +9,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.convert import extra_fields
+from align.data.formats.questions import prompt_of
 from align.data.split import split_key
 from align.recipe.schema import RewardSpec
 from align.stages.base import DATA_FILE, LEDGER_FILE, StageContext
@@ -104,19 +105,9 @@ def score_rows(
     """
     names = sorted({name for example in examples for name in example.columns})
     columns = {name: [example.columns.get(name) for example in examples] for name in names}
-    prompts = [_asked(example) for example in examples]
+    prompts = [prompt_of(example) for example in examples]
     rewards = build_rewards(list(specs), context)
     try:
         return {r.name: r(prompts=prompts, completions=answers, **columns) for r in rewards}
     except MissingColumnError as error:
         raise DataError(f"{context.name}: {error}") from error
-
-
-def _asked(example: Example) -> Text:
-    if example.prompt or example.completion is None or isinstance(example.completion, str):
-        return example.prompt
-    turns = list(example.completion)
-    # A row of messages has its prompt before the last response.
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    return turns

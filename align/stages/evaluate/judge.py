@@ -13,13 +13,14 @@ from align.core.types import Example
 from align.data.load import load_examples
 from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
-from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model, plain
+from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model
 from align.evaluation.verdict import Answered, Judged
 from align.models.loading import num_positions
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.base import chat_format
 from align.tuning.loading import made_whole
+from reward_models.base import plain_text
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 from reward_models.learned import build_scalar
 from reward_models.scalar import reads_first
@@ -91,7 +92,7 @@ def calibrate(
     """
     examples = load_examples(data, kind="preference", seed=0)
     pairs = [
-        Pair(plain(e.prompt), answer(e.completion or ""), answer(e.rejected or ""))
+        Pair(plain_text(e.prompt), answer(e.completion or ""), answer(e.rejected or ""))
         for e in examples
     ]
     report: dict[str, Any] = {}
@@ -119,7 +120,7 @@ def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) ->
     """Return a reward model's verdicts; pairs longer than its context have none."""
     reward = build_scalar(ScalarSpec(kind="scalar", model=str(folder)))
     made_whole(reward.model, folder)
-    turns = {plain(e.prompt): e.prompt for e in examples}
+    turns = {plain_text(e.prompt): e.prompt for e in examples}
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         said = [[{"role": "assistant", "content": text}] for text in answers]
