@@ -53,6 +53,7 @@ def finite_score(value: Any) -> float | None:
 
     Booleans, texts, lists and numbers beyond the range of floats are not scores.
     """
+    # bool is a subclass of int, and True is more likely a mistake than a score of 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -70,6 +71,7 @@ def completion_text(completion: Text) -> str:
     """
     if isinstance(completion, str):
         return completion
+    # Tool turns may follow an assistant turn; the last thing that the model said counts.
     for turn in reversed(completion):
         if turn["role"] == "assistant":
             return turn_text(turn)

@@ -86,6 +86,7 @@ class EnsembleReward:
         combined: list[float | None] = []
         spreads: list[float] = []
         for row in zip(*by_member, strict=True):
+            # Weights first: members may have scores of different sizes.
             scores = [
                 member.weight * score
                 for member, score in zip(self.members, row, strict=True)

@@ -130,6 +130,7 @@ class JudgeClient:
                 another protocol, or ``deadline_s`` is over. Earlier verdicts stay in the cache.
         """
         began = time.monotonic()
+        # By the hash of the request: equal ones are sent once.
         wanted = {self._key(messages, schema): messages for messages in conversations}
         pool = ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(wanted))))
         try:
@@ -139,6 +140,7 @@ class JudgeClient:
             }
             answers = {key: job.result() for key, job in jobs.items()}
         finally:
+            # After an error, requests that have not started would only cost money.
             pool.shutdown(cancel_futures=True)
             self.cost.seconds += time.monotonic() - began
         found = [
@@ -289,6 +291,7 @@ def _client(endpoint: Endpoint) -> Any:
     return OpenAI(
         base_url=endpoint.url,
         api_key=key,
+        # Retries are counted and limited by the deadline here, not in the client.
         max_retries=0,
         http_client=DefaultHttpxClient(follow_redirects=False),
     )
@@ -372,6 +375,7 @@ def _read(place: Path) -> dict[str, Any] | None:
 
 def _write(place: Path, answer: Mapping[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: several processes may share a cache.
     temporary = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     temporary.write_text(json.dumps(answer, ensure_ascii=False), encoding="utf-8")
     temporary.replace(place)

@@ -55,6 +55,7 @@ class ScalarReward:
                 f"reward '{name}': combine '{combine}' has no effect on a scorer with one head. "
                 "Train it with 'heads: 3', or remove combine."
             )
+        # A decoder's score is read at the stop token, which must exist.
         if tokenizer.eos_token_id is None and model.reads == "last":
             raise ValueError(f"reward '{name}': its tokenizer has no eos token to end a response")
         self.model = model
@@ -129,6 +130,7 @@ class ScalarReward:
             for column in ("prompt_ids", "completion_ids")
         )
         rows = [[*head, *answer] for head, answer in zip(heads, answers, strict=True)]
+        # An id beyond the vocabulary would read another row of the embeddings, or none.
         highest = max((max(row, default=-1) for row in rows), default=-1)
         vocab_size = self.model.config.get_text_config().vocab_size
         if highest >= vocab_size:
@@ -158,6 +160,7 @@ class ScalarReward:
         else:
             head, answer = self._render_turns(prompt, completion)
         eos: Any = self.tokenizer.eos_token_id
+        # Exactly one stop token ends the response, as in training.
         cut = answer.index(eos) if eos in answer else len(answer)
         return head, [*answer[:cut], eos]
 

@@ -45,6 +45,7 @@ def final_number(text: str) -> Number | None:
     Returns:
         The number, or None if there is none (also after a marker without a number).
     """
+    # Numbers in a chain of thought are not the answer.
     thoughts = list(_THINK.finditer(text))
     if thoughts and not thoughts[-1][1]:  # truncated while still thinking
         return None
@@ -52,6 +53,7 @@ def final_number(text: str) -> Number | None:
     text = _DISPLAY.sub(" ", _TAG.sub(" ", text))
     # Prefer the last marked answer; without a marker read the last line.
     markers = list(_MARKER.finditer(text))
+    # Without a marker, the last line with digits must state one number, or end with one.
     if not markers:
         line = _last_line(text)
         return read_number(line) or last_number(line)

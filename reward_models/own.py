@@ -57,6 +57,7 @@ class OwnReward:
         check_rows(prompts, completions, reward=self.name)
         batch = {"prompts": list(prompts), "completions": list(completions)}
         own = {name: list(values) for name, values in columns.items()}
+        # Bisecting a batch in which every response hangs must not take hours.
         end = time.monotonic() + PATIENCE * self.deadline_s
         scores, reasons = self._scored(batch, own, end) if completions else ([], [])
         for score, reason in zip(scores, reasons, strict=True):

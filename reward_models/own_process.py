@@ -56,6 +56,7 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
 def style_of(function: Callable[..., Any]) -> str:
     """Return the convention that a function follows: trl, verl or openrlhf."""
     names = _parameters(function)
+    # "completions" is TRL's own word, so a function that takes it is TRL's.
     fitting = [style for style, needed in STYLES.items() if names.keys() >= set(needed)]
     return fitting[0] if fitting and "completions" not in names else "trl"
 
@@ -129,6 +130,7 @@ class Scorer:
     def _scores(self, result: Any, rows: int) -> dict[str, Any]:
         if self.style == "openrlhf" and isinstance(result, Mapping):
             result = result.get("rewards", result.get("scores"))
+        # Tensors and arrays.
         if hasattr(result, "tolist"):
             result = result.tolist()
         if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):

@@ -44,6 +44,7 @@ def separator_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     found: Any = tokenizer(["a"], ["b"], split_special_tokens=True)
     ids, parts = found["input_ids"][0], found.sequence_ids(0)
     start = parts.index(1)
+    # sequence_ids is None at special tokens: one must stand between the two texts.
     if parts[start - 1] is not None:
         raise ValueError(
             "its tokenizer puts no token between the two texts of a pair, so a response cannot "
@@ -63,6 +64,7 @@ def separator_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 def token_types(input_ids: "Tensor", separator: int) -> "Tensor":
     """Return the type of each token: 0 up to the first separator of its row, 1 after it."""
+    # (B, T): 1 after the first separator, which itself still has type 0.
     ends = (input_ids == separator).long()
     return ((ends.cumsum(-1) - ends) > 0).long()
 

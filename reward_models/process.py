@@ -39,6 +39,7 @@ def step_ends(
         tokenizer: tokenizer of the ids.
         separator: text between two steps.
     """
+    # Decode each distinct token once; a response repeats most of its tokens.
     holds = {i: separator in tokenizer.decode([i]) for i in set(ids)}
     ends = [t for t, i in enumerate(ids) if holds[i]]
     return ends if ends and ends[-1] == len(ids) - 1 else [*ends, len(ids) - 1]
@@ -53,6 +54,7 @@ def potentials(probabilities: Sequence[float], aggregate: str) -> list[float]:
     """
     found: list[float] = []
     for p in probabilities:
+        # With no step yet everything is correct: min and product start at 1.
         before = found[-1] if found else 1.0
         found.append({"min": min(before, p), "last": p, "product": before * p}[aggregate])
     return found

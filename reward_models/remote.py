@@ -110,6 +110,7 @@ class RemoteReward:
         spreads: list[float] = []
         for start in range(0, len(completions), ROWS_PER_REQUEST):
             here = slice(start, start + ROWS_PER_REQUEST)
+            # In parts: the server limits the rows and bytes of a request.
             part: dict[str, Any] = {k: list(v[here]) for k, v in body.items()}
             if own:
                 part["columns"] = {k: _plain(list(v[here])) for k, v in own.items()}
@@ -185,6 +186,7 @@ class RemoteReward:
         cut.start()
         try:
             method = "GET" if data is None else "POST"
+            # One connection per request, so a restarted server needs no special case.
             headers = {"Content-Type": "application/json", "Connection": "close"}
             connection.request(method, address.path + path, body=data, headers=headers)
             answer = connection.getresponse()

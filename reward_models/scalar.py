@@ -168,6 +168,7 @@ class RewardModel(nn.Module):
         if self.separator is not None:
             types["token_type_ids"] = token_types(input_ids, self.separator)
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
+        # Only the first token's state is read; its value stands for the whole text.
         values = self.head(output.last_hidden_state[:, :1])  # (B, 1) or (B, 1, K)
         return values.expand(-1, input_ids.shape[1], *values.shape[2:])
 

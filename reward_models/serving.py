@@ -63,6 +63,8 @@ class Batcher:
 
     def _run(self) -> None:
         while True:
+            # Wait for a first request, then a few milliseconds for others to share its forward
+            # pass.
             batch = [self._waiting.get()]
             rows, until = len(batch[0][0]["completions"]), time.monotonic() + WAIT_S
             while rows < BATCH_ROWS and (left := until - time.monotonic()) > 0:

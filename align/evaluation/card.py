@@ -149,6 +149,7 @@ class Resampler:
         self._draws: list[Rows] = []
         # A single cluster has no spread between clusters: no resamples, no interval.
         for _ in range(NUM_DRAWS if len(members) > 1 else 0):
+            # Whole clusters are drawn, then their rows.
             drawn = rng.integers(len(members), size=len(members))  # (clusters,)
             alone = len(members) == len(index)
             self._draws.append(drawn if alone else np.concatenate([members[k] for k in drawn]))
@@ -347,6 +348,7 @@ def _expected_best(proxy: Sequence[float], gold: Sequence[float], n: int) -> flo
     order = np.argsort(proxy, kind="stable")
     sorted_proxy = np.asarray(proxy, dtype=np.float64)[order]
     sorted_gold = np.asarray(gold, dtype=np.float64)[order]
+    # Response i is the best of the subsets whose other n - 1 members are among the i below it.
     weights = np.array([comb(i, n - 1) for i in range(len(proxy))]) / comb(len(proxy), n)
     # Equal proxy scores are picked with equal probability: each gets their mean weight.
     _, tied = np.unique(sorted_proxy, return_inverse=True)

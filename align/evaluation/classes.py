@@ -52,6 +52,7 @@ def macro_f1(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
 
     A class without true and predicted rows has no F1 and is excluded from the mean.
     """
+    # F1 = 2 TP / (2 TP + FP + FN) = 2 * diagonal / (row sum + column sum)
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     rows = (confusion.sum(-1) + confusion.sum(-2)).astype(np.float64)
     f1 = np.divide(2.0 * hits, rows, out=np.zeros_like(hits), where=rows > 0)

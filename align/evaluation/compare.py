@@ -75,6 +75,7 @@ def mean_interval(
     kept, _, names = valid_pairs(scores, scores, clusters)
     if not kept:
         return None
+    # A bootstrap of fractions near 0 or 1 is too narrow; the score interval is not.
     if share and _are_shares(kept):
         return share_interval(kept, clusters=names)
     return paired_bootstrap(kept, clusters=names, seed=seed)

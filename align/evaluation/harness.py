@@ -128,6 +128,7 @@ def read_harness(out: Path, *, what: str) -> dict[str, list[Record]]:
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             records = found.setdefault(task, {})
+            # A task with several filters has one line per question and filter.
             record = records.setdefault(row["doc_id"], _record(row))
             record["scores"] |= _scores(row)
     if not found:

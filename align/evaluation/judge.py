@@ -72,6 +72,7 @@ class Bench:
         """Return the verdicts on pairs in both orders; equal responses tie without a request."""
         asked = [pair for pair in pairs if pair.ours != pair.theirs]
         requests = [m for pair in asked for m in both_orders(pair, self.criteria)]
+        # Two verdicts per pair, in the order of the requests.
         verdicts = iter(self.client.ask(requests, SCHEMA) if requests else ())
         found = [
             BothOrders(0.5, 0.5)

@@ -132,6 +132,7 @@ def _jackknife_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> 
     n = sums.size
     if n == 1:
         return float("nan")
+    # Jackknife variance: (n - 1) / n * sum of squared deviations of the means without one cluster.
     left_out = (sums.sum() - sums) / (counts.sum() - counts)  # (n,): the mean without each cluster
     return float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
 

@@ -205,6 +205,7 @@ def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Findin
     # The difference is in nats per token: perplexities are not additive.
     moved = [a.nats - b.nats for a, b in zip(model.losses, other.losses, strict=True)]
     difference = ratio_bootstrap(moved, tokens, seed=seed)
+    # Linearized: the error of a ratio is that of the mean residual, divided by the mean count.
     mean = sum(tokens) / len(tokens)
     error = standard_error(
         [(m - difference.value * t) / mean for m, t in zip(moved, tokens, strict=True)]

@@ -44,6 +44,7 @@ class Algorithm:
     @property
     def defaults(self) -> dict[str, Any]:
         """Return the options in which this algorithm differs from plain GRPO."""
+        # Only differences from GRPO are laid in, so `align show` names what the algorithm chose.
         names = ("estimator", "scale", "objective", "aggregation")
         own = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(_PLAIN, n)}
         return {**own, **self.options}

@@ -155,6 +155,7 @@ def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
         # The default of a union (tuning) belongs to one method; the given block may be another.
         if not isinstance(block, dict) or field.annotation is not type(default):
             continue
+        # Of the stage's default, only what differs from the block's own defaults.
         for key in sorted(default.model_fields_set - set(block)):
             block[key] = default.model_dump(mode="json", include={key})[key]
         _complete(block, type(default))

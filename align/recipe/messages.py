@@ -60,6 +60,7 @@ def describe(errors: Iterable[Mapping[str, Any]], marks: Mapping[Key, Mark]) -> 
     Returns:
         ``file:line:column: dotted.path: what was found; what is expected`` lines.
     """
+    # One line per key: the first error of a key explains the others.
     lines: dict[Key, str] = {}
     for error in errors:
         key, kind, owners = trace(error["loc"])

@@ -225,6 +225,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
             f"{mark.at_value()}: extends: no file {parent}; the path is relative to {path}"
         )
     base = _read(parent, chain=(*chain, real))
+    # The extending recipe takes precedence over the one that it extends.
     _merge(base, source)
     return base
 

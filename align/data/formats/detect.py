@@ -65,6 +65,8 @@ class FormatDetector:
         if form == "auto":
             form = detect(row, kind=self._kind, source=source)
             file = source.rpartition(":")[0]
+            # The first row decides; a later row of another format is probably a mistake in the
+            # data.
             first = self._of_file.setdefault(file, (form, source))
             if first[1] == source:
                 logger.info("%s: format %s", file, form)
@@ -166,6 +168,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         raise DataError(
             f"{source}: format {name} needs {wanted}; the row has {sorted(row)}", code="D040"
         )
+    # Settings that every format shares are taken out before the importer sees the row.
     extras = Extras()
     if isinstance(row, dict):
         used = form.used | (set(row) if name == "model_solutions" else set())

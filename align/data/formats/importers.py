@@ -203,6 +203,7 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
         scored.append((float(entry[key]), entry["response"]))
     if len(scored) < 2:
         return []
+    # The first of equally good (or bad) responses, so the result does not depend on a sort.
     best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
     if best[0] == worst[0]:
         return []
@@ -371,6 +372,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
     The columns ``steps`` and ``step_labels`` contain the texts and their correctness. A prompt that
     is a string becomes one user turn.
     """
+    # Two spellings: one list of objects, or TRL's two parallel lists.
     texts, labels = _listed(row, source) if "steps" in row else _parallel(row, source)
     if not texts:
         raise DataError(f"{source}: steps: the list is empty", code="D050")

@@ -64,6 +64,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     Raises:
         DataError: a key with text or loss settings would be dropped, or a key is misspelled.
     """
+    # Empty fields lose nothing, so they may have any name.
     given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
     shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
     shared += REASONING if kind == "sft" else ()
@@ -104,6 +105,7 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
     known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS)
     known += () if kind == "prompts" else (*_TEXTS, *REASONING)
     for key in given:
+        # A misspelled key would silently become a column that nobody reads.
         near = "" if key in known else guess(key, known, cutoff=0.85)
         if near:
             raise DataError(

@@ -171,6 +171,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
     """Raise unless the turn has a role and a content, and no key that would be dropped."""
+    # A turn that only calls tools needs no content.
     called = not is_nothing(turn.get("tool_calls")) or not is_nothing(turn.get("function_call"))
     needed = (said,) if called else (said, text)
     for key in needed:
