@@ -1,6 +1,7 @@
 """The commands ``align data check``, ``show`` and ``convert``, and ``align explain``."""
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -153,6 +154,23 @@ def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
     return {old: new for old, _, new in (word.partition("=") for word in words)}
 
 
+def _mixed(word: str) -> tuple[str, float]:
+    """Return the path and the weight of a ``PATH=WEIGHT`` argument.
+
+    Raises:
+        DataError: the argument has another form.
+    """
+    # Paths may contain "=", weights may not.
+    path, _, text = word.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not path or not 0.0 < weight < math.inf:
+        raise DataError(f"--mix {word}: expected PATH=WEIGHT with a weight above 0")
+    return path, weight
+
+
 def _chat(model: str, template: str | None) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
     from align.data.render.chat import apply_tokenizer_spec
@@ -262,9 +280,7 @@ def convert(
         raise DataError(f"--to {to}: expected one of {', '.join(WRITERS)}")
     common = {"format": form, "rename": _pairs(rename or ()), "answers": answers}
     specs = [DataSpec.model_validate({"path": source, "weight": weight, **common})]
-    for word in mix or ():
-        # Paths may contain "=", weights may not.
-        path, _, factor = word.rpartition("=")
+    for path, factor in map(_mixed, mix or ()):
         specs.append(DataSpec.model_validate({"path": path, "weight": factor, **common}))
     for note in convert_sides(
         specs, out, heldout=heldout, heldout_frac=heldout_frac, to=to, seed=seed, columns=columns

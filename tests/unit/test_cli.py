@@ -56,6 +56,15 @@ def test_run_of_an_unknown_stage_ends_with_2():
     assert done.stderr == "no stage 'sfft'; stages are base, sft; did you mean 'sft'?\n"
 
 
+@pytest.mark.parametrize(
+    "word", ["other.jsonl", "other.jsonl=much", "other.jsonl=0", "=2", "x=nan"]
+)
+def test_a_mixture_without_a_weight_ends_with_2_and_one_line(word: str):
+    done = align("data", "convert", "r.jsonl", "o.jsonl", "--to", "text", "--mix", word)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"--mix {word}: expected PATH=WEIGHT with a weight above 0\n"
+
+
 def test_stages_are_listed_for_the_shell_chain():
     assert align("stages", "r.yaml").stdout == "toy\nbase base 1\nsft sft 2\n"
 
