@@ -241,6 +241,7 @@ def show(
     if not shown:
         raise DataError(f"{path}: no rows found" + (f" on line {line}" if line else ""))
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text("\n".join(fragments) + "\n", encoding="utf-8")
 
 

@@ -181,8 +181,12 @@ def convert(
         rows.append({**kept, **extra_fields(example), **write(example)})
     # Rename only a complete file into place.
     temporary = out.with_name(f".partial-{out.name}")
-    _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
-    temporary.rename(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
+        temporary.rename(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror}. Use another name.") from error
     note = {
         "to": to,
         "seed": seed,

@@ -38,6 +38,16 @@ def test_converted_rows_are_read_back_as_the_same_examples(tmp_path: Path, suffi
         assert [e.columns["id"] for e in after] == [e.columns["id"] for e in before]
 
 
+def test_the_folder_of_the_output_is_made_where_it_can_be(tmp_path: Path):
+    source = tmp_path / "in.jsonl"
+    write_rows(clean_rows("sft"), source, "jsonl")
+    specs = [DataSpec(path=str(source))]
+    convert(specs, tmp_path / "a" / "b" / "out.jsonl", to="messages", seed=0, columns=True)
+    assert (tmp_path / "a" / "b" / "out.jsonl").is_file()
+    with pytest.raises(DataError, match=r"in\.jsonl/out\.jsonl: cannot be written: .* Use another"):
+        convert(specs, source / "out.jsonl", to="messages", seed=0, columns=True)
+
+
 def test_a_table_has_every_column_that_a_row_has(tmp_path: Path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.csv"
     system = {"role": "system", "content": "be kind"}
