@@ -222,10 +222,6 @@ class Learner:
                 "number; this step was not saved. Lower the learning rate"
             )
 
-    def evaluate(self, micro_batches: Iterable[Micro], loss_fn: LossFunction) -> dict[str, float]:
-        """Return the global sums of ``loss_fn`` without training, dropout off."""
-        return evaluate(self.engine, micro_batches, loss_fn)
-
     def infer(self, micro_batches: Iterable[Micro], fn: Callable[[nn.Module, Micro], Any]) -> list:
         """Apply ``fn(model, micro-batch)`` without gradient, dropout off; results in order."""
         return infer(self.engine, micro_batches, fn)

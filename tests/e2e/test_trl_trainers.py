@@ -326,8 +326,9 @@ def test_a_dataset_has_the_columns_of_every_row() -> None:
     asked: Any = [{"role": "user", "content": "q"}]
     said: Any = [{"role": "assistant", "content": "a"}]
     spec: Any = SimpleNamespace(trainer="GRPO", rows="prompts", columns=[])
-    found = trl.to_dataset([Example(asked), Example(asked, columns={"answer": "4"})], spec)
-    assert found["answer"] == [None, "4"]
+    rows = [Example(asked, columns={"text": "a"}), Example(asked, columns={"answer": "4"})]
+    found = trl.to_dataset(rows, spec)
+    assert (found["answer"], found["text"]) == ([None, "4"], ["a", None])
     assert found["prompt"] == [asked, asked]
     mixed = [Example([], [*asked, *said], source="f:1"), Example(asked, said, source="f:2")]
     spec = SimpleNamespace(trainer="SFT", rows="sft", columns=[])

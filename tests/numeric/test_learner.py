@@ -23,7 +23,7 @@ from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import OptimSpec, ZeroSpec
 from align.stages.sft import collate, length_of, sft_loss
-from align.training.learner import Learner
+from align.training.learner import Learner, evaluate
 from align.training.offline import OfflineTask, micro_batches
 from align.tuning.export import full_weights
 
@@ -188,7 +188,8 @@ def test_evaluation_neither_trains_nor_depends_on_micro_batches(model_dir: Path)
     before = [p.detach().clone() for p in learner.module.parameters()]
     task = OfflineTask([], [], length_of, collate, sft_loss)
     losses = [
-        learner.evaluate(micro_batches(task, ROWS, size), sft_loss)["loss"] for size in (1, 20, 999)
+        evaluate(learner.engine, micro_batches(task, ROWS, size), sft_loss)["loss"]
+        for size in (1, 20, 999)
     ]
     assert losses == pytest.approx([plain_adamw()[1][0]] * 3, rel=1e-5)
     assert all(

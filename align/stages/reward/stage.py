@@ -239,9 +239,7 @@ def step_task(
     assert isinstance(chat, ChatFormat), "an encoder cannot score steps"
     render = partial(_judged_steps, chat, spec.step_separator)
     data = offline_rows(spec, context, kind="steps", render=render)
-    task = OfflineTask(
-        data.training, data.heldout, _length, collate_steps, partial(steps_loss, spec)
-    )
+    task = OfflineTask(data.training, data.heldout, _length, collate_steps, steps_loss)
     return task, data
 
 

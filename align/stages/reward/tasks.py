@@ -224,7 +224,7 @@ def collate_steps(rows: Sequence[JudgedSteps], batch: Sequence[JudgedSteps]) -> 
     )
 
 
-def steps_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
+def steps_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
     """Return this micro-batch's part of the mean cross-entropy per step."""
     values = model(batch.input_ids, batch.position_ids)
     ends, labels = batch.per_token["end"] > 0.5, batch.per_token["label"]

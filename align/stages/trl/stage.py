@@ -221,7 +221,7 @@ def to_dataset(examples: Sequence[Example], spec: TrlStage) -> Any:
     from datasets import Dataset
 
     rows = [_row(example, spec) for example in examples]
-    first = next((name for name in ("messages", "text", "prompt") if name in rows[0]), "")
+    first = next((name for name in ("prompt", "messages", "text") if name in rows[0]), "")
     for example, row in zip(examples, rows, strict=True):
         if first not in row:
             raise DataError(
