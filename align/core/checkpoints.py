@@ -10,7 +10,8 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from align.core.artefacts import (
 )
 from align.core.errors import ArtefactError
 from align.core.identity import find_difference, plain
+from align.core.storage import MIB, write_patiently
 
 log = logging.getLogger(__name__)
 STATE = "checkpoint.json"
@@ -65,15 +67,21 @@ def save_checkpoint(
     distributed.barrier()
     for name, engine in engines.items():
         # A collective call: under ZeRO each rank writes its own shard.
-        engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+        with _patient(engine, temporary):
+            engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
     # Every rank has its own random stream, so each saves it.
-    torch.save(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
+    _save_patiently(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
     # Wait until every rank has written before the files are hashed.
     distributed.barrier()
     if distributed.rank() == 0:
         remove(final)
         record = {"step": step, "world_size": distributed.world_size(), "state": dict(state)}
-        write_record(temporary, STATE, record)
+        write_patiently(
+            lambda: write_record(temporary, STATE, record),
+            folder=temporary,
+            needed=MIB,
+            stop=distributed.was_asked,
+        )
         temporary.rename(final)
         fsync_directory(directory)
         # Only this stage's own checkpoints are removed, never those of another stage.
@@ -82,6 +90,56 @@ def save_checkpoint(
     # No rank continues, or exits, before the checkpoint is complete.
     distributed.barrier()
     return final
+
+
+@contextmanager
+def _patient(engine: Any, folder: Path) -> Iterator[None]:
+    """Make DeepSpeed's engine wait while the disk is full.
+
+    The wait is inside each file's writing: the other ranks are at DeepSpeed's own barriers.
+    """
+    writer = engine.checkpoint_engine
+    save = writer.save
+
+    def patient_save(state_dict: Any, path: str) -> None:
+        write_patiently(
+            lambda: _or_remove(Path(path), lambda: save(state_dict, path)),
+            folder=folder,
+            needed=tensor_bytes(state_dict),
+            stop=distributed.was_asked,
+        )
+
+    writer.save = patient_save
+    try:
+        yield
+    finally:
+        del writer.save
+
+
+def _save_patiently(state: Any, path: Path) -> None:
+    write_patiently(
+        lambda: _or_remove(path, lambda: torch.save(state, path)),
+        folder=path.parent,
+        needed=tensor_bytes(state),
+        stop=distributed.was_asked,
+    )
+
+
+def _or_remove(path: Path, write: Callable[[], None]) -> None:
+    """Write a file; a part of it that did not fit does not stay on the full disk."""
+    try:
+        write()
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the size of all tensors in nested mappings and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    inner = value.values() if isinstance(value, Mapping) else value
+    return sum(map(tensor_bytes, inner)) if isinstance(value, Mapping | list | tuple) else 0
 
 
 def write_record(folder: Path, name: str, record: Mapping[str, Any]) -> None:

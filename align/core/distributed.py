@@ -331,6 +331,11 @@ def stops_between_steps(train: Callable[P, T]) -> Callable[P, T]:
     return trained
 
 
+def was_asked() -> bool:
+    """Return True if this rank was asked to stop."""
+    return _asked
+
+
 def stop_requested() -> bool:
     """Return True on every rank if any rank was asked to stop."""
     # A launcher may signal ranks at different steps; all must stop after the same one.

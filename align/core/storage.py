@@ -1,9 +1,18 @@
-"""Explain in one line why nothing more can be written, for errors of Python and torch."""
+"""Full disks: wait for space while weights are saved, and say in one line why writing failed."""
 
 import errno
+import logging
 import os
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from align.core.errors import Preempted
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _NUMBERS = {
     errno.ENOSPC: "no space left",
@@ -14,7 +23,80 @@ _NUMBERS = {
 }
 _WRITERS = ("inline_container", "PytorchStreamWriter", "unexpected pos")
 """Parts of the messages of torch's file writer, which does not report why a write failed."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20
+WAIT = "ALIGN_DISK_WAIT_S"
+"""Environment variable with the seconds that saving weights waits for space."""
+WAIT_S = 600.0
+POLL_S = 1.0
+
+
+def write_patiently(
+    write: Callable[[], T], *, folder: Path, needed: int, stop: Callable[[], bool]
+) -> T:
+    """Return the result of ``write``; while the disk is full, wait for space and write again.
+
+    Args:
+        write: writes below the folder; it can be repeated.
+        folder: of the stage or checkpoint. needed: bytes that it writes, about.
+        stop: returns whether the process was asked to stop, which ends the waiting.
+
+    Raises:
+        Preempted: asked to stop while waiting.
+        Exception: the error of ``write`` when no space was freed in time, or any other error.
+    """
+    deadline, told = time.monotonic() + wait_s(), False
+    while True:
+        try:
+            return write()
+        # Writers raise errors of several libraries; what is no full disk is raised again.
+        except Exception as error:
+            if not _is_full(error) or time.monotonic() >= deadline:
+                raise
+            if not told:
+                log.warning("%s", _waiting_line(folder, needed, deadline - time.monotonic()))
+                told = True
+        while True:
+            if stop():
+                raise Preempted(
+                    f"{folder}: stopped by a signal while waiting for space. The last checkpoint "
+                    "is whole; run the same command again to resume"
+                )
+            time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            # One more try after the deadline; its error is the stage's.
+            if free_bytes(folder) >= needed or time.monotonic() >= deadline:
+                break
+
+
+def wait_s() -> float:
+    """Return the seconds that saving weights waits for space."""
+    try:
+        return max(0.0, float(os.environ[WAIT]))
+    except (KeyError, ValueError):
+        return WAIT_S
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the space that this user may still use on the device of a folder."""
+    state = os.statvfs(_existing(folder))
+    return state.f_bavail * state.f_frsize
+
+
+def _is_full(error: Exception) -> bool:
+    number = _number_of(error)
+    if number is None:
+        # torch's writer does not say why; a limit on file sizes does not go away by waiting.
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        return limit == resource.RLIM_INFINITY and any(word in str(error) for word in _WRITERS)
+    return number in _FULL
+
+
+def _waiting_line(folder: Path, needed: int, seconds: float) -> str:
+    return (
+        f"{folder}: no space left on {device_of(folder)} ({free_bytes(folder) // MIB:,} "
+        f"MiB free; needs about {-(-needed // MIB):,} MiB). Free space within {seconds:.0f} s, and "
+        "the stage continues. Nothing that was saved is lost"
+    )
 
 
 def storage_problem(error: BaseException, folder: Path) -> str | None:
@@ -40,7 +122,7 @@ def storage_problem(error: BaseException, folder: Path) -> str | None:
     needed = _largest_mib(folder)
     wanted = f"; a checkpoint of this stage needs about {needed} MiB" if needed else ""
     return (
-        f"{folder}: {reason} on {_device(place)} ({free // MIB} MiB free{wanted}). Nothing that "
+        f"{folder}: {reason} on {device_of(place)} ({free // MIB} MiB free{wanted}). Nothing that "
         "was saved is lost. Free space or fix the permissions, and run the same command again"
     )
 
@@ -64,9 +146,9 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _device(place: Path) -> str:
+def device_of(place: Path) -> str:
     """Return the device and mount point of a path."""
-    point = place.resolve()
+    point = _existing(place).resolve()
     while not os.path.ismount(point) and point != point.parent:
         point = point.parent
     try:

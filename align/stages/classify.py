@@ -20,6 +20,7 @@ from align.losses.supervised import class_loss
 from align.models.classifier import ClassLogits, classifier_from, save_classifier
 from align.models.loading import load_tokenizer, set_dropout
 from align.preflight.classes import class_checks
+from align.preflight.disk import disk_checks
 from align.recipe.schema import ClassifyStage
 from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
@@ -30,6 +31,7 @@ from align.stages.offline import (
     offline_rows,
     refuse_random,
     run_offline,
+    save_patiently,
     saved_loss,
     whole_state,
 )
@@ -75,6 +77,7 @@ def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
         ),
         checks=[
             *data.checks,
+            *disk_checks(spec, model, context.run_dir / context.name),
             *class_checks(
                 spec, module, backbone=model.base_model, task=task, classes=classes, source=source
             ),
@@ -270,10 +273,13 @@ def save(
     for name, head in model.named_children():
         if name != prefix:
             state |= {f"{name}.{n}": x.detach().cpu().clone() for n, x in full_weights(head)}
-    if distributed.rank() == 0:
+
+    def write() -> None:
         save_classifier(
             state, classes, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype
         )
         if adapter is not None:
             save_adapter(*adapter, out / "adapter")
+
+    save_patiently(write, state, out)
     distributed.barrier()

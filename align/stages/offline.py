@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact, file_sha256, read_manifest
+from align.core.checkpoints import tensor_bytes
 from align.core.errors import ArtefactError, TrainingError
 from align.core.log import MetricsLog
+from align.core.storage import write_patiently
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
 from align.data.load import check_overlap, fit_rows, load_examples, source_of
@@ -23,6 +25,7 @@ from align.data.render.chat import ChatFormat
 from align.models.loading import check_length, save_policy
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import MAX_SEEN, Check, spread
+from align.preflight.disk import disk_checks
 from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
 from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
@@ -200,11 +203,21 @@ def save_trained_policy(
     model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
     """
     state, adapter = whole_state(module.model, source)
-    if distributed.rank() == 0:
+
+    def write() -> None:
         save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
         if adapter is not None:
             save_adapter(*adapter, out / "adapter")
+
+    save_patiently(write, state, out)
     distributed.barrier()
+
+
+def save_patiently(write: Callable[[], None], state: Mapping[str, Tensor], out: Path) -> None:
+    """Write the weights ``state`` below ``out`` on rank 0; wait for space on a full disk."""
+    if distributed.rank() == 0:
+        needed = tensor_bytes(state)
+        write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
 
 def whole_state(
@@ -392,7 +405,7 @@ def prepare_policy(
     )
     return Prepared(
         train=partial(train_policy, spec, module, task, source=source, chat=chat, context=context),
-        checks=[*data.checks, *checks],
+        checks=[*data.checks, *disk_checks(spec, module, context.run_dir / context.name), *checks],
         views=lambda: row_views(task.rows, chat),
         notes=data.notes,
     )

@@ -25,6 +25,7 @@ from align.online import guard
 from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
+from align.preflight.disk import disk_checks
 from align.preflight.offline import start_checks
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
@@ -151,6 +152,7 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
         train=partial(train, spec, context, parts),
         checks=[
             *checks,
+            *disk_checks(spec, module, context.run_dir / context.name),
             *prompt_checks(chat, prompts, model_dir=source.model_dir),
             *start_checks(spec, module.model, source),
             *probe.checks(),

@@ -22,6 +22,7 @@ from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
 from align.models.heads import TextValues, packed_values, scorer_from, scorer_on_encoder
 from align.models.loading import load_tokenizer, set_dropout
+from align.preflight.disk import disk_checks
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
 from align.stages.base import Prepared, StageContext, StageResult
@@ -35,6 +36,7 @@ from align.stages.offline import (
     read_back,
     refuse_random,
     run_offline,
+    save_patiently,
     saved_loss,
     whole_state,
 )
@@ -89,7 +91,7 @@ def prepare(spec: RewardStage, context: StageContext) -> Prepared:
         )
     return Prepared(
         train=partial(train, spec, context, source=source, chat=chat, task=task, model=model),
-        checks=[*data.checks, *checks],
+        checks=[*data.checks, *disk_checks(spec, model, context.run_dir / context.name), *checks],
         views=lambda: row_views(task.rows, chat),
         notes=data.notes,
     )
@@ -358,7 +360,8 @@ def save_scorer(
     # The head is trained in full and saved beside the merged backbone.
     state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
     state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
-    if distributed.rank() == 0:
+
+    def write() -> None:
         if adapter is not None:
             save_adapter(*adapter, out / "adapter")
         model.save(
@@ -366,4 +369,6 @@ def save_scorer(
             tokenizer=load_tokenizer(source.model_dir),
             state_dict=state,
         )
+
+    save_patiently(write, state, out)
     distributed.barrier()

@@ -29,7 +29,7 @@ from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.contaminated import contamination_checks
-from align.stages.offline import fingerprints, whole_state
+from align.stages.offline import fingerprints, save_patiently, whole_state
 from align.stages.rollouts import build_rewards
 from align.stages.trl.preflight import preflight_trl
 from align.stages.trl.trainers import (
@@ -151,12 +151,15 @@ def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artefac
     # Under ZeRO-3 transformers would partition every new model and wait for all ranks: the model
     # that one rank creates to check the names would hang.
     unset_hf_deepspeed_config()
-    if distributed.rank() == 0:
+
+    def write() -> None:
         save_policy(
             tensors, source_dir=source.model_dir, directory=context.out / "model", dtype=spec.dtype
         )
         if adapter is not None:
             save_adapter(*adapter, context.out / "adapter")
+
+    save_patiently(write, tensors, context.out)
 
 
 def fitting(

@@ -1,0 +1,161 @@
+"""A disk that fills up while weights are saved: the stage says so, waits, goes on or ends whole."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from align.core import checkpoints, distributed, storage
+from align.core.errors import Preempted
+from align.preflight.disk import bytes_to_write, checkpoint_bytes, room
+from align.recipe.schema import OptimSpec, SftStage, ZeroSpec
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+OTHERS = [
+    OSError(errno.EROFS, os.strerror(errno.EROFS)),
+    OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+    RuntimeError("a loss is nan"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "POLL_S", 0.001)
+    monkeypatch.setenv("ALIGN_DISK_WAIT_S", "120")
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
+
+
+class Disk:
+    """A torch writer on a disk that is full for its first ``failures`` files."""
+
+    def __init__(self, failures: int, error: Exception = FULL) -> None:
+        self.failures, self.error, self.written = failures, error, 0
+
+    def save(self, state: object, path: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            Path(path).write_bytes(b"half")
+            raise self.error
+        torch.save(state, path)
+        self.written += 1
+
+
+def engine_on(disk: Disk) -> SimpleNamespace:
+    def save_checkpoint(folder: str, *, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir()
+        engine.checkpoint_engine.save({"w": torch.ones(2**18)}, f"{folder}/{tag}/model.pt")
+
+    engine = SimpleNamespace(checkpoint_engine=disk, save_checkpoint=save_checkpoint)
+    return engine
+
+
+def save(folder: Path, step: int, disk: Disk) -> Path:
+    engines = {"policy": engine_on(disk)}
+    return checkpoints.save_checkpoint(folder, step, engines=engines, state={}, keep=2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FULL, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")],
+)
+def test_a_checkpoint_is_complete_once_there_is_room(
+    error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = save(tmp_path, 3, Disk(2, error))
+    assert checkpoints.damage(found) is None
+    assert torch.load(found / "policy" / "model.pt")["w"].sum() == 2**18
+    (line,) = [r.getMessage() for r in caplog.records if "no space left on" in r.getMessage()]
+    assert "needs about 1 MiB" in line
+    assert "MiB free" in line
+
+
+def test_without_room_the_wait_ends_and_the_last_checkpoint_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, 3, Disk(0))
+    monkeypatch.setenv("ALIGN_DISK_WAIT_S", "0")
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 4, Disk(10**9))
+    assert not (tmp_path / "step-00000004.tmp" / "policy" / "model.pt").exists()
+    assert checkpoints.newest_checkpoint(tmp_path) == before
+    # The half-written folder does not stand in the way of the next one.
+    assert checkpoints.damage(save(tmp_path, 4, Disk(0))) is None
+
+
+def test_a_signal_ends_the_wait_with_75(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(tmp_path, 3, Disk(0))
+    monkeypatch.setattr(distributed, "_asked", True)
+    with pytest.raises(Preempted, match="waiting for space") as told:
+        save(tmp_path, 4, Disk(10**9))
+    assert told.value.exit_code == 75
+    assert checkpoints.newest_checkpoint(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", OTHERS)
+def test_nothing_waits_for_an_error_that_space_does_not_mend(
+    error: Exception, tmp_path: Path
+) -> None:
+    disk = Disk(1, error)
+    with pytest.raises(type(error)):
+        save(tmp_path, 3, disk)
+    assert disk.failures == 0
+    assert disk.written == 0
+
+
+def stage(**settings: object) -> SftStage:
+    given = {"kind": "sft", "init": "base", "data": [{"world": "sft"}], **settings}
+    return SftStage.model_validate(given)
+
+
+def test_the_preflight_counts_weights_optimizer_and_checkpoints() -> None:
+    # By hand, 1000 weights of which 100 are trained: 4 x 1000 + 8 x 100 = 4800 in float32;
+    # 2 x 1000 + (8 + 4) x 100 = 3200 in bfloat16, whose optimizer has float32 copies.
+    assert checkpoint_bytes(stage(), 100, 1000) == 4800
+    assert checkpoint_bytes(stage(dtype="bfloat16"), 100, 1000) == 3200
+    # None kept: one checkpoint on a signal. Two kept: three at the moment of the third.
+    assert bytes_to_write(stage(), 100, 1000) == (4800 + 4000, 4800, 1)
+    kept = stage(checkpoint_every=5, keep_checkpoints=2)
+    assert bytes_to_write(kept, 100, 1000) == (3 * 4800 + 4000, 4800, 3)
+
+
+def test_a_device_with_less_room_than_the_stage_writes_is_refused(tmp_path: Path) -> None:
+    fits, huge = (
+        room(stage(), 10, 10, folder=tmp_path),
+        room(stage(), 10**15, 10**15, folder=tmp_path),
+    )
+    assert (fits.verdict, huge.verdict) == ("ok", "fail")
+    assert "1 checkpoint of 1 MiB" in fits.value
+    assert "MiB free" in huge.bound
+    assert "no space left on " in huge.remedy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_the_size_of_a_checkpoint_that_deepspeed_saves(
+    dtype: str, tmp_path: Path
+) -> None:
+    from align.training.learner import Learner
+
+    distributed.init_process_group()
+    module = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False), torch.nn.Linear(512, 512))
+    module[0].requires_grad_(False)
+    trained, total = 512 * 512 + 512, 2 * 512 * 512 + 512
+    learner = Learner(
+        module.to(getattr(torch, dtype)),
+        optim=OptimSpec(),
+        zero=ZeroSpec(),
+        dtype=dtype,
+        total_steps=2,
+    )
+
+    def loss(model: torch.nn.Module, x: torch.Tensor):
+        return model(x).float().pow(2).mean(), {}
+
+    learner.step([torch.ones(4, 512, dtype=getattr(torch, dtype))], loss)
+    engines = {"policy": learner.engine}
+    found = checkpoints.save_checkpoint(tmp_path, 1, engines=engines, state={}, keep=1)
+    size = sum(p.stat().st_size for p in found.rglob("*") if p.is_file())
+    assert size == pytest.approx(checkpoint_bytes(stage(dtype=dtype), trained, total), rel=0.02)
