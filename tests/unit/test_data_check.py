@@ -14,6 +14,7 @@ from align.core.errors import DataError
 from align.data.check import Request, check_data
 from align.data.check.findings import codes
 from align.data.load import load_examples
+from align.data.text.contamination import find_contamination
 from align.recipe.schema import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,30 +151,39 @@ def test_prompts_that_are_also_held_out_are_errors_with_both_places(tmp_path: Pa
         assert f"held out at {tmp_path / twin}" in said
 
 
-def test_text_of_an_evaluation_set_is_found_from_13_words_in_a_row(tmp_path: Path):
+def test_the_check_and_the_stages_find_the_same_evaluation_prompts(tmp_path: Path):
     words = "a train leaves the old station at noon and meets another one near dusk"
     assert words.count(" ") == 13
     question = write(
         tmp_path / "eval.jsonl",
         [
             {"prompt": words},
+            {"prompt": "Name the five longest rivers of the old world now"},
             {"prompt": "Name the five longest rivers"},
-            {"prompt": "Why?"},
+            {"prompt": f"{words}, where a dog waits for them"},
         ],
     )
     said = [
-        "He said: A train leaves the old station, at noon, and meets another one NEAR here.",  # 13
-        "So a train leaves the old station at noon and meets another one far away",  # 12
-        "now name the five longest rivers of Asia",  # a whole prompt of 5 words
-        "Why? Because",  # a prompt that says nothing
+        "He said: A train leaves the old station, at noon, and meets another one NEAR here.",
+        "So A train leaves the old station, at noon, and meets another one near DUSK again",
+        "name the five longest rivers of the old world now!",
+        "now name the five longest rivers of the old world now",
+        "Name the five longest rivers",
     ]
+    # By hand, in runs of 13 words. Prompt 1 has 14 words, so 2 runs; row 1 has one of them, row 2
+    # both. Prompt 2 has 9 words: a turn must be exactly these, as in row 3. Prompt 3 is too short.
+    # Prompt 4 has 20 words, so 8 runs, of which rows 1 and 2 have 2 together: too few.
     rows = [{"prompt": f"Question {i}", "completion": text} for i, text in enumerate(said)]
     path = write(tmp_path / "train.jsonl", rows)
     done = align("data", "check", str(path), "--eval", str(question), "--json")
     assert done.returncode == 0, done.stdout
     report = json.loads(done.stdout)
     assert report["counts"] == {"D101": 2}
-    assert [finding["source"] for finding in report["findings"]] == [f"{path}:1", f"{path}:3"]
+    assert [finding["source"] for finding in report["findings"]] == [f"{path}:2", f"{path}:3"]
+    train = load_examples([DataSpec(path=str(path))], kind="sft", seed=0)
+    heldout = load_examples([DataSpec(path=str(question))], kind="prompts", seed=0)
+    found = find_contamination(train, {"": heldout})[""]
+    assert found.places == [(f"{question}:1", f"{path}:2"), (f"{question}:2", f"{path}:3")]
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path):

@@ -26,7 +26,8 @@ from align.data.reading.readers import READERS
 from align.data.reading.sources import scan_rows
 from align.data.render.chat import ChatFormat
 from align.data.split import split_key
-from align.data.text.ngrams import grams, sketch, words
+from align.data.text.contamination import Wanted, runs_in
+from align.data.text.ngrams import sketch, words
 
 COLUMNS = ("place", "whole", "key", "ident", "same", "low", "high", "length")
 """Columns for each valid row: its line or row number; hashes of all its texts, of the text that
@@ -49,8 +50,8 @@ class Plan:
     expected: Mapping[str, str]
     """Format of each file by its name, where known."""
     limit: int
-    contamination: Mapping[int, Mapping[int, str]]
-    """Evaluation sets: gram size in words -> hash of a gram -> its source."""
+    evaluation: Sequence[Wanted] = ()
+    """Prompts of evaluation sets that must not occur in the rows."""
     chat: Callable[[], ChatFormat] | None = None
     """Creates the renderer in the process that needs it; None skips token checks."""
     max_length: int | None = None
@@ -90,6 +91,8 @@ class Part:
     """Number of pairs whose chosen, or rejected, response has more words."""
     tokens: list[int] = field(default_factory=list)
     lost: int = 0
+    overlap: list[Wanted] = field(default_factory=list)
+    """Rows that share runs of words with evaluation prompts: their places and these runs."""
 
 
 class BatchChecker:
@@ -97,6 +100,7 @@ class BatchChecker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._wanted = frozenset[int]().union(*(runs for _, runs in plan.evaluation))
         self._tokens = TokenRules(plan.chat(), plan.max_length, plan.kind) if plan.chat else None
 
     def check(self, batch: Batch) -> Part:
@@ -150,7 +154,9 @@ class BatchChecker:
         for code, found in text_faults(whole, special=special):
             part.tally.add(Finding(code, source, found, excerpt=_clipped(whole)))
         hashes = words(whole)
-        self._look_for_evaluation(part, hashes, source=source, whole=whole)
+        for example in examples if self._wanted else ():
+            if runs := runs_in(example, self._wanted):
+                part.overlap.append((source, runs))
         # A row that gives several examples has no single label and cannot contradict another row.
         only = examples[0] if len(examples) == 1 else None
         label = str(only.label) if only else ""
@@ -172,19 +178,6 @@ class BatchChecker:
         if found:
             part.lost += found[0] in ("D110", "D111")
             part.tally.add(Finding(found[0], source, found[1], excerpt=_first_text(example)))
-
-    def _look_for_evaluation(
-        self, part: Part, hashes: list[int], *, source: str, whole: str
-    ) -> None:
-        for size, known in self._plan.contamination.items():
-            # One shared run of words is enough for a finding; the smallest hash makes the choice
-            # repeatable.
-            shared = grams(hashes, size) & known.keys()
-            if shared:
-                place = known[min(shared)]
-                found = f"{size} consecutive words also occur at {place}"
-                part.tally.add(Finding("D101", source, found, excerpt=_clipped(whole)))
-                return
 
 
 def finding_of(error: DataError, name: str, source: str, *, row: Any = None) -> Finding:

@@ -1,22 +1,16 @@
-"""Find near-duplicate rows: rows that share a sketch are compared by MinHash and exactly."""
+"""Find near-duplicate rows among those that share a sketch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from align.data.check.findings import Finding, Tally
 from align.data.check.whole import Rows
-from align.data.text.ngrams import minhash, shingles, similarity
+from align.data.text.similarity import near_duplicates
 
 THRESHOLD = 0.9
 """Jaccard similarity of word triples."""
 MAX_CANDIDATES = 20_000
-_PERMUTATIONS = 64
-_BANDS = (10, 6)
-"""Bands and rows of the index. 1 - (1 - 0.9^6)^10 = 0.999 of the pairs at 0.9 are compared."""
-_MAX_COMPARED = 50
-"""Largest number of rows in a MinHash bucket that a row is compared with."""
 
 
 def candidates(rows: Rows) -> np.ndarray:
@@ -41,7 +35,7 @@ def look_for_near_copies(
     *,
     same_prompt: bool,
 ) -> str:
-    """Find rows that share 90 % of their word triples with an earlier row.
+    """Find rows that share 90 % of their word triples with an earlier row that could be kept.
 
     Args:
         rows: all valid rows.
@@ -57,29 +51,15 @@ def look_for_near_copies(
     looked_at = found[:MAX_CANDIDATES].tolist()
     if not looked_at:
         return ""
-    from datasketch import MinHashLSH  # imports scipy, so import it only when needed
-
-    texts, keys = texts_of(looked_at), rows.column("key")
-    # Each row is compared with the earlier rows that the index proposes.
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
-    triples: dict[int, set[int]] = {}
-    for i in looked_at:
-        triples[i] = shingles(texts[i])
-        own = minhash(triples[i], permutations=_PERMUTATIONS)
-        others: list[Any] = index.query(own)[:_MAX_COMPARED]
-        near = [
-            k
-            for k in others
-            if (same_prompt or keys[i] != keys[k])
-            and similarity(triples[i], triples[k]) >= THRESHOLD
-        ]
-        index.insert(i, own)
-        if near:
-            share = similarity(triples[i], triples[min(near)])
-            where = f"shares {share:.0%} of its word triples with {rows.source(min(near))}"
-            tally.add(
-                Finding("D092", rows.source(i), where, excerpt=" ".join(texts[i].split())[:90])
-            )
+    by_row, keys = texts_of(looked_at), rows.column("key")[looked_at]
+    texts = [by_row[row] for row in looked_at]
+    pairs = near_duplicates(
+        texts, threshold=THRESHOLD, comparable=lambda i, j: same_prompt or keys[i] != keys[j]
+    )
+    for i, j, share in pairs:
+        where = f"shares {share:.0%} of its word triples with {rows.source(looked_at[j])}"
+        excerpt = " ".join(texts[i].split())[:90]
+        tally.add(Finding("D092", rows.source(looked_at[i]), where, excerpt=excerpt))
     if len(found) <= MAX_CANDIDATES:
         return ""
     of_all = f"{MAX_CANDIDATES:,} of {len(found):,}"

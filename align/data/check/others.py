@@ -9,7 +9,6 @@ from align.core.errors import DataError
 from align.core.types import Example
 from align.data.check.batch import Plan, hash64, row_text
 from align.data.check.kinds import HEAD_ROWS, infer
-from align.data.check.row_rules import text_of
 from align.data.check.whole import Rows
 from align.data.formats.detect import Kind, detect, to_examples
 from align.data.load import rename_fields
@@ -17,15 +16,10 @@ from align.data.reading.files import blocks
 from align.data.reading.json import Item, parse_lines
 from align.data.reading.sources import read_rows, scan_rows
 from align.data.split import split_key
-from align.data.text.ngrams import grams, words
+from align.data.text.contamination import Wanted, wanted_runs
 
 if TYPE_CHECKING:
     from align.data.check.batch import Source
-
-GRAM_WORDS = 13
-"""Number of consecutive words that counts as contamination, as in arXiv:2005.14165 appendix C."""
-MIN_GRAM_WORDS = 5
-"""Shorter evaluation prompts are too common to be evidence."""
 
 
 def heldout_keys(paths: Sequence[str]) -> dict[int, str]:
@@ -36,19 +30,9 @@ def heldout_keys(paths: Sequence[str]) -> dict[int, str]:
     return keys
 
 
-def contamination(paths: Sequence[str]) -> dict[int, dict[int, str]]:
-    """Return the word grams of evaluation prompts as gram size -> hash -> place.
-
-    A prompt of fewer than 13 words is one gram of its own length.
-    """
-    found: dict[int, dict[int, str]] = defaultdict(dict)
-    for example in _examples(paths):
-        hashes = words(text_of(example.prompt))
-        size = min(GRAM_WORDS, len(hashes))
-        if size >= MIN_GRAM_WORDS:
-            for gram in grams(hashes, size):
-                found[size].setdefault(gram, example.source)
-    return dict(found)
+def evaluation_prompts(paths: Sequence[str]) -> list[Wanted]:
+    """Return the word runs of the evaluation prompts that are long enough to be compared."""
+    return wanted_runs(_examples(paths))
 
 
 def examples_of(

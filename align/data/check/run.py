@@ -16,8 +16,13 @@ from align.data.check.batch import Batch, BatchChecker, Part, Plan, Source, find
 from align.data.check.findings import Finding, Tally
 from align.data.check.kinds import HEAD_ROWS, infer
 from align.data.check.near import look_for_near_copies
-from align.data.check.others import contamination, heldout_keys, texts_at
-from align.data.check.whole import join, look_at_all, look_at_balance
+from align.data.check.others import evaluation_prompts, heldout_keys, texts_at
+from align.data.check.whole import (
+    join,
+    look_at_all,
+    look_at_balance,
+    look_for_evaluation,
+)
 from align.data.reading.readers import reader_of
 from align.data.reading.sources import find_files, suffix_of
 from align.data.render.chat import ChatFormat
@@ -116,6 +121,7 @@ def check_data(request: Request, *, progress: Callable[[int, int], Any] | None =
     report.good, report.lengths = len(rows.table), rows.column("length")
     heldout = heldout_keys(request.heldout)
     look_at_all(rows, tally, heldout=heldout)
+    look_for_evaluation(plan.evaluation, [row for part in parts for row in part.overlap], tally)
     note = look_for_near_copies(
         rows,
         tally,
@@ -168,7 +174,7 @@ def _plan(request: Request, sources: Sequence[Source]) -> Plan:
         rename=request.rename,
         expected=expected,
         limit=request.limit,
-        contamination=contamination(request.evaluation),
+        evaluation=evaluation_prompts(request.evaluation),
         chat=request.chat,
         max_length=request.max_length,
     )

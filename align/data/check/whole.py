@@ -8,6 +8,7 @@ import numpy as np
 
 from align.data.check.batch import COLUMNS, Part
 from align.data.check.findings import Finding, Tally
+from align.data.text.contamination import Wanted, is_contaminated, nearest_rows
 
 MIN_PAIRS = 50
 """With fewer pairs of unequal length, a length bias may be chance."""
@@ -77,6 +78,20 @@ def look_at_all(rows: Rows, tally: Tally, *, heldout: Mapping[int, str]) -> None
         for i in np.flatnonzero(np.isin(key, known)).tolist():
             found = f"the prompt is held out at {heldout[int(key[i])]}"
             tally.add(Finding("D100", rows.source(i), found))
+
+
+def look_for_evaluation(prompts: Sequence[Wanted], rows: Sequence[Wanted], tally: Tally) -> None:
+    """Find evaluation prompts that occur in the training rows, by the definition of the stages.
+
+    Args:
+        prompts: evaluation prompts with their runs of words.
+        rows: training rows with those of the runs that they contain.
+        tally: receives one finding per prompt, at the row that has most of its runs.
+    """
+    seen = set[int]().union(*(runs for _, runs in rows))
+    bad = [(source, runs) for source, runs in prompts if is_contaminated(runs, seen)]
+    for source, place in nearest_rows(bad, rows):
+        tally.add(Finding("D101", place, f"contains the evaluation prompt at {source}"))
 
 
 def look_at_balance(

@@ -6,7 +6,7 @@ training texts. A prompt of 8 to 12 words is contaminated if a training turn has
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ NUM_NOTED = 10
 Place = tuple[str, str]
 """A contaminated held-out row, and the training row that shares most of its words."""
 Wanted = tuple[str, set[int]]
-"""A held-out row and its runs of words."""
+"""A held-out row and its runs of words, or a training row and those of them that it contains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def find_contamination(
         train: rows of any kind.
         heldout: the sets, by name.
     """
-    wanted = {name: list(_long_enough(rows)) for name, rows in heldout.items()}
+    wanted = {name: wanted_runs(rows) for name, rows in heldout.items()}
     looked_for = set[int]().union(*(own for rows in wanted.values() for _, own in rows))
     # Collect only the runs that some held-out prompt contains, to bound memory.
     seen: set[int] = set()
@@ -75,30 +75,45 @@ def find_contamination(
     found = {}
     for name, rows in wanted.items():
         # A prompt is contaminated if most of its runs occur somewhere, not necessarily in one row.
-        bad = [(source, own) for source, own in rows if len(own & seen) >= SHARE * len(own)]
+        bad = [(source, own) for source, own in rows if is_contaminated(own, seen)]
         skipped = len(heldout[name]) - len(rows)
-        found[name] = Contamination(len(rows), skipped, _nearest(bad, train))
+        wanted_here = set[int]().union(*(own for _, own in bad))
+        places = nearest_rows(bad, _runs_of(train, wanted_here))
+        found[name] = Contamination(len(rows), skipped, places)
     return found
 
 
-def _long_enough(examples: Iterable[Example]) -> Iterator[Wanted]:
-    """Yield the source and word runs of the prompts that are long enough."""
+def is_contaminated(own: set[int], seen: Collection[int]) -> bool:
+    """Return whether enough runs of a prompt are among those of the training texts."""
+    return sum(run in seen for run in own) >= SHARE * len(own)
+
+
+def wanted_runs(examples: Iterable[Example]) -> list[Wanted]:
+    """Return the source and word runs of the prompts that are long enough."""
+    found = []
     for example in examples:
         hashes = [words(turn) for turn in _asked(example)]
         if sum(map(len, hashes)) >= MIN_WORDS:
-            yield example.source, set().union(*map(_runs, hashes))
+            found.append((example.source, set().union(*map(_runs, hashes))))
+    return found
 
 
-def _nearest(contaminated: Sequence[Wanted], train: Sequence[Example]) -> list[Place]:
-    """Return, for each contaminated row, the training row that has most of its runs."""
+def runs_in(example: Example, wanted: Set[int]) -> set[int]:
+    """Return the wanted runs that occur in any turn of a training row."""
+    turns = _turns(example.prompt, example.completion, example.rejected)
+    return set[int]().union(*(_runs(words(turn)) & wanted for turn in turns))
+
+
+def nearest_rows(contaminated: Sequence[Wanted], rows: Iterable[Wanted]) -> list[Place]:
+    """Return, for each contaminated prompt, the training row that has most of its runs."""
     best = [(0, "")] * len(contaminated)
     owners: dict[int, list[int]] = {}
     for i, (_, own) in enumerate(contaminated):
         for run in own:
             owners.setdefault(run, []).append(i)
     # A second pass over the training rows, only for the few contaminated prompts.
-    for source, runs in _runs_of(train, set(owners)):
-        for i, count in Counter(i for run in runs for i in owners[run]).items():
+    for source, runs in rows:
+        for i, count in Counter(i for run in runs for i in owners.get(run, ())).items():
             if count > best[i][0]:
                 best[i] = (count, source)
     return [(source, best[i][1]) for i, (source, _) in enumerate(contaminated)]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,12 @@ def nearest(text: Sequence[str], pool: Sequence[Sequence[str]]) -> tuple[int, fl
     return best, value
 
 
-def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple[int, int, float]]:
+def near_duplicates(
+    texts: Sequence[str],
+    *,
+    threshold: float,
+    comparable: Callable[[int, int], bool] = lambda later, earlier: True,
+) -> Iterator[tuple[int, int, float]]:
     """Yield texts that repeat an earlier one almost word for word.
 
     MinHash with locality-sensitive hashing proposes pairs by their word triples. Each pair is then
@@ -48,6 +53,7 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
     Args:
         texts: any number of texts.
         threshold: Jaccard similarity in (0, 1].
+        comparable: tells for two texts, by their positions, whether they may count as a pair.
 
     Yields:
         (later text, the earlier one that is kept, similarity). A reported text is never the earlier
@@ -61,7 +67,7 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> Iterator[tuple
     for i, own in enumerate(triples):
         sketch = minhash(own, permutations=NUM_HASHES)
         others: list[Any] = index.query(sketch)
-        found = [(similarity(own, triples[j]), -j) for j in others]
+        found = [(similarity(own, triples[j]), -j) for j in others if comparable(i, j)]
         value, other = max(found, default=(0.0, 0))
         if found and value >= threshold:
             yield i, -other, value
