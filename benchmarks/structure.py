@@ -36,6 +36,8 @@ INTERFACES = {
     "align.tuning.wrap.leave_out": "torch's state_dict hooks",
 }
 """Functions that a library calls with positional arguments, and the interface they implement."""
+ASIDE = ("_call_with_frames_removed", "read_resolved")
+"""Functions of an import and of the recipe's validation, which no prompt passes."""
 PURPOSES = {"file_record": "hash", "reader_of": "type"}
 """Functions inside of which a data file is opened for something else than to parse all of it."""
 OPENINGS = re.compile(r"(Give|Gives|Hold|Holds|Say|Says|Tell|Take|Let|Bring)\b")
@@ -49,10 +51,18 @@ import atexit, json, os, sys, threading
 ROOTS = ({root!r} + "/align/", {root!r} + "/reward_models/")
 CALLS, OPENED = set(), []
 def _ours(frame):
-    return frame.f_code.co_filename.startswith(ROOTS) and frame.f_code.co_name != "<module>"
+    return frame.f_code.co_filename.startswith(ROOTS) and not frame.f_code.co_name.startswith("<")
 def _note(frame, event, arg):
-    if event == "call" and _ours(frame):
-        CALLS.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+    if event != "call" or not _ours(frame):
+        return
+    found = (frame.f_code.co_filename, frame.f_code.co_qualname)
+    while found not in CALLS:
+        if frame is None:
+            CALLS.add(found)
+        elif frame.f_code.co_name in {aside!r}:
+            return
+        else:
+            frame = frame.f_back
 def _audit(event, args):
     if event != "open":
         return
@@ -265,7 +275,9 @@ def write_tracer(folder: Path, *, watched: Sequence[str], start: str = "") -> st
         PYTHONPATH of the processes.
     """
     folder.mkdir()
-    hook = TRACER.format(root=str(ROOT), folder=str(folder), watched=list(watched), start=start)
+    hook = TRACER.format(
+        root=str(ROOT), folder=str(folder), watched=list(watched), start=start, aside=ASIDE
+    )
     (folder / "sitecustomize.py").write_text(hook, encoding="utf-8")
     return os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
