@@ -351,6 +351,9 @@ def mini_batches(
 
     The first epoch takes the prompts in their order, which is already random. Each further one
     shuffles them, alike on every rank, so that other prompts share a mini-batch.
+
+    Returns:
+        Always ``num`` lists, of which some may be empty: all ranks take part in every mini-batch.
     """
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(experience.group_ids.tolist()):
@@ -360,7 +363,7 @@ def mini_batches(
         random.Random(distributed.derive_seed(seed, "minibatches", step, epoch)).shuffle(order)
     rows = [row for group in order for row in group]
     size = math.ceil(len(rows) / num)
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+    return [rows[i * size : (i + 1) * size] for i in range(num)]
 
 
 def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:

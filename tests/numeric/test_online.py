@@ -189,6 +189,14 @@ def test_every_epoch_takes_each_answer_once_in_other_mini_batches() -> None:
     assert mini_batches(experience, 1, epoch=1, **options) == [list(range(24))]
 
 
+def test_every_rank_has_the_same_number_of_mini_batches() -> None:
+    """A rank with fewer answers, or none, waits for no one and keeps no one waiting."""
+    for answers, sizes in ((5, [2, 2, 1, 0]), (1, [1, 0, 0, 0]), (0, [0, 0, 0, 0])):
+        experience = sampled(((2,) * answers,) if answers else ())
+        parts = mini_batches(experience, 4, seed=3, step=0, epoch=0)
+        assert [len(rows) for rows in parts] == sizes
+
+
 def test_an_update_takes_the_mini_batches_of_each_epoch(model_dir) -> None:
     """Three epochs at once are those of three calls that play one epoch each, by hand."""
     spec = grpo_spec(minibatches=2, update_epochs=3, prompts_per_step=4)
