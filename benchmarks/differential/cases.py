@@ -240,15 +240,21 @@ CASES: tuple[Case, ...] = (
 )
 
 LACKS: Mapping[str, tuple[str, ...]] = {
+    "SFT `loss_type`": ("dft",),
     "DPO `loss_type`": (
         *("exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
         *("apo_zero", "apo_down", "discopop"),
     ),
     "DPO `f_divergence_type`": ("forward_kl", "js_divergence", "alpha_divergence"),
+    "DPO settings": ("use_weighting",),
     "KTO `loss_type`": ("apo_zero_unpaired",),
     "GRPO `loss_type`": ("sapo", "vespo"),
     'GRPO `loss_type` with `importance_sampling_level="sequence"`': (
         *("dapo", "bnpo", "dr_grpo", "luspo", "cispo"),
+    ),
+    "GRPO settings": (
+        *("entropy_coef", "top_entropy_quantile", "off_policy_mask_threshold"),
+        "multi_objective_aggregation",
     ),
 }
 """What TRL 1.16 computes and align does not."""

@@ -74,7 +74,8 @@ def source(trainer: str) -> str:
     assert spec is not None
     assert spec.origin is not None
     path = Path(spec.origin).parent / "trainer" / f"{trainer}_trainer.py"
-    return path.read_text(encoding="utf-8").partition("def _compute_loss")[2]
+    # The losses are in `_compute_loss`, and in SFT's trainer, which has none, in `compute_loss`.
+    return re.split(r"def _?compute_loss\(", path.read_text(encoding="utf-8"), maxsplit=1)[1]
 
 
 def names(trainer: str, key: str) -> set[str]:
@@ -93,6 +94,7 @@ def compared(kind: str, key: str) -> set[str]:
 @pytest.mark.parametrize(
     ("kind", "key", "listed", "default"),
     [
+        ("sft", "loss_type", "SFT `loss_type`", {"nll"}),
         ("dpo", "loss_type", "DPO `loss_type`", set()),
         ("dpo", "f_divergence_type", "DPO `f_divergence_type`", {"reverse_kl"}),
         ("kto", "loss_type", "KTO `loss_type`", {"kto"}),
