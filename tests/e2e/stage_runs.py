@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from align.pipeline.processes import free_port, stage_argv
 
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 
 RECIPE = """\
 name: tiny

@@ -1,4 +1,4 @@
-"""One process and two ranks, ZeRO 0 to 3: the same steps give the same weights."""
+"""One process, two ranks and three, ZeRO 0 to 3: the same steps give the same weights."""
 
 import sys
 from pathlib import Path
@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 
-WORKER = Path(__file__).parent / "workers" / "ranks.py"
+WORKER = Path(__file__).parent / "workers" / "uneven.py"  # with those of ranks.py
 SCENARIOS = (
     *("sft", "sft_lora", "sft_bf16", "grpo", "grpo_lora", "grpo_bf16"),
     *("ppo", "not_finite", "long_rows"),
 )
+UNEVEN = ("uneven", "no_prompts", "dynamic")
 LEARNING_RATE, STEPS, MAX_GRAD_NORM = 2e-3, 4, 0.05  # as in the worker
 
 
@@ -24,8 +25,9 @@ LEARNING_RATE, STEPS, MAX_GRAD_NORM = 2e-3, 4, 0.05  # as in the worker
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every scenario on two ranks, and in one process without ZeRO."""
     folder = tmp_path_factory.mktemp("ranks")
-    work(folder, SCENARIOS, ranks=1, stages=(0,))
-    work(folder, SCENARIOS, ranks=2, stages=(0, 1, 2, 3))
+    work(folder, (*SCENARIOS, *UNEVEN), ranks=1, stages=(0,))
+    work(folder, (*SCENARIOS, *UNEVEN), ranks=2, stages=(0, 1, 2, 3))
+    work(folder, UNEVEN, ranks=3, stages=(0, 3))
     return folder
 
 
@@ -67,6 +69,42 @@ def test_every_zero_stage_on_two_ranks_equals_one_process(out: Path, scenario: s
         for part in {"weights", "critic"} & expected[0].keys():
             assert_close(first[stage][part], expected[0][part])
             assert_equal(first[stage][part], second[stage][part])
+
+
+PLACES = [(2, r) for r in range(2)] + [(3, r) for r in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
+def test_ranks_without_rows_and_of_unequal_tokens_equal_one_process(out: Path, kind: str) -> None:
+    """The global counts are in the loss: its value and the clipped gradient's norm are the same."""
+    expected = one(out, "uneven")
+    for ranks, rank in PLACES:
+        for found in load(out, "uneven", f"{rank}of{ranks}").values():
+            for a, b in zip(found[f"{kind} stats"], expected[f"{kind} stats"], strict=True):
+                assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+            assert_close(found[f"{kind} weights"], expected[f"{kind} weights"])
+
+
+@pytest.mark.parametrize("scenario", ["no_prompts", "dynamic"])
+def test_online_steps_on_ranks_without_prompts_and_on_chosen_groups_equal_one_process(
+    out: Path, scenario: str
+) -> None:
+    expected = one(out, scenario)
+    for ranks, rank in PLACES:
+        for found in load(out, scenario, f"{rank}of{ranks}").values():
+            for a, b in zip(found["stats"], expected["stats"], strict=True):
+                assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+            assert_close(found["weights"], expected["weights"])
+
+
+def test_dynamic_sampling_keeps_the_same_answers_on_any_number_of_ranks(out: Path) -> None:
+    expected = one(out, "dynamic")
+    assert len(expected["kept"]) == 2 * 6 * 2
+    assert all(expected["live"])  # as in every draw some are not, prompts came from several
+    assert len({len(ids) for ids in expected["kept"]}) > 3
+    for ranks, rank in PLACES:
+        for found in load(out, "dynamic", f"{rank}of{ranks}").values():
+            assert found["kept"] == expected["kept"]
 
 
 @pytest.mark.parametrize("scenario", ["sft", "sft_lora"])

@@ -197,11 +197,13 @@ def answers() -> tuple[list[PromptRow], list[list[Completion]], list[list[float 
     return prompts, groups, scores
 
 
-def my_experience() -> Experience:
+def my_experience(num_prompts: int = 4) -> Experience:
     prompts, groups, scores = answers()
-    mine = distributed.shard(range(4))
+    mine = distributed.shard(range(num_prompts))
     experience = gather_experience(
-        [prompts[p] for p in mine], [groups[p] for p in mine], first_group=mine[0]
+        [prompts[p] for p in mine],
+        [groups[p] for p in mine],
+        first_group=mine[0] if mine else 0,
     )
     total = [s for p in mine for s in scores[p]]
     return apply_scores(experience, Scores(total, {}), truncated_score=None, mask_truncated=False)
@@ -221,7 +223,11 @@ COMMON = {
 
 
 def online_steps(
-    spec: OnlineStage, policy: Learner, critic: Learner | None, reference: torch.nn.Module | None
+    spec: OnlineStage,
+    policy: Learner,
+    critic: Learner | None,
+    reference: torch.nn.Module | None,
+    num_prompts: int = 4,
 ) -> list[dict[str, float]]:
     run = OnlineRun(
         spec=spec,
@@ -240,7 +246,7 @@ def online_steps(
     found = []
     for step in range(2):
         experience = annotate(
-            my_experience(), policy, spec, old=True, reference=reference, critic=critic
+            my_experience(num_prompts), policy, spec, old=True, reference=reference, critic=critic
         )
         experience = build_algorithm(spec).estimate(experience, spec.kl.coef)
         found.append(update(run, experience, step=step, kl_coef=spec.kl.coef))
