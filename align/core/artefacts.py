@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import ArtefactError
-from align.core.sources import with_source_hashes
+from align.core.sources import extension_hashes, with_source_hashes
 
 MANIFEST = "manifest.json"
 PACKAGES = (
@@ -48,10 +48,12 @@ class Artefact:
 
 def spec_hash(spec: Mapping[str, Any], *, seed: int, inputs: Mapping[str, str]) -> str:
     """Return the hash of what determines a stage's result: resolved spec, seed and inputs.
-    Inputs are represented by their hashes, and user code that the spec names by its content.
+    Inputs are represented by their hashes, user code that the spec names and extensions by content.
     """
-    spec = with_source_hashes(spec)
-    text = json.dumps({"spec": spec, "seed": seed, "inputs": dict(inputs)}, sort_keys=True)
+    found: dict[str, Any] = {"spec": with_source_hashes(spec), "seed": seed, "inputs": dict(inputs)}
+    if code := extension_hashes():
+        found["extensions"] = code
+    text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,14 +1,43 @@
-"""User code that a recipe names as ``FILE.py:NAME`` or ``MODULE:NAME``: its file and its hash.
+"""User code: functions that a recipe names as ``FILE.py:NAME`` or ``MODULE:NAME``, and extensions.
 
 The code is never imported here, so a recipe can be checked and planned without running it.
 """
 
 import ast
 import hashlib
+import os
 import sys
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+EXTENSIONS = "ALIGN_EXTENSIONS"
+"""Environment variable with modules that register kinds, separated by commas."""
+GROUP = "align.extensions"
+"""Entry points of installed packages whose modules register kinds."""
+
+
+def extensions() -> list[str]:
+    """Return the modules that register kinds: of the environment variable, then of packages."""
+    named = map(str.strip, os.environ.get(EXTENSIONS, "").split(","))
+    return list(dict.fromkeys([*filter(None, named), *_installed()]))
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    return tuple(sorted(point.module for point in entry_points(group=GROUP)))
+
+
+def extension_hashes() -> dict[str, str]:
+    """Return the sha256 of each extension's module file; the result of a stage depends on it."""
+    return {name: _sha256(source_file(f"{name}:")) for name in extensions()}
+
+
+def _sha256(file: Path | None) -> str:
+    # A missing file gets its own hash; whoever imports it reports it.
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file else "missing"
 
 
 def source_file(path: str) -> Path | None:
@@ -53,10 +82,7 @@ def with_source_hashes(value: Any) -> Any:
     if isinstance(value, Mapping):
         found = {name: with_source_hashes(inner) for name, inner in value.items()}
         if value.get("kind") == "python" and isinstance(path := value.get("path"), str):
-            file = source_file(path)
-            # A missing file gets its own hash; the stage itself reports it.
-            code = hashlib.sha256(file.read_bytes()).hexdigest() if file else "missing"
-            found["path"] = f"sha256:{code}:{path.rpartition(':')[2]}"
+            found["path"] = f"sha256:{_sha256(source_file(path))}:{path.rpartition(':')[2]}"
         return found
     if isinstance(value, list | tuple):
         return [with_source_hashes(inner) for inner in value]

@@ -1,32 +1,29 @@
 """Custom code: import extensions of the suite, and check the functions that a recipe names."""
 
-import os
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import RecipeError
-from align.core.sources import source_file, source_names
+from align.core.sources import EXTENSIONS, GROUP, extensions, source_file, source_names
 from align.core.text import suggest
 from align.recipe.source import Key, Source
 
-EXTENSIONS = "ALIGN_EXTENSIONS"
-
 
 def import_extensions() -> None:
-    """Import the modules that ALIGN_EXTENSIONS lists, which register the kinds that they define.
+    """Import the extensions, which register the kinds that they define.
 
     Raises:
         RecipeError: a module cannot be imported.
     """
-    for name in filter(None, map(str.strip, os.environ.get(EXTENSIONS, "").split(","))):
+    for name in extensions():
         try:
             import_module(name)
         except ImportError as error:
             raise RecipeError(
-                f"{EXTENSIONS}: module '{name}' cannot be imported: {error}; expected names of "
-                "modules on Python's path, separated by commas"
+                f"extension '{name}' cannot be imported: {error}; {EXTENSIONS} and entry points "
+                f"of {GROUP} name modules on Python's path"
             ) from error
 
 

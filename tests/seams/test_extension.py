@@ -107,7 +107,7 @@ def test_a_recipe_may_name_the_new_kinds_only_with_the_extension(folder: Path):
     assert "stages.loha.tuning.method: found 'loha'; expected one of full, " in unknown.stderr
     missing = started(check, folder, ALIGN_EXTENSIONS="extention")
     assert missing.returncode == 2
-    assert "ALIGN_EXTENSIONS: module 'extention' cannot be imported" in missing.stderr
+    assert "extension 'extention' cannot be imported" in missing.stderr
 
 
 def test_a_key_of_a_new_kind_is_checked_like_any_other(folder: Path):
