@@ -93,7 +93,7 @@ def prepare(spec: BestOfNStage, context: Any) -> Any:
     source = context.artefact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     prompts = prompt_rows(spec, chat, context)
-    engine = start_engine(spec, source.model_dir, chat, context)  # pyright: ignore
+    engine = start_engine(spec, source.model_dir, chat, context=context)  # pyright: ignore
     context.resources.enter_context(closing(engine))
     (reward,) = build_rewards(spec.rewards, context)
     return Prepared(partial(_best_of_n, spec, context, prompts, chat, engine=engine, reward=reward))
