@@ -28,7 +28,7 @@ from align.core.artefacts import (
     write_json_atomic,
 )
 from align.core.errors import ArtefactError
-from align.core.identity import find_difference, plain
+from align.core.identity import GONE, find_difference, plain
 from align.core.storage import MIB, write_patiently
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,7 @@ def save_checkpoint(
     final = directory / f"step-{step:08d}"
     temporary = directory / f"step-{step:08d}.tmp"
     # All ranks write into a temporary folder, which rank 0 renames when it is complete.
-    if distributed.rank() == 0:
-        remove(temporary)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
+    distributed.on_first_rank(lambda: _begin(temporary))
     for name, engine in engines.items():
         # A collective call: under ZeRO each rank writes its own shard.
         with _patient(engine, temporary):
@@ -90,6 +87,19 @@ def save_checkpoint(
     # No rank continues, or exits, before the checkpoint is complete.
     distributed.barrier()
     return final
+
+
+def _begin(temporary: Path) -> None:
+    """Create an empty folder, but not that of a stage which someone removed.
+
+    Raises:
+        ArtefactError: the stage's folder is gone.
+    """
+    stage = temporary.parents[1]
+    if not stage.is_dir():
+        raise ArtefactError(f"{stage}: {GONE}")
+    remove(temporary)
+    temporary.mkdir(parents=True)
 
 
 @contextmanager
@@ -132,6 +142,20 @@ def _or_remove(path: Path, write: Callable[[], None]) -> None:
     except Exception:
         path.unlink(missing_ok=True)
         raise
+
+
+def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Write the weights ``state`` below ``out`` on rank 0; wait for space on a full disk.
+
+    Raises:
+        ArtefactError: the stage's folder is gone.
+    """
+    if distributed.rank() == 0:
+        stage = out.parents[1] if out.parent.name == "best" else out
+        if not stage.is_dir():
+            raise ArtefactError(f"{stage}: {GONE}")
+        needed = tensor_bytes(state)
+        write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
 
 def tensor_bytes(value: Any) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -243,6 +244,7 @@ def shard(items: Sequence[Any]) -> list[Any]:
 PARENT = "ALIGN_PARENT"
 """Environment variable with process id and start time of the ``align run`` that started a stage."""
 ORPHAN_GRACE_S = 30.0
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
 _asked = False
 _deferred = False
 _installed_by = 0
@@ -274,8 +276,27 @@ def install() -> None:
     signal.signal(signal.SIGINT, _ask)
     if PARENT in os.environ:
         pid, _, started = os.environ[PARENT].partition(":")
-        watch = threading.Thread(target=_watch_parent, args=(int(pid), started), daemon=True)
-        watch.start()
+        watched = [(int(pid), started)]
+    else:
+        watched = _launchers() if "RANK" in os.environ else []
+    for process in watched:
+        threading.Thread(target=_watch_parent, args=process, daemon=True).start()
+
+
+def _launchers() -> list[tuple[int, str]]:
+    """Return the launcher that started this rank, and the one above it.
+
+    DeepSpeed's runner starts a second launcher. A signal to the runner ends it alone, and the rest
+    would go on as orphans.
+    """
+    found, pid = [], os.getppid()
+    while len(found) < 2 and (started := started_at(pid)) is not None:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        if not any(name in words for name in _LAUNCHERS):
+            break
+        found.append((pid, started))
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
 
 
 def _watch_parent(pid: int, started: str) -> None:

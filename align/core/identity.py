@@ -10,6 +10,11 @@ from align.core.errors import ArtefactError
 
 BEGUN = "begun.json"
 RECIPE = "recipe.yaml"
+GONE = (
+    "removed while the stage was running. Nothing more was written; run the same command again to "
+    "start over"
+)
+"""What is said of a stage's folder that is gone."""
 _OWN_LEFTOVERS = {LOCK, FAILURE, "log.txt", f"{BEGUN}.tmp", f"{RECIPE}.tmp"}
 """Files of a stage that ended before it recorded its identity."""
 

@@ -1,6 +1,7 @@
 """Start a stage as a process group, forward signals to its ranks, and leave no orphans."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -69,6 +70,7 @@ class StageProcess:
     ) -> None:
         self._module = module
         self._asked: set[int] = set()
+        self.folder = log.parent
         self._log = log.open("ab")
         self.log_start = self._log.tell()
         self._process = subprocess.Popen(
@@ -144,13 +146,18 @@ def ended_by_signal(code: int) -> bool:
 def exit_reason(code: int) -> str:
     """Return a description of how a process ended."""
     number = -code if code < 0 else code - 128 if code > 128 else 0
-    if not number:
-        return f"exit code {code}"
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    hint = ""
+    if limit != resource.RLIM_INFINITY:
+        # Libraries abort in many ways when they get no memory.
+        mib = limit // 2**20
+        hint = f"; its memory is limited to {mib:,} MiB (ulimit -v). Raise or remove the limit"
     try:
         name = signal.Signals(number).name
     except ValueError:
-        return f"exit code {code}"
-    hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        return f"exit code {code}{hint}"
+    if name == "SIGKILL" and not hint:
+        hint = "; the machine may have run out of memory"
     return f"killed by {name}{hint}"
 
 

@@ -23,7 +23,7 @@ from align.core.errors import (
     ArtefactError,
     RecipeError,
 )
-from align.core.identity import check_is_stage_folder
+from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import refuse_if_held
 from align.core.text import suggest
 from align.pipeline.planning import PlannedStage, plan
@@ -232,6 +232,9 @@ def _run_stage(
         code = _watch(process, terminal, signals, grace_s=grace_s)
     finally:
         process.close()
+    if not folder.is_dir():
+        terminal.line(f"{folder}: {GONE}")
+        return EXIT_FAILED
     seconds = time.monotonic() - began
     add_seconds(run_dir, name, seconds)
     if code == EXIT_OK and not (folder / MANIFEST).is_file():
@@ -271,14 +274,17 @@ class _Signals:
 
 
 def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, *, grace_s: float) -> int:
-    """Show progress until the stage ends; forward the first signal and kill on the second."""
+    """Show progress until the stage ends; forward the first signal and kill on the second.
+
+    A stage whose folder was removed is stopped too.
+    """
     deadline = 0.0
     while True:
         code = process.wait(POLL_S)
         terminal.update()
         if code is not None:
             return code
-        if signals.count:
+        if signals.count or not process.folder.is_dir():
             if not deadline:
                 deadline = time.monotonic() + grace_s
                 terminal.stopping(grace_s)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact
+from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
 from align.data.render.content import check_plain
@@ -31,7 +32,6 @@ from align.stages.offline import (
     offline_rows,
     refuse_random,
     run_offline,
-    save_patiently,
     saved_loss,
     whole_state,
 )
@@ -281,5 +281,5 @@ def save(
         if adapter is not None:
             save_adapter(*adapter, out / "adapter")
 
-    save_patiently(write, state, out)
+    save_weights(write, state, out)
     distributed.barrier()

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact, file_sha256, read_manifest
-from align.core.checkpoints import tensor_bytes
+from align.core.checkpoints import save_weights
 from align.core.errors import ArtefactError, TrainingError
 from align.core.log import MetricsLog
-from align.core.storage import write_patiently
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
 from align.data.load import check_overlap, fit_rows, load_examples, source_of
@@ -209,15 +208,8 @@ def save_trained_policy(
         if adapter is not None:
             save_adapter(*adapter, out / "adapter")
 
-    save_patiently(write, state, out)
+    save_weights(write, state, out)
     distributed.barrier()
-
-
-def save_patiently(write: Callable[[], None], state: Mapping[str, Tensor], out: Path) -> None:
-    """Write the weights ``state`` below ``out`` on rank 0; wait for space on a full disk."""
-    if distributed.rank() == 0:
-        needed = tensor_bytes(state)
-        write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
 
 def whole_state(

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from align.core import distributed
-from align.core.errors import Preempted
+from align.core import checkpoints, distributed
+from align.core.errors import ArtefactError, Preempted
 from align.core.lock import started_at
 from align.pipeline import run
 from align.pipeline.terminal import Terminal
@@ -99,6 +101,161 @@ def test_a_stage_that_takes_no_signal_yet_is_preempted() -> None:
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 75, shown
     assert "no new checkpoint" in shown
+
+
+@pytest.mark.parametrize("removed", ["runs/toy/a", "runs/toy", "runs"])
+def test_a_stage_whose_folder_is_removed_ends_with_one_line_and_nothing_is_made_again(
+    removed: str,
+) -> None:
+    process = start(MODES["no handler"])
+    shutil.rmtree(removed)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, shown
+    assert "runs/toy/a: removed while the stage was running." in " ".join(shown.split())
+    assert "Traceback" not in shown
+    assert not Path("runs/toy/a").exists()
+
+
+def test_no_checkpoint_is_saved_into_a_removed_folder() -> None:
+    Path("runs/toy/a").mkdir(parents=True)
+    directory = Path("runs/toy/a/checkpoints")
+    checkpoints.save_checkpoint(directory, 1, engines={}, state={}, keep=2)
+    shutil.rmtree("runs")
+    with pytest.raises(ArtefactError, match="runs/toy/a: removed while the stage was running"):
+        checkpoints.save_checkpoint(directory, 2, engines={}, state={}, keep=2)
+    assert not Path("runs").exists()
+
+
+def test_a_signal_while_align_run_imports_is_75() -> None:
+    """The first import of the command line blocks: a module of that name stands before it."""
+    Path("typer.py").write_text(
+        "import signal\nfrom pathlib import Path\nPath('ready').touch()\n"
+        "while True:\n    signal.pause()\n"
+    )
+    command = [sys.executable, "-m", "align", "run", "r.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not Path("ready").exists():
+        assert process.poll() is None, process.communicate()[0]
+        os.sched_yield()
+    process.terminate()
+    assert process.wait(timeout=300) == 75
+    assert not Path("runs").exists()
+
+
+LAUNCHER = """\
+import os, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[-1]], env={**os.environ, "RANK": "0"})
+print(worker.pid, flush=True)
+time.sleep(3600)
+"""
+RANK = """\
+import os, signal, time
+from pathlib import Path
+from align.core import distributed
+distributed.install()
+Path("ready").touch()
+try:
+    time.sleep(3600)
+except distributed.StoppedNow as e:
+    Path("code").write_text(str(e.code))
+    os._exit(e.code)
+"""
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
+def test_ranks_of_a_launcher_that_is_killed_end_with_75_and_leave_no_orphan(name: str) -> None:
+    Path(name).write_text(LAUNCHER)
+    command = [sys.executable, name, RANK]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    worker = int(launcher.stdout.readline())
+    before = started_at(worker)
+    while not Path("ready").exists():
+        assert started_at(worker) == before
+        os.sched_yield()
+    launcher.terminate()
+    assert launcher.wait(timeout=300) == -signal.SIGTERM
+    while started_at(worker) == before:
+        os.sched_yield()
+    assert Path("code").read_text() == "75"
+
+
+def test_a_limit_on_memory_is_named_when_a_stage_dies_of_it() -> None:
+    code = (
+        "import resource;from align.pipeline.processes import exit_reason;"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**31, resource.RLIM_INFINITY));"
+        "print(exit_reason(-6)); print(exit_reason(1))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    limit = "its memory is limited to 2,048 MiB (ulimit -v). Raise or remove the limit"
+    assert ran.stdout.splitlines() == [f"killed by SIGABRT; {limit}", f"exit code 1; {limit}"]
+
+
+TEMPLATE = ROOT / "launch" / "slurm.sbatch"
+STANDS_FOR_ALIGN = """\
+#!/bin/bash
+echo "$@" > arguments
+trap 'exit 75' TERM
+touch ready
+[ -n "${WAITS:-}" ] && { sleep 3600 & wait; }
+exit "$CODE"
+"""
+
+
+def slurm_job(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    for name, text in {
+        "align": STANDS_FOR_ALIGN,
+        "scontrol": '#!/bin/bash\necho "$@" > requeued\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", str(TEMPLATE), "r.yaml", "--set", "seed=1"],
+        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "42"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_slurm_template_passes_the_signal_on_and_requeues_on_75(tmp_path: Path) -> None:
+    process = slurm_job(tmp_path, WAITS="1", CODE="0")
+    while not Path("ready").exists():
+        assert process.poll() is None, process.communicate()[0]
+        os.sched_yield()
+    process.terminate()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    assert Path("arguments").read_text() == "run r.yaml --set seed=1\n"
+    assert Path("requeued").read_text() == "requeue 42\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_slurm_template_requeues_nothing_else(code: int, tmp_path: Path) -> None:
+    process = slurm_job(tmp_path, CODE=str(code))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    assert not Path("requeued").exists()
+
+
+def test_the_slurm_template_warns_longer_before_the_end_than_a_stage_may_take() -> None:
+    from align.pipeline.running import GRACE_S
+
+    options = dict(
+        re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", TEMPLATE.read_text(), re.MULTILINE)
+    )
+    signal_name, _, seconds = options["signal"].partition("@")
+    assert signal_name == "B:TERM"
+    assert int(seconds) > GRACE_S
+    assert "requeue" in options
+
+
+def test_slurm_accepts_the_template() -> None:
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        pytest.skip("sbatch is not installed, so Slurm cannot read the template")
+    subprocess.run([sbatch, "--test-only", str(TEMPLATE), "r.yaml"], check=True)
 
 
 def test_a_signal_before_the_first_stage_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artefacts import Artefact
+from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
 from align.data.render.chat import ChatFormat
@@ -36,7 +37,6 @@ from align.stages.offline import (
     read_back,
     refuse_random,
     run_offline,
-    save_patiently,
     saved_loss,
     whole_state,
 )
@@ -370,5 +370,5 @@ def save_scorer(
             state_dict=state,
         )
 
-    save_patiently(write, state, out)
+    save_weights(write, state, out)
     distributed.barrier()

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
 from align.core.artefacts import Artefact
-from align.core.checkpoints import damage, write_record
+from align.core.checkpoints import damage, save_weights, write_record
 from align.core.distributed import stop_deferred, stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
@@ -29,7 +29,7 @@ from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.contaminated import contamination_checks
-from align.stages.offline import fingerprints, save_patiently, whole_state
+from align.stages.offline import fingerprints, whole_state
 from align.stages.rollouts import build_rewards
 from align.stages.trl.preflight import preflight_trl
 from align.stages.trl.trainers import (
@@ -159,7 +159,7 @@ def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artefac
         if adapter is not None:
             save_adapter(*adapter, context.out / "adapter")
 
-    save_patiently(write, tensors, context.out)
+    save_weights(write, tensors, context.out)
 
 
 def fitting(
