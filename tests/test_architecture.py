@@ -29,7 +29,7 @@ MAY_IMPORT = {
     ),
     "align.data": L2,
     "align.models": L2,
-    "align.tuning": (*L2, "align.recipe.rules", "align.models"),
+    "align.tuning": (*L2, "align.recipe.starts", "align.models"),
     "align.training": L3,
     "align.sampling": L4,
     "align.online": (*L4, "align.sampling"),

@@ -18,7 +18,7 @@ from align.recipe.algorithms import defaults_of
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.own_code import import_extensions, place_own_code
-from align.recipe.rules import adapter_problems, encoder_problems, idle_options
+from align.recipe.rules import idle_options
 from align.recipe.schema import (
     STAGES,
     Recipe,
@@ -31,6 +31,7 @@ from align.recipe.schema import (
 from align.recipe.schema.common import Spec
 from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
+from align.recipe.starts import adapter_problems, encoder_problems
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
 

@@ -2,16 +2,13 @@
 
 An option counts as set if its value differs from its default, so a recipe with all defaults written
 out (``align show``) stays valid. Contradictions between keys of one part are checked by the part's
-class; the rules here need a wider view, and each reports the key at fault.
+class; here is every option that another one makes useless, and each is reported at its key.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from align.recipe.algorithms import defaults_of
-from align.recipe.schema import references
 from align.recipe.schema.common import (
     ClipSpec,
     DataSpec,
@@ -22,18 +19,12 @@ from align.recipe.schema.common import (
     Spec,
     ZeroSpec,
 )
+from align.recipe.schema.data_stages import CurateStage, WeakLabelStage
 from align.recipe.schema.evaluate import EvaluateStage, MergeStage, TaskSampling, TaskSpec
-from align.recipe.schema.offline import (
-    BaseStage,
-    ClassifyStage,
-    EncoderStage,
-    OfflineStage,
-    RewardStage,
-)
+from align.recipe.schema.offline import BaseStage, DpoStage, OfflineStage, RewardStage
 from align.recipe.schema.online import GrpoStage, OnlineStage, PpoStage
 from align.recipe.schema.training import TrainingStage
 from align.recipe.schema.trl import TrlStage
-from align.recipe.schema.tuning import METHODS
 from reward_models.specs import EnsembleSpec, LengthSpec, MathSpec
 
 Idle = tuple[str, str]
@@ -81,6 +72,13 @@ def _mixture(sources: list[Any]) -> Iterator[Idle]:
 
 
 def _data(spec: DataSpec) -> Iterator[Idle]:
+    if spec.path is None:
+        for name in changed(spec, "config", "revision"):
+            yield name, "has no effect without 'path'; remove it"
+    if spec.world is None and spec.tasks:
+        yield "tasks", "has no effect without 'world'; remove it"
+    if spec.world is not None and spec.templates is not None:
+        yield "templates", "has no effect with 'world'; remove it"
     if spec.split == "all" and changed(spec, "heldout_frac"):
         yield "heldout_frac", "has no effect with split: all; write split: train or heldout"
     if spec.phrasing is not None and spec.templates is None:
@@ -132,6 +130,19 @@ def _importance(spec: ImportanceSpec) -> Iterator[Idle]:
 
 
 def _training(spec: TrainingStage) -> Iterator[Idle]:
+    method = spec.tuning.method
+    if spec.layers is not None and not spec.tuning.inside_layers:
+        yield (
+            "layers",
+            f"has no effect with tuning.method {method}, which trains nothing inside a layer; "
+            "remove it, or choose a method such as lora",
+        )
+    elif spec.layers is not None and spec.layers.freeze_embeddings and method != "full":
+        yield (
+            "layers.freeze_embeddings",
+            f"has no effect with tuning.method {method}, which leaves the embeddings as they are; "
+            "remove it",
+        )
     if not spec.checkpoint_every and changed(spec, "keep_checkpoints"):
         yield "keep_checkpoints", "has no effect with checkpoint_every 0, which keeps none"
 
@@ -139,7 +150,35 @@ def _training(spec: TrainingStage) -> Iterator[Idle]:
 def _offline(spec: OfflineStage) -> Iterator[Idle]:
     if spec.steps is not None and changed(spec, "epochs"):
         yield "epochs", "has no effect if 'steps' is set; give one of them"
+    if spec.mix_cap is not None and len(spec.data) < 2:
+        yield "mix_cap", "has no effect on a single dataset; remove it"
     yield from _heldout(spec)
+
+
+def _dpo(spec: DpoStage) -> Iterator[Idle]:
+    idle = {
+        "label_smoothing": bool(spec.label_smoothing) and spec.loss in ("hinge", "ipo", "orpo"),
+        "gamma": spec.gamma is not None and spec.loss != "simpo",
+        "nll_coef": spec.nll_coef > 0.0 and spec.loss == "orpo",
+        "ld_alpha": spec.ld_alpha is not None and spec.on_means,
+    }
+    for name in (name for name, is_idle in idle.items() if is_idle):
+        yield name, f"has no effect with loss {spec.loss}; remove it"
+
+
+def _reward(spec: RewardStage) -> Iterator[Idle]:
+    idle: list[str] = []
+    if spec.supervision != "pairs":
+        idle += ["center_coef", "use_margin", "label_smoothing", "tie_margin", "noise_folds"]
+    if spec.supervision == "steps":
+        # A process reward is a probability: it is not normalized.
+        idle += ["heads", "norm_prompts", "norm_sampling"]
+    for name in changed(spec, *idle):
+        yield name, f"has no effect with supervision {spec.supervision}; remove it"
+    if spec.supervision != "steps" and changed(spec, "step_separator"):
+        yield "step_separator", "has no effect without supervision: steps; remove it"
+    if spec.norm_sampling is not None and spec.norm_prompts == 0:
+        yield "norm_sampling", "has no effect with norm_prompts 0; remove it"
 
 
 def _heldout(spec: OfflineStage | TrlStage) -> Iterator[Idle]:
@@ -150,7 +189,9 @@ def _heldout(spec: OfflineStage | TrlStage) -> Iterator[Idle]:
 
 def _base(spec: BaseStage) -> Iterator[Idle]:
     if spec.path is not None:
-        for name in changed(spec, "batch_size", "max_length", "micro_tokens", "optim", "ranks"):
+        for name in changed(
+            spec, "data", "steps", "batch_size", "max_length", "micro_tokens", "optim", "ranks"
+        ):
             yield name, "has no effect with 'path': nothing is trained"
     if spec.build is not None and spec.build.hidden_size % spec.build.num_heads:
         yield "build.num_heads", f"must divide hidden_size {spec.build.hidden_size}"
@@ -164,6 +205,8 @@ def _preset(spec: OnlineStage, block: str) -> Mapping[str, Any]:
 
 
 def _online(spec: OnlineStage) -> Iterator[Idle]:
+    if spec.truncation == "mask" and spec.truncated_score is not None:
+        yield "truncated_score", "has no effect with truncation: mask; remove it"
     if spec.minibatches * spec.update_epochs == 1:
         plain = ClipSpec(**_preset(spec, "clip"))
         for name in ClipSpec.model_fields:
@@ -204,6 +247,14 @@ def _ppo(spec: PpoStage) -> Iterator[Idle]:
 
 
 def _grpo(spec: GrpoStage) -> Iterator[Idle]:
+    facts = spec.algorithm_facts
+    if spec.scale not in facts.scales:
+        allowed = " or ".join(facts.scales)
+        yield "scale", f"'{spec.scale}' has no effect with {spec.estimator}; write {allowed}"
+    if spec.dynamic_sampling and not facts.compares_group:
+        yield "dynamic_sampling", f"has no effect with {spec.estimator}; remove it"
+    if spec.objective != "clip" and spec.clip.dual is not None:
+        yield "clip.dual", f"has no effect with objective {spec.objective}; remove it"
     if not spec.dynamic_sampling and changed(spec, "max_draws"):
         yield "max_draws", "has no effect without dynamic_sampling"
     if spec.dynamic_sampling and spec.max_draws == 1:
@@ -219,6 +270,10 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
     for i, reward in enumerate(spec.scores):
         if changed(reward, "weight"):
             yield f"scores.{i}.weight", "has no effect: each score has a column; weigh in 'judge'"
+    if spec.sets and not spec.reward_models:
+        yield "sets", "has no effect without 'reward_models'; remove it"
+    if spec.pairwise and all(task.judge for task in spec.all_tasks):
+        yield "pairwise", "has no effect: every task has a 'judge' of its own"
     if spec.pairs and not spec.reward_models:
         yield "pairs", "has no effect without 'reward_models'"
     if spec.reference is not None and not any(
@@ -227,7 +282,20 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
         yield "reference", "has no effect: KL is only measured on responses at temperature 1"
 
 
+def _curate(spec: CurateStage) -> Iterator[Idle]:
+    for name in changed(spec, "min_quality", "keep_frac") if not spec.quality else ():
+        yield name, "has no effect without 'quality'; remove it"
+
+
+def _weak_label(spec: WeakLabelStage) -> Iterator[Idle]:
+    if spec.of == "sft" and spec.use_given is not None:
+        yield "use_given", "has no effect on sft rows, which have no labels; remove it"
+
+
 def _merge(spec: MergeStage) -> Iterator[Idle]:
+    if spec.method in ("linear", "slerp"):
+        for name in changed(spec, "others", "density"):
+            yield name, f"has no effect with method {spec.method}; remove it"
     if len(spec.alphas) == 1:
         names = ("tolerance", "samples", "sampling", "dtype", "max_length", "max_lost_frac")
         for name in changed(spec, *names):
@@ -271,7 +339,11 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (ImportanceSpec, _importance),
     (TrainingStage, _training),
     (OfflineStage, _offline),
+    (DpoStage, _dpo),
+    (RewardStage, _reward),
     (BaseStage, _base),
+    (CurateStage, _curate),
+    (WeakLabelStage, _weak_label),
     (TrlStage, _heldout),
     (TrlStage, _trl),
     (MergeStage, _merge),
@@ -288,144 +360,3 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (LengthSpec, _length),
 ]
 """The rules by class; a subclass must satisfy the rules of all its base classes."""
-
-
-WHOLE = ("init", "base", "tuned", "others", "critic")
-"""Keys of models whose weights alone are read; ``init`` of a training stage is an exception."""
-
-
-def start_problem(method: str) -> str:
-    """Return why training cannot start from an unmerged adapter, and what to do instead."""
-    if METHODS[method].continues:
-        way = (
-            f"repeat the same 'tuning' block, which continues to train this {method} adapter (not "
-            "in a reward or classify stage, whose model has another head)"
-        )
-    else:
-        way = "only its virtual tokens are saved, so it cannot be trained further"
-    return f"{_unmerged(method)}; {way}; or tune the earlier stage with a method that merges (lora)"
-
-
-def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Return the stages that would ignore, or cannot load, an earlier stage's unmerged adapter.
-
-    Args:
-        stages: stage name to spec, None for an invalid stage.
-
-    Returns:
-        (stage, dotted key) to the problem.
-    """
-    found = {}
-    for name, spec in stages.items():
-        for key, reference in references(spec).items() if spec is not None else ():
-            made_by = getattr(stages.get(reference), "tuning", None)
-            if made_by is not None and not made_by.merges:
-                problem = _problem(spec, key, made_by)
-                if problem is not None:
-                    found[name, key] = problem
-    return found
-
-
-def _problem(spec: Any, key: str, made_by: Any) -> str | None:
-    """Return the problem if ``key`` names a model with an unmerged adapter, None if it works."""
-    part = key.partition(".")[0]
-    if part == "init" and isinstance(spec, TrainingStage):
-        if spec.new_head is not None or spec.tuning != made_by or not made_by.continues:
-            return start_problem(made_by.method)
-        if isinstance(spec, PpoStage) and spec.critic.init is None:
-            return (
-                f"{_unmerged(made_by.method)}, but the critic would start from its weights alone; "
-                "name a merged policy or a reward model in 'critic.init'"
-            )
-    elif part in WHOLE:
-        return (
-            f"{_unmerged(made_by.method)}, but a {spec.kind} stage reads only weights here; tune "
-            "that stage with a method that merges (lora)"
-        )
-    elif part == "models" and isinstance(spec, EvaluateStage) and spec.sampling.engine == "vllm":
-        return f"{_unmerged(made_by.method)}; write sampling.engine: hf (or auto, which uses hf)"
-    return None
-
-
-def _unmerged(method: str) -> str:
-    return f"the model was tuned with {method}, whose adapter cannot be merged into its weights"
-
-
-Problem = tuple[str, str]
-"""A dotted key below a stage, and the problem with its value."""
-
-
-def encoder_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Return the settings that need a decoder although the recipe names an encoder.
-
-    Args:
-        stages: stage name to spec, None for an invalid stage.
-
-    Returns:
-        (stage, dotted key) to the problem.
-    """
-    found: dict[tuple[str, str], str] = {}
-    for name, spec in stages.items():
-        problems: list[Problem] = []
-        if isinstance(spec, RewardStage | ClassifyStage) and is_encoder(spec.init, stages):
-            problems = list(_head(spec))
-        if isinstance(spec, PpoStage) and _scores_whole_texts(spec.critic.init, stages):
-            problems = [
-                (
-                    "critic.init",
-                    "it scores whole texts (its init is an encoder), but a critic scores every "
-                    "token; remove it to start the critic from the policy, or name a reward model "
-                    "whose init is a decoder",
-                )
-            ]
-        found |= {(name, key): problem for key, problem in problems}
-    return found
-
-
-def is_encoder(reference: str, stages: Mapping[str, Any]) -> bool:
-    """Return whether a stage name or an artifact's folder refers to an encoder."""
-    if reference in stages:
-        return isinstance(stages[reference], EncoderStage)
-    return _read(Path(reference) / "manifest.json").get("kind") == "encoder"
-
-
-def _scores_whole_texts(reference: str | None, stages: Mapping[str, Any]) -> bool:
-    if reference is None:
-        return False
-    if reference in stages:
-        spec = stages[reference]
-        return isinstance(spec, RewardStage) and is_encoder(spec.init, stages)
-    return _read(Path(reference) / "model" / "scorer.json").get("reads") == "first"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a file's JSON mapping, {} if it is invalid; the reference check reports the error."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _head(spec: RewardStage | ClassifyStage) -> Iterator[Problem]:
-    method = spec.tuning.method
-    if spec.tuning.virtual:
-        yield (
-            "tuning.method",
-            f"{method} puts virtual tokens before the text of a decoder, and init is an encoder; "
-            "use lora or bottleneck",
-        )
-    if isinstance(spec, ClassifyStage):
-        return
-    if spec.supervision == "steps":
-        yield (
-            "supervision",
-            "an encoder gives one score to a whole text and none to its steps; set init to a "
-            "policy (kind: base), or use pairs or answers",
-        )
-    if spec.norm_sampling is not None:
-        yield (
-            "norm_sampling",
-            "an encoder cannot generate responses; remove it to compute mean and std on the "
-            "responses of 'data'",
-        )

@@ -9,8 +9,8 @@ from torch import nn
 
 from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.models.loading import load_policy, load_tokenizer, set_dropout, stop_token_ids
-from align.recipe.rules import start_problem
 from align.recipe.schema.tuning import METHODS, QloraTuning, TuningSpec
+from align.recipe.starts import start_problem
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel

@@ -43,6 +43,7 @@ from align.online.loop import online_step, sample, score
 from align.online.scoring import length_penalty
 from align.recipe.algorithms import ALGORITHMS, Algorithm
 from align.recipe.load import load_resolved
+from align.recipe.rules import idle_options
 from align.recipe.schema import GrpoStage
 from align.sampling.build import build_engine
 from align.sampling.experience import Experience, gather_experience
@@ -316,15 +317,10 @@ def test_show_names_the_algorithm_that_a_value_comes_from(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"estimator": "leave_one_out"}, "write scale: none"),
-        ({"algorithm": "rloo", "scale": "batch"}, "write scale: none"),
         ({"group_size": 1}, "group_size must be 2"),
-        ({"algorithm": "remax", "dynamic_sampling": True}, "dynamic_sampling"),
         ({"truncation": "bootstrap"}, "critic"),
-        ({"truncation": "mask", "truncated_score": 0.0}, "truncated_score"),
         ({"objective": "gspo"}, "aggregation: sequence"),
         ({"objective": "gspo", "aggregation": "sequence"}, "never falls by 0.2"),
-        ({"algorithm": "cispo", "clip": {"dual": 3.0}}, "dual"),
         ({"kl": {"coef": 0.1, "place": "loss", "estimator": "k2", "corrected": True}}, "corrected"),
         ({"kl": {"coef": 0.1, "place": "reward", "estimator": "k2"}}, "k2 in the reward"),
         ({"kl": {"coef": 0.1, "place": "reward", "estimator": "k3"}}, "k3 in the reward"),
@@ -332,9 +328,25 @@ def test_show_names_the_algorithm_that_a_value_comes_from(tmp_path: Path):
         ({"algorithm": "grop"}, "dr_grpo"),
     ],
 )
-def test_options_without_effect_or_sense_are_refused(options, words):
+def test_options_without_sense_are_refused(options, words):
     with pytest.raises(ValidationError, match=words):
         stage(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"estimator": "leave_one_out"}, "scale"),
+        ({"algorithm": "rloo", "scale": "batch"}, "scale"),
+        ({"algorithm": "remax", "dynamic_sampling": True}, "dynamic_sampling"),
+        ({"truncation": "mask", "truncated_score": 0.0}, "truncated_score"),
+        ({"algorithm": "cispo", "minibatches": 2, "clip": {"dual": 3.0}}, "clip.dual"),
+    ],
+)
+def test_options_without_effect_are_refused(options, key):
+    ((found, reason),) = idle_options(stage(**options))
+    assert found == key
+    assert "no effect" in reason
 
 
 def test_ppo_refuses_two_opinions_of_a_cut_answer():

@@ -282,11 +282,6 @@ STOP = {"early_stopping": {"metric": "eval/loss"}}
         ("reward", {"keep": {"ewc": {"coef": 1, "data": [{"path": "x"}]}}}, "by another head"),
         ("dpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("dpo", {"keep": {"augment": {"word_dropout": 0.1}}}, "uses its rows unchanged"),
-        (
-            "sft",
-            {"layers": {"freeze_first": 1}, "tuning": {"method": "prompt"}},
-            "trains nothing inside a layer",
-        ),
         ("grpo", {"keep": {"dropout": 0.1}}, "differ from its reference by chance"),
         ("grpo", {"keep": STOP}, "use 'watch' with 'guard'"),
     ],

@@ -44,7 +44,19 @@ stages:
     judge: [{kind: math}]
   merge: {kind: merge, base: base, tuned: sft, alphas: [0.5]}
   trl: {kind: trl, trainer: KTO, init: sft, data: [{path: x}], rows: unpaired, steps: 2}
+  dpo: {kind: dpo, init: sft, data: [{world: preference, rows: 9}]}
+  rm: {kind: reward, init: sft, data: [{world: preference, rows: 9}]}
+  picked: {kind: curate, data: [{path: x}]}
+  labeled:
+    kind: weak_label
+    of: sft
+    data: [{path: x}]
+    functions:
+      - {by: {kind: repetition}, good_from: 0.5}
+      - {by: {kind: regex, pattern: a}, good_from: 0.5}
+      - {by: {kind: length, target: 3, limit: 9}, good_from: 0.5}
 """
+JUDGE = "{endpoint: {url: 'http://127.0.0.1:1', model: m}}"
 ENSEMBLE = "[{kind: ensemble, members: [{kind: math}, {kind: repetition}], kappa: 2.0}]"
 GUARDED = "{every: 2, prompts: [{world: prompts, rows: 4}], gold: [{kind: repetition}], guard: {}}"
 
@@ -120,6 +132,22 @@ def test_recipe_itself_is_right() -> None:
         ("evaluate.reference", "base", "only measured on responses at temperature 1"),
         ("evaluate.samples", "4", "all responses to a prompt are the same"),
         ("evaluate.sampling", "{temperature: 0.0, top_p: 0.9}", "no effect at temperature 0"),
+        ("evaluate.sets", "[{path: x}]", "without 'reward_models'"),
+        ("evaluate.pairwise", JUDGE, "every task has a 'judge' of its own"),
+        ("sft.data.0.config", "main", "without 'path'"),
+        ("sft.data.0.revision", "v1", "without 'path'"),
+        ("sft.data", "[{path: x, tasks: [sort]}]", "without 'world'"),
+        ("sft.data.0.templates", "t.yaml", "no effect with 'world'"),
+        ("sft.mix_cap", "5", "on a single dataset"),
+        ("found.steps", "3", "nothing is trained"),
+        ("found.data", "[{path: x}]", "nothing is trained"),
+        ("merge.others", "[ppo]", "with method linear"),
+        ("merge.density", "0.3", "with method linear"),
+        ("dpo.gamma", "0.5", "with loss sigmoid"),
+        ("rm.step_separator", "'##'", "without supervision: steps"),
+        ("picked.min_quality", "0.5", "without 'quality'"),
+        ("picked.keep_frac", "0.5", "without 'quality'"),
+        ("labeled.use_given", "true", "have no labels"),
     ],
 )
 def test_option_without_effect_is_refused(key: str, value: str, reason: str) -> None:
@@ -133,9 +161,21 @@ def test_option_without_effect_is_refused(key: str, value: str, reason: str) -> 
     [
         ("sft.steps=9", "sft.epochs=2.0"),
         ("grpo.dynamic_sampling=true", "grpo.max_draws=1"),
+        ("grpo.algorithm=rloo", "grpo.scale=std"),
+        ("grpo.algorithm=remax", "grpo.dynamic_sampling=true"),
+        ("grpo.algorithm=cispo", "grpo.minibatches=2", "grpo.clip.dual=3.0"),
+        ("grpo.truncation=mask", "grpo.truncated_score=-1.0"),
+        ("grpo.tuning={method: prompt}", "grpo.layers={freeze_first: 1}"),
+        ("sft.tuning={method: lora}", "sft.layers={freeze_embeddings: true}"),
+        ("dpo.loss=ipo", "dpo.label_smoothing=0.1"),
+        ("dpo.loss=ipo", "dpo.ld_alpha=0.5"),
+        ("dpo.loss=orpo", "dpo.nll_coef=0.1"),
+        ("rm.supervision=answers", "rm.use_margin=true"),
+        ("rm.supervision=steps", "rm.heads=3"),
+        ("rm.norm_prompts=0", "rm.norm_sampling={}"),
     ],
 )
-def test_options_that_cancel_each_other_are_refused(overrides: tuple[str, str]) -> None:
+def test_options_that_cancel_each_other_are_refused(overrides: tuple[str, ...]) -> None:
     (line,) = mistakes(*(f"stages.{text}" for text in overrides))
     assert "no effect" in line or "without effect" in line
 

@@ -91,7 +91,6 @@ def test_key_without_effect_on_the_method_is_unknown(tuning, key):
         ("sft", {"method": "loreft", "layers": []}, {}, "the list is empty: nothing would"),
         ("sft", {"method": "vera", "targets": []}, {}, "the list is empty: nothing would"),
         ("sft", {"method": "lora", "dropout": 1.0}, {}, "less than 1"),
-        ("dpo", {"method": "lora"}, {"layers": {"freeze_embeddings": True}}, "as they are"),
     ],
 )
 def test_illegal_combination_is_refused_with_its_reason(kind, tuning, more, said):

@@ -61,14 +61,8 @@ class DataSpec(Spec):
         sides = ("all", "train", "heldout")
         if self.path is None and self.split not in sides:
             raise ValueError(f"split: expected one of {', '.join(sides)}, found '{self.split}'")
-        if self.path is None and (self.config is not None or self.revision is not None):
-            raise ValueError("'config' and 'revision' have no effect without 'path'; remove them")
         if self.world is not None and self.answers is not None:
             raise ValueError("'answers' is for files of preference pairs; use world: sft")
-        if self.tasks and self.world is None:
-            raise ValueError("'tasks' has no effect without 'world'; remove it")
-        if self.world is not None and self.templates is not None:
-            raise ValueError("'templates' has no effect with 'world'; remove it")
         return self
 
 

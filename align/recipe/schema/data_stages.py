@@ -183,8 +183,6 @@ class CurateStage(DataStage):
         refuse_prefill(self.quality, "curate")
         if self.of != "sft":
             refuse_answers(self.data, "curate (of: preference)")
-        if not self.quality and (self.min_quality is not None or self.keep_frac is not None):
-            raise ValueError("'min_quality' and 'keep_frac' have no effect without 'quality'")
         steps = (self.words, self.near_duplicates, self.diversity)
         chosen = self.min_quality is not None or self.keep_frac is not None
         if all(step is None for step in steps) and not chosen:
@@ -237,8 +235,6 @@ class WeakLabelStage(DataStage):
         sft = self.of == "sft"
         if not sft:
             refuse_answers(self.data, "weak_label (of: preference)")
-        if sft and self.use_given is not None:
-            raise ValueError("'use_given' has no effect on sft rows (no labels); remove it")
         for function in self.functions:
             bounds = (function.good_from, function.bad_below)
             if sft and (function.min_gap is not None or bounds == (None, None)):

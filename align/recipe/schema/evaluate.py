@@ -68,8 +68,6 @@ class MergeStage(StageSpec):
     @model_validator(mode="after")
     def _legal(self) -> "MergeStage":
         judged = {"prompts": self.prompts, "shifted": self.shifted, "scores": self.scores}
-        if self.method in ("linear", "slerp") and (self.others or self.density is not None):
-            raise ValueError(f"'others' and 'density' have no effect with method {self.method}")
         if len(set(self.alphas)) != len(self.alphas):
             raise ValueError(f"alphas {self.alphas} contains a duplicate")
         if len(self.alphas) == 1:
@@ -297,8 +295,6 @@ class EvaluateStage(StageSpec):
         self._something_to_do()
         if self.reward_models and not self.pairs:
             raise ValueError("'reward_models' needs 'pairs' to measure them on")
-        if self.sets and not self.reward_models:
-            raise ValueError("'sets' has no effect without 'reward_models'; remove it")
         refuse_answers([*self.pairs, *self.sets], "evaluate")
         return self
 
@@ -321,5 +317,3 @@ class EvaluateStage(StageSpec):
                 raise ValueError(
                     f"task '{task.name}' has no grader, so it needs a judge: give 'pairwise'"
                 )
-        if self.pairwise and all(task.judge for task in self.all_tasks):
-            raise ValueError("'pairwise' has no effect: every task has a 'judge' of its own")

@@ -49,8 +49,6 @@ class OfflineStage(TrainingStage):
         if not isinstance(self, SftStage):
             refuse_answers([*self.data, *self.heldout], "preference")
         refuse_unfit(self, watched=bool(self.heldout) and self.eval_every > 0)
-        if self.mix_cap is not None and len(self.data) < 2:
-            raise ValueError("'mix_cap' has no effect on a single dataset; remove it")
         if self.mix_cap is not None and any(spec.weight != 1.0 for spec in self.data):
             raise ValueError("'mix_cap' sets the weights of the mixture; remove 'weight' or it")
         return self
@@ -89,8 +87,6 @@ class BaseStage(StageSpec):
             raise ValueError("give exactly one of 'path' and 'build'")
         if self.build is not None and (not self.data or not self.steps):
             raise ValueError("'build' needs 'data' and 'steps' to pretrain on")
-        if self.path is not None and (self.data or self.steps):
-            raise ValueError("'data' and 'steps' have no effect with 'path'; remove them")
         refuse_answers(self.data, "base")
         return self
 
@@ -149,15 +145,6 @@ class DpoStage(OfflineStage):
 
     @model_validator(mode="after")
     def _legal(self) -> "DpoStage":
-        without_effect = {
-            "label_smoothing": bool(self.label_smoothing) and self.loss in ("hinge", "ipo", "orpo"),
-            "gamma": self.gamma is not None and self.loss != "simpo",
-            "nll_coef": self.nll_coef > 0.0 and self.loss == "orpo",
-            "ld_alpha": self.ld_alpha is not None and self.on_means,
-        }
-        for key, wrong in without_effect.items():
-            if wrong:
-                raise ValueError(f"'{key}' has no effect with loss {self.loss}; remove it")
         refuse_dropout(self.tuning)
         return self
 
@@ -221,28 +208,12 @@ class RewardStage(OfflineStage):
     (arXiv:1909.08593 section 2)."""
 
     @model_validator(mode="after")
-    def _has_effect(self) -> "RewardStage":
-        if self.supervision != "pairs":
-            only = ("center_coef", "use_margin", "label_smoothing", "tie_margin", "noise_folds")
-            self._refuse(only, f"with supervision {self.supervision}")
-        if self.supervision == "steps":
-            # A process reward is a probability: it is not normalized.
-            self._refuse(("heads", "norm_prompts", "norm_sampling"), "with supervision steps")
-        else:
-            self._refuse(("step_separator",), "without supervision: steps")
+    def _legal(self) -> "RewardStage":
         if self.noise_folds == 1:
             raise ValueError("noise_folds: one fold has no others to train on; give 2 or more")
         if self.tie_margin is not None and (self.use_margin or self.label_smoothing):
             raise ValueError("'tie_margin' cannot be combined with use_margin or label_smoothing")
-        if self.norm_sampling is not None and self.norm_prompts == 0:
-            raise ValueError("'norm_sampling' has no effect with norm_prompts 0; remove it")
         return self
-
-    def _refuse(self, names: tuple[str, ...], when: str) -> None:
-        fields = type(self).model_fields
-        changed = [name for name in names if getattr(self, name) != fields[name].default]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} has no effect {when}; remove it")
 
 
 class ClassifyStage(OfflineStage):

@@ -161,8 +161,6 @@ class OnlineStage(TrainingStage):
             raise ValueError("sampling.top_p < 1 samples from another distribution than the policy")
         if self.prompts_per_step % (self.minibatches * self.ranks):
             raise ValueError("prompts_per_step must be a multiple of minibatches x ranks")
-        if self.truncation == "mask" and self.truncated_score is not None:
-            raise ValueError("'truncated_score' has no effect with truncation: mask; remove it")
         if self.max_length <= self.sampling.max_new_tokens:
             raise ValueError("max_length must leave room for a prompt before max_new_tokens")
         refuse_answers(self.prompts, "reinforcement")
@@ -248,23 +246,14 @@ class GrpoStage(OnlineStage):
     @model_validator(mode="after")
     def _estimator_fits(self) -> "GrpoStage":
         facts = self.algorithm_facts
-        if self.scale not in facts.scales:
-            raise ValueError(
-                f"'scale: {self.scale}' has no effect with {self.estimator}; write "
-                f"scale: {' or '.join(facts.scales)}"
-            )
         if self.group_size == 1 and facts.compares_group:
             raise ValueError(f"{self.estimator} compares responses: group_size must be 2 or more")
-        if self.dynamic_sampling and not facts.compares_group:
-            raise ValueError(f"'dynamic_sampling' has no effect with {self.estimator}; remove it")
         if self.truncation == "bootstrap":
             raise ValueError("truncation: bootstrap needs PPO's critic; use terminal or mask")
         return self
 
     @model_validator(mode="after")
     def _objective_fits(self) -> "GrpoStage":
-        if self.objective != "clip" and self.clip.dual is not None:
-            raise ValueError(f"'clip.dual' has no effect with objective {self.objective}")
         if self.objective == "gspo" and self.aggregation != "sequence":
             raise ValueError("gspo has one loss per response; write aggregation: sequence")
         if self.objective == "gspo" and self.clip.low > 0.1:

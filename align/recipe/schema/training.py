@@ -56,22 +56,6 @@ class LayersSpec(Spec):
         return self
 
 
-def refuse_outside(layers: LayersSpec | None, tuning: TuningSpec) -> None:
-    """Raise ValueError if no trained weight is affected by the ``layers`` block."""
-    if layers is None:
-        return
-    if not tuning.inside_layers:
-        raise ValueError(
-            f"'layers' has no effect with tuning.method {tuning.method}, which trains nothing "
-            "inside a layer; remove it, or choose a method such as lora"
-        )
-    if layers.freeze_embeddings and tuning.method != "full":
-        raise ValueError(
-            f"'layers.freeze_embeddings' has no effect with tuning.method {tuning.method}, which "
-            "leaves the embeddings as they are; remove it"
-        )
-
-
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -186,7 +170,6 @@ class TrainingStage(StageSpec):
             refuse_last(self.tuning, self.new_head)
         else:
             refuse_head(self.tuning, "policy")
-        refuse_outside(self.layers, self.tuning)
         if self.gradient_checkpointing:
             refuse_checkpointing(self.tuning)
         return self
