@@ -90,8 +90,7 @@ def _build(case: Case, world: World, num_micro: int, **more: Any) -> Any:
 
 def _fill(model: Any, weights: Weights) -> None:
     for name, parameter in model.named_parameters():
-        if name in weights:
-            parameter.data = weights[name].clone()
+        parameter.data = weights[name].clone()
 
 
 def _step(trainer: Any, micro: Sequence[Batch]) -> Side:
@@ -217,7 +216,6 @@ def _online(case: Case, world: World, num_micro: int) -> Side:
         num_iterations=2,
         max_completion_length=MAX_NEW_TOKENS,
         temperature=TEMPERATURE,
-        mask_truncated_completions=case.theirs.get("mask_truncated_completions", False),
     )
     given = changed(case, world)
     trainer.use_vllm = case.sampler  # building with vLLM would start an engine

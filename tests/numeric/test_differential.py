@@ -34,13 +34,13 @@ def table() -> list[str]:
 
 
 def cells(lines: list[str]) -> list[list[str]]:
-    """Give the cells of the rows below the head of a table."""
+    """Return the cells of the rows below the head of a table."""
     rows = [line for line in lines if line.startswith("| ")][1:]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
 def complaints(case: Case, row: list[str]) -> list[str]:
-    """Give what is wrong with a row: it must agree, or differ, as its case says."""
+    """Return what is wrong with a row: it must agree, or differ, as its case says."""
     loss, gradient, micro = (float(cell) if cell else None for cell in row[2:5])
     if case.differs:
         return [] if max(loss, gradient) > DIFFER else [f"{row}: does not differ any more"]
@@ -79,7 +79,7 @@ def source(trainer: str) -> str:
 
 
 def names(trainer: str, key: str) -> set[str]:
-    """Give the values that TRL's loss compares a setting with."""
+    """Return the values that TRL's loss compares a setting with."""
     text = source(trainer)
     single = set(re.findall(rf'\b{key} == "(\w+)"', text))
     several = re.findall(rf"\b{key} in \[([^\]]*)\]", text)

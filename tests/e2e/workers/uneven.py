@@ -38,7 +38,7 @@ from reward_models.scalar import RewardModel
 
 
 def pairs(number: int, *, first: int) -> list[PairRow]:
-    """Give pairs of answers of very unequal lengths to prompts of two tokens."""
+    """Return pairs of answers of very unequal lengths to prompts of two tokens."""
     found = []
     for i in range(first, first + number):
         chosen, rejected = row(600 + i, 4 + 7 * i), row(700 + i, 24 - 3 * i)
@@ -49,7 +49,7 @@ def pairs(number: int, *, first: int) -> list[PairRow]:
 
 
 def uneven_tasks() -> dict[str, tuple[OfflineTask, torch.nn.Module, Callable]]:
-    """Give the task of each offline stage, its model, and its rows of some pairs."""
+    """Return the task of each offline stage, its model, and its rows of some pairs."""
     data = {"init": "x", "data": [{"path": "x"}]}
     kto_spec = KtoStage(kind="kto", **data)
     scorer = RewardModel(Qwen2Model(ranks.config()), HIDDEN)
