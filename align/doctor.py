@@ -2,15 +2,20 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
+from pathlib import Path
 from typing import Literal
 
 from align.core import extensions
 from align.core.accelerator import device_conflict, has_gpu, list_gpus
+from align.core.artefacts import FAILURE, git_commit
+from align.core.text import is_secret_name, keep_secret, visible
 
 NEEDED = ("torch", "transformers", "deepspeed", "datasets", "peft", "pydantic", "typer", "rich")
 OPTIONAL = {
@@ -50,6 +55,54 @@ def examine() -> list[Finding]:
         _memory(),
         _disk(),
     ]
+
+
+REPORT = "align-report.txt"
+LOG_LINES = 60
+_SHOWN = ("ALIGN_", "CUDA", "DS_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "SLURM_", "TORCH", "VLLM_")
+"""Beginnings of the names of environment variables that a report contains."""
+_CREDENTIALS = re.compile(r"(?<=://)[^@/\s]+(?=@)")
+
+
+def report(findings: Sequence[Finding], runs: Path) -> str:
+    """Return what a bug report needs: versions, devices, environment and the last log lines.
+
+    Values of variables whose name indicates a secret are replaced by the name everywhere.
+
+    Args:
+        findings: from ``examine``. runs: folder of the runs, whose newest log is included.
+    """
+    for name, value in os.environ.items():
+        if is_secret_name(name):
+            keep_secret(name, value)
+    variables = [
+        f"{name}={'(hidden)' if is_secret_name(name) else value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SHOWN)
+    ]
+    software = f"align {_version('align') or '-'}, commit {git_commit() or '-'}"
+    parts = {
+        "machine": [software, platform.platform(), *(finding.line() for finding in findings)],
+        "environment": variables,
+        **_last_logs(runs),
+    }
+    text = "\n".join(f"== {title}\n" + "\n".join(lines) + "\n" for title, lines in parts.items())
+    return _CREDENTIALS.sub("(hidden)", visible(text))
+
+
+def _last_logs(runs: Path) -> dict[str, list[str]]:
+    """Return the end of the newest log below ``runs``, and the traceback beside it."""
+    try:
+        newest = max(runs.glob("*/*/log.txt"), key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            return {f"no log below {runs}": []}
+        files = [path for path in (newest, newest.with_name(FAILURE)) if path.is_file()]
+        return {
+            str(path): path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            for path in files
+        }
+    except OSError as error:
+        return {f"no log: {error}": []}
 
 
 def _python() -> Finding:

@@ -216,13 +216,21 @@ def serve_reward(
 
 
 @cli.command()
-def doctor() -> None:
+def doctor(
+    report: Annotated[
+        bool, typer.Option("--report", help="also write align-report.txt for a bug report")
+    ] = False,
+    runs: Runs = Path("runs"),
+) -> None:
     """Print versions, devices, compiler and engine, with a fix for anything missing."""
-    from align.doctor import examine
+    from align import doctor as machine
 
-    findings = examine()
+    findings = machine.examine()
     for finding in findings:
         typer.echo(finding.line())
+    if report:
+        Path(machine.REPORT).write_text(machine.report(findings, runs), encoding="utf-8")
+        typer.echo(f"{machine.REPORT}: written, without secrets; read it before you send it")
     raise typer.Exit(1 if any(f.state == "missing" for f in findings) else 0)
 
 

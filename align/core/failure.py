@@ -25,5 +25,5 @@ def last_words(error: Exception) -> str:
     told = " ".join(str(error).split())[:300]
     return visible(
         f"align failed: {type(error).__name__}: {told}; this is a mistake in align. The traceback "
-        f"is in {f.name}; 'align doctor' shows the environment for a report"
+        f"is in {f.name}; 'align doctor --report' writes what a bug report needs"
     )

@@ -184,7 +184,7 @@ def _last_words(error: Exception, args: argparse.Namespace) -> str:
     told = " ".join(str(error).split())[:300]
     return (
         f"stage {args.stage or args.kind} failed: {type(error).__name__}: {told}. The traceback is "
-        f"in {place}; 'align doctor' shows the environment for a bug report"
+        f"in {place}; 'align doctor --report' writes what a bug report needs"
     )
 
 

@@ -1,6 +1,7 @@
 """Hostile recipes are refused within bounds, and no text drives the terminal."""
 
 import io
+import os
 import time
 from pathlib import Path
 
@@ -201,9 +202,54 @@ def test_the_value_of_a_key_is_neither_written_nor_shown(
         read_resolved(written)
 
 
-def test_verify_reads_every_file_and_names_the_damaged_one(tmp_path: Path) -> None:
-    import os
+def test_the_resolved_recipe_is_replaced_whole_never_overwritten(tmp_path: Path) -> None:
+    """A second name of the old file keeps the old text; a write in place would change it."""
+    from align.recipe.load import load_recipe, write_resolved
 
+    path, written, second = (tmp_path / name for name in ("r.yaml", "recipe.yaml", "second"))
+    path.write_text("name: r\nstages: {base: {kind: base, path: m}}\n")
+    write_resolved(load_recipe(path), written)
+    before = written.read_text()
+    os.link(written, second)
+    write_resolved(load_recipe(path, ["seed=7"]), written)
+    assert second.read_text() == before
+    assert "seed: 7" in written.read_text()
+
+
+def test_the_report_for_a_bug_has_what_is_needed_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.core import text
+    from align.doctor import Finding, report
+
+    monkeypatch.setattr(text, "_secrets", {})
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:pass-1234@hub.example/x")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("SOMETHING_ELSE", "mine")
+    for stage, age in (("old", 1), ("new", 2)):
+        folder = tmp_path / "r" / stage
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text(
+            f"first\n{'x' + chr(10)}" * 80 + f"{stage}: {SECRET}\x1b[2J"
+        )
+        (folder / "failure.txt").write_text(f"Traceback of {stage}")
+        os.utime(folder / "log.txt", (age, age))
+    found = report([Finding("torch", "2.0", "missing", "install it")], tmp_path)
+    for part in (
+        "torch",
+        "install it",
+        "OMP_NUM_THREADS=3",
+        "new: ${HF_TOKEN}",
+        "Traceback of new",
+    ):
+        assert part in found
+    for part in (SECRET, "pass-1234", "mine", "old: ", "\x1b"):
+        assert part not in found
+    assert found.count("first") <= 60
+
+
+def test_verify_reads_every_file_and_names_the_damaged_one(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from align.cli import cli
