@@ -80,7 +80,7 @@ def report(findings: Sequence[Finding], runs: Path) -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith(_SHOWN)
     ]
-    software = f"align {_version('align') or '-'}, commit {git_commit() or '-'}"
+    software = f"align {_version('align-suite') or '-'}, commit {git_commit() or '-'}"
     parts = {
         "machine": [software, platform.platform(), *(finding.line() for finding in findings)],
         "environment": variables,

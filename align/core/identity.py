@@ -22,8 +22,8 @@ _OWN_LEFTOVERS = {LOCK, FAILURE, "log.txt", f"{BEGUN}.tmp", f"{RECIPE}.tmp"}
 def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Return the first difference between two identities of a stage; None if they are the same.
 
-    An identity has ``spec_hash``, ``inputs`` (key -> hashes of the artifact) and ``files`` (path ->
-    record of each file that the stage reads).
+    An identity has ``spec_hash``, ``inputs`` (key -> hashes of the artifact), ``files`` (path ->
+    record of each file that the stage reads) and ``hub`` (id -> commit of the data set).
     """
     if old.get("spec_hash") != new["spec_hash"]:
         return "different settings, seed or inputs"
@@ -38,7 +38,15 @@ def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
         if _mapping(old_files, path).get("sha256") != record["sha256"]:
             return f"{path} has changed"
     gone = next((path for path in old_files if path not in new["files"]), None)
-    return None if gone is None else f"{gone} is gone"
+    if gone is not None:
+        return f"{gone} is gone"
+    # Data sets of the hub; a machine without network may not know the revision.
+    old_hub = _mapping(old, "hub")
+    for name, revision in new.get("hub", {}).items():
+        if name in old_hub and old_hub[name] != revision:
+            before = str(old_hub[name])[:12]
+            return f"{name} of the hub is at revision {revision[:12]}, it was {before}"
+    return None
 
 
 def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str | None:

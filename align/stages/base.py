@@ -43,7 +43,7 @@ from align.core.log import MetricsLog, setup_logging
 from align.core.storage import storage_problem
 from align.core.text import hidden, visible
 from align.data.reading import read_log
-from align.data.reading.provenance import file_records, named_files, shared_files
+from align.data.reading.provenance import file_records, hub_revisions, named_files, shared_files
 from align.data.reading.sources import parse_once
 from align.data.render.chat import ChatFormat
 from align.data.token_view import View
@@ -335,6 +335,7 @@ def _begin(
                 "spec_hash": manifest["spec_hash"],
                 "inputs": manifest["inputs"],
                 "files": file_records(named_files(spec, inputs)),
+                "hub": hub_revisions(spec),
             }
         )
         if force:

@@ -14,7 +14,7 @@ from align.core.artefacts import find_damage, read_artefact, read_manifest, writ
 from align.core.errors import ArtefactError, DataError
 from align.core.identity import changed_file, find_difference
 from align.data.reading import read_log
-from align.data.reading.provenance import file_records, named_files
+from align.data.reading.provenance import file_records, hub_revisions, named_files
 from align.data.reading.sources import data_fingerprint, read_rows
 from align.pipeline import plan
 from align.recipe.load import load_recipe
@@ -104,6 +104,32 @@ def test_find_difference_names_the_file(change, told: str) -> None:
     found = find_difference(before, identity()) or ""
     assert "rows/" in found
     assert told in found
+
+
+def test_another_revision_of_a_hub_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without network, the hub's cache tells the commit, as it does on a compute node."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    text = RECIPE.replace("{path: rows}", "{path: some/rows}, {path: some/pinned, revision: v1}")
+    Path("r.yaml").write_text(text)
+    spec = load_recipe("r.yaml").stages["sft"]
+    assert hub_revisions(spec) == {}
+    for name, reference in (("some--rows", "main"), ("some--pinned", "v1")):
+        refs = Path(f"cache/datasets--{name}/refs")
+        refs.mkdir(parents=True)
+        (refs / reference).write_text("a" * 40)
+    before = identity() | {"hub": hub_revisions(spec)}
+    assert before["hub"] == {"some/rows": "a" * 40, "some/pinned@v1": "a" * 40}
+    assert find_difference(before, before) is None
+    Path("cache/datasets--some--rows/refs/main").write_text("b" * 40)
+    after = identity() | {"hub": hub_revisions(spec)}
+    told = f"some/rows of the hub is at revision {'b' * 12}, it was {'a' * 12}"
+    assert find_difference(before, after) == told
+    # A machine that cannot tell, and a record of an older version, refuse nothing.
+    assert find_difference(before, identity() | {"hub": {}}) is None
+    assert find_difference(identity(), after) is None
 
 
 def test_a_new_time_alone_is_no_change() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from align.core.artefacts import file_record
 from align.core.errors import DataError
-from align.data.reading.sources import find_files, named_source
+from align.data.reading.sources import find_files, hub_revision, named_source
 from align.recipe.schema import DataSpec, Spec
 
 _FOLDER_KEYS = ("path", "include_path")
@@ -53,6 +53,21 @@ def shared_files(specs: Sequence[Spec]) -> list[Path]:
     """Return the data files that two or more data sources of these specifications refer to."""
     files = [file for spec in _data_specs(specs) for file in _data_files(spec).values()]
     return [file for file, count in Counter(files).items() if count > 1]
+
+
+def hub_revisions(spec: Spec) -> dict[str, str]:
+    """Return the commit of every data set of the hub that a stage reads, where it can be found."""
+    found = {}
+    for data in _data_specs(spec):
+        if data.path is not None and not _data_files(data):
+            name = data.path + (f"@{data.revision}" if data.revision else "")
+            try:
+                revision = None if find_files(name) else hub_revision(name)
+            except DataError:  # the reader will report the error
+                continue
+            if revision is not None:
+                found[name] = revision
+    return found
 
 
 def _data_specs(part: Any) -> Iterator[DataSpec]:

@@ -26,6 +26,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
+HUB_TIMEOUT_S = 10.0
 SIDES = ("all", "train", "heldout")
 """Values of ``split`` for data without its own splits; see align/data/split.py."""
 _shared: dict[str, list[Item] | None] = {}
@@ -206,6 +207,19 @@ def data_fingerprint(path: str) -> list[dict[str, Any]]:
         entry = {"path": str(file), "sha256": parsed_sha256(file), "rows": num_rows(file)}
         prints.append(entry)
     return prints
+
+
+def hub_revision(path: str) -> str | None:
+    """Return the commit that a hub id resolves to now; None if neither hub nor cache tells."""
+    from huggingface_hub import HfApi, constants
+
+    name, _, revision, _ = _choice(path)
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except Exception:  # no network, or no such data set, which the reader reports
+        folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs"
+        reference = folder / (revision or "main")
+        return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 def _data_files(folder: Path) -> list[Path]:
