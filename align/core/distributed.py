@@ -123,6 +123,21 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited or there was a network error",
+)
+"""What gloo and NCCL say of a collective whose other side is gone."""
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Return True if a collective failed because another rank ended."""
+    is_lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+    return world_size() > 1 and is_lost
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

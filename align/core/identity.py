@@ -108,7 +108,9 @@ def _is_resolved_recipe(folder: Path) -> bool:
         found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
         name = folder.name.removesuffix(".old")
         return isinstance(found["stages"][name], dict) and {"sinks", "description"} <= found.keys()
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    except (LookupError, TypeError, AttributeError):  # not the shape of a recipe
         return False
 
 

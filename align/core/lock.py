@@ -106,7 +106,10 @@ class StageLock:
         self._stopped.set()
         # A forked child, or a holder whose lock was taken over, must not remove it.
         if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError:  # a failing disk; the lock of a process that has ended holds nobody
+                return
 
 
 def refuse_if_held(folder: Path) -> None:

@@ -18,6 +18,7 @@ _NUMBERS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
+    errno.EIO: "the device reports an input/output error",
     errno.EFBIG: "a file would be larger than the limit on file sizes (ulimit -f)",
     errno.EACCES: "writing is not permitted",
 }
@@ -25,6 +26,8 @@ _WRITERS = ("inline_container", "PytorchStreamWriter", "unexpected pos")
 """Parts of the messages of torch's file writer, which does not report why a write failed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20
+FEW_INODES = 32
+"""Fewer free inodes than the files of one checkpoint."""
 WAIT = "ALIGN_DISK_WAIT_S"
 """Environment variable with the seconds that saving weights waits for space."""
 WAIT_S = 600.0
@@ -117,7 +120,8 @@ def storage_problem(error: BaseException, folder: Path) -> str | None:
         reason = _NUMBERS[errno.EFBIG]
     else:
         reason = _NUMBERS[errno.ENOSPC]
-    if number == errno.ENOSPC and state.f_files and not state.f_favail:
+    # The failed write has freed its own inode again, so few left count as none.
+    if number == errno.ENOSPC and state.f_files and state.f_favail < FEW_INODES:
         reason = "no inodes left"
     needed = _largest_mib(folder)
     wanted = f"; a checkpoint of this stage needs about {needed} MiB" if needed else ""

@@ -123,7 +123,7 @@ def _recipe_before(folder: Path) -> dict[str, Any] | None:
 
     try:
         found = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -66,7 +66,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     # A resume may leave the offset inside a line; that line is not shown.
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -146,7 +146,10 @@ class Terminal:
         """Show the warnings of the stage's preflight, once."""
         if self._card is None or _changed(self._card) in (None, self._card_before):
             return
-        card = read_card(json.loads(self._card.read_text(encoding="utf-8")))
+        try:
+            card = read_card(json.loads(self._card.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):  # damaged since it was written
+            return
         self._card = None
         for line in card.lines:
             if line.verdict == "warn":

@@ -154,7 +154,9 @@ def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
     for name, field in kind.model_fields.items():
         block, default = given.get(name), field.default
         # The default of a union (tuning) belongs to one method; the given block may be another.
-        if not isinstance(block, dict) or field.annotation is not type(default):
+        if not isinstance(default, Spec) or field.annotation is not type(default):
+            continue
+        if not isinstance(block, dict):
             continue
         # Of the stage's default, only what differs from the block's own defaults.
         for key in sorted(default.model_fields_set - set(block)):

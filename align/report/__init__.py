@@ -1,6 +1,6 @@
 """Turn a run folder into one offline HTML file; no torch, no network, no script."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def document(title: str, *body: Markup | None) -> Markup:
 def page(run: RunRecord) -> Markup:
     """Return the complete report page of a run."""
     done = sum(stage.status == "done" for stage in run.stages)
-    seconds = run.summary.get("seconds") or sum(stage.seconds or 0.0 for stage in run.stages)
+    known = run.summary.get("seconds")
+    seconds = known if isinstance(known, int | float) else sum(s.seconds or 0.0 for s in run.stages)
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
     return document(
         run.recipe.name,
@@ -96,22 +97,41 @@ def page(run: RunRecord) -> Markup:
         ),
         # Results first, then the evidence, then what is needed to reproduce the run.
         sections.missing(run),
-        sections.expectations(run),
-        tag("section", tag("h2", "The chain"), chain_picture(run.stages)),
-        tasks(run),
-        sections.reward_models(run),
-        reward_cards(run),
-        classifiers(run),
-        earlier(run),
-        watching(run),
-        merges(run),
-        answers.side_by_side(run),
-        answers.reward_and_length(run),
-        sections.curves(run),
-        answers.training_samples(run),
-        ledger(run),
-        microscope(run),
-        preflight(run),
-        sections.cost(run),
-        sections.reproduce(run),
+        *(_shown(section, run) for section in SECTIONS),
     )
+
+
+def _chain(run: RunRecord) -> Markup:
+    return tag("section", tag("h2", "The chain"), chain_picture(run.stages))
+
+
+SECTIONS: tuple[Callable[[RunRecord], Markup | None], ...] = (
+    sections.expectations,
+    _chain,
+    tasks,
+    sections.reward_models,
+    reward_cards,
+    classifiers,
+    earlier,
+    watching,
+    merges,
+    answers.side_by_side,
+    answers.reward_and_length,
+    sections.curves,
+    answers.training_samples,
+    ledger,
+    microscope,
+    preflight,
+    sections.cost,
+    sections.reproduce,
+)
+
+
+def _shown(section: Callable[[RunRecord], Markup | None], run: RunRecord) -> Markup | None:
+    """Return a section, or a line in its place if a file that it reads is damaged."""
+    try:
+        return section(run)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        name = section.__name__.strip("_").replace("_", " ")
+        told = f"{name}: not shown, a file of the run is damaged ({type(error).__name__}: {error})"
+        return tag("section", tag("p", f"{told}. 'align verify {run.directory}' names it."))

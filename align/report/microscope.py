@@ -39,7 +39,7 @@ def microscope(run: RunRecord) -> Markup | None:
 def _read(folder: Path) -> list[Mapping[str, Any]]:
     try:
         return json.loads((folder / TOKENS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []  # The stage does not train, or another version of align wrote it.
 
 

@@ -22,7 +22,7 @@ def preflight(run: RunRecord) -> Markup | None:
 def _read(path: Path) -> Card | None:
     try:
         return read_card(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # The stage has no card, or another version of align wrote it.
 
 

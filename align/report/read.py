@@ -34,9 +34,10 @@ class StageRecord:
     @property
     def seconds(self) -> float | None:
         """Return the wall time of the finished stage, else the time logged so far."""
-        if "seconds" in self.manifest:
-            return self.manifest["seconds"]
-        return self.metrics[-1].get("time_s") if self.metrics else None
+        found = self.manifest.get("seconds")
+        if found is None and self.metrics:
+            found = self.metrics[-1].get("time_s")
+        return found if isinstance(found, int | float) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def read_object(path: Path, problems: list[str]) -> Row:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{_short(path)}: not valid JSON ({error})")
         return {}
     if not isinstance(found, dict):
@@ -137,7 +138,7 @@ def read_lines(path: Path, problems: list[str]) -> list[Row]:
     for i, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             # Without a line break it is the last line of a run that is still writing.
             if line.endswith(b"\n"):
                 problems.append(f"{_short(path)}:{i}: not valid JSON ({error})")

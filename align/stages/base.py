@@ -175,15 +175,17 @@ def _last_words(error: Exception, args: argparse.Namespace) -> str:
     folder = Path(args.run_dir or "runs") / (args.stage or args.kind)
     if (problem := storage_problem(error, folder)) is not None:
         return problem
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if distributed.lost_a_rank(error):
+        return f"another rank of this stage has ended; its own message has the reason ({told})"
     text = "".join(traceback.format_exception(error))
     place = folder / FAILURE
     try:
         place.write_text(visible(text), encoding="utf-8", errors="backslashreplace")
     except OSError:
         return text
-    told = " ".join(str(error).split())[:300]
     return (
-        f"stage {args.stage or args.kind} failed: {type(error).__name__}: {told}. The traceback is "
+        f"stage {args.stage or args.kind} failed: {told}. The traceback is "
         f"in {place}; 'align doctor --report' writes what a bug report needs"
     )
 

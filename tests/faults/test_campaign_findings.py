@@ -1,0 +1,114 @@
+"""What the campaign of `make faults` found, each as a small case."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from align.core import distributed
+from align.core.errors import RecipeError
+from align.core.lock import StageLock
+from align.core.storage import storage_problem
+from align.recipe.load import load_recipe
+
+
+def test_an_input_output_error_of_the_device_is_one_line(tmp_path: Path) -> None:
+    told = storage_problem(OSError(errno.EIO, os.strerror(errno.EIO)), tmp_path) or ""
+    assert "input/output error" in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(("free", "told"), [(0, "no inodes left"), (3, "no inodes left")])
+def test_inodes_that_the_failed_write_freed_again_count_as_none(
+    free: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SimpleNamespace(f_bavail=2**20, f_frsize=4096, f_files=50, f_favail=free)
+    monkeypatch.setattr(os, "statvfs", lambda _path: state)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert told in (storage_problem(error, tmp_path) or "")
+    state.f_favail = 10**6
+    assert "no space left" in (storage_problem(error, tmp_path) or "")
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_why_the_stage_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = StageLock(tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    lock.release()
+    monkeypatch.undo()
+    lock.path.unlink()
+
+
+GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"
+NCCL = "NCCL error: remote process exited or there was a network error, NCCL version 2.27"
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "expected"),
+    [
+        (RuntimeError(GLOO), 2, True),
+        (RuntimeError(NCCL), 2, True),
+        (RuntimeError(GLOO), 1, False),
+        (ConnectionResetError(104, "Connection reset by peer"), 2, False),
+        (RuntimeError("size mismatch"), 2, False),
+    ],
+)
+def test_a_rank_knows_that_another_one_ended(
+    error: Exception, ranks: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    assert distributed.lost_a_rank(error) is expected
+
+
+@pytest.mark.parametrize("value", ["{}", "{a: 1}"])
+@pytest.mark.parametrize("key", ["steps", "batch_size", "checkpoint_every", "micro_tokens"])
+def test_a_block_in_the_place_of_a_number_is_an_error_with_its_line(
+    key: str, value: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nstages:\n  base: {kind: base, path: m}\n  sft:\n    kind: sft\n    init: base\n"
+        f"    data: [{{world: sft}}]\n    {key}: {value}\n"
+    )
+    with pytest.raises(RecipeError, match=rf"r\.yaml:8:.*stages\.sft\.{key}"):
+        load_recipe(path)
+
+
+FILES = ("manifest.json", "preflight.json", "tokens.json", "metrics.jsonl", "samples.jsonl")
+CONTENTS = {
+    "null": "null",
+    "list": "[]\n",
+    "object": "{}\n",
+    "text": '"x"\n',
+    "list of texts": '["a", "b"]\n',
+    "deep": "[" * 100_000,
+    "other keys": '{"step": "x", "lines": {"a": 1}, "metrics": [], "seconds": "long"}\n',
+}
+
+
+@pytest.mark.parametrize("file", [*FILES, "../summary.json"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_report_is_built_from_damaged_files_too(file: str, name: str, tmp_path: Path) -> None:
+    from align.recipe.load import write_resolved
+    from align.report import build_report
+
+    source = tmp_path / "r.yaml"
+    source.write_text("name: r\nstages:\n  base: {kind: base, path: m}\n")
+    stage = tmp_path / "run" / "base"
+    stage.mkdir(parents=True)
+    write_resolved(load_recipe(source), stage / "recipe.yaml")
+    card = {"stage": "base", "kind": "base", "lines": [], "seconds": 0.1}
+    (stage / "preflight.json").write_text(json.dumps(card))
+    (stage / "manifest.json").write_text(json.dumps({"kind": "policy", "seconds": 1.0}))
+    (stage / file).write_text(CONTENTS[name])
+    page = build_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<h1>r</h1>" in page
+    assert "The chain" in page or "chain: not shown" in page
