@@ -1,7 +1,7 @@
 # Everything runs in .venv, which scripts/setup.sh makes and repairs; a second call reuses it.
 #   make quickstart   set up, then run the whole chain on generated data
 #   make test         set up with the test extra, then run the tests
-#   make faults       the tests that inject faults, alone
+#   make faults       inject 1,400 faults (kills, damage, full disks ...), under an hour
 #   make mutants      plant faults in the code; the near tests must find each
 #   make bench        measure the table of benchmarks/README.md
 #   make setup        set up only          make check   lint and types
@@ -46,8 +46,9 @@ methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA
 test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTEST_ARGS=...)
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-faults: setup-test ## Inject damage, changes, signals and hostile inputs; kill and resume stages
-	@$(PY) -m pytest -q tests/faults tests/e2e/test_resume.py $(PYTEST_ARGS)
+# FAULTS_ARGS="--seed 7" draws other moments; "--only TEXT" repeats the faults whose name has TEXT.
+faults: setup-test ## Inject 1,400 faults into tiny runs and print the table of what held
+	@$(PY) -m tests.faults.campaign --jobs $(JOBS) $(FAULTS_ARGS)
 
 mutants: setup-test ## Plant faults in a copy of the code; near tests must find each (JOBS=2)
 	@$(PY) -m benchmarks.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
