@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def save_checkpoint(
     final = directory / f"step-{step:08d}"
     temporary = directory / f"step-{step:08d}.tmp"
     # All ranks write into a temporary folder, which rank 0 renames when it is complete.
-    distributed.on_first_rank(lambda: _begin(temporary))
+    distributed.on_first_rank(lambda: _begin_patiently(temporary, list(engines)))
     for name, engine in engines.items():
         # A collective call: under ZeRO each rank writes its own shard.
         with _patient(engine, temporary):
@@ -89,8 +89,20 @@ def save_checkpoint(
     return final
 
 
-def _begin(temporary: Path) -> None:
+def _begin_patiently(temporary: Path, engines: Sequence[str]) -> None:
+    write_patiently(
+        lambda: _begin(temporary, engines),
+        folder=temporary,
+        needed=MIB,
+        stop=distributed.was_asked,
+    )
+
+
+def _begin(temporary: Path, engines: Sequence[str]) -> None:
     """Create an empty folder, but not that of a stage which someone removed.
+
+    The engines' folders are created too: DeepSpeed would ignore the error of a full disk here and
+    fail later with another one.
 
     Raises:
         ArtefactError: the stage's folder is gone.
@@ -100,6 +112,8 @@ def _begin(temporary: Path) -> None:
         raise ArtefactError(f"{stage}: {GONE}")
     remove(temporary)
     temporary.mkdir(parents=True)
+    for name in engines:
+        (temporary / name).mkdir()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What the campaign of `make faults` found, each as a small case."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from align.core import distributed
+from align.core import checkpoints, distributed
 from align.core.errors import RecipeError
 from align.core.lock import StageLock
 from align.core.storage import storage_problem
@@ -45,6 +47,33 @@ def test_a_lock_that_cannot_be_removed_does_not_hide_why_the_stage_ended(
     lock.release()
     monkeypatch.undo()
     lock.path.unlink()
+
+
+def test_a_disk_without_room_for_a_folder_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed drops the error of its mkdir; torch then says that a parent does not exist."""
+    monkeypatch.setenv("ALIGN_DISK_WAIT_S", "0")
+    mkdir, wanted = os.mkdir, tmp_path / "checkpoints" / "step-00000001.tmp" / "policy"
+
+    def full(path: object, *args: object, **options: object) -> None:
+        if Path(str(path)) == wanted:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        mkdir(path, *args, **options)
+
+    def save_checkpoint(folder: str, *, tag: str, save_latest: bool) -> None:
+        with contextlib.suppress(OSError):
+            (Path(folder) / tag).mkdir(exist_ok=True)
+        torch.save({}, f"{folder}/{tag}/model.pt")
+
+    writer = SimpleNamespace(save=torch.save)
+    engine = SimpleNamespace(checkpoint_engine=writer, save_checkpoint=save_checkpoint)
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(Exception, match=r"No space left|Parent directory") as raised:
+        checkpoints.save_checkpoint(
+            tmp_path / "checkpoints", 1, engines={"policy": engine}, state={}, keep=1
+        )
+    assert "no space left on" in (storage_problem(raised.value, tmp_path) or "")
 
 
 GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"

@@ -46,7 +46,7 @@ class Disk:
 
 def engine_on(disk: Disk) -> SimpleNamespace:
     def save_checkpoint(folder: str, *, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag).mkdir(exist_ok=True)
         engine.checkpoint_engine.save({"w": torch.ones(2**18)}, f"{folder}/{tag}/model.pt")
 
     engine = SimpleNamespace(checkpoint_engine=disk, save_checkpoint=save_checkpoint)
