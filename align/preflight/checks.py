@@ -51,6 +51,7 @@ def at_most(value: float, limit: float, *, unit: str, remedy: str, fails: bool =
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
     """Return at most ``count`` evenly spaced items of a sequence."""
-    # Evenly spaced, since the first rows of a file are often alike.
-    step = max(1, len(items) // count)
-    return list(items[::step][:count])
+    # Over all of them, since the first rows of a file are often alike: a whole step between them
+    # would take only the first half of 2 * count - 1 items.
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from align.recipe.schema.evaluate import OWN_TASK, EvaluateStage
 from align.report.charts import Series, plot
 from align.report.markup import Markup, join, number, tag
 from align.report.read import Row, RunRecord
@@ -15,24 +16,23 @@ NUM_PROMPTS, NUM_OPEN, MAX_TEXT, MAX_DOTS = 40, 8, 1500, 150
 def side_by_side(run: RunRecord) -> Markup | None:
     """Return the section with each checkpoint's responses to the same held-out prompts."""
     rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
-    prompts: dict[Any, dict[str, Row]] = {}
+    # By its text: every task counts its prompts from 0.
+    prompts: dict[str, dict[str, Row]] = {}
     for row in rows:
-        index = row.get("prompt_index", str(row.get("prompt")))
-        prompts.setdefault(index, {}).setdefault(row["model"], row)
+        prompts.setdefault(str(row.get("prompt")), {}).setdefault(row["model"], row)
     if not prompts:
         return None
     # Spread the selection evenly: neighboring rows of a dataset are often similar.
-    keys = list(prompts)
-    step = max(1, len(keys) // NUM_PROMPTS)
+    found, count = list(prompts.values()), min(NUM_PROMPTS, len(prompts))
     baseline = _baseline(run)
-    shown = [_answers(prompts[key], baseline) for key in keys[::step][:NUM_PROMPTS]]
+    shown = [_answers(found[i * len(found) // count], baseline) for i in range(count)]
     rest = shown[NUM_OPEN:]
     return tag(
         "section",
         tag("h2", "Responses of each checkpoint to the same prompts"),
         tag(
             "p",
-            f"{len(shown)} of {len(keys)} held-out prompts, evenly spread. Each model's first "
+            f"{count} of {len(found)} held-out prompts, evenly spread. Each model's first "
             "response is shown with the judge's score.",
             f" Words that differ from {baseline} are highlighted." if baseline else "",
         ),
@@ -42,8 +42,9 @@ def side_by_side(run: RunRecord) -> Markup | None:
 
 
 def _baseline(run: RunRecord) -> str | None:
-    specs = (run.recipe.stages[s.name] for s in run.stages if s.kind == "evaluate")
-    return next((getattr(spec, "baseline", None) for spec in specs), None)
+    # As the rows name it: a model given by its path has a label.
+    specs = (run.recipe.stages[s.name] for s in run.stages)
+    return next((s.label(s.baseline) for s in specs if isinstance(s, EvaluateStage)), None)
 
 
 def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup:
@@ -78,19 +79,21 @@ def _marked(text: Any, known: Any) -> Markup:
 
 
 def reward_and_length(run: RunRecord) -> Markup | None:
-    """Return scatter plots of the judge's score against response length, one per model."""
+    """Return scatter plots of the judge's score against response length, one per task and model."""
     charts = []
     for stage in run.stages:
-        by_model: dict[str, list[tuple[float, float]]] = {}
+        # Each task has a judge, and so a scale, of its own.
+        by_task: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for row in stage.samples if stage.kind == "evaluate" else []:
             if "model" in row and row.get("score") is not None and row.get("length") is not None:
-                by_model.setdefault(row["model"], []).append((row["length"], row["score"]))
-        for model, dots in by_model.items():
+                place = (str(row.get("task", OWN_TASK)), row["model"])
+                by_task.setdefault(place, []).append((row["length"], row["score"]))
+        for (task, model), dots in by_task.items():
             # An SVG with thousands of circles makes the page slow: draw about MAX_DOTS of them.
             shown = dots[:: max(1, len(dots) // MAX_DOTS)]
             charts.append(
                 plot(
-                    model,
+                    model if task == OWN_TASK else f"{model}, {task}",
                     [Series("", shown, style="points")],
                     x_label="length (tokens)",
                     y_label="judge's score",

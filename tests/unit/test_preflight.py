@@ -352,6 +352,8 @@ def test_spread_takes_examples_evenly_over_all() -> None:
     assert kept[-1] > 900
     assert len({b - a for a, b in pairwise(kept)}) == 1
     assert spread([1, 2, 3], MAX_SEEN) == [1, 2, 3]
+    assert spread(range(7), 4) == [0, 1, 3, 5]
+    assert spread([], MAX_SEEN) == []
 
 
 def test_error_of_a_check_becomes_a_failed_line() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from align.recipe.schema import Recipe
+from align.report.answers import reward_and_length, side_by_side
 from align.report.chain import depths, direct_edges
 from align.report.charts import tick_label, ticks, unit_of
 from align.report.classes import classifiers
@@ -165,3 +166,40 @@ def test_earlier_evaluations_show_what_an_old_task_has_lost() -> None:
     assert "[-0.625, -0.375]" in page
     assert ">x<" not in page
     assert earlier(run_of(stage, {})) is None
+
+
+def test_answers_of_two_tasks_are_two_prompts_and_a_label_names_the_baseline() -> None:
+    spec = {
+        "kind": "evaluate",
+        "models": ["/old", "/new"],
+        "labels": {"/old": "old", "/new": "new"},
+        "baseline": "/old",
+        "prompts": [{"path": "x.jsonl"}],
+        "scores": [{"kind": "exact_match"}],
+        "judge": [{"kind": "exact_match"}],
+    }
+    recipe = Recipe.model_validate({"name": "r", "stages": {"b": spec}})
+    samples = [
+        {
+            "task": task,
+            "model": model,
+            "prompt_index": 0,
+            "prompt": f"{task}?",
+            "completion": f"{task} {model}",
+            "length": 2,
+            "score": 1.0,
+        }
+        for task in ("heldout", "sums")
+        for model in ("old", "new")
+    ]
+    stage = StageRecord("b", "evaluate", "done", (), samples=samples)
+    run = RunRecord(Path("r"), recipe, [stage], {}, [])
+    page = str(side_by_side(run))
+    assert "2 of 2 held-out prompts" in page
+    assert page.count("<article>") == 2
+    for task in ("heldout", "sums"):
+        assert f"{task}?" in page
+        assert f"{task} <mark>new</mark>" in page
+    assert "differ from old are" in page
+    assert "<b>new, sums</b>" in str(reward_and_length(run))
+    assert "<b>new</b>" in str(reward_and_length(run))

@@ -35,13 +35,14 @@ class Pool:
     """Rows that are still kept, best first, and the ledger of dropped rows."""
 
     examples: Sequence[Example]
-    kept: list[int]
+    # A dict keeps its order, and drops a row without a search through all others.
+    kept: dict[int, None]
     quality: dict[int, float]
     ledger: Ledger
 
     def drop(self, i: int, reason: str, **details: object) -> None:
         """Drop row i and record the reason."""
-        self.kept.remove(i)
+        del self.kept[i]
         self.ledger.add(self.examples[i].source, reason, **details)
 
     def text(self, i: int) -> str:
@@ -63,7 +64,7 @@ def prepare(spec: CurateStage, context: StageContext) -> Prepared:
 
 def curate(spec: CurateStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
     """Write the rows that pass every filter, in their original order."""
-    pool = Pool(examples, list(range(len(examples))), {}, Ledger())
+    pool = Pool(examples, dict.fromkeys(range(len(examples))), {}, Ledger())
     # Filters, cheapest first; those after quality prefer the better of two similar rows.
     by_words(pool, spec)
     by_quality(pool, spec, context)
@@ -129,10 +130,10 @@ def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
         pool.quality[i] = sum(parts)
         if spec.min_quality is not None and pool.quality[i] < spec.min_quality:
             pool.drop(i, "low quality", quality=pool.quality[i])
-    pool.kept.sort(key=lambda i: -pool.quality[i])
+    ranked = sorted(pool.kept, key=lambda i: -pool.quality[i])
+    pool.kept = dict.fromkeys(ranked)
     if spec.keep_frac is not None:
-        # A copy by slicing, since dropping changes the list.
-        for i in pool.kept[math.ceil(spec.keep_frac * len(pool.kept)) :]:
+        for i in ranked[math.ceil(spec.keep_frac * len(ranked)) :]:
             pool.drop(i, "lower quality", quality=pool.quality[i])
 
 
