@@ -193,9 +193,15 @@ def _base(spec: BaseStage) -> Iterator[Idle]:
             spec, "data", "steps", "batch_size", "max_length", "micro_tokens", "optim", "ranks"
         ):
             yield name, "has no effect with 'path': nothing is trained"
-    if spec.build is not None and spec.build.hidden_size % spec.build.num_heads:
+    if spec.build is None:
+        return
+    size, left = divmod(spec.build.hidden_size, spec.build.num_heads)
+    if left:
         yield "build.num_heads", f"must divide hidden_size {spec.build.hidden_size}"
-    if spec.build is not None and spec.build.num_heads % spec.build.num_kv_heads:
+    elif size % 2:
+        # Rotary position embeddings turn pairs of units.
+        yield "build.num_heads", f"hidden_size / num_heads is {size}; expected an even number"
+    if spec.build.num_heads % spec.build.num_kv_heads:
         yield "build.num_kv_heads", f"must divide num_heads {spec.build.num_heads}"
 
 
@@ -277,9 +283,13 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
     if spec.pairs and not spec.reward_models:
         yield "pairs", "has no effect without 'reward_models'"
     if spec.reference is not None and not any(
-        task.sampling.temperature == 1.0 and "kl" in task.reported for task in spec.all_tasks
+        (task.sampling.temperature, task.sampling.top_p) == (1.0, 1.0) and "kl" in task.reported
+        for task in spec.all_tasks
     ):
-        yield "reference", "has no effect: KL is only measured on responses at temperature 1"
+        yield (
+            "reference",
+            "has no effect: KL is only measured on responses at temperature 1 and top_p 1",
+        )
 
 
 def _curate(spec: CurateStage) -> Iterator[Idle]:

@@ -111,6 +111,7 @@ def test_recipe_itself_is_right() -> None:
         ("found.optim.learning_rate", "0.1", "nothing is trained"),
         ("found.ranks", "2", "nothing is trained"),
         ("base.build.hidden_size", "130", "must divide hidden_size 130"),
+        ("base.build.hidden_size", "132", "is 33; expected an even number"),
         ("base.build.num_kv_heads", "3", "must divide num_heads 4"),
         ("ppo.sampling", "{engine: hf, cache_gib: 2.0}", "no effect with engine hf"),
         ("ppo.sampling", "{engine: hf, memory_frac: 0.5}", "no effect with engine hf"),

@@ -17,6 +17,7 @@ from align.recipe.schema.common import (
 from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.tuning import (
     FullTuning,
+    Rate,
     TuningSpec,
     refuse_checkpointing,
     refuse_head,
@@ -54,9 +55,6 @@ class LayersSpec(Spec):
         if self == LayersSpec.model_construct():
             raise ValueError("the block changes nothing; give one of its keys, or remove it")
         return self
-
-
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class EarlyStoppingSpec(Spec):
