@@ -79,7 +79,7 @@ def start(mode: str) -> subprocess.Popen[str]:
 def test_a_signal_in_the_last_moment_of_a_stage_starts_no_other(signum: int) -> None:
     process = start(MODES["last moment"])
     process.send_signal(signum)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == 75, shown
     assert Path("runs/toy/a/manifest.json").is_file()
     assert not Path("runs/toy/b").exists()
@@ -90,7 +90,7 @@ def test_a_signal_in_the_last_moment_of_a_stage_starts_no_other(signum: int) -> 
 def test_a_stage_that_fails_after_a_signal_has_failed(code: int) -> None:
     process = start(MODES["fails after"].replace("MODE_CODE", str(code)))
     process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == code, shown
     assert "failed" in shown
 
@@ -98,7 +98,7 @@ def test_a_stage_that_fails_after_a_signal_has_failed(code: int) -> None:
 def test_a_stage_that_takes_no_signal_yet_is_preempted() -> None:
     process = start(MODES["no handler"])
     process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == 75, shown
     assert "no new checkpoint" in shown
 
@@ -302,7 +302,7 @@ def test_outside_the_steps_a_signal_ends_a_stage_at_once_past_every_except() -> 
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=300) == 75
 
 
 def test_between_steps_a_signal_waits_for_the_step() -> None:
@@ -330,9 +330,9 @@ def test_a_stage_ends_when_its_align_run_is_killed() -> None:
     assert process.poll() is None
     parent.kill()
     parent.wait()
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=300) == 75
 
 
 def test_a_stage_of_another_parent_goes_on() -> None:
     process = worker("time.sleep(2.5)")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0

@@ -111,7 +111,7 @@ def test_lock_of_a_killed_build_is_stale_and_removed(tmp_path, monkeypatch, capl
     monkeypatch.setattr(extensions, "build_folder", lambda: tmp_path)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
-    code = f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); time.sleep(60)"
+    code = f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); time.sleep(600)"
     builder = subprocess.Popen([sys.executable, "-c", code])
     try:
         while not lock.exists():

@@ -233,7 +233,7 @@ def test_sigterm_reaches_the_stage_and_its_code_75_comes_back():
     while not metrics.exists() and process.poll() is None:
         os.sched_yield()
     process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == 75, shown
     assert "a checkpoint was saved. Run the same command again to resume" in shown
     Path("base.wait").unlink()
