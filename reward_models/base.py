@@ -48,7 +48,7 @@ class InvalidScoreError(Exception):
     """Raised in a rule that cannot score a row; the message is the counted reason."""
 
 
-def finite_score(value: Any) -> float | None:
+def finite_score(value: object) -> float | None:
     """Return a score from external code as a float, or None unless it is a finite number.
 
     Booleans, texts, lists and numbers beyond the range of floats are not scores.
@@ -181,7 +181,7 @@ class Rule:
             )
         return [self._row(c, v) for c, v in zip(completions, values, strict=True)]
 
-    def _row(self, completion: Text, value: Any) -> float | None:
+    def _row(self, completion: Text, value: object) -> float | None:
         try:
             if self.column is not None and value is None:
                 raise InvalidScoreError(f"column '{self.column}' is empty")

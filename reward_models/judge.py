@@ -247,7 +247,7 @@ class JudgeClient:
         except (ValueError, RecursionError) as error:
             raise _MalformedReplyError("reply: not JSON") from error
 
-    def _counted(self, reply: Any) -> dict[str, Any]:
+    def _counted(self, reply: object) -> dict[str, Any]:
         """Return the part of a reply that the cache stores.
 
         Raises:
@@ -274,7 +274,7 @@ class JudgeClient:
         }
 
 
-def _count(tokens: Any) -> int:
+def _count(tokens: object) -> int:
     return tokens if type(tokens) is int and tokens > 0 else 0
 
 
@@ -320,7 +320,7 @@ def read_verdict(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> Verdic
     return Verdict(value) if follows(value, schema) else Verdict(None, "schema")
 
 
-def follows(value: Any, schema: Mapping[str, Any]) -> bool:
+def follows(value: object, schema: Mapping[str, Any]) -> bool:
     """Return whether a value follows a verdict schema.
 
     Raises:

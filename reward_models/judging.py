@@ -85,7 +85,9 @@ class JudgeReward:
         verdicts = dict(zip(asked, self.client.ask(list(asked.values()), self.schema), strict=True))
         return [self._score(verdicts.get(i)) for i in range(len(completions))]
 
-    def _conversation(self, prompt: Text, completion: Text, reference: Any) -> list[dict[str, str]]:
+    def _conversation(
+        self, prompt: Text, completion: Text, reference: object
+    ) -> list[dict[str, str]]:
         told = INSTRUCTION.format(criteria=self.criteria, low=self.low, high=self.high)
         said = ASKED.format(question=plain_text(prompt), answer=completion_text(completion))
         if reference is not None:

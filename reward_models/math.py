@@ -6,7 +6,6 @@ marker it is the last line, or else the last number of the text. Text before the
 """
 
 import re
-from typing import Any
 
 from reward_models.base import InvalidScoreError, Rule, rule_from_spec
 from reward_models.math_process import LatexVerifier
@@ -87,7 +86,7 @@ def same_number(answer: Number, reference: Number) -> bool:
     return scaled[0] == scaled[1]
 
 
-def reference_number(value: Any) -> Number:
+def reference_number(value: object) -> Number:
     """Return the single number of a reference; a worked solution ends with a marker.
 
     Raises:
@@ -102,7 +101,7 @@ def reference_number(value: Any) -> Number:
     raise InvalidScoreError("reference is not one number; use latex: true")
 
 
-def _number_score(answer: str, value: Any) -> float:
+def _number_score(answer: str, value: object) -> float:
     reference = reference_number(value)
     found = final_number(answer)
     return float(found is not None and same_number(found, reference))

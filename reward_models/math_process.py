@@ -7,7 +7,7 @@ JSON reply per line on stdout. `LatexVerifier` starts it, reuses it, and kills i
 import importlib.util
 import logging
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reward_models.base import InvalidScoreError
@@ -40,7 +40,7 @@ class LatexVerifier:
             "reward_models.math_process", start_timeout_s=START_TIMEOUT_S, name="verifier"
         )
 
-    def score(self, answer: str, value: Any) -> float:
+    def score(self, answer: str, value: object) -> float:
         """Return 1.0 if the response's final expression equals the reference, else 0.0.
 
         Raises:
@@ -56,7 +56,7 @@ class LatexVerifier:
         return reply["score"]
 
 
-def _reference(parse: Any, text: str) -> list[Any]:
+def _reference(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     text = text.rsplit("####", 1)[-1].strip()
     has_delimiter = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
     return parse(text if has_delimiter else f"${text}$", parsing_timeout=None)

@@ -45,12 +45,13 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     else:
         sys.path.insert(0, os.getcwd())
         module = importlib.import_module(place)
-    found = getattr(module, name)
+    found: Any = getattr(module, name)
     if not callable(found) or (inspect.isclass(found) and "__call__" not in dir(found)):
         raise TypeError(f"{name} is a {type(found).__name__} that cannot be called")
     if inspect.isclass(found):
         return found(**args)
-    return partial(found, **args) if args else found
+    function: Callable[..., Any] = found
+    return partial(function, **args) if args else function
 
 
 def style_of(function: Callable[..., Any]) -> str:

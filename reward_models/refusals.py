@@ -1,7 +1,6 @@
 """Detect refusals by their opening words."""
 
 import re
-from typing import Any
 
 from reward_models.base import Rule, rule_from_spec
 from reward_models.specs import RefusalSpec
@@ -25,7 +24,7 @@ def refusal(spec: RefusalSpec) -> Rule:
     """Score 1 if a response declines exactly when the column's value asks for it."""
     wanted = {str(value) for value in spec.declines}
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         return float(declines(answer) == (str(value) in wanted))
 
     return rule_from_spec(spec, score, column=spec.column)

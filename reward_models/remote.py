@@ -226,7 +226,7 @@ def _shut(sock: socket.socket) -> None:
         return
 
 
-def _fault(score: Any) -> str:
+def _fault(score: object) -> str:
     """Return the counted reason why a value is not a score."""
     if score is None:
         return "server: invalid"
@@ -235,7 +235,7 @@ def _fault(score: Any) -> str:
     return f"server: score is a {type(score).__name__}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Return a column's value for JSON; non-finite numbers become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -45,10 +45,11 @@ def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _plain_value(value: Any) -> str:
+def _plain_value(value: object) -> str:
     """Return a column's value as text; in a column with gaps, integers are stored as floats."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if is_whole else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def _within_limit(find: Callable[[], Any]) -> Any:
@@ -67,11 +68,11 @@ def exact_match(spec: ExactMatchSpec) -> Rule:
     """
     pattern: Any = _compile(spec, num_groups=1) if spec.pattern is not None else None
 
-    def clean(text: Any) -> str:
+    def clean(text: object) -> str:
         stripped = _composed(_plain_value(text)).strip()
         return _composed(stripped.casefold()) if spec.ignore_case else stripped
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         if pattern is not None:
             found = _within_limit(
                 lambda: pattern.findall(_composed(answer), timeout=PATTERN_TIMEOUT_S)
@@ -89,7 +90,7 @@ def regex_found(spec: RegexSpec) -> Rule:
     """Score 1 if the pattern is found anywhere in the response."""
     pattern = _compile(spec)
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         found = _within_limit(lambda: pattern.search(_composed(answer), timeout=PATTERN_TIMEOUT_S))
         return float(found is not None)
 
@@ -100,7 +101,7 @@ def format_matches(spec: FormatSpec) -> Rule:
     """Score 1 if the whole response matches the pattern."""
     pattern = _compile(spec)
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         found = _within_limit(
             lambda: pattern.fullmatch(_composed(answer), timeout=PATTERN_TIMEOUT_S)
         )
@@ -121,7 +122,7 @@ def length(spec: LengthSpec) -> Rule:
             f"reward '{spec.label}': limit {limit} must be above target {target} (both in words)"
         )
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         num_words = len(answer.split())
         return min(1.0, max(0.0, (limit - num_words) / (limit - target)))
 
@@ -135,7 +136,7 @@ def repetition(spec: RepetitionSpec) -> Rule:
     """
     ngram = spec.ngram
 
-    def score(answer: str, value: Any) -> float:
+    def score(answer: str, value: object) -> float:
         words = answer.split()
         grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
         return len(set(grams)) / len(grams) if grams else 1.0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from reward_models.paired import token_types
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "model.safetensors"
 SCORER_FILE = "scorer.json"
@@ -70,6 +70,9 @@ class RewardModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+
+    backbone: Any
+    """A model of transformers, which peft may have wrapped."""
 
     def __init__(
         self,
@@ -259,7 +262,7 @@ class RewardModel(nn.Module):
         return model.eval()
 
 
-def exact_attention(config: Any) -> str | None:
+def exact_attention(config: "PreTrainedConfig") -> str | None:
     """Return the attention that exactly follows a decoder's configuration; None for any."""
     text = config.get_text_config()
     # transformers' fused attention ignores the soft cap and scales Falcon's ALiBi differently.

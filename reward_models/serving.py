@@ -33,7 +33,9 @@ class Scorer(Protocol):
     name: str
     disagreement: float
 
-    def __call__(self, *, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+    def __call__(
+        self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """Return one score per completion."""
         ...
 
@@ -144,7 +146,7 @@ def read_request(data: bytes) -> dict[str, list[Any]]:
     return body
 
 
-def _is_turns(value: Any) -> bool:
+def _is_turns(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)
@@ -153,11 +155,11 @@ def _is_turns(value: Any) -> bool:
     )
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(x) is int and x >= 0 for x in value)
 
 
-def _is_encodable(value: Any) -> bool:
+def _is_encodable(value: str | Sequence[Mapping[str, Any]]) -> bool:
     texts = [value] if isinstance(value, str) else [turn["content"] for turn in value]
     try:
         "".join(texts).encode()

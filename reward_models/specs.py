@@ -59,7 +59,9 @@ class Variants(Spec):
             cls.variants[name] = cls
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         if "variants" not in cls.__dict__:
             return handler(source)
         return core_schema.with_info_plain_validator_function(cls._read)
@@ -72,7 +74,7 @@ class Variants(Spec):
         return {"variants": cls.__name__} if "variants" in cls.__dict__ else handler(schema)
 
     @classmethod
-    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read(cls, value: object, info: ValidationInfo) -> Any:
         adapter = _union(cls.tag, tuple(dict.fromkeys(cls.variants.values())))
         if info.mode == "json":
             # Only in JSON does strict validation accept a list for a tuple.
@@ -83,7 +85,7 @@ class Variants(Spec):
 @cache
 def _union(tag: str, classes: tuple[type[Any], ...]) -> TypeAdapter[Any]:
     """Return the validator of any of the classes, which the value of ``tag`` selects."""
-    return TypeAdapter(Annotated[Union[classes], Field(discriminator=tag)])  # noqa: UP007
+    return TypeAdapter(Annotated[Union[classes], Field(discriminator=tag)])  # noqa: UP007  # pyright: ignore
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -108,7 +108,7 @@ def weaknesses(outcomes: Sequence[Outcome]) -> list[str]:
     return found
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         value = value[0] if value else ""
     if isinstance(value, Mapping):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def find_checkpoint(name: str, runs: Path) -> Path:
     )
 
 
-def label_all(places: Any) -> dict[Path, str]:
+def label_all(places: Iterable[Path]) -> dict[Path, str]:
     """Return a short unique label for each checkpoint: its last folder, or last two or three."""
     found = list(dict.fromkeys(places))
     for depth in (1, 2, 3):

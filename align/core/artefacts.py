@@ -116,7 +116,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     fsync_directory(path.parent)
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
+def write_json_atomic(path: Path, value: object) -> None:
     """Write JSON under a temporary name, fsync it, then rename it into place."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     write_text_atomic(path, text + "\n")
@@ -213,7 +213,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _manifest_problem(found: Any) -> str | None:
+def _manifest_problem(found: object) -> str | None:
     if not isinstance(found, dict):
         return "expected an object"
     # Only types are checked: manifests of older versions may lack keys.
@@ -234,7 +234,7 @@ def _manifest_problem(found: Any) -> str | None:
     return None
 
 
-def is_file_record(entry: Any) -> bool:
+def is_file_record(entry: object) -> bool:
     """Return True if ``entry`` records a file's size and sha256."""
     return (
         isinstance(entry, dict)

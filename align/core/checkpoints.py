@@ -125,7 +125,7 @@ def _patient(engine: Any, folder: Path) -> Iterator[None]:
     writer = engine.checkpoint_engine
     save = writer.save
 
-    def patient_save(state_dict: Any, path: str) -> None:
+    def patient_save(state_dict: object, path: str) -> None:
         write_patiently(
             lambda: _or_remove(Path(path), lambda: save(state_dict, path)),
             folder=folder,
@@ -140,7 +140,7 @@ def _patient(engine: Any, folder: Path) -> Iterator[None]:
         del writer.save
 
 
-def _save_patiently(state: Any, path: Path) -> None:
+def _save_patiently(state: object, path: Path) -> None:
     write_patiently(
         lambda: _or_remove(path, lambda: torch.save(state, path)),
         folder=path.parent,

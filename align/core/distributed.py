@@ -69,7 +69,11 @@ def init_process_group(*, deterministic: bool = False) -> None:
     if not launched:
         # One process needs no store that listens on a port.
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            backend,
+            store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+            rank=0,
+            world_size=1,
+            timeout=timeout,
         )
     deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
 
@@ -89,7 +93,7 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Uninitialized memory is never read here; filling it only costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 def check_ranks(stage: str, ranks: int) -> None:
@@ -196,7 +200,7 @@ def global_max(value: float) -> float:
     return float(total)
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: object) -> list[Any]:
     """Return the picklable ``value`` of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
@@ -205,7 +209,7 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: object) -> Any:
     """Return rank 0's ``value`` on every rank."""
     if world_size() == 1:
         return value

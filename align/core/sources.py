@@ -74,7 +74,7 @@ def source_names(file: Path) -> list[str] | None:
     return found
 
 
-def with_source_hashes(value: Any) -> Any:
+def with_source_hashes(value: object) -> Any:
     """Return a specification with the path of each ``kind: python`` replaced by its file's hash.
 
     The result of a stage depends on what the function does, not on where its file is.

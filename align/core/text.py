@@ -12,7 +12,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a short description of a value for a message."""
     if isinstance(value, dict):
         return "a mapping"
@@ -73,7 +73,7 @@ def keep_secret(name: str, value: str) -> None:
         _secrets[value] = name
 
 
-def hidden(value: Any) -> Any:
+def hidden(value: object) -> Any:
     """Return text, or lists and mappings of it, with each secret replaced by ``${NAME}``."""
     if isinstance(value, dict):
         return {key: hidden(inside) for key, inside in value.items()}
@@ -86,7 +86,7 @@ def hidden(value: Any) -> Any:
     return value
 
 
-def secret_names(value: Any) -> list[str]:
+def secret_names(value: object) -> list[str]:
     """Return the names of the secrets that ``hidden`` replaces in a value."""
     text = repr(value)
     return sorted({name for secret, name in _secrets.items() if repr(secret)[1:-1] in text})

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, overload
 
 from align.core.distributed import derive_seed
-from align.core.types import Example, TokenRow
+from align.core.types import Example, Text, TokenRow
 from align.recipe.schema import AugmentSpec
 
 
@@ -30,7 +30,7 @@ def augment(example: Example, spec: AugmentSpec, *, seed: int, index: int, epoch
     )
 
 
-def _reworded(text: Any, spec: AugmentSpec, dice: "_Draws", *, plain: bool = True) -> Any:
+def _reworded(text: Text | None, spec: AugmentSpec, dice: "_Draws", *, plain: bool = True) -> Any:
     if text is None or isinstance(text, str):
         return _said(text, spec, dice) if plain and text else text
     return [

@@ -244,7 +244,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _cell(value: Any, path: Path) -> Any:
+def _cell(value: object, path: Path) -> Any:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content", value)
     if isinstance(value, list | Mapping):

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from jinja2 import StrictUndefined, TemplateError
@@ -27,6 +27,9 @@ from align.core.errors import DataError
 from align.core.types import Turn
 from align.data.reading.read_log import note
 from reward_models.limits import LimitError, check_length, template_limits
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MADE = ("prompt", "completion", "chosen", "rejected")
 FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"})
@@ -67,7 +70,7 @@ class Wording:
 
 
 def word_row(
-    row: Any,
+    row: object,
     source: str,
     *,
     templates: str,
@@ -124,14 +127,16 @@ def read_wordings(path: str) -> Sequence[Wording]:
     return [wording for wording in found if wording is not None]
 
 
-def _given(value: Any) -> Any:
+def _given(value: object) -> Any:
     """Raise for an empty field, which Jinja would render as the word None."""
     if value is None:
         raise ValueError("a field that it renders is empty (null)")
     return value
 
 
-def _wording(entry: Any, where: str, environment: Any, *, errors: list[str]) -> Wording | None:
+def _wording(
+    entry: object, where: str, environment: "Environment", *, errors: list[str]
+) -> Wording | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         errors.append(
             f"{where}: expected a mapping with a text 'name', found {reprlib.repr(entry)[:60]}"

@@ -75,7 +75,7 @@ def macro_f1_interval(
     return Interval(float(macro_f1(confusion)), float(low), float(high))
 
 
-def _share(part: Any, whole: Any) -> float | None:
+def _share(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 

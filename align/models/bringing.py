@@ -7,7 +7,7 @@ problem ends the stage with one line that names it.
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from align.core.errors import AlignError, ArtefactError
 from align.models.decoder import attention_for, form_of
@@ -147,15 +153,15 @@ def load_whole(path: str, *, dtype: str) -> Any:
     with one_line(path, "a causal language model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         options["attn_implementation"] = attention_for(config)
-        model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, report = loaded
         # Compiled or wrapped models add a prefix to all names; load again without it.
         if prefix := _known_prefix(report):
             log.warning("%s: the prefix %r is removed from the names of its weights", path, prefix)
             mapping = {f"^{re.escape(prefix)}": ""}
             names = getattr(model, "_weight_conversions", None)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path, key_mapping=mapping, **options
-            )
+            loaded = AutoModelForCausalLM.from_pretrained(path, key_mapping=mapping, **options)
+            model, report = loaded
             model._weight_conversions = names  # else the prefix would be restored on saving
     _check_report(path, report)
     refuse_not_finite(path, model)
@@ -178,7 +184,7 @@ def refuse_not_finite(path: str, model: nn.Module) -> None:
         )
 
 
-def _known_prefix(report: Any) -> str:
+def _known_prefix(report: Mapping[str, Any]) -> str:
     """Return the prefix whose removal turns unexpected names into missing ones, or ""."""
     # Exactly one prefix explains all names, or none is removed.
     surplus, missing = set(report["unexpected_keys"]), set(report["missing_keys"])
@@ -190,7 +196,7 @@ def _known_prefix(report: Any) -> str:
     return ""
 
 
-def _check_report(path: str, report: Any) -> None:
+def _check_report(path: str, report: Mapping[str, Any]) -> None:
     faults = [
         ("missing from its files (they would be random)", sorted(report["missing_keys"])),
         ("in its files but not in the model", sorted(report["unexpected_keys"])),
@@ -209,7 +215,7 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
+def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) -> None:
     """Raise if stop tokens contradict each other or are outside the model's vocabulary.
 
     Args:
@@ -249,5 +255,5 @@ def check_stops(path: str, tokenizer: Any, *, chosen: bool) -> None:
     )
 
 
-def _ids(eos: Any) -> list[Any]:
+def _ids(eos: object) -> list[Any]:
     return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from align.core.errors import ArtefactError
 from align.models.loading import disable_dropout, load_tokenizer
@@ -23,7 +29,7 @@ class ClassLogits(nn.Module):
         model: a transformers model with a sequence classification head.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -39,7 +45,11 @@ class ClassLogits(nn.Module):
 
 
 def classifier_from(
-    model_dir: Path, classes: Sequence[str], *, dtype: str, quantization: Any = None
+    model_dir: Path,
+    classes: Sequence[str],
+    *,
+    dtype: str,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[Any, list[str]]:
     """Load a saved model with a new head for these classes, dropout off.
 
@@ -113,7 +123,7 @@ def _config(model_dir: Path, classes: Sequence[str]) -> Any:
     return config
 
 
-def _skeleton(config: Any) -> Any:
+def _skeleton(config: PreTrainedConfig) -> Any:
     """Return the architecture without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)

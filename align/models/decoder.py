@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
@@ -64,7 +64,7 @@ class Form:
 _forms: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()
 
 
-def form_of(lm: Any) -> Form:
+def form_of(lm: PreTrainedModel) -> Form:
     """Return how a causal language model is run; the first call probes it.
 
     Raises:
@@ -77,17 +77,17 @@ def form_of(lm: Any) -> Form:
     return _forms[lm]
 
 
-def packs(decoder: Any) -> bool:
+def packs(decoder: PreTrainedModel) -> bool:
     """Return whether a decoder takes packed rows; for a language model, call ``form_of`` first."""
     return decoder.config._attn_implementation == PACKED
 
 
-def attention_for(config: Any) -> str | None:
+def attention_for(config: PreTrainedConfig) -> str | None:
     """Return the attention for training a model; None leaves the choice to transformers."""
     return PACKED if config.get_text_config().model_type in PACKS else exact_attention(config)
 
 
-def decoder_of(lm: Any) -> Any:
+def decoder_of(lm: PreTrainedModel) -> Any:
     """Return the decoder below the head of a causal language model.
 
     Raises:
@@ -100,13 +100,13 @@ def decoder_of(lm: Any) -> Any:
     raise ArtefactError(f"{type(lm).__name__} has no decoder below its head. Use another model.")
 
 
-def soft_cap(lm: Any) -> float | None:
+def soft_cap(lm: PreTrainedModel) -> float | None:
     """Return the bound on the logits, if the configuration has one."""
     config = lm.config.get_text_config()
     return next((cap for n in SOFT_CAPS if (cap := getattr(config, n, None)) is not None), None)
 
 
-def rotary_limit(config: Any) -> int | None:
+def rotary_limit(config: PreTrainedConfig) -> int | None:
     """Return the length up to which a row's rotary factors are its own, or None without a limit.
 
     Beyond it, transformers' ``longrope`` and ``dynamic`` choose one set of factors for the whole
@@ -123,7 +123,7 @@ def rotary_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def check_rotary(decoder: Any, positions: Tensor) -> None:
+def check_rotary(decoder: PreTrainedModel, positions: Tensor) -> None:
     """Refuse a forward pass in which the rotary factors of a row depend on the others.
 
     Raises:
@@ -143,7 +143,7 @@ SWITCHES = (
 )
 
 
-def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
+def padded_states(decoder: PreTrainedModel, flat_ids: Tensor, segments: Segments) -> Tensor:
     """Run a decoder on the sequences of a packed row (N,) as padded rows; return states (N, H).
 
     Sequences of similar length share a batch, each response after its prompt. Padding is on the
@@ -161,7 +161,7 @@ def padded_states(decoder: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     return torch.cat([x.flatten(0, 1) for x in parts]).index_select(0, segments.unpad_index)
 
 
-def settle_decoder(decoder: Any) -> None:
+def settle_decoder(decoder: PreTrainedModel) -> None:
     """Probe packed rows on a decoder without its head; restore its own attention on failure."""
     with _as_loaded(decoder):
         first, _ = _probe_ids(decoder)
@@ -172,7 +172,7 @@ def settle_decoder(decoder: Any) -> None:
 
 
 @torch.no_grad()
-def _try_out(lm: Any) -> Form:
+def _try_out(lm: PreTrainedModel) -> Form:
     decoder, states = decoder_of(lm), []
     # Run the model alone, and again with other tokens in the second half.
     first, other = _probe_ids(lm)
@@ -201,7 +201,7 @@ def _try_out(lm: Any) -> Form:
     return Form(why == "", _scale(lm, states[0][0], logits), why)
 
 
-def _settle(model: Any, decoder: Any, alone: Tensor) -> str:
+def _settle(model: PreTrainedModel, decoder: PreTrainedModel, alone: Tensor) -> str:
     """Return why the model cannot be packed, and restore its own attention; "" if it can.
     Args:
         model: the model that contains the decoder.
@@ -223,11 +223,11 @@ def _settle(model: Any, decoder: Any, alone: Tensor) -> str:
     return why
 
 
-def _not_known(decoder: Any) -> str:
+def _not_known(decoder: PreTrainedModel) -> str:
     return f"sequences in packed rows of {decoder.config.model_type} models attend to each other"
 
 
-def _seen_through(decoder: Any, alone: Tensor) -> str:
+def _seen_through(decoder: PreTrainedModel, alone: Tensor) -> str:
     """Compare the states of the second sequence in a packed row with its states alone."""
     first, other = _probe_ids(decoder)
     at = torch.arange(PROBE_TOKENS, device=first.device).repeat(2)
@@ -242,7 +242,7 @@ def _seen_through(decoder: Any, alone: Tensor) -> str:
     return f"packed states differ from unpacked ones by a relative {_distance(packed, alone):.2g}"
 
 
-def _scale(lm: Any, states: Tensor, logits: Tensor) -> float:
+def _scale(lm: PreTrainedModel, states: Tensor, logits: Tensor) -> float:
     """Return the factor between the head's product and the model's own logits."""
     # Training computes logits as scale * head(states), which must equal the model's own logits.
     head, cap, config = lm.get_output_embeddings(), soft_cap(lm), lm.config.get_text_config()
@@ -278,10 +278,10 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _probe_ids(model: Any) -> tuple[Tensor, Tensor]:
+def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Return two token sequences without the padding token."""
     config = model.config.get_text_config()
-    table = model.get_input_embeddings().weight
+    table = cast("nn.Embedding", model.get_input_embeddings()).weight
     pad = getattr(config, "pad_token_id", None)
     rows = min(config.vocab_size, table.shape[0]) if table.ndim == 2 else config.vocab_size
     # Fixed ids, so that the verdict does not depend on a tokenizer or on chance.
@@ -317,7 +317,7 @@ def _as_loaded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Use another attention for a packed model inside the block."""
     if not packs(model):
         yield
@@ -329,7 +329,7 @@ def _attention(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(PACKED)
 
 
-def _router_coef(lm: Any) -> float | None:
+def _router_coef(lm: PreTrainedModel) -> float | None:
     """Return the weight of the router's balance loss if the configuration asks for that loss."""
     config = lm.config.get_text_config()
     asked = getattr(config, "output_router_logits", False)

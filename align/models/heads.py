@@ -1,11 +1,10 @@
 """Model heads: scorers on a policy, an encoder or another scorer, and the critic's values."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from align.core.errors import ArtefactError
 from align.models.attention import Segments, segments_from_positions
@@ -24,7 +23,11 @@ from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler
 
 
 def scorer_from(
-    model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
+    model_dir: Path,
+    *,
+    dtype: str,
+    num_heads: int = 1,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> RewardModel:
     """Load the decoder of a policy (with new random heads) or a whole scorer, dropout off.
 
@@ -61,7 +64,11 @@ def scorer_from(
 
 
 def scorer_on_encoder(
-    model_dir: Path, *, dtype: str, num_heads: int = 1, quantization: Any = None
+    model_dir: Path,
+    *,
+    dtype: str,
+    num_heads: int = 1,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[RewardModel, list[str]]:
     """Create a scorer with new random heads on an encoder without its pooler, dropout off.
 

@@ -5,12 +5,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from align.core import distributed
 from align.core.errors import ArtefactError, TrainingError
@@ -63,7 +71,7 @@ def load_policy(
     *,
     dtype: str,
     gradient_checkpointing: bool = False,
-    quantization: Any = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> Any:
     """Load a causal language model for training on packed rows, dropout off.
 
@@ -198,7 +206,7 @@ def save_policy(
 
 
 @torch.no_grad()
-def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
+def add_embeddings(model: PreTrainedModel, num_tokens: int, new_ids: Sequence[int]) -> None:
     """Initialize the rows of new tokens with the mean of all old ones, in embeddings and head.
 
     Ids beyond the table enlarge it. Ids within it use spare rows of a padded table that were never
@@ -209,15 +217,17 @@ def add_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
         num_tokens: length of the tokenizer.
         new_ids: tokens that were just added to the tokenizer.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    table = cast("nn.Embedding", model.get_input_embeddings())
+    rows = table.num_embeddings
     new = torch.tensor(sorted({*new_ids, *range(rows, num_tokens)}), dtype=torch.long)
     if not len(new):
         return
     # Enlarge the table before the rows are initialized.
     if num_tokens > rows:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    head = model.get_output_embeddings()
-    tables = [model.get_input_embeddings().weight]
+    # Enlarging may replace the modules.
+    head: Any = model.get_output_embeddings()
+    tables: list[Tensor] = [cast("nn.Embedding", model.get_input_embeddings()).weight]
     tables += [] if head.weight is tables[0] else [head.weight]
     tables += [] if getattr(head, "bias", None) is None else [head.bias]
     for table in tables:
@@ -246,7 +256,7 @@ def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
-def _check_names(state: Mapping[str, Tensor], config: Any) -> None:
+def _check_names(state: Mapping[str, Tensor], config: PreTrainedConfig) -> None:
     # Names only: no memory is allocated for the weights.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

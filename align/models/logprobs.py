@@ -204,7 +204,7 @@ def _head(
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
 
 
-def _is_plain(model: nn.Module, head: Any) -> bool:
+def _is_plain(model: nn.Module, head: nn.Module | None) -> bool:
     """Return whether the head is a single plain matrix."""
     whole = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
     return whole and soft_cap(causal_lm(model)) is None

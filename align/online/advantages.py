@@ -228,7 +228,7 @@ def shaped_rewards(
     return rewards + torch.where(positions == last, scores.detach()[:, None], 0.0)
 
 
-ESTIMATORS: dict[str, Callable[..., object]] = {
+ESTIMATORS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "gae": gae,
     "group_relative": group_relative,
     "leave_one_out": leave_one_out,

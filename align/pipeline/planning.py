@@ -158,7 +158,7 @@ def _what_changed(
     return "; ".join(dict.fromkeys(different[:3])) + rest or "its settings or inputs changed"
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def _differences(old: object, new: object, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*new, *(n for n in old if n not in new)]
         return [

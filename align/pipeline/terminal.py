@@ -303,7 +303,7 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Return a number with three or four significant digits."""
     if not isinstance(value, int | float):
         return "-"

@@ -2,7 +2,8 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from align.core.storage import MIB, device_of, free_bytes
 from align.preflight.checks import Check, Finding
@@ -13,7 +14,7 @@ MOMENTS_BYTES = 8
 """AdamW's two moments of a trained weight, in float32."""
 
 
-def disk_checks(spec: TrainingStage, model: Any, folder: Path) -> list[Check]:
+def disk_checks(spec: TrainingStage, model: nn.Module, folder: Path) -> list[Check]:
     """Return the check on the disk; ``folder`` is the stage's folder."""
     return [("disk", partial(room, spec, *num_trained(model), folder=folder))]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -51,7 +51,7 @@ def tokens(chat: PairedFormat, model: RewardModel, rows: Sequence[TokenRow]) -> 
         [row.input_ids for row in rows],
         embeddings=_embeddings(model),
         positions=model.max_tokens,
-        unknown=chat.tokenizer.unk_token_id,
+        unknown=cast("int | None", chat.tokenizer.unk_token_id),
     )
 
 

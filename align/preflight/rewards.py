@@ -233,7 +233,7 @@ def _value(row: PromptRow, column: str) -> Any:
     return row.columns[column]
 
 
-def _first(value: Any) -> str:
+def _first(value: object) -> str:
     if isinstance(value, list | tuple):
         value = value[0] if value else ""
     if isinstance(value, Mapping):

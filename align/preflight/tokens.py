@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.core.types import Example, PromptRow, TokenRow, Turn
+from align.core.types import Example, PromptRow, Text, TokenRow, Turn
 from align.data.render.chat import ChatFormat
 from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
@@ -65,13 +65,13 @@ def is_text(example: Example) -> bool:
     return isinstance(example.prompt, str) and isinstance(example.completion, str)
 
 
-def chat_turns(prompt: Any, completion: Any) -> list[Turn]:
+def chat_turns(prompt: Text, completion: Text | None) -> list[Turn]:
     """Return prompt and completion as one conversation."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return [*prompt, *completion]
+    return [*prompt, *(completion or [])]
 
 
 def saved_stops(model_dir: Path) -> frozenset[int]:

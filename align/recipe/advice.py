@@ -20,7 +20,7 @@ def warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-def _rate(name: str, spec: Any) -> list[str]:
+def _rate(name: str, spec: TrainingStage) -> list[str]:
     known, rate = known_rates(spec.family, spec.tuning.method), spec.optim.learning_rate
     if known is None or known.low <= rate <= known.high:
         return []

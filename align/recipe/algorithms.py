@@ -168,13 +168,14 @@ def _one_of(name: str, names: list[str]) -> str:
     return name
 
 
-def defaults_of(name: Any) -> dict[str, Any]:
+def defaults_of(name: object) -> dict[str, Any]:
     """Return the defaults of an algorithm; {} if the name is not an algorithm."""
-    known = isinstance(name, str) and name in ALGORITHMS
-    return ALGORITHMS[name].defaults if known else {}
+    if isinstance(name, str) and name in ALGORITHMS:
+        return ALGORITHMS[name].defaults
+    return {}
 
 
-def with_preset(given: Any) -> Any:
+def with_preset(given: object) -> Any:
     """Return a stage's options merged over the defaults of its algorithm.
 
     This is for specs that are built in Python: recipe files already contain the defaults, with

@@ -229,7 +229,7 @@ def read_resolved(path: Path | str) -> Recipe:
         ) from error
 
 
-def _revealed(value: Any, name: str, secret: str) -> Any:
+def _revealed(value: object, name: str, secret: str) -> Any:
     """Return the value with ``${name}`` replaced by the secret."""
     keep_secret(name, secret)
     if isinstance(value, dict):
@@ -325,7 +325,7 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     }
     found = []
     for stage, spec in specs.items():
-        named = references(spec) if spec is not None else _raw_init(raw, stage)
+        named = references(spec) if spec is not None else _raw_init(raw[stage] if raw else None)
         wanted = reference_kinds(spec) if spec is not None else _init_kinds(kinds[stage])
         for key, name in named.items():
             problem = _reference_problem(
@@ -358,19 +358,19 @@ def _place(stage: str, key: str) -> Key:
     return ("stages", stage, *(int(part) if part.isdigit() else part for part in key.split(".")))
 
 
-def _raw_init(stages: Any, stage: str) -> dict[str, str]:
-    init = stages[stage].get("init") if isinstance(stages[stage], dict) else None
+def _raw_init(stage: object) -> dict[str, str]:
+    init = stage.get("init") if isinstance(stage, dict) else None
     return {"init": init} if isinstance(init, str) else {}
 
 
-def _init_kinds(kind: Any) -> dict[str, tuple[str, ...]]:
+def _init_kinds(kind: object) -> dict[str, tuple[str, ...]]:
     stage = _class_of(kind)
     field = stage.model_fields.get("init") if stage is not None else None
     mark = ref_of(field) if field is not None else None
     return {"init": mark.kinds} if mark is not None else {}
 
 
-def _class_of(kind: Any) -> type[StageSpec] | None:
+def _class_of(kind: object) -> type[StageSpec] | None:
     """Return the class of a stage kind, None for an unknown kind."""
     return STAGES.get(kind) if isinstance(kind, str) else None
 
@@ -417,7 +417,9 @@ def _path_problem(
     return None
 
 
-def _origins(data: Any, marks: Mapping[Key, Mark], key: Key = ()) -> dict[str, str]:
+def _origins(
+    data: dict[str, Any] | list[Any], marks: Mapping[Key, Mark], key: Key = ()
+) -> dict[str, str]:
     found: dict[str, str] = {}
     items = data.items() if isinstance(data, dict) else enumerate(data)
     for name, value in items:

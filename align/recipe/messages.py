@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -117,7 +117,7 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
     return tuple(key), kind, owners
 
 
-def bare(kind: Any) -> Any:
+def bare(kind: object) -> Any:
     """Return a type without ``Annotated`` and ``| None``."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
@@ -128,24 +128,24 @@ def bare(kind: Any) -> Any:
     return kind
 
 
-def union_of(kind: Any) -> list[Any]:
+def union_of(kind: object) -> list[Any]:
     """Return the members of a union, [] for any other type."""
     if get_origin(kind) not in (Union, types.UnionType):
         return []
     return [bare(a) for a in get_args(kind) if a is not type(None)]
 
 
-def variants_of(kind: Any) -> dict[str, type[Variants]]:
+def variants_of(kind: object) -> dict[str, type[Variants]]:
     """Return the class of each ``kind`` (or ``method``) of a base of variants, {} for others."""
-    return kind.variants if is_model(kind) and "variants" in kind.__dict__ else {}
+    return kind.__dict__.get("variants", {}) if is_model(kind) else {}
 
 
-def is_model(kind: Any) -> bool:
+def is_model(kind: object) -> TypeGuard[type[BaseModel]]:
     """Return whether a type is a schema class with named keys."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def inner(kind: Any, part: str | int) -> Any:
+def inner(kind: object, part: str | int) -> Any:
     """Return the type one step further along a key path, None if there is none."""
     if is_model(kind):
         field = kind.model_fields.get(str(part))
@@ -160,34 +160,34 @@ def inner(kind: Any, part: str | int) -> Any:
     return None
 
 
-def _label(kind: Any) -> str:
+def _label(kind: object) -> str:
     origin = get_origin(kind)
     return "literal" if origin is Literal else getattr(origin or kind, "__name__", "")
 
 
-def expected(kind: Any) -> str:
+def expected(kind: object) -> str:
     """Return a description of the values that a type accepts."""
-    kind = bare(kind)
-    if models := variants_of(kind):
-        return f"a mapping with '{kind.tag}' one of {', '.join(models)}"
-    if variants := union_of(kind):
+    plain = bare(kind)
+    if models := variants_of(plain):
+        return f"a mapping with '{plain.tag}' one of {', '.join(models)}"
+    if variants := union_of(plain):
         return " or ".join(expected(v) for v in variants)
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = get_origin(plain), get_args(plain)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
-    if is_model(kind):
-        return f"a mapping with the keys {', '.join(kind.model_fields)}"
+    if is_model(plain):
+        return f"a mapping with the keys {', '.join(plain.model_fields)}"
     if origin is list:
         return f"a list (each item {expected(args[0])})"
     if origin is tuple:
         return f"a list of {len(args)} ({', '.join(expected(a) for a in args)})"
     if origin is dict:
         return "a mapping"
-    return _WORDS.get(kind, "another value")
+    return _WORDS.get(plain, "another value")
 
 
 def _what(
-    error: Mapping[str, Any], key: Key, kind: Any, *, owners: list[tuple[Key, type[BaseModel]]]
+    error: Mapping[str, Any], key: Key, kind: object, *, owners: list[tuple[Key, type[BaseModel]]]
 ) -> str:
     problem, context, found = error["type"], error.get("ctx", {}), error.get("input")
     # Keys that should not be there, or are missing.
@@ -232,7 +232,7 @@ def _bound(context: Mapping[str, Any]) -> str:
     )
 
 
-def _is_number(found: Any) -> bool:
+def _is_number(found: object) -> bool:
     if not isinstance(found, str):
         return False
     try:
@@ -242,7 +242,7 @@ def _is_number(found: Any) -> bool:
     return True
 
 
-def _tags(kind: Any) -> str:
+def _tags(kind: object) -> str:
     return ", ".join(variants_of(kind))
 
 

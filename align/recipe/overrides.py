@@ -36,7 +36,7 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
             source.errors.append(f"{ORIGIN}: {path}: {problem}")
 
 
-def _put(source: Source, parts: Sequence[str], value: Any) -> str | None:
+def _put(source: Source, parts: Sequence[str], value: object) -> str | None:
     """Set one value and create the mappings along its path; return the problem, if any."""
     holder: Any = source.data
     key: tuple[str | int, ...] = ()
@@ -68,7 +68,7 @@ def _put(source: Source, parts: Sequence[str], value: Any) -> str | None:
     return None
 
 
-def _mark(source: Source, key: tuple[str | int, ...], value: Any) -> None:
+def _mark(source: Source, key: tuple[str | int, ...], value: object) -> None:
     source.marks[key] = Mark(ORIGIN)
     if isinstance(value, dict):
         for name, inside in value.items():

@@ -57,7 +57,7 @@ def _problem(path: str) -> str | None:
     return None
 
 
-def _blocks(value: Any, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
+def _blocks(value: object, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
     if isinstance(value, dict):
         if value.get("kind") == "python":
             yield key, value

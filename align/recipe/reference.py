@@ -64,7 +64,7 @@ def json_schema() -> Schema:
     return {"$schema": URL, **schema, "$defs": parts}
 
 
-def _with_variants(part: Any) -> Any:
+def _with_variants(part: object) -> Any:
     """Return a JSON schema with each base of variants written as the union of its classes."""
     if isinstance(part, list):
         return [_with_variants(inner) for inner in part]
@@ -158,7 +158,7 @@ def markdown() -> str:
 def _section(spec: type[BaseModel], level: str) -> list[str]:
     """Return heading, summary and table of one class; keys of its bases are linked."""
     # The keys of a base of variants are those that each variant has.
-    shown = next(iter(spec.variants.values())) if spec in CHAPTERS else spec
+    shown = next(iter(spec.__dict__["variants"].values())) if spec in CHAPTERS else spec
     part = shown.model_json_schema()
     _describe(part, spec)
     own = [
@@ -183,7 +183,7 @@ def _row(key: str, field: Schema, spec: type[BaseModel]) -> str:
         value = default.model_dump(exclude_defaults=True) or "see there"
     else:
         value = field.get("default", "")
-    shown = f"`{json.dumps(value)}`" if "default" in field and value != "see there" else value
+    shown = f"`{json.dumps(value)}`" if "default" in field and value != "see there" else str(value)
     cells = (f"`{key}`", _type(field), shown, field["description"])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

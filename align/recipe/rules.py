@@ -109,7 +109,7 @@ def _sampling(spec: SamplingSpec) -> Iterator[Idle]:
             yield name, "has no effect with engine hf, which keeps no cache between calls"
 
 
-def _greedy(spec: Any) -> Iterator[Idle]:
+def _greedy(spec: SamplingSpec | TaskSampling) -> Iterator[Idle]:
     if spec.temperature == 0.0 and changed(spec, "top_p"):
         yield "top_p", "has no effect at temperature 0, the most likely token; write top_p: 1.0"
 
@@ -267,7 +267,7 @@ def _grpo(spec: GrpoStage) -> Iterator[Idle]:
         yield "max_draws", "1 draw leaves dynamic_sampling without effect; write 2 or more"
 
 
-def _repeats(spec: Any) -> Iterator[Idle]:
+def _repeats(spec: EvaluateStage | TaskSpec) -> Iterator[Idle]:
     if spec.samples > 1 and spec.sampling.temperature == 0.0:
         yield "samples", "has no effect at temperature 0: all responses to a prompt are the same"
 

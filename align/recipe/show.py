@@ -44,7 +44,7 @@ def _explain(lines: list[tuple[str, str]], stage: str, algorithm: str) -> None:
 
 
 def _write(
-    value: Any,
+    value: Mapping[str, Any] | list[Any],
     origins: Mapping[str, str],
     lines: list[tuple[str, str]],
     *,
@@ -69,17 +69,17 @@ def _write(
             lines.append((f"{head} {_inline(inside)}", origins.get(first, "")))
 
 
-def _flat(value: Any) -> bool:
+def _flat(value: object) -> bool:
     return isinstance(value, list) and not any(isinstance(v, dict | list) for v in value)
 
 
-def _inline(value: Any) -> str:
+def _inline(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_scalar(v, quoted=True) for v in value) + "]"
     return "{}" if value == {} else _scalar(value)
 
 
-def _scalar(value: Any, *, quoted: bool = False) -> str:
+def _scalar(value: object, *, quoted: bool = False) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     # Escape "${", and quote everything that YAML could read as something other than text.

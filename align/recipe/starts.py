@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.recipe.schema import references
+from align.recipe.schema import StageSpec, references
 from align.recipe.schema.evaluate import EvaluateStage
 from align.recipe.schema.offline import ClassifyStage, EncoderStage, RewardStage
 from align.recipe.schema.online import PpoStage
 from align.recipe.schema.training import TrainingStage
-from align.recipe.schema.tuning import METHODS
+from align.recipe.schema.tuning import METHODS, TuningSpec
 
 WHOLE = ("init", "base", "tuned", "others", "critic")
 """Keys of models whose weights alone are read; ``init`` of a training stage is an exception."""
@@ -39,7 +39,9 @@ def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     """
     found = {}
     for name, spec in stages.items():
-        for key, reference in references(spec).items() if spec is not None else ():
+        if spec is None:
+            continue
+        for key, reference in references(spec).items():
             made_by = getattr(stages.get(reference), "tuning", None)
             if made_by is not None and not made_by.merges:
                 problem = _problem(spec, key, made_by)
@@ -48,7 +50,7 @@ def adapter_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     return found
 
 
-def _problem(spec: Any, key: str, made_by: Any) -> str | None:
+def _problem(spec: StageSpec, key: str, made_by: TuningSpec) -> str | None:
     """Return the problem if ``key`` names a model with an unmerged adapter, None if it works."""
     part = key.partition(".")[0]
     if part == "init" and isinstance(spec, TrainingStage):

@@ -62,7 +62,7 @@ def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup
     return tag("article", tag("pre", clip(first["prompt"]), class_="prompt"), tag("div", *cells))
 
 
-def _marked(text: Any, known: Any) -> Markup:
+def _marked(text: object, known: object) -> Markup:
     """Return a response in which the words that differ from the baseline's are highlighted."""
     plain = clip(text)
     if known is None or not text:
@@ -113,7 +113,7 @@ def reward_and_length(run: RunRecord) -> Markup | None:
     )
 
 
-def clip(text: Any) -> str:
+def clip(text: object) -> str:
     """Return a prompt or response as plain text, truncated with a note if it is long."""
     if isinstance(text, list):
         text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)

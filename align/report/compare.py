@@ -84,7 +84,7 @@ def _recipes(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Mar
     return tag("section", tag("h2", f"Recipes: {number(len(rows))} keys differ"), body)
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
+def _flat(value: object, key: str = "") -> dict[str, Any]:
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         found: dict[str, Any] = {}

@@ -55,7 +55,7 @@ def _view(view: Mapping[str, Any]) -> Markup:
     return tag("figure", caption, tag("pre", *shown), class_="tokens")
 
 
-def _text(text: Any, state: str) -> str:
+def _text(text: object, state: str) -> str:
     # Long rows are abbreviated: the text of a left-out run is its number of tokens.
     if state == "left out":
         return f" {text} tokens "

@@ -64,7 +64,7 @@ def _title(metric: str) -> str:
     return metric.replace("_", " ") + (f"\n[dim]{unit}[/]" if unit else "")
 
 
-def stacked(value: Any) -> str:
+def stacked(value: object) -> str:
     """Return ``[value, low, high]`` as rich markup on two short lines, or a dash for no value."""
     if not isinstance(value, list) or value[0] is None:
         return "-"

@@ -1,6 +1,6 @@
 """The comparison section: values, intervals, verdicts and pairwise win rates of each task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.recipe.schema.evaluate import OWN_TASK
@@ -137,7 +137,7 @@ def _matrix(matrix: Mapping[str, Block]) -> Markup | None:
     )
 
 
-def _won(triple: Any) -> Markup | str:
+def _won(triple: Sequence[float | None] | None) -> Markup | str:
     if not triple or triple[0] is None:
         return ""
     # At most 50 % color, so that the number stays readable on the darkest cell.

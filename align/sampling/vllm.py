@@ -309,7 +309,7 @@ class VllmEngine:
             self._asleep = False
 
 
-def _detach_finalizer(client: Any) -> None:
+def _detach_finalizer(client: object) -> None:
     """Prevent vLLM from shutting the engine down by itself, as it does since 0.31."""
     finalizer = getattr(client, "_finalizer", None)
     if finalizer is not None:

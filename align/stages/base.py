@@ -50,7 +50,7 @@ from align.data.token_view import View
 from align.preflight.checks import Check
 from align.preflight.run import keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
-from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec
+from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec, StageSpec
 from align.tuning.files import refuse_unmerged
 
 log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
             _refuse_changes(context, identity)
         write_manifest(
             context.out,
-            manifest
+            dict(manifest)
             | dict(result.notes)
             | {
                 "data": list(result.data),
@@ -285,7 +285,7 @@ def _only_stage(recipe: Recipe, kind: str) -> str:
     return names[0]
 
 
-def _manifest_head(context: StageContext, spec: Any) -> dict[str, Any]:
+def _manifest_head(context: StageContext, spec: StageSpec) -> dict[str, Any]:
     inputs, hashes = {}, {}
     for key, reference in context.recipe.inputs(context.name).items():
         path = context.folder_of(reference)
@@ -401,7 +401,7 @@ def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def with_data_of_stages(spec: Any, context: StageContext) -> Any:
+def with_data_of_stages(spec: object, context: StageContext) -> Any:
     """Return the spec with each data source's ``stage`` replaced by the path of its data."""
     if isinstance(spec, DataSpec):
         if spec.stage is None:
@@ -416,7 +416,7 @@ def with_data_of_stages(spec: Any, context: StageContext) -> Any:
     return spec.model_copy(update={k: with_data_of_stages(v, context) for k, v in found.items()})
 
 
-def prepare_stage(spec: Any, context: StageContext) -> Prepared:
+def prepare_stage(spec: StageSpec, context: StageContext) -> Prepared:
     """Call ``prepare`` of the stage kind's module, which loads inputs and builds the parts."""
     spec = with_data_of_stages(spec, context)
     # Prompts of evaluate stages are compared with the training rows.
@@ -428,7 +428,7 @@ def prepare_stage(spec: Any, context: StageContext) -> Prepared:
         return module.prepare(spec, context)
 
 
-def prepare_and_train(spec: Any, context: StageContext) -> StageResult:
+def prepare_and_train(spec: StageSpec, context: StageContext) -> StageResult:
     """Prepare a stage, run its preflight checks, write their card, and train.
 
     Raises:

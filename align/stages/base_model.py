@@ -15,6 +15,8 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
@@ -70,7 +72,7 @@ def _result(spec: BaseStage, model: nn.Module, metrics: dict[str, float]) -> Sta
     return StageResult(metrics | {"model/parameters": total}, fingerprints(spec.data))
 
 
-def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
+def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
     path = source = str(spec.path)
     if is_adapter(path):
         source = base_of_adapter(path)
@@ -92,7 +94,7 @@ def _import_model(spec: BaseStage) -> tuple[nn.Module, Any]:
 
 def _build_and_pretrain(
     spec: BaseStage, context: StageContext
-) -> tuple[nn.Module, Any, dict[str, float]]:
+) -> tuple[PreTrainedModel, Any, dict[str, float]]:
     assert spec.build is not None
     corpus = load_examples(spec.data, kind="corpus", seed=context.seed)
     # Trained on rank 0 alone and broadcast, so that all ranks have the same tokens.
@@ -169,7 +171,7 @@ def train_tokenizer(corpus: Sequence[Example], build: BuildSpec, directory: Path
     return loaded
 
 
-def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
+def _qwen2_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=max(build.vocab_size, len(tokenizer)),
         hidden_size=build.hidden_size,
@@ -187,14 +189,14 @@ def _qwen2_config(build: BuildSpec, tokenizer: Any) -> Qwen2Config:
     )
 
 
-def _save_once(model: Any, tokenizer: Any, out: Path) -> None:
+def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write the model and its tokenizer; every rank must call this."""
     if distributed.rank() == 0:
         _save(model, tokenizer, out)
     distributed.barrier()
 
 
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     stops = model.generation_config.eos_token_id if model.generation_config else None
     stops = stops if isinstance(stops, list) else [stops]
     # The tokenizer's own stop token first, then the model's, without repetition.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.loading import load_classifier, quantization
 from reward_models.limits import LimitError, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -92,7 +95,7 @@ def train(
     *,
     source: Artefact,
     classes: list[str],
-    model: Any,
+    model: "PreTrainedModel",
     module: ClassLogits,
     task: OfflineTask[Any],
 ) -> StageResult:
@@ -126,7 +129,7 @@ def train(
     return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
 
 
-def class_row(tokenizer: Any, example: Example) -> ClassRow:
+def class_row(tokenizer: "PreTrainedTokenizerBase", example: Example) -> ClassRow:
     """Return a row from a plain text, or from a conversation with the chat template."""
     text = example.completion
     assert text is not None
@@ -263,7 +266,12 @@ def judge(
 
 
 def save(
-    spec: ClassifyStage, model: Any, *, classes: Sequence[str], source: Artefact, out: Path
+    spec: ClassifyStage,
+    model: "PreTrainedModel",
+    *,
+    classes: Sequence[str],
+    source: Artefact,
+    out: Path,
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
     prefix = model.base_model_prefix

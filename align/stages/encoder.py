@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
-from transformers import AutoConfig, AutoModel
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.core import distributed
 from align.core.errors import ArtefactError
@@ -46,9 +47,9 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     )
 
 
-def fits(model: Any, tokenizer: Any) -> Finding:
+def fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """Check that the encoder has an embedding for every token."""
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     largest = max(tokenizer.get_vocab().values())
     return Finding(
         f"largest token {largest:,} of {embeddings:,}",

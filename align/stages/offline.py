@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
 from align.tuning.merging import adapter_parameters, is_quantised, merges
 from align.tuning.wrap import add_tuner, has_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOSS_SAVED = "eval/loss_saved"
 SAVED_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
@@ -184,7 +187,7 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
     return LogprobModel(model)
 
 
-def add_tuner_to_backbone(spec: OfflineStage, backbone: Any, *, seed: int) -> Any:
+def add_tuner_to_backbone(spec: OfflineStage, backbone: "PreTrainedModel", *, seed: int) -> Any:
     """Return the model below a new head with the adapter of ``tuning``."""
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from align.recipe.schema.evaluate import OWN_TASK
 from align.stages.base import StageContext, chat_format
 from align.stages.evaluate.measure import TaskRewards
 from align.training.offline import OfflineTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NUM_SHOWN = 2
 """Number of rows in the token view of a stage."""
@@ -85,7 +88,7 @@ def offline_checks(
     chat: ChatFormat,
     source: Artefact,
     module: nn.Module,
-    model: Any,
+    model: "PreTrainedModel",
     task: OfflineTask[Any],
     examples: Sequence[Example],
 ) -> list[Check]:
@@ -96,7 +99,7 @@ def offline_checks(
         task: rows, batches and loss. examples: some of the examples behind its rows.
     """
     flat = [side for row in task.rows for side in sides_of(row)]
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     return [
         *row_checks(chat, flat, examples, model_dir=source.model_dir),
         *start_checks(spec, model, source),

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from align.recipe.schema import (
     MergeStage,
     OnlineStage,
     SelfInstructStage,
+    TaskSpec,
 )
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
@@ -40,6 +41,9 @@ from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
 from reward_models.remote import RemoteRewardError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +70,21 @@ def start_engine(
     )
 
 
-def prompt_rows(spec: Any, chat: ChatFormat, context: StageContext) -> list[PromptRow]:
+def prompt_rows(
+    spec: TaskSpec | MergeStage, chat: ChatFormat, context: StageContext
+) -> list[PromptRow]:
     """Return the tokenized prompts; those without room for a full response are dropped."""
     examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
     return fitted(examples, spec, chat, context=context, what="prompts")
 
 
 def fitted(
-    examples: Sequence[Example], spec: Any, chat: ChatFormat, *, context: StageContext, what: str
+    examples: Sequence[Example],
+    spec: OnlineStage | TaskSpec | MergeStage,
+    chat: ChatFormat,
+    *,
+    context: StageContext,
+    what: str,
 ) -> list[PromptRow]:
     """Return the tokenized prompts that fit, and record the others in the ledger.
 
@@ -113,12 +124,13 @@ class Push:
         logprobs = self.policy.infer([self.probe], probe_logprobs)[0]
         # Measured once: rounding depends on the model and its dtype, hardly on the weights of a
         # step.
-        if self._rounding is None:
+        rounding = self._rounding
+        if rounding is None:
             measured = self.policy.infer(
                 [self.probe], lambda model, ids: measured_rounding(model, ids, logprobs)
             )
-            self._rounding = measured[0]
-        check_answers(self.engine, self.probe, logprobs=logprobs, rounding=self._rounding)
+            rounding = self._rounding = measured[0]
+        check_answers(self.engine, self.probe, logprobs=logprobs, rounding=rounding)
 
     def _note(self, proof: Proof) -> None:
         """Log which tensors the checksums cover, once and whenever that changes."""
@@ -164,7 +176,7 @@ def check_saved(
 
 
 def build_rewards(
-    specs: list[Any], context: StageContext, tokenizer: Any = None
+    specs: list[Any], context: StageContext, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> list[RewardFunction]:
     """Return the rewards, with stage names resolved to the folders of their reward models.
 
@@ -190,7 +202,9 @@ def build_rewards(
     return rewards
 
 
-def _complete(reward: Any, plain: dict[str, Any], tokenizer: Any) -> None:
+def _complete(
+    reward: Any, plain: dict[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
     """Add unmerged adapters to reward models and set the tokenizer of the ids they receive."""
     if plain["kind"] in ("scalar", "process"):
         made_whole(reward.model, plain["model"])

@@ -5,7 +5,7 @@ model and the specification. It raises RecipeError if the model lacks the parts 
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 from torch import nn
@@ -30,11 +30,14 @@ from align.recipe.schema.tuning import (
 from align.tuning.bottleneck import BottleneckConfig
 from align.tuning.loreft import LoreftConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PISSA_ITERATIONS = 16
 """Subspace iterations of PiSSA's randomized SVD; the exact one takes minutes for large models."""
 
 
-def lora(model: Any, tuning: LoraTuning | QloraTuning) -> peft.PeftConfig:
+def lora(model: "PreTrainedModel", tuning: LoraTuning | QloraTuning) -> peft.PeftConfig:
     """Return the configuration of lora, rslora, dora and qlora."""
     targets = _targets(model, tuning.targets)
     if isinstance(tuning, DoraTuning):
@@ -50,7 +53,7 @@ def lora(model: Any, tuning: LoraTuning | QloraTuning) -> peft.PeftConfig:
     )
 
 
-def pissa(model: Any, tuning: PissaTuning) -> peft.PeftConfig:
+def pissa(model: "PreTrainedModel", tuning: PissaTuning) -> peft.PeftConfig:
     """Return the configuration of pissa."""
     return peft.LoraConfig(
         r=tuning.rank,
@@ -61,13 +64,13 @@ def pissa(model: Any, tuning: PissaTuning) -> peft.PeftConfig:
     )
 
 
-def ia3(model: Any, tuning: TuningSpec) -> peft.PeftConfig:
+def ia3(model: "PreTrainedModel", tuning: TuningSpec) -> peft.PeftConfig:
     """Return the configuration of ia3."""
     targets, inner = _ia3_targets(model)
     return peft.IA3Config(target_modules=targets, feedforward_modules=inner, **_task(model))
 
 
-def oft(model: Any, tuning: OftTuning) -> peft.PeftConfig:
+def oft(model: "PreTrainedModel", tuning: OftTuning) -> peft.PeftConfig:
     """Return the configuration of oft."""
     targets = _targets(model, tuning.targets)
     _check_blocks(model, tuning)
@@ -76,18 +79,18 @@ def oft(model: Any, tuning: OftTuning) -> peft.PeftConfig:
     )
 
 
-def vera(model: Any, tuning: VeraTuning) -> peft.PeftConfig:
+def vera(model: "PreTrainedModel", tuning: VeraTuning) -> peft.PeftConfig:
     """Return the configuration of vera."""
     targets = _targets(model, tuning.targets)
     return peft.VeraConfig(r=tuning.rank, target_modules=targets, **_task(model))
 
 
-def bottleneck(model: Any, tuning: BottleneckTuning) -> peft.PeftConfig:
+def bottleneck(model: "PreTrainedModel", tuning: BottleneckTuning) -> peft.PeftConfig:
     """Return the configuration of bottleneck."""
     return BottleneckConfig(target_modules=_projections(model), size=tuning.size, **_task(model))
 
 
-def loreft(model: Any, tuning: LoreftTuning) -> peft.PeftConfig:
+def loreft(model: "PreTrainedModel", tuning: LoreftTuning) -> peft.PeftConfig:
     """Return the configuration of loreft."""
     return LoreftConfig(
         target_modules=_layers(model, tuning),
@@ -98,19 +101,19 @@ def loreft(model: Any, tuning: LoreftTuning) -> peft.PeftConfig:
     )
 
 
-def prompt(model: Any, tuning: PromptTuning) -> peft.PeftConfig:
+def prompt(model: "PreTrainedModel", tuning: PromptTuning) -> peft.PeftConfig:
     """Return the configuration of prompt."""
     sizes = _virtual_sizes(model, tuning)
     return peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **sizes)  # pyright: ignore
 
 
-def ptuning(model: Any, tuning: PtuningTuning) -> peft.PeftConfig:
+def ptuning(model: "PreTrainedModel", tuning: PtuningTuning) -> peft.PeftConfig:
     """Return the configuration of ptuning."""
     sizes = _virtual_sizes(model, tuning)
     return peft.PromptEncoderConfig(encoder_hidden_size=tuning.hidden, **sizes)
 
 
-def prefix(model: Any, tuning: PrefixTuning) -> peft.PeftConfig:
+def prefix(model: "PreTrainedModel", tuning: PrefixTuning) -> peft.PeftConfig:
     """Return the configuration of prefix."""
     sizes, config = _virtual_sizes(model, tuning), model.config.get_text_config()
     heads = config.num_key_value_heads
@@ -122,12 +125,12 @@ def prefix(model: Any, tuning: PrefixTuning) -> peft.PeftConfig:
     return peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=hidden, **sizes)
 
 
-def _task(model: Any) -> dict[str, Any]:
+def _task(model: "PreTrainedModel") -> dict[str, Any]:
     return {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
 
 
 def _virtual_sizes(
-    model: Any, tuning: PrefixTuning | PromptTuning | PtuningTuning
+    model: "PreTrainedModel", tuning: PrefixTuning | PromptTuning | PtuningTuning
 ) -> dict[str, Any]:
     """Return the model's sizes as peft's configuration of virtual tokens names them."""
     config = model.config.get_text_config()
@@ -152,7 +155,7 @@ def _virtual_sizes(
     }
 
 
-def _targets(model: Any, targets: Targets) -> str | list[str]:
+def _targets(model: "PreTrainedModel", targets: Targets) -> str | list[str]:
     """Return peft's ``target_modules`` after checking that each names a linear layer."""
     _check_targets(model, targets)
     return targets if isinstance(targets, str) else list(targets)
@@ -182,7 +185,7 @@ def _projections(model: nn.Module) -> list[str]:
     raise RecipeError(_lacking(model, "bottleneck", "o_proj, down_proj (or BERT's output.dense)"))
 
 
-def _layers(model: Any, tuning: LoreftTuning) -> list[str]:
+def _layers(model: "PreTrainedModel", tuning: LoreftTuning) -> list[str]:
     config = model.config.get_text_config()
     num = config.num_hidden_layers
     if tuning.rank > config.hidden_size:
@@ -209,7 +212,7 @@ def _linears(model: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Linea
             yield name, module
 
 
-def _check_targets(model: Any, targets: Targets) -> None:
+def _check_targets(model: "PreTrainedModel", targets: Targets) -> None:
     """Raise if a target is not a linear layer, since peft ignores it if another target is."""
     if targets == "all-linear":
         return

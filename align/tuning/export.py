@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from align.tuning.merging import (
     keep_update,
     merged_parameters,
 )
+
+if TYPE_CHECKING:
+    pass
 
 _WRAPPED = ("base_layer.", "original_module.")
 
@@ -110,7 +113,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
         return weight.clone() if hasattr(parameter, "ds_id") else weight
 
 
-def _merged(owner: str, layer: Any) -> list[tuple[str, Tensor]]:
+def _merged(owner: str, layer: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the weights of an adapted layer with its adapter merged."""
     with gathered(list(layer.parameters())):
         found = merged_parameters(layer)

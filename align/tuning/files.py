@@ -7,12 +7,16 @@ optional. Otherwise ``model/`` contains the frozen weights, and only both togeth
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from align.core.errors import ArtefactError
 from align.recipe.schema.tuning import METHODS
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -45,7 +49,9 @@ def refuse_unmerged(model_dir: Path, reader: str) -> None:
         )
 
 
-def with_adapter(model: Any, model_dir: Path | str, *, trainable: bool = False) -> Any:
+def with_adapter(
+    model: "PreTrainedModel", model_dir: Path | str, *, trainable: bool = False
+) -> Any:
     """Add the adapter that ``model_dir`` needs to its loaded model, frozen by default."""
     found = unmerged_adapter(model_dir)
     if found is None:
@@ -89,7 +95,7 @@ def base_of_adapter(folder: Path | str) -> str:
     return name
 
 
-def merged_onto(model: Any, folder: Path | str) -> Any:
+def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     """Return the model with the folder's adapter merged into its weights.
 
     Raises:
@@ -124,7 +130,7 @@ def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:
     return pissa.as_lora(model, state) if pissa.is_pissa(model) else (state, config)
 
 
-def save_adapter(state: dict[str, Tensor], config: Any, folder: Path) -> None:
+def save_adapter(state: dict[str, Tensor], config: "PeftConfig", folder: Path) -> None:
     """Write an adapter in peft's format."""
     from safetensors.torch import save_file
 

@@ -4,7 +4,7 @@ peft's registration rejects names outside its own enumeration, but its three tab
 string. They are private, so peft is pinned and tests/e2e/test_own_tuners.py checks the behavior.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -13,6 +13,10 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 class InsertedLayer(nn.Module, BaseTunerLayer):
@@ -61,7 +65,7 @@ class InsertedModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: "PeftConfig",
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -79,7 +83,7 @@ class InsertedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
 
-def _width(module: Any, model: Any) -> int:
+def _width(module: nn.Module, model: "PreTrainedModel") -> int:
     return int(getattr(module, "out_features", model.config.get_text_config().hidden_size))
 
 

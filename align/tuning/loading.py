@@ -2,10 +2,10 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from align.core.errors import ArtefactError, RecipeError, TrainingError
 from align.models.loading import load_policy, load_tokenizer, set_dropout, stop_token_ids
@@ -14,6 +14,9 @@ from align.recipe.starts import start_problem
 from align.tuning.files import unmerged_adapter, with_adapter
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEAR_MEAN = 0.01
 """A row is untrained if its distance to its initial value, the mean, is below this fraction."""
@@ -92,14 +95,17 @@ def load_for_training(
 
 
 @torch.no_grad()
-def _check_stops_trained(model: Any, model_dir: Path | str, tuning: TuningSpec) -> None:
+def _check_stops_trained(
+    model: "PreTrainedModel", model_dir: Path | str, tuning: TuningSpec
+) -> None:
     """Raise if a stop token's row would be frozen at the mean with which it was added.
 
     The output head would score the stop token like an average token, so it is never sampled.
     """
     if "lm_head" in getattr(tuning, "targets", ()):
         return
-    tokenizer, table = load_tokenizer(model_dir), model.get_output_embeddings().weight
+    tokenizer, head = load_tokenizer(model_dir), model.get_output_embeddings()
+    table: Tensor = cast("nn.Linear", head).weight
     firsts = sorted({*tokenizer.all_special_ids, *stop_token_ids(model_dir)})
     for stop in stop_token_ids(model_dir)[:1]:
         # Rows of new tokens were set to the mean of the rows before the first new one. Which one
@@ -139,7 +145,7 @@ def quantization(tuning: TuningSpec, dtype: str) -> Any:
     )
 
 
-def check_start(model_dir: Path, made_by: Any, tuning: TuningSpec) -> None:
+def check_start(model_dir: Path, made_by: object, tuning: TuningSpec) -> None:
     """Raise if a stage would train on top of an adapter that is neither merged nor continued.
 
     Args:

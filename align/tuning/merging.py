@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from align.tuning.inserted import InsertedLayer
 from align.tuning.virtual import VirtualTokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def merges(model: nn.Module) -> bool:
@@ -18,7 +21,7 @@ def merges(model: nn.Module) -> bool:
     return not any(isinstance(m, InsertedLayer) for m in model.modules())
 
 
-def base_parameters(model: Any) -> Iterator[Tensor]:
+def base_parameters(model: "PeftModel") -> Iterator[Tensor]:
     """Yield the parameters of an adapted model that do not belong to its adapter."""
     base = model.get_base_model()
     owners = adapted_layers(base)
@@ -34,7 +37,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _own_parameters(layer: Any) -> Iterator[Tensor]:
+def _own_parameters(layer: nn.Module) -> Iterator[Tensor]:
     for name, p in layer.named_parameters():
         if not name.startswith("base_layer."):
             yield p

@@ -7,13 +7,16 @@ Reference: arXiv:2404.02948 section 5.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def remember_start(model: Any) -> None:
+
+def remember_start(model: nn.Module) -> None:
     """Store B0 and A0 in each adapter as buffers that are not part of a checkpoint."""
     for layer in lora_layers(model):
         for part, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
@@ -31,7 +34,7 @@ def lora_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 
 
-def as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+def as_lora(model: "PeftModel", state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Return a PiSSA adapter's tensors and configuration as a LoRA of twice the rank."""
     found = {}
     for name, layer in model.named_modules():
@@ -42,7 +45,7 @@ def as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], An
         # B A - B0 A0 = [B, -B0] [A; A0]: twice the rank.
         found[key_a] = torch.cat([a, layer.pissa_A0.to(a)], 0)
         found[key_b] = torch.cat([b, -layer.pissa_B0.to(b)], 1)
-    config = copy.deepcopy(model.peft_config["default"])
+    config: Any = copy.deepcopy(model.peft_config["default"])
     # Both doubled, so the scale alpha / r stays the same.
     config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.init_lora_weights = True

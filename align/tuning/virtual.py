@@ -7,11 +7,14 @@ same mechanism works for packed rows, padded batches and decoding.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+if TYPE_CHECKING:
+    pass
 
 
 class VirtualTokens(nn.Module):
@@ -22,9 +25,9 @@ class VirtualTokens(nn.Module):
         config: one of peft's prompt-learning configurations, with all fields set.
     """
 
-    def __init__(self, model: Any, config: Any) -> None:
+    def __init__(self, model: PreTrainedModel, config: Any) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.peft_config = {"default": config}
         self.num = config.num_virtual_tokens
         self.gives_cache = config.peft_type == "PREFIX_TUNING"
@@ -100,7 +103,7 @@ class VirtualTokens(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model after the virtual tokens; masks and positions refer only to the text.
@@ -155,7 +158,7 @@ class VirtualTokens(nn.Module):
         self.encoder.weight.copy_(state["prompt_embeddings"])
 
 
-def _encoder(model: Any, config: Any) -> nn.Module:
+def _encoder(model: PreTrainedModel, config: Any) -> nn.Module:
     """Return a table or MLP that maps token numbers to embeddings, or to keys and values."""
     from peft.tuners import PrefixEncoder, PromptEmbedding, PromptEncoder
 

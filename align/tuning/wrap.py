@@ -1,7 +1,7 @@
 """Wrap a model by its tuning spec: freeze weights, add modules, select trained parameters."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from align.recipe.schema.tuning import (
     VeraTuning,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def add_tuner(model: Any, tuning: TuningSpec, *, seed: int = 0) -> Any:
+
+def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) -> Any:
     """Freeze ``model`` and add what ``tuning`` trains; ``full`` returns the model unchanged.
 
     Args:
@@ -62,7 +65,7 @@ def _leave_scales_out(model: nn.Module) -> None:
     A resumed stage quantizes its initial weights again, to the same scales.
     """
 
-    def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
         for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
             del state[name]
 

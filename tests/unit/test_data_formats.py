@@ -255,6 +255,11 @@ def test_margin_comes_from_its_field_or_from_the_scores() -> None:
             "did you mean 'assistant'",
         ),
         (
+            {"conversations": [{"from": ["human"], "value": "x"}]},
+            "sft",
+            r"f:1: conversations\[0\]: from \['human'\]: expected one of ",
+        ),
+        (
             {"messages": [U, {"role": "assistant", "contents": "x"}]},
             "sft",
             "no 'content' in a turn .*did you mean 'content' by 'contents'",

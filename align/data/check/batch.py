@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -180,7 +180,9 @@ class BatchChecker:
             part.tally.add(Finding(found[0], source, found[1], excerpt=_first_text(example)))
 
 
-def finding_of(error: DataError, name: str, source: str, *, row: Any = None) -> Finding:
+def finding_of(
+    error: DataError, name: str, source: str, *, row: Row | DataError | None = None
+) -> Finding:
     """Return the finding of an error; the place at the beginning of its message is removed.
 
     Args:

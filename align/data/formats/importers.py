@@ -351,7 +351,7 @@ def from_classes(row: dict[str, Any], source: str) -> list[Example]:
     return [Example(prompt="", completion=text, columns=columns, source=source)]
 
 
-def class_name(label: Any, source: str) -> str:
+def class_name(label: object, source: str) -> str:
     """Return the name of a class: text unchanged, a whole number or a boolean as text.
 
     Raises:

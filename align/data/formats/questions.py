@@ -1,5 +1,6 @@
 """Find the question and the response of a row under any of their known field names."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from align.core.errors import DataError
@@ -55,7 +56,7 @@ def question_of(row: Row, source: str) -> tuple[Text, Row]:
     return (turns if before else asked), other_fields(row, name, "input", "history")
 
 
-def _history(value: Any, source: str) -> list[Turn]:
+def _history(value: Sequence[object] | None, source: str) -> list[Turn]:
     turns: list[Turn] = []
     for i, pair in enumerate(value or []):
         if not isinstance(pair, list) or len(pair) != 2:

@@ -132,7 +132,7 @@ def _tools(taken: Row, source: str) -> tuple[Mapping[str, Any], ...]:
     return schemas_of(taken[found[0]], where=f"{source}: {found[0]}") if found else ()
 
 
-def _template_kwargs(value: Any, source: str) -> Mapping[str, Any]:
+def _template_kwargs(value: object, source: str) -> Mapping[str, Any]:
     found = parsed(value)
     if found is None:
         return {}
@@ -246,7 +246,7 @@ def check_left_over(example: Example) -> None:
                 )
 
 
-def _texts(side: Any) -> list[str]:
+def _texts(side: object) -> list[str]:
     if isinstance(side, str):
         return [side]
     turns = side if isinstance(side, list | tuple) else ()
@@ -264,7 +264,7 @@ def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _clean(value) for key, value in columns.items()}
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: object) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else unicodedata.normalize("NFC", value)
     if isinstance(value, Decimal):

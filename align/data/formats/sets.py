@@ -92,7 +92,7 @@ def _attempts(row: dict[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:
+def _set_of(row: dict[str, Any] | str, spec: DataSpec, source: str) -> AnswerSet:
     if not isinstance(row, dict):
         raise DataError(f"{source}: plain text; expected fields prompt, chosen and rejected")
     row = {spec.rename.get(key, key): value for key, value in row.items()}
@@ -115,7 +115,7 @@ def _set_of(row: Any, spec: DataSpec, source: str) -> AnswerSet:
     return AnswerSet(prompt, chosen, rejected, str(row.get("subset") or stem), source)
 
 
-def _answers(value: Any, field: str, source: str) -> tuple[Text, ...]:
+def _answers(value: object, field: str, source: str) -> tuple[Text, ...]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{source}: {field}: expected a list of answers, found {shown(value)}")
     if isinstance(value[0], dict):

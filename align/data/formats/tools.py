@@ -8,7 +8,7 @@ from align.core.errors import DataError
 Item = dict[str, Any]
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: object) -> Any:
     """Return the value of a JSON string; anything else, including invalid JSON, is unchanged."""
     if not isinstance(value, str):
         return value
@@ -18,7 +18,7 @@ def parsed(value: Any) -> Any:
         return value
 
 
-def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
+def schemas_of(value: object, *, where: str) -> tuple[Item, ...]:
     """Return tool schemas as ``{"type": "function", "function": {...}}``.
 
     Args:
@@ -47,7 +47,7 @@ def schemas_of(value: Any, *, where: str) -> tuple[Item, ...]:
     return tuple(schemas)
 
 
-def is_call(value: Any) -> bool:
+def is_call(value: object) -> bool:
     """Return whether a value is a tool call or a list of them, as a JSON string or parsed."""
     found = parsed(value)
     items = found if isinstance(found, list) else [found]
@@ -57,7 +57,7 @@ def is_call(value: Any) -> bool:
     )
 
 
-def calls_of(value: Any, *, where: str) -> list[Item]:
+def calls_of(value: object, *, where: str) -> list[Item]:
     """Return tool calls with parsed arguments, as servers pass them to a chat template.
 
     Raises:
@@ -70,7 +70,7 @@ def calls_of(value: Any, *, where: str) -> list[Item]:
     return [call_of(item, where=f"{where}[{i}]") for i, item in enumerate(items)]
 
 
-def call_of(value: Any, *, where: str) -> Item:
+def call_of(value: object, *, where: str) -> Item:
     """Return one tool call; see ``calls_of``."""
     item = parsed(value)
     call = item.get("function", item) if isinstance(item, dict) else None

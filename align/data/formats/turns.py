@@ -111,24 +111,24 @@ def _literal(text: str) -> Any:
     return None
 
 
-def is_nothing(value: Any) -> bool:
+def is_nothing(value: object) -> bool:
     """Return whether a field is empty, so that dropping it loses nothing."""
     return isinstance(value, str | list | dict | None) and not value
 
 
-def is_about_loss(key: str, value: Any) -> bool:
+def is_about_loss(key: str, value: object) -> bool:
     """Return whether a key such as ``loss_mask`` or ``trainOnInputs`` says what is trained."""
     words = {word.lower() for word in _WORD_BORDER.split(key)}
     return bool(words & _LOSS_WORDS) and _is_numeric(value)
 
 
-def _is_numeric(value: Any) -> bool:
+def _is_numeric(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(_is_numeric(item) for item in value)
     return isinstance(value, bool | int | float)
 
 
-def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
+def to_turns(value: object, *, field: str, source: str) -> list[Turn]:
     """Return a checked list of turns; the text parts of a content list are joined.
 
     Raises:
@@ -143,7 +143,7 @@ def to_turns(value: Any, *, field: str, source: str) -> list[Turn]:
     return [_turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)]
 
 
-def _turn(turn: Any, where: str) -> Turn:
+def _turn(turn: object, where: str) -> Turn:
     if not isinstance(turn, dict):
         raise DataError(f"{where}: expected a turn, found {shown(turn)}", code="D050")
     said = "from" if "from" in turn and "role" not in turn else "role"
@@ -195,8 +195,8 @@ def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
         )
 
 
-def _role_of(role: Any, known: Iterable[str], *, key: str, where: str) -> str:
-    if role in known:
+def _role_of(role: object, known: Iterable[str], *, key: str, where: str) -> str:
+    if isinstance(role, str) and role in known:
         return _SHAREGPT_ROLES[role] if key == "from" else role
     meant = _MEANT.get(str(role).lower()) if key == "role" else None
     hint = f"; did you mean '{meant}'?" if meant else guess(str(role), known)
@@ -207,7 +207,7 @@ def _role_of(role: Any, known: Iterable[str], *, key: str, where: str) -> str:
 
 
 def _content_of(
-    value: Any, turn: Row, *, text: str, where: str
+    value: object, turn: Row, *, text: str, where: str
 ) -> tuple[str, str, list[dict[str, Any]]]:
     """Return a turn's text, reasoning and tool calls, from its content and the keys beside it."""
     if turn.get("from") in _CALLS and is_call(value):
@@ -275,19 +275,19 @@ def _weight_of(turn: Row, role: str, where: str) -> float:
     return found.pop() if found else 1.0
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     raise not_text(value, where=where)
 
 
-def not_text(value: Any, *, where: str) -> DataError:
+def not_text(value: object, *, where: str) -> DataError:
     """Return the error for a field that should contain text."""
     code = "D054" if value is None or isinstance(value, str) else "D055"
     return DataError(f"{where}: expected text, found {shown(value)}", code=code)
 
 
-def to_text(value: Any, *, field: str, source: str) -> Text:
+def to_text(value: object, *, field: str, source: str) -> Text:
     """Return a field that contains plain text or a conversation, checked.
 
     Raises:
@@ -304,7 +304,7 @@ def guess(word: str, known: Iterable[str], *, cutoff: float = 0.7) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a short form of a value for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

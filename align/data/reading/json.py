@@ -61,7 +61,7 @@ def _broken(message: str, where: str, *, at_end: bool) -> DataError:
     return DataError(f"{where}: {what}: {message}", code="D031" if cut else "D030")
 
 
-def _mapping(row: Any, source: str) -> Row | DataError:
+def _mapping(row: object, source: str) -> Row | DataError:
     if isinstance(row, dict):
         return row
     return DataError(

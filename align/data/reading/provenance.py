@@ -29,7 +29,7 @@ def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
     # Stages and artifacts are identified by their manifests, not by their files.
     inputs = set(references.values())
 
-    def walk(part: Any, key: str) -> None:
+    def walk(part: object, key: str) -> None:
         if isinstance(part, DataSpec):
             found.update(_data_files(part))
             walk(part.templates, "templates")
@@ -70,7 +70,7 @@ def hub_revisions(spec: Spec) -> dict[str, str]:
     return found
 
 
-def _data_specs(part: Any) -> Iterator[DataSpec]:
+def _data_specs(part: object) -> Iterator[DataSpec]:
     """Yield every data source in a specification or a list of them, at any depth."""
     if isinstance(part, DataSpec):
         yield part

@@ -160,7 +160,7 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_nulls(value) for key, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):

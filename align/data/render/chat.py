@@ -191,9 +191,9 @@ class ChatFormat:
         if isinstance(prompt, str) and isinstance(completion, str):
             return self._plain_row(prompt, completion, example)
         if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
+            completion = [Turn(role="assistant", content=completion)]
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}] if prompt else []
+            prompt = [Turn(role="user", content=prompt)] if prompt else []
         return self._conversation(list(prompt), list(completion), example)
 
     def _plain_row(self, prompt: str, completion: str, example: Example) -> TokenRow:

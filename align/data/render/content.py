@@ -119,7 +119,7 @@ def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
             yield ", the arguments of its tool call", value
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: object) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
@@ -133,7 +133,7 @@ def _leaves(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def _described(schema: Any) -> Iterator[str]:
+def _described(schema: object) -> Iterator[str]:
     """Yield the descriptions in a schema and the names of its parameters."""
     if isinstance(schema, list):
         for item in schema:

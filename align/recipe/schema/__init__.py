@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -169,7 +169,7 @@ def reference_kinds(spec: Spec) -> dict[str, tuple[str, ...]]:
     return {key: mark.kinds for key, _, mark in _marked(spec, "")}
 
 
-def _marked(part: Any, key: str) -> Iterator[tuple[str, str, Ref]]:
+def _marked(part: object, key: str) -> Iterator[tuple[str, str, Ref]]:
     """Yield (dotted key, name, mark) of every reference in a spec, at any depth."""
     if isinstance(part, list):
         for i, item in enumerate(part):

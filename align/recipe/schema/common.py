@@ -10,7 +10,7 @@ from reward_models.specs import Count, Positive, Ref, RewardSpec, Spec
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> Any:
     """Return a list as a tuple; strict validation accepts lists for tuples in JSON mode only."""
     return tuple(value) if isinstance(value, list) else value
 

@@ -46,7 +46,7 @@ def _compute_capabilities() -> list[float]:
         return []
 
 
-def _settled(value: Any) -> Any:
+def _settled(value: object) -> Any:
     return fast_dtype() if value == "auto" else value
 
 

@@ -240,7 +240,7 @@ class GrpoStage(OnlineStage):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
+    def _preset(cls, given: object) -> Any:
         return with_preset(given)
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from reward_models.specs import Variants
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-def _names_one(value: Any) -> Any:
+def _names_one(value: object) -> Any:
     if not value:
         raise ValueError("the list is empty: nothing would be trained; name at least one layer")
     return value

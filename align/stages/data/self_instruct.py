@@ -20,7 +20,8 @@ from align.core.artefacts import Artefact
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.distributed import derive_seed, stop_requested
 from align.core.errors import DataError, Preempted
-from align.core.types import Completion, PromptRow, Turn
+from align.core.log import MetricsLog
+from align.core.types import Completion, PromptRow, Text, Turn
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.data.text.ngrams import word_texts
@@ -247,7 +248,7 @@ class Sampler:
         """Maximum number of tokens of a prompt."""
         return self.spec.max_length - self.spec.sampling.max_new_tokens
 
-    def fits(self, prompt: Any) -> bool:
+    def fits(self, prompt: Text) -> bool:
         """Return whether a prompt leaves room for the response."""
         return len(self.chat.prompt_ids(prompt)) <= self.room
 
@@ -368,7 +369,7 @@ def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def log_round(metrics: Any, grown: Grown, number: int) -> None:
+def log_round(metrics: MetricsLog, grown: Grown, number: int) -> None:
     """Log the progress of the stage and the newest task."""
     found = {"rows/kept": float(len(grown.rows)), "round": float(number + 1)}
     found |= {f"left/{reason}": float(n) for reason, n in grown.ledger.counts().items()}

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.core import distributed
 from align.core.artefacts import Artefact, write_json_atomic
@@ -43,6 +43,9 @@ from align.stages.preflight import evaluate_checks
 from align.stages.rollouts import build_rewards
 from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +140,9 @@ def measure_all(
     return found
 
 
-def task_rewards(spec: EvaluateStage, context: StageContext, tokenizer: Any) -> TaskRewards:
+def task_rewards(
+    spec: EvaluateStage, context: StageContext, tokenizer: "PreTrainedTokenizerBase"
+) -> TaskRewards:
     """Return each task's grader, and the rewards whose weighted sum decides comparisons.
 
     Args:

@@ -4,12 +4,15 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from align.core.artefacts import read_artefact
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELP = "/reset clears the conversation, /temperature 0.5 sets it, /quit ends"
 
@@ -92,7 +95,7 @@ class Chat:
         return {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
 
 
-def _streamer(tokenizer: Any, out: TextIO) -> Any:
+def _streamer(tokenizer: "PreTrainedTokenizerBase", out: TextIO) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

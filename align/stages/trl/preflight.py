@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.core.artefacts import Artefact
 from align.core.types import Example, TokenRow
@@ -15,6 +15,9 @@ from align.preflight.rewards import reward_checks
 from align.recipe.schema import TrlStage
 from align.stages.preflight import NUM_SHOWN
 from reward_models.base import RewardFunction
+
+if TYPE_CHECKING:
+    pass
 
 
 def preflight_trl(

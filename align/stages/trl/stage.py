@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
@@ -44,6 +44,9 @@ from align.stages.trl.trainers import (
 )
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.wrap import has_adapter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 HASHES = "hashes.json"
@@ -109,7 +112,7 @@ def train_and_save(
 
 
 def trained(
-    trainer: Any, spec: TrlStage, context: StageContext, *, evaluated: bool
+    trainer: Trainer, spec: TrlStage, context: StageContext, *, evaluated: bool
 ) -> dict[str, float]:
     """Train to the end, from the newest checkpoint if there is one, and return the last metrics.
 
@@ -273,7 +276,7 @@ def _column(example: Example, name: str) -> Any:
     return example.columns[name]
 
 
-def end_once(rows: Any, chat: ChatFormat) -> Any:
+def end_once(rows: "Dataset", chat: ChatFormat) -> Any:
     """Remove the second stop token of pairs that TRL's ORPO and CPO tokenize.
 
     They add a stop token if the last token is not one. With a template that writes a line break
@@ -309,7 +312,14 @@ class Watcher(TrainerCallback):
     def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int) -> None:
         self.metrics, self.checkpoints, self.period = metrics, checkpoints, period
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         """Write one line of metrics; raise TrainingError if the loss is not finite."""
         found = named(logs or {})
         loss = found.get("train/loss", 0.0)
@@ -321,14 +331,18 @@ class Watcher(TrainerCallback):
         if "train/train_runtime" not in found and found:
             self.metrics.log(state.global_step, found)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Hash the saved checkpoint; the hashes are written last."""
         distributed.barrier()
         if distributed.rank() == 0:
             folder = self.checkpoints / f"checkpoint-{state.global_step}"
             write_record(folder, HASHES, {})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Save and stop after a signal, at the next step that training can resume from."""
         if stop_requested() and not (self.period and state.global_step % self.period):
             control.should_training_stop = True
@@ -346,7 +360,7 @@ def named(logs: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def last_logs(trainer: Any) -> dict[str, Any]:
+def last_logs(trainer: Trainer) -> dict[str, Any]:
     """Return TRL's last log line of a training step."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {k: v for k, v in (lines[-1] if lines else {}).items() if k != "step"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from align.core.distributed import derive_seed
 from align.core.errors import RecipeError
@@ -204,7 +204,9 @@ def extras(
 def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
     """Return a reward as a function with the name that TRL logs."""
 
-    def score(*, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+    def score(
+        *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         # TRL also passes its own state and callbacks, which are no columns of the rows.
         listed = {k: v for k, v in columns.items() if isinstance(v, list)}
         return reward(prompts=prompts, completions=completions, **listed)
@@ -234,7 +236,7 @@ def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
     return trainer
 
 
-def unresumable(trainer: Any) -> str | None:
+def unresumable(trainer: Trainer) -> str | None:
     """Return why a trainer cannot resume from a checkpoint, or None if it can."""
     if type(trainer).__name__ == "IWOPDTrainer":
         return "it starts again at its first batch"
@@ -246,7 +248,7 @@ def unresumable(trainer: Any) -> str | None:
     return None
 
 
-def resume_period(trainer: Any) -> int:
+def resume_period(trainer: Trainer) -> int:
     """Return after how many optimizer steps, and multiples of them, training can resume.
 
     Responses that are used for several steps (``steps_per_generation``, ``num_iterations``) are not
@@ -263,7 +265,7 @@ def resume_period(trainer: Any) -> int:
     return math.lcm(uses, passes) // passes
 
 
-def check_resumable(spec: TrlStage, trainer: Any, *, where: str) -> None:
+def check_resumable(spec: TrlStage, trainer: Trainer, *, where: str) -> None:
     """Check that the stage would resume identically from its checkpoints.
 
     Raises:
