@@ -98,6 +98,9 @@ def test_the_preflight_names_a_pattern_that_expects_the_prefill() -> None:
     for prefill, remedy in ((False, "Set prefill: true"), (True, "")):
         plain = {"kind": "format", "pattern": "(?s)<think>.*</think>.*", "prefill": prefill}
         spec, reward = read_spec(plain), build_reward(plain)
-        (line,) = examine(reward_checks("reward", [spec], [reward], rows, lambda: (rows, said)))
+        checks = reward_checks(
+            "reward", [spec], [reward], prompts=rows, answers=lambda: (rows, said)
+        )
+        (line,) = examine(checks)
         assert remedy in line.remedy
         assert bool(line.remedy) == bool(remedy)
