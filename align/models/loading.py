@@ -121,6 +121,11 @@ def disable_dropout(model: nn.Module) -> None:
     """
     _dropout_places(model, 0.0)
     for module in model.modules():
+        if hasattr(module, _ROUTER_NOISE):
+            # PhiMoE's router uses this number as a threshold without sampling, too: leave it, and
+            # keep the router in eval mode, in which it does not sample.
+            module.eval().train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+            continue
         for name in _numbers(module, _DRAWS):
             setattr(module, name, 0.0)
 
@@ -140,6 +145,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_prob")
 _DRAWS = re.compile(r"layerdrop|jitter|drop_path")
+_ROUTER_NOISE = "router_jitter_noise"
 
 
 def _numbers(module: nn.Module, names: re.Pattern[str]) -> list[str]:

@@ -66,16 +66,44 @@ def test_what_is_no_causal_model_or_has_another_head_is_refused_by_name(model_ty
         form_of(tiny_model(model_type, torch.float32))
 
 
-@pytest.mark.parametrize("model_type", KNOWN)
-def test_with_dropout_off_nothing_is_drawn_while_training(model_type: str) -> None:
-    model = tiny_model(model_type, torch.float32)
-    disable_dropout(model.train())
+def two_draws(model: Any) -> list[torch.Tensor]:
+    """Return the log-probabilities under two states of the random generator."""
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         with torch.no_grad():
             found.append(packed_logprobs(model))
-    assert torch.equal(*found)
+    return found
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_with_dropout_off_nothing_is_drawn_while_training(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float32)
+    disable_dropout(model.train())
+    assert torch.equal(*two_draws(model))
+
+
+def test_a_router_that_samples_routes_as_the_model_does_when_it_is_used() -> None:
+    """PhiMoE counts experts as tied within a threshold, which is no noise to set to 0."""
+    options = {"router_jitter_noise": 0.3, "input_jitter_noise": 0.3}
+    own = tiny_model("phimoe", torch.float32, own=True, **options)
+    model = tiny_model("phimoe", torch.float32, **options)
+    disable_dropout(model)
+    for way in (model.train(), model.eval()):
+        first, second = two_draws(way)
+        assert torch.equal(first, second)
+        with torch.no_grad():
+            torch.testing.assert_close(first, own_logprobs(own), atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option"), [("opt", "layerdrop"), ("mixtral", "router_jitter_noise")]
+)
+def test_layers_that_drop_out_and_routers_that_jitter_stand_still(model_type, option) -> None:
+    model = tiny_model(model_type, torch.float32, **{option: 0.5})
+    assert not torch.equal(*two_draws(model.train()))
+    disable_dropout(model)
+    assert torch.equal(*two_draws(model))
 
 
 @pytest.mark.parametrize("model_type", FEW)
