@@ -115,6 +115,18 @@ def test_slope_is_the_mean_of_the_prompts_own_regressions() -> None:
     assert found.high - found.low == pytest.approx(2 * half)
 
 
+def test_the_slope_of_gold_is_per_step_also_between_uneven_steps() -> None:
+    """Gold falls by exactly 0.01 a step: 1 per 100 steps, and by 0.33 from one look to the next."""
+    steps = [0, 10, 20, 100]
+    history = history_of([-0.01 * step for step in steps], noise=0.001, step=steps)
+    (alarm,) = [a for a in alarms(history, window=4) if a.name == "gold_slope"]
+    assert "falls by 1 per 100 steps since step 0" in alarm.reason
+    # The line through one prompt, by scipy.
+    (gold,) = by_prompt(history, "gold")
+    own = stats.linregress(steps, gold.mean(axis=1)).slope
+    assert own == pytest.approx(-0.01, rel=0.02)
+
+
 def test_over_prompts_by_hand() -> None:
     # mean 2, sample variance 1, standard error 1 / sqrt(3)
     found = over_prompts(np.array([1.0, 2.0, 3.0]))

@@ -14,6 +14,7 @@ import alone
 from align.core.types import TokenRow
 from align.training.batch import PackedBatch, pack
 from align.training.infer import map_rows
+from align.training.learner import evaluate, infer
 
 ROWS = [TokenRow(tuple(range(1, n + 1)), (True,) * n) for n in (3, 7, 1, 7, 2, 12, 5)]
 
@@ -65,3 +66,38 @@ def test_a_function_that_forgets_a_row_is_an_error():
             collate=pack,
             micro_tokens=8,
         )
+
+
+def test_nothing_is_dropped_and_no_graph_is_kept_where_nothing_is_trained():
+    """A model in train mode that drops half of what it sees: every caller must switch that off."""
+    model = torch.nn.Dropout(0.5)
+    batch = pack([TokenRow((1,) * 64, (True,) * 64)])
+
+    def kept(module, batch):
+        return module(torch.ones(1, 64, requires_grad=True)).mean()
+
+    def loss_fn(module, batch):
+        found = kept(module, batch)
+        return found, {"mean": found}
+
+    def rows_of(module):
+        (found,) = map_rows(
+            module,
+            [TokenRow((1, 2), (False, True))],
+            lambda m, b: [kept(m, b)],
+            length=lambda row: 2,
+            collate=pack,
+            micro_tokens=8,
+        )
+        return found
+
+    for run in (
+        lambda: infer(model, [batch], kept)[0],
+        lambda: torch.tensor(evaluate(model, [batch], loss_fn)["mean"]),
+        lambda: rows_of(model),
+    ):
+        model.train()
+        found = run()
+        assert found.item() == 1.0
+        assert not found.requires_grad
+        assert not model.training

@@ -77,6 +77,21 @@ def test_annotations_equal_float64_one_answer_at_a_time(model_dir, other_dir) ->
             assert row == pytest.approx(naive, abs=2e-5), name
 
 
+def test_responses_that_are_not_trained_are_annotated_too(model_dir, other_dir) -> None:
+    """The KL of the reward and of the metrics is over all responses, also those without a score."""
+    experience = sampled(LENGTHS)
+    left_out = scored(experience, [None, 1.0, 2.0, None, 0.0, 3.0])
+    assert left_out.mask.any(1).tolist() == [False, True, True, False, True, True]
+    policy, reference = policy_of(model_dir), reference_of(other_dir)
+    whole, found = (
+        annotate(x, policy, ppo_spec(), old=True, reference=reference, critic=None)
+        for x in (experience, left_out)
+    )
+    for name in ("old_logprobs", "ref_logprobs"):
+        assert torch.equal(found.per_token[name], whole.per_token[name]), name
+        assert (found.per_token[name][experience.completion] < 0.0).all(), name
+
+
 def test_annotations_do_not_depend_on_the_micro_batches(model_dir, other_dir) -> None:
     experience = sampled(LENGTHS)
     parts = (policy_of(model_dir), critic_of(model_dir), reference_of(other_dir))
@@ -291,6 +306,10 @@ def test_truncated_score_replaces_the_score_of_cut_answers_only() -> None:
     kept = scored(experience, [0.5, 0.6, None, 0.8])
     assert kept.scores[:2].tolist() == pytest.approx([0.5, 0.6])
     assert kept.scores[2].isnan()
+    # A length penalty is part of the score that is replaced.
+    penalty = torch.tensor([-0.1, -0.2, -0.3, -0.4])
+    both = scored(experience, [0.5, 0.6, None, 0.8], truncated_score=-3.0, penalty=penalty)
+    assert both.scores.tolist() == pytest.approx([0.4, -3.0, -3.0, 0.4])
 
 
 def test_mask_truncated_leaves_cut_answers_out_of_loss_and_group() -> None:

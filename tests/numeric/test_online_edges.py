@@ -63,6 +63,22 @@ def test_a_score_that_is_not_finite_is_no_score_of_any_reward(value: float) -> N
     assert experience.mask.any(1).tolist() == [False, True]
 
 
+def test_a_total_is_the_weighted_sum_of_all_rewards_or_none() -> None:
+    def reward(name: str, weight: float, values: list[float | None]) -> Any:
+        def rewards(*, prompts, completions, **columns):
+            return values
+
+        rewards.name, rewards.weight = name, weight
+        return rewards
+
+    first = reward("a", 0.5, [1.0, 2.0, None, 4.0])
+    second = reward("b", -2.0, [0.25, None, 1.0, 0.0])
+    prompts = [PromptRow((1,), "", {})] * 4
+    found = score_answers(prompts, said("", "", "", ""), [first, second])
+    assert found.total == [0.0, None, None, 2.0]
+    assert found.by_name == {"a": [1.0, 2.0, None, 4.0], "b": [0.25, None, 1.0, 0.0]}
+
+
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
 def test_a_response_the_sampler_calls_impossible_is_left_out(value: float, caplog) -> None:
     spec = grpo_spec()

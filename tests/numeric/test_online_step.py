@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,13 @@ from online_parts import (
     run_of,
     sampled,
     scored,
+    weights,
 )
 
 from align.core.types import PromptRow
+from align.losses.kl import AdaptiveKL
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import online_step, update
@@ -41,7 +46,9 @@ from align.online.scoring import Scores
 from align.online.summary import summarise
 from align.recipe.schema.tuning import TuningSpec
 from align.sampling.build import build_engine
+from align.stages.online import build_run
 from align.stages.rollouts import Push
+from align.training.learner import learning_rate
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))
@@ -60,7 +67,9 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_model(2, tied=True), tmp_path_factory.mktemp("other"))
 
 
-def first_step(model_dir: Path, spec: Any, tuning: TuningSpec = FULL) -> dict[str, float]:
+def first_step(
+    model_dir: Path, spec: Any, tuning: TuningSpec = FULL, **parts: Any
+) -> dict[str, float]:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
     engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
@@ -73,7 +82,7 @@ def first_step(model_dir: Path, spec: Any, tuning: TuningSpec = FULL) -> dict[st
         engine=engine,
         push=Push(engine, policy, prompts[0].input_ids),
         critic=critic_of(model_dir) if spec.kind == "ppo" else None,
-        reference=policy.module if tuning is LORA else reference_of(model_dir),
+        **({"reference": policy.module if tuning is LORA else reference_of(model_dir)} | parts),
     )
     return online_step(run, 0)[0]
 
@@ -93,6 +102,61 @@ def test_first_online_step_starts_at_the_reference(model_dir, kind) -> None:
     assert found["policy/clip_frac"] == 0.0
     assert found["sampler/logprob_gap"] == pytest.approx(0.0, abs=1e-5)
     assert found["kl/sampler"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_adaptive_kl_follows_the_kl_of_a_response(model_dir, other_dir) -> None:
+    """The target lies between the KL of a token and of a response: the coefficient must rise."""
+    spec = grpo_spec(group_size=2, kl={"coef": 0.1, "place": "loss", "estimator": "k3"})
+    found = first_step(model_dir, spec, reference=reference_of(other_dir))
+    token, answer = found["kl/reference"], found["kl/reference_per_answer"]
+    assert 0.0 < token < answer
+    for target in (math.sqrt(token * answer), answer / 1.1):
+        controller = AdaptiveKL(0.1, target=target, horizon=100.0)
+        first_step(model_dir, spec, reference=reference_of(other_dir), kl=controller)
+        # Four prompts with two responses each: 8 of 100.
+        error = min(answer / target - 1.0, 0.2)
+        assert controller.coef == pytest.approx(0.1 * (1.0 + error * 0.08), rel=1e-6)
+
+
+@pytest.mark.parametrize(("step", "moves"), [(0, False), (1, False), (2, True)])
+def test_only_the_critic_moves_while_it_warms_up(model_dir, step, moves) -> None:
+    spec = ppo_spec(kl={"coef": 0.0}, critic={"warmup_steps": 2})
+    policy, critic = policy_of(model_dir), critic_of(model_dir)
+    before = [weights(policy), weights(critic)]
+    experience = scored(sampled(LENGTHS), [0.0, 1.0, 2.0, 1.0, 0.0, 3.0])
+    experience = annotate(experience, policy, spec, old=True, reference=None, critic=critic)
+    experience = build_algorithm(spec).estimate(experience, 0.0)
+    update(run_of(spec, policy, critic=critic), experience, step=step, kl_coef=0.0)
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(old, weights(learner), strict=True))
+        for old, learner in zip(before, (policy, critic), strict=True)
+    ]
+    assert moved == [moves, True]
+
+
+def test_the_critic_warms_up_before_the_policys_schedule_begins(model_dir) -> None:
+    spec = ppo_spec(
+        steps=10,
+        minibatches=2,
+        update_epochs=3,
+        optim={"learning_rate": 1.0, "schedule": "linear", "warmup_frac": 0.0},
+        critic={"warmup_steps": 4},
+    )
+    parts: Any = SimpleNamespace(
+        module=LogprobModel(load_policy(model_dir, dtype="float32")),
+        chat=SimpleNamespace(stop_token_ids=STOP),
+        prompts=[PromptRow((3, 4), "", {})],
+        rewards=[],
+        engine=None,
+        source=SimpleNamespace(model_dir=model_dir),
+        reference=None,
+    )
+    context: Any = SimpleNamespace(seed=1, name="ppo")
+    run = build_run(spec, context, parts)
+    # 6 steps of 2 x 3 updates remain to the policy, 10 to the critic: both end at rate 0.
+    assert run.critic is not None
+    assert (run.policy.total_steps, run.critic.total_steps) == (36, 60)
+    assert learning_rate(spec.optim, 35, run.policy.total_steps) == pytest.approx(1 / 36)
 
 
 def test_summary_has_the_explained_variance_by_its_definition(model_dir) -> None:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.losses.policy import clipped_policy_loss, importance_weights, policy_ratio
+from align.losses.policy import (
+    cispo_policy_loss,
+    clipped_policy_loss,
+    gspo_policy_loss,
+    importance_weights,
+    policy_ratio,
+)
 from align.losses.reduce import token_mean
 
 NAN = float("nan")
@@ -91,6 +97,26 @@ def test_policy_loss_masked_tokens_have_neither_value_nor_gradient():
     assert out.clipped[0, 1:3].tolist() == [False, False]
     assert logprobs.grad[0, 1:3].tolist() == [0.0, 0.0]
     assert logprobs.grad[0, [0, 3]].isfinite().all()
+
+
+def test_no_policy_loss_sends_gradient_into_advantages_or_old_logprobs_of_a_weight():
+    ids = {"segment_ids": torch.zeros(3, dtype=torch.long), "num_segments": 1}
+    mask = torch.ones(3, dtype=torch.bool)
+    for loss_fn, options in (
+        (clipped_policy_loss, {}),
+        (gspo_policy_loss, ids),
+        (cispo_policy_loss, {}),
+    ):
+        new, old = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.1, -1.9, -0.5])
+        new.requires_grad_()
+        advantages = torch.tensor([1.0, -1.0, 2.0], requires_grad=True)
+        out = loss_fn(new, old, advantages, mask, clip_low=0.2, clip_high=0.2, **options)
+        out.loss.sum().backward()
+        assert advantages.grad is None
+        assert (new.grad != 0.0).all()
+        assert not out.ratio.requires_grad
+    old, rollout = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    assert not importance_weights(old, rollout, mask, mode="truncate", cap=2.0).requires_grad
 
 
 def test_policy_loss_stays_finite_when_the_policy_has_run_away():

@@ -82,6 +82,22 @@ def test_the_loss_of_sft_is_weighted_by_row_and_its_count_too():
     assert loss.item() == pytest.approx((total / (0.25 * 2 + 1)).item(), rel=1e-5)
 
 
+def test_rows_without_any_weight_train_nothing_and_break_nothing():
+    """The count is 0 for a batch of nothing but labels that are certainly wrong."""
+    nothing = [replace(words(3, 9, 4, 21), label_prob=0.0), replace(words(5, 8), label_prob=0.0)]
+    model = LogprobModel(tiny_model(1, tied=True))
+    loss, _ = sft_loss(model, collate(nothing, nothing))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((p.grad == 0.0).all() for p in model.parameters() if p.grad is not None)
+    # Beside another row they count neither in the sum nor in the denominator.
+    row = words(5, 8, 30)
+    alone, beside = (
+        sft_loss(model, collate(rows, rows))[0].item() for rows in ([row], [*nothing, row])
+    )
+    assert beside == pytest.approx(alone, rel=1e-6)
+
+
 def mixed(loss_of, pair, prob):
     """Mix the loss of a certain pair with that of the same pair the other way round."""
     turned = replace(pair, chosen=pair.rejected, rejected=pair.chosen)

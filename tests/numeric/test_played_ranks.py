@@ -1,0 +1,171 @@
+"""What must not depend on the number of ranks, with ranks played by threads: 1, 2, 4 agree."""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+import alone
+from engine_models import VOCAB, save_tiny, tiny_model
+from online_parts import grpo_spec, ppo_spec, run_of, sampled, scored
+from played_ranks import play
+
+from align.core.types import Completion, PromptRow
+from align.models.loading import load_policy
+from align.models.logprobs import LogprobModel
+from align.online import loop
+from align.online.algorithms import build_algorithm
+from align.online.scoring import Scores
+from align.online.summary import summarise
+from align.recipe.schema import KtoStage
+from align.sampling.experience import Experience, gather_experience
+from align.stages import kto
+
+LENGTHS = ((3, 4), (5, 2), (3, 3), (4, 4))
+SCORES: list[float | None] = [0.0, 1.0, 4.0, 0.5, None, 2.0, -3.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with alone.world_of_one():
+        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
+
+
+class Echo:
+    """An engine that answers with the first token of the prompt and its seed."""
+
+    def generate(self, prompts: Any, *, n: int, seeds: Any, **_: Any) -> list[list[Completion]]:
+        return [
+            [Completion((ids[0], 1), (-1.0, -1.0), "stop", f"{ids[0]} {seed}", 0)] * n
+            for ids, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_ranks_take_all_prompts_of_a_step_with_the_same_seeds(monkeypatch, step) -> None:
+    prompts = [PromptRow((i, 4), str(i), {}) for i in range(16)]
+    engine: Any = Echo()
+    policy: Any = None
+
+    def texts(rank: int) -> list[str]:
+        run = run_of(grpo_spec(prompts_per_step=8), policy, prompts=prompts, engine=engine)
+        return [group[0].text for _, group in loop.sample(run, step).groups]
+
+    one = play(monkeypatch, 1, texts)[0]
+    assert len({text.split()[0] for text in one}) == 8
+    for ranks in (2, 4):
+        assert [x for part in play(monkeypatch, ranks, texts) for x in part] == one
+
+
+def part_of(rank: int, ranks: int) -> tuple[Experience, list[float | None]]:
+    """Return a rank's groups with their scores and made-up log-probabilities."""
+    whole = sampled(LENGTHS)
+    answers, size = list(whole.completions), len(LENGTHS) // ranks
+    mine = range(rank * size, (rank + 1) * size)
+    found = gather_experience(
+        [whole.prompts[2 * g] for g in mine],
+        [answers[2 * g : 2 * g + 2] for g in mine],
+        first_group=mine[0],
+    )
+    scores = SCORES[2 * mine[0] : 2 * mine[-1] + 2]
+    found = scored(found, scores)
+    draws = []
+    for row, prompt in zip(found.completions, found.prompts, strict=True):
+        draw = random.Random(str((row.token_ids, prompt.input_ids)))
+        draws.append([draw.uniform(-3.0, 0.0) for _ in range(3 * 40)])
+    width = found.input_ids.shape[1]
+    old, ref, values = (
+        torch.tensor([row[40 * i : 40 * i + width] for row in draws]) for i in range(3)
+    )
+    return found.with_tokens(old_logprobs=old, ref_logprobs=ref, values=values), scores
+
+
+def flat(experience: Experience, name: str) -> list[float]:
+    return experience.per_token[name][experience.completion].tolist()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        grpo_spec(algorithm="reinforce++-baseline", group_size=2),
+        grpo_spec(algorithm="reinforce++", group_size=2),
+        ppo_spec(group_size=2, whiten_rewards=True),
+    ],
+    ids=["batch scale", "whitened rewards to go", "ppo"],
+)
+def test_advantages_are_scaled_by_the_batch_of_all_ranks(monkeypatch, spec) -> None:
+    def advantages(rank: int, ranks: int) -> list[float]:
+        experience, _ = part_of(rank, ranks)
+        return flat(build_algorithm(spec).estimate(experience, 0.1), "advantages")
+
+    (one,) = play(monkeypatch, 1, lambda rank: advantages(rank, 1))
+    for ranks in (2, 4):
+        parts = play(monkeypatch, ranks, lambda rank, ranks=ranks: advantages(rank, ranks))
+        assert [x for part in parts for x in part] == pytest.approx(one, abs=1e-5)
+        assert torch.tensor(one).abs().max() > 0.5
+
+
+def test_metrics_of_a_step_are_over_all_ranks(monkeypatch) -> None:
+    """By hand: 8 responses, 7 of them scored, 28 tokens."""
+    spec = grpo_spec(group_size=2)
+
+    def metrics(rank: int, ranks: int) -> dict[str, float]:
+        experience, scores = part_of(rank, ranks)
+        return summarise(experience, Scores(scores, {"r": scores}), spec)
+
+    (one,) = play(monkeypatch, 1, lambda rank: metrics(rank, 1))
+    known = [x for x in SCORES if x is not None]
+    mean = sum(known) / 7
+    assert one["answers/num"] == 8
+    assert one["reward/mean"] == one["reward/r"] == pytest.approx(mean)
+    assert one["reward/std"] == pytest.approx((sum(x * x for x in known) / 7 - mean**2) ** 0.5)
+    assert one["reward/invalid_frac"] == pytest.approx(1 / 8)
+    assert one["length/mean"] == pytest.approx(28 / 8)
+    # Without a score, and its partner alone: neither can be learned from.
+    assert one["reward/dead_group_frac"] == pytest.approx(2 / 8)
+    experience, _ = part_of(0, 1)
+    gap = sum(
+        a - b
+        for a, b in zip(
+            flat(experience, "old_logprobs"), flat(experience, "ref_logprobs"), strict=True
+        )
+    )
+    assert one["kl/reference"] == pytest.approx(gap / 28, rel=1e-5)
+    assert one["kl/reference_per_answer"] == pytest.approx(gap / 8, rel=1e-5)
+    for found in play(monkeypatch, 2, lambda rank: metrics(rank, 2)):
+        assert found == pytest.approx(one)
+
+
+def test_kto_measures_its_reference_point_on_all_ranks(model_dir, monkeypatch) -> None:
+    draw = random.Random(3)
+    rows = []
+    for n in (3, 6, 2, 5, 4):
+        ids = tuple(draw.choices(range(2, VOCAB), k=2 + n))
+        rows.append(kto.KtoRow(ids, (False,) * 2 + (True,) * n, good=True))
+    rows = [
+        kto.replace(row, ref_mismatched=-2.0 * len(row.input_ids) - 9.0 * i)
+        for i, row in enumerate(kto.mismatch(rows, max_length=16))
+    ]
+    spec = KtoStage(kind="kto", init="x", data=[{"path": "x"}], micro_tokens=8)  # type: ignore[list-item]
+    module = LogprobModel(load_policy(model_dir, dtype="float32"))
+
+    def point(rank: int) -> float:
+        return kto.mismatched_kl(spec, module, rows)["kl"]
+
+    # By hand: the mean over rows of log p of the mismatched response minus the reference's.
+    total = 0.0
+    for row in rows:
+        other = kto.other(row)
+        ids = torch.tensor([other.input_ids])
+        logprobs = module.eval()(ids, torch.arange(ids.shape[1])[None]).logprobs[0]
+        total += float(logprobs[torch.tensor(other.trained)].sum()) - row.ref_mismatched
+    assert total > 0.0
+    for ranks in (1, 2, 3):
+        for found in play(monkeypatch, ranks, point):
+            assert found == pytest.approx(total / 5, rel=1e-5)
