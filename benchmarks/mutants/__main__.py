@@ -4,7 +4,7 @@
     python -m benchmarks.mutants --table core       # one table
     python -m benchmarks.mutants --only "KL"        # those whose name contains the words
     python -m benchmarks.mutants --short            # a few, others each day
-    python -m benchmarks.mutants --write            # also the tables of docs/mutants.md
+    python -m benchmarks.mutants --write            # also the sections of docs/mutants.md
 
 A mutant is killed if one of its tests fails on it. Every test first runs on the unchanged copy. The
 exit code is 1 if a mutant survives, if its tests fail without it, or if its text is not in the file
@@ -70,7 +70,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="words of the mutants' names")
     parser.add_argument("--short", action="store_true", help=f"{SHORT} mutants, others each day")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time")
-    parser.add_argument("--write", action="store_true", help="write docs/mutants.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write its sections of docs/mutants.md"
+    )
     return parser.parse_args()
 
 

@@ -183,7 +183,7 @@ def _result(mutant: Mutant | None, folder: Path, seconds: float) -> Result:
         verdict = "timeout" if seconds > TIMEOUT else "broken"
         return Result(mutant, verdict, "", told[-3000:], seconds)
     found = json.loads(path.read_text(encoding="utf-8"))
-    failed = found["failed"][0].rpartition("::")[2] if found["failed"] else ""
+    failed = found["failed"][0].partition("::")[2] if found["failed"] else ""
     # 0: all passed, 1: some failed; anything else, such as an error of collection, is no verdict.
     verdict = {0: "survived", 1: "killed"}.get(found["code"], "broken")
     if not found["here"]:
