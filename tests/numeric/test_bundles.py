@@ -35,7 +35,7 @@ from online_parts import (
 )
 
 from align.core.errors import TrainingError
-from align.core.types import Completion, PromptRow
+from align.core.types import PromptRow
 from align.online.advantages import overlong_penalty
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
@@ -124,6 +124,22 @@ def test_reinforce_pp_whitens_rewards_to_go_over_the_batch():
     flat = [x for row in to_go for x in row]
     mean, std = statistics.fmean(flat), statistics.pstdev(flat)
     assert_rows(found, [[(x - mean) / std for x in row] for row in to_go])
+
+
+def test_whitened_rewards_keep_their_mean():
+    # Rewards of five tokens: 0, 1 and 0, 0, 3. Mean 0.8, mean square 2, variance 2 - 0.64 = 1.36.
+    def whitened(reward: float) -> float:
+        return (reward - 0.8) / 1.36**0.5 + 0.8
+
+    spec = ppo_spec(whiten_rewards=True, gamma=1.0, lam=1.0, kl={"coef": 0.0})
+    experience = scored(sampled(((2, 3),)), [1.0, 3.0])
+    experience = experience.with_tokens(values=torch.zeros(experience.input_ids.shape))
+    found = build_algorithm(spec).estimate(experience, 0.0).per_token["returns"]
+    first, second = at_answers(found, experience)
+    assert first == pytest.approx([whitened(0) + whitened(1), whitened(1)])
+    assert second == pytest.approx(
+        [2 * whitened(0) + whitened(3), whitened(0) + whitened(3), whitened(3)]
+    )
 
 
 def test_reinforce_pp_baseline_divides_by_the_batch_and_a_dead_group_stays_exactly_zero():
@@ -256,6 +272,13 @@ def online_run(model_dir: Path, spec: Any, reward: dict[str, Any]) -> Any:
 def test_greedy_scores_are_those_of_the_most_likely_answers(model_dir) -> None:
     spec = grpo_spec(algorithm="remax", group_size=2)
     run = online_run(model_dir, spec, {"kind": "regex", "pattern": "w[1-3]"})
+
+    # A score of its own for each response: the sum of its token ids.
+    def reward(*, completion_ids, **_):
+        return [float(sum(i for i in ids if i not in STOP)) for ids in completion_ids]
+
+    reward.name, reward.weight = "sum", 1.0
+    run.rewards = [reward]
     experience, _ = score(run, sample(run, 0))
     model, expected = tiny_model(1, tied=True).double(), []
     for prompt in experience.prompts[::2]:
@@ -265,10 +288,8 @@ def test_greedy_scores_are_those_of_the_most_likely_answers(model_dir) -> None:
             if ids[-1] in STOP:
                 break
         said = [i for i in ids[len(prompt.input_ids) :] if i not in STOP]
-        text = " ".join(f"w{i}" for i in said)
-        answer = Completion(tuple(said), (0.0,) * len(said), "stop", text, 0)
-        reward = run.rewards[0](prompts=[""], completions=[answer.text])
-        expected += reward * 2
+        expected += [float(sum(said))] * 2
+    assert len(set(expected)) > 1
     assert experience.greedy_scores is not None
     assert experience.greedy_scores.tolist() == expected
 

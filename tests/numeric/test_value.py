@@ -18,9 +18,11 @@ NAN = float("nan")
         (-1.0, -2.0, 1.62, 0.0),
     ],
 )
-def test_value_loss_by_hand(value, returned, loss, gradient):
-    values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
-    old, returns = torch.zeros(1, dtype=torch.float64), torch.tensor([returned]).double()
+@pytest.mark.parametrize("old_value", [0.0, 3.0])
+def test_value_loss_by_hand(value, returned, loss, gradient, old_value):
+    """The numbers are for an old value of 0; only distances from it count."""
+    values = torch.tensor([old_value + value], dtype=torch.float64, requires_grad=True)
+    old, returns = torch.tensor([[old_value], [old_value + returned]], dtype=torch.float64)
     out = clipped_value_loss(values, old, returns, clip=0.2)
     out.sum().backward()
     assert (out.item(), values.grad.item()) == (pytest.approx(loss), pytest.approx(gradient))
