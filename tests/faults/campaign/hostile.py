@@ -4,7 +4,6 @@ import json
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ from tests.faults.campaign.changes import DATA
 from tests.faults.campaign.kills import begin, prepare
 from tests.faults.campaign.ledger import Failed, Fault, Place, no_traceback, refused
 
-SLOW_S = 120.0
-"""Longest time of a refusal, on a machine that is busy with other things too."""
+MOST_CPU_S = 120
+"""Processor time of a stage; it needs one second."""
 MOST_MEMORY = 8 * 2**30
 """Address space of a stage; its libraries alone map 3 GiB."""
 VALUES: tuple[Any, ...] = (
@@ -129,11 +128,8 @@ def put(tree: Any, path: tuple[Any, ...], value: Any) -> None:
 
 def _check(place: Place) -> None:
     """Run `align check`: the recipe is right or refused, at once and in plain words."""
-    began = time.monotonic()
     code, said = align(place.folder, "check", "recipe.yaml")
     no_traceback(said)
-    if time.monotonic() - began > SLOW_S:
-        raise Failed(f"took {time.monotonic() - began:.0f} s")
     if code != 0:
         refused(code, said, names="recipe.yaml")
 
@@ -172,12 +168,9 @@ def _recipe_text(place: Place) -> None:
 
 def _stage_or_refusal(place: Place, stage: str, *, names: str) -> None:
     """Run a stage: it ends well, or refuses its input in one line, and soon."""
-    began = time.monotonic()
     run = begin(place, stage, hook=_bounded)
     codes, said = run.wait(), run.said()
     no_traceback(said)
-    if time.monotonic() - began > SLOW_S:
-        raise Failed(f"took {time.monotonic() - began:.0f} s")
     if codes[0] != 0:
         refused(codes[0], said, names=names)
 
@@ -185,7 +178,7 @@ def _stage_or_refusal(place: Place, stage: str, *, names: str) -> None:
 def _bounded() -> None:
     """Let this process fail, and not the machine, on an input that wants all memory or time."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(SLOW_S), int(SLOW_S)))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
 
 
 def _row(stage: str, place: Place) -> None:
