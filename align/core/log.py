@@ -186,13 +186,14 @@ class MetricsLog:
         if self._writes:
             self._write(EVALUATIONS_FILE, {"step": step, **found})
 
-    def rewind(self, step: int) -> dict[str, float]:
+    def rewind(self, step: int, *, lines: int | None = None) -> dict[str, float]:
         """Drop the lines after ``step``, so that resuming from there repeats nothing.
 
         A last line that a killed process left incomplete is dropped too.
 
         Args:
             step: the step after which the checkpoint was saved.
+            lines: number of lines written by then, where several lines have the same step.
 
         Returns:
             The metrics of the last kept line; empty on ranks that do not write.
@@ -203,8 +204,8 @@ class MetricsLog:
         self._resumed = True
         self._first_step = step
         self._began = time.monotonic()
-        kept = _keep_until(self._directory / METRICS_FILE, step)
-        _keep_until(self._directory / SAMPLES_FILE, step)
+        kept = _keep_until(self._directory / METRICS_FILE, step, lines)
+        _keep_until(self._directory / SAMPLES_FILE, step, lines)
         _keep_until(self._directory / EVALUATIONS_FILE, step)
         if not kept and step:
             path = self._directory / METRICS_FILE
@@ -259,7 +260,7 @@ def short_number(value: float) -> str:
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _keep_until(path: Path, step: int, lines: int | None = None) -> list[dict[str, Any]]:
     """Drop the lines after a step and damaged ones; return the rows that are kept."""
     if not path.is_file():
         return []
@@ -273,6 +274,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             kept.append((line, row))
     if damaged:
         log.warning("%s: %d damaged lines are dropped", path, damaged)
+    kept = kept[:lines]
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("wb") as f:
         f.write(b"".join(line for line, _ in kept))

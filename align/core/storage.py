@@ -22,6 +22,7 @@ _NUMBERS = {
     errno.EFBIG: "a file would be larger than the limit on file sizes (ulimit -f)",
     errno.EACCES: "writing is not permitted",
 }
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 _WRITERS = ("inline_container", "PytorchStreamWriter", "unexpected pos")
 """Parts of the messages of torch's file writer, which does not report why a write failed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -105,6 +106,11 @@ def _waiting_line(folder: Path, needed: int, seconds: float) -> str:
 def storage_problem(error: BaseException, folder: Path) -> str | None:
     """Return one line for an error of writing below ``folder``; None for any other error."""
     number = _number_of(error)
+    if number in _IN_THE_WAY and isinstance(error, OSError) and error.filename is not None:
+        name = error.filename2 or error.filename
+        return f"{name}: found a folder in the place of a file, or a file in that of a folder. " + (
+            "Nothing was removed. Move it away and run the same command again"
+        )
     writer = any(word in str(error) for word in _WRITERS)
     if number not in _NUMBERS and not writer:
         return None

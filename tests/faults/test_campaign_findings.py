@@ -13,6 +13,7 @@ import torch
 from align.core import checkpoints, distributed
 from align.core.errors import RecipeError
 from align.core.lock import StageLock
+from align.core.log import MetricsLog
 from align.core.storage import storage_problem
 from align.recipe.load import load_recipe
 
@@ -74,6 +75,26 @@ def test_a_disk_without_room_for_a_folder_is_told_as_such(
             tmp_path / "checkpoints", 1, engines={"policy": engine}, state={}, keep=1
         )
     assert "no space left on" in (storage_problem(raised.value, tmp_path) or "")
+
+
+@pytest.mark.parametrize("number", [errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY])
+def test_a_folder_in_the_place_of_a_file_is_named(number: int, tmp_path: Path) -> None:
+    error = OSError(number, os.strerror(number), "run/a/x.tmp", None, "run/a/x")
+    told = storage_problem(error, tmp_path) or ""
+    assert told.startswith("run/a/x: found a folder in the place of a file")
+
+
+def test_rounds_that_add_no_row_are_logged_once_after_a_resume(tmp_path: Path) -> None:
+    """Their lines have the same step, so that the step does not say which came after."""
+    log = MetricsLog(tmp_path, total_steps=9)
+    for step in (2, 4, 4):
+        log.log(step, {"rows/kept": float(step)}, sample={"prompt": "p", "completion": "c"})
+    log.close()
+    again = MetricsLog(tmp_path, total_steps=9)
+    assert again.rewind(4, lines=2) == {"rows/kept": 4.0}
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        rows = (tmp_path / file).read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [2, 4]
 
 
 GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"

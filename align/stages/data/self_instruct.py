@@ -145,7 +145,7 @@ def grow(
     metrics = context.metrics(spec.target)
     # One line of metrics per round, numbered by the rows kept so far.
     if start:
-        metrics.rewind(len(grown.rows))
+        metrics.rewind(len(grown.rows), lines=start)
     for number in range(start, spec.max_rounds):
         if len(grown.rows) >= spec.target:
             break
