@@ -61,7 +61,8 @@ def _interrupted(stage: str, name: str, place: Place) -> None:
     run.log.unlink()
     no_traceback(said)
     if any(codes):
-        if set(codes) != {2}:
+        in_the_way = codes[0] == 1 and "found a folder in the place of a file" in said
+        if set(codes) != {2} and not in_the_way:
             raise Failed(f"{name} of {shown}: exit codes {codes}: {said[-600:]}")
         return
     try:
@@ -84,15 +85,16 @@ def _finished(stage: str, name: str, place: Place) -> None:
     kept = path.relative_to(folder).as_posix() in [*manifest["files"], "manifest.json"]
     damages.damage(name, path, place.rng)
     shown = path.relative_to(place.folder).as_posix()
+    # Without a manifest the stage is not finished, and `run` does it again.
+    gone = not (folder / "manifest.json").exists()
     for command in COMMANDS:
         try:
-            _look(command, place, stage, kept=kept, shown=shown)
+            _look(command, place, stage, kept=kept, gone=gone)
         except (Failed, Unclear) as e:
             raise type(e)(f"{command} after {name} of {shown}: {e}") from e
 
 
-def _look(command: str, place: Place, stage: str, *, kept: bool, shown: str) -> None:
-    gone = not (place.folder / recipe.RUN / stage / "manifest.json").exists()
+def _look(command: str, place: Place, stage: str, *, kept: bool, gone: bool) -> None:
     if command == "read":
         if stage not in READERS:
             return
@@ -102,7 +104,6 @@ def _look(command: str, place: Place, stage: str, *, kept: bool, shown: str) -> 
     elif command == "run":
         code, said = run_stage(place.folder, stage)
         if gone and code == 0:
-            # A manifest that is gone is a stage that is not finished: it was done again.
             shutil.rmtree(place.folder / recipe.RUN / stage / "checkpoints", ignore_errors=True)
             clean.same(place.clean, place.folder, stage)
             return
@@ -118,7 +119,6 @@ def _look(command: str, place: Place, stage: str, *, kept: bool, shown: str) -> 
         raise Failed(f"exit code {code}: {said[-600:]}")
     if code == 2:
         refused(code, said, names=stage)
-    del shown
 
 
 def _run_file(file: str, name: str, place: Place) -> None:

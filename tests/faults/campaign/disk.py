@@ -65,7 +65,7 @@ TOLD = {
     errno.ENOSPC: "no space left on",
     errno.EDQUOT: "quota is used up",
     errno.EROFS: "read-only",
-    errno.EIO: "Input/output error",
+    errno.EIO: "input/output error",
 }
 
 
