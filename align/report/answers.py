@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from align.recipe.schema.evaluate import OWN_TASK, EvaluateStage
 from align.report.charts import Series, plot
