@@ -191,6 +191,9 @@ class RemoteReward:
             connection.request(method, address.path + path, body=data, headers=headers)
             answer = connection.getresponse()
             text = answer.read(MAX_ANSWER_BYTES + 1)
+            # With a limit, a body that ends too soon is no error of the library's.
+            if answer.length and len(text) <= MAX_ANSWER_BYTES:
+                raise http.client.IncompleteRead(text, answer.length)
         except (OSError, http.client.HTTPException) as error:
             if time.monotonic() - began >= limit_s:
                 raise TimeoutError(f"no whole answer within {limit_s:.1f} s") from error
@@ -247,7 +250,7 @@ def _plain(value: object) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def build_remote(spec: RemoteSpec) -> RemoteReward:

@@ -97,6 +97,26 @@ def test_rounds_that_add_no_row_are_logged_once_after_a_resume(tmp_path: Path) -
         assert [json.loads(row)["step"] for row in rows] == [2, 4]
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"scores": [1.0]}',
+        b"hello\r\nworld\r\n\r\n",
+    ],
+)
+def test_a_reply_that_is_cut_is_no_score_and_its_error_is_one_line(reply: bytes) -> None:
+    from reward_models.remote import RemoteReward, RemoteRewardError
+    from tests.unit.raw_server import serving
+
+    with serving(lambda _request: iter([reply])) as server:
+        ask = RemoteReward(server.url, deadline_s=60.0, retries=0, max_failures=2)
+        assert ask(prompts=["p"], completions=["c"]) == [None]
+        with pytest.raises(RemoteRewardError) as told:
+            ask(prompts=["p"], completions=["c"])
+    assert "\n" not in str(told.value)
+    assert "\r" not in str(told.value)
+
+
 GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"
 NCCL = "NCCL error: remote process exited or there was a network error, NCCL version 2.27"
 
