@@ -12,13 +12,16 @@ from typing import Any, Protocol, TextIO
 
 from align.core.errors import RecipeError
 from align.core.text import visible
+from align.core.types import Alarm
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 CARDS_FILE = "cards.json"
 """Cards of the reward models, written by an evaluate stage."""
 EVALUATIONS_FILE = "evaluations.jsonl"
-FILES = (SAMPLES_FILE, EVALUATIONS_FILE, METRICS_FILE)
+ALARMS_FILE = "alarms.jsonl"
+"""Alarms of a stage, each name once: ``step``, ``name``, ``reason``, ``remedy``."""
+FILES = (SAMPLES_FILE, EVALUATIONS_FILE, ALARMS_FILE, METRICS_FILE)
 HEADLINE = (
     "train/loss",
     "eval/loss",
@@ -129,6 +132,7 @@ class MetricsLog:
         self._total_steps = total_steps
         self._writes = rank == 0
         self._files: dict[str, TextIO] = {}
+        self._alarms: set[str] = set()
         self._kept_seconds = 0.0
         self._first_step: int | None = None
         self._began = time.monotonic()
@@ -186,6 +190,13 @@ class MetricsLog:
         if self._writes:
             self._write(EVALUATIONS_FILE, {"step": step, **found})
 
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Write an alarm to alarms.jsonl and the log, unless one of its name was written before."""
+        if self._writes and alarm.name not in self._alarms:
+            self._alarms.add(alarm.name)
+            self._write(ALARMS_FILE, {"step": step, **alarm._asdict()})
+            log.warning("step %d: %s: %s; %s", step, *alarm)
+
     def rewind(self, step: int, *, lines: int | None = None) -> dict[str, float]:
         """Drop the lines after ``step``, so that resuming from there repeats nothing.
 
@@ -207,6 +218,8 @@ class MetricsLog:
         kept = _keep_until(self._directory / METRICS_FILE, step, lines)
         _keep_until(self._directory / SAMPLES_FILE, step, lines)
         _keep_until(self._directory / EVALUATIONS_FILE, step)
+        raised = _keep_until(self._directory / ALARMS_FILE, step)
+        self._alarms = {str(row.get("name")) for row in raised}
         if not kept and step:
             path = self._directory / METRICS_FILE
             log.warning("%s: its lines up to step %d are lost", path, step)

@@ -8,7 +8,7 @@ stop token are trained, the prompt is not.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 
 class Turn(TypedDict):
@@ -128,3 +128,11 @@ class Completion:
     finish_reason: str
     text: str
     weights_version: int
+
+
+class Alarm(NamedTuple):
+    """A problem that a running stage noticed: its name, the evidence, and what to do."""
+
+    name: str
+    reason: str
+    remedy: str

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from align.core.types import Alarm
+
 Z = 1.96
 """Two-sided 95 % quantile of the normal distribution."""
 LONGER, REPEATED, DOMINANT, DISAGREEING = 1.25, 0.1, 0.9, 2.0
@@ -48,14 +50,6 @@ class Evaluation:
     repetition: list[float]
     rewards: dict[str, float]
     disagreement: float | None
-
-
-class Alarm(NamedTuple):
-    """An alarm: its name, the evidence, and what to do."""
-
-    name: str
-    reason: str
-    remedy: str
 
 
 class CurveFit(NamedTuple):

@@ -38,6 +38,7 @@ from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience, gather_experience
 from align.sampling.rollout import sample_groups
+from align.training.diagnosis import Diagnosis
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
 
@@ -85,12 +86,14 @@ def train_online(
     """
     spec, start = run.spec, 0
     last: dict[str, float] = {}
+    diagnosis = Diagnosis(spec, total_steps=spec.steps, num_trained=run.policy.num_trained)
     # Resume, or evaluate the initial policy.
     found = newest_checkpoint(checkpoints)
     if found is not None:
         start, state = load_checkpoint(found, run.engines)
         run.kl.load_state_dict(state["kl"])
         run.policy.steps = state["policy_steps"]
+        diagnosis.load_state_dict(state["diagnosis"])
         if run.critic is not None:
             run.critic.steps = state["critic_steps"]
         if watch is not None:
@@ -106,11 +109,13 @@ def train_online(
         if watch is not None and watch.due(step + 1):
             last |= watch.look(step + 1)
         metrics.log(step + 1, last, sample=sample)
+        diagnosis.report(step + 1, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         # Prompts and seeds are functions of the step, so only counters and controllers are state.
         if stop or (spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0):
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
+            state |= {"diagnosis": diagnosis.state_dict()}
             state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
             state |= {"watch": watch.state_dict()} if watch is not None else {}
             save_checkpoint(
@@ -308,7 +313,7 @@ def update(
     A mini-batch without a trainable response is skipped, which is decided before the first update.
 
     Returns:
-        The mean of each statistic over the optimizer steps.
+        The mean of each statistic over the optimizer steps, and the clipped fraction of the last.
 
     Raises:
         TrainingError: no response of the step can be trained.
@@ -331,8 +336,9 @@ def update(
             "samples.jsonl and the rewards' invalid counts"
         )
     # One optimizer step per mini-batch, the policy first, then the critic.
+    found: dict[str, float] = {}
     for micro in plans:
-        found: dict[str, float] = {}
+        found = {}
         if step >= algorithm.critic_warmup_steps:
             objective = partial(algorithm.policy_objective, kl_coef=kl_coef)
             found |= _named(run.policy.step(micro, objective), "policy")
@@ -341,6 +347,8 @@ def update(
             found |= _named(run.critic.step(micro, algorithm.critic_objective), "value")
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + value / len(plans)
+    if "policy/clip_frac" in found:
+        totals["policy/clip_frac_last"] = found["policy/clip_frac"]
     return totals
 
 

@@ -35,6 +35,9 @@ def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict
         # Per response, in the unit of the adaptive controller's target.
         found["kl/reference_per_answer"] = sums["ref"] / answers
         found["kl/reference_k3"] = sums["ref_k3"] / max(sums["tokens"], 1.0)
+        found["kl/reference_rms"] = math.sqrt(sums["ref_sq"] / answers)
+    if "advantages_sq" in sums:
+        found["advantage/rms"] = math.sqrt(sums["advantages_sq"] / max(sums["trained"], 1.0))
     if "returns_sq" in sums:
         n = max(sums["trained"], 1.0)
         # Variance as E[x^2] - E[x]^2, because only sums can be added over ranks.
@@ -67,9 +70,13 @@ def _sums(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str
         sums["dead"] = float(dead.sum()) + float((~valid).sum())
     if "ref_logprobs" in tokens:
         # k1 and k3 over all completion tokens, also those that are not trained.
-        x = (tokens["old_logprobs"] - tokens["ref_logprobs"]).double()[experience.completion]
+        x = (tokens["old_logprobs"] - tokens["ref_logprobs"]).double()  # (B, T)
+        sums["ref_sq"] = float(x.masked_fill(~experience.completion, 0.0).sum(1).square().sum())
+        x = x[experience.completion]
         sums["ref"] = float(x.sum())
         sums["ref_k3"] = float((torch.exp(-x) - 1.0 + x).sum())
+    if "advantages" in tokens:
+        sums["advantages_sq"] = float(tokens["advantages"].double()[mask].square().sum())
     if "returns" in tokens:
         returns = tokens["returns"].double()[mask]
         errors = returns - tokens["values"].double()[mask]

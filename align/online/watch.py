@@ -4,7 +4,6 @@ It does not affect training: sampling uses its own seeds, no gradient is compute
 are pushed under a separate version, so that the next step starts as it would without the monitor.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import nn
 
 from align.core import distributed
 from align.core.log import MetricsLog
-from align.core.types import PromptRow
+from align.core.types import Alarm, PromptRow
 from align.online import guard
 from align.online.annotate import annotate
 from align.online.scoring import apply_scores, length_penalty, score_answers
@@ -26,7 +25,6 @@ from align.sampling.rollout import answer_fixed
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
 
-log = logging.getLogger(__name__)
 NUM_SHOWN = 64
 """Number of responses of one evaluation that are recorded."""
 Answer = dict[str, Any]
@@ -90,7 +88,7 @@ class Watch:
         self.keep_best(step)
         alarms = self._alarms()
         for alarm in alarms:
-            log.warning("step %d: %s; %s", step, alarm.reason, alarm.remedy)
+            self.metrics.alarm(step, alarm)
         self.metrics.evaluation(step, {**self._record(alarms), "answers": answers[:NUM_SHOWN]})
         found = numbers(seen, answers) | {"eval/alarms": float(len(alarms))}
         return found | {"time/watch_s": time.monotonic() - began}
@@ -103,7 +101,7 @@ class Watch:
             self.prune({step, *self.checkpointed})
 
     @property
-    def stopped_by(self) -> guard.Alarm | None:
+    def stopped_by(self) -> Alarm | None:
         """Alarm that ends the stage now, or None."""
         limits = self.spec.guard
         if limits is None:
@@ -180,11 +178,11 @@ class Watch:
         answers = [answer for part, _ in parts for answer in part]
         return answers, sum(found) / len(found) if found else None
 
-    def _alarms(self) -> list[guard.Alarm]:
+    def _alarms(self) -> list[Alarm]:
         limits = self.spec.guard
         return [] if limits is None else guard.alarms(self.history, window=limits.window)
 
-    def _record(self, alarms: Sequence[guard.Alarm]) -> dict[str, Any]:
+    def _record(self, alarms: Sequence[Alarm]) -> dict[str, Any]:
         """Return the record of the newest evaluation for the report."""
         seen = self.history[-1]
         kls = [e.kl for e in self.history]

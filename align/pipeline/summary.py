@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artefacts import read_json_object, read_manifest, write_json_atomic
+from align.core.log import ALARMS_FILE
 from align.recipe.schema import Recipe
+from align.report.read import read_lines
 
 TIMINGS = "timings.json"
 
@@ -42,7 +44,8 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     Reward models and expectations come from all evaluations. A reward model that several
     evaluations measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``.
     ``earlier`` contains the tasks of the evaluations before the last, such as the scores on an old
-    task before and after a new one was learned.
+    task before and after a new one was learned. A stage that raised alarms has them
+    under ``alarms``.
     """
     summary: dict[str, Any] = {}
     latest = ""
@@ -56,6 +59,8 @@ def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
             "peak_rss_gib": manifest.get("peak_rss_gib"),
             "tokens_per_s": metrics.get("tokens/per_s"),
         }
+        if alarms := read_lines(run_dir / name / ALARMS_FILE, []):
+            stages[name]["alarms"] = alarms
         own = read_json_object(run_dir / name / "summary.json")
         if own is not None:
             summary = _joined(summary, latest, own)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align.core.card import CARD_FILE, read_card
+from align.core.log import ALARMS_FILE
 from align.core.text import visible
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
@@ -87,6 +88,7 @@ class Terminal:
         self._metrics: Tail | None = None
         self._samples: Tail | None = None
         self._log: Tail | None = None
+        self._alarms: Tail | None = None
         self._said = self._shown = ""
         self._card: Path | None = None
         self._first: dict[str, Any] | None = None
@@ -109,8 +111,9 @@ class Terminal:
     def begin(self, stage: str, kind: str, folder: Path, *, position: int, count: int) -> None:
         """Start following a stage's metrics, samples and log."""
         self._title = f"[{position}/{count}] {stage}"
-        files = ("metrics.jsonl", "samples.jsonl", "log.txt")
-        self._metrics, self._samples, self._log = (Tail(folder / file) for file in files)
+        files = ("metrics.jsonl", "samples.jsonl", "log.txt", ALARMS_FILE)
+        followed = (Tail(folder / file) for file in files)
+        self._metrics, self._samples, self._log, self._alarms = followed
         self._said, self._shown = "", STARTING
         # The card of the attempt before stays until this one has its own.
         self._card, self._card_before = folder / CARD_FILE, _changed(folder / CARD_FILE)
@@ -129,6 +132,9 @@ class Terminal:
         That is at most every 5 s, and once a minute if nothing changes.
         """
         self._warn()
+        for row in self._alarms.rows() if self._alarms else ():
+            for line in alarm_lines(self._title, row):
+                self.line(line)
         for row in self._metrics.rows() if self._metrics else ():
             self._first = self._first or row
             self._last |= row
@@ -194,8 +200,11 @@ class Terminal:
             self.line(f"    {text}")
 
     def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
-        """Show expectations, verdicts, tables, and where to find the report."""
+        """Show alarms, expectations, verdicts, tables, and where to find the report."""
         self._stop_live()
+        for name, stage in summary.get("stages", {}).items():
+            for row in stage.get("alarms", []):
+                self.line(alarm_lines(name, row)[0])
         for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
             self.line(line)
         for table in task_tables(summary):
@@ -237,6 +246,12 @@ class Terminal:
         if self._sample:
             rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))
         return Group(*rows)
+
+
+def alarm_lines(stage: str, row: Mapping[str, Any]) -> list[str]:
+    """Return an alarm of a stage as two lines: what was noticed, and what to do."""
+    step, name, reason, remedy = (row.get(k) for k in ("step", "name", "reason", "remedy"))
+    return [f"{stage}: alarm at step {step}: {name}: {reason}", f"    -> {remedy}"]
 
 
 def expectation_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -107,6 +107,7 @@ def _chain(run: RunRecord) -> Markup:
 
 SECTIONS: tuple[Callable[[RunRecord], Markup | None], ...] = (
     sections.expectations,
+    sections.alarms,
     _chain,
     tasks,
     sections.reward_models,

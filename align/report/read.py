@@ -7,7 +7,7 @@ from typing import Any
 
 from align.core.artefacts import MANIFEST
 from align.core.errors import ArtefactError
-from align.core.log import METRICS_FILE, SAMPLES_FILE
+from align.core.log import ALARMS_FILE, METRICS_FILE, SAMPLES_FILE
 from align.recipe.load import RECIPE_FILE, read_resolved
 from align.recipe.schema import Recipe
 from align.recipe.schema.evaluate import OWN_TASK
@@ -30,6 +30,7 @@ class StageRecord:
     manifest: Row = field(default_factory=dict)
     metrics: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+    alarms: list[Row] = field(default_factory=list)
 
     @property
     def seconds(self) -> float | None:
@@ -89,7 +90,8 @@ def _read_stage(run_dir: Path, recipe: Recipe, name: str, *, problems: list[str]
         status = "unfinished" if folder.is_dir() else "not started"
     needs = tuple(dict.fromkeys(n for n in recipe.inputs(name).values() if n in recipe.stages))
     samples = read_lines(folder / SAMPLES_FILE, problems)
-    return StageRecord(name, spec.kind, status, needs, manifest, metrics, samples)
+    alarms = read_lines(folder / ALARMS_FILE, problems)
+    return StageRecord(name, spec.kind, status, needs, manifest, metrics, samples, alarms)
 
 
 def _read_summary(run_dir: Path, recipe: Recipe, problems: list[str]) -> Row:

@@ -89,6 +89,20 @@ def expectations(run: RunRecord) -> Markup | None:
     )
 
 
+def alarms(run: RunRecord) -> Markup | None:
+    """Return the section with the alarms that stages raised while they ran; None without any."""
+    keys = ("step", "name", "reason", "remedy")
+    rows: list[list[object]] = [
+        [stage.name, *(row.get(key) for key in keys)]
+        for stage in run.stages
+        for row in stage.alarms
+    ]
+    if not rows:
+        return None
+    heads: list[object] = ["stage", "step", "alarm", "observed", "what to do"]
+    return tag("section", tag("h2", f"Alarms: {len(rows)}"), table(heads, rows))
+
+
 def curves(run: RunRecord) -> Markup | None:
     """Return the section with the metric curves of every stage that logged metrics."""
     stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]

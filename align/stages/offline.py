@@ -31,6 +31,7 @@ from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.contaminated import contamination_checks
 from align.stages.preflight import offline_checks, row_views
 from align.training.batch import pack
+from align.training.diagnosis import Diagnosis
 from align.training.learner import Learner
 from align.training.offline import (
     OfflineSchedule,
@@ -355,6 +356,12 @@ def run_offline(
         metrics=metrics,
         checkpoints=context.out / "checkpoints",
         stopping=stopping,
+        diagnosis=Diagnosis(
+            spec,
+            total_steps=schedule.total_steps,
+            num_trained=learner.num_trained,
+            rows=task.rows,
+        ),
     )
     metrics.close()
     return final

@@ -20,6 +20,7 @@ from align.core.errors import TrainingError
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
 from align.training.deepspeed import deepspeed_config, effective_stage
 from align.training.layers import LayerPlan, plan_layers, set_trainable
+from align.training.probe import WeightProbe
 from align.tuning.ewc import Anchor
 
 
@@ -110,6 +111,9 @@ class Learner:
             config=_with_optimizer(deepspeed_config(zero, optim, dtype=dtype), optim, optimizer),
             dist_init_required=False,
         )
+        moving = [p for depth, p in self._trained if self._moves(depth)]
+        self.num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in moving)
+        self._probe = WeightProbe(moving, sharded=self._zero_stage == 3)
         # Without ZeRO, DeepSpeed clips fp32 gradients but does not report their norm.
         self.engine.clip_fp32_gradients = self._clip
         self._norm = 0.0
@@ -119,12 +123,16 @@ class Learner:
         """Return the module inside the engine."""
         return self.engine.module
 
+    def _moves(self, depth: int) -> bool:
+        """Return whether the plan ever trains the weights of a layer."""
+        return self._plan is None or self._plan.thaw_step(depth) is not None
+
     def step(self, micro_batches: Sequence[Micro], loss_fn: LossFunction) -> dict[str, float]:
         """Run one optimizer step over ``micro_batches``; every rank passes the same number of them.
 
         Returns:
-            The global sum of every statistic of ``loss_fn``, with ``loss``, ``grad_norm`` and
-            ``learning_rate``.
+            The global sum of every statistic of ``loss_fn``, with ``loss``, ``grad_norm``,
+            ``learning_rate`` and the movement of the weights (see ``WeightProbe.movement``).
 
         Raises:
             TrainingError: a loss is not finite on some rank. No rank has stepped then.
@@ -156,12 +164,14 @@ class Learner:
         if self.anchor is not None and self._zero_stage == 3:
             sums["ewc"] = self._pull_whole(self.anchor)
             sums["loss"] += sums["ewc"]
+        before = self._probe.read()
         self.engine.step()
         # Outside ZeRO and bf16, DeepSpeed reports no norm; then _clip has stored it.
         norm = float(self.engine.get_global_grad_norm() or self._norm)
         self._check_norm(norm)
         self.steps += 1
-        return {**sums, "grad_norm": norm, "learning_rate": rate}
+        moved = self._probe.movement(before, rate=rate)
+        return {**sums, "grad_norm": norm, "learning_rate": rate, **moved}
 
     def _pull_whole(self, anchor: Anchor) -> float:
         """Add the gradient of the EWC penalty, weight by weight, and return the penalty.

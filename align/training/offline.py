@@ -22,11 +22,14 @@ from align.data.augment import AugmentedRows
 from align.data.batching import plan_micro_batches
 from align.data.sampler import batch_places
 from align.training.batch import PackedBatch
+from align.training.diagnosis import Diagnosis
 from align.training.learner import Learner, LossFunction, evaluate
 from align.training.stopping import EarlyStopping
 
 log = logging.getLogger(__name__)
 Row = TypeVar("Row")
+OPTIM = ("grad_norm", "learning_rate", "update_ratio", "update_per_rate", "weight_rms")
+"""Statistics of the optimizer, which are logged under ``optim/``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def train_offline(
     metrics: MetricsLog,
     checkpoints: Path,
     stopping: EarlyStopping | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> dict[str, float]:
     """Train to the end of the schedule, resuming from the newest verified checkpoint.
 
@@ -112,7 +116,8 @@ def train_offline(
         of the best evaluation.
     """
     engines = {"policy": learner.engine}
-    start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, stopping=stopping)
+    states = {"stopping": stopping, "diagnosis": diagnosis}
+    start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, states=states)
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
@@ -138,10 +143,12 @@ def train_offline(
             if stopping is not None:
                 stopping.look(done, found_now)
         metrics.log(done, last)
+        if diagnosis is not None:
+            diagnosis.report(done, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
-            state = {} if stopping is None else {"stopping": stopping.state_dict()}
+            state = {k: part.state_dict() for k, part in states.items() if part is not None}
             save_checkpoint(
                 checkpoints, done, engines=engines, state=state, keep=schedule.keep_checkpoints
             )
@@ -155,15 +162,20 @@ def train_offline(
 
 
 def _resume(
-    learner: Learner, *, metrics: MetricsLog, checkpoints: Path, stopping: EarlyStopping | None
+    learner: Learner,
+    *,
+    metrics: MetricsLog,
+    checkpoints: Path,
+    states: Mapping[str, EarlyStopping | Diagnosis | None],
 ) -> tuple[int, dict[str, float]]:
     """Load the newest verified checkpoint and return the steps done and the last metrics."""
     found = newest_checkpoint(checkpoints)
     if found is None:
         return 0, {}
     start, state = load_checkpoint(found, {"policy": learner.engine})
-    if stopping is not None:
-        stopping.load_state_dict(state["stopping"])
+    for name, part in states.items():
+        if part is not None:
+            part.load_state_dict(state[name])
     learner.steps = start
     last = metrics.rewind(start)
     log.info("resumed from %s", found)
@@ -213,5 +225,4 @@ def evaluate_rows(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -
 
 def named(stats: dict[str, float], *, group: str = "train") -> dict[str, float]:
     """Prefix statistics with their group; those of the optimizer get ``optim/``."""
-    optim = ("grad_norm", "learning_rate")
-    return {(f"optim/{k}" if k in optim else f"{group}/{k}"): v for k, v in stats.items()}
+    return {(f"optim/{k}" if k in OPTIM else f"{group}/{k}"): v for k, v in stats.items()}

@@ -44,6 +44,8 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     for name in ("base", "first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": {}, "seconds": 1.0}))
+    alarm = {"step": 5, "name": "dead_groups", "reason": "all are equal", "remedy": "use others"}
+    (tmp_path / "first" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     for name, own in found.items():
         (tmp_path / name / "summary.json").write_text(json.dumps(own))
     summary = summarise(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
@@ -52,3 +54,5 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     assert summary["tasks"] == found["second"]["tasks"]
     assert summary["earlier"] == {"first": {"tasks": found["first"]["tasks"]}}
     assert summary["seconds"] == 3.0
+    assert summary["stages"]["first"]["alarms"] == [alarm]
+    assert "alarms" not in summary["stages"]["second"]

@@ -109,6 +109,22 @@ def test_warnings_of_the_preflight_are_shown_once(tmp_path: Path, tty: bool):
     assert "of the attempt before" not in said
 
 
+def test_alarms_are_shown_when_they_are_raised_and_in_the_summary(tmp_path: Path):
+    alarm = {"step": 5, "name": "dead_groups", "reason": "all are equal", "remedy": "use others"}
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=160, soft_wrap=True, highlight=False))
+    terminal.begin("grpo", "grpo", tmp_path, position=2, count=2)
+    (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    for _ in range(3):
+        terminal.update()
+    terminal.end(7.0)
+    line = "alarm at step 5: dead_groups: all are equal"
+    assert shown.getvalue().count(f"[2/2] grpo: {line}") == 1
+    assert shown.getvalue().count("    -> use others") == 1
+    terminal.summary({"stages": {"grpo": {"alarms": [alarm]}}, "seconds": 7.0}, tmp_path, tmp_path)
+    assert shown.getvalue().splitlines()[-2] == f"grpo: {line}"
+
+
 def test_without_steps_the_log_speaks_and_nothing_is_said_twice(tmp_path: Path, monkeypatch):
     now = 0.0
     monkeypatch.setattr("align.pipeline.terminal.time.monotonic", lambda: now)

@@ -99,6 +99,16 @@ def test_over_optimisation_is_drawn_with_its_fit_and_alarms(run):
     assert section.count('class="line2 dashed"') == 1
 
 
+def test_alarms_are_one_table_of_all_stages(run):
+    assert "<h2>Alarms" not in build_report(run).read_text()
+    alarm = {"step": 5, "name": "dead_groups", "reason": "a < b", "remedy": "use others"}
+    parts.write_lines(run / "ppo" / "alarms.jsonl", [alarm])
+    html = build_report(run).read_text()
+    section = html.partition("<h2>Alarms: 1</h2>")[2].partition("</section>")[0]
+    for text in ("ppo", "dead_groups", "a &lt; b", "use others"):
+        assert text in section
+
+
 def test_made_data_and_bands_are_shown(run):
     html = build_report(run).read_text()
     ledger = html.partition("<h2>Data ledger</h2>")[2].partition("</section>")[0]

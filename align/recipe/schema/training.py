@@ -157,6 +157,8 @@ class TrainingStage(StageSpec):
     """Recompute activations in the backward pass, to save memory."""
     expect: dict[str, tuple[float | None, float | None]] = {}
     """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
+    not_learning: Literal["warn", "stop", "ignore"] = "warn"
+    """If the run does not learn: report why, also end the stage (exit code 1), or do not look."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between checkpoints; 0 for no checkpoints."""
     keep_checkpoints: Count = 2
