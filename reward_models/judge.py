@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +198,11 @@ class JudgeClient:
 
     def _send(self, request: Mapping[str, Any], began: float) -> dict[str, Any]:
         """Send one request until it is answered; return what the cache stores."""
-        import httpx
         import openai
 
         later = (
             *(openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError),
-            *(httpx.HTTPError, TimeoutError),
+            *(*_transport_errors(), TimeoutError),
         )
         where = self._where
         for attempt in range(self.endpoint.retries + 1):
@@ -272,6 +273,12 @@ class JudgeClient:
             "refusal": message.get("refusal"),
             "finish_reason": choice.get("finish_reason"),
         }
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Return the base errors of the HTTP libraries that openai may use: httpx or httpx2."""
+    present = [name for name in ("httpx", "httpx2") if find_spec(name) is not None]
+    return tuple(import_module(name).HTTPError for name in present)
 
 
 def _count(tokens: object) -> int:

@@ -117,6 +117,19 @@ def test_a_reply_that_is_cut_is_no_score_and_its_error_is_one_line(reply: bytes)
     assert "\r" not in str(told.value)
 
 
+@pytest.mark.parametrize("head", ["Content-Length: 500", "Transfer-Encoding: chunked"])
+def test_a_judge_whose_reply_breaks_off_is_an_error_of_the_judge(head: str) -> None:
+    pytest.importorskip("openai", reason="the judge's client is the package openai")
+    from reward_models.judge import Endpoint, JudgeClient, JudgeError
+    from tests.unit.raw_server import serving
+
+    reply = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{head}\r\n\r\nzz".encode()
+    with serving(lambda _request: iter([reply])) as server:
+        client = JudgeClient(Endpoint(f"{server.url}/v1", "m", retries=0))
+        with pytest.raises(JudgeError, match="no answer after 1 tries"):
+            client.ask([[{"role": "user", "content": "?"}]], {"type": "object"})
+
+
 GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"
 NCCL = "NCCL error: remote process exited or there was a network error, NCCL version 2.27"
 
