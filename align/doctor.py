@@ -14,7 +14,7 @@ from typing import Literal
 
 from align.core import extensions
 from align.core.accelerator import device_conflict, has_gpu, list_gpus
-from align.core.artefacts import FAILURE, git_commit
+from align.core.artifacts import FAILURE, git_commit
 from align.core.text import is_secret_name, keep_secret, visible
 
 NEEDED = ("torch", "transformers", "deepspeed", "datasets", "peft", "pydantic", "typer", "rich")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.recipe.schema import DpoStage, GrpoStage, PpoStage, RewardStage, SftStage
 from align.stages.base import StageContext, prepare_stage
 from benchmarks.gate import Gate
@@ -37,9 +37,9 @@ class BenchContext(StageContext):
 
     gate: Gate | None = None
 
-    def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
+    def artifact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artifact:
         """Name a folder of the benchmark; there is no manifest to verify."""
-        return Artefact(self.run_dir / reference, {})
+        return Artifact(self.run_dir / reference, {})
 
     def metrics(self, total_steps: int) -> Any:
         """Begin the rounds."""
@@ -83,12 +83,12 @@ def _offline(work: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def sft(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train stage sft; a round is one optimiser step over all rows."""
+    """Train stage sft; a round is one optimizer step over all rows."""
     _train(SftStage(kind="sft", **_offline(work, "prompt_completion")), _context(gate, work))
 
 
 def reward(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train stage reward; a round is one optimiser step over all pairs."""
+    """Train stage reward; a round is one optimizer step over all pairs."""
     from align.stages.reward import stage as stage
 
     _start_head_like_trl(stage, Path(work["folder"]))
@@ -112,7 +112,7 @@ def _start_head_like_trl(stage: Any, folder: Path) -> None:
 
 
 def dpo(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train stage dpo; a round is the reference pass and one optimiser step over all pairs.
+    """Train stage dpo; a round is the reference pass and one optimizer step over all pairs.
 
     In one epoch a pair meets the reference once and the policy once. The stage makes the
     reference pass before its first step; here each round repeats it, unused, inside its time.

@@ -1,6 +1,6 @@
 """How the cost of align's step grows: ``python -m benchmarks.curves`` prints and keeps exponents.
 
-CPU seconds of an optimiser step over one quantity at a time, and a line through the logarithms:
+CPU seconds of an optimizer step over one quantity at a time, and a line through the logarithms:
 exponent 1 is proportional, 2 is attention's own square.
 """
 

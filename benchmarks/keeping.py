@@ -38,7 +38,7 @@ cat dog fox cow pig hen bee ant owl bat rat elk eel cod ape asp boar calf crab c
 fawn fish flea frog goat gull hare hawk ibis kite lamb lion lynx mink mole moth mule newt orca puma
 seal slug swan toad tuna vole wasp wolf worm wren yak bear bull carp clam colt stag
 """
-COLOURS = "red blue green pink white black brown gold grey teal plum rust sand snow rose lime"
+COLORS = "red blue green pink white black brown gold grey teal plum rust sand snow rose lime"
 FORMS = ("{animal} colour is", "say the colour of {animal}:", "what colour has {animal}?")
 ARMS = {
     "ewc": (("ewc", "plain"), ("replay", "plain")),
@@ -49,10 +49,10 @@ ARMS = {
 
 
 def write_facts() -> None:
-    """Write the colours of 30 old and 30 new animals, asked in three forms, and a corpus."""
-    dice, animals, colours = random.Random(0), ANIMALS.split(), COLOURS.split()
+    """Write the colors of 30 old and 30 new animals, asked in three forms, and a corpus."""
+    dice, animals, colors = random.Random(0), ANIMALS.split(), COLORS.split()
     FACTS.mkdir(exist_ok=True)
-    colour = {animal: dice.choice(colours) for animal in animals}
+    colour = {animal: dice.choice(colors) for animal in animals}
     for name, asked in (("old", animals[:30]), ("new", animals[30:])):
         for form, words in zip("abc", FORMS, strict=True):
             rows = [
@@ -65,7 +65,7 @@ def write_facts() -> None:
             ]
             _write(f"{name}_{form}", rows)
     lines = [
-        f"{dice.choice(FORMS).format(animal=dice.choice(animals))} {dice.choice(colours)}"
+        f"{dice.choice(FORMS).format(animal=dice.choice(animals))} {dice.choice(colors)}"
         for _ in range(800)
     ]
     _write("corpus", [{"text": line} for line in lines])
@@ -120,7 +120,7 @@ def interval(values: list[float]) -> list[float]:
     return [round(x, 4) for x in (middle, middle - half, middle + half)]
 
 
-def summarise(name: str, seeds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summarize(name: str, seeds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Return the mean scores of each model and the paired differences."""
     scores = {
         model: {key: interval([s[model][key] for s in seeds]) for key in seeds[0][model]}
@@ -158,7 +158,7 @@ def main() -> None:
             seeds.append(run_recipe(name, seed, args.runs))
             sys.stdout.write(f"{name} seed {seed}: {json.dumps(seeds[-1])}\n")
             sys.stdout.flush()
-        results[name] = summarise(name, seeds) | {"cpu_s": round(time.process_time() - began, 1)}
+        results[name] = summarize(name, seeds) | {"cpu_s": round(time.process_time() - began, 1)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for pair, rows in results[name]["differences"].items():

@@ -308,7 +308,7 @@ def compare(ours: list[list[Point]], theirs: list[list[Point]], axis: str) -> di
     return {"ours": ours_mean, "trl": theirs_mean, "difference": interval}
 
 
-def summarise(runs: dict[str, list[list[Point]]]) -> dict[str, Any]:
+def summarize(runs: dict[str, list[list[Point]]]) -> dict[str, Any]:
     """Compare every bundle with TRL over the seeds that both have run."""
     theirs, table = runs.get("trl grpo", []), {}
     for name, ours in runs.items():
@@ -366,7 +366,7 @@ def main() -> None:
                 "machine": f"{os.cpu_count()} cores, shared; one thread",
                 "engine": arena.engine.name,
                 "setting": settings,
-                "table": summarise(runs),
+                "table": summarize(runs),
                 "runs": runs,
             }
             args.out.parent.mkdir(parents=True, exist_ok=True)

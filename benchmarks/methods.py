@@ -4,7 +4,7 @@
     ALIGN_REAL_DATA=... python -m benchmarks.methods --table
 
 Runs the sft stages of benchmarks/methods.yaml that are not done, each as a process of its own
-(forked after the imports), then reads each artefact from disk in another fresh process: its
+(forked after the imports), then reads each artifact from disk in another fresh process: its
 held-out loss must be the one that the training process measured in memory, and its greedy answers
 to held-out prompts give the score. What qlora saves is two models, so both are read: ``adapter/``
 on the 4-bit start must have the loss that training measured, and ``model/`` the one that the stage
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import Artefact, read_artefact
+from align.core.artifacts import Artifact, read_artifact
 from align.data.load import load_examples
 from align.evaluation.stats import share_interval
 from align.models.loading import load_policy
@@ -73,24 +73,24 @@ def apart(function: Any, *args: Any) -> None:
 
 
 def measure(name: str, spec: SftStage, run_dir: Path) -> None:
-    """Read an artefact from disk and write down what it says of held-out rows."""
+    """Read an artifact from disk and write down what it says of held-out rows."""
     import torch
 
     torch.set_num_threads(1)
-    artefact = read_artefact(run_dir / name, "policy")
-    chat = chat_format(artefact.model_dir)
+    artifact = read_artifact(run_dir / name, "policy")
+    chat = chat_format(artifact.model_dir)
     task = TASKS[name.partition("_")[0]]
     prompts = (
         [DataSpec(**task["prompts"])]
         if "prompts" in task
         else [d.model_copy(update={"answers": None}) for d in spec.heldout]
     )
-    model = load_tuned_policy(artefact.model_dir, dtype="float32")
+    model = load_tuned_policy(artifact.model_dir, dtype="float32")
     found: dict[str, Any] = {
         "loss": held_out_loss(model, spec, chat),
         "merges": merges(model),
-        "engine": choose_engine("auto", artefact.model_dir)[0],
-        "score": greedy_score(artefact, chat, prompts, task, spec.max_length),
+        "engine": choose_engine("auto", artifact.model_dir)[0],
+        "score": greedy_score(artifact, chat, prompts, task, spec.max_length),
     }
     if spec.tuning.method == "qlora":
         found["adapter_loss"] = held_out_loss(in_four_bits(spec, run_dir, name), spec, chat)
@@ -116,7 +116,7 @@ def in_four_bits(spec: SftStage, run_dir: Path, name: str) -> Any:
 
 
 def greedy_score(
-    artefact: Artefact, chat: Any, prompts: list[DataSpec], task: dict[str, Any], length: int
+    artifact: Artifact, chat: Any, prompts: list[DataSpec], task: dict[str, Any], length: int
 ) -> list[float]:
     """Return the fraction of correct greedy responses with its 95 % interval."""
     examples = load_examples(prompts, kind="prompts", seed=0)
@@ -124,7 +124,7 @@ def greedy_score(
     room = length - task["tokens"]
     rows = [row for row in rows if len(row.input_ids) <= room][:NUM_PROMPTS]
     engine = build_engine(
-        "hf", artefact.model_dir, max_model_len=length, stop_token_ids=chat.stop_token_ids
+        "hf", artifact.model_dir, max_model_len=length, stop_token_ids=chat.stop_token_ids
     )
     groups = engine.generate(
         [row.input_ids for row in rows], n=1, max_new_tokens=task["tokens"], temperature=0.0

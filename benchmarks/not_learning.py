@@ -27,7 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 import torch
 
 from align.core import distributed
-from align.core.artefacts import write_manifest
+from align.core.artifacts import write_manifest
 from align.core.errors import AlignError
 from align.core.log import ALARMS_FILE, METRICS_FILE, setup_logging
 from align.recipe.load import load_recipe

@@ -1,6 +1,6 @@
 """TRL's sides: its own trainers in the settings a row names, let through a gate step by step.
 
-The data set of a side is exactly one batch, so that an epoch is an optimiser step and both sides
+The data set of a side is exactly one batch, so that an epoch is an optimizer step and both sides
 see the same rows in every step, whatever the order or the packing.
 """
 
@@ -26,7 +26,7 @@ ALL = 10_000
 
 
 class GateCallback(TrainerCallback):
-    """End a round at the log line of each optimiser step."""
+    """End a round at the log line of each optimizer step."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -73,7 +73,7 @@ def _parts(work: Mapping[str, Any]) -> tuple[Path, Any, dict[str, Any]]:
 
 
 def sft(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train SFTTrainer; a round is one optimiser step over all rows."""
+    """Train SFTTrainer; a round is one optimizer step over all rows."""
     from trl import SFTConfig, SFTTrainer
 
     folder, tokenizer, load = _parts(work)
@@ -97,7 +97,7 @@ def _scorer(folder: Path, load: Mapping[str, Any]) -> Any:
 
 
 def reward(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train RewardTrainer; a round is one optimiser step over all pairs."""
+    """Train RewardTrainer; a round is one optimizer step over all pairs."""
     from trl import RewardConfig, RewardTrainer
 
     folder, tokenizer, load = _parts(work)
@@ -121,7 +121,7 @@ def _sorted(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def dpo(gate: Gate, work: Mapping[str, Any]) -> None:
-    """Train DPOTrainer; a round is one optimiser step, with its reference pass, over all pairs."""
+    """Train DPOTrainer; a round is one optimizer step, with its reference pass, over all pairs."""
     from trl import DPOConfig, DPOTrainer
 
     folder, tokenizer, load = _parts(work)

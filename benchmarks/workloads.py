@@ -1,6 +1,6 @@
 """The work both sides do: a model with random weights, a tokenizer, and rows of known lengths.
 
-One word of a text is one token, so that lengths are exact for whoever tokenises.
+One word of a text is one token, so that lengths are exact for whoever tokenizes.
 """
 
 import json

@@ -43,7 +43,7 @@ class ScalarReward:
         model: RewardModel,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        normalise: bool = True,
+        normalize: bool = True,
         combine: str = "mean",
         kappa: float = 1.0,
         name: str = "scalar",
@@ -60,7 +60,7 @@ class ScalarReward:
             raise ValueError(f"reward '{name}': its tokenizer has no eos token to end a response")
         self.model = model
         self.tokenizer = tokenizer
-        self.normalise = normalise
+        self.normalize = normalize
         self.combine = combiner(combine, kappa=kappa, reward=name)
         self.name = name
         self.__name__ = name
@@ -94,7 +94,7 @@ class ScalarReward:
         raw = iter(score_heads(self.model, short, micro_tokens=self.micro_tokens))
         # Normalize each head, then combine the heads of each row.
         mean, std = self.model.mean.view(-1).tolist(), self.model.std.view(-1).tolist()
-        if not self.normalise:
+        if not self.normalize:
             mean, std = [0.0] * len(mean), [1.0] * len(std)
         found: list[float | None] = []
         spreads: list[float] = []
@@ -195,7 +195,7 @@ def build_scalar(spec: ScalarSpec) -> ScalarReward:
     Raises:
         ValueError: the scorer was trained with step supervision.
     """
-    found = load_scalar(spec, combine=spec.combine, kappa=spec.kappa, normalise=spec.normalise)
+    found = load_scalar(spec, combine=spec.combine, kappa=spec.kappa, normalize=spec.normalize)
     if found.model.extra.get("supervision") == "steps":
         raise ValueError(
             f"reward '{spec.label}': {spec.model} was trained with step supervision. "

@@ -167,7 +167,7 @@ def build_process(spec: ProcessSpec) -> ProcessReward:
     Raises:
         ValueError: the scorer was not trained with step supervision.
     """
-    scalar = load_scalar(spec, normalise=False)
+    scalar = load_scalar(spec, normalize=False)
     model: RewardModel = scalar.model
     if model.extra.get("supervision") != "steps":
         raise ValueError(

@@ -64,7 +64,7 @@ class RewardModel(nn.Module):
 
     Attributes:
         mean: mean score on reference samples, one per head; a float32 buffer, saved in scorer.json.
-        std: standard deviation of the same scores; set both with `set_normalisation`.
+        std: standard deviation of the same scores; set both with `set_normalization`.
         extra: other keys of scorer.json, such as how the scorer was supervised.
     """
 
@@ -114,7 +114,7 @@ class RewardModel(nn.Module):
         backbone: Any = self.backbone
         backbone.gradient_checkpointing_enable(**kwargs)
 
-    def set_normalisation(
+    def set_normalization(
         self, *, mean: float | Sequence[float], std: float | Sequence[float]
     ) -> None:
         """Store the mean and standard deviation of the raw scores on reference samples.
@@ -258,7 +258,7 @@ class RewardModel(nn.Module):
             model.load_state_dict(load_file(directory / WEIGHTS_FILE))
         except RuntimeError as error:
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
-        model.set_normalisation(mean=scorer["mean"], std=scorer["std"])
+        model.set_normalization(mean=scorer["mean"], std=scorer["std"])
         return model.eval()
 
 

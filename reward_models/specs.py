@@ -166,7 +166,7 @@ class ScalarSpec(RewardSpec):
     kind: Literal["scalar"]
     model: Annotated[str, Ref("reward_model")]
     """Reward stage, or folder of a reward model."""
-    normalise: bool = True
+    normalize: bool = True
     """Subtract the mean and divide by the std that were measured after the training."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How the scores of several heads are combined."""

@@ -9,7 +9,7 @@ import typer
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
 from align.cli.reward import reward
-from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtefactError
+from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtifactError
 from align.core.failure import last_words
 from align.core.text import visible
 
@@ -153,17 +153,17 @@ def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
 ) -> None:
     """Read every file of every finished stage and compare it with the stage's manifest."""
-    from align.core.artefacts import MANIFEST, find_damage, read_manifest
+    from align.core.artifacts import MANIFEST, find_damage, read_manifest
 
     stages = sorted(path.parent for path in run_dir.glob(f"*/{MANIFEST}"))
     if not stages:
-        raise ArtefactError(f"{run_dir}: no finished stage in it; expected runs/<recipe>")
+        raise ArtifactError(f"{run_dir}: no finished stage in it; expected runs/<recipe>")
     damaged = 0
     for stage in stages:
         try:
             manifest = read_manifest(stage)
             problems = find_damage(stage, manifest, whole=True)
-        except ArtefactError as e:
+        except ArtifactError as e:
             manifest, problems = {}, [str(e)]
         damaged += bool(problems)
         ok = f"{len(manifest.get('files', {}))} files are as the stage left them"
@@ -187,7 +187,7 @@ def report(
 
 @cli.command()
 def chat(
-    artefact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/sft")],
+    artifact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/sft")],
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens per response")] = 256,
     seed: Annotated[int, typer.Option(help="random seed of the sampling")] = 0,
@@ -196,12 +196,12 @@ def chat(
     from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
-    raise typer.Exit(run_tool("chat", [str(artefact), *options, "--seed", str(seed)]))
+    raise typer.Exit(run_tool("chat", [str(artifact), *options, "--seed", str(seed)]))
 
 
 @cli.command(name="serve-reward")
 def serve_reward(
-    artefact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/reward")],
+    artifact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/reward")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
     combine: Annotated[
@@ -212,7 +212,7 @@ def serve_reward(
     from align.pipeline.processes import become_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]
-    become_tool("serve", [str(artefact), *options])
+    become_tool("serve", [str(artifact), *options])
 
 
 @cli.command()

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from align.core.artefacts import MANIFEST, read_manifest
+from align.core.artifacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
 from align.pipeline.processes import run_tool
 from align.pipeline.running import run

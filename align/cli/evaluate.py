@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from align.core.artefacts import MANIFEST, read_manifest
+from align.core.artifacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
 from align.core.log import CARDS_FILE
 from align.pipeline.processes import run_tool

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from align.core import distributed
-from align.core.artefacts import (
+from align.core.artifacts import (
     file_sha256,
     fsync_directory,
     hash_tree,
@@ -27,7 +27,7 @@ from align.core.artefacts import (
     read_json_object,
     write_json_atomic,
 )
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.core.identity import GONE, find_difference, plain
 from align.core.storage import MIB, write_patiently
 
@@ -105,11 +105,11 @@ def _begin(temporary: Path, engines: Sequence[str]) -> None:
     fail later with another one.
 
     Raises:
-        ArtefactError: the stage's folder is gone.
+        ArtifactError: the stage's folder is gone.
     """
     stage = temporary.parents[1]
     if not stage.is_dir():
-        raise ArtefactError(f"{stage}: {GONE}")
+        raise ArtifactError(f"{stage}: {GONE}")
     remove(temporary)
     temporary.mkdir(parents=True)
     for name in engines:
@@ -162,12 +162,12 @@ def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], o
     """Write the weights ``state`` below ``out`` on rank 0; wait for space on a full disk.
 
     Raises:
-        ArtefactError: the stage's folder is gone.
+        ArtifactError: the stage's folder is gone.
     """
     if distributed.rank() == 0:
         stage = out.parents[1] if out.parent.name == "best" else out
         if not stage.is_dir():
-            raise ArtefactError(f"{stage}: {GONE}")
+            raise ArtifactError(f"{stage}: {GONE}")
         needed = tensor_bytes(state)
         write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
@@ -220,14 +220,14 @@ def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[s
     record = json.loads((path / STATE).read_text(encoding="utf-8"))
     # ZeRO shards belong to their ranks, and each rank has its own random state.
     if record["world_size"] != distributed.world_size():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: saved by {record['world_size']} ranks, resumed with "
             f"{distributed.world_size()}. Start the same number of ranks, or use --force."
         )
     for name, engine in engines.items():
         loaded, _ = engine.load_checkpoint(str(path), tag=name)
         if loaded is None:
-            raise ArtefactError(f"{path}: DeepSpeed could not load engine '{name}'. Use --force.")
+            raise ArtifactError(f"{path}: DeepSpeed could not load engine '{name}'. Use --force.")
     set_rng_state(torch.load(path / f"rng-{distributed.rank()}.pt", weights_only=True))
     return record["step"], record["state"]
 

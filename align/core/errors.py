@@ -36,7 +36,7 @@ class DataError(AlignError, ValueError):
         self.code = code
 
 
-class ArtefactError(AlignError, OSError):
+class ArtifactError(AlignError, OSError):
     """An artifact that is missing, damaged or of the wrong kind."""
 
     exit_code = EXIT_USER

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import FAILURE, LOCK, MANIFEST, is_unchanged, read_json_object
-from align.core.errors import ArtefactError
+from align.core.artifacts import FAILURE, LOCK, MANIFEST, is_unchanged, read_json_object
+from align.core.errors import ArtifactError
 
 BEGUN = "begun.json"
 RECIPE = "recipe.yaml"
@@ -87,10 +87,10 @@ def check_is_stage_folder(folder: Path) -> None:
     """Raise if a folder to be written or removed was not created by this suite.
 
     Raises:
-        ArtefactError: the folder contains something else.
+        ArtifactError: the folder contains something else.
     """
     if not is_stage_folder(folder):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder}: exists, but no stage of align wrote it (no {BEGUN} or {MANIFEST} in it). "
             "Nothing was changed. Move it, or use another stage name or run folder."
         )

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import LOCK, read_json_object
-from align.core.errors import ArtefactError
+from align.core.artifacts import LOCK, read_json_object
+from align.core.errors import ArtifactError
 
 TOUCH_S = 20.0
 SILENT_S = 300.0
@@ -48,7 +48,7 @@ class StageLock:
         """Acquire the lock.
 
         Raises:
-            ArtefactError: another process has it.
+            ArtifactError: another process has it.
         """
         self.path = folder / LOCK
         self._pid = os.getpid()
@@ -76,7 +76,7 @@ class StageLock:
                 f.flush()
                 os.fsync(f.fileno())
             return mine
-        raise ArtefactError(
+        raise ArtifactError(
             f"{self.path}: other processes acquire this lock at the same time. Try again."
         )
 
@@ -116,13 +116,13 @@ def refuse_if_held(folder: Path) -> None:
     """Raise if another process is working in a stage's folder.
 
     Raises:
-        ArtefactError: names the holder and what to do.
+        ArtifactError: names the holder and what to do.
     """
     path = folder / LOCK
     if not _is_alive(path):
         return
     holder = read_json_object(path) or {}
-    raise ArtefactError(
+    raise ArtifactError(
         f"{folder}: process {holder.get('pid')} on {holder.get('host')} is running this stage. "
         f"Wait for it or stop it (if it is dead, remove {path})."
     )

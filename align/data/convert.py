@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import file_sha256, write_json_atomic
+from align.core.artifacts import file_sha256, write_json_atomic
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.check.row_rules import text_of

@@ -73,8 +73,8 @@ def masked_whiten(
     # (1e-6)^2: a relative spread of one part in a million, see above.
     constant = variance <= 1e-12 * mean.square()
     scale = torch.where(constant, torch.ones_like(variance), variance).rsqrt()
-    centred = torch.where(constant, torch.zeros_like(mean), (x.double() - mean) * scale)
-    return _kept((centred if center else centred + mean).to(x.dtype), mask)
+    centered = torch.where(constant, torch.zeros_like(mean), (x.double() - mean) * scale)
+    return _kept((centered if center else centered + mean).to(x.dtype), mask)
 
 
 def token_mean(

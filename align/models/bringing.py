@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.core.errors import AlignError, ArtefactError
+from align.core.errors import AlignError, ArtifactError
 from align.models.decoder import attention_for, form_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def one_line(path: str, what: str) -> Iterator[None]:
     """Convert any error that a library raises while reading a folder into one line.
 
     Raises:
-        ArtefactError: names the folder and the beginning of the library's message.
+        ArtifactError: names the folder and the beginning of the library's message.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def one_line(path: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged folder can fail anywhere in transformers
         told = " ".join(str(error).split())[:300] or "no reason given"
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: cannot be read as {what}: {type(error).__name__}: {told}. Use a folder "
             "written by transformers' save_pretrained, or a hub id."
         ) from error
@@ -70,15 +70,15 @@ def check_folder(path: str, *, causal: bool = True) -> None:
         path: the folder or hub id. causal: False where an encoder is expected, with any head.
 
     Raises:
-        ArtefactError: one line with the problem and the remedy.
+        ArtifactError: one line with the problem and the remedy.
     """
     folder = Path(path)
     if not folder.exists():
         return  # a hub id
     if not (folder / CONFIG).is_file():
-        raise ArtefactError(f"{path}: no config.json; expected a folder saved by transformers")
+        raise ArtifactError(f"{path}: no config.json; expected a folder saved by transformers")
     if (folder / ADAPTER).is_file():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
             "to their own folder and use that folder (the adapter is merged), or remove them."
         )
@@ -86,20 +86,20 @@ def check_folder(path: str, *, causal: bool = True) -> None:
     config = _json_object(folder / CONFIG)
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ArtefactError(f"{folder / CONFIG}: architectures: expected a list of class names")
+        raise ArtifactError(f"{folder / CONFIG}: architectures: expected a list of class names")
     if causal and named and any(head in named[0] for head in OTHER_HEADS):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
             "a classifier or scorer, or the causal model it was made from."
         )
     if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: model_type {config.get('model_type')!r} needs custom Python code "
             "(auto_map), which is never run. Use an architecture of transformers."
         )
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: its weights are quantized ({method}) and cannot be trained. Import the "
             "original weights (tuning.method: qlora quantizes them itself)."
         )
@@ -109,19 +109,19 @@ def check_folder(path: str, *, causal: bool = True) -> None:
 def _check_files(folder: Path) -> None:
     if not (folder / INDEX).is_file():
         if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")]:
-            raise ArtefactError(f"{folder}: no weights (model.safetensors) beside config.json")
+            raise ArtifactError(f"{folder}: no weights (model.safetensors) beside config.json")
         return
     shards = _json_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict):
-        raise ArtefactError(f"{folder / INDEX}: no weight_map. Save the model again.")
+        raise ArtifactError(f"{folder / INDEX}: no weight_map. Save the model again.")
     names = sorted({str(name) for name in shards.values()})
     # An index may name any path; files outside the folder are never read.
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ArtefactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
+        raise ArtifactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
             f"{', '.join(missing[:3])}. Copy or download them again."
         )
@@ -131,9 +131,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ArtefactError(f"{path}: expected a JSON object, found {type(found).__name__}")
+        raise ArtifactError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
 
 
@@ -141,7 +141,7 @@ def load_whole(path: str, *, dtype: str) -> Any:
     """Load a causal language model and verify that every weight comes from its files.
 
     Raises:
-        ArtefactError: weights are missing, unexpected, of another shape or not finite, or the
+        ArtifactError: weights are missing, unexpected, of another shape or not finite, or the
             architecture is not supported.
     """
     options: dict[str, Any] = {
@@ -173,12 +173,12 @@ def refuse_not_finite(path: str, model: nn.Module) -> None:
     """Raise if weights of a model are NaN or infinite.
 
     Raises:
-        ArtefactError: names the weights.
+        ArtifactError: names the weights.
     """
     # Checked at import: later, one NaN would look like an unstable training.
     bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {len(bad)} weights contain NaN or infinity: {_named(bad)}. Use a copy from "
             "before they were damaged."
         )
@@ -204,7 +204,7 @@ def _check_report(path: str, report: Mapping[str, Any]) -> None:
     ]
     told = [f"{len(names)} weights {what}: {_named(names)}" for what, names in faults if names]
     if told:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {'; '.join(told)}. Check that config.json belongs to "
             "this model, and save or download it again."
         )
@@ -224,7 +224,7 @@ def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) 
         chosen: the recipe sets the stop token, which resolves a contradiction.
 
     Raises:
-        ArtefactError: names the tokens and the line to add to the recipe.
+        ArtifactError: names the tokens and the line to add to the recipe.
     """
     with one_line(path, "a model's configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -237,7 +237,7 @@ def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) 
     for file, ids in told.items():
         beyond = [i for i in ids if not isinstance(i, int) or i < 0 or (rows and i >= rows)]
         if beyond:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{path}: {file} names eos_token_id {beyond[0]}, but the vocabulary has {rows} "
                 f"tokens. Replace it with the id of the tokenizer's {tokenizer.eos_token!r} "
                 f"({tokenizer.eos_token_id})."
@@ -248,7 +248,7 @@ def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) 
     if chosen or own is None or not known or own in known:
         return
     other = tokenizer.convert_ids_to_tokens(known[0])
-    raise ArtefactError(
+    raise ArtifactError(
         f"{path}: the tokenizer's stop token is {tokenizer.eos_token!r} ({own}), "
         f"but {next(f for f in reversed(told) if told[f])} has {other!r} ({known[0]}). Set the "
         f'correct one in the recipe, for example tokenizer: {{stop_token: "{other}"}}'

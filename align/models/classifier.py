@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.models.loading import disable_dropout, load_tokenizer
 from align.models.padded import right_padded
 
@@ -87,7 +87,7 @@ def save_classifier(
     """Save weights under transformers' names, with the classes and the tokenizer of ``source_dir``.
 
     Raises:
-        ArtefactError: ``state`` does not contain exactly the weights of the architecture.
+        ArtifactError: ``state`` does not contain exactly the weights of the architecture.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -96,7 +96,7 @@ def save_classifier(
     # Compare names first: a missing weight would be random after loading, without an error.
     expected = set(skeleton.state_dict())
     if expected != set(state):
-        raise ArtefactError(
+        raise ArtifactError(
             f"weights to save do not fit {type(skeleton).__name__}: missing "
             f"{sorted(expected - set(state))[:3]}, unexpected {sorted(set(state) - expected)[:3]}"
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from align.core import distributed
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtifactError, TrainingError
 from align.models.attention import PACKED, Segments, segments_from_positions
 from reward_models.scalar import exact_attention
 
@@ -68,7 +68,7 @@ def form_of(lm: PreTrainedModel) -> Form:
     """Return how a causal language model is run; the first call probes it.
 
     Raises:
-        ArtefactError: the model attends to later tokens, or its logits are not a scaled product.
+        ArtifactError: the model attends to later tokens, or its logits are not a scaled product.
     """
     if lm not in _forms:
         with _as_loaded(lm):
@@ -91,13 +91,13 @@ def decoder_of(lm: PreTrainedModel) -> Any:
     """Return the decoder below the head of a causal language model.
 
     Raises:
-        ArtefactError: the model has no decoder.
+        ArtifactError: the model has no decoder.
     """
     # Architectures differ in which of the three gives the decoder.
     for found in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
         if isinstance(found, PreTrainedModel) and found is not lm:
             return found
-    raise ArtefactError(f"{type(lm).__name__} has no decoder below its head. Use another model.")
+    raise ArtifactError(f"{type(lm).__name__} has no decoder below its head. Use another model.")
 
 
 def soft_cap(lm: PreTrainedModel) -> float | None:
@@ -190,13 +190,13 @@ def _try_out(lm: PreTrainedModel) -> Form:
         hook.remove()
     half = slice(0, PROBE_TOKENS // 2)
     if not _alike(later[half], logits[half]):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{type(lm).__name__}: predictions for a token depend on later tokens (difference "
             f"{_distance(later[half], logits[half]):.2g}), so it is not a causal language model. "
             "Use a decoder, or an encoder stage for a classifier or scorer."
         )
     if not states or states[0] is None:
-        raise ArtefactError(f"{type(lm).__name__} does not run its own decoder. Use another model.")
+        raise ArtifactError(f"{type(lm).__name__} does not run its own decoder. Use another model.")
     why = _settle(lm, decoder, states[0][0])
     return Form(why == "", _scale(lm, states[0][0], logits), why)
 
@@ -260,7 +260,7 @@ def _scale(lm: PreTrainedModel, states: Tensor, logits: Tensor) -> float:
             tried = tried if cap is None else torch.tanh(tried / cap) * cap
             if tried.shape == logits.shape and _alike(tried, logits.to(tried.dtype)):
                 return float(scale)
-    raise ArtefactError(
+    raise ArtifactError(
         f"{type(lm).__name__}: its logits are not its output head's product scaled as its "
         "configuration specifies. Training would use other probabilities than the model's own."
     )

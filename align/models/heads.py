@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.models.attention import Segments, segments_from_positions
 from align.models.decoder import (
     attention_for,
@@ -76,7 +76,7 @@ def scorer_on_encoder(
         The model, and the weights below the heads that ``model_dir`` lacks, which are random too.
 
     Raises:
-        ArtefactError: the model is not an encoder whose tokenizer supports pairs of texts.
+        ArtifactError: the model is not an encoder whose tokenizer supports pairs of texts.
     """
     kind = getattr(torch, dtype)
     encoder, info = AutoModel.from_pretrained(
@@ -87,14 +87,14 @@ def scorer_on_encoder(
         trust_remote_code=False,
     )
     if encoder.config.is_encoder_decoder:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{model_dir}: {type(encoder).__name__} is an encoder-decoder. A reward stage must "
             "start from an encoder, such as BERT, or from a policy."
         )
     try:
         separator = separator_of(load_tokenizer(model_dir))
     except ValueError as error:
-        raise ArtefactError(f"{model_dir}: {error}") from error
+        raise ArtifactError(f"{model_dir}: {error}") from error
     # The new head reads the first token's state; a pooler would be a second, pretrained head.
     drop_pooler(encoder)
     if getattr(encoder.config, "type_vocab_size", 0) < 2:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from align.core import distributed
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtifactError, TrainingError
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 
 
@@ -30,19 +30,19 @@ def bringing_in(path: str) -> Iterator[None]:
     """Report a remedy if a model is neither a local folder nor available from the hub.
 
     Raises:
-        ArtefactError: replaces the hub client's error.
+        ArtifactError: replaces the hub client's error.
     """
     # A hub id has at most one slash and no leading dot; anything else must be a local folder.
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if local and not Path(path).exists():
-        raise ArtefactError(f"{path}: no such folder. Correct the path.")
+        raise ArtifactError(f"{path}: no such folder. Correct the path.")
     try:
         yield
     except OSError as error:
-        if Path(path).exists() or isinstance(error, ArtefactError):
+        if Path(path).exists() or isinstance(error, ArtifactError):
             raise
         told = " ".join(str(error).split())
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: no such folder, and it cannot be loaded from the hub: {told} Correct the "
             "name, log in if it is private (hf auth login), or download the model on a "
             "machine with network access and use its folder"
@@ -104,12 +104,12 @@ def check_length(model_dir: Path, max_length: int) -> None:
     """Refuse rows whose rotary factors would depend on the other rows of a batch.
 
     Raises:
-        ArtefactError: ``max_length`` allows them.
+        ArtifactError: ``max_length`` allows them.
     """
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     limit = rotary_limit(config)
     if limit is not None and max_length > limit:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{model_dir}: max_length is {max_length}. " + SWITCHES.format(limit=limit)
         )
 
@@ -188,7 +188,7 @@ def save_policy(
     """Save weights under Hugging Face names, with the config and tokenizer of ``source_dir``.
 
     Raises:
-        ArtefactError: ``state`` does not contain exactly the weights of the architecture.
+        ArtifactError: ``state`` does not contain exactly the weights of the architecture.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -271,7 +271,7 @@ def _check_names(state: Mapping[str, Tensor], config: PreTrainedConfig) -> None:
         expected -= {"lm_head.weight"}
     missing, surplus = expected - set(state), set(state) - expected - {"lm_head.weight"}
     if missing or surplus:
-        raise ArtefactError(
+        raise ArtifactError(
             f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
             f"unexpected {sorted(surplus)[:3]}"
         )

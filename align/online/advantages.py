@@ -72,7 +72,7 @@ def dead_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bo
     return (high == low)[group]
 
 
-def _centred(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _centered(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return centered scores in float64, each response's group size, and its group number."""
     assert torch.isfinite(scores).all(), f"scores must be finite, got {scores.tolist()}"
     _, group = group_ids.unique(return_inverse=True)
@@ -103,12 +103,12 @@ def group_relative(
         of a sample (divided by group size - 1), which the paper leaves open.
     """
     assert scale in ("std", "none"), f"unknown scale {scale!r}"
-    centred, sizes, group = _centred(scores, group_ids)
+    centered, sizes, group = _centered(scores, group_ids)
     if scale == "std":
         # Sample variance; a group of one response divides by 1 and stays 0.
-        squares = torch.zeros_like(centred).index_add(0, group, centred.square())[group]
-        centred = centred / ((squares / (sizes - 1.0).clamp(min=1.0)).sqrt() + STD_EPS)
-    return centred.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
+        squares = torch.zeros_like(centered).index_add(0, group, centered.square())[group]
+        centered = centered / ((squares / (sizes - 1.0).clamp(min=1.0)).sqrt() + STD_EPS)
+    return centered.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
 
 
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -125,9 +125,9 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
         arXiv:2402.14740 section 2.2 (RLOO). Computed as G / (G - 1) times the distance to the
         group's mean, which is the same number.
     """
-    centred, sizes, _ = _centred(scores, group_ids)
+    centered, sizes, _ = _centered(scores, group_ids)
     # s - (sum - s) / (G - 1) = G / (G - 1) * (s - mean)
-    advantages = centred * sizes / (sizes - 1.0).clamp(min=1.0)
+    advantages = centered * sizes / (sizes - 1.0).clamp(min=1.0)
     return advantages.to(scores.dtype).masked_fill(dead_groups(scores, group_ids), 0.0)
 
 

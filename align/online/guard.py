@@ -94,8 +94,8 @@ def by_prompt(history: Sequence[Evaluation], *names: str) -> list[NDArray[np.flo
 def slope(values: NDArray[np.float64], xs: Sequence[float]) -> Interval:
     """Return the least-squares slope of (K, P) values over K positions, as a mean over prompts."""
     # sum((x - mean) y) / sum((x - mean)^2), for each column of values: (K,) @ (K, P) -> (P,).
-    centred = np.asarray(xs, dtype=np.float64) - np.mean(xs)
-    return over_prompts(centred @ values / (centred @ centred))
+    centered = np.asarray(xs, dtype=np.float64) - np.mean(xs)
+    return over_prompts(centered @ values / (centered @ centered))
 
 
 def fit_curve(kl: Sequence[float], gains: NDArray[np.float64]) -> CurveFit | None:

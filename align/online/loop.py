@@ -32,7 +32,7 @@ from align.online.scoring import (
     score_answers,
     step_rewards,
 )
-from align.online.summary import summarise
+from align.online.summary import summarize
 from align.online.watch import Watch
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
@@ -164,7 +164,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
             experience = run.algorithm.estimate(experience, kl_coef)  # advantages, returns
             stats = update(run, experience, step=step, kl_coef=kl_coef)
     # Metrics, then the KL controller, which acts on the next step.
-    found = summarise(experience, scores, run.spec) | disagreement(run.rewards) | stats
+    found = summarize(experience, scores, run.spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
     found |= timer.seconds

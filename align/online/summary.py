@@ -11,7 +11,7 @@ from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
 
 
-def summarise(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
+def summarize(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
     """Return mean reward, lengths, KL, invalid and truncated fractions, explained variance."""
     sums = _sums(experience, scores, spec)
     answers = sums["answers"]

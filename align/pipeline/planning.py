@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.artefacts import MANIFEST, file_sha256, find_damage, read_manifest, spec_hash
-from align.core.errors import ArtefactError
+from align.core.artifacts import MANIFEST, file_sha256, find_damage, read_manifest, spec_hash
+from align.core.errors import ArtifactError
 from align.core.identity import changed_file, read_begun
 from align.data.reading.provenance import named_files
 from align.recipe.load import RECIPE_FILE
@@ -58,7 +58,7 @@ def _status(
         return _unfinished_status(recipe, name, folder=folder, expected_hash=hashes[name])
     try:
         manifest = read_manifest(folder)
-    except ArtefactError as e:
+    except ArtifactError as e:
         return "changed", str(e)
     if manifest.get("spec_hash") != hashes[name]:
         return "changed", _what_changed(recipe, name, manifest, hashes=hashes)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from align.core.accelerator import has_gpu
-from align.core.artefacts import MANIFEST, write_json_atomic
+from align.core.artifacts import MANIFEST, write_json_atomic
 from align.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER,
-    ArtefactError,
+    ArtifactError,
     RecipeError,
 )
 from align.core.identity import GONE, check_is_stage_folder
@@ -35,7 +35,7 @@ from align.pipeline.processes import (
     stage_argv,
     stage_env,
 )
-from align.pipeline.summary import add_seconds, forget_seconds, summarise
+from align.pipeline.summary import add_seconds, forget_seconds, summarize
 from align.pipeline.terminal import Terminal
 from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
 from align.recipe.schema import Recipe
@@ -309,7 +309,7 @@ def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
     if missing:
         terminal.line(f"not run yet: {', '.join(missing)}")
         return EXIT_OK
-    summary = summarise(recipe, run_dir)
+    summary = summarize(recipe, run_dir)
     write_json_atomic(run_dir / "summary.json", summary)
     from align.report import build_report
 
@@ -326,7 +326,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as e:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{run_dir}: cannot be created or written ({e.strerror}). Use another folder with "
             "--runs, or fix its permissions."
         ) from e

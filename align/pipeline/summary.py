@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import read_json_object, read_manifest, write_json_atomic
+from align.core.artifacts import read_json_object, read_manifest, write_json_atomic
 from align.core.log import ALARMS_FILE
 from align.recipe.schema import Recipe
 from align.report.read import read_lines
@@ -38,7 +38,7 @@ def _timings(run_dir: Path) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and 0 <= v < 1e12}
 
 
-def summarise(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+def summarize(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Combine the last evaluation's results with the cost of each stage.
 
     Reward models and expectations come from all evaluations. A reward model that several

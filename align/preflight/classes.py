@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.preflight.checks import Check, Finding, at_most
 from align.preflight.offline import few_rows, loss_of, packing, start_checks
 from align.preflight.tokens import fitting
@@ -24,7 +24,7 @@ def class_checks(
     backbone: nn.Module,
     task: OfflineTask[Any],
     classes: Sequence[str],
-    source: Artefact,
+    source: Artifact,
 ) -> list[Check]:
     """Return the checks of a classify stage.
 

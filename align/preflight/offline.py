@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import LogprobModel, causal_lm
@@ -308,7 +308,7 @@ def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([found.new_zeros(1), found])
 
 
-def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> list[Check]:
+def start_checks(spec: TrainingStage, model: nn.Module, source: Artifact) -> list[Check]:
     """Return the check that a model has the weights of the artifact it starts from.
 
     Args:
@@ -320,7 +320,7 @@ def start_checks(spec: TrainingStage, model: nn.Module, source: Artefact) -> lis
 
 
 @torch.no_grad()
-def same_weights(model: nn.Module, source: Artefact, *, moved: bool) -> Finding:
+def same_weights(model: nn.Module, source: Artifact, *, moved: bool) -> Finding:
     """Check that up to 64 tensors in memory are bit-identical to those of the artifact."""
     saved = _saved_names(source.model_dir)
     bare = causal_lm(model)
@@ -368,6 +368,6 @@ def _saved_tensor(file: Path, name: str) -> Tensor:
 
 def _equal(own: Tensor, saved: Tensor) -> bool:
     """Return whether a weight equals the saved one; 4-bit weights are not compared."""
-    is_quantised = own.dtype == torch.uint8
+    is_quantized = own.dtype == torch.uint8
     with gathered([own]):
-        return is_quantised or torch.equal(saved.to(own.dtype), own.detach().cpu())
+        return is_quantized or torch.equal(saved.to(own.dtype), own.detach().cpu())

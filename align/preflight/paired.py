@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import TokenRow
 from align.data.render.encoder_pairs import PairedFormat
 from align.preflight.checks import Check, Finding, spread
@@ -27,7 +27,7 @@ def paired_checks(
     module: nn.Module,
     model: RewardModel,
     task: OfflineTask[Any],
-    source: Artefact,
+    source: Artifact,
 ) -> list[Check]:
     """Return the checks of a reward stage with an encoder.
 

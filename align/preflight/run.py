@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from align.core import distributed
-from align.core.artefacts import write_json_atomic
+from align.core.artifacts import write_json_atomic
 from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
 from align.core.errors import AlignError, PreflightError
 from align.data.token_view import View, plain

@@ -33,7 +33,7 @@ def build_report(run_dir: Path) -> Path:
         The path of the report.
 
     Raises:
-        ArtefactError: the folder contains no stage.
+        ArtifactError: the folder contains no stage.
     """
     run_dir = Path(run_dir)
     return _write(run_dir / REPORT_FILE, page(read_run(run_dir)))
@@ -43,7 +43,7 @@ def build_comparison(first: Path, second: Path) -> Path:
     """Write a page in the first run's folder that compares two runs.
 
     Raises:
-        ArtefactError: one of the folders contains no stage.
+        ArtifactError: one of the folders contains no stage.
     """
     one, other = read_two(Path(first), Path(second))
     path = one.directory / f"compare-{other.directory.resolve().name}.html"

@@ -1,4 +1,4 @@
-"""Draw curves as inline SVG: labelled axes, gaps where a number is missing."""
+"""Draw curves as inline SVG: labeled axes, gaps where a number is missing."""
 
 import math
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import MANIFEST
-from align.core.errors import ArtefactError
+from align.core.artifacts import MANIFEST
+from align.core.errors import ArtifactError
 from align.core.log import ALARMS_FILE, METRICS_FILE, SAMPLES_FILE
 from align.recipe.load import RECIPE_FILE, read_resolved
 from align.recipe.schema import Recipe
@@ -58,7 +58,7 @@ def read_run(run_dir: Path) -> RunRecord:
     Hashes are not verified: a report must also be possible for a damaged run.
 
     Raises:
-        ArtefactError: the folder contains no stage.
+        ArtifactError: the folder contains no stage.
     """
     problems: list[str] = []
     recipe = _newest_recipe(run_dir)
@@ -71,7 +71,7 @@ def _newest_recipe(run_dir: Path) -> Recipe:
     # Each stage wrote the recipe that it ran; the run may have continued with an edited one.
     found = sorted(run_dir.glob(f"*/{RECIPE_FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{run_dir}: no stage found (no */recipe.yaml). Expected a run folder such as "
             "runs/<recipe name>. Start a run with 'align run RECIPE'"
         )

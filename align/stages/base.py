@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 from align.core import checkpoints, distributed
 from align.core import distributed as signals
-from align.core.artefacts import (
+from align.core.artifacts import (
     FAILURE,
     MANIFEST,
-    Artefact,
+    Artifact,
     file_sha256,
     find_damage,
-    read_artefact,
+    read_artifact,
     read_json_object,
     read_manifest,
     spec_hash,
@@ -29,7 +29,7 @@ from align.core.artefacts import (
     write_manifest,
 )
 from align.core.checkpoints import STATE
-from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtefactError
+from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtifactError
 from align.core.identity import (
     BEGUN,
     changed_file,
@@ -95,7 +95,7 @@ class StageContext:
         """Return the folder that a reference of the recipe names."""
         return self.recipe.folder_of(reference, self.run_dir)
 
-    def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
+    def artifact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artifact:
         """Load and verify an artifact that the recipe refers to by stage or by path.
 
         Args:
@@ -103,7 +103,7 @@ class StageContext:
             with_adapter: True if the caller adds the adapter that ``model/`` may need (see
                 align.tuning.files); otherwise an artifact that needs one is an error.
         """
-        found = read_artefact(self.folder_of(reference), kind)
+        found = read_artifact(self.folder_of(reference), kind)
         if not with_adapter:
             refuse_unmerged(found.model_dir, f"stage {self.name}")
         return found
@@ -215,7 +215,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     spec = recipe.stages.get(name)
     if spec is None or spec.kind != kind:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
-        raise ArtefactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
+        raise ArtifactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
     # From here on all ranks take part.
     distributed.init_process_group(deterministic=recipe.deterministic)
     distributed.check_ranks(name, spec.ranks)
@@ -267,18 +267,18 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
 
 
 def _refuse_changes(context: StageContext, identity: Mapping[str, Any]) -> None:
-    """Raise ArtefactError if the stage's model folder or template changed since it started."""
+    """Raise ArtifactError if the stage's model folder or template changed since it started."""
     spec = context.recipe.stages[context.name]
     present = named_files(spec, context.recipe.inputs(context.name))
     difference = changed_file(identity["files"], present)
     if difference is not None:
-        raise ArtefactError(f"{context.name}: {difference} the stage began; run it again")
+        raise ArtifactError(f"{context.name}: {difference} the stage began; run it again")
 
 
 def _only_stage(recipe: Recipe, kind: str) -> str:
     names = [name for name, spec in recipe.stages.items() if spec.kind == kind]
     if len(names) != 1:
-        raise ArtefactError(
+        raise ArtifactError(
             f"recipe '{recipe.name}' has {len(names)} stages of kind '{kind}' "
             f"({', '.join(names) or 'none'}). Choose one with --stage"
         )
@@ -322,7 +322,7 @@ def _begin(
         The stage's identity; None if it is finished.
 
     Raises:
-        ArtefactError: the folder is not a stage folder, another process is using it, or it
+        ArtifactError: the folder is not a stage folder, another process is using it, or it
             contains results of a different recipe.
     """
     global _lock
@@ -375,19 +375,19 @@ def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
     }
     difference = find_difference(made_from, identity)
     if difference is not None:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out}: finished, but made from something else than the recipe has now "
             f"({difference}); use --force to run it again, or another recipe name"
         )
     damage = find_damage(out, manifest, whole=False)
     if damage:
-        raise ArtefactError(f"{damage[0]}. Use --force to run the stage again")
+        raise ArtifactError(f"{damage[0]}. Use --force to run the stage again")
     log.info("%s: already done, nothing to do (--force does it again)", out)
     return True
 
 
 def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raise ArtefactError if the folder has checkpoints of a stage with another identity."""
+    """Raise ArtifactError if the folder has checkpoints of a stage with another identity."""
     kept = sorted((out / "checkpoints").glob("*-*"), reverse=True)
     if not kept:
         return
@@ -395,7 +395,7 @@ def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
     before = read_begun(out) or next((r for r in records if isinstance(r, dict)), None)
     difference = None if before is None else find_difference(before, identity)
     if difference is not None:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out}: its checkpoints were made from something else than the recipe has now "
             f"({difference}); use --force to start over"
         )
@@ -406,7 +406,7 @@ def with_data_of_stages(spec: object, context: StageContext) -> Any:
     if isinstance(spec, DataSpec):
         if spec.stage is None:
             return spec
-        path = context.artefact(spec.stage, "data").path / DATA_FILE
+        path = context.artifact(spec.stage, "data").path / DATA_FILE
         return spec.model_copy(update={"stage": None, "path": str(path)})
     if isinstance(spec, list):
         return [with_data_of_stages(item, context) for item in spec]

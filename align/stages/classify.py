@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
@@ -63,7 +63,7 @@ def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
     data = offline_rows(spec, context, kind="classes", render=render)
     classes = classes_of(data.training, data.heldout)
     model = build_classifier(spec, source, classes, seed=context.seed)
-    loss_fn = partial(labelled_loss, label_smoothing=spec.label_smoothing)
+    loss_fn = partial(labeled_loss, label_smoothing=spec.label_smoothing)
     numbered = partial(collate, classes)
     task = OfflineTask(data.training, data.heldout, length_of, numbered, loss_fn, padded=True)
     module = ClassLogits(model)
@@ -93,7 +93,7 @@ def train(
     spec: ClassifyStage,
     context: StageContext,
     *,
-    source: Artefact,
+    source: Artifact,
     classes: list[str],
     model: "PreTrainedModel",
     module: ClassLogits,
@@ -179,12 +179,12 @@ def _by_number(name: str) -> tuple[bool, int, str]:
 
 
 def build_classifier(
-    spec: ClassifyStage, source: Artefact, classes: Sequence[str], *, seed: int
+    spec: ClassifyStage, source: Artifact, classes: Sequence[str], *, seed: int
 ) -> Any:
     """Return the model of ``source`` with a new head and the adapter of ``tuning``.
 
     Raises:
-        ArtefactError: weights below the head are missing, and ``tuning`` would not train them.
+        ArtifactError: weights below the head are missing, and ``tuning`` would not train them.
     """
     torch.manual_seed(distributed.derive_seed(seed, "head"))
     held = quantization(spec.tuning, spec.dtype)
@@ -215,7 +215,7 @@ def collate(
     )
 
 
-def labelled_loss(
+def labeled_loss(
     model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's part of the mean cross-entropy and of the accuracy.
@@ -270,7 +270,7 @@ def save(
     model: "PreTrainedModel",
     *,
     classes: Sequence[str],
-    source: Artefact,
+    source: Artifact,
     out: Path,
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""

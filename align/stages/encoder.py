@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.core import distributed
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.models.bringing import check_folder, one_line, refuse_not_finite
 from align.models.loading import bringing_in, load_tokenizer
 from align.preflight.checks import Finding
@@ -24,7 +24,7 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     with one_line(spec.path, "a tokenizer") if exists else bringing_in(spec.path):
         tokenizer = load_tokenizer(spec.path)
     if tokenizer.pad_token_id is None:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{spec.path}: its tokenizer has no pad token. Add one and save the folder again"
         )
     with one_line(spec.path, "an encoder"):

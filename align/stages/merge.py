@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from align.core import distributed
-from align.core.artefacts import Artefact
-from align.core.errors import ArtefactError
+from align.core.artifacts import Artifact
+from align.core.errors import ArtifactError
 from align.core.types import PromptRow
 from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
 from align.evaluation.stats import paired_bootstrap
@@ -58,16 +58,16 @@ def prepare(spec: MergeStage, context: StageContext) -> Prepared:
     if spec.method != "linear":
         check_kit()
     names = (spec.base, spec.tuned, *spec.others)
-    sources = [context.artefact(name, "policy") for name in names]
-    for name, artefact in zip(names, sources, strict=True):
-        refuse_adapter(name, artefact)
+    sources = [context.artifact(name, "policy") for name in names]
+    for name, artifact in zip(names, sources, strict=True):
+        refuse_adapter(name, artifact)
     return Prepared(
         train=partial(merge, spec, context, sources),
         checks=merge_checks(spec, sources, context),
     )
 
 
-def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) -> StageResult:
+def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artifact]) -> StageResult:
     """Write the interpolation with the chosen alpha."""
     curve: list[Point] = []
     alpha = spec.alphas[0]
@@ -89,7 +89,7 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artefact]) 
 
 
 def write(
-    spec: MergeStage, sources: Sequence[Artefact], *, alpha: float, out: Path, seed: int
+    spec: MergeStage, sources: Sequence[Artifact], *, alpha: float, out: Path, seed: int
 ) -> None:
     """Write the merged model of one alpha; ``sources`` are the base and the tuned models."""
     base, *tuned = (source.model_dir for source in sources)
@@ -102,7 +102,7 @@ def write(
 
 @contextlib.contextmanager
 def merged_weights(
-    spec: MergeStage, sources: Sequence[Artefact], *, alpha: float, context: StageContext
+    spec: MergeStage, sources: Sequence[Artifact], *, alpha: float, context: StageContext
 ) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
     """Return a function that yields the merged weights of one alpha on every call."""
     # Linear interpolation is cheap enough to repeat; other methods go through a temporary folder.
@@ -116,7 +116,7 @@ def merged_weights(
 
 
 def merge_checks(
-    spec: MergeStage, sources: Sequence[Artefact], context: StageContext
+    spec: MergeStage, sources: Sequence[Artifact], context: StageContext
 ) -> list[Check]:
     """Return the checks of a merge: compatible models, and rewards that prefer correct answers."""
 
@@ -125,7 +125,7 @@ def merge_checks(
         for name, source in zip((spec.tuned, *spec.others), sources[1:], strict=True):
             check_alike(sources[0].model_dir, source.model_dir)
             if load_tokenizer(source.model_dir).get_vocab() != words:
-                raise ArtefactError(
+                raise ArtifactError(
                     f"{name}: its tokenizer differs from that of {spec.base}, so equal rows of the "
                     "embeddings belong to different tokens. Merge models that were fine-tuned from "
                     "the same base"
@@ -146,22 +146,22 @@ def merge_checks(
     return found
 
 
-def refuse_adapter(name: str, artefact: Artefact) -> None:
-    """Raise ArtefactError for a policy whose adapter is separate from its weights.
+def refuse_adapter(name: str, artifact: Artifact) -> None:
+    """Raise ArtifactError for a policy whose adapter is separate from its weights.
 
     Raises:
-        ArtefactError: its stage tuned by a method that cannot be merged.
+        ArtifactError: its stage tuned by a method that cannot be merged.
     """
-    tuning = artefact.manifest.get("spec", {}).get("tuning") or {}
+    tuning = artifact.manifest.get("spec", {}).get("tuning") or {}
     method = tuning.get("method", "full")
     if not METHODS[method].merges:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{name}: tuned by {method}, whose adapter is not part of the weights. "
             "Interpolate models with full or LoRA-like tuning"
         )
 
 
-def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) -> list[Point]:
+def sweep(spec: MergeStage, sources: Sequence[Artifact], context: StageContext) -> list[Point]:
     """Return the scores of every alpha on both sets of prompts, sampled by one engine."""
     base, tuned = sources[:2]
     chat = chat_format(base.model_dir)
@@ -203,7 +203,7 @@ def sweep(spec: MergeStage, sources: Sequence[Artefact], context: StageContext) 
 
 
 def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list[PromptRow]:
-    chat = chat_format(context.artefact(spec.base, "policy").model_dir)
+    chat = chat_format(context.artifact(spec.base, "policy").model_dir)
     return prompt_rows(spec.model_copy(update={"prompts": data}), chat, context)
 
 
@@ -286,7 +286,7 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
         The alpha; of equally good ones the largest.
 
     Raises:
-        ArtefactError: no response of alpha 1 could be scored.
+        ArtifactError: no response of alpha 1 could be scored.
     """
 
     def value(point: Mapping[str, Any], name: str) -> float:
@@ -297,7 +297,7 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
     # arXiv:2109.01903).
     bar = next(value(point, "prompts") for point in curve if point["alpha"] == 1.0) - tolerance
     if bar == float("-inf"):
-        raise ArtefactError(
+        raise ArtifactError(
             "merge: no response of the fine-tuned model could be scored. Check the rewards"
         )
     kept = [point for point in curve if value(point, "prompts") >= bar]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact, file_sha256, read_manifest
+from align.core.artifacts import Artifact, file_sha256, read_manifest
 from align.core.checkpoints import save_weights
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtifactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
@@ -45,7 +45,7 @@ from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.export import full_precision_weights, full_weights, gathered
 from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
-from align.tuning.merging import adapter_parameters, is_quantised, merges
+from align.tuning.merging import adapter_parameters, is_quantized, merges
 from align.tuning.wrap import add_tuner, has_adapter
 
 if TYPE_CHECKING:
@@ -142,32 +142,32 @@ def log_likelihood(module: nn.Module, row: TokenRow) -> Tensor:
 log = logging.getLogger(__name__)
 
 
-def load_init(spec: TrainingStage, context: StageContext) -> Artefact:
+def load_init(spec: TrainingStage, context: StageContext) -> Artifact:
     """Return the policy that a stage starts from; raise if its tuning cannot be continued."""
-    source = context.artefact(spec.init, "policy", with_adapter=True)
+    source = context.artifact(spec.init, "policy", with_adapter=True)
     made_by = source.manifest.get("spec", {}).get("tuning")
     check_start(source.model_dir, made_by, spec.tuning)
     check_length(source.model_dir, spec.max_length)
     return source
 
 
-def load_backbone(spec: TrainingStage, context: StageContext) -> Artefact:
+def load_backbone(spec: TrainingStage, context: StageContext) -> Artifact:
     """Return the policy or encoder that a stage puts a new head on."""
     # The manifest says which of the two it is, so that the recipe need not.
     kind = read_manifest(context.folder_of(spec.init))["kind"]
-    source = context.artefact(spec.init, "encoder" if kind == "encoder" else "policy")
+    source = context.artifact(spec.init, "encoder" if kind == "encoder" else "policy")
     check_length(source.model_dir, spec.max_length)
     return source
 
 
-def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artefact) -> None:
+def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artifact) -> None:
     """Check that no weight below a new head is missing unless ``tuning`` trains it.
 
     Raises:
-        ArtefactError: a missing weight would stay random.
+        ArtifactError: a missing weight would stay random.
     """
     if missing and spec.tuning.method != "full":
-        raise ArtefactError(
+        raise ArtifactError(
             f"{source.path}: no weights for {', '.join(missing[:3])}, which would stay random "
             f"with tuning.method {spec.tuning.method}. Use full, or a model that has them"
         )
@@ -199,7 +199,7 @@ def add_tuner_to_backbone(spec: OfflineStage, backbone: "PreTrainedModel", *, se
 
 
 def save_trained_policy(
-    spec: TrainingStage, module: LogprobModel, *, source: Artefact, out: Path
+    spec: TrainingStage, module: LogprobModel, *, source: Artifact, out: Path
 ) -> None:
     """Write model/ and, with an adapter, adapter/; every rank must call this.
 
@@ -217,14 +217,14 @@ def save_trained_policy(
 
 
 def whole_state(
-    model: nn.Module, source: Artefact
+    model: nn.Module, source: Artifact
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
     """Return copies of a model's weights, and of its adapter's tensors and configuration if any.
 
     Under ZeRO-3 each rank has only a part of them, so every rank must call this. Only rank 0 keeps
     the copies; the other ranks return no weights.
     """
-    if any(map(is_quantised, model.parameters())):
+    if any(map(is_quantized, model.parameters())):
         named = full_precision_weights(model, source.model_dir)
     else:
         named = full_weights(model)
@@ -392,7 +392,7 @@ def prepare_policy(
     data: OfflineRows,
     module: LogprobModel,
     task: OfflineTask[Any],
-    source: Artefact,
+    source: Artifact,
     chat: ChatFormat,
 ) -> Prepared:
     """Return an offline stage that is ready to train its policy."""
@@ -418,7 +418,7 @@ def train_policy(
     module: LogprobModel,
     task: OfflineTask[Any],
     *,
-    source: Artefact,
+    source: Artifact,
     chat: ChatFormat,
     context: StageContext,
 ) -> StageResult:

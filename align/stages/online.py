@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact, read_manifest
-from align.core.errors import ArtefactError, DataError
+from align.core.artifacts import Artifact, read_manifest
+from align.core.errors import ArtifactError, DataError
 from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
 from align.data.load import check_overlap, load_examples
@@ -176,7 +176,7 @@ class Parts:
         reference: the initial policy; None if no KL is needed.
     """
 
-    source: Artefact
+    source: Artifact
     chat: ChatFormat
     prompts: Sequence[PromptRow]
     heldout: Sequence[Example]
@@ -300,10 +300,10 @@ def build_critic(
     folder = policy_dir
     if spec.critic.init is not None:
         kind = "reward_model" if _is_reward(spec.critic.init, context) else "policy"
-        folder = context.artefact(spec.critic.init, kind).model_dir
+        folder = context.artifact(spec.critic.init, kind).model_dir
     refuse_unmerged(folder, f"the critic of {context.name}")
     if load_tokenizer(folder).get_vocab() != load_tokenizer(policy_dir).get_vocab():
-        raise ArtefactError(
+        raise ArtifactError(
             f"critic.init: {spec.critic.init} has another vocabulary than the policy, whose tokens "
             "it must score. Remove critic.init to start the critic from the policy"
         )

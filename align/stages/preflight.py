@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import Example, PromptRow, TokenRow
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
@@ -86,7 +86,7 @@ def offline_checks(
     spec: OfflineStage,
     *,
     chat: ChatFormat,
-    source: Artefact,
+    source: Artifact,
     module: nn.Module,
     model: "PreTrainedModel",
     task: OfflineTask[Any],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from align.core.errors import ArtefactError, RecipeError, TrainingError
+from align.core.errors import ArtifactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat
@@ -187,7 +187,7 @@ def build_rewards(
     Raises:
         TrainingError: a reward server or a judge cannot be used.
         RecipeError: a reward is invalid, or custom code cannot be loaded.
-        ArtefactError: a process reward model has another vocabulary than the policy.
+        ArtifactError: a process reward model has another vocabulary than the policy.
     """
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
@@ -212,7 +212,7 @@ def _complete(
             if tokenizer is not None:
                 reward.meet(tokenizer)
         except ValueError as error:
-            raise ArtefactError(str(error)) from error
+            raise ArtifactError(str(error)) from error
     if plain["kind"] == "ensemble":
         for member, inner in zip(reward.members, plain["members"], strict=True):
             _complete(member, inner, tokenizer)
@@ -220,7 +220,7 @@ def _complete(
 
 def _resolved(plain: dict[str, Any], context: StageContext) -> dict[str, Any]:
     if plain["kind"] in ("scalar", "process"):
-        found = context.artefact(plain["model"], "reward_model", with_adapter=True)
+        found = context.artifact(plain["model"], "reward_model", with_adapter=True)
         plain["model"] = str(found.model_dir)
     if plain["kind"] == "ensemble":
         plain["members"] = [_resolved(m, context) for m in plain["members"]]

@@ -14,8 +14,8 @@ from align.models.logprobs import causal_lm
 from align.tuning.inserted import InsertedLayer
 from align.tuning.merging import (
     adapted_layers,
-    dequantised,
-    is_quantised,
+    dequantized,
+    is_quantized,
     keep_update,
     merged_parameters,
 )
@@ -106,8 +106,8 @@ def checkpoint_name(name: str) -> str:
 def full_tensor(parameter: Tensor) -> Tensor:
     """Return a whole weight, gathered or dequantized if necessary."""
     with gathered([parameter]):
-        if is_quantised(parameter):
-            return dequantised(parameter)
+        if is_quantized(parameter):
+            return dequantized(parameter)
         weight = parameter.detach()
         # Gathered memory is freed on exit, but a loader may keep the tensor longer.
         return weight.clone() if hasattr(parameter, "ds_id") else weight

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.recipe.schema.tuning import METHODS
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
 
 
 def refuse_unmerged(model_dir: Path, reader: str) -> None:
-    """Raise ArtefactError if ``model_dir`` needs an adapter that the reader does not support."""
+    """Raise ArtifactError if ``model_dir`` needs an adapter that the reader does not support."""
     found = unmerged_adapter(model_dir)
     if found is not None:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{found[0]}: this {found[1]} adapter cannot be merged into {model_dir}, and "
             f"{reader} needs merged weights. Use a tuning method that can be merged (lora)."
         )
@@ -81,15 +81,15 @@ def base_of_adapter(folder: Path | str) -> str:
     """Return the model on which a folder's adapter was trained: a folder or a hub id.
 
     Raises:
-        ArtefactError: the adapter's configuration cannot be read, or does not name a model.
+        ArtifactError: the adapter's configuration cannot be read, or does not name a model.
     """
     path = Path(folder) / CONFIG
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path}: no base_model_name_or_path to merge onto: {error}") from error
+        raise ArtifactError(f"{path}: no base_model_name_or_path to merge onto: {error}") from error
     if not isinstance(name, str) or not name:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: base_model_name_or_path is {name!r}. Set it to the base folder."
         )
     return name
@@ -99,7 +99,7 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     """Return the model with the folder's adapter merged into its weights.
 
     Raises:
-        ArtefactError: the adapter does not fit the model, or cannot be merged.
+        ArtifactError: the adapter does not fit the model, or cannot be merged.
     """
     import peft
 
@@ -107,7 +107,7 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         told = " ".join(str(error).split())[:300]
-        raise ArtefactError(f"{folder}: cannot be merged onto its base: {told}") from error
+        raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error
 
 
 def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -21,23 +21,23 @@ def check_alike(base: Path, tuned: Path) -> None:
     """Raise unless two models have the same weights.
 
     Raises:
-        ArtefactError: names, shapes or the tie of head and embeddings differ.
+        ArtifactError: names, shapes or the tie of head and embeddings differ.
     """
     if _tied(base) != _tied(tuned):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{base} and {tuned}: the head is tied to the embeddings in only one of them. "
             "Interpolate models of one architecture."
         )
     first, second = _shapes(base), _shapes(tuned)
     alone = sorted(first.keys() ^ second.keys())
     if alone:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{base} and {tuned}: {len(alone)} weights exist in only one of them, such as "
             f"{alone[0]}. Interpolate a model with one that was fine-tuned from it."
         )
     for name, shape in first.items():
         if shape != second[name]:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{name}: shape {shape} in {base}, {second[name]} in {tuned}; expected equal ones"
             )
 
@@ -81,11 +81,11 @@ def mix(a: Tensor, b: Tensor, alpha: float, *, name: str) -> Tensor:
     """Return (1 - alpha) * a + alpha * b, computed in float32, in the dtype of ``b``.
 
     Raises:
-        ArtefactError: two non-float tensors differ.
+        ArtifactError: two non-float tensors differ.
     """
     if not b.is_floating_point():
         if not torch.equal(a, b):
-            raise ArtefactError(f"{name}: {b.dtype} values differ and cannot be interpolated")
+            raise ArtifactError(f"{name}: {b.dtype} values differ and cannot be interpolated")
         return b
     if alpha in (0.0, 1.0):  # 0 * a + b would turn -0.0 in b into 0.0
         return (b if alpha == 1.0 else a).to(b.dtype)
@@ -96,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that contain a model's weights."""
     found = sorted(folder.glob("*.safetensors"))
     if not found:
-        raise ArtefactError(f"{folder}: no *.safetensors; expected a model saved by a stage")
+        raise ArtifactError(f"{folder}: no *.safetensors; expected a model saved by a stage")
     return found
 
 

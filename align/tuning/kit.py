@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.recipe.schema import MergeMethod
 from align.tuning.interpolate import INDEX, weight_files
 
 
 def check_kit() -> None:
-    """Raise ArtefactError if mergekit is not installed."""
+    """Raise ArtifactError if mergekit is not installed."""
     if importlib.util.find_spec("mergekit") is None:
-        raise ArtefactError(
+        raise ArtifactError(
             "merge: ties, dare_ties, dare_linear and slerp need mergekit, which is not installed. "
             "Run pip install 'align-suite[merge]', or use method linear."
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from align.core.errors import ArtefactError, RecipeError, TrainingError
+from align.core.errors import ArtifactError, RecipeError, TrainingError
 from align.models.loading import load_policy, load_tokenizer, set_dropout, stop_token_ids
 from align.recipe.schema.tuning import METHODS, QloraTuning, TuningSpec
 from align.recipe.starts import start_problem
@@ -154,7 +154,7 @@ def check_start(model_dir: Path, made_by: object, tuning: TuningSpec) -> None:
         tuning: the tuning block of the new stage.
 
     Raises:
-        ArtefactError: the message lists alternatives.
+        ArtifactError: the message lists alternatives.
     """
     found = unmerged_adapter(model_dir)
     if found is None:
@@ -162,4 +162,4 @@ def check_start(model_dir: Path, made_by: object, tuning: TuningSpec) -> None:
     folder, method = found
     if METHODS[method].continues and made_by == tuning.model_dump(mode="json"):
         return
-    raise ArtefactError(f"{folder}: {start_problem(method)}")
+    raise ArtifactError(f"{folder}: {start_problem(method)}")

@@ -59,9 +59,9 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
     computation.
     """
     base = layer.get_base_layer()
-    if is_quantised(base.weight):
+    if is_quantized(base.weight):
         # 4-bit: dequantize to float32, then add each update; the result is no longer quantized.
-        weight = dequantised(base.weight)
+        weight = dequantized(base.weight)
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             weight = weight + layer.get_delta_weight(adapter).float()
         yield "weight", weight
@@ -120,12 +120,12 @@ def _thresholds(device: torch.device) -> Tensor:
     return drawn.to(device)
 
 
-def is_quantised(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Return whether a weight is stored in 4 bits."""
     return hasattr(weight, "quant_state")
 
 
-def dequantised(weight: Any) -> Tensor:
+def dequantized(weight: Any) -> Tensor:
     """Return a 4-bit weight dequantized to float32."""
     from bitsandbytes.functional import dequantize_4bit
 

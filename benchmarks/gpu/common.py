@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.stages import base
 from benchmarks.workloads import SHAPES, write_tokenizer
 
@@ -180,8 +180,8 @@ def run_stage(
 
     @dataclass(frozen=True, slots=True)
     class Context(base.StageContext):
-        def artefact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artefact:
-            return Artefact(self.run_dir / reference, {})
+        def artifact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artifact:
+            return Artifact(self.run_dir / reference, {})
 
         def metrics(self, total_steps: int) -> Any:
             return timer

@@ -29,8 +29,8 @@ import alone
 import stage_runs as runs
 from tuned_stages import TUNINGS, make_base
 
-from align.core.artefacts import Artefact, read_artefact, write_manifest
-from align.core.errors import ArtefactError, DataError
+from align.core.artifacts import Artifact, read_artifact, write_manifest
+from align.core.errors import ArtifactError, DataError
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS as CLASSES
 from align.stages.base import StageContext, _manifest_head, prepare_and_train
@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
-def run_stage(folder: Path, name: str, plain: dict[str, Any]) -> Artefact:
+def run_stage(folder: Path, name: str, plain: dict[str, Any]) -> Artifact:
     """Run a stage in this process as the launcher's would."""
     recipe = Recipe.model_validate({"name": "t", "stages": {**ALL, name: plain}})
     context = StageContext(recipe, name, folder, 0)
@@ -117,10 +117,10 @@ def run_stage(folder: Path, name: str, plain: dict[str, Any]) -> Artefact:
     result = prepare_and_train(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | dict(result.notes) | {"metrics": dict(result.metrics)})
-    return read_artefact(context.out, head["kind"])
+    return read_artifact(context.out, head["kind"])
 
 
-def classify(folder: Path, name: str, init: str, method: str, **more: Any) -> Artefact:
+def classify(folder: Path, name: str, init: str, method: str, **more: Any) -> Artifact:
     tuning = {k: v for k, v in TUNINGS.get(method, {}).items() if k != "last"}
     plain = {
         "kind": "classify",
@@ -137,22 +137,22 @@ def classify(folder: Path, name: str, init: str, method: str, **more: Any) -> Ar
     return run_stage(folder, name, plain)
 
 
-_DONE: dict[tuple[str, str], Artefact] = {}
+_DONE: dict[tuple[str, str], Artifact] = {}
 
 
-def artefact(folder: Path, init: str, method: str) -> Artefact:
+def artifact(folder: Path, init: str, method: str) -> Artifact:
     """Train a classifier once."""
     if (init, method) not in _DONE:
         _DONE[init, method] = classify(folder, f"{init}_{method}", init, method)
     return _DONE[init, method]
 
 
-def predictions(found: Artefact) -> list[dict[str, Any]]:
+def predictions(found: Artifact) -> list[dict[str, Any]]:
     text = (found.path / "predictions.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def by_transformers(found: Artefact, texts: list[str]) -> list[dict[str, float]]:
+def by_transformers(found: Artifact, texts: list[str]) -> list[dict[str, float]]:
     """Give the probabilities of each text by itself, without padding or code of this suite."""
     model = AutoModelForSequenceClassification.from_pretrained(found.model_dir)
     method = found.manifest["spec"]["tuning"]["method"]
@@ -173,7 +173,7 @@ def by_transformers(found: Artefact, texts: list[str]) -> list[dict[str, float]]
 
 @pytest.mark.parametrize(("init", "method"), CASES)
 def test_held_out_predictions_are_those_of_transformers(folder, init, method):
-    found = artefact(folder, init, method)
+    found = artifact(folder, init, method)
     texts = [HELD_OUT.format(word) for words in WORDS.values() for word in words]
     lines, plain = predictions(found), by_transformers(found, texts)
     for line, expected in zip(lines, plain, strict=True):
@@ -191,13 +191,13 @@ def test_held_out_predictions_are_those_of_transformers(folder, init, method):
 
 @pytest.mark.parametrize("init", ["base", "bert"])
 def test_a_head_alone_leaves_the_model_below_it_as_it_was(folder, init):
-    kept = load_file(artefact(folder, init, "head").model_dir / "model.safetensors")
+    kept = load_file(artifact(folder, init, "head").model_dir / "model.safetensors")
     before = load_file(folder / init / "model" / "model.safetensors")
     heads = {name for name in kept if name.split(".")[0] in ("score", "classifier")}
     assert heads
     for name in kept.keys() - heads:
         assert torch.equal(kept[name], before[name]), name
-    moved = load_file(artefact(folder, init, "full").model_dir / "model.safetensors")
+    moved = load_file(artifact(folder, init, "full").model_dir / "model.safetensors")
     assert not any(torch.equal(moved[name], kept[name]) for name in heads)
 
 
@@ -236,7 +236,7 @@ def test_early_stopping_keeps_and_judges_the_best_weights(folder):
 
 
 def test_weights_that_would_stay_random_are_refused(folder):
-    with pytest.raises(ArtefactError, match=r"no weights for bert\.pooler.*stay random.*Use full"):
+    with pytest.raises(ArtifactError, match=r"no weights for bert\.pooler.*stay random.*Use full"):
         classify(folder, "refused", "poolerless", "head")
     found = classify(folder, "poolerless_full", "poolerless", "full")
     assert found.manifest["metrics"]["eval/loss"] > 0.0
@@ -285,7 +285,7 @@ print(json.dumps([{x["label"]: x["score"] for x in said} for said in ask(json.lo
 
 @pytest.mark.slow
 def test_a_fresh_process_reads_the_same_probabilities(folder):
-    found = artefact(folder, "bert", "lora")
+    found = artifact(folder, "bert", "lora")
     texts = [HELD_OUT.format(word) for words in WORDS.values() for word in words]
     command = [sys.executable, "-c", FRESH, str(found.model_dir), json.dumps(texts)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)

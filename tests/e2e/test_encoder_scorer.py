@@ -21,8 +21,8 @@ import stage_runs as runs
 from small_encoders import save_bert
 from tuned_stages import ONLINE, TUNINGS, make_base, run_plain
 
-from align.core.artefacts import Artefact, write_manifest
-from align.core.errors import ArtefactError
+from align.core.artifacts import Artifact, write_manifest
+from align.core.errors import ArtifactError
 from align.models.loading import load_tokenizer
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS as CLASSES
@@ -34,7 +34,7 @@ from align.stages.tools.deep_check import check_recipe
 from align.stages.tools.reward_cards import sources
 from align.tuning.loading import load_scorer
 
-COLOURS, FRAMES = ("red", "blue"), ("the {} is", "{} is the colour", "which {}", "is {} the {}")
+COLORS, FRAMES = ("red", "blue"), ("the {} is", "{} is the colour", "which {}", "is {} the {}")
 METHODS = ("full", "head", "lora", "qlora", "bottleneck", "ia3", "loreft")
 
 
@@ -53,7 +53,7 @@ def pair_rows(part: str) -> list[dict[str, Any]]:
             "rejected": f"bad {frame.replace('{}', colour)}",
         }
         for letter in letters
-        for colour in COLOURS
+        for colour in COLORS
         for frame in FRAMES
     ]
 
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
-def train(folder: Path, name: str, method: str = "full", **more: Any) -> Artefact:
+def train(folder: Path, name: str, method: str = "full", **more: Any) -> Artifact:
     tuning = {k: v for k, v in TUNINGS.get(method, {}).items() if k != "last"}
     plain = {
         "kind": "reward",
@@ -89,17 +89,17 @@ def train(folder: Path, name: str, method: str = "full", **more: Any) -> Artefac
     return run_plain(folder, plain, name=name)
 
 
-_DONE: dict[str, Artefact] = {}
+_DONE: dict[str, Artifact] = {}
 
 
-def artefact(folder: Path, method: str) -> Artefact:
+def artifact(folder: Path, method: str) -> Artifact:
     """Train a scorer once."""
     if method not in _DONE:
         _DONE[method] = train(folder, method, method)
     return _DONE[method]
 
 
-def by_transformers(found: Artefact, texts: list[tuple[str, str]]) -> list[list[float]]:
+def by_transformers(found: Artifact, texts: list[tuple[str, str]]) -> list[list[float]]:
     """Score each text by itself with transformers and peft alone, in float64: one score a head."""
     weights = load_file(found.model_dir / "model.safetensors")
     encoder: Any = BertModel(AutoConfig.from_pretrained(found.model_dir), add_pooling_layer=False)
@@ -119,7 +119,7 @@ def by_transformers(found: Artefact, texts: list[tuple[str, str]]) -> list[list[
 
 
 def scores_of(
-    folder: Path, found: Artefact, texts: list[tuple[str, str]], **spec: Any
+    folder: Path, found: Artifact, texts: list[tuple[str, str]], **spec: Any
 ) -> list[float | None]:
     """Score texts as any stage does that reads a reward of the recipe."""
     plain = {
@@ -152,11 +152,11 @@ def answers(part: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_are_those_of_transformers(folder, method):
-    found = artefact(folder, method)
+    found = artifact(folder, method)
     chosen, rejected = answers("heldout")
     expected = [by_transformers(found, side) for side in (chosen, rejected)]
     for side, known in zip((chosen, rejected), expected, strict=True):
-        raw = scores_of(folder, found, side, normalise=False)
+        raw = scores_of(folder, found, side, normalize=False)
         assert raw == pytest.approx([scores[0] for scores in known], abs=5e-5)
     right = [a[0] > b[0] for a, b in zip(*expected, strict=True)]
     metrics = found.manifest["metrics"]
@@ -187,14 +187,14 @@ def test_the_first_loss_is_that_of_bradley_and_terry_on_each_pair_alone(folder):
 
 
 def test_a_head_alone_leaves_the_encoder_as_it_was(folder):
-    kept = load_file(artefact(folder, "head").model_dir / "model.safetensors")
+    kept = load_file(artifact(folder, "head").model_dir / "model.safetensors")
     before = load_file(folder / "bert" / "model" / "model.safetensors")
     below = kept.keys() - {"head.weight"}
     assert len(below) > 20
     for name in below:
         own = f"bert.{name.removeprefix('backbone.')}"
         assert torch.equal(kept[name], before[own]), name
-    moved = load_file(artefact(folder, "full").model_dir / "model.safetensors")
+    moved = load_file(artifact(folder, "full").model_dir / "model.safetensors")
     assert sum(torch.equal(moved[name], kept[name]) for name in kept) <= 1  # unused positions
 
 
@@ -295,7 +295,7 @@ def test_pairs_that_are_too_long_are_lost_and_written_down(folder):
 def test_an_encoder_without_its_pooler_will_do_and_one_that_lacks_more_will_not(folder):
     found = train(folder, "bare", "head", init=str(folder / "poolerless"))
     texts = answers("heldout")[0]
-    raw = scores_of(folder, found, texts, normalise=False)
+    raw = scores_of(folder, found, texts, normalize=False)
     assert raw == pytest.approx([s[0] for s in by_transformers(found, texts)], abs=5e-5)
     lacking = folder / "lacking_files"
     shutil.copytree(folder / "poolerless_files", lacking)
@@ -305,14 +305,14 @@ def test_an_encoder_without_its_pooler_will_do_and_one_that_lacks_more_will_not(
         lacking, state_dict={n: w for n, w in weights.items() if "layer.1." not in n}
     )
     run_plain(folder, {"kind": "encoder", "path": str(lacking)}, name="lacking")
-    with pytest.raises(ArtefactError, match=r"no weights for encoder\.layer\.1.*stay random"):
+    with pytest.raises(ArtifactError, match=r"no weights for encoder\.layer\.1.*stay random"):
         train(folder, "refused", "head", init=str(folder / "lacking"))
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_a_policy_is_reinforced_by_an_encoder(folder, kind):
-    scalar = {"kind": "scalar", "model": str(artefact(folder, "bottleneck").path)}
-    other = {"kind": "scalar", "model": str(artefact(folder, "lora").path), "name": "other"}
+    scalar = {"kind": "scalar", "model": str(artifact(folder, "bottleneck").path)}
+    other = {"kind": "scalar", "model": str(artifact(folder, "lora").path), "name": "other"}
     rewards = [{"kind": "ensemble", "members": [scalar, other]}]
     more: dict[str, Any] = {"group_size": 2} if kind == "grpo" else {"kl": {"coef": 0.1}}
     plain = {"kind": kind, "init": "base", "max_length": 128, **ONLINE, "rewards": rewards, **more}
@@ -323,7 +323,7 @@ def test_a_policy_is_reinforced_by_an_encoder(folder, kind):
         (asked,) = shown["prompt"]
         members = []
         for method in ("bottleneck", "lora"):
-            trained = artefact(folder, method)
+            trained = artifact(folder, method)
             ((raw,),) = by_transformers(trained, [(asked["content"], shown["completion"])])
             numbers = trained.manifest["metrics"]
             members.append((raw - numbers["scorer/mean"]) / numbers["scorer/std"])
@@ -343,12 +343,12 @@ def test_a_critic_of_another_vocabulary_is_refused(folder):
         **ONLINE,
         "critic": {"init": str(folder / "other")},
     }
-    with pytest.raises(ArtefactError, match="has another vocabulary than the policy"):
+    with pytest.raises(ArtifactError, match="has another vocabulary than the policy"):
         run_plain(folder, plain, name="refused_critic")
 
 
 def test_an_evaluation_judges_by_an_encoder_and_measures_it(folder):
-    reward = str(artefact(folder, "bottleneck").path)
+    reward = str(artifact(folder, "bottleneck").path)
     pairs = [{"path": str(folder / "heldout.jsonl")}]
     sets = [
         {"prompt": r["prompt"], "chosen": [r["chosen"]], "rejected": [r["rejected"]]}
@@ -362,7 +362,7 @@ def test_an_evaluation_judges_by_an_encoder_and_measures_it(folder):
         "samples": 2,
         "scores": [{"kind": "scalar", "model": reward}],
         "judge": [{"kind": "length", "target": 2, "limit": 12}],
-        "reward_models": [reward, str(artefact(folder, "full").path)],
+        "reward_models": [reward, str(artifact(folder, "full").path)],
         "pairs": pairs,
         "sets": [{"path": write(folder / "sets.jsonl", sets)}],
         "sampling": {"engine": "hf", "max_new_tokens": 6, "temperature": 1.0},
@@ -371,39 +371,39 @@ def test_an_evaluation_judges_by_an_encoder_and_measures_it(folder):
     found = run_plain(folder, plain, name="judged_by_it")
     cards = json.loads((found.path / "cards.json").read_text())
     for method in ("bottleneck", "full"):
-        trained = artefact(folder, method)
+        trained = artifact(folder, method)
         chosen, rejected = (by_transformers(trained, side) for side in answers("heldout"))
         right = sum(a[0] > b[0] for a, b in zip(chosen, rejected, strict=True)) / len(chosen)
         card = cards[str(trained.path)]
         assert card["pair_accuracy"][0] == pytest.approx(right)
         assert card["best_of_set_accuracy"][0] == pytest.approx(right)
         assert [point["n"] for point in card["best_of_n"]] == [1, 2]
-    assert cards[reward]["agreement"]["with"] == str(artefact(folder, "full").path)
+    assert cards[reward]["agreement"]["with"] == str(artifact(folder, "full").path)
 
 
 def test_a_card_counts_what_has_no_positions(folder):
     rows = [*pair_rows("heldout"), {"prompt": "a", "chosen": "good " * 70, "rejected": "bad"}]
     path = write(folder / "long_pairs.jsonl", rows)
     given = CardInput(sources([{"path": path}]), [], 1024, 1.0, 0)
-    card = build_cards({"it": artefact(folder, "full")}, given)["it"]
+    card = build_cards({"it": artifact(folder, "full")}, given)["it"]
     assert (card["num_pairs"], card["num_pairs_too_long"]) == (len(rows) - 1, 1)
-    judge, data = str(artefact(folder, "full").path), sources([{"path": path}])
+    judge, data = str(artifact(folder, "full").path), sources([{"path": path}])
     found = calibrate(judge, model=None, data=data, criteria="", cache=None)
     assert found["pairs"] == len(rows)
 
 
 def test_an_adapter_beside_the_encoder_is_added_wherever_scores_are_asked_for(folder):
     texts = answers("heldout")[0][:2]
-    found = artefact(folder, "bottleneck")
+    found = artifact(folder, "bottleneck")
     whole = load_scorer(found.model_dir)
     assert type(whole.backbone).__name__ != "BertModel"
     bare = [
         s[0]
         for s in by_transformers(
-            Artefact(found.path, {"spec": {"tuning": {"method": "full"}}}), texts
+            Artifact(found.path, {"spec": {"tuning": {"method": "full"}}}), texts
         )
     ]
-    assert scores_of(folder, found, texts, normalise=False) != pytest.approx(bare, abs=1e-3)
+    assert scores_of(folder, found, texts, normalize=False) != pytest.approx(bare, abs=1e-3)
 
 
 def test_deep_check_passes_a_reward_stage_on_an_encoder(folder):
@@ -430,7 +430,7 @@ def test_deep_check_passes_a_reward_stage_on_an_encoder(folder):
 def test_a_decoder_that_is_called_an_encoder_is_refused(folder):
     path = str(folder / "base" / "model")
     run_plain(folder, {"kind": "encoder", "path": path}, name="no_encoder")
-    with pytest.raises(ArtefactError, match="no token between"):
+    with pytest.raises(ArtifactError, match="no token between"):
         train(folder, "never", "head", init=str(folder / "no_encoder"))
 
 

@@ -162,7 +162,7 @@ def test_kto_says_the_loss_of_the_saved_policy_against_its_reference(folder):
     assert found.manifest["metrics"]["eval/loss"] != found.manifest["metrics"][LOSS_SAVED]
 
 
-def test_reward_says_loss_and_normalisation_of_the_saved_scorer(folder):
+def test_reward_says_loss_and_normalization_of_the_saved_scorer(folder):
     sides = {"data": [TRAINED], "heldout": [HELD_OUT]}
     found = run_stage(folder, "reward", QLORA, name="reward", center_coef=0.0, **sides)
     state = load_file(found.model_dir / "model.safetensors")

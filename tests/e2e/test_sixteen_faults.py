@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs
 import tuned_stages
 
-from align.core.artefacts import write_manifest
+from align.core.artifacts import write_manifest
 from tests.fault_corpus import write_rows
 from tests.sixteen_faults import NO_STOP, SIXTEEN, Fault
 

@@ -21,7 +21,7 @@ import alone
 import stage_runs as runs
 
 from align.core import distributed as signals
-from align.core.artefacts import read_artefact
+from align.core.artifacts import read_artifact
 from align.core.errors import DataError, Preempted, RecipeError
 from align.core.types import Example
 from align.data.load import load_examples
@@ -184,7 +184,7 @@ def test_a_trainer_trains_leaves_a_policy_and_resumes_to_the_same_bytes(
 ) -> None:
     resumed(recipe, run_dir, fresh, name)
     # A next stage reads it as it reads every policy, and it has moved.
-    found = read_artefact(run_dir / name, "policy")
+    found = read_artifact(run_dir / name, "policy")
     load_policy(found.model_dir, dtype="float32")
     before, after = (load(runs.weights(run_dir, stage)) for stage in ("base", name))
     assert max(float((after[k] - before[k]).abs().max()) for k in before) > 1e-4
@@ -267,7 +267,7 @@ def test_pairs_end_in_one_stop_token_where_the_template_writes_a_line_break_afte
 ) -> None:
     loaded = load_recipe(recipe)
     spec, context = loaded.stages["ORPO"], StageContext(loaded, "ORPO", tmp_path, 0)
-    source = read_artefact(run_dir / "base", "policy").model_dir
+    source = read_artifact(run_dir / "base", "policy").model_dir
     chat, (trainer_class, config_class) = chat_format(source), find_trainer("ORPO")
     examples = load_examples(spec.data, kind="preference", seed=0)
     rows = build_trainer(

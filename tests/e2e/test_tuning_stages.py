@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import alone
 from tuned_stages import TUNINGS, make_base, run_plain, run_stage, tuning_spec
 
-from align.core.artefacts import Artefact, write_manifest
-from align.core.errors import ArtefactError, PreflightError
+from align.core.artifacts import Artifact, write_manifest
+from align.core.errors import ArtifactError, PreflightError
 from align.models.logprobs import LogprobModel
 from align.recipe.schema.tuning import METHODS as CLASSES
 from align.sampling.build import build_engine, choose_engine
@@ -46,10 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield make_base(tmp_path_factory.mktemp("tuned"))
 
 
-_DONE: dict[tuple[str, str], Artefact] = {}
+_DONE: dict[tuple[str, str], Artifact] = {}
 
 
-def artefact(folder: Path, kind: str, method: str) -> Artefact:
+def artifact(folder: Path, kind: str, method: str) -> Artifact:
     """Run a stage once and keep what it wrote."""
     if (kind, method) not in _DONE:
         name = f"{kind}_{method}"
@@ -64,12 +64,12 @@ def block(kind: str, method: str) -> dict[str, Any]:
     return {"method": method, **{k: v for k, v in keys if k != "last" or not new_head}}
 
 
-def first_metrics(found: Artefact) -> dict[str, float]:
+def first_metrics(found: Artifact) -> dict[str, float]:
     lines = (found.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(lines[0])
 
 
-def by_peft(folder: Path, found: Artefact, kind: Any = AutoModelForCausalLM) -> Any:
+def by_peft(folder: Path, found: Artifact, kind: Any = AutoModelForCausalLM) -> Any:
     """Load the base and the saved adapter with transformers and peft alone."""
     base = kind.from_pretrained(folder / "base" / "model", attn_implementation="eager")
     return PeftModel.from_pretrained(base, str(found.path / "adapter")).eval()
@@ -85,7 +85,7 @@ def oracle(model: Any, ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("method", ADAPTED)
 def test_saved_policy_is_base_with_adapter(folder, method):
-    found = artefact(folder, "sft", method)
+    found = artifact(folder, "sft", method)
     expected = oracle(by_peft(folder, found), IDS)
     model = LogprobModel(load_tuned_policy(found.model_dir, dtype="float32"))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_saved_policy_is_base_with_adapter(folder, method):
 
 @pytest.mark.parametrize("method", ADAPTED)
 def test_engine_gives_the_greedy_tokens_of_transformers(folder, method):
-    found = artefact(folder, "sft", method)
+    found = artifact(folder, "sft", method)
     engine = build_engine("hf", found.model_dir, max_model_len=64)
     model = by_peft(folder, found)
     for prompt in (IDS[:4], IDS[2:8]):
@@ -124,7 +124,7 @@ def test_engine_gives_the_greedy_tokens_of_transformers(folder, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dpo_starts_at_its_reference(folder, method):
-    found = artefact(folder, "dpo", method)
+    found = artifact(folder, "dpo", method)
     if CLASSES[method].virtual:
         # Virtual tokens change the policy before the first step; the reference is without them.
         assert abs(first_metrics(found)["train/loss"] - 0.6931) > 1e-3
@@ -134,7 +134,7 @@ def test_dpo_starts_at_its_reference(folder, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, method):
-    found = artefact(folder, "grpo", method)
+    found = artifact(folder, "grpo", method)
     first = first_metrics(found)
     assert (abs(first["kl/reference"]) > 1e-3) == CLASSES[method].virtual
     # After a step the policy has left its reference, which it would not with its adapter on.
@@ -146,7 +146,7 @@ def test_grpo_starts_at_its_reference_and_the_engine_has_its_weights(folder, met
 @pytest.mark.parametrize("method", METHODS)
 def test_kto_starts_at_its_reference(folder, method):
     """At the reference every answer's loss is 1 - sigmoid(0)."""
-    loss = first_metrics(artefact(folder, "kto", method))["train/loss"]
+    loss = first_metrics(artifact(folder, "kto", method))["train/loss"]
     if CLASSES[method].virtual:
         assert abs(loss - 0.5) > 1e-4
     else:
@@ -155,14 +155,14 @@ def test_kto_starts_at_its_reference(folder, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ppo_trains_policy_and_critic(folder, method):
-    found = artefact(folder, "ppo", method)
+    found = artifact(folder, "ppo", method)
     assert abs(found.manifest["metrics"]["kl/sampler"]) < 1e-4
     assert found.manifest["metrics"]["value/loss"] > 0.0
 
 
 @pytest.mark.parametrize("method", ADAPTED)
 def test_saved_scorer_is_backbone_with_adapter_and_head(folder, method):
-    found = artefact(folder, "reward", method)
+    found = artifact(folder, "reward", method)
     model = by_peft(folder, found, AutoModel)
     head = load_file(found.model_dir / "model.safetensors")["head.weight"][0]
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_saved_scorer_is_backbone_with_adapter_and_head(folder, method):
 
 @pytest.mark.parametrize(("kind", "method"), RESUMED)
 def test_stage_resumed_from_a_checkpoint_ends_with_the_same_bytes(folder, kind, method):
-    whole = artefact(folder, kind, method)
+    whole = artifact(folder, kind, method)
     name = f"resumed_{kind}_{method}"
     kept = "checkpoints/step-00000001"
     shutil.copytree(whole.path / kept, folder / name / kept)
@@ -211,7 +211,7 @@ def test_reward_head_alone_leaves_the_backbone_as_it_was(folder):
 
 @pytest.mark.parametrize("method", ["bottleneck", "loreft"])
 def test_same_block_goes_on_with_an_unmerged_adapter(folder, method):
-    start = artefact(folder, "sft", method)
+    start = artifact(folder, "sft", method)
     tuning = {"method": method, **TUNINGS[method]}
     for kind in ("dpo", "grpo"):
         found = run_stage(folder, kind, tuning, name=f"on_{kind}_{method}", init=str(start.path))
@@ -239,21 +239,21 @@ def test_same_block_goes_on_with_an_unmerged_adapter(folder, method):
     ],
 )
 def test_training_on_top_of_an_unmerged_adapter_is_refused(folder, method, kind, tuning, said):
-    start = artefact(folder, "sft", method)
-    with pytest.raises(ArtefactError, match=said):
+    start = artifact(folder, "sft", method)
+    with pytest.raises(ArtifactError, match=said):
         run_stage(folder, kind, tuning, name="refused", init=str(start.path))
 
 
 def test_critic_does_not_start_from_an_unmerged_policy(folder):
-    start = artefact(folder, "sft", "bottleneck")
+    start = artifact(folder, "sft", "bottleneck")
     tuning = {"method": "bottleneck", **TUNINGS["bottleneck"]}
-    with pytest.raises(ArtefactError, match="critic"):
+    with pytest.raises(ArtifactError, match="critic"):
         run_stage(folder, "ppo", tuning, name="refused", init=str(start.path))
 
 
 @pytest.mark.parametrize("method", ["lora", "ptuning", "bottleneck"])
 def test_chat_answers_as_the_engine_does(folder, method):
-    found = artefact(folder, "sft", method)
+    found = artifact(folder, "sft", method)
     chat = Chat(found.model_dir, temperature=0.0, max_new_tokens=6)
     said = io.StringIO()
     answer = chat.answer("2 plus 2", said)
@@ -267,8 +267,8 @@ def test_chat_answers_as_the_engine_does(folder, method):
 
 
 def test_evaluate_compares_policies_with_and_without_unmerged_adapters(folder):
-    models = [artefact(folder, "sft", m).path for m in ("lora", "prefix", "bottleneck")]
-    scorer = artefact(folder, "reward", "prompt").path
+    models = [artifact(folder, "sft", m).path for m in ("lora", "prefix", "bottleneck")]
+    scorer = artifact(folder, "reward", "prompt").path
     plain = {
         "kind": "evaluate",
         "models": ["base", *map(str, models)],
@@ -287,13 +287,13 @@ def test_evaluate_compares_policies_with_and_without_unmerged_adapters(folder):
         assert abs(summary["tasks"]["heldout"]["models"][str(model)]["kl"][0]) > 1e-3
 
 
-def merged(folder: Path, tuned: Path, name: str) -> Artefact:
+def merged(folder: Path, tuned: Path, name: str) -> Artifact:
     plain = {"kind": "merge", "base": "base", "tuned": str(tuned), "alphas": [0.5]}
     return run_plain(folder, plain, name=name)
 
 
 def test_half_of_a_merged_lora_is_the_adapter_at_half_its_scale(folder):
-    tuned = artefact(folder, "sft", "lora")
+    tuned = artifact(folder, "sft", "lora")
     model = by_peft(folder, tuned)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -305,7 +305,7 @@ def test_half_of_a_merged_lora_is_the_adapter_at_half_its_scale(folder):
 
 def test_models_of_different_tokens_are_not_merged(folder):
     other = folder / "other_tokens"
-    shutil.copytree(artefact(folder, "sft", "lora").path, other)
+    shutil.copytree(artifact(folder, "sft", "lora").path, other)
     file = other / "model" / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"<pad>"', '"<blank>"'))
     (other / "manifest.json").unlink()
@@ -315,13 +315,13 @@ def test_models_of_different_tokens_are_not_merged(folder):
 
 
 def test_unmerged_adapter_falls_back_to_hf_by_name(folder):
-    found = artefact(folder, "sft", "prompt")
+    found = artifact(folder, "sft", "prompt")
     assert choose_engine("auto", found.model_dir) == (
         "hf",
         "vllm cannot serve this model: its prompt adapter cannot be merged into the weights that "
         "vLLM serves",
     )
-    assert "adapter" not in choose_engine("auto", artefact(folder, "sft", "dora").model_dir)[1]
+    assert "adapter" not in choose_engine("auto", artifact(folder, "sft", "dora").model_dir)[1]
 
 
 def test_qlora_samples_from_the_policy_that_it_trains(folder):

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 
-from align.core.artefacts import read_artefact
+from align.core.artifacts import read_artifact
 
 WATCH = (
     "stages.{stage}.watch={{every: 2, samples: 2, prompts: [{{world: prompts, rows: 12, "
@@ -83,7 +83,7 @@ def test_best_checkpoint_is_that_of_the_highest_gold_score(watched) -> None:
     best = max(golds, key=lambda step: (golds[step], -step))
     assert runs.manifest(watched, "ppo")["watch"] == {"best_step": best, "last_step": 6}
     assert [p.name for p in (watched / "ppo" / "best").iterdir()] == [f"step-{best:08d}"]
-    assert read_artefact(watched / "ppo", "policy")
+    assert read_artifact(watched / "ppo", "policy")
 
 
 def test_watched_ppo_killed_in_the_middle_ends_with_the_same_bytes(

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from align.core.artefacts import read_artefact, write_manifest
+from align.core.artifacts import read_artifact, write_manifest
 from align.data.load import load_examples
 from align.data.render.chat import apply_tokenizer_spec
 from align.recipe.schema import BuildSpec, DataSpec, Recipe, TokenizerSpec
@@ -82,7 +82,7 @@ def tuning_spec(method: str) -> Any:
 
 
 def make_base(folder: Path) -> Path:
-    """Write the artefact of a random model whose answers are far from uniform."""
+    """Write the artifact of a random model whose answers are far from uniform."""
     out = folder / "base" / "model"
     build = BuildSpec(vocab_size=320)
     corpus = load_examples([DataSpec(world="corpus", rows=50)], kind="corpus", seed=0)
@@ -106,7 +106,7 @@ def make_base(folder: Path) -> Path:
 
 
 def run_stage(folder: Path, kind: str, tuning: dict[str, Any], *, name: str, **more: Any) -> Any:
-    """Run one training stage to its end as the launcher's process would; give its artefact."""
+    """Run one training stage to its end as the launcher's process would; give its artifact."""
     plain = {"kind": kind, **COMMON, **STAGES[kind], "tuning": tuning, **more}
     if kind in JUDGED:
         plain["data"] = [{"path": str(write_rows(folder / f"{kind}.jsonl", JUDGED[kind]))}]
@@ -123,4 +123,4 @@ def run_plain(folder: Path, plain: dict[str, Any], *, name: str) -> Any:
     result = prepare_and_train(spec, context)
     head = _manifest_head(context, spec)
     write_manifest(context.out, head | {"metrics": dict(result.metrics)})
-    return read_artefact(context.out, head["kind"])
+    return read_artifact(context.out, head["kind"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from align.core import checkpoints
-from align.core.artefacts import find_damage, read_artefact, read_manifest, write_manifest
-from align.core.errors import ArtefactError, DataError
+from align.core.artifacts import find_damage, read_artifact, read_manifest, write_manifest
+from align.core.errors import ArtifactError, DataError
 from align.core.identity import changed_file, find_difference
 from align.data.reading import read_log
 from align.data.reading.provenance import file_records, hub_revisions, named_files
@@ -143,7 +143,7 @@ def finish(stage: str, status: str = "done") -> Path:
     """Write the folder of a finished or begun stage as the suite does."""
     recipe = load_recipe("r.yaml")
     hashes = {}
-    from align.core.artefacts import spec_hash
+    from align.core.artifacts import spec_hash
 
     for name, spec in recipe.stages.items():
         inputs = {k: hashes.get(v, v) for k, v in recipe.inputs(name).items()}
@@ -215,13 +215,13 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_artefact_is_refused_in_one_line_and_never_planned_as_done(damage: str) -> None:
+def test_a_damaged_artifact_is_refused_in_one_line_and_never_planned_as_done(damage: str) -> None:
     folder = finish("base")
-    read_artefact(folder, "policy")
+    read_artifact(folder, "policy")
     DAMAGES[damage](folder)
     assert state("base")[0] == "changed"
-    with pytest.raises(ArtefactError) as told:
-        read_artefact(folder, "policy")
+    with pytest.raises(ArtifactError) as told:
+        read_artifact(folder, "policy")
     assert "\n" not in str(told.value)
     assert str(folder) in str(told.value)
 
@@ -318,7 +318,7 @@ def test_files_and_folders_reach_the_disk_before_the_record_that_vouches_for_the
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_files_of_an_artefact_have_the_mode_of_the_umask(mask: int, mode: int) -> None:
+def test_the_files_of_an_artifact_have_the_mode_of_the_umask(mask: int, mode: int) -> None:
     weights = Path("out/model/model.safetensors")
     weights.parent.mkdir(parents=True)
     weights.touch(0o600)

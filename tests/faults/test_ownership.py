@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.core.errors import AlignError, ArtefactError, RecipeError
+from align.core.errors import AlignError, ArtifactError, RecipeError
 from align.core.identity import check_is_stage_folder
 from align.core.lock import SILENT_S, StageLock, refuse_if_held, started_at
 from align.pipeline import run
@@ -61,7 +61,7 @@ def test_an_old_folder_that_is_not_a_stages_is_kept(tmp_path: Path) -> None:
     foreign = folder.with_name("data.old")
     foreign.mkdir()
     (foreign / "precious.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"data\.old: exists, but no stage"):
+    with pytest.raises(ArtifactError, match=r"data\.old: exists, but no stage"):
         run(write_recipe("x"), run_dir=folder.parent, force=True, only="data")
     assert (foreign / "precious.txt").read_text() == "mine"
 
@@ -83,27 +83,27 @@ def test_files_of_others_that_have_our_names_do_not_make_a_folder_ours(
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
-    with pytest.raises(ArtefactError):
+    with pytest.raises(ArtifactError):
         check_is_stage_folder(folder)
 
 
 def test_a_linked_folder_is_not_followed(tmp_path: Path) -> None:
     link = tmp_path / "stage"
     link.symlink_to(Path("data").resolve())
-    with pytest.raises(ArtefactError):
+    with pytest.raises(ArtifactError):
         check_is_stage_folder(link)
 
 
 def test_runs_that_is_a_file_is_one_line() -> None:
     Path("runs").write_text("")
-    with pytest.raises(ArtefactError, match="--runs") as told:
+    with pytest.raises(ArtifactError, match="--runs") as told:
         run(write_recipe("x"), run_dir=Path("runs/x"))
     assert "\n" not in str(told.value)
 
 
 def test_a_stages_lock_refuses_a_second_holder_and_is_free_after_release(tmp_path: Path) -> None:
     lock = StageLock(tmp_path)
-    with pytest.raises(ArtefactError, match=f"process {os.getpid()} on ") as told:
+    with pytest.raises(ArtifactError, match=f"process {os.getpid()} on ") as told:
         StageLock(tmp_path)
     assert told.value.exit_code == 2
     lock.release()
@@ -132,7 +132,7 @@ def test_a_process_id_that_was_given_to_another_process_holds_nothing(tmp_path: 
 def test_a_holder_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -> None:
     path = tmp_path / "stage.lock"
     path.write_text(json.dumps({"host": "node7", "place": "elsewhere", "pid": 1, "started": "1"}))
-    with pytest.raises(ArtefactError, match="process 1 on node7"):
+    with pytest.raises(ArtifactError, match="process 1 on node7"):
         StageLock(tmp_path)
     long_ago = path.stat().st_mtime - SILENT_S - 1
     os.utime(path, (long_ago, long_ago))
@@ -145,7 +145,7 @@ def test_a_run_does_not_touch_a_stage_that_another_process_runs(tmp_path: Path) 
     (folder / "begun.json").write_text('{"spec_hash": "0"}')
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
     lock = StageLock(folder)
-    with pytest.raises(ArtefactError, match="is running this stage"):
+    with pytest.raises(ArtifactError, match="is running this stage"):
         run(write_recipe("x"), run_dir=folder.parent, force=True, only="data")
     assert (folder / "checkpoints" / "step-00000001").is_dir()
     lock.release()

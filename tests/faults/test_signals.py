@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from align.core import checkpoints, distributed
-from align.core.errors import ArtefactError, Preempted
+from align.core.errors import ArtifactError, Preempted
 from align.core.lock import started_at
 from align.pipeline import run
 from align.pipeline.terminal import Terminal
@@ -29,7 +29,7 @@ stages:
 STAGE = """\
 import argparse, os, signal, sys, time
 from pathlib import Path
-from align.core.artefacts import spec_hash, write_manifest
+from align.core.artifacts import spec_hash, write_manifest
 from align.recipe.load import read_resolved
 parser = argparse.ArgumentParser()
 for name in ("kind", "--resolved", "--stage", "--run-dir"):
@@ -121,7 +121,7 @@ def test_no_checkpoint_is_saved_into_a_removed_folder() -> None:
     directory = Path("runs/toy/a/checkpoints")
     checkpoints.save_checkpoint(directory, 1, engines={}, state={}, keep=2)
     shutil.rmtree("runs")
-    with pytest.raises(ArtefactError, match="runs/toy/a: removed while the stage was running"):
+    with pytest.raises(ArtifactError, match="runs/toy/a: removed while the stage was running"):
         checkpoints.save_checkpoint(directory, 2, engines={}, state={}, keep=2)
     assert not Path("runs").exists()
 

@@ -253,7 +253,7 @@ def test_verify_reads_every_file_and_names_the_damaged_one(tmp_path: Path) -> No
     from typer.testing import CliRunner
 
     from align.cli import cli
-    from align.core.artefacts import write_manifest
+    from align.core.artifacts import write_manifest
 
     for stage in ("a", "b"):
         model = tmp_path / stage / "model"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.models.attention import PACKED
 from align.models.decoder import attention_for, form_of
 from align.models.loading import disable_dropout
@@ -261,7 +261,7 @@ def measure(model_type: str, **extra: Any) -> Row:
         model = tiny_model(model_type, torch.float64, **extra)
         try:
             form = form_of(model)
-        except ArtefactError as error:
+        except ArtifactError as error:
             return Row(model_type, "refused", note=str(error).partition(": ")[2].split(",")[0])
         disable_dropout(model.train())
         packed = packed_logprobs(model)

@@ -157,7 +157,7 @@ def test_group_relative_equals_the_definition_in_any_order(answers, random):
         assert plain[i] == pytest.approx(distance, abs=1e-9)
         assert scaled[i] == pytest.approx(distance / (statistics.stdev(peers) + 1e-4), abs=1e-9)
         assert others[i] == pytest.approx(score - rest, abs=1e-9)
-        # RLOO is G / (G - 1) times the centred score.
+        # RLOO is G / (G - 1) times the centered score.
         size = len(peers)
         assert others[i] == pytest.approx(size / (size - 1) * plain[i], abs=1e-9)
 

@@ -33,7 +33,7 @@ from architectures import (
 )
 from online_parts import grpo_spec, ppo_spec
 
-from align.core.errors import ArtefactError, TrainingError
+from align.core.errors import ArtifactError, TrainingError
 from align.core.types import Completion, PromptRow, TokenRow
 from align.models import decoder as decoders
 from align.models.attention import PACKED, segments_from_positions
@@ -62,7 +62,7 @@ def test_packed_logprobs_equal_each_sequence_alone_in_float64(model_type: str) -
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_is_no_causal_model_or_has_another_head_is_refused_by_name(model_type: str) -> None:
-    with pytest.raises(ArtefactError, match=r"not a causal language model|not its output head's"):
+    with pytest.raises(ArtifactError, match=r"not a causal language model|not its output head's"):
         form_of(tiny_model(model_type, torch.float32))
 
 
@@ -206,7 +206,7 @@ def test_rows_beyond_a_switch_of_rotary_factors_are_refused(
             run(*row([5]))
     model.config.save_pretrained(tmp_path)
     check_length(tmp_path, LIMIT)
-    with pytest.raises(ArtefactError, match=f"max_length is {LIMIT + 1}"):
+    with pytest.raises(ArtifactError, match=f"max_length is {LIMIT + 1}"):
         check_length(tmp_path, LIMIT + 1)
 
 

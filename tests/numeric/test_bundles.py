@@ -93,14 +93,14 @@ def assert_rows(found: list[list[float]], expected: list[list[float]], **bounds:
         assert row == pytest.approx(naive, **({"abs": 1e-6} | bounds))
 
 
-def centred(scores: list[float]) -> list[float]:
+def centered(scores: list[float]) -> list[float]:
     groups = (scores[:3], scores[3:])
     return [s - statistics.fmean(g) for g in groups for s in g]
 
 
-def test_dr_grpo_only_centres():
+def test_dr_grpo_only_centers():
     experience = known(SCORES)
-    expected = per_answer(centred(SCORES), experience)
+    expected = per_answer(centered(SCORES), experience)
     assert_rows(advantages(experience, algorithm="dr_grpo"), expected)
 
 
@@ -146,7 +146,7 @@ def test_reinforce_pp_baseline_divides_by_the_batch_and_a_dead_group_stays_exact
     scores = [0.95, 0.95, 0.95, 2.0, 2.0, 7.0]
     experience = known(scores)
     found = advantages(experience, algorithm="reinforce++-baseline")
-    deviations = centred([0.0, 0.0, 0.0, 2.0, 2.0, 7.0])
+    deviations = centered([0.0, 0.0, 0.0, 2.0, 2.0, 7.0])
     std = statistics.pstdev(deviations)
     assert_rows(found, per_answer([d / std for d in deviations], experience))
     assert {a for row in found[:3] for a in row} == {0.0}

@@ -111,7 +111,7 @@ def test_sequence_is_never_wider_after_another_look():
         sequence.update(1.5)
 
 
-def test_length_control_is_the_minimum_of_the_penalised_likelihood():
+def test_length_control_is_the_minimum_of_the_penalized_likelihood():
     rng = np.random.default_rng(2)
     d = rng.normal(5, 30, 150)
     y = rng.choice([1.0, 0.5, 0.0], 150)

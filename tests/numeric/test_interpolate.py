@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.recipe.schema import MergeStage
 from align.recipe.schema.tuning import LoraTuning
 from align.stages.merge import AlphaScores, choose, curve_of
@@ -107,7 +107,7 @@ def test_low_precision_is_mixed_in_float32_and_keeps_the_sign_of_zero() -> None:
     exact = 0.25 * 1.0 + 0.75 * 1.0078125
     assert mix(a, b, 0.75, name="x").item() == torch.tensor(exact).bfloat16().item()
     assert str(mix(torch.ones(1), torch.tensor([-0.0]), 1.0, name="x").item()) == "-0.0"
-    with pytest.raises(ArtefactError, match=r"steps: torch\.int64 values differ"):
+    with pytest.raises(ArtifactError, match=r"steps: torch\.int64 values differ"):
         mix(torch.tensor([1]), torch.tensor([2]), 0.5, name="steps")
 
 
@@ -116,18 +116,18 @@ def test_models_that_are_not_alike_are_refused(pair, tmp_path: Path) -> None:
 
     tied, untied = (save_tiny(tiny_model(1, tied=t), tmp_path / str(t)) for t in (True, False))
     with pytest.raises(
-        ArtefactError, match="the head is tied to the embeddings in only one of them"
+        ArtifactError, match="the head is tied to the embeddings in only one of them"
     ):
         check_alike(tied, untied)
     tensors = {k: torch.tensor(v) for k, v in weights(tied).items()}
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
     other = save_tiny(tiny_model(1, tied=True), tmp_path / "other")
-    with pytest.raises(ArtefactError, match=r"model.norm.weight: shape \[3\] in"):
+    with pytest.raises(ArtifactError, match=r"model.norm.weight: shape \[3\] in"):
         check_alike(tied, other)
     tensors["surplus"] = tensors.pop("model.norm.weight")
     save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ArtefactError, match="2 weights exist in only one of them, such as"):
+    with pytest.raises(ArtifactError, match="2 weights exist in only one of them, such as"):
         check_alike(tied, other)
     assert Qwen2ForCausalLM.from_pretrained(other).config.tie_word_embeddings
 
@@ -144,7 +144,7 @@ def test_rule_takes_the_best_shifted_score_that_keeps_what_was_learnt() -> None:
     equal = [point(0.5, 0.8, 0.7), point(0.75, 0.9, 0.7), point(1.0, 0.8, 0.4)]
     assert choose(equal, tolerance=0.0) == 0.75
     assert choose([point(0.5, None, 0.7), point(1.0, 0.8, None)], tolerance=0.0) == 1.0
-    with pytest.raises(ArtefactError, match="no response of the fine-tuned model could be scored"):
+    with pytest.raises(ArtifactError, match="no response of the fine-tuned model could be scored"):
         choose([point(0.5, 0.5, 0.7), point(1.0, None, None)], tolerance=0.1)
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.recipe.rules import idle_options
 from align.recipe.schema import MergeStage
 from align.tuning.interpolate import check_alike
@@ -90,7 +90,7 @@ def test_slerp_goes_along_the_arc(folders, tmp_path) -> None:
 
 def test_without_the_extra_the_stage_says_how_to_install_it(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ArtefactError, match=r"pip install 'align-suite\[merge\]'"):
+    with pytest.raises(ArtifactError, match=r"pip install 'align-suite\[merge\]'"):
         check_kit()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_normaliser import gradient
+from test_normalizer import gradient
 
 from align.core.types import TokenRow
 from align.losses.kl import corrected_kl

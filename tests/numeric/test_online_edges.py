@@ -24,12 +24,12 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.online.scoring import Scores, score_answers
-from align.online.summary import summarise
+from align.online.summary import summarize
 from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
 from align.stages.evaluate.measure import wants_kl
-from align.stages.reward.normalize import even_sample, normalisation
+from align.stages.reward.normalize import even_sample, normalization
 from align.stages.rollouts import fitted
 from align.training.offline import total_steps
 from align.training.stopping import EarlyStopping
@@ -88,7 +88,7 @@ def test_a_response_the_sampler_calls_impossible_is_left_out(value: float, caplo
     laid_out = gather_experience(prompts, [[good[0], odd], good[1:]], first_group=0)
     experience = scored(laid_out, [0.0, 5.0, 1.0, 3.0], truncated_score=-1.0)
     assert experience.mask.any(1).tolist() == [True, False, True, True]
-    found = summarise(experience, Scores([0.0, 5.0, 1.0, 3.0], {}), spec)
+    found = summarize(experience, Scores([0.0, 5.0, 1.0, 3.0], {}), spec)
     assert found["reward/invalid_frac"] == 0.25
     assert found["reward/mean"] == pytest.approx(4.0 / 3.0)  # of 0, 1 and 3
     assert "1 of 4 responses are left out" in caplog.text
@@ -211,7 +211,7 @@ def test_a_scorer_of_one_score_is_not_blown_up() -> None:
     def score(batch: Any) -> torch.Tensor:
         return torch.stack([torch.full((batch.num,), 0.3), torch.arange(batch.num) * 1.0], 1)
 
-    mean, std = normalisation(score, rows, micro_tokens=1000)
+    mean, std = normalization(score, rows, micro_tokens=1000)
     assert mean == pytest.approx([0.3, 3.5])
     assert std == pytest.approx([1.0, 5.25**0.5])  # mean of (i - 3.5)^2 over 0..7 is 5.25
 

@@ -43,7 +43,7 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import online_step, update
 from align.online.scoring import Scores
-from align.online.summary import summarise
+from align.online.summary import summarize
 from align.recipe.schema.tuning import TuningSpec
 from align.sampling.build import build_engine
 from align.stages.online import build_run
@@ -166,7 +166,7 @@ def test_summary_has_the_explained_variance_by_its_definition(model_dir) -> None
     returns = torch.randn(shape)
     values = 0.6 * returns + 0.5 * torch.randn(shape)
     experience = experience.with_tokens(returns=returns, values=values)
-    found = summarise(experience, Scores([], {}), ppo_spec())
+    found = summarize(experience, Scores([], {}), ppo_spec())
     kept = [x.double()[experience.mask].numpy() for x in (values, returns)]
     expected = 1.0 - np.var(kept[1] - kept[0]) / np.var(kept[1])
     assert found["value/explained_variance"] == pytest.approx(expected, abs=1e-5)

@@ -22,7 +22,7 @@ from align.models.logprobs import LogprobModel
 from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.scoring import Scores
-from align.online.summary import summarise
+from align.online.summary import summarize
 from align.recipe.schema import KtoStage
 from align.sampling.experience import Experience, gather_experience
 from align.stages import kto
@@ -117,7 +117,7 @@ def test_metrics_of_a_step_are_over_all_ranks(monkeypatch) -> None:
 
     def metrics(rank: int, ranks: int) -> dict[str, float]:
         experience, scores = part_of(rank, ranks)
-        return summarise(experience, Scores(scores, {"r": scores}), spec)
+        return summarize(experience, Scores(scores, {"r": scores}), spec)
 
     (one,) = play(monkeypatch, 1, lambda rank: metrics(rank, 1))
     known = [x for x in SCORES if x is not None]

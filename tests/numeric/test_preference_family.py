@@ -1,4 +1,4 @@
-"""SimPO, ORPO, KTO, normalised DPO, the likelihood term and LD-DPO: definitions and TRL's code."""
+"""SimPO, ORPO, KTO, normalized DPO, the likelihood term and LD-DPO: definitions and TRL's code."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_normaliser import PAIRS, build, gradient
+from test_normalizer import PAIRS, build, gradient
 from test_preference import TokenTable, column, softplus, trl_state
 
 from align.core.errors import DataError
@@ -164,7 +164,7 @@ def trl_dpo(trl, logps, ref, **settings):
     return trl.DPOTrainer._compute_loss(state, model, inputs, False).item()
 
 
-def test_normalised_dpo_and_ld_dpo_equal_trl():
+def test_normalized_dpo_and_ld_dpo_equal_trl():
     trl = pytest.importorskip("trl", reason="TRL is the oracle of this test")
     logps, ref = made_up()
     theirs = trl_dpo(trl, logps, ref, loss_types=["sigmoid_norm"])
@@ -315,7 +315,7 @@ def test_settings_without_effect_are_refused(options, key):
     assert (found, reason) == (key, f"has no effect with loss {options['loss']}; remove it")
 
 
-def test_normalised_dpo_is_the_sigmoid_of_means():
+def test_normalized_dpo_is_the_sigmoid_of_means():
     values = [column(x) for x in (-1.0, -2.0, -1.5, -1.75)]
     a, b = (dpo_loss(*values, beta=0.5, kind=k).loss.item() for k in ("sigmoid", "sigmoid_norm"))
     assert a == b == pytest.approx(softplus(-0.5 * ((-1.0 + 1.5) - (-2.0 + 1.75))))

@@ -1,4 +1,4 @@
-"""A run that dies after any optimiser step, between two mini-batches too, resumes to the bytes.
+"""A run that dies after any optimizer step, between two mini-batches too, resumes to the bytes.
 
 A checkpoint is written after whole rollout steps. What a dead process had in memory is gone here as
 there: each attempt builds engine, policy, critic and controller anew.
@@ -39,7 +39,7 @@ SPECS: dict[str, Any] = {
     ),
     "grpo": grpo_spec(steps=3, minibatches=2, checkpoint_every=2),
 }
-# Optimiser steps: 2 rollouts of 2 mini-batches of policy and critic; 3 of 2 of the policy. PPO is
+# Optimizer steps: 2 rollouts of 2 mini-batches of policy and critic; 3 of 2 of the policy. PPO is
 # killed in its second rollout, where a checkpoint is there, and at the end of its first.
 CALLS = {"ppo": range(4, 2 * 2 * 2 + 1), "grpo": range(1, 3 * 2 + 1)}
 
@@ -92,7 +92,7 @@ def attempt(model_dir: Path, name: str, folder: Path) -> dict[str, torch.Tensor]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-def test_run_killed_after_any_optimiser_step_ends_with_the_same_bytes(
+def test_run_killed_after_any_optimizer_step_ends_with_the_same_bytes(
     model_dir: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()

@@ -111,7 +111,7 @@ def test_dropout_of_a_llama_is_that_of_its_attention(tmp_path: Path) -> None:
     assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in plain.modules())
 
 
-def test_qlora_holds_doubly_quantised_normal_floats(tmp_path: Path) -> None:
+def test_qlora_holds_doubly_quantized_normal_floats(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     source = save_tiny(tiny_model(1, tied=True), tmp_path / "model")
     spec = TypeAdapter(TuningSpec).validate_python({"method": "qlora", "rank": 4, "alpha": 8.0})

@@ -90,7 +90,7 @@ def prepare(spec: BestOfNStage, context: Any) -> Any:
     from align.stages.base import Prepared, chat_format
     from align.stages.rollouts import build_rewards, prompt_rows, start_engine
 
-    source = context.artefact(spec.init, "policy")
+    source = context.artifact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     prompts = prompt_rows(spec, chat, context)
     engine = start_engine(spec, source.model_dir, chat, context=context)  # pyright: ignore

@@ -23,7 +23,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 from test_base_tokens import bring_in, saved_model
 
-from align.core.errors import ArtefactError, RecipeError
+from align.core.errors import ArtifactError, RecipeError
 from align.recipe.schema import TokenizerSpec
 from align.recipe.schema.tuning import FullTuning, TuningSpec
 from align.tuning.loading import load_for_training
@@ -56,7 +56,7 @@ def set_json(folder: Path, name: str, **values: object) -> None:
 
 def refused(folder: Path, tokenizer: TokenizerSpec = PLAIN) -> str:
     """Return the one line that a folder is refused with."""
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         bring_in(folder, Path(mkdtemp(dir=folder.parent)), tokenizer)
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds to a model: their rows, ties, stops, and what the artefact keeps."""
+"""Tokens that a recipe adds to a model: their rows, ties, stops, and what the artifact keeps."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
 
 from align.core.card import Card
-from align.core.errors import ArtefactError, DataError
+from align.core.errors import ArtifactError, DataError
 from align.data.render.chat import ChatFormat
 from align.models.loading import bringing_in
 from align.recipe.schema import BaseStage, Recipe, TokenizerSpec
@@ -132,7 +132,7 @@ def test_real_llama_takes_a_new_template_and_says_the_same(
 
 def test_a_hub_id_without_a_network_says_what_to_do(tmp_path: Path) -> None:
     # conftest.py has set the hub's own switches to offline.
-    with pytest.raises(ArtefactError, match=r"someone/a-model: no such folder.*use its folder"):
+    with pytest.raises(ArtifactError, match=r"someone/a-model: no such folder.*use its folder"):
         bring_in(Path("someone/a-model"), tmp_path, TokenizerSpec())
 
 
@@ -157,7 +157,7 @@ def test_base_stage_stops_at_a_template_without_a_stop_and_keeps_the_appended_on
 def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(path: str):
     asked = False
     with (
-        pytest.raises(ArtefactError, match=r"no such folder\. Correct the path"),
+        pytest.raises(ArtifactError, match=r"no such folder\. Correct the path"),
         bringing_in(path),
     ):
         asked = True

@@ -139,7 +139,7 @@ def test_a_shipped_recipe_is_found_by_its_name():
     assert "valid, 2 stages" in align("check", "quickstart").stdout
 
 
-def test_chat_with_something_that_is_no_artefact_ends_with_2():
+def test_chat_with_something_that_is_no_artifact_ends_with_2():
     done = align("chat", "runs/toy/sft")
     assert done.returncode == 2
     assert "runs/toy/sft: no manifest.json" in done.stderr

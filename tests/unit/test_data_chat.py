@@ -113,7 +113,7 @@ def test_template_without_a_stop_is_refused_with_the_row_and_the_remedy() -> Non
 def test_stop_token_is_added_and_trained_where_the_recipe_says_so(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(NO_STOP)
     apply_tokenizer_spec(tokenizer, TokenizerSpec(append_stop=True))
-    # It is kept by the template, so whoever loads the artefact renders the same.
+    # It is kept by the template, so whoever loads the artifact renders the same.
     tokenizer.save_pretrained(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     chat = ChatFormat(tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.recipe.schema import EvaluateStage, Recipe
 from align.stages.base import StageContext
 from align.stages.evaluate import answers
@@ -40,7 +40,7 @@ def test_engines_end_one_by_one_and_with_the_stage(fails: bool, monkeypatch, tmp
     monkeypatch.setattr(answers, "chat_format", lambda _: None)
     monkeypatch.setattr(answers, "same_tokens", lambda *_, **__: None)
     monkeypatch.setattr(answers, "start_engine", lambda *_, context: Engine(log))
-    monkeypatch.setattr(answers, "_config", lambda artefact: artefact.path)
+    monkeypatch.setattr(answers, "_config", lambda artifact: artifact.path)
     monkeypatch.setattr(answers, "_ask", ask)
     spec = EvaluateStage(
         kind="evaluate",
@@ -51,10 +51,10 @@ def test_engines_end_one_by_one_and_with_the_stage(fails: bool, monkeypatch, tmp
         judge=[{"kind": "regex", "pattern": "x"}],
     )
     context = StageContext(Recipe(name="r", stages={"e": spec}), "e", tmp_path, 0)
-    artefacts = {name: Artefact(Path(name), {}) for name in "ab"}
+    artifacts = {name: Artifact(Path(name), {}) for name in "ab"}
     ends = pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext()
     with ends, context.resources:
         answers.sample_all(
-            spec, artefacts, {task.name: [] for task in spec.all_tasks}, context=context
+            spec, artifacts, {task.name: [] for task in spec.all_tasks}, context=context
         )
     assert log == ["start 0", "end 0", "start 1", "end 1"]

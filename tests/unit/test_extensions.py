@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.core.artefacts import spec_hash
+from align.core.artifacts import spec_hash
 from align.core.sources import EXTENSIONS
 from align.recipe.load import load_recipe
 

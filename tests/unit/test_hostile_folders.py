@@ -19,9 +19,9 @@ from test_base_tokens import saved_model
 from align.cli import cli, deep
 from align.cli.data import _chat
 from align.core import distributed
-from align.core.artefacts import write_manifest
+from align.core.artifacts import write_manifest
 from align.core.card import Card, Line
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.data.token_view import Token, View, as_text
 from align.recipe.schema import EncoderStage, Recipe
 from align.stages import encoder
@@ -73,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def one_line(error: BaseException) -> bool:
-    return isinstance(error, ArtefactError) and "\n" not in str(error) and error.exit_code == 2
+    return isinstance(error, ArtifactError) and "\n" not in str(error) and error.exit_code == 2
 
 
 @pytest.mark.parametrize("damage", OF_TOKENIZERS)
@@ -81,7 +81,7 @@ def test_a_damaged_tokenizer_is_one_line_to_data_check(damage: str, whole, tmp_p
     folder = shutil.copytree(whole["policy"], tmp_path / "model")
     _chat(str(folder), None)
     OF_TOKENIZERS[damage](folder)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         _chat(str(folder), None)
     assert one_line(error.value)
 
@@ -92,7 +92,7 @@ def test_a_damaged_encoder_is_one_line(damage: str, whole, tmp_path: Path) -> No
     (OF_MODELS | {"nan": nan})[damage](folder)
     spec = EncoderStage(kind="encoder", path=str(folder))
     context = StageContext(Recipe(name="r", stages={"e": spec}), "e", tmp_path / "run", 0)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         encoder.prepare(spec, context)
     assert one_line(error.value)
 

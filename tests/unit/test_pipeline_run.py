@@ -29,7 +29,7 @@ stages:
 STAGE = """\
 import argparse, json, os, signal, sys
 from pathlib import Path
-from align.core.artefacts import read_manifest, spec_hash, write_manifest
+from align.core.artifacts import read_manifest, spec_hash, write_manifest
 from align.recipe.load import read_resolved
 
 parser = argparse.ArgumentParser()
@@ -148,7 +148,7 @@ def test_force_with_a_name_runs_an_unchanged_stage_again():
         start(force=True)
 
 
-def test_force_keeps_the_old_artefact_until_the_new_one_is_complete():
+def test_force_keeps_the_old_artifact_until_the_new_one_is_complete():
     start_up_to_sft()
     before = Path("runs/toy/sft/manifest.json").read_bytes()
     Path("sft.exit").write_text("1")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from align.pipeline.summary import summarise
+from align.pipeline.summary import summarize
 from align.recipe.load import load_recipe
 
 RECIPE = """
@@ -48,7 +48,7 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     (tmp_path / "first" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     for name, own in found.items():
         (tmp_path / name / "summary.json").write_text(json.dumps(own))
-    summary = summarise(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
+    summary = summarize(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
     assert summary["reward_models"] == {"a": 1, "first/both": 2, "b": 3, "both": 4}
     assert summary["expectations"] == [{"key": "x"}, {"key": "y"}]
     assert summary["tasks"] == found["second"]["tasks"]

@@ -27,7 +27,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.card import Card, Line, read_card, table
 from align.core.errors import DataError, PreflightError
 from align.core.types import Example, PromptRow, TokenRow
@@ -73,8 +73,8 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    """Save a random model as an artefact."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Save a random model as an artifact."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = byte_tokenizer(TEMPLATES["plain"])
     torch.manual_seed(0)
@@ -92,10 +92,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     files = {"model/model.safetensors": {"sha256": "ab" * 32}}
-    return Artefact(folder, {"kind": "policy", "files": files})
+    return Artifact(folder, {"kind": "policy", "files": files})
 
 
-def policy(source: Artefact) -> LogprobModel:
+def policy(source: Artifact) -> LogprobModel:
     return LogprobModel(load_policy(source.model_dir, dtype="float32"))
 
 
@@ -117,7 +117,7 @@ def dpo_task(spec: DpoStage, module: LogprobModel) -> OfflineTask:
     )
 
 
-def test_good_rows_pass_every_check(source: Artefact) -> None:
+def test_good_rows_pass_every_check(source: Artifact) -> None:
     chat = chat_of()
     rows = [chat.sft_row(e) for e in EXAMPLES]
     checks = tokens.row_checks(chat, rows, EXAMPLES, model_dir=source.model_dir)
@@ -138,7 +138,7 @@ def test_row_without_a_trained_token_is_named() -> None:
     assert "a.jsonl:9" in found.remedy
 
 
-def test_turn_that_ends_without_a_stop_of_the_saved_model_is_named(source: Artefact) -> None:
+def test_turn_that_ends_without_a_stop_of_the_saved_model_is_named(source: Artifact) -> None:
     chat, stops = chat_of(), tokens.saved_stops(source.model_dir)
     row = chat.sft_row(EXAMPLES[2])
     assert tokens.stop_tokens(chat, [row], stops).verdict == "ok"
@@ -150,7 +150,7 @@ def test_turn_that_ends_without_a_stop_of_the_saved_model_is_named(source: Artef
     assert "a.jsonl:2" in found.remedy
 
 
-def test_sampler_that_stops_elsewhere_than_the_saved_model_fails(source: Artefact) -> None:
+def test_sampler_that_stops_elsewhere_than_the_saved_model_fails(source: Artifact) -> None:
     stops = tokens.saved_stops(source.model_dir)
     assert tokens.generation_stops(chat_of(), stops).verdict == "ok"
     other = ChatFormat(byte_tokenizer(TEMPLATES["chatml"], eos="<|im_end|>"))
@@ -208,7 +208,7 @@ def test_double_and_missing_bos_are_told_apart() -> None:
     assert tokens.first_token(chat_of(), [(9, 9)]).verdict == "ok"
 
 
-def test_token_without_an_embedding_fails(source: Artefact) -> None:
+def test_token_without_an_embedding_fails(source: Artifact) -> None:
     chat = chat_of()
     assert tokens.vocabulary(chat, [(1, 2)], source.model_dir).verdict == "ok"
     assert tokens.vocabulary(chat, [(1, len(chat.tokenizer))], source.model_dir).verdict == "fail"
@@ -242,7 +242,7 @@ def test_row_of_a_classifier_needs_the_positions_of_its_model() -> None:
             model(torch.tensor([rows[0].input_ids]))
 
 
-def test_model_that_is_not_the_artefact_fails(source: Artefact) -> None:
+def test_model_that_is_not_the_artifact_fails(source: Artifact) -> None:
     module = policy(source)
     (check,) = offline.start_checks(SFT, module.model, source)
     assert check[1]().verdict == "ok"
@@ -265,7 +265,7 @@ def test_model_that_is_not_the_artefact_fails(source: Artefact) -> None:
     ],
 )
 def test_first_dpo_loss_is_that_of_equal_models(
-    source: Artefact, loss: str, options: dict, value: float
+    source: Artifact, loss: str, options: dict, value: float
 ) -> None:
     spec = DpoStage(kind="dpo", init="x", data=[{"path": "x"}], loss=loss, **options)
     module = policy(source)
@@ -276,7 +276,7 @@ def test_first_dpo_loss_is_that_of_equal_models(
     assert {line.verdict for line in examine(checks)} == {"ok"}
 
 
-def test_reference_that_is_another_model_fails(source: Artefact) -> None:
+def test_reference_that_is_another_model_fails(source: Artifact) -> None:
     module = policy(source)
     task = dpo_task(DPO, module)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_reference_in_bfloat16_is_held_to_the_rounding_of_the_model(source, move
     assert found.verdict == verdict
 
 
-def test_rows_that_see_each_other_fail(source: Artefact) -> None:
+def test_rows_that_see_each_other_fail(source: Artifact) -> None:
     class Leaky(nn.Module):
         """Forget where sequences begin, as attention over a pack without a mask does."""
 
@@ -338,7 +338,7 @@ def test_margins_that_no_pair_has_fail() -> None:
     assert offline.margins(some).value.startswith("1 of 6")
 
 
-def test_model_worse_than_chance_is_a_warning(source: Artefact) -> None:
+def test_model_worse_than_chance_is_a_warning(source: Artifact) -> None:
     task, module = sft_task(), policy(source)
     rows = offline.few_rows(SFT, task)
     # A model of 261 tokens near uniform has ln 261 = 5.56 nats: fine for it, too much for 2 tokens.

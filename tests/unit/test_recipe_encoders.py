@@ -33,7 +33,7 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("r.yaml").write_text(RECIPE)
 
 
-def artefact(name: str, kind: str, scorer: dict | None = None) -> None:
+def artifact(name: str, kind: str, scorer: dict | None = None) -> None:
     model = Path(name) / "model"
     model.mkdir(parents=True)
     (Path(name) / "manifest.json").write_text(json.dumps({"kind": kind}))
@@ -68,15 +68,15 @@ def test_a_reward_stage_may_begin_from_an_encoder_and_reward_a_policy():
     ],
 )
 def test_what_needs_a_decoder_is_refused(init: str, overrides: list[str], said: str):
-    artefact("old/bert", "encoder")
+    artifact("old/bert", "encoder")
     with pytest.raises(RecipeError, match=said) as caught:
         load_recipe("r.yaml", [f"stages.rm.init={init}", *overrides])
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_critic_cannot_begin_from_a_finished_scorer_of_whole_texts():
-    artefact("old/rm", "reward_model", {"reads": "first"})
-    artefact("old/decoder", "reward_model", {"mean": 0.0})
+    artifact("old/rm", "reward_model", {"reads": "first"})
+    artifact("old/decoder", "reward_model", {"mean": 0.0})
     with pytest.raises(RecipeError, match=r"critic\.init: it scores whole texts"):
         load_recipe("r.yaml", ["stages.ppo.critic={init: old/rm}"])
     load_recipe("r.yaml", ["stages.ppo.critic={init: old/decoder}"])

@@ -286,7 +286,7 @@ def test_critic_may_start_from_a_reward_model():
     assert load_recipe("r.yaml").stages["ppo"].critic.init == "rm"
 
 
-def test_reference_may_be_the_folder_of_a_fitting_artefact():
+def test_reference_may_be_the_folder_of_a_fitting_artifact():
     Path("old/sft").mkdir(parents=True)
     text = with_lines("    init: base\n", "    init: old/sft\n")
     (line,) = mistakes(text)

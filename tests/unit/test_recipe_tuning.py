@@ -305,7 +305,7 @@ def test_rate_that_is_left_out_is_the_default_of_method_and_stage(tmp_path):
     assert warnings(resolved.recipe) == []
     stages: Any = resolved.recipe.stages
     found = {name: stages[name].optim.learning_rate for name in stages if name != "base"}
-    # Policy optimisation: 2e-5 / 20, 2e-4 / 20, 5e-3 / 20; the critic and TRL keep one number.
+    # Policy optimization: 2e-5 / 20, 2e-4 / 20, 5e-3 / 20; the critic and TRL keep one number.
     assert found == {
         "sft": 2e-5,
         "reward": 1e-3,
@@ -350,7 +350,7 @@ def test_mistake_beside_a_rate_that_is_left_out_keeps_its_place(tmp_path):
         ("reward", "1.0e-5", "1e-05 is outside of 0.0001 to 0.01 for head in reward: Adam's own"),
     ],
 )
-def test_policy_optimisation_has_rates_of_its_own(tmp_path, name, rate, said):
+def test_policy_optimization_has_rates_of_its_own(tmp_path, name, rate, said):
     path = tmp_path / "r.yaml"
     path.write_text(POLICIES)
     (line,) = warnings(load_recipe(path, [f"stages.{name}.optim.learning_rate={rate}"]))

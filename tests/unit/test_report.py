@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.recipe.schema import Recipe
 from align.report import build_report
 
@@ -391,5 +391,5 @@ def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:
 
 
 def test_report_of_empty_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="align run RECIPE"):
+    with pytest.raises(ArtifactError, match="align run RECIPE"):
         build_report(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from align.cli.evaluate import card_lines, scorers_among
-from align.core.artefacts import write_json_atomic, write_manifest
+from align.core.artifacts import write_json_atomic, write_manifest
 from align.core.errors import RecipeError
 from align.core.log import CARDS_FILE
 from align.evaluation.card import ScoredPair, ScoredSet, best_of_n, pair_card, set_card

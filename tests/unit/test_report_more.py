@@ -1,4 +1,4 @@
-"""What the report says of answers, over-optimisation, made data and a second run."""
+"""What the report says of answers, over-optimization, made data and a second run."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_words_that_the_baseline_does_not_say_are_marked_and_nothing_else():
     assert _marked("<b>", "a") == "<mark>&lt;b&gt;</mark>"
 
 
-def test_over_optimisation_is_drawn_with_its_fit_and_alarms(run):
+def test_over_optimization_is_drawn_with_its_fit_and_alarms(run):
     html = build_report(run).read_text()
     section = html.partition("<h2>Over-optimization</h2>")[2].partition("</section>")[0]
     for text in (

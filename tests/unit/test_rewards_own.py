@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.core.artefacts import spec_hash
+from align.core.artifacts import spec_hash
 from align.core.errors import RecipeError
 from align.recipe.load import load_recipe
 from reward_models import build_reward

@@ -21,7 +21,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 from small_encoders import bert_config, wordpiece
 
-from align.core.errors import ArtefactError, DataError
+from align.core.errors import ArtifactError, DataError
 from align.core.types import Example
 from align.data.load import fit_rows
 from align.data.render.encoder_pairs import PairedFormat
@@ -215,7 +215,7 @@ def test_rows_without_two_answers_are_refused():
 
 def test_saved_scorer_scores_the_same_and_too_long_texts_are_invalid(tmp_path: Path):
     model = scorer(positions=8)
-    model.set_normalisation(mean=0.25, std=2.0)
+    model.set_normalization(mean=0.25, std=2.0)
     model.save(tmp_path, tokenizer=wordpiece())
     again = RewardModel.load(tmp_path)
     assert (again.reads, again.separator, again.max_tokens) == ("first", model.separator, 8)
@@ -275,7 +275,7 @@ def test_a_model_that_is_no_encoder_is_refused(tmp_path: Path):
     T5Model(T5Config(vocab_size=7, d_model=8, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ArtefactError, match="T5Model is an encoder-decoder"):
+    with pytest.raises(ArtifactError, match="T5Model is an encoder-decoder"):
         scorer_on_encoder(tmp_path, dtype="float32")
 
 

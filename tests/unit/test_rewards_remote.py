@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
-from align.core.artefacts import write_manifest
+from align.core.artifacts import write_manifest
 from reward_models import build_reward
 from reward_models.remote import RemoteRewardError
 from reward_models.scalar import RewardModel
@@ -39,8 +39,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a tiny reward artefact with two heads."""
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny reward artifact with two heads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("served")
@@ -60,19 +60,19 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
     )
     model = RewardModel(AutoModel.from_config(config), 32, num_heads=2)
-    model.set_normalisation(mean=[0.1, 0.2], std=[2.0, 3.0])
+    model.set_normalization(mean=[0.1, 0.2], std=[2.0, 3.0])
     model.save(folder / "model", tokenizer=tokenizer)
     write_manifest(folder, {"kind": "reward_model", "spec_hash": "0" * 8, "data": []})
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(artefact: Path) -> Iterator[str]:
+def server(artifact: Path) -> Iterator[str]:
     """Run the server as its own process."""
     port = free_port()
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     process = subprocess.Popen(
-        [sys.executable, str(LAUNCH), str(artefact), "--port", str(port)],
+        [sys.executable, str(LAUNCH), str(artifact), "--port", str(port)],
         env=env | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -97,8 +97,8 @@ TEXTS = {"prompts": ["hi", "hi a", "b"], "completions": ["yes", "no no a", "yes 
 IDS = {"prompt_ids": [[2], [2, 5], [6]], "completion_ids": [[3, 1], [4, 4, 5, 1], [3, 6, 1]]}
 
 
-def test_served_scores_are_those_of_the_same_process(artefact: Path, server: str):
-    here = build_reward({"kind": "scalar", "model": str(artefact / "model")})
+def test_served_scores_are_those_of_the_same_process(artifact: Path, server: str):
+    here = build_reward({"kind": "scalar", "model": str(artifact / "model")})
     there = build_reward({"kind": "remote", "url": server})
     by_ids = build_reward({"kind": "remote", "url": server, "token_ids": True})
     expected = here(**TEXTS)
@@ -108,8 +108,8 @@ def test_served_scores_are_those_of_the_same_process(artefact: Path, server: str
     assert there.server["heads"] == 2
 
 
-def test_many_clients_at_once_each_get_their_own_scores(artefact: Path, server: str):
-    here = build_reward({"kind": "scalar", "model": str(artefact / "model")})
+def test_many_clients_at_once_each_get_their_own_scores(artifact: Path, server: str):
+    here = build_reward({"kind": "scalar", "model": str(artifact / "model")})
     there = build_reward({"kind": "remote", "url": server})
     words = ["yes", "no", "a", "b"]
     found: dict[int, list] = {}
@@ -288,9 +288,9 @@ def test_the_server_gets_the_columns_of_the_rows():
     assert http.seen[0]["columns"] == {"answer": ["4", None]}
 
 
-def test_a_signal_to_the_command_ends_the_server(artefact: Path):
+def test_a_signal_to_the_command_ends_the_server(artifact: Path):
     port = free_port()
-    argv = [sys.executable, "-m", "align.cli", "serve-reward", str(artefact), "--port", str(port)]
+    argv = [sys.executable, "-m", "align.cli", "serve-reward", str(artifact), "--port", str(port)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 300.0
     while True:

@@ -105,7 +105,7 @@ def test_head_computes_in_float32_with_bfloat16_weights():
 
 def test_saved_scorer_scores_the_same(tmp_path: Path):
     model = _model()
-    model.set_normalisation(mean=0.1, std=2.5)
+    model.set_normalization(mean=0.1, std=2.5)
     expected = score_token_ids(model, ROWS)
     model.save(tmp_path, tokenizer=_tokenizer(), extra={"pairs": 7})
     names = {"model.safetensors", "config.json", "scorer.json", "tokenizer.json"}
@@ -120,16 +120,16 @@ def test_saved_scorer_scores_the_same(tmp_path: Path):
     assert score_token_ids(half, ROWS) == pytest.approx(expected, abs=0.1)
 
 
-def test_normalisation_is_not_rounded_by_a_cast_of_the_module():
+def test_normalization_is_not_rounded_by_a_cast_of_the_module():
     model = _model().bfloat16()
-    model.set_normalisation(mean=1.001, std=3.003)
+    model.set_normalization(mean=1.001, std=3.003)
     assert float(model.mean) == pytest.approx(1.001, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
-def test_normalisation_refuses_what_cannot_divide(mean: float, std: float):
+def test_normalization_refuses_what_cannot_divide(mean: float, std: float):
     with pytest.raises(ValueError, match="finite numbers"):
-        _model().set_normalisation(mean=mean, std=std)
+        _model().set_normalization(mean=mean, std=std)
 
 
 def test_loading_names_the_missing_file_and_the_misfit(tmp_path: Path):
@@ -143,26 +143,26 @@ def test_loading_names_the_missing_file_and_the_misfit(tmp_path: Path):
         RewardModel.load(tmp_path)
 
 
-def _reward(tmp_path: Path, *, normalise: bool = True) -> tuple[RewardModel, ScalarReward]:
+def _reward(tmp_path: Path, *, normalize: bool = True) -> tuple[RewardModel, ScalarReward]:
     model = _model()
-    model.set_normalisation(mean=0.5, std=2.0)
+    model.set_normalization(mean=0.5, std=2.0)
     model.save(tmp_path, tokenizer=_tokenizer())
-    spec = {"kind": "scalar", "model": str(tmp_path), "normalise": normalise}
+    spec = {"kind": "scalar", "model": str(tmp_path), "normalize": normalize}
     return model, build_reward(spec)
 
 
-def test_reward_scores_the_given_token_ids_and_normalises(tmp_path: Path):
+def test_reward_scores_the_given_token_ids_and_normalizes(tmp_path: Path):
     model, reward = _reward(tmp_path)
     ids = {"prompt_ids": [[5], [8, 9]], "completion_ids": [[6, 1], [7]]}
     scores = reward(prompts=["x", "y"], completions=["x", "y"], **ids)
     raw = [_alone(model, [5, 6, 1]), _alone(model, [8, 9, 7])]
     assert scores == pytest.approx([(r - 0.5) / 2.0 for r in raw], abs=1e-5)
-    reward.normalise = False
+    reward.normalize = False
     assert reward(prompts=["x", "y"], completions=["x", "y"], **ids) == pytest.approx(raw, abs=1e-5)
 
 
 def test_reward_renders_text_and_conversations_with_one_stop_token(tmp_path: Path):
-    model, reward = _reward(tmp_path, normalise=False)
+    model, reward = _reward(tmp_path, normalize=False)
     user = [{"role": "user", "content": "hi"}]
     said = [{"role": "assistant", "content": "yes"}]
     # Words: user=2 assistant=3 hi=5 yes=6 <eos>=1; the template's newline after <eos> is left out.
@@ -248,14 +248,14 @@ def _two_heads(tmp_path: Path) -> tuple[RewardModel, list[list[float]]]:
     both = RewardModel(one.backbone, 32, num_heads=2)
     with torch.no_grad():
         both.head.weight.copy_(torch.cat([one.head.weight, -one.head.weight]))
-    both.set_normalisation(mean=[0.5, -0.5], std=[2.0, 4.0])
+    both.set_normalization(mean=[0.5, -0.5], std=[2.0, 4.0])
     both.save(tmp_path, tokenizer=_tokenizer())
     raw = _alone(one, [5, 6, 1])
     return both, [[raw, -raw]]
 
 
 @pytest.mark.parametrize("combine", ["mean", "min", "mean_minus_std"])
-def test_heads_are_normalised_one_by_one_and_combined(tmp_path: Path, combine: str):
+def test_heads_are_normalized_one_by_one_and_combined(tmp_path: Path, combine: str):
     both, raw = _two_heads(tmp_path)
     assert score_heads(both, [[5, 6, 1]])[0] == pytest.approx(raw[0], abs=1e-5)
     a, b = (raw[0][0] - 0.5) / 2.0, (raw[0][1] + 0.5) / 4.0

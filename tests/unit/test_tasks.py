@@ -98,7 +98,7 @@ def test_evaluate_stage_refuses_what_cannot_be_asked(rest: str, message: str):
         evaluate_spec(rest.replace("WORLD", WORLD))
 
 
-def artefact(folder: str, kind: str = "policy") -> Path:
+def artifact(folder: str, kind: str = "policy") -> Path:
     Path(folder).mkdir(parents=True)
     (Path(folder) / "manifest.json").write_text(json.dumps({"kind": kind}))
     return Path(folder)
@@ -111,8 +111,8 @@ def written(recipe: dict) -> Path:
 
 def test_question_about_checkpoints_becomes_a_valid_recipe():
     for stage in ("sft", "dpo"):
-        artefact(f"runs/a/{stage}")
-    artefact("runs/a/reward", "reward_model")
+        artifact(f"runs/a/{stage}")
+    artifact("runs/a/reward", "reward_model")
     Path("hf/model").mkdir(parents=True)
     (Path("hf/model") / "config.json").write_text("{}")
     plain = question_recipe(
@@ -138,7 +138,7 @@ def test_question_about_checkpoints_becomes_a_valid_recipe():
 
 
 def test_checkpoints_of_two_runs_keep_apart():
-    places = [artefact("runs/a/sft"), artefact("runs/b/sft")]
+    places = [artifact("runs/a/sft"), artifact("runs/b/sft")]
     assert list(label_all(places).values()) == ["a-sft", "b-sft"]
 
 
@@ -147,7 +147,7 @@ def test_checkpoints_of_two_runs_keep_apart():
     [("nowhere", "no checkpoint"), ("a/reward", "is a reward_model")],
 )
 def test_what_is_no_policy_is_refused(name: str, message: str):
-    artefact("runs/a/reward", "reward_model")
+    artifact("runs/a/reward", "reward_model")
     with pytest.raises(RecipeError, match=message):
         find_checkpoint(name, Path("runs"))
 
@@ -164,7 +164,7 @@ def test_what_is_no_policy_is_refused(name: str, message: str):
     ],
 )
 def test_options_that_do_not_fit_are_told(changes: dict, message: str):
-    artefact("runs/a/sft")
+    artifact("runs/a/sft")
     given = {"checkpoints": ["a/sft"], "tasks": ["world"], **changes}
     with pytest.raises(RecipeError, match=message):
         question_recipe(Question(**given), Path("runs"))

@@ -12,7 +12,7 @@ from align.core.text import visible
 from align.data.check.findings import codes
 from align.data.check.run import Report
 
-_COLOURS = {"error": "red", "warning": "yellow"}
+_COLORS = {"error": "red", "warning": "yellow"}
 _QUANTILES = (("median", 0.5), ("95 %", 0.95), ("longest", 1.0))
 
 
@@ -29,7 +29,7 @@ def print_report(report: Report, console: Console) -> None:
 def _finding_lines(report: Report, code: str) -> Iterator[Text]:
     entry, count = codes()[code], report.tally.counts[code]
     times = "" if count == 1 else f" ({count:,} times)"
-    colour = _COLOURS[entry.severity]
+    colour = _COLORS[entry.severity]
     yield Text.assemble((f"{code} {entry.severity}", f"bold {colour}"), f": {entry.title}{times}")
     kept = report.tally.kept[code]
     for finding in kept:
@@ -77,7 +77,7 @@ def verdict(report: Report) -> Text:
     if not errors and not warnings:
         return Text("clean", style="bold green")
     listed = ", ".join(f"{code} {count:,}" for code, count in sorted(tally.counts.items()))
-    colour = _COLOURS["error" if errors else "warning"]
+    colour = _COLORS["error" if errors else "warning"]
     counts = f"{_many(errors, 'error')}, {_many(warnings, 'warning')}"
     return Text.assemble(
         (counts, f"bold {colour}"), f": {listed}; run align explain CODE for details"

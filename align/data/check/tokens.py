@@ -9,7 +9,7 @@ from align.data.formats.faults import Fault
 from align.data.load import fit_row
 from align.data.render.chat import ChatFormat
 
-Tokenised = TokenRow | PairRow | PromptRow
+Tokenized = TokenRow | PairRow | PromptRow
 
 
 class TokenRules:
@@ -27,7 +27,7 @@ class TokenRules:
         tokens = sorted(set(chat.tokenizer.all_special_tokens), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
-    def render(self, example: Example) -> Tokenised:
+    def render(self, example: Example) -> Tokenized:
         """Tokenize an example for its kind.
 
         Raises:
@@ -54,7 +54,7 @@ class TokenRules:
         return length, ("D110", f"{length} tokens, max_length is {limit}")
 
 
-def _lengths(row: Tokenised) -> tuple[int, int]:
+def _lengths(row: Tokenized) -> tuple[int, int]:
     """Return the number of tokens of a row and the number before its first trained one."""
     if isinstance(row, PairRow):
         return max(len(row.chosen.input_ids), len(row.rejected.input_ids)), row.num_prompt_tokens

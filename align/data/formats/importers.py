@@ -412,7 +412,7 @@ def _parallel(row: Row, source: str) -> tuple[list[Any], list[Any]]:
     return texts, labels
 
 
-def from_labelled_solutions(row: Row, source: str) -> list[Example]:
+def from_labeled_solutions(row: Row, source: str) -> list[Example]:
     """Read nested ``{"solution", "is_correct"}``: each attempt, with its correctness as label."""
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
     rest = {key: value for key, value in row.items() if key not in tried and key != "question"}

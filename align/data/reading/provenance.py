@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import file_record
+from align.core.artifacts import file_record
 from align.core.errors import DataError
 from align.data.reading.sources import find_files, hub_revision, named_source
 from align.recipe.schema import DataSpec, Spec

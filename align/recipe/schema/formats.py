@@ -94,7 +94,7 @@ FORMATS: dict[str, Format] = {
         "question+ground_truth",
         gives="preference unpaired",
         read="from_model_solutions",
-        read_for={"unpaired": f"{_IMPORTERS}:from_labelled_solutions"},
+        read_for={"unpaired": f"{_IMPORTERS}:from_labeled_solutions"},
         when=_has_attempts,
     ),
     "steps": _format("prompt+steps", "prompt+completions+labels", gives="steps", read="from_steps"),

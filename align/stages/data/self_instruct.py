@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.distributed import derive_seed, stop_requested
 from align.core.errors import DataError, Preempted
@@ -118,7 +118,7 @@ class Grown:
 
 def prepare(spec: SelfInstructStage, context: StageContext) -> Prepared:
     """Load the seeds and start the engine with the policy ``spec.init``."""
-    source = context.artefact(spec.init, "policy")
+    source = context.artifact(spec.init, "policy")
     chat = chat_format(source.model_dir)
     grown = read_seeds(spec, context)
     start = restore(grown, context)
@@ -139,7 +139,7 @@ def grow(
     *,
     grown: Grown,
     start: int,
-    source: Artefact,
+    source: Artifact,
 ) -> StageResult:
     """Generate ``spec.target`` rows from the seeds, starting with round ``start``."""
     metrics = context.metrics(spec.target)

@@ -51,15 +51,15 @@ def label(spec: WeakLabelStage, context: StageContext, examples: Sequence[Exampl
     ledger = Ledger()
     rows = []
     for example, own, prob in zip(examples, votes, probabilities, strict=True):
-        labelled, sure = with_label(example, float(prob), of=spec.of)
+        labeled, sure = with_label(example, float(prob), of=spec.of)
         voted = {n: None if v == ABSTAIN else int(v) for n, v in zip(names, own, strict=True)}
         if sure < spec.min_confidence:
             ledger.add(example.source, "unsure", confidence=round(sure, 4), votes=voted)
             continue
-        rows.append({**to_row(labelled), "label_prob": labelled.label_prob, "votes": voted})
+        rows.append({**to_row(labeled), "label_prob": labeled.label_prob, "votes": voted})
     count = write_data(context, rows, ledger)
     found = {"rows/in": float(len(examples)), "rows/kept": float(count)}
-    found |= summarise(names, votes, model)
+    found |= summarize(names, votes, model)
     log.info("%s: %s", context.name, ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
     metrics = context.metrics(1)
     metrics.log(1, found)
@@ -158,7 +158,7 @@ def with_label(example: Example, prob: float, *, of: str) -> tuple[Example, floa
     return turned, 1.0 - prob
 
 
-def summarise(
+def summarize(
     names: Sequence[str], votes: NDArray[np.int64], model: LabelModel
 ) -> dict[str, float]:
     """Return each voter's coverage and estimated accuracy, and the label model's prior."""

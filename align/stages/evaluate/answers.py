@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from align.core.artefacts import Artefact
-from align.core.errors import ArtefactError
+from align.core.artifacts import Artifact
+from align.core.errors import ArtifactError
 from align.core.types import PromptRow
 from align.data.render.chat import ChatFormat
 from align.models.loading import saved_weights
@@ -36,16 +36,16 @@ Answers = dict[str, dict[str, Experience]]
 
 
 def task_rows(
-    spec: EvaluateStage, artefact: Artefact, context: StageContext
+    spec: EvaluateStage, artifact: Artifact, context: StageContext
 ) -> dict[str, list[PromptRow]]:
     """Return the prompts of every task, tokenized with the baseline's tokenizer."""
-    chat = chat_format(artefact.model_dir)
+    chat = chat_format(artifact.model_dir)
     return {task.name: prompt_rows(task, chat, context) for task in spec.all_tasks}
 
 
 def sample_all(
     spec: EvaluateStage,
-    artefacts: Mapping[str, Artefact],
+    artifacts: Mapping[str, Artifact],
     rows: Mapping[str, Sequence[PromptRow]],
     *,
     context: StageContext,
@@ -62,27 +62,27 @@ def sample_all(
     # An engine ends before the next one starts, and in any case with the stage.
     engines = context.resources.enter_context(ExitStack())
     engine: RolloutEngine | None = None
-    held: Artefact | None = None
+    held: Artifact | None = None
     names: list[str] = []
-    for version, (name, artefact) in enumerate(artefacts.items()):
-        chat = chat_format(artefact.model_dir)
+    for version, (name, artifact) in enumerate(artifacts.items()):
+        chat = chat_format(artifact.model_dir)
         for task_name, prompts in rows.items():
             what = f"{task_name}: model '{name}'"
             # A few rows show another tokenizer or template, which would make the comparison unfair.
             same_tokens(prompts[:8], chat, what=what, baseline=spec.baseline)
         # An engine is built for one architecture and adapter; otherwise only the weights change.
-        if engine is None or held is None or _config(held) != _config(artefact):
+        if engine is None or held is None or _config(held) != _config(artifact):
             engines.close()
-            started = start_engine(roomy, artefact.model_dir, chat, context=context)
+            started = start_engine(roomy, artifact.model_dir, chat, context=context)
             engine = engines.enter_context(closing(started))
-            held = artefact
+            held = artifact
             names.append(engine.name)
         with engine.awake():
-            if held is not artefact:
-                push(engine, saved_weights(artefact.model_dir), version=version)
+            if held is not artifact:
+                push(engine, saved_weights(artifact.model_dir), version=version)
                 # Prove that the engine computes with the new weights before anything is sampled.
                 probe = probe_of(next(iter(rows.values()))[0].input_ids)
-                logprobs, rounding = trainer_logprobs(artefact, probe, spec)
+                logprobs, rounding = trainer_logprobs(artifact, probe, spec)
                 check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
             for i, task in enumerate(spec.all_tasks):
                 found = _ask(engine, task, rows[task.name], chat=chat, step=i, seed=context.seed)
@@ -113,27 +113,27 @@ def _ask(
     )
 
 
-def _config(artefact: Artefact) -> Any:
+def _config(artifact: Artifact) -> Any:
     """Return what an engine is built for: the architecture, and an adapter that is not merged."""
-    config = json.loads((artefact.model_dir / "config.json").read_text(encoding="utf-8"))
-    return config, unmerged_adapter(artefact.model_dir)
+    config = json.loads((artifact.model_dir / "config.json").read_text(encoding="utf-8"))
+    return config, unmerged_adapter(artifact.model_dir)
 
 
 def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, *, what: str, baseline: str) -> None:
-    """Raise ArtefactError if a model's tokenizer or template gives other prompt tokens."""
+    """Raise ArtifactError if a model's tokenizer or template gives other prompt tokens."""
     for row in rows:
         ids = chat.prompt_ids(row.prompt, tools=row.tools, template_kwargs=row.template_kwargs)
         if list(row.input_ids) != ids:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{what}: {row.source} has other prompt tokens than with '{baseline}'. "
                 "Compare models that share a tokenizer and a chat template"
             )
 
 
 def trainer_logprobs(
-    artefact: Artefact, ids: Sequence[int], spec: EvaluateStage
+    artifact: Artifact, ids: Sequence[int], spec: EvaluateStage
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of tokens 1 .. T-1 under a saved model, and their rounding."""
-    model = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+    model = LogprobModel(load_tuned_policy(artifact.model_dir, dtype=spec.dtype)).eval()
     logprobs = probe_logprobs(model, ids)
     return logprobs, measured_rounding(model, ids, logprobs)

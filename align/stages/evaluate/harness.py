@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.errors import AlignError
 from align.evaluation.compare import Record
 from align.evaluation.harness import check_harness, harness_argv, read_harness, run_harness
@@ -18,29 +18,29 @@ log = logging.getLogger(__name__)
 
 
 def harness_blocks(
-    spec: EvaluateStage, artefacts: Mapping[str, Artefact], context: StageContext
+    spec: EvaluateStage, artifacts: Mapping[str, Artifact], context: StageContext
 ) -> dict[str, dict[str, Any]]:
     """Return the block of summary.json for each harness task; rank 0 runs the harness."""
     if spec.harness is None:
         return {}
-    blocks = _ask_all(spec, artefacts, context) if distributed.rank() == 0 else None
+    blocks = _ask_all(spec, artifacts, context) if distributed.rank() == 0 else None
     return distributed.broadcast_object(blocks)
 
 
 def _ask_all(
-    spec: EvaluateStage, artefacts: Mapping[str, Artefact], context: StageContext
+    spec: EvaluateStage, artifacts: Mapping[str, Artifact], context: StageContext
 ) -> dict[str, dict[str, Any]]:
     assert spec.harness is not None
     version = check_harness(spec.harness.python)
     found: dict[str, dict[str, list[Record]]] = {}
-    for name, artefact in artefacts.items():
+    for name, artifact in artifacts.items():
         out = context.out / "harness" / name
         # An interrupted run may have left results of other models there.
         shutil.rmtree(out, ignore_errors=True)
         options = spec.harness.model_dump(exclude={"python"})
         argv = harness_argv(
             spec.harness.python,
-            artefact.model_dir.resolve(),
+            artifact.model_dir.resolve(),
             out / "results",
             dtype=spec.dtype,
             device="cpu" if distributed.device().type == "cpu" else None,

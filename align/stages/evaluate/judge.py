@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core import distributed
-from align.core.artefacts import read_artefact
+from align.core.artifacts import read_artifact
 from align.core.errors import AlignError
 from align.core.types import Example
 from align.data.load import load_examples
@@ -111,7 +111,7 @@ def calibrate(
     elif judge == LONGER:
         said = scored_orders(pairs, lambda _, answers: [float(len(text)) for text in answers])
     else:
-        said = _scored(read_artefact(judge, "reward_model").model_dir, examples, pairs)
+        said = _scored(read_artifact(judge, "reward_model").model_dir, examples, pairs)
     found = calibration(pairs, said, clusters=[split_key(e) for e in examples])
     return found | ({"judge": report} if report else {})
 

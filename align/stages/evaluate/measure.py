@@ -39,8 +39,8 @@ def wants_kl(task: TaskSpec) -> bool:
 
 def load_reference(spec: EvaluateStage, context: StageContext) -> LogprobModel:
     """Load the reference policy of the KL estimate."""
-    artefact = context.artefact(spec.reference or spec.baseline, "policy", with_adapter=True)
-    return LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype)).eval()
+    artifact = context.artifact(spec.reference or spec.baseline, "policy", with_adapter=True)
+    return LogprobModel(load_tuned_policy(artifact.model_dir, dtype=spec.dtype)).eval()
 
 
 def kl_per_answer(

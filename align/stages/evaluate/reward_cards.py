@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import Example, PairRow, Text, TokenRow
 from align.data.formats.sets import AnswerSet, load_sets
 from align.data.load import fit_rows, load_examples
@@ -72,21 +72,21 @@ class CardInput:
     """File that records the rows that are too long."""
 
 
-def build_cards(models: Mapping[str, Artefact], given: CardInput) -> dict[str, dict[str, Any]]:
+def build_cards(models: Mapping[str, Artifact], given: CardInput) -> dict[str, dict[str, Any]]:
     """Return each reward model's card; with several, each is compared with the first other one."""
-    scored = {name: _scored_pairs(artefact, given) for name, artefact in models.items()}
+    scored = {name: _scored_pairs(artifact, given) for name, artifact in models.items()}
     cards: dict[str, dict[str, Any]] = {}
-    for name, artefact in models.items():
+    for name, artifact in models.items():
         card, lost = pair_card(scored[name][0], seed=given.seed), scored[name][1]
         card["num_pairs_too_long"] = lost
         if given.sets:
-            card |= set_card(_scored_sets(artefact, given), seed=given.seed)
+            card |= set_card(_scored_sets(artifact, given), seed=given.seed)
         other = next((n for n in models if n != name), None)
         if other is not None:
             found = _agreement(scored[name][0], scored[other][0], given.seed)
             card["agreement"] = {"with": other, **found}
         if given.answers is not None:
-            card["best_of_n"] = _best_of_n(artefact, given.answers, given.seed)
+            card["best_of_n"] = _best_of_n(artifact, given.answers, given.seed)
         cards[name] = card
         log.info("%s: pair accuracy %s on %d pairs", name, card["pair_accuracy"], card["num_pairs"])
     return cards
@@ -97,8 +97,8 @@ def headlines(card: Mapping[str, Any]) -> dict[str, Any]:
     return {name: card[name] for name in HEADLINES if name in card}
 
 
-def _load(artefact: Artefact) -> RewardModel:
-    return load_scorer(artefact.model_dir).to(distributed.device())
+def _load(artifact: Artifact) -> RewardModel:
+    return load_scorer(artifact.model_dir).to(distributed.device())
 
 
 def _longest(model: RewardModel, given: CardInput) -> int:
@@ -107,9 +107,9 @@ def _longest(model: RewardModel, given: CardInput) -> int:
     return given.max_length if limit is None else min(limit, given.max_length)
 
 
-def _scored_pairs(artefact: Artefact, given: CardInput) -> tuple[list[ScoredPair], int]:
+def _scored_pairs(artifact: Artifact, given: CardInput) -> tuple[list[ScoredPair], int]:
     """Return the scored held-out pairs, and how many were too long."""
-    chat, model = scorer_format(artefact), _load(artefact)
+    chat, model = scorer_format(artifact), _load(artifact)
     examples = load_examples(given.pairs, kind="preference", seed=given.seed)
     rows, lost = fit_rows(
         [chat.pair_row(e) for e in examples],
@@ -157,9 +157,9 @@ def group_of(example: Example) -> str:
     return Path(example.source.rpartition(":")[0]).stem
 
 
-def _scored_sets(artefact: Artefact, given: CardInput) -> list[ScoredSet]:
+def _scored_sets(artifact: Artifact, given: CardInput) -> list[ScoredSet]:
     """Return the scored sets; a set with a response that is too long is left out."""
-    chat, model = scorer_format(artefact), _load(artefact)
+    chat, model = scorer_format(artifact), _load(artifact)
     found = load_sets(given.sets)
     rows = {i: _set_rows(chat, s) for i, s in enumerate(found)}
     # The longest response decides whether a set fits.
@@ -208,11 +208,11 @@ def _agreement(
     return dict(agreement(pairs, others, seed=seed))
 
 
-def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[dict[str, Any]]:
+def _best_of_n(artifact: Artifact, answers: SampledAnswers, seed: int) -> list[dict[str, Any]]:
     """Return the best-of-n curve over the prompts whose responses all have both scores."""
     proxies: dict[int, list[float | None]] = {}
     golds: dict[int, list[float | None]] = {}
-    scores = _sampled_scores(artefact, answers)
+    scores = _sampled_scores(artifact, answers)
     for group, score, value in zip(answers.groups, scores, answers.gold, strict=True):
         proxies.setdefault(group, []).append(score)
         golds.setdefault(group, []).append(value)
@@ -225,10 +225,10 @@ def _best_of_n(artefact: Artefact, answers: SampledAnswers, seed: int) -> list[d
     return best_of_n(proxy, gold, seed=seed)
 
 
-def _sampled_scores(artefact: Artefact, answers: SampledAnswers) -> list[float | None]:
+def _sampled_scores(artifact: Artifact, answers: SampledAnswers) -> list[float | None]:
     """Score sampled responses by token ids, or by text if the model's tokenizer differs."""
-    tokenizer = load_tokenizer(artefact.model_dir)
-    reward = ScalarReward(_load(artefact), tokenizer, normalise=False)
+    tokenizer = load_tokenizer(artifact.model_dir)
+    reward = ScalarReward(_load(artifact), tokenizer, normalize=False)
     reward.meet(answers.tokenizer)
     prompts, completions, prompt_ids, completion_ids = zip(*answers.rows, strict=True)
     return reward(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.core import distributed
-from align.core.artefacts import Artefact, write_json_atomic
+from align.core.artifacts import Artifact, write_json_atomic
 from align.core.log import CARDS_FILE, MetricsLog
 from align.core.types import PromptRow
 from align.evaluation.compare import Record, check_expectations
@@ -52,17 +52,17 @@ log = logging.getLogger(__name__)
 
 def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
     """Load models and task prompts, and build the graders and judges."""
-    artefacts = {
-        spec.label(name): context.artefact(name, "policy", with_adapter=True)
+    artifacts = {
+        spec.label(name): context.artifact(name, "policy", with_adapter=True)
         for name in spec.models
     }
     if not spec.all_tasks:
-        return Prepared(train=partial(evaluate, spec, context, artefacts, rows={}, rewards={}))
-    baseline = artefacts[spec.label(spec.baseline)].model_dir
-    rows = task_rows(spec, artefacts[spec.label(spec.baseline)], context)
+        return Prepared(train=partial(evaluate, spec, context, artifacts, rows={}, rewards={}))
+    baseline = artifacts[spec.label(spec.baseline)].model_dir
+    rows = task_rows(spec, artifacts[spec.label(spec.baseline)], context)
     rewards = task_rewards(spec, context, load_tokenizer(baseline))
     return Prepared(
-        train=partial(evaluate, spec, context, artefacts, rows=rows, rewards=rewards),
+        train=partial(evaluate, spec, context, artifacts, rows=rows, rewards=rewards),
         checks=evaluate_checks(spec, baseline, rows=rows, rewards=rewards),
     )
 
@@ -70,7 +70,7 @@ def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
 def evaluate(
     spec: EvaluateStage,
     context: StageContext,
-    artefacts: Mapping[str, Artefact],
+    artifacts: Mapping[str, Artifact],
     *,
     rows: Mapping[str, Sequence[PromptRow]],
     rewards: TaskRewards,
@@ -82,15 +82,15 @@ def evaluate(
     summary: dict[str, Any] = {"engine": "none"}
     # Tasks: sample and measure every model, then compare with the baseline.
     if spec.all_tasks:
-        answers, summary["engine"] = sample_all(spec, artefacts, rows, context=context)
-        answered = measure_all(spec, artefacts, answers=answers, rewards=rewards, context=context)
+        answers, summary["engine"] = sample_all(spec, artifacts, rows, context=context)
+        answered = measure_all(spec, artifacts, answers=answers, rewards=rewards, context=context)
     summary["tasks"] = {
-        task.name: summarise(spec, task, answered[task.name], context=context)
+        task.name: summarize(spec, task, answered[task.name], context=context)
         for task in spec.all_tasks
-    } | harness_blocks(spec, artefacts, context)
+    } | harness_blocks(spec, artifacts, context)
     # Reward models: scored on held-out pairs, independent of the tasks.
     cards = reward_cards(
-        spec, context, answers=answers, answered=answered, baseline=artefacts[baseline]
+        spec, context, answers=answers, answered=answered, baseline=artifacts[baseline]
     )
     summary["reward_models"] = {name: headlines(card) for name, card in cards.items()}
     summary["expectations"] = check_expectations(summary, spec.expect)
@@ -107,7 +107,7 @@ def evaluate(
 
 def measure_all(
     spec: EvaluateStage,
-    artefacts: Mapping[str, Artefact],
+    artifacts: Mapping[str, Artifact],
     *,
     answers: Answers,
     rewards: TaskRewards,
@@ -116,14 +116,14 @@ def measure_all(
     """Return the measured responses of all ranks by task and model."""
     tasks = spec.all_tasks
     metrics = context.metrics(len(spec.models))
-    chat = chat_format(artefacts[spec.label(spec.baseline)].model_dir)
+    chat = chat_format(artifacts[spec.label(spec.baseline)].model_dir)
     # Prepared once for all models: every model is measured on the same tokens.
     heldout = {task.name: held_out_rows(task, chat, context) for task in tasks}
     reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
     found: dict[str, dict[str, Answered]] = {task.name: {} for task in tasks}
-    for i, (name, artefact) in enumerate(artefacts.items()):
+    for i, (name, artifact) in enumerate(artifacts.items()):
         # One model in memory at a time, plus the reference.
-        policy = LogprobModel(load_tuned_policy(artefact.model_dir, dtype=spec.dtype))
+        policy = LogprobModel(load_tuned_policy(artifact.model_dir, dtype=spec.dtype))
         for task in tasks:
             experience = answers[task.name][name]
             kl: Sequence[float | None] = [None] * len(experience.completions)
@@ -161,7 +161,7 @@ def task_rewards(
     }
 
 
-def summarise(
+def summarize(
     spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], *, context: StageContext
 ) -> dict[str, Any]:
     """Return the comparison of the models on one task."""
@@ -231,7 +231,7 @@ def reward_cards(
     *,
     answers: Answers,
     answered: Mapping[str, Mapping[str, Answered]],
-    baseline: Artefact,
+    baseline: Artifact,
 ) -> dict[str, dict[str, Any]]:
     """Return the cards of the reward models; best-of-n uses the baseline's responses and judge."""
     if not spec.reward_models:
@@ -261,7 +261,7 @@ def reward_cards(
         context.ledger,
     )
     models = {
-        name: context.artefact(name, "reward_model", with_adapter=True)
+        name: context.artifact(name, "reward_model", with_adapter=True)
         for name in spec.reward_models
     }
     return build_cards(models, given)

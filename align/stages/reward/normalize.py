@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import PromptRow, TokenRow
 from align.data.batching import plan_micro_batches
 from align.data.load import fit_rows, load_examples
@@ -26,7 +26,7 @@ Row = TypeVar("Row")
 
 
 @torch.no_grad()
-def normalisation(
+def normalization(
     score: Callable[[PackedBatch], Tensor],
     rows: Sequence[TokenRow],
     *,
@@ -57,7 +57,7 @@ def normalisation(
 
 
 def sampled_rows(
-    spec: RewardStage, context: StageContext, *, source: Artefact, chat: ChatFormat
+    spec: RewardStage, context: StageContext, *, source: Artifact, chat: ChatFormat
 ) -> list[TokenRow]:
     """Return responses to prompts of the data, sampled from the policy of ``spec.init``."""
     assert spec.norm_sampling is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
@@ -42,7 +42,7 @@ from align.stages.offline import (
 )
 from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
-from align.stages.reward.normalize import Numbers, even_sample, normalisation, sampled_rows
+from align.stages.reward.normalize import Numbers, even_sample, normalization, sampled_rows
 from align.stages.reward.tasks import (
     JudgedAnswer,
     JudgedSteps,
@@ -101,7 +101,7 @@ def train(
     spec: RewardStage,
     context: StageContext,
     *,
-    source: Artefact,
+    source: Artifact,
     chat: RowFormat,
     task: OfflineTask[Any],
     model: RewardModel,
@@ -142,7 +142,7 @@ def train(
 
 
 def train_part(
-    pairs: list[PairRow], context: StageContext, *, spec: RewardStage, source: Artefact
+    pairs: list[PairRow], context: StageContext, *, spec: RewardStage, source: Artifact
 ) -> RewardModel:
     """Return a one-head reward model trained on some of the pairs, for the stage's epochs."""
     steps = spec.steps
@@ -165,7 +165,7 @@ def train_part(
     return model
 
 
-def fresh_scorer(spec: RewardStage, source: Artefact, context: StageContext) -> RewardModel:
+def fresh_scorer(spec: RewardStage, source: Artifact, context: StageContext) -> RewardModel:
     """Put fresh heads on the model of ``source``, by the seed of the stage."""
     torch.manual_seed(distributed.derive_seed(context.seed, "head"))
     return new_reward_model(spec, source, seed=distributed.derive_seed(context.seed, "tuning"))
@@ -266,7 +266,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
     return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
 
-def new_reward_model(spec: RewardStage, source: Artefact, *, seed: int) -> RewardModel:
+def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> RewardModel:
     """Return the model of ``source`` with new heads and the adapter of ``tuning``."""
     held = quantization(spec.tuning, spec.dtype)
     if source.manifest["kind"] == "encoder":
@@ -313,7 +313,7 @@ def reference_numbers(
     spec: RewardStage,
     context: StageContext,
     *,
-    source: Artefact,
+    source: Artifact,
     chat: RowFormat,
     model: RewardModel,
     rows: Sequence[Any],
@@ -335,7 +335,7 @@ def reference_numbers(
         return final_scores(values(batch.input_ids, batch.position_ids), batch)
 
     padded = model.reads == "first"
-    return normalisation(score, references, micro_tokens=spec.micro_tokens, padded=padded)
+    return normalization(score, references, micro_tokens=spec.micro_tokens, padded=padded)
 
 
 def save_scorer(
@@ -343,7 +343,7 @@ def save_scorer(
     model: RewardModel,
     out: Path,
     *,
-    source: Artefact,
+    source: Artifact,
     numbers: tuple[Numbers, Numbers] | None = None,
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this.
@@ -352,7 +352,7 @@ def save_scorer(
         numbers: mean and std of the reference scores; None leaves the scores as they are.
     """
     if numbers is not None:
-        model.set_normalisation(mean=numbers[0], std=numbers[1])
+        model.set_normalization(mean=numbers[0], std=numbers[1])
     model.extra = {"supervision": spec.supervision}
     if spec.supervision == "steps":
         model.extra["step_separator"] = spec.step_separator

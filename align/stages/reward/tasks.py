@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import PairRow, TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
@@ -25,11 +25,11 @@ Stats = dict[str, Tensor]
 RowFormat = ChatFormat | PairedFormat
 
 
-def scorer_format(artefact: Artefact) -> RowFormat:
+def scorer_format(artifact: Artifact) -> RowFormat:
     """Return the row format of a reward model, or of the policy or encoder it starts from."""
-    if artefact.manifest["kind"] == "encoder" or reads_first(artefact.model_dir):
-        return PairedFormat(load_tokenizer(artefact.model_dir))
-    return chat_format(artefact.model_dir)
+    if artifact.manifest["kind"] == "encoder" or reads_first(artifact.model_dir):
+        return PairedFormat(load_tokenizer(artifact.model_dir))
+    return chat_format(artifact.model_dir)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from align.core.artefacts import write_json_atomic
+from align.core.artifacts import write_json_atomic
 from align.core.errors import EXIT_OK, AlignError
 from align.recipe.schema import DataSpec, EndpointSpec, PairwiseSpec
 from align.stages.evaluate.judge import calibrate

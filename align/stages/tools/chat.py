@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from align.core.artefacts import read_artefact
+from align.core.artifacts import read_artifact
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
@@ -151,13 +151,13 @@ def _typed_lines() -> Iterator[str]:
 def main() -> None:
     """Chat with the artifact named on the command line."""
     parser = argparse.ArgumentParser(description="Chat with a model.")
-    parser.add_argument("artefact", type=Path, help="runs/<recipe>/<stage>")
+    parser.add_argument("artifact", type=Path, help="runs/<recipe>/<stage>")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        folder = read_artefact(args.artefact, "policy").model_dir
+        folder = read_artifact(args.artifact, "policy").model_dir
         from transformers import set_seed
         from transformers.utils import logging
 
@@ -174,7 +174,7 @@ def main() -> None:
     typed = sys.stdin.isatty()
     if typed:
         kind = "" if chat.has_template else "; no chat template: each line is text to continue"
-        sys.stdout.write(f"{args.artefact}: {HELP}{kind}\n")
+        sys.stdout.write(f"{args.artifact}: {HELP}{kind}\n")
     out = cast(TextIO, VisibleStream(sys.stdout))
     talk(chat, _typed_lines() if typed else iter(sys.stdin), out)
     sys.exit(EXIT_OK)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from align.core import distributed
-from align.core.artefacts import write_manifest
+from align.core.artifacts import write_manifest
 from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.failure import last_words

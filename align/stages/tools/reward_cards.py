@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core.artefacts import Artefact, read_artefact, write_json_atomic
+from align.core.artifacts import Artifact, read_artifact, write_json_atomic
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.log import setup_logging
 from align.recipe.schema import DataSpec
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def main() -> NoReturn:
     """Measure the reward models named on the command line, write their cards, and exit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artefacts", nargs="+", type=Path, help="folders of reward stages")
+    parser.add_argument("artifacts", nargs="+", type=Path, help="folders of reward stages")
     parser.add_argument(
         "--pairs", help="data sources as JSON; default: the held-out data of the stage"
     )
@@ -30,7 +30,7 @@ def main() -> NoReturn:
     setup_logging(0)
     code = EXIT_OK
     try:
-        models = {str(path): read_artefact(path, "reward_model") for path in args.artefacts}
+        models = {str(path): read_artifact(path, "reward_model") for path in args.artifacts}
         write_json_atomic(args.out, measure(models, args.pairs, args.sets))
     except AlignError as error:
         log.error("%s", error)
@@ -38,7 +38,7 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def measure(models: dict[str, Artefact], pairs: str | None, sets: str) -> dict[str, Any]:
+def measure(models: dict[str, Artifact], pairs: str | None, sets: str) -> dict[str, Any]:
     """Return the card of each model, all on the same data.
 
     Raises:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core.artefacts import read_artefact
+from align.core.artifacts import read_artifact
 from align.core.errors import AlignError
 from align.core.log import setup_logging
 from align.tuning.loading import made_whole
@@ -19,7 +19,7 @@ MAX_CONNECTIONS = 256
 def main() -> NoReturn:
     """Serve until interrupted, then exit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artefact", type=Path, help="folder of a reward stage")
+    parser.add_argument("artifact", type=Path, help="folder of a reward stage")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument(
@@ -28,7 +28,7 @@ def main() -> NoReturn:
     args = parser.parse_args()
     setup_logging(0)
     try:
-        serve(args.artefact, host=args.host, port=args.port, combine=args.combine)
+        serve(args.artifact, host=args.host, port=args.port, combine=args.combine)
     except (AlignError, ValueError) as error:
         log.error("%s", error)
         sys.exit(error.exit_code if isinstance(error, AlignError) else 2)
@@ -47,13 +47,13 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
         ) from error
     from reward_models import build_reward
 
-    artefact = read_artefact(path, "reward_model")
-    given = {"kind": "scalar", "model": str(artefact.model_dir), "combine": combine}
+    artifact = read_artifact(path, "reward_model")
+    given = {"kind": "scalar", "model": str(artifact.model_dir), "combine": combine}
     reward: Any = build_reward(given)
-    made_whole(reward.model, artefact.model_dir)
+    made_whole(reward.model, artifact.model_dir)
     about = {
-        "artefact": str(path),
-        "spec_hash": artefact.manifest["spec_hash"],
+        "artifact": str(path),
+        "spec_hash": artifact.manifest["spec_hash"],
         "heads": reward.model.num_heads,
     }
     # There is no authentication, so exposing it must be a visible decision.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.types import Example, TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.token_view import View, view_of
@@ -26,7 +26,7 @@ def preflight_trl(
     trainer: Any,
     examples: Sequence[Example],
     chat: ChatFormat,
-    source: Artefact,
+    source: Artifact,
     rewards: Sequence[RewardFunction],
 ) -> tuple[list[Check], Callable[[], list[View]] | None]:
     """Return the checks of a TRL trainer's data and model, and rows for the token view.
@@ -63,7 +63,7 @@ def collated_checks(
     made: Sequence[TokenRow],
     examples: Sequence[Example],
     chat: ChatFormat,
-    source: Artefact,
+    source: Artifact,
 ) -> list[Check]:
     """Return the checks on rows that TRL prepared."""
     answers = own_rows(spec, spread(examples, collated.MAX_ROWS), chat)

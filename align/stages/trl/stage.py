@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.checkpoints import damage, save_weights, write_record
 from align.core.distributed import stop_deferred, stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
@@ -56,7 +56,7 @@ CONVERSING = ("GKD", "GOLD", "IWOPD")
 
 def prepare(spec: TrlStage, context: StageContext) -> Prepared:
     """Build the recipe's TRL trainer with the policy ``spec.init`` and the rows."""
-    source = context.artefact(spec.init, "policy")
+    source = context.artifact(spec.init, "policy")
     trainer_class, config_class = find_trainer(spec.trainer)
     chat = chat_format(source.model_dir)
     args = configuration(config_class, spec, context)
@@ -101,7 +101,7 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
 
 
 def train_and_save(
-    spec: TrlStage, context: StageContext, trainer: Any, *, source: Artefact, evaluated: bool
+    spec: TrlStage, context: StageContext, trainer: Any, *, source: Artifact, evaluated: bool
 ) -> StageResult:
     """Train with a TRL trainer and save the model like every stage does."""
     final = trained(trainer, spec, context, evaluated=evaluated)
@@ -143,7 +143,7 @@ def trained(
     return final
 
 
-def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artefact) -> None:
+def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artifact) -> None:
     """Write model/ and, with an adapter, adapter/; every rank must call this."""
     if has_adapter(trainer.model):
         tensors, adapter = whole_state(trainer.model, source)

@@ -194,7 +194,7 @@ def extras(
         wanted["ref_model"] = load_model(model_dir, spec)
     if spec.teacher is not None:
         wanted["teacher_model"] = load_model(
-            context.artefact(spec.teacher, "policy").model_dir, spec
+            context.artifact(spec.teacher, "policy").model_dir, spec
         )
     if rewards:
         wanted["reward_funcs"] = [_function(r) for r in rewards]

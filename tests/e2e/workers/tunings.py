@@ -20,7 +20,7 @@ from engine_models import words
 from tuned_stages import TUNINGS, tuning_spec
 
 from align.core import distributed
-from align.core.artefacts import Artefact
+from align.core.artifacts import Artifact
 from align.core.checkpoints import load_checkpoint, save_checkpoint
 from align.core.types import PairRow, TokenRow
 from align.models.loading import load_policy
@@ -58,9 +58,9 @@ def learner_with(method: str, stage: int, source: Path) -> Learner:
 
 
 def save(method: str, module: Any, source: Path, out: Path) -> None:
-    """Write the artefact of an sft stage."""
+    """Write the artifact of an sft stage."""
     spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning_spec(method))
-    save_trained_policy(spec, module, source=Artefact(source, {}), out=out)
+    save_trained_policy(spec, module, source=Artifact(source, {}), out=out)
 
 
 def sft(method: str, stage: int, source: Path, out: Path) -> list[dict[str, float]]:

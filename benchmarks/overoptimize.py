@@ -1,7 +1,7 @@
-"""Show over-optimisation and what the guard does: ``python -m benchmarks.overoptimise``.
+"""Show over-optimization and what the guard does: ``python -m benchmarks.overoptimize``.
 
-For each seed a weak reward model is trained, PPO runs with the guard of recipes/overoptimise.yaml,
-and once more without it to the end. Writes results/overoptimise.json and the picture beside it.
+For each seed a weak reward model is trained, PPO runs with the guard of recipes/overoptimize.yaml,
+and once more without it to the end. Writes results/overoptimize.json and the picture beside it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from align.report.charts import STANDALONE, Series, picture
 
 log = logging.getLogger("benchmarks")
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "overoptimise.yaml"
+RECIPE = ROOT / "recipes" / "overoptimize.yaml"
 RESULTS = Path(__file__).parent / "results"
 NO_GUARD = "stages.ppo.watch.guard.stop_on=[]"
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Parse the command line, run what is missing, write numbers and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/overoptimise-seeds"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/overoptimize-seeds"))
     parser.add_argument("--sft", type=Path, help="folder of an sft stage; default: made first")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -41,10 +41,10 @@ def main() -> None:
     result = {"date": datetime.date.today().isoformat(), "seeds": found}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
-    (RESULTS / "overoptimise.json").write_text(text, encoding="utf-8")
+    (RESULTS / "overoptimize.json").write_text(text, encoding="utf-8")
     for seed, entry in found.items():
         svg = draw(entry, f"seed {seed}: proxy and gold over the square root of the KL")
-        (RESULTS / f"overoptimise-{seed}.svg").write_text(svg + "\n", encoding="utf-8")
+        (RESULTS / f"overoptimize-{seed}.svg").write_text(svg + "\n", encoding="utf-8")
         log.info("seed %s: %s", seed, {k: v for k, v in entry.items() if k != "full"})
 
 

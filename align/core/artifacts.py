@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align.core.errors import ArtefactError
+from align.core.errors import ArtifactError
 from align.core.sources import extension_hashes, with_source_hashes
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,7 @@ NOT_HASHED = ("checkpoints", "log.txt", MANIFEST, LOCK, FAILURE)
 
 
 @dataclass(frozen=True, slots=True)
-class Artefact:
+class Artifact:
     """A verified artifact."""
 
     path: Path
@@ -193,23 +193,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Return an artifact's manifest without verifying its files.
 
     Raises:
-        ArtefactError: the manifest is missing or invalid.
+        ArtifactError: the manifest is missing or invalid.
     """
     path = directory / MANIFEST
     if not path.is_file():
         state = "is not finished" if directory.is_dir() else "does not exist"
-        raise ArtefactError(
-            f"{directory}: no {MANIFEST}, so this artefact {state}; run its stage first"
+        raise ArtifactError(
+            f"{directory}: no {MANIFEST}, so this artifact {state}; run its stage first"
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: not valid JSON ({e}); run the stage again with --force"
         ) from e
     problem = _manifest_problem(found)
     if problem is not None:
-        raise ArtefactError(f"{path}: damaged ({problem}); run the stage again with --force")
+        raise ArtifactError(f"{path}: damaged ({problem}); run the stage again with --force")
     return found
 
 
@@ -243,7 +243,7 @@ def is_file_record(entry: object) -> bool:
     )
 
 
-def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
+def read_artifact(path: Path | str, expected_kind: str) -> Artifact:
     """Read and verify an artifact.
 
     Args:
@@ -251,21 +251,21 @@ def read_artefact(path: Path | str, expected_kind: str) -> Artefact:
         expected_kind: ``policy``, ``reward_model`` or ``evaluation``.
 
     Raises:
-        ArtefactError: the artifact is missing, of another kind, or a file differs from its
+        ArtifactError: the artifact is missing, of another kind, or a file differs from its
             manifest.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
     kind = manifest.get("kind")
     if kind != expected_kind:
-        raise ArtefactError(
-            f"{directory}: the artefact is a {kind!r}, expected a {expected_kind!r}; "
+        raise ArtifactError(
+            f"{directory}: the artifact is a {kind!r}, expected a {expected_kind!r}; "
             "name a stage that writes one"
         )
     problems = find_damage(directory, manifest, whole=True)
     if problems:
-        raise ArtefactError(f"{problems[0]}; run the stage again with --force")
-    return Artefact(directory, manifest)
+        raise ArtifactError(f"{problems[0]}; run the stage again with --force")
+    return Artifact(directory, manifest)
 
 
 def find_damage(directory: Path, manifest: Mapping[str, Any], *, whole: bool) -> Sequence[str]:

@@ -28,7 +28,7 @@ ANSWERS = ["yes indeed.", "no", "yes", "no way, not at all.", "maybe so"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give a run with a base, in a world of one."""
     with alone.world_of_one():
-        yield make_base(tmp_path_factory.mktemp("labelling"))
+        yield make_base(tmp_path_factory.mktemp("labeling"))
 
 
 @pytest.fixture
