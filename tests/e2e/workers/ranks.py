@@ -142,6 +142,7 @@ def sft(
     halfway = weights_of(learner.module.model)
     engines = {"policy": learner.engine}
     folder = out / "checkpoints" / f"{stage}-{dtype}-{tuning.method}-{layers is not None}"
+    folder.parent.mkdir(exist_ok=True)
     path = save_checkpoint(folder, 2, engines=engines, state={"a": 1}, keep=1)
     stats += sft_steps(learner, range(2, STEPS))
     again = learner_of(policy_model(dtype, tuning), stage, dtype, layers)

@@ -60,6 +60,7 @@ def learner_with(method: str, stage: int, source: Path) -> Learner:
 def save(method: str, module: Any, source: Path, out: Path) -> None:
     """Write the artifact of an sft stage."""
     spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning_spec(method))
+    out.mkdir(parents=True, exist_ok=True)
     save_trained_policy(spec, module, source=Artifact(source, {}), out=out)
 
 
@@ -68,6 +69,7 @@ def sft(method: str, stage: int, source: Path, out: Path) -> list[dict[str, floa
     trained = learner_with(method, stage, source)
     steps = ranks.sft_steps(trained, range(1))
     path = out / "checkpoints"
+    out.mkdir(parents=True, exist_ok=True)
     if stage == 3:
         path = save_checkpoint(path, 1, engines={"policy": trained.engine}, state={}, keep=1)
     steps += ranks.sft_steps(trained, range(1, 2))
