@@ -265,6 +265,7 @@ PARENT = "ALIGN_PARENT"
 ORPHAN_GRACE_S = 30.0
 _LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
 _asked = False
+_stopping = False
 _deferred = False
 _installed_by = 0
 
@@ -274,12 +275,13 @@ class StoppedNow(SystemExit):
 
 
 def _ask(_signum: int, _frame: FrameType | None) -> None:
-    global _asked
+    global _asked, _stopping
     # A forked child inherits the handler; its signals do not concern the stage.
     if os.getpid() != _installed_by:
         return
     _asked = True
     if not _deferred:
+        _stopping = True
         raise StoppedNow(EXIT_PREEMPTED)
 
 
@@ -369,6 +371,11 @@ def stops_between_steps(train: Callable[P, T]) -> Callable[P, T]:
         return found
 
     return trained
+
+
+def is_stopping() -> bool:
+    """Return True once StoppedNow was raised, also if another error has replaced it since."""
+    return _stopping
 
 
 def was_asked() -> bool:

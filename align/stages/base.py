@@ -155,19 +155,31 @@ def main() -> NoReturn:
     try:
         code = run_stage(args.kind, args)
     except signals.StoppedNow:
-        log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
-        code = EXIT_PREEMPTED
-    except AlignError as e:
-        setup_logging(distributed.rank())
-        log.error("%s", e)
-        code = e.exit_code
+        code = _stopped(args)
     except Exception as e:
-        log.error("%s", _last_words(e, args))
-        code = EXIT_FAILED
+        code = _failed(e, args)
     signals.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
+
+
+def _stopped(args: argparse.Namespace) -> int:
+    log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
+    return EXIT_PREEMPTED
+
+
+def _failed(error: Exception, args: argparse.Namespace) -> int:
+    """Report an error and return the exit code."""
+    # Libraries in C and Rust (torch, pydantic) replace StoppedNow by errors of their own.
+    if signals.is_stopping():
+        return _stopped(args)
+    if isinstance(error, AlignError):
+        setup_logging(distributed.rank())
+        log.error("%s", error)
+        return error.exit_code
+    log.error("%s", _last_words(error, args))
+    return EXIT_FAILED
 
 
 def _last_words(error: Exception, args: argparse.Namespace) -> str:

@@ -4,8 +4,12 @@ import contextlib
 import errno
 import json
 import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import torch
@@ -128,6 +132,53 @@ def test_a_judge_whose_reply_breaks_off_is_an_error_of_the_judge(head: str) -> N
         client = JudgeClient(Endpoint(f"{server.url}/v1", "m", retries=0))
         with pytest.raises(JudgeError, match="no answer after 1 tries"):
             client.ask([[{"role": "user", "content": "?"}]], {"type": "object"})
+
+
+def _in_a_validator() -> None:
+    """Receive a signal while pydantic, which is written in Rust, calls back into Python."""
+    import pydantic
+
+    def stop(_value: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+    validator = pydantic.TypeAdapter(Annotated[int, pydantic.AfterValidator(stop)])
+    try:
+        validator.validate_python(1)
+    except BaseException as error:
+        raise ValueError("Error building validator: StoppedNow: 75") from error
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (_in_a_validator, 75),
+        (lambda: 1 / 0, 1),
+        (lambda: load_recipe("no.yaml"), 2),
+    ],
+)
+def test_a_signal_whose_exception_a_library_replaces_still_ends_with_75(
+    body: Callable[[], object], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.stages import base
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+    for name in ("_asked", "_deferred", "_stopping"):
+        monkeypatch.setattr(distributed, name, False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stages", "sft", "--recipe", "r.yaml"])
+    monkeypatch.setattr(base, "run_stage", lambda *_: body())
+    monkeypatch.setattr(distributed, "end_process", ended)
+    try:
+        with pytest.raises(SystemExit) as found:
+            base.main()
+    finally:
+        for signum, handler in before:
+            signal.signal(signum, handler)
+    assert found.value.code == expected
 
 
 GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4: Connection reset by peer"

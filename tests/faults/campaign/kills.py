@@ -96,8 +96,8 @@ def _one_rank(stage: str, place: Place) -> None:
     victim = place.rng.randrange(len(run.pids))
     joined = (place.folder / recipe.RUN / stage / "begun.json").exists()
     run.kill(ranks=[victim])
-    # A rank that waits for one that never joined sits in a system call. DeepSpeed's launcher ends it
-    # by SIGTERM, then by SIGKILL.
+    # A rank that waits for one that never joined sits in a system call. DeepSpeed's launcher ends
+    # it by SIGTERM, then by SIGKILL.
     other = 1 - victim
     for signum in (signal.SIGTERM, signal.SIGKILL):
         if not forked.wait_for(run.pids[other], LAUNCHER_S):
