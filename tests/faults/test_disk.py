@@ -3,11 +3,16 @@
 import errno
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
+from alone import world_of_one
 
 from align.core import checkpoints, distributed, storage
 from align.core.errors import Preempted
@@ -133,13 +138,18 @@ def test_a_device_with_less_room_than_the_stage_writes_is_refused(tmp_path: Path
     assert "no space left on " in huge.remedy
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with world_of_one():
+        yield
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_estimate_is_the_size_of_a_checkpoint_that_deepspeed_saves(
-    dtype: str, tmp_path: Path
+    dtype: str, tmp_path: Path, alone: None
 ) -> None:
     from align.training.learner import Learner
 
-    distributed.init_process_group()
     module = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False), torch.nn.Linear(512, 512))
     module[0].requires_grad_(False)
     trained, total = 512 * 512 + 512, 2 * 512 * 512 + 512

@@ -195,9 +195,9 @@ TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 STANDS_FOR_ALIGN = """\
 #!/bin/bash
 echo "$@" > arguments
-trap 'exit 75' TERM
+trap 'kill $!; exit 75' TERM
 touch ready
-[ -n "${WAITS:-}" ] && { sleep 3600 & wait; }
+[ -n "${WAITS:-}" ] && { sleep 3600 >/dev/null 2>&1 & wait; }
 exit "$CODE"
 """
 
