@@ -154,26 +154,20 @@ def main() -> NoReturn:
     signals.install()
     try:
         code = run_stage(args.kind, args)
-    except signals.StoppedNow:
-        code = _stopped(args)
-    except Exception as e:
-        code = _failed(e, args)
+    except (signals.StoppedNow, Exception) as e:
+        code = _ended(e, args)
     signals.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
 
 
-def _stopped(args: argparse.Namespace) -> int:
-    log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
-    return EXIT_PREEMPTED
-
-
-def _failed(error: Exception, args: argparse.Namespace) -> int:
-    """Report an error and return the exit code."""
+def _ended(error: BaseException, args: argparse.Namespace) -> int:
+    """Report a stop or an error and return the exit code."""
     # Libraries in C and Rust (torch, pydantic) replace StoppedNow by errors of their own.
     if signals.is_stopping():
-        return _stopped(args)
+        log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
+        return EXIT_PREEMPTED
     if isinstance(error, AlignError):
         setup_logging(distributed.rank())
         log.error("%s", error)
@@ -182,7 +176,7 @@ def _failed(error: Exception, args: argparse.Namespace) -> int:
     return EXIT_FAILED
 
 
-def _last_words(error: Exception, args: argparse.Namespace) -> str:
+def _last_words(error: BaseException, args: argparse.Namespace) -> str:
     """Return one line for an unexpected error; its traceback is written to a file."""
     folder = Path(args.run_dir or "runs") / (args.stage or args.kind)
     if (problem := storage_problem(error, folder)) is not None:
