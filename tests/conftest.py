@@ -22,21 +22,10 @@ os.environ.update(
     }
 )
 
-from collections.abc import Iterator
-
 import pytest
 
 REAL_DATA_REASON = "ALIGN_REAL_DATA is not set: it names a folder that holds data/ and models/"
 NO_GPU_REASON = "run on one GPU by: ALIGN_TEST_GPU=1 pytest tests/gpu"
-
-
-@pytest.fixture(autouse=True)
-def _no_file_is_known() -> Iterator[None]:
-    """Forget the files of a stage that an earlier test has run in this process."""
-    from align.data.reading import read_log
-
-    yield
-    read_log.expect(None)
 
 
 def _num_gpus() -> int:

@@ -163,7 +163,6 @@ def main() -> NoReturn:
 
 
 def _ended(error: BaseException, args: argparse.Namespace) -> int:
-    """Report a stop or an error and return the exit code."""
     # Libraries in C and Rust (torch, pydantic) replace StoppedNow by errors of their own.
     if signals.is_stopping():
         log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
@@ -227,8 +226,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     distributed.check_ranks(name, spec.ranks)
     setup_logging(distributed.rank())
     run_dir = Path(args.run_dir or Path("runs") / recipe.name)
-    seed = recipe.seed_of(name)
-    context = StageContext(recipe, name, run_dir, seed)
+    context = StageContext(recipe, name, run_dir, recipe.seed_of(name))
     manifest = _manifest_head(context, spec)
     # A finished stage with the same identity is skipped.
     identity = distributed.on_first_rank(lambda: _begin(context, manifest, force=args.force))
@@ -363,7 +361,10 @@ def _begin(
 
 
 def _release() -> None:
+    """Release the lock, and what binds this process to the stage's files and checkpoints."""
     global _lock
+    read_log.expect(None)
+    checkpoints.belong_to(None)
     if _lock is not None:
         _lock.release()
         _lock = None

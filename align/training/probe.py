@@ -23,8 +23,8 @@ class WeightProbe:
             parameters: the trained weights.
             sharded: whether each rank holds another part of every weight (ZeRO-3).
         """
-        step = max(1, len(parameters) // MAX_TENSORS)
-        self._parameters = parameters[::step][:MAX_TENSORS]
+        num = min(len(parameters), MAX_TENSORS)
+        self._parameters = [parameters[i * len(parameters) // num] for i in range(num)]
         self._sharded = sharded
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from align.data.reading.provenance import file_records, hub_revisions, named_fil
 from align.data.reading.sources import data_fingerprint, read_rows
 from align.pipeline import plan
 from align.recipe.load import load_recipe
+from align.stages import base
 
 RECIPE = """\
 name: r
@@ -328,3 +329,11 @@ def test_the_files_of_an_artifact_have_the_mode_of_the_umask(mask: int, mode: in
     finally:
         os.umask(before)
     assert weights.stat().st_mode & 0o777 == mode
+
+
+def test_a_stage_that_has_ended_binds_nothing_that_its_process_reads_later() -> None:
+    read_log.expect({})
+    list(read_rows("rows"))
+    base._release()
+    Path("rows/a.jsonl").write_text('{"text": "c"}\n')
+    assert [row for row, _ in read_rows("rows")] == [{"text": "c"}]

@@ -244,6 +244,21 @@ def test_ignore_does_not_look_and_warn_writes_each_alarm_once(
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("num", [1, 127, 128, 129, 200, 255, 256, 1000])
+def test_the_probe_sees_the_first_and_the_last_layers(num: int) -> None:
+    import torch
+    from torch import nn
+
+    from align.training.probe import MAX_TENSORS, WeightProbe
+
+    probe = WeightProbe([nn.Parameter(torch.tensor([float(i)])) for i in range(num)], sharded=False)
+    seen = probe.read().tolist()
+    assert len(seen) == min(num, MAX_TENSORS)
+    # No stretch of unseen tensors is longer than an even spacing leaves.
+    longest = max(b - a for a, b in zip([-1.0, *seen], [*seen, float(num)], strict=True))
+    assert longest <= -(-num // MAX_TENSORS) + (num > MAX_TENSORS)
+
+
 def test_the_probe_measures_the_movement_of_the_weights() -> None:
     import torch
     from torch import nn
