@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,48 +87,62 @@ def run(
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
     with _Signals() as signals, _locked(folder):
+        running = _Run(recipe, folder, terminal, signals, module, grace_s)
         planned = plan(recipe, folder)
         chosen = select(recipe, planned, only=only, from_=from_)
         again = redone(recipe, planned, chosen, named=only or from_, force=force)
         terminal.plan(recipe.name, folder, planned)
-        for position, stage in enumerate(planned, start=1):
-            if stage.name not in chosen:
-                continue
-            if stage.status == "done" and stage.name not in again:
-                terminal.skip(stage.name, stage.reason, position=position, count=len(planned))
-                continue
-            if signals.count:
-                terminal.line(
-                    f"stopped by a signal before {stage.name}; run the same command again to resume"
-                )
-                return EXIT_PREEMPTED
-            # Until the run is complete again, no summary is better than an outdated one.
-            (folder / "summary.json").unlink(missing_ok=True)
-            check_is_stage_folder(folder / stage.name)
-            refuse_if_held(folder / stage.name)
-            if stage.name in again or stage.status == "to do":
-                _set_aside(folder / stage.name)
-                forget_seconds(folder, stage.name)
-            resolved = folder / stage.name / RECIPE_FILE
-            write_resolved(recipe, resolved)
-            arguments = [stage.kind, "--resolved", str(resolved), "--stage", stage.name]
-            arguments += ["--run-dir", str(folder)]
-            terminal.begin(
-                stage.name, stage.kind, folder / stage.name, position=position, count=len(planned)
+        code = _run_stages(running, planned, chosen, again=again)
+        return code if code != EXIT_OK else _finish(recipe, folder, terminal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run in progress: its locked folder, and what every one of its stages is started with."""
+
+    recipe: Recipe
+    folder: Path
+    terminal: Terminal
+    signals: "_Signals"
+    module: str
+    grace_s: float
+
+
+def _run_stages(
+    run: _Run, planned: Sequence[PlannedStage], chosen: Sequence[str], *, again: set[str]
+) -> int:
+    """Run the chosen stages in order and return the first exit code that is not 0, else 0."""
+    count = len(planned)
+    for position, stage in enumerate(planned, start=1):
+        if stage.name not in chosen:
+            continue
+        if stage.status == "done" and stage.name not in again:
+            run.terminal.skip(stage.name, stage.reason, position=position, count=count)
+            continue
+        if run.signals.count:
+            run.terminal.line(
+                f"stopped by a signal before {stage.name}; run the same command again to resume"
             )
-            code = _run_stage(
-                recipe,
-                stage.name,
-                module=module,
-                arguments=arguments,
-                run_dir=folder,
-                terminal=terminal,
-                signals=signals,
-                grace_s=grace_s,
-            )
-            if code != EXIT_OK:
-                return code
-        return _finish(recipe, folder, terminal)
+            return EXIT_PREEMPTED
+        folder = run.folder / stage.name
+        _make_ready(run, folder, afresh=stage.name in again or stage.status == "to do")
+        run.terminal.begin(stage.name, stage.kind, folder, position=position, count=count)
+        code = _run_stage(run, stage.name)
+        if code != EXIT_OK:
+            return code
+    return EXIT_OK
+
+
+def _make_ready(run: _Run, folder: Path, *, afresh: bool) -> None:
+    """Write the resolved recipe into a stage's folder, which is emptied if it starts ``afresh``."""
+    # Until the run is complete again, no summary is better than an outdated one.
+    (run.folder / "summary.json").unlink(missing_ok=True)
+    check_is_stage_folder(folder)
+    refuse_if_held(folder)
+    if afresh:
+        _set_aside(folder)
+        forget_seconds(run.folder, folder.name)
+    write_resolved(run.recipe, folder / RECIPE_FILE)
 
 
 def select(
@@ -208,35 +223,27 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _run_stage(
-    recipe: Recipe,
-    name: str,
-    *,
-    module: str,
-    arguments: Sequence[str],
-    run_dir: Path,
-    terminal: Terminal,
-    signals: "_Signals",
-    grace_s: float,
-) -> int:
-    spec = recipe.stages[name]
-    folder = run_dir / name
+def _run_stage(run: _Run, name: str) -> int:
+    spec, terminal, signals = run.recipe.stages[name], run.terminal, run.signals
+    folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = has_gpu()
     log = folder / "log.txt"
-    argv = stage_argv(arguments, ranks=spec.ranks, on_gpu=on_gpu, module=module)
+    arguments = [spec.kind, "--resolved", str(folder / RECIPE_FILE), "--stage", name]
+    arguments += ["--run-dir", str(run.folder)]
+    argv = stage_argv(arguments, ranks=spec.ranks, on_gpu=on_gpu, module=run.module)
     env = stage_env(ranks=spec.ranks, threads=spec.threads, on_gpu=on_gpu)
     began = time.monotonic()
-    process = StageProcess(argv, env=env, log=log, module=module)
+    process = StageProcess(argv, env=env, log=log, module=run.module)
     try:
-        code = _watch(process, terminal, signals, grace_s=grace_s)
+        code = _watch(process, terminal, signals, grace_s=run.grace_s)
     finally:
         process.close()
     if not folder.is_dir():
         terminal.line(f"{folder}: {GONE}")
         return EXIT_FAILED
     seconds = time.monotonic() - began
-    add_seconds(run_dir, name, seconds)
+    add_seconds(run.folder, name, seconds)
     if code == EXIT_OK and not (folder / MANIFEST).is_file():
         # The launcher exits with 0 if a signal killed its child, so only the manifest is proof.
         code = EXIT_PREEMPTED if signals.count else EXIT_FAILED
