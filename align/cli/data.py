@@ -189,12 +189,25 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="such as D070 (default: all codes)")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="such as D070 or kl/reference (default: all codes)"),
     ] = None,
 ) -> None:
-    """Explain a finding of the data check: what it means, why it matters and how to fix it."""
+    """Explain a finding of the data check, or a metric: meaning, unit, and how to fix it."""
+    from align.core.metrics import described, metrics, page
     from align.data.check.findings import code_of, codes
+    from align.data.formats.turns import guess
 
+    if code == "metrics":
+        typer.echo("\n".join(page()))
+        return
+    if code is not None and (metric := described(code)) is not None:
+        typer.echo(f"{code}" + (f" ({metric.unit})" if metric.unit else "") + f": {metric.meaning}")
+        return
+    if code is not None and "/" in code:
+        raise DataError(
+            f"{code}: unknown metric{guess(code, metrics())}\nSee align explain metrics"
+        )
     if code is None:
         for known in codes().values():
             typer.echo(f"| {known.code} | {known.severity} | {known.title} | {known.remedy} |")

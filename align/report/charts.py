@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from align.core.metrics import described
 from align.report.markup import Markup, join, number, tag
 
 Points = list[tuple[float, float | None]]
@@ -13,39 +14,11 @@ WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
 MAX_POINTS = 240
 
-# By the last part of a metric's name; names with a telling suffix are resolved in `unit_of`.
-UNITS = {
-    "loss": "nats",
-    "learning_rate": "rate",
-    "per_s": "tokens/s",
-    "perplexity": "",
-    "grad_norm": "norm",
-    "mean": "score",
-    "std": "score",
-    "tokens": "tokens",
-    "sampled": "tokens",
-    "accuracy": "fraction",
-    "explained_variance": "fraction",
-    "coef": "",
-    "num": "responses",
-    "importance_weight": "ratio",
-    "logprob_gap": "nats",
-    "entropy": "nats",
-    "margin": "nats",
-}
-
 
 def unit_of(name: str) -> str:
-    """Return the unit of a metric ``group/name``, derived from the naming rules."""
-    group, _, last = name.rpartition("/")
-    if group == "kl" and last != "coef":
-        return "nats"
-    if group == "length" and not last.endswith("_frac"):
-        return "tokens"
-    for ending, unit in (("_frac", "fraction"), ("_s", "s"), ("_gib", "GiB"), ("_loss", "nats")):
-        if last.endswith(ending) and last != "per_s":
-            return unit
-    return UNITS.get(last, "")
+    """Return the unit of a metric; empty for a plain number and for an unknown one."""
+    metric = described(name)
+    return metric.unit if metric is not None else ""
 
 
 def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
@@ -138,7 +111,9 @@ def _shade(band: Band | None, frame: tuple[float, float, float, float]) -> Marku
 
 
 def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:
-    parts: list[object] = [tag("b", title)]
+    metric = described(title)
+    # The browser shows the meaning when the pointer rests on the name.
+    parts: list[object] = [tag("b", title, title=metric.meaning if metric is not None else None)]
     for i, (label, points, _) in enumerate(thinned):
         last = next((y for _, y in reversed(points) if y is not None), None)
         text = f"{label} {number(last)}" if len(thinned) > 1 else f"last {number(last)}"

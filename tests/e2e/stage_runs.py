@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from align.core.metrics import described
 from align.pipeline.processes import free_port, stage_argv
 
 LIMIT_S = 600.0
@@ -217,7 +218,10 @@ def numbers(run_dir: Path, stage: str) -> list[dict[str, float]]:
     def is_time(name: str) -> bool:
         return name.startswith("time") or name == "tokens/per_s"
 
-    return [{k: v for k, v in json.loads(x).items() if not is_time(k)} for x in lines]
+    logged = [json.loads(x) for x in lines]
+    unknown = {k for row in logged for k in row if described(k) is None}
+    assert not unknown, f"not described in align/core/metrics.py: {unknown}"
+    return [{k: v for k, v in row.items() if not is_time(k)} for row in logged]
 
 
 def samples(run_dir: Path, stage: str) -> str:
