@@ -9,6 +9,7 @@ An encoder attends to the whole text from every position. Its score is read from
 too.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from reward_models.classifier_files import (
+    BACKBONE,
+    classifier_class,
+    classifier_config,
+    own_names,
+    padding_id,
+    saved_names,
+)
 from reward_models.paired import token_types
 
 if TYPE_CHECKING:
@@ -182,14 +191,20 @@ class RewardModel(nn.Module):
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         state_dict: Mapping[str, Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         """Save model.safetensors, config.json, scorer.json and the tokenizer's files.
+
+        A decoder is saved as transformers' ``...ForSequenceClassification`` with one label per
+        head, whose logits are the raw scores. An encoder keeps names of its own, since
+        transformers' classes read encoders through further layers.
 
         Args:
             directory: created if missing.
             tokenizer: the tokenizer with which the scorer was trained.
             state_dict: full weights if the module's own are sharded (ZeRO-3).
             extra: further keys for scorer.json.
+            stop_token_ids: tokens that end a response, besides the tokenizer's eos.
         """
         from safetensors.torch import save_file
 
@@ -197,8 +212,9 @@ class RewardModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        config, tokenizer, tensors = self._files(tensors, tokenizer, stop_token_ids)
         save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        self.config.save_pretrained(directory)
+        config.save_pretrained(directory)
         scorer = {**self.extra, **(extra or {})}
         scorer |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
         if self.reads == "first":
@@ -207,6 +223,30 @@ class RewardModel(nn.Module):
         (directory / SCORER_FILE).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+
+    def _files(
+        self,
+        tensors: dict[str, Tensor],
+        tokenizer: "PreTrainedTokenizerBase | None",
+        stop_token_ids: Sequence[int],
+    ) -> tuple[Any, "PreTrainedTokenizerBase | None", dict[str, Tensor]]:
+        """Return configuration, tokenizer and weights as transformers' class expects them."""
+        below = {n.removeprefix(BACKBONE) for n in tensors if n.startswith(BACKBONE)}
+        found = classifier_class(self.config, below) if self.reads == "last" else None
+        if found is None:
+            return self.config, tokenizer, tensors
+        name, prefix = found
+        pad = self.config.get_text_config().pad_token_id
+        if tokenizer is not None:
+            stops = {tokenizer.eos_token_id, *stop_token_ids}
+            pad = padding_id(tokenizer, stops, num_rows=self.config.get_text_config().vocab_size)
+            if pad is not None and pad != tokenizer.pad_token_id:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        config = classifier_config(
+            self.config, name, mean=self.mean.tolist(), std=self.std.tolist(), pad_token_id=pad
+        )
+        return config, tokenizer, saved_names(tensors, prefix)
 
     @classmethod
     def load(
@@ -255,7 +295,7 @@ class RewardModel(nn.Module):
         # Cast only the head: casting the backbone again would round its rotary frequencies.
         model.head.to(dtype)
         try:
-            model.load_state_dict(load_file(directory / WEIGHTS_FILE))
+            model.load_state_dict(own_names(load_file(directory / WEIGHTS_FILE)))
         except RuntimeError as error:
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
         model.set_normalization(mean=scorer["mean"], std=scorer["std"])

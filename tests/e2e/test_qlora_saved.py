@@ -167,13 +167,13 @@ def test_reward_says_loss_and_normalization_of_the_saved_scorer(folder):
     found = run_stage(folder, "reward", QLORA, name="reward", center_coef=0.0, **sides)
     state = load_file(found.model_dir / "model.safetensors")
     backbone = AutoModel.from_pretrained(folder / "base" / "model", dtype=torch.float32).eval()
-    names = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+    names = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
     backbone.load_state_dict(names)
 
     def score(row: TokenRow) -> float:
         with torch.no_grad():
             states = backbone(input_ids=torch.tensor([row.input_ids])).last_hidden_state
-        return float(states[0, -1] @ state["head.weight"][0])
+        return float(states[0, -1] @ state["score.weight"][0])
 
     losses = []
     for pair in pairs_of(folder):

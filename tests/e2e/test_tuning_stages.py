@@ -164,7 +164,7 @@ def test_ppo_trains_policy_and_critic(folder, method):
 def test_saved_scorer_is_backbone_with_adapter_and_head(folder, method):
     found = artifact(folder, "reward", method)
     model = by_peft(folder, found, AutoModel)
-    head = load_file(found.model_dir / "model.safetensors")["head.weight"][0]
+    head = load_file(found.model_dir / "model.safetensors")["score.weight"][0]
     with torch.no_grad():
         states = model(input_ids=torch.tensor([IDS])).last_hidden_state[0, -len(IDS) :]
         padded = torch.tensor([[*IDS, 0, 0], [*IDS[:5], *[0] * 6]])
@@ -203,10 +203,10 @@ def test_reward_head_alone_leaves_the_backbone_as_it_was(folder):
     found = run_stage(folder, "reward", {"method": "head"}, name="reward_head")
     state = load_file(found.model_dir / "model.safetensors")
     base = AutoModel.from_pretrained(folder / "base" / "model").state_dict()
-    assert all(torch.equal(state[f"backbone.{n}"], t) for n, t in base.items())
+    assert all(torch.equal(state[f"model.{n}"], t) for n, t in base.items())
     fresh = run_stage(folder, "reward", {"method": "head"}, name="reward_head_1", steps=1)
-    other = load_file(fresh.model_dir / "model.safetensors")["head.weight"]
-    assert not torch.equal(state["head.weight"], other)
+    other = load_file(fresh.model_dir / "model.safetensors")["score.weight"]
+    assert not torch.equal(state["score.weight"], other)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "loreft"])

@@ -22,7 +22,7 @@ from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
 from align.models.heads import TextValues, packed_values, scorer_from, scorer_on_encoder
-from align.models.loading import load_tokenizer, set_dropout
+from align.models.loading import load_tokenizer, set_dropout, stop_token_ids
 from align.preflight.disk import disk_checks
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
@@ -368,6 +368,7 @@ def save_scorer(
             out / "model",
             tokenizer=load_tokenizer(source.model_dir),
             state_dict=state,
+            stop_token_ids=stop_token_ids(source.model_dir),
         )
 
     save_weights(write, state, out)
