@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align.core.types import NO_DIFFERENCE
 from align.evaluation.length import length_controlled_win_rate
 from align.evaluation.sequential import ConfidenceSequence
 from align.evaluation.stats import Interval, paired_bootstrap, win_rate_of
@@ -139,7 +140,7 @@ def false_verdicts(shares: tuple[float, float, float], prompts: int, draws: int)
         sequence = ConfidenceSequence(LEVEL)
         for value in rng.choice([1.0, 0.5, 0.0], prompts, p=shares):
             sequence.update(value)
-            if sequence.verdict != "not shown":
+            if sequence.verdict != NO_DIFFERENCE:
                 wrong += 1
                 break
     return wrong / draws

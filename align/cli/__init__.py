@@ -99,7 +99,12 @@ def check(
 
 @cli.command()
 def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
-    """Print the recipe with all defaults and the origin of each value, then the plan."""
+    """Print the recipe with all defaults and origins, then the plan; of a RUN, all its results."""
+    if recipe.is_dir():
+        from align.pipeline.terminal import show_results
+
+        show_results(recipe)
+        return
     from align.pipeline import plan
     from align.pipeline.terminal import plan_lines
     from align.recipe.load import load_resolved

@@ -27,6 +27,9 @@ class Turn(TypedDict):
     weight: NotRequired[float]
 
 
+NO_DIFFERENCE = "no significant difference"
+"""Verdict of a comparison whose 95 % interval includes "no difference"."""
+
 Text = str | Sequence[Turn]
 """Plain text (rendered without a chat template) or a conversation (rendered with it)."""
 

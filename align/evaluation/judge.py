@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.core.types import Text
+from align.core.types import NO_DIFFERENCE, Text
 from align.evaluation.compare import Record, as_triple, by_place
 from align.evaluation.sequential import ConfidenceSequence
 from align.evaluation.stats import share_interval
@@ -175,7 +175,7 @@ def judge_model(
         # The sequence needs independent values, so each prompt contributes its mean once.
         for value in _by_prompt(results, [prompts[i] for i in order[start : start + batch]]):
             sequence.update(value)
-        if sequential and sequence.verdict != "not shown":
+        if sequential and sequence.verdict != NO_DIFFERENCE:
             break
     return Judged(results, sequence.interval if sequential and sequence.count else None)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from align.core.types import NO_DIFFERENCE
 from align.evaluation.stats import Interval
 
 GRID = 1001
@@ -91,8 +92,8 @@ class ConfidenceSequence:
 
     @property
     def verdict(self) -> str:
-        """Return whether the mean is above 1/2: ``better``, ``worse`` or ``not shown``."""
+        """Return whether the mean is above 1/2: ``better``, ``worse`` or ``NO_DIFFERENCE``."""
         bounds = self.interval
         if bounds.low > 0.5:
             return "better"
-        return "worse" if bounds.high < 0.5 else "not shown"
+        return "worse" if bounds.high < 0.5 else NO_DIFFERENCE

@@ -1,7 +1,7 @@
 """One task's block of summary.json: each checkpoint's metrics, and its verdict on each of them.
 
 A metric with a preferred direction has a verdict: ``better`` or ``worse`` than the baseline if the
-95 % interval of the difference excludes "no difference", else ``not shown``.
+95 % interval of the difference excludes "no difference", else ``no significant difference``.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.core.types import NO_DIFFERENCE
 from align.evaluation.compare import (
     UNBOUNDED,
     Record,
@@ -255,13 +256,13 @@ def told(metric: str, found: Finding) -> dict[str, Any]:
 
 
 def verdict(interval: Interval | None, *, null: float = 0.0, lower_is_better: bool = False) -> str:
-    """Return the verdict of an interval against ``null``: better, worse or not shown."""
+    """Return the verdict of an interval against ``null``: better, worse or ``NO_DIFFERENCE``."""
     # The comparison is also false for NaN bounds.
     if interval is None or not interval.low <= interval.high:
-        return "not shown"
+        return NO_DIFFERENCE
     above, below = interval.low > null, interval.high < null
     if not above and not below:
-        return "not shown"
+        return NO_DIFFERENCE
     return "better" if above != lower_is_better else "worse"
 
 

@@ -307,21 +307,22 @@ def _tail(log: Path, start: int) -> list[str]:
 
 
 def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
-    """Write summary.json and the report when every stage is done.
+    """Write summary.json and the report, and show the results of the stages that are done.
 
     Returns:
         The exit code: 1 if an expectation of the recipe is not met.
     """
     missing = [name for name in recipe.stages if not (run_dir / name / MANIFEST).is_file()]
+    summary = summarize(run_dir, done=[x for x in recipe.stages if x not in missing])
     if missing:
         terminal.line(f"not run yet: {', '.join(missing)}")
-        return EXIT_OK
-    summary = summarize(recipe, run_dir)
+        if "tasks" not in summary:
+            return EXIT_OK
     write_json_atomic(run_dir / "summary.json", summary)
     from align.report import build_report
 
     report = build_report(run_dir)
-    terminal.summary(summary, run_dir / "summary.json", report)
+    terminal.summary(summary, report, order=list(recipe.stages))
     kept = all(entry["holds"] for entry in summary.get("expectations", []))
     return EXIT_OK if kept else EXIT_FAILED
 

@@ -1,11 +1,11 @@
 """Combine a run's evaluation with the cost of each stage."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object, read_manifest, write_json_atomic
 from align.core.log import ALARMS_FILE
-from align.recipe.schema import Recipe
 from align.report.read import read_lines
 
 TIMINGS = "timings.json"
@@ -38,8 +38,8 @@ def _timings(run_dir: Path) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and 0 <= v < 1e12}
 
 
-def summarize(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
-    """Combine the last evaluation's results with the cost of each stage.
+def summarize(run_dir: Path, *, done: Sequence[str]) -> dict[str, Any]:
+    """Combine the last evaluation's results with the cost of each finished stage, in order.
 
     Reward models and expectations come from all evaluations. A reward model that several
     evaluations measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``.
@@ -51,7 +51,7 @@ def summarize(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     latest = ""
     stages = {}
     timings = _timings(run_dir)
-    for name in recipe.stages:
+    for name in done:
         manifest = read_manifest(run_dir / name)
         metrics = manifest.get("metrics", {})
         stages[name] = {

@@ -13,9 +13,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align.core.artifacts import read_json_object
 from align.core.card import CARD_FILE, read_card
+from align.core.errors import ArtifactError
 from align.core.log import ALARMS_FILE
 from align.core.text import visible
+from align.report.results import expectation_lines, last_line, result_lines
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
@@ -199,17 +202,13 @@ class Terminal:
         for text in tail:
             self.line(f"    {text}")
 
-    def summary(self, summary: Mapping[str, Any], path: Path, report: Path) -> None:
-        """Show alarms, expectations, verdicts, tables, and where to find the report."""
+    def summary(self, summary: Mapping[str, Any], report: Path, *, order: Sequence[str]) -> None:
+        """Show the results in a few lines; ``order`` is that of the recipe's stages."""
         self._stop_live()
-        for name, stage in summary.get("stages", {}).items():
-            for row in stage.get("alarms", []):
-                self.line(alarm_lines(name, row)[0])
-        for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
-            self.line(line)
-        for table in task_tables(summary):
-            self._console.print(table)
-        self.line(f"{clock(summary['seconds'])} in all; {path}; {report}")
+        for part in result_lines(summary, order=order, width=self._console.width):
+            self._console.print(part)
+        seconds = clock(summary["seconds"])
+        self._console.print(last_line(summary, report=report, clock=seconds), soft_wrap=True)
 
     def _stop_live(self) -> None:
         if self._live:
@@ -248,26 +247,28 @@ class Terminal:
         return Group(*rows)
 
 
+def show_results(run_dir: Path) -> None:
+    """Print every table of a finished run: values, verdicts, win rates, reward models."""
+    summary = read_json_object(run_dir / "summary.json")
+    if summary is None:
+        raise ArtifactError(
+            f"{run_dir}: no results (summary.json is missing or damaged); expected a finished run. "
+            "Run its recipe with align run"
+        )
+    console = Console(highlight=False)
+    for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
+        console.print(line, soft_wrap=True)
+    for stage, entry in summary.get("stages", {}).items():
+        for line in (x for row in entry.get("alarms", []) for x in alarm_lines(stage, row)):
+            console.print(visible(line), soft_wrap=True, markup=False)
+    for table in task_tables(summary):
+        console.print(table)
+
+
 def alarm_lines(stage: str, row: Mapping[str, Any]) -> list[str]:
     """Return an alarm of a stage as two lines: what was noticed, and what to do."""
     step, name, reason, remedy = (row.get(k) for k in ("step", "name", "reason", "remedy"))
     return [f"{stage}: alarm at step {step}: {name}: {reason}", f"    -> {remedy}"]
-
-
-def expectation_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return one line for all expectations of a recipe, then one for each that failed."""
-    found = summary.get("expectations", [])
-    failed = [entry for entry in found if not entry["holds"]]
-    if not failed:
-        return [f"all {len(found)} expectations hold"] if found else []
-    lines = [f"FAILED: {len(failed)} of {len(found)} expectations do not hold"]
-    for entry in failed:
-        low, high = entry["band"]
-        reason = f" ({entry['problem']})" if "problem" in entry else ""
-        lines.append(
-            f"  {entry['key']} = {number(entry['value'])}, expected in [{low}, {high}]{reason}"
-        )
-    return lines
 
 
 def plan_lines(planned: Sequence[Any]) -> list[str]:

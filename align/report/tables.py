@@ -7,9 +7,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from align.core.types import NO_DIFFERENCE
 from align.recipe.schema.evaluate import OWN_TASK
 
-MARKS = {"better": "[green]better[/]", "worse": "[red]worse[/]", "not shown": "[dim]not shown[/]"}
+MARKS = {"better": "[green]better[/]", "worse": "[red]worse[/]", NO_DIFFERENCE: "[dim]n.s.[/]"}
 Block = Mapping[str, Any]
 
 
@@ -94,8 +95,8 @@ def verdict_lines(summary: Block) -> Iterator[str]:
             found = contrasts[metric]
             verdict = found.get("verdict", "no direction")
             line = f"{name}: {model} {verdict} than {block['baseline']} by {metric}"
-            if verdict == "not shown":
-                line = f"{name}: {model} not shown to differ from {block['baseline']} by {metric}"
+            if verdict == NO_DIFFERENCE:
+                line = f"{name}: {model}: {verdict} from {block['baseline']} by {metric}"
                 if needed := found.get("needed"):
                     line += f"; about {needed:,} prompts would detect a difference of this size"
             yield line

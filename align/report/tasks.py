@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.core.types import NO_DIFFERENCE
 from align.recipe.schema.evaluate import OWN_TASK
 from align.report.markup import Markup, even, join, number, table, tag, triple
 from align.report.read import RunRecord
@@ -27,8 +28,8 @@ def tasks(run: RunRecord) -> Markup | None:
             " or ",
             tag("span", "worse", class_="bad"),
             " if the interval of the paired difference to the baseline excludes 0 (1/2 for a win "
-            "rate), otherwise not shown. Of twenty comparisons without a real difference, one is "
-            "expected to be shown by chance.",
+            "rate), otherwise there is no significant difference. Of twenty comparisons without a "
+            "real difference, one is expected to be significant by chance.",
         ),
         *(_task(name, block) for name, block in blocks.items()),
     )
@@ -110,7 +111,7 @@ def _needed(block: Block) -> Markup | None:
             model,
             triple(contrast["difference"]),
             number(contrast["detectable"]),
-            number(contrast.get("needed")) if contrast.get("verdict") == "not shown" else "-",
+            number(contrast.get("needed")) if contrast.get("verdict") == NO_DIFFERENCE else "-",
         ]
         for model, contrast in found.items()
     ]

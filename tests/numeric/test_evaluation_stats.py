@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from align.core.types import NO_DIFFERENCE
 from align.evaluation.length import length_controlled_win_rate
 from align.evaluation.passk import pass_at_k, pass_by_prompt
 from align.evaluation.sequential import ConfidenceSequence
@@ -72,7 +73,7 @@ def test_sequence_gives_a_false_verdict_less_often_than_its_level():
         shown = False
         for value in values:
             sequence.update(float(value))
-            shown |= sequence.verdict != "not shown"
+            shown |= sequence.verdict != NO_DIFFERENCE
         wrong += shown
         looks = [win_rate_of(values[:n]) for n in range(10, 101, 10)]
         naive += any(not look.low <= 0.5 <= look.high for look in looks)
@@ -89,7 +90,7 @@ def test_sequence_stops_soon_where_the_difference_is_large():
         sequence = ConfidenceSequence(0.95)
         for value in rng.choice([1.0, 0.5, 0.0], 400, p=(0.7, 0.1, 0.2)):
             sequence.update(float(value))
-            if sequence.verdict != "not shown":
+            if sequence.verdict != NO_DIFFERENCE:
                 break
         assert sequence.verdict == "better"
         assert sequence.interval.low > 0.5

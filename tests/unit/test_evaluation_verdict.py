@@ -52,9 +52,9 @@ def block_of(models: dict[str, list], metrics: list[str], **losses: list[RowLoss
         (Interval(0.2, 0.1, 0.3), False, "better"),
         (Interval(0.2, 0.1, 0.3), True, "worse"),
         (Interval(-0.2, -0.3, -0.1), False, "worse"),
-        (Interval(0.2, 0.0, 0.3), False, "not shown"),
-        (Interval(0.2, math.nan, math.nan), False, "not shown"),
-        (None, False, "not shown"),
+        (Interval(0.2, 0.0, 0.3), False, "no significant difference"),
+        (Interval(0.2, math.nan, math.nan), False, "no significant difference"),
+        (None, False, "no significant difference"),
     ],
 )
 def test_verdict_follows_the_interval(interval: Interval | None, lower: bool, said: str):
@@ -86,7 +86,7 @@ def test_block_says_how_many_prompts_a_difference_needs():
     sft, dpo = [1.0, 0.0] * 10, [1.0] + [1.0, 0.0] * 9 + [1.0]
     found = block_of({"sft": scored(sft), "dpo": scored(dpo)}, ["em"])["contrasts"]["dpo"]["em"]
     # Differences: one more right on 10 prompts, one less on 9: mean 0.05, squares 19 / 20.
-    assert found["verdict"] == "not shown"
+    assert found["verdict"] == "no significant difference"
     deviation = math.sqrt((19 - 20 * 0.05**2) / 19)
     assert found["needed"] == math.ceil((2.801585 * deviation / 0.05) ** 2)
     assert found["detectable"] == pytest.approx(2.801585 * deviation / math.sqrt(20), rel=1e-5)
@@ -132,7 +132,7 @@ def test_sequential_judging_keeps_its_own_interval():
     assert block["models"]["dpo"]["win_rate"] == [0.66, 0.4, 0.9]
     # A value, but no bounds: those would be of a sample whose size was fixed beforehand.
     assert block["models"]["dpo"]["length_controlled_win_rate"][1:] == [None, None]
-    assert block["contrasts"]["dpo"]["win_rate"]["verdict"] == "not shown"
+    assert block["contrasts"]["dpo"]["win_rate"]["verdict"] == "no significant difference"
 
 
 def test_groups_break_the_graded_metric_down():
@@ -164,7 +164,7 @@ def test_tables_and_lines_show_the_block():
     assert "better" in shown
     assert list(verdict_lines(summary)) == [
         "quiz: dpo better than sft by em",
-        "quiz: ppo not shown to differ from sft by em",
+        "quiz: ppo: no significant difference from sft by em",
     ]
     half = {"sft": scored([1.0, 0.0] * 8), "dpo": scored([1.0, 0.0, 0.0, 1.0] * 4)}
     block = block_of(half, ["em"])
@@ -183,7 +183,7 @@ def test_report_shows_values_verdicts_and_the_matrix():
     run: Any = SimpleNamespace(summary={"tasks": {"quiz": block}})
     html = str(tasks(run))
     assert '<small class="ok">better</small>' in html
-    assert html.count("not shown</small>") == 2  # p<o by both metrics
+    assert html.count("no significant difference</small>") == 2  # p<o by both metrics
     assert "p&lt;o" in html
     assert "p<o" not in html
     assert "over the column model" in html

@@ -4,31 +4,9 @@ import json
 from pathlib import Path
 
 from align.pipeline.summary import summarize
-from align.recipe.load import load_recipe
-
-RECIPE = """
-name: two
-stages:
-  base: {kind: base, path: somewhere}
-  first:
-    kind: evaluate
-    models: [base]
-    baseline: base
-    prompts: [{world: prompts, rows: 1}]
-    scores: [{kind: repetition}]
-    judge: [{kind: repetition}]
-  second:
-    kind: evaluate
-    models: [base]
-    baseline: base
-    prompts: [{world: prompts, rows: 1}]
-    scores: [{kind: repetition}]
-    judge: [{kind: repetition}]
-"""
 
 
 def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(RECIPE)
     found = {
         "first": {
             "tasks": {"heldout": {"models": {"base": {"n": 1}}}},
@@ -48,7 +26,7 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     (tmp_path / "first" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     for name, own in found.items():
         (tmp_path / name / "summary.json").write_text(json.dumps(own))
-    summary = summarize(load_recipe(tmp_path / "r.yaml", ()), tmp_path)
+    summary = summarize(tmp_path, done=["base", "first", "second"])
     assert summary["reward_models"] == {"a": 1, "first/both": 2, "b": 3, "both": 4}
     assert summary["expectations"] == [{"key": "x"}, {"key": "y"}]
     assert summary["tasks"] == found["second"]["tasks"]
@@ -56,3 +34,12 @@ def test_summary_keeps_the_reward_models_of_every_evaluation(tmp_path: Path) -> 
     assert summary["seconds"] == 3.0
     assert summary["stages"]["first"]["alarms"] == [alarm]
     assert "alarms" not in summary["stages"]["second"]
+
+
+def test_the_summary_of_some_stages_leaves_the_others_out(tmp_path: Path) -> None:
+    for name in ("base", "later"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": {}, "seconds": 1.0}))
+    summary = summarize(tmp_path, done=["base"])
+    assert list(summary["stages"]) == ["base"]
+    assert "tasks" not in summary

@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from align.core.card import Card, Line
-from align.pipeline.terminal import Tail, Terminal, clock, eta_s, number, sample_text
+from align.core.errors import ArtifactError
+from align.pipeline.terminal import (
+    Tail,
+    Terminal,
+    clock,
+    eta_s,
+    number,
+    sample_text,
+    show_results,
+)
 
 
 def test_eta_uses_the_pace_of_this_attempt():
@@ -121,7 +130,8 @@ def test_alarms_are_shown_when_they_are_raised_and_in_the_summary(tmp_path: Path
     line = "alarm at step 5: dead_groups: all are equal"
     assert shown.getvalue().count(f"[2/2] grpo: {line}") == 1
     assert shown.getvalue().count("    -> use others") == 1
-    terminal.summary({"stages": {"grpo": {"alarms": [alarm]}}, "seconds": 7.0}, tmp_path, tmp_path)
+    results = {"stages": {"grpo": {"alarms": [alarm]}}, "seconds": 7.0}
+    terminal.summary(results, tmp_path / "report.html", order=["grpo"])
     assert shown.getvalue().splitlines()[-2] == f"grpo: {line}"
 
 
@@ -178,22 +188,68 @@ def test_summary_shows_intervals_and_expectations():
         ],
         "seconds": 130.0,
     }
-    terminal.summary(summary, Path("runs/x/summary.json"), Path("runs/x/report.html"))
+    terminal.summary(summary, Path("runs/x/report.html"), order=["dpo", "sft"])
     text = shown.getvalue()
-    for part in (
-        "0.50",
-        "0.40..0.60",
-        "0.90",
-        "0.85..0.95",
-        "held-out prompts: 40 prompts, baseline sft",
-        "better",
-        "2 invalid",
-        "heldout: dpo better than sft by exact_match",
-        "2 min 10 s in all",
-    ):
-        assert part in text
-    assert text.splitlines()[:2] == [
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines == [
         "FAILED: 1 of 2 expectations do not hold",
-        "  x = 0.5, expected in [1, None]",
+        "x = 0.5, expected in [1, None]",
+        "held-out prompts: 40 prompts, 95 % intervals; * differs significantly from sft",
+        "model   exact match",
+        "─" * 26,
+        "sft     0.50 [0.40, 0.60]",
+        "dpo     0.70 [0.60, 0.80]*",
+        "dpo: responses without a valid score, left out: 2 by exact_match",
+        "rm: ranks 0.90 [0.85, 0.95] of the held-out pairs correctly",
+        "2 min 10 s in all, exit code 1; runs/x/report.html; all tables: align show runs/x",
     ]
     assert "models/dpo/kl" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_results_of_five_models_take_15_lines_and_never_cut_a_number(width: int):
+    models = ["sft", "base", "dpo", "ppo", "grpo"]
+    metrics = ["win_rate", "length_controlled_win_rate", "exact_match", "polite", "kl", "length"]
+    value = [-0.25, -0.34, -0.16]
+    block = HELDOUT | {
+        "metrics": metrics,
+        "models": {model: dict.fromkeys(metrics, value) for model in models},
+        "contrasts": {m: {k: {"verdict": "worse"} for k in metrics} for m in models[1:]},
+        "invalid": {},
+    }
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=width))
+    summary = {
+        "tasks": {"heldout": block},
+        "reward_models": {"rm": {"pair_accuracy": [0.9, 0.85, 0.95]}},
+        "expectations": [{"key": "x", "band": [0, 1], "value": 0.5, "holds": True}],
+        "seconds": 9.0,
+    }
+    terminal.summary(summary, Path("report.html"), order=models[1:])
+    lines = [line.rstrip() for line in shown.getvalue().splitlines() if line.strip()]
+    assert len(lines) <= 15
+    rows = [line for line in lines if line.split()[0] in models and "[" in line]
+    assert [row.split()[0] for row in rows] == models
+    columns = {row.count("-0.25 [-0.34, -0.16]") for row in rows}
+    assert len(columns) == 1
+    assert columns.pop() == {60: 2, 80: 3, 120: 4}[width]
+    assert "…" not in shown.getvalue()
+    # The metrics without a column are named.
+    assert "length controlled win rate" in " ".join(" ".join(lines).split())
+
+
+def test_show_of_a_run_prints_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ArtifactError, match="expected a finished run"):
+        show_results(tmp_path)
+    summary = {"tasks": {"heldout": HELDOUT}, "reward_models": {"rm": {"ece": [0.03, 0.02, 0.05]}}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    show_results(tmp_path)
+    text = capsys.readouterr().out
+    for part in (
+        "heldout: dpo better than sft by exact_match",
+        "0.40..0.60",
+        "2 invalid",
+        "ece",
+        "0.02..0.05",
+    ):
+        assert part in text

@@ -184,10 +184,10 @@ def summary() -> dict[str, Any]:
         "grpo": block(0.741, 0.2, 1.4, 0.531),
     }
     models["base"]["reward"] = [None, None, None]
-    unknown = told([None, None, None], "not shown")
+    unknown = told([None, None, None], "no significant difference")
     contrasts = {name: dict.fromkeys(METRICS, unknown) for name in models if name != "sft"}
     contrasts["grpo"]["exact_match"] = told([0.149, 0.112, 0.187], "better")
-    contrasts["dpo"]["exact_match"] = told([0.009, -0.02, 0.04], "not shown")
+    contrasts["dpo"]["exact_match"] = told([0.009, -0.02, 0.04], "no significant difference")
     contrasts["dpo"]["win_rate"] = told(around(0.713, 0.05), "better", null=0.5)
     contrasts["base"]["win_rate"] = told(around(0.061, 0.05), "worse", null=0.5)
     own = {
