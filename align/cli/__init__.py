@@ -1,6 +1,8 @@
 """The command line: check, show, run, eval, report, chat, doctor. It imports nothing heavy."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +52,7 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="such as stages.ppo.kl.coef=0.1; repeatable"),
+    typer.Option("--set", metavar="KEY=VALUE", help="such as ppo.kl.coef=0.1; repeatable"),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
@@ -62,8 +64,6 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
-    import json
-
     from align.recipe import reference
 
     shown = json.dumps(reference.json_schema(), indent=1) + "\n"
@@ -98,20 +98,33 @@ def check(
 
 
 @cli.command()
-def show(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
     """Print the recipe with all defaults and origins, then the plan; of a RUN, all its results."""
     if recipe.is_dir():
-        from align.pipeline.terminal import show_results
+        from align.pipeline.terminal import read_results, show_results
 
-        show_results(recipe)
+        if as_json:
+            typer.echo(json.dumps(read_results(recipe), indent=2))
+        else:
+            show_results(recipe)
         return
     from align.pipeline import plan
     from align.pipeline.terminal import plan_lines
     from align.recipe.load import load_resolved
-    from align.recipe.show import resolved_yaml
+    from align.recipe.show import resolved_json, resolved_yaml
 
     resolved = load_resolved(recipe, overrides or ())
     run_dir = runs / resolved.recipe.name
+    if as_json:
+        planned = [asdict(stage) for stage in plan(resolved.recipe, run_dir)]
+        shown = {**resolved_json(resolved), "run_dir": str(run_dir), "plan": planned}
+        typer.echo(json.dumps(shown, indent=2))
+        return
     typer.echo(visible(resolved_yaml(resolved)))
     typer.echo(visible(f"plan for {run_dir}:"))
     for line in plan_lines(plan(resolved.recipe, run_dir)):
@@ -127,17 +140,30 @@ def run(
         bool, typer.Option("--force", help="rerun changed (and named) stages and all later ones")
     ] = False,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="STAGE", help="run this stage only")
+        str | None, typer.Option("--only", metavar="A,B", help="run these stages only")
     ] = None,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="start at this stage")
     ] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="end after this stage")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="show what would run; start and write nothing")
+    ] = False,
 ) -> None:
     """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
     from align.pipeline import run as run_recipe
 
     code = run_recipe(
-        recipe, overrides=overrides or (), runs=runs, force=force, only=only, from_=from_
+        recipe,
+        overrides=overrides or (),
+        runs=runs,
+        force=force,
+        only=only,
+        from_=from_,
+        until=until,
+        dry=dry,
     )
     raise typer.Exit(code)
 

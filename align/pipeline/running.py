@@ -26,8 +26,7 @@ from align.core.errors import (
 )
 from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import refuse_if_held
-from align.core.text import suggest
-from align.pipeline.planning import PlannedStage, plan
+from align.pipeline.planning import plan
 from align.pipeline.processes import (
     STAGE_MODULE,
     StageProcess,
@@ -36,6 +35,7 @@ from align.pipeline.processes import (
     stage_argv,
     stage_env,
 )
+from align.pipeline.selection import Choice, Work, work_of
 from align.pipeline.summary import add_seconds, forget_seconds, summarize
 from align.pipeline.terminal import Terminal
 from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
@@ -58,6 +58,8 @@ def run(
     force: bool = False,
     only: str | None = None,
     from_: str | None = None,
+    until: str | None = None,
+    dry: bool = False,
     module: str = STAGE_MODULE,
     terminal: Terminal | None = None,
     grace_s: float = GRACE_S,
@@ -69,10 +71,12 @@ def run(
         overrides: ``--set`` texts.
         runs: folder of all runs.
         run_dir: folder of the run; None means ``<runs>/<recipe name>``.
-        force: rerun changed stages, the stage named by ``only`` or ``from_``, and every selected
+        force: rerun changed stages, the stages named by ``only`` or ``from_``, and every selected
             stage that depends on them.
-        only: run only this stage.
+        only: run only these stages, separated by commas.
         from_: skip the stages before this one.
+        until: skip the stages after this one.
+        dry: show what would run; nothing is started or written.
         module: module that is started for a stage, with its kind and the resolved recipe.
         terminal: where progress is shown; None means standard output.
         grace_s: seconds between forwarding a signal and killing the stage.
@@ -86,13 +90,16 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
+    choice = Choice.of(only=only, from_=from_, until=until, force=force)
+    if dry:
+        terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
+        return EXIT_OK
     with _Signals() as signals, _locked(folder):
         running = _Run(recipe, folder, terminal, signals, module, grace_s)
         planned = plan(recipe, folder)
-        chosen = select(recipe, planned, only=only, from_=from_)
-        again = redone(recipe, planned, chosen, named=only or from_, force=force)
+        work = work_of(recipe, planned, choice)
         terminal.plan(recipe.name, folder, planned)
-        code = _run_stages(running, planned, chosen, again=again)
+        code = _run_stages(running, work)
         return code if code != EXIT_OK else _finish(recipe, folder, terminal)
 
 
@@ -108,15 +115,13 @@ class _Run:
     grace_s: float
 
 
-def _run_stages(
-    run: _Run, planned: Sequence[PlannedStage], chosen: Sequence[str], *, again: set[str]
-) -> int:
+def _run_stages(run: _Run, work: Sequence[Work]) -> int:
     """Run the chosen stages in order and return the first exit code that is not 0, else 0."""
-    count = len(planned)
-    for position, stage in enumerate(planned, start=1):
-        if stage.name not in chosen:
+    count = len(work)
+    for position, (stage, action) in enumerate(work, start=1):
+        if action == "left out":
             continue
-        if stage.status == "done" and stage.name not in again:
+        if action == "keep":
             run.terminal.skip(stage.name, stage.reason, position=position, count=count)
             continue
         if run.signals.count:
@@ -125,7 +130,7 @@ def _run_stages(
             )
             return EXIT_PREEMPTED
         folder = run.folder / stage.name
-        _make_ready(run, folder, afresh=stage.name in again or stage.status == "to do")
+        _make_ready(run, folder, afresh=action != "resume")
         run.terminal.begin(stage.name, stage.kind, folder, position=position, count=count)
         code = _run_stage(run, stage.name)
         if code != EXIT_OK:
@@ -143,67 +148,6 @@ def _make_ready(run: _Run, folder: Path, *, afresh: bool) -> None:
         _set_aside(folder)
         forget_seconds(run.folder, folder.name)
     write_resolved(run.recipe, folder / RECIPE_FILE)
-
-
-def select(
-    recipe: Recipe, planned: Sequence[PlannedStage], *, only: str | None, from_: str | None
-) -> list[str]:
-    """Return the stages that ``--only`` and ``--from`` select; all without them.
-
-    Raises:
-        RecipeError: the stage does not exist, or needs one that is neither done nor selected.
-    """
-    names = list(recipe.stages)
-    if only and from_:
-        raise RecipeError("--only and --from cannot be combined. Use one of them.")
-    named = only or from_
-    if named and named not in names:
-        raise RecipeError(
-            f"no stage '{named}'; stages are {', '.join(names)}{suggest(named, names)}"
-        )
-    chosen = [named] if only and named else names[names.index(named) :] if named else names
-    done = {stage.name for stage in planned if stage.status == "done"}
-    for name in chosen:
-        for key, reference in recipe.inputs(name).items():
-            if reference in names and reference not in chosen and reference not in done:
-                raise RecipeError(
-                    f"stages.{name}.{key}: needs '{reference}', which is not done. "
-                    f"Remove --only or --from, or use --from {reference}."
-                )
-    return chosen
-
-
-def redone(
-    recipe: Recipe,
-    planned: Sequence[PlannedStage],
-    chosen: Sequence[str],
-    *,
-    named: str | None,
-    force: bool,
-) -> set[str]:
-    """Return the stages whose earlier results are to be replaced.
-
-    Raises:
-        RecipeError: stages changed and ``force`` is off.
-    """
-    changed = [s for s in planned if s.name in chosen and s.status == "changed"]
-    if not force:
-        if changed:
-            lines = [f"{s.name}: changed since it ran: {s.reason}" for s in changed]
-            advice = "use --force to run them again, or another name: in the recipe to keep both"
-            raise RecipeError("\n".join([*lines, advice]))
-        return set()
-    # A stage is also rerun if any stage it depends on is rerun.
-    again = {s.name for s in changed} | ({named} if named else set())
-    for name in chosen:
-        if any(reference in again for reference in recipe.inputs(name).values()):
-            again.add(name)
-    if not again and all(s.status == "done" for s in planned if s.name in chosen):
-        first = next(iter(recipe.stages))
-        raise RecipeError(
-            f"--force: no stage changed. Select one with --only STAGE, or all with --from {first}."
-        )
-    return again
 
 
 def _set_aside(folder: Path) -> None:

@@ -107,6 +107,16 @@ class Terminal:
         states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
         self.line(f"{name} in {run_dir}: {states}")
 
+    def dry_run(self, name: str, run_dir: Path, work: Sequence[tuple[Any, str]]) -> None:
+        """Show what a run would do with each stage."""
+        self.line(f"{name} in {run_dir}: dry run, nothing is started or written")
+        names = max(len(stage.name) for stage, _ in work)
+        kinds = max(len(stage.kind) for stage, _ in work)
+        for stage, action in work:
+            state = f"{stage.status}{', ' if stage.reason else ''}{stage.reason}"
+            line = f"{stage.name:<{names}}  {stage.kind:<{kinds}}  {action:<9}  ({state})"
+            self.line(f"  {line}")
+
     def skip(self, stage: str, reason: str, *, position: int, count: int) -> None:
         """Show that a stage is already done."""
         self.line(f"[{position}/{count}] {stage}: done already, {reason}")
@@ -247,14 +257,24 @@ class Terminal:
         return Group(*rows)
 
 
-def show_results(run_dir: Path) -> None:
-    """Print every table of a finished run: values, verdicts, win rates, reward models."""
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        ArtifactError: the run is not finished, or its summary is damaged.
+    """
     summary = read_json_object(run_dir / "summary.json")
     if summary is None:
         raise ArtifactError(
             f"{run_dir}: no results (summary.json is missing or damaged); expected a finished run. "
             "Run its recipe with align run"
         )
+    return summary
+
+
+def show_results(run_dir: Path) -> None:
+    """Print every table of a finished run: values, verdicts, win rates, reward models."""
+    summary = read_results(run_dir)
     console = Console(highlight=False)
     for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
         console.print(line, soft_wrap=True)

@@ -1,11 +1,12 @@
-"""Apply ``--set stages.ppo.kl.coef=0.1`` overrides to a recipe."""
+"""Apply ``--set ppo.kl.coef=0.1`` overrides to a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from align.core.text import shown, suggest
+from align.recipe.schema import Recipe
 from align.recipe.source import Mark, Source, dotted, forget, parse_value
 
 ORIGIN = "--set"
@@ -17,6 +18,7 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
     Args:
         source: the recipe's data and marks.
         overrides: ``key.path=value`` texts; the value is YAML, and an index selects a list item.
+            A path may begin with a stage's name, and ``stages.0`` is the first stage.
     """
     for text in overrides:
         path, equals, value_text = text.partition("=")
@@ -31,9 +33,37 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
             problem = " ".join(str(e).split())
             source.errors.append(f"{ORIGIN}: {path}: '{value_text}' is not valid YAML: {problem}")
             continue
-        problem = _put(source, path.strip().split("."), value)
+        parts = _whole(path.strip().split("."), source.data)
+        problem = _unknown(parts, source.data) or _put(source, parts, value)
         if problem:
             source.errors.append(f"{ORIGIN}: {path}: {problem}")
+
+
+def _whole(parts: list[str], data: Mapping[str, Any]) -> list[str]:
+    """Return the path from the recipe's root, given one that may begin with a stage.
+
+    A stage has a name and a place, and neither is a key of the recipe: ``ppo.steps``
+    and ``stages.0.steps`` stand for ``stages.ppo.steps``.
+    """
+    stages = data.get("stages")
+    if not isinstance(stages, dict):
+        return parts
+    names = [str(name) for name in stages]
+    if parts[0] in names and parts[0] not in Recipe.model_fields:
+        return ["stages", *parts]
+    if len(parts) > 1 and parts[0] == "stages" and parts[1].isdigit() and parts[1] not in names:
+        place = int(parts[1])
+        return ["stages", names[place], *parts[2:]] if place < len(names) else parts
+    return parts
+
+
+def _unknown(parts: Sequence[str], data: Mapping[str, Any]) -> str | None:
+    """Return the problem of a longer path that begins with neither a key nor a stage."""
+    stages = data.get("stages")
+    if len(parts) < 2 or parts[0] in Recipe.model_fields or not isinstance(stages, dict):
+        return None
+    near = suggest(parts[0], [*stages, *Recipe.model_fields])
+    return f"no key and no stage '{parts[0]}'; stages are {', '.join(map(str, stages))}{near}"
 
 
 def _put(source: Source, parts: Sequence[str], value: object) -> str | None:

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from align.core.text import hidden
 from align.recipe.algorithms import ALGORITHMS
 from align.recipe.load import Resolved
 from align.recipe.schema import OnlineStage
@@ -33,6 +34,14 @@ def resolved_yaml(resolved: Resolved, *, origins: bool = True) -> str:
     return "".join(
         (f"{text:<{width}}  # {origin}" if origin else text) + "\n" for text, origin in lines
     )
+
+
+def resolved_json(resolved: Resolved) -> dict[str, Any]:
+    """Return a recipe with all its defaults, and the origin of each value by its dotted key.
+
+    Secrets from the environment are written as ``${NAME}``.
+    """
+    return {"recipe": hidden(resolved.data), "origins": dict(resolved.origins)}
 
 
 def _explain(lines: list[tuple[str, str]], stage: str, algorithm: str) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user calls it: messages, exit codes, no tracebacks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,46 @@ def test_show_prints_origins_and_the_plan():
     assert "init: base # r.yaml:4" in lines
     assert "epochs: 1.0 # default" in lines
     assert lines[-3:] == ["plan for runs/toy:", "base base to do", "sft sft to do"]
+
+
+@pytest.mark.parametrize("path", ["stages.sft.epochs", "sft.epochs", "stages.1.epochs"])
+def test_set_names_a_stage_by_its_path_its_name_or_its_place(path: str):
+    done = align("show", "r.yaml", "--set", f"{path}=2.5", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["recipe"]["stages"]["sft"]["epochs"] == 2.5
+    assert shown["origins"]["stages.sft.epochs"] == "--set"
+    assert shown["origins"]["stages.sft.init"] == "r.yaml:4"
+    assert [(s["name"], s["status"]) for s in shown["plan"]] == [
+        ("base", "to do"),
+        ("sft", "to do"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sfft.epochs=2", "sfft.epochs: no key and no stage 'sfft'; stages are base, sft; did you"),
+        ("stages.2.epochs=2", "stages.2.epochs: no stage '2'; stages are base, sft"),
+        ("stages.1.epoch=2", "stages.sft.epoch: unknown key; did you mean 'epochs'?"),
+    ],
+)
+def test_set_of_a_path_that_does_not_exist_names_the_flag(text: str, told: str):
+    done = align("check", "r.yaml", "--set", text)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"--set: {told}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_dry_run_tells_what_would_run_and_writes_nothing():
+    done = align("run", "r.yaml", "--dry-run", "--until", "base")
+    assert done.returncode == 0, done.stderr
+    assert [" ".join(line.split()) for line in done.stdout.splitlines()] == [
+        "toy in runs/toy: dry run, nothing is started or written",
+        "base base run (to do)",
+        "sft sft left out (to do)",
+    ]
+    assert not Path("runs").exists()
 
 
 def test_run_of_an_unknown_stage_ends_with_2():

@@ -159,6 +159,34 @@ def test_force_keeps_the_old_artifact_until_the_new_one_is_complete():
     assert not Path("runs/toy/sft.old").exists()
 
 
+def test_only_takes_several_stages_and_until_ends_a_run():
+    assert start(only="sft, base")[:2] == (0, ["base", "sft"])
+    with pytest.raises(RecipeError, match="--only cannot be combined with --from or --until"):
+        start(only="sft", until="sft")
+    with pytest.raises(RecipeError, match="--from sft comes after --until base"):
+        start(from_="sft", until="base")
+    assert start(until="sft", from_="sft", force=True)[:2] == (0, ["sft"])
+    assert start(only="base,sft", force=True)[:2] == (0, ["base", "sft"])
+    assert states() == ["done", "done", "to do"]
+
+
+def test_a_dry_run_shows_each_action_and_refuses_as_the_run_does():
+    start_up_to_sft()
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*")}
+    code, calls, shown = start(dry=True, from_="sft", force=True)
+    assert (code, calls) == (0, [])
+    lines = [line.split("(")[0].split() for line in shown.splitlines()[1:]]
+    assert lines == [
+        ["base", "base", "left", "out"],
+        ["sft", "sft", "run", "again"],
+        ["dpo", "dpo", "run", "again"],
+    ]
+    assert "keep" in start(dry=True)[2]
+    with pytest.raises(RecipeError, match="changed since it ran"):
+        start(dry=True, overrides=["base.steps=2"])
+    assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*")} == before
+
+
 def test_from_leaves_out_earlier_stages_and_wants_their_results():
     with pytest.raises(RecipeError, match=r"stages\.sft\.init: needs 'base', which is not done"):
         start(from_="sft")
