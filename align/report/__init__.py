@@ -13,6 +13,7 @@ from align.report.ledger import ledger
 from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
 from align.report.microscope import microscope
+from align.report.overview import overview
 from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
 from align.report.tasks import tasks
@@ -87,6 +88,8 @@ def page(run: RunRecord) -> Markup:
     known = run.summary.get("seconds")
     seconds = known if isinstance(known, int | float) else sum(s.seconds or 0.0 for s in run.stages)
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
+    if (finished := run.finished) is not None:
+        head += f", finished {finished:%Y-%m-%d %H:%M}"
     return document(
         run.recipe.name,
         tag(
@@ -95,37 +98,45 @@ def page(run: RunRecord) -> Markup:
             tag("p", run.recipe.description),
             tag("p", head, class_="quiet"),
         ),
-        # Results first, then the evidence, then what is needed to reproduce the run.
         sections.missing(run),
-        *(_shown(section, run) for section in SECTIONS),
+        _shown(overview, run),
+        *_groups(run),
     )
+
+
+def _groups(run: RunRecord) -> list[Markup]:
+    """Return links to the groups of sections, then the groups; empty ones are left out."""
+    found = []
+    for title, group in GROUPS.items():
+        parts = [part for section in group if (part := _shown(section, run)) is not None]
+        if parts:
+            found.append((title, tag("div", *parts, id=title.lower())))
+    links = [tag("a", title, href=f"#{title.lower()}") for title, _ in found]
+    return [tag("nav", *links, class_="jump", aria_label="sections"), *(part for _, part in found)]
 
 
 def _chain(run: RunRecord) -> Markup:
     return tag("section", tag("h2", "The chain"), chain_picture(run.stages))
 
 
-SECTIONS: tuple[Callable[[RunRecord], Markup | None], ...] = (
-    sections.expectations,
-    sections.alarms,
-    _chain,
-    tasks,
-    sections.reward_models,
-    reward_cards,
-    classifiers,
-    earlier,
-    watching,
-    merges,
-    answers.side_by_side,
-    answers.reward_and_length,
-    sections.curves,
-    answers.training_samples,
-    ledger,
-    microscope,
-    preflight,
-    sections.cost,
-    sections.reproduce,
-)
+# Results first, then the evidence, then what is needed to reproduce the run.
+GROUPS: Mapping[str, tuple[Callable[[RunRecord], Markup | None], ...]] = {
+    "Results": (
+        sections.expectations,
+        sections.alarms,
+        tasks,
+        sections.reward_models,
+        reward_cards,
+        classifiers,
+        earlier,
+        merges,
+    ),
+    "Samples": (answers.side_by_side, answers.reward_and_length, answers.training_samples),
+    "Training": (_chain, watching, sections.curves),
+    "Data": (ledger, microscope),
+    "Checks": (preflight,),
+    "Reproduce": (sections.cost, sections.reproduce),
+}
 
 
 def _shown(section: Callable[[RunRecord], Markup | None], run: RunRecord) -> Markup | None:

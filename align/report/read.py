@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ class RunRecord:
     stages: list[StageRecord]
     summary: Row
     problems: list[str]
+
+    @property
+    def finished(self) -> datetime | None:
+        """Return when the last stage wrote its manifest, in local time."""
+        found = [path.stat().st_mtime for path in self.directory.glob(f"*/{MANIFEST}")]
+        return datetime.fromtimestamp(max(found)) if found else None
 
 
 def read_run(run_dir: Path) -> RunRecord:

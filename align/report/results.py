@@ -11,7 +11,7 @@ from rich.text import Text
 from align.core.text import visible
 from align.core.types import NO_DIFFERENCE
 from align.recipe.schema.evaluate import OWN_TASK
-from align.report.tables import judge_lines
+from align.report.tables import judge_lines, ordered_models
 
 Block = Mapping[str, Any]
 UNITS = {"kl": "nats", "length": "tokens"}
@@ -85,8 +85,8 @@ def _task(
     name: str, block: Block, *, metrics: Sequence[str], order: Sequence[str], width: int
 ) -> Iterator[Table | Text]:
     # Rows: the baseline, then the models as the recipe orders them.
-    baseline, models = block["baseline"], block["models"]
-    names = sorted(models, key=lambda m: (m != baseline, *_place(order, m)))
+    baseline = block["baseline"]
+    names = ordered_models(block, order)
     cells = {metric: [_marked(block, model, metric) for model in names] for metric in metrics}
     # Columns: as many metrics as fit, at least one. A title may wrap, a value may not.
     widths = {
@@ -156,7 +156,3 @@ def _short(value: float) -> str:
 def _title(metric: str) -> str:
     unit = UNITS.get(metric)
     return metric.replace("_", " ") + (f" ({unit})" if unit else "")
-
-
-def _place(order: Sequence[str], model: str) -> tuple[int, str]:
-    return (order.index(model) if model in order else len(order), model)

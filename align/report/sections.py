@@ -82,11 +82,12 @@ def expectations(run: RunRecord) -> Markup | None:
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     held = sum(line["holds"] for line in found)
-    return tag(
-        "section",
-        tag("h2", f"Expectations: {held} of {len(found)} hold"),
-        table(["number of summary.json", "band", "value", "verdict", ""][: len(rows[0])], rows),
-    )
+    heads: list[object] = ["number of summary.json", "band", "value", "verdict", ""]
+    title, shown = f"Expectations: {held} of {len(found)} hold", table(heads[: len(rows[0])], rows)
+    # The first screen names those that failed; a table that only confirms is folded.
+    if held == len(found):
+        return tag("section", tag("details", tag("summary", title), shown), id="expectations")
+    return tag("section", tag("h2", title), shown, id="expectations")
 
 
 def alarms(run: RunRecord) -> Markup | None:
@@ -100,7 +101,7 @@ def alarms(run: RunRecord) -> Markup | None:
     if not rows:
         return None
     heads: list[object] = ["stage", "step", "alarm", "observed", "what to do"]
-    return tag("section", tag("h2", f"Alarms: {len(rows)}"), table(heads, rows))
+    return tag("section", tag("h2", f"Alarms: {len(rows)}"), table(heads, rows), id="alarms")
 
 
 def curves(run: RunRecord) -> Markup | None:

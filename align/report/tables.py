@@ -1,6 +1,6 @@
 """Terminal output of an evaluation: values, intervals, verdicts, win rates, reward models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -28,6 +28,16 @@ def task_tables(summary: Block) -> Iterator[Table]:
             yield _matrix(title, block["win_matrix"])
     if rows := summary.get("reward_models"):
         yield _reward_models(rows)
+
+
+def ordered_models(block: Block, order: Sequence[str]) -> list[str]:
+    """Return the models of a task: the baseline, then the others in the recipe's order."""
+
+    def place(model: str) -> tuple[bool, int, str]:
+        known = order.index(model) if model in order else len(order)
+        return (model != block["baseline"], known, model)
+
+    return sorted(block["models"], key=place)
 
 
 def _reward_models(rows: Mapping[str, Block]) -> Table:

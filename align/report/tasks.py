@@ -7,6 +7,7 @@ from align.core.types import NO_DIFFERENCE
 from align.recipe.schema.evaluate import OWN_TASK
 from align.report.markup import Markup, even, join, number, table, tag, triple
 from align.report.read import RunRecord
+from align.report.tables import ordered_models
 
 Block = Mapping[str, Any]
 UNITS = {"kl": "nats per response", "length": "tokens"}
@@ -31,12 +32,12 @@ def tasks(run: RunRecord) -> Markup | None:
             "rate), otherwise there is no significant difference. Of twenty comparisons without a "
             "real difference, one is expected to be significant by chance.",
         ),
-        *(_task(name, block) for name, block in blocks.items()),
+        *(_task(name, block, list(run.recipe.stages)) for name, block in blocks.items()),
     )
 
 
-def _task(name: str, block: Block) -> Markup:
-    models = block["models"]
+def _task(name: str, block: Block, order: Sequence[str]) -> Markup:
+    models = ordered_models(block, order)
     many = f", {block['samples']} responses each" if block["samples"] > 1 else ""
     facts = f"{block['prompts']} prompts{many}; baseline {block['baseline']}"
     title = "the run's own prompts" if name == OWN_TASK else name

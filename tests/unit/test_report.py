@@ -277,7 +277,9 @@ def test_report_is_well_formed_and_small(page: Page) -> None:
 def test_report_requests_nothing(page: Page) -> None:
     assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
     names = {name for name, _ in page.attributes}
-    assert not {"src", "href", "xlink:href", "action", "srcset", "data"} & names
+    assert not {"src", "xlink:href", "action", "srcset", "data"} & names
+    # Links lead to places in the page itself.
+    assert all(str(value).startswith("#") for name, value in page.attributes if name == "href")
     assert not [name for name in names if name.startswith("on")]
     assert "url(" not in page.source
     assert "@import" not in page.source
@@ -321,6 +323,41 @@ def test_report_says_which_expectations_hold(page: Page) -> None:
     assert "Expectations: 1 of 2 hold" in page.text
     assert page.text.count("✓ holds") == 1
     assert page.text.count("✗ fails") == 1
+
+
+def test_the_first_screen_has_the_failures_the_plots_and_the_findings(page: Page) -> None:
+    first = page.text[: page.text.index("Comparison on held-out prompts")]
+    assert "1 of 2 expectations failed (exit code 1)" in first
+    assert "Best against sft by" in first
+    # One panel per metric with a verdict; each names its models, the baseline first.
+    panels = re.findall(r'role="img" aria-label="(\w+) of ([^"]*) with', page.source)
+    assert ("exact_match", "sft, base, dpo, ppo, grpo") in panels
+    assert len(panels) <= 3
+
+
+def test_a_forest_plot_places_values_and_the_line_of_no_difference_on_one_scale(page: Page) -> None:
+    (svg,) = re.findall(r'<svg[^>]*aria-label="win_rate of.*?</svg>', page.source, re.S)
+    ticks = {
+        float(label): float(x)
+        for x, label in re.findall(r'<text x="([\d.]+)"[^>]*class="middle">([\d.]+)</text>', svg)
+    }
+    (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
+
+    def expected(value: float) -> float:
+        return x_low + (value - low) / (high - low) * (x_high - x_low)
+
+    (null,) = re.findall(r'<line x1="([\d.]+)"[^>]*class="null"', svg)
+    assert float(null) == pytest.approx(expected(0.5), abs=0.2)
+    dots = dict(re.findall(r"<title>(\w+): .*?</title>.*?<circle cx=\"([\d.]+)\"", svg, re.S))
+    assert float(dots["dpo"]) == pytest.approx(expected(0.713), abs=0.2)
+    assert float(dots["base"]) == pytest.approx(expected(0.061), abs=0.2)
+
+
+def test_every_link_of_the_page_leads_to_a_place_in_it(page: Page) -> None:
+    targets = re.findall(r'href="#([^"]+)"', page.source)
+    assert {"results", "samples", "training", "reproduce"} <= set(targets)
+    for target in targets:
+        assert page.source.count(f' id="{target}"') == 1, target
 
 
 def test_report_shows_each_checkpoint_on_the_same_prompt(page: Page) -> None:
