@@ -46,8 +46,11 @@ MAX_BATCHED_TOKENS = 4096
 CPU_BLOCK_SIZE = 32
 """Tokens per cache block: the smallest size that its CPU attention supports, to share prompts."""
 
-CACHE_PROBE = 2 * CPU_BLOCK_SIZE + 1
-"""Tokens of a prompt that is run again after a push: two blocks and one token to compute."""
+CACHE_PROBE = CPU_BLOCK_SIZE + 1
+"""Tokens of a prompt that is run again after a push: a block and a token to compute.
+
+Without its first block, no later block of a prompt can be found in the cache.
+"""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

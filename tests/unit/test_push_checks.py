@@ -1,4 +1,4 @@
-"""Checksums against whole-number arithmetic, and measured rounding against float64."""
+"""Checksums against their definitions, and measured rounding against float64."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import exact_logprobs, tiny_model
 
 from align.models.logprobs import LogprobModel
-from align.sampling.checksums import WIDTH, Sent, checksum
+from align.sampling.checksums import WIDTH, Sent, checksum, weighted_sum
 from align.sampling.push import measured_rounding, probe_logprobs, probe_of
 from align.sampling.rounding import FLOOR, excess
 
@@ -26,8 +26,8 @@ def split_mix(index: int, stream: int) -> int:
     return (x ^ (x >> 31)) | 1
 
 
-def slow_checksum(data: bytes) -> int:
-    """The definition, byte by byte."""
+def slow_sum(data: bytes) -> int:
+    """The weighted sum by its definition, byte by byte."""
     data += bytes(-len(data) % 8)
     total = 0
     for i in range(0, len(data), 8):
@@ -40,19 +40,47 @@ def slow_checksum(data: bytes) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3, 8, 577, 2 * WIDTH + 5])
-def test_checksum_is_its_definition_in_whole_numbers(size, dtype):
+def test_weighted_sum_is_its_definition_in_whole_numbers(size, dtype):
     x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    assert int(checksum(x)) & MASK == slow_checksum(x.view(torch.uint8).numpy().tobytes())
+    data = x.view(torch.uint8)
+    assert int(weighted_sum(data)) & MASK == slow_sum(data.numpy().tobytes())
 
 
-def test_checksum_is_of_the_elements_whatever_their_place_in_memory():
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (0, 0x2D06800538D394C2),
+        (1, 0xC44BDFF4074EECDB),
+        (24, 0xA3FE70BF9D3510EB),
+        (195, 0xCD94217EE362EC3A),
+        (512, 0x617E49599013CB6B),
+        (2048, 0xDD59E2C3A5F038E0),
+    ],
+)
+def test_checksum_on_a_cpu_is_xxh3(size, expected):
+    """The vectors are those of xxHash's own sanity check, and so is the generator of its bytes."""
+    state, data = 2654435761, []
+    for _ in range(size):
+        data.append(state >> 56)
+        state = state * 11400714785074694797 & MASK
+    assert int(checksum(torch.tensor(data, dtype=torch.uint8))) & MASK == expected
+
+
+def bytes_sum(x: torch.Tensor) -> torch.Tensor:
+    """The checksum that an accelerator computes."""
+    return weighted_sum(x.contiguous().view(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("checksum", [checksum, bytes_sum])
+def test_checksum_is_of_the_elements_whatever_their_place_in_memory(checksum):
     x = torch.randn(7, 9).bfloat16()
     held = torch.cat([torch.zeros(3, 9).bfloat16(), x])[3:]  # a slice at an odd place
     assert checksum(held) == checksum(x) == checksum(x.t().contiguous().t())
     assert checksum(x.t()) != checksum(x)
 
 
-def test_checksum_sees_each_single_bit_and_each_exchange():
+@pytest.mark.parametrize("checksum", [checksum, bytes_sum])
+def test_checksum_sees_each_single_bit_and_each_exchange(checksum):
     x = torch.randn(64).float()
     seen = {int(checksum(x))}
     for place in (0, 1, 31, 63):
