@@ -16,7 +16,7 @@ from torch import nn
 
 from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from align.core.distributed import stop_requested, stops_between_steps
+from align.core.distributed import derive_seed, stop_requested, stops_between_steps
 from align.core.errors import Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Completion, PromptRow
@@ -189,12 +189,12 @@ class Samples:
     Attributes:
         groups: prompts and their sampled responses.
         greedy: the same prompts and the most likely response to each; None if not needed.
-        first_group: number of the first prompt in the step's batch over all ranks.
+        positions: numbers of these prompts in the step's batch over all ranks.
     """
 
     groups: Groups
     greedy: Groups | None
-    first_group: int
+    positions: Sequence[int]
 
 
 def sample(run: OnlineRun, step: int) -> Samples:
@@ -206,9 +206,9 @@ def sample(run: OnlineRun, step: int) -> Samples:
     """
     spec = run.spec
     draws = spec.max_draws if spec.dynamic_sampling else 1
-    # This rank's contiguous part of the batch; the recipe guarantees that it divides evenly.
-    wanted = spec.prompts_per_step // distributed.world_size()
-    first = distributed.rank() * wanted
+    # Each rank takes every n-th prompt, so that a mini-batch, which is some consecutive prompts of
+    # the batch, has as many on every rank. The recipe guarantees that they divide evenly.
+    mine = slice(distributed.rank(), spec.prompts_per_step, distributed.world_size())
     kept: Groups = []
     live: Groups = []
     spare: Groups = []
@@ -218,34 +218,35 @@ def sample(run: OnlineRun, step: int) -> Samples:
         indices = batch_indices(
             len(run.prompts),
             spec.prompts_per_step,
-            seed=distributed.derive_seed(run.seed, "prompts"),
+            seed=derive_seed(run.seed, "prompts"),
             step=number,
         )
-        mine = [run.prompts[i] for i in indices[first : first + wanted]]
+        rows = [run.prompts[i] for i in indices[mine]]
         groups = sample_groups(
             run.engine,
-            mine,
+            rows,
             n=spec.group_size,
             step=number,
             seed=run.seed,
             sampling=spec.sampling,
             stop_token_ids=run.stop_token_ids,
-            first_position=first,
+            positions=range(spec.prompts_per_step)[mine],
         )
-        kept = list(zip(mine, groups, strict=True))
+        kept = list(zip(rows, groups, strict=True))
         if not spec.dynamic_sampling:
             break
-        # Dynamic sampling: every rank sees the groups of all ranks, in the same order.
+        # Dynamic sampling: every rank sees the groups of all ranks, in the order of the batch.
         judged = [(pair, _has_signal(run, *pair)) for pair in kept]
-        for pair, has_signal in chain.from_iterable(distributed.gather_objects(judged)):
+        parts = distributed.gather_objects(judged)
+        for pair, has_signal in chain.from_iterable(zip(*parts, strict=True)):
             (live if has_signal else spare).append(pair)
         if len(live) >= spec.prompts_per_step:
             break
     # Every rank takes its part of the same list: live groups first, then spare ones.
     if spec.dynamic_sampling:
-        kept = (live + spare)[first : first + wanted]
+        kept = (live + spare)[mine]
     greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
-    return Samples(kept, greedy, first)
+    return Samples(kept, greedy, range(spec.prompts_per_step)[mine])
 
 
 def _greedy(run: OnlineRun, prompts: Sequence[PromptRow]) -> Groups:
@@ -265,20 +266,22 @@ def score(run: OnlineRun, samples: Samples) -> tuple[Experience, Scores]:
 
     Responses whose greedy counterpart has no score are not trained.
     """
-    experience, scores = _scored(run, samples.groups, first_group=samples.first_group)
+    experience, scores = _scored(run, samples.groups, positions=samples.positions)
     if samples.greedy is None:
         return experience, scores
     # One greedy score per prompt, repeated for each of its responses.
-    greedy = _scored(run, samples.greedy, first_group=0)[0].scores  # (P,)
+    greedy = _scored(run, samples.greedy, positions=samples.positions)[0].scores  # (P,)
     greedy = greedy.repeat_interleave(run.spec.group_size)  # (B,)
     # A response without a baseline has no advantage, so it is not trained.
     mask = experience.mask & ~greedy.isnan().unsqueeze(1)
     return replace(experience, greedy_scores=greedy, mask=mask), scores
 
 
-def _scored(run: OnlineRun, pairs: Groups, *, first_group: int) -> tuple[Experience, Scores]:
+def _scored(
+    run: OnlineRun, pairs: Groups, *, positions: Sequence[int]
+) -> tuple[Experience, Scores]:
     experience = gather_experience(
-        [p for p, _ in pairs], [g for _, g in pairs], first_group=first_group
+        [p for p, _ in pairs], [g for _, g in pairs], group_numbers=positions
     )
     scores = score_answers(experience.prompts, experience.completions, run.rewards)
     experience = apply_scores(
@@ -298,7 +301,7 @@ def _has_signal(run: OnlineRun, prompt: PromptRow, group: list[Completion]) -> b
 
     Reference: arXiv:2503.14476 eq. 11: neither all nor none of the responses may be correct.
     """
-    experience = gather_experience([prompt], [group], first_group=0)
+    experience = gather_experience([prompt], [group])
     scores = score_answers(experience.prompts, experience.completions, run.rewards)
     is_masked = run.spec.truncation == "mask"
     experience = apply_scores(experience, scores, truncated_score=None, mask_truncated=is_masked)
@@ -325,7 +328,10 @@ def update(
         rows
         for epoch in range(spec.update_epochs)
         for rows in mini_batches(
-            experience, spec.minibatches, seed=run.seed, step=step, epoch=epoch
+            experience,
+            spec.minibatches,
+            num_prompts=spec.prompts_per_step,
+            seed=derive_seed(run.seed, "minibatches", step, epoch) if epoch else None,
         )
     ]
     plans = [_micro_batches(experience, rows, spec.micro_tokens) for rows in parts]
@@ -353,12 +359,19 @@ def update(
 
 
 def mini_batches(
-    experience: Experience, num: int, *, seed: int, step: int, epoch: int
+    experience: Experience, num: int, *, num_prompts: int, seed: int | None
 ) -> list[list[int]]:
-    """Return the rows of each mini-batch of an epoch, split along prompts.
+    """Return this rank's rows of each mini-batch of an epoch.
 
-    The first epoch takes the prompts in their order, which is already random. Each further one
-    shuffles them, alike on every rank, so that other prompts share a mini-batch.
+    The prompts of all ranks are divided, so that a mini-batch has the same prompts with any number
+    of ranks.
+
+    Args:
+        experience: this rank's responses; ``group_ids`` are numbers of prompts over all ranks.
+        num: number of mini-batches.
+        num_prompts: number of prompts of the step, over all ranks.
+        seed: shuffles the prompts, so that others share a mini-batch; None keeps their order,
+            which is already random.
 
     Returns:
         Always ``num`` lists, of which some may be empty: all ranks take part in every mini-batch.
@@ -366,12 +379,15 @@ def mini_batches(
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(experience.group_ids.tolist()):
         groups.setdefault(group, []).append(row)
-    order = list(groups.values())
-    if epoch > 0 and num > 1:
-        random.Random(distributed.derive_seed(seed, "minibatches", step, epoch)).shuffle(order)
-    rows = [row for group in order for row in group]
-    size = math.ceil(len(rows) / num)
-    return [rows[i * size : (i + 1) * size] for i in range(num)]
+    assert max(groups, default=-1) < num_prompts, (sorted(groups), num_prompts)
+    order = list(range(num_prompts))
+    if seed is not None and num > 1:
+        random.Random(seed).shuffle(order)
+    size = math.ceil(num_prompts / num)
+    return [
+        [row for group in order[i * size : (i + 1) * size] for row in groups.get(group, ())]
+        for i in range(num)
+    ]
 
 
 def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -> list[Any] | None:

@@ -82,7 +82,7 @@ class Probe:
                 seeds=self.seeds,
                 stop_token_ids=self.stop_token_ids,
             )
-        return gather_experience(self.prompts, groups, first_group=0)
+        return gather_experience(self.prompts, groups)
 
     @cached_property
     def rounding(self) -> Tensor:

@@ -104,14 +104,18 @@ class Experience:
 
 
 def gather_experience(
-    prompts: Sequence[PromptRow], groups: Sequence[Sequence[Completion]], *, first_group: int
+    prompts: Sequence[PromptRow],
+    groups: Sequence[Sequence[Completion]],
+    *,
+    group_numbers: Sequence[int] | None = None,
 ) -> Experience:
     """Return sampled groups as rows; scores are nan until they are set.
 
     Args:
         prompts: this rank's prompts.
         groups: the completions of each prompt.
-        first_group: number of ``prompts[0]`` in the step's batch over all ranks.
+        group_numbers: number of each prompt in the step's batch over all ranks; None numbers them
+            from 0.
     """
     flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
     ids = [list(p.input_ids) + list(c.token_ids) for p, c in flat]
@@ -126,7 +130,8 @@ def gather_experience(
         input_ids[i, : len(ids[i])] = torch.tensor(ids[i])
         completion[i, start : len(ids[i])] = True
         rollout[i, start : len(ids[i])] = torch.tensor(answer.logprobs)
-    numbers = [first_group + g for g, group in enumerate(groups) for _ in group]
+    names = range(len(groups)) if group_numbers is None else group_numbers
+    numbers = [g for g, group in zip(names, groups, strict=True) for _ in group]
     return Experience(
         input_ids=input_ids,
         lengths=torch.tensor([len(row) for row in ids], dtype=torch.long),

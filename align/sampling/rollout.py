@@ -19,7 +19,7 @@ def sample_groups(
     seed: int,
     sampling: SamplingSpec,
     stop_token_ids: Sequence[int],
-    first_position: int = 0,
+    positions: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Sample ``n`` responses to each prompt of a step.
 
@@ -31,14 +31,15 @@ def sample_groups(
         seed: the stage's seed.
         sampling: temperature, top_p and the length limit.
         stop_token_ids: tokens that end a response.
-        first_position: position of ``prompts[0]`` in the step's batch over all ranks, so that a
-            prompt gets the same seed with any number of ranks.
+        positions: position of each prompt in the step's batch over all ranks, so that a prompt
+            gets the same seed with any number of ranks; None numbers them from 0.
 
     Returns:
         ``n`` completions for each prompt.
     """
     # The position in the whole batch, not on this rank: results do not depend on the rank count.
-    seeds = [derive_seed(seed, "rollout", step, first_position + i) for i in range(len(prompts))]
+    positions = range(len(prompts)) if positions is None else positions
+    seeds = [derive_seed(seed, "rollout", step, i) for i in positions]
     return engine.generate(
         [row.input_ids for row in prompts],
         n=n,
@@ -65,16 +66,16 @@ def answer_fixed(
     The same ``step`` always uses the same seeds, so that two policies can be compared prompt by
     prompt. The arguments are those of ``sample_groups``.
     """
-    first = len(prompts) * distributed.rank() // distributed.world_size()
-    mine = distributed.shard(prompts)
+    mine = distributed.shard(range(len(prompts)))
+    rows = [prompts[i] for i in mine]
     groups = sample_groups(
         engine,
-        mine,
+        rows,
         n=n,
         step=step,
         seed=seed,
         sampling=sampling,
         stop_token_ids=stop_token_ids,
-        first_position=first,
+        positions=mine,
     )
-    return gather_experience(mine, groups, first_group=first)
+    return gather_experience(rows, groups, group_numbers=mine)

@@ -164,7 +164,7 @@ def _grpo(case: Case, world: World, num_micro: int) -> Side:
 def _annotated(case: Case, world: World, spec: OnlineStage) -> Experience:
     """Return the scored responses with the old policy's and the reference's log-probabilities."""
     given = changed(case, world)
-    experience = gather_experience(given.prompts, given.groups, first_group=0)
+    experience = gather_experience(given.prompts, given.groups)
     holes = experience.mask.clone()
     holes[experience.completion] = torch.tensor([t for row in given.trained for t in row])
     experience = apply_scores(

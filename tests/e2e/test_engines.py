@@ -183,7 +183,7 @@ def test_sample_groups_repeats_a_step_and_changes_with_it(engine):
     rows = [PromptRow(input_ids=tuple(ids), prompt="", columns={}) for ids in PROMPTS]
     spec = SamplingSpec(max_new_tokens=8)
 
-    def groups(step, seed, rows=rows, first_position=0):
+    def groups(step, seed, rows=rows, positions=None):
         return sample_groups(
             engine,
             rows,
@@ -192,12 +192,12 @@ def test_sample_groups_repeats_a_step_and_changes_with_it(engine):
             seed=seed,
             sampling=spec,
             stop_token_ids=(1,),
-            first_position=first_position,
+            positions=positions,
         )
 
     assert groups(3, 0) == groups(3, 0)
     assert groups(4, 0) != groups(3, 0) != groups(3, 1)
-    assert groups(3, 0, rows[1:], first_position=1) == groups(3, 0)[1:]
+    assert groups(3, 0, rows[1::2], range(len(rows))[1::2]) == groups(3, 0)[1::2]
     assert groups(3, 0, []) == []
 
 

@@ -150,7 +150,7 @@ def answers(step: int) -> Any:
             group.append(Completion(ids, (-4.0,) * len(ids), "stop", "", 0))
             scores.append(sum(i < VOCAB // 2 for i in ids) / len(ids))
         groups.append(group)
-    return scored(gather_experience(prompts, groups, first_group=0), scores)
+    return scored(gather_experience(prompts, groups), scores)
 
 
 def online(spec: Any, model_dir: Path) -> Curve:

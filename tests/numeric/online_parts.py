@@ -85,7 +85,7 @@ def sampled(lengths: tuple[tuple[int, ...], ...], *, length: tuple[int, ...] = (
             group.append(Completion(ids, logprobs, reason, "", 0))
             number += 1
         groups.append(group)
-    return gather_experience(prompts, groups, first_group=0)
+    return gather_experience(prompts, groups)
 
 
 def scored(experience: Experience, scores: list[float | None], **rules: Any) -> Experience:

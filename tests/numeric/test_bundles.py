@@ -232,7 +232,7 @@ def test_ppo_bootstraps_what_was_cut_with_the_critics_own_value(model_dir) -> No
     shorter = [
         replace(c, token_ids=c.token_ids[:-1], logprobs=c.logprobs[:-1]) for c in longer.completions
     ]
-    experience = gather_experience(longer.prompts, [[c] for c in shorter], first_group=0)
+    experience = gather_experience(longer.prompts, [[c] for c in shorter])
     critic, policy = critic_of(model_dir), policy_of(model_dir)
     for micro_tokens in (1, 1000):
         spec = ppo_spec(truncation="bootstrap", micro_tokens=micro_tokens, kl={"coef": 0.0})

@@ -33,6 +33,7 @@ from online_parts import (
     weights,
 )
 
+from align.core.distributed import derive_seed
 from align.core.errors import TrainingError
 from align.core.types import PromptRow
 from align.online.algorithms import build_algorithm
@@ -188,8 +189,8 @@ def test_old_logprobs_are_not_needed_for_one_step_of_grpo(model_dir, importance)
 
 def test_every_epoch_takes_each_answer_once_in_other_mini_batches() -> None:
     experience = sampled(((2, 3),) * 12)
-    options = {"seed": 3, "step": 5}
-    epochs = [mini_batches(experience, 3, epoch=epoch, **options) for epoch in range(4)]
+    seeds = [None, 1, 2, 3]
+    epochs = [mini_batches(experience, 3, num_prompts=12, seed=seed) for seed in seeds]
     for parts in epochs:
         assert [len(part) for part in parts] == [8, 8, 8]
         assert sorted(row for part in parts for row in part) == list(range(24))
@@ -198,17 +199,17 @@ def test_every_epoch_takes_each_answer_once_in_other_mini_batches() -> None:
     assert epochs[0] == [list(range(0, 8)), list(range(8, 16)), list(range(16, 24))]
     sets = [{frozenset(part) for part in parts} for parts in epochs]
     assert all(a.isdisjoint(b) for i, a in enumerate(sets) for b in sets[:i])
-    assert mini_batches(experience, 3, epoch=1, seed=3, step=6) != epochs[1]
-    assert mini_batches(experience, 3, epoch=1, **options) == epochs[1]  # for a resumed run
+    # For a resumed run:
+    assert mini_batches(experience, 3, num_prompts=12, seed=1) == epochs[1]
     # One mini-batch is the whole step in each epoch.
-    assert mini_batches(experience, 1, epoch=1, **options) == [list(range(24))]
+    assert mini_batches(experience, 1, num_prompts=12, seed=1) == [list(range(24))]
 
 
 def test_every_rank_has_the_same_number_of_mini_batches() -> None:
     """A rank with fewer answers, or none, waits for no one and keeps no one waiting."""
-    for answers, sizes in ((5, [2, 2, 1, 0]), (1, [1, 0, 0, 0]), (0, [0, 0, 0, 0])):
-        experience = sampled(((2,) * answers,) if answers else ())
-        parts = mini_batches(experience, 4, seed=3, step=0, epoch=0)
+    for prompts, sizes in ((5, [4, 4, 2, 0]), (1, [2, 0, 0, 0]), (0, [0, 0, 0, 0])):
+        experience = sampled(((2, 3),) * prompts)
+        parts = mini_batches(experience, 4, num_prompts=8, seed=None)
         assert [len(rows) for rows in parts] == sizes
 
 
@@ -225,7 +226,8 @@ def test_an_update_takes_the_mini_batches_of_each_epoch(model_dir) -> None:
             update(run_of(spec, policy), experience, step=2, kl_coef=0.0)
         else:
             for epoch in range(3):
-                for rows in mini_batches(experience, 2, seed=3, step=2, epoch=epoch):
+                shuffle = derive_seed(3, "minibatches", 2, epoch) if epoch else None
+                for rows in mini_batches(experience, 2, num_prompts=4, seed=shuffle):
                     mask = experience.mask[rows]
                     counts = {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}
                     micro = [

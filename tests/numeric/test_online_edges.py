@@ -85,7 +85,7 @@ def test_a_response_the_sampler_calls_impossible_is_left_out(value: float, caplo
     prompts = [PromptRow((5, 6), "", {}), PromptRow((7, 8, 9), "", {})]
     good = [Completion((5, 1), (-1.0, -2.0), "stop", "", 0) for _ in range(3)]
     odd = Completion((5, 1), (value, -2.0), "length", "", 0)
-    laid_out = gather_experience(prompts, [[good[0], odd], good[1:]], first_group=0)
+    laid_out = gather_experience(prompts, [[good[0], odd], good[1:]])
     experience = scored(laid_out, [0.0, 5.0, 1.0, 3.0], truncated_score=-1.0)
     assert experience.mask.any(1).tolist() == [True, False, True, True]
     found = summarize(experience, Scores([0.0, 5.0, 1.0, 3.0], {}), spec)
@@ -99,7 +99,7 @@ def test_a_mini_batch_without_signal_is_known_before_any_weight_moves(model_dir)
     spec = grpo_spec(truncation="mask", minibatches=2)
     whole = sampled(((3, 4), (5, 2), (3, 3), (4, 4)), length=(4, 5, 6, 7))
     answers = list(whole.completions)
-    half = gather_experience(whole.prompts[:4:2], [answers[:2], answers[2:4]], first_group=0)
+    half = gather_experience(whole.prompts[:4:2], [answers[:2], answers[2:4]])
     moved = []
     for experience, minibatches in ((whole, 2), (half, 1)):
         scores = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0][: len(experience.lengths)]
@@ -167,7 +167,7 @@ def test_dynamic_sampling_keeps_the_same_groups_on_any_number_of_ranks(
         known: list[list[Any]] = []
         while True:
             found: list[list[Any]] = []
-            result, short = [], False
+            parts, short = [], False
             for rank in range(ranks):
                 calls = iter(range(100))
 
@@ -184,11 +184,12 @@ def test_dynamic_sampling_keeps_the_same_groups_on_any_number_of_ranks(
                 try:
                     run = run_of(spec, policy_of_none, prompts=prompts)
                     samples = loop.sample(run, 0)
-                    result += [group[0].text for _, group in samples.groups]
+                    parts.append([group[0].text for _, group in samples.groups])
                 except StopIteration:
                     short = True
             if not short:
-                return result
+                # Each rank has every n-th prompt.
+                return [text for row in zip(*parts, strict=True) for text in row]
             known.append(found)
 
     policy_of_none: Any = None
@@ -200,7 +201,7 @@ def test_dynamic_sampling_keeps_the_same_groups_on_any_number_of_ranks(
 
 
 def test_a_rank_without_prompts_lays_out_nothing() -> None:
-    empty = gather_experience([], [], first_group=0)
+    empty = gather_experience([], [])
     assert empty.input_ids.shape == (0, 0)
     assert empty.truncated.dtype == torch.bool
 

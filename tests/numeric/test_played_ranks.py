@@ -16,6 +16,7 @@ from engine_models import VOCAB, save_tiny, tiny_model
 from online_parts import grpo_spec, ppo_spec, run_of, sampled, scored
 from played_ranks import play
 
+from align.core import distributed
 from align.core.types import Completion, PromptRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
@@ -47,6 +48,23 @@ class Echo:
         ]
 
 
+class Learnt:
+    """A policy that notes the prompts of each mini-batch instead of a step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[list[int]]] = {}
+
+    def step(self, micro: Any, _: Any) -> dict[str, float]:
+        starts = [
+            int(token)
+            for part in micro
+            if part.num
+            for token in part.input_ids[part.position_ids == 0].tolist()
+        ]
+        self.seen[distributed.rank()].append(starts)
+        return {}
+
+
 @pytest.mark.parametrize("step", [0, 3])
 def test_ranks_take_all_prompts_of_a_step_with_the_same_seeds(monkeypatch, step) -> None:
     prompts = [PromptRow((i, 4), str(i), {}) for i in range(16)]
@@ -60,7 +78,50 @@ def test_ranks_take_all_prompts_of_a_step_with_the_same_seeds(monkeypatch, step)
     one = play(monkeypatch, 1, texts)[0]
     assert len({text.split()[0] for text in one}) == 8
     for ranks in (2, 4):
-        assert [x for part in play(monkeypatch, ranks, texts) for x in part] == one
+        parts = play(monkeypatch, ranks, texts)
+        assert [x for row in zip(*parts, strict=True) for x in row] == one
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["as drawn", "dynamic sampling"])
+def test_a_mini_batch_has_the_same_prompts_on_any_number_of_ranks(monkeypatch, dynamic) -> None:
+    spec = grpo_spec(
+        algorithm="dapo",
+        prompts_per_step=8,
+        minibatches=2,
+        update_epochs=3,
+        dynamic_sampling=dynamic,
+        max_draws=3,
+    )
+    prompts = [PromptRow((i, 4), str(i), {}) for i in range(16)]
+    engine: Any = Echo()
+    learner: Any = Learnt()
+    monkeypatch.setattr(loop, "_has_signal", lambda run, prompt, group: prompt.input_ids[0] % 3)
+
+    def batches(rank: int) -> list[list[int]]:
+        """Return the first tokens of the prompts of each mini-batch, over all epochs."""
+        learner.seen[rank] = []
+        run = run_of(spec, learner, prompts=prompts, engine=engine)
+        samples = loop.sample(run, 2)
+        experience = gather_experience(
+            [p for p, _ in samples.groups],
+            [g for _, g in samples.groups],
+            group_numbers=samples.positions,
+        )
+        loop.update(run, experience, step=2, kl_coef=0.0)
+        return learner.seen[rank]
+
+    def sets(ranks: int) -> list[list[int]]:
+        parts = play(monkeypatch, ranks, batches)
+        return [sorted(x for part in at for x in part) for at in zip(*parts, strict=True)]
+
+    one = sets(1)
+    assert len(one) == 6
+    assert all(len(set(batch)) == 4 for batch in one)
+    assert one[0] + one[1] != one[2] + one[3] != one[4] + one[5]
+    # In the order of the batch each mini-batch is as large on every rank.
+    assert [len(part[0]) for part in play(monkeypatch, 2, batches)] == [len(one[0]) // 2] * 2
+    for ranks in (2, 4):
+        assert sets(ranks) == one
 
 
 def part_of(rank: int, ranks: int) -> tuple[Experience, list[float | None]]:
@@ -71,7 +132,7 @@ def part_of(rank: int, ranks: int) -> tuple[Experience, list[float | None]]:
     found = gather_experience(
         [whole.prompts[2 * g] for g in mine],
         [answers[2 * g : 2 * g + 2] for g in mine],
-        first_group=mine[0],
+        group_numbers=mine,
     )
     scores = SCORES[2 * mine[0] : 2 * mine[-1] + 2]
     found = scored(found, scores)

@@ -43,7 +43,7 @@ class Judged:
 def experience_of(*, dense: bool) -> Experience:
     prompt = PromptRow((2, 3), "q", {})
     answer = Completion((4, 5, 6, 7, 8, 1), (0.0,) * 6, "stop", "text", 0)
-    found = gather_experience([prompt] * 4, [[answer]] * 4, first_group=0)
+    found = gather_experience([prompt] * 4, [[answer]] * 4)
     reward = Judged(dense=dense)
     scores = score_answers(found.prompts, found.completions, [reward])
     found = apply_scores(found, scores, truncated_score=None, mask_truncated=False)

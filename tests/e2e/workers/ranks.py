@@ -204,7 +204,7 @@ def my_experience(num_prompts: int = 4) -> Experience:
     experience = gather_experience(
         [prompts[p] for p in mine],
         [groups[p] for p in mine],
-        first_group=mine[0] if mine else 0,
+        group_numbers=mine,
     )
     total = [s for p in mine for s in scores[p]]
     return apply_scores(experience, Scores(total, {}), truncated_score=None, mask_truncated=False)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -131,11 +133,15 @@ def uneven(stage: int, out: Path) -> Found:
 
 
 def dynamic(stage: int, out: Path) -> Found:
-    """Sample until every group is live and learn from that; prompts and answers vary in length."""
+    """Sample until every group is live, and learn from that in two mini-batches and two epochs.
+
+    Prompts and answers vary in length.
+    """
     kl = {"coef": 0.1, "place": "loss", "estimator": "k3"}
     given = {
         **COMMON,
         "prompts_per_step": 6,
+        "minibatches": 2,
         "steps": 2,
         "sampling": {"max_new_tokens": 12, "engine": "hf"},
     }
@@ -166,7 +172,12 @@ def dynamic(stage: int, out: Path) -> Found:
         experience, _ = score(run, sample(run, step))
         groups = experience.scores.view(-1, 2)
         live += distributed.gather_objects((groups[:, 0] != groups[:, 1]).tolist())
-        kept += distributed.gather_objects([c.token_ids for c in experience.completions])
+        ids = [c.token_ids for c in experience.completions]
+        parts = distributed.gather_objects(
+            list(zip(experience.group_ids.tolist(), ids, strict=True))
+        )
+        # Each rank has every n-th prompt of the batch.
+        kept += [ids for _, ids in sorted(chain(*parts), key=itemgetter(0))]
         experience = annotate(
             experience,
             policy,
@@ -180,7 +191,7 @@ def dynamic(stage: int, out: Path) -> Found:
     return {
         "weights": weights_of(policy.module.model),
         "stats": stats,
-        "kept": [ids for rank in kept for ids in rank],
+        "kept": kept,
         "live": [x for rank in live for x in rank],
     }
 
