@@ -57,16 +57,23 @@ def length_controlled_win_rate(
     spread = d.std()
     x = np.column_stack([np.ones_like(d), np.tanh(d / spread) if spread > 0 else np.zeros_like(d)])
     beta, hessian = _fit(x, y)
-    # Sandwich variance of the coefficients, with the score summed per cluster.
     scores = x * (y - expit(x @ beta))[:, None]  # (pairs, 2)
+    error = _sandwich_error(scores, index, hessian)
+    half = float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1)) * error
+    value, low, high = (float(expit(beta[0] + shift)) for shift in (0.0, -half, half))
+    return Interval(value, low, high)
+
+
+def _sandwich_error(
+    scores: NDArray[np.float64], index: NDArray[np.intp], hessian: NDArray[np.float64]
+) -> float:
+    """Return the first coefficient's standard error, with the score summed per cluster."""
+    num_clusters = int(index.max()) + 1
     totals = np.zeros((num_clusters, 2))
     np.add.at(totals, index, scores)
     bread = np.linalg.inv(hessian)
     meat = totals.T @ totals * num_clusters / (num_clusters - 1)
-    error = float(np.sqrt((bread @ meat @ bread)[0, 0]))
-    half = float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1)) * error
-    value, low, high = (float(expit(beta[0] + shift)) for shift in (0.0, -half, half))
-    return Interval(value, low, high)
+    return float(np.sqrt((bread @ meat @ bread)[0, 0]))
 
 
 def _fit(

@@ -275,19 +275,23 @@ def share_interval(
     if n == 1:
         return Interval(value, float("nan"), float("nan"))
     error, room = _jackknife_error(sums, counts), share * (1.0 - share)
-    # All clusters are equal: bound the fraction of others by Wilson's interval of 0 in n.
     if error <= 1e-9:
+        # All clusters are equal: bound the fraction of others by Wilson's interval of 0 in n.
         z = NormalDist().inv_cdf(0.5 + level / 2.0)
         others = z * z / (n + z * z)
         ends = (share - others * share, share + others * (1.0 - share))
-        return Interval(value, *(low + (high - low) * end for end in ends))
-    # Wilson's interval with the effective number of trials.
-    trials, z = room / error**2, _student(level, n)
+    else:
+        ends = _wilson(share, room / error**2, _student(level, n))
+    return Interval(value, *(low + (high - low) * end for end in ends))
+
+
+def _wilson(share: float, trials: float, z: float) -> tuple[float, float]:
+    """Return Wilson's bounds of a fraction in ``trials`` trials, at the quantile ``z``."""
+    room = share * (1.0 - share)
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(max(room, 0.0) / trials + (z / (2 * trials)) ** 2)
     # Rounding must not exclude the estimate itself, as it could for a fraction of 0.
-    ends = (min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
-    return Interval(value, *(low + (high - low) * end for end in ends))
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def win_rate(

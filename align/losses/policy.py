@@ -206,8 +206,7 @@ def importance_weights(
         floor: lower bound of the ratio in mode ``mask``; None means 1 / cap.
         level: token; or one ratio for all tokens of a response: sequence, the product of theirs, or
             geometric, their geometric mean (biased, but its size does not grow with the length).
-        segment_ids: for the last two, the response that each of the N tokens belongs to.
-        num_segments: responses in the row.
+        segment_ids, num_segments: response of each token, and their number, for the last two.
 
     Returns:
         Factors of the policy loss, 0 where the mask is False.
@@ -226,13 +225,19 @@ def importance_weights(
     log_ratio = (old_logprobs.detach() - rollout_logprobs.detach()).masked_fill(~mask, 0.0)
     if level != "token":
         assert segment_ids is not None, f"level {level!r} needs segment_ids"
-        # One ratio per response, broadcast to its tokens.
-        reduce = segment_sum if level == "sequence" else segment_mean
-        flat = reduce(log_ratio.flatten(), segment_ids, num_segments, mask=mask.flatten())
-        log_ratio = flat[segment_ids].view_as(log_ratio)
+        log_ratio = _per_response(log_ratio, segment_ids, num_segments, mask=mask, level=level)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     # truncate keeps a biased but bounded weight; mask drops the token altogether.
     if mode == "truncate":
         return ratio.clamp(max=cap).masked_fill(~mask, 0.0)
     inside = mask & (ratio >= (1.0 / cap if floor is None else floor)) & (ratio <= cap)
     return ratio.masked_fill(~inside, 0.0)
+
+
+def _per_response(
+    log_ratio: Tensor, segment_ids: Tensor, num_segments: int, *, mask: Tensor, level: str
+) -> Tensor:
+    """Return one log ratio per response, broadcast to its tokens."""
+    reduce = segment_sum if level == "sequence" else segment_mean
+    flat = reduce(log_ratio.flatten(), segment_ids, num_segments, mask=mask.flatten())
+    return flat[segment_ids].view_as(log_ratio)

@@ -85,6 +85,15 @@ def _pair_loss(difference: Tensor, beta: float, label_smoothing: float, kind: st
     return (difference - 1.0 / (2.0 * beta)).square()
 
 
+def _check_dpo(beta: float, label_smoothing: float, kind: str) -> None:
+    assert kind in DPO_KINDS, f"unknown DPO kind {kind!r}"
+    assert beta > 0.0, f"beta {beta} must be positive"
+    assert 0.0 <= label_smoothing < 0.5, f"label_smoothing {label_smoothing} not in [0, 0.5)"
+    assert label_smoothing == 0.0 or kind not in ("hinge", "ipo"), (
+        f"label_smoothing {label_smoothing} has no effect on kind {kind!r}"
+    )
+
+
 def dpo_loss(
     policy_chosen: Float[Tensor, " B"],
     policy_rejected: Float[Tensor, " B"],
@@ -123,12 +132,7 @@ def dpo_loss(
         means per token instead of the paper's sums; robust arXiv:2403.00409; sigmoid_norm
         arXiv:2411.15124 section 5.1.1.
     """
-    assert kind in DPO_KINDS, f"unknown DPO kind {kind!r}"
-    assert beta > 0.0, f"beta {beta} must be positive"
-    assert 0.0 <= label_smoothing < 0.5, f"label_smoothing {label_smoothing} not in [0, 0.5)"
-    assert label_smoothing == 0.0 or kind not in ("hinge", "ipo"), (
-        f"label_smoothing {label_smoothing} has no effect on kind {kind!r}"
-    )
+    _check_dpo(beta, label_smoothing, kind)
     # Log-ratios to the reference, (B,).
     chosen_ratio = policy_chosen - ref_chosen
     rejected_ratio = policy_rejected - ref_rejected

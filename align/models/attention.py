@@ -10,7 +10,9 @@ mask is needed and the fused causal kernel can be used (on CPU, products of bloc
 similar length share a layout, so that a long one does not pad the short ones.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,8 +145,7 @@ def packed_attention(
     Args:
         module: the calling attention layer (its head grouping follows from the shapes).
         query: (1, H, N, D).
-        key: (1, H_kv, V + N, D); the first V belong to virtual tokens before every sequence.
-        value: (1, H_kv, V + N, D), as ``key``.
+        key, value: (1, H_kv, V + N, D); the first V are virtual tokens before every sequence.
         attention_mask: must be None; packing replaces it.
         scaling: factor on the scores.
         dropout: fraction of attention weights that are dropped.
@@ -160,41 +161,36 @@ def packed_attention(
     Raises:
         TrainingError: the model needs an attention option that is not supported here.
     """
-    # An unknown option could change who attends to whom, so it is an error, not ignored.
-    for name, option in others.items():
-        if option is not None and name not in HARMLESS and (name, option) != ("is_causal", True):
-            raise TrainingError(f"its attention needs {name}, which packed rows do not support")
+    _check_options(others)
     assert attention_mask is None, "packed attention accepts no mask; pass segments"
-
-    virtual = key.shape[2] - query.shape[2]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # A zero query for each virtual token keeps the attention square and causal.
-        q = torch.nn.functional.pad(q, (0, 0, virtual, 0)) if virtual else q
-        return square(q, k, v)[:, :, virtual:].transpose(1, 2)  # (S, T, H, D)
-
-    def square(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Choose the kernel: by definition, in blocks on the CPU, or torch's fused one.
-        band = _band(q.shape[2], sliding_window, q.device)
-        if softcap is not None or s_aux is not None:
-            scale = q.shape[3] ** -0.5 if scaling is None else scaling
-            return _plain_attention(q * scale, k, v, band, softcap, s_aux, dropout)
-        if q.device.type == "cpu" and band is None and dropout == 0.0:
-            scale = q.shape[3] ** -0.5 if scaling is None else scaling
-            return block_attention(q, k, v, scale=scale)
-        # Grouped-query attention: repeat keys and values for the heads that share them.
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
-        )
-
+    attend = partial(
+        _attend,
+        scaling=scaling,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
     # Without segments each row is one sequence and needs no layout.
     if segments is None:
         return attend(query, key, value).contiguous(), None
+    return _attend_by_layout(attend, (query, key, value), segments), None
+
+
+def _check_options(others: Mapping[str, Any]) -> None:
+    """Raise if a further option of the call could change who attends to whom."""
+    for name, option in others.items():
+        if option is not None and name not in HARMLESS and (name, option) != ("is_causal", True):
+            raise TrainingError(f"its attention needs {name}, which packed rows do not support")
+
+
+def _attend_by_layout(
+    attend: Callable[..., Tensor], packed: tuple[Tensor, Tensor, Tensor], segments: Segments
+) -> Tensor:
+    """Attend per layout, then return the tokens to their packed order, (1, N, H, D)."""
+    query, key, value = packed
+    virtual = key.shape[2] - query.shape[2]
     text = query, key[:, :, virtual:], value[:, :, virtual:]
-    # Attend per layout, then return the tokens to their packed order.
     parts = []
     for layout in segments.layouts:
         q, k, v = (_lay_out(x, layout) for x in text)
@@ -202,7 +198,40 @@ def packed_attention(
             k, v = (_before(x[:, :, :virtual], y) for x, y in ((key, k), (value, v)))
         parts.append(attend(q, k, v).flatten(0, 1))
     out = torch.cat(parts).index_select(0, segments.unpad_index)  # (N, H, D)
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend causally within each row, (S, T, H, D); virtual tokens of the keys come first."""
+    # A zero query for each virtual token keeps the attention square and causal.
+    virtual = k.shape[2] - q.shape[2]
+    q = torch.nn.functional.pad(q, (0, 0, virtual, 0)) if virtual else q
+    band = _band(q.shape[2], window, q.device)
+    scale = q.shape[3] ** -0.5 if scaling is None else scaling
+    # Choose the kernel: by definition, in blocks on the CPU, or torch's fused one.
+    if softcap is not None or sinks is not None:
+        out = _plain_attention(q * scale, k, v, band, softcap, sinks, dropout)
+    elif q.device.type == "cpu" and band is None and dropout == 0.0:
+        out = block_attention(q, k, v, scale=scale)
+    else:
+        # Grouped-query attention: repeat keys and values for the heads that share them.
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
+        )
+    return out[:, :, virtual:].transpose(1, 2)
 
 
 def _plain_attention(

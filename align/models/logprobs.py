@@ -64,38 +64,35 @@ def token_logprobs(
         float32 tensors (B, T), or float64 for a float64 model. They are 0 on padding, outside
         ``mask``, and on the first token of each sequence, which no distribution predicts.
     """
-    # Flatten the real tokens into one packed row.
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    real = real.bool()
-    # Padding on either side is cut away, so positions count real tokens.
-    positions = real.cumsum(1) - 1 if position_ids is None else position_ids
-    flat_ids, segments = input_ids[real], segments_from_positions(positions[real])
-    if mask is not None:
-        segments = replace(segments, answers=mask[real].bool())
+    real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+    segments = _layout(real, position_ids, mask)
+    flat_ids = input_ids[real]
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
     # The first token of a sequence follows nothing; the head runs only where a value is needed.
     predicted = segments.positions > 0
-    wanted = predicted if mask is None else mask[real].bool() & predicted
+    wanted = predicted if segments.answers is None else segments.answers & predicted
     at = wanted.nonzero().squeeze(1)
     # Every rank must use the backbone in its graph, even if it trains no tokens here.
     zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
-    values, entropies = _head(
-        model,
-        # The state of the preceding token predicts token t: this is the one-token shift.
-        hidden.index_select(0, segments.previous[at]),
-        flat_ids[at],
-        temperature,
-        entropy,
-        label_smoothing,
-    )
-    # Scatter the values back to (B, T).
+    # The state of the preceding token predicts token t: this is the one-token shift.
+    states = hidden.index_select(0, segments.previous[at])  # (n, H)
+    values, entropies = _head(model, states, flat_ids[at], temperature, entropy, label_smoothing)
     index = real.flatten().nonzero().squeeze(1)[at]
+    logprobs = _scatter(values, index, real.shape) + zero
+    return TokenLogprobs(logprobs, _scatter(entropies, index, real.shape) if entropy else None)
 
-    def spread(x: Tensor) -> Tensor:
-        out = x.new_zeros(input_ids.numel()).index_put((index,), x)
-        return out.view_as(input_ids)
 
-    return TokenLogprobs(spread(values) + zero, spread(entropies) if entropy else None)
+def _layout(real: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> Segments:
+    """Return the layout of the real tokens of (B, T) as one packed row."""
+    # Padding on either side is cut away, so positions count real tokens.
+    positions = real.cumsum(1) - 1 if position_ids is None else position_ids
+    segments = segments_from_positions(positions[real])
+    return segments if mask is None else replace(segments, answers=mask[real].bool())
+
+
+def _scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """Return zeros (B, T) with the values (n,) at their places in the flattened tensor."""
+    return values.new_zeros(shape.numel()).index_put((index,), values).view(shape)
 
 
 class LogprobModel(nn.Module):

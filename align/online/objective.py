@@ -48,41 +48,42 @@ def policy_objective(
         aggregation, max_tokens: see ``reduce_policy_loss``.
     """
     out = model(
-        batch.input_ids,
-        batch.position_ids,
-        temperature=temperature,
-        entropy=True,
-        mask=batch.mask,
+        batch.input_ids, batch.position_ids, temperature=temperature, entropy=True, mask=batch.mask
     )
     # All packed, (1, N): log-probabilities, mask, and tensors per token of the experience.
     logprobs, mask, tokens = out.logprobs, batch.mask, batch.per_token
     # Without stored values the current policy is the old one: ratio 1 with the gradient of
     # REINFORCE.
     old = tokens.get("old_logprobs", logprobs.detach())
-    # Importance correction: the sampler's distribution differs slightly from the trainer's.
-    weights = importance_weights(
-        old,
-        tokens["rollout_logprobs"],
-        mask,
-        segment_ids=batch.segment_ids,
-        num_segments=max(batch.num, 1),
-        **importance,
-    )
+    weights = _sampler_weights(old, batch, importance)
     parts = policy_loss(logprobs, old, batch, objective=objective, clip=clip, dual_clip=dual_clip)
     loss = parts.loss * weights
     # The KL is not importance weighted: it regularizes the current policy.
     if kl_in_loss is not None and kl_coef > 0.0:
-        ref = tokens["ref_logprobs"]
-        kl = (
-            corrected_kl(logprobs, old, ref)
-            if kl_in_loss == "corrected"
-            else kl_estimate(logprobs, ref, kl_in_loss)
-        )
+        kl = _kl(logprobs, old, tokens["ref_logprobs"], estimator=kl_in_loss)
         loss = loss + kl_coef * kl.masked_fill(~mask, 0.0)
     stats = _statistics(parts, out, batch, old=old, weights=weights, cap=importance["cap"])
     total = reduce_policy_loss(loss, batch, aggregation=aggregation, max_tokens=max_tokens)
     # Connects an empty micro-batch to the graph, so that every rank runs the same backward pass.
     return total + 0.0 * logprobs.sum(), stats
+
+
+def _sampler_weights(old: Tensor, batch: PackedBatch, importance: Mapping[str, Any]) -> Tensor:
+    """Return what corrects the sampler's distribution, slightly different from the trainer's."""
+    return importance_weights(
+        old,
+        batch.per_token["rollout_logprobs"],
+        batch.mask,
+        segment_ids=batch.segment_ids,
+        num_segments=max(batch.num, 1),
+        **importance,
+    )
+
+
+def _kl(logprobs: Tensor, old: Tensor, ref: Tensor, *, estimator: str) -> Tensor:
+    if estimator == "corrected":
+        return corrected_kl(logprobs, old, ref)
+    return kl_estimate(logprobs, ref, estimator)
 
 
 def _statistics(
