@@ -191,19 +191,18 @@ def convert(
         "to": to,
         "seed": seed,
         "columns": columns,
-        "inputs": [
-            {
-                **spec.model_dump(mode="json", exclude_defaults=True),
-                "files": data_fingerprint(source_of(spec)[0]),
-            }
-            for spec in specs
-        ],
+        "inputs": [_input_record(spec) for spec in specs],
         "output": {"path": str(out), "sha256": file_sha256(out), "rows": len(rows)},
         "version": metadata.version("align-suite"),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json_atomic(out.with_name(out.name + ".provenance.json"), note)
     return note
+
+
+def _input_record(spec: DataSpec) -> dict[str, Any]:
+    settings = spec.model_dump(mode="json", exclude_defaults=True)
+    return {**settings, "files": data_fingerprint(source_of(spec)[0])}
 
 
 def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> None:

@@ -154,8 +154,7 @@ def fit_rows(
     longer than ``max_length`` are dropped whole.
 
     Args:
-        rows: tokenized rows.
-        max_length: tokens.
+        rows: tokenized rows. max_length: tokens.
         max_lost_frac: largest fraction of rows that may be dropped.
         what: name of the data in messages.
         ledger: JSON Lines file to which every dropped or cut row is appended.
@@ -166,29 +165,16 @@ def fit_rows(
     Raises:
         DataError: more than ``max_lost_frac`` of the rows, or all of them, are dropped.
     """
-    kept: list[AnyRow] = []
-    lost: list[AnyRow] = []
-    cut: list[AnyRow] = []
-    for row in rows:
-        fitted = fit_row(row, max_length=max_length)
-        if fitted is None:
-            lost.append(row)
-            continue
-        kept.append(fitted)
-        if fitted is not row:
-            cut.append(row)
+    fitted = [(row, fit_row(row, max_length=max_length)) for row in rows]
+    kept = [new for _, new in fitted if new is not None]
+    lost = [row for row, new in fitted if new is None]
+    cut = [row for row, new in fitted if new is not None and new is not row]
     # The ledger lists every affected row, even if the loss is allowed.
     for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
         _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
     if cut:
-        logger.warning(
-            "%s: the prompts of %d of %d pairs were cut to %d tokens: %s",
-            what,
-            len(cut),
-            len(rows),
-            max_length,
-            _places(cut, ledger),
-        )
+        short = f"{len(cut)} of {len(rows)} pairs were cut to {max_length} tokens"
+        logger.warning("%s: the prompts of %s: %s", what, short, _places(cut, ledger))
     if len(lost) > max_lost_frac * len(rows) or not kept:
         longest = max(map(_length, lost), default=0)
         raise DataError(
@@ -199,14 +185,8 @@ def fit_rows(
             code="D114",
         )
     if lost:
-        logger.warning(
-            "%s: lost %d of %d rows longer than %d tokens: %s",
-            what,
-            len(lost),
-            len(rows),
-            max_length,
-            _places(lost, ledger),
-        )
+        dropped = f"lost {len(lost)} of {len(rows)} rows longer than {max_length} tokens"
+        logger.warning("%s: %s: %s", what, dropped, _places(lost, ledger))
     return kept, len(lost)
 
 
@@ -360,6 +340,12 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         logger.warning("%s: %d of %d rows contain no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
+    _log_contents(spec, examples, kind=kind)
+    return examples
+
+
+def _log_contents(spec: DataSpec, examples: Sequence[Example], *, kind: Kind) -> None:
+    """Log what the rows of a file hold beside their prompts and responses."""
     # A mix of plain text and conversations is probably a mistake: only the latter get the template.
     plain = sum(isinstance(e.prompt, str) and isinstance(e.completion, str) for e in examples)
     if kind in ("sft", "preference", "unpaired") and 0 < plain < len(examples):
@@ -374,7 +360,6 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     if beside:
         use = "columns for the rewards" if kind == "prompts" else "columns that are not trained on"
         logger.info("%s: %s: %s", spec.path, use, ", ".join(beside))
-    return examples
 
 
 def _worded(row: Row, spec: DataSpec, *, source: str, seed: int) -> Sequence[Row]:

@@ -112,20 +112,11 @@ def task_block(
         to metric to the number of excluded responses, if any).
     """
     others = [name for name in models if name != baseline]
-    # Measure every metric of every model.
-    findings = {
-        name: {
-            m: find(
-                m,
-                models[name],
-                _other(models, name, baseline),
-                judged=judged.get(name),
-                seed=seed,
-            )
-            for m in metrics
-        }
-        for name in models
-    }
+    findings: dict[str, dict[str, Finding]] = {}
+    for name, model in models.items():
+        other = None if name == baseline else models[baseline]
+        pairs = judged.get(name)
+        findings[name] = {m: find(m, model, other, judged=pairs, seed=seed) for m in metrics}
     # Lay the measurements out as plain JSON data.
     first = models[baseline].records
     block: dict[str, Any] = {
@@ -147,10 +138,6 @@ def task_block(
     if groups := _groups(models, metrics):
         block["groups"] = groups
     return block
-
-
-def _other(models: Mapping[str, Answered], name: str, baseline: str) -> Answered | None:
-    return None if name == baseline else models[baseline]
 
 
 def find(

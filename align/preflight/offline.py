@@ -135,8 +135,6 @@ def first_loss(
 ) -> Finding:
     """Check that the loss before the first step has its expected value or bound."""
     loss = loss_of(module, task, [rows])
-    # New virtual tokens change the policy, but not the reference, which runs without them.
-    virtual = spec.tuning.virtual
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
             loss,
@@ -147,24 +145,7 @@ def first_loss(
             fails=not math.isfinite(loss),
         )
     if isinstance(spec, DpoStage | KtoStage):
-        counts = task.collate(rows, rows).counts
-        expected, what = (
-            expected_kto_loss(spec, counts)
-            if isinstance(spec, KtoStage)
-            else expected_dpo_loss(spec)
-        )
-        limit = 2.0 * PUSH_TOLERANCE[spec.dtype] * max(1.0, expected)
-        return Finding(
-            f"{loss:.6f}",
-            f"{what} = {expected:.6f}, within {limit:.1g}",
-            "ok" if abs(loss - expected) <= limit else "warn" if virtual else "fail",
-            "policy and reference differ before the first step"
-            + (
-                f", as {spec.tuning.method} tuning does"
-                if virtual
-                else ". The reference must be the model that the stage starts from"
-            ),
-        )
+        return _loss_at_reference(spec, loss, task.collate(rows, rows).counts)
     if isinstance(spec, RewardStage):
         return at_most(
             loss,
@@ -180,6 +161,29 @@ def first_loss(
         remedy="the model predicts these responses worse than chance. Check that the tokenizer "
         "belongs to the model and that the model is pretrained",
         fails=not math.isfinite(loss),
+    )
+
+
+def _loss_at_reference(
+    spec: DpoStage | KtoStage, loss: float, counts: Mapping[str, float]
+) -> Finding:
+    """Compare the first loss with the one of a policy that is still its reference."""
+    expected, what = (
+        expected_kto_loss(spec, counts) if isinstance(spec, KtoStage) else expected_dpo_loss(spec)
+    )
+    limit = 2.0 * PUSH_TOLERANCE[spec.dtype] * max(1.0, expected)
+    # New virtual tokens change the policy, but not the reference, which runs without them.
+    virtual = spec.tuning.virtual
+    return Finding(
+        f"{loss:.6f}",
+        f"{what} = {expected:.6f}, within {limit:.1g}",
+        "ok" if abs(loss - expected) <= limit else "warn" if virtual else "fail",
+        "policy and reference differ before the first step"
+        + (
+            f", as {spec.tuning.method} tuning does"
+            if virtual
+            else ". The reference must be the model that the stage starts from"
+        ),
     )
 
 

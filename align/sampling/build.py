@@ -48,20 +48,15 @@ def build_engine(
     Args:
         kind: ``auto`` uses vLLM if it can serve this model, and logs the reason if it cannot.
         model_dir: Hugging Face model folder with its tokenizer.
-        dtype: dtype of the engine's weights.
         max_model_len: prompt and response together, in tokens; at most the model's positions.
-        seed: source of the seeds of calls without explicit seeds.
-        memory_frac: fraction of the accelerator's memory for weights and cache.
-        cache_gib: key-value cache on CPU, in GiB.
-        stop_token_ids: tokens that end a response unless a call overrides them.
         tuning: tuning block of the stage whose policy will be pushed; None without training.
         push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` together with its initial weights.
+        dtype, seed, memory_frac, cache_gib, stop_token_ids: see ``EngineOptions``.
 
     Raises:
         TrainingError: the recipe requires vLLM, but it cannot serve this model.
     """
-    # One clear line if the folder has no readable configuration.
-    _read_config(Path(model_dir))
+    _read_config(Path(model_dir))  # one clear line if the folder has no readable configuration
     # vLLM refuses to start with more tokens than the model has positions.
     positions = num_positions(model_dir) or max_model_len
     options = EngineOptions(
@@ -75,18 +70,22 @@ def build_engine(
         tuning=tuning,
         push=push,
     )
-    # Import only the engine that is used: vLLM is heavy and optional.
     name, reason = choose_engine(kind, options.model_dir, tuning)
-    if name == "vllm":
-        from align.sampling.vllm import VllmEngine as Engine
-    else:
-        from align.sampling.hf import HfEngine as Engine
-    engine = Engine(options)
+    engine = _start(name, options)
     log.info(
         "rollout engine: %s (%s); %s, up to %d tokens, ready in %.1f s",
         *(name, reason, dtype, options.max_model_len, engine.start_s),
     )
     return engine
+
+
+def _start(name: Literal["vllm", "hf"], options: EngineOptions) -> RolloutEngine:
+    # Import only the engine that is used: vLLM is heavy and optional.
+    if name == "vllm":
+        from align.sampling.vllm import VllmEngine as Engine
+    else:
+        from align.sampling.hf import HfEngine as Engine
+    return Engine(options)
 
 
 def choose_engine(

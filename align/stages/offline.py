@@ -319,13 +319,9 @@ def offline_rows(
             max_length=spec.max_length,
         )
 
-    return OfflineRows(
-        fitted(training, "training"),
-        fitted(heldout, "held-out"),
-        spread([*training, *heldout], MAX_SEEN),
-        checks,
-        notes,
-    )
+    some = spread([*training, *heldout], MAX_SEEN)
+    trained, watched = fitted(training, "training"), fitted(heldout, "held-out")
+    return OfflineRows(trained, watched, some, checks, notes)
 
 
 def run_offline(

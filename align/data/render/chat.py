@@ -408,6 +408,16 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
         tokenizer.add_special_tokens(markers, replace_extra_special_tokens=False)
     if spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)
+    _check_complete(tokenizer)
+    if spec.append_stop:
+        _append_stop(tokenizer)
+    added = sorted(set(tokenizer.get_vocab()) - known, key=tokenizer.convert_tokens_to_ids)
+    logger.info("tokenizer: added %s, stop token %r", added or "no tokens", tokenizer.eos_token)
+    return added
+
+
+def _check_complete(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise if the tokenizer still lacks a setting that neither it nor the recipe has."""
     missing = [
         _NEEDS.format(what=what, key=key, example=example)
         for what, key, example, value in (
@@ -419,11 +429,6 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
     ]
     if missing:
         raise RecipeError("\n".join(missing))
-    if spec.append_stop:
-        _append_stop(tokenizer)
-    added = sorted(set(tokenizer.get_vocab()) - known, key=tokenizer.convert_tokens_to_ids)
-    logger.info("tokenizer: added %s, stop token %r", added or "no tokens", tokenizer.eos_token)
-    return added
 
 
 def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -43,28 +43,14 @@ def noise_report(
     # A tie has no label that could be wrong, but every part still trains on the ties.
     rows = [pair for pair in pairs if not pair.tie]
     part_of = cut(rows, folds=folds, seed=context.seed)
+    ties = [pair for pair in pairs if pair.tie]
     lines: list[dict[str, Any]] = []
     for part in range(folds):
         inside = replace(context, name=f"{context.name}/noise-{part + 1}")
         _empty(inside.out)
-        # Train on the other parts.
         others = [row for row, p in zip(rows, part_of, strict=True) if p != part]
-        ties = [pair for pair in pairs if pair.tie]
-        judged = [row for row, p in zip(rows, part_of, strict=True) if p == part]
-        scores = score_token_ids(
-            train([*others, *ties], inside), [r.input_ids for r in flatten_pairs(judged)]
-        )
-        for row, chosen, rejected in zip(judged, scores[0::2], scores[1::2], strict=True):
-            # exp overflows in float64 above about 709.
-            probability = 1.0 / (1.0 + math.exp(min(chosen - rejected, 700.0)))
-            lines.append(
-                {
-                    "row": row.source,
-                    "probability": probability,
-                    "part": part + 1,
-                    "flagged": probability > 0.5,
-                }
-            )
+        scored = [row for row, p in zip(rows, part_of, strict=True) if p == part]
+        lines += _scored(scored, train([*others, *ties], inside), part=part)
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(inside.out)
@@ -85,6 +71,18 @@ def noise_report(
         "folds": folds,
         "file": NOISE_FILE,
     }
+
+
+def _scored(pairs: Sequence[PairRow], model: RewardModel, *, part: int) -> list[dict[str, Any]]:
+    """Return the line of each pair, with the probability that its label is wrong."""
+    scores = score_token_ids(model, [row.input_ids for row in flatten_pairs(pairs)])
+    lines = []
+    for row, chosen, rejected in zip(pairs, scores[0::2], scores[1::2], strict=True):
+        # exp overflows in float64 above about 709.
+        wrong = 1.0 / (1.0 + math.exp(min(chosen - rejected, 700.0)))
+        line = {"row": row.source, "probability": wrong, "part": part + 1, "flagged": wrong > 0.5}
+        lines.append(line)
+    return lines
 
 
 def cut(pairs: Sequence[PairRow], *, folds: int, seed: int) -> list[int]:
