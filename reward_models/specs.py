@@ -332,6 +332,26 @@ class PythonSpec(RewardSpec):
         return self.name or self.path.rpartition(":")[2]
 
 
+class CodeSpec(RewardSpec):
+    """Score 1 if the Python program of the response passes the tests of its row, in a sandbox."""
+
+    builder: ClassVar[str] = "reward_models.code:build_code"
+    kind: Literal["code"]
+    column: str | None = None
+    """Column of the row with its tests; None finds it (docs/own-code.md lists the layouts)."""
+    partial: bool = False
+    """Score the fraction of the tests that pass, instead of 1 only if all do."""
+    timeout_s: Positive = 10.0
+    """Limit of a program, in seconds of processor time; three times that on the clock."""
+    memory_gib: Positive = 1.0
+    """Memory limit of each process of a program; there can be eight."""
+    workers: Count | None = None
+    """Programs that run at the same time; None is the number of processors."""
+    isolation: Literal["required", "limits"] = "required"
+    """``limits`` is for machines without namespaces: no network and the same limits, but the
+    program can read and write the files of the user who trains."""
+
+
 class EnsembleSpec(RewardSpec):
     """Combine rewards that rate the same property."""
 

@@ -12,11 +12,13 @@ from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, Verdict, spread
 from align.recipe.schema import EnsembleSpec, RewardSpec, ScalarSpec
 from reward_models.base import MissingColumnError, RewardFunction
-from reward_models.specs import LengthSpec, RefusalSpec, RemoteSpec, RepetitionSpec
+from reward_models.specs import CodeSpec, LengthSpec, RefusalSpec, RemoteSpec, RepetitionSpec
 
 NUM_ROWS = 8
 FORMS = (("", ""), ("#### ", ""), ("The answer is ", "."), ("\\boxed{", "}"))
 """Text before and after a final answer; the form that a reward reads best is used."""
+SOLUTIONS = ("canonical_solution", "code", "solution", "reference_solution")
+"""Columns that may contain a program that solves the row."""
 _PLAIN = re.compile(r"(?:\\\W|[^\\\[\].*+?{}|^$()])*")
 """Matches patterns that match exactly one text: ordinary and escaped special characters."""
 DEAD = (
@@ -64,6 +66,8 @@ def reward_checks(
 def _testable(spec: RewardSpec, prompts: Sequence[PromptRow]) -> bool:
     """Return whether known answers can be constructed for the reward."""
     column = _column(spec)
+    if isinstance(spec, CodeSpec):
+        return _solution_column(prompts) is not None
     if _learned(spec):
         return column in prompts[0].columns
     return _fixed(spec) is not None or column is not None
@@ -137,6 +141,12 @@ def _judged(spec: RewardSpec, above: int, rows: int) -> tuple[Verdict, str]:
             "warn",
             "the reward model prefers answers of other rows. Check that it fits these prompts",
         )
+    if isinstance(spec, CodeSpec):
+        verdict: Verdict = "warn" if above else "fail"
+        return verdict, (
+            f"the solutions of {rows - above} of {rows} rows do not pass their tests. Check "
+            "'column', 'timeout_s', and that the packages that they import are installed"
+        )
     if above == 0:
         return "fail", (
             f"the value of column '{_column(spec)}' never scores above a wrong value, in any "
@@ -158,6 +168,8 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
     if isinstance(spec, RefusalSpec):
         return [_refusals(spec, spread(prompts, NUM_ROWS))]
     column = _column(spec)
+    if isinstance(spec, CodeSpec):
+        column = _solution_column(prompts)
     if column is None or _reads_ids(spec) or (_learned(spec) and column not in prompts[0].columns):
         return []
     rows = spread(prompts, NUM_ROWS)
@@ -169,6 +181,8 @@ def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]
         if (other := _other(values, mine)) is not None
     ]
     forms = [*FORMS, *_from_pattern(getattr(spec, "pattern", None))]
+    if isinstance(spec, CodeSpec):
+        forms = [("```python\n", "\n```")]
     return [
         Known(
             [row for row, _, _ in pairs],
@@ -213,6 +227,10 @@ def _reads_ids(spec: RewardSpec) -> bool:
     if isinstance(spec, EnsembleSpec):
         return any(map(_reads_ids, spec.members))
     return isinstance(spec, RemoteSpec) and spec.token_ids
+
+
+def _solution_column(prompts: Sequence[PromptRow]) -> str | None:
+    return next((name for name in SOLUTIONS if prompts[0].columns.get(name)), None)
 
 
 def _column(spec: RewardSpec) -> str | None:
