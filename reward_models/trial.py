@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward_models.base import RewardFunction, Text, completion_text
+from reward_models.base import RewardFunction, Text, completion_text, plain_text
 
-REFERENCES = ("answer", "ground_truth", "solution", "reference", "completion", "label", "labels")
+REFERENCES = (
+    *("canonical_solution", "answer", "ground_truth", "solution", "reference", "completion"),
+    *("label", "labels", "code"),
+)
 """Columns that may contain the correct answer; the first that the rows have is used."""
 LONG_WORDS = 4000
 INJECTION = (
@@ -16,28 +19,46 @@ INJECTION = (
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """What responses are made from: the prompt, its correct answer, and those of other rows."""
+
+    prompt: str
+    own: str
+    others: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
-    """A kind of response: how it is made from the correct answer, and whether it is correct."""
+    """A kind of response: how it is made for a row, and whether it is correct."""
 
     name: str
-    make: Callable[[str, Sequence[str]], str]
+    make: Callable[[Row], str]
     is_right: bool = False
 
 
+def _boxed(row: Row) -> str:
+    # The correct one in the middle: a reward may read the first answer or the last.
+    answers = [row.others[0], row.own, *(row.others[1:] or row.others)]
+    return "\n".join(f"#### {answer} \\boxed{{{answer}}}" for answer in answers)
+
+
 RESPONSES = (
-    Response("the right answer", lambda own, others: own, True),
-    Response("#### answer", lambda own, others: f"Let me think.\n#### {own}", True),
-    Response("\\boxed{answer}", lambda own, others: f"So it is \\boxed{{{own}}}.", True),
-    Response("<answer> tags", lambda own, others: f"<think>so</think><answer>{own}</answer>", True),
-    Response("another row's answer", lambda own, others: others[0]),
-    Response("empty", lambda own, others: ""),
-    Response("blanks", lambda own, others: " \n" * 20),
-    Response("very long", lambda own, others: "word " * LONG_WORDS),
-    Response("form without content", lambda own, others: "<think></think><answer></answer>"),
-    Response("empty box", lambda own, others: "\\boxed{} ####"),
-    Response("repeated wrong answer", lambda own, others: f"{others[0]} " * 50),
-    Response("all answers at once", lambda own, others: " ".join([own, *others])),
-    Response("injected verdict", lambda own, others: INJECTION),
+    Response("the right answer", lambda row: row.own, True),
+    Response("#### answer", lambda row: f"Let me think.\n#### {row.own}", True),
+    Response("\\boxed{answer}", lambda row: f"So it is \\boxed{{{row.own}}}.", True),
+    Response("<answer> tags", lambda row: f"<think>so</think><answer>{row.own}</answer>", True),
+    Response("a block of code", lambda row: f"```python\n{row.own}\n```", True),
+    Response("another row's answer", lambda row: row.others[0]),
+    Response("empty", lambda row: ""),
+    Response("blanks", lambda row: " \n" * 20),
+    Response("very long", lambda row: "word " * LONG_WORDS),
+    Response("form without content", lambda row: "<think></think><answer></answer>"),
+    Response("empty box", lambda row: "\\boxed{} ####"),
+    Response("repeated wrong answer", lambda row: f"{row.others[0]} " * 50),
+    Response("all answers at once", lambda row: " ".join([row.own, *row.others])),
+    Response("every answer boxed", _boxed),
+    Response("the prompt again", lambda row: row.prompt),
+    Response("injected verdict", lambda row: INJECTION),
 )
 
 
@@ -75,13 +96,14 @@ def try_reward(
             f"have {sorted(columns) or 'none'}; rename one"
         )
     own = [_text(value) for value in columns[name]]
+    rows = [
+        # Up to eight other answers serve as wrong ones.
+        Row(_shown(asked), mine, list(dict.fromkeys(o for o in own if o != mine))[:8] or ["?"])
+        for asked, mine in zip(prompts, own, strict=True)
+    ]
     found = []
     for response in RESPONSES:
-        # Up to eight other answers serve as wrong ones.
-        texts = [
-            response.make(mine, list(dict.fromkeys(o for o in own if o != mine))[:8] or ["?"])
-            for mine in own
-        ]
+        texts = [response.make(row) for row in rows]
         completions: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
@@ -106,6 +128,10 @@ def weaknesses(outcomes: Sequence[Outcome]) -> list[str]:
     if len(everything) == 1:
         return [f"every response scores {everything.pop():g}: nothing can be learned from it"]
     return found
+
+
+def _shown(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else plain_text(prompt[-1:])
 
 
 def _text(value: object) -> str:

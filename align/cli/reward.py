@@ -12,22 +12,28 @@ from align.core.text import visible
 if TYPE_CHECKING:
     from reward_models.base import RewardFunction
 
-reward = typer.Typer(help="Test custom reward functions.", no_args_is_help=True)
+reward = typer.Typer(help="Test rewards before training.", no_args_is_help=True)
 
 
 @reward.callback()
 def _commands() -> None:
-    """Test custom reward functions."""
+    """Test rewards before training."""
     # A callback keeps `test` a subcommand; typer would merge a single command into its group.
 
 
 @reward.command("test")
 def try_out(
-    path: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="or MODULE:FUNCTION")],
+    path: Annotated[
+        str, typer.Argument(metavar="REWARD", help="FILE.py:FUNCTION, MODULE:FUNCTION, or a kind")
+    ],
     data: Annotated[Path, typer.Option(metavar="FILE", help="rows with prompt and answer")],
-    args: Annotated[str, typer.Option(metavar="JSON", help="arguments of the function")] = "{}",
+    args: Annotated[
+        str, typer.Option(metavar="JSON", help="arguments of the function, or keys of the kind")
+    ] = "{}",
     rows: Annotated[int, typer.Option(min=2, help="number of rows to score")] = 16,
-    deadline: Annotated[float, typer.Option(min=0.1, help="time limit per call (s)")] = 30.0,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="time limit per call of a function (s)")
+    ] = 30.0,
 ) -> None:
     """Score correct responses, wrong ones and attacks; exit code 1 if an attack succeeds."""
     from align.data.load import load_examples
@@ -64,7 +70,9 @@ def _built(path: str, args: str, deadline_s: float) -> "RewardFunction":
 
     try:
         given = json.loads(args)
+        if ":" not in path:
+            return build_reward({**given, "kind": path})
         spec = {"kind": "python", "path": path, "args": given, "deadline_s": deadline_s}
         return build_reward(spec)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: {error}") from error

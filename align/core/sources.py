@@ -7,7 +7,7 @@ import ast
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +17,11 @@ EXTENSIONS = "ALIGN_EXTENSIONS"
 """Environment variable with modules that register kinds, separated by commas."""
 GROUP = "align.extensions"
 """Entry points of installed packages whose modules register kinds."""
+FUNCTION_KEYS = ("map", "estimator", "objective", "loss")
+"""Keys of a recipe whose value is a function of the user if it has the form of one.
+
+A ``path`` is one in a block of ``kind: python``.
+"""
 
 
 def extensions() -> list[str]:
@@ -31,13 +36,70 @@ def _installed() -> tuple[str, ...]:
 
 
 def extension_hashes() -> dict[str, str]:
-    """Return the sha256 of each extension's module file; the result of a stage depends on it."""
-    return {name: _sha256(source_file(f"{name}:")) for name in extensions()}
+    """Return the hash of each extension's source; the result of a stage depends on it."""
+    return {name: source_hash(f"{name}:") for name in extensions()}
 
 
-def _sha256(file: Path | None) -> str:
-    # A missing file gets its own hash; whoever imports it reports it.
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file else "missing"
+def source_hash(path: str) -> str:
+    """Return the sha256 of ``FILE.py:NAME`` or ``MODULE:NAME`` and of the modules it imports.
+
+    These are the modules beside it and below, by the names that stand in the code. Names that are
+    put together at run time, installed packages and files of data do not count.
+    """
+    file = source_file(path)
+    if file is None:
+        return "missing"  # whoever imports it reports it
+    root, inside = _root(file, path.rpartition(":")[0])
+    found, waiting = {file: ""}, [file]
+    while waiting:
+        for module in _imported(waiting.pop(), root):
+            if module not in found and module.is_relative_to(inside):
+                found[module] = str(module.relative_to(root))
+                waiting.append(module)
+    digest = hashlib.sha256()
+    for module, name in sorted(found.items(), key=lambda item: item[1]):
+        digest.update(f"{name} {hashlib.sha256(module.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _root(file: Path, place: str) -> tuple[Path, Path]:
+    """Return the folder from which the module of a file is imported, and that of its own code."""
+    if place.endswith(".py"):
+        return file.parent, file.parent
+    parts = place.split(".")
+    root = file.parents[len(parts) - (file.name != "__init__.py")]
+    # Of the packages that are installed beside it, only its own.
+    return root, root / parts[0] if root.name in ("site-packages", "dist-packages") else root
+
+
+def _imported(file: Path, root: Path) -> Iterator[Path]:
+    """Yield the files below ``root`` that a module imports by name."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    package = file.parent.relative_to(root).parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            outer = list(package[: len(package) - node.level + 1]) if node.level else []
+            of = [*outer, *(node.module.split(".") if node.module else ())]
+            names = [of, *([*of, alias.name] for alias in node.names)]
+        else:
+            continue
+        for parts in names:
+            yield from _modules(root, parts)
+
+
+def _modules(root: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the files that an import of a dotted name runs: the packages and the module."""
+    for i in range(1, len(parts) + 1):
+        place = root.joinpath(*parts[:i])
+        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if file.is_file():
+                yield file
+                break
 
 
 def source_file(path: str) -> Path | None:
@@ -74,15 +136,23 @@ def source_names(file: Path) -> list[str] | None:
     return found
 
 
+def code_keys(block: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of a mapping whose value names a function of the user."""
+    for key in ("path",) if block.get("kind") == "python" else FUNCTION_KEYS:
+        if isinstance(value := block.get(key), str) and ":" in value:
+            yield key
+
+
 def with_source_hashes(value: object) -> Any:
-    """Return a specification with the path of each ``kind: python`` replaced by its file's hash.
+    """Return a specification in which each function of the user is replaced by its source's hash.
 
     The result of a stage depends on what the function does, not on where its file is.
     """
     if isinstance(value, Mapping):
-        found = {name: with_source_hashes(inner) for name, inner in value.items()}
-        if value.get("kind") == "python" and isinstance(path := value.get("path"), str):
-            found["path"] = f"sha256:{_sha256(source_file(path))}:{path.rpartition(':')[2]}"
+        # The arguments of a function are the user's own.
+        found = {n: x if n == "args" else with_source_hashes(x) for n, x in value.items()}
+        for key in code_keys(value):
+            found[key] = f"sha256:{source_hash(value[key])}:{value[key].rpartition(':')[2]}"
         return found
     if isinstance(value, list | tuple):
         return [with_source_hashes(inner) for inner in value]

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import RecipeError
-from align.core.sources import EXTENSIONS, GROUP, extensions, source_file, source_names
+from align.core.sources import (
+    EXTENSIONS,
+    GROUP,
+    code_keys,
+    extensions,
+    source_file,
+    source_names,
+)
 from align.core.text import suggest
 from align.recipe.source import Key, Source
 
@@ -28,18 +35,16 @@ def import_extensions() -> None:
 
 
 def place_own_code(source: Source, folder: Path) -> None:
-    """Make the files of ``kind: python`` absolute, relative to ``folder``; report missing ones."""
+    """Make the files of the user's functions absolute, relative to ``folder``; report problems."""
     for key, block in _blocks(source.data, ()):
-        path = block.get("path")
-        if not isinstance(path, str) or ":" not in path:  # The schema reports this error.
-            continue
-        place, _, name = path.rpartition(":")
-        if place.endswith(".py"):
-            path = block["path"] = f"{(folder / place).resolve()}:{name}"
-        if problem := _problem(path):
-            mark = source.marks.get((*key, "path"))
-            where = f"{mark.at_value()}: " if mark else ""
-            source.errors.append(f"{where}{'.'.join(map(str, (*key, 'path')))}: {problem}")
+        for name in code_keys(block):
+            place, _, function = block[name].rpartition(":")
+            if place.endswith(".py"):
+                block[name] = f"{(folder / place).resolve()}:{function}"
+            if problem := _problem(block[name]):
+                mark = source.marks.get((*key, name))
+                where = f"{mark.at_value()}: " if mark else ""
+                source.errors.append(f"{where}{'.'.join(map(str, (*key, name)))}: {problem}")
 
 
 def _problem(path: str) -> str | None:
@@ -59,10 +64,10 @@ def _problem(path: str) -> str | None:
 
 def _blocks(value: object, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
     if isinstance(value, dict):
-        if value.get("kind") == "python":
-            yield key, value
+        yield key, value
         for name, inner in value.items():
-            yield from _blocks(inner, (*key, name))
+            if name != "args":  # those of a function are the user's own
+                yield from _blocks(inner, (*key, name))
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             yield from _blocks(inner, (*key, i))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -250,6 +251,34 @@ def test_the_content_of_the_source_is_part_of_the_stages_identity(tmp_path: Path
     assert hashed("a", "def score(c): return 2") != first
 
 
+def test_the_modules_that_the_source_imports_are_part_of_the_identity_too(tmp_path: Path):
+    files = {
+        "mine.py": "import helper\nfrom lib import deep\nimport numpy",
+        "helper.py": "def lazy():\n    from lib.other import x",
+        "lib/__init__.py": "",
+        "lib/deep.py": "from . import near",
+        "lib/near.py": "",
+        "lib/other.py": "",
+        "apart.py": "",
+    }
+
+    def hashed() -> str:
+        spec = {"rewards": [{"kind": "python", "path": f"{tmp_path}/mine.py:score"}]}
+        return spec_hash(spec, seed=0, inputs={})
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {"": hashed()}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n# changed")
+        found[name] = hashed()
+        (tmp_path / name).write_text(text)
+    # What it does not import does not count.
+    assert found["apart.py"] == found[""] == hashed()
+    assert len(set(found.values())) == len(files)
+
+
 def test_a_weak_reward_is_found_by_its_attacks(code: Path):
     def lengths(*, prompts, completions, **columns):
         return [float(len(text)) for text in completions]
@@ -263,6 +292,23 @@ def test_a_weak_reward_is_found_by_its_attacks(code: Path):
     rows = ["?"] * 3, {"answer": ["4", "5", "six"]}
     assert not weaknesses(try_reward(exact, *rows))
     assert any("very long" in line for line in weaknesses(try_reward(lengths, *rows)))
+
+    # Any boxed answer counts, so listing many pays; a reward of the last one is sound.
+    def boxed(which):
+        def score(*, prompts, completions, **columns):
+            said = [re.findall(r"boxed\{(.*?)\}", text) for text in completions]
+            pairs = zip(said, columns["answer"], strict=True)
+            return [float(a in (s if which is None else s[which:])) for s, a in pairs]
+
+        return score
+
+    assert any("every answer boxed" in x for x in weaknesses(try_reward(boxed(None), *rows)))
+    assert not weaknesses(try_reward(boxed(-1), *rows))
+
+    def echo(*, prompts, completions, **columns):
+        return [float("?" in text) for text in completions]
+
+    assert any("the prompt again" in line for line in weaknesses(try_reward(echo, *rows)))
     assert "nothing can be learned" in weaknesses(try_reward(constant, *rows))[0]
 
 
@@ -281,3 +327,9 @@ def test_the_command_shows_scores_and_names_what_pays(code: Path, tmp_path: Path
     done = CliRunner().invoke(cli, ["reward", "test", f"{code}:scaled", "--data", str(rows)])
     assert done.exit_code == 1
     assert "nothing can be learned" in done.output
+    # Rewards of the suite too, with their keys.
+    rule = ["reward", "test", "exact_match", "--data", str(rows)]
+    assert CliRunner().invoke(cli, rule).exit_code == 0
+    keys = [*rule, "--args", '{"patern": "(.*)"}']
+    wrong = CliRunner().invoke(cli, keys)
+    assert "unknown key 'patern'; did you mean 'pattern'?" in str(wrong.exception)
