@@ -3,13 +3,14 @@
 #   make test         set up with the test extra, then run the tests
 #   make faults       inject 1,400 faults (kills, damage, full disks ...), under an hour
 #   make mutants      plant faults in the code; the near tests must find each
+#   make docs         build the documentation site into site/
 #   make bench        measure the table of benchmarks/README.md
 #   make setup        set up only          make check   lint and types
 # TORCH_INDEX=URL takes torch from another index; PYTHON=PATH chooses the interpreter.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu faults mutants check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu docs faults mutants check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -52,6 +53,9 @@ faults: setup-test ## Inject 1,400 faults into tiny runs and print the table of 
 
 mutants: setup-test ## Plant faults in a copy of the code; near tests must find each (JOBS=2)
 	@$(PY) -m benchmarks.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
+
+docs: setup-test ## Build the documentation site into site/; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 test-gpu: setup-test ## Run the tests that need a GPU
 	@ALIGN_TEST_GPU=1 $(PY) -m pytest $(PYTEST_ARGS) tests/gpu
