@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from align.core.errors import TrainingError
 from align.losses.kl import kl_estimate
 from align.losses.reduce import masked_moments, masked_whiten
 from align.online.advantages import ESTIMATORS, batch_scaled, shaped_rewards
-from align.online.objective import critic_objective, policy_objective
+from align.online.objective import critic_objective, named_function, policy_objective
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
 from align.training.learner import LossFunction
@@ -57,9 +56,12 @@ def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
     """Return the algorithm of a stage's recipe.
 
     Raises:
-        TrainingError: its estimator is unknown, or has a parameter that no step provides.
+        TrainingError: its estimator is unknown, or has a parameter that no step provides, or its
+            objective cannot be imported.
     """
     facts = spec.algorithm_facts
+    if ":" in spec.objective:
+        named_function("objective", spec.objective)  # an error before the first step
     several = spec.minibatches * spec.update_epochs > 1
     kl_in_loss = "corrected" if spec.kl.corrected else spec.kl.estimator
     objective = partial(
@@ -89,18 +91,14 @@ def find_estimator(name: str) -> Estimator:
     Raises:
         TrainingError: there is none of that name.
     """
-    module, separator, function = name.partition(":")
-    if not separator:
-        if name not in ESTIMATORS:
-            raise TrainingError(
-                f"unknown estimator '{name}'; expected one of {', '.join(ESTIMATORS)}, or "
-                "module:function"
-            )
-        return ESTIMATORS[name]
-    try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise TrainingError(f"estimator '{name}' cannot be imported: {error}") from error
+    if ":" in name:
+        return named_function("estimator", name)
+    if name not in ESTIMATORS:
+        raise TrainingError(
+            f"unknown estimator '{name}'; expected one of {', '.join(ESTIMATORS)}, or "
+            "module:function"
+        )
+    return ESTIMATORS[name]
 
 
 def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experience]:

@@ -1,11 +1,13 @@
 """Objectives of the policy and the critic in an online step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align.core.errors import TrainingError
 from align.losses.kl import corrected_kl, kl_estimate
 from align.losses.policy import (
     PerToken,
@@ -41,7 +43,7 @@ def policy_objective(
     Args:
         model: the policy. batch: packed responses with their advantages.
         kl_coef: weight of the KL in the loss. temperature: temperature of the samples.
-        objective: clip, gspo or cispo. clip: ``clip_low`` and ``clip_high``.
+        objective: see ``policy_loss``. clip: ``clip_low`` and ``clip_high``.
         dual_clip: bound of the loss where the advantage is negative; None sets none.
         importance: options of ``importance_weights``, sampler against trainer.
         kl_in_loss: an estimator of ``kl_estimate``, or corrected; None adds no KL.
@@ -117,6 +119,19 @@ def _statistics(
     }
 
 
+def named_function(what: str, place: str) -> Callable[..., Any]:
+    """Return the estimator or objective that ``module:function`` names.
+
+    Raises:
+        TrainingError: it cannot be imported.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(f"{what} '{place}' cannot be imported: {error}") from error
+
+
 def policy_loss(
     logprobs: Tensor,
     old: Tensor,
@@ -126,16 +141,19 @@ def policy_loss(
     clip: Mapping[str, float],
     dual_clip: float | None = None,
 ) -> PerToken:
-    """Return the loss of each token, (1, N), by one of three objectives.
+    """Return the loss of each token, (1, N), by one of three objectives or one from elsewhere.
 
     clip: the probability ratio of each token is clipped. gspo: that of each response. cispo: the
-    weight of each token is clipped, but not its gradient.
+    weight of each token is clipped, but not its gradient. ``module:function``: the function is
+    called like ``cispo_policy_loss``.
     """
     advantages, mask = batch.per_token["advantages"], batch.mask  # (1, N)
     if objective == "clip":
         return clipped_policy_loss(logprobs, old, advantages, mask, **clip, dual_clip=dual_clip)
     if objective == "cispo":
         return cispo_policy_loss(logprobs, old, advantages, mask, **clip)
+    if ":" in objective:
+        return named_function("objective", objective)(logprobs, old, advantages, mask, **clip)
     assert objective == "gspo", f"unknown objective {objective!r}"
     parts = gspo_policy_loss(
         logprobs[0],

@@ -25,7 +25,8 @@ class Algorithm:
         compares_group: True if the responses to one prompt are compared with each other.
         scales: valid values of the stage's option ``scale``.
         scale: default of the option ``scale``, the divisor of the advantages.
-        objective: default of the option ``objective``.
+        objective: default of the option ``objective``: clip, gspo, cispo, or ``module:function``
+            for a function like ``align.losses.policy.cispo_policy_loss`` elsewhere.
         aggregation: default of the option ``aggregation``.
         options: defaults of further options of the stage.
     """
@@ -159,6 +160,11 @@ def known_algorithm(name: str) -> str:
 def known_estimator(name: str) -> str:
     """Return the name of an estimator without a critic; raise ValueError for any other."""
     return _one_of(name, [a.estimator for a in ALGORITHMS.values() if not a.needs_critic])
+
+
+def known_objective(name: str) -> str:
+    """Return the name of an objective of some algorithm; raise ValueError for any other."""
+    return _one_of(name, [a.objective for a in ALGORITHMS.values()])
 
 
 def _one_of(name: str, names: list[str]) -> str:

@@ -1,6 +1,4 @@
-"""A reward, a data format, a tuning method and a stage from outside the package, two places each.
-
-ALIGN_EXTENSIONS=extension imports them. The algorithm is in test_algorithm.py.
+"""One of each kind from outside the package, two places each: ALIGN_EXTENSIONS=extension.
 
 Nothing here imports torch or peft at the top: the module is loaded wherever a recipe is read.
 """
@@ -12,8 +10,43 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from align.recipe.algorithms import ALGORITHMS, Algorithm
 from align.recipe.schema import DataSpec, DataStage, Ref, RewardSpec, SamplingSpec, TuningSpec
 from align.recipe.schema.formats import FORMATS, Format
+
+# An algorithm, place 1: its entry, which names an advantage and an objective.
+ALGORITHMS["above_greedy"] = Algorithm(
+    f"{__name__}:above_greedy",
+    needs_greedy=True,
+    compares_group=False,
+    scales=("none",),
+    scale="none",
+    objective=f"{__name__}:reinforce",
+    aggregation="sequence_sum",
+    options={"group_size": 3},
+)
+
+
+# An algorithm, place 2: its functions.
+def above_greedy(scores: Any, greedy_scores: Any) -> Any:
+    """Return how much better than the greedy response each response is; 0 if it is not."""
+    return (scores - greedy_scores).clamp(min=0.0)
+
+
+def reinforce(
+    logprobs: Any,
+    old_logprobs: Any,
+    advantages: Any,
+    mask: Any,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Any:
+    """Return -A log p of each token: its gradient is that of the ratio where the ratio is 1."""
+    from align.losses.policy import PerToken
+
+    ratio = (logprobs - old_logprobs).exp().detach()
+    return PerToken(loss=-advantages * logprobs, ratio=ratio, clipped=mask & ~mask)
 
 
 # A reward, place 1: its class.

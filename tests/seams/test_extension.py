@@ -52,8 +52,24 @@ stages:
   english:
     <<: *sft
     data: [{path: english.jsonl}]
+  reinforce: &online
+    kind: grpo
+    init: base
+    algorithm: above_greedy
+    prompts: [{world: prompts, rows: 6}]
+    rewards: [{kind: vowels}]
+    steps: 1
+    prompts_per_step: 4
+    sampling: {max_new_tokens: 8, engine: hf}
+    optim: {learning_rate: 1.0e-3}
+  clipped:
+    <<: *online
+    objective: clip
+  grouped:
+    <<: *online
+    estimator: group_relative
 """
-STAGES = ("base", "best", "loha", "german", "english")
+STAGES = ("base", "best", "loha", "german", "english", "reinforce", "clipped", "grouped")
 PATH = os.pathsep.join([str(HERE), os.getcwd()])
 EXTENDED = {"ALIGN_EXTENSIONS": "extension", "PYTHONPATH": PATH}
 
@@ -100,11 +116,12 @@ def test_a_recipe_may_name_the_new_kinds_only_with_the_extension(folder: Path):
     check = ["-m", "align", "check", "recipe.yaml"]
     known = started(check, folder, **EXTENDED)
     assert (known.returncode, known.stderr) == (0, "")
-    assert "valid, 5 stages: base, best, loha, german, english" in known.stdout
+    assert f"valid, {len(STAGES)} stages: {', '.join(STAGES)}" in known.stdout
     unknown = started(check, folder, PYTHONPATH=PATH)
     assert unknown.returncode == 2
     assert "stages.best.kind: found 'best_of_n'; expected one of base, " in unknown.stderr
     assert "stages.loha.tuning.method: found 'loha'; expected one of full, " in unknown.stderr
+    assert "stages.clipped.algorithm: found 'above_greedy'; expected one of" in unknown.stderr
     missing = started(check, folder, ALIGN_EXTENSIONS="extention")
     assert missing.returncode == 2
     assert "extension 'extention' cannot be imported" in missing.stderr
@@ -163,3 +180,24 @@ def test_a_data_format_of_two_places(runs: Path):
     assert not all(torch.equal(german[name], base[name]) for name in german)
     (data,) = manifest(runs, "german")["data"]
     assert (data["path"], data["rows"]) == ("german.jsonl", 8)
+
+
+def test_an_algorithm_of_two_places_brings_its_advantage_and_its_objective(runs: Path):
+    base = weights(runs, "base")
+
+    def moved(stage: str) -> torch.Tensor:
+        after = weights(runs, stage)
+        return torch.cat([(after[name] - base[name]).flatten() for name in sorted(base)])
+
+    def metric(stage: str, name: str) -> float:
+        return float(manifest(runs, stage)["metrics"][name])
+
+    # One step from the policy that sampled: the ratio is 1, and the gradient of A x ratio is that
+    # of A x log p. The update is the same, up to rounding, but the loss is another number.
+    own, clipped, grouped = (moved(stage) for stage in ("reinforce", "clipped", "grouped"))
+    assert own.norm() > 1e-3
+    assert (own - clipped).norm() < 1e-3 * own.norm()
+    # Advantages are at least 0 and log p at most 0: -A log p >= 0 >= -A.
+    assert metric("clipped", "policy/loss") < 0.0 < metric("reinforce", "policy/loss")
+    # The same objective with another advantage makes another update.
+    assert (own - grouped).norm() > 0.1 * own.norm()

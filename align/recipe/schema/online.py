@@ -9,6 +9,7 @@ from align.recipe.algorithms import (
     Algorithm,
     known_algorithm,
     known_estimator,
+    known_objective,
     of_estimator,
     with_preset,
 )
@@ -228,8 +229,9 @@ class GrpoStage(OnlineStage):
     """Baseline of the score: group mean, mean of the others, none, or the greedy response."""
     scale: Literal["std", "batch", "none"] = "std"
     """Divide by the standard deviation of the group, of the batch, or by nothing (Dr. GRPO)."""
-    objective: Literal["clip", "gspo", "cispo"] = "clip"
-    """Clip the ratio of each token, the ratio of each response, or the weight of each token."""
+    objective: Annotated[str, AfterValidator(known_objective)] = "clip"
+    """Clip the ratio of each token (``clip``), the ratio of each response (``gspo``), or the weight
+    of each token (``cispo``)."""
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = "token"
     """Mean over all tokens (DAPO); mean over tokens, then responses (original GRPO); sum over
     tokens, mean over responses (RLOO); the same divided by max_new_tokens (Dr. GRPO)."""
