@@ -11,6 +11,7 @@ import typer
 from align.cli.data import data, explain
 from align.cli.evaluate import calibrate, eval_
 from align.cli.reward import reward
+from align.cli.start import import_
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtifactError
 from align.core.failure import last_words
 from align.core.text import visible
@@ -46,6 +47,7 @@ def options(
 cli.add_typer(data, name="data")
 cli.add_typer(reward, name="reward")
 cli.command()(explain)
+cli.command("import")(import_)
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from align.core.errors import RecipeError
 from align.core.text import hidden, keep_secret, secret_names, suggest
 from align.recipe.algorithms import defaults_of
+from align.recipe.foreign.tools import recognize
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.own_code import import_extensions, place_own_code
@@ -261,6 +262,9 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     import_extensions()
     # Read. Tasks are expanded twice: overrides may refer to keys of a task, or add tasks.
     source = read_source(find_recipe(path))
+    if tool := recognize(source.data):
+        told = f"this looks like a configuration of {tool}; convert it: align import {tool} {path}"
+        raise RecipeError(f"{path}: {told}")
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)

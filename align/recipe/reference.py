@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -26,6 +27,8 @@ Schema = dict[str, Any]
 """A JSON schema, or a part of one."""
 
 URL = "https://json-schema.org/draft/2020-12/schema"
+SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
+"""The schema that is shipped with the package."""
 DISCRIMINATORS = ("kind", "method")
 """Keys that choose a class; where they have no description, that of the class is used."""
 CHAPTERS = {

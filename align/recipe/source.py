@@ -210,7 +210,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
     if real in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
         raise RecipeError(f"{path}: 'extends' is circular: {circle}; remove one of them")
-    source = _parse(path)
+    source = parse_file(path)
     if "extends" not in source.data:
         return source
     name, mark = source.data.pop("extends"), source.marks.pop(("extends",))
@@ -230,7 +230,8 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
     return base
 
 
-def _parse(path: Path) -> Source:
+def parse_file(path: Path) -> Source:
+    """Return the data of one file, with places and errors; ``extends`` is not followed."""
     # Read at most the limit: the path may be a device or a huge file.
     try:
         with path.open("rb") as f:
@@ -422,8 +423,7 @@ def _merge_at(base: Source, child: Source, key: Key, *, into: dict[str, Any], ne
     for name, value in new.items():
         here = (*key, name)
         old = into.get(name)
-        # A stage set to null is removed.
-        if value is None and key == ("stages",) and name in into:
+        if value is None and key == ("stages",) and name in into:  # removes the stage
             del into[name]
             forget(base.marks, here)
         elif isinstance(old, dict) and isinstance(value, dict) and not _other_kind(old, value):

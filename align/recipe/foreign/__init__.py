@@ -1,0 +1,1 @@
+"""Convert configurations of axolotl, LLaMA-Factory and TRL to recipes."""

@@ -1,0 +1,343 @@
+"""Convert a configuration of LLaMA-Factory to a recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.recipe.foreign.draft import (
+    Adapter,
+    Defaults,
+    Draft,
+    Names,
+    adapter_of,
+    hold_out,
+    set_evaluation,
+    set_training,
+    source_of,
+)
+from align.recipe.foreign.keys import Keys
+from align.recipe.foreign.trl import REASONS as TRAINER_REASONS
+
+TOOL = "LLaMA-Factory"
+KINDS = {"pt": "sft", "sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo"}
+LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+TEMPLATES = {
+    "chatml": "chatml",
+    "llama3": "llama3",
+    "qwen": "qwen2_5",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
+    "gpt": "gpt_oss",
+}
+INFO = "dataset_info.json"
+
+EQUIVALENTS = {
+    "model_name_or_path": "`stages.base.path`",
+    "stage": "kind: pt and sft are sft, rm is reward, dpo, kto, ppo",
+    "template": "`stages.base.tokenizer.chat_template`",
+    "finetuning_type, lora_*, use_dora, use_rslora, pissa_init, quantization_bit": "`tuning`",
+    "freeze_trainable_layers": "named only: `layers.freeze_first` counts from below",
+    "dataset, dataset_dir, eval_dataset": "`data`, `heldout`, by dataset_info.json where it is",
+    "max_samples": "`rows`",
+    "val_size": "`heldout` with `split: heldout` and `heldout_frac`",
+    "cutoff_len": "`max_length`",
+    "per_device_train_batch_size, gradient_accumulation_steps": "`batch_size`, `micro_tokens`",
+    "num_train_epochs, max_steps": "`epochs`, `steps`",
+    "learning_rate, lr_scheduler_*, warmup_*, weight_decay, adam_*, max_grad_norm, optim": (
+        "`optim`"
+    ),
+    "bf16, fp16, pure_bf16": "`dtype`",
+    "save_strategy, save_steps, save_total_limit": "`checkpoint_every`, `keep_checkpoints`",
+    "eval_strategy, eval_steps": "`eval_every`",
+    "deepspeed, fsdp": "`zero`",
+    "report_to, seed, output_dir": "`sinks`, `seed`, `name`",
+    "pref_beta, pref_loss, pref_ftx, simpo_gamma, dpo_label_smoothing": (
+        "`beta`, `loss`, `nll_coef`, `gamma`, `label_smoothing`"
+    ),
+    "kto_chosen_weight, kto_rejected_weight": "`desirable_weight`, `undesirable_weight`",
+    "reward_model, ppo_epochs, ppo_buffer_size, ppo_target, max_new_tokens, temperature": (
+        "`rewards`, `update_epochs`, `minibatches`, `kl.target`, `sampling`"
+    ),
+}
+_KERNEL = "- a kernel; the result is the same"
+_IMAGES = "align trains on text only; images and audio are not supported"
+REASONS = {
+    **TRAINER_REASONS,
+    "do_train": "- align run trains",
+    "do_predict": "use a stage of kind evaluate",
+    "predict_with_generate": "use a stage of kind evaluate",
+    "compute_accuracy": "use a stage of kind evaluate",
+    "adapter_name_or_path": "start from another stage's model instead: init",
+    "ref_model*": "the reference is the model before the training",
+    "reward_model_*": "must be a reward model that align trained",
+    "quantization_*": "- qlora uses doubly quantized NF4",
+    "double_quantization": "- qlora uses doubly quantized NF4",
+    "additional_target": "embeddings and head are not trained in full beside an adapter",
+    "loraplus_*": "one learning rate for both matrices of an adapter",
+    "pissa_*": "- the fast decomposition and the conversion are align's own",
+    "create_new_adapter": "- a stage begins with a new adapter",
+    "freeze_*": "write layers: {freeze_first: N}, counted from below",
+    "use_galore": "align has AdamW only",
+    "galore_*": "align has AdamW only",
+    "use_apollo": "align has AdamW only",
+    "apollo_*": "align has AdamW only",
+    "use_badam": "align has AdamW only",
+    "badam_*": "align has AdamW only",
+    "use_adam_mini": "align has AdamW only",
+    "use_muon": "align has AdamW only",
+    "use_dft_loss": "align has no dynamic fine-tuning loss",
+    "use_llama_pro": "align does not add layers",
+    "use_asft_loss": "align has no such loss",
+    "mask_history": "every assistant turn is trained",
+    "train_on_prompt": "align trains on the assistant turns only",
+    "neat_packing": "- rows are packed without padding in every stage",
+    "packing": "- rows are packed without padding in every stage",
+    "mix_strategy": "- sources are mixed in proportion to their rows",
+    "interleave_probs": "write weight in each source",
+    "streaming": "align reads files completely",
+    "buffer_size": "align reads files completely",
+    "overwrite_cache": "- align reads the rows anew in each run",
+    "tokenized_path": "- align reads the rows anew in each run",
+    "cache_dir": "- set HF_HOME",
+    "preprocessing_*": "- the number of worker processes is chosen by align",
+    "plot_loss": "- the report draws the curves",
+    "flash_attn": "- the attention kernel is chosen by align; the result is the same",
+    "enable_liger_kernel": _KERNEL,
+    "use_unsloth": _KERNEL,
+    "use_unsloth_gc": _KERNEL,
+    "use_reentrant_gc": _KERNEL,
+    "disable_gradient_checkpointing": "write gradient_checkpointing",
+    "upcast_*": "- norms and the head compute in float32",
+    "shift_attn": "align has no shifted sparse attention",
+    "rope_scaling": "set it in the model's config.json",
+    "resize_vocab": "the vocabulary keeps its size",
+    "new_special_tokens": "align adds no tokens but a pad token",
+    "add_tokens": "align adds no tokens but a pad token",
+    "add_special_tokens": "align adds no tokens but a pad token",
+    "split_special_tokens": "special tokens in texts are never read as such",
+    "use_fast_tokenizer": "- always the fast tokenizer",
+    "default_system": "align adds no system turn; put it into the rows",
+    "enable_thinking": "write chat_template: qwen3 or qwen3_instruct",
+    "tool_format": "tool calls are not trained",
+    "moe_aux_loss_coef": "align has no router loss",
+    "low_cpu_mem_usage": "- loading of the model",
+    "infer_*": "- inference after the training",
+    "vllm_*": "- inference after the training",
+    "export_*": "- a command of its own",
+    "hf_hub_token": "set HF_TOKEN in the environment; never write a token into a recipe",
+    "ms_hub_token": "align reads from the Hugging Face hub and from folders",
+    "use_swanlab": "write sinks",
+    "swanlab_*": "- the tracker's own settings come from its environment variables",
+    "include_*": "- always logged",
+    "top_p": "below 1 another distribution than the policy is sampled",
+    "do_sample": "- responses are sampled",
+    "ppo_score_norm": "- a learned reward is normalized",
+    "ppo_whiten_rewards": "write whiten_rewards",
+    "dpo_*": "align has no such term",
+    "ld_alpha": "write ld_alpha",
+    "pref_bco_weight": "align has no BCO loss",
+    "image_*": _IMAGES,
+    "video_*": _IMAGES,
+    "audio_*": _IMAGES,
+    "media_dir": _IMAGES,
+}
+
+
+def convert(keys: Keys, method: str | None) -> Draft:
+    """Return the recipe of a configuration.
+
+    Raises:
+        RecipeError: it cannot be converted at all, for the reason in the message.
+    """
+    given = keys.text("stage", method or "sft").lower()
+    if given not in KINDS:
+        raise keys.wrong("stage", f"'{given}' is no stage; expected one of {', '.join(KINDS)}")
+    for name in ("image_max_pixels", "video_max_pixels", "audio_sampling_rate", "media_dir"):
+        if keys.has(name):
+            raise keys.wrong(name, _IMAGES)
+    draft = Draft(keys, KINDS[given])
+    _set_model(draft)
+    _set_tuning(draft)
+    _set_data(draft, pretraining=given == "pt")
+    length = int(keys.number("cutoff_len", 2048))
+    if not keys.flag("disable_gradient_checkpointing"):
+        draft.stage["gradient_checkpointing"] = True  # LLaMA-Factory's default
+    set_training(draft, Names(), Defaults(5e-5), max_length=length)
+    _set_method(draft)
+    set_evaluation(draft)
+    keys.report_rest(REASONS, tool=TOOL)
+    return draft
+
+
+def _set_model(draft: Draft) -> None:
+    keys = draft.keys
+    draft.base["path"] = keys.text("model_name_or_path")
+    if not draft.base["path"]:
+        raise keys.wrong("model_name_or_path", "is missing")
+    template = keys.text("template")
+    if template.endswith(("_vl", "_omni")) or template in ("llava", "mllama", "pixtral"):
+        raise keys.wrong("template", _IMAGES)
+    if template in TEMPLATES:
+        draft.base["tokenizer"] = {"chat_template": TEMPLATES[template]}
+    elif template and template not in ("default", "empty"):
+        told = f"'{template}'; the tokenizer's own template is used, or give a Jinja file"
+        keys.note("template", told, lost=True)
+
+
+def _set_tuning(draft: Draft) -> None:
+    keys = draft.keys
+    kind = keys.text("finetuning_type", "lora").lower()
+    bits = keys.number("quantization_bit")
+    if kind == "full":
+        return
+    if kind == "freeze":
+        told = "trains the top layers; write layers: {freeze_first: N}. All layers are trained"
+        keys.note("finetuning_type", told, lost=True)
+        return
+    if kind == "oft":
+        draft.stage["tuning"] = {"method": "oft"}
+        return
+    if kind != "lora":
+        raise keys.wrong("finetuning_type", f"'{kind}'; expected full, lora, freeze or oft")
+    method = "lora"
+    if bits == 4:
+        method = "qlora"
+    elif bits is not None:
+        keys.note("quantization_bit", f"{bits} bits; align has 4 (qlora)", lost=True)
+    if keys.flag("use_dora"):
+        method = "dora"
+    elif keys.flag("pissa_init"):
+        method = "pissa"
+    elif keys.flag("use_rslora") and method == "lora":
+        method = "rslora"
+    names = Adapter("lora_rank", "lora_target", default_rank=8, default_alpha=None)
+    draft.stage["tuning"] = adapter_of(draft, names, method)
+
+
+def _set_data(draft: Draft, *, pretraining: bool) -> None:
+    keys, stage = draft.keys, draft.stage
+    names = keys.texts("dataset")
+    if not names:
+        raise keys.wrong("dataset", "is missing")
+    info, folder = _info(keys)
+    rows = keys.number("max_samples")
+
+    def sources(key: str) -> list[dict[str, Any]]:
+        found = [
+            _source(keys, key, name, info=info, folder=folder, pretraining=pretraining)
+            for name in keys.texts(key)
+        ]
+        return [{**source, "rows": int(rows)} for source in found] if rows else found
+
+    stage["prompts" if draft.online else "data"] = sources("dataset")
+    if keys.has("eval_dataset") and not draft.online:
+        stage["heldout"] = sources("eval_dataset")
+    if rows:
+        keys.note("max_samples", "the first rows there, drawn at random here")
+    hold_out(draft, "val_size", keys.number("val_size"))
+
+
+def _info(keys: Keys) -> tuple[dict[str, Any], Path]:
+    """Return the entries of dataset_info.json and its folder; no entries where it is missing."""
+    given = Path(keys.text("dataset_dir", "data"))
+    beside = Path(keys.marks[()].file).parent
+    for folder in (given, beside / given, *(up / given for up in beside.resolve().parents[:3])):
+        try:
+            found = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            return found, folder
+    return {}, given
+
+
+def _source(
+    keys: Keys, key: str, name: str, *, info: dict[str, Any], folder: Path, pretraining: bool
+) -> dict[str, Any]:
+    entry = info.get(name)
+    if not isinstance(entry, dict):
+        if Path(name).exists():
+            return source_of(name)
+        why = f"is not in {folder / INFO}" if info else f"{folder / INFO} was not found"
+        path = f"{folder}/{name}.json"
+        keys.note(key, f"'{name}': {why}; write its file or hub id in place of {path}", lost=True)
+        return source_of(path)
+    columns = entry.get("columns") or {}
+    sharegpt = entry.get("formatting") == "sharegpt"
+    usual = (
+        {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+        if sharegpt
+        else {
+            "prompt": "instruction",
+            "query": "input",
+            "response": "output",
+            "history": "history",
+            "chosen": "chosen",
+            "rejected": "rejected",
+        }
+    )
+    if pretraining:
+        usual = {"prompt": "text"}
+    rename = {str(columns[part]): field for part, field in usual.items() if part in columns}
+    if entry.get("tags"):
+        keys.note(key, f"'{name}': has 'tags'; rename the fields of the turns in the data")
+    path = entry.get("hf_hub_url") or str(folder / str(entry.get("file_name", name)))
+    source = source_of(
+        str(path),
+        split=str(entry.get("split", "")),
+        config=str(entry.get("subset", "")),
+        rename=rename,
+    )
+    return source
+
+
+def _set_method(draft: Draft) -> None:
+    keys, stage = draft.keys, draft.stage
+    if draft.kind in ("dpo", "kto"):
+        stage["beta"] = float(keys.number("pref_beta", 0.1))
+    if draft.kind == "dpo":
+        loss = keys.text("pref_loss", "sigmoid")
+        if loss not in LOSSES:
+            raise keys.wrong("pref_loss", f"'{loss}'; align has {', '.join(LOSSES)}")
+        stage["loss"] = LOSSES[loss]
+        if keys.number("pref_ftx") and loss != "orpo":
+            stage["nll_coef"] = float(keys.number("pref_ftx"))
+        if loss == "simpo":
+            stage["gamma"] = float(keys.number("simpo_gamma", 0.5))
+        if keys.number("dpo_label_smoothing"):
+            stage["label_smoothing"] = float(keys.number("dpo_label_smoothing"))
+    if draft.kind == "kto":
+        for name, own in (
+            ("kto_chosen_weight", "desirable_weight"),
+            ("kto_rejected_weight", "undesirable_weight"),
+        ):
+            if keys.has(name):
+                stage[own] = float(keys.number(name))
+    if draft.kind == "reward":
+        stage["center_coef"] = 0.0
+    if draft.kind == "ppo":
+        _set_ppo(draft)
+
+
+def _set_ppo(draft: Draft) -> None:
+    keys, stage = draft.keys, draft.stage
+    rows = int(keys.number("per_device_train_batch_size", 8))
+    accumulated = int(keys.number("gradient_accumulation_steps", 1))
+    buffers = int(keys.number("ppo_buffer_size", 1))
+    stage["prompts_per_step"] = rows * accumulated * buffers
+    stage["minibatches"] = buffers
+    stage["update_epochs"] = int(keys.number("ppo_epochs", 4))
+    new = int(keys.number("max_new_tokens", 512))
+    stage["sampling"] = {"max_new_tokens": new}
+    if keys.number("temperature", 1.0) != 1.0:
+        stage["sampling"]["temperature"] = float(keys.number("temperature"))
+    stage["max_length"] += new
+    if keys.number("top_k"):
+        keys.note("top_k", "another distribution than the policy is sampled", lost=True)
+    stage["kl"] = {"coef": 0.2, "target": float(keys.number("ppo_target", 6.0))}
+    model = keys.text("reward_model")
+    if not model:
+        raise keys.wrong("reward_model", "is missing")
+    stage["rewards"] = [{"kind": "scalar", "model": model}]
+    told = "must be a reward model that align trained: convert its configuration (stage: rm) too"
+    keys.note("reward_model", told, lost=True)

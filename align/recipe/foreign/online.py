@@ -1,0 +1,132 @@
+"""The keys of an online stage: TRL's GRPO, which axolotl has as a block, and PPO."""
+
+from typing import Any
+
+from align.recipe.foreign.draft import Draft
+from align.recipe.foreign.keys import Keys
+
+THINK = r"(?s)<think>\n?.*?\n?</think>\s*<answer>\n?.*?\n?</answer>\s*"
+REWARDS: dict[str, dict[str, Any]] = {
+    "accuracy": {"kind": "math", "latex": True, "column": "solution"},
+    "accuracy_reward": {"kind": "math", "latex": True, "column": "solution"},
+    "format": {"kind": "format", "pattern": THINK},
+    "think_format_reward": {"kind": "format", "pattern": r"(?s)<think>(?!.*<think>).*?</think>.*"},
+}
+"""Reward functions that TRL and open-r1 ship, by name."""
+LOSSES = {
+    "grpo": {"aggregation": "sequence"},
+    "dapo": {"aggregation": "token"},
+    "bnpo": {"aggregation": "token"},
+    "dr_grpo": {"aggregation": "constant"},
+    "cispo": {"objective": "cispo", "aggregation": "token"},
+}
+SCALES = {"group": "std", "true": "std", "batch": "batch", "false": "none", "none": "none"}
+
+
+def set_grpo(draft: Draft, keys: Keys, *, rows: int) -> None:
+    """Convert group, clipping, loss, sampling and rewards.
+
+    Args:
+        draft: the recipe.
+        keys: where TRL's keys are.
+        rows: completions of one process and forward pass.
+    """
+    stage = draft.stage
+    group = int(keys.number("num_generations", 8))
+    stage["group_size"] = group
+    _set_rollout(draft, keys, rows=rows, group=group)
+    beta = float(keys.number("beta", 0.0))
+    if beta:
+        stage["kl"] = {"coef": beta, "place": "loss", "estimator": "k3"}
+    _set_loss(draft, keys)
+    new = int(keys.number("max_completion_length", 512))
+    sampling: dict[str, Any] = {"max_new_tokens": new}
+    if keys.number("temperature", 1.0) != 1.0:
+        sampling["temperature"] = float(keys.number("temperature"))
+    if keys.number("top_p", 1.0) != 1.0:
+        keys.note("top_p", "below 1 another distribution than the policy is sampled", lost=True)
+    if keys.has("use_vllm"):
+        sampling["engine"] = "auto" if keys.flag("use_vllm") else "hf"
+    memory = keys.number("vllm_gpu_memory_utilization")
+    if memory and sampling.get("engine") == "auto":
+        sampling["memory_frac"] = float(memory)
+    stage["sampling"] = sampling
+    prompt = int(keys.number("max_prompt_length", 512))
+    stage["max_length"] = prompt + new
+    if keys.flag("mask_truncated_completions"):
+        stage["truncation"] = "mask"
+    rewards = rewards_of(keys)
+    if rewards:
+        stage["rewards"] = rewards
+
+
+def _set_rollout(draft: Draft, keys: Keys, *, rows: int, group: int) -> None:
+    """Convert completions of a generation to prompts of a rollout step, and its optimizer steps."""
+    stage, top = draft.stage, draft.keys
+    accumulated = int(top.number("gradient_accumulation_steps", 1))
+    made = int(keys.number("steps_per_generation", accumulated))
+    completions = int(keys.number("generation_batch_size", rows * made))
+    minibatches = max(1, completions // max(1, rows * accumulated))
+    prompts = max(1, round(completions / group))
+    name = "generation_batch_size" if keys.has("generation_batch_size") else "num_generations"
+    if prompts % minibatches:
+        prompts = minibatches * max(1, round(prompts / minibatches))
+    keys.note(
+        name,
+        f"{completions} completions of one process in groups of {group} are {prompts} prompts per "
+        "step; with ranks (GPUs), multiply prompts_per_step by them",
+        lost=completions != prompts * group,
+    )
+    stage["prompts_per_step"] = prompts
+    stage["minibatches"] = minibatches
+    stage["update_epochs"] = int(keys.number("num_iterations", 1))
+
+
+def _set_loss(draft: Draft, keys: Keys) -> None:
+    stage = draft.stage
+    loss = keys.text("loss_type", "dapo").lower()
+    if loss in LOSSES:
+        stage.update(LOSSES[loss])
+    else:
+        keys.note("loss_type", f"'{loss}'; the mean over tokens (dapo) is used", lost=True)
+    scale = str(keys.take("scale_rewards", "group")).lower()
+    stage["scale"] = SCALES.get(scale, "std")
+    if keys.text("importance_sampling_level", "token") == "sequence":
+        stage["algorithm"] = "gspo"
+        for name in ("objective", "aggregation"):
+            stage.pop(name, None)
+    low = float(keys.number("epsilon", 0.2))
+    high = float(keys.number("epsilon_high", low))
+    several = stage["minibatches"] * stage["update_epochs"] > 1
+    if several:
+        stage["clip"] = {"low": low, "high": high}
+        if keys.has("delta"):
+            stage["clip"]["dual"] = float(keys.number("delta"))
+    for name in ("epsilon", "epsilon_high", "delta"):
+        if keys.has(name) and not several:
+            keys.take(name)
+            keys.note(name, "with one optimizer step per rollout every ratio is 1: no effect")
+
+
+def rewards_of(keys: Keys) -> list[dict[str, Any]]:
+    """Return the rewards: those that align has, and functions by their import path."""
+    found = []
+    weights = keys.take("reward_weights", [])
+    for i, name in enumerate(keys.texts("reward_funcs")):
+        if name in REWARDS:
+            reward = dict(REWARDS[name])
+        elif ":" in name or "." in name:
+            module, _, function = name.replace(":", ".").rpartition(".")
+            reward = {"kind": "python", "path": f"{module}:{function}"}
+        else:
+            told = f"'{name}' is a function of the tool; write it as kind: python, path: FILE:NAME"
+            keys.note("reward_funcs", told, lost=True)
+            continue
+        if isinstance(weights, list) and i < len(weights) and weights[i] != 1:
+            reward["weight"] = float(weights[i])
+        found.append(reward)
+    if not found:
+        keys.note("reward_funcs", "no reward is converted; write 'rewards'", lost=True)
+        if weights:
+            keys.note("reward_weights", "write weight in each of 'rewards'", lost=True)
+    return found

@@ -1,0 +1,236 @@
+"""Configurations of axolotl, LLaMA-Factory and TRL as recipes: nothing is dropped in silence."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.core.errors import RecipeError
+from align.recipe.foreign.convert import TOOLS, convert
+from align.recipe.foreign.keys import Keys, Note
+from align.recipe.foreign.tools import recognize
+from align.recipe.load import load_recipe
+from align.recipe.source import Mark
+from tests.foreign_configs import AXOLOTL, FACTORY, OWN, TRL, Config, configs
+
+CONFIGS = configs()
+PUBLIC = len(AXOLOTL) + len(FACTORY) + len(TRL)
+
+
+def written(path: Path, config: Config) -> Path:
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def whole(tool: str, config: Config) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """The recipe and the notes of a configuration, without files."""
+    notes: list[Note] = []
+    keys = Keys(config, {(): Mark("c.yaml", 1)}, at=(), notes=notes)
+    return TOOLS[tool].convert(keys, None).whole(), {(note.key, note.what) for note in notes}
+
+
+def test_share_of_public_configurations_that_start(tmp_path: Path):
+    assert PUBLIC >= 30
+    failed = {}
+    for i, (tool, name, config) in enumerate(CONFIGS[:PUBLIC]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        try:
+            made = convert(tool, written(folder / "config.yaml", config))
+            for file, text in {"recipe.yaml": made.text, **made.files}.items():
+                (folder / file).write_text(text)
+            load_recipe(folder / "recipe.yaml")
+        except RecipeError as error:
+            failed[name] = str(error)
+    shown = f"{PUBLIC - len(failed)} of {PUBLIC} start; not: {', '.join(failed)}"
+    print(shown)  # noqa: T201  docs/import.md quotes the number
+    assert set(failed) == {
+        "train_lora/llama3_lora_ppo.yaml",
+        "train_lora/qwen2_5vl_lora_sft.yaml",
+        "Qwen2.5-1.5B-Instruct/grpo/config_demo.yaml",
+        "Qwen2.5-Coder-7B-Instruct/grpo/config_codeforces.yaml",
+    }
+
+
+def other(value: Any) -> Any:
+    """Another value of the same sort."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 3
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value[:-1], other(value[-1])] if value else value
+    return {key: other(inside) for key, inside in value.items()} if value else value
+
+
+OTHERS = {
+    **{"optimizer": "sgd", "optim": "sgd", "save_strategy": "epoch", "eval_strategy": "epoch"},
+    "evaluation_strategy": "epoch",
+}
+"""Values to compare with where a changed word would mean the same."""
+ALIKE = {"load_in_4bit": "adapter", "bf16": "torch_dtype", "torch_dtype": "bf16"}
+"""Keys whose meaning another key repeats: both are changed."""
+
+
+@pytest.mark.parametrize(("tool", "name", "config"), CONFIGS, ids=[name for _, name, _ in CONFIGS])
+def test_every_key_is_in_the_recipe_or_in_the_notes(tool: str, name: str, config: Config):
+    try:
+        recipe, notes = whole(tool, config)
+    except RecipeError:
+        return
+    noted = {key.partition(".")[0] for key, _ in notes}
+    for key, value in config.items():
+        if value is None or key in noted:
+            continue
+        left_out = {k: v for k, v in config.items() if k not in (key, ALIKE.get(key))}
+        told = []
+        for variant in (left_out, config | {key: OTHERS.get(key, other(value))}):
+            try:
+                told.append(whole(tool, variant))
+            except RecipeError as error:
+                told.append(str(error))
+        # Either without the key or with another value, something must differ.
+        assert any(result != (recipe, notes) for result in told), f"{name}: {key} has no effect"
+
+
+def test_a_misspelt_key_is_named_with_its_line(tmp_path: Path):
+    config = AXOLOTL["llama-3/lora-8b.yml"] | {"lora_rankk": 4}
+    file = written(tmp_path / "c.yml", config)
+    line = file.read_text().splitlines().index("lora_rankk: 4") + 1
+    (note,) = [n for n in convert("axolotl", file).notes if n.key == "lora_rankk"]
+    assert note.lost
+    assert note.line.startswith(f"{file}:{line}: lora_rankk: NOT CONVERTED: not among the keys of")
+    assert f"line {line}: lora_rankk: not among the keys" in convert("axolotl", file).text
+
+
+def test_numbers_of_an_axolotl_lora(tmp_path: Path):
+    made = convert("axolotl", written(tmp_path / "c.yml", AXOLOTL["llama-3/lora-8b.yml"]))
+    recipe = yaml.safe_load(made.text)
+    sft = recipe["stages"]["sft"]
+    assert recipe["stages"]["base"]["path"] == "NousResearch/Meta-Llama-3-8B"
+    assert sft["tuning"] == {
+        **{"method": "lora", "rank": 32, "alpha": 16.0, "dropout": 0.05, "targets": "all-linear"}
+    }
+    # 2 rows x 4 accumulated; 2 rows of 4096 tokens.
+    assert (sft["batch_size"], sft["micro_tokens"], sft["max_length"]) == (8, 8192, 4096)
+    assert (sft["epochs"], sft["optim"]["learning_rate"], sft["optim"]["warmup_frac"]) == (
+        *(4.0, 2e-4),
+        0.1,
+    )
+    source = {"path": "mhenrichsen/alpaca_2k_test:train", "format": "alpaca", "heldout_frac": 0.05}
+    assert sft["data"] == [{**source, "split": "train"}]
+    assert sft["heldout"] == [{**source, "split": "heldout"}]
+
+
+def test_numbers_of_a_trl_grpo(tmp_path: Path):
+    config = TRL["OpenR1-Zero-7B-Math/grpo/config_v08.00.yaml"]
+    grpo = yaml.safe_load(convert("trl", written(tmp_path / "c.yml", config)).text)["stages"][
+        "grpo"
+    ]
+    # 512 completions in groups of 16 are 32 prompts; 4 x 16 completions per optimizer step are 8
+    # steps per generation.
+    assert (grpo["group_size"], grpo["prompts_per_step"], grpo["minibatches"]) == (16, 32, 8)
+    assert (grpo["clip"], grpo["truncation"]) == ({"low": 0.2, "high": 0.2}, "mask")
+    assert grpo["max_length"] == 512 + 8192
+    assert [(r["kind"], r.get("weight", 1.0)) for r in grpo["rewards"]] == [
+        ("math", 1.0),
+        ("format", 0.25),
+    ]
+    assert "kl" not in grpo  # beta 0
+
+
+def test_llama_factory_names_are_looked_up_in_dataset_info(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(
+        '{"identity": {"file_name": "identity.json"}, "alpaca_en_demo": '
+        '{"hf_hub_url": "org/alpaca", "split": "test", '
+        '"columns": {"prompt": "question", "response": "reply"}}}'
+    )
+    config = FACTORY["train_lora/llama3_lora_sft.yaml"]
+    made = convert("llamafactory", written(tmp_path / "c.yaml", config))
+    data = yaml.safe_load(made.text)["stages"]["sft"]["data"]
+    assert [source["path"].rpartition("/data/")[2] for source in data] == [
+        *("identity.json", "org/alpaca:test")
+    ]
+    assert data[1]["rename"] == {"question": "instruction", "reply": "output"}
+    assert not any(note.key == "dataset" for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("tool", "change", "told"),
+    [
+        ("axolotl", {"rl": "bco"}, "rl: 'bco' has no stage in align; it has dpo"),
+        ("axolotl", {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' has no equivalent"),
+        ("axolotl", {"processor_type": "AutoProcessor"}, "processor_type: align trains on text"),
+        ("axolotl", {"datasets": None}, "datasets: is missing"),
+        ("axolotl", {"datasets": "rows"}, None),
+        ("axolotl", {"lora_r": "many"}, "lora_r: found 'many'; expected a number"),
+        ("axolotl", {"special_tokens": ["a"]}, "special_tokens: found a list"),
+        ("llamafactory", {"stage": "grpo"}, "stage: 'grpo' is no stage; expected one of pt"),
+        ("trl", {"loss_type": "exo_pair", "beta": 0.1}, None),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line_with_its_place(
+    tool: str, change: Config, told: str | None, tmp_path: Path
+):
+    base = {"axolotl": AXOLOTL["llama-3/lora-8b.yml"], "trl": OWN["TRL, reward"][1]}
+    config = base.get(tool, FACTORY["train_lora/llama3_lora_sft.yaml"]) | change
+    file = written(tmp_path / "c.yaml", config)
+    if told is None:
+        convert(tool, file)
+        return
+    with pytest.raises(RecipeError) as caught:
+        convert(tool, file)
+    assert re.match(rf"{re.escape(str(file))}:\d+: {re.escape(told)}", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_trl_file_without_a_telling_key_asks_for_the_method(tmp_path: Path):
+    config = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "out"}
+    file = written(tmp_path / "c.yaml", config)
+    with pytest.raises(RecipeError, match=r"c\.yaml:3: output_dir: the trainer is not named; add"):
+        convert("trl", file)
+    made = convert("trl", file, method="kto")
+    assert yaml.safe_load(made.text)["stages"]["kto"]["optim"]["learning_rate"] == 1e-6
+
+
+@pytest.mark.parametrize(("tool", "name", "config"), CONFIGS, ids=[name for _, name, _ in CONFIGS])
+def test_a_configuration_is_recognized(tool: str, name: str, config: Config):
+    assert recognize(config) == tool
+
+
+def test_check_of_a_foreign_configuration_names_the_command(tmp_path: Path):
+    file = written(tmp_path / "c.yaml", AXOLOTL["qwen2/dpo.yaml"])
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    told = f"this looks like a configuration of axolotl; convert it: align import axolotl {file}"
+    assert str(caught.value) == f"{file}: {told}"
+
+
+def test_the_command_writes_a_valid_recipe_and_never_overwrites(tmp_path: Path):
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "align", "import", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    written(tmp_path / "c.yaml", TRL["smollm/sft/config.yaml"])
+    done = call("trl", "c.yaml", "--out", "sub/r.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "sub/r.yaml: valid" in done.stdout
+    assert any(re.match(r"c\.yaml:\d+: eval_strategy: NOT", x) for x in done.stderr.splitlines())
+    assert (tmp_path / "sub/chat_template.jinja").read_text().startswith("{% for m in messages %}")
+    done = call("trl", "c.yaml", "--out", "sub/r.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sub/r.yaml: exists already" in done.stderr
+
+
+def test_docs_import_has_the_tables_of_the_converters():
+    from scripts.pages import import_page
+
+    page = Path(__file__).parents[2] / "docs" / "import.md"
+    assert page.read_text() == import_page(), "run: python scripts/pages.py"
