@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from align.cli.data import data, explain
+from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
 from align.cli.reward import reward
 from align.cli.start import import_
@@ -276,7 +277,8 @@ def app() -> None:
     try:
         cli()
     except AlignError as e:
-        typer.echo(visible(str(e)), err=True)
+        for line in with_source(str(e)):
+            typer.echo(line, err=True)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_USER)

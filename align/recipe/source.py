@@ -16,6 +16,7 @@ import yaml
 
 from align.core.errors import RecipeError
 from align.core.text import is_secret_name, keep_secret, shown
+from align.recipe.yaml_problems import yaml_problem
 
 Key = tuple[str | int, ...]
 
@@ -246,8 +247,7 @@ def parse_file(path: Path) -> Source:
     except yaml.MarkedYAMLError as e:
         at = e.problem_mark or e.context_mark
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
-        problem = " ".join(part for part in (e.context, e.problem) if part)
-        raise RecipeError(f"{where}: not valid YAML: {problem}") from e
+        raise RecipeError(f"{where}: not valid YAML: {yaml_problem(e)}") from e
     except yaml.YAMLError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     source = Source()

@@ -344,3 +344,29 @@ def test_recipe_dir_is_the_folder_of_the_file_it_stands_in():
     assert recipe.description == "."
     assert [d.path for d in recipe.stages["base"].data] == ["above/rows.jsonl", "${RECIPE_DIR}/b"]
     assert load_recipe(Path("child.yaml").resolve()).description == str(Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("name: x\n\tseed: 1", "2:1", "Indent with spaces"),
+        ("name: a: b", "1:8", "Put a text that contains ': ' in quotes"),
+        ("name: [1, 2\nseed: 3", "2:5", "the list that begins with '[' in line 1 is not closed"),
+        ("name: {x: 1\nseed: 3", "2:5", "the mapping that begins with '{' in line 1"),
+        ("name: x\nseed\nstages: 2", "3:1", "the key in line 2 has no ':'"),
+        ("name:\n  b: 1\n c: 2", "3:2", "indented differently"),
+        ("name: 'x\nseed: 1\n", "3:1", "the quote that begins in line 1 is not closed"),
+        ("name: *x", "1:7", "refers to no '&NAME'"),
+        ("- a\nseed: 1", "2:1", "the entries of a list begin with '- '"),
+        ('name: "\\q"', "1:7", "Use single quotes"),
+        ("name: 1\n---\nseed: 1", "2:1", "a second document"),
+    ],
+)
+def test_a_mistake_of_yaml_is_explained_in_words(tmp_path, text, place, words):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as found:
+        load_recipe(path)
+    (line,) = str(found.value).splitlines()
+    assert line.startswith(f"{path}:{place}: not valid YAML: ")
+    assert words in line
