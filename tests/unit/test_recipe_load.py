@@ -358,7 +358,7 @@ def test_recipe_dir_is_the_folder_of_the_file_it_stands_in():
         ("name: 'x\nseed: 1\n", "3:1", "the quote that begins in line 1 is not closed"),
         ("name: *x", "1:7", "refers to no '&NAME'"),
         ("- a\nseed: 1", "2:1", "the entries of a list begin with '- '"),
-        ('name: "\\q"', "1:7", "Use single quotes"),
+        ('name: "\\q"', "1:8", "Use single quotes"),
         ("name: 1\n---\nseed: 1", "2:1", "a second document"),
     ],
 )
