@@ -23,7 +23,7 @@ from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import OptimSpec, ZeroSpec
 from align.stages.sft import collate, length_of, sft_loss
-from align.training.learner import Learner, evaluate
+from align.training.learner import Learner, evaluate, learning_rate
 from align.training.offline import OfflineTask, micro_batches
 from align.tuning.export import full_weights
 
@@ -181,6 +181,37 @@ def test_gradient_that_is_not_finite_stops_the_run(model_dir: Path, stage: int) 
 
     with pytest.raises(TrainingError, match="gradient norm is"):
         learner.step([collate(ROWS, ROWS)], loss_fn)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model_dir: Path) -> None:
+    learner = learner_of(LogprobModel(load_policy(model_dir, dtype="float32")))
+    before = [p.detach().clone() for p in learner.module.parameters()]
+
+    def loss_fn(model, batch):
+        loss, stats = sft_loss(model, batch)
+        return loss * float("nan"), stats
+
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        learner.step([collate(ROWS, ROWS)], loss_fn)
+    assert all(
+        torch.equal(p, old) for p, old in zip(learner.module.parameters(), before, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Three steps of warm-up rise by quarters of the peak; then the last, which is the floor.
+        ("constant", {0: 2.0, 1: 4.0, 2: 6.0, 3: 8.0, 6: 8.0, 12: 8.0}),
+        ("linear", {0: 2.0, 1: 4.0, 2: 6.0, 3: 8.0, 6: 6.0, 9: 4.0, 12: 2.0, 13: 2.0}),
+        # A third and two thirds of the way: 0.5 (1 + cos 60) = 3/4 and 1/4 of what lies above 2.
+        ("cosine", {0: 2.0, 2: 6.0, 3: 8.0, 6: 6.5, 9: 3.5, 12: 2.0}),
+    ],
+)
+def test_schedules_by_hand(schedule: str, expected: dict[int, float]) -> None:
+    optim = OptimSpec(learning_rate=8.0, schedule=schedule, warmup_frac=0.25, min_lr_frac=0.25)
+    for step, rate in expected.items():
+        assert learning_rate(optim, step, 12) == pytest.approx(rate)
 
 
 def test_evaluation_neither_trains_nor_depends_on_micro_batches(model_dir: Path) -> None:
