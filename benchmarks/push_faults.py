@@ -94,10 +94,14 @@ class Policy:
 
     @torch.no_grad()
     def step(self, seed: int) -> None:
-        """Move every master weight by the learning rate, as Adam's first step does."""
+        """Move every master weight by the learning rate, as Adam's first step does.
+
+        The direction is drawn for each column: on a real model, a draw for each weight would take
+        longer than the push.
+        """
         generator = torch.Generator().manual_seed(seed)
         for parameter, master in self._masters:
-            sign = torch.randint(0, 2, master.shape, generator=generator) * 2.0 - 1.0
+            sign = torch.randint(0, 2, master.shape[-1:], generator=generator) * 2.0 - 1.0
             master += RATE * sign
             parameter.copy_(master)
 

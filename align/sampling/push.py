@@ -20,7 +20,7 @@ from align.tuning.merging import adapted_layers, adapter_parameters, merges
 PUSH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.35}
 """Largest difference of one token's log-probability, in nats, between two runs of one model."""
 
-PROBE_TOKENS = 48
+PROBE_TOKENS = 32
 """Number of tokens whose log-probabilities are compared after a push."""
 
 

@@ -135,4 +135,4 @@ def test_excess_compares_means_and_quantiles_and_no_largest_value():
 def test_probe_has_two_tokens_at_least():
     assert probe_of([9]) == (9, 9)
     assert probe_of(range(3)) == (0, 1, 2)
-    assert probe_of(range(500)) == tuple(range(48))
+    assert probe_of(range(500)) == tuple(range(32))
