@@ -11,6 +11,7 @@ import typer
 from align.cli.data import data, explain
 from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
+from align.cli.export import export
 from align.cli.reward import reward
 from align.cli.start import import_
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtifactError
@@ -270,6 +271,7 @@ def doctor(
 
 cli.command("eval")(eval_)
 cli.command()(calibrate)
+cli.command()(export)
 
 
 def app() -> None:

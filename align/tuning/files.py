@@ -77,6 +77,13 @@ def with_adapter(
     return virtual.requires_grad_(False)
 
 
+def with_saved_adapter(model: "PreTrainedModel", folder: Path | str) -> Any:
+    """Return the model with the adapter in ``folder``, as peft alone loads both."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(folder))
+
+
 def base_of_adapter(folder: Path | str) -> str:
     """Return the model on which a folder's adapter was trained: a folder or a hub id.
 

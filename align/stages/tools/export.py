@@ -1,0 +1,173 @@
+"""Export a model: write it aside, verify it against the source, and rename it into place."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from align.core.artifacts import read_json_object
+from align.core.errors import EXIT_OK, AlignError, ArtifactError
+from align.core.text import visible
+from align.core.types import Text
+from align.export.folder import new_folder, write_record
+from align.export.gguf import FILE, TYPES, write_gguf
+from align.export.ollama import MODELFILE, modelfile
+from align.export.parity import Parity, probe_of
+from align.export.source import Source, base_model, find_source
+from align.export.verify import Format, source_behavior, verify
+from align.export.weights import write_adapter, write_merged
+
+DTYPES = {"model": ("bfloat16", "float16", "float32"), "gguf": TYPES}
+DEFAULT_DTYPE = {"model": "bfloat16", "gguf": "q8_0"}
+
+
+def export(
+    reference: Path,
+    out: Path,
+    *,
+    name: str = "model",
+    dtype: str | None = None,
+    base: str | None = None,
+    prompts: Sequence[Text] = (),
+    force: bool = False,
+) -> list[str]:
+    """Export a model and return what to print: the comparison, and how to serve the result.
+
+    Args:
+        reference: ``RUN/STAGE`` or a model folder. out: the new folder.
+        name: ``model``, ``adapter`` or ``gguf``. dtype: dtype of the weights.
+        base: name of an adapter's base model; None uses the one its stage started from.
+        prompts: prompts to compare on; default: a fixed list.
+        force: replace an earlier export in ``out``.
+
+    Raises:
+        ArtifactError: nothing was written, for the reason in the message.
+    """
+    source = find_source(reference)
+    _refuse_overlap(source, out)
+    form = _format(source, name, dtype=dtype, base=base)
+    probe = probe_of(source.model_dir, prompts)
+    with new_folder(out, force=force) as folder:
+        notes = _write(source, folder, form)
+        about = _about(source, form)
+        write_record(folder, about)
+        original = source_behavior(source, probe)
+        parity = verify(source, folder, form, probe=probe, original=original)
+        write_record(folder, {**about, "parity": asdict(parity)})
+    return [f"{out}: {_result(source, form, parity)}", *notes, *serve_lines(source, out, form)]
+
+
+def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
+    if name == "adapter":
+        if dtype is not None:
+            raise ArtifactError("--dtype: an adapter keeps its dtype. Remove --dtype")
+        found = base_model(source)[0] if base is None and source.adapter_dir else base
+        # The merged weights of the stage were rounded to its dtype, the adapter was not.
+        config = read_json_object(source.model_dir / "config.json") or {}
+        return Format(name, str(config.get("dtype") or "float32"), found)
+    dtype = dtype or DEFAULT_DTYPE[name]
+    if dtype not in DTYPES[name]:
+        raise ArtifactError(
+            f"--dtype {dtype}: --format {name} has {', '.join(DTYPES[name])}. Choose one of them"
+        )
+    if base is not None:
+        raise ArtifactError("--base names the base of an adapter. Use it with --format adapter")
+    return Format(name, dtype)
+
+
+def _refuse_overlap(source: Source, out: Path) -> None:
+    place, taken = out.resolve(), (source.artifact or source.model_dir).resolve()
+    if place == taken or taken in place.parents or place in taken.parents:
+        raise ArtifactError(f"{out}: overlaps the exported model's folder {taken}. Choose another")
+
+
+def _write(source: Source, folder: Path, form: Format) -> list[str]:
+    """Write an export's files; return notes for the user."""
+    if form.name == "adapter":
+        write_adapter(source, folder, base=form.base)
+    elif form.name == "gguf":
+        write_gguf(source, folder, kind=form.dtype)
+        text = modelfile(source.model_dir, FILE)
+        if text is None:
+            return [
+                f"{MODELFILE}: not written: the chat template is more than fixed texts around "
+                "messages, which Ollama's templates cannot express. Write TEMPLATE by hand"
+            ]
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
+    else:
+        write_merged(source, folder, dtype=form.dtype)
+    return []
+
+
+def _about(source: Source, form: Format) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "format": form.name,
+        "dtype": form.dtype,
+        "base": form.base,
+        "spec_hash": source.manifest.get("spec_hash"),
+    }
+
+
+def _result(source: Source, form: Format, parity: Parity) -> str:
+    if source.kind != "policy":
+        return f"verified: scores differ by at most {parity.kl_max:.2g} standard deviations"
+    return f"verified in {form.dtype}: {parity.line()}"
+
+
+def serve_lines(source: Source, out: Path, form: Format) -> list[str]:
+    """Return the commands that serve an export."""
+    if form.name == "gguf":
+        lines = [f"llama-server -m {out / FILE}"]
+        made = (out / MODELFILE).is_file()
+        return lines + ([f"ollama create {source.name} -f {out / MODELFILE}"] if made else [])
+    if form.name == "adapter":
+        return [f"vllm serve {form.base} --enable-lora --lora-modules {source.name}={out}"]
+    if source.kind == "policy":
+        return [f"vllm serve {out} --served-model-name {source.name}"]
+    return [f"vllm serve {out} --served-model-name {source.name} --runner pooling"]
+
+
+def _read_prompts(path: Path | None) -> list[Text]:
+    if path is None:
+        return []
+    from align.data.load import load_examples
+    from align.recipe.schema import DataSpec
+
+    examples = load_examples([DataSpec(path=str(path))], kind="prompts", seed=0)
+    return [example.prompt for example in examples[:64]]
+
+
+def main() -> None:
+    """Export the model named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--format", choices=["model", "adapter", "gguf"], default="model")
+    parser.add_argument("--dtype")
+    parser.add_argument("--base")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    try:
+        lines = export(
+            args.reference,
+            args.out,
+            name=args.format,
+            dtype=args.dtype,
+            base=args.base,
+            prompts=_read_prompts(args.prompts),
+            force=args.force,
+        )
+    except AlignError as error:
+        sys.stderr.write(visible(f"{error}\n"))
+        sys.exit(error.exit_code)
+    sys.stdout.write(visible("\n".join(lines) + "\n"))
+    sys.exit(EXIT_OK)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Exports: the same model in other formats, and planted faults that must not pass."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from export_models import edit, make_run, policy, save, tokenizer
+
+from align.core.errors import ArtifactError
+from align.export import weights
+from align.export.folder import RECORD, is_export, new_folder, write_record
+from align.export.parity import BOUNDS, Behavior, Probe, compare, parity_problems, probe_of
+from align.export.source import find_source
+from align.export.verify import Format, source_behavior, verify
+from align.stages.tools.export import export
+
+WEIGHTS = "model.safetensors"
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        export(run / "sft", folder / "model", dtype="float32")
+        export(run / "sft", folder / "bfloat16", dtype="bfloat16")
+        export(run / "sft", folder / "adapter", name="adapter")
+        patch.setattr(weights, "SHARD_BYTES", 100_000)
+        export(run / "sft", folder / "sharded", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(run) -> tuple[Probe, Behavior]:
+    source = find_source(run / "sft")
+    probe = probe_of(source.model_dir)
+    return probe, source_behavior(source, probe)
+
+
+def change(name: str, edit_tensor: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        state = load_file(folder / WEIGHTS)
+        state[name] = edit_tensor(state[name].clone()).contiguous()
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def lost_adapter(folder: Path) -> None:
+    save_file(policy().state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def doubled_adapter(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    state = {n: 2 * t if "lora_B" in n else t for n, t in load_file(path).items()}
+    save_file(state, path)
+
+
+def rounded(folder: Path) -> None:
+    state = {n: t.to(torch.bfloat16).float() for n, t in load_file(folder / WEIGHTS).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def rounded_twice(folder: Path) -> None:
+    kind = torch.float8_e4m3fn
+    state = {n: t.to(kind).to(t.dtype) for n, t in load_file(folder / WEIGHTS).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def zero_last_row(weight: Tensor) -> Tensor:
+    weight[300] = 0.0
+    return weight
+
+
+def nan_somewhere(weight: Tensor) -> Tensor:
+    weight[3, 5] = torch.nan
+    return weight
+
+
+def permuted(weight: Tensor) -> Tensor:
+    return weight.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
+
+
+def stale_shard(folder: Path) -> None:
+    save_file({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}, folder / "old.safetensors")
+
+
+def no_head(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    del state["lm_head.weight"]
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    edit(folder / "config.json", tie_word_embeddings=True)
+
+
+def other_template(folder: Path) -> None:
+    found = tokenizer()
+    found.chat_template = str(found.chat_template).replace("\n", " ")
+    found.save_pretrained(folder)
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "lost adapter": ("model", lost_adapter, r"q_proj\.weight: \d+ of 64 rows differ"),
+    "wrong scale": (
+        "adapter",
+        lambda f: edit(f / "adapter_config.json", lora_alpha=16),
+        "lora_alpha is 16, expected 8",
+    ),
+    "doubled adapter": ("adapter", doubled_adapter, "lora_B"),
+    "wrong base": (
+        "adapter",
+        lambda f: edit(f / "adapter_config.json", base_model_name_or_path="org/other"),
+        "base_model_name_or_path is 'org/other'",
+    ),
+    "tied head": ("model", no_head, r"lm_head\.weight: missing.*tie_word_embeddings is true"),
+    "head of the embeddings": (
+        "model",
+        lambda f: change("lm_head.weight", lambda _: policy().model.embed_tokens.weight.detach())(
+            f
+        ),
+        r"lm_head\.weight: 320 of 320 rows differ",
+    ),
+    "transposed weight": ("model", change(Q, lambda w: w.T), "64 of 64 rows differ"),
+    "missing shard": (
+        "sharded",
+        lambda f: next(iter(sorted(f.glob("model-*")))).unlink(),
+        "missing, but model.safetensors.index.json names it",
+    ),
+    "rounded weights": ("model", rounded, "rows differ"),
+    "rounded beyond the dtype": ("bfloat16", rounded_twice, "rows differ"),
+    "wrong dtype": (
+        "model",
+        change(Q, lambda w: w.to(torch.bfloat16)),
+        "dtype torch.bfloat16, expected torch.float32",
+    ),
+    "wrong stop token": (
+        "model",
+        lambda f: edit(f / "generation_config.json", eos_token_id=[0]),
+        r"eos_token_id is \[0\], expected \[2, 0\]",
+    ),
+    "wrong template": ("model", other_template, "chat template differs"),
+    "tokenizer of another model": (
+        "adapter",
+        lambda f: tokenizer(seed=5).save_pretrained(f),
+        "vocabulary differs",
+    ),
+    "permuted rotary heads": ("model", change(Q, permuted), r"q_proj\.weight: \d+ of 64 rows"),
+    "dropped embedding row": (
+        "model",
+        change("model.embed_tokens.weight", zero_last_row),
+        "embed_tokens.weight: 1 of 320 rows differ",
+    ),
+    "NaN": ("model", change(Q, nan_somewhere), "contains NaN or infinity"),
+    "stale file": ("model", stale_shard, "not a weight of the source"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_refused(run, exported, original, tmp_path, name):
+    made, damage, told = FAULTS[name]
+    folder = tmp_path / "export"
+    shutil.copytree(exported / made, folder)
+    damage(folder)
+    # A new record: the fault was made by the export itself, not afterwards.
+    about = json.loads((folder / RECORD).read_text())
+    write_record(folder, {k: v for k, v in about.items() if k not in ("files", "written_by")})
+    form = Format(about["format"], about["dtype"], about["base"])
+    probe, behavior = original
+    with pytest.raises(ArtifactError, match=told):
+        verify(find_source(run / "sft"), folder, form, probe=probe, original=behavior)
+
+
+@pytest.mark.parametrize("made", ["model", "bfloat16", "adapter", "sharded"])
+def test_sound_export_passes_and_a_later_change_does_not(run, exported, original, tmp_path, made):
+    folder = tmp_path / "export"
+    shutil.copytree(exported / made, folder)
+    about = json.loads((folder / RECORD).read_text())
+    form = Format(about["format"], about["dtype"], about["base"])
+    probe, behavior = original
+    found = verify(find_source(run / "sft"), folder, form, probe=probe, original=behavior)
+    assert found.kl_max <= BOUNDS[form.dtype].kl
+    (folder / "notes.txt").write_text("later")
+    with pytest.raises(ArtifactError, match=r"notes\.txt: not part of the export"):
+        verify(find_source(run / "sft"), folder, form, probe=probe, original=behavior)
+
+
+def test_merged_export_is_base_plus_adapter(run, exported):
+    # W + (alpha / r) B A by hand, from the files of the adapter and of the base.
+    base = load_file(run / "base" / "model" / WEIGHTS)[Q]
+    adapter = load_file(exported / "adapter" / "adapter_model.safetensors")
+    stem = f"base_model.model.{Q.removesuffix('.weight')}"
+    a, b = adapter[f"{stem}.lora_A.weight"], adapter[f"{stem}.lora_B.weight"]
+    found = load_file(exported / "model" / WEIGHTS)[Q]
+    assert found.numpy() == pytest.approx((base + 2.0 * b @ a).numpy(), abs=1e-5)
+
+
+def test_adapter_names_the_imported_base(run, exported):
+    config = json.loads((exported / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run / "imported")
+
+
+def test_adapter_on_another_base_is_refused_by_its_behavior(run, tmp_path):
+    save(policy(seed=7), tmp_path / "other")
+    with pytest.raises(ArtifactError, match="per-token KL is up to"):
+        export(run / "sft", tmp_path / "out", name="adapter", base=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_per_token_kl_by_hand():
+    # KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 ln 2 + 1/2 ln 2/3 = 0.143841
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    probe = Probe([[1]], [], [0], 0)
+    found = compare(Behavior([[1]], [p]), Behavior([[1]], [q]), probe)
+    assert found.kl_max == pytest.approx(0.143841, abs=1e-6)
+    lost = compare(Behavior([[1]], [p]), Behavior([[1]], [q * torch.nan]), probe)
+    assert lost.kl_max == float("inf")
+
+
+@pytest.mark.parametrize(("gap", "refused"), [(0.04, False), (0.06, True)])
+def test_greedy_responses_may_differ_only_at_a_tie(gap, refused):
+    # The original prefers token 1 by ``gap`` nats; the export says token 0.
+    logprobs = torch.tensor([[0.0, gap]]).log_softmax(-1)
+    ours, theirs = Behavior([[1]], [logprobs]), Behavior([[0]], [logprobs])
+    told = list(parity_problems(ours, theirs, Probe([[1]], [], [9], 9), bound=BOUNDS["f16"]))
+    assert bool(told) is refused
+
+
+def test_failed_export_leaves_an_earlier_one_unchanged(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(run / "sft", out, dtype="float32")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ArtifactError, match="already contains an export"):
+        export(run / "sft", out)
+    monkeypatch.setattr(weights, "rounded", lambda tensor, kind: 2 * tensor.to(kind))
+    with pytest.raises(ArtifactError, match="the export is not this model"):
+        export(run / "sft", out, dtype="bfloat16", force=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_folder_of_others_is_never_replaced(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(ArtifactError, match="align export did not write it"):
+        export(run / "sft", tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+    for out in (run / "sft", run / "sft" / "model", run):
+        with pytest.raises(ArtifactError, match="overlaps"):
+            export(run / "sft", out, force=True)
+
+
+def test_killed_export_is_cleaned_up_by_the_next(tmp_path):
+    with pytest.raises(IsADirectoryError), new_folder(tmp_path / "out", force=False) as folder:
+        folder.read_text()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("x")
+    with new_folder(tmp_path / "out", force=False) as folder:
+        write_record(folder, {})
+    assert is_export(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [RECORD]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": "int8"}, "bfloat16, float16, float32"),
+        ({"base": "org/base"}, "--format adapter"),
+        ({"name": "adapter", "dtype": "float16"}, "keeps its dtype"),
+        ({"name": "gguf", "dtype": "float16"}, "f16, q8_0, q4_k_m"),
+    ],
+)
+def test_wrong_options_are_one_line(run, tmp_path, options, told):
+    with pytest.raises(ArtifactError, match=told):
+        export(run / "sft", tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_model_folder_has_no_adapter(run, tmp_path):
+    with pytest.raises(ArtifactError, match="no adapter"):
+        export(run / "imported", tmp_path / "out", name="adapter")
+    with pytest.raises(ArtifactError, match="no finished stage and no model folder"):
+        export(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_export_a_run(tmp_path):
+    make_run(tmp_path / "runs" / "quickstart").rename(tmp_path / "runs" / "quickstart" / "dpo")
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^align export (.*?)\s*(?:#.*)?$", page, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        if "gguf" in command and find_spec("gguf") is None:
+            continue
+        argv = [sys.executable, "-m", "align", "export", *shlex.split(command)]
+        done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "verified" in done.stdout
+        assert "vllm serve" in done.stdout or "llama-server" in done.stdout

@@ -1,0 +1,223 @@
+"""GGUF and Ollama: what transformers and llama.cpp read is the exported model."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from export_models import edit, make_run, policy, save, tokenizer
+
+from align.core.errors import ArtifactError
+from align.data.render.templates import PLAIN
+from align.export import gguf
+from align.export.gguf_tokens import gguf_tokenizer
+from align.export.ollama import modelfile
+from align.export.parity import PROMPTS, probe_of
+from align.export.source import find_source
+from align.stages.tools.export import export
+
+# Qwen2.5 writes a system message of its own if the conversation has none.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+NUMBERED = "{% for m in messages %}{{ loop.index ~ ' ' + m['content'] }}{% endfor %}"
+CONVERSATIONS = [["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Return a stage for each way to lay out heads: rotated in pairs or halves, tied or not."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "llama": make_run(folder / "llama"),
+        "qwen2": make_run(folder / "qwen2", kind="qwen2", tied=True),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gguf_is_the_model_that_transformers_reads(runs, tmp_path, kind, dtype):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    lines = export(runs[kind], tmp_path / "out", name="gguf", dtype=dtype)
+    assert "greedy responses are equal" in lines[0]
+    assert lines[1:] == [
+        f"llama-server -m {tmp_path / 'out' / 'model.gguf'}",
+        f"ollama create {kind}-sft -f {tmp_path / 'out' / 'Modelfile'}",
+    ]
+    parity = json.loads((tmp_path / "out" / "export.json").read_text())["parity"]
+    assert 0.0 < parity["kl_max"] < 0.05
+
+
+def rotated_as_in_transformers(monkeypatch):
+    monkeypatch.setattr(gguf, "_permuted", lambda name, tensor, config: tensor)
+
+
+def empty_row(monkeypatch):
+    real = gguf._permuted
+
+    def damaged(name, tensor, config):
+        tensor = real(name, tensor, config).clone()
+        if "embed_tokens" in name:
+            tensor[300] = 0.0
+        return tensor
+
+    monkeypatch.setattr(gguf, "_permuted", damaged)
+
+
+def scaled(monkeypatch):
+    real = gguf._permuted
+    monkeypatch.setattr(gguf, "_permuted", lambda n, t, c: real(n, t, c) * 1.05)
+
+
+def transposed(monkeypatch):
+    real = gguf._permuted
+
+    def damaged(name, tensor, config):
+        return real(name, tensor.T if "q_proj" in name else tensor, config)
+
+    monkeypatch.setattr(gguf, "_permuted", damaged)
+
+
+def other_stop(monkeypatch):
+    write = gguf._write_tokenizer
+
+    def swapped(writer, found):
+        write(writer, replace(found, stop_token_ids=found.stop_token_ids[::-1]))
+
+    monkeypatch.setattr(gguf, "_write_tokenizer", swapped)
+
+
+FAULTS = {
+    rotated_as_in_transformers: "q_proj.weight: a row differs",
+    empty_row: "embed_tokens.weight: a row differs",
+    scaled: "a row differs from the source by 0.05",
+    transposed: "q_proj.weight: a row differs",
+    other_stop: r"tokenizer\.ggml\.eos_token_id: differs",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_gguf_fault_is_refused(runs, tmp_path, monkeypatch, fault):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    fault(monkeypatch)
+    with pytest.raises(ArtifactError, match=FAULTS[fault]):
+        export(runs["llama"], tmp_path / "out", name="gguf", dtype="f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GPTNeoXConfig(vocab_size=320, intermediate_size=32, eos_token_id=2, **sizes)
+    save(GPTNeoXForCausalLM(config), tmp_path / "neox")
+    with pytest.raises(ArtifactError, match="model type 'gpt_neox'"):
+        export(tmp_path / "neox", tmp_path / "out", name="gguf")
+    save(policy(), tmp_path / "scaled")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    edit(tmp_path / "scaled" / "config.json", rope_parameters=rope)
+    with pytest.raises(ArtifactError, match="rotary type 'linear'"):
+        export(tmp_path / "scaled", tmp_path / "out", name="gguf")
+
+
+def test_q4_needs_llama_cpp(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ArtifactError, match="llama-quantize, which is not on PATH"):
+        export(runs["llama"], tmp_path / "out", name="gguf", dtype="q4_k_m")
+
+
+def test_tokens_and_merges_are_those_of_the_tokenizer(runs):
+    found = gguf_tokenizer(runs["llama"] / "model", num_rows=320)
+    ours = tokenizer()
+    assert (found.model, found.pre) == ("gpt2", "gpt-2")
+    assert [found.tokens[i] for i in range(len(ours))] == ours.convert_ids_to_tokens(
+        range(len(ours))
+    )
+    assert found.tokens[len(ours) :] == [f"[PAD{i}]" for i in range(len(ours), 320)]
+    assert found.stop_token_ids == (2, 0)
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """Render the part of Go's template language that a Modelfile uses."""
+    first = re.match(
+        r'\{\{ if ne \(index \.Messages 0\)\.Role "(\w+)" \}\}(.*?)\{\{ end \}\}', template, re.S
+    )
+    start = ""
+    if first:
+        start = "" if messages[0]["role"] == first[1] else first[2]
+        template = template[first.end() :]
+    body, end = template.removeprefix("{{ range .Messages }}").rsplit("{{ end }}", 1)
+    roles = dict(re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ end \}\}', body, re.S))
+    turns = [roles[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
+    return start + "".join(turns) + end
+
+
+@pytest.mark.parametrize("template", [None, PLAIN, DEFAULT_SYSTEM])
+def test_modelfile_renders_as_the_chat_template(tmp_path, template):
+    save(policy(), tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    if template is not None:
+        loaded.chat_template = template
+        loaded.save_pretrained(tmp_path)
+    text = modelfile(tmp_path, "model.gguf") or ""
+    found = re.search(r'TEMPLATE """(.*?)"""', text, re.S)
+    assert found
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert 'PARAMETER stop "<|endoftext|>"' in text
+    for roles in CONVERSATIONS:
+        messages = [{"role": role, "content": f"text {i}"} for i, role in enumerate(roles)]
+        expected = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered(found[1], messages) == expected
+
+
+def test_template_that_counts_has_no_modelfile(tmp_path):
+    save(policy(), tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.chat_template = NUMBERED
+    loaded.save_pretrained(tmp_path)
+    assert modelfile(tmp_path, "model.gguf") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_llama_cpp_reads_the_same_tokens_and_says_the_same(runs, tmp_path, kind):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    place = os.environ.get("ALIGN_NODE_LLAMA_CPP")
+    if place is None or shutil.which("node") is None:
+        pytest.skip(
+            "ALIGN_NODE_LLAMA_CPP does not name a folder with the npm package node-llama-cpp"
+        )
+    export(runs[kind], tmp_path / "out", name="gguf", dtype="f16")
+    source = find_source(runs[kind])
+    ours = AutoTokenizer.from_pretrained(source.model_dir)
+    model = AutoModelForCausalLM.from_pretrained(source.model_dir).eval()
+    asked = []
+    for text, prompt in zip(PROMPTS, probe_of(source.model_dir).prompts, strict=True):
+        ids = torch.tensor([prompt])
+        said = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        asked.append({"text": text, "ids": list(prompt), "said": said[0, len(prompt) :].tolist()})
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    script = Path(place) / "check_gguf.mjs"
+    shutil.copyfile(Path(__file__).with_name("check_gguf.mjs"), script)
+    argv = ["node", str(script), str(tmp_path / "out" / "model.gguf"), str(tmp_path / "asked.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True, cwd=place)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for ask, answer in zip(asked, found, strict=True):
+        assert answer["tokens"] == ours(ask["text"], add_special_tokens=False)["input_ids"]
+    # float16 in another order of sums: a tie may go the other way.
+    same = sum(a["said"] == f["said"] for a, f in zip(asked, found, strict=True))
+    assert same >= len(asked) - 1
