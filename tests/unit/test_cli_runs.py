@@ -1,0 +1,106 @@
+"""align runs, align logs and align open on folders made by hand."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from align.cli.runs import logs, open_, runs_
+from align.core.errors import ArtifactError
+
+RECIPE = """\
+name: toy
+stages:
+  base: {kind: base, path: somewhere}
+  sft: {kind: sft, init: base, data: [{world: sft}]}
+"""
+LIMIT_S = 120.0
+
+
+def stage(run: Path, name: str, *, done: bool, log: str = "") -> Path:
+    folder = run / name
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "log.txt").write_text(log)
+    if done:
+        (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_runs_lists_stages_done_and_failed_expectations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage(tmp_path / "whole", "base", done=True)
+    stage(tmp_path / "whole", "sft", done=True)
+    expectations = [{"key": "x", "holds": False}, {"key": "y", "holds": True}]
+    (tmp_path / "whole" / "summary.json").write_text(json.dumps({"expectations": expectations}))
+    stage(tmp_path / "part", "base", done=True)
+    (tmp_path / "no_run").mkdir()
+    runs_(tmp_path)
+    part, whole = capsys.readouterr().out.splitlines()
+    assert part.startswith("part   1 of 2 stages done, next: sft, ")
+    assert whole.startswith("whole  2 of 2 stages done, 2")
+    assert whole.endswith(", 1 of 2 expectations FAILED")
+
+
+def test_runs_of_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no run in it"):
+        runs_(tmp_path)
+
+
+def test_logs_show_the_end_of_the_stage_that_began_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = stage(tmp_path, "base", done=True, log="old\n")
+    os.utime(old / "recipe.yaml", (1, 1))
+    stage(tmp_path, "sft", done=False, log="".join(f"line {i}\x1b[2J\n" for i in range(50)))
+    logs(tmp_path, follow=False)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}/sft/log.txt:"
+    assert len(rest) == 20
+    assert rest[-1].startswith("line 49")
+    assert "\x1b" not in rest[-1]
+    logs(tmp_path / "base", follow=False)
+    assert capsys.readouterr().out.splitlines()[-1] == "old"
+    with pytest.raises(ArtifactError, match=r"no log\.txt"):
+        logs(tmp_path / "nothing", follow=False)
+
+
+def test_logs_follow_new_lines(tmp_path: Path) -> None:
+    folder = stage(tmp_path, "sft", done=False, log="first\n")
+    command = [sys.executable, "-u", "-m", "align.cli", "logs", "-f", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    guard = threading.Timer(LIMIT_S, process.kill)
+    guard.start()
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        assert next(lines).endswith("log.txt:\n")
+        assert next(lines) == "first\n"
+        with (folder / "log.txt").open("a") as f:
+            f.write("second\n")
+        assert next(lines) == "second\n"
+    finally:
+        guard.cancel()
+        process.kill()
+        process.wait()
+
+
+def test_open_prints_the_report_and_needs_no_browser(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    (tmp_path / "report.html").write_text("x")
+    open_(tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+    assert not opened
+    monkeypatch.setenv("DISPLAY", ":0")
+    open_(tmp_path)
+    assert opened == [(tmp_path / "report.html").resolve().as_uri()]
