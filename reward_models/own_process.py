@@ -49,7 +49,8 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     if not callable(found) or (inspect.isclass(found) and "__call__" not in dir(found)):
         raise TypeError(f"{name} is a {type(found).__name__} that cannot be called")
     if inspect.isclass(found):
-        return found(**args)
+        instance: Any = found(**args)
+        return instance
     function: Callable[..., Any] = found
     return partial(function, **args) if args else function
 

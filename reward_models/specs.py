@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
@@ -210,6 +211,28 @@ class ExactMatchSpec(RewardSpec):
     """Regular expression whose first group is compared; None compares the whole response."""
     ignore_case: bool = True
     """Treat upper and lower case as equal."""
+
+
+class MetricSpec(RewardSpec):
+    """Score by a metric of the ``evaluate`` library, such as ROUGE, against a reference."""
+
+    builder: ClassVar[str] = "reward_models.metric:build_metric"
+    kind: Literal["metric"]
+    path: Annotated[str, Field(min_length=1)]
+    """File or folder of the metric, or its name on the Hugging Face Hub, whose code is then run."""
+    config: str | None = None
+    """Configuration of the metric, if it has several."""
+    key: str | None = None
+    """The result that is the score, such as ``rougeL``; None if the metric has only one."""
+    column: str = "reference"
+    """Column of the row with the reference, in the form that the metric expects."""
+    args: dict[str, Any] = {}
+    """Further arguments of the metric."""
+
+    @property
+    def label(self) -> str:
+        """Return the reward's name in tables and metrics: its own, or the metric's."""
+        return self.name or self.key or PurePath(self.path).stem
 
 
 class RegexSpec(RewardSpec):

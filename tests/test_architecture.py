@@ -55,6 +55,7 @@ HOMES = {
     "peft": ("align.tuning",),
     "trl": ("align.stages.trl.trainers", "align.data.render.chat"),
     "openai": ("reward_models.judge",),
+    "evaluate": ("reward_models.metric",),
 }
 TORCH_FREE = (
     "align.recipe",
@@ -65,7 +66,7 @@ TORCH_FREE = (
     "align.data.check",
 )
 COMMANDS = ("align.cli", "align.doctor")
-HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", *HOMES}
+HEAVY = {"torch", "transformers", "datasets", "accelerate", *HOMES}
 
 
 def module_name(path: Path) -> str:
