@@ -43,7 +43,7 @@ def extension_hashes() -> dict[str, str]:
 def source_hash(path: str) -> str:
     """Return the sha256 of ``FILE.py:NAME`` or ``MODULE:NAME`` and of the modules it imports.
 
-    These are the modules beside it and below, by the names that stand in the code. Names that are
+    These are the modules beside it and below, by the names that appear in the code. Names that are
     put together at run time, installed packages and files of data do not count.
     """
     file = source_file(path)

@@ -1,6 +1,6 @@
 """Layer freezing, gradual unfreezing and per-layer learning rates as functions of the step.
 
-There is no state, so nothing has to be restored on resume. Under ZeRO, a parameter that is frozen
+There is no state, so nothing needs to be restored on resume. Under ZeRO, a parameter that is frozen
 when the engine is created never trains afterwards. The Learner therefore gives every parameter to
 the optimizer and switches ``requires_grad`` and the rates before each step.
 """

@@ -95,7 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_next": _LINEAR,
     "zaya": {"num_experts_per_tok": 1},
 }
-_OTHER_MEDIA = "reads images or sound; its text model stands in the table"
+_OTHER_MEDIA = "reads images or sound; its text model is in the table"
 _ENCODER = "an encoder: it sees later tokens (refused when loaded)"
 _MEDIA_TYPES = """
 blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified git got_ocr2 llama4

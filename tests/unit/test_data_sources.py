@@ -88,8 +88,8 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> Non
     [
         ("r.jsonl", b'{"a": 1}\n{"a" 2}\n', r"r.jsonl:2:6: broken JSON: Expecting ':' delimiter"),
         ("r.jsonl", b'{"a": NaN}\n', "r.jsonl:1: broken JSON: NaN is not JSON"),
-        ("r.jsonl", b'{"a": 1, "a": 2}\n', "r.jsonl:1: broken JSON: key 'a' stands twice"),
-        ("r.json", b'[{"a": {"b": 1, "b": 2}}]', "r.json:1: broken JSON: key 'b' stands twice"),
+        ("r.jsonl", b'{"a": 1, "a": 2}\n', "r.jsonl:1: broken JSON: key 'a' appears twice"),
+        ("r.json", b'[{"a": {"b": 1, "b": 2}}]', "r.json:1: broken JSON: key 'b' appears twice"),
         ("r.jsonl", b"[1, 2]\n", "r.jsonl:1: expected an object with named fields"),
         ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "r.jsonl:2: byte 0xff is not UTF-8"),
         ("r.json", b'[\n{"a": 1},\n{"a": }\n]', r"r.json:3:7: broken JSON: Expecting value"),

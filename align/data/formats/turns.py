@@ -79,7 +79,7 @@ _PARTS = ("text", "input_text", "output_text")
 def parse_turns(row: Row, *, source: str) -> Row:
     """Return the row with turns that were written as text, as CSV files have them, parsed.
 
-    The text is JSON or a Python literal. Used as it stands, it would be trained as the text of a
+    The text is JSON or a Python literal. Used unparsed, it would be trained as the text of a
     plain prompt or response.
 
     Raises:
