@@ -46,6 +46,11 @@ def belong_to(identity: Mapping[str, Any] | None) -> None:
     _identity = None if identity is None else plain(identity)
 
 
+def identity() -> dict[str, Any] | None:
+    """Return the identity of the stage that this process runs; None outside a stage."""
+    return _identity
+
+
 def save_checkpoint(
     directory: Path, step: int, *, engines: Mapping[str, Any], state: Mapping[str, Any], keep: int
 ) -> Path:

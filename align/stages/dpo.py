@@ -1,5 +1,6 @@
 """Stage dpo: direct preference optimization with reference log-probabilities computed once."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ from align.losses.preference import (
 from align.recipe.schema import DpoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
+from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
 from align.training.infer import map_rows
 from align.training.offline import OfflineTask
+from align.training.results import ResultFile
 from align.tuning.reference import start_policy
 
 
@@ -29,7 +32,7 @@ from align.tuning.reference import start_policy
 class ReferencePair:
     """A pair with the reference's log-probabilities of both responses (nats, token sums).
 
-    Both are 0 for a loss without a reference.
+    Both are 0 for a loss without a reference, and NaN for a pair that no step draws.
     """
 
     pair: PairRow
@@ -42,19 +45,26 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
-    pairs = [*data.training, *data.heldout]
+    pairs, num_training = [*data.training, *data.heldout], len(data.training)
     refuse_ties(pairs)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     if spec.reference_free:
         rows = [ReferencePair(pair, 0.0, 0.0) for pair in pairs]
     else:
+        needed = rows_needed(
+            spec, context, num_training=num_training, num_heldout=len(data.heldout)
+        )
         # Before the first step the policy is the reference, unless a new adapter changes it.
         with start_policy(module.model, spec.tuning, source.model_dir):
             rows = reference_pairs(
-                module, pairs, micro_tokens=spec.micro_tokens, ld_alpha=spec.ld_alpha
+                module,
+                pairs,
+                micro_tokens=spec.micro_tokens,
+                ld_alpha=spec.ld_alpha,
+                needed=needed,
+                store=reference_file(context, needed),
             )
     # Reference values were computed for training and held-out pairs in one pass.
-    num_training = len(data.training)
     task = OfflineTask(
         rows[:num_training],
         rows[num_training:],
@@ -87,8 +97,18 @@ def reference_pairs(
     *,
     micro_tokens: int,
     ld_alpha: float | None = None,
+    needed: Sequence[int] | None = None,
+    store: ResultFile | None = None,
 ) -> list[ReferencePair]:
-    """Return the pairs with reference log-probabilities; the work is split across ranks."""
+    """Return the pairs with reference log-probabilities; the work is split across ranks.
+
+    Args:
+        module: the reference. pairs: all pairs. micro_tokens: token budget of one pass.
+        ld_alpha: weight of the tail of the longer response.
+        needed: places of the pairs to compute, None for all; the others get NaN.
+        store: keeps the results for a resumed stage.
+    """
+    places = range(len(pairs)) if needed is None else needed
 
     def sums(model: nn.Module, batch: PackedBatch) -> list[tuple[float, float]]:
         logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs  # (1, N)
@@ -97,13 +117,16 @@ def reference_pairs(
 
     found = map_rows(
         module,
-        pairs,
+        [pairs[i] for i in places],
         sums,
         length=pair_length,
         collate=pack_pairs,
         micro_tokens=micro_tokens,
+        store=store,
     )
-    return [ReferencePair(pair, *both) for pair, both in zip(pairs, found, strict=True)]
+    known = dict(zip(places, found, strict=True))
+    unknown = (math.nan, math.nan)
+    return [ReferencePair(pair, *known.get(i, unknown)) for i, pair in enumerate(pairs)]
 
 
 def collate(rows: Sequence[ReferencePair], batch: Sequence[ReferencePair]) -> PackedBatch:

@@ -6,6 +6,7 @@ response of the next row that has another prompt) over the batch of all ranks. I
 has no gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +23,12 @@ from align.losses.preference import kto_loss
 from align.recipe.schema import KtoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
+from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, pack, trim_after_last_trained
 from align.training.infer import map_rows
 from align.training.learner import infer
 from align.training.offline import OfflineTask
+from align.training.results import ResultFile
 from align.tuning.reference import start_policy
 
 
@@ -36,7 +39,8 @@ class KtoRow(TokenRow):
     Attributes:
         good: label of the response.
         mismatched: this prompt with the other response.
-        ref, ref_mismatched: the reference's log-probability of each (nats, token sums).
+        ref, ref_mismatched: the reference's log-probability of each (nats, token sums); NaN for a
+            row that no step draws.
     """
 
     good: bool = True
@@ -54,9 +58,16 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
         mismatch(rows, max_length=spec.max_length) for rows in (data.training, data.heldout)
     )
     module = build_policy(spec, source.model_dir, seed=context.seed)
+    needed = rows_needed(spec, context, num_training=len(training), num_heldout=len(heldout))
     # Before the first step the policy is the reference, unless a new adapter changes it.
     with start_policy(module.model, spec.tuning, source.model_dir):
-        rows = reference_rows(module, [*training, *heldout], micro_tokens=spec.micro_tokens)
+        rows = reference_rows(
+            module,
+            [*training, *heldout],
+            micro_tokens=spec.micro_tokens,
+            needed=needed,
+            store=reference_file(context, needed),
+        )
     task = OfflineTask(
         rows[: len(training)],
         rows[len(training) :],
@@ -114,19 +125,37 @@ def other(row: KtoRow) -> TokenRow:
     return row.mismatched
 
 
-def reference_rows(module: nn.Module, rows: Sequence[KtoRow], *, micro_tokens: int) -> list[KtoRow]:
-    """Return the rows with reference log-probabilities; the work is split across ranks."""
+def reference_rows(
+    module: nn.Module,
+    rows: Sequence[KtoRow],
+    *,
+    micro_tokens: int,
+    needed: Sequence[int] | None = None,
+    store: ResultFile | None = None,
+) -> list[KtoRow]:
+    """Return the rows with reference log-probabilities; the work is split across ranks.
+
+    Args:
+        module: the reference. rows: all rows. micro_tokens: token budget of one pass.
+        needed: places of the rows to compute, None for all; the others get NaN.
+        store: keeps the results for a resumed stage.
+    """
+    places = range(len(rows)) if needed is None else needed
     found = map_rows(
         module,
-        [side for row in rows for side in (row, other(row))],
+        [side for i in places for side in (rows[i], other(rows[i]))],
         lambda model, batch: _sums(model, batch).tolist(),
         length=lambda row: len(row.input_ids),
         collate=pack,
         micro_tokens=micro_tokens,
+        store=store,
     )
+    known = dict(zip(places, zip(found[0::2], found[1::2], strict=True), strict=True))
+    unknown = (math.nan, math.nan)
+    values = [known.get(i, unknown) for i in range(len(rows))]
     return [
-        replace(row, ref=found[2 * i], ref_mismatched=found[2 * i + 1])
-        for i, row in enumerate(rows)
+        replace(row, ref=own, ref_mismatched=mismatched)
+        for row, (own, mismatched) in zip(rows, values, strict=True)
     ]
 
 

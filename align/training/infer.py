@@ -1,5 +1,7 @@
 """Run a model over rows without gradients, packed by a token budget and split across ranks."""
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -9,7 +11,11 @@ from torch import nn
 from align.core import distributed
 from align.data.batching import plan_micro_batches
 from align.training.batch import PackedBatch
+from align.training.results import ResultFile
 
+log = logging.getLogger(__name__)
+PROGRESS_S = 30.0
+"""Seconds between two lines of progress."""
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -25,6 +31,7 @@ def map_rows(
     micro_tokens: int,
     padded: bool = False,
     share: bool = True,
+    store: ResultFile | None = None,
 ) -> list[Result]:
     """Return the result of ``fn`` for every row, in the order of the rows; dropout is off.
 
@@ -37,6 +44,8 @@ def map_rows(
         micro_tokens: token budget of one pass.
         padded: True if rows are padded, see ``plan_micro_batches``.
         share: True splits the rows across ranks; False runs all rows on every rank.
+        store: keeps this rank's results while they are computed and reports the progress. What it
+            already has is not computed again, so the model must not be sharded over the ranks.
     """
     model.eval()
     ranks, rank = (distributed.world_size(), distributed.rank()) if share else (1, 0)
@@ -45,10 +54,43 @@ def map_rows(
     )
     # A rank with fewer micro-batches runs empty ones: ZeRO-3 needs equally many passes.
     mine: dict[int, Result] = {}
-    for micro in plan[rank]:
-        results = fn(model, collate([rows[i] for i in micro]))
+    progress = Progress(sum(map(len, plan[rank])))
+    for number, micro in enumerate(plan[rank]):
+        results = None if store is None else store.read(number, micro)
+        if results is None:
+            results = fn(model, collate([rows[i] for i in micro]))
+            if store is not None:
+                store.write(number, micro, results)
+                progress.report(store.what, len(mine) + len(micro), computed=len(micro))
         mine |= dict(zip(micro, results, strict=True))
     # Every rank receives all results, keyed by the row's position.
     parts = distributed.gather_objects(mine) if share else [mine]
     found = {i: result for part in parts for i, result in part.items()}
     return [found[i] for i in range(len(rows))]
+
+
+class Progress:
+    """Lines about a pass over rows, at most one every ``PROGRESS_S`` seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._computed = 0
+        self._began = self._said = time.monotonic()
+
+    def report(self, what: str, done: int, *, computed: int) -> None:
+        """Log how many rows are done, and the time left at the speed of this process."""
+        self._computed += computed
+        now = time.monotonic()
+        if now - self._said < PROGRESS_S or not self._computed:
+            return
+        self._said = now
+        left = (self._total - done) * (now - self._began) / self._computed
+        minutes, seconds = divmod(round(left), 60)
+        log.info(
+            "%s: %s of %s rows, eta %d:%02d",
+            what,
+            f"{done:,}",
+            f"{self._total:,}",
+            minutes,
+            seconds,
+        )

@@ -69,12 +69,14 @@ class OfflineSchedule:
     seed: int
 
 
-def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Return the number of optimizer steps: ``steps`` if given, else whole batches of the epochs.
+def num_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Return the number of optimizer steps: ``steps``, or else whole batches of the epochs."""
+    return steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
 
-    A warning is logged if rounding to whole batches skips rows or repeats some.
-    """
-    found = steps if steps is not None else max(1, round(num_rows * epochs / batch_size))
+
+def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Return ``num_steps``, and warn if whole batches skip rows or repeat some."""
+    found = num_steps(num_rows, batch_size=batch_size, epochs=epochs, steps=steps)
     if batch_size > num_rows:
         log.warning(
             "a batch of %d is larger than the %d rows: every step sees rows more than once; lower "
