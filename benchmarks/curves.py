@@ -23,7 +23,7 @@ from align.recipe.schema import OptimSpec, ZeroSpec
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.batch import pack
 from align.training.learner import Learner
-from align.training.offline import OfflineTask, micro_batches
+from align.training.task import OfflineTask, micro_batches
 from benchmarks.run import RESULTS, device_name, today
 from benchmarks.workloads import SHAPES, write_model
 

@@ -66,7 +66,7 @@ def step(folder: Path, shape: str) -> None:
     from align.recipe.schema import OptimSpec, ZeroSpec
     from align.stages.sft import collate, length_of, sft_loss
     from align.training.learner import Learner
-    from align.training.offline import OfflineTask, micro_batches
+    from align.training.task import OfflineTask, micro_batches
     from benchmarks.curves import random_row
 
     torch.set_num_threads(1)

@@ -162,7 +162,8 @@ class MetricsLog:
         }
         self._write(METRICS_FILE, line)
         if self._first_step is None:
-            self._first_step = step - 1
+            # The line of step 0 is an evaluation before the first step.
+            self._first_step = max(step - 1, 0)
         # The ETA uses only this attempt, whose speed may differ from earlier ones.
         rate = elapsed / max(step - self._first_step, 1)
         left = rate * max(self._total_steps - step, 0)

@@ -98,6 +98,9 @@ WATCHED = {
 }
 
 FINAL = {
+    "change/{name}_low": Metric("", "lower 95 % bound of that change, clustered by prompt"),
+    "change/{name}_high": Metric("", "upper 95 % bound of that change, clustered by prompt"),
+    "change/{name}": Metric("", "change of a held-out metric since before the first step"),
     "eval/loss_saved": Metric("nats", "held-out loss of the weights as they were saved"),
     "eval/macro_f1": Metric("fraction", "classifier: mean of the F1 scores of the classes"),
     "eval/pair_accuracy": Metric("fraction", "held-out pairs that a reward model ranks right"),

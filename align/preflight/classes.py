@@ -13,7 +13,7 @@ from align.preflight.checks import Check, Finding, at_most
 from align.preflight.offline import few_rows, loss_of, packing, start_checks
 from align.preflight.tokens import fitting
 from align.recipe.schema import ClassifyStage
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from reward_models.scalar import max_tokens
 
 

@@ -25,7 +25,7 @@ from align.recipe.schema import (
 )
 from align.sampling.push import PUSH_TOLERANCE
 from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from align.tuning.export import checkpoint_name, gathered
 
 NUM_ROWS = 4

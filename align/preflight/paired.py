@@ -13,7 +13,7 @@ from align.preflight.checks import Check, Finding, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
 from align.preflight.tokens import fitting
 from align.recipe.schema import RewardStage
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from reward_models.scalar import RewardModel, score_token_ids
 
 NUM_SCORED = 8

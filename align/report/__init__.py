@@ -124,6 +124,7 @@ GROUPS: Mapping[str, tuple[Callable[[RunRecord], Markup | None], ...]] = {
     "Results": (
         sections.expectations,
         sections.alarms,
+        sections.changes,
         tasks,
         sections.reward_models,
         reward_cards,

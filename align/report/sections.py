@@ -10,6 +10,7 @@ from align.report.markup import Markup, duration, join, number, table, tag, trip
 from align.report.read import Row, RunRecord, StageRecord
 
 FIXED = frozenset({"step", "time_s", "total_steps"})
+CHANGE = "change/"
 # Panels that are shown first, in this order; the others are folded.
 FRONT = (
     "loss",
@@ -104,6 +105,36 @@ def alarms(run: RunRecord) -> Markup | None:
     return tag("section", tag("h2", f"Alarms: {len(rows)}"), table(heads, rows), id="alarms")
 
 
+def changes(run: RunRecord) -> Markup | None:
+    """Return the table of held-out metrics before and after each stage; None without any."""
+    rows: list[list[object]] = []
+    for stage in run.stages:
+        first = stage.metrics[0] if stage.metrics else {}
+        for name, value in stage.manifest.get("metrics", {}).items():
+            metric = name.removeprefix(CHANGE)
+            if metric == name or metric.endswith(("_low", "_high")) or first.get("step") != 0:
+                continue
+            before = first.get(f"eval/{metric}")
+            if not isinstance(before, int | float):
+                continue
+            low, high = (stage.manifest["metrics"].get(f"{name}_{end}") for end in ("low", "high"))
+            spread = "-" if low is None else f"[{number(low)}, {number(high)}]"
+            after = before + value
+            rows.append([stage.name, metric, number(before), number(after), number(value), spread])
+    if not rows:
+        return None
+    heads: list[object] = ["stage", "held-out metric", "step 0", "end", "change", "95 % interval"]
+    told = (
+        "Intervals are paired and clustered by prompt. They cover other prompts of the same kind."
+    )
+    return tag(
+        "section",
+        tag("h2", "Change on held-out rows"),
+        tag("p", told),
+        table(heads, rows, class_="numbers"),
+    )
+
+
 def curves(run: RunRecord) -> Markup | None:
     """Return the section with the metric curves of every stage that logged metrics."""
     stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]
@@ -158,7 +189,12 @@ def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
     panels: dict[str, dict[str, Points]] = {}
     for row in metrics:
         for name, value in row.items():
-            if name in FIXED or not (value is None or isinstance(value, int | float)):
+            # Changes are in a table of their own.
+            if (
+                name in FIXED
+                or name.startswith(CHANGE)
+                or not (value is None or isinstance(value, int | float))
+            ):
                 continue
             group, _, last = name.partition("/")
             shared = group in ("train", "eval") and last

@@ -37,7 +37,7 @@ from align.stages.offline import (
 )
 from align.training.batch import PackedBatch, pack
 from align.training.infer import map_rows
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
 from align.tuning.loading import load_classifier, quantization

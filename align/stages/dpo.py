@@ -23,8 +23,8 @@ from align.stages.offline import build_policy, load_init, offline_rows, prepare_
 from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
 from align.training.infer import map_rows
-from align.training.offline import OfflineTask
 from align.training.results import ResultFile
+from align.training.task import OfflineTask
 from align.tuning.reference import start_policy
 
 

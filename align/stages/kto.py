@@ -27,8 +27,8 @@ from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, pack, trim_after_last_trained
 from align.training.infer import map_rows
 from align.training.learner import infer
-from align.training.offline import OfflineTask
 from align.training.results import ResultFile
+from align.training.task import OfflineTask
 from align.tuning.reference import start_policy
 
 

@@ -21,7 +21,7 @@ from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage
 from align.recipe.schema.evaluate import OWN_TASK
 from align.stages.base import StageContext, chat_format
 from align.stages.evaluate.measure import TaskRewards
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from align.recipe.schema import SftStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, pack
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 
 
 def prepare(spec: SftStage, context: StageContext) -> Prepared:

@@ -6,54 +6,29 @@ data set and knows the whole batch of a step, so the global counts of a loss nee
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from align.core import distributed
 from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from align.core.distributed import stop_requested, stops_between_steps
 from align.core.errors import Preempted
 from align.core.log import MetricsLog
 from align.data.augment import AugmentedRows
-from align.data.batching import plan_micro_batches
 from align.data.sampler import batch_places
-from align.training.batch import PackedBatch
 from align.training.diagnosis import Diagnosis
-from align.training.learner import Learner, LossFunction, evaluate
+from align.training.heldout import HeldOut
+from align.training.learner import Learner, evaluate
 from align.training.stopping import EarlyStopping
+from align.training.task import OfflineTask, measured
 
 log = logging.getLogger(__name__)
 Row = TypeVar("Row")
 OPTIM = ("grad_norm", "learning_rate", "update_ratio", "update_per_rate", "weight_rms")
 """Statistics of the optimizer, which are logged under ``optim/``."""
-
-
-@dataclass(frozen=True, slots=True)
-class OfflineTask(Generic[Row]):
-    """Data, collation and loss of an offline method.
-
-    Attributes:
-        rows: training rows. heldout: rows for held-out evaluation during training.
-        length: tokens of a row.
-        collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
-        loss_fn: loss and statistics of a micro-batch.
-        measure: (model, rows of the whole batch) -> numbers added to the counts of each of its
-            micro-batches before the step; None measures nothing.
-        padded: True if the rows of a micro-batch are padded to its longest row; the token budget
-            then counts the padding.
-    """
-
-    rows: Sequence[Row]
-    heldout: Sequence[Row]
-    length: Callable[[Row], int]
-    collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
-    loss_fn: LossFunction
-    measure: Callable[[nn.Module, Sequence[Row]], Mapping[str, float]] | None = None
-    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +87,19 @@ def train_offline(
 ) -> dict[str, float]:
     """Train to the end of the schedule, resuming from the newest verified checkpoint.
 
+    Held-out rows are also evaluated before the first step: later evaluations have the change since.
+
     Returns:
         The last step's metrics, the held-out loss and the mean number of trained tokens per
         second. With ``stopping``, which may end the training early, the held-out metrics are those
         of the best evaluation.
     """
     engines = {"policy": learner.engine}
-    states = {"stopping": stopping, "diagnosis": diagnosis}
+    heldout = HeldOut(task, schedule.micro_tokens) if task.heldout else None
+    states = {"stopping": stopping, "diagnosis": diagnosis, "heldout": heldout}
     start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, states=states)
+    if heldout is not None and heldout.first is None:
+        metrics.log(start, heldout.start(learner.engine))
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
@@ -136,11 +116,11 @@ def train_offline(
         last = named(stats) | {"tokens/per_s": rate}
         done = step + 1
         # Held-out evaluation; its metrics join the line of this step.
-        if task.heldout and (
+        if heldout is not None and (
             done == schedule.total_steps
             or (schedule.eval_every and done % schedule.eval_every == 0)
         ):
-            found_now = evaluate_rows(learner.engine, task, schedule.micro_tokens)
+            found_now = heldout.look(learner.engine)
             last |= found_now
             if stopping is not None:
                 stopping.look(done, found_now)
@@ -168,7 +148,7 @@ def _resume(
     *,
     metrics: MetricsLog,
     checkpoints: Path,
-    states: Mapping[str, EarlyStopping | Diagnosis | None],
+    states: Mapping[str, EarlyStopping | Diagnosis | HeldOut | None],
 ) -> tuple[int, dict[str, float]]:
     """Load the newest verified checkpoint and return the steps done and the last metrics."""
     found = newest_checkpoint(checkpoints)
@@ -190,30 +170,6 @@ def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]
     if isinstance(rows, AugmentedRows):
         return [cast("Row", rows.in_epoch(i, epoch)) for i, epoch in places]
     return [rows[i] for i, _ in places]
-
-
-def micro_batches(
-    task: OfflineTask[Any], batch: Sequence[Any], micro_tokens: int
-) -> list[PackedBatch]:
-    """Split a batch and return this rank's micro-batches."""
-    plan = plan_micro_batches(
-        [task.length(row) for row in batch],
-        micro_tokens=micro_tokens,
-        ranks=distributed.world_size(),
-        padded=task.padded,
-    )
-    return [task.collate([batch[i] for i in micro], batch) for micro in plan[distributed.rank()]]
-
-
-def measured(
-    model: nn.Module, task: OfflineTask[Any], batch: Sequence[Any], *, micro_tokens: int
-) -> list[PackedBatch]:
-    """Return this rank's micro-batches with what the task measures on the batch in their counts."""
-    micro = micro_batches(task, batch, micro_tokens)
-    if task.measure is None:
-        return micro
-    found = task.measure(model, batch)
-    return [replace(m, counts={**m.counts, **found}) for m in micro]
 
 
 def evaluate_rows(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:

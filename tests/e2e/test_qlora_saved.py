@@ -35,7 +35,7 @@ from align.stages.offline import (
     train_policy,
 )
 from align.training.batch import flatten_pairs, pack
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from align.tuning.loading import load_for_training
 
 QLORA = {"method": "qlora", "rank": 4}

@@ -47,7 +47,8 @@ from align.stages import dpo, kto, sft
 from align.stages.reward import stage as reward
 from align.stages.reward import tasks as scorer_rows
 from align.training.learner import Learner
-from align.training.offline import OfflineSchedule, OfflineTask, measured, pick
+from align.training.offline import OfflineSchedule, pick
+from align.training.task import OfflineTask, measured
 
 HERE = Path(__file__).resolve().parent
 STEPS = 20

@@ -24,7 +24,7 @@ from align.models.logprobs import LogprobModel
 from align.recipe.schema import OptimSpec, ZeroSpec
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner, evaluate, learning_rate
-from align.training.offline import OfflineTask, micro_batches
+from align.training.task import OfflineTask, micro_batches
 from align.tuning.export import full_weights
 
 ROWS = [

@@ -12,6 +12,7 @@ from align.core.errors import ArtifactError
 from align.pipeline.terminal import (
     Tail,
     Terminal,
+    change_text,
     clock,
     eta_s,
     machine,
@@ -77,6 +78,17 @@ def follow(folder: Path, *, tty: bool) -> str:
     terminal.update()
     terminal.end(7.0)
     return shown.getvalue()
+
+
+def test_end_of_a_stage_shows_the_change_since_its_start():
+    bounds = {"change/loss_low": -0.3, "change/loss_high": -0.1}
+    assert change_text({"step": 9, "change/loss": -0.2, **bounds}) == (
+        "eval/loss changed by -0.2 [-0.3, -0.1] since step 0"
+    )
+    # Too few prompts for an interval; accuracy comes before the loss.
+    both = {"change/loss": -0.2, "change/accuracy": 0.125}
+    assert change_text(both) == "eval/accuracy changed by 0.125 since step 0"
+    assert change_text({"train/loss": 1.0}) == ""
 
 
 def test_without_a_terminal_the_stage_is_plain_lines(tmp_path: Path):

@@ -46,7 +46,7 @@ from align.stages import dpo, sft
 from align.stages.base import Prepared, StageContext, StageResult, prepare_and_train
 from align.stages.reward.tasks import WeightedPair, collate_pairs
 from align.stages.tools.deep_check import check_stage
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from reward_models import build_reward
 
 DPO = DpoStage(kind="dpo", init="x", data=[{"path": "x"}])

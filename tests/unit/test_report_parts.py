@@ -13,7 +13,7 @@ from align.report.classes import classifiers
 from align.report.markup import duration, number
 from align.report.merge import earlier, merges
 from align.report.read import RunRecord, StageRecord
-from align.report.sections import panels_of
+from align.report.sections import changes, panels_of
 
 
 def test_panels_share_train_and_eval_and_keep_gaps() -> None:
@@ -98,6 +98,25 @@ def test_duration_and_units_follow_the_names() -> None:
 def run_of(stage: StageRecord, summary: dict, folder: Path = Path("r")) -> RunRecord:
     recipe = Recipe.model_validate({"name": "r", "stages": {"b": {"kind": "base", "path": "x"}}})
     return RunRecord(folder, recipe, [stage], summary, [])
+
+
+def test_changes_are_one_table_and_no_curves(tmp_path: Path) -> None:
+    final = {
+        "eval/loss": 0.5,
+        "change/loss": -0.2,
+        "change/loss_low": -0.3,
+        "change/loss_high": -0.1,
+    }
+    lines = [{"step": 0, "eval/loss": 0.7}, {"step": 4, **final}]
+    stage = StageRecord("sft", "sft", "done", (), {"metrics": final}, lines)
+    shown = str(changes(run_of(stage, {}, tmp_path)))
+    # Step 0, end, change and interval, in one row.
+    cells = "".join(f"<td>{text}</td>" for text in ("0.7", "0.5", "-0.2", "[-0.3, -0.1]"))
+    assert cells in shown
+    assert panels_of(lines) == {"loss": [("eval", [(0, 0.7), (4, 0.5)])]}
+    # A run from before step 0 was evaluated has no table.
+    old = StageRecord("sft", "sft", "done", (), {"metrics": {"eval/loss": 0.5}}, lines[1:])
+    assert changes(run_of(old, {}, tmp_path)) is None
 
 
 def test_classifiers_show_the_matrix_and_the_surest_mistakes(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class OfflineStage(TrainingStage):
     steps: Count | None = None
     """Optimizer steps; overrides ``epochs``."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between evaluations of ``heldout``; 0 for none."""
+    """Optimizer steps between evaluations of ``heldout``; 0 for the start and the end only."""
     max_lost_frac: Fraction = 0.01
     """Fraction of the rows that may be lost, for example to ``max_length``."""
     max_contaminated_frac: Fraction = 0.05

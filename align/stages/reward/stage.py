@@ -60,7 +60,7 @@ from align.stages.reward.tasks import (
     steps_loss,
 )
 from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_after_last_trained
-from align.training.offline import OfflineTask
+from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter, with_adapter
 from align.tuning.loading import quantization

@@ -43,7 +43,7 @@ from align.sampling.experience import Experience, gather_experience
 from align.stages.offline import log_likelihood, save_trained_policy
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
-from align.training.offline import OfflineTask, micro_batches
+from align.training.task import OfflineTask, micro_batches
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.export import full_weights
 from align.tuning.wrap import add_tuner

@@ -31,7 +31,7 @@ from align.stages.offline import save_trained_policy
 from align.training import learner
 from align.training.batch import pair_length
 from align.training.learner import Learner
-from align.training.offline import OfflineTask, micro_batches
+from align.training.task import OfflineTask, micro_batches
 from align.tuning.loading import load_for_training
 from align.tuning.reference import start_policy
 

@@ -34,7 +34,7 @@ from align.stages.reward.stage import values_of
 from align.stages.reward.tasks import WeightedPair, collate_pairs, pair_loss
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.batch import pair_length
-from align.training.offline import OfflineTask, measured
+from align.training.task import OfflineTask, measured
 from reward_models import build_reward
 from reward_models.scalar import RewardModel
 

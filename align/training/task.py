@@ -1,0 +1,74 @@
+"""What an offline method trains on: rows, their collation and the loss of a micro-batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from align.core import distributed
+from align.data.batching import plan_micro_batches
+from align.training.batch import PackedBatch
+from align.training.learner import LossFunction
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineTask(Generic[Row]):
+    """Data, collation and loss of an offline method.
+
+    Attributes:
+        rows: training rows. heldout: rows for held-out evaluation during training.
+        length: tokens of a row.
+        collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
+        loss_fn: loss and statistics of a micro-batch.
+        measure: (model, rows of the whole batch) -> numbers added to the counts of each of its
+            micro-batches before the step; None measures nothing.
+        padded: True if the rows of a micro-batch are padded to its longest row; the token budget
+            then counts the padding.
+    """
+
+    rows: Sequence[Row]
+    heldout: Sequence[Row]
+    length: Callable[[Row], int]
+    collate: Callable[[Sequence[Row], Sequence[Row]], PackedBatch]
+    loss_fn: LossFunction
+    measure: Callable[[nn.Module, Sequence[Row]], Mapping[str, float]] | None = None
+    padded: bool = False
+
+
+def micro_batches(
+    task: OfflineTask[Any],
+    batch: Sequence[Any],
+    micro_tokens: int,
+    *,
+    counted: Sequence[Any] | None = None,
+) -> list[PackedBatch]:
+    """Split a batch and return this rank's micro-batches.
+
+    Args:
+        task: lengths and collation. batch: rows. micro_tokens: token budget of one pass.
+        counted: rows of the counts, by which the loss divides; None for the batch.
+    """
+    plan = plan_micro_batches(
+        [task.length(row) for row in batch],
+        micro_tokens=micro_tokens,
+        ranks=distributed.world_size(),
+        padded=task.padded,
+    )
+    return [
+        task.collate([batch[i] for i in micro], counted or batch)
+        for micro in plan[distributed.rank()]
+    ]
+
+
+def measured(
+    model: nn.Module, task: OfflineTask[Any], batch: Sequence[Any], *, micro_tokens: int
+) -> list[PackedBatch]:
+    """Return this rank's micro-batches with what the task measures on the batch in their counts."""
+    micro = micro_batches(task, batch, micro_tokens)
+    if task.measure is None:
+        return micro
+    found = task.measure(model, batch)
+    return [replace(m, counts={**m.counts, **found}) for m in micro]
