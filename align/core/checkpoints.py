@@ -10,10 +10,11 @@ import json
 import logging
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ from align.core.storage import MIB, write_patiently
 
 log = logging.getLogger(__name__)
 STATE = "checkpoint.json"
+AUTO_S = (600.0, 1800.0)
+"""Shortest and longest time in seconds between two checkpoints of ``auto``."""
+AUTO_COST = 30.0
+"""``auto`` waits at least this many times as long as saving took: about 3 % of the time."""
+CLOCK = time.monotonic
 _identity: dict[str, Any] | None = None
 
 
@@ -49,6 +55,36 @@ def belong_to(identity: Mapping[str, Any] | None) -> None:
 def identity() -> dict[str, Any] | None:
     """Return the identity of the stage that this process runs; None outside a stage."""
     return _identity
+
+
+class CheckpointTimer:
+    """Decides after which steps a checkpoint is saved: by number, or by time for ``auto``.
+
+    ``auto`` saves every 10 minutes, and less often, up to every 30, if saving takes longer than
+    20 s. When a checkpoint is saved has no effect on the training.
+    """
+
+    def __init__(self, every: int | Literal["auto"]) -> None:
+        self._every = every
+        self._saved_at, self._took = CLOCK(), 0.0
+
+    def due(self, step: int) -> bool:
+        """Return whether to save after ``step`` steps; every rank must call this."""
+        if self._every != "auto":
+            return self._every > 0 and step % self._every == 0
+        shortest, longest = AUTO_S
+        wait = min(max(shortest, AUTO_COST * self._took), longest)
+        # The clocks of the ranks differ, so rank 0 decides.
+        is_due = distributed.rank() == 0 and CLOCK() - self._saved_at >= wait
+        return distributed.global_max(float(is_due)) > 0.0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the block that saves a checkpoint."""
+        began = CLOCK()
+        yield
+        self._saved_at = CLOCK()
+        self._took = self._saved_at - began
 
 
 def save_checkpoint(

@@ -15,7 +15,12 @@ from typing import Any
 from torch import nn
 
 from align.core import distributed
-from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.checkpoints import (
+    CheckpointTimer,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from align.core.distributed import derive_seed, stop_requested, stops_between_steps
 from align.core.errors import Preempted, TrainingError
 from align.core.log import MetricsLog
@@ -102,6 +107,7 @@ def train_online(
         log.info("resumed from %s", found)
     elif watch is not None:
         metrics.log(0, watch.look(0))
+    timer = CheckpointTimer(spec.checkpoint_every)
     for step in range(start, spec.steps):
         if watch is not None and watch.stopped_by is not None:
             break
@@ -113,14 +119,19 @@ def train_online(
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         # Prompts and seeds are functions of the step, so only counters and controllers are state.
-        if stop or (spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0):
+        if stop or timer.due(step + 1):
             state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
             state |= {"diagnosis": diagnosis.state_dict()}
             state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
             state |= {"watch": watch.state_dict()} if watch is not None else {}
-            save_checkpoint(
-                checkpoints, step + 1, engines=run.engines, state=state, keep=spec.keep_checkpoints
-            )
+            with timer.saving():
+                save_checkpoint(
+                    checkpoints,
+                    step + 1,
+                    engines=run.engines,
+                    state=state,
+                    keep=spec.keep_checkpoints,
+                )
         if stop and step + 1 < spec.steps:
             raise Preempted(f"stopped by a signal after step {step + 1}. Run again to resume")
     return last

@@ -9,11 +9,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
-from align.core.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.core.checkpoints import (
+    CheckpointTimer,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from align.core.distributed import stop_requested, stops_between_steps
 from align.core.errors import Preempted
 from align.core.log import MetricsLog
@@ -39,7 +44,7 @@ class OfflineSchedule:
     batch_size: int
     micro_tokens: int
     eval_every: int
-    checkpoint_every: int
+    checkpoint_every: int | Literal["auto"]
     keep_checkpoints: int
     seed: int
 
@@ -100,6 +105,7 @@ def train_offline(
     start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, states=states)
     if heldout is not None and heldout.first is None:
         metrics.log(start, heldout.start(learner.engine))
+    timer = CheckpointTimer(schedule.checkpoint_every)
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
     for step in range(start, schedule.total_steps):
@@ -129,11 +135,12 @@ def train_offline(
             diagnosis.report(done, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
-        if stop or (schedule.checkpoint_every and done % schedule.checkpoint_every == 0):
+        if stop or timer.due(done):
             state = {k: part.state_dict() for k, part in states.items() if part is not None}
-            save_checkpoint(
-                checkpoints, done, engines=engines, state=state, keep=schedule.keep_checkpoints
-            )
+            with timer.saving():
+                save_checkpoint(
+                    checkpoints, done, engines=engines, state=state, keep=schedule.keep_checkpoints
+                )
         if stop and done < schedule.total_steps:
             raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
     if stopping is not None:

@@ -16,6 +16,7 @@ from alone import world_of_one
 
 from align.core import checkpoints, distributed, storage
 from align.core.errors import Preempted
+from align.preflight import disk
 from align.preflight.disk import bytes_to_write, checkpoint_bytes, room
 from align.recipe.schema import OptimSpec, SftStage, ZeroSpec
 
@@ -122,20 +123,40 @@ def test_the_preflight_counts_weights_optimizer_and_checkpoints() -> None:
     assert checkpoint_bytes(stage(), 100, 1000) == 4800
     assert checkpoint_bytes(stage(dtype="bfloat16"), 100, 1000) == 3200
     # None kept: one checkpoint on a signal. Two kept: three at the moment of the third.
-    assert bytes_to_write(stage(), 100, 1000) == (4800 + 4000, 4800, 1)
+    assert bytes_to_write(stage(checkpoint_every=0), 100, 1000) == (4800 + 4000, 4800, 1)
+    assert bytes_to_write(stage(), 100, 1000) == (3 * 4800 + 4000, 4800, 3)
     kept = stage(checkpoint_every=5, keep_checkpoints=2)
     assert bytes_to_write(kept, 100, 1000) == (3 * 4800 + 4000, 4800, 3)
 
 
 def test_a_device_with_less_room_than_the_stage_writes_is_refused(tmp_path: Path) -> None:
     fits, huge = (
-        room(stage(), 10, 10, folder=tmp_path),
+        room(stage(checkpoint_every=0), 10, 10, folder=tmp_path),
         room(stage(), 10**15, 10**15, folder=tmp_path),
     )
     assert (fits.verdict, huge.verdict) == ("ok", "fail")
     assert "1 checkpoint of 1 MiB" in fits.value
     assert "MiB free" in huge.bound
     assert "no space left on " in huge.remedy
+
+
+@pytest.mark.parametrize(
+    ("free", "every", "verdict"),
+    # A checkpoint of 10^6 float32 weights, of which none is trained, and the model: 4 MB each.
+    [
+        (16_000_000, "auto", "ok"),
+        (15_000_000, "auto", "warn"),
+        (15_000_000, 5, "fail"),
+        (7_000_000, "auto", "fail"),
+        (8_000_000, 0, "ok"),
+    ],
+)
+def test_room_for_one_checkpoint_by_time_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, every: object, verdict: str
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: free)
+    found = room(stage(checkpoint_every=every), 0, 10**6, folder=tmp_path)
+    assert found.verdict == verdict
 
 
 @pytest.fixture

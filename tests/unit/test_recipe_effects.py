@@ -99,7 +99,6 @@ def test_recipe_itself_is_right() -> None:
         ("grpo.importance", "{floor: 0.5}", "no effect with mode truncate"),
         ("sft.optim.betas", "[0.9, 1.0]", "the mean never changes"),
         ("sft.zero.offload", "cpu", "no effect with stage 0"),
-        ("sft.keep_checkpoints", "3", "no effect with checkpoint_every 0"),
         ("sft.eval_every", "10", "without 'heldout'"),
         ("merge.tolerance", "0.1", "no effect with a single alpha"),
         ("merge.sampling", "{engine: hf}", "no effect with a single alpha"),
@@ -161,6 +160,7 @@ def test_option_without_effect_is_refused(key: str, value: str, reason: str) -> 
     "overrides",
     [
         ("sft.steps=9", "sft.epochs=2.0"),
+        ("sft.checkpoint_every=0", "sft.keep_checkpoints=3"),
         ("grpo.dynamic_sampling=true", "grpo.max_draws=1"),
         ("grpo.algorithm=rloo", "grpo.scale=std"),
         ("grpo.algorithm=remax", "grpo.dynamic_sampling=true"),
@@ -185,13 +185,13 @@ def test_each_is_named_at_its_own_line_and_column() -> None:
     text = RECIPE.replace(
         "    rewards: [{kind: math}]\n    steps: 4\n  grpo",
         ("    rewards: [{kind: math}]\n    steps: 4\n    kl: {coef: 0.1, horizon: 50}\n  grpo"),
-    ).replace("rows: 100}]", "rows: 100}]\n    keep_checkpoints: 3")
+    ).replace("rows: 100}]", "rows: 100}]\n    keep_checkpoints: 3\n    checkpoint_every: 0")
     Path("r.yaml").write_text(text)
     assert mistakes() == [
         "r.yaml:13:5: stages.sft.keep_checkpoints: has no effect with checkpoint_every 0, which "
         "keeps none",
         # "    kl: {coef: 0.1, " is 20 characters, so the key stands in column 21.
-        "r.yaml:20:21: stages.ppo.kl.horizon: has no effect without 'target': the coefficient "
+        "r.yaml:21:21: stages.ppo.kl.horizon: has no effect without 'target': the coefficient "
         "is constant",
     ]
 
@@ -205,6 +205,7 @@ def test_each_is_named_at_its_own_line_and_column() -> None:
         ("grpo.algorithm=gspo",),
         ("grpo.algorithm=rloo",),
         ("sft.keep_checkpoints=3", "sft.checkpoint_every=5"),
+        ("sft.keep_checkpoints=3",),
         ("sft.data=[{world: sft, rows: 9, weight: 2.0}, {world: sft, rows: 9}]",),
         ("ppo.watch=" + GUARDED.replace("every: 2", "every: 1"),),
         ("evaluate.reference=base", "evaluate.sampling.temperature=1.0"),

@@ -159,8 +159,8 @@ class TrainingStage(StageSpec):
     """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
     not_learning: Literal["warn", "stop", "ignore"] = "warn"
     """If the run does not learn: report why, also end the stage (exit code 1), or do not look."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between checkpoints; 0 for no checkpoints."""
+    checkpoint_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Optimizer steps between checkpoints; 0 for none; ``auto`` for one about every 10 minutes."""
     keep_checkpoints: Count = 2
     """Number of latest checkpoints to keep."""
 
