@@ -36,7 +36,7 @@ OPTIMIZER = {
 
 OFFLINE = {
     "loss": Metric("nats", "the stage's loss: per token (sft), pair, response or step"),
-    "accuracy": Metric("fraction", "pairs with chosen above rejected, or labels predicted right"),
+    "accuracy": Metric("fraction", "pairs with chosen above rejected, ties half; or right labels"),
     "margin": Metric("nats", "mean margin of chosen over rejected: of scores, or of DPO's rewards"),
     "chosen_logprob": Metric("nats", "mean log-probability of a chosen response, summed over it"),
     "kl": Metric("nats", "KTO's estimate of the KL to the reference, of a mismatched response"),

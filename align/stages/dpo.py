@@ -173,7 +173,8 @@ def preference_loss(
     stats = {
         "chosen_logprob": sums[0::2].sum() * share,
         "margin": margins.sum() * share,
-        "accuracy": (margins > 0).sum() * share,
+        # At step 0 all margins are 0: chance, not failure.
+        "accuracy": ((margins > 0).sum() + 0.5 * (margins == 0).sum()) * share,
     }
     return loss.sum() * share + 0.0 * logprobs.sum(), stats
 

@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from torch import nn
 
 from align.core import distributed
+from align.core.metrics import described
 from align.core.types import PairRow, TokenRow
 from align.training.task import OfflineTask, micro_batches
 
@@ -100,7 +101,8 @@ def change(name: str, first: Sequence[float], now: Sequence[float]) -> dict[str,
 
     Reference: Wolter, Introduction to Variance Estimation, section 2.2 (random groups): the
     variance of a sum over G groups is estimated by G / (G - 1) times the sum of the squared
-    deviations from the groups' mean.
+    deviations from the groups' mean. The bounds of a fraction's change end where it would leave
+    [0, 1].
     """
     parts = [b - a for a, b in zip(first, now, strict=True)]
     num, total = len(parts), math.fsum(parts)
@@ -109,7 +111,11 @@ def change(name: str, first: Sequence[float], now: Sequence[float]) -> dict[str,
         return found
     squares = math.fsum((part - total / num) ** 2 for part in parts)
     half = float(student_t.ppf(0.975, num - 1)) * math.sqrt(num / (num - 1) * squares)
-    return found | {f"change/{name}_low": total - half, f"change/{name}_high": total + half}
+    low, high = total - half, total + half
+    if (known := described(f"eval/{name}")) is not None and known.unit == "fraction":
+        start = math.fsum(first)
+        low, high = max(low, -start), min(high, 1.0 - start)
+    return found | {f"change/{name}_low": low, f"change/{name}_high": high}
 
 
 def random_groups(prompts: Sequence[Hashable]) -> list[list[int]]:

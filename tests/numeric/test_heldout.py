@@ -26,9 +26,9 @@ from align.core.log import MetricsLog
 from align.core.types import PairRow, TokenRow
 from align.models.logprobs import LogprobModel
 from align.online.watch import Watch
-from align.recipe.schema import KtoStage
+from align.recipe.schema import DpoStage, KtoStage
 from align.recipe.schema.tuning import FullTuning
-from align.stages import kto, sft
+from align.stages import dpo, kto, sft
 from align.training.heldout import HeldOut, change, prompt_of, random_groups
 from align.training.offline import OfflineSchedule, evaluate_rows, train_offline
 from align.training.task import OfflineTask
@@ -95,6 +95,10 @@ def test_interval_is_that_of_a_mean_over_groups() -> None:
     assert found["change/loss_low"] == pytest.approx(9 * bounds.low)
     assert found["change/loss_high"] == pytest.approx(9 * bounds.high)
     assert list(change("loss", first[:7], now[:7])) == ["change/loss"]
+    # A fraction that starts at 0.5 rises by 0.5 at most: the interval beyond that is cut.
+    found = change("accuracy", [0.05] * 10, [0.1] * 9 + [0.0])
+    assert found["change/accuracy_high"] == pytest.approx(0.5)
+    assert found["change/accuracy_low"] > 0.1
 
 
 def test_rows_with_the_same_prompt_are_one_cluster(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,3 +206,13 @@ def test_watched_scores_change_by_prompt_and_copies_are_one_cluster() -> None:
     assert "change/proxy" not in found
     watch.history = history[:1]
     assert Watch._changes(watch) == {}
+
+
+def test_dpo_starts_at_chance(model_dir: Path) -> None:
+    spec = DpoStage(kind="dpo", beta=0.3, **curves.OFFLINE)
+    module = policy_of(model_dir).module
+    rows = dpo.reference_pairs(module, curves.pairs()[:1], micro_tokens=400)
+    _, stats = dpo.preference_loss(spec, module, dpo.collate(rows, rows))
+    # Policy and reference are one model, and the pair is packed as it was then: the margin is 0.
+    assert float(stats["margin"]) == 0.0
+    assert float(stats["accuracy"]) == 0.5
