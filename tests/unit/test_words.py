@@ -29,7 +29,10 @@ BANNED = {
     r"\b\w*(?:al|ar|or|er|im|in|ens|oken|rgan|ecogn)is(?:e[ds]?|ing|ation)\b": "-ize",
 }
 """Pattern: what to write instead."""
-KNOWN = re.compile(r"align\.core\.artefacts|`normalise`|`overoptimise`|otherwise|precis|exercis|promis|surpris|comparis")
+KNOWN = re.compile(
+    r"align\.core\.artefacts|`normalise`|`overoptimise`"
+    r"|otherwise|precis|exercis|promis|surpris|comparis"
+)
 
 
 def user_strings() -> Iterator[tuple[str, str]]:
