@@ -2,7 +2,8 @@
 
 Prints one row for each kind of fault: how many were tried, held, failed, and were refused without
 a clear message. The exit code is 1 if any failed or was unclear. A fault is repeated by its seed
-and its name: ``--seed N --only 'kill -9, sft/3'``.
+and its name: ``--seed N --only 'kill -9, sft/3'``. With ``--out`` each outcome is written at once,
+and a second call with the same file tries what it lacks and what did not hold.
 """
 
 import argparse
@@ -15,12 +16,23 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.faults.campaign import clean, forked, recipe
 from tests.faults.campaign.catalogue import catalogue
-from tests.faults.campaign.ledger import Failed, Fault, Outcome, Place, Unclear, table, write
+from tests.faults.campaign.ledger import (
+    Failed,
+    Fault,
+    Outcome,
+    Place,
+    Unclear,
+    append,
+    commit,
+    read,
+    table,
+)
 
 VLLM = "ppo_vllm"
 """The stage whose engine takes as long as all other faults of a stage together."""
@@ -30,6 +42,7 @@ _faults: list[Fault] = []
 _work = Path()
 _clean = Path()
 _seed = 0
+_commit = ""
 _keep = False
 
 
@@ -43,13 +56,12 @@ def main() -> int:
     finally:
         if not args.keep:
             shutil.rmtree(work, ignore_errors=True)
-    if args.out:
-        write(outcomes, args.out)
     for outcome in outcomes:
         if outcome.result != "held":
             _say(f"\n{outcome.result}: {outcome.kind}/{outcome.name}\n  {outcome.detail}")
     minutes = (time.monotonic() - began) / 60
-    _say(f"\n{table(outcomes)}\n\nseed {args.seed}, {minutes:.1f} minutes")
+    commits = ", ".join(f"{n} on {c}" for c, n in Counter(o.commit for o in outcomes).items())
+    _say(f"\n{table(outcomes)}\n\nseed {args.seed}, {commits}, {minutes:.1f} minutes")
     return int(any(outcome.result != "held" for outcome in outcomes))
 
 
@@ -62,13 +74,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the faults")
     parser.add_argument("--jobs", type=int, default=2, help="faults at the same time")
     parser.add_argument("--clean", type=Path, metavar="DIR", help="keep and reuse the clean run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write each outcome as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="outcomes; goes on with them")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the faults")
     return parser.parse_args()
 
 
 def _campaign(args: argparse.Namespace, work: Path) -> list[Outcome]:
-    global _faults, _work, _clean, _seed, _keep
+    global _faults, _work, _clean, _seed, _commit, _keep
+    _commit = commit()
     _work, _clean, _seed, _keep = work, args.clean or work / "clean", args.seed, args.keep
     chosen = [f for f in catalogue(quick=args.quick) if _named(args, f)]
     if args.list:
@@ -80,28 +93,31 @@ def _campaign(args: argparse.Namespace, work: Path) -> list[Outcome]:
     if not _clean.exists():
         clean.make(_clean, stages, jobs=args.jobs)
     _faults = chosen
-    order = sorted(range(len(chosen)), key=lambda i: -chosen[i].cost)
-    found: dict[int, Outcome] = {}
-    for number, outcome in _outcomes(order, args.jobs):
-        found[number] = outcome
+    before = read(args.out, args.seed) if args.out else {}
+    found = {f.key: before[f.key] for f in chosen if f.key in before}
+    left = [i for i, f in enumerate(chosen) if f.key not in found or found[f.key].result != "held"]
+    for outcome in _outcomes(sorted(left, key=lambda i: -chosen[i].cost), args.jobs):
+        found[outcome.key] = outcome
+        if args.out:
+            append(outcome, args.out)
         if outcome.result != "held":
             _say(f"{outcome.result}: {outcome.kind}/{outcome.name}: {outcome.detail[-400:]}")
         if len(found) % 50 == 0:
             _say(f"{len(found)} of {len(chosen)}")
-    return [found[i] for i in sorted(found)]
+    return [found[fault.key] for fault in chosen]
 
 
 def _named(args: argparse.Namespace, fault: Fault) -> bool:
     return args.only in fault.key and not any(text in fault.key for text in args.without)
 
 
-def _outcomes(order: Sequence[int], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Yield each fault's number and outcome; the workers are forks, which need no imports."""
+def _outcomes(order: Sequence[int], jobs: int) -> Iterator[Outcome]:
+    """Yield the outcome of each fault; the workers are forks, which need no imports."""
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap_unordered(_inject, order)
 
 
-def _inject(number: int) -> tuple[int, Outcome]:
+def _inject(number: int) -> Outcome:
     fault = _faults[number]
     folder = _work / f"{number:05d}"
     seconds = json.loads((_clean / clean.SECONDS).read_text())
@@ -118,7 +134,7 @@ def _inject(number: int) -> tuple[int, Outcome]:
     if result == "held" or not _keep:
         shutil.rmtree(folder, ignore_errors=True)
     taken = round(time.monotonic() - began, 2)
-    return number, Outcome(fault.kind, fault.name, result, detail, taken)
+    return Outcome(fault.kind, fault.name, result, detail, taken, _seed, _commit)
 
 
 def _say(text: str) -> None:

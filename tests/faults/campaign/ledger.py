@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,13 @@ class Outcome:
     result: Result
     detail: str
     seconds: float
+    seed: int
+    commit: str
+
+    @property
+    def key(self) -> str:
+        """Name of the fault."""
+        return f"{self.kind}/{self.name}"
 
 
 def refused(code: int, said: str, *, names: str = "") -> None:
@@ -94,6 +102,28 @@ def table(outcomes: Iterable[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def write(outcomes: Iterable[Outcome], path: Path) -> None:
-    """Write one line of JSON for each outcome."""
-    path.write_text("".join(json.dumps(asdict(o)) + "\n" for o in outcomes), encoding="utf-8")
+def append(outcome: Outcome, path: Path) -> None:
+    """Add one line of JSON to a file of outcomes."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def read(path: Path, seed: int) -> dict[str, Outcome]:
+    """Return the last outcome of each fault that a file has for a seed, by the fault's key."""
+    if not path.is_file():
+        return {}
+    outcomes = [Outcome(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    return {o.key: o for o in outcomes if o.seed == seed}
+
+
+def commit() -> str:
+    """Return the commit of this checkout, with ``+`` where files differ from it."""
+    here = Path(__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
