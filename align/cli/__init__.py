@@ -15,7 +15,7 @@ from align.cli.export import export
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.start import import_
-from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, ArtifactError
+from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
 from align.core.failure import last_words
 from align.core.text import visible
 
@@ -188,24 +188,13 @@ def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
 def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
 ) -> None:
-    """Read every file of every finished stage and compare it with the stage's manifest."""
-    from align.core.artifacts import MANIFEST, find_damage, read_manifest
+    """Read every file of every finished stage; compare it, and the inputs, with the manifest."""
+    from align.pipeline.verify import verify_run
 
-    stages = sorted(path.parent for path in run_dir.glob(f"*/{MANIFEST}"))
-    if not stages:
-        raise ArtifactError(f"{run_dir}: no finished stage in it; expected runs/<recipe>")
-    damaged = 0
-    for stage in stages:
-        try:
-            manifest = read_manifest(stage)
-            problems = find_damage(stage, manifest, whole=True)
-        except ArtifactError as e:
-            manifest, problems = {}, [str(e)]
-        damaged += bool(problems)
-        ok = f"{len(manifest.get('files', {}))} files are as the stage left them"
-        for line in problems or [f"{stage}: {ok}"]:
-            typer.echo(visible(line))
-    raise typer.Exit(EXIT_USER if damaged else 0)
+    lines, whole = verify_run(run_dir)
+    for line in lines:
+        typer.echo(visible(line))
+    raise typer.Exit(0 if whole else EXIT_USER)
 
 
 @cli.command()

@@ -64,10 +64,11 @@ def _status(
         return "changed", _what_changed(recipe, name, manifest, hashes=hashes)
     # The same settings do not suffice: inputs, files and the artifact itself may have changed.
     for key, upstream in recipe.inputs(name).items():
-        path = recipe.folder_of(upstream, run_dir) / MANIFEST
         recorded = manifest.get("inputs", {}).get(key, {}).get("manifest_sha256")
-        if recorded and path.is_file() and file_sha256(path) != recorded:
-            return "changed", f"its input {upstream} was created again since"
+        folder_read = recipe.folder_of(upstream, run_dir)
+        problem = input_problem(folder_read, recorded) if recorded else None
+        if problem is not None:
+            return "changed", f"its input {upstream} {problem}"
     difference = _changed_file(recipe, name, manifest)
     if difference is not None:
         return "changed", difference
@@ -75,6 +76,21 @@ def _status(
     if damage:
         return "changed", damage[0]
     return "done", f"in {manifest.get('seconds', 0):.0f} s"
+
+
+def input_problem(folder: Path, recorded: str) -> str | None:
+    """Return what happened to an artifact since a stage has read it; None if nothing.
+
+    Args:
+        folder: the artifact.
+        recorded: sha256 of its manifest at that time.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return "is not finished any more" if folder.is_dir() else "was removed"
+    if file_sha256(path) != recorded:
+        return "was created again since"
+    return None
 
 
 def _changed_file(recipe: Recipe, name: str, manifest: Mapping[str, Any]) -> str | None:

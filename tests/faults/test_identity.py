@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 
 from align.core import checkpoints
 from align.core.artifacts import find_damage, read_artifact, read_manifest, write_manifest
-from align.core.errors import ArtifactError, DataError
+from align.core.errors import ArtifactError, DataError, RecipeError
 from align.core.identity import changed_file, find_difference
 from align.data.reading import read_log
 from align.data.reading.provenance import file_records, hub_revisions, named_files
 from align.data.reading.sources import data_fingerprint, read_rows
-from align.pipeline import plan
+from align.pipeline import plan, run
+from align.pipeline.verify import verify_run
 from align.recipe.load import load_recipe
 from align.stages import base
 
@@ -235,6 +237,49 @@ def test_a_whole_verification_finds_what_size_and_time_do_not_show() -> None:
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert find_damage(folder, read_manifest(folder), whole=False) == []
     assert "sha256 differs" in find_damage(folder, read_manifest(folder), whole=True)[0]
+
+
+def finish_chain() -> None:
+    """Finish base, and sft as made from it."""
+    base_manifest = finish("base") / "manifest.json"
+    folder = finish("sft")
+    read = {"path": "base", "manifest_sha256": sha256(str(base_manifest))}
+    edit(folder, inputs={"init": read})
+
+
+def remove(path: str) -> None:
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [("base", "was removed"), ("base/manifest.json", "is not finished any more")],
+)
+def test_a_stage_whose_input_is_gone_is_not_done(gone: str, told: str) -> None:
+    finish_chain()
+    assert state("sft")[0] == "done"
+    assert verify_run(Path("runs/r"))[1]
+    remove(f"runs/r/{gone}")
+    assert state("sft") == ("changed", f"its input base {told}")
+    with pytest.raises(RecipeError, match=f"sft: changed since it ran: its input base {told}"):
+        run("r.yaml")
+    assert not Path("runs/r/base/log.txt").exists()  # nothing was started
+    lines, whole = verify_run(Path("runs/r"))
+    assert not whole
+    assert lines == [f"runs/r/sft: its input base {told}"]
+
+
+def test_verify_names_an_input_that_was_made_again_and_a_stage_of_a_complete_run_that_is_gone():
+    finish_chain()
+    Path("runs/r/summary.json").write_text('{"stages": {"base": {}, "sft": {}, "eval": {}}}')
+    edit(Path("runs/r/base"), seconds=3.0)
+    lines, whole = verify_run(Path("runs/r"))
+    assert not whole
+    assert lines == [
+        "runs/r/base: 2 files are as the stage left them",
+        "runs/r/sft: its input base was created again since",
+        "runs/r/eval: was finished, but its manifest is gone",
+    ]
 
 
 def save(step: int, keep: int = 9) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from align.core.distributed import ORPHAN_GRACE_S
 from tests.faults.campaign import clean, forked, recipe
 from tests.faults.campaign.align_run import run_stage
 from tests.faults.campaign.kills import begin, finish, prepare
@@ -158,8 +159,17 @@ def _resolved(place: Place, stage: str) -> None:
             raise Failed(f"starting it again ended with {code}: {said[-900:]}")
         time.sleep(1.0)
     clean.same(place.clean, place.folder, stage)
-    if left := _processes_of(place.folder):
-        raise Failed(f"processes go on: {left}")
+    _orphans_end(place.folder)
+
+
+def _orphans_end(folder: Path) -> None:
+    """Check that no process works in a folder longer than a stage has to stop."""
+    until = time.monotonic() + ORPHAN_GRACE_S + forked.LIMIT_S / 10
+    while left := _processes_of(folder):
+        if time.monotonic() > until:
+            lines = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
+            raise Failed(f"processes go on: {dict(zip(left, lines, strict=True))}")
+        time.sleep(0.2)
 
 
 def _parent_killed(stage: str, place: Place) -> None:
