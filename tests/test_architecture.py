@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "align.losses": ("align.core",),
     "reward_models": (),
     "align.recipe": (
-        *("align.core.errors", "align.core.text", "align.core.sources"),
+        *("align.core.errors", "align.core.text", "align.core.sources", "align.core.bounded_yaml"),
         "reward_models.specs",
     ),
     "align.data": L2,

@@ -16,7 +16,7 @@ from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.start import import_
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
-from align.core.failure import last_words
+from align.core.failure import last_words, path_problem
 from align.core.text import visible
 
 cli = typer.Typer(
@@ -278,5 +278,8 @@ def app() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_USER)
     except Exception as e:
+        if (problem := path_problem(e)) is not None:
+            typer.echo(problem, err=True)
+            sys.exit(EXIT_USER)
         typer.echo(last_words(e), err=True)
         sys.exit(EXIT_FAILED)

@@ -1,11 +1,21 @@
 """The last words of a command on an error that nobody foresaw."""
 
+import errno
 import tempfile
 import traceback
 from pathlib import Path
 
 from align.core.storage import storage_problem
 from align.core.text import visible
+
+_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT)
+
+
+def path_problem(error: Exception) -> str | None:
+    """Return one line for a path that cannot exist, or does not; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _PATHS or not error.filename:
+        return None
+    return visible(f"{error.filename}: {error.strerror}. Correct the path, and try again")
 
 
 def last_words(error: Exception) -> str:

@@ -18,6 +18,8 @@ from align.core.errors import ArtifactError
 
 TOUCH_S = 20.0
 SILENT_S = 300.0
+PROBE = f"{LOCK}.now"
+"""Start of the names of files that are created to read the file system's clock."""
 
 
 def started_at(pid: int) -> str | None:
@@ -54,6 +56,7 @@ class StageLock:
         self._pid = os.getpid()
         self._stopped = threading.Event()
         self._mine = self._take()
+        self._sweep()
         threading.Thread(target=self._touch, name="stage lock", daemon=True).start()
 
     def _take(self) -> dict[str, Any]:
@@ -92,7 +95,13 @@ class StageLock:
         if _is_alive(moved):
             moved.rename(self.path)
         else:
-            moved.unlink()
+            moved.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what starters left that were killed while they looked for a holder."""
+        for path in self.path.parent.glob(f"{LOCK}.*.tmp"):
+            if path.name.startswith(PROBE) or not _is_alive(path):
+                path.unlink(missing_ok=True)
 
     def _touch(self) -> None:
         while not self._stopped.wait(TOUCH_S):
@@ -142,7 +151,7 @@ def _is_alive(path: Path) -> bool:
 
 def _now(folder: Path) -> float:
     """Return the time of the file system, whose clock may differ from this machine's."""
-    probe = folder / f"{LOCK}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}.tmp"
+    probe = folder / f"{PROBE}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}.tmp"
     try:
         probe.touch()
         return probe.stat().st_mtime

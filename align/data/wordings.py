@@ -23,6 +23,7 @@ import yaml
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from align.core import bounded_yaml
 from align.core.errors import DataError
 from align.core.types import Turn
 from align.data.reading.read_log import note
@@ -31,6 +32,8 @@ from reward_models.limits import LimitError, check_length, template_limits
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+LIMITS = bounded_yaml.Limits(characters=2**24, values=1_000_000)
+"""Limits of a template file."""
 MADE = ("prompt", "completion", "chosen", "rejected")
 FIELDS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"})
 
@@ -104,7 +107,7 @@ def read_wordings(path: str) -> Sequence[Wording]:
     content = file.read_bytes()
     note(file, hashlib.sha256(content).hexdigest())
     try:
-        entries = yaml.safe_load(content.decode("utf-8"))
+        entries = bounded_yaml.load(content.decode("utf-8"), LIMITS)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:

@@ -173,8 +173,8 @@ class Terminal:
         if self._card is None or _changed(self._card) in (None, self._card_before):
             return
         try:
-            card = read_card(json.loads(self._card.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):  # damaged since it was written
+            card = read_card(read_json_object(self._card) or {})
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged since it was written
             return
         self._card = None
         for line in card.lines:

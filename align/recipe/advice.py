@@ -1,11 +1,11 @@
 """Warnings about a valid recipe: settings outside the range that is known to work."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from align.recipe.schema import Recipe, TrainingStage
 from align.recipe.schema.tuning import known_rates
+from align.recipe.starts import read_mapping
 
 SMALL_WIDTH = 512
 """Published learning rates do not apply below this hidden size; small models need larger rates."""
@@ -46,6 +46,6 @@ def _is_small(recipe: Recipe, init: str) -> bool:
     # A transformers folder, or the model inside an artifact.
     for folder in (Path(init), Path(init) / "model"):
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return int(config.get("hidden_size", SMALL_WIDTH)) < SMALL_WIDTH
+            width = read_mapping(folder / "config.json").get("hidden_size")
+            return isinstance(width, int) and width < SMALL_WIDTH
     return False

@@ -32,7 +32,7 @@ from align.recipe.schema import (
 from align.recipe.schema.common import Spec
 from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
-from align.recipe.starts import adapter_problems, encoder_problems
+from align.recipe.starts import adapter_problems, encoder_problems, read_mapping
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
 
@@ -224,7 +224,7 @@ def read_resolved(path: Path | str) -> Recipe:
         return Recipe.model_validate_json(json.dumps(plain), strict=True)
     except KeyError as error:
         raise RecipeError(f"{path}: the environment variable {error} is not set") from error
-    except (OSError, yaml.YAMLError, ValueError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"{path}: cannot be read as a resolved recipe ({error}); run the stage again"
         ) from error
@@ -412,10 +412,10 @@ def _path_problem(
             advice = suggest(name, fitting)
         state = "a folder without manifest.json" if folder.is_dir() else "no stage and no folder"
         return f"'{name}' is {state}; {expected} or the folder of an artifact{advice}"
-    try:
-        kind = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
-    except (ValueError, AttributeError):
+    found = read_mapping(manifest)
+    if not found:
         return f"{manifest} is not a JSON mapping; run the stage that wrote it again"
+    kind = found.get("kind")
     if kind not in wanted:
         return f"'{name}' is a {kind}; expected a {' or '.join(wanted)}"
     return None

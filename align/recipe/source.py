@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from align.core.bounded_yaml import Limits, compose
 from align.core.errors import RecipeError
 from align.core.text import is_secret_name, keep_secret, shown
 from align.recipe.yaml_problems import yaml_problem
@@ -103,10 +104,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "float": _float,
 }
 
-MAX_BYTES = 2**20
-MAX_DEPTH = 40
-MAX_VALUES = 50_000
-"""Limits of a recipe: characters of a file, nesting depth, and values with aliases expanded."""
+LIMITS = Limits()
+"""Limits of a recipe file."""
 
 
 _BRACED = re.compile(r"(?<=\$)\{([A-Za-z_][^{}\n]*)\}")
@@ -136,47 +135,12 @@ def _compose(text: str) -> yaml.Node | None:
     Raises:
         yaml.MarkedYAMLError: the text is not YAML, too long or nested too deeply.
     """
-    if len(text) > MAX_BYTES:
-        problem = f"{len(text):,} characters; expected at most {MAX_BYTES:,}"
-        raise yaml.MarkedYAMLError(problem=problem)
     # Replace character by character, so that every mark keeps its line and column.
     if _OPEN not in text and _CLOSE not in text:
         text = _BRACED.sub(rf"{_OPEN}\1{_CLOSE}", text)
-    depth = 0
-    # Events need no recursion; composing deeply nested nodes would overflow libyaml's stack.
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
-            )
-    root = yaml.compose(text, Loader=_Loader)
-    if root is not None:
-        _check_expansion(root, {})
+    root = compose(text, _Loader, LIMITS)
     _restore_braces(root)
     return root
-
-
-def _check_expansion(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the values and the depth of a node with aliases expanded, without expanding them.
-
-    An alias names an earlier node, so each node is counted once.
-    """
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = (1, 1)  # for an alias that contains itself, which the reader reports
-    if isinstance(node, yaml.ScalarNode):
-        return 1, 1
-    values = [v for _, v in node.value] if isinstance(node, yaml.MappingNode) else node.value
-    counts, depths = zip((0, 0), *(_check_expansion(value, known) for value in values), strict=True)
-    count, depth = 1 + sum(counts), 1 + max(depths)
-    if count > MAX_VALUES or depth > MAX_DEPTH:
-        limit = f"{MAX_VALUES:,} values" if count > MAX_VALUES else f"{MAX_DEPTH} levels"
-        problem = f"more than {limit} once aliases are expanded; write a smaller recipe"
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    known[id(node)] = count, depth
-    return count, depth
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -236,7 +200,7 @@ def parse_file(path: Path) -> Source:
     # Read at most the limit: the path may be a device or a huge file.
     try:
         with path.open("rb") as f:
-            text = f.read(MAX_BYTES * 4 + 1).decode("utf-8")
+            text = f.read(LIMITS.characters * 4 + 1).decode("utf-8")
     except FileNotFoundError:
         near = _near_files(path)
         raise RecipeError(f"{path}: no such recipe{near}") from None

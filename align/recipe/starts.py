@@ -110,7 +110,7 @@ def is_encoder(reference: str, stages: Mapping[str, Any]) -> bool:
     """Return whether a stage name or an artifact's folder refers to an encoder."""
     if reference in stages:
         return isinstance(stages[reference], EncoderStage)
-    return _read(Path(reference) / "manifest.json").get("kind") == "encoder"
+    return read_mapping(Path(reference) / "manifest.json").get("kind") == "encoder"
 
 
 def _scores_whole_texts(reference: str | None, stages: Mapping[str, Any]) -> bool:
@@ -119,14 +119,14 @@ def _scores_whole_texts(reference: str | None, stages: Mapping[str, Any]) -> boo
     if reference in stages:
         spec = stages[reference]
         return isinstance(spec, RewardStage) and is_encoder(spec.init, stages)
-    return _read(Path(reference) / "model" / "scorer.json").get("reads") == "first"
+    return read_mapping(Path(reference) / "model" / "scorer.json").get("reads") == "first"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a file's JSON mapping, {} if it is invalid; the reference check reports the error."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return a file's JSON mapping, {} if it is invalid; what reads it later reports the error."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

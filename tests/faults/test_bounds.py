@@ -13,6 +13,7 @@ import pytest
 
 from align.core.errors import DataError
 from align.core.types import Example
+from align.data.formats.tools import schemas_of
 from align.data.reading import bounds
 from align.data.reading.sources import scan_rows
 from align.data.render.chat import ChatFormat
@@ -260,3 +261,22 @@ def test_a_reward_that_prints_without_end_fills_no_log(
     printed = capfd.readouterr().err
     assert 10_000 <= len(printed) < 30_000
     assert "printed more than 10,000 bytes; the rest is left out" in printed
+
+
+def test_a_template_file_of_aliases_is_refused_before_they_are_expanded(tmp_path: Path) -> None:
+    """Six levels of twenty aliases each stand for 64 million values."""
+    lines = ["- &a [" + ", ".join(["x"] * 20) + "]"]
+    lines += [
+        f"- &{n} [{', '.join([f'*{i}'] * 20)}]" for n, i in zip("bcdef", "abcde", strict=True)
+    ]
+    path = tmp_path / "templates.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        DataError, match=r"templates\.yaml: not valid YAML: more than 1,000,000 values"
+    ):
+        read_wordings(str(path))
+
+
+def test_text_that_is_nested_too_deeply_is_no_tool_schema() -> None:
+    with pytest.raises(DataError, match=r"x\.jsonl:1: tools\[0\]: expected the schema of a tool"):
+        schemas_of("[" * 100_000, where="x.jsonl:1: tools")

@@ -3,15 +3,26 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import damages
+from tests.faults.campaign import damages, forked
 from tests.faults.campaign.catalogue import catalogue
-from tests.faults.campaign.ledger import Failed, Outcome, Unclear, refused, table
+from tests.faults.campaign.ledger import (
+    Failed,
+    Outcome,
+    Unclear,
+    append,
+    left_to_try,
+    read,
+    refused,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,14 +60,47 @@ def test_every_damage_changes_the_file(name: str, tmp_path: Path) -> None:
         damages.remove(path)
 
 
+def outcome(kind: str, *, result: str = "held", seed: int = 0, commit: str = "a") -> Outcome:
+    return Outcome(kind, "x", result, "", 0.0, seed, commit)
+
+
+def test_a_file_of_outcomes_has_the_last_one_of_each_fault_and_seed(tmp_path: Path) -> None:
+    path = tmp_path / "faults.jsonl"
+    assert read(path, 0) == {}
+    first, other, again = outcome("a", result="failed"), outcome("b"), outcome("a", commit="b")
+    for found in (first, other, outcome("a", seed=7, result="unclear"), again):
+        append(found, path)
+    assert read(path, 0) == {"a/x": again, "b/x": other}
+    assert [o.result for o in read(path, 7).values()] == ["unclear"]
+
+
+def test_a_second_call_with_the_same_file_tries_only_what_is_left(tmp_path: Path) -> None:
+    """Two faults in the file as held and failed: the failed one alone is tried again."""
+    chosen = catalogue(quick=True)[:2]
+    path = tmp_path / "faults.jsonl"
+    for fault, result in zip(chosen, ("held", "failed"), strict=True):
+        append(Outcome(fault.kind, fault.name, result, "", 0.0, 0, "before"), path)
+    left = left_to_try(chosen, read(path, 0))
+    assert [chosen[i].key for i in left] == [chosen[1].key]
+    assert left_to_try(chosen, {}) == [0, 1]
+
+
 def test_the_table_counts_each_outcome_once() -> None:
     found = [("a", "held"), ("b", "failed"), ("a", "unclear"), ("a", "held")]
-    lines = table(Outcome(kind, "x", result, "", 0.0) for kind, result in found).splitlines()
+    lines = table(outcome(kind, result=result) for kind, result in found).splitlines()
     assert lines[2:] == [
         "| a | 3 | 2 | 0 | 1 |",
         "| b | 1 | 0 | 1 | 0 |",
         "| all | 4 | 2 | 1 | 1 |",
     ]
+
+
+def test_a_run_that_is_killed_before_it_says_a_word_has_an_empty_log(tmp_path: Path) -> None:
+    run = forked.start(lambda: time.sleep(120), tmp_path)
+    assert run.log.is_file()  # whether or not the rank came so far
+    run.kill()
+    assert run.wait() == [-signal.SIGKILL]
+    assert run.said() == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from align.core.errors import AlignError, ArtifactError, RecipeError
 from align.core.identity import check_is_stage_folder
-from align.core.lock import SILENT_S, StageLock, refuse_if_held, started_at
+from align.core.lock import SILENT_S, StageLock, _here, refuse_if_held, started_at
 from align.pipeline import run
 from align.recipe.load import load_recipe
 
@@ -120,6 +120,21 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert (tmp_path / "stage.lock").exists()
     StageLock(tmp_path).release()
+
+
+def test_what_killed_starters_left_beside_the_lock_is_removed(tmp_path: Path) -> None:
+    """A starter may be killed while it reads the clock, or looks at the lock of a dead holder."""
+    dead = {"host": "h", "place": _here(), "pid": 4194303, "started": "1"}
+    (tmp_path / "stage.lock.now.host.1.2.tmp").touch()
+    (tmp_path / "stage.lock.host.1.tmp").write_text(json.dumps(dead))
+    held = tmp_path / "stage.lock.host.2.tmp"
+    alive = {"place": _here(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    held.write_text(json.dumps(alive))  # another starter will put it back
+    other = tmp_path / "metrics.jsonl.tmp"
+    other.touch()
+    lock = StageLock(tmp_path)
+    assert sorted(tmp_path.glob("*.tmp")) == [other, held]
+    lock.release()
 
 
 def test_a_process_id_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -> None:

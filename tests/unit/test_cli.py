@@ -195,3 +195,11 @@ def test_doctor_names_each_needed_package_with_its_version():
         row = next(line for line in done.stdout.splitlines() if f" {package} " in line)
         assert row.split()[-1] == metadata.version(package)
     assert any(" engine " in line for line in done.stdout.splitlines())
+
+
+def test_a_path_that_cannot_exist_is_one_line():
+    for words in (("show", "r.yaml", "--runs"), ("verify",)):
+        done = align(*words, "x" * 300)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "x" * 300 in done.stderr

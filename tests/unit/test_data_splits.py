@@ -151,6 +151,98 @@ def test_files_of_one_split_or_none_are_one_source(tmp_path: Path) -> None:
         prompts(tmp_path / "b", split="tset")
 
 
+NESTED = "[" * 100_000
+DICTS = {
+    "list": "[]",
+    "null": "null",
+    "no key": "{}",
+    "numbers": '{"splits": [1, null]}',
+    "outside": '{"splits": ["../other"]}',
+    "nested": NESTED,
+    "no text": b"\xff",
+}
+STATES = {
+    "list": "[]",
+    "no key": "{}",
+    "text": '{"_data_files": "x"}',
+    "number": '{"_data_files": [1]}',
+    "no name": '{"_data_files": [{}]}',
+    "null": '{"_data_files": [{"filename": null}]}',
+    "nul": '{"_data_files": [{"filename": "a\\u0000b"}]}',
+    "outside": '{"_data_files": [{"filename": "../secret.jsonl"}]}',
+    "absolute": '{"_data_files": [{"filename": "/etc/passwd"}]}',
+    "nested": NESTED,
+}
+CARDS = {
+    "outside": "../secret.jsonl",
+    "hidden": "a/../../*.jsonl",
+    "absolute": "/etc/*.conf",
+    "number": "[1]",
+    "no pattern": "['']",
+    "null": "[null]",
+    "no path": "[{split: train}]",
+    "stars": "a**b",
+    "mapping": "{train: ../secret.jsonl}",
+}
+"""Ways to damage an index, or to name files that are none of the data set's."""
+
+
+def in_folder(folder: Path, name: str, content: str | bytes) -> str:
+    """Write an index beside a good file; return the message that refuses the folder."""
+    write(folder / "x.jsonl", "train")
+    write(folder.parent / "secret.jsonl", "secret")
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError) as told:
+        prompts(folder)
+    assert str(folder / name) in str(told.value)
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+@pytest.mark.parametrize("damage", DICTS)
+def test_a_damaged_list_of_splits_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    told = in_folder(tmp_path / "d", "dataset_dict.json", DICTS[damage])
+    assert ("outside of" in told) == (damage == "outside")
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_a_damaged_list_of_saved_files_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "x.jsonl", "train")
+    (tmp_path / "d" / "dataset_info.json").write_text("{}")
+    told = in_folder(tmp_path / "d", "state.json", STATES[damage])
+    assert ("outside of" in told) == (damage in ("outside", "absolute"))
+
+
+@pytest.mark.parametrize("damage", CARDS)
+def test_a_card_names_files_of_its_own_folder_only(damage: str, tmp_path: Path) -> None:
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {CARDS[damage]}\n---\n"
+    told = in_folder(tmp_path / "d", "README.md", card)
+    outside = damage in ("outside", "hidden", "absolute", "mapping")
+    assert ("outside of" in told) == outside
+
+
+def test_a_card_of_aliases_is_refused_before_they_are_expanded(tmp_path: Path) -> None:
+    """Eight levels of ten aliases each stand for 10^9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for name, inner in zip("bcdefghi", "abcdefgh", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{inner}'] * 10)}]")
+    card = "\n".join(["---", *lines, "configs:", "- config_name: *i", "  data_files: x", "---", ""])
+    write(tmp_path / "x.jsonl", "train")
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(DataError, match=r"more than 1,000,000 values"):
+        prompts(tmp_path)
+
+
+def test_a_card_may_map_splits_to_patterns_and_hold_bytes_that_are_no_text(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", name)
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: {a: test.jsonl, b: train*}\n"
+    (tmp_path / "README.md").write_bytes(card + b"---\nby Jos\xe9\n")
+    assert prompts(tmp_path, split="a") == {"test"}
+    assert prompts(tmp_path, split="b") == {"train"}
+
+
 def test_hub_id_takes_configuration_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -6,13 +6,15 @@ card (``configs`` in README.md) or by the names of its files: train, validation 
 
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from align.core import bounded_yaml
 from align.core.errors import DataError
+from align.core.text import shown
 from align.data.formats.turns import guess
 
 _INDEX_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -24,6 +26,8 @@ _NAMES = {
 _UNNAMED = "other"
 """Name for the files of a folder that name no split when other files do."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+CARD_LIMITS = bounded_yaml.Limits(characters=2**24, values=1_000_000)
+"""Limits of a card's header; those of large collections have thousands of configurations."""
 
 Splits = dict[str, list[Path]]
 
@@ -71,8 +75,8 @@ def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | N
     Raises:
         DataError: the folder's index or card is broken, or none of its configurations is selected.
     """
-    if (folder / "dataset_dict.json").is_file():
-        listed = _index(folder / "dataset_dict.json")["splits"]
+    if (index := folder / "dataset_dict.json").is_file():
+        listed = [_inside(split, index) for split in _index(index, "splits")]
         return {split: _saved_files(folder / split) for split in listed}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return {"all": _saved_files(folder)}
@@ -90,37 +94,67 @@ def _is_index(path: Path) -> bool:
     return path.name in _INDEX_FILES
 
 
-def _index(path: Path) -> Any:
+def _index(path: Path, key: str) -> list[Any]:
+    """Return the list under a key of an index file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken index of a saved dataset: {error}", code="D013") from error
+    listed = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(listed, list):
+        raise DataError(
+            f"{path}: broken index: expected an object with a list '{key}'", code="D013"
+        )
+    return listed
+
+
+def _inside(name: object, index: Path) -> str:
+    """Return a name or pattern of files from an index, which may name files of its folder only.
+
+    Raises:
+        DataError: it is no text, or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{index}: found {shown(name)}, expected the name of a file", code="D013")
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(
+            f"{index}: names {name}, which is outside of {index.parent}. Nothing outside of a data "
+            "set's folder is read; correct the name, or move the file into the folder",
+            code="D013",
+        )
+    return name
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    listed = [folder / entry["filename"] for entry in _index(folder / "state.json")["_data_files"]]
+    index = folder / "state.json"
+    entries = _index(index, "_data_files")
+    named = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    listed = [folder / _inside(name, index) for name in named]
     missing = [path for path in listed if not path.is_file()]
     if missing:
-        raise DataError(
-            f"{missing[0]}: no such file, but {folder}/state.json lists it", code="D002"
-        )
+        raise DataError(f"{missing[0]}: no such file, but {index} lists it", code="D002")
     return listed
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """Return the configurations that the card of a dataset repository lists."""
     card = folder / "README.md"
-    matter = _FRONT_MATTER.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+    if not card.is_file():
+        return []
+    # Only names of files matter here; one with a replaced byte is reported as missing.
+    matter = _FRONT_MATTER.search(card.read_text(encoding="utf-8", errors="replace"))
     if matter is None:
         return []
     try:
-        found = yaml.safe_load(matter.group(1))
+        found = bounded_yaml.load(matter.group(1), CARD_LIMITS)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(
             f"{card}: the card's header is not valid YAML: {error}", code="D013"
         ) from error
     configs = found.get("configs") if isinstance(found, dict) else None
-    return [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
+    listed = configs if isinstance(configs, list) else []
+    return [c for c in listed if isinstance(c, dict) and c.get("data_files")]
 
 
 def _of_config(
@@ -139,23 +173,38 @@ def _of_config(
             f"choose one with 'config: {names[0]}' in the recipe, or by the name {name}#{names[0]}",
             code="D013",
         )
-    # data_files is a pattern, a list of patterns, or a list of {split, path}.
-    given = configs[names.index(chosen)]["data_files"]
-    entries = given if isinstance(given, list) else [given]
     splits: Splits = {}
-    for entry in entries:
-        is_split = isinstance(entry, dict)
-        patterns = entry["path"] if is_split else entry
-        split = str(entry.get("split", "train")) if is_split else "train"
-        for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            files = sorted(path for path in folder.glob(pattern) if path.is_file())
-            if not files:
-                raise DataError(
-                    f"{name}: the card names {pattern} for split {split}, but no such file is here",
-                    code="D002",
-                )
-            splits.setdefault(split, []).extend(files)
+    for split, pattern in _patterns(configs[names.index(chosen)]["data_files"]):
+        files = _matching(folder, _inside(pattern, folder / "README.md"))
+        if not files:
+            raise DataError(
+                f"{name}: the card names {pattern} for split {split}, but no such file is here",
+                code="D002",
+            )
+        splits.setdefault(split, []).extend(files)
     return splits
+
+
+def _patterns(given: object) -> Iterator[tuple[str, object]]:
+    """Yield the split and the pattern of each entry of a card's ``data_files``.
+
+    It is a pattern, a list of patterns, a list of {split, path}, or a mapping of splits.
+    """
+    if isinstance(given, dict):
+        given = [{"split": split, "path": path} for split, path in given.items()]
+    for entry in given if isinstance(given, list) else [given]:
+        split, path = "train", entry
+        if isinstance(entry, dict):
+            split, path = str(entry.get("split", "train")), entry.get("path")
+        for pattern in path if isinstance(path, list) else [path]:
+            yield split, pattern
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(path for path in folder.glob(pattern) if path.is_file())
+    except ValueError as error:  # such as a**b
+        raise DataError(f"{folder / 'README.md'}: {pattern}: {error}", code="D013") from error
 
 
 def _by_name(folder: Path, found: Sequence[Path]) -> Splits:

@@ -30,6 +30,7 @@ from tests.faults.campaign.ledger import (
     Unclear,
     append,
     commit,
+    left_to_try,
     read,
     table,
 )
@@ -95,7 +96,7 @@ def _campaign(args: argparse.Namespace, work: Path) -> list[Outcome]:
     _faults = chosen
     before = read(args.out, args.seed) if args.out else {}
     found = {f.key: before[f.key] for f in chosen if f.key in before}
-    left = [i for i, f in enumerate(chosen) if f.key not in found or found[f.key].result != "held"]
+    left = left_to_try(chosen, found)
     for outcome in _outcomes(sorted(left, key=lambda i: -chosen[i].cost), args.jobs):
         found[outcome.key] = outcome
         if args.out:

@@ -125,6 +125,7 @@ def start(
     """Fork ``ranks`` processes that call ``body`` in ``folder``, each in a session of its own."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     path, pids, began, began_at = folder / log, [], time.monotonic(), time.time()
+    path.touch()  # a rank that is killed at once has not opened it
     for rank in range(ranks):
         more = dict(environment or {})
         if ranks > 1:

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,6 +114,11 @@ def read(path: Path, seed: int) -> dict[str, Outcome]:
         return {}
     outcomes = [Outcome(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
     return {o.key: o for o in outcomes if o.seed == seed}
+
+
+def left_to_try(faults: Sequence[Fault], found: Mapping[str, Outcome]) -> list[int]:
+    """Return the positions of the faults that are not among ``found``, or did not hold."""
+    return [i for i, f in enumerate(faults) if f.key not in found or found[f.key].result != "held"]
 
 
 def commit() -> str:
