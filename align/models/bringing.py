@@ -25,6 +25,7 @@ from transformers import (
 
 from align.core.errors import AlignError, ArtifactError
 from align.models.decoder import attention_for, form_of
+from align.models.loading import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +214,34 @@ def _check_report(path: str, report: Mapping[str, Any]) -> None:
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, saved: Path) -> None:
+    """Check that a saved tokenizer, as every later stage loads it, has each token and its id.
+
+    A tokenizer with one id for two tokens loses one of them when it is saved.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or a token is another one.
+    """
+    with one_line(str(saved), "the tokenizer that was saved"):
+        found = load_tokenizer(saved).get_vocab()
+    vocab = dict(sorted(tokenizer.get_vocab().items()))
+    changed = next((token for token, number in vocab.items() if found.get(token) != number), None)
+    if changed is None:
+        return
+    owner: dict[int, str] = {}
+    twins = [
+        (owner[number], token)
+        for token, number in vocab.items()
+        if owner.setdefault(number, token) != token
+    ]
+    reason = f"; {twins[0][0]!r} and {twins[0][1]!r} have one id" if twins else ""
+    raise ArtifactError(
+        f"{saved}: the token {changed!r} has id {vocab[changed]} in the tokenizer of this model, "
+        f"and id {found.get(changed)} once it is saved{reason}. Give every token of "
+        "tokenizer.json an id of its own."
+    )
 
 
 def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) -> None:

@@ -28,7 +28,14 @@ from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import family_of
 from align.models.attention import PACKED
-from align.models.bringing import check_folder, check_stops, is_adapter, load_whole, one_line
+from align.models.bringing import (
+    check_folder,
+    check_saved_tokenizer,
+    check_stops,
+    is_adapter,
+    load_whole,
+    one_line,
+)
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.preflight.run import keep_card, run_checks
@@ -191,9 +198,7 @@ def _qwen2_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> Qwen2
 
 def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write the model and its tokenizer; every rank must call this."""
-    if distributed.rank() == 0:
-        _save(model, tokenizer, out)
-    distributed.barrier()
+    distributed.on_first_rank(lambda: _save(model, tokenizer, out))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -209,3 +214,4 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
+    check_saved_tokenizer(tokenizer, out)

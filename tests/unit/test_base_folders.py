@@ -203,6 +203,17 @@ def test_a_folder_without_weights_or_with_cut_ones_is_one_line(folder: Path) -> 
     assert "no weights" in refused(folder)
 
 
+def test_two_tokens_with_one_id_are_named(folder: Path) -> None:
+    """Saving keeps one of the two, in an order that changes from process to process."""
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    vocab = found["model"]["vocab"]
+    first, second = list(vocab)[5:7]
+    vocab[second] = vocab[first]
+    path.write_text(json.dumps(found))
+    assert f"{first!r} and {second!r} have one id" in refused(folder)
+
+
 def test_tokenizer_and_config_must_agree_on_the_stop_token(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     other = next(t for t, i in tokenizer.get_vocab().items() if i == 40)
