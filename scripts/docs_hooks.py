@@ -16,6 +16,7 @@ PAGES = {
     "recipes/README.md": "recipes.md",
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
+    "AGENTS.md": "agents.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "README.md": "readme.md",

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = re.S | re.M
 PAGES = [
     ROOT / "README.md",
+    ROOT / "AGENTS.md",
     ROOT / "recipes" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
@@ -147,6 +148,14 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     for message in messages:
         for part in filter(None, (part.strip() for part in message.split("…"))):
             assert part in known, f"no message of the code has {part!r}"
+
+
+def test_links_of_the_index_for_language_models_exist() -> None:
+    text = (ROOT / "llms.txt").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 15
+    for link in links:
+        assert (ROOT / link).is_file(), link
 
 
 def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
