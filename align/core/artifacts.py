@@ -150,7 +150,9 @@ def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, 
         if path.is_dir():
             folders.append(path)
         elif path.is_file() and not name.endswith(".tmp"):
-            _apply_umask(path)
+            # The mode of a hard link is that of its source, which belongs to the user.
+            if path.stat().st_nlink == 1:
+                _apply_umask(path)
             found[name] = file_record(path, sync=True)
     for folder in reversed(folders):  # the innermost first
         fsync_directory(folder)
@@ -165,6 +167,13 @@ def _apply_umask(path: Path) -> None:
     mode = path.stat().st_mode & 0o777
     if mode | (0o666 & ~mask) != mode:
         path.chmod(mode | (0o666 & ~mask))
+
+
+def cut_links(stage: Path) -> None:
+    """Remove the hard-linked files of a stage's model, so that writing there changes no other."""
+    for path in (p for part in ("model", "adapter") for p in (stage / part).rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+            path.unlink()
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.core.artifacts import FAILURE, LOCK, MANIFEST, is_unchanged, read_json_object
+from align.core.artifacts import (
+    FAILURE,
+    LOCK,
+    MANIFEST,
+    cut_links,
+    is_unchanged,
+    read_json_object,
+    write_json_atomic,
+)
 from align.core.errors import ArtifactError
 
 BEGUN = "begun.json"
@@ -63,6 +71,15 @@ def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str |
             return f"{path} changed since"
     added = next((path for path in present if path not in files), None)
     return None if added is None else f"{added} is new"
+
+
+def record_begun(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Record a stage's identity in its folder, where it starts to write.
+
+    Weights of an earlier attempt may be hard links, which must not be written into: they go.
+    """
+    cut_links(folder)
+    write_json_atomic(folder / BEGUN, identity)
 
 
 def read_begun(folder: Path) -> dict[str, Any] | None:

@@ -25,18 +25,17 @@ from align.core.artifacts import (
     read_json_object,
     read_manifest,
     spec_hash,
-    write_json_atomic,
     write_manifest,
 )
 from align.core.checkpoints import STATE
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtifactError
 from align.core.identity import (
-    BEGUN,
     changed_file,
     check_is_stage_folder,
     find_difference,
     plain,
     read_begun,
+    record_begun,
 )
 from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
@@ -353,7 +352,7 @@ def _begin(
         else:
             _refuse_other_checkpoints(context.out, identity)
         (context.out / LEDGER_FILE).unlink(missing_ok=True)
-        write_json_atomic(context.out / BEGUN, identity)
+        record_begun(context.out, identity)
     except BaseException:
         _release()
         raise

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from align.core import distributed
+from align.core.artifacts import cut_links
+from align.core.storage import MIB
 from align.core.types import Example
 from align.data.load import fit_rows, load_examples
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
@@ -36,8 +38,10 @@ from align.models.bringing import (
     load_whole,
     one_line,
 )
+from align.models.links import take_over, unchanged_files
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
 from align.models.logprobs import LogprobModel
+from align.preflight.checks import Check, Finding
 from align.preflight.run import keep_card, run_checks
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import Prepared, StageContext, StageResult
@@ -60,8 +64,9 @@ def prepare(spec: BaseStage, context: StageContext) -> Prepared:
         checks = corpus_checks(spec, context)
         return Prepared(train=partial(build_and_pretrain, spec, context), checks=checks)
     model, tokenizer = _import_model(spec)
-    _save_once(model, tokenizer, out)
-    return Prepared(train=partial(_result, spec, model, {}), checks=base_checks(out))
+    told = _save_once(model, tokenizer, out, source=Path(spec.path))
+    weights: Check = ("weights", lambda: Finding(told))
+    return Prepared(train=partial(_result, spec, model, {}), checks=[weights, *base_checks(out)])
 
 
 def build_and_pretrain(spec: BaseStage, context: StageContext) -> StageResult:
@@ -196,12 +201,25 @@ def _qwen2_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> Qwen2
     )
 
 
-def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model and its tokenizer; every rank must call this."""
-    distributed.on_first_rank(lambda: _save(model, tokenizer, out))
+def _save_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    source: Path | None = None,
+) -> str:
+    """Write the model and its tokenizer, and return how; every rank must call this.
+
+    Args:
+        model: to save. tokenizer: to save. out: the folder.
+        source: folder that the model was loaded from; its weight files are linked if unchanged.
+    """
+    return distributed.on_first_rank(lambda: _save(model, tokenizer, out, source=source))
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, source: Path | None
+) -> str:
     stops = model.generation_config.eos_token_id if model.generation_config else None
     stops = stops if isinstance(stops, list) else [stops]
     # The tokenizer's own stop token first, then the model's, without repetition.
@@ -212,6 +230,20 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     )
     # Packed attention exists only in this suite; the saved model must load anywhere.
     model.config._attn_implementation = "sdpa"
-    model.save_pretrained(str(out))
+    files = [] if source is None else unchanged_files(source, model.state_dict())
+    # Files of an earlier attempt may be links to the source.
+    cut_links(out.parent)
+    if files:
+        told = take_over(files, out)
+        # As save_pretrained does.
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = model.dtype
+        model.config.save_pretrained(str(out))
+        model.generation_config.save_pretrained(str(out))
+    else:
+        model.save_pretrained(str(out))
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        told = f"{-(-size // MIB):,} MiB written as {str(model.dtype).removeprefix('torch.')}"
     tokenizer.save_pretrained(str(out))
     check_saved_tokenizer(tokenizer, out)
+    return told

@@ -1,0 +1,169 @@
+"""The weights of an imported model are hard links: no copy, and nothing writes into the source."""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
+from alone import world_of_one
+from test_base_tokens import bring_in, saved_model
+
+from align.core.artifacts import cut_links, file_sha256, find_damage, hash_tree, read_manifest
+from align.models import links
+from align.models.loading import load_policy
+from align.recipe.schema import TokenizerSpec
+from align.stages import base
+
+WEIGHTS = "model.safetensors"
+PLAIN = TokenizerSpec(pad_token="<pad>", chat_template="plain")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return saved_model(tmp_path / "in", tied=True)
+
+
+def state_of(folder: Path) -> tuple[str, int, int]:
+    """Return content, mode and modification time of the weights."""
+    found = (folder / WEIGHTS).stat()
+    return file_sha256(folder / WEIGHTS), found.st_mode, found.st_mtime_ns
+
+
+def is_linked(one: Path, other: Path) -> bool:
+    return (one / WEIGHTS).stat().st_ino == (other / WEIGHTS).stat().st_ino
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_unchanged_model_is_linked_and_equal_to_a_saved_one(tmp_path: Path, tied: bool) -> None:
+    source = saved_model(tmp_path / "in", tied=tied)
+    model_dir, card = bring_in(source, tmp_path, PLAIN)
+    assert is_linked(source, model_dir)
+    assert "linked to" in next(x["value"] for x in card["lines"] if x["name"] == "weights")
+    # What save_pretrained would have written beside the weights.
+    other = tmp_path / "saved"
+    model = load_policy(model_dir, dtype="float32")
+    model.config._attn_implementation = "sdpa"
+    model.save_pretrained(other)
+    for name in ("config.json", "generation_config.json"):
+        assert (model_dir / name).read_text() == (other / name).read_text(), name
+    # The manifest has the hash of the bytes, linked or not.
+    records = hash_tree(model_dir)
+    assert records[WEIGHTS]["sha256"] == file_sha256(source / WEIGHTS)
+
+
+def changed(name: str, source: Path) -> TokenizerSpec:
+    weights = load_file(source / WEIGHTS)
+    if name == "half precision":
+        weights = {k: v.bfloat16() for k, v in weights.items()}
+    elif name == "prefix":
+        weights = {f"_orig_mod.{k}": v for k, v in weights.items()}
+    elif name == "tied weight twice":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    elif name == "new tokens":
+        return TokenizerSpec(pad_token="<pad>", chat_template="chatml")
+    save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+    return PLAIN
+
+
+@pytest.mark.parametrize("name", ["half precision", "prefix", "tied weight twice", "new tokens"])
+def test_a_model_that_changes_is_written_anew(source: Path, tmp_path: Path, name: str) -> None:
+    tokenizer = changed(name, source)
+    before = state_of(source)
+    model_dir, card = bring_in(source, tmp_path, tokenizer)
+    assert not is_linked(source, model_dir)
+    assert "MiB written as float32" in next(
+        x["value"] for x in card["lines"] if x["name"] == "weights"
+    )
+    assert state_of(source) == before
+    AutoModelForCausalLM.from_pretrained(model_dir)
+
+
+def test_shards_are_linked_with_their_index(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "in", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    (source / WEIGHTS).unlink()
+    model.save_pretrained(source, max_shard_size="20KB")
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) > 1
+    model_dir, _ = bring_in(source, tmp_path, PLAIN)
+    assert [p.stat().st_ino for p in sorted(model_dir.glob("*.safetensors"))] == [
+        p.stat().st_ino for p in shards
+    ]
+    again = AutoModelForCausalLM.from_pretrained(model_dir)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
+def test_without_links_the_weights_are_copied_and_the_size_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(links.os, "link", refuse)
+    model_dir, card = bring_in(source, tmp_path, PLAIN)
+    assert not is_linked(source, model_dir)
+    assert file_sha256(model_dir / WEIGHTS) == file_sha256(source / WEIGHTS)
+    assert "1 MiB copied to " in next(x["value"] for x in card["lines"] if x["name"] == "weights")
+
+
+def test_a_symbolic_link_of_a_cache_is_followed(source: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    shutil.move(source / WEIGHTS, blob)
+    (source / WEIGHTS).symlink_to(blob)
+    model_dir, _ = bring_in(source, tmp_path, PLAIN)
+    assert not (model_dir / WEIGHTS).is_symlink()
+    assert (model_dir / WEIGHTS).stat().st_ino == blob.stat().st_ino
+
+
+def run(recipe: Path, folder: Path, **flags: Any) -> None:
+    given = {"resolved": None, "recipe": str(recipe), "stage": "base", "overrides": []}
+    given |= {"run_dir": str(folder), "force": False} | flags
+    assert base.run_stage("base", argparse.Namespace(**given)) == 0
+
+
+def test_running_again_with_other_settings_does_not_write_into_the_source(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / WEIGHTS).chmod(0o400)
+    before = state_of(source)
+    recipe = tmp_path / "r.yaml"
+    plan = {"path": str(source), "tokenizer": {"pad_token": "<pad>", "chat_template": "plain"}}
+    stages = {"base": {"kind": "base", **plan}}
+    recipe.write_text(json.dumps({"name": "r", "stages": stages}))
+    with world_of_one():
+        run(recipe, tmp_path / "run")
+        model_dir = tmp_path / "run" / "base" / "model"
+        assert is_linked(source, model_dir)
+        assert state_of(source) == before
+        run(recipe, tmp_path / "run", overrides=["stages.base.dtype=bfloat16"], force=True)
+    assert not is_linked(source, model_dir)
+    assert load_file(model_dir / WEIGHTS)["model.norm.weight"].dtype is torch.bfloat16
+    assert state_of(source) == before
+    out = tmp_path / "run" / "base"
+    assert find_damage(out, read_manifest(out), whole=True) == []
+
+
+def test_only_shared_files_of_the_model_are_cut(tmp_path: Path) -> None:
+    for name in ("model", "adapter", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own").write_text("own")
+        (tmp_path / "elsewhere" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "elsewhere" / name).write_text("shared")
+        os.link(tmp_path / "elsewhere" / name, tmp_path / name / "shared")
+    cut_links(tmp_path)
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*/*"))
+    elsewhere = [f"elsewhere/{name}" for name in ("adapter", "best", "model")]
+    assert left == sorted([*elsewhere, "adapter/own", "model/own", "best/own", "best/shared"])
