@@ -61,7 +61,7 @@ class RowLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class Responses:
     """One model's responses to a task and its losses on the held-out responses."""
 
     records: Sequence[Record]
@@ -89,7 +89,7 @@ class Finding:
 
 
 def task_block(
-    models: Mapping[str, Answered],
+    models: Mapping[str, Responses],
     *,
     baseline: str,
     metrics: Sequence[str],
@@ -141,7 +141,7 @@ def task_block(
 
 
 def find(
-    metric: str, model: Answered, other: Answered | None, *, judged: Judged | None, seed: int
+    metric: str, model: Responses, other: Responses | None, *, judged: Judged | None, seed: int
 ) -> Finding:
     """Return the measurement of one metric of a model, and its difference to ``other`` if given."""
     if metric in WIN_RATES:
@@ -183,7 +183,7 @@ def _units(metric: str, records: Sequence[Record]) -> dict[Place, float | None]:
     return {} if of is None else {place: of(r) for place, r in by_place(records).items()}
 
 
-def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Finding:
+def _perplexity(model: Responses, other: Responses | None, *, seed: int) -> Finding:
     nats = [row.nats for row in model.losses]
     tokens = [float(row.tokens) for row in model.losses]
     loss = ratio_bootstrap(nats, tokens, seed=seed)
@@ -201,7 +201,7 @@ def _perplexity(model: Answered, other: Answered | None, *, seed: int) -> Findin
     return Finding(value, difference, error=error, prompts=len(moved))
 
 
-def _won(metric: str, model: Answered, other: Answered | None, *, judged: Judged) -> Finding:
+def _won(metric: str, model: Responses, other: Responses | None, *, judged: Judged) -> Finding:
     known = {place: x for place, x in judged.results.items() if x is not None}
     if not known or other is None:
         return Finding(None)
@@ -264,7 +264,7 @@ def _counts(pairs: Judged) -> dict[str, int | bool]:
     }
 
 
-def _invalid(model: Answered, metrics: Sequence[str]) -> dict[str, int]:
+def _invalid(model: Responses, metrics: Sequence[str]) -> dict[str, int]:
     """Return the number of responses that each metric excludes because they have no score."""
     columns = columns_of(model.records)
     counts = {
@@ -275,7 +275,7 @@ def _invalid(model: Answered, metrics: Sequence[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str, Any]:
+def _groups(models: Mapping[str, Responses], metrics: Sequence[str]) -> dict[str, Any]:
     """Return the first graded metric by the records' group and by model."""
     records = next(iter(models.values())).records
     graded = next((m for m in metrics if m in records[0]["scores"]), None)
@@ -283,7 +283,7 @@ def _groups(models: Mapping[str, Answered], metrics: Sequence[str]) -> dict[str,
     if graded is None:
         return {}
 
-    def of(answered: Answered, group: str) -> Triple:
+    def of(answered: Responses, group: str) -> Triple:
         mine = [r for r in answered.records if r["group"] == group]
         scores = [r["scores"][graded] for r in mine]
         return as_triple(mean_interval(scores, [r["prompt_index"] for r in mine]))
@@ -298,7 +298,7 @@ def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, T
         for b, theirs in records.items():
             if a == b:
                 continue
-            known = {p: x for p, x in judged_by_score(mine, theirs).items() if x is not None}
+            known = {p: x for p, x in preferences_by_score(mine, theirs).items() if x is not None}
             won = (
                 win_rate_of(list(known.values()), clusters=[p[0] for p in known]) if known else None
             )
@@ -306,7 +306,7 @@ def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, T
     return matrix
 
 
-def judged_by_score(
+def preferences_by_score(
     records: Sequence[Record], others: Sequence[Record]
 ) -> dict[Place, float | None]:
     """Return 1, 1/2 or 0 for each pair by the ``judge`` scores; None if a score is invalid.

@@ -28,7 +28,7 @@ from align.export.weights import weight_problems
 from align.models.bringing import one_line
 from align.models.loading import load_tokenizer, stop_token_ids
 from align.tuning.files import CONFIG, with_adapter, with_saved_adapter
-from align.tuning.loading import load_classifier, load_scorer
+from align.tuning.loading import load_classifier, load_reward_model
 from reward_models.scalar import exact_attention
 
 SHOWN = 5
@@ -195,7 +195,7 @@ def _scores(kind: str, folder: Path, probe: Probe, *, exported: bool) -> Behavio
     plain = "ForSequenceClassification" in str(config.get("architectures"))
     # An export is read as other tools read it.
     own = kind == "reward_model" and not (plain and exported)
-    model: Any = load_scorer(folder) if own else load_classifier(folder)
+    model: Any = load_reward_model(folder) if own else load_classifier(folder)
     found: list[Tensor] = []
     for row in rows:
         ids = torch.tensor([row])

@@ -16,7 +16,9 @@ from align.training.batch import PackedBatch
 from align.training.learner import Learner
 
 
-def local_plan(experience: Experience, rows: Sequence[int], micro_tokens: int) -> list[list[int]]:
+def plan_by_prompt(
+    experience: Experience, rows: Sequence[int], micro_tokens: int
+) -> list[list[int]]:
     """Split this rank's rows into micro-batches; every rank gets the same number of them.
 
     Responses to one prompt stay together as far as the token budget allows, because their prompt
@@ -70,7 +72,7 @@ def annotate(
             adapter off; None for no reference.
         critic: the value learner; None for no values.
     """
-    plan = local_plan(experience, range(len(experience.lengths)), spec.micro_tokens)
+    plan = plan_by_prompt(experience, range(len(experience.lengths)), spec.micro_tokens)
     temperature = spec.sampling.temperature
 
     def logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -104,7 +106,7 @@ def annotate(
 def _values_behind(experience: Experience, critic: Learner, spec: OnlineStage) -> Tensor:
     """Return the critic's value after each truncated response, (B,); 0 after a finished one."""
     rows = experience.truncated.nonzero().flatten().tolist()
-    plan = local_plan(experience, rows, spec.micro_tokens)
+    plan = plan_by_prompt(experience, rows, spec.micro_tokens)
     batches = [experience.micro(micro, {}) for micro in plan]
     found = critic.infer(batches, lambda model, b: model(b.input_ids, b.position_ids, behind=True))
     out = torch.zeros(len(experience.lengths))

@@ -28,7 +28,7 @@ from align.core.types import Completion, PromptRow
 from align.data.sampler import batch_indices
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.online.algorithms import OnlineAlgorithm
-from align.online.annotate import annotate, local_plan
+from align.online.annotate import annotate, plan_by_prompt
 from align.online.scoring import (
     Scores,
     apply_scores,
@@ -410,7 +410,7 @@ def _micro_batches(experience: Experience, rows: list[int], micro_tokens: int) -
     )
     if counts["tokens"] == 0.0:
         return None
-    plan = local_plan(experience, rows, micro_tokens)
+    plan = plan_by_prompt(experience, rows, micro_tokens)
     return [experience.micro(micro, counts) for micro in plan]
 
 

@@ -53,7 +53,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
     """Load the responses, build the policy and compute reference log-probabilities with it."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    data = offline_rows(spec, context, kind="unpaired", render=partial(judged_row, chat))
+    data = offline_rows(spec, context, kind="unpaired", render=partial(labeled_row, chat))
     training, heldout = (
         mismatch(rows, max_length=spec.max_length) for rows in (data.training, data.heldout)
     )
@@ -73,7 +73,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
         rows[len(training) :],
         lambda row: len(row.input_ids),
         collate,
-        partial(judged_loss, spec),
+        partial(labeled_loss, spec),
         measure=partial(mismatched_kl, spec),
     )
     return prepare_policy(
@@ -81,7 +81,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
     )
 
 
-def judged_row(chat: ChatFormat, example: Example) -> KtoRow:
+def labeled_row(chat: ChatFormat, example: Example) -> KtoRow:
     """Return a tokenized labeled response, without template text after the stop token."""
     row = trim_after_last_trained(chat.sft_row(example))
     return KtoRow(row.input_ids, row.trained, row.source, good=bool(example.label))
@@ -198,7 +198,7 @@ def mismatched_kl(spec: KtoStage, model: nn.Module, batch: Sequence[KtoRow]) -> 
     return {"kl": max(distributed.global_sum(sum(found)) / len(batch), 0.0)}
 
 
-def judged_loss(
+def labeled_loss(
     spec: KtoStage, model: nn.Module, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's part of the mean loss per response and of the logged metrics."""

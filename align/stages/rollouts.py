@@ -34,7 +34,7 @@ from align.sampling.push import (
 from align.sampling.rounding import ENGINE_LIMIT, excess
 from align.stages.base import StageContext
 from align.training.learner import Learner
-from align.tuning.loading import load_tuned_policy, made_whole
+from align.tuning.loading import attach_adapter, load_tuned_policy
 from align.tuning.merging import merges
 from align.tuning.wrap import has_adapter
 from reward_models import build_reward
@@ -207,7 +207,7 @@ def _complete(
 ) -> None:
     """Add unmerged adapters to reward models and set the tokenizer of the ids they receive."""
     if plain["kind"] in ("scalar", "process"):
-        made_whole(reward.model, plain["model"])
+        attach_adapter(reward.model, plain["model"])
         try:
             if tokenizer is not None:
                 reward.meet(tokenizer)

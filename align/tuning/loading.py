@@ -30,12 +30,12 @@ def load_tuned_policy(
     return with_adapter(model, model_dir).eval()
 
 
-def load_scorer(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> RewardModel:
+def load_reward_model(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> RewardModel:
     """Load a reward model, with its adapter if that is not merged."""
-    return made_whole(RewardModel.load(model_dir, dtype), model_dir)
+    return attach_adapter(RewardModel.load(model_dir, dtype), model_dir)
 
 
-def made_whole(model: RewardModel, model_dir: Path | str) -> RewardModel:
+def attach_adapter(model: RewardModel, model_dir: Path | str) -> RewardModel:
     """Add the adapter that a loaded reward model may need, since reward_models has none."""
     model.backbone = with_adapter(model.backbone, model_dir)
     return model.eval()

@@ -127,7 +127,7 @@ def _kto(case: Case, world: World, num_micro: int) -> Side:
     measured = kto.mismatched_kl(spec, model, rows)
     micro = [kto.collate(part, rows) for part in halves(rows, num_micro)]
     micro = [replace(batch, counts={**batch.counts, **measured}) for batch in micro]
-    return _step(model, model.model, micro, partial(kto.judged_loss, spec))
+    return _step(model, model.model, micro, partial(kto.labeled_loss, spec))
 
 
 def _reward(case: Case, world: World, num_micro: int) -> Side:

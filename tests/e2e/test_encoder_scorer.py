@@ -32,7 +32,7 @@ from align.stages.evaluate.reward_cards import CardInput, build_cards
 from align.stages.rollouts import build_rewards
 from align.stages.tools.deep_check import check_recipe
 from align.stages.tools.reward_cards import sources
-from align.tuning.loading import load_scorer
+from align.tuning.loading import load_reward_model
 
 COLORS, FRAMES = ("red", "blue"), ("the {} is", "{} is the colour", "which {}", "is {} the {}")
 METHODS = ("full", "head", "lora", "qlora", "bottleneck", "ia3", "loreft")
@@ -395,7 +395,7 @@ def test_a_card_counts_what_has_no_positions(folder):
 def test_an_adapter_beside_the_encoder_is_added_wherever_scores_are_asked_for(folder):
     texts = answers("heldout")[0][:2]
     found = artifact(folder, "bottleneck")
-    whole = load_scorer(found.model_dir)
+    whole = load_reward_model(found.model_dir)
     assert type(whole.backbone).__name__ != "BertModel"
     bare = [
         s[0]

@@ -149,7 +149,7 @@ def test_kto_says_the_loss_of_the_saved_policy_against_its_reference(folder):
     found = run_stage(folder, "kto", QLORA, name="kto", heldout=[{"path": str(path)}])
     chat = chat_format(found.model_dir)
     examples = load_examples([DataSpec(path=str(path))], kind="unpaired", seed=0)
-    rows = kto.mismatch([kto.judged_row(chat, e) for e in examples], max_length=128)
+    rows = kto.mismatch([kto.labeled_row(chat, e) for e in examples], max_length=128)
     reference = LogprobModel(start_in_four_bits(folder))
     rows = kto.reference_rows(reference, rows, micro_tokens=512)
     policy = plain(found.model_dir)

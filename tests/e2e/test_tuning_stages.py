@@ -27,7 +27,7 @@ from align.sampling.build import build_engine, choose_engine
 from align.sampling.push import pushed_weights
 from align.stages.tools.chat import Chat
 from align.tuning.export import full_precision_weights
-from align.tuning.loading import load_for_training, load_scorer, load_tuned_policy
+from align.tuning.loading import load_for_training, load_reward_model, load_tuned_policy
 
 METHODS = list(TUNINGS)
 ADAPTED = [m for m in METHODS if m != "full"]
@@ -169,7 +169,7 @@ def test_saved_scorer_is_backbone_with_adapter_and_head(folder, method):
         states = model(input_ids=torch.tensor([IDS])).last_hidden_state[0, -len(IDS) :]
         padded = torch.tensor([[*IDS, 0, 0], [*IDS[:5], *[0] * 6]])
         mask = (torch.arange(11) < torch.tensor([[9], [5]])).long()
-        scores = load_scorer(found.model_dir)(padded, attention_mask=mask)
+        scores = load_reward_model(found.model_dir)(padded, attention_mask=mask)
     expected = (states @ head).tolist()
     assert scores[0, :9].tolist() == pytest.approx(expected, abs=2e-4)
     assert scores[1, 4].item() == pytest.approx(expected[4], abs=2e-4)

@@ -131,7 +131,7 @@ def kto_curve(model_dir: Path) -> Curve:
         [],
         lambda r: len(r.input_ids),
         kto.collate,
-        partial(kto.judged_loss, spec),
+        partial(kto.labeled_loss, spec),
         measure=partial(kto.mismatched_kl, spec),
     )
     return offline(policy, task)

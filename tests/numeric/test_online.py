@@ -37,7 +37,7 @@ from align.core.distributed import derive_seed
 from align.core.errors import TrainingError
 from align.core.types import PromptRow
 from align.online.algorithms import build_algorithm
-from align.online.annotate import annotate, local_plan
+from align.online.annotate import annotate, plan_by_prompt
 from align.online.loop import mini_batches, sample, score, update
 from align.sampling.build import build_engine
 from align.sampling.experience import Experience
@@ -232,7 +232,7 @@ def test_an_update_takes_the_mini_batches_of_each_epoch(model_dir) -> None:
                     counts = {"tokens": float(mask.sum()), "answers": float(mask.any(1).sum())}
                     micro = [
                         experience.micro(part, counts)
-                        for part in local_plan(experience, rows, spec.micro_tokens)
+                        for part in plan_by_prompt(experience, rows, spec.micro_tokens)
                     ]
                     policy.step(micro, partial(build_algorithm(spec).policy_objective, kl_coef=0.0))
         found.append(weights(policy))

@@ -288,7 +288,7 @@ def test_kto_gradient_is_that_of_float64_one_answer_at_a_time(split):
     kl = 0.8
     batches = [kto.collate([rows[i] for i in part], rows) for part in split]
     batches = [kto.replace(b, counts={**b.counts, "kl": kl}) for b in batches]
-    found = gradient(batches, partial(kto.judged_loss, spec))
+    found = gradient(batches, partial(kto.labeled_loss, spec))
     model, total = build(), 0.0
     for row in rows:
         logits = model.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)

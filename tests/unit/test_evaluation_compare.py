@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from align.evaluation.compare import check_expectations
-from align.evaluation.verdict import Answered, Judged, judged_by_score, task_block
+from align.evaluation.verdict import Judged, Responses, preferences_by_score, task_block
 
 
 def _record(prompt: int, sample: int = 0, **changes: Any) -> dict[str, Any]:
@@ -33,11 +33,11 @@ def block_of(**models: list) -> dict[str, Any]:
     """Return the block of a task whose baseline is the last model."""
     baseline = list(models)[-1]
     judged = {
-        name: Judged(judged_by_score(rows, models[baseline]))
+        name: Judged(preferences_by_score(rows, models[baseline]))
         for name, rows in models.items()
         if name != baseline
     }
-    answered = {name: Answered(rows) for name, rows in models.items()}
+    answered = {name: Responses(rows) for name, rows in models.items()}
     return task_block(answered, baseline=baseline, metrics=METRICS, judged=judged)
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from align.evaluation.stats import Interval
 from align.evaluation.verdict import (
-    Answered,
     Judged,
+    Responses,
     RowLoss,
-    judged_by_score,
+    preferences_by_score,
     task_block,
     verdict,
     win_matrix,
@@ -41,8 +41,10 @@ def scored(values: list[float], **changes: Any) -> list[dict[str, Any]]:
 
 
 def block_of(models: dict[str, list], metrics: list[str], **losses: list[RowLoss]) -> dict:
-    answered = {name: Answered(rows, losses.get(name, ())) for name, rows in models.items()}
-    judged = {n: Judged(judged_by_score(r, models["sft"])) for n, r in models.items() if n != "sft"}
+    answered = {name: Responses(rows, losses.get(name, ())) for name, rows in models.items()}
+    judged = {
+        n: Judged(preferences_by_score(r, models["sft"])) for n, r in models.items() if n != "sft"
+    }
     return task_block(answered, baseline="sft", metrics=metrics, judged=judged)
 
 
@@ -125,7 +127,7 @@ def test_metrics_without_a_better_direction_have_no_verdict():
 
 def test_sequential_judging_keeps_its_own_interval():
     rows = scored([1.0] * 12)
-    answered = {"sft": Answered(rows), "dpo": Answered(rows)}
+    answered = {"sft": Responses(rows), "dpo": Responses(rows)}
     pairs = Judged({(i, 0): float(i % 3 > 0) for i in range(12)}, Interval(0.66, 0.4, 0.9))
     metrics = ["win_rate", "length_controlled_win_rate"]
     block = task_block(answered, baseline="sft", metrics=metrics, judged={"dpo": pairs})

@@ -76,12 +76,12 @@ class WatchSpec(Spec):
 def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> None:
     """Raise ValueError if a gold scorer is also a training reward: it could not detect hacking."""
 
-    def judged_by(reward: RewardSpec) -> dict[str, object]:
+    def identity(reward: RewardSpec) -> dict[str, object]:
         return reward.model_dump(exclude={"weight", "name"})
 
-    trained = [judged_by(reward) for reward in rewards if reward.weight != 0.0]
+    trained = [identity(reward) for reward in rewards if reward.weight != 0.0]
     for reward in gold:
-        if judged_by(reward) in trained:
+        if identity(reward) in trained:
             raise ValueError(
                 f"watch.gold: '{reward.name or reward.kind}' is also a training reward, so the "
                 "guard cannot detect over-optimization; give a scorer that is not trained on"

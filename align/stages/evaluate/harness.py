@@ -10,7 +10,7 @@ from align.core.artifacts import Artifact
 from align.core.errors import AlignError
 from align.evaluation.compare import Record
 from align.evaluation.harness import check_harness, harness_argv, read_harness, run_harness
-from align.evaluation.verdict import Answered, task_block
+from align.evaluation.verdict import Responses, task_block
 from align.recipe.schema import EvaluateStage
 from align.stages.base import StageContext
 
@@ -61,7 +61,7 @@ def _block(spec: EvaluateStage, task: str, models: Mapping[str, list[Record]]) -
         raise AlignError(
             f"lm-eval task {task}: no responses of {', '.join(missing)} in its results"
         )
-    answered = {name: Answered(records) for name, records in models.items()}
+    answered = {name: Responses(records) for name, records in models.items()}
     metrics = list(models[baseline][0]["scores"])
     block = task_block(answered, baseline=baseline, metrics=metrics, judged={})
     return {"description": "lm-evaluation-harness", **block}

@@ -14,12 +14,12 @@ from align.data.load import load_examples
 from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
 from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model
-from align.evaluation.verdict import Answered, Judged
+from align.evaluation.verdict import Judged, Responses
 from align.models.loading import num_positions
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.base import chat_format
-from align.tuning.loading import made_whole
+from align.tuning.loading import attach_adapter
 from reward_models.base import plain_text
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 from reward_models.learned import build_scalar
@@ -41,7 +41,7 @@ def open_bench(spec: PairwiseSpec) -> Bench:
 
 
 def judge_all(
-    spec: EvaluateStage, answered: Mapping[str, Answered], *, seed: int
+    spec: EvaluateStage, answered: Mapping[str, Responses], *, seed: int
 ) -> tuple[dict[str, Judged], dict[str, Any]]:
     """Judge each model's responses to a task against the baseline's; rank 0 queries the judge.
 
@@ -64,7 +64,7 @@ def judge_all(
 
 
 def _judge_one(
-    spec: PairwiseSpec, bench: Bench, model: Answered, *, other: Answered, seed: int
+    spec: PairwiseSpec, bench: Bench, model: Responses, *, other: Responses, seed: int
 ) -> Judged:
     try:
         return judge_model(
@@ -119,7 +119,7 @@ def calibrate(
 def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
     """Return a reward model's verdicts; pairs longer than its context have none."""
     reward = build_scalar(ScalarSpec(kind="scalar", model=str(folder)))
-    made_whole(reward.model, folder)
+    attach_adapter(reward.model, folder)
     turns = {plain_text(e.prompt): e.prompt for e in examples}
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:

@@ -10,7 +10,7 @@ from align.data.render.chat import ChatFormat
 from align.evaluation.compare import Record
 from align.evaluation.verdict import RowLoss
 from align.models.logprobs import LogprobModel
-from align.online.annotate import infer_tokens, local_plan
+from align.online.annotate import infer_tokens, plan_by_prompt
 from align.online.guard import repeated_share
 from align.online.scoring import score_answers
 from align.recipe.schema import EvaluateStage, TaskSpec
@@ -57,7 +57,7 @@ def kl_per_answer(
         return own - other  # (1, N)
 
     # log p - log q at tokens sampled from p: an unbiased estimate of KL(p || q) per response.
-    plan = local_plan(answers, range(len(answers.lengths)), MICRO_TOKENS)
+    plan = plan_by_prompt(answers, range(len(answers.lengths)), MICRO_TOKENS)
     return infer_tokens(answers, policy, plan=plan, fn=log_ratio).sum(1).tolist()
 
 

@@ -24,7 +24,7 @@ from align.models.loading import load_tokenizer
 from align.recipe.schema import DataSpec
 from align.stages.reward.tasks import RowFormat, scorer_format
 from align.training.batch import flatten_pairs, trim_after_last_trained
-from align.tuning.loading import load_scorer
+from align.tuning.loading import load_reward_model
 from reward_models.learned import ScalarReward
 from reward_models.refusals import refusing_side
 from reward_models.scalar import RewardModel, score_token_ids
@@ -98,7 +98,7 @@ def headlines(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(artifact: Artifact) -> RewardModel:
-    return load_scorer(artifact.model_dir).to(distributed.device())
+    return load_reward_model(artifact.model_dir).to(distributed.device())
 
 
 def _longest(model: RewardModel, given: CardInput) -> int:

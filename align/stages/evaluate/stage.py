@@ -14,9 +14,9 @@ from align.core.types import PromptRow
 from align.evaluation.compare import Record, check_expectations
 from align.evaluation.verdict import (
     WIN_RATES,
-    Answered,
     Judged,
-    judged_by_score,
+    Responses,
+    preferences_by_score,
     task_block,
     win_matrix,
 )
@@ -78,7 +78,7 @@ def evaluate(
     """Sample, score and compare the models; write summary.json and samples.jsonl."""
     baseline = spec.label(spec.baseline)
     answers: Answers = {}
-    answered: dict[str, dict[str, Answered]] = {}
+    answered: dict[str, dict[str, Responses]] = {}
     summary: dict[str, Any] = {"engine": "none"}
     # Tasks: sample and measure every model, then compare with the baseline.
     if spec.all_tasks:
@@ -112,7 +112,7 @@ def measure_all(
     answers: Answers,
     rewards: TaskRewards,
     context: StageContext,
-) -> dict[str, dict[str, Answered]]:
+) -> dict[str, dict[str, Responses]]:
     """Return the measured responses of all ranks by task and model."""
     tasks = spec.all_tasks
     metrics = context.metrics(len(spec.models))
@@ -120,7 +120,7 @@ def measure_all(
     # Prepared once for all models: every model is measured on the same tokens.
     heldout = {task.name: held_out_rows(task, chat, context) for task in tasks}
     reference = load_reference(spec, context) if any(map(wants_kl, tasks)) else None
-    found: dict[str, dict[str, Answered]] = {task.name: {} for task in tasks}
+    found: dict[str, dict[str, Responses]] = {task.name: {} for task in tasks}
     for i, (name, artifact) in enumerate(artifacts.items()):
         # One model in memory at a time, plus the reference.
         policy = LogprobModel(load_tuned_policy(artifact.model_dir, dtype=spec.dtype))
@@ -134,7 +134,7 @@ def measure_all(
             # Rank order is prompt order, because each rank has a contiguous part of the prompts.
             records = [r for part in distributed.gather_objects(mine) for r in part]
             losses = row_losses(policy, heldout[task.name])
-            found[task.name][name] = Answered(records, losses)
+            found[task.name][name] = Responses(records, losses)
         _log_model(metrics, i + 1, name=name, records=found[tasks[0].name][name].records)
     metrics.close()
     return found
@@ -162,7 +162,7 @@ def task_rewards(
 
 
 def summarize(
-    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Answered], *, context: StageContext
+    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Responses], *, context: StageContext
 ) -> dict[str, Any]:
     """Return the comparison of the models on one task."""
     baseline = spec.label(spec.baseline)
@@ -172,7 +172,7 @@ def summarize(
         judged, told["judge"] = judge_all(spec, answered, seed=context.seed)
     else:
         judged = {
-            name: Judged(judged_by_score(mine, records[baseline]))
+            name: Judged(preferences_by_score(mine, records[baseline]))
             for name, mine in records.items()
             if name != baseline
         }
@@ -215,7 +215,7 @@ def _log_model(metrics: MetricsLog, step: int, *, name: str, records: Sequence[R
     metrics.log(step, found, sample=sample)
 
 
-def write_samples(path: Path, answered: Mapping[str, Mapping[str, Answered]]) -> None:
+def write_samples(path: Path, answered: Mapping[str, Mapping[str, Responses]]) -> None:
     """Write every response as one JSON object per line."""
     with path.open("w", encoding="utf-8") as f:
         for task, models in answered.items():
@@ -230,7 +230,7 @@ def reward_cards(
     context: StageContext,
     *,
     answers: Answers,
-    answered: Mapping[str, Mapping[str, Answered]],
+    answered: Mapping[str, Mapping[str, Responses]],
     baseline: Artifact,
 ) -> dict[str, dict[str, Any]]:
     """Return the cards of the reward models; best-of-n uses the baseline's responses and judge."""

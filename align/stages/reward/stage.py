@@ -44,8 +44,8 @@ from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
 from align.stages.reward.normalize import Numbers, even_sample, normalization, sampled_rows
 from align.stages.reward.tasks import (
-    JudgedAnswer,
-    JudgedSteps,
+    LabeledAnswer,
+    LabeledSteps,
     RowFormat,
     WeightedPair,
     class_weights,
@@ -54,7 +54,7 @@ from align.stages.reward.tasks import (
     collate_steps,
     final_scores,
     head_weights,
-    judged_loss,
+    labeled_loss,
     pair_loss,
     scorer_format,
     steps_loss,
@@ -210,9 +210,9 @@ def answer_task(
 ) -> tuple[OfflineTask[Any], OfflineRows]:
     """Return the task of learning whether a single response is good."""
 
-    def judged(example: Example) -> JudgedAnswer:
+    def judged(example: Example) -> LabeledAnswer:
         row = trim_after_last_trained(chat.sft_row(example))
-        return JudgedAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
+        return LabeledAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
 
     data = offline_rows(spec, context, kind="unpaired", render=judged)
     try:
@@ -223,7 +223,7 @@ def answer_task(
     weights = head_weights(len(data.training), spec.heads, seed=context.seed)
     rows = [replace(row, weights=w) for row, w in zip(data.training, weights, strict=True)]
     heldout = [replace(row, weights=(1.0,) * spec.heads) for row in data.heldout]
-    loss = partial(judged_loss, spec=spec, class_weights=classes)
+    loss = partial(labeled_loss, spec=spec, class_weights=classes)
     task = OfflineTask(
         rows, heldout, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
     )
@@ -239,13 +239,13 @@ def step_task(
 ) -> tuple[OfflineTask[Any], OfflineRows]:
     """Return the task of learning whether a solution is correct so far, from labeled steps."""
     assert isinstance(chat, ChatFormat), "an encoder cannot score steps"
-    render = partial(_judged_steps, chat, spec.step_separator)
+    render = partial(_labeled_steps, chat, spec.step_separator)
     data = offline_rows(spec, context, kind="steps", render=render)
     task = OfflineTask(data.training, data.heldout, _length, collate_steps, steps_loss)
     return task, data
 
 
-def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedSteps:
+def _labeled_steps(chat: ChatFormat, separator: str, example: Example) -> LabeledSteps:
     steps, labels = example.columns["steps"], example.columns["step_labels"]
     if any(separator in step for step in steps):
         raise DataError(
@@ -263,7 +263,7 @@ def _judged_steps(chat: ChatFormat, separator: str, example: Example) -> JudgedS
         )
     # Step ends count from the response; positions in the row count from its start.
     places = tuple(first + end for end in ends)
-    return JudgedSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
+    return LabeledSteps(row.input_ids, row.trained, row.source, ends=places, labels=tuple(labels))
 
 
 def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> RewardModel:

@@ -41,7 +41,7 @@ class WeightedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedAnswer(TokenRow):
+class LabeledAnswer(TokenRow):
     """A tokenized response with its label and its weight for each head."""
 
     good: bool = False
@@ -49,7 +49,7 @@ class JudgedAnswer(TokenRow):
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedSteps(TokenRow):
+class LabeledSteps(TokenRow):
     """A tokenized solution; ``ends`` are the positions of the last tokens of its steps."""
 
     ends: tuple[int, ...] = ()
@@ -152,7 +152,7 @@ def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[
     return total + 0.0 * values.sum(), stats
 
 
-def collate_answers(rows: Sequence[JudgedAnswer], batch: Sequence[JudgedAnswer]) -> PackedBatch:
+def collate_answers(rows: Sequence[LabeledAnswer], batch: Sequence[LabeledAnswer]) -> PackedBatch:
     """Pack responses; the global count is the responses of the whole batch."""
     return pack(
         rows,
@@ -167,7 +167,7 @@ def collate_answers(rows: Sequence[JudgedAnswer], batch: Sequence[JudgedAnswer])
     )
 
 
-def judged_loss(
+def labeled_loss(
     model: nn.Module,
     batch: PackedBatch,
     *,
@@ -191,7 +191,7 @@ def judged_loss(
     return total + 0.0 * values.sum(), {"accuracy": right.sum() * share}
 
 
-def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
+def class_weights(rows: Sequence[LabeledAnswer]) -> tuple[float, float]:
     """Return n / (2 n_class) of bad and good responses, so that both have the same total weight.
 
     Raises:
@@ -204,7 +204,7 @@ def class_weights(rows: Sequence[JudgedAnswer]) -> tuple[float, float]:
     return len(rows) / (2.0 * num_bad), len(rows) / (2.0 * num_good)
 
 
-def collate_steps(rows: Sequence[JudgedSteps], batch: Sequence[JudgedSteps]) -> PackedBatch:
+def collate_steps(rows: Sequence[LabeledSteps], batch: Sequence[LabeledSteps]) -> PackedBatch:
     """Pack solutions; the global count is the judged steps of the whole batch."""
     # {position: label} of each row, then two dense vectors for packing.
     marks = [dict(zip(row.ends, row.labels, strict=True)) for row in rows]

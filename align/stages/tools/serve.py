@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from align.core.artifacts import read_artifact
 from align.core.errors import AlignError
 from align.core.log import setup_logging
-from align.tuning.loading import made_whole
+from align.tuning.loading import attach_adapter
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 256
@@ -50,7 +50,7 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
     artifact = read_artifact(path, "reward_model")
     given = {"kind": "scalar", "model": str(artifact.model_dir), "combine": combine}
     reward: Any = build_reward(given)
-    made_whole(reward.model, artifact.model_dir)
+    attach_adapter(reward.model, artifact.model_dir)
     about = {
         "artifact": str(path),
         "spec_hash": artifact.manifest["spec_hash"],

@@ -96,7 +96,7 @@ def uneven_tasks() -> dict[str, tuple[OfflineTask, torch.nn.Module, Callable]]:
         "kto": (
             OfflineTask(
                 *([], [], length_of, kto.collate),
-                partial(kto.judged_loss, kto_spec),
+                partial(kto.labeled_loss, kto_spec),
                 measure=partial(kto.mismatched_kl, kto_spec),
             ),
             policy_model(),
