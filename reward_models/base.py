@@ -74,11 +74,11 @@ def completion_text(completion: Text) -> str:
     # Tool turns may follow an assistant turn; the last thing that the model said counts.
     for turn in reversed(completion):
         if turn["role"] == "assistant":
-            return turn_text(turn)
+            return _turn_text(turn)
     raise InvalidScoreError("no assistant turn")
 
 
-def turn_text(turn: Mapping[str, Any]) -> str:
+def _turn_text(turn: Mapping[str, Any]) -> str:
     """Return the text of one turn, whose content may also be a list of parts.
 
     Raises:
@@ -103,8 +103,8 @@ def plain_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     if len(text) == 1:
-        return turn_text(text[0])
-    return "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in text)
+        return _turn_text(text[0])
+    return "\n".join(f"{turn['role']}: {_turn_text(turn)}" for turn in text)
 
 
 def column_values(

@@ -94,7 +94,7 @@ def _asked(prompt: str) -> str:
     return next((body for _, body in reversed(_blocks(prompt))), prompt)
 
 
-def tests_of(row: Mapping[str, Any], column: str | None) -> Tests:
+def _tests_of(row: Mapping[str, Any], column: str | None) -> Tests:
     """Return the tests of a row.
 
     Args:
@@ -184,7 +184,7 @@ def _value(text: object) -> Any:
         return text
 
 
-def whole_program(prompt: str, program: str, entry_point: str | None) -> str:
+def _whole_program(prompt: str, program: str, entry_point: str | None) -> str:
     """Return the program with what the prompt begins, as HumanEval's responses continue it.
 
     A response that defines the function itself only needs the prompt's imports.
@@ -200,7 +200,7 @@ def whole_program(prompt: str, program: str, entry_point: str | None) -> str:
     return f"{asked}\n{program}" if not asked.endswith("\n") else asked + program
 
 
-def same_output(found: str, expected: str) -> bool:
+def _same_output(found: str, expected: str) -> bool:
     """Return whether two outputs are equal, whatever blanks end their lines and the output."""
     one, other = (
         [line.rstrip() for line in text.rstrip().split("\n")] for text in (found, expected)
@@ -248,7 +248,7 @@ class CodeReward:
     ) -> tuple[float | None, str | None]:
         """Return a score, or None and the reason."""
         try:
-            tests = tests_of(row, self.column)
+            tests = _tests_of(row, self.column)
             program = program_of(completion_text(completion))
             return (0.0 if program is None else self._score(program, tests, prompt)), None
         except InvalidScoreError as error:
@@ -261,14 +261,14 @@ class CodeReward:
             runs = run_program(program, tests.inputs, self.limits)
             return self._share(
                 [
-                    status == 0 and same_output(output, expected)
+                    status == 0 and _same_output(output, expected)
                     for (status, output), expected in zip(runs, tests.outputs, strict=False)
                 ],
                 len(tests.inputs),
             )
         asked = plain_text(prompt)
         found = run_tests(
-            whole_program(asked, program, tests.entry_point),
+            _whole_program(asked, program, tests.entry_point),
             tests.sources,
             self.limits,
             setup=[_asked(asked), *tests.setup],

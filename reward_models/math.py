@@ -73,7 +73,7 @@ def _last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if holds_digits(line)), "")
 
 
-def same_number(answer: Number, reference: Number) -> bool:
+def _same_number(answer: Number, reference: Number) -> bool:
     """Return whether two numbers are equal.
 
     If only one has a percent sign, both readings are accepted: 50% matches 50 and 0.5.
@@ -104,7 +104,7 @@ def reference_number(value: object) -> Number:
 def _number_score(answer: str, value: object) -> float:
     reference = reference_number(value)
     found = final_number(answer)
-    return float(found is not None and same_number(found, reference))
+    return float(found is not None and _same_number(found, reference))
 
 
 def build_math(spec: MathSpec) -> Rule:

@@ -32,7 +32,7 @@ def import_(
 
     made = convert(tool, file, method=method)
     target = out or Path(f"{made.name}.yaml")
-    write_new({target: made.text} | {target.parent / n: t for n, t in made.files.items()}, force)
+    _write_new({target: made.text} | {target.parent / n: t for n, t in made.files.items()}, force)
     for note in made.notes:
         typer.echo(visible(note.line), err=True)
     lost = sum(note.lost for note in made.notes)
@@ -45,7 +45,7 @@ def import_(
     typer.echo(visible(f"{target}: valid. Check rows and model with: align check --deep {target}"))
 
 
-def write_new(files: dict[Path, str], force: bool) -> None:
+def _write_new(files: dict[Path, str], force: bool) -> None:
     """Write files that do not exist yet.
 
     Raises:

@@ -100,7 +100,7 @@ def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
         return False
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def _write_text_atomic(path: Path, text: str) -> None:
     """Write text under a temporary name, fsync it, then rename it into place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -119,7 +119,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: object) -> None:
     """Write JSON under a temporary name, fsync it, then rename it into place."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    write_text_atomic(path, text + "\n")
+    _write_text_atomic(path, text + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def init_process_group(*, deterministic: bool = False) -> None:
     """Join the launcher's process group, or create one with a single rank without a launcher.
 
     Args:
-        deterministic: take deterministic kernels on a GPU, see ``use_deterministic_kernels``.
+        deterministic: take deterministic kernels on a GPU, see ``_use_deterministic_kernels``.
 
     Raises:
         DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not.
@@ -43,7 +43,7 @@ def init_process_group(*, deterministic: bool = False) -> None:
     if dist.is_initialized():
         return
     if deterministic:
-        use_deterministic_kernels()
+        _use_deterministic_kernels()
     on_gpu = torch.cuda.is_available()
     problem = device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cuda)
     if problem is not None:
@@ -84,7 +84,7 @@ def _timeout() -> timedelta:
     return timedelta(minutes=int(minutes)) if minutes else TIMEOUT
 
 
-def use_deterministic_kernels() -> None:
+def _use_deterministic_kernels() -> None:
     """Make every operation deterministic; call this before the first operation on a GPU.
 
     An operation that has no such kernel warns.

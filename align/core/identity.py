@@ -88,7 +88,7 @@ def read_begun(folder: Path) -> dict[str, Any] | None:
     return found if found is not None and isinstance(found.get("spec_hash"), str) else None
 
 
-def is_stage_folder(folder: Path) -> bool:
+def _is_stage_folder(folder: Path) -> bool:
     """Return True if a folder is empty, missing, or was written by a stage of this suite."""
     if not folder.exists():
         return True
@@ -106,7 +106,7 @@ def check_is_stage_folder(folder: Path) -> None:
     Raises:
         ArtifactError: the folder contains something else.
     """
-    if not is_stage_folder(folder):
+    if not _is_stage_folder(folder):
         raise ArtifactError(
             f"{folder}: exists, but no stage of align wrote it (no {BEGUN} or {MANIFEST} in it). "
             "Nothing was changed. Move it, or use another stage name or run folder."

@@ -13,7 +13,7 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
-def first_question(text: Text) -> str:
+def _first_question(text: Text) -> str:
     """Return the first user message of a conversation (else its first turn), or the plain text."""
     if isinstance(text, str):
         return text
@@ -31,7 +31,7 @@ def split_key(example: Example) -> str:
     """
     for part in (example.prompt, example.completion):
         if part:
-            question = first_question(part)
+            question = _first_question(part)
             if question:
                 return question
     return ""

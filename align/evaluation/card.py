@@ -108,7 +108,7 @@ def pair_card(pairs: Sequence[ScoredPair], *, seed: int) -> dict[str, Any]:
         ("by_length", lambda p: p.length_bucket),
         ("by_refusal", lambda p: p.refuses),
     ):
-        found[name] = accuracy_by([key(p) for p in pairs], wins, prompts, seed=seed)
+        found[name] = _accuracy_by([key(p) for p in pairs], wins, prompts, seed=seed)
     found["calibration"] = calibration(table[:, 0] - table[:, 1], prompts, seed=seed)
     return found
 
@@ -118,7 +118,7 @@ def won(chosen: float, rejected: float) -> float:
     return 0.5 if chosen == rejected else float(chosen > rejected)
 
 
-def accuracy_by(
+def _accuracy_by(
     names: Sequence[str], wins: Array, prompts: Sequence[str], *, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Return the pair accuracy and number of pairs of each group, the largest group first."""
@@ -266,7 +266,7 @@ def set_card(sets: Sequence[ScoredSet], *, seed: int) -> dict[str, Any]:
     prompts = [s.prompt for s in sets]
     overall = Resampler(prompts, seed=seed).share(credits)
     chance = float(np.mean([len(s.chosen) / (len(s.chosen) + len(s.rejected)) for s in sets]))
-    by_source = accuracy_by([s.source for s in sets], credits, prompts, seed=seed)
+    by_source = _accuracy_by([s.source for s in sets], credits, prompts, seed=seed)
     return {
         "best_of_set_accuracy": overall,
         "num_sets": len(sets),

@@ -71,7 +71,7 @@ class Bench:
     def judge(self, pairs: Sequence[Pair]) -> list[BothOrders]:
         """Return the verdicts on pairs in both orders; equal responses tie without a request."""
         asked = [pair for pair in pairs if pair.ours != pair.theirs]
-        requests = [m for pair in asked for m in both_orders(pair, self.criteria)]
+        requests = [m for pair in asked for m in _both_orders(pair, self.criteria)]
         # Two verdicts per pair, in the order of the requests.
         verdicts = iter(self.client.ask(requests, SCHEMA) if requests else ())
         found = [
@@ -97,7 +97,7 @@ class Bench:
         }
 
 
-def both_orders(pair: Pair, criteria: str) -> tuple[Messages, Messages]:
+def _both_orders(pair: Pair, criteria: str) -> tuple[Messages, Messages]:
     """Return the judge's request with ours first, and with theirs first."""
     return (
         _question(pair.prompt, pair.ours, pair.theirs, criteria=criteria),

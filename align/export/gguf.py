@@ -41,7 +41,7 @@ def write_gguf(source: Source, folder: Path, *, kind: str) -> None:
     if kind == "q4_k_m":
         _quantize(source, folder)
         return
-    config = check_architecture(source)
+    config = _check_architecture(source)
     gguf: Any = _package()
     vocabulary = gguf_tokenizer(source.model_dir, num_rows=config.vocab_size)
     writer = gguf.GGUFWriter(str(folder / FILE), ARCHITECTURES[config.model_type])
@@ -76,7 +76,7 @@ def _package() -> Any:
     return gguf
 
 
-def check_architecture(source: Source) -> Any:
+def _check_architecture(source: Source) -> Any:
     """Return the configuration of a policy that can become a GGUF file.
 
     Raises:

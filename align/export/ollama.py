@@ -63,7 +63,7 @@ def modelfile(model_dir: Path, file: str) -> str | None:
     tokenizer: Any = load_tokenizer(model_dir)
     lines = [f"FROM ./{file}"]
     if tokenizer.chat_template is not None:
-        turns = fixed_turns(tokenizer)
+        turns = _fixed_turns(tokenizer)
         template = None if turns is None else turns.go_template()
         if template is None:
             return None
@@ -73,7 +73,7 @@ def modelfile(model_dir: Path, file: str) -> str | None:
     return "\n".join(lines) + "\n"
 
 
-def fixed_turns(tokenizer: Any) -> Turns | None:
+def _fixed_turns(tokenizer: Any) -> Turns | None:
     """Return a chat template as fixed texts around each message, or None if it is more."""
     dialog = _render(tokenizer, ("user", "assistant", "user"), generate=True)
     ends = [

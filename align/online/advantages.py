@@ -148,7 +148,7 @@ def reward_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Fl
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)[0]
 
 
-def against_greedy(
+def _against_greedy(
     scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Return each score minus the score of the greedy response to the same prompt (ReMax).
@@ -233,6 +233,6 @@ ESTIMATORS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "group_relative": group_relative,
     "leave_one_out": leave_one_out,
     "reward_to_go": reward_to_go,
-    "greedy": against_greedy,
+    "greedy": _against_greedy,
 }
 """Advantage estimators by their names in a recipe."""

@@ -86,7 +86,7 @@ def self_test(
     verdict: Verdict = "ok"
     try:
         # Known responses: the best of several forms counts, since rewards parse different ones.
-        forms = known_answers(spec, prompts)
+        forms = _known_answers(spec, prompts)
         results = [_above(reward, known) for known in forms]
         scored += sum(2 * len(known.rows) for known in forms)
         if results:
@@ -159,7 +159,7 @@ def _reasons(reward: RewardFunction) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reward.invalid.most_common(3))
 
 
-def known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]:
+def _known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known]:
     """Return correct and wrong answers to a few rows, in every form that may suit the reward."""
     fixed = _fixed(spec)
     if fixed is not None:

@@ -175,7 +175,7 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
     return Finding(value, "the same ids")
 
 
-def unknown_id(chat: ChatFormat) -> int:
+def _unknown_id(chat: ChatFormat) -> int:
     """Return the id of the tokenizer's unknown token, or -1 if it has none.
 
     Some tokenizers use their stop token or BOS as the unknown token; that does not count.
@@ -220,7 +220,7 @@ def vocabulary(chat: ChatFormat, rows: Sequence[Sequence[int]], model_dir: Path)
         rows,
         embeddings=config.get("text_config", config)["vocab_size"],
         positions=num_positions(model_dir),
-        unknown=unknown_id(chat),
+        unknown=_unknown_id(chat),
         too_long="warn",
     )
 

@@ -96,10 +96,10 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
     for part in loc:
         kind, union = bare(kind), None
         # A base of variants: this part is the tag, not a key.
-        if models := variants_of(kind):
+        if models := _variants_of(kind):
             kind = models.get(str(part))
             continue
-        variants = union_of(kind)
+        variants = _union_of(kind)
         # A plain union: a word is the label of the member that pydantic tried.
         if len(variants) > 1 and not isinstance(part, int):
             union = kind
@@ -107,12 +107,12 @@ def trace(loc: Sequence[str | int]) -> tuple[Key, Any, list[tuple[Key, type[Base
             continue
         if len(variants) > 1:
             kind = next(v for v in variants if get_origin(v) is list)
-        if is_model(kind):
+        if _is_model(kind):
             owners.append((tuple(key), kind))
         kind = inner(kind, part)
         key.append(part)
     kind = bare(union or kind)
-    if is_model(kind):
+    if _is_model(kind):
         owners.append((tuple(key), kind))
     return tuple(key), kind, owners
 
@@ -128,26 +128,26 @@ def bare(kind: object) -> Any:
     return kind
 
 
-def union_of(kind: object) -> list[Any]:
+def _union_of(kind: object) -> list[Any]:
     """Return the members of a union, [] for any other type."""
     if get_origin(kind) not in (Union, types.UnionType):
         return []
     return [bare(a) for a in get_args(kind) if a is not type(None)]
 
 
-def variants_of(kind: object) -> dict[str, type[Variants]]:
+def _variants_of(kind: object) -> dict[str, type[Variants]]:
     """Return the class of each ``kind`` (or ``method``) of a base of variants, {} for others."""
-    return kind.__dict__.get("variants", {}) if is_model(kind) else {}
+    return kind.__dict__.get("variants", {}) if _is_model(kind) else {}
 
 
-def is_model(kind: object) -> TypeGuard[type[BaseModel]]:
+def _is_model(kind: object) -> TypeGuard[type[BaseModel]]:
     """Return whether a type is a schema class with named keys."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def inner(kind: object, part: str | int) -> Any:
     """Return the type one step further along a key path, None if there is none."""
-    if is_model(kind):
+    if _is_model(kind):
         field = kind.model_fields.get(str(part))
         return field.annotation if field else None
     args = get_args(kind)
@@ -168,14 +168,14 @@ def _label(kind: object) -> str:
 def expected(kind: object) -> str:
     """Return a description of the values that a type accepts."""
     plain = bare(kind)
-    if models := variants_of(plain):
+    if models := _variants_of(plain):
         return f"a mapping with '{plain.tag}' one of {', '.join(models)}"
-    if variants := union_of(plain):
+    if variants := _union_of(plain):
         return " or ".join(expected(v) for v in variants)
     origin, args = get_origin(plain), get_args(plain)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
-    if is_model(plain):
+    if _is_model(plain):
         return f"a mapping with the keys {', '.join(plain.model_fields)}"
     if origin is list:
         return f"a list (each item {expected(args[0])})"
@@ -198,7 +198,7 @@ def _what(
     if problem == "union_tag_not_found":
         return f"missing; expected one of {_tags(kind)}"
     if problem == "union_tag_invalid":
-        tags = list(variants_of(kind))
+        tags = list(_variants_of(kind))
         return (
             f"found '{context['tag']}'; expected one of {', '.join(tags)}"
             f"{suggest(str(context['tag']), tags)}"
@@ -219,7 +219,7 @@ def _what(
         number = bare(kind) if bare(kind) in _WORDS else float
         return f"found {shown(found)}; expected {_WORDS[number]} {bound}"
     # Values of another type.
-    if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or union_of(kind):
+    if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or _union_of(kind):
         hint = "; remove the quotes" if _is_number(found) and kind in (int, float) else ""
         return f"found {shown(found)}; expected {expected(kind)}{hint}"
     return f"found {shown(found)}; {error['msg']}"
@@ -243,7 +243,7 @@ def _is_number(found: object) -> bool:
 
 
 def _tags(kind: object) -> str:
-    return ", ".join(variants_of(kind))
+    return ", ".join(_variants_of(kind))
 
 
 def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
@@ -257,7 +257,7 @@ def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
     fields = list(model.model_fields)
     if wanted in fields:
         return f"; did you mean '{wanted}'?"
-    below = nested_keys(model)
+    below = _nested_keys(model)
     for path in below:
         if path.rpartition(".")[2] == wanted:
             return f"; did you mean '{path}'?"
@@ -267,12 +267,12 @@ def _unknown_key(name: str, owners: list[tuple[Key, type[BaseModel]]]) -> str:
     return suggest(name, fields) or suggest(name, below) or f"; expected one of {', '.join(fields)}"
 
 
-def nested_keys(model: type[BaseModel]) -> list[str]:
+def _nested_keys(model: type[BaseModel]) -> list[str]:
     """Return the dotted keys of all models nested in a model."""
     found = []
     for name, field in model.model_fields.items():
         kind = bare(field.annotation)
-        for inner_model in variants_of(kind).values() or [kind] * is_model(kind):
+        for inner_model in _variants_of(kind).values() or [kind] * _is_model(kind):
             found += [f"{name}.{inside}" for inside in inner_model.model_fields]
-            found += [f"{name}.{inside}" for inside in nested_keys(inner_model)]
+            found += [f"{name}.{inside}" for inside in _nested_keys(inner_model)]
     return list(dict.fromkeys(found))

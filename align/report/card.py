@@ -86,12 +86,12 @@ def _group(title: str, groups: Mapping[str, Any]) -> Markup:
 def _pictures(card: Card) -> list[Markup]:
     return [
         picture
-        for picture in (calibration_plot(card), groups_plot(card), best_of_n_plot(card))
+        for picture in (_calibration_plot(card), _groups_plot(card), _best_of_n_plot(card))
         if picture is not None
     ]
 
 
-def calibration_plot(card: Card) -> Markup:
+def _calibration_plot(card: Card) -> Markup:
     """Return the calibration plot: pair accuracy against the model's confidence."""
     points = card["calibration"]
     measured = Series(
@@ -109,7 +109,7 @@ def calibration_plot(card: Card) -> Markup:
     )
 
 
-def groups_plot(card: Card) -> Markup | None:
+def _groups_plot(card: Card) -> Markup | None:
     """Return the plot of pair accuracy by the relative length of the chosen response."""
     order = ("chosen shorter", "about equal", "chosen longer")
     known = [
@@ -132,7 +132,7 @@ def groups_plot(card: Card) -> Markup | None:
     )
 
 
-def best_of_n_plot(card: Card) -> Markup | None:
+def _best_of_n_plot(card: Card) -> Markup | None:
     """Return the plot of the gold score under best-of-n selection, with its upper bound."""
     points = card.get("best_of_n")
     if not points:

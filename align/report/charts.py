@@ -86,7 +86,7 @@ def line_chart(
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
     inside = [x for x in x_ticks if frame[0] <= x <= frame[1]]
-    axes = draw_axes(inside, y_ticks, frame, labels=(x_label, label))
+    axes = _draw_axes(inside, y_ticks, frame, labels=(x_label, label))
     svg = tag(
         "svg",
         axes,
@@ -152,7 +152,7 @@ def _segments(
     return drawn
 
 
-def draw_axes(
+def _draw_axes(
     x_ticks: list[float],
     y_ticks: list[float],
     frame: tuple[float, float, float, float],
@@ -254,7 +254,7 @@ def picture(
     ys += [b for s in series for pair in s.bounds for b in pair if b is not None]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    axes = draw_axes(x_ticks, y_ticks, frame, labels=(x_label, y_label))
+    axes = _draw_axes(x_ticks, y_ticks, frame, labels=(x_label, y_label))
     marks = [mark for s in series for mark in _marks(s, frame)]
     return tag(
         "svg",

@@ -19,12 +19,12 @@ CLASSES = {"better": "ok", "worse": "bad"}
 
 def overview(run: RunRecord) -> Markup:
     """Return the first screen of a run's report."""
-    block = first_block(run)
+    block = _first_block(run)
     plots = forest(run, block) if block is not None else None
     return tag("section", _status(run), plots, _findings(run, block), id="overview")
 
 
-def first_block(run: RunRecord) -> Block | None:
+def _first_block(run: RunRecord) -> Block | None:
     """Return the block of the run's own prompts, else of its first task; None without any."""
     tasks = run.summary.get("tasks", {})
     return tasks.get(OWN_TASK) or next(iter(tasks.values()), None)

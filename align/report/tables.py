@@ -131,10 +131,10 @@ def judge_lines(summary: Block) -> Iterator[str]:
     """Yield a line on the requests and cost of each task's endpoint judge."""
     for name, block in summary.get("tasks", {}).items():
         if judge := block.get("judge"):
-            yield f"{name}: {judge_text(judge)}"
+            yield f"{name}: {_judge_text(judge)}"
 
 
-def judge_text(judge: Block) -> str:
+def _judge_text(judge: Block) -> str:
     """Return a judge's requests, invalid verdicts, tokens, cost and time in one line."""
     reasons = [f"{n} {reason}" for reason, n in judge["invalid"].items()]
     invalid = sum(judge["invalid"].values())
@@ -166,4 +166,4 @@ def calibration_lines(found: Block) -> Iterator[str]:
         shown = "-" if value is None else f"{value:.2f}"
         yield f"{words:<40} {shown}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
     if judge := found.get("judge"):
-        yield judge_text(judge)
+        yield _judge_text(judge)

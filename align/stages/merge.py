@@ -60,10 +60,10 @@ def prepare(spec: MergeStage, context: StageContext) -> Prepared:
     names = (spec.base, spec.tuned, *spec.others)
     sources = [context.artifact(name, "policy") for name in names]
     for name, artifact in zip(names, sources, strict=True):
-        refuse_adapter(name, artifact)
+        _refuse_adapter(name, artifact)
     return Prepared(
         train=partial(merge, spec, context, sources),
-        checks=merge_checks(spec, sources, context),
+        checks=_merge_checks(spec, sources, context),
     )
 
 
@@ -72,7 +72,7 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artifact]) 
     curve: list[Point] = []
     alpha = spec.alphas[0]
     if len(spec.alphas) > 1:
-        curve = sweep(spec, sources, context)
+        curve = _sweep(spec, sources, context)
         alpha = choose(curve, tolerance=spec.tolerance)
     if distributed.rank() == 0:
         write(spec, sources, alpha=alpha, out=context.out / "model", seed=context.seed)
@@ -101,7 +101,7 @@ def write(
 
 
 @contextlib.contextmanager
-def merged_weights(
+def _merged_weights(
     spec: MergeStage, sources: Sequence[Artifact], *, alpha: float, context: StageContext
 ) -> Iterator[Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
     """Return a function that yields the merged weights of one alpha on every call."""
@@ -115,7 +115,7 @@ def merged_weights(
         yield partial(saved_weights, Path(place) / "model")
 
 
-def merge_checks(
+def _merge_checks(
     spec: MergeStage, sources: Sequence[Artifact], context: StageContext
 ) -> list[Check]:
     """Return the checks of a merge: compatible models, and rewards that prefer correct answers."""
@@ -146,7 +146,7 @@ def merge_checks(
     return found
 
 
-def refuse_adapter(name: str, artifact: Artifact) -> None:
+def _refuse_adapter(name: str, artifact: Artifact) -> None:
     """Raise ArtifactError for a policy whose adapter is separate from its weights.
 
     Raises:
@@ -161,7 +161,7 @@ def refuse_adapter(name: str, artifact: Artifact) -> None:
         )
 
 
-def sweep(spec: MergeStage, sources: Sequence[Artifact], context: StageContext) -> list[Point]:
+def _sweep(spec: MergeStage, sources: Sequence[Artifact], context: StageContext) -> list[Point]:
     """Return the scores of every alpha on both sets of prompts, sampled by one engine."""
     base, tuned = sources[:2]
     chat = chat_format(base.model_dir)
@@ -177,9 +177,9 @@ def sweep(spec: MergeStage, sources: Sequence[Artifact], context: StageContext) 
     with contextlib.closing(start_engine(spec, base.model_dir, chat, context=context)) as engine:
         # One engine for all alphas: only its weights change.
         for i, alpha in enumerate(spec.alphas):
-            merged = merged_weights(spec, sources, alpha=alpha, context=context)
+            merged = _merged_weights(spec, sources, alpha=alpha, context=context)
             with engine.awake(), merged as weights:
-                push_merged(engine, trainer, weights=weights, rows=sets["prompts"], version=i + 1)
+                _push_merged(engine, trainer, weights=weights, rows=sets["prompts"], version=i + 1)
                 found[alpha] = {
                     name: answer(
                         engine,
@@ -208,7 +208,7 @@ def _rows(spec: MergeStage, data: list[DataSpec], context: StageContext) -> list
 
 
 @torch.no_grad()
-def push_merged(
+def _push_merged(
     engine: RolloutEngine,
     trainer: LogprobModel,
     *,

@@ -53,7 +53,7 @@ from align.tuning.reference import off_is_start
 from reward_models.base import RewardFunction
 
 
-def build_watch(
+def _build_watch(
     run: OnlineRun,
     spec: WatchSpec,
     *,
@@ -92,7 +92,7 @@ def build_watch(
     )
 
 
-def finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
+def _finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
     """Restore the weights selected by ``keep`` and return the manifest's notes.
 
     If the guard ended the stage, these are always the best weights.
@@ -119,7 +119,7 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     # Data first: faulty prompts are reported before a model or an engine is loaded.
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    training, heldout = load_prompts(spec, context)
+    training, heldout = _load_prompts(spec, context)
     checks, notes = contamination_checks(
         context,
         training,
@@ -192,12 +192,12 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     metrics = context.metrics(spec.steps)
     write = partial(save_trained_policy, spec, parts.module, source=parts.source)
     best = BestWeights(write, context.out)
-    watch = begin_watch(online, context, parts, best=best, metrics=metrics)
+    watch = _begin_watch(online, context, parts, best=best, metrics=metrics)
     checkpoints = context.out / "checkpoints"
     # Training; a resumed stage continues from its newest checkpoint.
     final = train_online(online, metrics=metrics, checkpoints=checkpoints, watch=watch)
     metrics.close()
-    # Saving; otherwise finish_watch restores the best weights.
+    # Saving; otherwise _finish_watch restores the best weights.
     if watch is None or watch.spec.keep == "last":
         write(out=context.out)
         check_saved(
@@ -205,7 +205,7 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
         )
     final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
-    notes = {} if watch is None else finish_watch(watch, best)
+    notes = {} if watch is None else _finish_watch(watch, best)
     return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
 
 
@@ -238,11 +238,11 @@ def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineR
             spec, parts.source.model_dir, context=context, updates=spec.steps * updates
         ),
         reference=parts.reference if spec.kl.coef > 0.0 else None,
-        kl=build_kl(spec),
+        kl=_build_kl(spec),
     )
 
 
-def begin_watch(
+def _begin_watch(
     online: OnlineRun,
     context: StageContext,
     parts: Parts,
@@ -255,7 +255,7 @@ def begin_watch(
     if spec.watch is None:
         return None
     assert parts.reference is not None
-    return build_watch(
+    return _build_watch(
         online,
         spec.watch,
         prompts=fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts"),
@@ -266,7 +266,7 @@ def begin_watch(
     )
 
 
-def load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example], list[Example]]:
+def _load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example], list[Example]]:
     """Return training and held-out prompts that do not overlap."""
     training = load_examples(spec.prompts, kind="prompts", seed=context.seed)
     if spec.watch is None:
@@ -323,7 +323,7 @@ def _is_reward(reference: str, context: StageContext) -> bool:
     return read_manifest(context.folder_of(reference))["kind"] == "reward_model"
 
 
-def build_kl(spec: OnlineStage) -> FixedKL | AdaptiveKL:
+def _build_kl(spec: OnlineStage) -> FixedKL | AdaptiveKL:
     """Return the controller of the KL coefficient."""
     if spec.kl.target is None:
         return FixedKL(spec.kl.coef)

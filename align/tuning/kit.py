@@ -22,7 +22,7 @@ def check_kit() -> None:
         )
 
 
-def kit_config(
+def _kit_config(
     base: Path, tuned: Sequence[Path], alpha: float, *, method: MergeMethod, density: float
 ) -> dict[str, Any]:
     """Return mergekit's configuration.
@@ -64,7 +64,7 @@ def write_by_kit(
     from mergekit.merge import run_merge  # pyright: ignore[reportMissingImports]
     from mergekit.options import MergeOptions  # pyright: ignore[reportMissingImports]
 
-    config = kit_config(base, tuned, alpha, method=method, density=density)
+    config = _kit_config(base, tuned, alpha, method=method, density=density)
     options = MergeOptions(
         copy_tokenizer=False, write_model_card=False, random_seed=seed, quiet=True
     )

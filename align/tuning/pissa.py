@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def remember_start(model: nn.Module) -> None:
     """Store B0 and A0 in each adapter as buffers that are not part of a checkpoint."""
-    for layer in lora_layers(model):
+    for layer in _lora_layers(model):
         for part, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
             start = holder["default"].weight.detach().clone()
             layer.register_buffer(f"pissa_{part}0", start, persistent=False)
@@ -26,10 +26,10 @@ def remember_start(model: nn.Module) -> None:
 
 def is_pissa(model: nn.Module) -> bool:
     """Return whether ``model`` was wrapped with PiSSA in this process."""
-    return any(hasattr(layer, "pissa_A0") for layer in lora_layers(model))
+    return any(hasattr(layer, "pissa_A0") for layer in _lora_layers(model))
 
 
-def lora_layers(model: nn.Module) -> list[Any]:
+def _lora_layers(model: nn.Module) -> list[Any]:
     """Return the layers that have low-rank updates."""
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 

@@ -85,7 +85,7 @@ def _call(name: str, *args: Any) -> int:
     return checked(LIBC.syscall(number, *args), name)
 
 
-def leave_namespaces() -> None:
+def _leave_namespaces() -> None:
     """Leave the namespaces of the machine; the next child is the first process of its own.
 
     Raises:
@@ -114,7 +114,7 @@ def _set_attributes(path: str, attributes: int, *, recursive: bool) -> None:
     checked(done, f"mount_setattr {path}")
 
 
-def enter_own_files(readable: Sequence[str]) -> None:
+def _enter_own_files(readable: Sequence[str]) -> None:
     """Replace the file system by the folders of Python, four devices and an empty /tmp.
 
     Raises:
@@ -155,7 +155,7 @@ def enter_own_files(readable: Sequence[str]) -> None:
     _set_attributes("/", ATTR_READ_ONLY, recursive=False)
 
 
-def limit_resources(*, cpu_s: int, memory: int, isolated: bool) -> None:
+def _limit_resources(*, cpu_s: int, memory: int, isolated: bool) -> None:
     """Limit what one process may take, and how many there are in a sandbox."""
     limits = {
         resource.RLIMIT_CPU: cpu_s,
@@ -172,7 +172,7 @@ def limit_resources(*, cpu_s: int, memory: int, isolated: bool) -> None:
         resource.setrlimit(kind, (size, size))
 
 
-def give_up_rights(user: int) -> None:
+def _give_up_rights(user: int) -> None:
     """Become a user without rights; root becomes ``user``."""
     if os.geteuid() == 0:
         os.setgroups([])
@@ -213,10 +213,10 @@ def _inside(job: dict[str, Any], run: Callable[[dict[str, Any]], None], user: in
     """Set up the sandbox in its first process, and run the program."""
     try:
         if job["isolated"]:
-            enter_own_files(job["readable"])
-        limit_resources(cpu_s=job["cpu_s"], memory=job["memory"], isolated=job["isolated"])
+            _enter_own_files(job["readable"])
+        _limit_resources(cpu_s=job["cpu_s"], memory=job["memory"], isolated=job["isolated"])
         if job["isolated"]:
-            give_up_rights(user)
+            _give_up_rights(user)
         # After the change of user, which clears it.
         checked(LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         checked(LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
@@ -248,7 +248,7 @@ def main() -> None:
         if platform.machine() not in ARCHITECTURES:
             raise OSError(f"the system calls of {platform.machine()} are not known")
         if job["isolated"]:
-            leave_namespaces()
+            _leave_namespaces()
         checked(LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         first = os.fork()
     except OSError as error:

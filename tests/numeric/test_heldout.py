@@ -65,7 +65,7 @@ def kto_task(model_dir: Path) -> OfflineTask[Any]:
         rows[:30],
         lambda row: len(row.input_ids),
         kto.collate,
-        partial(kto.judged_loss, spec),
+        partial(kto.labeled_loss, spec),
         measure=partial(kto.mismatched_kl, spec),
     )
 

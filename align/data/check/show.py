@@ -21,7 +21,7 @@ def print_report(report: Report, console: Console) -> None:
     for code in dict.fromkeys(finding.code for finding in report.tally.findings()):
         for line in _finding_lines(report, code):
             console.print(line)
-    for line in summary_lines(report):
+    for line in _summary_lines(report):
         console.print(Text(visible(line)))
     console.print(verdict(report))
 
@@ -46,7 +46,7 @@ def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def summary_lines(report: Report) -> Iterator[str]:
+def _summary_lines(report: Report) -> Iterator[str]:
     """Yield the lines that summarize the data."""
     forms = ", ".join(f"{count:,} x {form}" for form, count in report.forms.most_common())
     files = f", {len(report.files)} files" if len(report.files) > 1 else ""

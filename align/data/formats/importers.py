@@ -347,11 +347,11 @@ def from_classes(row: dict[str, Any], source: str) -> list[Example]:
     if "label_prob" in row:
         raise DataError(f"{source}: label_prob has no effect on classes. Remove the column.")
     columns = {key: value for key, value in row.items() if key not in (field, "label")}
-    columns["label"] = class_name(row["label"], source)
+    columns["label"] = _class_name(row["label"], source)
     return [Example(prompt="", completion=text, columns=columns, source=source)]
 
 
-def class_name(label: object, source: str) -> str:
+def _class_name(label: object, source: str) -> str:
     """Return the name of a class: text unchanged, a whole number or a boolean as text.
 
     Raises:

@@ -83,22 +83,22 @@ def set_training(draft: Draft, names: Names, defaults: Defaults, *, max_length: 
     """Convert length, batch, optimizer, number format, checkpoints and trackers."""
     keys, stage = draft.keys, draft.stage
     stage["max_length"] = max_length
-    set_duration(draft, names, defaults)
+    _set_duration(draft, names, defaults)
     if not draft.online:
-        set_batch(draft, names, defaults, max_length=max_length)
-    stage["optim"] = optimizer_of(draft, names, defaults)
-    stage["dtype"] = dtype_of(keys)
+        _set_batch(draft, names, defaults, max_length=max_length)
+    stage["optim"] = _optimizer_of(draft, names, defaults)
+    stage["dtype"] = _dtype_of(keys)
     if keys.flag("gradient_checkpointing"):
         stage["gradient_checkpointing"] = True
-    set_checkpoints(draft)
-    set_sharding(draft)
+    _set_checkpoints(draft)
+    _set_sharding(draft)
     if keys.has("seed"):
         draft.recipe["seed"] = int(keys.number("seed"))
-    set_trackers(draft)
+    _set_trackers(draft)
     draft.recipe["name"] = folder_name(keys.text("output_dir"), draft.kind)
 
 
-def set_duration(draft: Draft, names: Names, defaults: Defaults) -> None:
+def _set_duration(draft: Draft, names: Names, defaults: Defaults) -> None:
     """Convert epochs or steps; an online stage counts rollout steps only."""
     keys, stage = draft.keys, draft.stage
     steps = keys.number("max_steps", -1)
@@ -121,7 +121,7 @@ def set_duration(draft: Draft, names: Names, defaults: Defaults) -> None:
         stage["epochs"] = float(epochs)
 
 
-def set_batch(draft: Draft, names: Names, defaults: Defaults, *, max_length: int) -> None:
+def _set_batch(draft: Draft, names: Names, defaults: Defaults, *, max_length: int) -> None:
     """Convert the rows of one process and the accumulation to the rows of an optimizer step."""
     keys = draft.keys
     rows = int(keys.number(names.rows, defaults.rows))
@@ -137,7 +137,7 @@ def set_batch(draft: Draft, names: Names, defaults: Defaults, *, max_length: int
         keys.note(names.rows, "a kto stage compares at least 2 rows; batch_size is 2", lost=True)
 
 
-def optimizer_of(draft: Draft, names: Names, defaults: Defaults) -> dict[str, Any]:
+def _optimizer_of(draft: Draft, names: Names, defaults: Defaults) -> dict[str, Any]:
     """Return the block ``optim``."""
     keys = draft.keys
     optim: dict[str, Any] = {
@@ -202,7 +202,7 @@ def _warmup(draft: Draft, names: Names, defaults: Defaults) -> float:
     return 0.0 if steps == 0 else defaults.warmup_frac
 
 
-def dtype_of(keys: Keys) -> str:
+def _dtype_of(keys: Keys) -> str:
     """Return the number format of the weights."""
     half = keys.flag("fp16") or keys.flag("float16")
     asked = [keys.take("bf16"), keys.take("bfloat16"), keys.take("pure_bf16")]
@@ -221,7 +221,7 @@ def dtype_of(keys: Keys) -> str:
     return "auto" if "auto" in asked or named == "auto" else "float32"
 
 
-def set_checkpoints(draft: Draft) -> None:
+def _set_checkpoints(draft: Draft) -> None:
     """Convert the interval and the number of checkpoints."""
     keys, stage = draft.keys, draft.stage
     strategy, every = keys.text("save_strategy"), keys.number("save_steps")
@@ -239,7 +239,7 @@ def set_checkpoints(draft: Draft) -> None:
         keys.note("save_total_limit", "no effect without checkpoint_every")
 
 
-def set_sharding(draft: Draft) -> None:
+def _set_sharding(draft: Draft) -> None:
     """Convert DeepSpeed's stage, read from the name of its file, and FSDP to ZeRO."""
     keys = draft.keys
     file = keys.take("deepspeed")
@@ -261,7 +261,7 @@ def set_sharding(draft: Draft) -> None:
             keys.note(name, "align shards with DeepSpeed: zero.stage 3 shards the same")
 
 
-def set_trackers(draft: Draft) -> None:
+def _set_trackers(draft: Draft) -> None:
     """Convert the names of experiment trackers."""
     keys = draft.keys
     names = [name for name in keys.texts("report_to") if name not in ("none", "all")]
@@ -297,7 +297,7 @@ def adapter_of(draft: Draft, names: Adapter, method: str) -> dict[str, Any]:
     rank = int(keys.number(names.rank, names.default_rank))
     alpha = keys.number("lora_alpha", names.default_alpha or 2 * rank)
     if method == "pissa":
-        return {"method": "pissa", "rank": rank, "targets": targets_of(keys, names)}
+        return {"method": "pissa", "rank": rank, "targets": _targets_of(keys, names)}
     tuning = {"method": method, "rank": rank, "alpha": float(alpha)}
     dropout = keys.number("lora_dropout", 0.0)
     if dropout and draft.kind in POLICY_KINDS:
@@ -308,11 +308,11 @@ def adapter_of(draft: Draft, names: Adapter, method: str) -> dict[str, Any]:
         )
     elif dropout:
         tuning["dropout"] = dropout
-    tuning["targets"] = targets_of(keys, names)
+    tuning["targets"] = _targets_of(keys, names)
     return tuning
 
 
-def targets_of(keys: Keys, names: Adapter) -> str | list[str]:
+def _targets_of(keys: Keys, names: Adapter) -> str | list[str]:
     """Return the adapted layers."""
     linear = keys.flag("lora_target_linear")
     given = keys.texts(names.targets)
@@ -336,7 +336,7 @@ def source_of(
     form: str = "",
 ) -> dict[str, Any]:
     """Return a data source; of a hub id, the split is part of the name that is read."""
-    if is_hub_id(path):
+    if _is_hub_id(path):
         path += f"@{revision}" if revision else ""
         path += f"#{config}" if config else ""
         path += f":{split or 'train'}"
@@ -347,7 +347,7 @@ def source_of(
     return found | ({"rename": renamed} if renamed else {})
 
 
-def is_hub_id(path: str) -> bool:
+def _is_hub_id(path: str) -> bool:
     """Return whether a path has the form of a hub id and is no file or folder here."""
     return bool(HUB_ID.match(path)) and not path.endswith(FILES) and not Path(path).exists()
 

@@ -37,7 +37,7 @@ from align.stages.offline import fingerprints
 from align.stages.rollouts import start_engine
 
 
-def list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str:
+def _list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str:
     """Return a prompt that lists tasks and ends where the next instruction begins."""
     item = spec.wording.item
     lines = [
@@ -49,7 +49,7 @@ def list_prompt(tasks: Sequence[dict[str, Any]], spec: SelfInstructStage) -> str
     return (spec.wording.head + "".join(lines) + opening).rstrip(" ")
 
 
-def first_item(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
+def _first_item(completion: Completion, spec: SelfInstructStage) -> tuple[str, bool]:
     """Return the text up to the end of the first list item, and whether the item is complete."""
     text, end, _ = completion.text.partition(spec.wording.item.partition("{instruction}")[2])
     return one_line(text), bool(end) or completion.finish_reason == "stop"
@@ -120,7 +120,7 @@ def prepare(spec: SelfInstructStage, context: StageContext) -> Prepared:
     """Load the seeds and start the engine with the policy ``spec.init``."""
     source = context.artifact(spec.init, "policy")
     chat = chat_format(source.model_dir)
-    grown = read_seeds(spec, context)
+    grown = _read_seeds(spec, context)
     start = restore(grown, context)
     engine = context.resources.enter_context(
         closing(start_engine(spec, source.model_dir, chat, context=context))
@@ -149,8 +149,8 @@ def grow(
     for number in range(start, spec.max_rounds):
         if len(grown.rows) >= spec.target:
             break
-        one_round(grown, sampler, number)
-        log_round(metrics, grown, number)
+        _one_round(grown, sampler, number)
+        _log_round(metrics, grown, number)
         save(grown, number + 1, context)
         if stop_requested():
             raise Preempted(f"stopped by a signal after round {number + 1}. Run again to resume")
@@ -171,7 +171,7 @@ def grow(
     return StageResult(found, fingerprints(spec.seeds))
 
 
-def read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
+def _read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
     """Return the distinct seed tasks; conversations of several turns are dropped.
 
     Raises:
@@ -201,14 +201,14 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
     """Return the checks before the first round: seeds, prompts, and sampled continuations."""
     spec, chat = sampler.spec, sampler.chat
     dice = random.Random(derive_seed(sampler.seed, "self_instruct", 0))
-    lists = [list_prompt(draw_examples(grown, spec, dice), spec) for _ in range(NUM_PROBES)]
+    lists = [_list_prompt(_draw_examples(grown, spec, dice), spec) for _ in range(NUM_PROBES)]
     tasks = spread(grown.seeds, NUM_PROBES)
-    prompts = [*lists, *(answer_prompt(task, grown, spec=spec, dice=dice) for task in tasks)]
+    prompts = [*lists, *(_answer_prompt(task, grown, spec=spec, dice=dice) for task in tasks)]
     rows = [PromptRow(tuple(chat.prompt_ids(p)), p, {}) for p in prompts]
 
     def seeds() -> Finding:
         longest = sorted(grown.seeds, key=lambda task: -len(task["instruction"]))
-        worst = len(chat.prompt_ids(list_prompt(longest[: spec.examples], spec)))
+        worst = len(chat.prompt_ids(_list_prompt(longest[: spec.examples], spec)))
         return Finding(
             f"{len(grown.seeds):,} different instructions; a list of the longest {spec.examples} "
             f"has {worst} tokens",
@@ -220,7 +220,7 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
 
     def goes_on() -> Finding:
         fitting = [prompt for prompt in lists if sampler.fits(prompt)]
-        said = [first_item(c, spec) for c in sampler.ask(fitting, step=PROBE_STEP)]
+        said = [_first_item(c, spec) for c in sampler.ask(fitting, step=PROBE_STEP)]
         whole = sum(bool(text) and ended for text, ended in said)
         return Finding(
             f"{whole} of {len(lists)} lists are continued by a whole task ({sampler.engine.name})",
@@ -270,23 +270,23 @@ class Sampler:
         return [group[0] for group in groups]
 
 
-def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
+def _one_round(grown: Grown, sampler: Sampler, number: int) -> None:
     """Run one round: sample instructions, reject invalid ones, sample responses to the others."""
     spec, seed = sampler.spec, sampler.seed
     # Depends only on the round, so a resumed stage draws the same lists.
     dice = random.Random(derive_seed(seed, "self_instruct", number))
     drawn = {
-        f"round {number}, {i}": draw_examples(grown, spec, dice)
+        f"round {number}, {i}": _draw_examples(grown, spec, dice)
         for i in range(spec.prompts_per_round)
     }
     # Instructions use even steps of the seed, responses odd ones.
-    asked = {name: list_prompt(tasks, spec) for name, tasks in drawn.items()}
-    asked = with_room(asked, grown, sampler, reason="list too long")
+    asked = {name: _list_prompt(tasks, spec) for name, tasks in drawn.items()}
+    asked = _with_room(asked, grown, sampler, reason="list too long")
     said = sampler.ask(list(asked.values()), step=2 * number)
     # Candidates: each is compared with all known tasks and with those of this round.
     fresh: list[dict[str, Any]] = []
     for name, completion in zip(asked, said, strict=True):
-        text, whole = first_item(completion, spec)
+        text, whole = _first_item(completion, spec)
         # Candidates of the same round must differ from each other as well.
         known = [*grown.tasks, *fresh]
         reason, details = refusal(text, whole=whole, known=known, spec=spec)
@@ -295,10 +295,10 @@ def one_round(grown: Grown, sampler: Sampler, number: int) -> None:
             continue
         examples = [task["name"] for task in drawn[name]]
         fresh.append({"instruction": text, "name": name, "examples": examples, **details})
-    answer_all(grown, sampler, fresh, dice=dice, number=number)
+    _answer_all(grown, sampler, fresh, dice=dice, number=number)
 
 
-def with_room(
+def _with_room(
     asked: dict[str, Any], grown: Grown, sampler: Sampler, *, reason: str
 ) -> dict[str, Any]:
     """Return the candidates whose prompt leaves room for a response; record the others."""
@@ -308,7 +308,7 @@ def with_room(
     return kept
 
 
-def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) -> list[dict]:
+def _draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) -> list[dict]:
     """Draw the tasks of one list: mostly seeds, a few generated ones, shuffled."""
     own = dice.sample(grown.rows, min(spec.grown_examples, len(grown.rows)))
     tasks = [*dice.sample(grown.seeds, spec.examples - len(own)), *own]
@@ -316,7 +316,7 @@ def draw_examples(grown: Grown, spec: SelfInstructStage, dice: random.Random) ->
     return tasks
 
 
-def answer_all(
+def _answer_all(
     grown: Grown,
     sampler: Sampler,
     fresh: Sequence[dict[str, Any]],
@@ -327,9 +327,9 @@ def answer_all(
     """Sample responses to new instructions; those without a valid response are dropped."""
     tasks = {task["name"]: task for task in fresh}
     asked = {
-        name: answer_prompt(t, grown, spec=sampler.spec, dice=dice) for name, t in tasks.items()
+        name: _answer_prompt(t, grown, spec=sampler.spec, dice=dice) for name, t in tasks.items()
     }
-    asked = with_room(asked, grown, sampler, reason="no room for an answer")
+    asked = _with_room(asked, grown, sampler, reason="no room for an answer")
     said = sampler.ask(list(asked.values()), step=2 * number + 1)
     for name, completion in zip(asked, said, strict=True):
         task = tasks[name]
@@ -344,7 +344,7 @@ def answer_all(
             grown.rows.append({**task, "answer": text, "round": number})
 
 
-def answer_prompt(
+def _answer_prompt(
     task: dict[str, Any], grown: Grown, *, spec: SelfInstructStage, dice: random.Random
 ) -> Any:
     """Return the prompt for a response: a conversation, or plain text after solved seeds."""
@@ -369,7 +369,7 @@ def to_row(row: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def log_round(metrics: MetricsLog, grown: Grown, number: int) -> None:
+def _log_round(metrics: MetricsLog, grown: Grown, number: int) -> None:
     """Log the progress of the stage and the newest task."""
     found = {"rows/kept": float(len(grown.rows)), "round": float(number + 1)}
     found |= {f"left/{reason}": float(n) for reason, n in grown.ledger.counts().items()}

@@ -35,7 +35,7 @@ GIVEN = "given"
 def prepare(spec: WeakLabelStage, context: StageContext) -> Prepared:
     """Load the rows of ``spec.data`` and collect votes on a few."""
     examples = load_examples(spec.data, kind=spec.of, seed=context.seed)
-    first = collect_votes(spread(examples, NUM_SCORED), spec, context)
+    first = _collect_votes(spread(examples, NUM_SCORED), spec, context)
     return Prepared(
         train=partial(label, spec, context, examples),
         checks=[row_check(examples), *vote_checks(*first)],
@@ -44,14 +44,14 @@ def prepare(spec: WeakLabelStage, context: StageContext) -> Prepared:
 
 def label(spec: WeakLabelStage, context: StageContext, examples: Sequence[Example]) -> StageResult:
     """Write the rows with probabilistic labels."""
-    names, votes = collect_votes(examples, spec, context)
+    names, votes = _collect_votes(examples, spec, context)
     if not (votes != ABSTAIN).any():
         raise DataError(f"{context.name}: no function gave any vote. Check their bounds")
     model, probabilities = agreed(examples, votes, of=spec.of)
     ledger = Ledger()
     rows = []
     for example, own, prob in zip(examples, votes, probabilities, strict=True):
-        labeled, sure = with_label(example, float(prob), of=spec.of)
+        labeled, sure = _with_label(example, float(prob), of=spec.of)
         voted = {n: None if v == ABSTAIN else int(v) for n, v in zip(names, own, strict=True)}
         if sure < spec.min_confidence:
             ledger.add(example.source, "unsure", confidence=round(sure, 4), votes=voted)
@@ -87,7 +87,7 @@ def agreed(
     return model, np.where(turned, 1.0 - model.probabilities, model.probabilities)
 
 
-def collect_votes(
+def _collect_votes(
     examples: Sequence[Example], spec: WeakLabelStage, context: StageContext
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Return the voters' names and their votes: (rows, voters) of 0, 1 or ABSTAIN."""
@@ -136,7 +136,7 @@ def _preference(function: LabelFunction, chosen: float | None, rejected: float |
     return int(chosen > rejected)
 
 
-def with_label(example: Example, prob: float, *, of: str) -> tuple[Example, float]:
+def _with_label(example: Example, prob: float, *, of: str) -> tuple[Example, float]:
     """Return the row with its more probable label, and the probability of that label.
 
     Args:

@@ -29,7 +29,7 @@ from reward_models.specs import ScalarSpec
 log = logging.getLogger(__name__)
 
 
-def open_bench(spec: PairwiseSpec) -> Bench:
+def _open_bench(spec: PairwiseSpec) -> Bench:
     """Connect to the judge of a recipe."""
     plain_spec = spec.endpoint.model_dump()
     cache = plain_spec.pop("cache")
@@ -53,7 +53,7 @@ def judge_all(
     if distributed.rank() == 0:
         baseline = spec.label(spec.baseline)
         # One bench for all models: its cache, its cost and its biases are those of the whole task.
-        bench = open_bench(spec.pairwise)
+        bench = _open_bench(spec.pairwise)
         judged = {
             name: _judge_one(spec.pairwise, bench, model, other=answered[baseline], seed=seed)
             for name, model in answered.items()
@@ -101,7 +101,7 @@ def calibrate(
         spec = PairwiseSpec(
             endpoint=EndpointSpec(url=judge, model=model, cache=cache), criteria=criteria
         )
-        bench = open_bench(spec)
+        bench = _open_bench(spec)
         bench.offered = len(pairs)
         try:
             said = bench.judge(pairs)

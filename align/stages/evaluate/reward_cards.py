@@ -138,7 +138,7 @@ def _pair(
     ]
     texts = [chat.decode(ids) for ids in sides]
     return ScoredPair(
-        source=group_of(example),
+        source=_group_of(example),
         prompt=split_key(example),
         chosen=scores[0],
         rejected=scores[1],
@@ -148,7 +148,7 @@ def _pair(
     )
 
 
-def group_of(example: Example) -> str:
+def _group_of(example: Example) -> str:
     """Return where an example comes from: column ``subset``, else its synthetic task or file."""
     if example.columns.get("subset"):
         return str(example.columns["subset"])

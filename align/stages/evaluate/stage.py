@@ -60,7 +60,7 @@ def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
         return Prepared(train=partial(evaluate, spec, context, artifacts, rows={}, rewards={}))
     baseline = artifacts[spec.label(spec.baseline)].model_dir
     rows = task_rows(spec, artifacts[spec.label(spec.baseline)], context)
-    rewards = task_rewards(spec, context, load_tokenizer(baseline))
+    rewards = _task_rewards(spec, context, load_tokenizer(baseline))
     return Prepared(
         train=partial(evaluate, spec, context, artifacts, rows=rows, rewards=rewards),
         checks=evaluate_checks(spec, baseline, rows=rows, rewards=rewards),
@@ -83,7 +83,7 @@ def evaluate(
     # Tasks: sample and measure every model, then compare with the baseline.
     if spec.all_tasks:
         answers, summary["engine"] = sample_all(spec, artifacts, rows, context=context)
-        answered = measure_all(spec, artifacts, answers=answers, rewards=rewards, context=context)
+        answered = _measure_all(spec, artifacts, answers=answers, rewards=rewards, context=context)
     summary["tasks"] = {
         task.name: summarize(spec, task, answered[task.name], context=context)
         for task in spec.all_tasks
@@ -96,7 +96,7 @@ def evaluate(
     summary["expectations"] = check_expectations(summary, spec.expect)
     if distributed.rank() == 0:
         write_json_atomic(context.out / "summary.json", summary)
-        write_samples(context.out / "samples.jsonl", answered)
+        _write_samples(context.out / "samples.jsonl", answered)
         if cards:
             write_json_atomic(context.out / CARDS_FILE, cards)
         for line in summary["expectations"]:
@@ -105,7 +105,7 @@ def evaluate(
     return StageResult(headline(summary), fingerprints(*data, spec.pairs, spec.sets))
 
 
-def measure_all(
+def _measure_all(
     spec: EvaluateStage,
     artifacts: Mapping[str, Artifact],
     *,
@@ -140,7 +140,7 @@ def measure_all(
     return found
 
 
-def task_rewards(
+def _task_rewards(
     spec: EvaluateStage, context: StageContext, tokenizer: "PreTrainedTokenizerBase"
 ) -> TaskRewards:
     """Return each task's grader, and the rewards whose weighted sum decides comparisons.
@@ -215,7 +215,7 @@ def _log_model(metrics: MetricsLog, step: int, *, name: str, records: Sequence[R
     metrics.log(step, found, sample=sample)
 
 
-def write_samples(path: Path, answered: Mapping[str, Mapping[str, Responses]]) -> None:
+def _write_samples(path: Path, answered: Mapping[str, Mapping[str, Responses]]) -> None:
     """Write every response as one JSON object per line."""
     with path.open("w", encoding="utf-8") as f:
         for task, models in answered.items():

@@ -107,9 +107,9 @@ def collate_pairs(rows: Sequence[WeightedPair], batch: Sequence[WeightedPair]) -
     )
 
 
-def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
+def _pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss function of one head's (chosen, rejected) scores, with soft labels."""
-    certain = certain_objective(spec, batch)
+    certain = _certain_objective(spec, batch)
     if "label_prob" not in batch.per_sequence:
         return certain
     label_prob = batch.per_sequence["label_prob"][0::2]
@@ -117,7 +117,7 @@ def pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, T
     return lambda a, b: soft_labels(certain(a, b), certain(b, a), label_prob)
 
 
-def certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
+def _certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss function of one head's (chosen, rejected) scores, with certain labels."""
     if spec.tie_margin is not None:
         tie = batch.per_sequence["tie"][0::2] > 0.5
@@ -135,7 +135,7 @@ def pair_loss(spec: RewardStage, model: nn.Module, batch: PackedBatch) -> tuple[
     values = model(batch.input_ids, batch.position_ids)
     scores = final_scores(values, batch)
     chosen, rejected = scores[0::2], scores[1::2]  # (pairs, heads)
-    objective = pair_objective(spec, batch)
+    objective = _pair_objective(spec, batch)
     losses = [objective(chosen[:, k], rejected[:, k]) for k in range(spec.heads)]
     # Both rows of a pair carry the weights of the pair; take one of them.
     weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)[0::2]

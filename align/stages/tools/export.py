@@ -56,7 +56,7 @@ def export(
         original = source_behavior(source, probe)
         parity = verify(source, folder, form, probe=probe, original=original)
         write_record(folder, {**about, "parity": asdict(parity)})
-    return [f"{out}: {_result(source, form, parity)}", *notes, *serve_lines(source, out, form)]
+    return [f"{out}: {_result(source, form, parity)}", *notes, *_serve_lines(source, out, form)]
 
 
 def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
@@ -118,7 +118,7 @@ def _result(source: Source, form: Format, parity: Parity) -> str:
     return f"verified in {form.dtype}: {parity.line()}"
 
 
-def serve_lines(source: Source, out: Path, form: Format) -> list[str]:
+def _serve_lines(source: Source, out: Path, form: Format) -> list[str]:
     """Return the commands that serve an export."""
     if form.name == "gguf":
         lines = [f"llama-server -m {out / FILE}"]

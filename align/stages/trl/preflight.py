@@ -47,16 +47,16 @@ def preflight_trl(
     made = collated.rows_of(dataset, trainer.data_collator, [e.source for e in examples])
     few = spread(examples, MAX_SEEN)
     if made:
-        checks = collated_checks(
+        checks = _collated_checks(
             spec, dataset, made=made, examples=examples, chat=chat, source=source
         )
     else:  # its batches do not show which tokens are trained: use this suite's rendering
-        own = own_rows(spec, few, chat)
+        own = _own_rows(spec, few, chat)
         checks = tokens.row_checks(chat, own, few, model_dir=source.model_dir)
-    return [*checks, start], lambda: views(made or own_rows(spec, few, chat), chat)
+    return [*checks, start], lambda: views(made or _own_rows(spec, few, chat), chat)
 
 
-def collated_checks(
+def _collated_checks(
     spec: TrlStage,
     dataset: Sequence[Any],
     *,
@@ -66,7 +66,7 @@ def collated_checks(
     source: Artifact,
 ) -> list[Check]:
     """Return the checks on rows that TRL prepared."""
-    answers = own_rows(spec, spread(examples, collated.MAX_ROWS), chat)
+    answers = _own_rows(spec, spread(examples, collated.MAX_ROWS), chat)
     num_answer_tokens = sum(sum(row.trained) for row in answers)
     ids = [row.input_ids for row in made]
     conversations = [
@@ -88,7 +88,7 @@ def collated_checks(
     ]
 
 
-def own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> list[TokenRow]:
+def _own_rows(spec: TrlStage, examples: Sequence[Example], chat: ChatFormat) -> list[TokenRow]:
     """Return examples rendered by this suite, the two responses of a pair as two rows."""
     if spec.rows != "preference":
         return [chat.sft_row(example) for example in examples]

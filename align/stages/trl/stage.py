@@ -93,14 +93,14 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
     )
     evaluated = bool(heldout)
     return Prepared(
-        train=partial(train_and_save, spec, context, trainer, source=source, evaluated=evaluated),
+        train=partial(_train_and_save, spec, context, trainer, source=source, evaluated=evaluated),
         checks=[*contamination, *checks],
         views=views,
         notes=notes,
     )
 
 
-def train_and_save(
+def _train_and_save(
     spec: TrlStage, context: StageContext, trainer: Any, *, source: Artifact, evaluated: bool
 ) -> StageResult:
     """Train with a TRL trainer and save the model like every stage does."""
@@ -122,7 +122,7 @@ def trained(
     metrics, period = context.metrics(spec.steps), resume_period(trainer)
     trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
     # Resume only from a checkpoint whose hashes match.
-    newest = newest_verified(context.out / "checkpoints")
+    newest = _newest_verified(context.out / "checkpoints")
     if newest is not None:
         metrics.rewind(int(newest.name.split("-")[1]))
         restore_counts(trainer, newest)
@@ -134,7 +134,7 @@ def trained(
     if done < spec.steps:
         whence = "to resume" if period else "to start over: this trainer cannot be resumed"
         raise Preempted(f"stopped by a signal after step {done}. Run again {whence}")
-    final = {key: float(value) for key, value in named(last_logs(trainer)).items()}
+    final = {key: float(value) for key, value in named(_last_logs(trainer)).items()}
     if evaluated:
         found = named(trainer.evaluate())
         metrics.log(done, found)
@@ -360,13 +360,13 @@ def named(logs: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def last_logs(trainer: Trainer) -> dict[str, Any]:
+def _last_logs(trainer: Trainer) -> dict[str, Any]:
     """Return TRL's last log line of a training step."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {k: v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
 
 
-def newest_verified(checkpoints: Path) -> Path | None:
+def _newest_verified(checkpoints: Path) -> Path | None:
     """Return the newest checkpoint whose files match their hashes; warn about damaged ones."""
     found = None
     if distributed.rank() == 0:

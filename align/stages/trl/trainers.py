@@ -236,7 +236,7 @@ def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
     return trainer
 
 
-def unresumable(trainer: Trainer) -> str | None:
+def _unresumable(trainer: Trainer) -> str | None:
     """Return why a trainer cannot resume from a checkpoint, or None if it can."""
     if type(trainer).__name__ == "IWOPDTrainer":
         return "it starts again at its first batch"
@@ -255,9 +255,9 @@ def resume_period(trainer: Trainer) -> int:
     in a checkpoint, so training can only resume where new ones are sampled.
 
     Returns:
-        1 for most trainers; 0 (never) if ``unresumable`` has a reason.
+        1 for most trainers; 0 (never) if ``_unresumable`` has a reason.
     """
-    if unresumable(trainer):
+    if _unresumable(trainer):
         return 0
     args, passes = vars(trainer.args), trainer.args.gradient_accumulation_steps
     # One generation serves this many micro-batches; a step ends after `passes` of them.
@@ -271,7 +271,7 @@ def check_resumable(spec: TrlStage, trainer: Trainer, *, where: str) -> None:
     Raises:
         RecipeError: ``checkpoint_every`` is not a multiple of the period.
     """
-    reason, period = unresumable(trainer), resume_period(trainer)
+    reason, period = _unresumable(trainer), resume_period(trainer)
     if spec.checkpoint_every and reason:
         raise RecipeError(
             f"{where}: TRL's {spec.trainer} cannot resume exactly: {reason}. Remove "
