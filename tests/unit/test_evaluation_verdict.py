@@ -182,7 +182,8 @@ def test_report_shows_values_verdicts_and_the_matrix():
 
     models = {"sft": scored([0.0] * 30), "dpo": scored([1.0] * 30), "p<o": scored([0.0] * 30)}
     block = block_of(models, ["em", "win_rate"]) | {"win_matrix": win_matrix(models)}
-    run: Any = SimpleNamespace(summary={"tasks": {"quiz": block}})
+    recipe = SimpleNamespace(stages=models)
+    run: Any = SimpleNamespace(summary={"tasks": {"quiz": block}}, recipe=recipe)
     html = str(tasks(run))
     assert '<small class="ok">better</small>' in html
     assert html.count("no significant difference</small>") == 2  # p<o by both metrics
