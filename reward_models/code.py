@@ -29,7 +29,7 @@ from reward_models.specs import CodeSpec
 log = logging.getLogger(__name__)
 COLUMNS = (
     *("test", "tests", "test_list", "input_output", "test_cases", "public_test_cases"),
-    *("ground_truth", "reward_model"),
+    *("ground_truth", "reward_model", "answer"),
 )
 """Columns that may contain a row's tests; the first that the row has is used."""
 SETUPS = ("test_setup_code", "test_imports", "setup")

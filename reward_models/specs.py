@@ -28,6 +28,8 @@ from pydantic_core import CoreSchema, core_schema
 
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
+FUNCTION = r"^[^:\s][^:]*:[A-Za-z_]\w*$"
+"""Pattern of ``FILE.py:NAME`` and ``MODULE:NAME``."""
 
 
 class Spec(BaseModel):
@@ -340,7 +342,7 @@ class PythonSpec(RewardSpec):
 
     builder: ClassVar[str] = "reward_models.own:build_python"
     kind: Literal["python"]
-    path: Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$")]
+    path: Annotated[str, Field(pattern=FUNCTION)]
     """``FILE.py:FUNCTION``, relative to the recipe's folder, or ``MODULE:FUNCTION``, or a class."""
     args: dict[str, Any] = {}
     """Keyword arguments of the function, or of the class constructor."""

@@ -34,6 +34,10 @@ FormatOption = Annotated[
 RenameOption = Annotated[
     list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="rename a field; repeatable")
 ]
+MapOption = Annotated[
+    str | None,
+    typer.Option("--map", metavar="FILE.py:NAME", help="function that makes new rows first"),
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="DIR", help="count tokens with this tokenizer")
 ]
@@ -52,6 +56,7 @@ def check(
     kind: KindOption = None,
     form: FormatOption = "auto",
     rename: RenameOption = None,
+    own: MapOption = None,
     model: ModelOption = None,
     template: TemplateOption = None,
     max_length: MaxLength = None,
@@ -78,6 +83,7 @@ def check(
         kind=kind,
         form=form,
         rename=_pairs(rename or ()),
+        map=_function(own),
         chat=partial(_chat, model, template) if model else None,
         max_length=max_length,
         heldout=heldout or (),
@@ -154,6 +160,19 @@ def _pairs(words: list[str] | tuple[()]) -> dict[str, str]:
     return {old: new for old, _, new in (word.partition("=") for word in words)}
 
 
+def _function(path: str | None) -> str | None:
+    """Return the function of ``--map``.
+
+    Raises:
+        DataError: it is no function of a file or module that exists.
+    """
+    from align.recipe.own_code import problem_of
+
+    if path is not None and (problem := problem_of(path)):
+        raise DataError(f"--map {path}: {problem}")
+    return path
+
+
 def _mixed(word: str) -> tuple[str, float]:
     """Return the path and the weight of a ``PATH=WEIGHT`` argument.
 
@@ -225,6 +244,7 @@ def show(
     kind: KindOption = None,
     form: FormatOption = "auto",
     rename: RenameOption = None,
+    own: MapOption = None,
     template: TemplateOption = None,
     rows: Annotated[int, typer.Option(min=1, help="number of rows to show")] = 3,
     line: Annotated[str | None, typer.Option(metavar="N", help="only the row on this line")] = None,
@@ -241,7 +261,8 @@ def show(
     console = Console(highlight=False, soft_wrap=True)
     chat = _chat(model, template)
     shown, fragments = 0, []
-    for example in examples_of(path, kind=kind, form=form, rename=_pairs(rename or ())):
+    pairs = _pairs(rename or ())
+    for example in examples_of(path, kind=kind, form=form, rename=pairs, map=_function(own)):
         if line is not None and example.source.rpartition(":")[2].removeprefix("row ") != line:
             continue
         for view in views(example, chat):
@@ -269,6 +290,7 @@ def convert(
     ],
     form: FormatOption = "auto",
     rename: RenameOption = None,
+    own: MapOption = None,
     mix: Annotated[
         list[str] | None,
         typer.Option("--mix", metavar="PATH=WEIGHT", help="another input; repeatable"),
@@ -293,6 +315,7 @@ def convert(
     if to not in WRITERS:
         raise DataError(f"--to {to}: expected one of {', '.join(WRITERS)}")
     common = {"format": form, "rename": _pairs(rename or ()), "answers": answers}
+    common["map"] = _function(own)
     specs = [DataSpec.model_validate({"path": source, "weight": weight, **common})]
     for path, factor in map(_mixed, mix or ()):
         specs.append(DataSpec.model_validate({"path": path, "weight": factor, **common}))

@@ -15,6 +15,7 @@ from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
+from align.data.own_map import map_rows
 from align.data.reading.json import Row
 from align.data.reading.sources import named_source, read_rows
 from align.data.split import side_of, split_key
@@ -74,7 +75,7 @@ def load_examples(
 ) -> list[Example]:
     """Load the rows of all specs into one deterministic list.
 
-    Each spec is read in turn: its fields are renamed (``rename: {old: new}``), its rows are
+    Each spec is read in turn: ``map`` makes new rows, fields are renamed (``rename``), rows are
     converted to examples and split by the hash of the first user message. ``rows`` then keeps a
     seeded sample of that size, in file order. ``answers`` turns preference pairs into sft rows.
 
@@ -281,8 +282,10 @@ def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         made = kind in ("corpus", "sft", "preference")
         advice = f"use world: {kind}" if made else "set 'path' to a file of such rows"
         raise DataError(f"world {spec.world} cannot serve as {kind} data; {advice}")
-    if spec.rename or spec.format != "auto":
-        raise DataError(f"world {spec.world}: 'rename' and 'format' have no effect; remove them")
+    if spec.map or spec.rename or spec.format != "auto":
+        raise DataError(
+            f"world {spec.world}: 'map', 'rename' and 'format' have no effect; remove them"
+        )
     return list(
         generate(
             spec.world,
@@ -314,8 +317,10 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
     errors: list[str] = []
     barren = 0
     name, side = source_of(spec)
-    for row, source in read_rows(name):
+    for row, source in map_rows(read_rows(name), spec.map):
         try:
+            if isinstance(row, DataError):
+                raise row
             found: list[Example] = []
             row = rename_fields(row, spec.rename, source=source)
             for worded in _worded(row, spec, source=source, seed=seed):

@@ -41,13 +41,14 @@ def place_own_code(source: Source, folder: Path) -> None:
             place, _, function = block[name].rpartition(":")
             if place.endswith(".py"):
                 block[name] = f"{(folder / place).resolve()}:{function}"
-            if problem := _problem(block[name]):
+            if problem := problem_of(block[name]):
                 mark = source.marks.get((*key, name))
                 where = f"{mark.at_value()}: " if mark else ""
                 source.errors.append(f"{where}{'.'.join(map(str, (*key, name)))}: {problem}")
 
 
-def _problem(path: str) -> str | None:
+def problem_of(path: str) -> str | None:
+    """Return why ``FILE.py:NAME`` or ``MODULE:NAME`` is no function; None if nothing is wrong."""
     place, _, name = path.rpartition(":")
     file = source_file(path)
     if file is None:

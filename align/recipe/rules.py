@@ -84,7 +84,7 @@ def _data(spec: DataSpec) -> Iterator[Idle]:
     if spec.phrasing is not None and spec.templates is None:
         yield "phrasing", "has no effect without 'templates'; remove it"
     if spec.world is not None:
-        for name in changed(spec, "rename", "format"):
+        for name in changed(spec, "map", "rename", "format"):
             yield name, "has no effect on a synthetic dataset (world); remove it"
 
 

@@ -20,6 +20,7 @@ from align.data.check.text_rules import text_faults
 from align.data.check.tokens import TokenRules
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.load import rename_fields
+from align.data.own_map import map_rows
 from align.data.reading.files import blocks
 from align.data.reading.json import Item, Row, parse_lines
 from align.data.reading.readers import READERS
@@ -271,11 +272,12 @@ BATCH_ROWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file: its path (None for the hub), its name in messages and its reader."""
+    """One file: its path (None for the hub), its name in messages, its reader and its ``map``."""
 
     path: Path | None
     name: str
     reader: str
+    map: str | None = None
 
     @property
     def counted(self) -> bool:
@@ -284,15 +286,22 @@ class Source:
 
     def items(self) -> Iterator[Item]:
         """Return an iterator over all rows."""
-        return READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
+        rows = READERS[self.reader](self.path, self.name) if self.path else scan_rows(self.name)
+        return map_rows(rows, self.map)
+
+    @property
+    def by_lines(self) -> bool:
+        """Return whether the bytes of a line contain one row."""
+        return self.reader == "lines" and self.path is not None and self.map is None
 
     def batches(self) -> Iterator[Batch]:
         """Yield the file in batches."""
-        if self.reader != "lines" or self.path is None:
+        if not self.by_lines:
             items = self.items()
             while batch := list(islice(items, BATCH_ROWS)):
                 yield Batch(self.name, batch)
             return
+        assert self.path is not None
         for block, first in blocks(self.path, name=self.name):
             if isinstance(block, DataError):
                 yield Batch(self.name, [(block, f"{self.name}:{first}")])

@@ -12,6 +12,7 @@ from align.data.check.kinds import HEAD_ROWS, infer
 from align.data.check.whole import Rows
 from align.data.formats.detect import Kind, detect, to_examples
 from align.data.load import rename_fields
+from align.data.own_map import map_rows
 from align.data.reading.files import blocks
 from align.data.reading.json import Item, parse_lines
 from align.data.reading.sources import read_rows, scan_rows
@@ -36,12 +37,15 @@ def evaluation_prompts(paths: Sequence[str]) -> list[Wanted]:
 
 
 def examples_of(
-    path: str, *, kind: str | None, form: str, rename: Mapping[str, str]
+    path: str, *, kind: str | None, form: str, rename: Mapping[str, str], map: str | None = None
 ) -> Iterator[Example]:
     """Yield the examples of a source, read as the given kind or as the inferred one."""
-    reading = infer(list(islice(scan_rows(path), HEAD_ROWS)), form=form, rename=rename, kind=kind)
+    head = list(islice(map_rows(scan_rows(path), map), HEAD_ROWS))
+    reading = infer(head, form=form, rename=rename, kind=kind)
     load_kind = cast(Kind, "prompts" if reading.kind == "math" else reading.kind)
-    for row, source in read_rows(path):
+    for row, source in map_rows(read_rows(path), map):
+        if isinstance(row, DataError):
+            raise row
         renamed = rename_fields(row, rename, source=source)
         yield from to_examples(renamed, kind=load_kind, format=form, source=source)
 
@@ -77,9 +81,10 @@ def texts_at(
 
 def _items_at(source: "Source", places: Mapping[str, int]) -> Iterator[Item]:
     """Yield the rows at some places; in JSON Lines, only those lines are parsed."""
-    if source.reader != "lines" or source.path is None:
+    if not source.by_lines:
         yield from source.items()
         return
+    assert source.path is not None
     # Walk through the file once, and parse only the wanted lines.
     lines = sorted(int(place.rpartition(":")[2]) for place in places)
     at = 0

@@ -44,6 +44,7 @@ class Request:
         kind: sft, preference, unpaired, prompts, math or corpus; None infers it.
         form: the name of a format, or ``auto``.
         rename: fields to rename, {old: new}.
+        map: function that makes new rows first, as in a recipe.
         chat: creates the renderer of a model; None skips the token checks.
         max_length: tokens.
         heldout: sources that must not share prompts with the data.
@@ -56,6 +57,7 @@ class Request:
     kind: str | None = None
     form: str = "auto"
     rename: Mapping[str, str] = field(default_factory=dict)
+    map: str | None = None
     chat: Callable[[], ChatFormat] | None = None
     max_length: int | None = None
     heldout: Sequence[str] = ()
@@ -144,12 +146,13 @@ def _sources(request: Request, tally: Tally) -> list[Source]:
             tally.add(finding_of(error, request.path, request.path))
             return []
         if not files:
-            return [Source(None, request.path, "hub")]
+            return [Source(None, request.path, "hub", request.map)]
         found = [(file, str(file), suffix_of(file)) for file in files]
     sources = []
     for path, name, suffix in found:
         try:
-            sources.append(Source(path, name, reader_of(path, name=name, suffix=suffix)))
+            reader = reader_of(path, name=name, suffix=suffix)
+            sources.append(Source(path, name, reader, request.map))
         except DataError as error:
             tally.add(finding_of(error, name, name))
     return sources

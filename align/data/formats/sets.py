@@ -10,6 +10,7 @@ from align.core.types import Example, Text, Turn
 from align.data.formats.row_keys import apply_extras, take_extras
 from align.data.formats.turns import shown, to_text
 from align.data.load import MAX_REPORTED, source_of
+from align.data.own_map import map_rows
 from align.data.reading.sources import read_rows
 from align.data.split import side_of, split_key
 from align.recipe.schema import DataSpec
@@ -39,7 +40,7 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
     A prompt or response that is a string becomes one turn of the user or the assistant, as in
     RewardBench 2. Both may also be lists of turns. Rows of attempts ``{"solution", "is_correct"}``
     (model_solutions) are read too; they are skipped unless they have both a correct and an
-    incorrect attempt. ``split`` and ``rename`` work as for other data.
+    incorrect attempt. ``split``, ``map`` and ``rename`` work as for other data.
 
     Raises:
         DataError: a row is invalid (up to 20 are listed), or no rows are left.
@@ -51,8 +52,10 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
         assert spec.path is not None
         kept: list[AnswerSet] = []
         name, side = source_of(spec)
-        for row, source in read_rows(name):
+        for row, source in map_rows(read_rows(name), spec.map):
             try:
+                if isinstance(row, DataError):
+                    raise row
                 row = _attempts(row) if isinstance(row, dict) else row
                 if row is None:
                     continue

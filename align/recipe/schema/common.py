@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.schema.formats import FormatName
-from reward_models.specs import Count, Positive, Ref, RewardSpec, Spec
+from reward_models.specs import FUNCTION, Count, Positive, Ref, RewardSpec, Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -31,8 +31,11 @@ class DataSpec(Spec):
     """Number of rows, drawn at random; None for all. Needed with ``world``."""
     format: FormatName = "auto"
     """Layout of the rows; ``auto`` detects it from their keys."""
+    map: Annotated[str | None, Field(pattern=FUNCTION)] = None
+    """Function ``FILE.py:NAME`` or ``MODULE:NAME`` that gets each row, and returns a row, a list of
+    rows, or None to leave it out (docs/own-code.md)."""
     rename: dict[str, str] = {}
-    """Renamed fields, ``{old: new}``; ``outer.inner`` is a field of a nested object."""
+    """Renamed fields, ``{old: new}``, after ``map``; ``outer.inner`` is in a nested object."""
     strings: Literal["text", "chat"] = "text"
     """Use plain prompt and response strings unchanged, or as turns of the chat template."""
     split: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "all"
