@@ -35,12 +35,15 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     place, _, name = path.rpartition(":")
     if place.endswith(".py"):
         file = Path(place).resolve()
+        # A file named like a library must not take its place.
+        free = file.stem.isidentifier() and importlib.util.find_spec(file.stem) is None
+        own = file.stem if free else f"own_{file.stem}"
         sys.path.insert(0, str(file.parent))  # for modules in the same folder
-        spec = importlib.util.spec_from_file_location(file.stem, file)
+        spec = importlib.util.spec_from_file_location(own, file)
         assert spec is not None, file
         assert spec.loader is not None, file
         module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
+        sys.modules[own] = module
         spec.loader.exec_module(module)
     else:
         sys.path.insert(0, os.getcwd())

@@ -136,6 +136,22 @@ def source_names(file: Path) -> list[str] | None:
     return found
 
 
+def parameters_of(path: str) -> list[str] | None:
+    """Return the names of a function's parameters, which is not run; None if it is not found."""
+    file = source_file(path)
+    try:
+        tree = ast.parse(file.read_bytes()) if file else None
+    except (SyntaxError, ValueError):
+        return None
+    name = path.rpartition(":")[2]
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return [
+                arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
+    return None
+
+
 def code_keys(block: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys of a mapping whose value names a function of the user."""
     for key in ("path",) if block.get("kind") == "python" else FUNCTION_KEYS:

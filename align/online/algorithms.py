@@ -20,10 +20,11 @@ from align.core.errors import TrainingError
 from align.losses.kl import kl_estimate
 from align.losses.reduce import masked_moments, masked_whiten
 from align.online.advantages import ESTIMATORS, batch_scaled, shaped_rewards
-from align.online.objective import critic_objective, named_function, policy_objective
+from align.online.objective import critic_objective, policy_objective
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
 from align.training.learner import LossFunction
+from align.training.own_code import named_function
 
 Estimator = Callable[..., Tensor | tuple[Tensor, Tensor]]
 PER_RESPONSE = ("scores", "group_ids", "greedy_scores")
@@ -86,7 +87,7 @@ def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
 
 
 def find_estimator(name: str) -> Estimator:
-    """Return an estimator by its name or as ``module:function``.
+    """Return an estimator by its name or as ``FILE.py:NAME`` or ``MODULE:NAME``.
 
     Raises:
         TrainingError: there is none of that name.
@@ -96,7 +97,7 @@ def find_estimator(name: str) -> Estimator:
     if name not in ESTIMATORS:
         raise TrainingError(
             f"unknown estimator '{name}'; expected one of {', '.join(ESTIMATORS)}, or "
-            "module:function"
+            "FILE.py:NAME or MODULE:NAME"
         )
     return ESTIMATORS[name]
 

@@ -1,7 +1,6 @@
 """Objectives of the policy and the critic in an online step."""
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from align.losses.policy import (
 from align.losses.value import clipped_value_loss
 from align.models.logprobs import TokenLogprobs
 from align.training.batch import PackedBatch
+from align.training.own_code import named_function
 
 
 def policy_objective(
@@ -119,17 +119,23 @@ def _statistics(
     }
 
 
-def named_function(what: str, place: str) -> Callable[..., Any]:
-    """Return the estimator or objective that ``module:function`` names.
-
-    Raises:
-        TrainingError: it cannot be imported.
-    """
-    module, _, name = place.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise TrainingError(f"{what} '{place}' cannot be imported: {error}") from error
+def _own_loss(
+    logprobs: Tensor, old: Tensor, batch: PackedBatch, *, objective: str, clip: Mapping[str, float]
+) -> PerToken:
+    """Return what an objective of the user gives: PerToken, or the loss of each token alone."""
+    found = named_function("objective", objective)(
+        logprobs, old, batch.per_token["advantages"], batch.mask, **clip
+    )
+    if isinstance(found, Tensor):
+        ratio = (logprobs - old).exp().detach()
+        found = PerToken(found, ratio, torch.zeros_like(batch.mask))
+    if not isinstance(found, PerToken) or found.loss.shape != logprobs.shape:
+        shape = tuple(found.loss.shape) if isinstance(found, PerToken) else type(found).__name__
+        raise TrainingError(
+            f"objective '{objective}' returned {shape}; expected the loss of each token, a tensor "
+            f"of the shape of 'logprobs' {tuple(logprobs.shape)}, or PerToken"
+        )
+    return found
 
 
 def policy_loss(
@@ -153,7 +159,7 @@ def policy_loss(
     if objective == "cispo":
         return cispo_policy_loss(logprobs, old, advantages, mask, **clip)
     if ":" in objective:
-        return named_function("objective", objective)(logprobs, old, advantages, mask, **clip)
+        return _own_loss(logprobs, old, batch, objective=objective, clip=clip)
     assert objective == "gspo", f"unknown objective {objective!r}"
     parts = gspo_policy_loss(
         logprobs[0],

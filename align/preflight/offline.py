@@ -15,6 +15,7 @@ from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import LogprobModel, causal_lm
 from align.preflight.checks import Check, Finding, at_most, spread
+from align.recipe.algorithms import is_function
 from align.recipe.schema import (
     DpoStage,
     KtoStage,
@@ -143,6 +144,13 @@ def first_loss(
             remedy="the model predicts these responses worse than chance. Check that the tokenizer "
             "belongs to the model",
             fails=not math.isfinite(loss),
+        )
+    if isinstance(spec, DpoStage) and is_function(spec.loss):
+        return Finding(
+            f"{loss:.6f}",
+            f"a finite number from {spec.loss}",
+            "ok" if math.isfinite(loss) else "fail",
+            "the loss of the first rows is not finite. Check the function",
         )
     if isinstance(spec, DpoStage | KtoStage):
         return _loss_at_reference(spec, loss, task.collate(rows, rows).counts)

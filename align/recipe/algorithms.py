@@ -5,11 +5,14 @@ An algorithm is a named set of defaults for a stage. A recipe can still set ever
 The KL coefficients are moderate values chosen for this project; the papers tune them per task.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.core.sources import parameters_of
 from align.core.text import suggest
+from reward_models.specs import FUNCTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Algorithm:
         return {**own, **self.options}
 
 
+PAIR_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo")
+"""Losses of a dpo stage."""
 _PLAIN = Algorithm(
     says="A = (R - group mean) / (group std + 1e-4) in the clipped loss, averaged over tokens; a "
     "group of equal scores has advantage 0 (arXiv:2402.03300, which averages each response first "
@@ -148,8 +153,20 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def of_estimator(name: str) -> Algorithm:
-    """Return the first algorithm with this estimator; its ``needs_*`` flags are the estimator's."""
-    return next(algorithm for algorithm in ALGORITHMS.values() if algorithm.estimator == name)
+    """Return the first algorithm with this estimator; its ``needs_*`` flags are the estimator's.
+
+    Those of a function that a recipe names follow from its parameters.
+    """
+    known = next((a for a in ALGORITHMS.values() if a.estimator == name), None)
+    if known is not None:
+        return known
+    parameters = parameters_of(name) or ("group_ids", "scale")
+    return Algorithm(
+        name,
+        needs_greedy="greedy_scores" in parameters,
+        compares_group="group_ids" in parameters,
+        scales=("std", "batch", "none") if "scale" in parameters else ("batch", "none"),
+    )
 
 
 def known_algorithm(name: str) -> str:
@@ -158,13 +175,27 @@ def known_algorithm(name: str) -> str:
 
 
 def known_estimator(name: str) -> str:
-    """Return the name of an estimator without a critic; raise ValueError for any other."""
-    return _one_of(name, [a.estimator for a in ALGORITHMS.values() if not a.needs_critic])
+    """Return the name of an estimator without a critic, or a function; raise ValueError else."""
+    return (
+        name
+        if is_function(name)
+        else _one_of(name, [a.estimator for a in ALGORITHMS.values() if not a.needs_critic])
+    )
 
 
 def known_objective(name: str) -> str:
-    """Return the name of an objective of some algorithm; raise ValueError for any other."""
-    return _one_of(name, [a.objective for a in ALGORITHMS.values()])
+    """Return the name of an objective of some algorithm, or a function; raise ValueError else."""
+    return name if is_function(name) else _one_of(name, [a.objective for a in ALGORITHMS.values()])
+
+
+def known_loss(name: str) -> str:
+    """Return the name of a loss on pairs, or a function; raise ValueError for any other."""
+    return name if is_function(name) else _one_of(name, list(PAIR_LOSSES))
+
+
+def is_function(name: str) -> bool:
+    """Return whether a name has the form of a function of the user."""
+    return re.fullmatch(FUNCTION, name) is not None
 
 
 def _one_of(name: str, names: list[str]) -> str:

@@ -8,7 +8,8 @@ class; here is every option that another one makes useless, and each is reported
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from align.recipe.algorithms import defaults_of
+from align.core.sources import parameters_of
+from align.recipe.algorithms import defaults_of, is_function
 from align.recipe.schema.common import (
     ClipSpec,
     DataSpec,
@@ -162,6 +163,10 @@ def _dpo(spec: DpoStage) -> Iterator[Idle]:
         "nll_coef": spec.nll_coef > 0.0 and spec.loss == "orpo",
         "ld_alpha": spec.ld_alpha is not None and spec.on_means,
     }
+    if is_function(spec.loss):
+        taken = parameters_of(spec.loss) or ("label_smoothing", "gamma")
+        idle["label_smoothing"] = bool(spec.label_smoothing) and "label_smoothing" not in taken
+        idle["gamma"] = spec.gamma is not None and "gamma" not in taken
     for name in (name for name, is_idle in idle.items() if is_idle):
         yield name, f"has no effect with loss {spec.loss}; remove it"
 

@@ -249,7 +249,7 @@ def refuse_prefill(rewards: list[RewardSpec], kind: str) -> None:
 
 def distinct_names(rewards: list[RewardSpec]) -> None:
     """Raise ValueError if two rewards have the same name, which is also their column."""
-    names = [reward.name or reward.kind for reward in rewards]
+    names = [reward.label for reward in rewards]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two rewards have the name '{name}'; give each its own 'name'")

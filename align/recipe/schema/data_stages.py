@@ -209,7 +209,7 @@ class LabelFunction(Spec):
     @property
     def name(self) -> str:
         """Return the name of the score."""
-        return self.by.name or self.by.kind
+        return self.by.label
 
 
 class WeakLabelStage(DataStage):

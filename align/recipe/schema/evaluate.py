@@ -146,7 +146,7 @@ class TaskSpec(Spec):
     @property
     def grades(self) -> list[str]:
         """Return the names of the grader's metrics."""
-        return [reward.name or reward.kind for reward in self.grader]
+        return [reward.label for reward in self.grader]
 
     @property
     def reported(self) -> list[str]:

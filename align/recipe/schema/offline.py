@@ -2,8 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from align.recipe.algorithms import known_loss
 from align.recipe.schema.common import (
     BuildSpec,
     Count,
@@ -121,9 +122,10 @@ class DpoStage(OfflineStage):
     kind: Literal["dpo"]
     beta: Positive = 0.1
     """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
-    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo"] = "sigmoid"
-    """``sigmoid_norm``, ``ipo``, ``simpo`` and ``orpo`` compare means per token, the others sums;
-    ``simpo`` and ``orpo`` need no reference."""
+    loss: Annotated[str, AfterValidator(known_loss)] = "sigmoid"
+    """``sigmoid``, ``hinge`` and ``robust`` compare sums; ``sigmoid_norm``, ``ipo``, ``simpo`` and
+    ``orpo`` means per token, the last two without a reference; or a function ``FILE.py:NAME`` of
+    yours on sums (docs/own-code.md)."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Assumed probability that a pair's label is wrong."""
     gamma: Annotated[float, Field(ge=0.0)] | None = None

@@ -83,7 +83,7 @@ def refuse_trained_gold(gold: list[RewardSpec], rewards: list[RewardSpec]) -> No
     for reward in gold:
         if identity(reward) in trained:
             raise ValueError(
-                f"watch.gold: '{reward.name or reward.kind}' is also a training reward, so the "
+                f"watch.gold: '{reward.label}' is also a training reward, so the "
                 "guard cannot detect over-optimization; give a scorer that is not trained on"
             )
 
@@ -226,12 +226,13 @@ class GrpoStage(OnlineStage):
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
     """KL penalty to the reference policy."""
     estimator: Annotated[str, AfterValidator(known_estimator)] = "group_relative"
-    """Baseline of the score: group mean, mean of the others, none, or the greedy response."""
+    """Baseline of the score: group mean, mean of the others, none, or the greedy response; or a
+    function ``FILE.py:NAME`` of yours (docs/own-code.md)."""
     scale: Literal["std", "batch", "none"] = "std"
     """Divide by the standard deviation of the group, of the batch, or by nothing (Dr. GRPO)."""
     objective: Annotated[str, AfterValidator(known_objective)] = "clip"
     """Clip the ratio of each token (``clip``), the ratio of each response (``gspo``), or the weight
-    of each token (``cispo``)."""
+    of each token (``cispo``); or a function ``FILE.py:NAME`` of yours (docs/own-code.md)."""
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = "token"
     """Mean over all tokens (DAPO); mean over tokens, then responses (original GRPO); sum over
     tokens, mean over responses (RLOO); the same divided by max_new_tokens (Dr. GRPO)."""

@@ -126,7 +126,7 @@ def by_quality(pool: Pool, spec: CurateStage, context: StageContext) -> None:
         if None in scores.values():
             pool.drop(i, "quality unknown", scores=scores)
             continue
-        parts = [r.weight * (scores[r.name or r.kind] or 0.0) for r in spec.quality]
+        parts = [r.weight * (scores[r.label] or 0.0) for r in spec.quality]
         pool.quality[i] = sum(parts)
         if spec.min_quality is not None and pool.quality[i] < spec.min_quality:
             pool.drop(i, "low quality", quality=pool.quality[i])

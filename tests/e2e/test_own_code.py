@@ -1,0 +1,251 @@
+"""A TRL GRPO script's rewards and data, unchanged, and losses of one's own, in real stages."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stage_runs import environment
+
+# As such scripts look: rewards of conversations by column, an async one, data made by a function.
+SCRIPT = '''
+"""GRPO on a handful of sums."""
+import asyncio
+import re
+
+SYSTEM = "Reason inside <think> tags, then answer inside <answer> tags."
+
+
+def make_conversation(example):
+    return {
+        "prompt": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": example["problem"]},
+        ],
+        "solution": example["solution"],
+    }
+
+
+def format_reward(completions, **kwargs):
+    """Reward what has tags."""
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match(r"^<think>.*?</think>", c, re.DOTALL) else 0.0 for c in contents]
+
+
+async def accuracy_reward(prompts, completions, completion_ids, solution, trainer_state, **kwargs):
+    await asyncio.sleep(0)
+    assert [p[-1]["role"] for p in prompts] == ["user"] * len(prompts)
+    assert len(completion_ids) == len(completions)
+    rewards = []
+    for completion, right in zip(completions, solution):
+        said = set(completion[0]["content"])
+        rewards.append(None if not said else len(said) / 10 + len(right))
+    return rewards
+
+
+class Length:
+    def __init__(self, limit=10):
+        self.__name__, self.limit = "length", limit
+
+    def __call__(self, prompts, completions, **kwargs):
+        return [-abs(self.limit - len(completion[0]["content"])) / 10 for completion in completions]
+
+
+if __name__ == "__main__":
+    from datasets import load_dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    data = load_dataset("json", data_files="problems.jsonl", split="train").map(make_conversation)
+    trainer = GRPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=[format_reward, accuracy_reward, Length()],
+        args=GRPOConfig(output_dir="out"),
+        train_dataset=data,
+    )
+    trainer.train()
+'''
+LOSSES = """
+import torch
+
+def centered(scores, group_ids):
+    found = torch.zeros_like(scores)
+    for group in group_ids.unique():
+        own = group_ids == group
+        found[own] = scores[own] - scores[own].mean()
+    return found
+
+def surrogate(logprobs, old_logprobs, advantages, mask, *, clip_low, clip_high):
+    ratio = (logprobs - old_logprobs).exp()
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratio * advantages, bounded * advantages)
+
+def sigmoid(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    return -torch.nn.functional.logsigmoid(beta * margin)
+
+def short(policy_chosen, policy_rejected, ref_chosen, ref_rejected): return policy_chosen.sum()
+"""
+RECIPE = """
+name: own
+seed: 5
+stages:
+  base:
+    kind: base
+    build: {vocab_size: 320, hidden_size: 64, num_layers: 2, num_heads: 2, num_kv_heads: 1,
+            intermediate_size: 128, max_positions: 512}
+    tokenizer: {chat_template: plain}
+    data: [{world: corpus, rows: 200}]
+    steps: 4
+    batch_size: 8
+    max_length: 256
+  script:
+    kind: grpo
+    init: base
+    prompts: [{path: problems.jsonl, map: "script.py:make_conversation"}]
+    rewards:
+      - {kind: python, path: "script.py:format_reward"}
+      - {kind: python, path: "script.py:accuracy_reward"}
+      - {kind: python, path: "script.py:Length", args: {limit: 12}, weight: 0.5}
+    steps: 2
+    prompts_per_step: 2
+    group_size: 4
+    max_length: 512
+    sampling: {max_new_tokens: 16, engine: hf}
+    optim: {learning_rate: 1.0e-3}
+  theirs: &grpo
+    kind: grpo
+    init: base
+    prompts: [{world: prompts, rows: 8}]
+    rewards: [{kind: length, target: 2, limit: 12}]
+    scale: none
+    steps: 2
+    prompts_per_step: 4
+    group_size: 4
+    minibatches: 2
+    max_length: 128
+    sampling: {max_new_tokens: 16, engine: hf}
+    optim: {learning_rate: 1.0e-3}
+  mine:
+    <<: *grpo
+    estimator: losses.py:centered
+    objective: losses.py:surrogate
+  compared:
+    kind: evaluate
+    models: [base, mine]
+    baseline: base
+    sampling: {engine: hf}
+    tasks:
+      - name: sums
+        prompts: [{path: problems.jsonl, map: "script.py:make_conversation"}]
+        grader: [{kind: python, path: "script.py:format_reward"}]
+        judge: [{kind: python, path: "script.py:Length"}]
+        sampling: {max_new_tokens: 8}
+        max_length: 512
+      - name: programs
+        prompts: [{path: programs.jsonl}]
+        grader: [{kind: code, isolation: limits, timeout_s: 5}]
+        sampling: {max_new_tokens: 8}
+        max_length: 512
+  dpo_theirs: &dpo
+    kind: dpo
+    init: base
+    data: [{world: preference, rows: 16}]
+    steps: 2
+    batch_size: 8
+    optim: {learning_rate: 1.0e-3}
+  dpo_mine:
+    <<: *dpo
+    loss: losses.py:sigmoid
+"""
+CHECK = "def check(candidate):\n    assert candidate(3) == {}\n"
+PROGRAMS = [
+    {
+        "task_id": f"own/{i}",
+        "prompt": f'def times{i}(x):\n    """Return x times {i}."""\n',
+        "entry_point": f"times{i}",
+        "canonical_solution": f"    return x * {i}\n",
+        "test": CHECK.format(3 * i),
+    }
+    for i in range(2, 5)
+]
+PROBLEMS = [{"problem": f"What is {i} + {i}?", "solution": "x" * i} for i in range(1, 7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("own")
+    for name, text in (("script", SCRIPT), ("losses", LOSSES)):
+        (place / f"{name}.py").write_text(text)
+    (place / "recipe.yaml").write_text(RECIPE)
+    for name, rows in (("problems", PROBLEMS), ("programs", PROGRAMS)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    worker = Path(__file__).parent / "workers" / "stages.py"
+    stages = ["base", "script", "theirs", "mine", "compared", "dpo_theirs", "dpo_mine"]
+    command = [str(worker), "--recipe", "recipe.yaml", "--run-dir", "run", "--stages", *stages]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return place
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / stage / "model" / "model.safetensors")
+
+
+def test_the_functions_of_a_trl_script_score_as_in_trl(folder: Path):
+    script = runpy.run_path(str(folder / "script.py"))
+    text = (folder / "run" / "script" / "samples.jsonl").read_text(encoding="utf-8")
+    samples = [json.loads(line) for line in text.splitlines()]
+    assert len(samples) == 2
+    length = script["Length"](limit=12)
+    for sample in samples:
+        said = [[{"role": "assistant", "content": sample["completion"]}]]
+        problem = next(p for p in PROBLEMS if p["problem"] in str(sample["prompt"]))
+        assert script["SYSTEM"] in str(sample["prompt"])
+        score = script["format_reward"](completions=said)[0]
+        score += len(set(sample["completion"])) / 10 + len(problem["solution"])
+        assert sample["score"] == pytest.approx(score + 0.5 * length([], said)[0])
+    found = weights(folder, "script")
+    assert not all(torch.equal(w, found[n]) for n, w in weights(folder, "base").items())
+
+
+def test_they_grade_and_judge_in_an_evaluation(folder: Path):
+    script = runpy.run_path(str(folder / "script.py"))
+    text = (folder / "run" / "compared" / "samples.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    samples = [sample for sample in found if sample["task"] == "sums"]
+    assert len(samples) == 2 * len(PROBLEMS)
+    for sample in samples:
+        said = [[{"role": "assistant", "content": sample["completion"]}]]
+        assert sample["scores"]["format_reward"] == script["format_reward"](completions=said)[0]
+        assert sample["judge"] == pytest.approx(script["Length"]()([], said)[0])
+    # A model of random weights writes no program; the preflight has run the right ones.
+    programs = [sample["scores"]["code"] for sample in found if sample["task"] == "programs"]
+    assert programs == [0.0] * 2 * len(PROGRAMS)
+    card = json.loads((folder / "run" / "compared" / "preflight.json").read_text())
+    assert "right above wrong in 3 of 3" in str(card)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("mine", "theirs"), ("dpo_mine", "dpo_theirs")])
+def test_losses_of_ones_own_train_like_the_same_formulas_of_the_suite(
+    folder: Path, mine: str, theirs: str
+):
+    own, suite, base = (weights(folder, name) for name in (mine, theirs, "base"))
+    moved = max(float((own[name] - base[name]).abs().max()) for name in own)
+    apart = max(float((own[name] - suite[name]).abs().max()) for name in own)
+    assert moved > 1e-4
+    assert apart <= 1e-3 * moved
