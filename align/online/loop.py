@@ -118,23 +118,30 @@ def train_online(
         diagnosis.report(step + 1, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
-        # Prompts and seeds are functions of the step, so only counters and controllers are state.
         if stop or timer.due(step + 1):
-            state = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
-            state |= {"diagnosis": diagnosis.state_dict()}
-            state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
-            state |= {"watch": watch.state_dict()} if watch is not None else {}
             with timer.saving():
                 save_checkpoint(
                     checkpoints,
                     step + 1,
                     engines=run.engines,
-                    state=state,
+                    state=_state(run, diagnosis, watch),
                     keep=spec.keep_checkpoints,
                 )
         if stop and step + 1 < spec.steps:
             raise Preempted(f"stopped by a signal after step {step + 1}. Run again to resume")
     return last
+
+
+def _state(run: OnlineRun, diagnosis: Diagnosis, watch: Watch | None) -> dict[str, Any]:
+    """Return what a checkpoint holds beside the engines.
+
+    Prompts and seeds are functions of the step, so only counters and controllers are state.
+    """
+    state: dict[str, Any] = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
+    state |= {"diagnosis": diagnosis.state_dict()}
+    state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
+    state |= {"watch": watch.state_dict()} if watch is not None else {}
+    return state
 
 
 class Timer:

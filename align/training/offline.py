@@ -99,7 +99,6 @@ def train_offline(
         second. With ``stopping``, which may end the training early, the held-out metrics are those
         of the best evaluation.
     """
-    engines = {"policy": learner.engine}
     heldout = HeldOut(task, schedule.micro_tokens) if task.heldout else None
     states = {"stopping": stopping, "diagnosis": diagnosis, "heldout": heldout}
     start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, states=states)
@@ -111,36 +110,19 @@ def train_offline(
     for step in range(start, schedule.total_steps):
         if stopping is not None and stopping.stopped:
             break
-        # One optimizer step.
-        batch = pick(task.rows, schedule, step)
-        step_began = time.monotonic()
-        micro = measured(learner.engine, task, batch, micro_tokens=schedule.micro_tokens)
-        stats = learner.step(micro, task.loss_fn)
-        step_tokens = sum(task.length(row) for row in batch)
+        last, step_tokens = _train_step(learner, task, schedule, step=step)
         num_tokens += step_tokens
-        rate = step_tokens / (time.monotonic() - step_began)
-        last = named(stats) | {"tokens/per_s": rate}
         done = step + 1
-        # Held-out evaluation; its metrics join the line of this step.
-        if heldout is not None and (
-            done == schedule.total_steps
-            or (schedule.eval_every and done % schedule.eval_every == 0)
-        ):
-            found_now = heldout.look(learner.engine)
-            last |= found_now
-            if stopping is not None:
-                stopping.look(done, found_now)
+        if heldout is not None and _evaluates(schedule, done):
+            last |= _evaluate(learner, heldout, stopping, done=done)
         metrics.log(done, last)
         if diagnosis is not None:
             diagnosis.report(done, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
         stop = stop_requested()
         if stop or timer.due(done):
-            state = {k: part.state_dict() for k, part in states.items() if part is not None}
             with timer.saving():
-                save_checkpoint(
-                    checkpoints, done, engines=engines, state=state, keep=schedule.keep_checkpoints
-                )
+                _save(learner, checkpoints, done, states=states, keep=schedule.keep_checkpoints)
         if stop and done < schedule.total_steps:
             raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
     if stopping is not None:
@@ -148,6 +130,48 @@ def train_offline(
     if not num_tokens:
         return last
     return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}
+
+
+def _train_step(
+    learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule, *, step: int
+) -> tuple[dict[str, float], int]:
+    """Take one optimizer step and return its metrics and its trained tokens."""
+    batch = pick(task.rows, schedule, step)
+    began = time.monotonic()
+    micro = measured(learner.engine, task, batch, micro_tokens=schedule.micro_tokens)
+    stats = learner.step(micro, task.loss_fn)
+    num_tokens = sum(task.length(row) for row in batch)
+    rate = num_tokens / (time.monotonic() - began)
+    return named(stats) | {"tokens/per_s": rate}, num_tokens
+
+
+def _evaluates(schedule: OfflineSchedule, done: int) -> bool:
+    """Return whether held-out rows are evaluated after this number of steps."""
+    if done == schedule.total_steps:
+        return True
+    return schedule.eval_every > 0 and done % schedule.eval_every == 0
+
+
+def _evaluate(
+    learner: Learner, heldout: HeldOut, stopping: EarlyStopping | None, *, done: int
+) -> dict[str, float]:
+    """Return the held-out metrics, which join the line of the step; early stopping sees them."""
+    found = heldout.look(learner.engine)
+    if stopping is not None:
+        stopping.look(done, found)
+    return found
+
+
+def _save(
+    learner: Learner,
+    checkpoints: Path,
+    done: int,
+    *,
+    states: Mapping[str, EarlyStopping | Diagnosis | HeldOut | None],
+    keep: int,
+) -> None:
+    state = {name: part.state_dict() for name, part in states.items() if part is not None}
+    save_checkpoint(checkpoints, done, engines={"policy": learner.engine}, state=state, keep=keep)
 
 
 def _resume(
