@@ -70,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="draws the moments and the damages")
     parser.add_argument("--quick", action="store_true", help="a small part, as in 'make test'")
-    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name contains it")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="only those")
     parser.add_argument("--without", action="append", default=[], metavar="TEXT", help="not those")
     parser.add_argument("--list", action="store_true", help="print the names of the faults")
     parser.add_argument("--jobs", type=int, default=2, help="faults at the same time")
@@ -109,7 +109,8 @@ def _campaign(args: argparse.Namespace, work: Path) -> list[Outcome]:
 
 
 def _named(args: argparse.Namespace, fault: Fault) -> bool:
-    return args.only in fault.key and not any(text in fault.key for text in args.without)
+    wanted = not args.only or any(text in fault.key for text in args.only)
+    return wanted and not any(text in fault.key for text in args.without)
 
 
 def _outcomes(order: Sequence[int], jobs: int) -> Iterator[Outcome]:
