@@ -77,16 +77,40 @@ def template_limits(name: str) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(mib: int) -> Iterator[None]:
-    """Raise MemoryError inside the block before this process has grown by ``mib``."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    """Raise MemoryError inside the block before this process has grown by ``mib``.
+
+    The limit is the process's: what other threads take meanwhile counts too. Blocks of several
+    threads share the largest of their limits, and the last one to end restores the limit before.
+    """
+    global _memory_before
     with open("/proc/self/statm", "rb") as f:
         size = int(f.read().split()[0]) * _PAGE + mib * 2**20
-    limits = [x for x in (size, *before) if x != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    with _memory_lock:
+        if not _memory_sizes:
+            _memory_before = resource.getrlimit(resource.RLIMIT_AS)
+        _memory_sizes.append(size)
+        _limit_memory()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        with _memory_lock:
+            _memory_sizes.remove(size)
+            _limit_memory()
+
+
+_memory_lock = threading.Lock()
+_memory_sizes: list[int] = []
+"""Limits of the blocks of ``memory_limit`` that are open, in bytes."""
+_memory_before = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+def _limit_memory() -> None:
+    """Limit this process to the largest of the open limits, or to the limit before them."""
+    soft, hard = _memory_before
+    if _memory_sizes:
+        limits = [max(_memory_sizes), soft, hard]
+        soft = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def save_checkpoint(
     distributed.on_first_rank(lambda: _begin_patiently(temporary, list(engines)))
     for name, engine in engines.items():
         # A collective call: under ZeRO each rank writes its own shard.
-        with _patient(engine, temporary):
+        with patient(engine, temporary):
             engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
     # Every rank has its own random stream, so each saves it.
     _save_patiently(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
@@ -148,17 +148,21 @@ def _begin(temporary: Path, engines: Sequence[str]) -> None:
     Raises:
         ArtifactError: the stage's folder is gone.
     """
-    stage = temporary.parents[1]
-    if not stage.is_dir():
-        raise ArtifactError(f"{stage}: {GONE}")
+    check_stage_exists(temporary.parents[1])
     remove(temporary)
     temporary.mkdir(parents=True)
     for name in engines:
         (temporary / name).mkdir()
 
 
+def check_stage_exists(stage: Path) -> None:
+    """Raise ArtifactError if the folder of this stage is gone."""
+    if not stage.is_dir():
+        raise ArtifactError(f"{stage}: {GONE}")
+
+
 @contextmanager
-def _patient(engine: Any, folder: Path) -> Iterator[None]:
+def patient(engine: Any, folder: Path) -> Iterator[None]:
     """Make DeepSpeed's engine wait while the disk is full.
 
     The wait is inside each file's writing: the other ranks are at DeepSpeed's own barriers.
@@ -206,9 +210,7 @@ def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], o
         ArtifactError: the stage's folder is gone.
     """
     if distributed.rank() == 0:
-        stage = out.parents[1] if out.parent.name == "best" else out
-        if not stage.is_dir():
-            raise ArtifactError(f"{stage}: {GONE}")
+        check_stage_exists(out.parents[1] if out.parent.name == "best" else out)
         needed = tensor_bytes(state)
         write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
@@ -275,8 +277,13 @@ def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[s
 
 def _own(directory: Path) -> list[Path]:
     """Return the checkpoints that this stage saved, oldest first."""
-    folders = sorted(p for p in directory.glob("step-????????") if (p / STATE).is_file())
-    return [p for p in folders if _foreign(read_json_object(p / STATE) or {}) is None]
+    return [p for p in sorted(directory.glob("step-????????")) if is_own(p)]
+
+
+def is_own(path: Path, *, record: str = STATE) -> bool:
+    """Return True if this stage saved a checkpoint, by the record in it."""
+    found = read_json_object(path / record)
+    return (path / record).is_file() and _foreign(found or {}) is None
 
 
 def damage(path: Path, *, record: str = STATE) -> str | None:

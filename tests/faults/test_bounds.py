@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 import threading
 import zlib
 from pathlib import Path
@@ -280,3 +281,28 @@ def test_a_template_file_of_aliases_is_refused_before_they_are_expanded(tmp_path
 def test_text_that_is_nested_too_deeply_is_no_tool_schema() -> None:
     with pytest.raises(DataError, match=r"x\.jsonl:1: tools\[0\]: expected the schema of a tool"):
         schemas_of("[" * 100_000, where="x.jsonl:1: tools")
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_memory_limits_of_two_threads_leave_none_behind(first_ends_first: bool) -> None:
+    """Each block saw the other's limit as the one before; the last to end restored that one."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    entered, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with limits.memory_limit(4096):
+            entered.set()
+            assert leave.wait(120)
+
+    thread = threading.Thread(target=second)
+    with limits.memory_limit(2048):
+        thread.start()
+        assert entered.wait(120)
+        assert resource.getrlimit(resource.RLIMIT_AS) != before
+        if not first_ends_first:
+            leave.set()
+            thread.join(120)
+            assert resource.getrlimit(resource.RLIMIT_AS) != before
+    leave.set()
+    thread.join(120)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -4,12 +4,20 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 from alone import world_of_one
@@ -18,7 +26,11 @@ from align.core import checkpoints, distributed, storage
 from align.core.errors import Preempted
 from align.preflight import disk
 from align.preflight.disk import bytes_to_write, checkpoint_bytes, room
-from align.recipe.schema import OptimSpec, SftStage, ZeroSpec
+from align.recipe.schema import OptimSpec, SftStage, TrlStage, ZeroSpec
+from align.stages.trl import saving
+from align.stages.trl.saving import HASHES, save_patiently
+from align.stages.trl.stage import Watcher
+from align.stages.trl.trainers import _own_arguments
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 OTHERS = [
@@ -190,3 +202,91 @@ def test_the_estimate_is_the_size_of_a_checkpoint_that_deepspeed_saves(
     found = checkpoints.save_checkpoint(tmp_path, 1, engines=engines, state={}, keep=1)
     size = sum(p.stat().st_size for p in found.rglob("*") if p.is_file())
     assert size == pytest.approx(checkpoint_bytes(stage(dtype=dtype), trained, total), rel=0.02)
+
+
+def trained_by_trl(stage: Path, monkeypatch: pytest.MonkeyPatch, failures: int = 0) -> Path:
+    """Train two steps with a checkpoint after each; return the folder of the checkpoints.
+
+    Args:
+        stage: folder of the stage.
+        monkeypatch: patches the writers.
+        failures: how often each writer finds a full disk, for each of its files.
+    """
+    spec = TrlStage.model_validate(
+        {
+            **{"kind": "trl", "trainer": "SFT", "rows": "sft", "init": "base"},
+            **{"data": [{"world": "sft"}], "steps": 2, "batch_size": 2, "micro_batch_size": 2},
+            **{"checkpoint_every": 1, "keep_checkpoints": 1},
+        }
+    )
+    checkpoints = stage / "checkpoints"
+    given = _own_arguments(spec, SimpleNamespace(out=stage, seed=0))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    trainer = Trainer(
+        Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=1, num_key_value_heads=1)),
+        TrainingArguments(**given),
+        train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4,
+    )
+    metrics = SimpleNamespace(log=lambda *_: None)
+    trainer.add_callback(Watcher(metrics, checkpoints, period=1, keep=spec.keep_checkpoints))
+    save_patiently(trainer, checkpoints)
+    stage.mkdir(exist_ok=True)
+    left: dict[str, int] = {}
+
+    def full(write: Callable[..., object]) -> Callable[..., object]:
+        def written(*args: Any, **options: Any) -> object:
+            name = str(next(a for a in (*args[::-1], *options.values()) if isinstance(a, str)))
+            left[name] = left.get(name, failures) - 1
+            if left[name] >= 0:
+                raise FULL
+            return write(*args, **options)
+
+        return written
+
+    monkeypatch.setattr(torch, "save", full(torch.save))
+    monkeypatch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json))
+    trainer.train()
+    monkeypatch.undo()
+    assert left
+    assert max(left.values()) < 0
+    return checkpoints
+
+
+def test_a_trl_checkpoint_waits_for_space_and_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = trained_by_trl(tmp_path / "a", monkeypatch).iterdir()
+    monkeypatch.setattr(storage, "POLL_S", 0.001)
+    (found,) = trained_by_trl(tmp_path / "b", monkeypatch, failures=2).iterdir()
+    assert first.name == found.name == "checkpoint-2"
+    assert checkpoints.damage(found, record=HASHES) is None
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        assert (found / name).read_bytes() == (first / name).read_bytes(), name
+
+
+def test_what_is_left_of_a_trl_checkpoint_is_no_part_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that was damaged is saved anew into a folder with an old record in it."""
+    old = tmp_path / "a" / "checkpoints" / "checkpoint-2"
+    old.mkdir(parents=True)
+    (old / HASHES).write_text("{}")
+    (old / "global_step2").mkdir()
+    (found,) = trained_by_trl(tmp_path / "a", monkeypatch).iterdir()
+    assert checkpoints.damage(found, record=HASHES) is None
+    assert not (found / "global_step2").exists()
+
+
+def test_an_older_trl_checkpoint_is_there_until_the_new_one_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def record(folder: Path, name: str, state: dict) -> None:
+        seen.append(sorted(p.name for p in folder.parent.iterdir()))
+        checkpoints.write_record(folder, name, state)
+
+    monkeypatch.setattr(saving, "write_record", record)
+    trained_by_trl(tmp_path / "a", monkeypatch)
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.core import distributed
 from align.core.artifacts import Artifact
-from align.core.checkpoints import damage, save_weights, write_record
+from align.core.checkpoints import damage, save_weights
 from align.core.distributed import stop_deferred, stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
@@ -32,6 +32,7 @@ from align.stages.contaminated import contamination_checks
 from align.stages.offline import fingerprints, whole_state
 from align.stages.rollouts import build_rewards
 from align.stages.trl.preflight import preflight_trl
+from align.stages.trl.saving import HASHES, complete, in_order, save_patiently
 from align.stages.trl.trainers import (
     build_trainer,
     check_resumable,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
-HASHES = "hashes.json"
 CONVERSING = ("GKD", "GOLD", "IWOPD")
 """Trainers that read whole conversations from a column ``messages``."""
 
@@ -120,9 +120,11 @@ def trained(
         Preempted: a signal stopped the training.
     """
     metrics, period = context.metrics(spec.steps), resume_period(trainer)
-    trainer.add_callback(Watcher(metrics, context.out / "checkpoints", period=period))
+    checkpoints = context.out / "checkpoints"
+    trainer.add_callback(Watcher(metrics, checkpoints, period=period, keep=spec.keep_checkpoints))
+    save_patiently(trainer, checkpoints)
     # Resume only from a checkpoint whose hashes match.
-    newest = _newest_verified(context.out / "checkpoints")
+    newest = _newest_verified(checkpoints)
     if newest is not None:
         metrics.rewind(int(newest.name.split("-")[1]))
         restore_counts(trainer, newest)
@@ -309,8 +311,8 @@ def _first_end(ids: Sequence[int], chat: ChatFormat) -> int:
 class Watcher(TrainerCallback):
     """Callback that writes metrics.jsonl, hashes TRL's checkpoints, and stops on a signal."""
 
-    def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int) -> None:
-        self.metrics, self.checkpoints, self.period = metrics, checkpoints, period
+    def __init__(self, metrics: MetricsLog, checkpoints: Path, *, period: int, keep: int) -> None:
+        self.metrics, self.checkpoints, self.period, self.keep = metrics, checkpoints, period, keep
 
     def on_log(
         self,
@@ -334,11 +336,10 @@ class Watcher(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Hash the saved checkpoint; the hashes are written last."""
+        """Hash the saved checkpoint, and remove older ones."""
         distributed.barrier()
         if distributed.rank() == 0:
-            folder = self.checkpoints / f"checkpoint-{state.global_step}"
-            write_record(folder, HASHES, {})
+            complete(self.checkpoints, state.global_step, self.keep)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -370,8 +371,7 @@ def _newest_verified(checkpoints: Path) -> Path | None:
     """Return the newest checkpoint whose files match their hashes; warn about damaged ones."""
     found = None
     if distributed.rank() == 0:
-        folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
-        for folder in folders:
+        for folder in reversed(in_order(checkpoints)):
             problem = damage(folder, record=HASHES)
             if problem is None:
                 found = folder

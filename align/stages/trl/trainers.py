@@ -136,7 +136,8 @@ def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": saves,
         "save_steps": spec.checkpoint_every or 500,
-        "save_total_limit": spec.keep_checkpoints,
+        # TRL would remove older ones before the new one is on the disk and hashed.
+        "save_total_limit": None,
         "eval_strategy": "steps" if spec.eval_every else "no",
         "eval_steps": spec.eval_every or None,
         "logging_steps": 1,
