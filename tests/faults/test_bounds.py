@@ -1,5 +1,6 @@
 """Templates, files and functions of strangers are bounded in time, memory and output."""
 
+import bz2
 import gzip
 import json
 import resource
@@ -7,6 +8,7 @@ import threading
 import zlib
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -136,7 +138,7 @@ def test_the_limits_leave_the_process_as_it_was_and_hold_in_every_thread() -> No
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
-def errors(path: Path) -> list[str]:
+def errors(path: Path | str) -> list[str]:
     return [str(row) for row, _ in scan_rows(str(path)) if isinstance(row, DataError)]
 
 
@@ -306,3 +308,55 @@ def test_memory_limits_of_two_threads_leave_none_behind(first_ends_first: bool) 
     leave.set()
     thread.join(120)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that stands for the data set owner/set of the hub."""
+    folder, builder = tmp_path / "set", datasets.load_dataset_builder
+    folder.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda name, *_, **__: builder(str(folder))
+    )
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train"])
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *_, **__: load(str(folder), split="train")
+    )
+    return folder
+
+
+def test_a_data_set_of_the_hub_unpacks_within_the_limits(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MAX_ROW", 2**22)
+    row = b'{"text": "' + b"a" * 9_000 + b'"}\n'
+    packed(hub / "train.jsonl.gz", 2**24, line=row)
+    (found,) = errors("owner/set")
+    assert found.startswith("owner/set: train.jsonl.gz: ")
+    assert "over 100 times their size" in found
+    assert not list(hub.parent.glob("cache/**/*.arrow"))  # nothing was unpacked
+    monkeypatch.setenv("ALIGN_MAX_UNPACKED_GIB", "1")
+    assert errors("owner/set") == []
+    # The library has its own copy now, so nothing is unpacked again.
+    monkeypatch.delenv("ALIGN_MAX_UNPACKED_GIB")
+    rows = [row for row, _ in scan_rows("owner/set")]
+    assert len(rows) > 1000
+    assert rows[0] == {"text": "a" * 9_000}
+
+
+def test_an_archive_of_the_hub_is_read_only_if_the_user_trusts_it(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hub / "train.jsonl").write_bytes(bz2.compress(b'{"text": "a"}\n'))
+    (found,) = errors("owner/set")
+    assert "train.jsonl: its unpacked size is unknown. If you trust the file" in found
+    monkeypatch.setenv("ALIGN_MAX_UNPACKED_GIB", "1")
+    assert [row for row, _ in scan_rows("owner/set")] == [{"text": "a"}]
+
+
+def test_a_good_data_set_of_the_hub_is_read_as_the_library_reads_it(hub: Path) -> None:
+    (hub / "train.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
+    found = [row for row, _ in scan_rows("owner/set")]
+    assert found == [dict(row) for row in datasets.load_dataset("owner/set")]

@@ -28,6 +28,11 @@ def max_batch() -> int:
     return _allowed(MAX_BATCH)
 
 
+def is_set() -> bool:
+    """Return True if the user has set the limit."""
+    return SETTING in os.environ
+
+
 def _allowed(limit: int) -> int:
     """Return a limit, or what the environment variable SETTING says instead.
 
@@ -64,7 +69,7 @@ class Unpacked:
     def __init__(self, path: Path, name: str) -> None:
         self._packed, self._name, self._total = max(1, path.stat().st_size), name, 0
         self._limit = _allowed(MAX_FILE)
-        self._is_set = SETTING in os.environ
+        self._is_set = is_set()
 
     def add(self, num_bytes: int) -> None:
         """Count further bytes.

@@ -23,6 +23,8 @@ _ARCHIVES = {
     b"\xfd7zXZ": "packed by xz",
     b"\x28\xb5\x2f\xfd": "packed by zstd",
     b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"\x04\x22\x4d\x18": "packed by lz4",
 }
 _WIDE = {
     codecs.BOM_UTF32_LE: "UTF-32",

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.data.formats.turns import guess
+from align.data.reading import bounds
 from align.data.reading.json import Item, Row
 from align.data.reading.read_log import note_rows, num_rows, parsed_sha256
 from align.data.reading.readers import scan, without_nulls
@@ -252,7 +253,11 @@ def _read_hub(path: str) -> Iterator[Item]:
                 yield several_splits(path, known), path
                 return
             split = known[0]
+        _check_unpacking(name, config=config, revision=revision)
         data = datasets.load_dataset(name, config, split=split, revision=revision)
+    except DataError as error:
+        yield error, path
+        return
     except Exception as error:  # the hub client raises types of several libraries
         told = " ".join(str(error).split())
         message = (
@@ -264,3 +269,32 @@ def _read_hub(path: str) -> Iterator[Item]:
         return
     for number, row in enumerate(data, start=1):
         yield without_nulls(dict(row)), f"{path}:row {number}"
+
+
+def _check_unpacking(name: str, *, config: str | None, revision: str | None) -> None:
+    """Check that the files of a data set of the hub unpack within the limits of data files.
+
+    The datasets library unpacks without limits, so each file is first read here. Nothing is read
+    where the library has its own copy of the rows already.
+
+    Raises:
+        DataError: a file unpacks to too much, or is of a kind whose size cannot be limited.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        copied = (Path(builder.cache_dir) / datasets.config.DATASET_INFO_FILENAME).is_file()
+        named = None if copied else builder.config.data_files
+        files = [file for listed in (named or {}).values() for file in listed]
+        download = datasets.DownloadManager(dataset_name=name).download
+        brought = {file: Path(download(file)) for file in files}
+    except Exception:  # loading the data set ends with the same error
+        logger.info("%s: its files could not be listed", name)
+        return
+    for file, path in brought.items():
+        for row, _ in scan(path, name=f"{name}: {Path(file).name}", suffix=suffix_of(Path(file))):
+            if isinstance(row, DataError) and row.code == bounds.CODE:
+                raise row
+            if isinstance(row, DataError) and row.code == "D008" and not bounds.is_set():
+                raise bounds.too_large(f"{name}: {Path(file).name}", "its unpacked size is unknown")
