@@ -38,7 +38,8 @@ def init_process_group(*, deterministic: bool = False) -> None:
         deterministic: take deterministic kernels on a GPU, see ``_use_deterministic_kernels``.
 
     Raises:
-        DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not.
+        DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not; or the
+            ranks do not find each other.
     """
     if dist.is_initialized():
         return
@@ -75,7 +76,16 @@ def init_process_group(*, deterministic: bool = False) -> None:
             world_size=1,
             timeout=timeout,
         )
-    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        told = " ".join(str(error).split("\n")[0].split())[:300]
+        raise DeviceError(
+            f"rank {os.environ['RANK']} cannot join the other ranks at {place} ({told}). Another "
+            "process may use this port. Run the same command again, with another --master_port if "
+            "you start the ranks by hand"
+        ) from error
 
 
 def _timeout() -> timedelta:

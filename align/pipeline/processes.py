@@ -1,6 +1,7 @@
 """Start a stage as a process group, forward signals to its ranks, and leave no orphans."""
 
 import os
+import random
 import resource
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from align.core.errors import DeviceError
 from align.core.lock import started_at
 
 
@@ -18,6 +20,8 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+PORTS = range(20_000, 32_000)
+"""Ports of ranks: Linux assigns ports from 32768 on."""
 STAGE_MODULE = "align.stages"
 """Module that ``python -m`` starts as a stage, with a kind and a recipe."""
 
@@ -56,10 +60,19 @@ def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str
 
 
 def free_port() -> int:
-    """Return a port on which no process listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a port on which no process listens.
+
+    It is below those that the system assigns: one of them may become another process's before the
+    ranks listen on it.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise DeviceError(f"100 ports from {PORTS[0]} to {PORTS[-1]} are in use. Stop other processes")
 
 
 class StageProcess:

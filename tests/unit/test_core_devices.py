@@ -1,6 +1,7 @@
 """Devices, compiled kernels and the process group of one process."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from align import doctor
 from align.core import accelerator, distributed, extensions
 from align.core.errors import DeviceError
+from align.pipeline import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,3 +181,34 @@ def test_another_number_of_processes_than_the_recipe_names_is_an_error():
     with pytest.raises(DeviceError, match=r"ranks: 8, but 1 .*stages.sft.ranks=1"):
         distributed.check_ranks("sft", 8)
     distributed.check_ranks("sft", 1)
+
+
+def test_a_port_that_is_taken_is_one_line_with_the_port():
+    """Two launches by hand with the same port: torch's error names it among frames of C++."""
+    code = "from align.core import distributed, errors\ntry: distributed.init_process_group()\n"
+    code += "except errors.DeviceError as e: print(e)"
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env = os.environ | world | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
+        )
+    (line,) = [text for text in done.stdout.splitlines() if "rank 0" in text]
+    assert f"cannot join the other ranks at 127.0.0.1:{port}" in line
+    assert "--master_port" in line
+
+
+def test_ports_of_ranks_are_none_that_the_system_assigns(monkeypatch):
+    first, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert {processes.free_port() for _ in range(50)} <= set(range(1024, int(first)))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", processes.free_port()))
+        number = taken.getsockname()[1]
+        monkeypatch.setattr(processes, "PORTS", [number, *[number + 1] * 99])
+        assert processes.free_port() == number + 1
+        monkeypatch.setattr(processes, "PORTS", [number] * 100)
+        with pytest.raises(DeviceError, match="are in use"):
+            processes.free_port()
