@@ -17,6 +17,7 @@ from align.cli.runs import logs, open_, runs_
 from align.cli.start import import_
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
 from align.core.failure import last_words, path_problem
+from align.core.references import find_model
 from align.core.text import visible
 
 cli = typer.Typer(
@@ -59,6 +60,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="such as ppo.kl.coef=0.1; repeatable"),
 ]
+MODEL_HELP = "RUN/STAGE, a folder or a hub id"
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
 
@@ -212,32 +214,35 @@ def report(
 
 @cli.command()
 def chat(
-    artifact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/sft")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens per response")] = 256,
     seed: Annotated[int, typer.Option(help="random seed of the sampling")] = 0,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Chat with a model; /reset starts a new conversation, /quit exits."""
     from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
-    raise typer.Exit(run_tool("chat", [str(artifact), *options, "--seed", str(seed)]))
+    place = str(find_model(model, runs))
+    raise typer.Exit(run_tool("chat", [place, *options, "--seed", str(seed)]))
 
 
 @cli.command(name="serve-reward")
 def serve_reward(
-    artifact: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="runs/quickstart/reward")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
     combine: Annotated[
         str, typer.Option(help="how several heads are combined: mean, min, mean_minus_std")
     ] = "mean",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
     from align.pipeline.processes import become_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]
-    become_tool("serve", [str(artifact), *options])
+    become_tool("serve", [str(find_model(model, runs)), *options])
 
 
 @cli.command()

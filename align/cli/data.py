@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from align.core.errors import EXIT_USER, DataError
+from align.core.references import artifact_kind, find_model
 from align.core.text import visible
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ MapOption = Annotated[
     typer.Option("--map", metavar="FILE.py:NAME", help="function that makes new rows first"),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="DIR", help="count tokens with this tokenizer")
+    str | None, typer.Option("--model", metavar="MODEL", help="count tokens with its tokenizer")
 ]
 TemplateOption = Annotated[
     str | None,
@@ -198,8 +199,10 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
     from align.recipe.schema import TokenizerSpec
     from align.stages.base import chat_format
 
-    with one_line(model, "a tokenizer") if Path(model).exists() else bringing_in(model):
-        chat = chat_format(Path(model))
+    place = find_model(model)
+    folder = place / "model" if artifact_kind(place) else place
+    with one_line(model, "a tokenizer") if folder.exists() else bringing_in(model):
+        chat = chat_format(folder)
     if template is not None:
         pad = str(chat.tokenizer.pad_token or chat.tokenizer.eos_token)
         apply_tokenizer_spec(chat.tokenizer, TokenizerSpec(chat_template=template, pad_token=pad))

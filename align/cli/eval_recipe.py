@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from align.core.artifacts import MANIFEST, read_manifest
+from align.core.artifacts import MANIFEST
 from align.core.errors import EXIT_OK, RecipeError
+from align.core.references import artifact_kind, find_model
 from align.pipeline.processes import run_tool
 from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
@@ -182,23 +183,17 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(name: str, runs: Path) -> Path:
-    """Return the folder of a policy: an artifact or a transformers model, by path or RUN/STAGE.
+    """Return the place of a policy: RUN/STAGE, a folder or a hub id.
 
     Raises:
-        RecipeError: the folder does not exist or is not a policy.
+        ArtifactError: there is no such model.
+        RecipeError: it is no policy.
     """
-    for place in (Path(name), runs / name):
-        if (place / MANIFEST).is_file():
-            kind = read_manifest(place).get("kind")
-            if kind != "policy":
-                raise RecipeError(f"{place}: is a {kind}; expected a policy to evaluate")
-            return place
-        if (place / "config.json").is_file():
-            return place
-    raise RecipeError(
-        f"'{name}': no checkpoint; expected RUN/STAGE (looked in {runs}), the folder of a finished "
-        f"stage ({MANIFEST} in it) or a folder saved by transformers (config.json in it)"
-    )
+    place = find_model(name, runs)
+    kind = artifact_kind(place)
+    if kind not in (None, "policy"):
+        raise RecipeError(f"{place}: is a {kind}; expected a policy to evaluate")
+    return place
 
 
 def label_all(places: Iterable[Path]) -> dict[Path, str]:
@@ -263,9 +258,10 @@ def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str |
         )
     if name == "rule":
         return None, None
-    for place in (Path(name), runs / name):
-        if (place / MANIFEST).is_file() and read_manifest(place).get("kind") == "reward_model":
-            return None, str(place)
+    places = (Path(name), runs / name)
+    place = next((p for p in places if (p / MANIFEST).is_file()), None)
+    if place is not None and artifact_kind(place) == "reward_model":
+        return None, str(place)
     raise RecipeError(f"judge {name}: expected 'rule', a reward model's RUN/STAGE, or a URL")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from align.core.artifacts import MANIFEST, read_manifest
 from align.core.errors import EXIT_OK, RecipeError
 from align.core.log import CARDS_FILE
+from align.core.references import artifact_kind, find_model
 from align.pipeline.processes import run_tool
 from align.pipeline.terminal import Terminal
 from align.report import build_cards
@@ -21,7 +21,7 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the
 
 def eval_(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, an artifact or model folder")
+        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, a folder or a hub id")
     ],
     tasks: Annotated[
         str, typer.Option(metavar="A,B", help="task names, files, or lm_eval:NAME")
@@ -130,11 +130,9 @@ def scorers_among(checkpoints: Sequence[str], runs: Path) -> list[Path]:
     """
     found = []
     for name in dict.fromkeys(checkpoints):
-        for place in (Path(name), runs / name):
-            if (place / MANIFEST).is_file():
-                if read_manifest(place).get("kind") == "reward_model":
-                    found.append(place)
-                break
+        place = find_model(name, runs)
+        if artifact_kind(place) == "reward_model":
+            found.append(place)
     if found and len(found) != len(set(checkpoints)):
         raise RecipeError(
             "reward models and policies cannot be evaluated together. Run align eval once for each"

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from align.core import distributed
+from align.core.artifacts import read_artifact
 from align.core.errors import ArtifactError, TrainingError
+from align.core.references import WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 
 
@@ -56,6 +58,26 @@ def load_tokenizer(model_dir: Path | str) -> Any:
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """Names under which architectures configure the number of their positions."""
+
+
+def model_folder(place: Path, kind: str) -> Path:
+    """Return the folder with a model's weights; those of a hub id are downloaded first.
+
+    Args:
+        place: folder of an artifact or a model, or a hub id.
+        kind: expected kind of an artifact, such as ``policy``.
+
+    Raises:
+        ArtifactError: the artifact is damaged or of another kind, or the hub has no such model.
+    """
+    if artifact_kind(place) is not None:
+        return read_artifact(place, kind).model_dir
+    if place.exists():
+        return place
+    from huggingface_hub import snapshot_download
+
+    with bringing_in(str(place)):
+        return Path(snapshot_download(str(place), allow_patterns=list(WEIGHTS)))
 
 
 def num_positions(model_dir: Path | str) -> int | None:

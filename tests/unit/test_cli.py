@@ -180,11 +180,28 @@ def test_a_shipped_recipe_is_found_by_its_name():
     assert "valid, 2 stages" in align("check", "quickstart").stdout
 
 
-def test_chat_with_something_that_is_no_artifact_ends_with_2():
-    done = align("chat", "runs/toy/sft")
-    assert done.returncode == 2
-    assert "runs/toy/sft: no manifest.json" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "command", [("chat",), ("serve-reward",), ("eval",), ("data", "check", "o.jsonl", "--model")]
+)
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("runs/toy/sft", "runs/toy/sft: no such model; expected RUN/STAGE (looked in runs), the"),
+        ("toy/sft", "toy/sft: runs/toy has no such finished stage; finished are base"),
+        ("empty", "empty: no manifest.json and no config.json in it; expected the folder of a"),
+    ],
+)
+def test_every_command_refuses_a_model_that_is_not_there_alike(
+    command: tuple[str, ...], name: str, told: str
+):
+    Path("empty").mkdir()
+    Path("o.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("runs/toy/base").mkdir(parents=True)
+    Path("runs/toy/base/manifest.json").write_text("{}")
+    done = align(*command, name)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(told)
 
 
 def test_doctor_names_each_needed_package_with_its_version():

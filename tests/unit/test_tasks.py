@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from align.cli.eval_recipe import Question, find_checkpoint, label_all, question_recipe
-from align.core.errors import RecipeError
+from align.core.errors import AlignError, RecipeError
 from align.recipe.load import load_recipe, shipped_tasks
 
 RECIPE = """\
@@ -144,11 +144,11 @@ def test_checkpoints_of_two_runs_keep_apart():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "no checkpoint"), ("a/reward", "is a reward_model")],
+    [("nowhere", "no such model"), ("a/reward", "is a reward_model")],
 )
 def test_what_is_no_policy_is_refused(name: str, message: str):
     artifact("runs/a/reward", "reward_model")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(AlignError, match=message):
         find_checkpoint(name, Path("runs"))
 
 
@@ -180,5 +180,5 @@ def test_command_tells_a_missing_checkpoint_with_exit_code_2():
         env=env,
     )
     assert done.returncode == 2
-    assert "'runs/none/sft': no checkpoint" in done.stderr
+    assert "runs/none/sft: no such model" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from align.core.artifacts import read_artifact
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
@@ -151,17 +150,19 @@ def _typed_lines() -> Iterator[str]:
 def main() -> None:
     """Chat with the artifact named on the command line."""
     parser = argparse.ArgumentParser(description="Chat with a model.")
-    parser.add_argument("artifact", type=Path, help="runs/<recipe>/<stage>")
+    parser.add_argument("artifact", type=Path, help="folder of a stage or model, or a hub id")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        folder = read_artifact(args.artifact, "policy").model_dir
         from transformers import set_seed
         from transformers.utils import logging
 
         from align.models.bringing import check_folder, one_line
+        from align.models.loading import model_folder
+
+        folder = model_folder(args.artifact, "policy")
 
         check_folder(str(folder))
         logging.disable_progress_bar()

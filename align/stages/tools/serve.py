@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core.artifacts import read_artifact
-from align.core.errors import AlignError
+from align.core.artifacts import MANIFEST, read_json_object
+from align.core.errors import AlignError, ArtifactError
 from align.core.log import setup_logging
+from align.models.loading import model_folder
 from align.tuning.loading import attach_adapter
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,9 @@ MAX_CONNECTIONS = 256
 def main() -> NoReturn:
     """Serve until interrupted, then exit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path, help="folder of a reward stage")
+    parser.add_argument(
+        "artifact", type=Path, help="folder of a reward stage or model, or a hub id"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument(
@@ -46,14 +49,16 @@ def serve(path: Path, *, host: str, port: int, combine: str) -> None:
             f"serving needs fastapi and uvicorn ({error}); run: pip install 'align-suite[serve]'"
         ) from error
     from reward_models import build_reward
+    from reward_models.scalar import SCORER_FILE
 
-    artifact = read_artifact(path, "reward_model")
-    given = {"kind": "scalar", "model": str(artifact.model_dir), "combine": combine}
-    reward: Any = build_reward(given)
-    attach_adapter(reward.model, artifact.model_dir)
+    folder = model_folder(path, "reward_model")
+    if not (folder / SCORER_FILE).is_file():
+        raise ArtifactError(f"{path}: no {SCORER_FILE} in it; expected a reward model of align")
+    reward: Any = build_reward({"kind": "scalar", "model": str(folder), "combine": combine})
+    attach_adapter(reward.model, folder)
     about = {
         "artifact": str(path),
-        "spec_hash": artifact.manifest["spec_hash"],
+        "spec_hash": (read_json_object(path / MANIFEST) or {}).get("spec_hash"),
         "heads": reward.model.num_heads,
     }
     # There is no authentication, so exposing it must be a visible decision.
