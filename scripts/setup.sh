@@ -194,7 +194,7 @@ main() {
   step tools "$pins" "pip, setuptools and wheel" pip -c $CONSTRAINTS --upgrade pip setuptools wheel packaging
   step torch "$(hash_of "$pins" $TORCH "${TORCH_INDEX:-}")" \
     "$TORCH${TORCH_INDEX:+ from $TORCH_INDEX} (the largest download)" install_torch
-  lines=$("$PY" scripts/requirements.py project)
+  lines=$("$PY" scripts/requirements.py project && "$PY" scripts/requirements.py project train)
   step stack "$(hash_of "$pins" "$lines")" "the stack: transformers, trl, peft, datasets ..." \
     install_lines stack "$lines"
   step deepspeed "$(hash_of "$pins" $DEEPSPEED)" "$DEEPSPEED, built from source" \

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from align.core.errors import EXIT_USER, DataError
+from align.core.extras import require
 from align.core.references import artifact_kind, find_model
 from align.core.text import visible
 
@@ -193,6 +194,7 @@ def _mixed(word: str) -> tuple[str, float]:
 
 def _chat(model: str, template: str | None) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
+    require("--model", "torch", "transformers")
     from align.data.render.chat import apply_tokenizer_spec
     from align.models.bringing import one_line
     from align.models.loading import bringing_in

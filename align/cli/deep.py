@@ -11,6 +11,7 @@ import typer
 from align.core.accelerator import has_gpu
 from align.core.card import Card, read_card, table
 from align.core.errors import EXIT_FAILED, RecipeError
+from align.core.extras import TRAINING, require
 from align.core.text import suggest, visible
 from align.pipeline.planning import plan
 from align.pipeline.processes import stage_env
@@ -42,6 +43,7 @@ def deep_check(
     Raises:
         RecipeError: the recipe has no stage ``only``.
     """
+    require("align check --deep", *TRAINING)
     names = list(recipe.stages)
     if only is not None and only not in names:
         raise RecipeError(f"no stage '{only}'; stages are {', '.join(names)}{suggest(only, names)}")

@@ -48,6 +48,12 @@ class PreflightError(AlignError):
     exit_code = EXIT_USER
 
 
+class InstallError(AlignError, ImportError):
+    """A package that a command needs and that is not installed."""
+
+    exit_code = EXIT_USER
+
+
 class TrainingError(AlignError, RuntimeError):
     """A run that cannot continue: a non-finite loss, an engine with old weights."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from align.core.errors import DeviceError
+from align.core.extras import TRAINING, require
 from align.core.lock import started_at
 
 
@@ -185,6 +186,7 @@ def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int
     Returns:
         Its exit code.
     """
+    require("this command", *TRAINING)
     argv = [sys.executable, "-P", "-m", f"align.stages.tools.{name}", *arguments]
     output = subprocess.DEVNULL if quiet else None
     return subprocess.run(argv, stdout=output, check=False).returncode
@@ -192,6 +194,7 @@ def run_tool(name: str, arguments: Sequence[str], *, quiet: bool = False) -> int
 
 def become_tool(name: str, arguments: Sequence[str]) -> NoReturn:
     """Replace this process with a module of align.stages.tools, which then receives its signals."""
+    require("this command", *TRAINING)
     sys.stdout.flush()
     sys.stderr.flush()
     module = f"align.stages.tools.{name}"

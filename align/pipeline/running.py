@@ -24,6 +24,7 @@ from align.core.errors import (
     ArtifactError,
     RecipeError,
 )
+from align.core.extras import TRAINING, require
 from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import refuse_if_held
 from align.pipeline.planning import plan
@@ -94,6 +95,8 @@ def run(
     if dry:
         terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
         return EXIT_OK
+    if module == STAGE_MODULE:
+        require("align run", *TRAINING)
     with _Signals() as signals, _locked(folder):
         running = _Run(recipe, folder, terminal, signals, module, grace_s)
         planned = plan(recipe, folder)

@@ -1,13 +1,17 @@
 """The wheel, installed where there is no checkout: it holds every file, checks and trains."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("align", "reward_models", "recipes", "pyproject.toml", "README.md", "LICENSE")
@@ -63,25 +67,41 @@ def test_wheel_holds_every_file_of_the_packages_and_the_recipes(wheel: Path):
     assert packed == files | recipes
 
 
+CHEAP = (
+    *("base.steps=2", "base.data.0.rows=64", "base.batch_size=8"),
+    *("sft.steps=1", "sft.data.0.rows=64", "sft.heldout.0.rows=8", "sft.batch_size=8"),
+    *("reward.steps=1", "reward.data.0.rows=32", "reward.heldout.0.rows=8", "reward.batch_size=8"),
+    *("reward.ranks=1", "reward.zero.stage=0", "reward.norm_prompts=8"),
+    *("dpo.steps=1", "dpo.data.0.rows=32", "dpo.heldout.0.rows=8", "dpo.batch_size=8"),
+    *("ppo.steps=1", "ppo.prompts.0.rows=32", "ppo.prompts_per_step=4", "ppo.watch=null"),
+    *("ppo.sampling.engine=hf", "ppo.sampling.max_new_tokens=4"),
+    *("grpo.steps=1", "grpo.prompts.0.rows=32", "grpo.prompts_per_step=2", "grpo.group_size=2"),
+    *("grpo.sampling.engine=hf", "grpo.sampling.max_new_tokens=4"),
+    *("evaluate.prompts.0.rows=4", "evaluate.pairs.0.rows=8", "evaluate.expect={}"),
+    *("evaluate.sampling.engine=hf", "evaluate.sampling.max_new_tokens=4"),
+)
+"""Settings with which every stage of the quickstart runs in seconds."""
+
+
 @pytest.mark.slow
-def test_a_shipped_recipe_is_checked_shown_and_begun_outside_the_checkout(
-    site: Path, tmp_path: Path
-):
+def test_every_stage_of_the_quickstart_runs_outside_the_checkout(site: Path, tmp_path: Path):
     where = "import align, reward_models; print(align.__file__, reward_models.__file__)"
     places = work("-c", where, cwd=tmp_path, site=site).split()
     assert all(Path(place).is_relative_to(site) for place in places)
-    assert "valid, 7 stages" in work("-m", "align", "check", "quickstart", cwd=tmp_path, site=site)
-    facts = "from align.recipe.load import load_recipe; from pathlib import Path; "
-    facts += "print(Path(load_recipe('ewc').stages['base'].data[0].path).is_file())"
-    assert work("-c", facts, cwd=tmp_path, site=site) == "True\n"
-    settings = ["seed=3", "stages.base.steps=2", "stages.base.data.0.rows=64", "stages.sft.steps=1"]
-    words = ["quickstart", *(word for text in settings for word in ("--set", text))]
-    work("-m", "align", "run", *words, "--only", "base", cwd=tmp_path, site=site)
-    assert (tmp_path / "runs/quickstart/base/model/model.safetensors").is_file()
-    shown = work("-m", "align", "show", *words, cwd=tmp_path, site=site)
-    assert "base base done" in " ".join(shown.split())
+    words = ["quickstart", *(word for text in CHEAP for word in ("--set", text))]
+    work("-m", "align", "run", *words, cwd=tmp_path, site=site)
+    shown = json.loads(work("-m", "align", "show", *words, "--json", cwd=tmp_path, site=site))
+    stages = ["base", "sft", "reward", "dpo", "ppo", "grpo", "evaluate"]
+    assert [(entry["name"], entry["status"]) for entry in shown["plan"]] == [
+        (name, "done") for name in stages
+    ]
+    results = json.loads(
+        work("-m", "align", "show", "runs/quickstart", "--json", cwd=tmp_path, site=site)
+    )
+    assert set(results["stages"]) == set(stages)
+    assert (tmp_path / "runs/quickstart/report.html").is_file()
     said = subprocess.run(
-        [sys.executable, "-m", "align", "chat", "runs/quickstart/base", "--max-new-tokens", "1"],
+        [sys.executable, "-m", "align", "chat", "quickstart/grpo", "--max-new-tokens", "1"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(site)},
         input="hello\n",
@@ -90,6 +110,100 @@ def test_a_shipped_recipe_is_checked_shown_and_begun_outside_the_checkout(
         check=False,
     )
     assert said.returncode == 0, said.stderr[-3000:]
+
+
+def test_files_of_recipes_are_found_outside_the_checkout(site: Path, tmp_path: Path):
+    facts = "from align.recipe.load import load_recipe; from pathlib import Path; "
+    facts += "print(Path(load_recipe('ewc').stages['base'].data[0].path).is_file())"
+    assert work("-c", facts, cwd=tmp_path, site=site) == "True\n"
+
+
+def declared(names: list[str], found: dict[str, metadata.Distribution]) -> None:
+    """Add the distributions that requirement lines name, and what they require in turn."""
+    for line in names:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if canonicalize_name(requirement.name) not in found:
+            distribution = metadata.distribution(requirement.name)
+            found[canonicalize_name(requirement.name)] = distribution
+            declared(distribution.requires or [], found)
+
+
+@pytest.fixture(scope="module")
+def light(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and exactly what its plain installation declares."""
+    folder = tmp_path_factory.mktemp("light")
+    (info,) = site.glob("align_suite-*.dist-info")
+    found: dict[str, metadata.Distribution] = {}
+    declared(metadata.Distribution.at(info).requires or [], found)
+    assert "pydantic" in found
+    assert not {"torch", "transformers", "datasets", "deepspeed"} & set(found)
+    for distribution in found.values():
+        tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] != ".."}
+        for top in tops - {"__pycache__"}:
+            place = Path(str(distribution.locate_file(top)))
+            if place.exists() and not (folder / top).exists():
+                (folder / top).symlink_to(place)
+    for place in site.iterdir():
+        if place.name != "bin":
+            (folder / place.name).symlink_to(place)
+    return folder
+
+
+def lightly(*words: str, light: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run align with nothing but the light folder on Python's path (-S: no site-packages)."""
+    env = {"PYTHONPATH": str(light), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    command = [sys.executable, "-S", "-m", "align", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_light_core_works_without_torch(light: Path, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    (tmp_path / "foreign.yaml").write_text(
+        "model_name_or_path: a/b\nfinetuning_type: full\nstage: sft\ndataset: rows.jsonl\n"
+        "output_dir: out/made\n"
+    )
+    probe = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('transformers'))"
+    env = {"PYTHONPATH": str(light)}
+    command = [sys.executable, "-S", "-c", probe]
+    nothing = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert nothing.stdout == "None None\n"
+    for words, told in (
+        (("check", "quickstart"), "valid, 7 stages"),
+        (("show", "quickstart", "--json"), '"plan"'),
+        (("run", "quickstart", "--dry-run"), "nothing is started"),
+        (("schema",), '"$defs"'),
+        (("data", "check", "rows.jsonl"), "characters per row"),
+        (("data", "convert", "rows.jsonl", "o.parquet", "--to", "messages"), "2 rows"),
+        (("data", "check", "o.parquet"), "characters per row"),
+        (("import", "llamafactory", "foreign.yaml"), "made.yaml: valid"),
+        (("--version",), "align "),
+    ):
+        done = lightly(*words, light=light, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stderr)
+        assert told in done.stdout, words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "quickstart"),
+        ("chat", "quickstart/sft"),
+        ("check", "quickstart", "--deep"),
+        ("data", "check", "rows.jsonl", "--model", "a/b"),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_pip_command(
+    words: tuple[str, ...], light: Path, tmp_path: Path
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    done = lightly(*words, light=light, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "torch" in line
+    assert line.endswith("pip install 'align-suite[train]'")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_tasks_and_the_rules_of_data_are_found_outside_the_checkout(site: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.core.extras import require
 from align.data.formats.turns import guess
 from align.data.reading import bounds
 from align.data.reading.json import Item, Row
@@ -243,6 +244,7 @@ def _known(path: Path) -> Path:
 
 
 def _read_hub(path: str) -> Iterator[Item]:
+    require(f"{path}: reading a hub id", "datasets")
     import datasets
 
     name, config, revision, split = _choice(path)
