@@ -1,5 +1,6 @@
 """The commands that write a recipe: ``align import`` and ``align init``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,3 +61,46 @@ def _write_new(files: dict[Path, str], force: bool) -> None:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def init(
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="folder or hub id of a transformers model")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="PATH", help="file, folder or hub id; repeatable"),
+    ] = None,
+    name: Annotated[str, typer.Option(help="name of the run, and of the file")] = "my-run",
+    tuning: Annotated[
+        Literal["full", "lora", "qlora"], typer.Option(help="which weights are trained")
+    ] = "lora",
+    out: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="file to write (default: <name>.yaml)")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a recipe for a model and data: the format of the rows decides on the stages."""
+    from align.cli.proposal import propose
+    from align.recipe.load import load_recipe
+
+    model = model or _asked("--model", "Model (folder or hub id)")
+    sources = data or _asked("--data", "Data (files or hub ids, separated by spaces)").split()
+    target = out or Path(f"{name}.yaml")
+    made = propose(model, sources, name=name, tuning=tuning)
+    _write_new({target: made.text}, force)
+    for line in made.found:
+        typer.echo(visible(line))
+    load_recipe(target)
+    typer.echo(visible(f"{target}: written and valid; run it with: align run {target}"))
+
+
+def _asked(flag: str, question: str) -> str:
+    """Return the reply to a question on a terminal.
+
+    Raises:
+        RecipeError: there is no terminal; names the flag.
+    """
+    if not sys.stdin.isatty():
+        raise RecipeError(f"{flag} is missing; without a terminal there is nobody to ask")
+    return str(typer.prompt(question)).strip()

@@ -1,0 +1,114 @@
+"""align init: a recipe from a model and data, by the format of the first rows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.proposal import propose
+from align.core.errors import AlignError
+from align.recipe.load import load_recipe
+
+ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"prompt": "a", "completion": "b"},
+    "alpaca": {"instruction": "a", "output": "b"},
+    "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "chats": {"conversations": [{"from": "human", "value": "a"}], "chosen": "b", "rejected": "c"},
+    "good": {"prompt": "a", "completion": "b", "label": True},
+    "math": {"prompt": "1 + 1?", "answer": "2"},
+    "words": {"prompt": "Red in French?", "answer": "rouge"},
+    "texts": {"text": "a"},
+    "steps": {"prompt": "a", "completions": ["b"], "labels": [True]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, row in ROWS.items():
+        Path(f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("model/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+
+
+def stages(*data: str, tuning: str = "lora") -> dict[str, Any]:
+    """The stages that are proposed; the recipe must be valid."""
+    made = propose("model", [f"{name}.jsonl" for name in data], name="r", tuning=tuning)
+    Path("r.yaml").write_text(made.text)
+    load_recipe("r.yaml")
+    return yaml.safe_load(made.text)["stages"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("sft", "sft"), ("alpaca", "sft"), ("texts", "sft"), ("pairs", "dpo"), ("chats", "dpo")),
+        *(("good", "kto"), ("math", "grpo"), ("words", "grpo"), ("steps", "reward")),
+    ],
+)
+def test_the_format_of_the_rows_decides_on_the_stage(name: str, kind: str):
+    assert list(stages(name)) == ["base", kind]
+
+
+def test_several_sources_become_stages_that_start_from_each_other():
+    found = stages("math", "pairs", "sft", "alpaca")
+    assert list(found) == ["base", "sft", "dpo", "grpo"]
+    assert [found[name]["init"] for name in ("sft", "dpo", "grpo")] == ["base", "sft", "dpo"]
+    assert [source["path"] for source in found["sft"]["data"]] == ["sft.jsonl", "alpaca.jsonl"]
+    assert found["dpo"]["heldout"] == [{"path": "pairs.jsonl", "split": "heldout"}]
+    assert found["grpo"]["rewards"] == [{"kind": "math", "column": "answer"}]
+    assert found["base"]["tokenizer"] == {"pad_token": "</s>", "chat_template": "chatml"}
+    assert "tuning" not in stages("sft", tuning="full")["sft"]
+    assert stages("words")["grpo"]["rewards"] == [{"kind": "exact_match", "column": "answer"}]
+
+
+def test_a_dataset_with_its_own_splits_keeps_them():
+    Path("set").mkdir()
+    for split in ("train", "test"):
+        Path(f"set/{split}.jsonl").write_text(Path("pairs.jsonl").read_text())
+    text = propose("model", ["set"], name="r", tuning="lora").text
+    dpo = yaml.safe_load(text)["stages"]["dpo"]
+    assert (dpo["data"], dpo["heldout"]) == (
+        [{"path": "set", "split": "train"}],
+        [{"path": "set", "split": "test"}],
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "told"),
+    [
+        ("model", {"prompt": "a"}, "x.jsonl: prompts without an expected answer"),
+        ("model", {"strange": "a"}, "x.jsonl:1: no known format has the fields"),
+        ("nowhere", {"text": "a"}, "--model nowhere: no such folder, and no hub id"),
+    ],
+)
+def test_what_gives_no_recipe_is_one_line(model: str, row: dict[str, Any], told: str):
+    Path("x.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(AlignError) as caught:
+        propose(model, ["x.jsonl"], name="r", tuning="lora")
+    assert str(caught.value).startswith(told)
+
+
+def test_the_command_asks_on_a_terminal_and_names_the_flag_without_one():
+    command = [sys.executable, "-m", "align", "init"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "--model is missing; without a terminal there is nobody to ask\n"
+    terminal, inside = os.openpty()
+    os.write(terminal, b"model\nsft.jsonl pairs.jsonl\n")
+    done = subprocess.run(command, stdin=inside, capture_output=True, text=True, check=False)
+    os.close(terminal)
+    os.close(inside)
+    assert done.returncode == 0, done.stderr
+    assert "sft.jsonl: prompt_completion, for a sft stage" in done.stdout
+    assert "my-run.yaml: written and valid" in done.stdout
+    schema = Path("my-run.yaml").read_text().partition("\n")[0].rpartition("$schema=")[2]
+    assert json.loads(Path(schema).read_text())["properties"]["stages"]
