@@ -10,7 +10,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-gpu docs faults mutants check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-lowest test-gpu docs faults mutants check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -47,6 +47,13 @@ methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA
 test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTEST_ARGS=...)
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+# The oldest versions that pyproject.toml allows, in an environment of its own (several gigabytes).
+test-lowest: ## Run the unit tests with the lowest versions of every dependency
+	@$(or $(PYTHON),python3) -m venv .venv-lowest
+	@.venv-lowest/bin/pip install -q uv
+	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python --resolution lowest-direct -e '.[train,test]'
+	@.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/unit $(PYTEST_ARGS)
+
 # FAULTS_ARGS="--seed 7" draws other moments; "--only TEXT" repeats the faults whose name has TEXT.
 faults: setup-test ## Inject 1,400 faults into tiny runs and print the table of what held
 	@$(PY) -m tests.faults.campaign --jobs $(JOBS) $(FAULTS_ARGS)
@@ -55,6 +62,7 @@ mutants: setup-test ## Plant faults in a copy of the code; near tests must find 
 	@$(PY) -m benchmarks.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
 
 docs: setup-test ## Build the documentation site into site/; a broken link fails
+	@PYTHONPATH=. $(PY) scripts/pages.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 test-gpu: setup-test ## Run the tests that need a GPU
@@ -71,5 +79,5 @@ bench: setup ## Measure the benchmark table (35 to 60 minutes on 2 cores; rows d
 	$(PY) -m benchmarks.table
 
 clean: ## Remove .venv, caches and build output; runs/ is kept
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,6 @@ cli = typer.Typer(
     help="Post-training for language models: SFT, reward models, DPO, PPO, GRPO from one recipe.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

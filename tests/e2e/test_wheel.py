@@ -77,6 +77,7 @@ CHEAP = (
     *("ppo.sampling.engine=hf", "ppo.sampling.max_new_tokens=4"),
     *("grpo.steps=1", "grpo.prompts.0.rows=32", "grpo.prompts_per_step=2", "grpo.group_size=2"),
     *("grpo.sampling.engine=hf", "grpo.sampling.max_new_tokens=4"),
+    "evaluate.models=[sft, grpo]",
     *("evaluate.prompts.0.rows=4", "evaluate.pairs.0.rows=8", "evaluate.expect={}"),
     *("evaluate.sampling.engine=hf", "evaluate.sampling.max_new_tokens=4"),
 )

@@ -227,10 +227,3 @@ def test_the_command_writes_a_valid_recipe_and_never_overwrites(tmp_path: Path):
     done = call("trl", "c.yaml", "--out", "sub/r.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "sub/r.yaml: exists already" in done.stderr
-
-
-def test_docs_import_has_the_tables_of_the_converters():
-    from scripts.pages import import_page
-
-    page = Path(__file__).parents[2] / "docs" / "import.md"
-    assert page.read_text() == import_page(), "run: python scripts/pages.py"
