@@ -259,16 +259,25 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    import_extensions()
-    # Read. Tasks are expanded twice: overrides may refer to keys of a task, or add tasks.
     source = read_source(find_recipe(path))
     if tool := recognize(source.data):
         told = f"this looks like a configuration of {tool}; convert it: align import {tool} {path}"
         raise RecipeError(f"{path}: {told}")
+    return resolve(source, overrides, folder=Path(path).parent)
+
+
+def resolve(source: Source, overrides: Sequence[str] = (), *, folder: Path) -> Resolved:
+    """Fill in and validate a recipe that was read; code files are relative to ``folder``.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    import_extensions()
+    # Tasks are expanded twice: overrides may refer to keys of a task, or add tasks.
     expand_tasks(source)
     apply_overrides(source, overrides)
     expand_tasks(source)
-    place_own_code(source, Path(path).parent)
+    place_own_code(source, folder)
     complete_blocks(source)
     # Validate against the schema.
     errors = list(source.errors)

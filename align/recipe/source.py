@@ -62,7 +62,7 @@ class Source:
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_SafeLoader):
+class Loader(_SafeLoader):
     """A YAML 1.2 loader for plain scalars: ``no`` is text, ``1e-5`` a number, ``010`` is 10."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -80,7 +80,7 @@ for _kind, _pattern, _first in (
     ),
     ("merge", r"^<<$", ["<"]),
 ):
-    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+    Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
 
 
 def _int(text: str) -> int:
@@ -129,7 +129,7 @@ def _restore_braces(node: yaml.Node | None) -> None:
             queue += part.value
 
 
-def _compose(text: str) -> yaml.Node | None:
+def compose_recipe(text: str) -> yaml.Node | None:
     """Return the YAML node of a text; ``${NAME}`` needs no quotes, also in ``{}`` and ``[]``.
 
     Raises:
@@ -138,7 +138,7 @@ def _compose(text: str) -> yaml.Node | None:
     # Replace character by character, so that every mark keeps its line and column.
     if _OPEN not in text and _CLOSE not in text:
         text = _BRACED.sub(rf"{_OPEN}\1{_CLOSE}", text)
-    root = compose(text, _Loader, LIMITS)
+    root = compose(text, Loader, LIMITS)
     _restore_braces(root)
     return root
 
@@ -207,7 +207,7 @@ def parse_file(path: Path) -> Source:
     except (OSError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {e}") from e
     try:
-        node = _compose(text)
+        node = compose_recipe(text)
     except yaml.MarkedYAMLError as e:
         at = e.problem_mark or e.context_mark
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
@@ -217,7 +217,7 @@ def parse_file(path: Path) -> Source:
     source = Source()
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{path}:1:1: expected a mapping with the keys 'name' and 'stages'")
-    reader = _Reader(str(path), source)
+    reader = Reader(str(path), source)
     source.data = reader.value(node, ())
     return source
 
@@ -232,7 +232,7 @@ def _near_files(path: Path) -> str:
     return f"; did you mean '{places[close[0]]}'?" if close else ""
 
 
-class _Reader:
+class Reader:
     """A converter from YAML nodes to data that records marks and errors in a ``Source``."""
 
     def __init__(self, file: str, source: Source) -> None:
@@ -241,6 +241,7 @@ class _Reader:
         self.open: list[yaml.Node] = []
 
     def value(self, node: yaml.Node, key: Key, *, key_node: yaml.Node | None = None) -> Any:
+        """Return the data of a node at a key path, and record its place."""
         at = node.start_mark
         named = (key_node or node).start_mark
         # A block value may start on the line after its key; an error should show the key's line.
@@ -263,6 +264,7 @@ class _Reader:
             self.open.pop()
 
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        """Return a mapping's data, with '<<' merged."""
         found: dict[str, Any] = {}
         merged: list[yaml.MappingNode] = []
         for key_node, child in node.value:
@@ -295,6 +297,7 @@ class _Reader:
         return found
 
     def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
+        """Return the value of a scalar, with variables replaced."""
         if node.tag == _TAG + "str":
             text, changed = self.expanded(node.value, key)
             # An unquoted ${STEPS} may be a number; a quoted one stays text.
@@ -304,6 +307,7 @@ class _Reader:
         return self.typed(node.tag, node.value, key)
 
     def typed(self, tag: str, text: str, key: Key) -> Any:
+        """Return a text as the value of its YAML tag."""
         read = _READERS.get(tag.removeprefix(_TAG))
         if read is None:
             self.problem(key, f"YAML tag '{tag}' is not used in recipes; remove it")
@@ -311,6 +315,7 @@ class _Reader:
         return self.read(read, text, key)
 
     def read(self, read: Callable[[str], Any], text: str, key: Key) -> Any:
+        """Return what ``read`` makes of a text; report its ValueError."""
         try:
             return read(text)
         except ValueError as error:
@@ -355,6 +360,7 @@ class _Reader:
         return replaced, replaced != text
 
     def problem(self, key: Key, what: str) -> None:
+        """Add an error about the value at a key path."""
         where = self.source.marks[key].at_value()
         name = f"{dotted(key)}: " if key else ""
         self.source.errors.append(f"{where}: {name}{what}")
@@ -362,18 +368,18 @@ class _Reader:
 
 def parse_value(text: str, name: str, errors: list[str]) -> Any:
     """Return the value of ``--set name=text``, parsed as YAML; errors are added to ``errors``."""
-    node = _compose(text)
+    node = compose_recipe(text)
     if node is None:
         return None
     source = Source()
-    value = _Reader("--set", source).value(node, (name,))
+    value = Reader("--set", source).value(node, (name,))
     errors += ["--set: " + line.split(": ", 1)[1] for line in source.errors]
     return value
 
 
 def plain_scalar(text: str) -> Any:
     """Return a text parsed as an unquoted YAML value."""
-    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+    tag = Loader("").resolve(yaml.ScalarNode, text, (True, False))
     return _READERS.get(tag.removeprefix(_TAG), str)(text)
 
 
