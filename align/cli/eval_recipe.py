@@ -80,9 +80,7 @@ def evaluate(
         The exit code of the stage.
     """
     recipe = question_recipe(question, runs)
-    # The folder is named by the content of the recipe, so equal options find their results.
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
-    folder = out or runs / f"eval-{digest}"
+    folder = out or results_folder(recipe, runs)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "eval.yaml"
     named = {"name": re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name) or "eval", **recipe}
@@ -93,6 +91,12 @@ def evaluate(
         for line in detect_lines(summary, detect):
             Terminal().line(line)
     return code
+
+
+def results_folder(recipe: Mapping[str, Any], runs: Path) -> Path:
+    """Return the folder of an evaluation, named by its recipe: equal options find their results."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    return runs / f"eval-{digest}"
 
 
 def calibrate(

@@ -7,6 +7,7 @@ stage in the current recipe.
 import fcntl
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ WITHOUT_CHECKPOINTS = ("encoder", "evaluate", "merge", "curate", "weak_label")
 
 
 def run(
-    recipe_path: Path | str,
+    recipe_path: Path | str | Recipe,
     *,
     overrides: Sequence[str] = (),
     runs: Path | str = "runs",
@@ -63,12 +64,13 @@ def run(
     dry: bool = False,
     module: str = STAGE_MODULE,
     terminal: Terminal | None = None,
+    signals: "Signals | None" = None,
     grace_s: float = GRACE_S,
 ) -> int:
     """Run the stages of a recipe that are not done.
 
     Args:
-        recipe_path: the YAML file.
+        recipe_path: the YAML file, or a recipe that is loaded.
         overrides: ``--set`` texts.
         runs: folder of all runs.
         run_dir: folder of the run; None means ``<runs>/<recipe name>``.
@@ -80,6 +82,7 @@ def run(
         dry: show what would run; nothing is started or written.
         module: module that is started for a stage, with its kind and the resolved recipe.
         terminal: where progress is shown; None means standard output.
+        signals: the counter of signals, for a caller that asks which one came.
         grace_s: seconds between forwarding a signal and killing the stage.
 
     Returns:
@@ -88,7 +91,9 @@ def run(
     Raises:
         AlignError: nothing was started, for the reason in the message.
     """
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = recipe_path
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
     choice = Choice.of(only=only, from_=from_, until=until, force=force)
@@ -97,7 +102,7 @@ def run(
         return EXIT_OK
     if module == STAGE_MODULE:
         require("align run", *TRAINING)
-    with _Signals() as signals, _locked(folder):
+    with signals or Signals() as signals, _locked(folder):
         running = _Run(recipe, folder, terminal, signals, module, grace_s)
         planned = plan(recipe, folder)
         work = work_of(recipe, planned, choice)
@@ -113,7 +118,7 @@ class _Run:
     recipe: Recipe
     folder: Path
     terminal: Terminal
-    signals: "_Signals"
+    signals: "Signals"
     module: str
     grace_s: float
 
@@ -207,27 +212,37 @@ def _run_stage(run: _Run, name: str) -> int:
     return code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
 
 
-class _Signals:
-    """Count SIGINT and SIGTERM during a run instead of their usual effect."""
+class Signals:
+    """Count SIGINT and SIGTERM during a run instead of their usual effect.
+
+    Outside the main thread Python accepts no handlers; signals keep their effect there.
+
+    Attributes:
+        count: number of signals so far.
+        last: the last of them.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.last: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._note)
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
         return self
 
-    def _note(self, _signum: int, _frame: object) -> None:
+    def _note(self, signum: int, _frame: object) -> None:
         self.count += 1
+        self.last = signum
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
 
-def _watch(process: StageProcess, terminal: Terminal, signals: _Signals, *, grace_s: float) -> int:
+def _watch(process: StageProcess, terminal: Terminal, signals: Signals, *, grace_s: float) -> int:
     """Show progress until the stage ends; forward the first signal and kill on the second.
 
     A stage whose folder was removed is stopped too.

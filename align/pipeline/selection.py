@@ -100,7 +100,10 @@ def _redone(
     if not choice.force:
         if changed:
             lines = [f"{s.name}: changed since it ran: {s.reason}" for s in changed]
-            advice = "use --force to run them again, or another name: in the recipe to keep both"
+            advice = (
+                "use --force (in Python force=True) to run them again, or another name: in the "
+                "recipe (out= in Python) to keep both"
+            )
             raise RecipeError("\n".join([*lines, advice]))
         return set()
     # A stage is also rerun if any stage it depends on is rerun.

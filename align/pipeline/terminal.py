@@ -85,11 +85,16 @@ def _changed(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
+def make_console(*, quiet: bool = False) -> Console:
+    """Return the console of a run; in a notebook it writes plain lines, as without a terminal."""
+    return Console(highlight=False, soft_wrap=True, force_jupyter=False, quiet=quiet)
+
+
 class Terminal:
     """Show the running stage and the results of the others."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or make_console()
         self._live: Live | None = None
         self._title = ""
         self._plain_at = 0.0
