@@ -42,6 +42,11 @@ MAY_IMPORT = {
     "align.__main__": ("align.cli",),
     "align.cli": ("align.core", "align.recipe", "align.pipeline", "align.report", "align.doctor"),
     "align.doctor": ("align.core", "align.recipe"),
+    "align.api": (
+        *("align.core", "align.recipe", "align.pipeline", "align.report"),
+        "align.cli.eval_recipe",
+    ),
+    "align.rewards": ("reward_models",),
     "launch": ("align.stages",),
 }
 HOMES = {
@@ -63,9 +68,11 @@ TORCH_FREE = (
     "align.report",
     "align.cli",
     "align.doctor",
+    "align.api",
+    "align.rewards",
     "align.data.check",
 )
-COMMANDS = ("align.cli", "align.doctor")
+COMMANDS = ("align.cli", "align.doctor", "align.api")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", *HOMES}
 
 

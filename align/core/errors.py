@@ -68,3 +68,18 @@ class Preempted(AlignError):
     """A stage that stopped on a signal after saving a checkpoint."""
 
     exit_code = EXIT_PREEMPTED
+
+
+class RunError(AlignError):
+    """A run from Python that did not end well, with the last message of its stage.
+
+    Args:
+        message: what failed and why.
+        stage: the stage that failed; empty if all ran, but an expectation does not hold.
+        code: the exit code of the same run by ``align run``.
+    """
+
+    def __init__(self, message: str, *, stage: str = "", code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.exit_code = code

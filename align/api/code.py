@@ -1,0 +1,270 @@
+"""Turn a Python function into the ``FILE.py:NAME`` that a recipe names.
+
+A function of an imported module is named by its file. One of a notebook, of a script or inside
+another function is written to a file of its own, with the imports, constants and functions that it
+uses: importing the script itself in the worker would run the script again.
+"""
+
+import ast
+import builtins
+import hashlib
+import inspect
+import linecache
+import math
+import re
+import symtable
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from align.core.errors import RecipeError
+from align.core.sources import source_file
+
+_INSTEAD = "write it to a file and give 'FILE.py:NAME'"
+_HEAD = '"""Written by align from a function of a notebook or script."""\n\n'
+_FUTURE = "from __future__ import annotations\n\n"
+
+
+def python_reward(function: Callable[..., Any], folder: Path) -> dict[str, Any]:
+    """Return the ``kind: python`` block of a function, a class or a ``partial`` of one.
+
+    Args:
+        function: the function; keyword arguments of a partial become ``args``.
+        folder: where a function without an importable file is written.
+
+    Raises:
+        RecipeError: its source cannot be found, or uses a value that cannot be written to a file.
+    """
+    if not isinstance(function, partial):
+        return {"kind": "python", "path": reference(function, folder)}
+    if function.args:
+        raise RecipeError(
+            f"{_name(function.func)}: a partial with positional arguments; name each argument"
+        )
+    block = python_reward(function.func, folder)
+    return block | {"args": {**block.get("args", {}), **function.keywords}}
+
+
+def reference(function: Callable[..., Any], folder: Path) -> str:
+    """Return ``FILE.py:NAME`` or ``MODULE:NAME`` of a function or class; see ``python_reward``."""
+    if not (inspect.isfunction(function) or inspect.isclass(function)):
+        raise RecipeError(
+            f"{_name(function)}: found a {type(function).__name__}; expected a function, or a "
+            f"class whose instances are called; or {_INSTEAD}"
+        )
+    if (named := _in_module(function)) is not None:
+        return named
+    name = function.__name__
+    if not name.isidentifier():
+        raise RecipeError(f"{name}: has no name; write it as a function with 'def'")
+    text = _Writer(name).module_of(function)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = folder.resolve() / f"{name}-{digest}.py"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return f"{file}:{name}"
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _in_module(function: Any) -> str | None:
+    """Return the reference of a top-level name of an imported module, None for any other."""
+    module = sys.modules.get(function.__module__)
+    file = getattr(module, "__file__", None)
+    if function.__module__ == "__main__" or file is None or not file.endswith(".py"):
+        return None
+    if getattr(module, function.__qualname__, None) is not function:
+        return None
+    named = f"{function.__module__}:{function.__qualname__}"
+    found = source_file(named)
+    # A module of a package imports its neighbors by the package's name; any other by its folder.
+    if "." in function.__module__ and found is not None and found.samefile(file):
+        return named
+    return f"{Path(file).resolve()}:{function.__qualname__}"
+
+
+class _Writer:
+    """Collect the source of a function and of everything that it uses, as one module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.imports: dict[str, None] = {}
+        self.folders: dict[str, None] = {}
+        self.definitions: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
+
+    def module_of(self, function: Any) -> str:
+        """Return the text of the module."""
+        self._define(function.__name__, function)
+        folders = "".join(f"sys.path.append({folder!r})\n" for folder in self.folders)
+        lines = [_HEAD, _FUTURE, f"import sys\n\n{folders}" if folders else "", *self.imports]
+        return "".join([*lines, "\n", *(f"\n{text}\n" for text in self.definitions.values())])
+
+    def _is_new(self, name: str, value: Any) -> bool:
+        """Return whether a name is not bound yet; to another value is an error."""
+        known = self.values.setdefault(name, value)
+        if known is not value and (callable(value) or known != value):
+            raise RecipeError(
+                f"function '{self.name}': what it uses has two values of the name '{name}'; rename "
+                f"one, or {_INSTEAD}"
+            )
+        return name not in self.definitions
+
+    def _define(self, name: str, function: Any) -> None:
+        if not self._is_new(name, function):
+            return
+        text = _source(function, self.name)
+        # Reserve the name first: functions may call each other.
+        self.definitions[name] = ""
+        outside = _outside(function)
+        for used in sorted(_free_names(text)):
+            if used in outside and used != name:
+                self._bind(used, outside[used])
+        self._import_parts(text, outside)
+        # Last, since decorators and defaults need what is above.
+        del self.definitions[name]
+        self.definitions[name] = text
+
+    def _bind(self, name: str, value: Any) -> None:
+        """Make a name of the function's surroundings known in the module."""
+        if not self._is_new(name, value):
+            return
+        if isinstance(value, ModuleType):
+            self._import(value.__name__)
+            whole = value.__name__ == name
+            self.imports[f"import {value.__name__}" + ("\n" if whole else f" as {name}\n")] = None
+        elif (place := _importable(value)) is not None:
+            self._import(place[0])
+            self.imports[f"from {place[0]} import {place[1]} as {name}\n"] = None
+        elif inspect.isfunction(value) or inspect.isclass(value):
+            self._define(value.__name__, value)
+            if value.__name__ != name:
+                self.definitions[name] = f"{name} = {value.__name__}"
+        else:
+            self.definitions[name] = f"{name} = {self._written(name, value)}"
+
+    def _import_parts(self, text: str, outside: Mapping[str, Any]) -> None:
+        """Import ``a.b`` of ``import a.b``, which binds only ``a``."""
+        for node in ast.walk(ast.parse(text)):
+            dotted = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            whole = outside.get(top := dotted.partition(".")[0])
+            if dotted in sys.modules and getattr(whole, "__name__", None) == top:
+                self.imports[f"import {dotted}\n"] = None
+
+    def _import(self, module: str) -> None:
+        """Make sure that the worker finds a module; the text changes with the module's file."""
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None or _is_installed(Path(file).resolve()):
+            return
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self.imports[f"# {module}: sha256 {digest[:16]}\n"] = None
+        depth = module.count(".") + (Path(file).name == "__init__.py")
+        folder = Path(file).resolve().parents[depth]
+        if folder != Path.cwd().resolve():
+            self.folders[str(folder)] = None
+
+    def _written(self, name: str, value: Any) -> str:
+        """Return a constant as Python text."""
+        try:
+            if isinstance(value, re.Pattern):
+                self.imports["import re as _re\n"] = None
+                return f"_re.compile({_literal(value.pattern)}, {int(value.flags)})"
+            return _literal(value)
+        except (ValueError, RecursionError):
+            raise RecipeError(
+                f"function '{self.name}': it uses '{name}' ({type(value).__name__}), a value of "
+                f"the notebook or script that cannot be written to a file; make it inside the "
+                f"function, or {_INSTEAD}"
+            ) from None
+
+
+def _literal(value: Any) -> str:
+    """Return a plain value as Python text, the same in every process; else raise ValueError."""
+    if type(value) in (list, tuple, set, frozenset):
+        inside = [_literal(item) for item in value]
+        # The order of a set differs between processes.
+        inside = inside if type(value) in (list, tuple) else sorted(inside)
+        return f"{type(value).__name__}([{', '.join(inside)}])"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) in (str, bytes, int, float, bool, type(None)) and finite:
+        return repr(value)
+    raise ValueError("not a plain value")
+
+
+def _source(function: Any, root: str) -> str:
+    """Return the source of a function or class, without the indentation of its surroundings."""
+    try:
+        if inspect.isclass(function):
+            text = _class_source(function)
+        else:
+            text = textwrap.dedent(inspect.getsource(function))
+        tree = ast.parse(text)
+    except (OSError, TypeError, SyntaxError) as error:
+        what = f"the source of '{_name(function)}' cannot be found ({error})"
+        raise RecipeError(f"function '{root}': {what}; {_INSTEAD}") from error
+    if not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        raise RecipeError(f"function '{root}': '{_name(function)}' is no 'def'; write it as one")
+    return text.strip()
+
+
+def _class_source(kind: type) -> str:
+    """Return the source of a class; ``inspect`` does not find those of notebooks."""
+    methods = [m for m in vars(kind).values() if inspect.isfunction(m)]
+    if not methods:
+        raise OSError("it has no method")
+    lines = linecache.getlines(inspect.unwrap(methods[0]).__code__.co_filename)
+    nodes = ast.walk(ast.parse("".join(lines)))
+    same = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
+    if not same:
+        raise OSError("its file has no such class")
+    first = min([same[-1].lineno, *(d.lineno for d in same[-1].decorator_list)])
+    return textwrap.dedent("".join(lines[first - 1 : same[-1].end_lineno]))
+
+
+def _outside(function: Any) -> Mapping[str, Any]:
+    """Return the names that a function or the methods of a class can see outside of themselves."""
+    members = vars(function).values() if inspect.isclass(function) else [function]
+    found: dict[str, Any] = {}
+    for member in members:
+        if inspect.isfunction(inner := inspect.unwrap(getattr(member, "__func__", member))):
+            known = inspect.getclosurevars(inner)
+            found |= dict(inner.__globals__) | dict(known.nonlocals)
+    return {name: value for name, value in found.items() if getattr(builtins, name, ...) != value}
+
+
+def _free_names(text: str) -> set[str]:
+    """Return the names that a definition reads and does not define, at any depth."""
+    top = symtable.symtable(text, "<function>", "exec")
+    found = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
+    tables = top.get_children()
+    while tables:
+        table = tables.pop()
+        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables += table.get_children()
+    return found
+
+
+def _importable(value: Any) -> tuple[str, str] | None:
+    """Return the module and the name under which a value can be imported anywhere."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    name = name or getattr(value, "__name__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
+        return None
+    known = sys.modules.get(module)
+    return (module, name) if getattr(known, name, None) is value else None
+
+
+def _is_installed(file: Path) -> bool:
+    """Return whether a module's file belongs to Python, to an installed package or to align."""
+    installed = [Path(place).resolve() for place in sysconfig.get_paths().values()]
+    return any(file.is_relative_to(place) for place in [*installed, Path(__file__).parents[1]])
