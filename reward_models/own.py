@@ -37,6 +37,7 @@ class OwnReward:
         self.deadline_s = spec.deadline_s
         self.invalid: Counter[str] = Counter()
         self._told: set[str] = set()
+        self._has_answered = False
         told = spec.model_dump_json(include={"path", "args", "memory_gib"})
         self.worker = Worker(
             "reward_models.own_process", [told], start_timeout_s=START_TIMEOUT_S, name="function"
@@ -92,6 +93,11 @@ class OwnReward:
             )
         if reply.get("spent"):
             self.worker.close()
+            # What it ran out of, earlier calls may have leaked: these responses have another try.
+            if self._has_answered:
+                self._has_answered = False
+                return self._scored(batch, columns, end)
+        self._has_answered |= not reply.get("raised")
         if reply.get("raised") and reply["reasons"][0] not in self._told:
             self._told.add(reply["reasons"][0])
             log.warning("reward %s: %s", self.name, reply["raised"])

@@ -5,6 +5,7 @@ receives one batch at a time and returns one score per response, or the reason w
 """
 
 import asyncio
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -205,7 +206,10 @@ def _failed(error: BaseException, rows: int) -> dict[str, Any]:
         return _all_invalid(str(error), rows)
     said = "".join(traceback.format_exception(error, limit=-3))[-2000:]
     reply = _all_invalid(f"raised {type(error).__name__}", rows)
-    return {**reply, "raised": said, "spent": isinstance(error, MemoryError)}
+    # What it has leaked is given back by starting it again.
+    leaked = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+    leaked |= isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    return {**reply, "raised": said, "spent": leaked or isinstance(error, MemoryError)}
 
 
 def _prepare() -> tuple[Any, Callable[[Mapping[str, Any]], Any]]:

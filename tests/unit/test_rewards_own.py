@@ -67,6 +67,13 @@ def short(completions, **kwargs): return [1.0]
 def text(completions, **kwargs): return "1.0"
 def nothing(completions, **kwargs): pass
 
+kept = []
+def leaks(completions, **kwargs):
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    for c in completions: kept.extend(open("/dev/null") for _ in range(20))
+    return [1.0 for c in completions]
+
 def misbehaves(completions, **kwargs):
     for c in completions:
         if c == "raise": raise KeyError(c)
@@ -176,6 +183,17 @@ def test_one_bad_response_costs_only_itself(code: Path, what: str, reason: str):
     assert found == [1.0, 1.0, None, 1.0]
     assert reward.invalid == {reason: 1}
     assert reward(prompts=["?"], completions=["a"]) == [1.0]
+
+
+def test_a_function_that_leaks_is_started_again_and_scores_on(code: Path):
+    reward = own(code, "leaks")
+    processes = set()
+    # Its process has 64 files, so every third call or so is the last of a process.
+    for _ in range(6):
+        assert reward(prompts=["?"], completions=["a"]) == [1.0]
+        processes.add(reward.worker.process.pid)
+    assert len(processes) > 1
+    assert not reward.invalid
 
 
 @pytest.mark.parametrize("what", ["hang", "spin"])
