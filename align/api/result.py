@@ -11,6 +11,7 @@ from rich.table import Table
 
 from align.core.artifacts import read_json_object, read_manifest
 from align.core.errors import ArtifactError
+from align.core.extras import require
 from align.pipeline.terminal import clock, make_console, metric_text
 from align.report.read import RunRecord, StageRecord, read_run
 from align.report.results import result_lines
@@ -82,6 +83,7 @@ class Run:
         kind, place = read_manifest(folder).get("kind"), folder / "model"
         config = read_json_object(place / "config.json") or {}
         (name, *_) = config.get("architectures") or [""]
+        require("Run.model", "torch", "transformers")
         import transformers
 
         from align.tuning.files import unmerged_adapter, with_adapter

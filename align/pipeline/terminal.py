@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,11 @@ def _changed(path: Path) -> int | None:
 
 def make_console(*, quiet: bool = False) -> Console:
     """Return the console of a run; in a notebook it writes plain lines, as without a terminal."""
-    return Console(highlight=False, soft_wrap=True, force_jupyter=False, quiet=quiet)
+    # The output of a notebook's kernel calls itself a terminal, and cannot move its cursor.
+    notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    terminal = False if notebook else None
+    options = {"force_jupyter": False, "force_terminal": terminal, "quiet": quiet}
+    return Console(highlight=False, soft_wrap=True, **options)
 
 
 class Terminal:

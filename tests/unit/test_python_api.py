@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import io
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from align.api.given import Writer, base_stage, rewards, sources
 from align.api.running import load_recipe
 from align.core.errors import ArtifactError, DataError, RecipeError
 from align.pipeline.running import Signals
+from align.pipeline.terminal import make_console
 from align.recipe.load import find_recipe, resolve
 from align.recipe.load import load_recipe as load_file
 from align.recipe.plain import read_plain, write_short
@@ -533,3 +535,16 @@ def test_a_run_outside_of_the_main_thread_leaves_signals_alone():
         signal.raise_signal(signal.SIGINT)
         assert (signals.count, signals.last) == (1, signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_notebook_gets_plain_lines_although_its_output_calls_itself_a_terminal(monkeypatch):
+    class OutStream(io.StringIO):
+        """Like that of ipykernel, whose ``isatty`` is True."""
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", OutStream())
+    assert make_console().is_terminal
+    OutStream.__module__ = "ipykernel.iostream"
+    assert not make_console().is_terminal
