@@ -19,10 +19,7 @@ from align.pipeline.processes import free_port, stage_argv
 
 LIMIT_S = 600.0
 
-RECIPE = """\
-name: tiny
-seed: 3
-stages:
+BASE = """\
   base:
     kind: base
     build: {vocab_size: 320, hidden_size: 64, num_layers: 2, num_heads: 2, num_kv_heads: 1,
@@ -32,6 +29,14 @@ stages:
     steps: 4
     batch_size: 8
     max_length: 256
+"""
+"""The stage of a recipe that makes and trains a tiny model."""
+RECIPE = f"""\
+name: tiny
+seed: 3
+stages:
+{BASE}"""
+RECIPE += """\
   sft:
     kind: sft
     init: base

@@ -4,7 +4,6 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import VOCAB, save_tiny, tiny_model
+from engine_models import VOCAB, tiny_model
 from online_parts import (
     COMMON,
     STOP,
@@ -54,13 +52,6 @@ LENGTHS = ((5, 3, 2), (1, 9, 4))
 SCORES = [0.0, 1.0, 5.0, 2.0, 2.0, 7.0]
 KL = 0.3
 WITHOUT_CRITIC = [name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_critic]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 def known(scores: list[float | None], lengths=LENGTHS) -> Experience:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-import alone
 import curves
-from engine_models import save_tiny, tiny_model
 from online_parts import policy_of
 
 from align.core import checkpoints
@@ -24,13 +21,6 @@ from align.core.log import MetricsLog
 from align.stages import sft
 from align.training.offline import OfflineSchedule, train_offline
 from align.training.task import OfflineTask
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 class Clock:

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ from scipy.stats import ttest_1samp
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-import alone
 import curves
 from engine_models import save_tiny, tiny_model
 from online_parts import learner_of, policy_of
@@ -33,13 +31,6 @@ from align.training.heldout import HeldOut, change, prompt_of, random_groups
 from align.training.offline import OfflineSchedule, evaluate_rows, train_offline
 from align.training.task import OfflineTask
 from align.tuning.loading import load_for_training
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 def sft_task(num_heldout: int) -> OfflineTask[Any]:

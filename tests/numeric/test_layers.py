@@ -3,7 +3,6 @@
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import save_tiny, tiny_model
+from engine_models import tiny_model
 
 from align.core.errors import TrainingError
 from align.core.types import TokenRow
@@ -49,13 +47,6 @@ BY_HAND = {
     "layers.0.": (2, 0.5),
     "embed": (4, 0.25),
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny model and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("model"))
 
 
 def learner_of(model_dir: Path, layers: LayersSpec, stage: int = 0, offload: str = "none"):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import save_tiny, tiny_model
+from engine_models import tiny_model
 
 from align.core.errors import TrainingError
 from align.core.types import TokenRow
@@ -42,13 +41,6 @@ OPTIM = OptimSpec(
     eps=1e-4,
 )
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny model and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("model"))
 
 
 def learner_of(

@@ -3,7 +3,6 @@
 import math
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import VOCAB, save_tiny, tiny_model
+from engine_models import VOCAB
 from online_parts import (
     LORA,
     STOP,
@@ -44,19 +42,6 @@ from align.sampling.experience import Experience
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save another one, the reference."""
-    return save_tiny(tiny_model(2, tied=True), tmp_path_factory.mktemp("other"))
 
 
 def test_annotations_equal_float64_one_answer_at_a_time(model_dir, other_dir) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import save_tiny, tiny_model
 from online_parts import grpo_spec, policy_of, run_of, sampled, scored, weights
 
 from align.core import distributed
@@ -34,12 +31,6 @@ from align.stages.rollouts import fitted
 from align.training.offline import total_steps
 from align.training.stopping import EarlyStopping
 from reward_models.base import Rule
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 def said(*texts: str) -> list[Completion]:

@@ -3,7 +3,6 @@
 import math
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import VOCAB, save_tiny, tiny_model
+from engine_models import VOCAB, tiny_model
 from online_parts import (
     FULL,
     LORA,
@@ -52,19 +50,6 @@ from align.training.learner import learning_rate
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save another one, the reference."""
-    return save_tiny(tiny_model(2, tied=True), tmp_path_factory.mktemp("other"))
 
 
 def first_step(

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import VOCAB, save_tiny, tiny_model
+from engine_models import VOCAB
 from online_parts import grpo_spec, ppo_spec, run_of, sampled, scored
 from played_ranks import play
 
@@ -30,12 +28,6 @@ from align.stages import kto
 
 LENGTHS = ((3, 4), (5, 2), (3, 3), (4, 4))
 SCORES: list[float | None] = [0.0, 1.0, 4.0, 0.5, None, 2.0, -3.0, 1.0]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 class Echo:

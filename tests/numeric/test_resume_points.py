@@ -7,7 +7,6 @@ there: each attempt builds engine, policy, critic and controller anew.
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-import alone
-from engine_models import VOCAB, save_tiny, tiny_model
+from engine_models import VOCAB
 from online_parts import STOP, critic_of, grpo_spec, policy_of, ppo_spec, reference_of, run_of
 
 from align.core.log import MetricsLog
@@ -46,13 +44,6 @@ CALLS = {"ppo": range(4, 2 * 2 * 2 + 1), "grpo": range(1, 3 * 2 + 1)}
 
 class Killed(BaseException):
     """Stand for a signal that no code can catch: nothing of align catches a BaseException."""
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Save a tiny policy and join a world of one."""
-    with alone.world_of_one():
-        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
 
 
 def new_run(model_dir: Path, name: str) -> OnlineRun:

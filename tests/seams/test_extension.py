@@ -11,23 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from stage_runs import environment, manifest
+from stage_runs import BASE, environment, manifest
 
 HERE = Path(__file__).parent
 LIMIT_S = 300.0
-RECIPE = """\
+RECIPE = f"""\
 name: seams
 seed: 5
 stages:
-  base:
-    kind: base
-    build: {vocab_size: 320, hidden_size: 64, num_layers: 2, num_heads: 2, num_kv_heads: 1,
-            intermediate_size: 128, max_positions: 128}
-    tokenizer: {chat_template: plain}
-    data: [{world: corpus, rows: 200}]
-    steps: 4
-    batch_size: 8
-    max_length: 256
+{BASE}"""
+RECIPE += """\
   best:
     kind: best_of_n
     init: base
