@@ -34,7 +34,7 @@ COLUMNS = (
 """Columns that may contain a row's tests; the first that the row has is used."""
 SETUPS = ("test_setup_code", "test_imports", "setup")
 """Columns with code that runs before the tests."""
-_THOUGHT_ENDS = re.compile(r"</(?:think|thinking|reasoning|thought)>")
+_THOUGHTS = re.compile(r"<(/?)(?:think|thinking|reasoning|thought)>")
 _PYTHON = ("", "python", "python3", "py")
 _CALLER = """
 def _same(found, expected):
@@ -58,18 +58,27 @@ class Tests:
     outputs: Sequence[str] = ()
 
 
-def program_of(text: str) -> str | None:
+def program_of(text: str, entry_point: str | None = None) -> str | None:
     """Return the program in a response: its last block of Python, or all of a text without blocks.
 
-    Text before the end of a ``<think>`` block is ignored.
+    Text before the end of a ``<think>`` block is ignored. Of several blocks, one that defines
+    ``entry_point`` is preferred: the last may be an example of its use.
     """
-    ends = [found.end() for found in _THOUGHT_ENDS.finditer(text)]
-    text = text[ends[-1] :] if ends else text
+    thoughts = list(_THOUGHTS.finditer(text))
+    if thoughts and not thoughts[-1][1]:  # cut off while still thinking
+        return None
+    text = text[thoughts[-1].end() :] if thoughts else text
     blocks = [body for language, body in _blocks(text) if language.lower() in _PYTHON]
     if blocks:
-        return blocks[-1]
+        defining = [body for body in blocks if entry_point and _defines(body, entry_point)]
+        return (defining or blocks)[-1]
     # A response that was cut off has no program.
     return None if "```" in text or not text.strip() else text
+
+
+def _defines(program: str, name: str) -> bool:
+    start = rf"^(?:(?:async )?def|class) {re.escape(name)}\b|^{re.escape(name)}\s*="
+    return re.search(start, program, re.M) is not None
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
@@ -192,11 +201,9 @@ def _whole_program(prompt: str, program: str, entry_point: str | None) -> str:
     asked = _asked(prompt)
     if entry_point is None or not re.search(rf"\bdef {re.escape(entry_point)}\b", asked):
         return program
-    if re.search(rf"^\s*(?:async )?(?:def|class) {re.escape(entry_point)}\b", program, re.M):
+    if _defines(program, entry_point):
         imports = re.findall(r"^(?:import|from) [^\n]+", asked, re.M)
         return "\n".join([*imports, program])
-    if re.search(rf"^{re.escape(entry_point)}\s*=", program, re.M):
-        return program
     return f"{asked}\n{program}" if not asked.endswith("\n") else asked + program
 
 
@@ -216,7 +223,9 @@ class CodeReward:
         self.weight, self.column, self.partial = spec.weight, spec.column, spec.partial
         self.invalid: Counter[str] = Counter()
         self.limits = Limits(spec.timeout_s, spec.memory_gib, spec.isolation == "required")
-        self.workers = spec.workers or len(os.sched_getaffinity(0))
+        # The ranks of a machine share its processors.
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = spec.workers or max(1, share)
 
     def __call__(
         self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
@@ -249,7 +258,7 @@ class CodeReward:
         """Return a score, or None and the reason."""
         try:
             tests = _tests_of(row, self.column)
-            program = program_of(completion_text(completion))
+            program = program_of(completion_text(completion), tests.entry_point)
             return (0.0 if program is None else self._score(program, tests, prompt)), None
         except InvalidScoreError as error:
             return None, str(error)
@@ -266,7 +275,8 @@ class CodeReward:
                 ],
                 len(tests.inputs),
             )
-        asked = plain_text(prompt)
+        # Of a conversation, the last turn asks.
+        asked = prompt if isinstance(prompt, str) else plain_text(prompt[-1:])
         found = run_tests(
             _whole_program(asked, program, tests.entry_point),
             tests.sources,

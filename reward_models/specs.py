@@ -371,10 +371,10 @@ class CodeSpec(RewardSpec):
     memory_gib: Positive = 1.0
     """Memory limit of each process of a program; there can be eight."""
     workers: Count | None = None
-    """Programs that run at the same time; None is the number of processors."""
+    """Programs that run at the same time; None is this rank's share of the processors."""
     isolation: Literal["required", "limits"] = "required"
     """``limits`` is for machines without namespaces: no network and the same limits, but the
-    program can read and write the files of the user who trains."""
+    program can reach all that the user who trains can, its tests too."""
 
 
 class EnsembleSpec(RewardSpec):

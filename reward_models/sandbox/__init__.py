@@ -97,6 +97,9 @@ class _Job:
                 pass_fds=(file, write, *pass_fds),
                 start_new_session=True,
             )
+        except BaseException:
+            os.close(read)
+            raise
         finally:
             os.close(file)
             os.close(write)

@@ -59,6 +59,9 @@ def test_humaneval_rows_take_a_whole_function_and_a_continuation():
         entry_point="f",
     )
     assert found == [1.0, 1.0, 1.0, 0.0]
+    # In a conversation the last turn asks.
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt}]
+    assert scored(["    return x * x\n"], turns, test=CHECK, entry_point="f")[0] == [1.0]
     # As base models continue it: without a fence.
     assert scored(["    return x * x\n"], prompt, raw=True, test=CHECK, entry_point="f")[0] == [1.0]
 
@@ -153,6 +156,7 @@ def test_what_no_program_can_be_judged_by_is_invalid_and_not_zero():
     for columns, reason in (
         ({"tests": None}, "no tests in the row"),
         ({"tests": "x = 1"}, "the tests call no function of the program"),
+        ({"answer": "4"}, "the tests call no function of the program"),
         ({"tests": "{'a'"}, "tests begin like JSON and are none"),
         ({"input_output": '{"inputs": ["1"], "outputs": []}'}, "1 inputs for 0 outputs"),
         ({"tests": "assert f(lambda: 1) == 1"}, "a test passes a function to the program"),
@@ -160,10 +164,15 @@ def test_what_no_program_can_be_judged_by_is_invalid_and_not_zero():
         found, reward = scored([SQUARE], **columns)
         assert (found, reward.invalid) == ([None], {reason: 1})
     with pytest.raises(MissingColumnError, match="no column with tests"):
-        scored([SQUARE], answer="4")
+        scored([SQUARE], label="4")
 
 
 def test_the_program_of_a_response():
+    two = "```python\ndef f(): pass\n```\nUse it:\n```python\nprint(f())\n```"
+    assert program_of(two) == "print(f())\n"
+    assert program_of(two, "f") == "def f(): pass\n"
+    # Cut off while thinking: what stands there is no answer yet.
+    assert program_of("<think>\n```python\nx\n```\n") is None
     assert (
         program_of("<think>```python\nx\n```</think>\n```py\na\n```\nthen\n```python\nb\n```")
         == "b\n"
