@@ -209,7 +209,8 @@ def report(
     """Rebuild report.html of a run, or build a page that compares two runs."""
     from align.report import build_comparison, build_report
 
-    typer.echo(str(build_report(run_dir) if other is None else build_comparison(run_dir, other)))
+    page = build_report(run_dir) if other is None else build_comparison(run_dir, other)
+    typer.echo(visible(str(page)))
 
 
 @cli.command()

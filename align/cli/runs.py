@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from align.core.errors import ArtifactError
+from align.core.errors import AlignError, ArtifactError
 from align.core.text import visible
 
 POLL_S = 0.5
@@ -48,14 +48,15 @@ def _row(run_dir: Path) -> tuple[str, str]:
     done = {stage.name for stage in stages if (stage / MANIFEST).is_file()}
     try:
         names = list(read_resolved(stages[-1] / RECIPE_FILE).stages)
-    except ArtifactError:  # damaged, or written by another version
+    except AlignError:  # damaged, or written by another version
         names = [stage.name for stage in stages]
     parts = [f"{len(done & set(names))} of {len(names)} stages done"]
     if not done >= set(names):
         parts.append(f"next: {next(name for name in names if name not in done)}")
     changed = max(path.stat().st_mtime for stage in stages for path in stage.glob("*"))
     parts.append(f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}")
-    expectations = (read_json_object(run_dir / "summary.json") or {}).get("expectations", [])
+    listed = (read_json_object(run_dir / "summary.json") or {}).get("expectations")
+    expectations = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
     if failed := sum(not entry.get("holds", True) for entry in expectations):
         parts.append(f"{failed} of {len(expectations)} expectations FAILED")
     return run_dir.name, ", ".join(parts)
@@ -72,7 +73,7 @@ def logs(
     path = None if stage is None else stage / "log.txt"
     if path is None or not path.is_file():
         raise ArtifactError(f"{run_dir}: no log.txt; expected runs/<recipe> or one of its stages")
-    typer.echo(f"{path}:")
+    typer.echo(visible(f"{path}:"))
     for line in _lines(path, follow=follow):
         typer.echo(visible(line))
 
@@ -98,7 +99,7 @@ def open_(run_dir: RunFolder) -> None:
     path = run_dir / REPORT_FILE
     if not path.is_file():
         path = build_report(run_dir)
-    typer.echo(str(path))
+    typer.echo(visible(str(path)))
     if _has_browser():
         webbrowser.open(path.resolve().as_uri())
 

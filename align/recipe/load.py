@@ -225,8 +225,9 @@ def read_resolved(path: Path | str) -> Recipe:
     except KeyError as error:
         raise RecipeError(f"{path}: the environment variable {error} is not set") from error
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"{path}: cannot be read as a resolved recipe ({error}); run the stage again"
+            f"{path}: cannot be read as a resolved recipe ({told}); run the stage again"
         ) from error
 
 

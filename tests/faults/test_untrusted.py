@@ -202,6 +202,18 @@ def test_the_value_of_a_key_is_neither_written_nor_shown(
         read_resolved(written)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"\xff", b"[" * 5_000, bytes(9), b"a: 1"])
+def test_a_damaged_resolved_recipe_is_one_line(content: bytes, tmp_path: Path) -> None:
+    from align.recipe.load import read_resolved
+
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match="cannot be read as a resolved recipe") as told:
+        read_resolved(path)
+    assert str(path) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
 def test_the_resolved_recipe_is_replaced_whole_never_overwritten(tmp_path: Path) -> None:
     """A second name of the old file keeps the old text; a write in place would change it."""
     from align.recipe.load import load_recipe, write_resolved

@@ -47,6 +47,25 @@ def test_runs_lists_stages_done_and_failed_expectations(
     assert whole.endswith(", 1 of 2 expectations FAILED")
 
 
+DAMAGES = (b"", b"null", b"[]", b"3", b"[" * 100_000, b"\xff\xfe", bytes(9), b'{"expectations": 3}')
+
+
+@pytest.mark.parametrize("file", ["summary.json", "sft/recipe.yaml", "sft/manifest.json"])
+def test_a_damaged_run_is_listed_and_hides_no_other(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, content in enumerate(DAMAGES):
+        run = tmp_path / f"run{number}"
+        for name in ("base", "sft"):
+            stage(run, name, done=True)
+        (run / file).write_bytes(content)
+    runs_(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"run{number}  2 of 2 stages done" for number in range(len(DAMAGES))
+    ]
+
+
 def test_runs_of_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no run in it"):
         runs_(tmp_path)
