@@ -148,6 +148,13 @@ def save_adapter(state: dict[str, Tensor], config: "PeftConfig", folder: Path) -
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference
+    # peft writes sets in the order of Python's hashes, which differs from process to process.
+    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    ordered = {
+        k: sorted(v) if isinstance(vars(config).get(k), set) else v for k, v in saved.items()
+    }
+    text = json.dumps(ordered, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def num_trained(model: nn.Module) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from align.pipeline import plan, run
 from align.pipeline.verify import verify_run
 from align.recipe.load import load_recipe
 from align.stages import base
+from align.tuning.files import save_adapter
 
 RECIPE = """\
 name: r
@@ -382,3 +384,14 @@ def test_a_stage_that_has_ended_binds_nothing_that_its_process_reads_later() -> 
     base._release()
     Path("rows/a.jsonl").write_text('{"text": "c"}\n')
     assert [row for row, _ in read_rows("rows")] == [{"text": "c"}]
+
+
+def test_an_adapters_file_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """A set has another order in a process with another hash seed: its names are sorted."""
+    modules = {f"layers.{i}.{name}" for i in range(3) for name in ("q", "k", "v", "o", "up")}
+    config = peft.LoraConfig(target_modules=modules, r=2)
+    save_adapter({"w": torch.zeros(1)}, config, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(modules)
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).target_modules == modules
+    assert config.target_modules == modules  # the stage may still train with it
