@@ -45,14 +45,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         place = posixpath.normpath(posixpath.join(here, target))
         if place in PAGES:
             site = PAGES[place]
+        elif (ROOT / place).is_dir():
+            return "](#)"  # a folder has no page
         elif place.startswith("docs/"):
             site = place.removeprefix("docs/")
         elif (ROOT / place).is_file():
             site = f"files/{place}"
             if files.get_file_from_path(site) is None:
                 files.append(File.generated(config, site, abs_src_path=str(ROOT / place)))
-        elif (ROOT / place).is_dir():
-            return "](#)"  # a folder has no page
         else:
             return match.group(0)  # mkdocs reports it
         return head + posixpath.relpath(site, posixpath.dirname(uri) or ".") + tail

@@ -31,7 +31,7 @@ A **RECIPE** is a YAML file or the name of a shipped recipe (`quickstart`). A **
 `--set KEY=VALUE` changes a value of the recipe before it is checked; it can be repeated. The path
 may begin with the name of a stage (`dpo.beta=0.05`) or its place (`stages.0.steps=10`), and an
 index selects an item of a list (`sft.data.0.rows=64`). The value is YAML: `ppo.watch=null`,
-`evaluate.expect={}`. The changed value is part of the stage's identity and stands in its
+`evaluate.expect={}`. The changed value is part of the stage's identity and appears in its
 `recipe.yaml`; `align show` names `--set` as its origin.
 
 **Shell completion:** `align --install-completion` installs it for bash, zsh, fish or PowerShell;
