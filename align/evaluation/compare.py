@@ -5,8 +5,8 @@ in a comparison its partner is excluded too.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_interval
 from align.recipe.schema.evaluate import OWN_TASK
@@ -20,7 +20,8 @@ class Record(TypedDict):
 
     ``scores`` and ``judge`` are None if invalid; ``length`` is in tokens; ``kl`` is in nats per
     response; ``repeats`` is the fraction of word trigrams that already occurred in the response;
-    ``finish_reason`` is ``"stop"`` or ``"length"``; results are broken down by ``group``.
+    ``finish_reason`` is ``"stop"`` or ``"length"``; results are broken down by ``group``. Rows with
+    the same prompt have the same ``cluster``; without it each row is one.
     """
 
     prompt_index: int
@@ -34,6 +35,12 @@ class Record(TypedDict):
     kl: float | None
     finish_reason: str
     group: str | None
+    cluster: NotRequired[str]
+
+
+def clusters_of(records: Sequence[Record]) -> dict[int, Hashable]:
+    """Return the cluster of each prompt, by its index."""
+    return {r["prompt_index"]: r.get("cluster", r["prompt_index"]) for r in records}
 
 
 def as_triple(interval: Interval | WinRate | None) -> Triple:

@@ -16,6 +16,7 @@ from align.evaluation.compare import (
     Triple,
     as_triple,
     by_place,
+    clusters_of,
     columns_of,
     difference_interval,
     mean_interval,
@@ -150,7 +151,8 @@ def find(
         return _perplexity(model, other, seed=seed)
     mine = _units(metric, model.records)
     share = metric not in UNBOUNDED
-    prompts = [unit[0] for unit in mine]
+    same = clusters_of(model.records)
+    prompts = [same[unit[0]] for unit in mine]
     value = mean_interval(list(mine.values()), prompts, seed=seed, share=share)
     if other is None:
         return Finding(value)
@@ -158,7 +160,7 @@ def find(
     theirs = _units(metric, other.records)
     shared = [unit for unit in mine if unit in theirs]
     sides = [mine[u] for u in shared], [theirs[u] for u in shared]
-    clusters = [unit[0] for unit in shared]
+    clusters = [same[unit[0]] for unit in shared]
     a, b, names = valid_pairs(*sides, clusters)
     if not a:
         return Finding(value)
@@ -205,7 +207,8 @@ def _won(metric: str, model: Responses, other: Responses | None, *, judged: Judg
     known = {place: x for place, x in judged.results.items() if x is not None}
     if not known or other is None:
         return Finding(None)
-    results, clusters = list(known.values()), [place[0] for place in known]
+    same = clusters_of(model.records)
+    results, clusters = list(known.values()), [same[place[0]] for place in known]
     if metric == "win_rate":
         won = win_rate_of(results, clusters=clusters)
         interval = judged.sequence or Interval(won.value, won.low, won.high)
@@ -286,7 +289,8 @@ def _groups(models: Mapping[str, Responses], metrics: Sequence[str]) -> dict[str
     def of(answered: Responses, group: str) -> Triple:
         mine = [r for r in answered.records if r["group"] == group]
         scores = [r["scores"][graded] for r in mine]
-        return as_triple(mean_interval(scores, [r["prompt_index"] for r in mine]))
+        same = clusters_of(mine)
+        return as_triple(mean_interval(scores, [same[r["prompt_index"]] for r in mine]))
 
     return {group: {name: of(model, group) for name, model in models.items()} for group in names}
 
@@ -295,13 +299,13 @@ def win_matrix(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, T
     """Return the win rate of each row's model against each column's, by the ``judge`` scores."""
     matrix: dict[str, dict[str, Triple]] = {}
     for a, mine in records.items():
+        same = clusters_of(mine)
         for b, theirs in records.items():
             if a == b:
                 continue
             known = {p: x for p, x in preferences_by_score(mine, theirs).items() if x is not None}
-            won = (
-                win_rate_of(list(known.values()), clusters=[p[0] for p in known]) if known else None
-            )
+            clusters = [same[place[0]] for place in known]
+            won = win_rate_of(list(known.values()), clusters=clusters) if known else None
             matrix.setdefault(a, {})[b] = as_triple(won)
     return matrix
 

@@ -22,11 +22,12 @@ def warnings(recipe: Recipe) -> list[str]:
 
 def _rate(name: str, spec: TrainingStage) -> list[str]:
     known, rate = known_rates(spec.family, spec.tuning.method), spec.optim.learning_rate
-    if known is None or known.low <= rate <= known.high:
+    if known is None or known.low <= rate <= known.high or not spec.optim.warn_rate:
         return []
     return [
         f"stages.{name}.optim.learning_rate: {rate:g} is outside of {known.low:g} to "
-        f"{known.high:g} for {spec.tuning.method} in {spec.kind}: {known.source}"
+        f"{known.high:g} for {spec.tuning.method} in {spec.kind}: {known.source}. "
+        f"If it is meant, set optim.warn_rate: false"
     ]
 
 

@@ -192,3 +192,36 @@ def test_report_shows_values_verdicts_and_the_matrix():
     assert "over the column model" in html
     run.summary = {}
     assert tasks(run) is None
+
+
+def test_rows_with_one_prompt_are_one_piece_of_evidence():
+    """Copies of a prompt count as further responses to it would, in every interval."""
+    values = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    other = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+
+    def rows(scores: list[float], *, copied: bool) -> list[dict[str, Any]]:
+        found = []
+        for i, value in enumerate(scores):
+            given = {"scores": {"em": value}, "judge": value, "group": "g"}
+            # Row i is about prompt i % 4: as rows of its own, or as samples of one row.
+            one = (
+                record(i, **given, cluster=f"c{i % 4}")
+                if copied
+                else record(i % 4, i // 4, **given)
+            )
+            found.append(one)
+        return found
+
+    copies, samples = (
+        block_of({"sft": rows(other, copied=c), "dpo": rows(values, copied=c)}, ["em", "win_rate"])
+        for c in (True, False)
+    )
+    for key in ("models", "contrasts", "groups"):
+        assert copies[key] == samples[key], key
+    both = ({"a": rows(values, copied=c), "b": rows(other, copied=c)} for c in (True, False))
+    assert win_matrix(next(both)) == win_matrix(next(both))
+    # Without the clusters, the twelve rows would make a narrower interval.
+    plain = [{k: v for k, v in r.items() if k != "cluster"} for r in rows(values, copied=True)]
+    alone = block_of({"sft": plain}, ["em"])["models"]["sft"]["em"]
+    assert alone[0] == copies["models"]["dpo"]["em"][0]
+    assert alone[1:] != copies["models"]["dpo"]["em"][1:]

@@ -353,7 +353,10 @@ def test_mistake_beside_a_rate_that_is_left_out_keeps_its_place(tmp_path):
 def test_policy_optimization_has_rates_of_its_own(tmp_path, name, rate, said):
     path = tmp_path / "r.yaml"
     path.write_text(POLICIES)
-    (line,) = warnings(load_recipe(path, [f"stages.{name}.optim.learning_rate={rate}"]))
+    changed = [f"stages.{name}.optim.learning_rate={rate}"]
+    (line,) = warnings(load_recipe(path, changed))
+    assert line.endswith("If it is meant, set optim.warn_rate: false")
+    assert warnings(load_recipe(path, [*changed, f"stages.{name}.optim.warn_rate=false"])) == []
     assert line.startswith(f"stages.{name}.optim.learning_rate: {said}")
 
 

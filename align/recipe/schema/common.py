@@ -115,6 +115,8 @@ class OptimSpec(Spec):
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1e3)] = 1e-5
     """Peak learning rate; the default depends on the method (docs/tuning.md)."""
+    warn_rate: bool = True
+    """Warn if ``learning_rate`` is outside of the range that is known for the method."""
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
     """Course of the learning rate after the warmup."""
     warmup_frac: Fraction = 0.03

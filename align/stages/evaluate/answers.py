@@ -40,7 +40,23 @@ def task_rows(
 ) -> dict[str, list[PromptRow]]:
     """Return the prompts of every task, tokenized with the baseline's tokenizer."""
     chat = chat_format(artifact.model_dir)
-    return {task.name: prompt_rows(task, chat, context) for task in spec.all_tasks}
+    rows = {task.name: prompt_rows(task, chat, context) for task in spec.all_tasks}
+    for name, prompts in rows.items():
+        warn_of_duplicates(name, prompts)
+    return rows
+
+
+def warn_of_duplicates(task: str, prompts: Sequence[PromptRow]) -> None:
+    """Warn if rows of a task have the same prompt, which is one piece of evidence."""
+    num = len({row.input_ids for row in prompts})
+    if num < len(prompts):
+        log.warning(
+            "%s: %d rows have %d different prompts. Rows with the same prompt count as one piece "
+            "of evidence in the intervals",
+            task,
+            len(prompts),
+            num,
+        )
 
 
 def sample_all(

@@ -1,5 +1,7 @@
 """Measure sampled responses: scores, KL to the reference policy, perplexity, repetition."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -132,7 +134,14 @@ def to_records(
                 "repeats": repeated_share(answer.text),
                 "kl": kl[i],
                 "finish_reason": answer.finish_reason,
+                "cluster": same_text(prompt.prompt),
                 "group": None if by is None else str(prompt.columns.get(by)),
             }
         )
     return records
+
+
+def same_text(prompt: object) -> str:
+    """Return a short hash that equal prompts share, on all ranks."""
+    text = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
