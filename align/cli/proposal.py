@@ -98,12 +98,13 @@ def _look(source: str) -> _Seen:
     if not forms:
         raise RecipeError(f"{source}: no rows in it")
     form = next(iter(forms))
+    mappings = [row for row, _ in rows if isinstance(row, dict)]
     answers = {
-        name: all(any(c.isdigit() for c in str(row[name])) for row, _ in rows)
+        name: all(any(c.isdigit() for c in str(row[name])) for row in mappings)
         for name in ANSWERS
-        if all(isinstance(row, dict) and row.get(name) for row, _ in rows)
+        if len(mappings) == len(rows) and all(row.get(name) for row in mappings)
     }
-    stage = _stage_of(form, {name for row, _ in rows if isinstance(row, dict) for name in row})
+    stage = _stage_of(form, {name for row in mappings for name in row})
     return _Seen(source, form, stage, splits, answers)
 
 

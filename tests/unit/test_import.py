@@ -191,6 +191,32 @@ def test_what_cannot_be_converted_is_one_line_with_its_place(
     assert len(str(caught.value).splitlines()) == 1
 
 
+STRANGE = ("", "x", "a\nb", [], [[1]], [None], {"a": [1]}, -1, 0.5, True, 10**30)
+
+
+def refusal(tool: str, config: Config) -> str | None:
+    """The message of a refused configuration; any other error goes through."""
+    try:
+        whole(tool, config)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def test_a_value_of_another_type_is_an_error_of_the_user_or_converted():
+    told = {
+        refusal(tool, config | {key: value})
+        for tool, _, config in CONFIGS
+        for key in config
+        for value in STRANGE
+    }
+    # One line each, which names the place and the key.
+    assert len(told) > 100
+    assert [
+        line for line in told if line and not re.fullmatch(r"c\.yaml:1: [\w.]+: .+", line)
+    ] == []
+
+
 def test_a_trl_file_without_a_telling_key_asks_for_the_method(tmp_path: Path):
     config = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "out"}
     file = written(tmp_path / "c.yaml", config)

@@ -207,7 +207,7 @@ def convert(keys: Keys, method: str | None) -> Draft:
     _set_model(draft)
     _set_tuning(draft)
     _set_data(draft)
-    length = int(keys.number("sequence_len", 512))
+    length = keys.count("sequence_len", 512)
     set_training(draft, NAMES, DEFAULTS, max_length=length)
     hold_out(draft, "val_set_size", keys.number("val_set_size"))
     set_evaluation(draft)
@@ -393,5 +393,5 @@ def _set_method(draft: Draft) -> None:
             stage["center_coef"] = float(keys.number("center_rewards_coefficient", 0.0))
     if draft.kind == "grpo":
         inner = keys.mapping("trl")
-        set_grpo(draft, inner, rows=int(keys.number("micro_batch_size", 1)))
+        set_grpo(draft, inner, rows=keys.count("micro_batch_size", 1))
         inner.report_rest({"vllm_*": "- write sampling"}, tool=TOOL)

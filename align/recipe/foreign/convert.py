@@ -75,7 +75,9 @@ def recipe_text(recipe: Mapping[str, Any], path: Path, *, tool: str, notes: list
             head.append(f"# {title}")
         for note in lines:
             line = note.place.rpartition(":")[2]
-            head.append(f"#   line {line}: {' '.join(f'{note.key}: {note.what}'.split())}")
+            # A quoted key may have several lines, which would leave the comment.
+            told = " ".join(f"{note.key}: {note.what}".split())
+            head.append(f"#   line {line}: {told}")
     body = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
     return "\n".join(head) + "\n" + body
 

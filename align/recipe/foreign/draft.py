@@ -124,8 +124,8 @@ def _set_duration(draft: Draft, names: Names, defaults: Defaults) -> None:
 def _set_batch(draft: Draft, names: Names, defaults: Defaults, *, max_length: int) -> None:
     """Convert the rows of one process and the accumulation to the rows of an optimizer step."""
     keys = draft.keys
-    rows = int(keys.number(names.rows, defaults.rows))
-    accumulated = int(keys.number("gradient_accumulation_steps", 1))
+    rows = keys.count(names.rows, defaults.rows)
+    accumulated = keys.count("gradient_accumulation_steps", 1)
     draft.stage["batch_size"] = max(rows * accumulated, 2 if draft.kind == "kto" else 1)
     draft.stage["micro_tokens"] = rows * max_length
     keys.note(
@@ -294,7 +294,7 @@ class Adapter:
 def adapter_of(draft: Draft, names: Adapter, method: str) -> dict[str, Any]:
     """Return the block ``tuning`` of a LoRA-like method."""
     keys = draft.keys
-    rank = int(keys.number(names.rank, names.default_rank))
+    rank = keys.count(names.rank, names.default_rank)
     alpha = keys.number("lora_alpha", names.default_alpha or 2 * rank)
     if method == "pissa":
         return {"method": "pissa", "rank": rank, "targets": _targets_of(keys, names)}

@@ -57,12 +57,13 @@ class Keys:
 
     def wrong(self, name: str, what: str) -> RecipeError:
         """Return the error for a value that cannot be converted."""
-        return RecipeError(f"{self.place(name)}: {dotted((*self.at, name))}: {what}")
+        told = " ".join(what.split())  # a value may have several lines
+        return RecipeError(f"{self.place(name)}: {dotted((*self.at, name))}: {told}")
 
     def note(self, name: str, what: str, *, lost: bool = False) -> None:
         """Report how a key differs in the recipe, or that it is not converted."""
         key = dotted((*self.at, name))
-        self.notes.append(Note(self.place(name), key, what, lost))
+        self.notes.append(Note(self.place(name), key, " ".join(what.split()), lost))
 
     def has(self, name: str) -> bool:
         """Return whether a key has a value other than null."""
@@ -86,11 +87,22 @@ class Keys:
             RecipeError: the value is something else.
         """
         value = self.take(name, default)
-        if isinstance(value, str):
-            value = plain_scalar(value.strip())
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        parsed = plain_scalar(value.strip()) if isinstance(value, str) else value
+        wrong = isinstance(parsed, bool) or not isinstance(parsed, int | float)
+        if value is not None and wrong:
             raise self.wrong(name, f"found {shown(value)}; expected a number")
-        return value
+        return parsed
+
+    def count(self, name: str, default: int) -> int:
+        """Return a whole number of 1 or more.
+
+        Raises:
+            RecipeError: the value is something else.
+        """
+        value = self.number(name, default)
+        if value < 1 or value != int(value):
+            raise self.wrong(name, f"found {value}; expected a whole number of 1 or more")
+        return int(value)
 
     def text(self, name: str, default: str = "") -> str:
         """Return a text.

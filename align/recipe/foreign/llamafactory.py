@@ -159,7 +159,7 @@ def convert(keys: Keys, method: str | None) -> Draft:
     _set_model(draft)
     _set_tuning(draft)
     _set_data(draft, pretraining=given == "pt")
-    length = int(keys.number("cutoff_len", 2048))
+    length = keys.count("cutoff_len", 2048)
     if not keys.flag("disable_gradient_checkpointing"):
         draft.stage["gradient_checkpointing"] = True  # LLaMA-Factory's default
     set_training(draft, Names(), Defaults(5e-5), max_length=length)
@@ -321,16 +321,17 @@ def _set_method(draft: Draft) -> None:
 
 def _set_ppo(draft: Draft) -> None:
     keys, stage = draft.keys, draft.stage
-    rows = int(keys.number("per_device_train_batch_size", 8))
-    accumulated = int(keys.number("gradient_accumulation_steps", 1))
-    buffers = int(keys.number("ppo_buffer_size", 1))
+    rows = keys.count("per_device_train_batch_size", 8)
+    accumulated = keys.count("gradient_accumulation_steps", 1)
+    buffers = keys.count("ppo_buffer_size", 1)
     stage["prompts_per_step"] = rows * accumulated * buffers
     stage["minibatches"] = buffers
-    stage["update_epochs"] = int(keys.number("ppo_epochs", 4))
-    new = int(keys.number("max_new_tokens", 512))
-    stage["sampling"] = {"max_new_tokens": new}
+    stage["update_epochs"] = keys.count("ppo_epochs", 4)
+    new = keys.count("max_new_tokens", 512)
+    sampling: dict[str, Any] = {"max_new_tokens": new}
     if keys.number("temperature", 1.0) != 1.0:
-        stage["sampling"]["temperature"] = float(keys.number("temperature"))
+        sampling["temperature"] = float(keys.number("temperature"))
+    stage["sampling"] = sampling
     stage["max_length"] += new
     if keys.number("top_k"):
         keys.note("top_k", "another distribution than the policy is sampled", lost=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from align.core.text import shown
 from align.recipe.foreign.draft import Draft
 from align.recipe.foreign.keys import Keys
 
@@ -32,14 +33,14 @@ def set_grpo(draft: Draft, keys: Keys, *, rows: int) -> None:
         rows: completions of one process and forward pass.
     """
     stage = draft.stage
-    group = int(keys.number("num_generations", 8))
+    group = keys.count("num_generations", 8)
     stage["group_size"] = group
     _set_rollout(draft, keys, rows=rows, group=group)
     beta = float(keys.number("beta", 0.0))
     if beta:
         stage["kl"] = {"coef": beta, "place": "loss", "estimator": "k3"}
     _set_loss(draft, keys)
-    new = int(keys.number("max_completion_length", 512))
+    new = keys.count("max_completion_length", 512)
     sampling: dict[str, Any] = {"max_new_tokens": new}
     if keys.number("temperature", 1.0) != 1.0:
         sampling["temperature"] = float(keys.number("temperature"))
@@ -51,7 +52,7 @@ def set_grpo(draft: Draft, keys: Keys, *, rows: int) -> None:
     if memory and sampling.get("engine") == "auto":
         sampling["memory_frac"] = float(memory)
     stage["sampling"] = sampling
-    prompt = int(keys.number("max_prompt_length", 512))
+    prompt = keys.count("max_prompt_length", 512)
     stage["max_length"] = prompt + new
     if keys.flag("mask_truncated_completions"):
         stage["truncation"] = "mask"
@@ -63,9 +64,9 @@ def set_grpo(draft: Draft, keys: Keys, *, rows: int) -> None:
 def _set_rollout(draft: Draft, keys: Keys, *, rows: int, group: int) -> None:
     """Convert completions of a generation to prompts of a rollout step, and its optimizer steps."""
     stage, top = draft.stage, draft.keys
-    accumulated = int(top.number("gradient_accumulation_steps", 1))
-    made = int(keys.number("steps_per_generation", accumulated))
-    completions = int(keys.number("generation_batch_size", rows * made))
+    accumulated = top.count("gradient_accumulation_steps", 1)
+    made = keys.count("steps_per_generation", accumulated)
+    completions = keys.count("generation_batch_size", rows * made)
     minibatches = max(1, completions // max(1, rows * accumulated))
     prompts = max(1, round(completions / group))
     name = "generation_batch_size" if keys.has("generation_batch_size") else "num_generations"
@@ -79,7 +80,7 @@ def _set_rollout(draft: Draft, keys: Keys, *, rows: int, group: int) -> None:
     )
     stage["prompts_per_step"] = prompts
     stage["minibatches"] = minibatches
-    stage["update_epochs"] = int(keys.number("num_iterations", 1))
+    stage["update_epochs"] = keys.count("num_iterations", 1)
 
 
 def _set_loss(draft: Draft, keys: Keys) -> None:
@@ -112,9 +113,11 @@ def rewards_of(keys: Keys) -> list[dict[str, Any]]:
     """Return the rewards: those that align has, and functions by their import path."""
     found = []
     weights = keys.take("reward_weights", [])
+    if not isinstance(weights, list) or not all(isinstance(w, int | float) for w in weights):
+        raise keys.wrong("reward_weights", f"found {shown(weights)}; expected a list of numbers")
     for i, name in enumerate(keys.texts("reward_funcs")):
         if name in REWARDS:
-            reward = dict(REWARDS[name])
+            reward: dict[str, Any] = dict(REWARDS[name])
         elif ":" in name or "." in name:
             module, _, function = name.replace(":", ".").rpartition(".")
             reward = {"kind": "python", "path": f"{module}:{function}"}
@@ -122,7 +125,7 @@ def rewards_of(keys: Keys) -> list[dict[str, Any]]:
             told = f"'{name}' is a function of the tool; write it as kind: python, path: FILE:NAME"
             keys.note("reward_funcs", told, lost=True)
             continue
-        if isinstance(weights, list) and i < len(weights) and weights[i] != 1:
+        if i < len(weights) and weights[i] != 1:
             reward["weight"] = float(weights[i])
         found.append(reward)
     if not found:

@@ -317,7 +317,7 @@ def _mixture(keys: Keys, name: str) -> tuple[list[dict[str, Any]], list[dict[str
 def _set_method(draft: Draft, trainer: str) -> None:
     keys, stage = draft.keys, draft.stage
     if trainer == "grpo":
-        set_grpo(draft, keys, rows=int(keys.number("per_device_train_batch_size", 8)))
+        set_grpo(draft, keys, rows=keys.count("per_device_train_batch_size", 8))
     elif trainer == "ppo":
         _set_ppo(draft)
     elif trainer in ("dpo", "orpo", "kto"):
@@ -359,13 +359,13 @@ def _set_dpo(draft: Draft) -> None:
 
 def _set_ppo(draft: Draft) -> None:
     keys, stage = draft.keys, draft.stage
-    rows = int(keys.number("per_device_train_batch_size", 8))
-    accumulated = int(keys.number("gradient_accumulation_steps", 1))
-    minibatches = int(keys.number("num_mini_batches", 1))
+    rows = keys.count("per_device_train_batch_size", 8)
+    accumulated = keys.count("gradient_accumulation_steps", 1)
+    minibatches = keys.count("num_mini_batches", 1)
     stage["prompts_per_step"] = rows * accumulated * minibatches
     stage["minibatches"] = minibatches
-    stage["update_epochs"] = int(keys.number("num_ppo_epochs", 4))
-    new = int(keys.number("response_length", 53))
+    stage["update_epochs"] = keys.count("num_ppo_epochs", 4)
+    new = keys.count("response_length", 53)
     stage["sampling"] = {"max_new_tokens": new}
     stage["max_length"] = max(stage["max_length"], new + 1)
     stage["kl"] = {"coef": float(keys.number("kl_coef", 0.05))}
