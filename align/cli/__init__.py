@@ -11,7 +11,7 @@ import typer
 from align.cli.data import data, explain
 from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
-from align.cli.export import export
+from align.cli.export import export, push
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.start import import_, init
@@ -271,6 +271,7 @@ cli.command("open")(open_)
 cli.command("eval")(eval_)
 cli.command()(calibrate)
 cli.command()(export)
+cli.command()(push)
 
 
 def app() -> None:

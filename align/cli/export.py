@@ -1,5 +1,6 @@
-"""The command ``align export``: a model in the format of another tool, verified."""
+"""The commands ``align export`` and ``align push``: a model for other tools and people."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +39,6 @@ def export(
     ] = False,
 ) -> None:
     """Export a model for vLLM, llama.cpp or Ollama, and verify it against the original."""
-    import os
-
     from align.pipeline.processes import run_tool
 
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -48,3 +47,25 @@ def export(
         options += [] if value is None else [name, str(value)]
     options += ["--force"] if force else []
     raise typer.Exit(run_tool("export", [str(reference), str(out), *options]))
+
+
+def push(
+    reference: Annotated[
+        Path, typer.Argument(metavar="RUN/STAGE", help="or an export, or a model folder")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="repository on the hub")],
+    private: Annotated[bool, typer.Option("--private", help="if the repository is new")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="default: main")] = None,
+    message: Annotated[str, typer.Option(help="commit message")] = "Upload by align push",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the files and sizes, and upload nothing")
+    ] = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face Hub."""
+    from align.pipeline.processes import run_tool
+
+    options = ["--message", message]
+    options += [] if revision is None else ["--revision", revision]
+    options += ["--private"] if private else []
+    options += ["--dry-run"] if dry_run else []
+    raise typer.Exit(run_tool("push", [str(reference), repo, *options]))

@@ -39,6 +39,7 @@ from align.core.identity import (
 )
 from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
+from align.core.model_card import write_card
 from align.core.storage import storage_problem
 from align.core.text import hidden, visible
 from align.data.reading import read_log
@@ -253,17 +254,12 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
     def finish() -> None:
         if kind in READS_LATE:
             _refuse_changes(context, identity)
-        write_manifest(
-            context.out,
-            dict(manifest)
-            | dict(result.notes)
-            | {
-                "data": list(result.data),
-                "metrics": dict(result.metrics),
-                "peak_rss_gib": round(sum(peak), 3),
-                "seconds": round(time.monotonic() - began, 2),
-            },
-        )
+        found = dict(manifest) | dict(result.notes)
+        found |= {"data": list(result.data), "metrics": dict(result.metrics)}
+        write_card(context.out, found, context.folder_of)
+        found["peak_rss_gib"] = round(sum(peak), 3)
+        found["seconds"] = round(time.monotonic() - began, 2)
+        write_manifest(context.out, found)
         log.info("%s: done in %.0f s", context.name, time.monotonic() - began)
 
     distributed.on_first_rank(finish)

@@ -59,6 +59,8 @@ def test_sft_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_pa
         f.write('{"step": 23, "train/lo')
     assert "resumed from" in runs.finish(recipe, "sft", run_dir)
     assert_same(run_dir, whole, "sft")
+    card = "sft/model/README.md"  # it follows from the manifest alone
+    assert (run_dir / card).read_bytes() == (whole / card).read_bytes()
 
 
 def test_ppo_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from align.core.artifacts import read_json_object
 from align.core.errors import EXIT_OK, AlignError, ArtifactError
+from align.core.model_card import CARD, stage_card
 from align.core.text import visible
 from align.core.types import Text
 from align.export.folder import new_folder, write_record
@@ -51,6 +52,9 @@ def export(
     probe = probe_of(source.model_dir, prompts)
     with new_folder(out, force=force) as folder:
         notes = _write(source, folder, form)
+        if source.artifact is not None:
+            card = stage_card(source.artifact, source.manifest)
+            (folder / CARD).write_text(card, encoding="utf-8")
         about = _about(source, form)
         write_record(folder, about)
         original = source_behavior(source, probe)
