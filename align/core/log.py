@@ -6,11 +6,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from align.core.errors import RecipeError
+from align.core.sinks import Tracking, open_sink, trl_name
 from align.core.text import visible
 from align.core.types import Alarm
 
@@ -91,22 +91,6 @@ def setup_logging(rank: int) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-class Sink(Protocol):
-    """A further target for metrics."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        ...
-
-    def rewind(self, step: int) -> None:
-        """Remove everything after a step, as far as the target supports it."""
-        ...
-
-    def close(self) -> None:
-        """Flush and close."""
-        ...
-
-
 class MetricsLog:
     """Append a stage's metrics and samples to its folder; only rank 0 writes.
 
@@ -115,14 +99,21 @@ class MetricsLog:
     """
 
     def __init__(
-        self, directory: Path, *, total_steps: int, sinks: Iterable[str] = (), rank: int = 0
+        self,
+        directory: Path,
+        *,
+        total_steps: int,
+        sinks: Iterable[str] = (),
+        tracking: Tracking | None = None,
+        rank: int = 0,
     ) -> None:
         """Open the log.
 
         Args:
             directory: the stage's folder; its name and its parent's name identify the run in sinks.
             total_steps: optimizer or rollout steps of the whole stage, for the ETA.
-            sinks: any of ``tensorboard``, ``wandb``, ``trackio``.
+            sinks: any of ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``, ``swanlab``.
+            tracking: how the stage appears in the sinks.
             rank: number of this process; only rank 0 writes.
 
         Raises:
@@ -137,7 +128,10 @@ class MetricsLog:
         self._first_step: int | None = None
         self._began = time.monotonic()
         self._resumed = False
-        self._sinks = [open_sink(n, self._directory) for n in sinks] if self._writes else []
+        tracking = tracking or Tracking()
+        named = sinks if self._writes else ()
+        self._sinks = [open_sink(n, self._directory, tracking) for n in named]
+        self._name: Callable[[str], str] = trl_name if tracking.names == "trl" else str
 
     def log(
         self, step: int, metrics: Mapping[str, float], *, sample: Mapping[str, Any] | None = None
@@ -174,7 +168,7 @@ class MetricsLog:
             ),
         )
         for sink in self._sinks:
-            sink.log(step, numbers)
+            sink.log(step, {self._name(name): value for name, value in numbers.items()})
         if sample is not None:
             self.sample(step, sample["prompt"], sample["completion"], score=sample.get("score"))
 
@@ -185,6 +179,8 @@ class MetricsLog:
         if self._writes:
             row = {"step": step, "prompt": prompt, "completion": completion, "score": score}
             self._write(SAMPLES_FILE, row)
+            for sink in self._sinks:
+                sink.sample(row)
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Write the result of an evaluation during training to evaluations.jsonl."""
@@ -305,92 +301,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if whole and isinstance(row.get("time_s", 0.0), int | float) else None
-
-
-def open_sink(name: str, directory: Path) -> Sink:
-    """Open a sink by name for a stage's folder.
-
-    Raises:
-        RecipeError: the name is unknown or the package is not installed.
-    """
-    try:
-        if name == "tensorboard":
-            return TensorboardSink(directory)
-        if name == "wandb":
-            return _wandb(directory)
-        if name == "trackio":
-            return _trackio(directory)
-    except ImportError as e:
-        raise RecipeError(
-            f"sinks.{name}: true, but the package '{name}' cannot be imported ({e}). "
-            f"Run 'pip install {name}' or set sinks.{name}: false."
-        ) from e
-    raise RecipeError(f"sinks: unknown sink '{name}'; expected tensorboard, wandb or trackio")
-
-
-class TensorboardSink:
-    """Write metrics to event files under ``tensorboard/`` in the stage's folder."""
-
-    def __init__(self, directory: Path) -> None:
-        # Names in protobuf modules are created at import, invisible to a type checker.
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        events, summaries = vars(event_pb2), vars(summary_pb2)
-        self._event, self._session = events["Event"], events["SessionLog"]
-        self._summary = summaries["Summary"]
-        self._writer = EventFileWriter(str(directory / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        values = [self._summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
-        summary = self._summary(value=values)
-        self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
-
-    def rewind(self, step: int) -> None:
-        """Make TensorBoard hide what earlier processes wrote after this step."""
-        start = self._session(status=self._session.START)
-        event = self._event(step=step + 1, wall_time=time.time(), session_log=start)
-        self._writer.add_event(event)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-class RunSink:
-    """Write metrics to an open W&B or trackio run; a rewind repeats steps there."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        self._run.log(dict(metrics), step=step)
-
-    def rewind(self, step: int) -> None:
-        """Do nothing: both keep what was sent."""
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._run.finish()
-
-
-def _wandb(directory: Path) -> Sink:
-    import wandb  # pyright: ignore[reportMissingImports]  (an extra)
-
-    project, name = _run_names(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    return RunSink(wandb.init(project=project, name=name, dir=str(directory)))
-
-
-def _trackio(directory: Path) -> Sink:
-    import trackio  # pyright: ignore[reportMissingImports]  (an extra)
-
-    project, name = _run_names(directory)
-    return RunSink(trackio.init(project=project, name=name, resume="allow", embed=False))
-
-
-def _run_names(directory: Path) -> tuple[str, str]:
-    path = directory.resolve()
-    return path.parent.name or "align", path.name

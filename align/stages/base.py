@@ -40,6 +40,7 @@ from align.core.identity import (
 from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
 from align.core.model_card import write_card
+from align.core.sinks import Tracking
 from align.core.storage import storage_problem
 from align.core.text import hidden, visible
 from align.data.reading import read_log
@@ -110,8 +111,11 @@ class StageContext:
 
     def metrics(self, total_steps: int) -> MetricsLog:
         """Return the metrics log of the stage."""
-        sinks = [name for name, on in self.recipe.sinks.model_dump().items() if on]
-        return MetricsLog(self.out, total_steps=total_steps, sinks=sinks, rank=distributed.rank())
+        found = self.recipe.sinks
+        config = hidden(self.recipe.stages[self.name].model_dump(mode="json"))
+        tracking = Tracking(found.project, found.group, found.tags, config, found.names)
+        given = {"sinks": found.chosen, "tracking": tracking, "rank": distributed.rank()}
+        return MetricsLog(self.out, total_steps=total_steps, **given)
 
 
 @dataclass(frozen=True, slots=True)

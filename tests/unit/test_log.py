@@ -121,8 +121,8 @@ def test_tensorboard_sink_holds_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_unknown_sink_is_a_recipe_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown sink 'mlflow'"):
-        MetricsLog(tmp_path, total_steps=1, sinks=["mlflow"], rank=0)
+    with pytest.raises(RecipeError, match="unknown sink 'comet'"):
+        MetricsLog(tmp_path, total_steps=1, sinks=["comet"], rank=0)
 
 
 def test_missing_sink_package_says_what_to_do(

@@ -107,7 +107,7 @@ REASONS = {
     "unfrozen_parameters": "use layers.freeze_first, or an adapter",
     "wandb_*": "- the tracker's own settings come from its environment variables",
     "hub_*": "- uploading is a command of its own",
-    "use_mlflow": "align has no such tracker",
+    "use_mlflow": "write sinks",
     "mlflow_*": "- the tracker's own settings come from its environment variables",
     "comet_*": "align has no such tracker",
     "swanlab_*": "- the tracker's own settings come from its environment variables",

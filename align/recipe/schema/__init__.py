@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from align.recipe.schema.common import (
@@ -123,6 +123,34 @@ class SinkSpec(Spec):
     """Log to Weights & Biases."""
     trackio: bool = False
     """Log to Trackio."""
+    mlflow: bool = False
+    """Log to MLflow, at ``MLFLOW_TRACKING_URI``."""
+    swanlab: bool = False
+    """Log to SwanLab."""
+    names: Literal["align", "trl"] = "align"
+    """``trl`` logs to the trackers under TRL's metric names; files keep the suite's own."""
+    project: str | None = None
+    """Project in the trackers; default: name of the run's folder."""
+    group: str | None = None
+    """Group of runs in the trackers; default: name of the run's folder."""
+    tags: list[str] = []
+    """Tags of the run in the trackers."""
+
+    @property
+    def chosen(self) -> list[str]:
+        """Return the names of the trackers that are on."""
+        return [name for name, on in self if on is True]
+
+    @model_validator(mode="after")
+    def _settings_need_a_tracker(self) -> "SinkSpec":
+        found = self.chosen
+        runs = [name for name in found if name != "tensorboard"]
+        if self.names == "trl" and not found:
+            raise ValueError("names: trl has no effect without a tracker")
+        for key in ("project", "group", "tags"):
+            if getattr(self, key) and not runs:
+                raise ValueError(f"{key} needs wandb, trackio, mlflow or swanlab")
+        return self
 
 
 class Recipe(Spec):
