@@ -108,7 +108,12 @@ def try_reward(
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        found.append(Outcome(response, reward(prompts=prompts, completions=completions, **columns)))
+        given = dict(columns)
+        # TRL passes token ids; without a tokenizer, each byte is a token.
+        if getattr(reward, "style", None) == "trl":
+            given["completion_ids"] = [list(text.encode()) for text in texts]
+        scores = reward(prompts=prompts, completions=completions, **given)
+        found.append(Outcome(response, scores))
     return found
 
 

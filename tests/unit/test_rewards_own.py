@@ -35,6 +35,9 @@ async def later(completions, **kwargs):
     await asyncio.sleep(0.01)
     return [0.5 if "yes" in c else None for c in completions]
 
+def by_ids(prompts, completions, completion_ids, answer):
+    return [float(bytes(ids).decode() == a) for ids, a in zip(completion_ids, answer)]
+
 class Weighted:
     def __init__(self, factor): self.factor = factor
     def __call__(self, prompts, completions, **kwargs):
@@ -345,6 +348,8 @@ def test_the_command_shows_scores_and_names_what_pays(code: Path, tmp_path: Path
     done = CliRunner().invoke(cli, ["reward", "test", f"{code}:scaled", "--data", str(rows)])
     assert done.exit_code == 1
     assert "nothing can be learned" in done.output
+    done = CliRunner().invoke(cli, ["reward", "test", f"{code}:by_ids", "--data", str(rows)])
+    assert done.exit_code == 0, done.output
     # Rewards of the suite too, with their keys.
     rule = ["reward", "test", "exact_match", "--data", str(rows)]
     assert CliRunner().invoke(cli, rule).exit_code == 0
