@@ -212,7 +212,7 @@ def noticed_by(said: str) -> str:
         "missing": "names",
         "packed copy": "packed copy",
         "cache": "cache",
-        "refused": "load",
+        "rejected": "load",
         "nats apart": "log-probs",
     }
     return next((word for part, word in words.items() if part in said), "no")

@@ -130,8 +130,13 @@ def test_early_stopping_goes_on_from_a_checkpoint_as_without_one() -> None:
     first = EarlyStopping(spec, save=lambda step: None, prune=pruned.append, keep_checkpoints=1)
     for step, value in ((1, 3.0), (2, 2.0)):
         first.look(step, {"eval/loss": value})
+    state = first.state_dict()
+    worse = EarlyStopping(spec, save=lambda step: None, prune=pruned.append, keep_checkpoints=1)
+    worse.load_state_dict(state)
+    worse.look(3, {"eval/loss": 2.5})
+    assert worse.best_step == 2  # of before the checkpoint
     again = EarlyStopping(spec, save=lambda step: None, prune=pruned.append, keep_checkpoints=1)
-    again.load_state_dict(first.state_dict())
+    again.load_state_dict(state)
     again.look(3, {"eval/loss": 1.0})
     # The weights of step 2 stay until the next checkpoint: a resumed run may need them again.
     assert pruned[-1] == {2, 3}

@@ -1,5 +1,6 @@
 """The gradient of a batch is the same however it is cut: micro-batches, packing, padding, order."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from align.models.attention import PACKED
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import DpoStage
 from align.stages import dpo, sft
-from align.training.batch import pack
+from align.training.batch import label_probs, pack, pack_pairs, pair_length
 
 ROWS = [
     TokenRow((3, 5, 7, 9, 2), (False, False, True, True, True)),
@@ -105,3 +106,24 @@ def test_dpo_starts_at_ln_two_with_zero_margins() -> None:
 def test_pack_placeholder_trains_nothing() -> None:
     found = gradient([pack([], counts={"tokens": 3.0})], sft.sft_loss)
     assert found.abs().max() == 0
+
+
+def test_a_pair_is_packed_with_its_prompt_once_and_to_its_last_trained_token() -> None:
+    """Prompt 3 5, a response of 7 9 2 and one of 1 2; what a template writes behind 2 is cut."""
+    for behind in ((), (8, 8)):
+        chosen = TokenRow(
+            (3, 5, 7, 9, 2, *behind), (False,) * 2 + (True,) * 3 + (False,) * len(behind)
+        )
+        pair = PairRow(chosen, PAIRS[0].rejected, 2)
+        batch = pack_pairs([pair])
+        assert batch.input_ids.tolist() == [[3, 5, 7, 9, 2, 1, 2]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
+        assert batch.segment_ids.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    for pair in PAIRS:
+        assert pair_length(pair) == pack_pairs([pair]).input_ids.numel()
+
+
+def test_both_responses_of_a_pair_have_its_probability() -> None:
+    unsure = [replace(pair, label_prob=p) for pair, p in zip(PAIRS, (0.8, 1.0, 0.6), strict=True)]
+    assert label_probs(unsure) == {"label_prob": [0.8, 0.8, 1.0, 1.0, 0.6, 0.6]}
+    assert label_probs(PAIRS) == {}

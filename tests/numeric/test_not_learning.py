@@ -140,6 +140,14 @@ def test_a_gradient_that_vanishes_after_learning_is_no_alarm() -> None:
     assert names(sft(), [offline_row()] * 3 + [still] * 10) == []
 
 
+def test_a_cause_takes_five_steps_or_a_whole_short_run() -> None:
+    still = offline_row(grad_norm=0.0, update_ratio=0.0, update_per_rate=0.0)
+    assert names(sft(), [still] * 4) == []
+    assert names(sft(), [still] * 5) == ["zero_gradient"]
+    assert names(sft(total_steps=3), [still] * 2) == []
+    assert names(sft(total_steps=3), [still] * 3) == ["zero_gradient"]
+
+
 def test_a_schedule_that_ends_before_the_run() -> None:
     rows = [offline_row()] * 10 + [offline_row(learning_rate=0.0)] * 5
     diagnosis = sft()
@@ -155,8 +163,13 @@ def test_solved_tasks_are_no_alarm_but_dead_ones_are() -> None:
         for x in range(5)
     ]
     assert names(grpo(), varied) == ["dead_groups"]
+    by_step = [online_row(**{"reward/mean": x / 10}, **dead) for x in range(5)]
+    assert names(grpo(), by_step) == ["dead_groups"]
     solved = online_row(**{"reward/mean": 1.0}, **dead)
     assert names(grpo(), [online_row()] * 5 + [solved] * 10) == []
+    # A gain of 0.1 is within the first step's spread of 0.5: nothing was solved.
+    same = online_row(**{"reward/mean": 0.6}, **dead)
+    assert names(grpo(), [online_row()] * 5 + [same] * 5) == ["constant_reward"]
     # The same after a fall of the reward: the policy has collapsed.
     fallen = online_row(**{"reward/mean": 0.1}, **dead)
     assert names(grpo(), [online_row()] * 5 + [fallen] * 5) == ["constant_reward"]
