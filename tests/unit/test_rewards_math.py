@@ -55,6 +55,8 @@ NUMBERS = {
     r"\boxed{\frac12}": Fraction(1, 2),
     r"\boxed{\dfrac12}": Fraction(1, 2),
     r"\boxed{\frac1{2}}": Fraction(1, 2),
+    r"\boxed{\frac{-1}{-2}}": Fraction(1, 2),
+    r"\boxed{\frac{-1}{2}}": Fraction(-1, 2),
     r"\boxed{2\frac12}": Fraction(5, 2),
     r"\boxed{2^{10}}": 1024,
     r"\boxed{10^{5}}": 100_000,
@@ -91,7 +93,8 @@ NO_NUMBERS = [
     *("#### 5 - 3", "#### 5-3", "10-5", "5 times 3", r"\boxed{5 \cdot 3}", r"\boxed{2(3)}"),
     *("(3, 4)", r"\boxed{(3,4)}", "[0, 5)", "1,2", "#### 3:4", "#### 1 2 3 4 5", "#### 5 or 6"),
     *(r"\boxed{x > 5}", r"\boxed{\pm 5}", "±5", r"\boxed{5!}", "|5|", r"\boxed{2x = 6}"),
-    *(r"\boxed{2^{1/2}}", r"\boxed{9^{9^{9}}}", "2^99999", "#### 5 squared", "The answer is not 5"),
+    *(r"\boxed{2^{1/2}}", r"\boxed{9^{9^{9}}}", "2^99999", "2^500", "The answer is not 5"),
+    "#### 5 squared",
     # Cut off while thinking.
     *("<think>the answer is 5", "<think>5</think>"),
 ]

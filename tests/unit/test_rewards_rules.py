@@ -205,10 +205,10 @@ def test_ensemble_combines_by_hand_numbers():
 def test_ensemble_member_weight_scales_its_score():
     members = [
         {"kind": "regex", "pattern": "a", "weight": 3.0},
-        {"kind": "regex", "pattern": "a", "weight": -1.0},
+        {"kind": "regex", "pattern": "a", "weight": -2.0},
     ]
     reward = build_reward({"kind": "ensemble", "members": members})
-    assert reward(prompts=["?"], completions=["a"]) == [1.0]
+    assert reward(prompts=["?"], completions=["a"]) == [0.5]  # (3 - 2) / 2; unweighted 1
 
 
 def test_ensemble_is_invalid_where_a_member_is():
