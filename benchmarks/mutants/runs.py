@@ -119,6 +119,11 @@ def _prepare() -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     logging.disable(logging.NOTSET)
+    # A mutant is killed by the first example that fails; looking for a smaller one takes minutes.
+    from hypothesis import Phase, settings
+
+    settings.register_profile("no shrinking", phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("no shrinking")
     assert "align" not in sys.modules, "the code under test must be imported in the forks"
 
 
