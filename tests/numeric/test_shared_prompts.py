@@ -91,6 +91,24 @@ def test_values_at_answers_equal_those_of_prompts_computed_for_each_answer() -> 
     assert found[0].unique().numel() > 5
 
 
+def test_a_value_is_that_of_the_state_before_its_token() -> None:
+    llama = tiny_llama()
+    scorer = RewardModel(llama.model, 32).double()
+    torch.nn.init.normal_(scorer.head.weight)
+    batch = packed(GROUPS, once=True)
+    with torch.no_grad():
+        values = ValueModel(scorer)(batch.input_ids, batch.position_ids)
+        wanted = [
+            float(scorer(torch.tensor([[*prompt, *answer[:t]]]))[0, -1])
+            for prompt, answers in GROUPS
+            for answer in answers
+            for t in range(len(answer))
+        ]
+    assert values[batch.mask].tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    # Nothing precedes the first token of a sequence.
+    assert not values[batch.position_ids == 0].any()
+
+
 def test_a_shared_token_must_not_be_trained() -> None:
     row = TokenRow((1, 2, 3), (False, True, True))
     with pytest.raises(AssertionError):
