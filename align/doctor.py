@@ -21,7 +21,7 @@ NEEDED = ("torch", "transformers", "deepspeed", "datasets", "peft", "pydantic", 
 OPTIONAL = {
     "vllm": "rollouts will use transformers; install it with: make setup",
     "trl": "chat templates and kind: trl need it; install it with: make setup",
-    "evaluate": "rewards and graders of kind metric need it; install it with: make setup",
+    "evaluate": "rewards of kind metric need it; pip install 'align-suite[eval]'",
     "math-verify": "reward math with latex needs it; pip install math-verify",
     "tensorboard": "only for sinks.tensorboard; pip install tensorboard",
 }

@@ -27,8 +27,13 @@ def build_metric(spec: MetricSpec) -> Rule:
 
 
 def _load(spec: MetricSpec) -> Any:
-    import evaluate
-
+    try:
+        import evaluate
+    except ImportError as error:
+        raise ValueError(
+            f"reward '{spec.label}': kind metric needs the package evaluate. Run: pip install "
+            "'align-suite[eval]'"
+        ) from error
     try:
         # In memory, a metric needs its folder only while it is loaded.
         with tempfile.TemporaryDirectory() as folder:

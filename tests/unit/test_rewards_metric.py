@@ -1,5 +1,6 @@
 """A metric of the evaluate library as a reward: from a local file, without a network."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,11 @@ def test_a_metric_that_is_not_there_is_one_clear_line(tmp_path: Path):
     place = str(tmp_path / "missing.py")
     with pytest.raises(ValueError, match=r"^reward 'missing': the metric '.*' cannot be loaded"):
         build_reward({"kind": "metric", "path": place})
+
+
+def test_an_installation_without_evaluate_says_what_to_install(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ValueError, match=r"pip install 'align-suite\[eval\]'$"):
+        build_reward({"kind": "metric", "path": metric})
