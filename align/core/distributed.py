@@ -65,7 +65,13 @@ def init_process_group(*, deterministic: bool = False) -> None:
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if on_gpu else "gloo"
+    _join("nccl" if on_gpu else "gloo", launched=launched)
+
+
+def _join(backend: str, *, launched: bool) -> None:
+    """Join the ranks of the launcher, or make a group of this process alone."""
+    import deepspeed
+
     timeout = _timeout()
     if not launched:
         # One process needs no store that listens on a port.

@@ -70,15 +70,12 @@ def run(
     """Run the stages of a recipe that are not done.
 
     Args:
-        recipe_path: the YAML file, or a recipe that is loaded.
-        overrides: ``--set`` texts.
-        runs: folder of all runs.
-        run_dir: folder of the run; None means ``<runs>/<recipe name>``.
+        recipe_path: the YAML file, or a recipe that is loaded. overrides: ``--set`` texts.
+        runs: folder of all runs. run_dir: that of the run; None means ``<runs>/<recipe name>``.
         force: rerun changed stages, the stages named by ``only`` or ``from_``, and every selected
             stage that depends on them.
         only: run only these stages, separated by commas.
-        from_: skip the stages before this one.
-        until: skip the stages after this one.
+        from_: skip the stages before this one. until: skip the stages after this one.
         dry: show what would run; nothing is started or written.
         module: module that is started for a stage, with its kind and the resolved recipe.
         terminal: where progress is shown; None means standard output.
@@ -103,12 +100,7 @@ def run(
     if module == STAGE_MODULE:
         require("align run", *TRAINING)
     with signals or Signals() as signals, _locked(folder):
-        running = _Run(recipe, folder, terminal, signals, module, grace_s)
-        planned = plan(recipe, folder)
-        work = work_of(recipe, planned, choice)
-        terminal.plan(recipe.name, folder, planned)
-        code = _run_stages(running, work)
-        return code if code != EXIT_OK else _finish(recipe, folder, terminal)
+        return _run_choice(_Run(recipe, folder, terminal, signals, module, grace_s), choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +113,15 @@ class _Run:
     signals: "Signals"
     module: str
     grace_s: float
+
+
+def _run_choice(run: _Run, choice: Choice) -> int:
+    """Plan a run whose folder is locked, run the chosen stages, and finish it."""
+    planned = plan(run.recipe, run.folder)
+    work = work_of(run.recipe, planned, choice)
+    run.terminal.plan(run.recipe.name, run.folder, planned)
+    code = _run_stages(run, work)
+    return code if code != EXIT_OK else _finish(run.recipe, run.folder, run.terminal)
 
 
 def _run_stages(run: _Run, work: Sequence[Work]) -> int:
