@@ -135,7 +135,7 @@ def train_offline(
 def _train_step(
     learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule, *, step: int
 ) -> tuple[dict[str, float], int]:
-    """Take one optimizer step and return its metrics and its trained tokens."""
+    """Run one optimizer step and return its metrics and its trained tokens."""
     batch = pick(task.rows, schedule, step)
     began = time.monotonic()
     micro = measured(learner.engine, task, batch, micro_tokens=schedule.micro_tokens)
