@@ -43,12 +43,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("losses", "rewards"):
-        return import_module(f"align.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'align' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # With it, a type checker would accept every name.
+
+    def __getattr__(name: str) -> Any:
+        if name in ("losses", "rewards"):
+            return import_module(f"align.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'align' has no attribute '{name}'")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -69,11 +69,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names.split():
-            return getattr(import_module(f"align.losses.{module}"), name)
-    raise AttributeError(f"module 'align.losses' has no attribute '{name}'")
+if not TYPE_CHECKING:  # With it, a type checker would accept every name.
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names.split():
+                return getattr(import_module(f"align.losses.{module}"), name)
+        raise AttributeError(f"module 'align.losses' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
