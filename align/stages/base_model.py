@@ -218,7 +218,11 @@ def _save_once(
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, source: Path | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    source: Path | None = None,
 ) -> str:
     stops = model.generation_config.eos_token_id if model.generation_config else None
     stops = stops if isinstance(stops, list) else [stops]
