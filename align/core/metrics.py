@@ -74,6 +74,7 @@ ONLINE = {
     "policy/ratio": Metric("", "mean probability ratio of current to old policy"),
     "policy/clip_frac": Metric("fraction", "tokens whose ratio is clipped, over all updates"),
     "policy/clip_frac_last": Metric("fraction", "the same in the last update of the step"),
+    "policy/ewc": Metric("nats", "EWC's penalty, which is part of the loss"),
     "policy/approx_kl": Metric("nats", "how far the updates moved from the old policy, by k3"),
     "value/loss": Metric("", "mean squared error of the critic, clipped"),
     "value/clip_frac": Metric("fraction", "tokens whose value moved beyond the clip range"),

@@ -112,7 +112,8 @@ class StageContext:
     def metrics(self, total_steps: int) -> MetricsLog:
         """Return the metrics log of the stage."""
         found = self.recipe.sinks
-        config = hidden(self.recipe.stages[self.name].model_dump(mode="json"))
+        # The models of label noise train as "stage/noise-1", with the settings of their stage.
+        config = hidden(self.recipe.stages[self.name.partition("/")[0]].model_dump(mode="json"))
         tracking = Tracking(found.project, found.group, found.tags, config, found.names)
         given = {"sinks": found.chosen, "tracking": tracking, "rank": distributed.rank()}
         return MetricsLog(self.out, total_steps=total_steps, **given)
