@@ -121,6 +121,7 @@ FINAL = {
     "{judge}/accuracy": Metric("fraction", "weak labels: estimated accuracy of one labeler"),
     "{judge}/coverage": Metric("fraction", "weak labels: rows on which it votes"),
     "train/{name}": Metric("", "a TRL trainer's own metric under its own name"),
+    "eval/{name}": Metric("", "the same, on its held-out rows"),
 }
 """Logged once, or by stages that do not train; the last names are patterns."""
 
