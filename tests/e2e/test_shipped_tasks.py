@@ -121,5 +121,5 @@ def test_shipped_and_own_tasks_give_every_metric_with_interval_and_verdict(
     assert tasks["own"]["models"]["base"]["perplexity"][0] < 20
     # A model of stories solves nothing.
     assert tasks["gsm8k"]["models"]["base"]["math"][0] == 0.0
-    assert "gsm8k: 4 prompts, baseline base" in said
+    assert "gsm8k: 4 prompts, 95 % intervals; * differs significantly from base" in said
     assert "prompts to detect a difference of 0.2 in" in said
