@@ -223,7 +223,11 @@ def gguf_problems(source: Source, folder: Path, model: Any, *, row: float) -> It
             worst = _row_error(expected.float(), found.float())
             if worst > row:
                 yield f"{name}: a row differs from the source by {worst:.2g}, at most {row:g}"
-    tied = bool(AutoConfig.from_pretrained(str(source.model_dir)).tie_word_embeddings)
+    tied = bool(
+        AutoConfig.from_pretrained(
+            str(source.model_dir), trust_remote_code=False
+        ).tie_word_embeddings
+    )
     if bool(model.config.tie_word_embeddings) != tied:
         yield f"tie_word_embeddings: {not tied}, expected {tied}"
     yield from _tokenizer_problems(source, folder)
@@ -239,7 +243,7 @@ def _row_error(expected: Tensor, found: Tensor) -> float:
 def _tokenizer_problems(source: Source, folder: Path) -> Iterator[str]:
     """Yield one line for each key of the file's tokenizer that differs from the source's."""
     gguf: Any = _package()
-    config: Any = AutoConfig.from_pretrained(str(source.model_dir))
+    config: Any = AutoConfig.from_pretrained(str(source.model_dir), trust_remote_code=False)
     expected = gguf_tokenizer(source.model_dir, num_rows=config.vocab_size)
     fields = gguf.GGUFReader(str(folder / FILE)).fields
 

@@ -57,7 +57,9 @@ def evaluations(run_dir: Path, stage: str) -> list[dict]:
 
 def unwatched(rows: list[dict]) -> list[dict]:
     """Leave out what the evaluations have logged."""
-    kept = [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
+    kept = [
+        {k: v for k, v in row.items() if not k.startswith(("eval/", "change/"))} for row in rows
+    ]
     return [row for row in kept if row["step"] > 0]
 
 
