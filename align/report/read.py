@@ -1,6 +1,7 @@
 """Read a run folder in any state: finished, unfinished or damaged."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -76,7 +77,10 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _newest_recipe(run_dir: Path) -> Recipe:
     # Each stage wrote the recipe that it ran; the run may have continued with an edited one.
-    found = sorted(run_dir.glob(f"*/{RECIPE_FILE}"), key=lambda path: path.stat().st_mtime)
+    stages = run_dir.iterdir() if run_dir.is_dir() else ()
+    # A link to nothing counts: reading it fails with its name.
+    places = [path / RECIPE_FILE for path in stages if os.path.lexists(path / RECIPE_FILE)]
+    found = sorted(places, key=lambda path: path.lstat().st_mtime)
     if not found:
         raise ArtifactError(
             f"{run_dir}: no stage found (no */recipe.yaml). Expected a run folder such as "

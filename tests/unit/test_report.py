@@ -430,3 +430,10 @@ def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:
 def test_report_of_empty_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="align run RECIPE"):
         build_report(tmp_path)
+
+
+def test_a_resolved_recipe_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "recipe.yaml").symlink_to("nowhere")
+    with pytest.raises(ArtifactError, match=r"base/recipe\.yaml: cannot be read"):
+        build_report(tmp_path)
