@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from align.core.errors import ArtifactError
+from align.core.errors import AlignError, ArtifactError
 from align.recipe.schema import Recipe
 from align.report import build_report
 
@@ -435,5 +435,5 @@ def test_report_of_empty_folder_is_an_error_that_says_what_to_do(tmp_path: Path)
 def test_a_resolved_recipe_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "recipe.yaml").symlink_to("nowhere")
-    with pytest.raises(ArtifactError, match=r"base/recipe\.yaml: cannot be read"):
+    with pytest.raises(AlignError, match=r"base/recipe\.yaml: cannot be read"):
         build_report(tmp_path)
