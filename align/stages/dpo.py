@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from align.core.errors import DataError, TrainingError
@@ -176,10 +177,22 @@ def preference_loss(
     stats = {
         "chosen_logprob": sums[0::2].sum() * share,
         "margin": margins.sum() * share,
-        # At step 0 all margins are 0: chance, not failure.
-        "accuracy": ((margins > 0).sum() + 0.5 * (margins == 0).sum()) * share,
+        "accuracy": _fraction_preferred(margins, spec, sides) * share,
     }
     return loss.sum() * share + 0.0 * logprobs.sum(), stats
+
+
+def _fraction_preferred(margins: Tensor, spec: DpoStage, sides: "Sides") -> Tensor:
+    """Return the number of pairs, (), whose chosen response has the larger reward; a tie is half.
+
+    Before the first step policy and reference are one model. Their margins are 0 up to rounding,
+    which also differs with the layout of the batch: such a pair is a tie, neither right nor wrong.
+    """
+    values = sides.means if spec.on_means else sides.sums  # (2 pairs,)
+    sizes = values.detach().abs().view(-1, 2).sum(1)
+    rounding = 4.0 * torch.finfo(torch.float32).eps * spec.beta * sizes
+    ties = margins.abs() <= rounding
+    return ((margins > 0) & ~ties).sum() + 0.5 * ties.sum()
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,4 @@ def test_adapter_off_is_the_reference_on_two_ranks_too(
     one, two = (torch.load(out / f"steps-{n}.pt") for n in (1, 2))
     expected, found = one[kind, method, 0], two[kind, method, stage]
     for step in range(2):
-        ours, theirs = dict(found[step]), dict(expected[step])
-        if kind == "dpo" and step == 0:
-            # Policy and reference are one model: rounding alone decides the sign of a margin of 0.
-            assert abs(ours["margin"]) < 1e-6
-            del ours["accuracy"], theirs["accuracy"]
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        assert found[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-6)

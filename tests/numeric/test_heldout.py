@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,3 +208,9 @@ def test_dpo_starts_at_chance(model_dir: Path) -> None:
     # Policy and reference are one model, and the pair is packed as it was then: the margin is 0.
     assert float(stats["margin"]) == 0.0
     assert float(stats["accuracy"]) == 0.5
+    # A reference that differs by rounding is still a tie, one that differs by 0.01 nats is not.
+    eps = torch.finfo(torch.float32).eps
+    for moved, expected in ((rows[0].ref_chosen * eps, 0.5), (-0.01, 1.0), (0.01, 0.0)):
+        near = [replace(rows[0], ref_chosen=rows[0].ref_chosen + moved)]
+        _, stats = dpo.preference_loss(spec, module, dpo.collate(near, near))
+        assert float(stats["accuracy"]) == expected
