@@ -281,7 +281,8 @@ class CodeReward:
             _whole_program(asked, program, tests.entry_point),
             tests.sources,
             self.limits,
-            setup=[_asked(asked), *tests.setup],
+            prompt=_asked(asked),
+            setup=tests.setup,
             entry_point=tests.entry_point,
             stop=not self.partial,
         )
@@ -289,7 +290,11 @@ class CodeReward:
             raise InvalidScoreError(f"a test passes {found['unsupported']} to the program")
         if any(found.get("passed", ())) and not found["calls"]:
             raise InvalidScoreError("the tests call no function of the program")
-        return self._share(found.get("passed", []), len(tests.sources))
+        passed = found.get("passed", [])
+        # A package that this machine lacks is no fault of the response.
+        if "setup" in found and sum(passed) < len(tests.sources):
+            raise InvalidScoreError(f"the setup of the row's tests fails: {found['setup']}")
+        return self._share(passed, len(tests.sources))
 
     def _share(self, results: Sequence[bool], count: int) -> float:
         return sum(results) / count if self.partial else float(sum(results) == count)

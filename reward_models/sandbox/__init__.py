@@ -168,6 +168,7 @@ def run_tests(
     tests: Sequence[str],
     limits: Limits,
     *,
+    prompt: str = "",
     setup: Sequence[str] = (),
     entry_point: str | None = None,
     stop: bool = True,
@@ -178,14 +179,16 @@ def run_tests(
         program: source of the module ``solution``, whose functions the tests call.
         tests: sources that raise if the program is wrong. One that defines ``check`` is passed
             the function ``entry_point``; functions named ``test_*`` are called.
-        limits: of each side. setup: sources that run before the tests, and may fail.
+        limits: of each side.
+        prompt: run first if it is a program, for the helpers that it may define.
+        setup: sources that run before the tests, such as imports.
         entry_point: name of the tested function; None if the tests call functions by name.
         stop: end at the first test that fails.
 
     Returns:
         ``passed`` (one bool per test that was run), ``calls`` (of the program), ``names`` (its
-        functions), and ``unsupported`` if a test passes something else than data; {} if the tests
-        did not end.
+        functions), ``unsupported`` if a test passes something else than data, and ``setup``, why a
+        source of ``setup`` failed; {} if the tests did not end.
 
     Raises:
         SandboxError: a sandbox could not be set up.
@@ -197,8 +200,8 @@ def run_tests(
             answer = _Job("answer", limits, given, stdin=asked, stdout=replies)
             stack.callback(answer.close)
             work = {
-                **{"tests": list(tests), "setup": list(setup), "entry_point": entry_point},
-                **{"stop": stop, "replies": said, "requests": requests},
+                **{"tests": list(tests), "prompt": prompt, "setup": list(setup)},
+                **{"entry_point": entry_point, "stop": stop, "replies": said, "requests": requests},
             }
             judge = _Job("tests", limits, work, pass_fds=(said, requests))
             stack.callback(judge.close)

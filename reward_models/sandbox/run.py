@@ -230,12 +230,9 @@ def tests(job: Mapping[str, Any]) -> None:
     program = _Program(os.fdopen(job["replies"], "rb"), os.fdopen(job["requests"], "wb"))
     _quiet()
     names = _module("tests").__dict__
-    for text in job["setup"]:
-        try:
-            exec(compile(text, "setup.py", "exec"), names)
-        # A prompt is often no whole program.
-        except BaseException:
-            continue
+    # A prompt is often no whole program, so that its failure says nothing.
+    _failure(job["prompt"], names)
+    failures = [why for text in job["setup"] if (why := _failure(text, names)) is not None]
     own = [
         name
         for name in program.names
@@ -248,7 +245,7 @@ def tests(job: Mapping[str, Any]) -> None:
     names.update({n: p for n, p in proxies.items() if n == entry or n not in names})
     if entry and entry not in proxies:
         names.pop(entry, None)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"setup": failures[0]} if failures else {}
     passed: list[bool] = []
     for text in job["tests"]:
         try:
@@ -259,6 +256,17 @@ def tests(job: Mapping[str, Any]) -> None:
         if job["stop"] and not passed[-1]:
             break
     _send(verdicts, {**found, "passed": passed, "calls": program.calls, "names": len(own)})
+
+
+def _failure(text: str, names: dict[str, Any]) -> str | None:
+    """Run a source before the tests; return why it failed, or None."""
+    try:
+        exec(compile(text, "setup.py", "exec"), names)
+    except BaseException as error:
+        # The names of the program are there without the import that some rows write.
+        imported = isinstance(error, ImportError) and error.name == "solution"
+        return None if imported else f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def _passes(text: str, names: dict[str, Any], entry: str | None) -> bool:

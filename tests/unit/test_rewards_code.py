@@ -152,6 +152,19 @@ def fail(): raise ValueError("no")
 
 
 @isolates
+def test_a_setup_that_fails_makes_a_wrong_response_invalid_and_not_zero():
+    # Without the package even a correct response could fail, so that 0 would blame it.
+    tests, programs = ["assert f(2) == 4"], [SQUARE, "def f(x): return x"]
+    row = {"test_list": tests, "test_setup_code": "import a_package_that_is_missing"}
+    found, reward = scored(programs, **row)
+    assert found == [1.0, None]
+    assert "ModuleNotFoundError: No module named 'a_package_that_is_missing'" in str(reward.invalid)
+    # The program's own names are there, with or without an import of the row's.
+    row["test_setup_code"] = "from solution import f"
+    assert scored(programs, **row)[0] == [1.0, 0.0]
+
+
+@isolates
 def test_what_no_program_can_be_judged_by_is_invalid_and_not_zero():
     for columns, reason in (
         ({"tests": None}, "no tests in the row"),
