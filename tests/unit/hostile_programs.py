@@ -91,7 +91,7 @@ ATTACKS = {
     "reads the tests": "won = 'candidate' in open(ROWS).read()",
     "writes outside": """
 import os
-for path in (PLACE + "/w", "/usr/lib/w", "/w", "/work/w", "/root/w", "/etc/w"):
+for path in (PLACE + "/w", "/usr/lib/w", "/w", "/root/w", "/etc/w", "/home/w", "/var/w"):
     try:
         open(path, "w").write("x"); won = True
     except OSError: pass
