@@ -272,11 +272,7 @@ class RewardModel(nn.Module):
         from transformers import AutoConfig, AutoModel
 
         directory = Path(directory)
-        for name in (SCORER_FILE, WEIGHTS_FILE, "config.json"):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory}: no {name}; expected the model folder of a reward stage"
-                )
+        _check_folder(directory)
         scorer = json.loads((directory / SCORER_FILE).read_text(encoding="utf-8"))
         reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -300,6 +296,14 @@ class RewardModel(nn.Module):
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
         model.set_normalization(mean=scorer["mean"], std=scorer["std"])
         return model.eval()
+
+
+def _check_folder(directory: Path) -> None:
+    for name in (SCORER_FILE, WEIGHTS_FILE, "config.json"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"{directory}: no {name}; expected the model folder of a reward stage"
+            )
 
 
 def exact_attention(config: "PreTrainedConfig") -> str | None:

@@ -172,6 +172,21 @@ def _has_answer(turns: Sequence[Mapping[str, Any]]) -> bool:
     return any(turn["role"] == "assistant" for turn in turns)
 
 
+async def _body(request: Any) -> bytes | None:
+    """Return a request's body; None if it has more than ``MAX_BYTES``.
+
+    Raises:
+        TimeoutError: it did not arrive in time.
+    """
+    data = bytearray()
+    async with asyncio.timeout(READ_TIMEOUT_S):
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                return None
+    return bytes(data)
+
+
 def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = True) -> Any:
     """Return the web application: ``GET /health`` returns ``about``, ``POST /score`` scores.
 
@@ -199,19 +214,16 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
 
     @app.post("/score")
     async def score(request: Request) -> JSONResponse:
-        data = bytearray()
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                async for part in request.stream():
-                    data += part
-                    if len(data) > MAX_BYTES:
-                        return refuse(413, f"more than {MAX_BYTES} bytes; send fewer responses")
+            data = await _body(request)
         except TimeoutError:
             return refuse(408, f"the request did not arrive within {READ_TIMEOUT_S:g} s")
         except ClientDisconnect:
             return refuse(400, "the client disconnected")
+        if data is None:
+            return refuse(413, f"more than {MAX_BYTES} bytes; send fewer responses")
         try:
-            body = read_request(bytes(data))
+            body = read_request(data)
             if not takes_ids and "prompt_ids" in body:
                 raise BadRequestError(
                     "this reward model is an encoder and reads texts. Do not send token ids "

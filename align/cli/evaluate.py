@@ -17,53 +17,68 @@ from align.report import build_cards
 from align.report.card import HEADLINES
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
+# The options of `align eval`, in the order of its help.
+Checkpoints = Annotated[
+    list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, a folder or a hub id")
+]
+Tasks = Annotated[str, typer.Option(metavar="A,B", help="task names, files, or lm_eval:NAME")]
+Baseline = Annotated[
+    str | None, typer.Option(metavar="CKPT", help="checkpoint to compare with (default: first)")
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="responses per prompt")]
+Limit = Annotated[int | None, typer.Option(min=1, help="prompts per task")]
+Judge = Annotated[
+    str, typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), or a URL")
+]
+JudgeModel = Annotated[str | None, typer.Option(metavar="NAME", help="model at the judge's URL")]
+Detect = Annotated[
+    float | None, typer.Option(min=1e-6, help="print how many prompts detect this difference")
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the results")]
+Engine = Annotated[str, typer.Option(help="auto, vllm or hf")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="for a model folder without one: plain, chatml or a file")
+]
+PadToken = Annotated[str | None, typer.Option(help="for a model folder without one")]
+LmEval = Annotated[
+    str | None, typer.Option(metavar="PYTHON", help="Python with lm-evaluation-harness")
+]
+LmEvalBackend = Annotated[str, typer.Option(help="hf or vllm")]
+LmEvalTasks = Annotated[
+    str | None, typer.Option(metavar="DIR", help="custom task files of lm-evaluation-harness")
+]
+Force = Annotated[bool, typer.Option("--force", help="ignore existing results and run again")]
+Pairs = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="held-out pairs of a reward model")
+]
+Sets = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="best-of-4 sets (RewardBench 2)")
+]
 
 
 def eval_(
-    checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, a folder or a hub id")
-    ],
-    tasks: Annotated[
-        str, typer.Option(metavar="A,B", help="task names, files, or lm_eval:NAME")
-    ] = "world",
-    baseline: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="checkpoint to compare with (default: first)")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="responses per prompt")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="prompts per task")] = None,
-    judge: Annotated[
-        str, typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), or a URL")
-    ] = "rule",
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="model at the judge's URL")
-    ] = None,
-    detect: Annotated[
-        float | None, typer.Option(min=1e-6, help="print how many prompts detect this difference")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the results")] = None,
+    *,
+    checkpoints: Checkpoints,
+    tasks: Tasks = "world",
+    baseline: Baseline = None,
+    samples: Samples = None,
+    limit: Limit = None,
+    judge: Judge = "rule",
+    judge_model: JudgeModel = None,
+    detect: Detect = None,
+    out: Out = None,
     runs: Runs = Path("runs"),
-    engine: Annotated[str, typer.Option(help="auto, vllm or hf")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    chat_template: Annotated[
-        str | None, typer.Option(help="for a model folder without one: plain, chatml or a file")
-    ] = None,
-    pad_token: Annotated[str | None, typer.Option(help="for a model folder without one")] = None,
-    lm_eval: Annotated[
-        str | None, typer.Option(metavar="PYTHON", help="Python with lm-evaluation-harness")
-    ] = None,
-    lm_eval_backend: Annotated[str, typer.Option(help="hf or vllm")] = "hf",
-    lm_eval_tasks: Annotated[
-        str | None, typer.Option(metavar="DIR", help="custom task files of lm-evaluation-harness")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="ignore existing results and run again")
-    ] = False,
-    pairs: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="held-out pairs of a reward model")
-    ] = None,
-    sets: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="best-of-4 sets (RewardBench 2)")
-    ] = None,
+    engine: Engine = "auto",
+    dtype: Dtype = "float32",
+    chat_template: ChatTemplate = None,
+    pad_token: PadToken = None,
+    lm_eval: LmEval = None,
+    lm_eval_backend: LmEvalBackend = "hf",
+    lm_eval_tasks: LmEvalTasks = None,
+    force: Force = False,
+    pairs: Pairs = None,
+    sets: Sets = None,
 ) -> None:
     """Compare checkpoints on held-out tasks, or measure reward models on held-out pairs."""
     from align.cli.eval_recipe import Question, evaluate

@@ -251,21 +251,19 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _resumable(run: _Run, tracking: Tracking) -> dict[str, Any]:
+    """Return the arguments of a tracker's ``init`` for a run that a resumed stage continues."""
+    names = {"project": run.project, "name": run.name, "id": run.id, "group": run.group}
+    settings = {"tags": list(tracking.tags), "config": dict(tracking.config)}
+    return {**names, **settings, "resume": "allow"}
+
+
 def _wandb(directory: Path, tracking: Tracking) -> Sink:
     import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
     found = _run_of(directory, tracking)
     directory.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=found.project,
-        name=found.name,
-        id=found.id,
-        resume="allow",
-        group=found.group,
-        tags=list(tracking.tags),
-        config=dict(tracking.config),
-        dir=str(directory),
-    )
+    run = wandb.init(**_resumable(found, tracking), dir=str(directory))
     return RunSink(run, wandb.Table)
 
 
@@ -289,16 +287,7 @@ def _swanlab(directory: Path, tracking: Tracking) -> Sink:
 
     found = _run_of(directory, tracking)
     directory.mkdir(parents=True, exist_ok=True)
-    run = swanlab.init(
-        project=found.project,
-        name=found.name,
-        id=found.id,
-        resume="allow",
-        group=found.group,
-        tags=list(tracking.tags),
-        config=dict(tracking.config),
-        log_dir=str(directory / "swanlab"),
-    )
+    run = swanlab.init(**_resumable(found, tracking), log_dir=str(directory / "swanlab"))
     return RunSink(run)
 
 
