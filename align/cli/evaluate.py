@@ -85,11 +85,10 @@ def eval_(
 
     # Reward models cannot generate: they have a card of their own.
     if scorers := scorers_among(checkpoints, runs):
-        found = measure_scorers(scorers, pairs=pairs or (), sets=sets or (), runs=runs, out=out)
-        raise typer.Exit(found)
+        files = {"pairs": pairs or (), "sets": sets or ()}
+        raise typer.Exit(measure_scorers(scorers, runs=runs, out=out, **files))
     if pairs or sets:
         raise RecipeError("--pairs and --sets measure reward models. Give a reward model's folder")
-    lacking = {"chat_template": chat_template, "pad_token": pad_token}
     question = Question(
         checkpoints=checkpoints,
         tasks=[name for name in tasks.split(",") if name],
@@ -100,12 +99,17 @@ def eval_(
         judge_model=judge_model,
         engine=engine,
         dtype=dtype,
-        tokenizer={key: value for key, value in lacking.items() if value},
+        tokenizer=_given(chat_template=chat_template, pad_token=pad_token),
         harness=lm_eval,
         harness_backend=lm_eval_backend,
         harness_path=lm_eval_tasks,
     )
     raise typer.Exit(evaluate(question, runs=runs, out=out, force=force, detect=detect))
+
+
+def _given(**settings: str | None) -> dict[str, str]:
+    """Return the settings that have a value."""
+    return {name: value for name, value in settings.items() if value}
 
 
 def calibrate(
