@@ -172,6 +172,21 @@ def _has_answer(turns: Sequence[Mapping[str, Any]]) -> bool:
     return any(turn["role"] == "assistant" for turn in turns)
 
 
+def _parsed(data: bytes, *, takes_ids: bool) -> dict[str, Any]:
+    """Return the parsed request.
+
+    Raises:
+        BadRequestError: it is malformed, or has token ids for a scorer that reads texts.
+    """
+    body = read_request(data)
+    if not takes_ids and "prompt_ids" in body:
+        raise BadRequestError(
+            "this reward model is an encoder and reads texts. Do not send token ids "
+            "(token_ids: false)"
+        )
+    return body
+
+
 async def _body(request: Any) -> bytes | None:
     """Return a request's body; None if it has more than ``MAX_BYTES``.
 
@@ -223,13 +238,7 @@ def build_app(reward: Scorer, about: Mapping[str, Any], *, takes_ids: bool = Tru
         if data is None:
             return refuse(413, f"more than {MAX_BYTES} bytes; send fewer responses")
         try:
-            body = read_request(data)
-            if not takes_ids and "prompt_ids" in body:
-                raise BadRequestError(
-                    "this reward model is an encoder and reads texts. Do not send token ids "
-                    "(token_ids: false)"
-                )
-            future = batcher.submit(body)
+            future = batcher.submit(_parsed(data, takes_ids=takes_ids))
             return JSONResponse(await asyncio.wrap_future(future))
         except (ValueError, InvalidScoreError) as error:  # a request that cannot be scored
             return refuse(422, str(error))
