@@ -47,6 +47,10 @@ MAY_IMPORT = {
         "align.cli.eval_recipe",
     ),
     "align.rewards": ("reward_models",),
+    "align.serve": (
+        *("align.core", "align.recipe", "align.pipeline", "align.report", "align.data"),
+        *("align.api", "reward_models"),
+    ),
     "launch": ("align.stages",),
 }
 HOMES = {
@@ -71,6 +75,7 @@ TORCH_FREE = (
     "align.api",
     "align.rewards",
     "align.data.check",
+    "align.serve",
 )
 COMMANDS = ("align.cli", "align.doctor", "align.api")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", *HOMES}

@@ -14,6 +14,7 @@ from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export, push
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
+from align.cli.serve import serve
 from align.cli.start import import_, init, recipes
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
 from align.core.failure import last_words, path_problem
@@ -266,6 +267,7 @@ def doctor(
     raise typer.Exit(1 if any(f.state == "missing" for f in findings) else 0)
 
 
+cli.command()(serve)
 cli.command("runs")(runs_)
 cli.command()(logs)
 cli.command("open")(open_)

@@ -1,0 +1,68 @@
+"""The command ``align serve``: fine-tuning API, live runs and labels in a browser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align.core.errors import RecipeError
+from align.core.extras import require
+
+
+def serve(
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")] = Path(
+        "runs"
+    ),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="NAME=MODEL", help="base model: folder or hub id; repeatable"
+        ),
+    ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IDS", help="GPUs of one job at a time, such as 0,1; repeatable"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="host name of this server; repeatable"),
+    ] = None,
+    private_webhooks: Annotated[
+        bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
+    ] = False,
+    new_token: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="print a new token of this name and exit"),
+    ] = None,
+) -> None:
+    """Serve the fine-tuning API, live pages of the runs, and labeling."""
+    needed = ("fastapi", "uvicorn", "jinja2", "python_multipart")
+    require("align serve", *needed, extra="serve")
+    from align.serve.settings import Settings
+
+    settings = Settings(
+        runs=runs,
+        host=host,
+        port=port,
+        models=dict(_named(text) for text in model or ()),
+        hosts=tuple(allow_host or ()),
+        devices=tuple(devices or ("",)),
+        private_webhooks=private_webhooks,
+    )
+    if new_token is not None:
+        from align.serve.app import make_services
+
+        typer.echo(make_services(settings).auth.new_token(new_token))
+        return
+    from align.serve.main import serve as serve_until_stopped
+
+    serve_until_stopped(settings)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not (name and place) and equals:
+        raise RecipeError(f"--model {text}: expected NAME=MODEL")
+    return (name, place) if equals else (name.rstrip("/").rpartition("/")[2], name)

@@ -1,0 +1,165 @@
+"""The application: areas, login, errors and the headers of every answer."""
+
+import fcntl
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from fastapi import FastAPI, Form, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi.templating import Jinja2Templates
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+
+from align import report
+from align.core.errors import AlignError, ArtifactError
+from align.serve import finetuning, labels, live
+from align.serve.auth import COOKIE, Auth
+from align.serve.errors import ServeError
+from align.serve.guard import Guard
+from align.serve.services import Area, Services
+from align.serve.settings import Settings
+from align.serve.store import Store
+
+log = logging.getLogger(__name__)
+AREAS = cast("tuple[Area, ...]", (finetuning, live, labels))
+HERE = Path(__file__).parent
+API = "/v1/"
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application for these settings; its state is in the runs folder only."""
+    services = make_services(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_only_server(settings.data))
+            for area in AREAS:
+                stack.enter_context(area.background(services))
+            yield
+
+    app = FastAPI(title="align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.services = services
+    # Pages look like the report, whose style is therefore theirs too.
+    style = Path(report.__file__).with_name("page.css").read_text(encoding="utf-8")
+    app.get("/static/report.css")(lambda: Response(style, media_type="text/css"))
+    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    for area in AREAS:
+        app.include_router(area.router(services))
+    _add_login(app, services)
+    _add_errors(app, services)
+
+    def refuse(error: ServeError, path: str) -> Any:
+        request = Request({"type": "http", "path": path, "headers": [], "method": "GET"})
+        return _answer(services, request, error)
+
+    app.add_middleware(Guard, settings=settings, refuse=refuse)
+    return app
+
+
+def make_services(settings: Settings) -> Services:
+    """Return what the areas share, with the database up to date."""
+    store = Store(settings.data)
+    auth = Auth(store, settings.data)
+    for area in AREAS:
+        store.migrate(area.NAME, area.MIGRATIONS)
+    loader = FileSystemLoader(HERE / "templates")
+    # Everything is escaped: names, prompts and samples come from users and models.
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return Services(settings, store, auth, Jinja2Templates(env=env))
+
+
+@contextmanager
+def _only_server(folder: Path) -> Iterator[None]:
+    """Refuse a second server of the same runs: each would start the same jobs."""
+    with (folder / "server.lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{folder}: another 'align serve' uses these runs. Stop it or use --runs."
+            ) from None
+        yield
+
+
+# ---- login
+
+
+def _add_login(app: FastAPI, services: Services) -> None:
+    @app.get("/login")
+    def login(request: Request, code: str = "") -> Response:
+        if not code:
+            return services.page(request, "login.html")
+        return _welcome(services, request, code=code)
+
+    @app.post("/login")
+    def login_by_token(request: Request, token: Annotated[str, Form()] = "") -> Response:
+        return _welcome(services, request, token=token)
+
+    @app.post("/logout")
+    async def logout(request: Request) -> Response:
+        await services.auth.form(request)
+        response = RedirectResponse("/login", status_code=303)
+        response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        return response
+
+
+def _welcome(services: Services, request: Request, *, code: str = "", token: str = "") -> Response:
+    # A page, not a redirect: a browser that follows a link from elsewhere would not send the
+    # SameSite=Strict cookie along with the redirect.
+    response = services.page(request, "welcome.html")
+    try:
+        services.auth.log_in(request, response, code=code, token=token)
+    except ServeError as error:
+        return services.page(request, "login.html", status=error.status, problem=str(error))
+    return response
+
+
+# ---- errors
+
+
+def _add_errors(app: FastAPI, services: Services) -> None:
+    @app.exception_handler(ServeError)
+    async def refused(request: Request, error: ServeError) -> Response:
+        return _answer(services, request, error)
+
+    @app.exception_handler(AlignError)
+    async def user_error(request: Request, error: AlignError) -> Response:
+        return _answer(services, request, ServeError(400, str(error)))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        found = ServeError(error.status_code, message, headers=dict(error.headers or {}))
+        return _answer(services, request, found)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        found = ServeError(400, f"{place or 'body'}: {first['msg']}", param=place or None)
+        return _answer(services, request, found)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, _error: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.url.path)
+        problem = ServeError(500, "The server failed; its log has the traceback.")
+        return _answer(services, request, problem)
+
+
+def _answer(services: Services, request: Request, error: ServeError) -> Response:
+    """Return an error as OpenAI's object below /v1, elsewhere as a page."""
+    if request.url.path.startswith(API):
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+    if error.status == 401 and request.method == "GET" and "hx-request" not in request.headers:
+        return RedirectResponse("/login", status_code=303)
+    page: HTMLResponse = services.page(
+        request, "error.html", status=error.status, message=str(error)
+    )
+    page.headers.update(error.headers)
+    return page

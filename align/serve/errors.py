@@ -1,0 +1,52 @@
+"""Errors that a client sees, as OpenAI's error object or as a page."""
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+
+
+class ServeError(Exception):
+    """A request that is refused.
+
+    Args:
+        status: the HTTP status.
+        message: where, what was found, what was expected, what to do.
+        code: a word that programs compare, such as ``invalid_api_key``.
+        param: the field of the request that is wrong.
+        headers: of the response, such as ``Retry-After``.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, object]:
+        """Return OpenAI's error object."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {
+            "message": str(self),
+            "type": TYPES.get(self.status, default),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def not_found(what: str, name: str) -> ServeError:
+    """Return the error of a thing that does not exist or belongs to somebody else."""
+    return ServeError(404, f"No such {what}: {name[:200]!r}.", code="not_found", param="id")

@@ -1,0 +1,22 @@
+"""Preference labels by people, for the next stage of a recipe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import APIRouter
+
+from align.serve.services import Services
+
+NAME = "labels"
+MIGRATIONS: tuple[str, ...] = ()
+
+
+def router(services: Services) -> APIRouter:
+    """Return the routes of this area."""
+    return APIRouter()
+
+
+@contextmanager
+def background(services: Services) -> Iterator[None]:
+    """Run what belongs to this area while the server runs."""
+    yield

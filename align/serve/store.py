@@ -1,0 +1,105 @@
+"""The server's database: one SQLite file, whose transactions survive a kill."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from align.core.errors import ArtifactError
+
+DATABASE = "serve.sqlite"
+BUSY_S = 30.0
+"""Seconds that a writer waits for another one."""
+LEDGER = """
+CREATE TABLE IF NOT EXISTS migrations (
+    area TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    applied_at REAL NOT NULL DEFAULT ((julianday('now') - 2440587.5) * 86400.0),
+    PRIMARY KEY (area, number)
+)
+"""
+
+
+class Store:
+    """A SQLite database in a folder; every block of work has its own connection.
+
+    Args:
+        folder: created if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # Files of users and the key of the sessions are nobody else's business.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = folder / DATABASE
+        self.path.touch(mode=0o600)
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection inside a transaction that is committed unless the block raises."""
+        with self._connected() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection that sees one state of the database and cannot write."""
+        with self._connected() as db:
+            db.execute("PRAGMA query_only = ON")
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("ROLLBACK")
+
+    def migrate(self, area: str, migrations: Sequence[str]) -> None:
+        """Apply the migrations of an area that are not applied yet, in one transaction.
+
+        Args:
+            area: its name; areas count their migrations independently.
+            migrations: SQL statements, each text is one migration. Never change one that was
+                released; append another.
+
+        Raises:
+            ArtifactError: a newer version of the server has written the database.
+        """
+        with self.write() as db:
+            db.execute(LEDGER)
+            query = "SELECT count(*) FROM migrations WHERE area = ?"
+            (done,) = db.execute(query, (area,)).fetchone()
+            if done > len(migrations):
+                raise ArtifactError(
+                    f"{self.path}: {area} has version {done}, this installation knows versions up "
+                    f"to {len(migrations)}. Install a newer align-suite."
+                )
+            for number, script in enumerate(migrations[done:], start=done + 1):
+                for statement in _statements(script):
+                    db.execute(statement)
+                db.execute("INSERT INTO migrations (area, number) VALUES (?, ?)", (area, number))
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+        try:
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            yield db
+        finally:
+            db.close()
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the statements of a script; ``executescript`` would end the transaction."""
+    statement = ""
+    for part in script.split(";"):
+        statement += part + ";"
+        if sqlite3.complete_statement(statement):
+            if statement.strip(" \n;"):
+                yield statement
+            statement = ""
