@@ -23,7 +23,7 @@ from align.recipe.schema.formats import FORMATS
 
 FOLDER = "from.python"
 """Folder of these files below the run's; the dot keeps it apart from the stages."""
-_SOURCES = frozenset(("path", "stage", "world"))
+_SOURCES = frozenset(("path", "stage", "labels", "world"))
 _CONTENT = frozenset().union(*(form.used for form in FORMATS.values())) - _SOURCES
 
 

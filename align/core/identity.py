@@ -64,12 +64,14 @@ def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str |
         files: path -> record, as stored.
         present: the paths that the recipe names now.
     """
+    added = next((path for path in present if path not in files), None)
     for path, record in files.items():
+        if path not in present and added is not None and Path(path).is_file():
+            break  # it is there, but another one is read now, such as a newer snapshot of labels
         if path not in present:
             return f"{path}, which it read, is gone"
         if not isinstance(record, dict) or not is_unchanged(present[path], record):
             return f"{path} changed since"
-    added = next((path for path in present if path not in files), None)
     return None if added is None else f"{added} is new"
 
 

@@ -15,6 +15,7 @@ from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
+from align.data.labels import labels_file
 from align.data.own_map import map_rows
 from align.data.reading.json import Row
 from align.data.reading.sources import named_source, read_rows
@@ -256,10 +257,13 @@ def _identities(example: Example) -> list[str]:
 
 
 def _name(spec: DataSpec) -> str:
-    return spec.path or f"world {spec.world}"
+    return spec.path or (f"labels {spec.labels}" if spec.labels else f"world {spec.world}")
 
 
 def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Example]:
+    if spec.labels is not None:
+        file = labels_file(spec.labels, "preference" if spec.answers else kind)
+        spec = spec.model_copy(update={"labels": None, "path": str(file)})
     if spec.world is not None:
         examples = _load_world(spec, kind=kind, seed=seed)
     else:

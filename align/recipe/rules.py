@@ -84,6 +84,8 @@ def _data(spec: DataSpec) -> Iterator[Idle]:
         yield "heldout_frac", "has no effect with split: all; write split: train or heldout"
     if spec.phrasing is not None and spec.templates is None:
         yield "phrasing", "has no effect without 'templates'; remove it"
+    if spec.labels is not None and changed(spec, "format"):
+        yield "format", "has no effect on exported labels; remove it"
     if spec.world is not None:
         for name in changed(spec, "map", "rename", "format"):
             yield name, "has no effect on a synthetic dataset (world); remove it"

@@ -17,8 +17,9 @@ from align.core.errors import ArtifactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
+from align.data.labels import snapshot_files
 from align.data.load import check_overlap, fit_rows, load_examples, source_of
-from align.data.reading.read_log import parsed_sha256
+from align.data.reading.read_log import num_rows, parsed_sha256
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
 from align.models.loading import check_length, save_policy
@@ -372,6 +373,9 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
     for spec in (spec for group in groups for spec in group):
         if spec.path is not None:
             found += data_fingerprint(source_of(spec)[0])
+        elif spec.labels is not None:
+            read = [file for file in snapshot_files(spec.labels) if num_rows(file) is not None]
+            found += [entry for file in read for entry in data_fingerprint(str(file))]
         else:
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
         if spec.templates is not None:

@@ -78,8 +78,9 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
 def _check_spec(spec: DataSpec) -> None:
     if spec.path is None or spec.format != "auto" or spec.weight != 1.0:
         raise DataError(
-            f"{spec.path or spec.world}: sets of answers are read from a 'path' of rows with "
-            "prompt, chosen and rejected; 'world', 'format' and 'weight' have no effect"
+            f"{spec.path or spec.labels or spec.world}: sets of answers are read from a 'path' of "
+            "rows with prompt, chosen and rejected; 'labels', 'world', 'format' and 'weight' have "
+            "no effect"
         )
 
 

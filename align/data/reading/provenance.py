@@ -8,6 +8,7 @@ from typing import Any
 
 from align.core.artifacts import file_record
 from align.core.errors import DataError
+from align.data.labels import snapshot_files
 from align.data.reading.sources import find_files, hub_revision, named_source
 from align.recipe.schema import DataSpec, Spec
 
@@ -83,10 +84,12 @@ def _data_specs(part: object) -> Iterator[DataSpec]:
 
 
 def _data_files(spec: DataSpec) -> dict[str, Path]:
-    if spec.path is None:
+    if spec.path is None and spec.labels is None:
         return {}
     try:
-        name = spec.path
+        if spec.labels is not None:
+            return {str(file): file for file in snapshot_files(spec.labels)}
+        name = str(spec.path)
         if Path(os.path.expanduser(os.path.expandvars(name))).is_dir():
             choice = {"config": spec.config, "revision": spec.revision, "split": spec.split}
             name, _ = named_source(name, **choice)

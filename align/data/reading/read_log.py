@@ -20,6 +20,11 @@ def expect(sha256_of: Mapping[str, str] | None) -> None:
     _expected = None if sha256_of is None else dict(sha256_of)
 
 
+def announced() -> frozenset[str] | None:
+    """Return the files that the running stage's identity names; None outside of a stage."""
+    return None if _expected is None else frozenset(_expected)
+
+
 def parsed_sha256(path: Path) -> str | None:
     """Return the sha256 of a file when it was last parsed, or None."""
     return _parsed.get(str(path))

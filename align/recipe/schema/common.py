@@ -17,12 +17,15 @@ def _as_tuple(value: object) -> Any:
 
 class DataSpec(Spec):
     """One data source: a file, glob, folder or hub id (``path``), an earlier ``stage`` that
-    writes data, or the synthetic ``world``."""
+    writes data, exported ``labels``, or the synthetic ``world``."""
 
     path: str | None = None
     """File, glob, folder or hub id."""
     stage: Annotated[str | None, Ref("data")] = None
     """Earlier stage that writes data."""
+    labels: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*(@[0-9]+)?$")] = None
+    """Labeling project: its newest exported snapshot, or snapshot N with ``NAME@N``
+    (docs/labels.md)."""
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
     """Synthetic data of this kind, for tests and examples."""
     tasks: list[Literal["arithmetic", "sort", "reverse", "count", "pick"]] = []
@@ -59,8 +62,8 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
-        if [self.path, self.stage, self.world].count(None) != 2:
-            raise ValueError("give exactly one of 'path', 'stage' and 'world'")
+        if [self.path, self.stage, self.labels, self.world].count(None) != 3:
+            raise ValueError("give exactly one of 'path', 'stage', 'labels' and 'world'")
         sides = ("all", "train", "heldout")
         if self.path is None and self.split not in sides:
             raise ValueError(f"split: expected one of {', '.join(sides)}, found '{self.split}'")
