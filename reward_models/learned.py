@@ -12,7 +12,7 @@ from reward_models.base import Text, check_rows, column_values, completion_text
 from reward_models.ensemble import combiner, spread
 from reward_models.limits import render_chat
 from reward_models.paired import pair_ids
-from reward_models.scalar import RewardModel, score_heads
+from reward_models.scalar import STOPS, RewardModel, score_heads
 from reward_models.specs import ProcessSpec, ScalarSpec
 
 if TYPE_CHECKING:
@@ -55,8 +55,11 @@ class ScalarReward:
                 f"reward '{name}': combine '{combine}' has no effect on a scorer with one head. "
                 "Train it with 'heads: 3', or remove combine."
             )
-        # A decoder's score is read at the stop token, which must exist.
-        if tokenizer.eos_token_id is None and model.reads == "last":
+        # A decoder's score is read at the stop token, which must exist. Templates may end turns
+        # with another one than the tokenizer's eos.
+        eos: Any = tokenizer.eos_token_id
+        self._stops: Sequence[int] = model.extra.get(STOPS) or ([] if eos is None else [eos])
+        if not self._stops and model.reads == "last":
             raise ValueError(f"reward '{name}': its tokenizer has no eos token to end a response")
         self.model = model
         self.tokenizer = tokenizer
@@ -159,10 +162,9 @@ class ScalarReward:
                 head = [bos, *head]
         else:
             head, answer = self._render_turns(prompt, completion)
-        eos: Any = self.tokenizer.eos_token_id
         # Exactly one stop token ends the response, as in training.
-        cut = answer.index(eos) if eos in answer else len(answer)
-        return head, [*answer[:cut], eos]
+        end = next((i for i, token in enumerate(answer) if token in self._stops), None)
+        return head, [*answer, self._stops[0]] if end is None else answer[: end + 1]
 
     def _render_turns(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

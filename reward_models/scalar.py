@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 SCORER_FILE = "scorer.json"
+STOPS = "stop_token_ids"
+"""Key of scorer.json: the tokens that end a response, if the stage knew them."""
 Reads = Literal["last", "first"]
 """The token from which a score is read: the last one of a decoder, the first one of an encoder."""
 
@@ -204,7 +206,8 @@ class RewardModel(nn.Module):
             tokenizer: the tokenizer with which the scorer was trained.
             state_dict: full weights if the module's own are sharded (ZeRO-3).
             extra: further keys for scorer.json.
-            stop_token_ids: tokens that end a response, besides the tokenizer's eos.
+            stop_token_ids: tokens that end a response, the one that ends plain text first; they are
+                kept in scorer.json. Empty for the tokenizer's eos alone.
         """
         from safetensors.torch import save_file
 
@@ -217,6 +220,8 @@ class RewardModel(nn.Module):
         config.save_pretrained(directory)
         scorer = {**self.extra, **(extra or {})}
         scorer |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        if stop_token_ids:
+            scorer[STOPS] = list(stop_token_ids)
         if self.reads == "first":
             scorer |= {"reads": self.reads, "separator": self.separator}
         text = json.dumps(scorer, indent=2, sort_keys=True) + "\n"

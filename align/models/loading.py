@@ -25,6 +25,7 @@ from align.core.artifacts import read_artifact
 from align.core.errors import ArtifactError, TrainingError
 from align.core.references import WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
+from reward_models.scalar import SCORER_FILE, STOPS
 
 
 @contextmanager
@@ -274,13 +275,18 @@ def saved_weights(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
-    """Return the stop tokens of the saved generation configuration, the tokenizer's own first."""
-    tokenizer = load_tokenizer(model_dir)
+    """Return the stop tokens that a model was saved with, the tokenizer's own first.
+
+    A policy has them in its generation configuration, a scorer in scorer.json.
+    """
+    tokenizer, scorer = load_tokenizer(model_dir), Path(model_dir) / SCORER_FILE
     found = [tokenizer.eos_token_id]
     if (Path(model_dir) / "generation_config.json").is_file():
         # Chat models often stop at an end-of-turn token as well as at the end of text.
         extra = GenerationConfig.from_pretrained(str(model_dir)).eos_token_id
         found += extra if isinstance(extra, list) else [extra]
+    elif scorer.is_file():
+        found += json.loads(scorer.read_text(encoding="utf-8")).get(STOPS, [])
     return tuple(dict.fromkeys(t for t in found if t is not None))
 
 

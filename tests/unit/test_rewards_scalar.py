@@ -1,15 +1,22 @@
 """The learned scorer: batch invariance, its files, the rendering, TRL's call convention."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, Olmo2Config, PreTrainedTokenizerFast
 
+from align.core.types import Example
+from align.data.render.chat import ChatFormat
+from align.models.loading import stop_token_ids
 from reward_models import build_reward
 from reward_models.learned import ScalarReward
 from reward_models.process import ProcessReward
 from reward_models.scalar import RewardModel, ScalarHead, score_heads, score_token_ids
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_tokenizers import byte_tokenizer
 
 WORDS = ["<pad>", "<eos>", "user", "assistant", "\n", "hi", "yes", "no", "a", "b"]
 TEMPLATE = (
@@ -373,3 +380,29 @@ def test_rewards_run_inside_a_trl_trainer(tmp_path: Path):
     for name in ("scalar", "rule", "ensemble"):
         assert logged[f"rewards/{name}/mean"] == logged[f"rewards/{name}/mean"]  # not NaN
     assert rewards[1].invalid == {"column 'answer' is empty": 2}
+
+
+def test_text_is_scored_as_the_rows_of_training_end(tmp_path: Path):
+    # As in Gemma and Phi-3: turns end with another token than the tokenizer's eos.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template, bos=True)
+    stops = tuple(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]))
+    config = Olmo2Config(
+        **{"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    RewardModel(AutoModel.from_config(config), 8).save(
+        tmp_path, tokenizer=tokenizer, stop_token_ids=stops
+    )
+    # What trains on the scorer, or evaluates it, knows them as well.
+    assert stop_token_ids(tmp_path) == stops
+    chat = ChatFormat(tokenizer, stop_token_ids=stops)
+    reward = ScalarReward(RewardModel.load(tmp_path), tokenizer)
+    turns = [{"role": "user", "content": "hi"}]
+    for prompt in (turns, "Q: hi\n"):
+        row = chat.pair_row(Example(prompt, "yes", "no"))
+        assert reward.rows([prompt], ["yes"], {}) == [list(row.chosen.input_ids)]
