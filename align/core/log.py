@@ -223,7 +223,8 @@ class MetricsLog:
         self._kept_seconds = float(kept[-1].get("time_s", 0.0)) if kept else 0.0
         for sink in self._sinks:
             sink.rewind(step)
-        return {k: v for k, v in (kept[-1] if kept else {}).items() if "/" in k}
+        last = kept[-1] if kept else {}
+        return {k: math.nan if v is None else v for k, v in last.items() if "/" in k}
 
     def close(self) -> None:
         """Close the files and the sinks; a second call does nothing."""

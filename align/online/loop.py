@@ -103,7 +103,7 @@ def train_online(
             run.critic.steps = state["critic_steps"]
         if watch is not None:
             watch.load_state_dict(state["watch"])
-        last = metrics.rewind(start)
+        last = distributed.broadcast_object(metrics.rewind(start))  # rank 0 alone has the log
         log.info("resumed from %s", found)
     elif watch is not None:
         metrics.log(0, watch.look(0))

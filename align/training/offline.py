@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
+from align.core import distributed
 from align.core.checkpoints import (
     CheckpointTimer,
     load_checkpoint,
@@ -127,6 +128,9 @@ def train_offline(
             raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
     if stopping is not None:
         last |= stopping.best
+    elif heldout is not None and "eval/loss" not in last:
+        # No step was left to do, and the log of the last one is lost.
+        last |= heldout.look(learner.engine)
     if not num_tokens:
         return last
     return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}
@@ -190,7 +194,7 @@ def _resume(
         if part is not None:
             part.load_state_dict(state[name])
     learner.steps = start
-    last = metrics.rewind(start)
+    last = distributed.broadcast_object(metrics.rewind(start))  # rank 0 alone has the log
     log.info("resumed from %s", found)
     return start, last
 

@@ -152,6 +152,25 @@ def test_stage_killed_after_its_last_step_keeps_its_final_numbers(recipe, whole,
     assert_same(run_dir, whole, "sft")
 
 
+@pytest.mark.slow
+def test_two_ranks_killed_after_their_last_step_end_with_the_same_bytes(
+    recipe, whole, tmp_path
+) -> None:
+    """The merged weights are compared with the last held-out loss, on every rank."""
+    run_dir = begin(whole, tmp_path)
+    changed = ("ranks=2", "steps=3", "tuning={method: lora, rank: 4, alpha: 8}")
+    options = {"ranks": 2, "overrides": [f"stages.sft.{x}" for x in changed]}
+    runs.finish(recipe, "sft", run_dir, **options)
+    before, expected = runs.weights(run_dir, "sft"), runs.manifest(run_dir, "sft")["metrics"]
+    (run_dir / "sft" / "manifest.json").unlink()
+    assert "resumed from" in runs.finish(recipe, "sft", run_dir, **options)
+    assert runs.weights(run_dir, "sft") == before
+    again = runs.manifest(run_dir, "sft")["metrics"]
+    assert {k: v for k, v in again.items() if k != "tokens/per_s"} == {
+        k: v for k, v in expected.items() if k != "tokens/per_s"
+    }
+
+
 def test_resuming_with_other_settings_is_refused_and_force_begins_anew(
     recipe, whole, tmp_path
 ) -> None:

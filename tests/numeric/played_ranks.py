@@ -27,6 +27,7 @@ def play(monkeypatch: pytest.MonkeyPatch, ranks: int, rank_of: Callable[[int], A
     monkeypatch.setattr(distributed, "rank", lambda: here.rank)
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     monkeypatch.setattr(distributed, "gather_objects", gather)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: gather(value)[0])
     monkeypatch.setattr(distributed, "global_sums", sums)
     monkeypatch.setattr(distributed, "global_sum", lambda value: sum(gather(value)))
     monkeypatch.setattr(distributed, "global_max", lambda value: max(gather(value)))
