@@ -131,15 +131,22 @@ def gains_of(history: Sequence[Evaluation], name: str) -> NDArray[np.float64]:
     return table - table[:1]
 
 
-def mean_of(values: Sequence[float | None]) -> float:
-    """Return the mean of the valid values; -inf if there are none, so that it is never best."""
-    known = [x for x in values if x is not None]
-    return sum(known) / len(known) if known else -math.inf
-
-
 def best_step(history: Sequence[Evaluation]) -> int:
-    """Return the step with the highest mean gold score, the earliest of equals."""
-    return max(history, key=lambda seen: (mean_of(seen.gold), -seen.step)).step
+    """Return the step with the highest mean gold score, the earliest of equals.
+
+    Each evaluation is compared with the best one before it, on the prompts that are valid in both:
+    an evaluation whose difficult prompts have no score is not better for it.
+    """
+    best = history[0]
+    for seen in history[1:]:
+        pairs = zip(seen.gold, best.gold, strict=True)
+        both = [(now, before) for now, before in pairs if now is not None and before is not None]
+        if both:
+            now, before = (sum(side) / len(both) for side in zip(*both, strict=True))
+            best = seen if now > before else best
+        elif all(score is None for score in best.gold):
+            best = seen
+    return best.step
 
 
 def alarms(history: Sequence[Evaluation], *, window: int) -> list[Alarm]:

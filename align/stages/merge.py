@@ -249,7 +249,10 @@ def answer(
         stop_token_ids=stop_token_ids,
     )
     scores = score_answers(held.prompts, held.completions, rewards).total
-    parts = distributed.gather_objects((scores, held.group_ids.tolist()))
+    # Rows with the same prompt are one piece of evidence, so they have one number.
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = [numbers.setdefault(row.input_ids, len(numbers)) for row in rows]
+    parts = distributed.gather_objects((scores, [prompts[g] for g in held.group_ids.tolist()]))
     return AlphaScores(
         [s for part, _ in parts for s in part], [g for _, part in parts for g in part]
     )
@@ -283,22 +286,28 @@ def choose(curve: Sequence[Mapping[str, Any]], *, tolerance: float) -> float:
             on ``prompts`` an alpha may be.
 
     Returns:
-        The alpha; of equally good ones the largest.
+        The alpha; of equally good ones the largest. Scores are compared by their gain over alpha 1,
+        on the responses that are valid in both: an alpha whose responses to difficult prompts have
+        no score is not better for it.
 
     Raises:
         ArtifactError: no response of alpha 1 could be scored.
     """
 
-    def value(point: Mapping[str, Any], name: str) -> float:
-        triple: Triple = point[name]
+    def number(triple: Triple) -> float:
         return float("-inf") if triple[0] is None else triple[0]
+
+    def rank(point: Mapping[str, Any]) -> tuple[float, float, float]:
+        gain = number(point["shifted_gain"])
+        # Alpha 1 may have no valid score there; then the scores themselves decide.
+        alone = number(point["shifted"]) if gain == float("-inf") else 0.0
+        return gain, alone, point["alpha"]
 
     # Keep the score on the training prompts, then maximize the one on shifted prompts (WiSE-FT,
     # arXiv:2109.01903).
-    bar = next(value(point, "prompts") for point in curve if point["alpha"] == 1.0) - tolerance
-    if bar == float("-inf"):
+    if next(point["prompts"][0] for point in curve if point["alpha"] == 1.0) is None:
         raise ArtifactError(
             "merge: no response of the fine-tuned model could be scored. Check the rewards"
         )
-    kept = [point for point in curve if value(point, "prompts") >= bar]
-    return max(kept, key=lambda point: (value(point, "shifted"), point["alpha"]))["alpha"]
+    kept = [point for point in curve if number(point["prompts_gain"]) >= -tolerance]
+    return max(kept, key=rank)["alpha"]

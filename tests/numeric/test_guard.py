@@ -158,6 +158,17 @@ def test_best_step_is_the_first_of_the_highest_and_never_an_invalid_one() -> Non
     assert best_step(history) == 5
 
 
+def test_best_step_compares_the_same_prompts() -> None:
+    """The second evaluation is worse on both prompts that it scores, the third better on three."""
+    first, *others = history_of([0.0] * 4, noise=0.0)
+    scores = [[0.9, 0.9, None, None], [1.0, 1.0, 0.1, None], [None] * 4]
+    history = [dataclasses.replace(first, gold=[1.0, 1.0, 0.0, 0.0])]
+    history += [dataclasses.replace(e, gold=g) for e, g in zip(others, scores, strict=True)]
+    assert [best_step(history[:n]) for n in range(1, 5)] == [0, 0, 10, 10]
+    # An evaluation without any score is replaced by the first one that has some.
+    assert best_step([history[3], history[1]]) == 5
+
+
 def test_gold_alarm_rings_after_the_turn_and_not_before() -> None:
     gold = [0.0, 0.3, 0.6, 0.8, 0.9, 0.85, 0.75, 0.6, 0.45]
     rung = [i for i in range(1, 10) if "gold_slope" in names(history_of(gold)[:i])]

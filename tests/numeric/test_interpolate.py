@@ -3,6 +3,8 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
 from align.core.errors import ArtifactError
-from align.recipe.schema import MergeStage
+from align.core.types import Completion, PromptRow
+from align.recipe.schema import MergeStage, SamplingSpec
 from align.recipe.schema.tuning import LoraTuning
-from align.stages.merge import AlphaScores, choose, curve_of
+from align.stages.merge import AlphaScores, answer, choose, curve_of
 from align.tuning.export import full_weights
 from align.tuning.interpolate import check_alike, interpolated, mix, write_interpolated
 from align.tuning.wrap import add_tuner
+from reward_models import build_reward
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -132,20 +136,58 @@ def test_models_that_are_not_alike_are_refused(pair, tmp_path: Path) -> None:
     assert Qwen2ForCausalLM.from_pretrained(other).config.tie_word_embeddings
 
 
-def point(alpha: float, prompts: float | None, shifted: float | None) -> dict:
-    return {"alpha": alpha, "prompts": [prompts] * 3, "shifted": [shifted] * 3}
+def curve_from(*points: tuple[float, float | None, float | None]) -> list[dict[str, Any]]:
+    """Return the curve of one prompt in each set, from (alpha, score on prompts, on shifted)."""
+    found = {
+        alpha: {
+            "prompts": AlphaScores([prompts], [0]),
+            "shifted": AlphaScores([shifted], [0]),
+        }
+        for alpha, prompts, shifted in points
+    }
+    return curve_of(found, seed=0)
 
 
 def test_rule_takes_the_best_shifted_score_that_keeps_what_was_learnt() -> None:
-    curve = [point(0.0, 0.1, 0.9), point(0.5, 0.79, 0.8), point(0.75, 0.8, 0.7), point(1, 0.8, 0.4)]
+    curve = curve_from((0.0, 0.1, 0.9), (0.5, 0.79, 0.8), (0.75, 0.8, 0.7), (1.0, 0.8, 0.4))
     assert choose(curve, tolerance=0.02) == 0.5
     assert choose(curve, tolerance=0.0) == 0.75
     assert choose(curve, tolerance=1.0) == 0.0
-    equal = [point(0.5, 0.8, 0.7), point(0.75, 0.9, 0.7), point(1.0, 0.8, 0.4)]
+    equal = curve_from((0.5, 0.8, 0.7), (0.75, 0.9, 0.7), (1.0, 0.8, 0.4))
     assert choose(equal, tolerance=0.0) == 0.75
-    assert choose([point(0.5, None, 0.7), point(1.0, 0.8, None)], tolerance=0.0) == 1.0
+    assert choose(curve_from((0.5, None, 0.7), (1.0, 0.8, None)), tolerance=0.0) == 1.0
+    no_shifted = curve_from((0.25, 0.8, 0.6), (0.5, 0.8, 0.7), (0.75, 0.8, None), (1.0, 0.8, None))
+    assert choose(no_shifted, tolerance=0.0) == 0.5
     with pytest.raises(ArtifactError, match="no response of the fine-tuned model could be scored"):
-        choose([point(0.5, 0.5, 0.7), point(1.0, None, None)], tolerance=0.1)
+        choose(curve_from((0.5, 0.5, 0.7), (1.0, None, None)), tolerance=0.1)
+
+
+def test_rule_compares_the_responses_that_both_alphas_have_a_score_for() -> None:
+    """Alpha 0.5 is worse on every prompt that it scores, and has no score for the hard ones."""
+    tuned, part, best = ([1.0, 1.0, 0.0, 0.0], [0.9, 0.9, None, None], [1.0, 1.0, 1.0, 1.0])
+    for prompts, shifted in ((part, best), (tuned, part)):
+        found = {
+            alpha: {
+                name: AlphaScores(scores, [*range(4)])
+                for name, scores in zip(("prompts", "shifted"), sets, strict=True)
+            }
+            for alpha, sets in ((0.5, (prompts, shifted)), (1.0, (tuned, tuned)))
+        }
+        assert choose(curve_of(found, seed=0), tolerance=0.01) == 1.0
+
+
+def test_rows_with_one_prompt_have_one_number() -> None:
+    class Engine:
+        def generate(self, prompts: Any, *, n: int, **_: Any) -> list[list[Completion]]:
+            return [[Completion((7,), (-1.0,), "stop", "a", 0)] * n for _ in prompts]
+
+    rows = [PromptRow(ids, "", {}) for ids in ((1, 2), (3,), (1, 2))]
+    spec: Any = SimpleNamespace(samples=2, sampling=SamplingSpec())
+    rewards = [build_reward({"kind": "regex", "pattern": "a"})]
+    context: Any = SimpleNamespace(seed=0)
+    engine: Any = Engine()
+    found = answer(engine, rows, rewards, spec=spec, stop_token_ids=(7,), context=context)
+    assert found.prompts == [0, 0, 1, 1, 0, 0]
 
 
 def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
