@@ -46,7 +46,7 @@ def calibration(
             mean_interval([r if r in (0.0, 1.0) else None for r in results], clusters)
         ),
         "kappa": kappa_interval(said, clusters),
-        **position(said),
+        **position(said, clusters),
         "longer_share": as_triple(mean_interval(won, clusters)),
         "human_longer_share": as_triple(mean_interval(human, clusters)),
     }

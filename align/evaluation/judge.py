@@ -1,15 +1,14 @@
 """Compare responses with a language model as judge, in both orders and with early stopping."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from align.core.types import NO_DIFFERENCE, Text
-from align.evaluation.compare import Record, as_triple, by_place
+from align.evaluation.compare import Record, as_triple, by_place, clusters_of, mean_interval
 from align.evaluation.sequential import ConfidenceSequence
-from align.evaluation.stats import share_interval
 from align.evaluation.verdict import Judged, Place
 from reward_models.base import completion_text, plain_text
 from reward_models.judge import JudgeClient, Messages, Verdict
@@ -59,13 +58,14 @@ class Bench:
     Attributes:
         client: client of the judge's endpoint.
         criteria: instruction on what to compare.
-        said: verdicts of every judged pair in both orders.
+        said: verdicts of every judged pair in both orders. prompts: the prompt of each pair.
         offered: number of pairs available; early stopping may leave some unjudged.
     """
 
     client: JudgeClient
     criteria: str
     said: list[BothOrders] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     offered: int = 0
 
     def judge(self, pairs: Sequence[Pair]) -> list[BothOrders]:
@@ -81,6 +81,7 @@ class Bench:
             for pair in pairs
         ]
         self.said += found
+        self.prompts += [pair.prompt for pair in pairs]
         return found
 
     def report(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class Bench:
             "model": endpoint.model,
             "pairs": self.offered,
             "pairs_judged": len(self.said),
-            **position(self.said),
+            **position(self.said, self.prompts),
             **{k: v for k, v in asdict(cost).items() if k != "invalid"},
             "invalid": dict(cost.invalid),
             "dollars": cost.dollars(endpoint),
@@ -118,22 +119,25 @@ def _share(verdict: Verdict) -> float | None:
     return None if verdict.value is None else _FIRST[verdict.value["winner"]]
 
 
-def position(said: Sequence[BothOrders]) -> dict[str, Any]:
+def position(said: Sequence[BothOrders], clusters: Sequence[Hashable]) -> dict[str, Any]:
     """Return a judge's position bias.
+
+    Args:
+        said: its verdicts.
+        clusters: the prompt of each pair; pairs of one prompt are not independent.
 
     Returns:
         ``first_share``: how often the response shown first wins, ties half; 0.5 without bias.
         ``consistent``: fraction of pairs with the same verdict in both orders. Each is
         [value, low, high].
     """
-    whole = [(p.ours_first, p.theirs_first) for p in said if p.result is not None]
-    if not whole:
-        return {"first_share": [None] * 3, "consistent": [None] * 3}
-    first = [(a + b) / 2.0 for a, b in whole if a is not None and b is not None]
-    agree = [float(a == 1.0 - b) for a, b in whole if a is not None and b is not None]
+    whole = [(p.ours_first, p.theirs_first) for p in said]
+    pairs = [None if a is None or b is None else (a, b) for a, b in whole]
+    first = [None if pair is None else sum(pair) / 2.0 for pair in pairs]
+    agree = [None if pair is None else float(pair[0] == 1.0 - pair[1]) for pair in pairs]
     return {
-        "first_share": as_triple(share_interval(first)),
-        "consistent": as_triple(share_interval(agree)),
+        "first_share": as_triple(mean_interval(first, clusters)),
+        "consistent": as_triple(mean_interval(agree, clusters)),
     }
 
 
@@ -161,29 +165,36 @@ def judge_model(
         prompts that is valid at any stopping time; invalid pairs are excluded.
     """
     mine, theirs = by_place(records), by_place(others)
-    prompts = sorted({place[0] for place in mine})
+    # Rows with the same prompt are one piece of evidence, so they are judged together.
+    same = clusters_of(records)
+    prompts: dict[Hashable, list[Place]] = {}
+    for place in sorted(mine):
+        prompts.setdefault(same[place[0]], []).append(place)
+    groups = list(prompts.values())
     # Random order: the pairs judged before an early stop must represent all prompts.
-    order = np.random.default_rng(seed).permutation(len(prompts))
+    order = np.random.default_rng(seed).permutation(len(groups))
     bench.offered += len(mine)
     results: dict[Place, float | None] = {}
     sequence = ConfidenceSequence()
-    for start in range(0, len(prompts), batch):
-        chosen = {prompts[i] for i in order[start : start + batch]}
-        places = [place for place in sorted(mine) if place[0] in chosen]
+    for start in range(0, len(groups), batch):
+        chosen = [groups[i] for i in order[start : start + batch]]
+        places = sorted(place for group in chosen for place in group)
         found = bench.judge([_pair(mine[place], theirs[place]) for place in places])
         results |= {p: said.result for p, said in zip(places, found, strict=True)}
         # The sequence needs independent values, so each prompt contributes its mean once.
-        for value in _by_prompt(results, [prompts[i] for i in order[start : start + batch]]):
+        for value in _by_prompt(results, chosen):
             sequence.update(value)
         if sequential and sequence.verdict != NO_DIFFERENCE:
             break
     return Judged(results, sequence.interval if sequential and sequence.count else None)
 
 
-def _by_prompt(results: Mapping[Place, float | None], prompts: Sequence[int]) -> list[float]:
+def _by_prompt(
+    results: Mapping[Place, float | None], groups: Sequence[Sequence[Place]]
+) -> list[float]:
     means = []
-    for prompt in prompts:
-        known = [x for place, x in results.items() if place[0] == prompt and x is not None]
+    for places in groups:
+        known = [x for place in places if (x := results[place]) is not None]
         if known:
             means.append(sum(known) / len(known))
     return means

@@ -5,7 +5,7 @@ A metric with a preferred direction has a verdict: ``better`` or ``worse`` than 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,14 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """A model's loss on one held-out response: total nats and number of tokens."""
+    """A model's loss on one held-out response: total nats and number of tokens.
+
+    Rows with the same prompt have the same ``cluster``; with None each row is one.
+    """
 
     nats: float
     tokens: int
+    cluster: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +190,15 @@ def _units(metric: str, records: Sequence[Record]) -> dict[Place, float | None]:
 
 
 def _perplexity(model: Responses, other: Responses | None, *, seed: int) -> Finding:
-    nats = [row.nats for row in model.losses]
-    tokens = [float(row.tokens) for row in model.losses]
-    loss = ratio_bootstrap(nats, tokens, seed=seed)
+    clusters = [i if row.cluster is None else row.cluster for i, row in enumerate(model.losses)]
+    tokens = _sums([float(row.tokens) for row in model.losses], clusters)
+    loss = ratio_bootstrap(_sums([row.nats for row in model.losses], clusters), tokens, seed=seed)
     value = Interval(*(math.exp(x) for x in (loss.value, loss.low, loss.high)))
     if other is None:
         return Finding(value)
     # The difference is in nats per token: perplexities are not additive.
-    moved = [a.nats - b.nats for a, b in zip(model.losses, other.losses, strict=True)]
+    pairs = zip(model.losses, other.losses, strict=True)
+    moved = _sums([a.nats - b.nats for a, b in pairs], clusters)
     difference = ratio_bootstrap(moved, tokens, seed=seed)
     # Linearized: the error of a ratio is that of the mean residual, divided by the mean count.
     mean = sum(tokens) / len(tokens)
@@ -201,6 +206,14 @@ def _perplexity(model: Responses, other: Responses | None, *, seed: int) -> Find
         [(m - difference.value * t) / mean for m, t in zip(moved, tokens, strict=True)]
     )
     return Finding(value, difference, error=error, prompts=len(moved))
+
+
+def _sums(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
+    """Return the sum of each cluster, in order of first appearance."""
+    found: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        found[cluster] = found.get(cluster, 0.0) + value
+    return list(found.values())
 
 
 def _won(metric: str, model: Responses, other: Responses | None, *, judged: Judged) -> Finding:

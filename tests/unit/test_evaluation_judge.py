@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from judge_server import Server, running
 
 from align.evaluation.calibrate import calibration, kappa_interval, scored_orders
-from align.evaluation.judge import Bench, BothOrders, Pair, judge_model
+from align.evaluation.judge import Bench, BothOrders, Pair, judge_model, position
 from reward_models.judge import JudgeClient
 
 
@@ -91,6 +91,30 @@ def test_judging_stops_when_the_verdict_is_clear(server: Server):
     assert bench.report()["pairs"] == 200
     whole = judge_model(bench, mine, theirs, sequential=False, batch=50, seed=0)
     assert (len(whole.results), whole.sequence) == (200, None)
+
+
+def test_copies_of_a_prompt_do_not_make_a_verdict_clear(server: Server):
+    """200 rows with the same prompt are one value: 1 win in 1 is no proof."""
+    server.reply = likes_good
+    mine, theirs = (
+        [row | {"prompt": "q", "cluster": "q"} for row in records([text] * 200)]
+        for text in ("good", "bad")
+    )
+    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    judged = judge_model(bench, mine, theirs, sequential=True, batch=8, seed=0)
+    assert len(judged.results) == 200
+    assert judged.sequence is not None
+    assert judged.sequence.low < 0.5
+    # The bias of the judge is measured on one prompt too, whose spread is unknown.
+    assert bench.report()["consistent"] == [1.0, None, None]
+
+
+def test_position_bias_of_copies_is_that_of_one_each():
+    said = [BothOrders(1.0, 0.0), BothOrders(1.0, 1.0), BothOrders(0.5, 0.0), BothOrders(0.0, 1.0)]
+    one, three = (position(said * n, [*"abcd"] * n) for n in (1, 3))
+    for name, found in one.items():
+        assert found == pytest.approx(three[name])
+        assert found[1] < found[0] < found[2]
 
 
 def test_open_verdict_takes_all_pairs(server: Server):

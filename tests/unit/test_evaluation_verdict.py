@@ -118,6 +118,27 @@ def test_perplexity_weighs_tokens_and_a_lower_one_is_better():
     assert told["verdict"] == "better"
 
 
+def test_perplexity_counts_rows_with_one_prompt_as_one_piece_of_evidence():
+    """Copies of every row change nothing: neither a value, nor an interval, nor its power."""
+    nats = [20.0, 6.0, 24.0, 9.0, 30.0, 3.0, 11.0, 19.0]
+    rows = scored([1.0] * 3)
+
+    def told(copies: int) -> dict[str, Any]:
+        sft, dpo = (
+            [RowLoss(x + move * i, 10, f"p{i}") for i, x in enumerate(nats)] * copies
+            for move in (0.0, -0.3)
+        )
+        block = block_of({"sft": rows, "dpo": rows}, ["perplexity"], sft=sft, dpo=dpo)
+        return block["contrasts"]["dpo"]["perplexity"] | {"value": block["models"]["dpo"]}
+
+    one, five = told(1), told(5)
+    assert one["value"]["perplexity"] == pytest.approx(five["value"]["perplexity"])
+    assert one["difference"] == pytest.approx(five["difference"])
+    assert one["difference"][1] < one["difference"][2]
+    assert (one["prompts"], five["prompts"]) == (8, 8)
+    assert one["detectable"] == pytest.approx(five["detectable"])
+
+
 def test_metrics_without_a_better_direction_have_no_verdict():
     rows = {"sft": scored([1.0] * 9, length=5), "dpo": scored([1.0] * 9, length=9)}
     told = block_of(rows, ["length"])["contrasts"]["dpo"]["length"]

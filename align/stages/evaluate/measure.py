@@ -19,6 +19,7 @@ from align.recipe.schema import EvaluateStage, TaskSpec
 from align.sampling.experience import Experience
 from align.stages.base import StageContext
 from align.training.batch import PackedBatch, pack
+from align.training.heldout import prompt_of
 from align.training.infer import map_rows
 from align.tuning.loading import load_tuned_policy
 from reward_models.base import RewardFunction
@@ -94,7 +95,10 @@ def row_losses(policy: LogprobModel, rows: Sequence[TokenRow]) -> list[RowLoss]:
         collate=pack,
         micro_tokens=MICRO_TOKENS,
     )
-    return [RowLoss(value, sum(row.trained)) for row, value in zip(rows, found, strict=True)]
+    return [
+        RowLoss(value, sum(row.trained), prompt_of(row))
+        for row, value in zip(rows, found, strict=True)
+    ]
 
 
 def to_records(
