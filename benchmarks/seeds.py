@@ -92,7 +92,7 @@ def _git(*words: str) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return a Markdown table: median [lowest, highest] over the seeds, one column for each mode."""
+    """Return a Markdown table: median [lowest, highest] over the seeds, one column a mode."""
     modes = [mode for mode in MODES if any(line["mode"] == mode for line in lines)]
     of = {mode: [line for line in lines if line["mode"] == mode] for mode in modes}
     out = ["| number | " + " | ".join(f"{m} ({len(of[m])} seeds)" for m in modes) + " |"]
@@ -146,10 +146,10 @@ def main() -> None:
             lines.append(run(args.recipe, seed, mode, folder))
             with kept.open("a") as out:
                 out.write(json.dumps(lines[-1]) + "\n")
-            print(f"seed {seed}, {mode}: exit {lines[-1]['exit']}", flush=True)
+            sys.stderr.write(f"seed {seed}, {mode}: exit {lines[-1]['exit']}\n")
             if not args.runs:
                 shutil.rmtree(root)
-    print(table(lines))
+    sys.stdout.write(table(lines) + "\n")
 
 
 if __name__ == "__main__":
