@@ -241,9 +241,10 @@ class RewardModel(nn.Module):
         if found is None:
             return self.config, tokenizer, tensors
         name, prefix = found
-        pad = self.config.get_text_config().pad_token_id
+        pad: Any = self.config.get_text_config().pad_token_id
         if tokenizer is not None:
-            stops = {tokenizer.eos_token_id, *stop_token_ids}
+            eos: Any = tokenizer.eos_token_id
+            stops = {eos, *stop_token_ids}
             pad = padding_id(tokenizer, stops, num_rows=self.config.get_text_config().vocab_size)
             if pad is not None and pad != tokenizer.pad_token_id:
                 tokenizer = copy.deepcopy(tokenizer)

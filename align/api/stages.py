@@ -14,8 +14,9 @@ from align.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from align.cli.eval_recipe import Question
     from reward_models.specs import RewardSpec
 
     Row: TypeAlias = Mapping[str, Any]
@@ -35,7 +36,7 @@ def sft(
     data: "Data",
     heldout: "Data | None" = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -70,7 +71,7 @@ def dpo(
     data: "Data",
     heldout: "Data | None" = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -86,7 +87,7 @@ def kto(
     data: "Data",
     heldout: "Data | None" = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -102,7 +103,7 @@ def reward(
     data: "Data",
     heldout: "Data | None" = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -124,7 +125,7 @@ def grpo(
     heldout: "Data | None" = None,
     eval_every: int | None = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -163,7 +164,7 @@ def ppo(
     heldout: "Data | None" = None,
     eval_every: int | None = None,
     out: Path | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
     **keys: Any,
@@ -176,11 +177,11 @@ def ppo(
 
 def _offline(
     kind: str,
-    model: Any,
-    tokenizer: Any,
+    model: object,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
-    data: Any,
-    heldout: Any,
+    data: object,
+    heldout: object,
     keys: Mapping[str, Any],
     **options: Any,
 ) -> Run:
@@ -191,11 +192,11 @@ def _offline(
 
 def _online_keys(
     kind: str,
-    data: Any,
-    given: Any,
+    data: object,
+    given: object,
     *,
     steps: int,
-    heldout: Any,
+    heldout: object,
     eval_every: int | None,
     keys: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -214,8 +215,8 @@ def _online_keys(
 
 def _train(
     kind: str,
-    model: Any,
-    tokenizer: Any,
+    model: object,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     keys: Mapping[str, Any],
     out: Path | str | None,
@@ -304,7 +305,7 @@ def evaluate(
     return execute(recipe, folder, force=force, quiet=quiet)
 
 
-def _question(kind: Any, **given: Any) -> Any:
+def _question(kind: "type[Question]", **given: Any) -> "Question":
     from align.core.text import suggest
 
     known = list(kind.__dataclass_fields__)
@@ -317,7 +318,7 @@ def _question(kind: Any, **given: Any) -> Any:
     return kind(**given)
 
 
-def _checkpoint(model: Any) -> str:
+def _checkpoint(model: object) -> str:
     return str(model.last_model() if isinstance(model, Run) else model)
 
 

@@ -70,7 +70,7 @@ class CheckpointTimer:
 
     def due(self, step: int) -> bool:
         """Return whether to save after ``step`` steps; every rank must call this."""
-        if self._every != "auto":
+        if isinstance(self._every, int):
             return self._every > 0 and step % self._every == 0
         shortest, longest = AUTO_S
         wait = min(max(shortest, AUTO_COST * self._took), longest)
@@ -215,12 +215,13 @@ def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], o
         write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """Return the size of all tensors in nested mappings and lists."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    inner = value.values() if isinstance(value, Mapping) else value
-    return sum(map(tensor_bytes, inner)) if isinstance(value, Mapping | list | tuple) else 0
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def write_record(folder: Path, name: str, record: Mapping[str, Any]) -> None:

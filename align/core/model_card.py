@@ -99,7 +99,7 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def public(value: Any) -> Any:
+def public(value: object) -> Any:
     """Return a spec without the folders of this machine: an absolute path becomes its last part."""
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}

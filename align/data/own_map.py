@@ -91,9 +91,9 @@ def _mapped(function: Callable[[Any], Any], row: object) -> dict[str, Any]:
     if row is None:
         return {}
     try:
-        found = function(row)
+        found: Any = function(row)
         if found is None:
-            rows = []
+            rows: list[Any] = []
         elif isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
             rows = [found]
         else:

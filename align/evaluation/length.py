@@ -1,11 +1,13 @@
 """The length-controlled win rate: the win rate if both sides' responses were equally long."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from scipy.stats import t as student_t
 
-from align.evaluation.stats import Interval
+from align.evaluation.stats import Interval, cluster_numbers
 
 RIDGE = 1.0
 """Precision of the normal prior on the length coefficient. It keeps the coefficient finite if only
@@ -18,7 +20,7 @@ def length_controlled_win_rate(
     results: ArrayLike,
     length_differences: ArrayLike,
     *,
-    clusters: ArrayLike | None = None,
+    clusters: Sequence[object] | None = None,
     level: float = 0.95,
 ) -> Interval | None:
     """Return the win rate without the effect of the length difference.
@@ -46,10 +48,9 @@ def length_controlled_win_rate(
     """
     y = np.asarray(results, dtype=np.float64)
     d = np.asarray(length_differences, dtype=np.float64)
-    names = np.arange(y.size) if clusters is None else np.asarray(clusters)
-    if not y.shape == d.shape == names.shape:
-        raise ValueError(f"{y.size} results, {d.size} lengths, {names.size} clusters: not the same")
-    _, index = np.unique(names, return_inverse=True)
+    if y.shape != d.shape:
+        raise ValueError(f"{y.size} results, {d.size} lengths: not the same")
+    index = cluster_numbers(range(y.size) if clusters is None else clusters, y.size)  # (pairs,)
     num_clusters = int(index.max()) + 1 if y.size else 0
     if num_clusters < 3 or y.max() == 0.0 or y.min() == 1.0:
         return None

@@ -73,16 +73,27 @@ def _scores(name: str, scores: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
+def cluster_numbers(clusters: Sequence[object], num_scores: int) -> NDArray[np.intp]:
+    """Return the number of each score's cluster (scores,), in order of first appearance.
+
+    Raises:
+        ValueError: there is not one cluster name for each score.
+    """
+    if len(clusters) != num_scores:
+        raise ValueError(
+            f"{len(clusters)} cluster names for {num_scores} scores; expected one each"
+        )
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in clusters], dtype=np.intp)
+
+
 def _cluster_sums(
     x: NDArray[np.float64], clusters: Sequence[object] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sum and the number of values of each cluster, in order of first appearance."""
     if clusters is None:
         return x, np.ones_like(x)
-    if len(clusters) != x.size:
-        raise ValueError(f"{len(clusters)} cluster names for {x.size} scores; expected one each")
-    numbers: dict[object, int] = {}
-    index = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])  # (scores,)
+    index = cluster_numbers(clusters, x.size)
     sums, counts = np.bincount(index, weights=x), np.bincount(index)
     return sums.astype(np.float64), counts.astype(np.float64)
 

@@ -5,12 +5,13 @@ import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from align.core.errors import ArtifactError
 from align.export.gguf_tokens import GgufTokenizer, gguf_tokenizer
@@ -108,16 +109,16 @@ def _check_architecture(source: Source) -> Any:
     return config
 
 
-def _model_arch(gguf: Any, config: Any) -> Any:
+def _model_arch(gguf: ModuleType, config: PreTrainedConfig) -> Any:
     wanted = ARCHITECTURES[config.model_type]
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _write_config(writer: Any, config: Any, *, name: str, kind: str) -> None:
+def _write_config(writer: Any, config: PreTrainedConfig, *, name: str, kind: str) -> None:
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_context_length(config.max_position_embeddings)
@@ -157,7 +158,7 @@ def _write_tokenizer(writer: Any, found: GgufTokenizer) -> None:
         writer.add_chat_template(found.chat_template)
 
 
-def _permuted(name: str, tensor: Tensor, config: Any) -> Tensor:
+def _permuted(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     """Return a query or key projection in the order of llama.cpp's rotary embedding.
 
     transformers rotates dimension i with i + d/2; for llama, llama.cpp rotates 2i with 2i + 1.
@@ -172,7 +173,7 @@ def _permuted(name: str, tensor: Tensor, config: Any) -> Tensor:
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _stored(gguf: Any, tensor: Tensor, kind: str) -> tuple[np.ndarray, Any]:
+def _stored(gguf: ModuleType, tensor: Tensor, kind: str) -> tuple[np.ndarray, Any]:
     """Return a tensor's data in its GGUF type: matrices in ``kind``, vectors in float32."""
     data = tensor.contiguous().numpy()
     types = gguf.GGMLQuantizationType

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from align.core.errors import ArtifactError
 from align.models.loading import load_tokenizer, stop_token_ids
 
@@ -88,7 +90,9 @@ def gguf_tokenizer(model_dir: Path, *, num_rows: int) -> GgufTokenizer:
     )
 
 
-def _tokens(tokenizer: Any, num_rows: int, *, fallback: bool) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, *, fallback: bool
+) -> tuple[list[str], list[int]]:
     tokens = [f"[PAD{i}]" for i in range(num_rows)]
     types = [UNUSED] * num_rows
     added = tokenizer.added_tokens_decoder
@@ -98,8 +102,9 @@ def _tokens(tokenizer: Any, num_rows: int, *, fallback: bool) -> tuple[list[str]
             types[i] = BYTE
         if i in added:
             types[i] = CONTROL if added[i].special else USER_DEFINED
-    if fallback and tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = UNKNOWN
+    unknown = tokenizer.unk_token_id
+    if fallback and isinstance(unknown, int):
+        types[unknown] = UNKNOWN
     return tokens, types
 
 

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from align.models.loading import load_tokenizer, stop_token_ids
 
@@ -60,7 +60,7 @@ def modelfile(model_dir: Path, file: str) -> str | None:
     Ollama's templates are written in Go. A chat template becomes one if it writes a fixed text
     before and after each message of a role; several conversations are rendered to prove that.
     """
-    tokenizer: Any = load_tokenizer(model_dir)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_dir)
     lines = [f"FROM ./{file}"]
     if tokenizer.chat_template is not None:
         turns = _fixed_turns(tokenizer)
@@ -73,7 +73,7 @@ def modelfile(model_dir: Path, file: str) -> str | None:
     return "\n".join(lines) + "\n"
 
 
-def _fixed_turns(tokenizer: Any) -> Turns | None:
+def _fixed_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     """Return a chat template as fixed texts around each message, or None if it is more."""
     dialog = _render(tokenizer, ("user", "assistant", "user"), generate=True)
     ends = [
@@ -101,7 +101,7 @@ def _fixed_turns(tokenizer: Any) -> Turns | None:
     return found if _reproduces(tokenizer, found) else None
 
 
-def _reproduces(tokenizer: Any, turns: Turns) -> bool:
+def _reproduces(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
     possible = [roles for roles in _CHECKED if set(roles) <= turns.around.keys()]
     return all(_render(tokenizer, r, generate=True) == turns.rendered(r) for r in possible)
 
@@ -110,7 +110,9 @@ def _mark(i: int) -> str:
     return f"\x02{i}\x03"
 
 
-def _render(tokenizer: Any, roles: Sequence[str], *, generate: bool) -> str | None:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], *, generate: bool
+) -> str | None:
     """Return a rendered conversation without the BOS that llama.cpp adds; None if refused."""
     turns = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
     try:
@@ -118,5 +120,6 @@ def _render(tokenizer: Any, roles: Sequence[str], *, generate: bool) -> str | No
     except (TemplateError, ValueError, TypeError):  # such as a template without a system role
         return None
     bos = tokenizer.bos_token
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return str(text).removeprefix(bos) if adds else str(text)
+    if bos is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return str(text)
+    return str(text).removeprefix(str(bos))

@@ -113,7 +113,7 @@ def probe_of(model_dir: Path, prompts: Sequence[Text] = ()) -> Probe:
     length = min(RANDOM_TOKENS, room)
     words = len(chat.tokenizer)
     drawn = torch.randint(words, (NUM_RANDOM, length), generator=generator).tolist()
-    pad = chat.tokenizer.pad_token_id
+    pad: Any = chat.tokenizer.pad_token_id
     return Probe(
         [row for row in rows if 0 < len(row) <= room],
         drawn,

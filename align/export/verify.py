@@ -172,7 +172,7 @@ def _policy(path: Path | str, **options: Any) -> Any:
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, **options)
     # In float32, so that only the rounding of the weights counts.
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path),
         dtype=torch.float32,
         attn_implementation=exact_attention(config),
@@ -180,6 +180,7 @@ def _policy(path: Path | str, **options: Any) -> Any:
         output_loading_info=True,
         **options,
     )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ArtifactError(f"{path}: no weights for {', '.join(missing[:3])}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

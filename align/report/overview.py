@@ -1,6 +1,6 @@
 """The first screen of the report: status, a forest plot, three findings, and links."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -112,7 +112,9 @@ def _one(value: float | None) -> list[float]:
     return [] if value is None else [value]
 
 
-def _estimate(name: str, value: Sequence[Any], y: float, *, at: Any, verdict: str) -> Markup:
+def _estimate(
+    name: str, value: Sequence[Any], y: float, *, at: Callable[[float], str], verdict: str
+) -> Markup:
     """Return a model's name, its interval as a line and its value as a dot."""
     middle, low, high = value
     shown = f"{name}: {even(middle)}" + ("" if low is None else f" [{even(low)}, {even(high)}]")

@@ -141,7 +141,7 @@ def _marked(block: Block, model: str, metric: str) -> Text:
     return cell
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """Return ``[value, low, high]`` as text, or a dash for no value."""
     if not isinstance(value, list) or value[0] is None:
         return "-"

@@ -70,7 +70,7 @@ def checksum(tensor: Tensor) -> Tensor:
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if tensor.device.type != "cpu":
         return weighted_sum(data)
-    digest = xxhash.xxh3_64_digest(data.numpy())
+    digest = xxhash.xxh3_64_digest(data.numpy().data)
     return torch.tensor(int.from_bytes(digest, "big", signed=True))
 
 

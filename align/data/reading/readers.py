@@ -8,7 +8,7 @@ import csv
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.core.errors import DataError
 from align.data.reading.bounds import Unpacked, max_batch, max_row, row_too_long, too_large
@@ -16,6 +16,9 @@ from align.data.reading.files import blocks, content_of, decoded
 from align.data.reading.json import Item, read_lines, read_values
 from align.data.reading.read_log import note_file
 from reward_models.limits import memory_limit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SEPARATORS = ",;\t|"
 _END_MARK = "<|endoftext|>"
@@ -175,7 +178,7 @@ _ROW_BYTES = 64
 """Least memory of a row: a table can state any number of rows in a few bytes."""
 
 
-def _rows_of(batch: Any) -> list[dict[str, Any]]:
+def _rows_of(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
     """Return a batch's rows; 0.1 of single precision stays 0.1, not 0.10000000149011612."""
     import pyarrow
 
@@ -187,7 +190,7 @@ def _rows_of(batch: Any) -> list[dict[str, Any]]:
     return batch.to_pylist()
 
 
-def _parts(batch: Any) -> Iterator[Any]:
+def _parts(batch: "pa.RecordBatch") -> Iterator[Any]:
     """Yield a record batch in parts, whose values are written out: each with its own text."""
     import pyarrow
 

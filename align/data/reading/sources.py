@@ -283,14 +283,15 @@ def _check_unpacking(name: str, *, config: str | None, revision: str | None) -> 
         DataError: a file unpacks to too much, or is of a kind whose size cannot be limited.
     """
     import datasets
+    from datasets.config import DATASET_INFO_FILENAME
 
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
-        copied = (Path(builder.cache_dir) / datasets.config.DATASET_INFO_FILENAME).is_file()
+        copied = (Path(builder.cache_dir) / DATASET_INFO_FILENAME).is_file()
         named = None if copied else builder.config.data_files
         files = [file for listed in (named or {}).values() for file in listed]
         download = datasets.DownloadManager(dataset_name=name).download
-        brought = {file: Path(download(file)) for file in files}
+        brought = {file: Path(str(download(file))) for file in files}
     except Exception:  # loading the data set ends with the same error
         logger.info("%s: its files could not be listed", name)
         return

@@ -69,7 +69,7 @@ class Keys:
         """Return whether a key has a value other than null."""
         return self.data.get(name) is not None
 
-    def take(self, name: str, default: Any = None) -> Any:
+    def take(self, name: str, default: object = None) -> Any:
         """Return the value of a key, which then counts as converted; null is the default."""
         self.taken.add(name)
         value = self.data.get(name)
@@ -80,7 +80,7 @@ class Keys:
         value = self.take(name, default)
         return _WORDS.get(value.lower(), True) if isinstance(value, str) else bool(value)
 
-    def number(self, name: str, default: Any = None) -> Any:
+    def number(self, name: str, default: object = None) -> Any:
         """Return a number; one in quotes is accepted.
 
         Raises:
