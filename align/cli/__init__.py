@@ -204,14 +204,14 @@ def verify(
 @cli.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
-    other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="second run to compare with")
+    others: Annotated[
+        list[Path] | None, typer.Argument(metavar="[OTHER]...", help="runs to compare with it")
     ] = None,
 ) -> None:
-    """Rebuild report.html of a run, or build a page that compares two runs."""
+    """Rebuild report.html of a run, or build a page that compares runs."""
     from align.report import build_comparison, build_report
 
-    page = build_report(run_dir) if other is None else build_comparison(run_dir, other)
+    page = build_comparison(run_dir, *others) if others else build_report(run_dir)
     typer.echo(visible(str(page)))
 
 

@@ -129,6 +129,7 @@ EVERYWHERE = {
     "step": Metric("steps", "optimizer steps done"),
     "total_steps": Metric("steps", "optimizer steps of the whole stage"),
     "time_s": Metric("s", "time since the stage's process began to log"),
+    "tokens/trained": Metric("tokens", "offline: tokens that were trained in this step"),
     "tokens/per_s": Metric("tokens/s", "tokens trained per second; online, tokens sampled"),
 }
 

@@ -1,6 +1,10 @@
-"""Turn a run folder into one offline HTML file; no torch, no network, no script."""
+"""Turn a run folder into one offline HTML file; no torch, no network."""
 
+import base64
+import hashlib
+import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,8 @@ from align.report import answers, sections
 from align.report.card import cards_section, reward_cards
 from align.report.chain import chain_picture
 from align.report.classes import classifiers
-from align.report.compare import comparison_page, read_two
+from align.report.compare import comparison_page, named_runs, shared_charts
+from align.report.curves import charts_of, curves, varying
 from align.report.ledger import ledger
 from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
@@ -16,12 +21,16 @@ from align.report.microscope import microscope
 from align.report.overview import overview
 from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
+from align.report.series import payload
 from align.report.tasks import tasks
 from align.report.watching import watching
 
 REPORT_FILE = "report.html"
-# The browser itself blocks requests and scripts, whatever a response may contain.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+SCRIPTS = ("charts.js", "samples.js")
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
+"""What reading a file with the wrong content raises."""
+SERIES = "align-series"
+"""Id of the element with the charts' data, which charts.js reads."""
 
 
 def build_report(run_dir: Path) -> Path:
@@ -40,17 +49,20 @@ def build_report(run_dir: Path) -> Path:
     return _write(run_dir / REPORT_FILE, page(read_run(run_dir)))
 
 
-def build_comparison(first: Path, second: Path) -> Path:
-    """Write a page in the first run's folder that compares two runs.
+def build_comparison(first: Path, *others: Path) -> Path:
+    """Write a page in the first run's folder that compares it with other runs.
 
     Raises:
         ArtifactError: one of the folders contains no stage.
     """
-    one, other = read_two(Path(first), Path(second))
-    path = one.directory / f"compare-{other.directory.resolve().name}.html"
-    title = f"{one.recipe.name} and {other.recipe.name}"
+    runs = named_runs([read_run(Path(path)) for path in (first, *others)])
+    records = list(runs.values())
+    names = "-".join(run.directory.resolve().name for run in records[1:])
+    title = " and ".join(run.recipe.name for run in records)
     header = tag("header", tag("h1", title))
-    return _write(path, document(title, header, *comparison_page(one, other)))
+    data = {SERIES: payload(shared_charts(runs))}
+    html = document(title, header, *comparison_page(runs), data=data)
+    return _write(records[0].directory / f"compare-{names}.html", html)
 
 
 def build_cards(path: Path, cards: Mapping[str, Any]) -> Path:
@@ -67,19 +79,59 @@ def _write(path: Path, html: Markup) -> Path:
     return path
 
 
-def document(title: str, *body: Markup | None) -> Markup:
-    """Return a complete page with its style sheet inlined and no external resources."""
-    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+@cache
+def asset(name: str) -> Markup:
+    """Return the text of a style sheet or script that is part of the page."""
+    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def document(title: str, *body: Markup | None, data: Mapping[str, object] | None = None) -> Markup:
+    """Return a complete page with its style sheet and scripts inlined and no external resources.
+
+    Args:
+        title: of the browser's tab.
+        body: the page's elements.
+        data: JSON values that the scripts read, by the id of their element; without any, the page
+            has no script.
+    """
+    style, script = asset("page.css"), Markup("".join(map(asset, SCRIPTS))) if data else None
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title}: align report"),
-        tag("style", Markup(style)),
+        tag("style", style),
     )
-    return tag("html", head, tag("body", *body), lang="en")
+    values = [
+        tag("script", _as_json(value), type="application/json", id=name)
+        for name, value in (data or {}).items()
+    ]
+    code = tag("script", script) if script is not None else None
+    return tag("html", head, tag("body", *body, *values, code), lang="en")
+
+
+def _policy(style: str, script: str | None) -> str:
+    """Return a policy that allows this style sheet and this script, and no request at all.
+
+    The browser itself blocks everything else, whatever a response may contain.
+    """
+    allowed = f"'{_digest(script)}'" if script is not None else "'none'"
+    return (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src {allowed}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _as_json(value: object) -> Markup:
+    # Inside of a script element only "<" can end it or open a comment.
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def page(run: RunRecord) -> Markup:
@@ -101,7 +153,23 @@ def page(run: RunRecord) -> Markup:
         sections.missing(run),
         _shown(overview, run),
         *_groups(run),
+        data=_data(run),
     )
+
+
+def _data(run: RunRecord) -> dict[str, object]:
+    """Return what the page's scripts read; nothing of a part that is damaged."""
+    found: dict[str, object] = {}
+    for name, part in {SERIES: _series, answers.SAMPLES: answers.samples_data}.items():
+        try:
+            found[name] = part(run)
+        except DAMAGED:
+            continue  # Its section says so.
+    return found
+
+
+def _series(run: RunRecord) -> object:
+    return payload(varying(charts_of(run)))
 
 
 def _groups(run: RunRecord) -> list[Markup]:
@@ -132,8 +200,13 @@ GROUPS: Mapping[str, tuple[Callable[[RunRecord], Markup | None], ...]] = {
         earlier,
         merges,
     ),
-    "Samples": (answers.side_by_side, answers.reward_and_length, answers.training_samples),
-    "Training": (_chain, watching, sections.curves),
+    "Samples": (
+        answers.side_by_side,
+        answers.reward_and_length,
+        answers.over_steps,
+        answers.training_samples,
+    ),
+    "Training": (_chain, watching, curves),
     "Data": (ledger, microscope),
     "Checks": (preflight,),
     "Reproduce": (sections.cost, sections.reproduce),
@@ -144,7 +217,7 @@ def _shown(section: Callable[[RunRecord], Markup | None], run: RunRecord) -> Mar
     """Return a section, or a line in its place if a file that it reads is damaged."""
     try:
         return section(run)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGED as error:
         name = section.__name__.strip("_").replace("_", " ")
         told = f"{name}: not shown, a file of the run is damaged ({type(error).__name__}: {error})"
         return tag("section", tag("p", f"{told}. 'align verify {run.directory}' names it."))

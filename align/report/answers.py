@@ -1,43 +1,112 @@
 """Sections with responses: the same prompts side by side, and samples from training."""
 
 import difflib
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
 
+from align.core.log import EVALUATIONS_FILE
 from align.recipe.schema.evaluate import OWN_TASK, EvaluateStage
 from align.report.charts import Series, plot
 from align.report.markup import Markup, join, number, tag
-from align.report.read import Row, RunRecord
+from align.report.read import Row, RunRecord, read_lines
 
 NUM_PROMPTS, NUM_OPEN, MAX_TEXT, MAX_DOTS = 40, 8, 1500, 150
+T = TypeVar("T")
+NUM_STEPS, NUM_WATCHED, NUM_WATCHED_OPEN = 5, 24, 3
+SAMPLES = "align-samples"
+"""Id of the element with the searchable responses, which samples.js reads."""
+MAX_SAMPLE_CHARS = 900_000
+"""Characters of searchable responses in a page, which stays below 3 MB with them."""
 
 
 def side_by_side(run: RunRecord) -> Markup | None:
     """Return the section with each checkpoint's responses to the same held-out prompts."""
-    rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
-    # By its text: every task counts its prompts from 0.
-    prompts: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        prompts.setdefault(str(row.get("prompt")), {}).setdefault(row["model"], row)
+    prompts = _prompts(run)
     if not prompts:
         return None
     # Spread the selection evenly: neighboring rows of a dataset are often similar.
-    found, count = list(prompts.values()), min(NUM_PROMPTS, len(prompts))
-    baseline = _baseline(run)
-    shown = [_answers(found[i * len(found) // count], baseline) for i in range(count)]
+    found, baseline = list(prompts.values()), _baseline(run)
+    shown = [_answers(rows, baseline) for rows in _spread(found, NUM_PROMPTS)]
     rest = shown[NUM_OPEN:]
     return tag(
         "section",
         tag("h2", "Responses of each checkpoint to the same prompts"),
         tag(
             "p",
-            f"{count} of {len(found)} held-out prompts, evenly spread. Each model's first "
+            f"{len(shown)} of {len(found)} held-out prompts, evenly spread. Each model's first "
             "response is shown with the judge's score.",
             f" Words that differ from {baseline} are highlighted." if baseline else "",
         ),
-        *shown[:NUM_OPEN],
-        tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
+        tag(
+            "div",
+            *shown[:NUM_OPEN],
+            tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
+            data_samples="",
+        ),
     )
+
+
+def _prompts(run: RunRecord) -> dict[str, dict[str, Row]]:
+    """Return prompt -> model -> its first response, of all evaluate stages."""
+    rows = [row for s in run.stages if s.kind == "evaluate" for row in s.samples if "model" in row]
+    # By its text: every task counts its prompts from 0.
+    prompts: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        prompts.setdefault(str(row.get("prompt")), {}).setdefault(row["model"], row)
+    return prompts
+
+
+def _spread(found: list[T], count: int) -> list[T]:
+    count = min(count, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def samples_data(run: RunRecord) -> object:
+    """Return the responses to all held-out prompts, which the page's script searches.
+
+    If they are too many for one page, prompts are left out, evenly spread.
+    """
+    found = [_searchable(rows) for rows in _prompts(run).values()]
+    size = sum(len(json.dumps(prompt)) for prompt in found)
+    kept = _spread(found, int(len(found) * min(1.0, MAX_SAMPLE_CHARS / max(1, size))))
+    rule = _rule(row for rows in _prompts(run).values() for row in rows.values())
+    return {"baseline": _baseline(run), "rule": rule, "total": len(found), "prompts": kept}
+
+
+def _searchable(by_model: Mapping[str, Row]) -> dict[str, object]:
+    first = next(iter(by_model.values()))
+    answers = [
+        {
+            "model": model,
+            "text": clip(row.get("completion")),
+            "score": row.get("score"),
+            "judge": row.get("judge"),
+            "scores": row.get("scores"),
+            "length": row.get("length"),
+        }
+        for model, row in by_model.items()
+    ]
+    name = _link(first)
+    task = first.get("task", OWN_TASK)
+    return {"id": name, "task": task, "prompt": clip(first["prompt"]), "answers": answers}
+
+
+def _link(row: Row) -> str:
+    """Return the name of a prompt's place in the page: it is the same in every report."""
+    return f"p-{hashlib.sha256(clip(row['prompt']).encode()).hexdigest()[:10]}"
+
+
+def _rule(rows: Iterable[Row]) -> str | None:
+    """Return the first score that is 0 or 1 for every response: whether it is right."""
+    values: dict[str, set[object]] = {}
+    for row in rows:
+        for name, score in (row.get("scores") or {}).items():
+            values.setdefault(name, set()).add(score)
+    return next((name for name, found in values.items() if found <= {0, 1, None}), None)
 
 
 def _baseline(run: RunRecord) -> str | None:
@@ -46,7 +115,9 @@ def _baseline(run: RunRecord) -> str | None:
     return next((s.label(s.baseline) for s in specs if isinstance(s, EvaluateStage)), None)
 
 
-def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup:
+def _answers(
+    by_model: Mapping[str, Row], baseline: str | None = None, *, link: bool = True
+) -> Markup:
     first = next(iter(by_model.values()))
     known = by_model.get(baseline or "", {}).get("completion")
     cells = [
@@ -58,7 +129,15 @@ def _answers(by_model: Mapping[str, Row], baseline: str | None = None) -> Markup
         )
         for model, row in by_model.items()
     ]
-    return tag("article", tag("pre", clip(first["prompt"]), class_="prompt"), tag("div", *cells))
+    name = _link(first) if link else None
+    mark = tag("a", "#", href=f"#{name}", class_="permalink", title="link to this prompt")
+    return tag(
+        "article",
+        mark if link else None,
+        tag("pre", clip(first["prompt"]), class_="prompt"),
+        tag("div", *cells),
+        id=name,
+    )
 
 
 def _marked(text: object, known: object) -> Markup:
@@ -137,5 +216,46 @@ def training_samples(run: RunRecord) -> Markup | None:
         )
         rows = {f"step {row['step']}": row for row in picked[:2]}
         blocks.append(tag("h3", stage.name))
-        blocks += [_answers({label: row}) for label, row in rows.items()]
+        blocks += [_answers({label: row}, link=False) for label, row in rows.items()]
     return tag("section", tag("h2", "Responses sampled during training"), *blocks)
+
+
+def over_steps(run: RunRecord) -> Markup | None:
+    """Return the section with the responses to the same held-out prompts during training."""
+    blocks = [block for stage in run.stages if (block := _stage_steps(run.directory, stage.name))]
+    if not blocks:
+        return None
+    intro = (
+        "The same held-out prompts at several steps of the training, with the gold score. Words "
+        "that differ from the first step are highlighted."
+    )
+    title = "The same prompts during training"
+    return tag("section", tag("h2", title), tag("p", intro), *blocks)
+
+
+def _stage_steps(folder: Path, stage: str) -> Markup | None:
+    # prompt -> step -> its response
+    found: dict[str, dict[str, Row]] = {}
+    evaluations = [
+        row
+        for row in read_lines(folder / stage / EVALUATIONS_FILE, [])
+        if isinstance(row.get("answers"), list)
+    ]
+    if len(evaluations) < 2:
+        return None
+    # The first and the last evaluation, and those evenly between them.
+    last = len(evaluations) - 1
+    count = min(NUM_STEPS - 1, last)
+    for i in dict.fromkeys(round(k * last / count) for k in range(count + 1)):
+        for row in evaluations[i]["answers"]:
+            steps = found.setdefault(str(row.get("prompt")), {})
+            steps.setdefault(f"step {evaluations[i]['step']}", {**row, "score": row.get("gold")})
+    first = f"step {evaluations[0]['step']}"
+    shown = [_answers(rows, first, link=False) for rows in [*found.values()][:NUM_WATCHED]]
+    rest = shown[NUM_WATCHED_OPEN:]
+    return tag(
+        "div",
+        tag("h3", stage, tag("small", f"{len(shown)} of {len(found)} prompts")),
+        *shown[:NUM_WATCHED_OPEN],
+        tag("details", tag("summary", f"{len(rest)} more prompts"), *rest) if rest else None,
+    )

@@ -13,6 +13,7 @@ Band = tuple[float | None, float | None]
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
 MAX_POINTS = 240
+NUM_COLORS = 8
 
 
 def unit_of(name: str) -> str:
@@ -58,30 +59,42 @@ def line_chart(
     series: Sequence[tuple[str, Points]],
     *,
     band: Band | None = None,
+    bounds: Sequence[Sequence[Band]] = (),
     x_label: str = "step",
+    key: str | None = None,
 ) -> Markup:
     """Return a line chart of a metric over the step, with its unit.
 
     Args:
         title: the metric's name.
-        series: (label, points) of one to three lines; a y of None leaves a gap.
+        series: (label, points) of the lines; a y of None leaves a gap.
         band: range that the recipe expects, shaded.
+        bounds: (low, high) of each point of each line; a line of more than MAX_POINTS has none.
         x_label: label of the x axis.
+        key: name of the chart in the data of the page's script.
     """
     thinned = [(label, *thin(points)) for label, points in series]
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
     if not known:
         return tag("figure", tag("figcaption", title, tag("small", " no finite value logged")))
+    spread = [
+        (i, x, low, high)
+        for i, ((_, points, run), pairs) in enumerate(zip(thinned, bounds, strict=False))
+        for (x, _), (low, high) in zip(points, pairs, strict=False)
+        if run == 1 and low is not None and high is not None
+    ]
     # Scale: the y axis ends at round ticks, the x axis at the data.
     xs, ys = [x for x, _ in known], [y for _, y in known]
+    ys += [y for *_, low, high in spread for y in (low, high)]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, y_ticks[0], y_ticks[-1])
     # Marks, labels and axes.
     lines = [
         mark
         for i, (_, points, _) in enumerate(thinned)
-        for mark in _segments(points, frame, f"line{i + 1}")
+        for mark in _segments(points, frame, line_class(i))
     ]
+    whiskers = [_whisker((x, low, high), frame, line_class(i)) for i, x, low, high in spread]
     label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
@@ -91,12 +104,18 @@ def line_chart(
         "svg",
         axes,
         _shade(band, frame),
+        *whiskers,
         *lines,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         aria_label=f"{title} over {x_label}",
     )
-    return tag("figure", _caption(title, thinned), svg)
+    return tag("figure", _caption(title, thinned), svg, data_chart=key)
+
+
+def line_class(place: int) -> str:
+    """Return the class that colors the line at a place; the colors repeat."""
+    return f"line{place % NUM_COLORS + 1}"
 
 
 def _shade(band: Band | None, frame: tuple[float, float, float, float]) -> Markup | None:
@@ -117,7 +136,7 @@ def _caption(title: str, thinned: Sequence[tuple[str, Points, int]]) -> Markup:
     for i, (label, points, _) in enumerate(thinned):
         last = next((y for _, y in reversed(points) if y is not None), None)
         text = f"{label} {number(last)}" if len(thinned) > 1 else f"last {number(last)}"
-        parts.append(tag("span", tag("i", class_=f"key line{i + 1}"), text))
+        parts.append(tag("span", tag("i", class_=f"key {line_class(i)}"), text))
     return tag("figcaption", *parts)
 
 
@@ -268,6 +287,16 @@ def picture(
     )
 
 
+def _whisker(
+    bar: tuple[float, float, float], frame: tuple[float, float, float, float], class_: str
+) -> Markup:
+    """Return the interval (x, low, high) of a point as a vertical line."""
+    x, low, high = bar
+    (px, bottom), (_, top) = place(x, low, frame), place(x, high, frame)
+    ends = {"y1": f"{bottom:.1f}", "y2": f"{top:.1f}"}
+    return tag("line", x1=f"{px:.1f}", x2=f"{px:.1f}", **ends, class_=f"{class_} faint")
+
+
 def _marks(series: Series, frame: tuple[float, float, float, float]) -> list[Markup]:
     name = f"line{series.colour}"
     places = [place(x, y, frame) for x, y in series.points]
@@ -275,17 +304,7 @@ def _marks(series: Series, frame: tuple[float, float, float, float]) -> list[Mar
     # Intervals first, so that lines and points are drawn over them. Bounds may be empty.
     for (x, _), (low, high) in zip(series.points, series.bounds, strict=False):
         if low is not None and high is not None:
-            (px, bottom), (_, top) = place(x, low, frame), place(x, high, frame)
-            marks.append(
-                tag(
-                    "line",
-                    x1=f"{px:.1f}",
-                    x2=f"{px:.1f}",
-                    y1=f"{bottom:.1f}",
-                    y2=f"{top:.1f}",
-                    class_=f"{name} faint",
-                )
-            )
+            marks.append(_whisker((x, low, high), frame, name))
     if series.style != "points" and len(places) > 1:
         where = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dashed = f"{name} dashed" if series.style == "dashed" else name

@@ -1,5 +1,6 @@
 """The classifier section: scores with intervals, confusion matrix, most confident mistakes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,9 +60,8 @@ def _confusion(counts: Sequence[Sequence[int]], classes: Mapping[str, Row]) -> M
 
 
 def _shaded(count: int, fraction: float) -> Markup:
-    # At most 70 %, so that the number stays readable on the darkest cell.
-    style = f"background: color-mix(in srgb, var(--one) {70 * fraction:.0f}%, transparent)"
-    return tag("span", count, style=style if count else None, class_="shade")
+    # Ten shades of at most 70 %, so that the number stays readable on the darkest cell.
+    return tag("span", count, class_=f"shade mix{math.ceil(10 * fraction)}" if count else "shade")
 
 
 def _mistakes(predictions: Sequence[Row]) -> Markup:

@@ -1,58 +1,63 @@
-"""Compare two runs: their numbers, their curves, and what differs between their recipes."""
+"""Compare runs: their numbers, their curves, and what differs between their recipes."""
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from align.report.charts import line_chart
+from align.report.curves import chart_controls, charts_of, picture_of
 from align.report.markup import Markup, even, join, number, table, tag
-from align.report.read import Row, RunRecord, own_models, read_run
-from align.report.sections import panels_of
+from align.report.read import RunRecord, own_models
+from align.report.series import Chart
 
 MAX_PANELS = 12
 
+Named = Mapping[str, RunRecord]
+"""Runs by the name that tells them apart."""
 
-def comparison_page(first: RunRecord, second: RunRecord) -> list[Markup | None]:
-    """Return the sections of a page that compares two runs."""
-    names = (_label(first, second, 0), _label(first, second, 1))
+
+def named_runs(runs: Sequence[RunRecord]) -> Named:
+    """Return the runs by folder name, or by path where two folders have the same name."""
+    names = [run.directory.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.directory) for run in runs]
+    named: dict[str, RunRecord] = {}
+    for name, run in zip(names, runs, strict=True):
+        # The same folder may be given twice.
+        copies = sum(known.directory == run.directory for known in named.values())
+        named[f"{name} ({copies + 1})" if copies else name] = run
+    return named
+
+
+def comparison_page(runs: Named) -> list[Markup | None]:
+    """Return the sections of a page that compares runs; the first is the baseline."""
+    first, *others = runs
     intro = (
-        f"{names[0]} compared with {names[1]}. The interval of a difference assumes independent "
-        "runs: half-widths are added in quadrature. It is wider than a paired interval. For a "
-        "paired comparison, evaluate both checkpoints in one stage."
+        f"{', '.join(others)} compared with {first}. The interval of a difference assumes "
+        "independent runs: half-widths are added in quadrature. It is wider than a paired "
+        "interval. For a paired comparison, evaluate both checkpoints in one stage."
     )
     return [
-        tag("section", tag("h2", "Two runs"), tag("p", intro)),
-        _numbers(first, second, names),
-        _recipes(first, second, names),
-        _curves(first, second, names),
+        tag("section", tag("h2", f"{len(runs)} runs"), tag("p", intro)),
+        _numbers(runs),
+        _recipes(runs),
+        _curves(runs),
     ]
 
 
-def read_two(first: Path, second: Path) -> tuple[RunRecord, RunRecord]:
-    """Return the records of two run folders."""
-    return read_run(first), read_run(second)
-
-
-def _label(first: RunRecord, second: RunRecord, which: int) -> str:
-    # Runs of one recipe in two places have the same folder name; then only the path tells.
-    runs = (first, second)
-    if first.directory.name != second.directory.name:
-        return runs[which].directory.name
-    return str(runs[which].directory)
-
-
-def _numbers(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Markup | None:
+def _numbers(runs: Named) -> Markup | None:
     rows: list[list[object]] = []
-    ours, theirs = (own_models(run.summary) for run in (first, second))
-    for model in [name for name in ours if name in theirs]:
-        for metric, a in ours[model].items():
-            b = theirs[model].get(metric)
-            if b is not None and a[0] is not None and b[0] is not None:
-                rows.append([f"{model} {metric}", _cell(a), _cell(b), _cell(_difference(a, b))])
+    first, *others = runs
+    models = {name: own_models(run.summary) for name, run in runs.items()}
+    for model in [m for m in models[first] if all(m in found for found in models.values())]:
+        for metric in models[first][model]:
+            triples = [found[model].get(metric) for found in models.values()]
+            if all(t is not None and t[0] is not None for t in triples):
+                gaps = [_difference(triples[0], other) for other in triples[1:]]
+                rows.append([f"{model} {metric}", *map(_cell, triples), *map(_cell, gaps)])
     if not rows:
-        return tag("p", "The two runs have no evaluated model in common.", class_="note")
-    heads: list[object] = ["", *names, "difference (second - first)"]
+        return tag("p", "The runs have no evaluated model in common.", class_="note")
+    heads: list[object] = ["", *runs, *(f"{other} - {first}" for other in others)]
     return tag("section", tag("h2", "Numbers"), table(heads, rows, class_="numbers"))
 
 
@@ -72,15 +77,14 @@ def _cell(triple: list[Any]) -> Markup:
     return tag("div", even(value), spread, class_="triple")
 
 
-def _recipes(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Markup:
-    a, b = (_flat(run.recipe.model_dump(mode="json")) for run in (first, second))
+def _recipes(runs: Named) -> Markup:
+    found = [_flat(run.recipe.model_dump(mode="json")) for run in runs.values()]
     rows: list[list[object]] = [
-        [key, str(a.get(key, "-")), str(b.get(key, "-"))]
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key, "-") != b.get(key, "-")
+        [key, *values]
+        for key in dict.fromkeys(key for flat in found for key in flat)
+        if len(set(values := [str(flat.get(key, "-")) for flat in found])) > 1
     ]
-    heads: list[object] = ["key", *names]
-    body = table(heads, rows) if rows else tag("p", "The recipes are identical.")
+    body = table(["key", *runs], rows) if rows else tag("p", "The recipes are identical.")
     return tag("section", tag("h2", f"Recipes: {number(len(rows))} keys differ"), body)
 
 
@@ -94,23 +98,32 @@ def _flat(value: object, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
-def _curves(first: RunRecord, second: RunRecord, names: tuple[str, str]) -> Markup | None:
-    other = {stage.name: stage for stage in second.stages}
+def shared_charts(runs: Named) -> list[Chart]:
+    """Return the first panels of every stage that at least two runs have, one line per run.
+
+    Of a panel with several lines, the first of each run is drawn.
+    """
+    found: dict[str, dict[str, Chart]] = {}
+    for name, run in runs.items():
+        for chart in charts_of(run):
+            found.setdefault(chart.id, {})[name] = chart
+    shared = []
+    for parts in found.values():
+        if len(parts) > 1:
+            chart = next(iter(parts.values()))
+            lines = [replace(part.lines[0], label=name) for name, part in parts.items()]
+            shared.append(Chart(chart.group, chart.title, lines))
+    groups = dict.fromkeys(chart.group for chart in shared)
+    return [c for g in groups for c in [c for c in shared if c.group == g][:MAX_PANELS]]
+
+
+def _curves(runs: Named) -> Markup | None:
+    charts = shared_charts(runs)
     blocks = [
-        _stage_curves(stage.metrics, other[stage.name].metrics, name=stage.name, names=names)
-        for stage in first.stages
-        if stage.name in other and stage.kind != "evaluate" and stage.metrics
+        join(
+            tag("h3", group),
+            tag("div", *(picture_of(c) for c in charts if c.group == group), class_="charts"),
+        )
+        for group in dict.fromkeys(chart.group for chart in charts)
     ]
-    return tag("section", tag("h2", "Curves"), *blocks) if blocks else None
-
-
-def _stage_curves(
-    first: list[Row], second: list[Row], *, name: str, names: tuple[str, str]
-) -> Markup:
-    a, b = panels_of(first), panels_of(second)
-    charts = []
-    # Only panels that both runs have; of a panel with several lines, the first of each run.
-    for title in [panel for panel in a if panel in b][:MAX_PANELS]:
-        series = [(label, lines[title][0][1]) for label, lines in zip(names, (a, b), strict=True)]
-        charts.append(line_chart(title, series))
-    return join(tag("h3", name), tag("div", *charts, class_="charts"))
+    return tag("section", tag("h2", "Curves"), chart_controls(), *blocks) if blocks else None

@@ -1,29 +1,13 @@
 """General sections of the report, each a pure function of the run's record."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import yaml
 
-from align.report.charts import Band, Points, line_chart
-from align.report.markup import Markup, duration, join, number, table, tag, triple
+from align.report.markup import Markup, duration, number, table, tag, triple
 from align.report.read import Row, RunRecord, StageRecord
-
-FIXED = frozenset({"step", "time_s", "total_steps"})
-CHANGE = "change/"
-# Panels that are shown first, in this order; the others are folded.
-FRONT = (
-    "loss",
-    "accuracy",
-    "reward/mean",
-    "kl/reference_per_answer",
-    "kl/reference",
-    "length/mean",
-    "policy/clip_frac",
-    "value/explained_variance",
-    "optim/grad_norm",
-)
-NUM_FRONT = 6
+from align.report.series import CHANGE
 
 
 def missing(run: RunRecord) -> Markup | None:
@@ -133,74 +117,6 @@ def changes(run: RunRecord) -> Markup | None:
         tag("p", told),
         table(heads, rows, class_="numbers"),
     )
-
-
-def curves(run: RunRecord) -> Markup | None:
-    """Return the section with the metric curves of every stage that logged metrics."""
-    stages = [s for s in run.stages if s.metrics and s.kind not in ("evaluate", "merge")]
-    if not stages:
-        return None
-    blocks = (_stage_curves(s, getattr(run.recipe.stages[s.name], "expect", {})) for s in stages)
-    return tag("section", tag("h2", "Curves"), *blocks)
-
-
-def _stage_curves(stage: StageRecord, bands: Mapping[str, Band]) -> Markup:
-    # Choose the panels to show: those of FRONT, or any three if the stage has none of them.
-    panels = panels_of(stage.metrics)
-    order = sorted(panels, key=_rank)
-    num_front = sum(_rank(title) < len(FRONT) for title in order)
-    front = order[: max(min(NUM_FRONT, num_front), min(3, len(order)))]
-    rest = order[len(front) :]
-    more = None
-    if rest:
-        charts = [
-            line_chart(title, panels[title], band=_band(bands, panels[title])) for title in rest
-        ]
-        more = tag(
-            "details",
-            tag("summary", f"{len(rest)} more: {', '.join(rest)}"),
-            tag("div", *charts, class_="charts"),
-        )
-    charts = [line_chart(title, panels[title], band=_band(bands, panels[title])) for title in front]
-    kind = "" if stage.kind == stage.name else f"{stage.kind}, "
-    steps = f"{kind}{stage.metrics[-1].get('step')} steps, {duration(stage.seconds)}"
-    return join(
-        tag("h3", stage.name, tag("small", steps)), tag("div", *charts, class_="charts"), more
-    )
-
-
-def _band(bands: Mapping[str, Band], lines: Sequence[tuple[str, Points]]) -> Band | None:
-    """Return the range that the recipe expects of one of the panel's metrics, if any."""
-    names = [
-        name
-        for label, _ in lines
-        for name in bands
-        if name in (label, f"{label}/{name.partition('/')[2]}")
-    ]
-    return bands[names[0]] if names else None
-
-
-def _rank(title: str) -> int:
-    return FRONT.index(title) if title in FRONT else len(FRONT)
-
-
-def panels_of(metrics: Sequence[Row]) -> dict[str, list[tuple[str, Points]]]:
-    """Return the curves of metrics.jsonl by panel; train/x and eval/x share the panel x."""
-    panels: dict[str, dict[str, Points]] = {}
-    for row in metrics:
-        for name, value in row.items():
-            # Changes are in a table of their own.
-            if (
-                name in FIXED
-                or name.startswith(CHANGE)
-                or not (value is None or isinstance(value, int | float))
-            ):
-                continue
-            group, _, last = name.partition("/")
-            shared = group in ("train", "eval") and last
-            lines = panels.setdefault(last if shared else name, {})
-            lines.setdefault(group if shared else name, []).append((row["step"], value))
-    return {title: list(lines.items()) for title, lines in panels.items()}
 
 
 def cost(run: RunRecord) -> Markup:

@@ -142,13 +142,10 @@ def _matrix(matrix: Mapping[str, Block]) -> Markup | None:
 def _won(triple: Sequence[float | None] | None) -> Markup | str:
     if not triple or triple[0] is None:
         return ""
-    # At most 50 % color, so that the number stays readable on the darkest cell.
-    percent = round(100 * triple[0])
-    mix = f"background: color-mix(in srgb, var(--one) {percent // 2}%, transparent)"
     spread = (
         tag("small", f"[{even(triple[1])}, {even(triple[2])}]") if triple[1] is not None else None
     )
-    return tag("div", even(triple[0]), spread, class_="triple", style=mix)
+    return tag("div", even(triple[0]), spread, class_=f"triple mix{round(7 * triple[0])}")
 
 
 def _judge(judge: Block | None) -> Markup | None:

@@ -146,7 +146,8 @@ def _train_step(
     stats = learner.step(micro, task.loss_fn)
     num_tokens = sum(task.length(row) for row in batch)
     rate = num_tokens / (time.monotonic() - began)
-    return named(stats) | {"tokens/per_s": rate}, num_tokens
+    logged = {"tokens/per_s": rate, "tokens/trained": float(num_tokens)}
+    return named(stats) | logged, num_tokens
 
 
 def _evaluates(schedule: OfflineSchedule, done: int) -> bool:

@@ -13,7 +13,7 @@ from align.core.errors import DataError
 from align.core.log import HEADLINE
 from align.core.metrics import described, metrics, page
 from align.pipeline.terminal import SHOWN
-from align.report.sections import FRONT
+from align.report.curves import FRONT
 from align.training import causes
 
 ROOT = Path(__file__).parents[2]

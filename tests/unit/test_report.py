@@ -1,5 +1,7 @@
 """The report: right numbers, complete or not, harmless whatever a model has answered."""
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -275,7 +277,7 @@ def test_report_is_well_formed_and_small(page: Page) -> None:
 
 
 def test_report_requests_nothing(page: Page) -> None:
-    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object", "image", "use"} & set(page.tags)
     names = {name for name, _ in page.attributes}
     assert not {"src", "xlink:href", "action", "srcset", "data"} & names
     # Links lead to places in the page itself.
@@ -283,13 +285,28 @@ def test_report_requests_nothing(page: Page) -> None:
     assert not [name for name in names if name.startswith("on")]
     assert "url(" not in page.source
     assert "@import" not in page.source
-    policies = [value or "" for name, value in page.attributes if name == "content"]
-    assert any(value.startswith("default-src 'none'") for value in policies)
+    (policy,) = [v for n, v in page.attributes if n == "content" and "default-src" in (v or "")]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+
+
+def test_the_policy_allows_exactly_the_style_sheet_and_the_script_of_the_page(page: Page) -> None:
+    (policy,) = re.findall(r'content="(default-src[^"]*)"', page.source)
+    for name in ("style", "script"):
+        # By its definition: base64 of SHA-256 of the element's text.
+        (text,) = re.findall(rf"<{name}>(.*?)</{name}>", page.source, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy.replace("&#x27;", "'")
+    assert not [value for name, value in page.attributes if name == "style"]
 
 
 def test_report_shows_hostile_answers_as_text(page: Page) -> None:
     assert any(f"{EVIL} #0" == text for text in page.pre)
-    assert "<script" not in page.source
+    # The page's own: two elements with data, which no browser runs, and its script.
+    elements = re.findall(r"<script[^>]*>", page.source)
+    data = '<script type="application/json" id="align-'
+    assert elements == [f'{data}series">', f'{data}samples">', "<script>"]
     assert "Five small tasks & a <manner>." in page.text
 
 

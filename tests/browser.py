@@ -1,0 +1,41 @@
+"""A real browser for tests: Debian's Chromium, driven by playwright; a stated skip without them."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Yield a browser; the test is skipped where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Watched:
+    """What a page asks for and says, which tests assert to be nothing unexpected."""
+
+    def __init__(self, page: Any) -> None:
+        self.requests: list[str] = []
+        self.said: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
+
+    def assert_quiet(self, *allowed: str) -> None:
+        """Assert that no error was said and nothing was asked for outside of the allowed places."""
+        assert self.said == []
+        own = (*allowed, "data:", "blob:")
+        assert [url for url in self.requests if not url.startswith(own)] == []
