@@ -12,6 +12,7 @@ from align.cli.data import data, explain
 from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export, push
+from align.cli.labels import labels
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.serve import serve
@@ -50,6 +51,7 @@ def options(
 
 cli.add_typer(data, name="data")
 cli.add_typer(reward, name="reward")
+cli.add_typer(labels, name="labels")
 cli.command()(explain)
 cli.command("import")(import_)
 cli.command()(init)

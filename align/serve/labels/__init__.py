@@ -2,21 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
+from align.serve.labels.tables import MIGRATIONS as MIGRATIONS
 
-from align.serve.services import Services
+if TYPE_CHECKING:  # the command `align labels` works without the server's packages
+    from fastapi import APIRouter
+
+    from align.serve.services import Services
 
 NAME = "labels"
-MIGRATIONS: tuple[str, ...] = ()
 
 
-def router(services: Services) -> APIRouter:
+def router(services: "Services") -> "APIRouter":
     """Return the routes of this area."""
+    from fastapi import APIRouter
+
     return APIRouter()
 
 
 @contextmanager
-def background(services: Services) -> Iterator[None]:
-    """Run what belongs to this area while the server runs."""
+def background(services: "Services") -> Iterator[None]:
+    """Run nothing: labels have no work of their own."""
     yield
