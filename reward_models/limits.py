@@ -6,7 +6,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -58,9 +58,14 @@ def template_limits(name: str) -> Iterator[None]:
     Raises:
         LimitError: begins with ``name``.
     """
+    in_block = _block is not None and threading.current_thread() is threading.main_thread()
     try:
-        with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):
-            yield
+        if in_block:
+            with _block.next_row():
+                yield
+        else:
+            with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):
+                yield
     except _OutOfTimeError:
         raise LimitError(
             f"{name} ran for {TEMPLATE_S:g} s on one row without an end; expected milliseconds. "
@@ -73,6 +78,55 @@ def template_limits(name: str) -> Iterator[None]:
         ) from None
     except LimitError as error:
         raise LimitError(f"{name}: {error}; correct it, or use another template") from None
+
+
+class _Block:
+    """Limits that are set up once for the rows of a block; see ``many_rows``."""
+
+    def __init__(self) -> None:
+        self._count, self._memory = 0, ExitStack()
+
+    @contextmanager
+    def next_row(self) -> Iterator[None]:
+        """Give one row its own time; its memory counts from that of a few rows before."""
+        if self._count % _ROWS_PER_LIMIT == 0:
+            self._memory.close()
+            self._memory.enter_context(memory_limit(TEMPLATE_MIB))
+        self._count += 1
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_S, AGAIN_S)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+
+    def close(self) -> None:
+        """Restore the limit on memory."""
+        self._memory.close()
+
+
+_ROWS_PER_LIMIT = 64
+"""Number of rows after which a block reads the size of the process again."""
+_block: _Block | None = None
+
+
+@contextmanager
+def many_rows() -> Iterator[None]:
+    """Set up the limits of templates once for the rows of the block, in the main thread.
+
+    Setting them up for each row takes longer than rendering it.
+    """
+    global _block
+    if _block is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _out_of_time)
+    _block = _Block()
+    try:
+        yield
+    finally:
+        _block.close()
+        _block = None
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from align.tuning.files import adapter_state, num_trained, save_adapter
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
 from align.tuning.merging import adapter_parameters, is_quantized, merges
 from align.tuning.wrap import add_tuner, has_adapter
+from reward_models.limits import many_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -296,9 +297,10 @@ def offline_rows(
     )
 
     def fitted(examples: Sequence[Example], name: str) -> Sequence[Any]:
-        rows = [render(example) for example in examples]
-        if not rows:
+        if not examples:
             return []
+        with many_rows():
+            rows = [render(example) for example in examples]
         kept, _ = fit_rows(
             rows,
             max_length=spec.max_length,

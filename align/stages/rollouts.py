@@ -40,6 +40,7 @@ from align.tuning.wrap import has_adapter
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
+from reward_models.limits import many_rows
 from reward_models.remote import RemoteRewardError
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def fitted(
 
     A prompt and its response must fit into ``max_length`` and into the model's positions.
     """
-    rows = [chat.prompt_row(e) for e in examples]
+    with many_rows():
+        rows = [chat.prompt_row(e) for e in examples]
     # Room for a whole response is kept free, so that truncation means max_new_tokens only.
     # Tokenizers are loaded from the model's folder, so the configuration is beside them.
     positions = num_positions(chat.tokenizer.name_or_path)

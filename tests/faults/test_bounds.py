@@ -5,6 +5,7 @@ import gzip
 import json
 import resource
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -110,6 +111,37 @@ def test_a_hostile_card_of_a_dataset_is_one_line(header: str, tmp_path: Path) ->
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=r"README\.md: the card's header is not valid YAML"):
         errors(tmp_path)
+
+
+def test_limits_that_are_set_up_once_hold_for_each_of_many_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import signal
+
+    monkeypatch.setattr(limits, "TEMPLATE_S", 0.3)
+    monkeypatch.setattr(limits, "TEMPLATE_MIB", 64)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+
+    def spin(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    with limits.many_rows(), limits.many_rows():
+        for _ in range(6):  # together far more than the time of one row
+            with limits.template_limits("t"):
+                spin(0.1)
+            spin(0.1)  # what is done between the rows is not the template's time
+        for row in range(130):
+            too_large = pytest.raises(limits.LimitError, match=r"^t takes more than 64 MiB")
+            with too_large, limits.template_limits("t"):
+                bytearray(2**27)
+            if row % 64 < 2:
+                too_long = pytest.raises(limits.LimitError, match=r"^t ran for 0\.3 s")
+                with too_long, limits.template_limits("t"):
+                    spin(60.0)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_the_limits_leave_the_process_as_it_was_and_hold_in_every_thread() -> None:

@@ -24,6 +24,7 @@ from small_tokenizers import byte_tokenizer
 from align.core.types import Example
 from align.data.render.chat import ChatFormat
 from align.data.render.templates import TEMPLATES
+from align.data.render.token_text import TokenText
 from align.preflight import tokens
 
 TEXTS = [
@@ -241,6 +242,35 @@ def test_ids_are_those_of_apply_chat_template_and_the_mask_is_what_is_said(
                     turns[:i], tokenize=True, add_generation_prompt=True, return_dict=False
                 )
                 assert chat.prompt_ids(turns[:i]) == served
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_tokens_before_a_character_are_those_of_the_tokenizers_own_offsets(name: str) -> None:
+    tokenizer = MADE[name]()
+    for text in [*TEXTS, " ".join(TEXTS) + "</s>\n", "👩\u200d🚀 e\u0301ﬁ 한국어 \n\t x", ""]:
+        if not tokenizer.is_fast:
+            continue
+        found = TokenText(tokenizer, text)
+        theirs = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = theirs["input_ids"], theirs["offset_mapping"]
+        assert found.ids == ids
+        assert [found.end_of(i) for i in range(len(ids))] == [end for _, end in spans]
+        for cut in range(len(text) + 1):
+            first = next((i for i, (_, end) in enumerate(spans) if end > cut), len(ids))
+            # Tokens without characters may stand on either side of the cut.
+            least = next(k for k in range(first, -1, -1) if not k or spans[k - 1] != (cut, cut))
+            assert least <= TokenText(tokenizer, text).before(cut) <= first
+            assert found.before(cut) == TokenText(tokenizer, text).before(cut)
+
+
+def test_settings_left_in_a_tokenizer_cut_and_pad_no_row() -> None:
+    tokenizer = byte_bpe()
+    text = " ".join(TEXTS)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(whole) > 8
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert TokenText(tokenizer, text).ids == whole
 
 
 ACROSS_WORDS = ("SentencePiece BPE, not split", "Llama 2", "Unigram, not split")

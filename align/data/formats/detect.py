@@ -181,7 +181,8 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         if kind in ("sft", "preference", "unpaired"):
             check_left_over(example)
         example = apply_extras(example, extras)
-        example = replace(example, columns=clean_columns(example.columns))
+        if example.columns:
+            example = replace(example, columns=clean_columns(example.columns))
         examples.append(_fit(_with_label_prob(example, kind), kind, name))
         check_example(examples[-1], kind=kind)
     return examples

@@ -52,6 +52,9 @@ class Extras:
     weight: float = 1.0
 
 
+_NO_EXTRAS = Extras()
+
+
 def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> tuple[Row, Extras]:
     """Return the row without the keys that every format shares, and their values.
 
@@ -64,6 +67,8 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     Raises:
         DataError: a key with text or loss settings would be dropped, or a key is misspelled.
     """
+    if row.keys() <= frozenset(used):
+        return row, Extras()
     # Empty fields lose nothing, so they may have any name.
     given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
     shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
@@ -168,6 +173,8 @@ def apply_extras(example: Example, extras: Extras) -> Example:
     Raises:
         DataError: the conversation begins with a different system turn, or cannot represent them.
     """
+    if extras == _NO_EXTRAS:
+        return example if example.weight == 1.0 else replace(example, weight=1.0)
     says = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
     text_alone = isinstance(example.completion, str) and not example.prompt
     if not extras.chat or (text_alone and not says):
@@ -233,6 +240,8 @@ def check_left_over(example: Example) -> None:
     Raises:
         DataError: names the column.
     """
+    if not any(key in example.columns for key in _SAID):
+        return
     sides = (example.prompt, example.completion, example.rejected)
     there = "\n".join(" ".join(text.split()) for side in sides for text in _texts(side))
     for key in _SAID:

@@ -73,6 +73,7 @@ _HARMLESS = (
     *("timestamp", "created_at", "create_time", "date"),
 )
 """Keys that contain neither text nor loss settings; their values are dropped."""
+_PLAIN_TURN = {"role", "content"}
 _PARTS = ("text", "input_text", "output_text")
 
 
@@ -146,6 +147,11 @@ def to_turns(value: object, *, field: str, source: str) -> list[Turn]:
 def _turn(turn: object, where: str) -> Turn:
     if not isinstance(turn, dict):
         raise DataError(f"{where}: expected a turn, found {shown(turn)}", code="D050")
+    if turn.keys() == _PLAIN_TURN:
+        role, content = turn["role"], turn["content"]
+        # Most turns have nothing else to check; a role of another type cannot be looked up.
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
+            return Turn(role=role, content=content)
     said = "from" if "from" in turn and "role" not in turn else "role"
     text = "value" if "value" in turn and "content" not in turn else "content"
     _check_keys(turn, said=said, text=text, where=where)

@@ -30,7 +30,7 @@ from align.data.render.templates import (
     template_text,
     with_stop,
 )
-from align.data.render.token_text import TokenText, num_shared
+from align.data.render.token_text import TokenText, num_shared, weighed_row
 from align.recipe.schema import TokenizerSpec
 from reward_models.limits import LimitError, render_chat
 
@@ -78,6 +78,7 @@ class ChatFormat:
         if not stop_token_ids:
             raise DataError(_NEEDS.format(what="stop token", key="stop_token", example="</s>"))
         self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
+        self._stops = frozenset(self.stop_token_ids)
         self._bos = _leading_bos(tokenizer)
         self._shapes: set[str] = set()
         self._told = False
@@ -210,8 +211,8 @@ class ChatFormat:
             answer = TokenText(self.tokenizer, completion).ids
         if not answer or answer[-1] not in self.stop_token_ids:
             answer.append(self.stop_token_ids[0])
-        weights = [0.0] * len(head) + [example.weight] * len(answer)
-        return _weighed(head + answer, weights, example.source)
+        ids = head + answer
+        return weighed_row(ids, [(len(head), len(ids), example.weight)], example.source)
 
     def _conversation(self, prompt: list[Turn], answer: list[Turn], example: Example) -> TokenRow:
         turns, source = prompt + answer, example.source
@@ -224,7 +225,7 @@ class ChatFormat:
                 ends.append((i, len(head), len(done)))
         # Tokenize the whole text once and assign a weight to each token.
         text = TokenText(self.tokenizer, done)
-        weights = [0.0] * len(text.ids)
+        spans: list[tuple[int, int, float]] = []
         place, first = 0, 0
         for i, begin, end in ends:
             # Tokens between the two characters belong to the turn, up to and including its stop
@@ -234,16 +235,16 @@ class ChatFormat:
             # Assistant turns in the prompt are context and are not trained.
             if i >= len(prompt):
                 weight = turns[i].get("weight", 1.0) * example.weight
-                weights[start : stop + 1] = [weight] * (stop + 1 - start)
+                spans.append((start, stop + 1, weight))
             # Everything before this turn, then the turn itself, must appear in the rendered text.
             check_turns(turns[first:i], done[:begin], first=first, source=source, begin=place)
             said = done[: text.end_of(stop)]
             check_turns([turns[i]], said, first=i, source=source, begin=begin)
             place, first = end, i + 1
-        if not any(weights):
+        if not any(weight for _, _, weight in spans):
             raise DataError(f"{source}: there is no assistant turn to train on")
         self._check_shape(turns[:first], done, example)
-        return _weighed(text.ids, weights, source)
+        return weighed_row(text.ids, spans, source)
 
     def _check_shape(self, turns: Sequence[Turn], rendered: str, example: Example) -> None:
         """Check the tools, and once per conversation shape that every turn is rendered."""
@@ -267,7 +268,8 @@ class ChatFormat:
 
     def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
         """Return the index of the only stop token in what the template writes for a turn."""
-        stops = [k for k, token in enumerate(ids) if token in self.stop_token_ids]
+        found = self._stops.intersection(ids)
+        stops = [k for k, token in enumerate(ids) if token in found] if found else []
         if len(stops) > 1:
             stop = self.tokenizer.convert_ids_to_tokens(ids[stops[0]])
             raise DataError(
@@ -341,14 +343,6 @@ class ChatFormat:
                 f"{example.source}: the chat template rejects roles {roles}: "
                 f"{error or type(error).__name__}"
             ) from error
-
-
-def _weighed(ids: Sequence[int], weights: Sequence[float], source: str) -> TokenRow:
-    """Return a row that trains the tokens with a weight above 0."""
-    trained = tuple(weight > 0.0 for weight in weights)
-    # Without fractional weights the mask says everything.
-    plain = all(weight in (0.0, 1.0) for weight in weights)
-    return TokenRow(tuple(ids), trained, source, weights=() if plain else tuple(weights))
 
 
 def is_tie(example: Example) -> bool:

@@ -147,13 +147,21 @@ def _described(schema: object) -> Iterator[str]:
             yield from _described(value)
 
 
+_FORMS: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+)
+
+
 def _end_of(text: str, rendered: str, at: int) -> int | None:
     """Return where a text ends in another, plain or as JSON; surrounding white space is ignored."""
     wanted = text.strip()
     if not wanted:
         return at
     # Templates write arguments of tool calls as JSON, with or without escapes.
-    for form in (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
+    for write in _FORMS:
+        form = write(wanted)
         found = rendered.find(form, at)
         if found >= 0:
             return found + len(form)

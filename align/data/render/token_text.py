@@ -1,7 +1,9 @@
 """A text that is tokenized once, with a mapping from characters to tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from align.core.types import TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,6 +14,38 @@ def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
     pairs = zip(one, other, strict=False)
     differs = (i for i, (a, b) in enumerate(pairs) if a != b)
     return next(differs, min(len(one), len(other)))
+
+
+def weighed_row(
+    ids: Sequence[int], spans: Sequence[tuple[int, int, float]], source: str
+) -> TokenRow:
+    """Return a row that trains its spans of tokens: (first, one after the last, weight above 0)."""
+    trained, weights = [False] * len(ids), [0.0] * len(ids)
+    for start, stop, weight in spans:
+        trained[start:stop] = [weight > 0.0] * (stop - start)
+        weights[start:stop] = [weight] * (stop - start)
+    # Without fractional weights the mask says everything.
+    plain = all(weight in (0.0, 1.0) for _, _, weight in spans)
+    return TokenRow(tuple(ids), tuple(trained), source, weights=() if plain else tuple(weights))
+
+
+def _encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any] | None:
+    """Return the method of the fast tokenizer below that gives what ``tokenizer(text)`` gives.
+
+    None if the tokenizer does more than to call it, or settings of an earlier call are left in it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind, fast = type(tokenizer), PreTrainedTokenizerFast
+    if not isinstance(tokenizer, fast) or hasattr(tokenizer, "_switch_to_input_mode"):
+        return None
+    if kind.__call__ is not fast.__call__ or kind._encode_plus is not fast._encode_plus:
+        return None
+    backend: Any = tokenizer.backend_tokenizer
+    is_plain = backend.truncation is None and backend.padding is None
+    if not is_plain or backend.encode_special_tokens != tokenizer.split_special_tokens:
+        return None
+    return backend.encode
 
 
 class TokenText:
@@ -27,21 +61,28 @@ class TokenText:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
+        self._encoding: Any = None
+        self._spans: Sequence[tuple[int, int]] | None = None
+        if (encode := _encoder(tokenizer)) is not None:
+            # Most rows need two of the offsets; a list of all of them costs a tenth of the time.
+            self._encoding = encode(text, add_special_tokens=False)
+            self.ids: list[int] = self._encoding.ids
+            return
         is_fast = bool(tokenizer.is_fast)
         found: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=is_fast)
-        self.ids: list[int] = list(found["input_ids"])
-        self._spans: Sequence[tuple[int, int]] | None = found["offset_mapping"] if is_fast else None
+        self.ids = list(found["input_ids"])
+        self._spans = found["offset_mapping"] if is_fast else None
 
     def before(self, cut: int) -> int:
         """Return the number of tokens before character ``cut``.
 
         A token that spans the cut is not counted, because the prompt alone would not contain it.
         """
-        if self._spans is None:
+        if self._spans is None and self._encoding is None:
             return self._shared_with_prefix(cut)
-        first = next((i for i, (_, end) in enumerate(self._spans) if end > cut), len(self.ids))
+        first = self._first_beyond(cut)
         start = first
-        while start and self._spans[start - 1] == (cut, cut):
+        while start and self._span(start - 1) == (cut, cut):
             start -= 1
         if start == first:
             return first
@@ -51,7 +92,27 @@ class TokenText:
 
     def end_of(self, index: int) -> int:
         """Return the character at which token ``index`` ends; the end of the text if unknown."""
-        return len(self._text) if self._spans is None else self._spans[index][1]
+        known = self._spans is not None or self._encoding is not None
+        return self._span(index)[1] if known else len(self._text)
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """Return the characters of a token: the first, and the one after the last."""
+        if self._spans is None:
+            return self._encoding.token_to_chars(index)
+        return self._spans[index]
+
+    def _first_beyond(self, cut: int) -> int:
+        """Return the first token that ends after character ``cut``, or the number of tokens."""
+        if self._spans is None:
+            found = self._encoding.char_to_token(cut)
+            if found is not None:
+                # A space of width 0 that the tokenizer inserted may begin after this character.
+                while found and self._span(found - 1)[1] > cut:
+                    found -= 1
+                return found
+            # None contains it: the end of the text, or white space that offsets leave out.
+            self._spans = self._encoding.offsets
+        return next((i for i, (_, end) in enumerate(self._spans) if end > cut), len(self.ids))
 
     def _shared_with_prefix(self, cut: int) -> int:
         prefix: Any = self._tokenizer(self._text[:cut], add_special_tokens=False)["input_ids"]
