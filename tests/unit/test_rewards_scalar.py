@@ -406,3 +406,5 @@ def test_text_is_scored_as_the_rows_of_training_end(tmp_path: Path):
     for prompt in (turns, "Q: hi\n"):
         row = chat.pair_row(Example(prompt, "yes", "no"))
         assert reward.rows([prompt], ["yes"], {}) == [list(row.chosen.input_ids)]
+    # Nothing after the first stop token counts.
+    assert reward.rows([turns], ["yes<|im_end|>more"], {}) == reward.rows([turns], ["yes"], {})
