@@ -29,13 +29,26 @@ from reward_models.specs import CodeSpec
 log = logging.getLogger(__name__)
 COLUMNS = (
     *("test", "tests", "test_list", "input_output", "test_cases", "public_test_cases"),
-    *("ground_truth", "reward_model", "answer"),
+    *("ground_truth", "reward_model", "verification_info", "answer"),
 )
 """Columns that may contain a row's tests; the first that the row has is used."""
 SETUPS = ("test_setup_code", "test_imports", "setup")
 """Columns with code that runs before the tests."""
 _THOUGHTS = re.compile(r"<(/?)(?:think|thinking|reasoning|thought)>")
 _PYTHON = ("", "python", "python3", "py")
+_ENTRY = re.compile(r"[A-Za-z_]\w*(?:\(\)\.[A-Za-z_]\w*)?")
+_LEETCODE = """
+import bisect, collections, functools, heapq, itertools, math, random, re, string
+from typing import *
+from collections import *
+from functools import *
+from itertools import *
+from bisect import *
+from heapq import *
+from math import *
+from builtins import *
+"""
+"""What LeetCode imports; the last line restores functions such as ``pow``."""
 _CALLER = """
 def _same(found, expected):
     if isinstance(found, tuple):
@@ -114,10 +127,12 @@ def _tests_of(row: Mapping[str, Any], column: str | None) -> Tests:
     """
     names = (column,) if column is not None else COLUMNS
     value = next((row[name] for name in names if row.get(name)), None)
-    entry = row.get("entry_point") if isinstance(row.get("entry_point"), str) else None
+    entry = _entry_point(row)
     setup = [text for name in SETUPS for text in _texts(row.get(name))]
     if isinstance(value, Mapping) and "ground_truth" in value:  # verl's reward_model
         value = value["ground_truth"]
+    if isinstance(value, Mapping) and "test_cases" in value:  # open-r1's verification_info
+        value = value["test_cases"]
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             value = json.loads(value)
@@ -132,11 +147,23 @@ def _tests_of(row: Mapping[str, Any], column: str | None) -> Tests:
     if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
         return Tests(list(value), setup, entry)
     if isinstance(value, Sequence) and all(_is_case(item) for item in value):
-        cases = {"inputs": [c["input"] for c in value], "outputs": [c["output"] for c in value]}
-        kinds = {case.get("testtype", "stdin") for case in value}
-        named = {"fn_name": entry} if kinds == {"functional"} else {}
-        return _from_mapping({**cases, **named}, setup)
+        return _from_cases(value, setup, entry)
     raise InvalidScoreError("tests of an unknown form")
+
+
+def _entry_point(row: Mapping[str, Any]) -> str | None:
+    """Return the name of the function that the tests of a row call, if the row names it.
+
+    Raises:
+        InvalidScoreError: it is neither a name nor of the form ``Solution().name``.
+    """
+    more = _value(row.get("metadata"))
+    found = row.get("entry_point") or (more.get("func_name") if isinstance(more, Mapping) else None)
+    if not isinstance(found, str):
+        return None
+    if not _ENTRY.fullmatch(found):
+        raise InvalidScoreError("entry_point is no name of a function")
+    return found
 
 
 def _texts(value: object) -> list[str]:
@@ -146,6 +173,32 @@ def _texts(value: object) -> list[str]:
 
 def _is_case(value: object) -> bool:
     return isinstance(value, Mapping) and "input" in value and "output" in value
+
+
+def _from_cases(cases: Sequence[Mapping[str, Any]], setup: list[str], entry: str | None) -> Tests:
+    """Return the tests of a list of cases, which all write input or all call one function."""
+    names = {_called(case, entry) for case in cases}
+    if len(names) > 1:
+        raise InvalidScoreError("tests of several functions, or of a function and of input")
+    # In APPS and TACO the text of an input is the list of arguments.
+    whole = [_value(c["input"]) if c.get("fn_name") else c["input"] for c in cases]
+    outputs = [c["output"] for c in cases]
+    return _from_mapping({"inputs": whole, "outputs": outputs, "fn_name": names.pop()}, setup)
+
+
+def _called(case: Mapping[str, Any], entry: str | None) -> str | None:
+    """Return the function that a case calls, or None if the program reads its input.
+
+    Raises:
+        InvalidScoreError: it calls a function that neither the case nor the row names.
+    """
+    more = _value(case.get("metadata"))
+    named = case.get("fn_name") or (more.get("func_name") if isinstance(more, Mapping) else None)
+    if named or not {case.get("testtype"), case.get("type")} & {"functional", "function_call"}:
+        return named
+    if entry is None:
+        raise InvalidScoreError("the tests call a function that the row does not name")
+    return entry.rpartition(".")[2]
 
 
 def _from_mapping(value: Mapping[str, Any], setup: list[str]) -> Tests:
@@ -196,10 +249,13 @@ def _value(text: object) -> Any:
 def _whole_program(prompt: str, program: str, entry_point: str | None) -> str:
     """Return the program with what the prompt begins, as HumanEval's responses continue it.
 
-    A response that defines the function itself only needs the prompt's imports.
+    A response that defines the function itself only needs the prompt's imports, and the class
+    ``Solution`` those that LeetCode provides.
     """
     asked = _asked(prompt)
-    if entry_point is None or not re.search(rf"\bdef {re.escape(entry_point)}\b", asked):
+    if _defines(program, "Solution"):
+        program = f"{_LEETCODE}\n{program}"
+    if entry_point is None or not re.search(rf"\b(?:def|class) {entry_point}\b", asked):
         return program
     if _defines(program, entry_point):
         imports = re.findall(r"^(?:import|from) [^\n]+", asked, re.M)
@@ -213,6 +269,11 @@ def _same_output(found: str, expected: str) -> bool:
         [line.rstrip() for line in text.rstrip().split("\n")] for text in (found, expected)
     )
     return one == other
+
+
+def _owner(tests: Tests) -> str | None:
+    """Return what a program must define: the function that is tested, or the class of a method."""
+    return tests.entry_point.partition("(")[0] if tests.entry_point else None
 
 
 class CodeReward:
@@ -258,7 +319,7 @@ class CodeReward:
         """Return a score, or None and the reason."""
         try:
             tests = _tests_of(row, self.column)
-            program = program_of(completion_text(completion), tests.entry_point)
+            program = program_of(completion_text(completion), _owner(tests))
             return (0.0 if program is None else self._score(program, tests, prompt)), None
         except InvalidScoreError as error:
             return None, str(error)
@@ -278,7 +339,7 @@ class CodeReward:
         # Of a conversation, the last turn asks.
         asked = prompt if isinstance(prompt, str) else plain_text(prompt[-1:])
         found = run_tests(
-            _whole_program(asked, program, tests.entry_point),
+            _whole_program(asked, program, _owner(tests)),
             tests.sources,
             self.limits,
             prompt=_asked(asked),
@@ -287,7 +348,7 @@ class CodeReward:
             stop=not self.partial,
         )
         if "unsupported" in found:
-            raise InvalidScoreError(f"a test passes {found['unsupported']} to the program")
+            raise InvalidScoreError(found["unsupported"])
         if any(found.get("passed", ())) and not found["calls"]:
             raise InvalidScoreError("the tests call no function of the program")
         passed = found.get("passed", [])

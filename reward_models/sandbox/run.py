@@ -9,13 +9,16 @@ import atexit
 import builtins
 import gc
 import json
+import operator
 import os
+import runpy
 import signal
 import sys
 import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 MAX_MESSAGE = 2**24
@@ -23,51 +26,17 @@ MAX_MESSAGE = 2**24
 MAX_ITEMS = 100_000
 """Items that are taken from an iterator."""
 Plain = Any
-"""What a message consists of: JSON, with containers other than dict tagged by their type."""
-_TAGS: dict[str, Callable[[Any], Any]] = {
-    **{"l": list, "t": tuple, "s": set, "f": frozenset},
-    **{"d": dict, "b": lambda text: text.encode("latin-1"), "c": lambda parts: complex(*parts)},
-}
+"""What a message consists of; see ``plain.py``, which is no package's where this file runs."""
+_plain = runpy.run_path(str(Path(__file__).with_name("plain.py")))
+encode: Callable[[Any, Callable[[Any], int | str]], Plain] = _plain["encode"]
+decode: Callable[[Plain, Callable[[Any], Any]], Any] = _plain["decode"]
 
 
 class UnsupportedError(BaseException):
-    """A test passes something to the program that is not plain data; not caught by a test."""
+    """What no program can be judged by, such as a test that passes it something else than data.
 
-
-def encode(value: Any, refer: Callable[[Any], int | str]) -> Plain:
-    """Return a value as plain data; ``refer`` returns references to objects that are not."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, bytes | bytearray):
-        return {"b": bytes(value).decode("latin-1")}
-    if isinstance(value, complex):
-        return {"c": [value.real, value.imag]}
-    if isinstance(value, Mapping):
-        return {"d": [[encode(k, refer), encode(v, refer)] for k, v in value.items()]}
-    for tag, kind in (("l", list), ("t", tuple), ("s", set), ("f", frozenset)):
-        if isinstance(value, kind):
-            return {tag: [encode(item, refer) for item in value]}
-    # A scalar of numpy.
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return encode(value.item(), refer)
-    return {"h": refer(value)}
-
-
-def decode(message: Plain, find: Callable[[Any], Any]) -> Any:
-    """Return the value of plain data; ``find`` returns the object of a reference."""
-    if not isinstance(message, dict):
-        return message
-    ((tag, inner),) = message.items()
-    if tag == "h":
-        return find(inner)
-    if tag == "d":
-        return {decode(k, find): decode(v, find) for k, v in inner}
-    if tag in ("l", "t", "s", "f"):
-        inner = [decode(item, find) for item in inner]
-    return _TAGS[tag](inner)
+    Tests do not catch it.
+    """
 
 
 def _send(stream: IO[bytes], message: Plain) -> None:
@@ -126,12 +95,23 @@ def answer(job: Mapping[str, Any]) -> None:
     def find(reference: int | str) -> Any:
         return getattr(module, reference) if isinstance(reference, str) else objects[reference]
 
-    _send(replies, {"names": [n for n, v in vars(module).items() if callable(v)]})
+    own = dict(vars(module))
+    errors = {n: _names(v) for n, v in own.items() if isinstance(v, type) and _is_error(v)}
+    _send(replies, {"names": [n for n, v in own.items() if callable(v)], "errors": errors})
     while True:
         try:
             _send(replies, _done(_receive(requests), refer, find))
         except EOFError:
             return
+
+
+def _is_error(kind: type) -> bool:
+    return issubclass(kind, Exception)
+
+
+def _names(kind: type) -> list[str]:
+    """Return the names of a class and of all classes that it is derived from, itself first."""
+    return [base.__name__ for base in kind.__mro__]
 
 
 def _done(asked: Any, refer: Callable[[Any], int], find: Callable[[int | str], Any]) -> Plain:
@@ -143,13 +123,32 @@ def _done(asked: Any, refer: Callable[[Any], int], find: Callable[[int | str], A
         if asked["do"] == "items":
             items = [item for _, item in zip(range(MAX_ITEMS), target, strict=False)]
             return {"is": encode(items, refer)}
+        if asked["do"] == "operate":
+            other = [find(reference) for reference in asked["others"]]
+            return {"is": encode(getattr(_Operators, asked["name"])(target, *other), refer)}
         args = [decode(arg, find) for arg in asked["args"]]
         named = {name: decode(arg, find) for name, arg in asked["named"].items()}
         result = encode(target(*args, **named), refer)
         return {"is": result, "args": [encode(arg, refer) for arg in args]}
     # Also an exit: the test decides whether it expects the error.
     except BaseException as error:
-        return {"raised": type(error).__name__, "why": str(error)[:1000]}
+        plain = all(isinstance(part, str | int | float | bytes | None) for part in error.args)
+        why = error.args if plain and len(str(error)) < 1000 else [str(error)[:1000]]
+        return {"raised": _names(type(error)), "why": [encode(part, refer) for part in why]}
+
+
+class _Operators:
+    """What a test may ask of objects of the program alone."""
+
+    eq, lt, le, gt, ge = operator.eq, operator.lt, operator.le, operator.gt, operator.ge
+    add, sub, mul, matmul = operator.add, operator.sub, operator.mul, operator.matmul
+    truediv, floordiv, mod = operator.truediv, operator.floordiv, operator.mod
+    bool, neg, abs = bool, operator.neg, abs
+
+    @staticmethod
+    def isinstance(kind: Any, value: Any) -> bool:
+        """Return whether a value is an object of a class."""
+        return isinstance(value, kind)
 
 
 # The side of the tests.
@@ -161,20 +160,31 @@ class _Program:
     def __init__(self, replies: IO[bytes], requests: IO[bytes]) -> None:
         self.replies, self.requests, self.calls = replies, requests, 0
         self.names: list[str] = []
+        self.errors: dict[str, type[Exception]] = {}
         try:
-            self.names = [str(name) for name in _receive(replies)["names"]]
-        except (EOFError, LookupError, TypeError):
+            first = _receive(replies)
+            self.names = [str(name) for name in first["names"]]
+            # Classes first from which others are derived, which have more names.
+            for name, names in sorted(first["errors"].items(), key=lambda item: len(item[1])):
+                if not hasattr(builtins, str(name)):
+                    self.errors[str(name)] = type(str(name), (self.error_of(names),), {})
+        except (EOFError, LookupError, TypeError, AttributeError):
             return
+
+    def error_of(self, names: Any) -> type[Exception]:
+        """Return the nearest error that tests can catch, by the names of a class and its bases."""
+        for name in map(str, names):
+            kind = self.errors.get(name) or getattr(builtins, name, None)
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
+                return kind
+        return RuntimeError if "Exception" not in names else Exception
 
     def ask(self, of: int | str, do: str, **more: Any) -> Any:
         self.calls += do == "call"
         _send(self.requests, {"of": of, "do": do, **more})
         reply = _receive(self.replies)
         if "raised" in reply:
-            kind = getattr(builtins, str(reply["raised"]), None)
-            if not isinstance(kind, type) or not issubclass(kind, Exception):
-                kind = RuntimeError
-            raise kind(str(reply["why"]))
+            raise self.error_of(reply["raised"])(*map(self.value, reply["why"]))
         return reply
 
     def value(self, message: Plain) -> Any:
@@ -206,6 +216,8 @@ class _Remote:
                 after = program.value(changed)
                 own.clear()
                 own.update(after)
+            elif getattr(own, "shape", ()):
+                own[...] = program.value(changed)
         return program.value(reply["is"])
 
     def __getattr__(self, name: str) -> Any:
@@ -217,11 +229,57 @@ class _Remote:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._program.value(self._program.ask(self._reference, "items")["is"]))
 
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, _Remote) and bool(self._operate("isinstance", value))
+
+    def _operate(self, name: str, *others: "_Remote") -> Any:
+        references = [other._reference for other in others]
+        reply = self._program.ask(self._reference, "operate", name=name, others=references)
+        return self._program.value(reply["is"])
+
+    __hash__ = object.__hash__
+
+
+def _between(name: str) -> Callable[..., Any]:
+    """Return an operator between two objects of the program.
+
+    With anything else it is not defined: an object that equals everything, or from which 4 can be
+    subtracted to give 0, would pass the tests of a number.
+    """
+
+    def method(self: _Remote, *others: Any) -> Any:
+        if not all(isinstance(other, _Remote) for other in others):
+            return NotImplemented
+        return self._operate(name, *others)
+
+    return method
+
+
+def _method(name: str) -> Callable[..., Any]:
+    """Return a special method that calls the one of the program's object."""
+
+    def method(self: _Remote, *args: Any) -> Any:
+        try:
+            found = self._program.ask(self._reference, "get", name=name)
+        except AttributeError:
+            raise TypeError(f"the object has no {name}") from None
+        return self._program.value(found["is"])(*args)
+
+    return method
+
+
+for _name in vars(_Operators).keys() - {"isinstance"}:
+    if not _name.startswith("__"):
+        setattr(_Remote, f"__{_name}__", _between(_name))
+# Not __contains__, which could claim to have whatever a test looks for.
+for _name in ("len", "getitem", "setitem", "delitem", "str", "repr", "next", "enter", "exit"):
+    setattr(_Remote, f"__{_name}__", _method(f"__{_name}__"))
+
 
 def _reference(value: Any) -> int | str:
     if isinstance(value, _Remote):
         return value._reference
-    raise UnsupportedError(f"a {type(value).__name__}")
+    raise UnsupportedError(f"a test passes a {type(value).__name__} to the program")
 
 
 def tests(job: Mapping[str, Any]) -> None:
@@ -238,13 +296,13 @@ def tests(job: Mapping[str, Any]) -> None:
         for name in program.names
         if not hasattr(builtins, name) and name not in sys.stdlib_module_names
     ]
-    proxies = {name: _Remote(program, name) for name in own}
-    entry = job["entry_point"]
+    proxies = {name: program.errors.get(name) or _Remote(program, name) for name in own}
+    entry, owner = job["entry_point"], (job["entry_point"] or "").partition("(")[0]
     _module("solution").__dict__.update(proxies)
     # What the row itself defines, such as a helper of the prompt, is not the program's to define.
-    names.update({n: p for n, p in proxies.items() if n == entry or n not in names})
-    if entry and entry not in proxies:
-        names.pop(entry, None)
+    names.update({n: p for n, p in proxies.items() if n == owner or n not in names})
+    if owner not in proxies:
+        names.pop(owner, None)
     found: dict[str, Any] = {"setup": failures[0]} if failures else {}
     passed: list[bool] = []
     for text in job["tests"]:
@@ -276,17 +334,31 @@ def _passes(text: str, names: dict[str, Any], entry: str | None) -> bool:
         # By identity: the program may have functions of these names.
         made = [name for name in names if names[name] is not before.get(name)]
         if "check" in made and entry:
-            names["check"](names[entry])
+            names["check"](_entry(names, entry))
         else:
             for name in made:
                 if name.startswith("test_"):
                     names[name]()
     except UnsupportedError:
         raise
+    except ModuleNotFoundError as error:
+        # A package that this machine lacks is no fault of the program, which raises its own errors
+        # without a name.
+        if error.name and error.name.partition(".")[0] != "solution":
+            raise UnsupportedError(
+                f"the row's tests need the module {error.name}, which is missing"
+            ) from None
+        return False
     # A failing test raises AssertionError, and may raise anything else.
     except BaseException:
         return False
     return True
+
+
+def _entry(names: Mapping[str, Any], entry: str) -> Any:
+    """Return what tests call: a function, or a method as in LeetCode's ``Solution().name``."""
+    owner, _, method = entry.partition("().")
+    return getattr(names[owner](), method) if method else names[owner]
 
 
 # Programs that read and write.

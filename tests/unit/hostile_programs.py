@@ -35,6 +35,44 @@ class Any:
     def __ne__(self, other): return False
 def f(x): return Any()
 """,
+    "subtracts to nothing": """
+class Any:
+    def __sub__(self, other): return 0
+    __rsub__ = __sub__
+    def __eq__(self, other): return True
+    def __lt__(self, other): return True
+    def __bool__(self): return True
+def f(x): return Any()
+""",
+    "a class in place of the function": """
+class f:
+    def __init__(self, x): pass
+    def __sub__(self, other): return 0
+    def __eq__(self, other): return True
+    def __contains__(self, other): return True
+""",
+    "an exact number that equals everything": """
+import decimal
+class Any(decimal.Decimal):
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0
+    __hash__ = decimal.Decimal.__hash__
+Any.__module__, Any.__qualname__ = "decimal", "Decimal"
+def f(x): return Any(7)
+""",
+    "an array that equals everything": """
+import numpy
+class Any(numpy.ndarray):
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0
+Any.__module__, Any.__qualname__ = "numpy", "ndarray"
+def f(x): return numpy.zeros(1).view(Any)
+""",
+    "an error that says yes": """
+class AssertionError(Exception): pass
+class ModuleNotFoundError(ImportError): pass
+def f(x): raise ModuleNotFoundError("no module", name="x")
+""",
     "a number that equals everything": """
 class Any(int):
     def __eq__(self, other): return True

@@ -152,6 +152,166 @@ def fail(): raise ValueError("no")
 
 
 @isolates
+@pytest.mark.parametrize(
+    "columns",
+    [
+        # LiveCodeBench, and DeepCoder's version of it: the name is beside the tests or the case.
+        {
+            "public_test_cases": json.dumps(
+                [{"input": "2\n3", "output": "6", "testtype": "functional"}]
+            ),
+            "metadata": json.dumps({"func_name": "f"}),
+        },
+        {
+            "tests": json.dumps(
+                [
+                    {
+                        **{"input": "2\n3", "output": "6", "testtype": "functional"},
+                        "metadata": {"func_name": "f"},
+                    }
+                ]
+            )
+        },
+        # Verifiable coding problems of PrimeIntellect and open-r1.
+        {
+            "verification_info": {
+                "language": "python",
+                "test_cases": [
+                    {"fn_name": "f", "input": "[2, 3]", "output": "[6]", "type": "function_call"}
+                ],
+            }
+        },
+        # LeetCodeDataset.
+        {
+            "test": "def check(candidate):\n    assert candidate(a=2, b=3) == 6\n",
+            "entry_point": "Solution().f",
+        },
+    ],
+)
+def test_functions_are_called_in_every_layout_and_not_run_as_programs(columns):
+    # LeetCode provides List, gcd and pow with three arguments without an import.
+    right = "class Solution:\n    def f(self, a: int, b: int) -> int:\n        return gcd(6, a * b)"
+    wrong = right.replace("gcd(6, a * b)", "List[int] and pow(2, 3, 5)")
+    assert scored([right, wrong], **columns)[0] == [1.0, 0.0]
+
+
+def test_a_function_that_no_column_names_is_invalid_and_not_zero():
+    cases = [{"input": "2", "output": "4", "testtype": "functional"}]
+    both = [*cases, {"input": "2", "output": "4", "testtype": "stdin"}]
+    for columns, reason in (
+        ({"test_cases": cases}, "the tests call a function that the row does not name"),
+        (
+            {"test_cases": both, "entry_point": "f"},
+            "tests of several functions, or of a function and of input",
+        ),
+        (
+            {"test": "assert f(2) == 4", "entry_point": "a b"},
+            "entry_point is no name of a function",
+        ),
+    ):
+        found, reward = scored([SQUARE], options={"isolation": "limits"}, **columns)
+        assert (found, reward.invalid) == ([None], {reason: 1})
+
+
+VALUES = {
+    "datetime.date(2020, 1, 2)": "datetime.date(2020, 1, 3)",
+    "datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.UTC)": "datetime.datetime(2020, 1, 2, 3)",
+    "datetime.timedelta(days=-1, microseconds=2)": "datetime.timedelta(days=-1, microseconds=1)",
+    "decimal.Decimal('0.10')": "decimal.Decimal('0.11')",
+    "fractions.Fraction(1, 3)": "fractions.Fraction(2, 3)",
+    "collections.namedtuple('P', 'x y')(1, [2])": "(1, [3])",
+    "collections.Counter('aab')": "{'a': 1}",
+}
+
+
+@isolates
+def test_values_of_the_standard_library_are_compared():
+    head = "import collections, datetime, decimal, fractions\n"
+    right, wrong = (f"{head}def f(): return [{', '.join(x)}]" for x in (VALUES, VALUES.values()))
+    tests = [f"{head}assert f()[{i}] == {text}" for i, text in enumerate(VALUES)]
+    found, _ = scored([right, wrong], test_list=tests, options={"partial": True})
+    assert found == [1.0, 0.0]
+    # The fields of a named tuple have their names.
+    assert scored([right], test_list=["assert f()[5].y == [2]"])[0] == [1.0]
+
+
+@isolates
+def test_arrays_are_compared_passed_and_changed_in_place():
+    program = """
+import numpy as np
+def f(x): return np.outer(x, x).astype("int32")
+def g(x): x += 1
+"""
+    tests = """
+import numpy as np
+def test_f():
+    found = f(np.array([1, 2]))
+    assert found.dtype == np.int32 and np.array_equal(found, [[1, 2], [2, 4]])
+    x = np.zeros((2, 2)); g(x); assert x.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+"""
+    assert scored([program, program.replace("x += 1", "pass")], tests=tests)[0] == [1.0, 0.0]
+
+
+OBJECTS = """
+class Base(Exception): pass
+class Empty(Base): pass
+class Bad(ValueError): pass
+class Point:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return self.x == other.x
+    def __lt__(self, other): return self.x < other.x
+    def __add__(self, other): return Point(self.x + other.x)
+    def __len__(self): return self.x
+    def __getitem__(self, i): return i * self.x
+    def __repr__(self): return f"Point({self.x})"
+    def __enter__(self): return self
+    def __exit__(self, *error): self.x = 0
+def fail(kind): raise {"empty": Empty, "bad": Bad, "utf": UnicodeDecodeError}[kind](
+    *(("utf-8", b"x", 0, 1, "no") if kind == "utf" else (kind, 3)))
+def count():
+    yield 1
+"""
+
+
+@isolates
+def test_objects_of_the_program_are_used_as_python_uses_them():
+    tests = [
+        "assert Point(2) == Point(2) and Point(2) != Point(3)",
+        "assert sorted([Point(3), Point(2)])[0].x == 2 and (Point(1) + Point(2)).x == 3",
+        "assert len(Point(2)) == 2 and Point(2)[4] == 8 and not Point(0) and str(Point(2)) == "
+        "'Point(2)'",
+        "assert isinstance(Point(1), Point) and not isinstance(1, Point)",
+        "with Point(1) as p: pass\nassert p.x == 0",
+        "it = count()\nassert next(it) == 1\ntry: next(it)\nexcept StopIteration: pass\n"
+        "else: assert False",
+        "try: fail('empty')\nexcept Empty as error: assert error.args == ('empty', 3)\n"
+        "else: assert False",
+        "try: fail('empty')\nexcept Base: pass\nelse: assert False",
+        "try: fail('bad')\nexcept ValueError: pass\nelse: assert False",
+        "try: fail('utf')\nexcept ValueError as error: assert error.object == b'x'\n"
+        "else: assert False",
+    ]
+    found, _ = scored([OBJECTS], test_list=tests, options={"partial": True})
+    assert found == [1.0]
+    # An error of another kind is not caught.
+    caught = "try: fail('empty')\nexcept (ValueError, RuntimeError): pass"
+    assert scored([OBJECTS], test_list=[caught])[0] == [0.0]
+
+
+@isolates
+def test_a_module_that_only_the_tests_need_and_that_is_missing_is_invalid_and_not_zero():
+    tests = "import a_package_that_is_missing\ndef test_f():\n    assert f(2) == 4\n"
+    found, reward = scored([SQUARE], tests=tests)
+    reason = "the row's tests need the module a_package_that_is_missing, which is missing"
+    assert (found, reward.invalid) == ([None], {reason: 1})
+    # One that the program needs is its own choice, and a name that it lacks is its fault.
+    assert scored([f"import a_package_that_is_missing\n{SQUARE}"], tests="assert f(2) == 4")[0] == [
+        0.0
+    ]
+    assert scored([SQUARE], tests="from solution import g\nassert g(2) == 4")[0] == [0.0]
+
+
+@isolates
 def test_a_setup_that_fails_makes_a_wrong_response_invalid_and_not_zero():
     # Without the package even a correct response could fail, so that 0 would blame it.
     tests, programs = ["assert f(2) == 4"], [SQUARE, "def f(x): return x"]
