@@ -42,15 +42,18 @@ class Worker:
         self.module, self.arguments, self.name = module, arguments, name
         self.start_timeout_s = start_timeout_s
         self.process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Worker] | None = None
         self._printable = [MAX_PRINTED]
 
     def start(self) -> Any:
         """Start the process unless one is running; return its first message, or None.
+
         Raises:
             WorkerError: it does not start in time, or dies.
         """
         if self.process is not None and self.process.poll() is None:
             return None
+        self.close()
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
@@ -63,7 +66,7 @@ class Worker:
         )
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
-        weakref.finalize(self, _kill, self.process)
+        self._end = weakref.finalize(self, _kill, self.process)
         assert self.process.stderr is not None
         printed = os.dup(self.process.stderr.fileno())
         threading.Thread(
@@ -83,9 +86,10 @@ class Worker:
 
     def close(self) -> None:
         """Kill the process and all its children."""
-        if self.process is not None:
-            _kill(self.process)
-            self.process = None
+        if self._end is not None:
+            # Once only: later, its process id may be that of another process.
+            self._end()
+        self.process = self._end = None
 
     def _exchange(self, request: bytes, timeout_s: float, failed: str) -> Any:
         """Write a request and read one line, within the time limit."""
@@ -99,7 +103,7 @@ class Worker:
         try:
             while not line.endswith(b"\n"):
                 wait_s = max(0.0, deadline - time.monotonic())
-                ready, free, _ = select.select([reader], [writer] if left else [], [], wait_s)
+                ready, free = _ready(reader, writer if left else None, wait_s)
                 if not ready and not free:
                     raise WorkerError(f"{self.name} timed out")
                 if free:
@@ -118,6 +122,16 @@ class Worker:
         except WorkerError:
             self.close()
             raise
+
+
+def _ready(reader: int, writer: int | None, wait_s: float) -> tuple[bool, bool]:
+    """Wait until one of two pipes can be used; return whether each of them can."""
+    waiting = select.poll()  # select.select refuses descriptors above 1023
+    waiting.register(reader, select.POLLIN)
+    if writer is not None:
+        waiting.register(writer, select.POLLOUT)
+    found = dict(waiting.poll(wait_s * 1000.0))
+    return reader in found, writer in found
 
 
 def _pass_on(printed: int, left: list[int], name: str) -> None:

@@ -140,8 +140,9 @@ class _Job:
 
 def _part(descriptor: int, deadline: float) -> bytes:
     """Return the next bytes; none at the end of the pipe and after the deadline."""
-    wait_s = max(0.0, deadline - time.monotonic())
-    ready, _, _ = select.select([descriptor], [], [], wait_s)
+    waiting = select.poll()  # select.select refuses descriptors above 1023
+    waiting.register(descriptor, select.POLLIN)
+    ready = waiting.poll(max(0.0, deadline - time.monotonic()) * 1000.0)
     return os.read(descriptor, 65536) if ready else b""
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from align.core.errors import RecipeError
 from align.recipe.load import load_recipe
 from reward_models import build_reward
 from reward_models.base import MissingColumnError
+from reward_models.sandbox import Limits, missing_isolation, run_program
 from reward_models.trial import try_reward, weaknesses
 
 CODE = """
@@ -356,3 +358,33 @@ def test_the_command_shows_scores_and_names_what_pays(code: Path, tmp_path: Path
     keys = [*rule, "--args", '{"patern": "(.*)"}']
     wrong = CliRunner().invoke(cli, keys)
     assert "unknown key 'patern'; did you mean 'pattern'?" in str(wrong.exception)
+
+
+def test_a_process_that_others_killed_leaves_nothing_open(code: Path):
+    reward = own(code, "scaled")
+    assert reward(prompts=["q"], completions=["x"]) == [1.0]
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        process = reward.worker.process
+        process.kill()
+        process.wait()
+        assert reward(prompts=["q"], completions=["x"]) == [1.0]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_processes_with_more_than_1024_open_files_score(code: Path):
+    # Servers have thousands of connections; select.select refuses their descriptors.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"at most {hard} open files are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert own(code, "scaled")(prompts=["q"], completions=["x"]) == [1.0]
+        if missing_isolation() is None:
+            found = run_program("print(6 * 7)", [""], Limits())
+            assert found == [(0, "42\n")]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
