@@ -111,7 +111,7 @@ class _Writer:
     def _is_new(self, name: str, value: Any) -> bool:
         """Return whether a name is not bound yet; to another value is an error."""
         known = self.values.setdefault(name, value)
-        if known is not value and (callable(value) or known != value):
+        if known is not value and not _same_text(known, value):
             raise RecipeError(
                 f"function '{self.name}': what it uses has two values of the name '{name}'; rename "
                 f"one, or {_INSTEAD}"
@@ -124,8 +124,8 @@ class _Writer:
         text = _source(function, self.name)
         # Reserve the name first: functions may call each other.
         self.definitions[name] = ""
-        outside = _outside(function)
-        for used in sorted(_free_names(text)):
+        outside = _outside(function, self.name)
+        for used in sorted(_free_names(text, self.name)):
             if used in outside and used != name:
                 self._bind(used, outside[used])
         self._import_parts(text, outside)
@@ -174,20 +174,30 @@ class _Writer:
     def _written(self, name: str, value: Any) -> str:
         """Return a constant as Python text."""
         try:
-            if isinstance(value, re.Pattern):
-                self.imports["import re as _re\n"] = None
-                return f"_re.compile({_literal(value.pattern)}, {int(value.flags)})"
-            return _literal(value)
+            text = _literal(value)
         except (ValueError, RecursionError):
             raise RecipeError(
                 f"function '{self.name}': it uses '{name}' ({type(value).__name__}), a value of "
                 f"the notebook or script that cannot be written to a file; make it inside the "
                 f"function, or {_INSTEAD}"
             ) from None
+        if "_re.compile(" in text:
+            self.imports["import re as _re\n"] = None
+        return text
+
+
+def _same_text(one: Any, other: Any) -> bool:
+    """Return whether two values are written as the same text."""
+    try:
+        return _literal(one) == _literal(other)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _literal(value: Any) -> str:
     """Return a plain value as Python text, the same in every process; else raise ValueError."""
+    if isinstance(value, re.Pattern):
+        return f"_re.compile({_literal(value.pattern)}, {int(value.flags)})"
     if type(value) in (list, tuple, set, frozenset):
         inside = [_literal(item) for item in value]
         # The order of a set differs between processes.
@@ -231,20 +241,37 @@ def _class_source(kind: type) -> str:
     return textwrap.dedent("".join(lines[first - 1 : same[-1].end_lineno]))
 
 
-def _outside(function: Any) -> Mapping[str, Any]:
+def _outside(function: Any, root: str) -> Mapping[str, Any]:
     """Return the names that a function or the methods of a class can see outside of themselves."""
     members = vars(function).values() if inspect.isclass(function) else [function]
     found: dict[str, Any] = {}
     for member in members:
-        if inspect.isfunction(inner := inspect.unwrap(getattr(member, "__func__", member))):
-            known = inspect.getclosurevars(inner)
-            found |= dict(inner.__globals__) | dict(known.nonlocals)
-    return {name: value for name, value in found.items() if getattr(builtins, name, ...) != value}
+        inner = inspect.unwrap(getattr(member, "__func__", member))
+        if not inspect.isfunction(inner):
+            continue
+        found |= inner.__globals__
+        for name, cell in zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True):
+            try:
+                found[name] = cell.cell_contents
+            except ValueError:
+                raise RecipeError(
+                    f"function '{root}': it uses '{name}', which has no value yet; define it "
+                    f"before passing the function, or {_INSTEAD}"
+                ) from None
+    # Not by value: a table or an array compares its elements.
+    return {n: value for n, value in found.items() if getattr(builtins, n, ...) is not value}
 
 
-def _free_names(text: str) -> set[str]:
+def _free_names(text: str, root: str) -> set[str]:
     """Return the names that a definition reads and does not define, at any depth."""
-    top = symtable.symtable(text, "<function>", "exec")
+    try:
+        top = symtable.symtable(text, "<function>", "exec")
+    except SyntaxError as error:  # a nonlocal name is bound outside of the text
+        raise RecipeError(
+            f"function '{root}': it assigns a variable of the function around it ({error.msg}), "
+            "which another process cannot do; keep the value in a class whose instances are "
+            f"called, or {_INSTEAD}"
+        ) from None
     found = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
     tables = top.get_children()
     while tables:

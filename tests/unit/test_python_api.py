@@ -400,6 +400,94 @@ def test_two_values_of_one_name_are_refused_and_one_seen_twice_is_not(tmp_path):
     assert loaded(python_reward(same, tmp_path))(completions=["ab"]) == [7]
 
 
+TABLE: Any = None
+"""Set to an array by a test: an unused name of the module."""
+
+
+def test_arrays_beside_a_function_are_never_compared(tmp_path, monkeypatch):
+    import numpy as np
+
+    def first(completions: list[str]) -> list[int]:
+        return [len(text) + limit for text in completions]
+
+    limit = 3
+    monkeypatch.setitem(globals(), "TABLE", np.zeros(3))
+    block = python_reward(partial(local_reward(1.0)), tmp_path)
+    assert loaded(block)(completions=["", "x"]) == local_reward(1.0)(completions=["", "x"])
+    assert loaded(python_reward(first, tmp_path))(completions=["ab"]) == [5]
+
+    def part(limit: Any) -> Any:
+        def inner(text: str) -> int:
+            return len(text) + len(limit)
+
+        return inner
+
+    # A number and an array under one name.
+    measure = part(np.zeros(3))
+
+    def mixes(completions: list[str]) -> list[int]:
+        return [limit + measure(text) for text in completions]
+
+    with pytest.raises(RecipeError, match="two values of the name 'limit'"):
+        python_reward(mixes, tmp_path)
+
+
+def test_equal_constants_of_two_functions_are_one(tmp_path):
+    def part(words: list[Any]) -> Any:
+        def count(text: str) -> int:
+            return sum(bool(re.search(word, text)) for word in words)
+
+        return count
+
+    # Lists of the same content, once with a pattern and twice in the same order.
+    one, two = part([re.compile("[ab]+", re.I), "c"]), part([re.compile("[ab]+", re.I), "c"])
+    words = [re.compile("[ab]+", re.I), "c"]
+
+    def score(completions: list[str]) -> list[int]:
+        return [one(text) + len(words) for text in completions]
+
+    assert two("A") == 1
+    assert loaded(python_reward(score, tmp_path))(completions=["A", "bc", ""]) == [3, 4, 2]
+
+
+def test_a_closure_over_what_is_missing_or_assigned_is_one_line(tmp_path):
+    def early() -> str:
+        def score(completions: list[str]) -> list[int]:
+            return [later(text) for text in completions]
+
+        with pytest.raises(RecipeError) as error:
+            python_reward(score, tmp_path)
+
+        def later(text: str) -> int:
+            return len(text)
+
+        return f"{error.value}{later('')}"
+
+    assert "function 'score': it uses 'later', which has no value yet" in early()
+    calls = 0
+
+    def counts(completions: list[str]) -> list[int]:
+        nonlocal calls
+        calls += 1
+        return [calls for _ in completions]
+
+    with pytest.raises(RecipeError, match=r"assigns a variable of the function around it .*calls"):
+        python_reward(counts, tmp_path)
+
+    # One that is bound inside of the function itself is fine.
+    def inside(completions: list[str]) -> list[int]:
+        seen = 0
+
+        def one() -> int:
+            nonlocal seen
+            seen += 1
+            return seen
+
+        return [one() for _ in completions]
+
+    assert loaded(python_reward(inside, tmp_path))(completions=["a", "b"]) == [1, 2]
+
+
 def test_numbers_of_numpy_and_a_dtype_of_torch_are_plain(tmp_path):
     import numpy as np
     import torch
