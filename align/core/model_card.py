@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object, versions
+from align.core.text import is_hub_id
 
 CARD = "README.md"
 INHERITED = ("base_model", "license", "license_name", "license_link", "language")
 """Metadata that a model has from the model it started from."""
 PIPELINES = {"policy": "text-generation"}
 _SPEED = ("time/", "tokens/", "engine/", "memory/")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_OLD_ID = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Ids of the hub's first models and data sets have no organization, such as gpt2."""
 
 
 def write_card(out: Path, manifest: Mapping[str, Any], folder_of: Callable[[str], Path]) -> None:
@@ -36,7 +38,7 @@ def write_card(out: Path, manifest: Mapping[str, Any], folder_of: Callable[[str]
     if named is not None:
         start = front_matter(folder_of(named) / "model" / CARD)
     front = {key: start[key] for key in INHERITED if key in start}
-    if imported and is_hub_id(imported):
+    if imported and is_on_hub(imported):
         front["base_model"] = imported
     text = card_text({"versions": versions(), **manifest}, front)
     # Never written into: the file could be a hard link to one of the imported folder.
@@ -94,9 +96,9 @@ def card_text(
     return "\n".join(part for part in parts if part)
 
 
-def is_hub_id(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
     """Return whether a name is a hub id, not a path."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return (is_hub_id(name) or bool(_OLD_ID.fullmatch(name))) and not Path(name).exists()
 
 
 def public(value: object) -> Any:
@@ -128,7 +130,7 @@ def imported_card(name: str) -> dict[str, Any]:
         return front_matter(Path(name) / CARD)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, CARD) if is_hub_id(name) else None
+    found = try_to_load_from_cache(name, CARD) if is_on_hub(name) else None
     return front_matter(Path(found)) if isinstance(found, str) else {}
 
 
@@ -147,7 +149,7 @@ def evaluations_of(run_dir: Path, stage: str) -> list[tuple[str, str, str, str]]
 
 def _hub_sets(manifest: Mapping[str, Any]) -> list[str]:
     return sorted(
-        name for name in (manifest.get("identity") or {}).get("hub", {}) if is_hub_id(name)
+        name for name in (manifest.get("identity") or {}).get("hub", {}) if is_on_hub(name)
     )
 
 

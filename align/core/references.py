@@ -1,12 +1,11 @@
 """Find the model that a command names: RUN/STAGE, a folder, or a hub id."""
 
-import re
 from pathlib import Path
 
 from align.core.artifacts import MANIFEST, read_manifest
 from align.core.errors import ArtifactError
+from align.core.text import is_hub_id
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIGS = ("config.json", "adapter_config.json")
 """Files that make a folder one of transformers, or of an adapter."""
 WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "pytorch_model*")
@@ -24,12 +23,15 @@ def find_model(name: str, runs: Path = Path("runs")) -> Path:
     Raises:
         ArtifactError: it is none of these; the message is the same for every command.
     """
-    for place in (Path(name), runs / name):
+    # A path that begins at the root or at a folder above is none below the runs.
+    first, slash, _ = name.removeprefix(f"{runs}/").partition("/")
+    may_be_run = first not in ("", ".") and ".." not in Path(name).parts
+    for place in (Path(name), runs / name) if may_be_run else (Path(name),):
         if any((place / file).is_file() for file in (MANIFEST, *CONFIGS)):
             return place
     # The name of a run that exists never means the hub.
-    run = runs / name.partition("/")[0]
-    if "/" in name and run.is_dir():
+    run = runs / first
+    if slash and may_be_run and run.is_dir():
         done = sorted(path.parent.name for path in run.glob(f"*/{MANIFEST}"))
         listed = f"finished are {', '.join(done)}" if done else "none is finished"
         raise ArtifactError(f"{name}: {run} has no such finished stage; {listed}")
@@ -38,7 +40,7 @@ def find_model(name: str, runs: Path = Path("runs")) -> Path:
             f"{name}: no {MANIFEST} and no config.json in it; expected the folder of a finished "
             "stage, or one saved by transformers"
         )
-    if HUB_ID.fullmatch(name) and not name.startswith(f"{runs}/"):
+    if is_hub_id(name) and not name.startswith(f"{runs}/"):
         return Path(name)
     raise ArtifactError(
         f"{name}: no such model; expected RUN/STAGE (looked in {runs}), the folder of a finished "

@@ -1,4 +1,4 @@
-"""Text for users: suggestions for misspelled names, values in messages, hidden secrets."""
+"""Text of users and for users: names, suggestions, values in messages, hidden secrets."""
 
 import re
 from collections.abc import Iterable
@@ -25,6 +25,14 @@ def shown(value: object) -> str:
     # repr shows quotes and escapes, so '1' and 1 differ in the message.
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, ORG/NAME; a relative path can have it too."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 _CONTROLS = re.compile(

@@ -43,6 +43,17 @@ def test_an_artifact_of_another_kind_and_a_missing_stage_are_refused():
             find_model(name)
 
 
+def test_a_missing_path_is_no_stage_of_a_run():
+    for name in ("/no/such/model", "./saved2", "../saved", "./org/name", "~/model"):
+        with pytest.raises(ArtifactError, match=f"^{name}: no such model; expected RUN/STAGE"):
+            find_model(name)
+    Path("rows").mkdir()
+    with pytest.raises(ArtifactError, match=r"rows: no manifest\.json and no config\.json in it"):
+        find_model(str(Path("rows").resolve()))
+    with pytest.raises(ArtifactError, match="runs/quick has no such finished stage; finished are"):
+        find_model("runs/quick/dpo")
+
+
 def test_a_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.extras import require
+from align.core.text import is_hub_id
 from align.data.formats.turns import guess
 from align.data.reading import bounds
 from align.data.reading.json import Item, Row
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _SUFFIXES = (*_PLAIN, *(f"{s}.gz" for s in _PLAIN if s not in (".parquet", ".arrow")))
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
@@ -85,7 +85,7 @@ def own_splits(name: str) -> list[str]:
         return []
     if Path(path).is_dir():
         return list(splits_of(Path(path), _data_files(Path(path)), name=name, config=config))
-    if not _HUB_ID.match(path):
+    if not is_hub_id(path):
         return []
     import datasets
 
@@ -103,7 +103,7 @@ def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
     if Path(expanded).exists() or (found := _CHOICE.match(expanded)) is None:
         return expanded, None, None, None
     path = found["path"]
-    if Path(path).is_dir() or _HUB_ID.match(path):
+    if Path(path).is_dir() or is_hub_id(path):
         return path, found["config"], found["revision"], found["split"]
     return expanded, None, None, None
 
@@ -183,7 +183,7 @@ def find_files(path: str) -> list[Path]:
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if Path(p).is_file())
     if found:
         return [_known(p) for p in found]
-    if _HUB_ID.match(plain) and not suffix_of(here) and not here.parent.is_dir():
+    if is_hub_id(plain) and not suffix_of(here) and not here.parent.is_dir():
         return []
     raise DataError(f"{path}: no such file, folder or glob (from {Path.cwd()})", code="D001")
 
