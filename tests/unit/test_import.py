@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from align.core.errors import RecipeError
+from align.recipe.algorithms import PAIR_LOSSES
 from align.recipe.foreign.convert import TOOLS, convert
 from align.recipe.foreign.keys import Keys, Note
 from align.recipe.foreign.tools import recognize
@@ -189,6 +190,83 @@ def test_what_cannot_be_converted_is_one_line_with_its_place(
         convert(tool, file)
     assert re.match(rf"{re.escape(str(file))}:\d+: {re.escape(told)}", str(caught.value))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def converted(tool: str, **keys: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The training stage and the notes by key of a small configuration with these keys."""
+    config = dict(next(c for at, name, c in CONFIGS if at == tool and "dpo" in name.lower()))
+    for name in ("save_strategy", "save_steps", "save_total_limit", "bf16", "fp16", "torch_dtype"):
+        config.pop(name, None)
+    recipe, notes = whole(tool, {**config, **keys})
+    return recipe["stages"]["dpo"], dict(notes)
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory", "trl"])
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [(w, "bfloat16") for w in (True, 1, "yes", "Y", "true", "True", "on", "1", "full")]
+    + [(w, "float32") for w in (False, 0, "no", "off", "False", "0", "")]
+    + [("auto", "auto")],
+)
+def test_words_of_truth_choose_the_number_format(tool: str, word: Any, dtype: str):
+    assert converted(tool, bf16=word)[0]["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected", "noted"),
+    [
+        # The number of checkpoints holds for the steps that align chooses too.
+        ({"save_total_limit": 3}, {"keep_checkpoints": 3}, set()),
+        (
+            {"save_strategy": "epoch", "save_total_limit": 3},
+            {"keep_checkpoints": 3},
+            {"save_strategy"},
+        ),
+        ({"save_strategy": "best"}, {}, {"save_strategy"}),
+        (
+            {"save_steps": 50, "save_total_limit": 1},
+            {"checkpoint_every": 50, "keep_checkpoints": 1},
+            set(),
+        ),
+        ({"save_strategy": "steps", "save_steps": 50}, {"checkpoint_every": 50}, set()),
+        # Without checkpoints there, none here: the default is not none.
+        ({"save_strategy": "no"}, {"checkpoint_every": 0}, set()),
+        ({"save_strategy": False, "save_steps": 9}, {"checkpoint_every": 0}, {"save_steps"}),
+        (
+            {"save_strategy": "No", "save_total_limit": 2},
+            {"checkpoint_every": 0},
+            {"save_total_limit"},
+        ),
+        ({"save_total_limit": 0}, {}, {"save_total_limit"}),
+    ],
+)
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory", "trl"])
+def test_checkpoints_are_those_of_the_other_tool(
+    tool: str, keys: dict[str, Any], expected: dict[str, int], noted: set[str]
+):
+    stage, notes = converted(tool, **keys)
+    found = {
+        name: stage[name] for name in ("checkpoint_every", "keep_checkpoints") if name in stage
+    }
+    assert found == expected
+    assert {name for name in notes if name.startswith("save_")} == noted
+
+
+@pytest.mark.parametrize("loss", [*PAIR_LOSSES, "exo_pair"])
+def test_every_pair_loss_is_converted_and_no_other(loss: str):
+    if loss in PAIR_LOSSES:
+        assert converted("trl", loss_type=loss)[0]["loss"] == loss
+        return
+    with pytest.raises(RecipeError, match=r"loss_type: exo_pair; align has sigmoid, .*, orpo$"):
+        converted("trl", loss_type=loss)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio", "mlflow", "swanlab"])
+def test_every_tracker_is_converted(tracker: str):
+    for tool, keys in (("trl", {"report_to": tracker}), ("llamafactory", {f"use_{tracker}": True})):
+        config = next(config for at, _, config in CONFIGS if at == tool)
+        config = {k: v for k, v in config.items() if k != "report_to"}
+        assert whole(tool, config | keys)[0]["sinks"] == {tracker: True}
 
 
 STRANGE = ("", "x", "a\nb", [], [[1]], [None], {"a": [1]}, -1, 0.5, True, 10**30)

@@ -67,7 +67,7 @@ EQUIVALENTS = {
     "rl_beta, dpo_beta, orpo_alpha, simpo_gamma, cpo_alpha": "`beta`, `gamma`, `nll_coef`",
     "kto_desirable_weight, kto_undesirable_weight": "`desirable_weight`, `undesirable_weight`",
     "trl": "the keys of a grpo stage; see TRL",
-    "seed, output_dir, wandb_project, use_wandb": "`seed`, `name`, `sinks`",
+    "seed, output_dir, wandb_project, use_wandb, use_mlflow": "`seed`, `name`, `sinks`",
 }
 _DEFAULT = "- the same here, or without an effect on the weights"
 REASONS = {
@@ -107,7 +107,6 @@ REASONS = {
     "unfrozen_parameters": "use layers.freeze_first, or an adapter",
     "wandb_*": "- the tracker's own settings come from its environment variables",
     "hub_*": "- uploading is a command of its own",
-    "use_mlflow": "write sinks",
     "mlflow_*": "- the tracker's own settings come from its environment variables",
     "comet_*": "align has no such tracker",
     "swanlab_*": "- the tracker's own settings come from its environment variables",

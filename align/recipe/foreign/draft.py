@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.core.text import is_hub_id
 from align.recipe.foreign.keys import Keys, folder_name
 from align.recipe.schema import SinkSpec
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -205,7 +204,7 @@ def _warmup(draft: Draft, names: Names, defaults: Defaults) -> float:
 def _dtype_of(keys: Keys) -> str:
     """Return the number format of the weights."""
     half = keys.flag("fp16") or keys.flag("float16")
-    asked = [keys.take("bf16"), keys.take("bfloat16"), keys.take("pure_bf16")]
+    asked = [keys.choice(name) for name in ("bf16", "bfloat16", "pure_bf16")]
     named = keys.text("torch_dtype") or keys.text("dtype")
     if True in asked or "full" in asked or named == "bfloat16":
         if named not in ("", "bfloat16", "auto"):
@@ -224,19 +223,25 @@ def _dtype_of(keys: Keys) -> str:
 def _set_checkpoints(draft: Draft) -> None:
     """Convert the interval and the number of checkpoints."""
     keys, stage = draft.keys, draft.stage
-    strategy, every = keys.text("save_strategy"), keys.number("save_steps")
-    if strategy == "epoch":
-        keys.note("save_strategy", "align counts steps; write checkpoint_every: STEPS", lost=True)
-    elif strategy not in ("no", "False") and every is not None:
-        if every >= 1:
-            stage["checkpoint_every"] = int(every)
-        elif every > 0:
-            keys.note("save_steps", "a fraction of all steps; write checkpoint_every", lost=True)
+    strategy, every = keys.choice("save_strategy"), keys.number("save_steps")
     limit = keys.number("save_total_limit")
-    if limit and limit >= 1 and stage.get("checkpoint_every"):
+    if strategy in ("no", False):
+        stage["checkpoint_every"] = 0
+        for name in ("save_steps", "save_total_limit"):
+            if keys.number(name):
+                keys.note(name, "no effect with save_strategy no")
+        return
+    if strategy not in (None, "", "steps"):
+        told = f"'{strategy}'; align counts steps: write checkpoint_every: STEPS"
+        keys.note("save_strategy", told, lost=True)
+    elif every is not None and every >= 1:
+        stage["checkpoint_every"] = int(every)
+    elif every is not None and every > 0:
+        keys.note("save_steps", "a fraction of all steps; write checkpoint_every", lost=True)
+    if limit is not None and limit >= 1:
         stage["keep_checkpoints"] = int(limit)
-    elif limit:
-        keys.note("save_total_limit", "no effect without checkpoint_every")
+    elif limit is not None:
+        keys.note("save_total_limit", "keeps all there; write keep_checkpoints", lost=True)
 
 
 def _set_sharding(draft: Draft) -> None:
@@ -264,15 +269,13 @@ def _set_sharding(draft: Draft) -> None:
 def _set_trackers(draft: Draft) -> None:
     """Convert the names of experiment trackers."""
     keys = draft.keys
+    known = [name for name, field in SinkSpec.model_fields.items() if field.annotation is bool]
     names = [name for name in keys.texts("report_to") if name not in ("none", "all")]
+    names += [name for name in known if keys.flag(f"use_{name}")]
     project = keys.text("wandb_project")
-    if project or keys.flag("use_wandb"):
-        names.append("wandb")
     if project:
+        names.append("wandb")
         keys.note("wandb_project", f"the project's name comes from WANDB_PROJECT={project}")
-    if keys.flag("use_tensorboard"):
-        names.append("tensorboard")
-    known = [name for name in TRACKERS if name in SinkSpec.model_fields]
     for name in dict.fromkeys(names):
         if name in known:
             draft.recipe.setdefault("sinks", {})[name] = True
@@ -336,7 +339,8 @@ def source_of(
     form: str = "",
 ) -> dict[str, Any]:
     """Return a data source; of a hub id, the split is part of the name that is read."""
-    if _is_hub_id(path):
+    # A file that is not here has the form of a hub id too.
+    if is_hub_id(path) and not path.endswith(FILES) and not Path(path).exists():
         path += f"@{revision}" if revision else ""
         path += f"#{config}" if config else ""
         path += f":{split or 'train'}"
@@ -345,11 +349,6 @@ def source_of(
         found["format"] = form
     renamed = {old: new for old, new in (rename or {}).items() if old != new}
     return found | ({"rename": renamed} if renamed else {})
-
-
-def _is_hub_id(path: str) -> bool:
-    """Return whether a path has the form of a hub id and is no file or folder here."""
-    return bool(HUB_ID.match(path)) and not path.endswith(FILES) and not Path(path).exists()
 
 
 def hold_out(draft: Draft, key: str, frac: Any) -> None:

@@ -9,7 +9,10 @@ from align.core.errors import RecipeError
 from align.core.text import shown
 from align.recipe.source import Key, Mark, dotted, plain_scalar
 
-_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+_WORDS = {
+    **dict.fromkeys(("yes", "y", "on", "true", "1"), True),
+    **dict.fromkeys(("no", "n", "off", "false", "0"), False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,14 @@ class Keys:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a truth value; YAML 1.1's yes and no are accepted."""
+        value = self.choice(name, default)
+        return bool(value)
+
+    def choice(self, name: str, default: Any = None) -> Any:
+        """Return a value that is a truth value, in any of its words, or a word of its own."""
         value = self.take(name, default)
-        return _WORDS.get(value.lower(), True) if isinstance(value, str) else bool(value)
+        word = value.strip().lower() if isinstance(value, str) else value
+        return _WORDS.get(word, word) if isinstance(word, str) else word
 
     def number(self, name: str, default: object = None) -> Any:
         """Return a number; one in quotes is accepted.

@@ -50,7 +50,7 @@ EQUIVALENTS = {
     "save_strategy, save_steps, save_total_limit": "`checkpoint_every`, `keep_checkpoints`",
     "eval_strategy, eval_steps": "`eval_every`",
     "deepspeed, fsdp": "`zero`",
-    "report_to, seed, output_dir": "`sinks`, `seed`, `name`",
+    "report_to, use_swanlab, seed, output_dir": "`sinks`, `seed`, `name`",
     "pref_beta, pref_loss, pref_ftx, simpo_gamma, dpo_label_smoothing": (
         "`beta`, `loss`, `nll_coef`, `gamma`, `label_smoothing`"
     ),
@@ -126,7 +126,6 @@ REASONS = {
     "export_*": "- a command of its own",
     "hf_hub_token": "set HF_TOKEN in the environment; never write a token into a recipe",
     "ms_hub_token": "align reads from the Hugging Face hub and from folders",
-    "use_swanlab": "write sinks",
     "swanlab_*": "- the tracker's own settings come from its environment variables",
     "include_*": "- always logged",
     "top_p": "below 1 another distribution than the policy is sampled",

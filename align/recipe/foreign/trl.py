@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from align.recipe.algorithms import PAIR_LOSSES
 from align.recipe.foreign.draft import (
     Adapter,
     Defaults,
@@ -20,7 +21,6 @@ TOOL = "TRL"
 KINDS = ("sft", "dpo", "orpo", "kto", "reward", "grpo", "ppo")
 RATES = {"sft": 2e-5, "reward": 1e-4, "ppo": 3e-6}
 """TRL's default learning rates; 1e-6 for all others."""
-LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo")
 
 EQUIVALENTS = {
     "model_name_or_path": "`stages.base.path`",
@@ -341,11 +341,10 @@ def _set_dpo(draft: Draft) -> None:
     named = [loss for loss in losses if loss != "sft"]
     if extra:
         stage["nll_coef"] = 1.0
-    if named[:1] == ["simpo"] or named[:1] == ["orpo"] or (named[:1][0:1] and named[0] in LOSSES):
-        stage["loss"] = named[0]
-    else:
-        told = f"{', '.join(named)}; align has {', '.join(LOSSES)}, simpo, orpo"
+    if not named or named[0] not in PAIR_LOSSES:
+        told = f"{', '.join(losses)}; align has {', '.join(PAIR_LOSSES)}"
         raise keys.wrong("loss_type", told)
+    stage["loss"] = named[0]
     if len(named) > 1:
         keys.note("loss_type", f"only {named[0]} of {', '.join(named)}", lost=True)
     for name, own in (("rpo_alpha", "nll_coef"), ("ld_alpha", "ld_alpha")):
