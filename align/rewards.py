@@ -9,12 +9,14 @@ from typing import Any
 
 from reward_models import build_reward as build
 from reward_models.specs import (
+    CodeSpec,
     EnsembleSpec,
     ExactMatchSpec,
     FormatSpec,
     JudgeSpec,
     LengthSpec,
     MathSpec,
+    MetricSpec,
     ProcessSpec,
     PythonSpec,
     RefusalSpec,
@@ -28,12 +30,14 @@ from reward_models.specs import (
 __all__ = [
     "RewardSpec",
     "build",
+    "code",
     "ensemble",
     "exact_match",
     "format",
     "judge",
     "length",
     "math",
+    "metric",
     "process",
     "python",
     "refusal",
@@ -43,12 +47,14 @@ __all__ = [
     "scalar",
 ]
 
+code = partial(CodeSpec, kind="code")
 ensemble = partial(EnsembleSpec, kind="ensemble")
 exact_match = partial(ExactMatchSpec, kind="exact_match")
 format = partial(FormatSpec, kind="format")
 judge = partial(JudgeSpec, kind="judge")
 length = partial(LengthSpec, kind="length")
 math = partial(MathSpec, kind="math")
+metric = partial(MetricSpec, kind="metric")
 process = partial(ProcessSpec, kind="process")
 python = partial(PythonSpec, kind="python")
 refusal = partial(RefusalSpec, kind="refusal")

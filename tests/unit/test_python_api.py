@@ -97,6 +97,9 @@ def test_rewards_score_in_python_as_their_kinds():
     }
     for kind in kinds:
         assert callable(getattr(align.rewards, kind))
+    # Each is a name of the module, which completion and type checkers see.
+    assert kinds <= set(align.rewards.__all__)
+    assert kinds <= vars(align.rewards).keys()
     right = align.rewards.build(align.rewards.math(column="answer"))
     assert right(prompts=["1+1?", "2+2?"], completions=["2", "5"], answer=["2", "4"]) == [1.0, 0.0]
 
