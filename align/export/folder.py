@@ -24,10 +24,14 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` if the block ends without an error.
 
     Raises:
-        ArtifactError: ``out`` exists, and either ``force`` is off or another program wrote it.
+        ArtifactError: ``out`` exists, and ``force`` is off, or another program wrote it or a file
+            in it; or it contains the current folder.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out}: exists and is not a folder. Choose another output folder")
+    # An empty folder is replaced too: the shell would be left in one that no longer exists.
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ArtifactError(f"{out}: contains the current folder. Choose another output folder")
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not is_export(out):
         raise ArtifactError(
@@ -36,6 +40,13 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         )
     if occupied and not force:
         raise ArtifactError(f"{out}: already contains an export. Use --force to replace it")
+    if occupied and (added := added_files(out)):
+        more = f" and {len(added) - 3} more" if len(added) > 3 else ""
+        raise ArtifactError(
+            f"{out}: contains files that align export did not write: {', '.join(added[:3])}{more}. "
+            "Nothing was changed. Move them, or choose another output folder"
+        )
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.partial")
     # Left by an export that was killed; nothing else uses this name.
@@ -63,8 +74,14 @@ def changed_files(folder: Path) -> list[str]:
     if record is None or record.get("written_by") != _FORMAT:
         return [f"{RECORD}: missing or unreadable, so align export did not finish this folder"]
     files: dict[str, Any] = record.get("files", {})
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    told = [f"{name}: missing" for name in sorted(files.keys() - present)]
-    told += [f"{name}: not part of the export" for name in sorted(present - {*files, RECORD})]
-    both = sorted(files.keys() & present)
-    return told + [f"{n}: changed" for n in both if not is_unchanged(folder / n, files[n])]
+    there = [name for name in sorted(files) if (folder / name).is_file()]
+    told = [f"{name}: missing" for name in sorted(files.keys() - set(there))]
+    told += [f"{name}: not part of the export" for name in added_files(folder)]
+    return told + [f"{n}: changed" for n in there if not is_unchanged(folder / n, files[n])]
+
+
+def added_files(folder: Path) -> list[str]:
+    """Return the names of what an exported folder contains beside the files of its record."""
+    known = {RECORD, *((read_json_object(folder / RECORD) or {}).get("files") or {})}
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted({p.relative_to(folder).as_posix() for p in found} - known)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.core.errors import ArtifactError
 from align.core.types import Text
 from align.data.render.chat import ChatFormat
 from align.models.loading import load_tokenizer, num_positions, stop_token_ids
@@ -23,6 +24,8 @@ PROMPTS = (
     "List three colors:  red,\n- ",
 )
 """Default prompts: several languages, code, digits, line breaks and repeated blanks."""
+MAX_PROMPTS = 64
+"""Prompts of a user that are compared."""
 NUM_RANDOM, RANDOM_TOKENS = 4, 48
 NEW_TOKENS = 24
 
@@ -57,12 +60,19 @@ BOUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Token rows on which two models are compared, and the tokens that end a response."""
+    """Token rows on which two models are compared, and the tokens that end a response.
+
+    Attributes:
+        prompts: token ids of the prompts. rows: rows of random tokens.
+        stop_token_ids: tokens that end a response. pad_token_id: the padding.
+        notes: prompts that are not compared, one line for each reason.
+    """
 
     prompts: Sequence[Sequence[int]]
     rows: Sequence[Sequence[int]]
     stop_token_ids: Sequence[int]
     pad_token_id: int
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +114,40 @@ def probe_of(model_dir: Path, prompts: Sequence[Text] = ()) -> Probe:
     """Return the token rows for comparing models with this folder's tokenizer.
 
     Random token rows follow the prompts, so that embeddings of rare tokens are compared too.
+
+    Args:
+        model_dir: the model's folder.
+        prompts: prompts of the user, of which the first 64 are compared; default: a fixed list.
+
+    Raises:
+        ArtifactError: no prompt fits the model.
     """
     chat = ChatFormat(load_tokenizer(model_dir), stop_token_ids=stop_token_ids(model_dir))
     room = (num_positions(model_dir) or 2048) - NEW_TOKENS
-    asked = list(prompts) or [_asked(text, chat) for text in PROMPTS]
+    asked = list(prompts)[:MAX_PROMPTS] or [_asked(text, chat) for text in PROMPTS]
     rows = [chat.prompt_ids(prompt) for prompt in asked]
+    kept = [row for row in rows if 0 < len(row) <= room]
+    why = f"empty, or longer than {room} tokens ({NEW_TOKENS} are left for the response)"
+    if not kept:
+        raise ArtifactError(
+            f"{model_dir}: none of {len(rows)} prompts can be compared: each is {why}. Give others "
+            "with --prompts FILE"
+        )
+    notes = [f"not compared: {len(rows) - len(kept)} of {len(rows)} prompts: {why}"]
+    notes = notes if len(kept) < len(rows) else []
+    if len(prompts) > MAX_PROMPTS:
+        notes.append(f"compared: the first {MAX_PROMPTS} of {len(prompts)} prompts")
     generator = torch.Generator().manual_seed(0)
     length = min(RANDOM_TOKENS, room)
     words = len(chat.tokenizer)
     drawn = torch.randint(words, (NUM_RANDOM, length), generator=generator).tolist()
     pad: Any = chat.tokenizer.pad_token_id
     return Probe(
-        [row for row in rows if 0 < len(row) <= room],
+        kept,
         drawn,
         chat.stop_token_ids,
         chat.stop_token_ids[0] if pad is None else pad,
+        notes,
     )
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.core.artifacts import read_json_object
 from align.core.errors import ArtifactError
-from align.core.model_card import CARD, stage_card
+from align.core.model_card import CARD, is_on_hub, stage_card
 from align.core.text import is_secret_name
 from align.export.folder import RECORD, changed_files, is_export
-from align.export.source import find_source
-from align.tuning.files import refuse_unmerged
+from align.export.source import find_source, require_weights
+from align.tuning.files import CONFIG, refuse_unmerged
 
-_ENDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gguf")
+_WEIGHTS = (".safetensors", ".gguf")
+_ENDS = (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".md")
 _NAMES = ("Modelfile",)
 _STATE = re.compile(r"optimizer|scheduler|rng_state|trainer_state|training_args|checkpoint")
 _TOKENS = re.compile(
@@ -42,16 +44,19 @@ def plan_push(reference: Path) -> tuple[list[Upload], list[str]]:
     """Return the files of a stage, model folder or export to upload, and the names left out.
 
     Raises:
-        ArtifactError: files are damaged, missing, or contain a secret.
+        ArtifactError: files are damaged, missing, or contain a secret; or an adapter belongs to a
+            folder of this machine.
     """
     if is_export(reference):
         if changed := changed_files(reference):
             raise ArtifactError(f"{reference}: changed after the export: {'; '.join(changed[:3])}")
+        _refuse_local_base(reference)
         folder, card = reference, None
     else:
         source = find_source(reference)
         refuse_unmerged(source.model_dir, "align push (use align export --format adapter)")
         folder = source.model_dir
+        require_weights(folder, _WEIGHTS)
         card = None if source.artifact is None else stage_card(source.artifact, source.manifest)
     found, left_out = [], []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -67,6 +72,18 @@ def plan_push(reference: Path) -> tuple[list[Upload], list[str]]:
     return sorted(found, key=lambda upload: upload.name), left_out
 
 
+def _refuse_local_base(export: Path) -> None:
+    """Raise ArtifactError if an exported adapter names a base model that only this machine has."""
+    config = read_json_object(export / CONFIG) or {}
+    base = str(config.get("base_model_name_or_path", ""))
+    if (export / CONFIG).is_file() and not is_on_hub(base):
+        raise ArtifactError(
+            f"{export / CONFIG}: the adapter's base model is {base or 'not named'}, a folder of "
+            "this machine. Nothing was uploaded. Push the base model, and export the adapter with "
+            "--base ORG/NAME"
+        )
+
+
 def _is_model_file(name: str) -> bool:
     known = name.endswith(_ENDS) or name in _NAMES
     return known and name != RECORD and "/" not in name and not _STATE.search(name.lower())
@@ -80,7 +97,7 @@ def _secrets(uploads: Sequence[Upload]) -> Iterator[str]:
         if is_secret_name(name) and len(value) >= 8
     }
     for upload in uploads:
-        if upload.name.endswith((".safetensors", ".gguf")):
+        if upload.name.endswith(_WEIGHTS):
             continue
         content = upload.content
         text = content if isinstance(content, bytes) else content.read_bytes()

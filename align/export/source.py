@@ -70,6 +70,18 @@ def find_source(reference: Path) -> Source:
     return Source(reference.resolve().name, reference, kind, None, {})
 
 
+def require_weights(model_dir: Path, endings: tuple[str, ...]) -> None:
+    """Raise ArtifactError unless a model folder has weights in a file with one of these endings."""
+    names = sorted(path.name for path in model_dir.iterdir())
+    if not any(name.endswith(endings) for name in names):
+        others = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack"))]
+        found = f"only {', '.join(others)}" if others else "no file of weights"
+        raise ArtifactError(
+            f"{model_dir}: found {found}; expected weights as {' or '.join(endings)}. Load the "
+            "model with transformers and save it with save_pretrained, which writes safetensors"
+        )
+
+
 def base_model(source: Source) -> tuple[str, Path]:
     """Return the model to which the stage's adapter belongs: its name for others, and its folder.
 

@@ -268,6 +268,48 @@ def test_folder_of_others_is_never_replaced(run, tmp_path):
             export(run / "sft", out, force=True)
 
 
+@pytest.mark.parametrize("added", ["notes.md", "logs/run.txt", "link"])
+def test_force_keeps_files_that_the_user_added(run, tmp_path, added):
+    out = tmp_path / "out"
+    export(run / "sft", out, dtype="float32")
+    (out / added).parent.mkdir(exist_ok=True)
+    (out / added).symlink_to(tmp_path) if added == "link" else (out / added).write_text("mine")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(ArtifactError, match=f"did not write: {added}. Nothing was changed"):
+        export(run / "sft", out, force=True)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    (out / added).unlink()
+    export(run / "sft", out, dtype="float32", force=True)
+
+
+def test_the_current_folder_is_never_replaced(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "..", "../here", "/", str(tmp_path)):
+        with pytest.raises(ArtifactError, match=r"contains the current folder|overlaps") as error:
+            export(run / "sft", Path(out), force=True)
+        assert len(str(error.value).splitlines()) == 1
+    export(run / "sft", Path("../here/new"), dtype="float32")
+    assert is_export(tmp_path / "here" / "new")
+
+
+def test_prompts_that_are_not_compared_are_told(run, tmp_path):
+    # 256 positions, of which 24 are for the response: 232 tokens at most, one per "~".
+    model_dir = run / "sft" / "model"
+    fits, beyond = ("~" * n for n in (232, 233))
+    probe = probe_of(model_dir, [fits, beyond, ""])
+    assert [len(row) for row in probe.prompts] == [232]
+    lines = export(run / "sft", tmp_path / "out", dtype="float32", prompts=[fits, beyond, ""])
+    assert "1 of 1 greedy responses" in lines[0]
+    assert lines[1].startswith("not compared: 2 of 3 prompts: empty, or longer than 232 tokens")
+    many = probe_of(model_dir, [f"{i}" for i in range(70)])
+    assert (len(many.prompts), many.notes) == (64, ["compared: the first 64 of 70 prompts"])
+    with pytest.raises(ArtifactError, match="none of 2 prompts can be compared: each is empty, or"):
+        export(run / "sft", tmp_path / "none", prompts=[beyond, beyond])
+    assert not (tmp_path / "none").exists()
+    assert probe_of(model_dir).notes == []
+
+
 def test_killed_export_is_cleaned_up_by_the_next(tmp_path):
     with pytest.raises(IsADirectoryError), new_folder(tmp_path / "out", force=False) as folder:
         folder.read_text()

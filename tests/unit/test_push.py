@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from export_models import edit, make_run
@@ -19,6 +22,7 @@ from align.core.artifacts import read_manifest, write_manifest
 from align.core.errors import ArtifactError
 from align.core.model_card import card_text, evaluations_of, write_card
 from align.export.push import plan_push
+from align.stages.tools.export import export
 from align.stages.tools.push import listing
 
 TOKEN = "hf_" + "q" * 34
@@ -150,6 +154,42 @@ def test_states_of_the_training_are_never_uploaded(tmp_path):
         "checkpoint-3/config.json",
     }
     assert listing(uploads, left_out)[-1].startswith("not uploaded: checkpoint-3/config.json")
+
+
+def test_weights_that_are_not_safetensors_are_not_left_behind(tmp_path):
+    folder = make_run(tmp_path / "run").parent / "imported"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    told = r"found only pytorch_model\.bin; expected weights as \.safetensors.*save_pretrained"
+    with pytest.raises(ArtifactError, match=told):
+        plan_push(folder)
+    with pytest.raises(ArtifactError, match=told):
+        export(folder, tmp_path / "out")
+    # What the line says to do, and both go through.
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert "model.safetensors" in {upload.name for upload in plan_push(folder)[0]}
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ArtifactError, match="no weights"):
+        plan_push(folder)
+
+
+def test_an_adapter_names_a_base_that_others_have(tmp_path, monkeypatch):
+    stage = make_run(tmp_path / "run")
+    export(stage, tmp_path / "out", name="adapter")
+    with pytest.raises(
+        ArtifactError, match=r"imported, a folder of this machine\..*--base ORG/NAME"
+    ):
+        plan_push(tmp_path / "out")
+    # A relative folder has the form of a hub id; from elsewhere the same text is one.
+    monkeypatch.chdir(tmp_path)
+    export(stage, Path("adapter"), name="adapter", base="run/imported")
+    with pytest.raises(ArtifactError, match="base model is run/imported, a folder"):
+        plan_push(Path("adapter"))
+    (tmp_path / "run" / "imported").rename(tmp_path / "elsewhere")
+    assert "adapter_config.json" in {upload.name for upload in plan_push(Path("adapter"))[0]}
 
 
 @pytest.mark.parametrize("leak", ["variable", "token", "key"])

@@ -17,7 +17,7 @@ from align.export.folder import new_folder, write_record
 from align.export.gguf import FILE, TYPES, write_gguf
 from align.export.ollama import MODELFILE, modelfile
 from align.export.parity import Parity, probe_of
-from align.export.source import Source, base_model, find_source
+from align.export.source import Source, base_model, find_source, require_weights
 from align.export.verify import Format, source_behavior, verify
 from align.export.weights import write_adapter, write_merged
 
@@ -48,6 +48,7 @@ def export(
         ArtifactError: nothing was written, for the reason in the message.
     """
     source = find_source(reference)
+    require_weights(source.model_dir, (".safetensors",))
     _refuse_overlap(source, out)
     form = _format(source, name, dtype=dtype, base=base)
     probe = probe_of(source.model_dir, prompts)
@@ -61,7 +62,8 @@ def export(
         original = source_behavior(source, probe)
         parity = verify(source, folder, form, probe=probe, original=original)
         write_record(folder, {**about, "parity": asdict(parity)})
-    return [f"{out}: {_result(source, form, parity)}", *notes, *_serve_lines(source, out, form)]
+    result = f"{out}: {_result(source, form, parity)}"
+    return [result, *probe.notes, *notes, *_serve_lines(source, out, form)]
 
 
 def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
@@ -152,7 +154,7 @@ def _read_prompts(path: Path | None) -> list[Text]:
     from align.recipe.schema import DataSpec
 
     examples = load_examples([DataSpec(path=str(path))], kind="prompts", seed=0)
-    return [example.prompt for example in examples[:64]]
+    return [example.prompt for example in examples]
 
 
 def main() -> None:
