@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from align.core import distributed
+from align.core.errors import DataError
 from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
-from reward_models.base import RewardFunction
+from reward_models.base import MissingColumnError, RewardFunction
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ def score_answers(
     Args:
         prompts: prompt of each response. answers: responses. rewards: called in order.
         with_ids: True passes token ids to the rewards; False if the responses are text only.
+
+    Raises:
+        DataError: a reward needs a column that no prompt has.
     """
     # Columns of the rows become keyword arguments; a row without the column passes None.
     names = sorted({name for p in prompts for name in p.columns})
@@ -53,15 +57,18 @@ def score_answers(
     whole = _completions(
         prompts, [p.prefill + a.text for p, a in zip(prompts, answers, strict=True)]
     )
-    by_name = {
-        # A reward that is not built from a recipe may not have the attribute.
-        r.name: r(
-            prompts=asked,
-            completions=whole if getattr(r, "prefill", False) else said,
-            **columns,
-        )
-        for r in rewards
-    }
+    try:
+        by_name = {
+            # A reward that is not built from a recipe may not have the attribute.
+            r.name: r(
+                prompts=asked,
+                completions=whole if getattr(r, "prefill", False) else said,
+                **columns,
+            )
+            for r in rewards
+        }
+    except MissingColumnError as error:
+        raise DataError(str(error)) from error
     total: list[float | None] = []
     for i in range(len(answers)):
         # A missing part would change the scale of the sum, so the whole response becomes invalid.

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
+from align.core.errors import DataError
 from align.core.types import Completion, PromptRow
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, Verdict, spread
@@ -93,6 +93,10 @@ def self_test(
             above, rows = max(results), len(forms[0].rows)
             said = [f"right above wrong in {above} of {rows}"]
             verdict, remedy = _judged(spec, above, rows)
+        if empty := _num_empty(spec, prompts):
+            said.append(f"{empty:,} of {len(prompts):,} rows have no '{_column(spec)}'")
+            told = "responses to rows without the column cannot be scored, so they are not trained"
+            verdict, remedy = "warn" if verdict == "ok" else verdict, remedy or told
         if unseen := _unseen_prefill(spec, prompts):
             verdict, remedy = "warn" if verdict == "ok" else verdict, remedy or unseen
         if answers is not None:
@@ -113,11 +117,19 @@ def self_test(
                 )
             elif lost and verdict == "ok":
                 verdict, remedy = "warn", f"excluded from training: {_reasons(reward)}"
-    except MissingColumnError as error:
+    except (MissingColumnError, DataError) as error:
         return Finding("its column is missing in the data", "", "fail", str(error))
     if scored:
         said.append(f"{scored / max(time.monotonic() - began, 1e-6):,.0f} responses/s")
     return Finding(", ".join(said), "right above wrong", verdict, remedy)
+
+
+def _num_empty(spec: RewardSpec, prompts: Sequence[PromptRow]) -> int:
+    """Return the number of rows without a value in the column that a rule reads."""
+    column = _column(spec)
+    if column is None or _learned(spec):
+        return 0
+    return sum(row.columns.get(column) is None for row in prompts)
 
 
 def _unseen_prefill(spec: RewardSpec, prompts: Sequence[PromptRow]) -> str:
@@ -166,14 +178,14 @@ def _known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known
         rows = spread(prompts, 1)
         return [Known(rows, [fixed[0]], [fixed[1]])]
     if isinstance(spec, RefusalSpec):
-        return [_refusals(spec, spread(prompts, NUM_ROWS))]
+        return [_refusals(spec, spread(_with_value(prompts, spec.column), NUM_ROWS))]
     column = _column(spec)
     if isinstance(spec, CodeSpec):
         column = _solution_column(prompts)
     if column is None or _reads_ids(spec) or (_learned(spec) and column not in prompts[0].columns):
         return []
-    rows = spread(prompts, NUM_ROWS)
-    values = [_first(_value(row, column)) for row in rows]
+    rows = spread(_with_value(prompts, column), NUM_ROWS)
+    values = [_first(row.columns[column]) for row in rows]
     # The wrong answer of a row is the correct one of another row, which has the right format.
     pairs = [
         (row, mine, other)
@@ -207,7 +219,7 @@ def _fixed(spec: RewardSpec) -> tuple[str, str] | None:
 def _refusals(spec: RefusalSpec, rows: Sequence[PromptRow]) -> Known:
     """Return responses that refuse where the column asks for it; the wrong ones do the reverse."""
     declined, replied = "I'm sorry, but I can't help with that.", "Gladly. First take a pencil."
-    due = [_first(_value(row, spec.column)) in spec.declines for row in rows]
+    due = [_first(row.columns[spec.column]) in spec.declines for row in rows]
     return Known(
         list(rows),
         [declined if d else replied for d in due],
@@ -230,7 +242,7 @@ def _reads_ids(spec: RewardSpec) -> bool:
 
 
 def _solution_column(prompts: Sequence[PromptRow]) -> str | None:
-    return next((name for name in SOLUTIONS if prompts[0].columns.get(name)), None)
+    return next((name for name in SOLUTIONS if any(p.columns.get(name) for p in prompts)), None)
 
 
 def _column(spec: RewardSpec) -> str | None:
@@ -242,13 +254,20 @@ def _column(spec: RewardSpec) -> str | None:
     return spec.model_dump().get("column")
 
 
-def _value(row: PromptRow, column: str) -> Any:
-    if column not in row.columns:
+def _with_value(rows: Sequence[PromptRow], column: str) -> list[PromptRow]:
+    """Return the rows that have a value in a column.
+
+    Raises:
+        MissingColumnError: no row has one.
+    """
+    found = [row for row in rows if row.columns.get(column) is not None]
+    if not found:
+        names = sorted(name for name, value in rows[0].columns.items() if value is not None)
         raise MissingColumnError(
-            f"{row.source}: no column '{column}'; the row has {sorted(row.columns) or 'none'}. "
-            "Rename a column of the data or set 'column' of the reward"
+            f"{rows[0].source}: no column '{column}', as in all rows; the row has "
+            f"{names or 'none'}. Rename a column of the data or set 'column' of the reward"
         )
-    return row.columns[column]
+    return found
 
 
 def _first(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,9 @@ def fitted(
 ) -> list[PromptRow]:
     """Return the tokenized prompts that fit, and record the others in the ledger.
 
-    A prompt and its response must fit into ``max_length`` and into the model's positions.
+    A prompt and its response must fit into ``max_length`` and into the model's positions. All rows
+    have the same columns; None is the value of a column that a row lacks. Otherwise the columns
+    that a reward gets would depend on which rows are in its batch.
     """
     with many_rows():
         rows = [chat.prompt_row(e) for e in examples]
@@ -104,7 +107,13 @@ def fitted(
         what=f"{context.name}: {what}",
         ledger=context.ledger,
     )
-    return kept
+    names = sorted({name for row in kept for name in row.columns})
+    return [
+        row
+        if len(row.columns) == len(names)
+        else replace(row, columns=dict.fromkeys(names) | dict(row.columns))
+        for row in kept
+    ]
 
 
 class Push:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from online_parts import grpo_spec, policy_of, run_of, sampled, scored, weights
 
 from align.core import distributed
-from align.core.errors import TrainingError
+from align.core.errors import DataError, TrainingError
 from align.core.types import Completion, Example, PromptRow, TokenRow
 from align.online import loop
 from align.online.algorithms import build_algorithm
@@ -30,6 +30,7 @@ from align.stages.reward.normalize import even_sample, normalization
 from align.stages.rollouts import fitted
 from align.training.offline import total_steps
 from align.training.stopping import EarlyStopping
+from reward_models import build_reward
 from reward_models.base import Rule
 
 
@@ -273,6 +274,34 @@ def test_prompts_beyond_the_models_positions_are_lost_at_loading(tmp_path: Path)
     assert [len(row.input_ids) for row in kept] == [10, 58]
     lost = context.ledger.read_text().splitlines()
     assert ["p.jsonl:59" in line or "p.jsonl:200" in line for line in lost] == [True, True]
+
+
+def test_scores_of_a_prompt_do_not_depend_on_what_else_is_in_its_batch(tmp_path: Path) -> None:
+    """A row without the reward's column has no valid score, also in a batch of such rows only."""
+
+    class Chat:
+        tokenizer = SimpleNamespace(name_or_path=str(tmp_path))
+
+        def prompt_row(self, example: Example) -> PromptRow:
+            return PromptRow((2, 3), str(example.prompt), dict(example.columns))
+
+    examples = [Example("a", columns={"answer": "4", "level": 1}), Example("b"), Example("c")]
+    context: Any = SimpleNamespace(name="grpo", ledger=tmp_path / "ledger.jsonl")
+    chat: Any = Chat()
+    rows = fitted(examples, grpo_spec(), chat, context=context, what="prompts")
+    assert [row.columns for row in rows] == [
+        {"answer": "4", "level": 1},
+        *[{"answer": None, "level": None}] * 2,
+    ]
+    answers = [Completion((5,), (-1.0,), "stop", "4", 0)] * 3
+    rewards = [build_reward({"kind": "exact_match", "column": "answer"})]
+    assert score_answers(rows, answers, rewards).total == [1.0, None, None]
+    assert score_answers(rows[1:], answers[1:], rewards).total == [None, None]
+    # A column that no row has is an error of the data, and exits with 2.
+    other = [build_reward({"kind": "exact_match", "column": "solution"})]
+    with pytest.raises(DataError, match="column 'solution' is missing") as caught:
+        score_answers(rows, answers, other)
+    assert caught.value.exit_code == 2
 
 
 def test_an_imbalance_of_good_and_bad_answers_names_the_weight_that_balances() -> None:

@@ -445,6 +445,26 @@ def test_report_shows_the_card_escaped(tmp_path: Path) -> None:
     assert preflight(run) is None
 
 
+def test_rows_without_the_column_of_a_reward_are_counted() -> None:
+    """They cannot be scored; the known answers come from the other rows."""
+    plain = {"kind": "exact_match", "column": "answer"}
+    values = ["4", None, "6", None, None]
+    rows = [PromptRow((5,), "say", {"answer": v}, source=f"a:{i}") for i, v in enumerate(values)]
+    spec = TypeAdapter(RewardSpec).validate_python(plain)
+
+    def line(prompts: list[PromptRow]) -> Line:
+        rewards = [build_reward(plain)]
+        (found,) = examine(reward_checks("reward", [spec], rewards, prompts=prompts, answers=None))
+        return found
+
+    assert line(rows).verdict == "warn"
+    assert "right above wrong in 2 of 2, 3 of 5 rows have no 'answer'" in line(rows).value
+    assert "not trained" in line(rows).remedy
+    assert line([rows[0], rows[2]]).verdict == "ok"
+    assert line(rows[3:]).verdict == "fail"
+    assert "a:3: no column 'answer', as in all rows" in line(rows[3:]).remedy
+
+
 def test_reward_is_held_to_known_answers() -> None:
     rows = [
         PromptRow(
