@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from align.core import distributed
 from align.core.artifacts import write_json_atomic
-from align.core.card import CARD_FILE, TOKENS_FILE, Card, table
+from align.core.card import CARD_FILE, TOKENS_FILE, VERDICTS, Card, table
 from align.core.errors import AlignError, PreflightError
 from align.data.token_view import View, plain
 from align.preflight.checks import Check, examine
@@ -15,8 +16,17 @@ log = logging.getLogger(__name__)
 
 
 def run_checks(stage: str, kind: str, checks: Sequence[Check]) -> Card:
-    """Run the checks and return the stage's card; every rank gets the first rank's card."""
-    return Card(stage, kind, distributed.broadcast_object(examine(checks)))
+    """Run the checks and return the stage's card: of each check the worst line of all ranks.
+
+    Each rank checks an engine and a device of its own, so that a check may fail on one rank alone.
+    """
+    parts = distributed.gather_objects(examine(checks))
+    lines = []
+    for found in zip(*parts, strict=True):
+        rank = max(range(len(found)), key=lambda i: VERDICTS.index(found[i].verdict))
+        line = found[rank]
+        lines.append(replace(line, value=f"rank {rank}: {line.value}") if rank else line)
+    return Card(stage, kind, lines)
 
 
 def keep_card(card: Card, out: Path, *, views: Callable[[], Sequence[View]] | None = None) -> None:

@@ -15,6 +15,7 @@ from online_parts import grpo_spec, ppo_spec, run_of, sampled, scored
 from played_ranks import play
 
 from align.core import distributed
+from align.core.card import Card
 from align.core.types import Completion, PromptRow
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
@@ -22,6 +23,8 @@ from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.scoring import Scores
 from align.online.summary import summarize
+from align.preflight.checks import Check, Finding
+from align.preflight.run import run_checks
 from align.recipe.schema import KtoStage
 from align.sampling.experience import Experience, gather_experience
 from align.stages import kto
@@ -222,3 +225,22 @@ def test_kto_measures_its_reference_point_on_all_ranks(model_dir, monkeypatch) -
     for ranks in (1, 2, 3):
         for found in play(monkeypatch, ranks, point):
             assert found == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_a_check_that_fails_on_one_rank_fails_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equally bad lines the first rank's is shown; numbers of seconds differ."""
+    verdicts = {"sampler": ("ok", "fail"), "start": ("ok", "ok"), "greedy": ("warn", "warn")}
+
+    def card_of(rank: int) -> Card:
+        def check(name: str) -> Check:
+            return name, lambda: Finding(f"of {rank}", "", verdicts[name][rank])  # type: ignore
+
+        return run_checks("grpo", "grpo", [check(name) for name in verdicts])
+
+    first, second = play(monkeypatch, 2, card_of)
+    assert first == second
+    assert [(line.name, line.verdict, line.value) for line in first.lines] == [
+        ("sampler", "fail", "rank 1: of 1"),
+        ("start", "ok", "of 0"),
+        ("greedy", "warn", "of 0"),
+    ]
