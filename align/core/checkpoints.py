@@ -142,6 +142,9 @@ def _begin_patiently(temporary: Path, engines: Sequence[str]) -> None:
 def _begin(temporary: Path, engines: Sequence[str]) -> None:
     """Create an empty folder, but not that of a stage which someone removed.
 
+    What killed savings have left is removed: with ``auto`` or after a signal, the step at which
+    one was killed may never be saved again.
+
     The engines' folders are created too: DeepSpeed would ignore the error of a full disk here and
     fail later with another one.
 
@@ -149,7 +152,8 @@ def _begin(temporary: Path, engines: Sequence[str]) -> None:
         ArtifactError: the stage's folder is gone.
     """
     check_stage_exists(temporary.parents[1])
-    remove(temporary)
+    for left in temporary.parent.glob("step-*.tmp"):
+        remove(left)
     temporary.mkdir(parents=True)
     for name in engines:
         (temporary / name).mkdir()

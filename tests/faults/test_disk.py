@@ -76,6 +76,24 @@ def save(folder: Path, step: int, disk: Disk) -> Path:
     return checkpoints.save_checkpoint(folder, step, engines=engines, state={}, keep=2)
 
 
+def test_what_killed_savings_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """With checkpoint_every: auto, step 3 is not saved again: its 1 GB would stay for ever."""
+    kept = save(tmp_path, 2, Disk(0))
+    left = [tmp_path / f"step-{step:08d}.tmp" for step in (3, 5)]
+    for folder in left:
+        (folder / "policy").mkdir(parents=True)
+        (folder / "policy" / "model.pt").write_bytes(b"half")
+    newest = save(tmp_path, 4, Disk(0))
+    assert sorted(tmp_path.iterdir()) == [kept, newest]
+    # The same of a TRL trainer, whose checkpoints are complete with their record.
+    whole, half = (tmp_path / f"checkpoint-{step}" for step in (7, 9))
+    for folder in (whole, half):
+        folder.mkdir()
+    (whole / HASHES).write_text("{}")
+    saving._begin(tmp_path / "checkpoint-10")
+    assert sorted(tmp_path.glob("checkpoint-*")) == [whole]
+
+
 @pytest.mark.parametrize(
     "error",
     [FULL, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")],

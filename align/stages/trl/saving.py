@@ -58,12 +58,15 @@ def _patiently(write: Callable[..., Any], folder: Path, *, needed: int) -> Calla
 
 
 def _begin(folder: Path) -> None:
-    """Remove what an earlier attempt left of a checkpoint.
+    """Remove what an earlier attempt left of a checkpoint, and what killed savings have left.
 
     Its record would count as a file of the new one, which would then never match its hash.
     """
     check_stage_exists(folder.parents[1])
     remove(folder)
+    for left in in_order(folder.parent):
+        if not (left / HASHES).exists():
+            remove(left)
 
 
 def complete(checkpoints: Path, step: int, keep: int) -> None:
