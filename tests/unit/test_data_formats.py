@@ -178,6 +178,37 @@ def test_oasst_tree_gives_the_best_branch_and_best_against_worst() -> None:
     assert one(row, "preference") == ([U], [A], [worst])
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "found"),
+    [
+        ("preference", {"instruction": "q", "completions": None}, "completions: .* found None"),
+        ("preference", {"instruction": "q", "completions": ["x"]}, "completions: .* \\['x'\\]"),
+        (
+            "preference",
+            {"instruction": "q", "completions": [{"response": "a", "score": float("nan")}]},
+            r"completions\[0\]: expected 'response' and one of",
+        ),
+        ("sft", {"instruction": "q", "instances": {"output": "a"}}, "instances: expected a list"),
+        ("sft", {"instruction": "q", "output": "a", "history": 3}, "history: .* 3"),
+        ("sft", {"message_tree_id": "t", "prompt": [U]}, "prompt: expected a message with replies"),
+        (
+            "preference",
+            {"question": "q", "ground_truth": {}, "m": {"is_correct": True, "solution": None}},
+            "m: solution: expected text, found None",
+        ),
+    ],
+)
+def test_rows_of_another_shape_are_errors_with_their_place(kind, row, found) -> None:
+    with pytest.raises(DataError, match=f"f:1: {found}"):
+        one(row, kind)
+
+
+def test_messages_without_replies_are_null_in_typed_tables() -> None:
+    answer = {"role": "assistant", "text": "A", "rank": None, "replies": None}
+    row = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "Q", "replies": [answer]}}
+    assert one(row, "sft") == ([], [U, A], None)
+
+
 def test_unpaired_rows_are_imported_with_their_label() -> None:
     rows = [
         {"prompt": [U], "completion": [A], "label": False},

@@ -6,12 +6,14 @@ valid row without an example (such as an UltraFeedback row whose responses all h
 
 import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns, explicit_pair, implicit_pair, make_pair
 from align.data.formats.questions import (
+    objects_field,
     other_fields,
     question_and_answer,
     question_of,
@@ -191,9 +193,9 @@ def from_sharegpt(row: Row, source: str) -> list[Example]:
 def from_ultrafeedback(row: Row, source: str) -> list[Example]:
     """Read ``instruction`` and scored ``completions``: best against worst, gap as margin."""
     scored = []
-    for i, entry in enumerate(row["completions"]):
+    for i, entry in enumerate(objects_field(row, "completions", source)):
         keys = ("overall_score", "score", "fine-grained_score")
-        key = next((k for k in keys if isinstance(entry.get(k), int | float)), None)
+        key = next((k for k in keys if _is_finite(entry.get(k))), None)
         if key is None or not isinstance(entry.get("response"), str):
             raise DataError(
                 f"{source}: completions[{i}]: expected 'response' and one of {keys}, "
@@ -228,7 +230,7 @@ def from_seed_tasks(row: Row, source: str) -> list[Example]:
     """Read self-instruct seed tasks: ``instruction`` and ``instances`` of input and output."""
     rest = other_fields(row, "instruction", "instances")
     examples = []
-    for instance in row["instances"]:
+    for instance in objects_field(row, "instances", source):
         asked = with_input(text_field(row, "instruction", source), instance.get("input"), source)
         answer = [Turn(role="assistant", content=text_field(instance, "output", source))]
         prompt = [Turn(role="user", content=asked)]
@@ -239,10 +241,10 @@ def from_seed_tasks(row: Row, source: str) -> list[Example]:
 def from_oasst_best(row: Row, source: str) -> list[Example]:
     """Read the best-ranked branch of an OASST tree, up to its last assistant turn."""
     turns: list[Turn] = []
-    node = row["prompt"]
+    node: Row | None = _node(row["prompt"], source)
     while node is not None:
         turns.append(_oasst_turn(node, source))
-        node = next(iter(_ranked(node)), None)
+        node = next(iter(_ranked(node, source)), None)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     rest = other_fields(row, "prompt")
@@ -254,12 +256,12 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
     rest = other_fields(row, "prompt")
     pairs: list[Example] = []
     # Breadth-first search over the tree, with the turns before each node.
-    branches: list[tuple[list[Turn], Row]] = [([], row["prompt"])]
+    branches: list[tuple[list[Turn], Row]] = [([], _node(row["prompt"], source))]
     while branches:
         before, node = branches.pop(0)
         turns = [*before, _oasst_turn(node, source)]
-        replies = _ranked(node)
-        said = [r for r in replies if r["role"] == "assistant" and r.get("rank") is not None]
+        replies = _ranked(node, source)
+        said = [r for r in replies if r.get("role") == "assistant" and r.get("rank") is not None]
         if len(said) > 1:
             best, worst = ([_oasst_turn(said[i], source)] for i in (0, -1))
             if best != worst:
@@ -271,8 +273,9 @@ def from_oasst_pairs(row: Row, source: str) -> list[Example]:
 def from_model_solutions(row: Row, source: str) -> list[Example]:
     """Read nested ``{"solution", "is_correct"}``: the first correct against each incorrect one."""
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
-    right = [v["solution"] for v in tried.values() if v["is_correct"] is True]
-    wrong = [v["solution"] for v in tried.values() if v["is_correct"] is False]
+    texts = {k: text_field(v, "solution", f"{source}: {k}") for k, v in tried.items()}
+    right = [texts[k] for k, v in tried.items() if v["is_correct"] is True]
+    wrong = [texts[k] for k, v in tried.items() if v["is_correct"] is False]
     prompt = [Turn(role="user", content=text_field(row, "question", source))]
     rest = other_fields(row, "question", *tried)
     if not right:
@@ -282,9 +285,23 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
     return [make_pair(prompt, chosen, side, row={}, rest=rest, source=source) for side in sides]
 
 
-def _ranked(node: Row) -> list[Row]:
+def _is_finite(score: object) -> bool:
+    return isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score)
+
+
+def _node(value: object, source: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{source}: prompt: expected a message with replies, found {shown(value)}", code="D050"
+        )
+    return value
+
+
+def _ranked(node: Row, source: str) -> list[Row]:
     """Return the usable replies, best first; unranked ones keep their order at the end."""
-    replies = [r for r in node.get("replies", []) if not r.get("deleted")]
+    # In a typed table, a message without replies has null.
+    listed = node if node.get("replies") is not None else {"replies": []}
+    replies = [r for r in objects_field(listed, "replies", source) if not r.get("deleted")]
     return sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 10**6)
 
 

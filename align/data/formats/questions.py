@@ -1,12 +1,11 @@
 """Find the question and the response of a row under any of their known field names."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
-from align.data.formats.turns import not_text, shown, to_text
+from align.data.formats.turns import is_nothing, not_text, shown, to_text
 from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
@@ -25,6 +24,16 @@ def text_field(row: Row, field: str, source: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
         raise not_text(value, where=f"{source}: {field}")
+    return value
+
+
+def objects_field(row: Row, field: str, source: str) -> list[Row]:
+    """Return a field that must contain a list of objects."""
+    value = row[field]
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(
+            f"{source}: {field}: expected a list of objects, found {shown(value)}", code="D050"
+        )
     return value
 
 
@@ -56,9 +65,10 @@ def question_of(row: Row, source: str) -> tuple[Text, Row]:
     return (turns if before else asked), other_fields(row, name, "input", "history")
 
 
-def _history(value: Sequence[object] | None, source: str) -> list[Turn]:
+def _history(value: object, source: str) -> list[Turn]:
     turns: list[Turn] = []
-    for i, pair in enumerate(value or []):
+    listed = [] if is_nothing(value) else value
+    for i, pair in enumerate(listed if isinstance(listed, list) else [listed]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(
                 f"{source}: history: expected [question, answer], {shown(pair)}", code="D050"
