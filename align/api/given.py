@@ -165,7 +165,7 @@ class Writer:
 
     def _rows(self, rows: Iterable[Any]) -> str:
         """Write rows as JSON Lines, and return the path, which contains the hash of the content."""
-        from align.data.reading.readers import without_nulls
+        from align.data.reading.readers import plain_row
 
         self.folder.mkdir(parents=True, exist_ok=True)
         typed = _dataset(rows)
@@ -174,7 +174,7 @@ class Writer:
             file = Path(place) / "rows"
             with file.open("wb") as out:
                 for count, row in enumerate(rows, start=1):
-                    line = _line(without_nulls(row) if typed else row, count)
+                    line = _line(plain_row(row) if typed else row, count)
                     digest.update(line)
                     out.write(line)
             if not count:

@@ -14,6 +14,7 @@ from align.core.artifacts import file_sha256, write_json_atomic
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.check.row_rules import text_of
+from align.data.formats.turns import shown
 from align.data.load import Kind, load_examples, source_of
 from align.data.reading.sources import data_fingerprint, suffix_of
 from align.recipe.schema import DataSpec
@@ -185,8 +186,18 @@ def convert(
         out.parent.mkdir(parents=True, exist_ok=True)
         _write(rows, temporary, suffix_of(out), packed=out.name.endswith(".gz"))
         temporary.rename(out)
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror}. Use another name.") from error
+    # pyarrow's errors are subclasses of these.
+    except (TypeError, ValueError, NotImplementedError) as error:
+        temporary.unlink(missing_ok=True)
+        told = error if suffix_of(out) == ".parquet" else _place(rows) or error
+        raise DataError(
+            f"{out}: the rows have fields that such a file cannot store: {told}. "
+            "Change or remove them with 'map', or leave all other fields out with --no-columns"
+        ) from error
     note = {
         "to": to,
         "seed": seed,
@@ -200,6 +211,17 @@ def convert(
     return note
 
 
+def _place(rows: Sequence[Row]) -> str | None:
+    """Return the first field that cannot be written as JSON, with its value and the reason."""
+    for row in rows:
+        for name, value in row.items():
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError) as found:
+                return f"{name}: {shown(value)}: {found}"
+    return None
+
+
 def _input_record(spec: DataSpec) -> dict[str, Any]:
     settings = spec.model_dump(mode="json", exclude_defaults=True)
     return {**settings, "files": data_fingerprint(source_of(spec)[0])}
@@ -211,15 +233,21 @@ def _write(rows: Sequence[Row], path: Path, suffix: str, *, packed: bool) -> Non
         import pyarrow.parquet
 
         # By columns: from rows, pyarrow keeps only the fields of the first one.
-        table = {name: [row.get(name) for row in rows] for name in _columns(rows)}
+        table = {}
+        for name in _columns(rows):
+            try:
+                table[name] = pyarrow.array([row.get(name) for row in rows])
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise TypeError(f"{name}: {error}") from error
         pyarrow.parquet.write_table(pyarrow.table(table), path)
         return
     if suffix in (".csv", ".tsv"):
         text = _table(rows, "\t" if suffix == ".tsv" else ",", path)
     elif suffix == ".json":
-        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(rows, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     elif suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+        text = "".join(f"{line}\n" for line in lines)
     else:
         raise DataError(
             f"{path.name.removeprefix('.partial-')}: this file type cannot be written. Use .jsonl."

@@ -1,8 +1,11 @@
 """align data show and align data convert."""
 
 import json
+from datetime import date
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from align.core.errors import DataError
@@ -129,3 +132,44 @@ def test_microscope_shows_each_token_once_with_what_is_trained():
     assert as_text(chosen, colour=False).plain == "héé[漢!</s>\u2020]"
     assert as_html(rejected).count("<span") == 8
     assert "&lt;/s&gt;" in as_html(rejected)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "reason"),
+    [
+        ("parquet", [1, "x"], "note: .* 'x'"),
+        ("parquet", [{}], "struct type 'note' with no child field"),
+        ("jsonl", ["\ud800"], r"note: '\\ud800': .*surrogates not allowed"),
+        ("json", [float("inf")], "note: inf: Out of range float values"),
+    ],
+)
+def test_fields_that_a_file_type_cannot_store_are_named(tmp_path, suffix, value, reason):
+    # Infinity would be written as what no reader of JSON takes.
+    rows = [{"prompt": f"Q{i}", "completion": "A", "note": note} for i, note in enumerate(value)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).replace("Infinity", "1e999")
+    (tmp_path / "in.jsonl").write_text(text)
+    spec, out = DataSpec(path=str(tmp_path / "in.jsonl")), tmp_path / f"out.{suffix}"
+    with pytest.raises(
+        DataError, match=rf"out\.{suffix}: the rows have fields .*{reason}.*--no-col"
+    ):
+        convert([spec], out, to="messages", seed=0, columns=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    assert convert([spec], out, to="messages", seed=0, columns=False)["output"]["rows"] == len(rows)
+
+
+def test_dates_and_bytes_of_typed_tables(tmp_path: Path):
+    columns = {"prompt": ["Q"], "completion": ["A"], "day": [date(2024, 1, 2)]}
+    source = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), source)
+    convert([DataSpec(path=str(source))], tmp_path / "o.jsonl", to="messages", seed=0, columns=True)
+    assert json.loads((tmp_path / "o.jsonl").read_text())["day"] == "2024-01-02"
+    # Bytes are no JSON, but parquet has them.
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"raw": [b"\xff"]}), source)
+    with pytest.raises(DataError, match=r"raw: b'\\xff': Object of type bytes"):
+        convert(
+            [DataSpec(path=str(source))], tmp_path / "p.json", to="messages", seed=0, columns=True
+        )
+    convert(
+        [DataSpec(path=str(source))], tmp_path / "p.parquet", to="messages", seed=0, columns=True
+    )
+    assert next(read_rows(str(tmp_path / "p.parquet")))[0]["raw"] == b"\xff"

@@ -13,6 +13,7 @@ from align.data.check.kinds import infer
 from align.data.convert import WRITERS, convert
 from align.data.formats.detect import detect, to_examples
 from align.data.load import load_examples
+from align.data.reading.readers import plain_row
 from align.recipe.schema import DataSpec
 from align.recipe.schema.formats import FORMATS
 
@@ -306,8 +307,10 @@ def test_answers_for_rewards_come_from_their_usual_places() -> None:
 def test_columns_of_tables_are_what_an_answer_is_compared_with() -> None:
     row = {"prompt": "Q", "answer": 4.0, "score": 0.5, "name": "cafe\u0301", "all": [2.0, None]}
     row |= {"price": Decimal("1200.00"), "rate": Decimal("0.10"), "none": Decimal("NaN")}
-    (example,) = to_examples(row, kind="prompts", format="auto", source="a:1")
+    row["deep"] = {"ground_truth": 7.0, "more": ["cafe\u0301"]}
+    (example,) = to_examples(plain_row(row), kind="prompts", format="auto", source="a:1")
     assert repr(example.columns["answer"]) == "4"
+    assert repr(example.columns["deep"]) == "{'ground_truth': 7, 'more': ['caf\u00e9']}"
     assert example.columns["score"] == 0.5
     assert example.columns["name"] == "caf\u00e9"
     assert repr(example.columns["all"]) == "[2, None]"

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -122,3 +124,38 @@ def test_fingerprint_has_the_hash_of_the_bytes_and_the_rows(tmp_path: Path) -> N
     file.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
     expected = hashlib.sha256(b'{"a": 1}\n\n{"a": 2}\n').hexdigest()
     assert data_fingerprint(str(file)) == [{"path": str(file), "sha256": expected, "rows": 2}]
+
+
+def test_hidden_files_of_a_folder_are_copies_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    # Of Jupyter, macOS, and the hub's client.
+    for name in (".ipynb_checkpoints/rows-checkpoint.jsonl", "__MACOSX/._rows.jsonl", ".x/y.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert read(tmp_path) == [({"a": 1}, "rows.jsonl:1")]
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '**/*.jsonl'\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert read(tmp_path) == [({"a": 1}, "rows.jsonl:1")]
+
+
+def test_dates_and_decimals_of_typed_tables_are_values_of_json(tmp_path: Path) -> None:
+    when = datetime(2024, 1, 2, 3, tzinfo=UTC)
+    columns = {
+        "day": [when.date()],
+        "when": [when],
+        "at": [when.time()],
+        "took": [timedelta(seconds=90)],
+        "price": [Decimal("1200.00")],
+        "deep": [{"rate": [Decimal("0.10")], "day": when.date()}],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    expected = {
+        "day": "2024-01-02",
+        "when": "2024-01-02 03:00:00+00:00",
+        "at": "03:00:00",
+        "took": "0:01:30",
+        "price": 1200,
+        "deep": {"rate": [0.1], "day": "2024-01-02"},
+    }
+    ((row, _),) = read(tmp_path / "t.parquet")
+    assert json.loads(json.dumps(row)) == row == expected

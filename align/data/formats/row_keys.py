@@ -7,7 +7,6 @@ rewards. If it contains text or loss settings that nothing would use, the row is
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from math import isfinite, isnan
 from typing import Any
 
@@ -267,8 +266,7 @@ def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns in the form in which rewards compare them with the text of a response.
 
     Tables write whole numbers as floats if a column has empty cells, so 4.0 becomes 4 and NaN
-    becomes null. Decimals (4.00) become plain numbers. Texts are composed (NFC), as models write
-    them.
+    becomes null. Texts are composed (NFC), as models write them.
     """
     return {key: _clean(value) for key, value in columns.items()}
 
@@ -276,12 +274,12 @@ def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
 def _clean(value: object) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else unicodedata.normalize("NFC", value)
-    if isinstance(value, Decimal):
-        value = float(value)
     if isinstance(value, float):
         if isnan(value):
             return None
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, list):
         return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
     return value

@@ -7,6 +7,8 @@ which the row starts) or ``file:row N``. Readers continue after an error if the 
 import csv
 import itertools
 from collections.abc import Callable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,23 +155,28 @@ def _separator(head: list[str]) -> str:
     return max(SEPARATORS, key=fitness)
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a typed table without the fields that its nested objects do not have.
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a typed table as a file of JSON would have it.
 
     In a typed table, all objects of a column have the same fields, and null marks an absent field.
     If it were kept, it would for example be rendered as an argument of a tool call. A turn keeps
-    its role and content.
+    its role and content. Dates and times become text, decimals numbers.
     """
-    return {key: _without_nulls(value) for key, value in row.items()}
+    return {key: _plain(value) for key, value in row.items()}
 
 
-def _without_nulls(value: object) -> Any:
+def _plain(value: object) -> Any:
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
         kept = ((k, v) for k, v in value.items() if v is not None or k in _TURN_FIELDS)
-        return {key: _without_nulls(item) for key, item in kept}
-    return value
+        return {key: _plain(item) for key, item in kept}
+    if isinstance(value, Decimal):
+        number = float(value)
+        return int(value) if number.is_integer() else number
+    return str(value) if isinstance(value, date | time | timedelta) else value
 
 
 NUM_ROWS = 256
@@ -217,7 +224,7 @@ def _read_typed(batches: Iterator[Any], path: Path, name: str, *, form: str) -> 
                 unpacked.add(max(part.nbytes, _ROW_BYTES * part.num_rows))
                 rows = _rows_of(part)
             for row in rows:
-                yield without_nulls(row), f"{name}:row {next(number)}"
+                yield plain_row(row), f"{name}:row {next(number)}"
         note_file(path)
     except MemoryError:
         what = f"the next {NUM_ROWS} rows take more than {max_batch() / 2**30:g} GiB"

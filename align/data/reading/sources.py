@@ -18,8 +18,8 @@ from align.data.formats.turns import guess
 from align.data.reading import bounds
 from align.data.reading.json import Item, Row
 from align.data.reading.read_log import note_rows, num_rows, parsed_sha256
-from align.data.reading.readers import scan, without_nulls
-from align.data.reading.splits import files_of, several_splits, splits_of
+from align.data.reading.readers import plain_row, scan
+from align.data.reading.splits import files_of, is_hidden, several_splits, splits_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,9 @@ def read_rows(path: str) -> Iterator[tuple[Row, str]]:
         path: a file, a folder, a glob, or a hub id ``owner/name`` if no file or folder has that
             name. Files are jsonl, json, csv or tsv with any separator, parquet, arrow or txt; text
             files may be gzipped. The file type is detected from the content, not the name. For a
-            folder, all such files in it are read, sorted by name; if it has several splits, one
-            must be selected. Folders and hub ids accept ``@revision``, ``#config`` and
-            ``:split`` after the name. Environment variables are expanded.
+            folder, all such files in it are read that are not hidden, sorted by name; if it has
+            several splits, one must be selected. Folders and hub ids accept ``@revision``,
+            ``#config`` and ``:split`` after the name. Environment variables are expanded.
 
     Returns:
         Dictionaries, or strings for .txt files. Their documents end at lines with only
@@ -225,7 +225,8 @@ def hub_revision(path: str) -> str | None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if suffix_of(p) and not p.is_dir())
+    found = (p for p in folder.rglob("*") if suffix_of(p) and not p.is_dir())
+    return sorted(p for p in found if not is_hidden(p, folder))
 
 
 def suffix_of(path: Path) -> str:
@@ -270,7 +271,7 @@ def _read_hub(path: str) -> Iterator[Item]:
         yield DataError(message, code="D011"), path
         return
     for number, row in enumerate(data, start=1):
-        yield without_nulls(dict(row)), f"{path}:row {number}"
+        yield plain_row(dict(row)), f"{path}:row {number}"
 
 
 def _check_unpacking(name: str, *, config: str | None, revision: str | None) -> None:

@@ -88,6 +88,14 @@ def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | N
     return _by_name(folder, [path for path in found if not _is_index(path)])
 
 
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Return whether the name of a file, or of a folder that it is in, begins with a dot.
+
+    Such files are copies of others: Jupyter keeps some in ``.ipynb_checkpoints``, macOS in ``._*``.
+    """
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _is_index(path: Path) -> bool:
     if path.name == "state.json":
         return (path.parent / "dataset_info.json").is_file()
@@ -202,7 +210,8 @@ def _patterns(given: object) -> Iterator[tuple[str, object]]:
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
     try:
-        return sorted(path for path in folder.glob(pattern) if path.is_file())
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        return [path for path in found if not is_hidden(path, folder)]
     except ValueError as error:  # such as a**b
         raise DataError(f"{folder / 'README.md'}: {pattern}: {error}", code="D013") from error
 
