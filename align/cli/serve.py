@@ -29,6 +29,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="host name of this server; repeatable"),
     ] = None,
+    job_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="METHOD.KEY=VALUE",
+            help="change the recipes of jobs, such as supervised.max_length=4096; repeatable",
+        ),
+    ] = None,
     private_webhooks: Annotated[
         bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
     ] = False,
@@ -49,6 +57,7 @@ def serve(
         models=dict(_named(text) for text in model or ()),
         hosts=tuple(allow_host or ()),
         devices=tuple(devices or ("",)),
+        job_keys=tuple(job_keys or ()),
         private_webhooks=private_webhooks,
     )
     if new_token is not None:

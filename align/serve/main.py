@@ -6,6 +6,7 @@ import uvicorn
 
 from align.core.log import setup_logging
 from align.serve.app import create_app
+from align.serve.finetuning.recipes import base_place
 from align.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ def serve(settings: Settings) -> None:
         AlignError: the server cannot start, for the reason in the message.
     """
     setup_logging(0)
+    for name, place in settings.models.items():
+        base_place(name, place, settings.runs)
     app = create_app(settings)
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{shown}:{settings.port}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -23,12 +23,14 @@ class Services:
         store: the database.
         auth: dependencies that return the sender of a request.
         templates: of ``align/serve/templates``, with escaping.
+        parts: what an area shares between its router and its background, by its name.
     """
 
     settings: Settings
     store: Store
     auth: Auth
     templates: Jinja2Templates
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def page(self, request: Request, name: str, /, status: int = 200, **shown: Any) -> HTMLResponse:
         """Return a page or a fragment.

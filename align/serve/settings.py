@@ -19,6 +19,11 @@ class Settings:
             an empty text leaves the choice to torch.
         body_mib: largest request, except for files.
         file_mib: largest file, and largest part of an upload.
+        command: words after Python's that run the recipe of a job.
+        job_keys: changes of the recipes of jobs, ``METHOD.KEY=VALUE``, as after ``--set``.
+        requests_per_minute: of one token.
+        jobs_per_token: unfinished jobs of one token.
+        token_gib: size of all files of one token.
         private_webhooks: allow webhooks to loopback and private addresses.
     """
 
@@ -30,6 +35,11 @@ class Settings:
     devices: tuple[str, ...] = ("",)
     body_mib: int = 8
     file_mib: int = 512
+    command: tuple[str, ...] = ("-m", "align", "run")
+    job_keys: tuple[str, ...] = ()
+    requests_per_minute: int = 1200
+    jobs_per_token: int = 100
+    token_gib: float = 50.0
     private_webhooks: bool = False
 
     @property

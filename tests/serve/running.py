@@ -1,7 +1,7 @@
 """A real server on a free port of the loopback interface, in a thread of the test."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from openai import OpenAI
 
 from align.pipeline.processes import free_port
 from align.serve.app import create_app
@@ -20,16 +21,24 @@ WAIT_S = 120
 
 @dataclass
 class Running:
-    """A running server: its address, services, and a token."""
+    """A running server: its address, services, a token, and what uvicorn runs."""
 
     url: str
     services: Services
     token: str
+    app: Any
 
     def client(self, *, token: str | None = None, **options: Any) -> httpx.Client:
         """Return a client that sends the token."""
         headers = {"authorization": f"Bearer {token or self.token}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=WAIT_S, **options)
+
+    def openai(self, *, token: str | None = None, max_retries: int = 2) -> OpenAI:
+        """Return the official client."""
+        url = f"{self.url}/v1"
+        return OpenAI(
+            base_url=url, api_key=token or self.token, timeout=WAIT_S, max_retries=max_retries
+        )
 
     @contextmanager
     def browser(self) -> Iterator[httpx.Client]:
@@ -46,11 +55,13 @@ class Running:
 
 
 @contextmanager
-def running(runs: Path, **settings: Any) -> Iterator[Running]:
-    """Yield a server that is stopped at the end of the block."""
+def running(
+    runs: Path, *, wrap: Callable[[Any], Any] = lambda app: app, **settings: Any
+) -> Iterator[Running]:
+    """Yield a server that is stopped at the end of the block; ``wrap`` wraps its application."""
     port = free_port()
-    app = create_app(Settings(runs=runs, port=port, **settings))
-    services = app.state.services
+    created = create_app(Settings(runs=runs, port=port, **settings))
+    services, app = created.state.services, wrap(created)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -59,7 +70,7 @@ def running(runs: Path, **settings: Any) -> Iterator[Running]:
             assert thread.is_alive(), "the server did not start"
             thread.join(0.01)
         token = services.auth.new_token("tester")
-        yield Running(f"http://127.0.0.1:{port}", services, token)
+        yield Running(f"http://127.0.0.1:{port}", services, token, app)
     finally:
         server.should_exit = True
         thread.join(WAIT_S)

@@ -1,0 +1,125 @@
+"""Chat completions of base and fine-tuned models."""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+
+from align.serve.auth import Person
+from align.serve.errors import ServeError
+from align.serve.finetuning.asked import Asked
+from align.serve.finetuning.common import new_id, now
+from align.serve.finetuning.context import Api
+from align.serve.finetuning.generation import usage_of, with_defaults
+
+
+class Part(Asked):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Asked):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+    refusal: None = None
+
+
+class StreamOptions(Asked):
+    """What a stream holds besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(Asked):
+    """The form of the response."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Asked):
+    """A conversation to continue; settings that would have no effect are errors."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logprobs: Literal[False] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+
+def add_chat(routes: APIRouter, api: Api) -> None:
+    """Add the route /v1/chat/completions."""
+    me = api.me
+
+    @routes.post("/chat/completions", response_model=None)
+    def create(
+        asked: ChatRequest, person: Annotated[Person, me]
+    ) -> dict[str, Any] | StreamingResponse:
+        body = asked.model_dump()
+        if not asked.stream:
+            return api.generators.complete(person, body)
+        events = api.generators.events(person, with_defaults(body))
+        # The first part comes before the headers, so that an error has its status.
+        first = next(events)
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        lines = _lines(asked.model, first, events, usage=usage)
+        return StreamingResponse(lines, media_type="text/event-stream")
+
+
+def _lines(
+    model: str, first: dict[str, Any], events: Iterator[dict[str, Any]], *, usage: bool
+) -> Iterator[str]:
+    """Yield the answer as server-sent events."""
+    common = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": now(),
+        "model": model,
+    }
+    begun: set[int] = set()
+
+    def told(found: dict[str, Any]) -> str:
+        return f"data: {json.dumps(common | found)}\n\n"
+
+    try:
+        for event in _chain(first, events):
+            if "done" in event:
+                if usage:
+                    yield told({"choices": [], "usage": usage_of(event)})
+                continue
+            delta: dict[str, Any] = {"content": event["text"]} if "text" in event else {}
+            if event["index"] not in begun:
+                begun.add(event["index"])
+                delta = {"role": "assistant", "content": "", **delta}
+            choice = {"index": event["index"], "delta": delta, "finish_reason": event.get("finish")}
+            yield told({"choices": [choice]})
+        yield "data: [DONE]\n\n"
+    except ServeError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+
+
+def _chain(first: dict[str, Any], events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from events

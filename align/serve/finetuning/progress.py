@@ -1,0 +1,136 @@
+"""What a job's run has written, as events, checkpoints, results and errors of the API."""
+
+import csv
+import io
+import json
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.core.log import METRICS_FILE
+from align.serve.finetuning.common import new_id, now
+from align.serve.finetuning.files import Files, insert_file
+from align.serve.finetuning.jobs import add_event, set_status
+from align.serve.finetuning.recipes import STAGE
+
+COLUMNS = {
+    "train_loss": ("train/loss", "policy/loss"),
+    "train_accuracy": ("train/accuracy",),
+    "valid_loss": ("eval/loss",),
+    "valid_accuracy": ("eval/accuracy",),
+    "train_reward_mean": ("reward/mean",),
+    "valid_reward_mean": ("eval/gold",),
+    "learning_rate": ("optim/learning_rate", "policy/learning_rate"),
+}
+"""Columns of the results: our metrics by the names of the API. The first one that exists counts."""
+LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")
+MAX_ERROR = 1000
+
+
+def read_steps(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a run's metrics, as far as they are written."""
+    try:
+        text = (run / STAGE / METRICS_FILE).read_bytes()
+    except OSError:
+        return
+    for line in text.split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:  # damaged by a kill; the stage drops it when it resumes
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def results_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return one step's metrics by the names of the API."""
+    found = {}
+    for column, names in COLUMNS.items():
+        value = next((row[name] for name in names if name in row), None)
+        if isinstance(value, int | float):
+            found[column] = value
+    return found
+
+
+def add_metrics(db: sqlite3.Connection, job: str, rows: list[dict[str, Any]]) -> None:
+    """Enter the events of steps that have none yet."""
+    query = "SELECT coalesce(max(step), -1) FROM events WHERE job = ?"
+    (last,) = db.execute(query, (job,)).fetchone()
+    for row in rows:
+        if row["step"] <= last:
+            continue
+        data = {"step": row["step"], "total_steps": row.get("total_steps"), **results_of(row)}
+        told = ", ".join(f"{k.replace('_', ' ')}={v:.4g}" for k, v in results_of(row).items())
+        message = f"Step {row['step']}/{row.get('total_steps', '?')}: {told}"
+        add_event(db, job, message, data=data, step=row["step"])
+
+
+def results_csv(rows: list[dict[str, Any]]) -> str:
+    """Return the results file: one line per step, and an empty cell where nothing was measured."""
+    found = [results_of(row) for row in rows]
+    columns = [name for name in COLUMNS if any(name in row for row in found)]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["step", *columns])
+    for row, values in zip(rows, found, strict=True):
+        writer.writerow([row["step"], *(values.get(name, "") for name in columns)])
+    return text.getvalue()
+
+
+def finish(db: sqlite3.Connection, row: sqlite3.Row, *, run: Path, files: Files) -> None:
+    """Enter the end of a job that has succeeded, in one transaction."""
+    rows = list(read_steps(run))
+    add_metrics(db, row["id"], rows)
+    name = f"file-{row['id'].removeprefix('ftjob-')}"
+    files.path(name).unlink(missing_ok=True)  # of an attempt that was killed here
+    text = results_csv(rows).encode()
+    size, _, _ = files.write(name, [io.BytesIO(text)], limit=2**40)
+    filename, purpose = "step_metrics.csv", "fine-tune-results"
+    insert_file(db, row["owner"], name=name, filename=filename, purpose=purpose, size=size)
+    model = model_name(db, row)
+    last = rows[-1] if rows else {"step": 0}
+    metrics = {"step": last["step"], **results_of(last)}
+    db.execute(
+        "INSERT INTO checkpoints (id, job, name, step, metrics, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            *(new_id("ftckpt"), row["id"], f"{model}:ckpt-step-{last['step']}"),
+            *(last["step"], json.dumps(metrics), now()),
+        ),
+    )
+    add_event(db, row["id"], f"Checkpoint created at step {last['step']}")
+    add_event(db, row["id"], f"New fine-tuned model created: {model}")
+    set_status(
+        db,
+        row,
+        "succeeded",
+        message="The job has successfully completed",
+        fine_tuned_model=model,
+        result_file=name,
+    )
+
+
+def model_name(db: sqlite3.Connection, row: sqlite3.Row) -> str:
+    """Return ``ft:BASE:ORG:SUFFIX:ID``, of which no part contains a colon."""
+    query = "SELECT name FROM tokens WHERE id = ?"
+    (owner,) = db.execute(query, (row["owner"],)).fetchone()
+    base = row["model"].split(":")[1] if row["model"].startswith("ft:") else row["model"]
+    suffix = json.loads(row["request"])["suffix"] or ""
+    parts = (base, owner, suffix, row["id"].removeprefix("ftjob-")[:12])
+    return ":".join(["ft", *(re.sub(r"[^A-Za-z0-9_./-]", "-", part) for part in parts)])
+
+
+def error_of(run: Path, output: Path) -> str:
+    """Return the last message of a run that has failed."""
+    lines: list[str] = []
+    for path in (output, run / STAGE / "log.txt"):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        if lines := [line.strip(" │") for line in lines if line.strip()]:
+            break
+    last = lines[-1] if lines else "the run ended without a message"
+    return LOG_LINE.sub("", last)[:MAX_ERROR]

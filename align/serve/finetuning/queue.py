@@ -1,0 +1,318 @@
+"""The queue: it checks files, starts ``align run`` for each job, and follows the processes.
+
+All state is in the database, so a server that was killed goes on where it was. A job whose process
+still lives is followed further; one whose process is gone is started again, and ``align run``
+resumes it exactly, or ends at once if everything is done.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import EXIT_OK, EXIT_PREEMPTED, AlignError
+from align.core.lock import started_at
+from align.serve.auth import Person
+from align.serve.errors import ServeError
+from align.serve.finetuning.context import Api
+from align.serve.finetuning.jobs import add_event, set_status
+from align.serve.finetuning.models import find_place
+from align.serve.finetuning.progress import add_metrics, error_of, finish, read_steps
+from align.serve.finetuning.recipes import STAGE, job_recipe, resolved, write_recipe
+from align.serve.finetuning.training_files import InvalidFileError, check_file, write_prompts
+from align.serve.finetuning.webhooks import deliver_due
+
+log = logging.getLogger(__name__)
+POLL_S = 0.5
+SWEEP_S = 600.0
+MAX_ATTEMPTS = 5
+"""Starts of a job whose process is killed each time."""
+RECIPE = "recipe.yaml"
+OUTPUT = "output.txt"
+
+
+class Queue:
+    """One thread that brings every job one step further, again and again.
+
+    Args:
+        api: parts of the server.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._stopped = threading.Event()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._asked: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._swept = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the queue during a block; jobs that are running go on after it."""
+        threads = [
+            threading.Thread(target=self._loop, args=(step,), daemon=True)
+            for step in (self.step, self._deliver)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            self._api.wake.set()
+            for thread in threads:
+                thread.join()
+
+    def _loop(self, step: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                step()
+            # The thread must outlive a full disk or a locked database; the job stays as it is.
+            except Exception:
+                log.exception("the queue failed; it tries again")
+                self._stopped.wait(10 * POLL_S)
+            if step == self.step:
+                self._api.wake.wait(POLL_S)
+                self._api.wake.clear()
+            else:
+                self._stopped.wait(POLL_S)
+
+    def _deliver(self) -> None:
+        deliver_due(self._api.store, private=self._api.settings.private_webhooks)
+
+    def step(self) -> None:
+        """Check files, follow processes, and start jobs for which there is a device."""
+        for row in self._rows("status = 'validating_files'"):
+            self._check(row)
+        for row in self._rows("pid IS NOT NULL OR status = 'running'"):
+            self._follow(row)
+        used = {row["device"] for row in self._rows("pid IS NOT NULL OR status = 'running'")}
+        waiting = self._rows("status = 'queued' AND pid IS NULL")
+        free = [device for device in self._api.settings.devices if device not in used]
+        for row, device in zip(waiting, free, strict=False):
+            self._start(row, device)
+        if time.monotonic() - self._swept > SWEEP_S:
+            self._swept = time.monotonic()
+            with self._api.store.write() as db:
+                self._api.files.sweep(db)
+
+    def _rows(self, condition: str) -> list[sqlite3.Row]:
+        with self._api.store.read() as db:
+            return db.execute(f"SELECT * FROM jobs WHERE {condition} ORDER BY seq").fetchall()
+
+    def _folder(self, job: str) -> Path:
+        return self._api.settings.data / "jobs" / job
+
+    def _run(self, job: str) -> Path:
+        return self._api.settings.runs / job
+
+    # ---- files
+
+    def _check(self, row: sqlite3.Row) -> None:
+        """Check a job's files and write its recipe, or fail the job."""
+        try:
+            request = self._prepare(row)
+        except (InvalidFileError, ServeError, AlignError) as error:
+            code = "invalid_training_file"
+            if not isinstance(error, InvalidFileError):
+                code = "invalid_model"
+            param = getattr(error, "param", None) or "training_file"
+            problem = {"code": code, "message": str(error), "param": param}
+            with self._api.store.write() as db:
+                if _status(db, row["id"]) == "validating_files":
+                    message = f"The job failed: {error}"
+                    set_status(db, row, "failed", message=message, error=json.dumps(problem))
+            return
+        with self._api.store.write() as db:
+            if _status(db, row["id"]) == "validating_files":
+                message = "Files validated, moving job to queued state"
+                set_status(db, row, "queued", message=message, request=json.dumps(request))
+
+    def _prepare(self, row: sqlite3.Row) -> dict[str, Any]:
+        """Write a job's files and recipe; return its request with numbers for ``auto``."""
+        request = json.loads(row["request"])
+        method, folder = request["method"], self._folder(row["id"])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files, counts = {}, {}
+        for part in ("training", "validation"):
+            if name := request[f"{part}_file"]:
+                files[part] = folder / f"{part}.jsonl"
+                counts[part] = self._copy(
+                    name, files[part], param=f"{part}_file", method=method["type"]
+                )
+        with self._api.store.read() as db:
+            owner = Person(row["owner"], _name(db, row["owner"]))
+            base = find_place(db, self._api.settings, owner, name=row["model"])
+        settings = method[method["type"]]
+        settings["hyperparameters"] = resolved(
+            method["type"], settings["hyperparameters"], rows=counts["training"]
+        )
+        recipe = job_recipe(
+            name=row["id"],
+            base=base,
+            seed=row["seed"],
+            method=method,
+            files={part: path.resolve() for part, path in files.items()},
+            rows=counts["training"],
+            integrations=request["integrations"] or [],
+            url=f"http://127.0.0.1:{self._api.settings.port}/v1",
+        )
+        write_recipe(recipe, folder / RECIPE)
+        return request
+
+    def _copy(self, name: str, target: Path, *, param: str, method: str) -> int:
+        """Check a file and put it into the job's folder, where deleting it does not reach."""
+        source = self._api.files.path(name)
+        try:
+            count = check_file(
+                source, method, **({} if param == "training_file" else {"minimum": 1})
+            )
+        except InvalidFileError as error:
+            raise _named(error, param) from None
+        except FileNotFoundError:
+            raise _named(InvalidFileError(f"{name} was deleted"), param) from None
+        if method == "reinforcement":
+            write_prompts(source, target)
+        else:
+            os.link(source, target)
+        return count
+
+    # ---- processes
+
+    def _start(self, row: sqlite3.Row, device: str) -> None:
+        """Start ``align run`` in a session of its own, so that it outlives this server."""
+        with self._api.store.write() as db:
+            if _status(db, row["id"]) != "queued":
+                return
+            # First the intent: a process that a killed server leaves is found by its recipe.
+            columns = {"device": device, "attempts": row["attempts"] + 1}
+            set_status(db, row, "running", message="Fine-tuning job started", **columns)
+        self._launch(row, device)
+
+    def _launch(self, row: sqlite3.Row, device: str) -> None:
+        folder, settings = self._folder(row["id"]), self._api.settings
+        method = json.loads(row["request"])["method"]["type"]
+        argv = [sys.executable, *settings.command, str((folder / RECIPE).resolve())]
+        argv += ["--runs", str(settings.runs.resolve())]
+        for text in settings.job_keys:
+            kind, _, change = text.partition(".")
+            argv += ["--set", f"{STAGE}.{change}"] if kind == method else []
+        env = {**os.environ, "ALIGN_GRADER_KEY": self._api.services.auth.delegate(row["owner"])}
+        if device:
+            env["CUDA_VISIBLE_DEVICES"] = device
+        with (folder / OUTPUT).open("ab") as output:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+        self._children[row["id"]] = child
+        with self._api.store.write() as db:
+            update = "UPDATE jobs SET pid = ?, started = ? WHERE id = ?"
+            db.execute(update, (child.pid, started_at(child.pid), row["id"]))
+
+    def _follow(self, row: sqlite3.Row) -> None:
+        """Bring a job further whose process runs, or has ended, or was never started."""
+        job = row["id"]
+        self._tell_progress(job)
+        alive = row["pid"] is not None and _is_alive(row["pid"], row["started"])
+        if not alive and job not in self._children and (pid := self._find(job)) is not None:
+            with self._api.store.write() as db:
+                update = "UPDATE jobs SET pid = ?, started = ? WHERE id = ?"
+                db.execute(update, (pid, started_at(pid), job))
+            return
+        if alive:
+            if row["status"] != "running" and job not in self._asked:
+                self._asked.add(job)
+                with suppress(ProcessLookupError):
+                    os.kill(row["pid"], signal.SIGTERM)
+            return
+        child = self._children.pop(job, None)
+        code = None if child is None else child.wait()
+        self._asked.discard(job)
+        self._ended(row, code)
+
+    def _find(self, job: str) -> int | None:
+        """Return the process of a job that an earlier server has started."""
+        recipe = str((self._folder(job) / RECIPE).resolve()).encode()
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if entry.name.isdigit() and recipe in words:
+                return int(entry.name) if started_at(int(entry.name)) else None
+        return None
+
+    def _ended(self, row: sqlite3.Row, code: int | None) -> None:
+        """Enter the end of a job's process.
+
+        Args:
+            row: of the job.
+            code: its exit code; None if it was another server's child.
+        """
+        job = row["id"]
+        with self._api.store.write() as db:
+            status = _status(db, job)
+            db.execute("UPDATE jobs SET pid = NULL, started = NULL WHERE id = ?", (job,))
+            if status != "running":  # it was stopped on request
+                return
+            if code == EXIT_OK:
+                finish(db, row, run=self._run(job), files=self._api.files)
+                return
+            if code is not None and 0 < code < 128 and code != EXIT_PREEMPTED:
+                message = error_of(self._run(job), self._folder(job) / OUTPUT)
+                self._fail(db, row, message)
+                return
+            if row["attempts"] >= MAX_ATTEMPTS and code is not None:
+                self._fail(db, row, f"killed {row['attempts']} times, the last time by {-code}")
+                return
+            add_event(db, job, "The job's process was gone; it resumes", level="warn")
+            started = code is not None
+            update = "UPDATE jobs SET status = 'queued', attempts = attempts + ? WHERE id = ?"
+            db.execute(update, (0 if started else -1, job))
+
+    def _fail(self, db: sqlite3.Connection, row: sqlite3.Row, message: str) -> None:
+        problem = {"code": "training_failed", "message": message, "param": None}
+        told = f"The job failed: {message}"
+        set_status(db, row, "failed", message=told, error=json.dumps(problem))
+
+    def _tell_progress(self, job: str) -> None:
+        path = self._run(job) / STAGE / "metrics.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self._sizes.get(job, 0):
+            return
+        rows = list(read_steps(self._run(job)))
+        with self._api.store.write() as db:
+            add_metrics(db, job, rows)
+        self._sizes[job] = size
+
+
+def _named(error: InvalidFileError, param: str) -> InvalidFileError:
+    return InvalidFileError(f"{param}: {error}", param=param)
+
+
+def _status(db: sqlite3.Connection, job: str) -> str:
+    return db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0]
+
+
+def _name(db: sqlite3.Connection, owner: int) -> str:
+    return db.execute("SELECT name FROM tokens WHERE id = ?", (owner,)).fetchone()[0]
+
+
+def _is_alive(pid: int, started: str | None) -> bool:
+    return started is not None and started_at(pid) == started

@@ -1,0 +1,180 @@
+"""A job as a recipe: the settings that the API leaves open, and where the files are."""
+
+import json
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from align.core.artifacts import MANIFEST, read_json_object, write_json_atomic
+from align.core.errors import ArtifactError
+from align.core.references import find_model
+
+STAGE = "train"
+"""Name of the job's training stage."""
+BASE_RATES = {"supervised": 2e-4, "dpo": 1e-5, "reinforcement": 1e-5}
+"""Learning rate of a ``learning_rate_multiplier`` of 1, for LoRA."""
+KINDS = {"supervised": "sft", "dpo": "dpo", "reinforcement": "grpo"}
+LORA = {"method": "lora", "rank": 16, "alpha": 32.0}
+MAX_LENGTH = 2048
+EPOCHS = 3
+MAX_BATCH = 32
+GROUP = 8
+PROMPTS_PER_STEP = 16
+MAX_NEW_TOKENS = 256
+GRADER = "reward_models.graders:GraderReward"
+
+
+def resolved(method: str, hyperparameters: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
+    """Return hyperparameters with a number for each ``auto``.
+
+    Args:
+        method: supervised, dpo or reinforcement.
+        hyperparameters: as requested.
+        rows: of the training file.
+    """
+    online = method == "reinforcement"
+    # OpenAI takes about 0.2 % of the examples; small files need several steps per epoch.
+    batch = min(PROMPTS_PER_STEP, rows) if online else min(MAX_BATCH, max(1, round(rows / 100)))
+    chosen = {
+        "batch_size": batch,
+        "learning_rate_multiplier": 1.0,
+        "n_epochs": 1 if online else EPOCHS,
+        "beta": 0.1,
+        "compute_multiplier": 1.0,
+        "eval_interval": 5,
+        "eval_samples": 1,
+    }
+    found = {k: chosen[k] if v == "auto" else v for k, v in hyperparameters.items()}
+    return {**found, "batch_size": min(found["batch_size"], rows)}
+
+
+def job_recipe(
+    *,
+    name: str,
+    base: str,
+    seed: int,
+    method: Mapping[str, Any],
+    files: Mapping[str, Path],
+    rows: int,
+    integrations: list[dict[str, Any]],
+    url: str,
+) -> dict[str, Any]:
+    """Return the recipe of a job, whose hyperparameters are numbers.
+
+    Args:
+        name: id of the job; also the name of the run.
+        base: folder or hub id of the model.
+        seed: of the job.
+        method: type and settings.
+        files: ``training`` and perhaps ``validation``.
+        rows: of the training file.
+        integrations: trackers.
+        url: of this server's API, where model graders send their requests.
+    """
+    kind, settings = method["type"], method[method["type"]]
+    chosen = settings["hyperparameters"]
+    stage: dict[str, Any] = {
+        "kind": KINDS[kind],
+        "init": "base",
+        "tuning": LORA,
+        "max_length": _max_length(base),
+        "optim": {
+            "learning_rate": BASE_RATES[kind] * chosen["learning_rate_multiplier"],
+            "warn_rate": False,
+        },
+    }
+    if kind == "reinforcement":
+        stage |= _online(settings, files, rows=rows, url=url)
+    else:
+        stage |= _offline(kind, chosen, files)
+    recipe: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "stages": {"base": {"kind": "base", "path": base}, STAGE: stage},
+    }
+    if integrations:
+        wandb = integrations[0]["wandb"]
+        recipe["sinks"] = {"wandb": True, "project": wandb["project"], "tags": wandb["tags"]}
+    return recipe
+
+
+def _offline(kind: str, chosen: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "data": [{"path": str(files["training"])}],
+        "epochs": float(chosen["n_epochs"]),
+        "batch_size": chosen["batch_size"],
+    }
+    if "validation" in files:
+        stage |= {"heldout": [{"path": str(files["validation"])}], "eval_every": 10}
+    if kind == "dpo":
+        stage["beta"] = chosen["beta"]
+    return stage
+
+
+def _online(
+    settings: Mapping[str, Any], files: Mapping[str, Path], *, rows: int, url: str
+) -> dict[str, Any]:
+    chosen = settings["hyperparameters"]
+    args = {"grader": json.dumps(settings["grader"]), "url": url}
+    reward = {"kind": "python", "path": GRADER, "args": args, "name": "grader"}
+    reward["deadline_s"] = 600.0
+    steps = ceil(rows * chosen["n_epochs"] / chosen["batch_size"])
+    stage: dict[str, Any] = {
+        "prompts": [{"path": str(files["training"])}],
+        "rewards": [reward],
+        "steps": steps,
+        "prompts_per_step": chosen["batch_size"],
+        "group_size": max(2, round(GROUP * chosen["compute_multiplier"])),
+        "sampling": {"max_new_tokens": MAX_NEW_TOKENS},
+    }
+    if "validation" in files:
+        # The API measures validation by the training grader. A recipe wants another scorer there,
+        # so that it can see the grader exploited; this argument makes it one by name only.
+        gold = {**reward, "args": {**args, "heldout": True}}
+        stage["watch"] = {
+            "every": chosen["eval_interval"],
+            "prompts": [{"path": str(files["validation"])}],
+            "gold": [gold],
+            "samples": chosen["eval_samples"],
+        }
+    return stage
+
+
+def _max_length(base: str) -> int:
+    """Return the longest row that a model takes, at most MAX_LENGTH."""
+    config = read_json_object(Path(base) / "config.json") or {}
+    positions = config.get("max_position_embeddings")
+    return min(MAX_LENGTH, positions) if isinstance(positions, int) else MAX_LENGTH
+
+
+def write_recipe(recipe: Mapping[str, Any], path: Path) -> None:
+    """Write a recipe whole; JSON is YAML."""
+    write_json_atomic(path, _literal(dict(recipe)))
+
+
+def _literal(value: Any) -> Any:
+    """Return plain data whose texts a recipe takes as they are.
+
+    ``${NAME}`` would read a variable of the server's environment, and clients write some texts.
+    """
+    if isinstance(value, str):
+        return value.replace("${", "$${")
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    return [_literal(inner) for inner in value] if isinstance(value, list) else value
+
+
+def base_place(name: str, place: str, runs: Path) -> str:
+    """Return the folder or hub id of a base model.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        found = find_model(place, runs)
+    except ArtifactError as error:
+        raise ArtifactError(f"--model {name}={place}: {error}") from None
+    if not found.exists():
+        return str(found)
+    return str((found / "model" if (found / MANIFEST).is_file() else found).resolve())

@@ -1,0 +1,191 @@
+"""Jobs end to end: the official client trains a tiny model and chats with the result."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.serve.running import Running, running
+from tests.serve.tiny_model import (
+    DPO,
+    GRADER,
+    JOB_KEYS,
+    REINFORCEMENT,
+    SUPERVISED,
+    jsonl,
+    reply,
+    save_model,
+    user,
+)
+
+pytestmark = pytest.mark.slow
+POLL_S = 0.2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Running]:
+    runs = tmp_path_factory.mktemp("runs")
+    with running(runs, models={"tiny": model}, job_keys=JOB_KEYS, devices=("", " ")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> OpenAI:
+    return server.openai()
+
+
+def start(client: OpenAI, rows: list[Any], method: dict[str, Any], **more: Any) -> Any:
+    file = client.files.create(file=("t.jsonl", jsonl(rows)), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(
+        model="tiny", training_file=file.id, method=method, seed=3, **more
+    )
+
+
+def ended(client: OpenAI, job: str) -> Any:
+    while True:
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in ("succeeded", "failed", "cancelled"):
+            return found
+        time.sleep(POLL_S)
+
+
+def supervised(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def test_a_supervised_job_trains_a_model_that_answers(server: Running, client: OpenAI):
+    rows = [{"messages": [user(f"Say {word}."), reply(word)]} for word in ("lake", "hill")]
+    validation = client.files.create(file=("v.jsonl", jsonl(rows)), purpose="fine-tune")
+    job = start(
+        client,
+        SUPERVISED,
+        supervised(n_epochs=10, batch_size=2, learning_rate_multiplier=10),
+        validation_file=validation.id,
+        suffix="words",
+    )
+    # It is paused after its first step, and goes on where it was.
+    jobs = client.fine_tuning.jobs
+    while not [e for e in jobs.list_events(job.id).data if e.type == "metrics"]:
+        assert jobs.retrieve(job.id).status != "failed"
+        time.sleep(POLL_S)
+    assert jobs.pause(job.id).status == "paused"
+    assert jobs.resume(job.id).status == "queued"
+    done = ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    # The name has the base, who trained it, the suffix and the job.
+    name = done.fine_tuned_model
+    assert name == f"ft:tiny:tester:words:{job.id.removeprefix('ftjob-')[:12]}"
+    # It is an ordinary run: 12 rows in batches of 2 for 10 epochs are 60 steps,
+    # and step 0 measures the validation file before the first one.
+    run = server.services.settings.runs / job.id
+    logged = [json.loads(line) for line in (run / "train" / "metrics.jsonl").open()]
+    assert [row["step"] for row in logged] == list(range(61))
+    steps = [e for e in client.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
+    assert [event.data["step"] for event in steps] == list(range(60, -1, -1))  # type: ignore[index]
+    assert steps[0].data["train_loss"] == logged[-1]["train/loss"]  # type: ignore[index]
+    table = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
+    assert [float(row["train_loss"]) for row in table[1:]] == [x["train/loss"] for x in logged[1:]]
+    assert float(table[0]["valid_loss"]) == logged[0]["eval/loss"]
+    assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert (checkpoint.step_number, checkpoint.fine_tuning_job_id) == (60, job.id)
+    assert name in [model.id for model in client.models.list()]
+    _chat(client, name)
+    _shared(server, client, checkpoint.fine_tuned_model_checkpoint, name)
+
+
+def _chat(client: OpenAI, name: str) -> None:
+    """Chat whole and streamed: greedy decoding gives the same text both ways."""
+    asked: dict[str, Any] = {
+        "model": name,
+        "messages": [user("Say sun.")],
+        "temperature": 0,
+        "max_completion_tokens": 12,
+    }
+    whole = client.chat.completions.create(**asked)
+    assert whole.model == name
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert 1 <= whole.usage.completion_tokens <= 12
+    # The template wraps 8 characters, one token a byte, in 3 markers and 3 role lines.
+    assert whole.usage.prompt_tokens == len("user\nSay sun.assistant\n") + 3
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    two = client.chat.completions.create(**{**asked, "temperature": 1, "n": 2, "seed": 5})
+    again = client.chat.completions.create(**{**asked, "temperature": 1, "n": 2, "seed": 5})
+    assert [c.message for c in two.choices] == [c.message for c in again.choices]
+    with pytest.raises(openai.BadRequestError, match="context has 256") as long:
+        client.chat.completions.create(model=name, messages=[user("x" * 300)])
+    assert long.value.code == "context_length_exceeded"
+    tool: Any = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(**asked, tools=[tool])
+
+
+def _shared(server: Running, client: OpenAI, checkpoint: str, name: str) -> None:
+    """A checkpoint's permission lets another token use it, and only as long as it lasts."""
+    other = server.openai(token=server.services.auth.new_token("bob"))
+    permissions = client.fine_tuning.checkpoints.permissions
+    with pytest.raises(openai.NotFoundError):
+        other.models.retrieve(checkpoint)
+    (made,) = permissions.create(checkpoint, project_ids=["bob"]).data
+    assert other.models.retrieve(checkpoint).root == "tiny"  # type: ignore[attr-defined]
+    assert permissions.list(checkpoint).data[0].id == made.id
+    with pytest.raises(openai.NotFoundError):
+        other.fine_tuning.checkpoints.permissions.list(checkpoint)
+    assert permissions.delete(made.id, fine_tuned_model_checkpoint=checkpoint).deleted
+    with pytest.raises(openai.NotFoundError):
+        other.models.retrieve(checkpoint)
+    assert client.models.delete(name).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=name, messages=[user("Say sun.")])
+
+
+def test_a_dpo_job_and_a_reinforcement_job_succeed(client: OpenAI):
+    settings = {"n_epochs": 1, "batch_size": 6}
+    pairs = start(
+        client, DPO, {"type": "dpo", "dpo": {"hyperparameters": {**settings, "beta": 0.2}}}
+    )
+    rows = [{"messages": [user("Say lake.")], "reference_answer": "lake"}]
+    valid = client.files.create(file=("v.jsonl", jsonl(rows)), purpose="fine-tune")
+    source = "def grade(sample, item):\n    return len(sample['output_text']) % 3 / 2\n"
+    grader = {
+        "type": "multi",
+        "name": "both",
+        "graders": {
+            "close": GRADER,
+            "code": {"type": "python", "name": "code", "source": source},
+        },
+        "calculate_output": "0.5 * close + 0.5 * code",
+    }
+    graded = start(
+        client,
+        REINFORCEMENT,
+        {
+            "type": "reinforcement",
+            "reinforcement": {"grader": grader, "hyperparameters": settings},
+        },
+        validation_file=valid.id,
+    )
+    for job in (pairs, graded):
+        done = ended(client, job.id)
+        assert done.status == "succeeded", done.error
+    last = next(
+        event for event in client.fine_tuning.jobs.list_events(graded.id) if event.type == "metrics"
+    )
+    assert 0.0 <= last.data["train_reward_mean"] <= 1.0  # type: ignore[index]

@@ -1,0 +1,264 @@
+"""The queue under pressure: killed servers and processes, and clients that send again.
+
+The jobs run a stand-in for ``align run``; tests/serve/test_jobs.py has the real one.
+"""
+
+import csv
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from align.core.lock import started_at
+from align.pipeline.processes import free_port
+from align.serve.app import make_services
+from align.serve.settings import Settings
+from tests.serve.killed_server import FAKE
+from tests.serve.running import WAIT_S, Running, running
+from tests.serve.tiny_model import SUPERVISED, jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_S = 0.02
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    runs = tmp_path_factory.mktemp("runs")
+    with running(runs, models={"tiny": "hub/tiny"}, command=(FAKE,)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> OpenAI:
+    return server.openai()
+
+
+@pytest.fixture(scope="module")
+def file(client: OpenAI) -> str:
+    return client.files.create(file=("t.jsonl", jsonl(SUPERVISED)), purpose="fine-tune").id
+
+
+def create(client: OpenAI, file: str, steps: int, **more: Any) -> str:
+    made = client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=steps, **more)
+    return made.id
+
+
+def ended(client: OpenAI, job: str) -> Any:
+    while True:
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in ("succeeded", "failed", "cancelled"):
+            return found
+        time.sleep(POLL_S)
+
+
+def process(server: Running, job: str) -> int:
+    """Return the process of a job, once there is one."""
+    while True:
+        with server.services.store.read() as db:
+            (pid,) = db.execute("SELECT pid FROM jobs WHERE id = ?", (job,)).fetchone()
+        if pid is not None:
+            return pid
+        time.sleep(POLL_S)
+
+
+def check_whole(client: OpenAI, job: str, steps: int) -> None:
+    """The job has succeeded, and each of its steps stands once in events and results."""
+    done = ended(client, job)
+    assert done.status == "succeeded", done.error
+    events = list(client.fine_tuning.jobs.list_events(job, limit=100))
+    found = [e.data["step"] for e in events if e.type == "metrics"]  # type: ignore[index]
+    assert found == list(range(steps, 0, -1))
+    assert sum(e.message == "The job has successfully completed" for e in events) == 1
+    table = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
+    assert [float(row["train_loss"]) for row in table] == [1 / s for s in range(1, steps + 1)]
+    assert len(client.fine_tuning.jobs.checkpoints.list(job).data) == 1
+
+
+# ---- one job
+
+
+def test_a_job_fails_with_the_last_message_of_its_run(client: OpenAI, file: str):
+    done = ended(client, create(client, file, 1000))
+    assert done.status == "failed"
+    assert (done.error.code, done.error.message) == (
+        "training_failed",
+        "train: no row is left of 12",
+    )
+
+
+def test_a_cancelled_job_ends_its_process_and_frees_the_device(
+    server: Running, client: OpenAI, file: str
+):
+    job = create(client, file, 900)
+    pid = process(server, job)
+    assert client.fine_tuning.jobs.cancel(job).status == "cancelled"
+    while started_at(pid) is not None:
+        time.sleep(POLL_S)
+    check_whole(client, create(client, file, 2), 2)
+    assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
+
+
+def test_a_paused_job_resumes_and_has_each_step_once(server: Running, client: OpenAI, file: str):
+    job = create(client, file, 30)
+    for _ in range(3):
+        process(server, job)
+        assert client.fine_tuning.jobs.pause(job).status == "paused"
+        assert client.fine_tuning.jobs.resume(job).status in ("queued", "running")
+    check_whole(client, job, 30)
+
+
+def test_a_job_whose_process_is_killed_resumes_but_not_for_ever(
+    server: Running, client: OpenAI, file: str
+):
+    job = create(client, file, 20)
+    os.kill(process(server, job), signal.SIGKILL)
+    check_whole(client, job, 20)
+    hopeless, killed = create(client, file, 900), set()
+    while client.fine_tuning.jobs.retrieve(hopeless).status != "failed":
+        with server.services.store.read() as db:
+            query = "SELECT pid FROM jobs WHERE id = ?"
+            (pid,) = db.execute(query, (hopeless,)).fetchone()
+        if pid is not None and pid not in killed:
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+    assert len(killed) == 5
+
+
+def test_one_device_runs_one_job_at_a_time_in_order(server: Running, client: OpenAI, file: str):
+    jobs = [create(client, file, 5) for _ in range(4)]
+    for job in jobs:
+        check_whole(client, job, 5)
+    done = [client.fine_tuning.jobs.retrieve(job).finished_at for job in jobs]
+    assert done == sorted(done)  # type: ignore[type-var]
+
+
+def test_a_deleted_training_file_does_not_stop_a_job(client: OpenAI):
+    own = client.files.create(file=("t.jsonl", jsonl(SUPERVISED)), purpose="fine-tune").id
+    job = create(client, own, 3)
+    while client.fine_tuning.jobs.retrieve(job).status == "validating_files":
+        time.sleep(POLL_S)
+    client.files.delete(own)
+    check_whole(client, job, 3)
+
+
+# ---- a client that sends again
+
+
+class Faults:
+    """An application that loses some requests or answers, as a network does."""
+
+    def __init__(self, app: Any, seed: int) -> None:
+        self.app, self.random, self.seen = app, random.Random(seed), 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        fate = self.random.random()
+        self.seen += fate < 0.6
+        if fate < 0.3:  # lost on the way here
+            await _fail(send)
+        elif fate < 0.6:  # lost on the way back
+
+            async def nowhere(message: Any) -> None:
+                return None
+
+            await self.app(scope, receive, nowhere)
+            await _fail(send)
+        else:
+            await self.app(scope, receive, send)
+
+
+async def _fail(send: Any) -> None:
+    headers = [(b"retry-after-ms", b"1")]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_creates_with_injected_500s_make_no_job_twice(tmp_path: Path, count: int):
+    settings = {"devices": (), "jobs_per_token": 10**6, "requests_per_minute": 10**6}
+    with running(
+        tmp_path, wrap=lambda app: Faults(app, seed=count), models={"tiny": "hub/t"}, **settings
+    ) as own:
+        client = own.openai(max_retries=40)
+        file = client.files.create(file=("t.jsonl", jsonl(SUPERVISED)), purpose="fine-tune").id
+        # Half of the requests differ; the others are equal but for their keys, and all meant.
+        made = [
+            create(client, file, 1, metadata={"n": str(i)})
+            if i % 2
+            else create(client, file, 1, extra_headers={"Idempotency-Key": str(i)})
+            for i in range(count)
+        ]
+        assert len(set(made)) == count
+        with own.services.store.read() as db:
+            assert {row["id"] for row in db.execute("SELECT id FROM jobs")} == set(made)
+            assert db.execute("SELECT count(*) FROM files").fetchone()[0] == 1
+        assert own.app.seen > count  # more than one of two requests was lost
+
+
+# ---- kill -9 of the server
+
+
+def serve(runs: Path, port: int) -> "subprocess.Popen[bytes]":
+    argv = [sys.executable, "-m", "tests.serve.killed_server", str(runs), str(port), "hub/tiny"]
+    return subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def patient(client: OpenAI, call: Any) -> Any:
+    """Repeat a call until a server answers it."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return call()
+        except (openai.APIConnectionError, openai.InternalServerError):
+            assert time.monotonic() < end, "no server answers"
+            time.sleep(POLL_S)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_9_of_the_server_loses_and_doubles_nothing(tmp_path: Path, kills: int):
+    port, chance = free_port(), random.Random(kills)
+    token = make_services(Settings(runs=tmp_path, port=port)).auth.new_token("tester")
+    client = OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key=token, timeout=WAIT_S, max_retries=0
+    )
+    server, jobs = serve(tmp_path, port), {}
+    try:
+        upload = ("t.jsonl", jsonl(SUPERVISED))
+        file = patient(client, lambda: client.files.create(file=upload, purpose="fine-tune")).id
+        for i in range(kills):
+            steps = chance.randint(5, 60)
+            key = {"Idempotency-Key": f"job {i}"}
+            job = patient(client, lambda: create(client, file, steps, extra_headers=key))  # noqa: B023
+            assert job not in jobs
+            jobs[job] = steps
+            time.sleep(chance.uniform(0, 2))  # the random moment of the kill
+            server.kill()
+            server.wait()
+            server = serve(tmp_path, port)
+        for job, steps in jobs.items():
+            patient(client, lambda: client.fine_tuning.jobs.retrieve(job))  # noqa: B023
+            check_whole(client, job, steps)
+        assert {job.id for job in client.fine_tuning.jobs.list(limit=100)} == set(jobs)
+    finally:
+        server.kill()
+        server.wait()
+    # The processes themselves ran one after the other: never two on one run, and none is left.
+    for job in jobs:
+        starts = (tmp_path / job / "starts").read_text().split()
+        assert all(started_at(int(pid)) is None for pid in starts)
+        assert len(set(starts)) == len(starts)
+        output = (tmp_path / ".serve" / "jobs" / job / "output.txt").read_text()
+        assert "another run" not in output
