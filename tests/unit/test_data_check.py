@@ -203,3 +203,26 @@ def test_the_table_of_codes_in_the_docs_is_the_one_that_is_printed():
     printed = done.stdout.decode().strip()
     assert len(printed.splitlines()) == len(codes())
     assert printed in (ROOT / "docs" / "data-check.md").read_text(encoding="utf-8")
+
+
+KILLED = """
+import os, signal, sys
+from align.core.errors import DataError
+from align.data.check import run
+run.PARALLEL_BYTES = 0
+run.os.sched_getaffinity = lambda pid: {0, 1}
+run.BatchChecker.check = lambda self, batch: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    run.check_data(run.Request(sys.argv[1]))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_check_whose_process_is_killed_ends_with_an_error(tmp_path: Path):
+    rows = write(tmp_path / "rows.jsonl", [{"messages": [U, A]}] * 3)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(rows)],
+        **{"capture_output": True, "text": True, "timeout": 300, "check": True},
+    )
+    assert f"{rows}: a process that checked rows was killed" in done.stdout

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -205,16 +207,24 @@ def _checked(sources: Sequence[Source], plan: Plan, *, size: int) -> Iterator[Pa
         yield from map(BatchChecker(plan).check, batches)
         return
     # Fork: the plan contains objects that cannot be pickled, and no threaded library is loaded
-    # here.
-    with multiprocessing.get_context("fork").Pool(workers, _start, (plan,)) as pool:
-        waiting: deque[Any] = deque()
+    # here. Not multiprocessing's Pool, which waits forever for a process that was killed.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (plan,))
+    try:
+        waiting: deque[Future[Part]] = deque()
         for batch in batches:
-            waiting.append(pool.apply_async(_check, (batch,)))
+            waiting.append(pool.submit(_check, batch))
             # A bounded queue: results come in order, and memory does not grow with the file.
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{', '.join(source.name for source in sources)}: a process that checked rows was "
+            "killed, probably for lack of memory. Free memory, or check fewer files at a time"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _add(report: Report, part: Part) -> None:
