@@ -125,6 +125,12 @@ def test_stop_token_is_added_and_trained_where_the_recipe_says_so(tmp_path: Path
     # The history that generation starts from is the one that was trained on.
     head = chat.prompt_ids(TURNS[:3])
     assert tuple(head) == row.input_ids[: len(head)]
+    # A tokenizer may have several templates by name; each of them writes the stop token.
+    tokenizer.chat_template = {"default": NO_STOP, "tool_use": NO_STOP + "{# with tools #}"}
+    apply_tokenizer_spec(tokenizer, TokenizerSpec(append_stop=True))
+    for name in ("default", "tool_use"):
+        found = tokenizer.apply_chat_template(TURNS, tokenize=False, chat_template=name)
+        assert found == whole
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])

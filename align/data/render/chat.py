@@ -436,7 +436,13 @@ def _append_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
     except DataError as error:
         if error.code != NO_STOP:
             raise
-        tokenizer.chat_template = with_stop(str(tokenizer.chat_template))
+        found: Any = tokenizer.chat_template
+        # A tokenizer may have several, by name: one for tools, one for documents.
+        tokenizer.chat_template = (
+            {name: with_stop(text) for name, text in found.items()}
+            if isinstance(found, dict)
+            else with_stop(found)
+        )
         return
     raise RecipeError(
         "tokenizer.append_stop has no effect: the chat template already ends assistant turns with "
