@@ -94,7 +94,6 @@ def word_row(
     return [wordings[int.from_bytes(digest[:8], "big") % len(wordings)].apply(row, source)]
 
 
-@lru_cache(maxsize=32)
 def read_wordings(path: str) -> Sequence[Wording]:
     """Read a template file; templates run in a sandbox and cannot change their input.
 
@@ -104,8 +103,15 @@ def read_wordings(path: str) -> Sequence[Wording]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path}: the template file does not exist (relative to {Path.cwd()})")
-    content = file.read_bytes()
-    note(file, hashlib.sha256(content).hexdigest())
+    state = file.stat()
+    return _wordings(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=32)
+def _wordings(path: Path, _changed: int, _size: int) -> Sequence[Wording]:
+    """Parse a template file, once for each of its states: a notebook may edit it in between."""
+    content = path.read_bytes()
+    note(path, hashlib.sha256(content).hexdigest())
     try:
         entries = bounded_yaml.load(content.decode("utf-8"), LIMITS)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

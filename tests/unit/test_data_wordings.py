@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -127,3 +129,12 @@ def test_mixing_is_proportional_up_to_the_cap(tmp_path):
     names = [str(example.prompt)[0] for example in mixed]
     assert [names.count(n) for n in "abc"] == [40, 20, 4]
     assert len({example.prompt for example in mixed}) == 52
+
+
+def test_an_edited_template_file_is_read_again(templates):
+    row = {"question": "1+1?", "answer": "2"}
+    one = {"source": "a:1", "templates": templates, "phrasing": "all", "seed": 0}
+    assert len(word_row(row, **one)) == 2
+    Path(templates).write_text("- {name: only, prompt: 'Say {{ answer }}'}")
+    (found,) = word_row(row, **one)
+    assert found["prompt"] == [{"role": "user", "content": "Say 2"}]
