@@ -58,6 +58,7 @@ HOMES = {
     "deepspeed": (
         "align.core.distributed",
         "align.core.checkpoints",
+        "align.models.sharding",
         "align.training.learner",
         "align.tuning.export",
     ),

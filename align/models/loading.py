@@ -25,6 +25,7 @@ from align.core.artifacts import read_artifact
 from align.core.errors import ArtifactError, TrainingError
 from align.core.references import WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
+from align.models.sharding import load_in_shards
 from reward_models.scalar import SCORER_FILE, STOPS
 
 
@@ -95,6 +96,7 @@ def load_policy(
     dtype: str,
     gradient_checkpointing: bool = False,
     quantization: BitsAndBytesConfig | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a causal language model for training on packed rows, dropout off.
 
@@ -104,15 +106,32 @@ def load_policy(
 
     Dropout stays off because the log-probabilities of a policy must be deterministic. Otherwise the
     ratio of PPO and the reference of DPO would be wrong.
+
+    Args:
+        model_dir: folder of the model. dtype: of its weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        quantization: transformers' 4-bit configuration, None for whole weights.
+        shards: configuration of DeepSpeed with ZeRO-3, to load straight into this rank's shards;
+            None loads the whole model.
     """
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(model_dir),
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention_for(config),
-        quantization_config=quantization,
-        trust_remote_code=False,
-    )
+    model: Any = None
+    if shards is not None:
+        model = load_in_shards(
+            Path(model_dir),
+            config,
+            dtype=getattr(torch, dtype),
+            attention=attention_for(config),
+            deepspeed_config=shards,
+        )
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(model_dir),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention_for(config),
+            quantization_config=quantization,
+            trust_remote_code=False,
+        )
     disable_dropout(model)
     if quantization is not None:
         keep_layout(model)

@@ -3,17 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from align.core.artifacts import Artifact
 from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
 from align.models.logprobs import LogprobModel, causal_lm
+from align.models.sharding import saved_names, saved_tensor
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.recipe.algorithms import is_function
 from align.recipe.schema import (
@@ -334,7 +333,7 @@ def start_checks(spec: TrainingStage, model: nn.Module, source: Artifact) -> lis
 @torch.no_grad()
 def same_weights(model: nn.Module, source: Artifact, *, moved: bool) -> Finding:
     """Check that up to 64 tensors in memory are bit-identical to those of the artifact."""
-    saved = _saved_names(source.model_dir)
+    saved = saved_names(source.model_dir)
     bare = causal_lm(model)
     prefix = getattr(bare, "base_model_prefix", "model")
     # A head on a bare backbone has names without the prefix, a whole model has them with it.
@@ -346,7 +345,7 @@ def same_weights(model: nn.Module, source: Artifact, *, moved: bool) -> Finding:
         if name in saved
     }
     chosen = spread(sorted(own), NUM_TENSORS)
-    different = [n for n in chosen if not _equal(own[n], _saved_tensor(saved[n], n))]
+    different = [n for n in chosen if not _equal(own[n], saved_tensor(saved[n], n))]
     sha = next(
         (
             f["sha256"][:12]
@@ -363,19 +362,6 @@ def same_weights(model: nn.Module, source: Artifact, *, moved: bool) -> Finding:
         f"weights differ from the artifact: {', '.join(different[:3]) or 'no name in common'}. "
         "Run the stage that wrote it again",
     )
-
-
-def _saved_names(model_dir: Path) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    return names
-
-
-def _saved_tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
 
 
 def _equal(own: Tensor, saved: Tensor) -> bool:

@@ -32,6 +32,7 @@ from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.contaminated import contamination_checks
 from align.stages.preflight import offline_checks, row_views
 from align.training.batch import pack
+from align.training.deepspeed import config_of_shards
 from align.training.diagnosis import Diagnosis
 from align.training.learner import Learner
 from align.training.offline import (
@@ -184,6 +185,7 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
         gradient_checkpointing=spec.gradient_checkpointing,
         dropout=spec.keep.dropout,
         seed=distributed.derive_seed(seed, "tuning"),
+        shards=config_of_shards(spec),
     )
     trained, total = num_trained(model)
     log.info("policy: %s parameters, %s trained", f"{total:,}", f"{trained:,}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from align.recipe.schema import OptimSpec, ZeroSpec
+from align.recipe.schema import OptimSpec, TrainingStage, ZeroSpec
 
 
 def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[str, Any]:
@@ -38,6 +38,17 @@ def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[st
         # Summed in bfloat16, the gradient of 64 micro-batches is off by 0.9 %.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def config_of_shards(spec: TrainingStage) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration if a policy is loaded in shards, None if it is loaded whole.
+
+    New adapters are made from whole weights, and the Fisher information needs gradients before
+    DeepSpeed wraps the model.
+    """
+    if spec.zero.stage < 3 or spec.tuning.method != "full" or spec.keep.ewc is not None:
+        return None
+    return deepspeed_config(spec.zero, spec.optim, dtype=spec.dtype)
 
 
 def effective_stage(zero: ZeroSpec, *, dtype: str) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from align.core import distributed
 from align.data.batching import plan_micro_batches
+from align.models.sharding import is_sharded
 from align.training.batch import PackedBatch
 from align.training.results import ResultFile
 
@@ -45,7 +46,7 @@ def map_rows(
         padded: True if rows are padded, see ``plan_micro_batches``.
         share: True splits the rows across ranks; False runs all rows on every rank.
         store: keeps this rank's results while they are computed and reports the progress. What it
-            already has is not computed again, so the model must not be sharded over the ranks.
+            already has is not computed again; of a sharded model, what all ranks have.
     """
     model.eval()
     ranks, rank = (distributed.world_size(), distributed.rank()) if share else (1, 0)
@@ -54,9 +55,11 @@ def map_rows(
     )
     # A rank with fewer micro-batches runs empty ones: ZeRO-3 needs equally many passes.
     mine: dict[int, Result] = {}
-    progress = Progress(sum(map(len, plan[rank])))
+    progress, sharded = Progress(sum(map(len, plan[rank]))), is_sharded(model)
     for number, micro in enumerate(plan[rank]):
         results = None if store is None else store.read(number, micro)
+        if sharded and store is not None and distributed.global_max(float(results is None)):
+            results = None
         if results is None:
             results = fn(model, collate([rows[i] for i in micro]))
             if store is not None:

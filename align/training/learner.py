@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from align.core import distributed, extensions
 from align.core.errors import TrainingError
+from align.models.sharding import hand_over
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
 from align.training.deepspeed import deepspeed_config, effective_stage
 from align.training.layers import LayerPlan, plan_layers, set_trainable
@@ -101,6 +102,7 @@ class Learner:
         self._trained = [(depth, p) for depth, _, p in trained]
         groups, self._depths = _groups(trained, optim)
         optimizer = _adamw(groups, optim, zero)
+        hand_over(module)
         # The engine. Offloading builds DeepSpeed's own CPU Adam instead of ours.
         self.engine: Any
         self._optimizer: Any

@@ -1,6 +1,7 @@
 """Load the model of an artifact, with its adapter if it needs one."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -62,6 +63,7 @@ def load_for_training(
     gradient_checkpointing: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
+    shards: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a policy and add what ``tuning`` trains; an unmerged adapter is trained further.
 
@@ -72,6 +74,7 @@ def load_for_training(
         gradient_checkpointing: trade compute for memory.
         dropout: dropout of the model itself, not of its adapter.
         seed: random seed of new weights.
+        shards: see ``load_policy``.
 
     Raises:
         RecipeError: the method freezes the row of a stop token that was never trained.
@@ -81,6 +84,7 @@ def load_for_training(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         quantization=quantization(tuning, dtype),
+        shards=shards,
     )
     if tuning.method != "full":
         _check_stops_trained(model, model_dir, tuning)

@@ -1,0 +1,172 @@
+"""Load a model straight into the shards of ZeRO-3, so that no rank ever has all of its weights."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+_handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+def saved_names(model_dir: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a saved model."""
+    names: dict[str, Path] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def saved_tensor(file: Path, name: str) -> Tensor:
+    """Return one tensor of a file."""
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def load_in_shards(
+    model_dir: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    deepspeed_config: Mapping[str, Any],
+) -> PreTrainedModel | None:
+    """Return a causal language model in eval mode whose parameters are sharded over the ranks.
+
+    Every rank reads one tensor after the other and keeps its part. Until the Learner takes the
+    model over, modules gather their weights for a forward pass without gradient.
+
+    Args:
+        model_dir: folder of the saved model. config: its configuration.
+        dtype: of the weights. attention: name of the attention; None leaves it to transformers.
+        deepspeed_config: the configuration with which the Learner will wrap the model.
+
+    Returns:
+        The model; None if transformers must load it, since its files are not the model's tensors
+        one to one.
+    """
+    files = saved_names(model_dir)
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    why = _unfit(model, files, dtype)
+    if why:
+        log.warning(
+            "%s: every rank loads the whole model before ZeRO-3 shards it: %s", model_dir, why
+        )
+        return None
+    _fill(model, files, dtype, deepspeed_config)
+    # The tie was cut when the parameters moved to the meta device.
+    model.tie_weights()
+    if (model_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(model_dir))
+    _handles[model] = _gather_on_use(model)
+    return model.eval()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether ZeRO-3 shards the parameters of a model."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def hand_over(module: nn.Module) -> None:
+    """Stop gathering weights for forward passes: DeepSpeed does it from now on."""
+    for part in module.modules():
+        for handle in _handles.pop(part, []):
+            handle.remove()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Register parameters without memory inside the block; buffers are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _unfit(model: PreTrainedModel, files: Mapping[str, Path], dtype: torch.dtype) -> str:
+    """Return why a model cannot be filled tensor by tensor; "" if it can."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    expected = set(model.state_dict()) - tied
+    if missing := sorted(expected - files.keys()):
+        return f"no tensor {missing[0]} in its files ({len(missing)} missing)"
+    if surplus := sorted(files.keys() - expected - tied):
+        return f"its files have {surplus[0]} under another name ({len(surplus)} more tensors)"
+    if expected - {name for name, _ in model.named_parameters()}:
+        return "it has buffers in its files"
+    if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules", None):
+        return "parts of it stay in float32"
+    return ""
+
+
+def _fill(
+    model: PreTrainedModel,
+    files: Mapping[str, Path],
+    dtype: torch.dtype,
+    deepspeed_config: Mapping[str, Any],
+) -> None:
+    """Read every parameter and keep this rank's part of it."""
+    import deepspeed
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    first: Any = None
+    for name, empty in list(model.named_parameters(remove_duplicate=False)):
+        if name in tied:
+            continue
+        # Pages of the file, not a copy; they leave the memory with the tensor.
+        data = saved_tensor(files[name], name).to(dtype)
+        assert data.shape == empty.shape, f"{name}: {tuple(data.shape)} for {tuple(empty.shape)}"
+        parameter: Any = nn.Parameter(data, requires_grad=empty.requires_grad)
+        del data
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._parameters[own] = parameter
+        # The whole tensor is freed here.
+        if first is None:
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=dict(deepspeed_config)
+            )
+            first = parameter
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
+
+
+def _gather_on_use(model: nn.Module) -> list[RemovableHandle]:
+    """Gather a module's own parameters while its forward runs."""
+    import deepspeed
+
+    handles = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        stack = ExitStack()
+
+        def before(_: nn.Module, __: Any, own: list = own, stack: ExitStack = stack) -> None:
+            assert not torch.is_grad_enabled(), "sharded weights have no gradient before training"
+            stack.enter_context(deepspeed.zero.GatheredParameters(own))
+
+        def after(_: nn.Module, __: Any, ___: Any, stack: ExitStack = stack) -> None:
+            stack.close()
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, always_call=True))
+    return handles

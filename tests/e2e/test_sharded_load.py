@@ -1,0 +1,96 @@
+"""ZeRO-3 loads a model into shards: the same weights and training, and never the whole model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_runs as runs
+
+WORKER = Path(__file__).parent / "workers" / "shards.py"
+LARGE_LAYERS, HIDDEN, INNER = 24, 512, 2048
+
+
+def write(folder: Path, *, hidden: int, inner: int, layers: int, tied: bool = True) -> Path:
+    config = Qwen2Config(
+        vocab_size=1600,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        initializer_range=0.06,
+    )
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, float]:
+    """Run the worker on two ranks; give what each found, the saved tensors and the large size."""
+    out = tmp_path_factory.mktemp("shards")
+    model = write(out / "model", hidden=64, inner=1600, layers=2)
+    large = write(out / "large", hidden=HIDDEN, inner=INNER, layers=LARGE_LAYERS)
+    # Files whose names are not those of the model: transformers translates, shards cannot.
+    split = write(out / "split", hidden=64, inner=1600, layers=2)
+    file = split / "model.safetensors"
+    renamed = {n.replace("model.layers", "layers"): t for n, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    command = [sys.executable, str(WORKER), "--out", str(out), "--model", str(model)]
+    command += ["--large", str(large), "--split", str(split)]
+    # Otherwise glibc keeps freed tensors, and the peak would depend on where it put them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+        runs.finish_ranks(command, 2)
+    size = (large / "model.safetensors").stat().st_size / 2**20
+    saved = load_file(model / "model.safetensors")
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)], saved, size
+
+
+def test_each_rank_holds_half_and_the_files_weights(found: tuple) -> None:
+    ranks, saved, _ = found
+    total = sum(t.numel() for t in saved.values())
+    for rank in ranks:
+        held, whole = rank["held"]
+        # Odd sizes are padded to a multiple of the ranks; nothing is whole.
+        assert total / 2 <= held <= total / 2 + len(saved)
+        assert whole == 0
+        assert rank["tied"] == (True, True)
+        assert all(rank["buffers"])
+        assert rank["weights"].keys() == saved.keys()
+        for name, (a, b) in rank["weights"].items():
+            assert torch.equal(a, saved[name]), name
+            assert torch.equal(b, saved[name]), name
+
+
+def test_no_rank_ever_has_the_whole_model(found: tuple) -> None:
+    ranks, _, size = found
+    for rank in ranks:
+        # Its half, one tensor and what DeepSpeed imports; the whole model would be all of it.
+        assert rank["grown_mib"] < 0.75 * size, (rank["grown_mib"], size)
+
+
+def test_forward_before_training_equals_that_of_the_whole_model(found: tuple) -> None:
+    for rank in found[0]:
+        whole, sharded = rank["logprobs"]
+        for a, b in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0.0, atol=1e-5)
+        assert rank["continued"] == sharded
+
+
+def test_training_is_the_same_to_the_bit(found: tuple) -> None:
+    for rank in found[0]:
+        assert rank["whole"]["loss"] == rank["sharded"]["loss"]
+        before, after = rank["whole"]["weights"], rank["sharded"]["weights"]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert any(not torch.equal(after[name], rank["weights"][name][0]) for name in after)
+
+
+def test_other_names_are_left_to_transformers(found: tuple) -> None:
+    assert [rank["refused"] for rank in found[0]] == [False, False]
