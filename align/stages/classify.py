@@ -33,8 +33,8 @@ from align.stages.offline import (
     refuse_random,
     run_offline,
     saved_loss,
-    whole_state,
 )
+from align.stages.saving import whole_state
 from align.training.batch import PackedBatch, pack
 from align.training.infer import map_rows
 from align.training.task import OfflineTask

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artifacts import Artifact, file_sha256, read_manifest
-from align.core.checkpoints import save_weights
 from align.core.errors import ArtifactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
@@ -22,7 +21,7 @@ from align.data.load import check_overlap, fit_rows, load_examples, source_of
 from align.data.reading.read_log import num_rows, parsed_sha256
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
-from align.models.loading import check_length, save_policy
+from align.models.loading import check_length
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import MAX_SEEN, Check, spread
 from align.preflight.disk import disk_checks
@@ -31,6 +30,7 @@ from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.contaminated import contamination_checks
 from align.stages.preflight import offline_checks, row_views
+from align.stages.saving import save_trained_policy
 from align.training.batch import pack
 from align.training.deepspeed import config_of_shards
 from align.training.diagnosis import Diagnosis
@@ -44,10 +44,9 @@ from align.training.offline import (
 )
 from align.training.stopping import EarlyStopping
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
-from align.tuning.export import full_precision_weights, full_weights, gathered
-from align.tuning.files import adapter_state, num_trained, save_adapter
+from align.tuning.files import num_trained
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
-from align.tuning.merging import adapter_parameters, is_quantized, merges
+from align.tuning.merging import merges
 from align.tuning.wrap import add_tuner, has_adapter
 from reward_models.limits import many_rows
 
@@ -200,48 +199,6 @@ def add_tuner_to_backbone(spec: OfflineStage, backbone: "PreTrainedModel", *, se
         if spec.tuning.method not in ("full", "head"):
             backbone.enable_input_require_grads()
     return add_tuner(backbone, spec.tuning, seed=seed)
-
-
-def save_trained_policy(
-    spec: TrainingStage, module: LogprobModel, *, source: Artifact, out: Path
-) -> None:
-    """Write model/ and, with an adapter, adapter/; every rank must call this.
-
-    model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
-    """
-    state, adapter = whole_state(module.model, source)
-
-    def write() -> None:
-        save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
-        if adapter is not None:
-            save_adapter(*adapter, out / "adapter")
-
-    save_weights(write, state, out)
-    distributed.barrier()
-
-
-def whole_state(
-    model: nn.Module, source: Artifact
-) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
-    """Return copies of a model's weights, and of its adapter's tensors and configuration if any.
-
-    Under ZeRO-3 each rank has only a part of them, so every rank must call this. Only rank 0 keeps
-    the copies; the other ranks return no weights.
-    """
-    if any(map(is_quantized, model.parameters())):
-        named = full_precision_weights(model, source.model_dir)
-    else:
-        named = full_weights(model)
-    state = {}
-    # Every rank iterates, since each tensor is gathered; only rank 0 copies it to the CPU.
-    for name, tensor in named:
-        if distributed.rank() == 0:
-            state[name] = tensor.detach().cpu().clone()
-    if not has_adapter(model):
-        return state, None
-    # Adapters are small: gathered all at once.
-    with gathered([p for _, p in adapter_parameters(model)]):
-        return state, adapter_state(model)
 
 
 def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:

@@ -42,10 +42,10 @@ from align.stages.offline import (
     fingerprints,
     load_init,
     replayed,
-    save_trained_policy,
 )
 from align.stages.preflight import answer_views
 from align.stages.rollouts import Push, build_rewards, check_saved, fitted, start_engine
+from align.stages.saving import save_trained_policy
 from align.training.learner import Learner
 from align.tuning.files import refuse_unmerged
 from align.tuning.loading import load_tuned_policy

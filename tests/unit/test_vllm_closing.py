@@ -50,7 +50,7 @@ def test_only_rank_0_keeps_the_weights_that_are_saved(monkeypatch):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from align.core.artifacts import Artifact
-    from align.stages.offline import whole_state
+    from align.stages.saving import whole_state
 
     config = Qwen2Config(
         vocab_size=11,

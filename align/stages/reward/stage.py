@@ -38,7 +38,6 @@ from align.stages.offline import (
     refuse_random,
     run_offline,
     saved_loss,
-    whole_state,
 )
 from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
@@ -59,6 +58,7 @@ from align.stages.reward.tasks import (
     scorer_format,
     steps_loss,
 )
+from align.stages.saving import whole_state
 from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_after_last_trained
 from align.training.task import OfflineTask
 from align.tuning.export import full_weights

@@ -29,8 +29,9 @@ from align.models.loading import load_tokenizer, save_policy
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.contaminated import contamination_checks
-from align.stages.offline import fingerprints, whole_state
+from align.stages.offline import fingerprints
 from align.stages.rollouts import build_rewards
+from align.stages.saving import whole_state
 from align.stages.trl.preflight import preflight_trl
 from align.stages.trl.saving import HASHES, complete, in_order, save_patiently
 from align.stages.trl.trainers import (

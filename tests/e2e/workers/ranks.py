@@ -40,7 +40,8 @@ from align.recipe.schema import (
 )
 from align.recipe.schema.tuning import FullTuning, LoraTuning, TuningSpec
 from align.sampling.experience import Experience, gather_experience
-from align.stages.offline import log_likelihood, save_trained_policy
+from align.stages.offline import log_likelihood
+from align.stages.saving import save_trained_policy
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
 from align.training.task import OfflineTask, micro_batches

@@ -27,7 +27,7 @@ from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import DpoStage, GrpoStage, SftStage
 from align.stages.dpo import collate, preference_loss, reference_pairs
-from align.stages.offline import save_trained_policy
+from align.stages.saving import save_trained_policy
 from align.training import learner
 from align.training.batch import pair_length
 from align.training.learner import Learner
