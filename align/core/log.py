@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -131,7 +132,8 @@ class MetricsLog:
         tracking = tracking or Tracking()
         named = sinks if self._writes else ()
         self._sinks = [open_sink(n, self._directory, tracking) for n in named]
-        self._name: Callable[[str], str] = trl_name if tracking.names == "trl" else str
+        of_trl = partial(trl_name, kind=str(tracking.config.get("kind", "")))
+        self._name: Callable[[str], str] = of_trl if tracking.names == "trl" else str
 
     def log(
         self, step: int, metrics: Mapping[str, float], *, sample: Mapping[str, Any] | None = None

@@ -13,10 +13,8 @@ from align.core.errors import RecipeError
 MAX_SAMPLES = 200
 """Rows of the table of samples that W&B gets."""
 TRL_NAMES = {
-    "eval/accuracy": "eval_rewards/accuracies",
     "eval/loss": "eval_loss",
-    "eval/margin": "eval_rewards/margins",
-    "kl/reference": "kl",
+    "kl/reference_k3": "kl",
     "length/mean": "completions/mean_length",
     "length/truncated_frac": "completions/clipped_ratio",
     "optim/grad_norm": "grad_norm",
@@ -32,13 +30,19 @@ TRL_NAMES = {
     "sampler/importance_weight": "sampling/importance_sampling_ratio/mean",
     "sampler/logprob_gap": "sampling/sampling_logp_difference/mean",
     "time/step_s": "step_time",
-    "tokens/sampled": "num_tokens",
-    "train/accuracy": "rewards/accuracies",
-    "train/chosen_logprob": "logps/chosen",
     "train/loss": "loss",
-    "train/margin": "rewards/margins",
 }
 """Metric -> TRL's name for it. Means of single rewards become ``rewards/NAME/mean``."""
+TRL_NAMES_OF_KIND = {
+    "dpo": {
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+        "chosen_logprob": "logps/chosen",
+    },
+    "kto": {"kl": "kl", "good_reward": "rewards/chosen", "bad_reward": "rewards/rejected"},
+    "reward": {"accuracy": "accuracy", "margin": "margin"},
+}
+"""Stage kind -> metric after ``train/`` -> the name in that trainer of TRL; ``eval_`` held out."""
 _REWARD_METRICS = ("invalid_frac", "disagreement")
 
 
@@ -80,11 +84,17 @@ class Sink(Protocol):
         ...
 
 
-def trl_name(name: str) -> str:
-    """Return TRL's name of a metric, or the metric's own where TRL has none."""
+def trl_name(name: str, kind: str = "") -> str:
+    """Return TRL's name of a metric, or the metric's own where TRL has none.
+
+    Args:
+        name: the metric. kind: kind of the stage, whose trainer may have a name of its own.
+    """
     if name in TRL_NAMES:
         return TRL_NAMES[name]
     group, _, rest = name.partition("/")
+    if group in ("train", "eval") and rest in (own := TRL_NAMES_OF_KIND.get(kind, {})):
+        return own[rest] if group == "train" else f"eval_{own[rest]}"
     single = group == "reward" and "/" not in rest and rest not in _REWARD_METRICS
     return f"rewards/{rest}/mean" if single else name
 
@@ -271,11 +281,12 @@ def _trackio(directory: Path, tracking: Tracking) -> Sink:
     import trackio  # pyright: ignore[reportMissingImports]  (an extra)
 
     found = _run_of(directory, tracking)
+    # It has no ids: the name alone says which run of the project continues. Nor has it tags.
     run = trackio.init(
         project=found.project,
-        name=found.name,
+        name=f"{found.name}-{found.id[:8]}",
         group=found.group,
-        config=dict(tracking.config),
+        config={**tracking.config, "tags": list(tracking.tags)},
         resume="allow",
         embed=False,
     )

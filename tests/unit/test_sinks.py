@@ -2,13 +2,15 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from align.core.log import MetricsLog
-from align.core.sinks import TRL_NAMES, Tracking, trl_name
+from align.core.sinks import TRL_NAMES, TRL_NAMES_OF_KIND, Tracking, open_sink, trl_name
 
 TRACKING = Tracking(
     project="paper",
@@ -89,15 +91,41 @@ def test_swanlab_offline_writes_every_metric(stage, monkeypatch):
 
 
 def test_trackio_keeps_every_step_locally(stage, tmp_path, monkeypatch):
-    pytest.importorskip("trackio", reason="the extra 'sinks' is not installed")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    # The variable is read when the package is imported, which another library may have done.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    pytest.importorskip("trackio", reason="the extra 'sinks' is not installed")
     from trackio.sqlite_storage import SQLiteStorage
 
     train(stage, "trackio")
     (run,) = SQLiteStorage.get_runs("paper")
+    assert SQLiteStorage.get_run_config("paper", run)["tags"] == ["ablation"]
     rows = SQLiteStorage.get_logs("paper", run)
     found = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert found == pytest.approx({step: 1 / step for step in STEPS})
+    # The stage of another run is another run of the project.
+    train(stage.parents[1] / "other" / "sft", "trackio")
+    assert len(SQLiteStorage.get_runs("paper")) == 2
+
+
+@pytest.mark.parametrize(
+    ("tracker", "key"), [("wandb", "id"), ("swanlab", "id"), ("trackio", "name")]
+)
+def test_stages_of_one_name_are_different_runs_and_keep_their_tags(
+    tracker: str, key: str, stage: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[dict[str, Any]] = []
+    client = ModuleType(tracker)
+    vars(client).update(init=lambda **keys: given.append(keys), Table=None)
+    monkeypatch.setitem(sys.modules, tracker, client)
+    for folder in (stage, stage, stage.parents[1] / "other" / "sft"):
+        open_sink(tracker, folder, TRACKING)
+    first, again, other = given
+    # By this key a client finds the run that it continues.
+    assert first[key] == again[key] != other[key]
+    assert {x["project"] for x in given} == {"paper"}
+    assert first.get("tags", first["config"].get("tags")) == ["ablation"]
 
 
 def test_names_of_trl_reach_the_tracker_and_files_keep_their_own(stage):
@@ -111,18 +139,61 @@ def test_names_of_trl_reach_the_tracker_and_files_keep_their_own(stage):
     assert '"train/loss"' in (stage / "metrics.jsonl").read_text()
 
 
-def test_names_are_those_that_trl_logs():
+def trainer_source(name: str) -> str:
     spec = importlib.util.find_spec("trl")
     if spec is None or spec.origin is None:
         pytest.skip("trl is not installed")
-    folder = Path(spec.origin).parent / "trainer"
-    source = "".join((folder / f"{n}_trainer.py").read_text() for n in ("grpo", "dpo", "reward"))
-    literals = set(re.findall(r'"([\w/]+)"', source))
+    return (Path(spec.origin).parent / "trainer" / f"{name}_trainer.py").read_text()
+
+
+def test_names_are_those_that_trl_logs():
+    source = "".join(trainer_source(name) for name in ("grpo", "dpo"))
     # Written by transformers' Trainer, or with a prefix for held-out rows.
     trainer = {"loss", "eval_loss", "grad_norm", "learning_rate"}
     for ours, theirs in TRL_NAMES.items():
-        known = theirs in trainer or theirs.removeprefix("eval_") in literals
+        known = theirs in trainer or f'"{theirs}"' in source
         assert known, f"{ours} -> {theirs}: no metric of TRL"
+    for kind, names in TRL_NAMES_OF_KIND.items():
+        source = trainer_source(kind)
+        for ours, theirs in names.items():
+            # Some are written with a prefix for training or held-out rows.
+            assert f'["{theirs}"]' in source, f"{kind}: {ours} -> {theirs}: no metric of TRL"
+
+
+def test_names_of_trl_mean_what_they_mean_there():
+    # TRL's kl is exp(r) - r - 1 of r = log(reference / policy), our k3; kl/reference is k1.
+    source = trainer_source("grpo")
+    ratio = r"\(ref_per_token_logps - per_token_logps\)"
+    assert re.search(rf"per_token_kl = \(\s*torch\.exp{ratio} - {ratio} - 1\s*\)", source)
+    assert trl_name("kl/reference_k3") == "kl"
+    assert trl_name("kl/reference") == "kl/reference"
+    # Its num_tokens counts since the beginning, tokens/sampled those of one step.
+    assert '["num_tokens"] = [self.state.num_input_tokens_seen]' in source
+    assert trl_name("tokens/sampled") == "tokens/sampled"
+    # The same metric has a name in each trainer, and none in a stage that TRL has not.
+    told = {kind: trl_name("train/accuracy", kind) for kind in ("dpo", "reward", "classify")}
+    assert told == {"dpo": "rewards/accuracies", "reward": "accuracy", "classify": "train/accuracy"}
+    assert trl_name("eval/margin", "reward") == "eval_margin"
+    assert trl_name("train/kl", "kto") == "kl"
+
+
+def test_trackers_get_the_names_of_the_stage_kind(stage, monkeypatch):
+    logged: list[str] = []
+
+    class Client:
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            logged.extend(metrics)
+
+        def finish(self) -> None: ...
+
+    client = ModuleType("swanlab")
+    vars(client).update(init=lambda **keys: Client())
+    monkeypatch.setitem(sys.modules, "swanlab", client)
+    tracking = Tracking(names="trl", config={"kind": "reward"})
+    log = MetricsLog(stage, total_steps=1, sinks=["swanlab"], tracking=tracking)
+    log.log(1, {"train/accuracy": 0.5})
+    log.close()
+    assert "accuracy" in logged
 
 
 def test_mean_of_a_single_reward_has_trl_name_and_rates_have_not():
