@@ -262,14 +262,32 @@ def base_stage(model: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
         model: a hub id, a folder, a loaded model (with its tokenizer as a pair), a run, or the
             keys of a ``base`` stage.
         tokenizer: settings of the base stage, or the tokenizer of a loaded model.
+
+    Raises:
+        RecipeError: the tokenizer does not belong to such a model.
     """
-    settings = {"tokenizer": tokenizer} if isinstance(tokenizer, Mapping) else {}
-    if isinstance(model, Mapping):
-        return {"kind": "base", **model, **settings}, "base"
-    if tokenizer is not None and not settings:
-        model = (model, tokenizer)
-    if isinstance(model, Run):
-        return {}, model
-    if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
-        return {}, str(model)
-    return {"kind": "base", "path": model, **settings}, "base"
+    if isinstance(model, Run) or (
+        isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
+    ):
+        if tokenizer is not None:
+            raise RecipeError(
+                "tokenizer: the model of a finished stage has its tokenizer, which training keeps; "
+                "remove tokenizer="
+            )
+        return {}, model if isinstance(model, Run) else str(model)
+    if tokenizer is None or isinstance(tokenizer, Mapping):
+        settings = {} if tokenizer is None else {"tokenizer": tokenizer}
+        keys = model if isinstance(model, Mapping) else {"path": model}
+        return {"kind": "base", **keys, **settings}, "base"
+    if not hasattr(model, "save_pretrained"):
+        raise RecipeError(
+            f"tokenizer: found a {type(tokenizer).__name__} beside a model that is not loaded; "
+            "expected settings such as {'chat_template': 'plain'}, or load the model and pass "
+            "model=(model, tokenizer)"
+        )
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise RecipeError(
+            f"tokenizer: found a {type(tokenizer).__name__}; expected the model's tokenizer, or "
+            "settings such as {'chat_template': 'plain'}"
+        )
+    return {"kind": "base", "path": (model, tokenizer)}, "base"

@@ -10,6 +10,7 @@ from align.api.result import Run
 from align.core.errors import EXIT_OK, EXIT_PREEMPTED, Preempted, RecipeError, RunError
 from align.pipeline.running import Signals
 from align.pipeline.running import run as run_recipe
+from align.pipeline.selection import NothingChanged
 from align.pipeline.terminal import LOG_LINE, Terminal, make_console
 from align.recipe.load import load_recipe as load_file
 from align.recipe.load import resolve
@@ -60,7 +61,8 @@ def run(
             stages accept: datasets and rows as ``path``, functions as rewards, runs as models.
         out: folder of the run; None means ``runs/<name of the recipe>``.
         overrides: ``stages.sft.epochs=2`` texts, as after ``--set``.
-        force: run changed stages, and the one named by ``only`` or ``from_``, again.
+        force: run changed stages, and the one named by ``only`` or ``from_``, again. If there is
+            none, the finished run is returned.
         only: run only this stage, or these.
         from_: skip the stages before this one.
         until: skip the stages after this one.
@@ -92,7 +94,11 @@ def execute(recipe: Recipe, folder: Path, *, quiet: bool, **choice: Any) -> Run:
         choice: the arguments of ``align.run`` that choose stages.
     """
     signals, observer = Signals(), _Observer(make_console(quiet=quiet))
-    code = run_recipe(recipe, run_dir=folder, terminal=observer, signals=signals, **choice)
+    given = {"run_dir": folder, "terminal": observer, "signals": signals}
+    try:
+        code = run_recipe(recipe, **given, **choice)
+    except NothingChanged:  # a finished run is what the caller asks for
+        code = run_recipe(recipe, **given, **{**choice, "force": False})
     if code == EXIT_PREEMPTED:
         text = f"{folder}: stopped by a signal; the same call again resumes"
         if signals.last == signal.SIGINT:

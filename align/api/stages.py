@@ -54,7 +54,8 @@ def sft(
         out: folder of the run; None means ``runs/sft``.
         tokenizer: settings of the base stage, such as ``{"chat_template": "plain"}``, or the
             tokenizer of a loaded model.
-        force: replace the stages whose settings or data changed.
+        force: replace the stages whose settings or data changed; a finished run in which nothing
+            changed is returned as it is.
         quiet: show no progress.
         keys: further keys of the stage or of the recipe, as in docs/recipe-keys.md.
 
@@ -280,7 +281,7 @@ def evaluate(
         baseline: checkpoint that the others are compared with; None for the first one.
         out: folder of the results; None derives its name from the options.
         runs: folder in which RUN/STAGE is looked up and results are written.
-        force: ignore existing results and run again.
+        force: evaluate again, also if nothing changed.
         quiet: show no progress.
         options: samples, limit, judge, judge_model, engine, dtype and tokenizer, as in
             ``align eval``.
@@ -288,7 +289,7 @@ def evaluate(
     Raises:
         AlignError: as ``align.run``.
     """
-    from align.cli.eval_recipe import Question, question_recipe, results_folder
+    from align.cli.eval_recipe import STAGE, Question, question_recipe, results_folder
 
     listed = [tasks] if isinstance(tasks, str | Path | Mapping) else list(tasks)
     place = Path(out or runs)
@@ -302,7 +303,7 @@ def evaluate(
     asked = question_recipe(question, Path(runs))
     folder = Path(out) if out is not None else results_folder(asked, Path(runs))
     recipe = load_recipe({"name": _name_of(folder), **asked})
-    return execute(recipe, folder, force=force, quiet=quiet)
+    return execute(recipe, folder, force=force, redo=(STAGE,), quiet=quiet)
 
 
 def _question(kind: "type[Question]", **given: Any) -> "Question":

@@ -73,7 +73,7 @@ def evaluate(
         question: checkpoints, tasks and options.
         runs: folder in which RUN/STAGE is looked up and results are written.
         out: folder of the results; None derives its name from the options.
-        force: ignore existing results and run again.
+        force: evaluate again, also if nothing changed.
         detect: also print how many prompts would detect a difference of this size.
 
     Returns:
@@ -85,7 +85,7 @@ def evaluate(
     path = folder / "eval.yaml"
     named = {"name": re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name) or "eval", **recipe}
     path.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    code = run(path, run_dir=folder, force=force)
+    code = run(path, run_dir=folder, force=force, redo=(STAGE,))
     if code == EXIT_OK and detect is not None:
         summary = json.loads((folder / STAGE / "summary.json").read_text(encoding="utf-8"))
         for line in detect_lines(summary, detect):

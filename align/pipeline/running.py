@@ -61,6 +61,7 @@ def run(
     only: str | None = None,
     from_: str | None = None,
     until: str | None = None,
+    redo: Sequence[str] = (),
     dry: bool = False,
     module: str = STAGE_MODULE,
     terminal: Terminal | None = None,
@@ -76,6 +77,7 @@ def run(
             stage that depends on them.
         only: run only these stages, separated by commas.
         from_: skip the stages before this one. until: skip the stages after this one.
+        redo: stages that ``force`` reruns too, although nothing selects or changed them.
         dry: show what would run; nothing is started or written.
         module: module that is started for a stage, with its kind and the resolved recipe.
         terminal: where progress is shown; None means standard output.
@@ -93,7 +95,7 @@ def run(
         recipe = load_recipe(recipe, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
-    choice = Choice.of(only=only, from_=from_, until=until, force=force)
+    choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
     if dry:
         terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
         return EXIT_OK

@@ -23,23 +23,37 @@ class Choice:
         from_: skip the stages before this one.
         until: skip the stages after this one.
         force: rerun changed and named stages.
+        redo: stages that ``force`` reruns beside these; they select nothing.
     """
 
     only: tuple[str, ...] = ()
     from_: str | None = None
     until: str | None = None
     force: bool = False
+    redo: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, *, only: str | None, from_: str | None, until: str | None, force: bool) -> "Choice":
+    def of(
+        cls,
+        *,
+        only: str | None,
+        from_: str | None,
+        until: str | None,
+        force: bool,
+        redo: Sequence[str] = (),
+    ) -> "Choice":
         """Return the choice of the options as they are written; ``only`` is ``a,b``."""
         names = tuple(name.strip() for name in (only or "").split(",") if name.strip())
-        return cls(names, from_ or None, until or None, force)
+        return cls(names, from_ or None, until or None, force, tuple(redo))
 
     @property
     def named(self) -> tuple[str, ...]:
         """Return the stages that ``force`` reruns although nothing changed."""
-        return self.only or ((self.from_,) if self.from_ else ())
+        return (*self.redo, *(self.only or ((self.from_,) if self.from_ else ())))
+
+
+class NothingChanged(RecipeError):
+    """``force`` has no effect: every selected stage is done, unchanged and not named."""
 
 
 def work_of(recipe: Recipe, planned: Sequence[PlannedStage], choice: Choice) -> list[Work]:
@@ -47,7 +61,7 @@ def work_of(recipe: Recipe, planned: Sequence[PlannedStage], choice: Choice) -> 
 
     Raises:
         RecipeError: a stage does not exist, needs one that is neither done nor selected, or has
-            changed and ``force`` is off.
+            changed and ``force`` is off. NothingChanged, where ``force`` has no effect.
     """
     chosen = _select(recipe, planned, choice)
     again = _redone(recipe, planned, chosen, choice=choice)
@@ -113,7 +127,7 @@ def _redone(
             again.add(name)
     if not again and all(s.status == "done" for s in planned if s.name in chosen):
         first = next(iter(recipe.stages))
-        raise RecipeError(
+        raise NothingChanged(
             f"--force: no stage changed. Select one with --only STAGE, or all with --from {first}."
         )
     return again

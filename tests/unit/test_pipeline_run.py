@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from align.api.running import execute
 from align.core.errors import RecipeError
 from align.pipeline import plan, run
 from align.pipeline.terminal import Terminal
@@ -146,6 +147,17 @@ def test_force_with_a_name_runs_an_unchanged_stage_again():
     Path("r.yaml").write_text(RECIPE.rpartition("  dpo")[0])
     with pytest.raises(RecipeError, match=r"no stage changed\. Select one with --only"):
         start(force=True)
+    # In Python the finished run is what the caller asks for.
+    again = execute(
+        load_recipe("r.yaml"), Path("runs/toy"), quiet=True, force=True, module="toy_stages"
+    )
+    assert [stage.status for stage in again.stages.values()][:2] == ["done", "done"]
+    assert Path("calls.txt").read_text() == ""
+    # What a command redoes by itself is redone, with what depends on it, and only when forced.
+    assert start(redo=("sft",))[:2] == (0, [])
+    assert start(redo=("sft",), force=True)[:2] == (0, ["sft"])
+    assert start(redo=("base",), force=True)[:2] == (0, ["base", "sft"])
+    assert start(redo=("sft",), force=True, until="base", only=None, from_="base")[1] == ["base"]
 
 
 def test_force_keeps_the_old_artifact_until_the_new_one_is_complete():

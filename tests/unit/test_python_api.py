@@ -334,6 +334,38 @@ def test_a_model_is_a_base_stage_or_an_artifact(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "message"),
+    [
+        ("done", {"pad_token": "x"}, "the model of a finished stage has its tokenizer"),
+        ("done", "object", "the model of a finished stage has its tokenizer"),
+        (align.Run("runs/sft"), {"pad_token": "x"}, "a finished stage has its tokenizer"),
+        ("org/name", "object", "beside a model that is not loaded; expected settings"),
+        (Path("folder"), "object", "beside a model that is not loaded"),
+        ({"path": "org/name"}, "object", "beside a model that is not loaded"),
+        ("pair", "object", "beside a model that is not loaded"),
+        ("org/name", "gpt2", "found a str beside a model that is not loaded"),
+        ("loaded", "gpt2", "tokenizer: found a str; expected the model's tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_would_have_no_effect_is_one_line(model, tokenizer, message, tmp_path):
+    from tests.numeric.tiny_models import tiny_llama
+    from tests.unit.small_tokenizers import byte_tokenizer
+
+    (tmp_path / "manifest.json").write_text("{}")
+    own = byte_tokenizer(None)
+    loaded = {"done": tmp_path, "pair": (tiny_llama("sdpa"), own), "loaded": tiny_llama("sdpa")}
+    given = loaded.get(model, model) if isinstance(model, str) else model
+    with pytest.raises(RecipeError, match=re.escape(message)) as error:
+        align.sft(
+            model=given,
+            tokenizer=own if tokenizer == "object" else tokenizer,
+            data=[{"prompt": "a", "completion": "b"}],
+            out=tmp_path / "out",
+        )
+    assert len(str(error.value).splitlines()) == 1
+
+
 # Functions.
 
 WEIGHTS = {"a": 1.5, "b": {3, 1, 2}}
