@@ -30,6 +30,7 @@ from align.core.artifacts import (
 )
 from align.core.errors import ArtifactError
 from align.core.identity import GONE, find_difference, plain
+from align.core.lock import refuse_if_taken
 from align.core.storage import MIB, write_patiently
 
 log = logging.getLogger(__name__)
@@ -149,9 +150,9 @@ def _begin(temporary: Path, engines: Sequence[str]) -> None:
     fail later with another one.
 
     Raises:
-        ArtifactError: the stage's folder is gone.
+        ArtifactError: the stage's folder is gone, or belongs to another process.
     """
-    check_stage_exists(temporary.parents[1])
+    check_stage_is_ours(temporary.parents[1])
     for left in temporary.parent.glob("step-*.tmp"):
         remove(left)
     temporary.mkdir(parents=True)
@@ -159,10 +160,11 @@ def _begin(temporary: Path, engines: Sequence[str]) -> None:
         (temporary / name).mkdir()
 
 
-def check_stage_exists(stage: Path) -> None:
-    """Raise ArtifactError if the folder of this stage is gone."""
+def check_stage_is_ours(stage: Path) -> None:
+    """Raise ArtifactError if the folder of this stage is gone or belongs to another process."""
     if not stage.is_dir():
         raise ArtifactError(f"{stage}: {GONE}")
+    refuse_if_taken(stage)
 
 
 @contextmanager
@@ -211,10 +213,10 @@ def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], o
     """Write the weights ``state`` below ``out`` on rank 0; wait for space on a full disk.
 
     Raises:
-        ArtifactError: the stage's folder is gone.
+        ArtifactError: the stage's folder is gone, or belongs to another process.
     """
     if distributed.rank() == 0:
-        check_stage_exists(out.parents[1] if out.parent.name == "best" else out)
+        check_stage_is_ours(out.parents[1] if out.parent.name == "best" else out)
         needed = tensor_bytes(state)
         write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 

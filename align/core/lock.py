@@ -2,7 +2,9 @@
 
 The lock is a file that is created exclusively, which is atomic on network file systems too. It
 names its holder. A dead holder on this machine is detected immediately. A holder on another machine
-(or in another container) counts as dead if it has not touched the file for ``SILENT_S``.
+(or in another container) counts as dead if it has not touched the file for ``SILENT_S``. Such a
+holder may only have been suspended, or without its file system. When it goes on, it must not write
+into what belongs to another process by now: ``refuse_if_taken`` is called before it does.
 """
 
 import json
@@ -56,8 +58,9 @@ class StageLock:
         self._pid = os.getpid()
         self._stopped = threading.Event()
         self._mine = self._take()
+        _held[folder.resolve()] = self._mine
         self._sweep()
-        threading.Thread(target=self._touch, name="stage lock", daemon=True).start()
+        threading.Thread(target=self._touch, name=f"lock of {folder}", daemon=True).start()
 
     def _take(self) -> dict[str, Any]:
         mine = {
@@ -105,6 +108,9 @@ class StageLock:
 
     def _touch(self) -> None:
         while not self._stopped.wait(TOUCH_S):
+            # The lock of another process would never become stale.
+            if _taken_by(self.path, self._mine) is not None:
+                return
             try:
                 os.utime(self.path)
             except OSError:
@@ -113,12 +119,39 @@ class StageLock:
     def release(self) -> None:
         """Release the lock; a second call does nothing."""
         self._stopped.set()
+        _held.pop(self.path.parent.resolve(), None)
         # A forked child, or a holder whose lock was taken over, must not remove it.
         if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
             try:
                 self.path.unlink(missing_ok=True)
             except OSError:  # a failing disk; the lock of a process that has ended holds nobody
                 return
+
+
+_held: dict[Path, dict[str, Any]] = {}
+"""What the locks of this process say, by folder."""
+
+
+def refuse_if_taken(folder: Path) -> None:
+    """Raise if this process had the lock of a stage's folder and another one has it now.
+
+    Raises:
+        ArtifactError: names the holder.
+    """
+    mine = _held.get(folder.resolve())
+    holder = None if mine is None else _taken_by(folder / LOCK, mine)
+    if holder is not None:
+        raise ArtifactError(
+            f"{folder}: process {holder.get('pid')} on {holder.get('host')} has taken over this "
+            f"stage, because this process gave no sign of life for {SILENT_S:.0f} s (suspended, or "
+            "without its file system). Nothing more is written here"
+        )
+
+
+def _taken_by(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a lock says if it is another process's; None without a file too."""
+    found = read_json_object(path)
+    return None if found is None or found == mine else found
 
 
 def refuse_if_held(folder: Path) -> None:

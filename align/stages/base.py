@@ -257,12 +257,12 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
     def finish() -> None:
+        checkpoints.check_stage_is_ours(context.out)
         if kind in READS_LATE:
             _refuse_changes(context, identity)
-        found = dict(manifest) | dict(result.notes)
-        found |= {"data": list(result.data), "metrics": dict(result.metrics)}
+        found = {**manifest, **result.notes, "metrics": dict(result.metrics)}
+        found["data"], found["peak_rss_gib"] = list(result.data), round(sum(peak), 3)
         write_card(context.out, found, context.folder_of)
-        found["peak_rss_gib"] = round(sum(peak), 3)
         found["seconds"] = round(time.monotonic() - began, 2)
         write_manifest(context.out, found)
         log.info("%s: done in %.0f s", context.name, time.monotonic() - began)

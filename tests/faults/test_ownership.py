@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from align.core import checkpoints, lock
 from align.core.errors import AlignError, ArtifactError, RecipeError
 from align.core.identity import check_is_stage_folder
 from align.core.lock import SILENT_S, StageLock, _here, refuse_if_held, started_at
@@ -152,6 +155,34 @@ def test_a_holder_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -
     long_ago = path.stat().st_mtime - SILENT_S - 1
     os.utime(path, (long_ago, long_ago))
     StageLock(tmp_path).release()
+
+
+def test_a_holder_that_was_taken_for_dead_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended machine, or one without its file system for long, goes on after its successor."""
+    monkeypatch.setattr(lock, "TOUCH_S", 0.01)
+    stage = tmp_path / "sft"
+    stage.mkdir()
+    held = lock.StageLock(stage)
+    toucher = next(t for t in threading.enumerate() if t.name == f"lock of {stage}")
+    save = partial(checkpoints.save_checkpoint, stage / "checkpoints", engines={}, state={}, keep=2)
+    first = save(1)
+    path = stage / "stage.lock"
+    other = {"host": "node7", "place": "elsewhere", "pid": 9, "started": "1"}
+    path.write_text(json.dumps(other))
+    with pytest.raises(ArtifactError, match="process 9 on node7 has taken over this stage"):
+        save(2)
+    with pytest.raises(ArtifactError, match="taken over"):
+        checkpoints.save_weights(lambda: None, {}, stage)
+    assert list((stage / "checkpoints").iterdir()) == [first]
+    # It does not keep the other's lock from becoming stale, nor remove it.
+    toucher.join(timeout=120)
+    assert not toucher.is_alive()
+    held.release()
+    assert json.loads(path.read_text()) == other
+    # A process that never had this lock, such as a tool or the next stage, is not concerned.
+    save(2)
 
 
 def test_a_run_does_not_touch_a_stage_that_another_process_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from align.core import distributed
 from align.core.checkpoints import (
-    check_stage_exists,
+    check_stage_is_ours,
     is_own,
     patient,
     remove,
@@ -62,7 +62,7 @@ def _begin(folder: Path) -> None:
 
     Its record would count as a file of the new one, which would then never match its hash.
     """
-    check_stage_exists(folder.parents[1])
+    check_stage_is_ours(folder.parents[1])
     remove(folder)
     for left in in_order(folder.parent):
         if not (left / HASHES).exists():
