@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from align.core.types import Alarm
 
-Z = 1.96
-"""Two-sided 95 % quantile of the normal distribution."""
 LONGER, REPEATED, DOMINANT, DISAGREEING = 1.25, 0.1, 0.9, 2.0
 """Limits of the alarms: growth factor of the length, increase of the repeated-trigram fraction,
 fraction of the training score's change due to one reward, growth of ensemble disagreement."""
@@ -71,12 +70,13 @@ def repeated_share(text: str) -> float:
 
 
 def over_prompts(values: NDArray[np.float64]) -> Interval:
-    """Return the mean over prompts with its normal 95 % interval."""
+    """Return the mean over prompts with Student's 95 % interval."""
     # One prompt has no spread over prompts: the mean is known, its interval is not.
     if values.size < 2:
         return Interval(float(values[0]) if values.size else math.nan, math.nan, math.nan)
     mean = float(values.mean())
-    half = Z * float(values.std(ddof=1)) / math.sqrt(values.size)
+    quantile = float(student_t.ppf(0.975, values.size - 1))
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
     return Interval(mean, mean - half, mean + half)
 
 
