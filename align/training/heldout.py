@@ -19,7 +19,7 @@ from torch import nn
 from align.core import distributed
 from align.core.metrics import described
 from align.core.types import PairRow, TokenRow
-from align.training.task import OfflineTask, micro_batches
+from align.training.task import OfflineTask, counts_of, micro_batches
 
 log = logging.getLogger(__name__)
 NUM_GROUPS = 32
@@ -78,11 +78,12 @@ class HeldOut:
         task, rows = self._task, self._task.heldout
         # What a task measures on the whole batch, such as KTO's reference point.
         extra = {} if task.measure is None else task.measure(model, rows)
+        # The counts are those of all rows, so that the parts add up.
+        counts = counts_of(task, rows)
         totals: dict[str, float] = {}
         for i, group in enumerate(self._groups):
-            # The counts are those of all rows, so that the parts add up.
             part = [rows[place] for place in group]
-            for micro in micro_batches(task, part, self._micro_tokens, counted=rows):
+            for micro in micro_batches(task, part, self._micro_tokens, counts=counts):
                 batch = replace(micro, counts={**micro.counts, **extra})
                 loss, stats = task.loss_fn(model, batch)
                 for name, value in {"loss": loss, **stats}.items():

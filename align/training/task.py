@@ -22,6 +22,7 @@ class OfflineTask(Generic[Row]):
         rows: training rows. heldout: rows for held-out evaluation during training.
         length: tokens of a row.
         collate: (rows of a micro-batch, rows of the whole batch) -> packed micro-batch with counts.
+            The whole batch is for the counts alone.
         loss_fn: loss and statistics of a micro-batch.
         measure: (model, rows of the whole batch) -> numbers added to the counts of each of its
             micro-batches before the step; None measures nothing.
@@ -43,24 +44,32 @@ def micro_batches(
     batch: Sequence[Any],
     micro_tokens: int,
     *,
-    counted: Sequence[Any] | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> list[PackedBatch]:
     """Split a batch and return this rank's micro-batches.
 
     Args:
         task: lengths and collation. batch: rows. micro_tokens: token budget of one pass.
-        counted: rows of the counts, by which the loss divides; None for the batch.
+        counts: by which the loss divides; None for those of the batch.
     """
+    given = counts_of(task, batch) if counts is None else counts
     plan = plan_micro_batches(
         [task.length(row) for row in batch],
         micro_tokens=micro_tokens,
         ranks=distributed.world_size(),
         padded=task.padded,
     )
-    return [
-        task.collate([batch[i] for i in micro], counted or batch)
-        for micro in plan[distributed.rank()]
-    ]
+    mine = [[batch[i] for i in micro] for micro in plan[distributed.rank()]]
+    return [replace(task.collate(rows, rows or batch[:1]), counts=dict(given)) for rows in mine]
+
+
+def counts_of(task: OfflineTask[Any], batch: Sequence[Any]) -> Mapping[str, float]:
+    """Return the counts of a batch.
+
+    They are counted once: counting all held-out rows for each micro-batch took longer than the
+    passes.
+    """
+    return task.collate(batch[:1], batch).counts
 
 
 def measured(

@@ -28,6 +28,7 @@ from align.online.watch import Watch
 from align.recipe.schema import DpoStage, KtoStage
 from align.recipe.schema.tuning import FullTuning
 from align.stages import dpo, kto, sft
+from align.training.batch import PackedBatch
 from align.training.heldout import HeldOut, change, prompt_of, random_groups
 from align.training.offline import OfflineSchedule, evaluate_rows, train_offline
 from align.training.task import OfflineTask
@@ -74,6 +75,19 @@ def test_groups_add_up_to_the_loss_over_all_rows(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_rows_are_counted_once_however_many_passes_there_are(model_dir: Path) -> None:
+    """40 rows in passes of one row: 40 x 40 counts would be more work than the passes."""
+    task, counted = sft_task(40), []
+
+    def collate(rows: Any, batch: Any) -> PackedBatch:
+        counted.append(len(batch))
+        return sft.collate(rows, batch)
+
+    HeldOut(replace(task, collate=collate), 1).start(policy_of(model_dir).module)
+    assert len(counted) > 40
+    assert sum(counted) <= 3 * 40
 
 
 def test_interval_is_that_of_a_mean_over_groups() -> None:
