@@ -281,9 +281,8 @@ def offline_rows(
             max_length=spec.max_length,
         )
 
-    some = spread([*training, *heldout], MAX_SEEN)
     trained, watched = fitted(training, "training"), fitted(heldout, "held-out")
-    return OfflineRows(trained, watched, some, checks, notes)
+    return OfflineRows(trained, watched, spread([*training, *heldout], MAX_SEEN), checks, notes)
 
 
 def run_offline(
@@ -340,8 +339,7 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
         else:
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
         if spec.templates is not None:
-            file = Path(spec.templates)
-            sha256 = parsed_sha256(file) or file_sha256(file)
+            sha256 = parsed_sha256(file := Path(spec.templates)) or file_sha256(file)
             found.append({"path": spec.templates, "rows": None, "sha256": sha256})
     return found
 
