@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,3 +40,19 @@ class Watched:
         assert self.said == []
         own = (*allowed, "data:", "blob:")
         assert [url for url in self.requests if not url.startswith(own)] == []
+
+
+AXE = next((Path(__file__).parent / "axe").glob("axe-core-*.min.js"))
+"""axe-core (MPL-2.0), which finds mistakes that keep people with disabilities from using a page."""
+
+
+def accessibility_findings(page: Any) -> list[str]:
+    """Return the serious and critical findings of axe-core in an open page."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("async () => (await axe.run()).violations")
+    return [
+        f"{entry['id']}: {node['html'][:200]}"
+        for entry in found
+        if entry["impact"] in ("serious", "critical")
+        for node in entry["nodes"]
+    ]

@@ -151,7 +151,7 @@ def page(run: RunRecord) -> Markup:
             tag("p", head, class_="quiet"),
         ),
         sections.missing(run),
-        _shown(overview, run),
+        shown(overview, run),
         *_groups(run),
         data=_data(run),
     )
@@ -160,7 +160,7 @@ def page(run: RunRecord) -> Markup:
 def _data(run: RunRecord) -> dict[str, object]:
     """Return what the page's scripts read; nothing of a part that is damaged."""
     found: dict[str, object] = {}
-    for name, part in {SERIES: _series, answers.SAMPLES: answers.samples_data}.items():
+    for name, part in {SERIES: series_of, answers.SAMPLES: answers.samples_data}.items():
         try:
             found[name] = part(run)
         except DAMAGED:
@@ -168,19 +168,22 @@ def _data(run: RunRecord) -> dict[str, object]:
     return found
 
 
-def _series(run: RunRecord) -> object:
+def series_of(run: RunRecord) -> dict[str, object]:
+    """Return the data of the run's charts, which charts.js draws."""
     return payload(varying(charts_of(run)))
 
 
 def _groups(run: RunRecord) -> list[Markup]:
     """Return links to the groups of sections, then the groups; empty ones are left out."""
-    found = []
-    for title, group in GROUPS.items():
-        parts = [part for section in group if (part := _shown(section, run)) is not None]
-        if parts:
-            found.append((title, tag("div", *parts, id=title.lower())))
+    found = [(title, part) for title in GROUPS if (part := group_of(run, title)) is not None]
     links = [tag("a", title, href=f"#{title.lower()}") for title, _ in found]
     return [tag("nav", *links, class_="jump", aria_label="sections"), *(part for _, part in found)]
+
+
+def group_of(run: RunRecord, title: str) -> Markup | None:
+    """Return the sections of one of GROUPS; None if all are empty."""
+    parts = [part for section in GROUPS[title] if (part := shown(section, run)) is not None]
+    return tag("div", *parts, id=title.lower()) if parts else None
 
 
 def _chain(run: RunRecord) -> Markup:
@@ -213,7 +216,7 @@ GROUPS: Mapping[str, tuple[Callable[[RunRecord], Markup | None], ...]] = {
 }
 
 
-def _shown(section: Callable[[RunRecord], Markup | None], run: RunRecord) -> Markup | None:
+def shown(section: Callable[[RunRecord], Markup | None], run: RunRecord) -> Markup | None:
     """Return a section, or a line in its place if a file that it reads is damaged."""
     try:
         return section(run)

@@ -193,7 +193,7 @@ def reward_and_length(run: RunRecord) -> Markup | None:
 
 def clip(text: object) -> str:
     """Return a prompt or response as plain text, truncated with a note if it is long."""
-    if isinstance(text, list):
+    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
         text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
     text = "" if text is None else str(text)
     if len(text) <= MAX_TEXT:

@@ -64,7 +64,7 @@ def chain_picture(stages: Sequence[StageRecord]) -> Markup:
         role="img",
         aria_label="the stages and what each takes",
     )
-    return tag("div", svg, class_="wide chain")
+    return tag("div", svg, tabindex="0", class_="wide chain")
 
 
 def _route(start: str, end: str, depth: dict[str, int]) -> list[Item]:

@@ -26,7 +26,7 @@
   // Scales and numbers
 
   function ticks(low, high, count) {
-    if (!(high > low)) {
+    if (!(high - low > 1e-12 * Math.max(Math.abs(low), Math.abs(high)))) {
       const pad = Math.abs(low) * 0.1 || 1;
       [low, high] = [low - pad, high + pad];
     }

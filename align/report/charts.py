@@ -27,10 +27,12 @@ def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
 
     Args:
         low: smallest value.
-        high: largest value; if it equals ``low``, the range is widened by 10 % on each side.
+        high: largest value; if it equals ``low`` but for rounding, the range is widened by 10 % on
+            each side.
         count: approximate number of steps.
     """
-    if high <= low:
+    # Means of equal numbers differ in their last digits, which are no range to draw.
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count

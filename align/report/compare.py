@@ -112,7 +112,9 @@ def shared_charts(runs: Named) -> list[Chart]:
         if len(parts) > 1:
             chart = next(iter(parts.values()))
             lines = [replace(part.lines[0], label=name) for name, part in parts.items()]
-            shared.append(Chart(chart.group, chart.title, lines))
+            # What is one number in all runs is in their recipes, or not worth a chart.
+            if len({y for line in lines for y in line.y if y is not None}) > 1:
+                shared.append(Chart(chart.group, chart.title, lines))
     groups = dict.fromkeys(chart.group for chart in shared)
     return [c for g in groups for c in [c for c in shared if c.group == g][:MAX_PANELS]]
 

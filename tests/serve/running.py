@@ -62,7 +62,9 @@ def running(
     port = free_port()
     created = create_app(Settings(runs=runs, port=port, **settings))
     services, app = created.state.services, wrap(created)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

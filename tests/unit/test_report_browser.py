@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_report as parts
 
 from align.report import build_comparison, build_report
-from tests.browser import Watched, chromium
+from tests.browser import Watched, accessibility_findings, chromium
 
 
 @pytest.fixture(scope="module")
@@ -267,11 +267,14 @@ def test_runs_are_compared_in_one_chart(browser: Any, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(browser: Any, folder: Path, scheme: str) -> None:
+def test_nothing_is_wider_than_a_phone_or_a_serious_finding_of_axe(
+    browser: Any, folder: Path, scheme: str
+) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page.goto(build_report(folder).as_uri())
     figure(page, "ppo/kl/reference")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert accessibility_findings(page) == []
     page.close()
 
 

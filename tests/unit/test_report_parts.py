@@ -35,6 +35,7 @@ def test_panels_share_train_and_eval_and_keep_gaps() -> None:
     [
         (0.0, 1.0, [0.0, 0.5, 1.0]),  # a quarter is no round step; the next is 0.5
         (1.0, 40.0, [0, 10, 20, 30, 40]),
+        (0.4, sum([0.4] * 3) / 3, [0.36, 0.38, 0.4, 0.42, 0.44]),  # equal but for rounding
         (5.0, 5.0, [4.4, 4.6, 4.8, 5.0, 5.2, 5.4, 5.6]),
     ],
 )

@@ -1,22 +1,17 @@
-"""Live pages of the runs."""
+"""Live pages of the runs: states, charts, samples and logs; stopping, resuming, comparing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastapi import APIRouter
-
+from align.serve.live.pages import router
 from align.serve.services import Services
 
+__all__ = ["MIGRATIONS", "NAME", "background", "router"]
 NAME = "live"
 MIGRATIONS: tuple[str, ...] = ()
 
 
-def router(services: Services) -> APIRouter:
-    """Return the routes of this area."""
-    return APIRouter()
-
-
 @contextmanager
-def background(services: Services) -> Iterator[None]:
-    """Run what belongs to this area while the server runs."""
+def background(_services: Services) -> Iterator[None]:
+    """Run nothing: everything is read from the runs' folders when a page asks."""
     yield
