@@ -17,7 +17,7 @@ from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.serve import serve
 from align.cli.start import import_, init, recipes
-from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError
+from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, RecipeError
 from align.core.failure import last_words, path_problem
 from align.core.references import find_model
 from align.core.text import visible
@@ -94,14 +94,20 @@ def check(
     runs: Runs = Path("runs"),
 ) -> None:
     """Validate a recipe and list every error with its line number."""
+    from align.cli.first_look import first_look
     from align.recipe.advice import warnings
-    from align.recipe.load import load_recipe
+    from align.recipe.load import load_resolved
 
-    loaded = load_recipe(recipe, overrides or ())
+    resolved = load_resolved(recipe, overrides or ())
+    loaded, look = resolved.recipe, first_look(resolved)
+    if look.problems:
+        raise RecipeError("\n".join(look.problems))
     names = ", ".join(loaded.stages)
     typer.echo(visible(f"{recipe}: valid, {len(loaded.stages)} stages: {names}"))
-    for line in warnings(loaded):
+    for line in (*warnings(loaded), *look.warnings):
         typer.echo(visible(f"{recipe}: warning: {line}"))
+    for line in look.closing_lines():
+        typer.echo(visible(line))
     if deep or only:
         from align.cli.deep import check_deeply
 

@@ -60,7 +60,7 @@ def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
     """Load the labeled texts and put a new head on the policy or encoder ``spec.init``."""
     source = load_backbone(spec, context)
     render = partial(class_row, load_tokenizer(source.model_dir))
-    data = offline_rows(spec, context, kind="classes", render=render)
+    data = offline_rows(spec, context, render=render)
     classes = classes_of(data.training, data.heldout)
     model = build_classifier(spec, source, classes, seed=context.seed)
     loss_fn = partial(labeled_loss, label_smoothing=spec.label_smoothing)

@@ -48,7 +48,7 @@ def prepare(spec: DpoStage, context: StageContext) -> Prepared:
     """Load the pairs, build the policy and compute the reference log-probabilities with it."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    data = offline_rows(spec, context, render=chat.pair_row)
     pairs, num_training = [*data.training, *data.heldout], len(data.training)
     refuse_ties(pairs)
     module = build_policy(spec, source.model_dir, seed=context.seed)

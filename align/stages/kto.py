@@ -53,7 +53,7 @@ def prepare(spec: KtoStage, context: StageContext) -> Prepared:
     """Load the responses, build the policy and compute reference log-probabilities with it."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    data = offline_rows(spec, context, kind="unpaired", render=partial(labeled_row, chat))
+    data = offline_rows(spec, context, render=partial(labeled_row, chat))
     training, heldout = (
         mismatch(rows, max_length=spec.max_length) for rows in (data.training, data.heldout)
     )

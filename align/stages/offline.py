@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -237,18 +237,17 @@ def offline_rows(
     spec: OfflineStage,
     context: StageContext,
     *,
-    kind: Literal["sft", "preference", "unpaired", "steps", "classes"],
     render: Callable[[Example], Any],
 ) -> OfflineRows:
     """Load and tokenize training and held-out rows that share no prompt.
 
     Args:
         spec: the stage; ``max_length`` and ``max_lost_frac`` bound the dropped rows.
-        context: context of the stage. kind: kind of rows, such as sft or preference.
+        context: context of the stage.
         render: example -> tokenized row.
     """
-    training = load_examples(spec.data, kind=kind, seed=context.seed, mix_cap=spec.mix_cap)
-    heldout = load_examples(spec.heldout, kind=kind, seed=context.seed)
+    training = load_examples(spec.data, kind=spec.rows, seed=context.seed, mix_cap=spec.mix_cap)
+    heldout = load_examples(spec.heldout, kind=spec.rows, seed=context.seed)
     # Shared prompts would make the held-out loss a training loss.
     check_overlap(training, heldout)
     checks, notes = contamination_checks(

@@ -19,7 +19,7 @@ def prepare(spec: SftStage, context: StageContext) -> Prepared:
     """Load the rows and build the policy of ``spec.init``."""
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    data = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    data = offline_rows(spec, context, render=chat.sft_row)
     module = build_policy(spec, source.model_dir, seed=context.seed)
     loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
     task = OfflineTask(data.training, data.heldout, length_of, collate, loss_fn)

@@ -77,7 +77,7 @@ def test_fresh_process_has_the_trained_model_and_the_loss_of_the_saved_one(folde
     context.out.mkdir()
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    loaded = offline_rows(spec, context, kind="sft", render=chat.sft_row)
+    loaded = offline_rows(spec, context, render=chat.sft_row)
     rows, held = loaded.training, loaded.heldout
     module = build_policy(spec, source.model_dir)
     task = OfflineTask(rows, held, sft.length_of, sft.collate, sft.sft_loss)

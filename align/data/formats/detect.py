@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
@@ -22,11 +22,10 @@ from align.data.formats.row_keys import (
 from align.data.formats.tools import parsed
 from align.data.formats.turns import guess, is_nothing, parse_turns
 from align.data.reading.json import Row
-from align.recipe.schema.formats import ALIASES, FORMATS
+from align.recipe.schema.formats import ALIASES, FORMATS, Kind
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps", "classes"]
 Importer = Callable[[Any, str], list[Example]]
 
 

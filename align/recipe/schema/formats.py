@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -10,6 +10,8 @@ from align.core.text import suggest
 
 ASKED = ("prompt", "question", "instruction", "query", "problem", "input")
 """Fields that may contain the question of a row; the first that is present is used."""
+Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps", "classes"]
+"""Kinds of rows that a stage needs."""
 _IMPORTERS = "align.data.formats.importers"
 
 

@@ -18,6 +18,7 @@ from align.recipe.schema.common import (
     refuse_answers,
 )
 from align.recipe.schema.dtype import Dtype
+from align.recipe.schema.formats import Kind
 from align.recipe.schema.training import StageSpec, TrainingStage, refuse_unfit
 from align.recipe.schema.tuning import refuse_dropout
 
@@ -25,6 +26,8 @@ from align.recipe.schema.tuning import refuse_dropout
 class OfflineStage(TrainingStage):
     """Base of sft, classify, reward, dpo and kto."""
 
+    rows: ClassVar[Kind]
+    """Kind of the rows of ``data`` and ``heldout``."""
     data: list[DataSpec] = Field(min_length=1)
     """Training rows."""
     heldout: list[DataSpec] = []
@@ -60,6 +63,8 @@ class BaseStage(StageSpec):
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "align.stages.base_model"
+    rows: ClassVar[Kind] = "corpus"
+    """Kind of the rows of ``data``."""
     kind: Literal["base"]
     path: str | None = None
     """Folder or hub id of a transformers model."""
@@ -108,6 +113,7 @@ class SftStage(OfflineStage):
     module: ClassVar[str] = "align.stages.sft"
     family: ClassVar = "supervised"
     heldout_metrics: ClassVar = ("eval/loss",)
+    rows: ClassVar[Kind] = "sft"
     kind: Literal["sft"]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
@@ -119,6 +125,7 @@ class DpoStage(OfflineStage):
     module: ClassVar[str] = "align.stages.dpo"
     family: ClassVar = "policy"
     heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy", "eval/margin", "eval/chosen_logprob")
+    rows: ClassVar[Kind] = "preference"
     kind: Literal["dpo"]
     beta: Positive = 0.1
     """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
@@ -157,6 +164,7 @@ class KtoStage(OfflineStage):
     module: ClassVar[str] = "align.stages.kto"
     family: ClassVar = "policy"
     heldout_metrics: ClassVar = ("eval/loss", "eval/kl", "eval/good_reward", "eval/bad_reward")
+    rows: ClassVar[Kind] = "unpaired"
     kind: Literal["kto"]
     beta: Positive = 0.1
     """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
@@ -209,6 +217,12 @@ class RewardStage(OfflineStage):
     """Normalize on responses sampled from ``init`` instead of those of the data
     (arXiv:1909.08593 section 2)."""
 
+    @property
+    def rows(self) -> Kind:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Kind of the rows of ``data`` and ``heldout``."""
+        kinds: dict[str, Kind] = {"pairs": "preference", "answers": "unpaired", "steps": "steps"}
+        return kinds[self.supervision]
+
     @model_validator(mode="after")
     def _legal(self) -> "RewardStage":
         if self.noise_folds == 1:
@@ -226,6 +240,7 @@ class ClassifyStage(OfflineStage):
     family: ClassVar = "supervised"
     heldout_metrics: ClassVar = ("eval/loss", "eval/accuracy")
     new_head: ClassVar[str | None] = "classify"
+    rows: ClassVar[Kind] = "classes"
     kind: Literal["classify"]
     init: Annotated[str, Ref("policy", "encoder")]
     """Policy or encoder on which the head is placed."""

@@ -15,6 +15,7 @@ from align.recipe.schema.common import (
     refuse_answers,
 )
 from align.recipe.schema.dtype import Dtype
+from align.recipe.schema.formats import Kind
 from align.recipe.schema.tuning import (
     FullTuning,
     Rate,
@@ -75,6 +76,8 @@ class EwcSpec(Spec):
     Reference: arXiv:1612.00796 eq. 3.
     """
 
+    rows: ClassVar[Kind] = "sft"
+    """Kind of the rows of ``data``."""
     coef: Positive
     """Lambda. The Fisher information is scaled to mean 1, so 1 is like an L2 penalty of 1/2."""
     data: list[DataSpec] = Field(min_length=1)

@@ -175,7 +175,7 @@ def pair_task(
     spec: RewardStage, context: StageContext, chat: RowFormat
 ) -> tuple[OfflineTask[Any], OfflineRows]:
     """Return the task of learning which of two responses is better."""
-    data = offline_rows(spec, context, kind="preference", render=chat.pair_row)
+    data = offline_rows(spec, context, render=chat.pair_row)
     ties = [pair.source for pair in (*data.training, *data.heldout) if pair.tie]
     if ties and spec.tie_margin is None:
         raise DataError(
@@ -214,7 +214,7 @@ def answer_task(
         row = trim_after_last_trained(chat.sft_row(example))
         return LabeledAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
 
-    data = offline_rows(spec, context, kind="unpaired", render=judged)
+    data = offline_rows(spec, context, render=judged)
     try:
         classes = class_weights(data.training)
     except ValueError as error:
@@ -240,7 +240,7 @@ def step_task(
     """Return the task of learning whether a solution is correct so far, from labeled steps."""
     assert isinstance(chat, ChatFormat), "an encoder cannot score steps"
     render = partial(_labeled_steps, chat, spec.step_separator)
-    data = offline_rows(spec, context, kind="steps", render=render)
+    data = offline_rows(spec, context, render=render)
     task = OfflineTask(data.training, data.heldout, _length, collate_steps, steps_loss)
     return task, data
 
