@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo, TyperInfo
 
 from align.cli.data import data, explain
 from align.cli.errors import with_source
@@ -22,11 +23,20 @@ from align.core.failure import last_words, path_problem
 from align.core.references import find_model
 from align.core.text import visible
 
+EPILOG = """\
+A first run: align run quickstart
+
+Your model and data: align init --model ORG/NAME --data rows.jsonl, then align check, align run and
+align open
+"""
+"""Examples below the list of commands."""
+
 cli = typer.Typer(
     name="align",
     help="Post-training for language models: SFT, reward models, DPO, PPO, GRPO from one recipe.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
     pretty_exceptions_enable=False,
 )
 
@@ -283,6 +293,34 @@ cli.command("eval")(eval_)
 cli.command()(calibrate)
 cli.command()(export)
 cli.command()(push)
+
+PANELS = {
+    "Start": ("init", "import", "recipes", "doctor"),
+    "Train": ("check", "show", "plan", "run", "verify"),
+    "Look": ("runs", "logs", "report", "open"),
+    "Evaluate": ("eval", "calibrate", "reward"),
+    "Data": ("data", "labels", "cache"),
+    "Use and share": ("chat", "export", "push", "serve-reward", "serve"),
+    "Help": ("explain", "schema"),
+}
+"""The commands in the order of ``align --help``, under the title of each group."""
+
+
+def _arrange() -> None:
+    """Put the commands into the panels and the order of ``PANELS``."""
+    panel = {name: title for title, names in PANELS.items() for name in names}
+    order = list(panel)
+
+    def place(info: CommandInfo | TyperInfo) -> int:
+        name = info.name or info.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]
+        info.rich_help_panel = panel.get(name)
+        return order.index(name) if name in panel else len(order)
+
+    cli.registered_commands.sort(key=place)
+    cli.registered_groups.sort(key=place)
+
+
+_arrange()
 
 
 def app() -> None:

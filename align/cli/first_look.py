@@ -10,9 +10,6 @@ from align.core.accelerator import list_gpus
 from align.core.errors import AlignError, DataError
 from align.core.extras import TRAINING
 from align.core.references import CONFIGS, HUB_ID
-from align.data.formats.detect import FormatDetector, to_examples
-from align.data.load import rename_fields, source_of
-from align.data.reading.sources import find_files, read_rows
 from align.pipeline.processes import num_cores
 from align.recipe.load import Resolved
 from align.recipe.schema import DataSpec, Spec, StageSpec
@@ -70,7 +67,7 @@ def first_look(resolved: Resolved) -> FirstLook:
                 _look_at(source, _kind(key, owner), found)
             except AlignError as error:
                 found.problems.append(f"{_place(resolved, key)}{error}")
-        _look_at_model(spec, f"stages.{name}.path", resolved, found)
+        _look_at_model(spec, f"stages.{name}.path", resolved, found=found)
         found.warnings += _devices(spec, f"stages.{name}.ranks", num_gpus)
     missing = [name for name in TRAINING if find_spec(name) is None]
     if missing:
@@ -107,6 +104,10 @@ def _look_at(source: DataSpec, kind: str | None, found: FirstLook) -> None:
     Raises:
         DataError: nothing is there, it has no row, or the row is of another kind.
     """
+    from align.data.formats.detect import FormatDetector, to_examples
+    from align.data.load import rename_fields, source_of
+    from align.data.reading.sources import find_files, read_rows
+
     if source.path is None:
         return
     if not find_files(source.path):
@@ -129,7 +130,7 @@ def _look_at(source: DataSpec, kind: str | None, found: FirstLook) -> None:
     to_examples(row, kind=wanted, format=form, source=place)
 
 
-def _look_at_model(spec: StageSpec, key: str, resolved: Resolved, found: FirstLook) -> None:
+def _look_at_model(spec: StageSpec, key: str, resolved: Resolved, *, found: FirstLook) -> None:
     """Find the folder of a model that a stage imports."""
     path = getattr(spec, "path", None)
     if not isinstance(path, str):

@@ -234,10 +234,7 @@ class OfflineRows:
 
 
 def offline_rows(
-    spec: OfflineStage,
-    context: StageContext,
-    *,
-    render: Callable[[Example], Any],
+    spec: OfflineStage, context: StageContext, *, render: Callable[[Example], Any]
 ) -> OfflineRows:
     """Load and tokenize training and held-out rows that share no prompt.
 

@@ -76,7 +76,9 @@ def test_only_the_first_row_is_read(tmp_path: Path):
 
 def test_rows_that_own_code_changes_are_not_judged(tmp_path: Path):
     data = write(tmp_path / "a.jsonl", {"nonsense": 1})
-    (tmp_path / "my.py").write_text("raise SystemExit('never run by align check')\ndef rows(row): return row\n")
+    (tmp_path / "my.py").write_text(
+        "raise SystemExit('never run by align check')\ndef rows(row): return row\n"
+    )
     spec = f"    data: [{{path: {data}, map: '{tmp_path}/my.py:rows'}}]\n"
     code, text = checked(tmp_path, f"  it:\n    kind: sft\n    init: base\n{spec}")
     assert code == 0, text

@@ -26,7 +26,7 @@ def test_the_page_of_commands_has_every_command_of_the_help():
         text=True,
         check=True,
     )
-    listed = done.stdout.partition("Commands")[2].splitlines()
+    listed = done.stdout.partition("─ Start ─")[2].splitlines()  # after the options
     names = {words[1] for line in listed if len(words := line.split()) > 2 and words[0] == "│"}
     assert {"run", "import", "init", "data"} <= names
     page = CLI_PAGE.read_text()
