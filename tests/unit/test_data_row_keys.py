@@ -1,6 +1,8 @@
 """No key of a row or a turn is dropped: it is used, or a column, or the row is refused by name."""
 
+import difflib
 import json
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -463,3 +465,19 @@ def test_a_second_question_or_answer_is_refused_unless_it_repeats_the_first(
         source="a:7",
     )
     assert example.columns[f"{key}_column"] == "Another."
+
+
+def test_the_names_of_columns_are_compared_once_and_not_for_each_row(monkeypatch) -> None:
+    asked = Counter()
+
+    def counted(word, known, **options):
+        asked[word] += 1
+        return find(word, known, **options)
+
+    find = difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    row = {"messages": [U, A], "a_new_column": 1, "another_new_column": 2}
+    for i in range(50):
+        to_examples(row, kind="sft", format="auto", source=f"a:{i}")
+    assert asked.keys() >= {"a_new_column", "another_new_column"}
+    assert max(asked.values()) <= 2
