@@ -161,7 +161,7 @@ def test_a_dpo_job_and_a_reinforcement_job_succeed(client: OpenAI):
     pairs = start(
         client, DPO, {"type": "dpo", "dpo": {"hyperparameters": {**settings, "beta": 0.2}}}
     )
-    rows = [{"messages": [user("Say lake.")], "reference_answer": "lake"}]
+    rows = [{"messages": [user(f"Say {w}.")], "reference_answer": w} for w in ("lake", "hill")]
     valid = client.files.create(file=("v.jsonl", jsonl(rows)), purpose="fine-tune")
     source = "def grade(sample, item):\n    return len(sample['output_text']) % 3 / 2\n"
     grader = {

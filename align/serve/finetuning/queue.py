@@ -29,7 +29,12 @@ from align.serve.finetuning.jobs import add_event, set_status
 from align.serve.finetuning.models import find_place
 from align.serve.finetuning.progress import add_metrics, error_of, finish, read_steps
 from align.serve.finetuning.recipes import STAGE, job_recipe, resolved, write_recipe
-from align.serve.finetuning.training_files import InvalidFileError, check_file, write_prompts
+from align.serve.finetuning.training_files import (
+    MIN_ROWS,
+    InvalidFileError,
+    check_file,
+    write_prompts,
+)
 from align.serve.finetuning.webhooks import deliver_due
 
 log = logging.getLogger(__name__)
@@ -175,9 +180,7 @@ class Queue:
         """Check a file and put it into the job's folder, where deleting it does not reach."""
         source = self._api.files.path(name)
         try:
-            count = check_file(
-                source, method, **({} if param == "training_file" else {"minimum": 1})
-            )
+            count = check_file(source, method, minimum=_fewest(param, method))
         except InvalidFileError as error:
             raise _named(error, param) from None
         except FileNotFoundError:
@@ -300,6 +303,13 @@ class Queue:
         with self._api.store.write() as db:
             add_metrics(db, job, rows)
         self._sizes[job] = size
+
+
+def _fewest(param: str, method: str) -> int:
+    """Return the fewest rows of a file; an interval of held-out rewards needs two."""
+    if param == "training_file":
+        return MIN_ROWS
+    return 2 if method == "reinforcement" else 1
 
 
 def _named(error: InvalidFileError, param: str) -> InvalidFileError:

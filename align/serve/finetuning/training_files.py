@@ -24,7 +24,7 @@ class InvalidFileError(ValueError):
         self.param = param
 
 
-def check_file(path: Path, method: str, *, minimum: int = MIN_ROWS) -> int:
+def check_file(path: Path, method: str, *, minimum: int) -> int:
     """Return the number of rows of a JSONL file.
 
     Args:

@@ -35,6 +35,7 @@ EVENTS = (
     "fine_tuning.job.cancelled",
 )
 Event = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 MAX_HOOKS = 10
 TIMEOUT_S = 10.0
 WAITS_S = (5, 30, 300, 1800, 7200, 18_000, 36_000)
@@ -88,15 +89,25 @@ def public_address(host: str, port: int, *, private: bool) -> str:
         BlockedAddressError: any of its addresses is not public.
         OSError: the name has no address.
     """
+    # A name of this machine (RFC 6761), also where no resolver knows it.
+    if not private and host.lower().rstrip(".").endswith("localhost"):
+        raise BlockedAddressError(f"{host} is this machine")
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     for address in addresses:
-        ip = ipaddress.ip_address(address)
-        inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-        hidden = inner is not None and not inner.is_global
-        if not private and (hidden or not ip.is_global or ip.is_multicast):
+        if not private and not _is_public(ipaddress.ip_address(address)):
             raise BlockedAddressError(f"{host} is {address}, which is not a public address")
     return addresses[0]
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return _is_public(ip.ipv4_mapped)
+        # Translated and tunneled addresses lead to IPv4 addresses, perhaps private ones.
+        if ip.sixtofour or ip.teredo or ip in NAT64:
+            return False
+    return ip.is_global and not ip.is_multicast
 
 
 def send(url: str, body: str, headers: dict[str, str], *, private: bool) -> int:
