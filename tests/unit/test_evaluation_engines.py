@@ -1,16 +1,31 @@
 """The engines of an evaluation: one at a time, and none outlives its stage."""
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from align.core.artifacts import Artifact
 from align.recipe.schema import EvaluateStage, Recipe
 from align.stages.base import StageContext
-from align.stages.evaluate import answers
+from align.stages.evaluate import answers, stage
+
+SPEC = EvaluateStage(
+    kind="evaluate",
+    models=["a", "b"],
+    baseline="a",
+    prompts=[{"path": "x"}],
+    scores=[{"kind": "regex", "pattern": "x"}],
+    judge=[{"kind": "regex", "pattern": "x"}],
+)
+
+
+def context_of(folder: Path) -> StageContext:
+    return StageContext(Recipe(name="r", stages={"e": SPEC}), "e", folder, 0)
 
 
 class Engine:
@@ -42,19 +57,41 @@ def test_engines_end_one_by_one_and_with_the_stage(fails: bool, monkeypatch, tmp
     monkeypatch.setattr(answers, "start_engine", lambda *_, context: Engine(log))
     monkeypatch.setattr(answers, "_config", lambda artifact: artifact.path)
     monkeypatch.setattr(answers, "_ask", ask)
-    spec = EvaluateStage(
-        kind="evaluate",
-        models=["a", "b"],
-        baseline="a",
-        prompts=[{"path": "x"}],
-        scores=[{"kind": "regex", "pattern": "x"}],
-        judge=[{"kind": "regex", "pattern": "x"}],
-    )
-    context = StageContext(Recipe(name="r", stages={"e": spec}), "e", tmp_path, 0)
+    context = context_of(tmp_path)
     artifacts = {name: Artifact(Path(name), {}) for name in "ab"}
     ends = pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext()
     with ends, context.resources:
         answers.sample_all(
-            spec, artifacts, {task.name: [] for task in spec.all_tasks}, context=context
+            SPEC, artifacts, {task.name: [] for task in SPEC.all_tasks}, context=context
         )
     assert log == ["start 0", "end 0", "start 1", "end 1"]
+
+
+def test_one_model_is_in_memory_at_a_time(monkeypatch, tmp_path) -> None:
+    """Two and the reference would not fit where the stages before this one did."""
+    before: list[Any] = []
+
+    def load(_: Path, *, dtype: str) -> nn.Module:
+        assert not any(model() for model in before), "an earlier model is still in memory"
+        model = nn.Linear(1, 1)
+        before.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(stage, "load_tuned_policy", load)
+    monkeypatch.setattr(stage, "chat_format", lambda _: None)
+    monkeypatch.setattr(stage, "held_out_rows", lambda *_: [])
+    monkeypatch.setattr(stage, "load_reference", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(stage, "kl_per_answer", lambda *_, **__: [])
+    monkeypatch.setattr(stage, "to_records", lambda *_, **__: [])
+    monkeypatch.setattr(stage, "_log_model", lambda *_, **__: None)
+    names = [task.name for task in SPEC.all_tasks]
+    experience: Any = SimpleNamespace(completions=[])
+    found = stage._measure_all(
+        SPEC,
+        {name: Artifact(Path(name), {}) for name in "ab"},
+        answers={name: dict.fromkeys("ab", experience) for name in names},
+        rewards={name: ([], []) for name in names},
+        context=context_of(tmp_path),
+    )
+    assert [list(models) for models in found.values()] == [["a", "b"]]
+    assert len(before) == 2

@@ -135,6 +135,7 @@ def _measure_all(
             records = [r for part in distributed.gather_objects(mine) for r in part]
             losses = row_losses(policy, heldout[task.name])
             found[task.name][name] = Responses(records, losses)
+        del policy  # before the next one is loaded
         _log_model(metrics, i + 1, name=name, records=found[tasks[0].name][name].records)
     metrics.close()
     return found
