@@ -59,11 +59,11 @@ SAVED_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def read_back(load: Callable[[], Model]) -> Model | None:
+def read_back(load: Callable[[], Model], *, what: str = LOSS_SAVED) -> Model | None:
     """Load the saved model next to the trained one; return None on every rank if it does not fit.
 
-    Full-precision weights take at least four times the memory of 4-bit weights, so they may not
-    fit on the same accelerator. Every rank must call this.
+    It takes up to four times the memory of a model in 4 bits. ``what`` is then not measured, which
+    is said and does not stop the stage: its weights are saved. Every rank must call this.
     """
     try:
         model = load()
@@ -71,9 +71,9 @@ def read_back(load: Callable[[], Model]) -> Model | None:
         model = None
     if distributed.global_sum(float(model is None)):
         log.warning(
-            "the saved full-precision model does not fit in memory next to the trained one: %s is "
-            "not measured. An evaluate stage can score the saved model",
-            LOSS_SAVED,
+            "the saved model does not fit in memory next to the trained one: %s is not measured. "
+            "An evaluate stage can score the saved model",
+            what,
         )
         return None
     return model

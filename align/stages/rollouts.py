@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from align.sampling.push import (
 )
 from align.sampling.rounding import ENGINE_LIMIT, excess
 from align.stages.base import StageContext
+from align.stages.offline import read_back
 from align.training.learner import Learner
 from align.tuning.loading import attach_adapter, load_tuned_policy
 from align.tuning.merging import merges
@@ -163,6 +165,7 @@ def check_saved(
     """Check that a merged policy equals the one in memory, up to rounding.
 
     With qlora it differs on purpose: the update is applied to weights that were never quantized.
+    It is not checked if it does not fit in memory. Every rank must call this.
 
     Raises:
         TrainingError: the log-probabilities of a prompt differ by more than rounding.
@@ -172,7 +175,12 @@ def check_saved(
         return
     logprobs = policy.infer([probe], probe_logprobs)[0]
     # Read back from disk, as the next stage will.
-    saved = LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).eval()
+    loaded = read_back(
+        partial(load_tuned_policy, model_dir, dtype=spec.dtype), what="its difference to the policy"
+    )
+    if loaded is None:
+        return
+    saved = LogprobModel(loaded).eval()
     found = probe_logprobs(saved, probe)
     gap = found - logprobs
     times = excess(gap, measured_rounding(saved, probe, found))

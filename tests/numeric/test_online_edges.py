@@ -1,5 +1,6 @@
 """Edges of the online step: infinite scores, mini-batches without signal, dynamic sampling."""
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from online_parts import grpo_spec, policy_of, run_of, sampled, scored, weights
+from online_parts import LORA, grpo_spec, policy_of, run_of, sampled, scored, weights
 
 from align.core import distributed
 from align.core.errors import DataError, TrainingError
@@ -25,6 +26,7 @@ from align.online.summary import summarize
 from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
+from align.stages import rollouts
 from align.stages.evaluate.measure import wants_kl
 from align.stages.reward.normalize import even_sample, normalization
 from align.stages.rollouts import fitted
@@ -302,6 +304,21 @@ def test_scores_of_a_prompt_do_not_depend_on_what_else_is_in_its_batch(tmp_path:
     with pytest.raises(DataError, match="column 'solution' is missing") as caught:
         score_answers(rows, answers, other)
     assert caught.value.exit_code == 2
+
+
+def test_a_saved_policy_that_does_not_fit_beside_the_trained_one_is_not_checked(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its weights are saved: an error here would end the stage again at every attempt."""
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rollouts, "load_tuned_policy", load)
+    policy = policy_of(model_dir, LORA)
+    rollouts.check_saved(policy, (1, 2, 3), model_dir=model_dir, spec=grpo_spec(tuning=LORA))
+    assert "its difference to the policy is not measured" in caplog.text
 
 
 def test_an_imbalance_of_good_and_bad_answers_names_the_weight_that_balances() -> None:
