@@ -143,10 +143,67 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(page, monkeypatch, 
     assert "sft: done already" in capsys.readouterr().out
     align.sft(**call, quiet=True)
     assert capsys.readouterr().out == ""
+    # With nothing to replace, force returns the finished run.
+    align.sft(**call, force=True, quiet=True)
+    assert manifest.stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"sft: changed since it ran: steps 4 -> 5\n.*force=True"):
         align.sft(**{**call, "steps": 5})
     with pytest.raises(RecipeError, match="sft: changed since it ran: data"):
         align.sft(**{**call, "data": rows[:-1]})
+
+
+@pytest.mark.slow
+def test_evaluate_returns_the_results_on_disk_and_forced_measures_again(page, monkeypatch):
+    monkeypatch.chdir(page)
+    grader = [align.rewards.length(name="brief", target=2, limit=4)]
+    task = {"name": "words", "prompts": [{"prompt": "Say fog."}], "grader": grader}
+    call: dict[str, Any] = {"tasks": task, "out": "runs/measured", "quiet": True}
+    made = []
+    for force in (False, False, True):
+        found = align.evaluate(["runs/sft/sft", "runs/sft/base"], **call, force=force)
+        made.append((page / "runs/measured/evaluate/manifest.json").stat().st_mtime_ns)
+        assert set(found.summary["tasks"]["words"]["models"]) == {"sft", "base"}
+    assert made[0] == made[1] < made[2]
+
+
+@pytest.mark.slow
+def test_preferences_labels_a_reward_model_and_ppo_run_from_python(page, monkeypatch):
+    monkeypatch.chdir(page)
+    few: dict[str, Any] = {"steps": 2, "quiet": True}
+    pairs = [{"prompt": f"Say {w}.", "chosen": w, "rejected": w[::-1]} for w in WORDS]
+    labels = [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in pairs
+        for key in ("chosen", "rejected")
+    ]
+    start = align.Run("runs/sft")
+    trained = {
+        "kto": align.kto(model=start, data=labels, batch_size=4, **few),
+        "reward": align.reward(model=start, data=pairs, batch_size=2, **few),
+    }
+    trained["ppo"] = align.ppo(
+        model=start,
+        data=[{"prompt": f"Say {word}."} for word in WORDS],
+        # A run and a function at once.
+        rewards=[trained["reward"], shortness],
+        prompts_per_step=2,
+        sampling={"max_new_tokens": 4, "engine": "hf"},
+        **few,
+    )
+    for kind, run in trained.items():
+        assert run.path == Path("runs") / kind
+        assert run.stages[kind].status == "done"
+        assert [row["step"] for row in run.stages[kind].metrics if "time_s" in row][-1] == 2
+        assert run.last_model() == run.path / kind
+    model, tokenizer = trained["reward"].model()
+    scores = [float(model(**tokenizer(f"Say {w}. {w}", return_tensors="pt")).logits) for w in WORDS]
+    assert len(set(scores)) == len(WORDS)
+    last = trained["ppo"].stages["ppo"].metrics[-1]
+    assert {"reward/scalar", "reward/shortness", "value/loss", "policy/loss"} <= last.keys()
+
+
+def shortness(completions: list[str], **columns: Any) -> list[float]:
+    return [-len(text) / 10 for text in completions]
 
 
 @pytest.mark.slow
