@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+MODEL_HELP = "RUN/STAGE, a folder or a hub id"
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
+
 
 class ExportFormat(StrEnum):
     """What to write."""
@@ -17,9 +20,7 @@ class ExportFormat(StrEnum):
 
 
 def export(
-    reference: Annotated[
-        Path, typer.Argument(metavar="RUN/STAGE", help="or a model folder: runs/quickstart/dpo")
-    ],
+    reference: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")],
     format_: Annotated[
         ExportFormat, typer.Option("--format", help="safetensors, the adapter alone, or GGUF")
@@ -37,21 +38,22 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="replace an earlier export in OUT")
     ] = False,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Export a model for vLLM, llama.cpp or Ollama, and verify it against the original."""
     from align.pipeline.processes import run_tool
 
     os.environ.setdefault("TQDM_DISABLE", "1")
-    options = ["--format", format_.value]
+    options = ["--format", format_.value, "--runs", str(runs)]
     for name, value in (("--dtype", dtype), ("--base", base), ("--prompts", prompts)):
         options += [] if value is None else [name, str(value)]
     options += ["--force"] if force else []
-    raise typer.Exit(run_tool("export", [str(reference), str(out), *options]))
+    raise typer.Exit(run_tool("export", [reference, str(out), *options]))
 
 
 def push(
     reference: Annotated[
-        Path, typer.Argument(metavar="RUN/STAGE", help="or an export, or a model folder")
+        str, typer.Argument(metavar="MODEL", help="RUN/STAGE, a folder, an export or a hub id")
     ],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="repository on the hub")],
     private: Annotated[bool, typer.Option("--private", help="if the repository is new")] = False,
@@ -60,12 +62,13 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list the files and sizes, and upload nothing")
     ] = False,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Upload a model with its card to the Hugging Face Hub."""
     from align.pipeline.processes import run_tool
 
-    options = ["--message", message]
+    options = ["--message", message, "--runs", str(runs)]
     options += [] if revision is None else ["--revision", revision]
     options += ["--private"] if private else []
     options += ["--dry-run"] if dry_run else []
-    raise typer.Exit(run_tool("push", [str(reference), repo, *options]))
+    raise typer.Exit(run_tool("push", [reference, repo, *options]))

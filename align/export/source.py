@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from align.core.artifacts import MANIFEST, read_artifact, read_json_object, read_manifest
 from align.core.errors import ArtifactError
+from align.core.references import find_model
+from align.export.folder import is_export
 from align.models.bringing import check_folder
+from align.models.loading import model_folder
 from align.tuning.files import CONFIG as ADAPTER_CONFIG
 from reward_models.scalar import SCORER_FILE
 
@@ -41,6 +44,22 @@ class Source:
         return folder if folder is not None and (folder / ADAPTER_CONFIG).is_file() else None
 
 
+def find_place(name: str, runs: Path) -> Path:
+    """Return the folder that a command names; the files of a hub id are downloaded first.
+
+    Args:
+        name: an export, ``RUN/STAGE``, the folder of a stage or of a model, or a hub id.
+        runs: folder of the runs.
+
+    Raises:
+        ArtifactError: it is none of these.
+    """
+    if is_export(Path(name)):
+        return Path(name)
+    place = find_model(name, runs)
+    return place if place.exists() else model_folder(place, "policy")
+
+
 def find_source(reference: Path) -> Source:
     """Return the model that ``RUN/STAGE`` or a model folder names, with its files verified.
 
@@ -67,7 +86,7 @@ def find_source(reference: Path) -> Source:
         )
     kind = _kind_of(reference)
     check_folder(str(reference), causal=kind == "policy")
-    return Source(reference.resolve().name, reference, kind, None, {})
+    return Source(_name_of(reference.resolve()), reference, kind, None, {})
 
 
 def require_weights(model_dir: Path, endings: tuple[str, ...]) -> None:
@@ -103,6 +122,13 @@ def base_model(source: Source) -> tuple[str, Path]:
     imported = read_manifest(folder).get("spec", {}).get("path")
     name = str(imported) if imported else str((folder / "model").resolve())
     return name, folder / "model"
+
+
+def _name_of(folder: Path) -> str:
+    """Return the name of a model folder; that of the hub's cache is named by a commit."""
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
 
 
 def _kind_of(folder: Path) -> Kind:

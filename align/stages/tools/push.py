@@ -7,6 +7,7 @@ from pathlib import Path
 from align.core.errors import EXIT_OK, AlignError
 from align.core.text import visible
 from align.export.push import Upload, check_repo, plan_push, push
+from align.export.source import find_place
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -30,16 +31,17 @@ def listing(uploads: list[Upload], left_out: list[str]) -> list[str]:
 def main() -> None:
     """Push the model named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference", type=Path)
+    parser.add_argument("reference")
     parser.add_argument("repo")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--revision")
     parser.add_argument("--message", default="Upload by align push")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args()
     try:
         check_repo(args.repo)
-        uploads, left_out = plan_push(args.reference)
+        uploads, left_out = plan_push(find_place(args.reference, args.runs))
         lines = listing(uploads, left_out)
         if not args.dry_run:
             given = {"private": args.private, "revision": args.revision, "message": args.message}
