@@ -7,7 +7,7 @@ import uvicorn
 from align.core.log import setup_logging
 from align.serve.app import create_app
 from align.serve.finetuning.recipes import base_place
-from align.serve.settings import Settings
+from align.serve.settings import Settings, own_address
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -25,8 +25,7 @@ def serve(settings: Settings) -> None:
     for name, place in settings.models.items():
         base_place(name, place, settings.runs)
     app = create_app(settings)
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{shown}:{settings.port}"
+    address = own_address(settings)
     if settings.host not in LOOPBACK:
         log.warning(
             "listening on %s without encryption: put a proxy with TLS in front of it",

@@ -46,3 +46,9 @@ class Settings:
     def data(self) -> Path:
         """Folder of what the server keeps besides the runs."""
         return self.runs / ".serve"
+
+
+def own_address(settings: Settings) -> str:
+    """Return the address under which programs of this machine reach the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"

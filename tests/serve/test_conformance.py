@@ -232,6 +232,15 @@ def test_what_a_request_must_not_hold_is_refused(client: OpenAI, training_file: 
         assert error.value.type == "invalid_request_error", change
         if param is not None:
             assert error.value.param == param, change
+    asking = {
+        "type": "score_model",
+        "name": "judge",
+        "model": "gpt-5",
+        "input": [{"role": "user", "content": "Rate {{ sample.output_text }}"}],
+    }
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": asking}}
+    with pytest.raises(openai.NotFoundError, match="gpt-5"):
+        create(**{**good, "method": method})
     with pytest.raises(openai.NotFoundError, match="Base models: tiny, org/tiny") as missing:
         create(**{**good, "model": "gpt-5"})
     assert missing.value.code == "model_not_found"

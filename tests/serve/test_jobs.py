@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from reward_models.graders import ask_url, request_of
 from tests.serve.running import Running, running
 from tests.serve.tiny_model import (
     DPO,
@@ -64,7 +65,9 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
-def test_a_supervised_job_trains_a_model_that_answers(server: Running, client: OpenAI):
+def test_a_supervised_job_trains_a_model_that_answers(
+    server: Running, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+):
     rows = [{"messages": [user(f"Say {word}."), reply(word)]} for word in ("lake", "hill")]
     validation = client.files.create(file=("v.jsonl", jsonl(rows)), purpose="fine-tune")
     job = start(
@@ -101,11 +104,11 @@ def test_a_supervised_job_trains_a_model_that_answers(server: Running, client: O
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert (checkpoint.step_number, checkpoint.fine_tuning_job_id) == (60, job.id)
     assert name in [model.id for model in client.models.list()]
-    _chat(client, name)
+    _chat(server, client, name, monkeypatch)
     _shared(server, client, checkpoint.fine_tuned_model_checkpoint, name)
 
 
-def _chat(client: OpenAI, name: str) -> None:
+def _chat(server: Running, client: OpenAI, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chat whole and streamed: greedy decoding gives the same text both ways."""
     asked: dict[str, Any] = {
         "model": name,
@@ -126,6 +129,10 @@ def _chat(client: OpenAI, name: str) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
+    # A grader of a job asks in the same way, as the job's owner.
+    monkeypatch.setenv("ALIGN_GRADER_KEY", server.services.auth.delegate(1))
+    request = request_of(name, asked["messages"], {"temperature": 0, "max_completions_tokens": 12})
+    assert ask_url(f"{server.url}/v1", request) == text
     two = client.chat.completions.create(**{**asked, "temperature": 1, "n": 2, "seed": 5})
     again = client.chat.completions.create(**{**asked, "temperature": 1, "n": 2, "seed": 5})
     assert [c.message for c in two.choices] == [c.message for c in again.choices]

@@ -22,6 +22,8 @@ from openai import OpenAI
 from align.core.lock import started_at
 from align.pipeline.processes import free_port
 from align.serve.app import make_services
+from align.serve.finetuning import queue as queue_module
+from align.serve.finetuning.queue import Queue
 from align.serve.settings import Settings
 from tests.serve.killed_server import FAKE
 from tests.serve.running import WAIT_S, Running, running
@@ -150,6 +152,40 @@ def test_a_deleted_training_file_does_not_stop_a_job(client: OpenAI):
         time.sleep(POLL_S)
     client.files.delete(own)
     check_whole(client, job, 3)
+
+
+def test_a_job_that_the_server_fails_at_holds_up_no_other(
+    server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    spoiled = []
+    right = Queue._prepare
+
+    def prepare(queue: Queue, row: Any) -> Any:
+        if row["seed"] == 4 and len(spoiled) < 2:
+            spoiled.append(row["id"])
+            raise OSError(28, "No space left on device")
+        return right(queue, row)
+
+    monkeypatch.setattr(Queue, "_prepare", prepare)
+    monkeypatch.setattr(queue_module, "AGAIN_S", 0.2)
+    first, second = create(client, file, 4), create(client, file, 3)
+    check_whole(client, second, 3)
+    check_whole(client, first, 4)
+    assert spoiled == [first] * 2
+
+
+def test_a_content_that_waits_for_its_row_is_not_swept_away(tmp_path: Path):
+    with running(tmp_path, devices=()) as own:
+        folder = own.services.settings.data / "files"
+        new, old = folder / "file-new.jsonl", folder / "file-old.jsonl"
+        for path in (new, old):
+            path.write_bytes(b"x")
+        os.utime(old, (0, 0))
+        file = own.openai().files.create(file=("a", b"b"), purpose="batch").id
+        os.utime(folder / f"{file}.jsonl", (0, 0))
+        with own.services.store.write() as db:
+            own.services.parts["finetuning"].files.sweep(db)
+        assert {path.name for path in folder.iterdir()} == {"file-new.jsonl", f"{file}.jsonl"}
 
 
 # ---- a client that sends again

@@ -20,6 +20,8 @@ from align.serve.finetuning.retries import once
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 MIN_EXPIRY_S, MAX_EXPIRY_S = 3600, 2_592_000
+UPLOAD_S = 3600
+"""Seconds in which an upload must be completed."""
 CHUNK = 2**20
 
 
@@ -72,11 +74,16 @@ class Files:
         return size, sha256.hexdigest(), md5.hexdigest()
 
     def sweep(self, db: sqlite3.Connection) -> None:
-        """Remove contents without a row, which a kill has left, and files that have expired."""
+        """Remove what has expired, and contents without a row, which a kill has left."""
         db.execute("DELETE FROM files WHERE expires_at < ?", (now(),))
+        old = now() - UPLOAD_S
+        expired = "SELECT id FROM uploads WHERE status = 'pending' AND created_at < ?"
+        db.execute(f"DELETE FROM parts WHERE upload IN ({expired})", (old,))
+        db.execute(f"UPDATE uploads SET status = 'expired' WHERE id IN ({expired})", (old,))
         known = {row["id"] for row in db.execute("SELECT id FROM files UNION SELECT id FROM parts")}
         for path in self._folder.iterdir():
-            if path.stem not in known:
+            # A content is written before its row: a new one may be about to get it.
+            if path.stem not in known and path.stat().st_mtime < old:
                 path.unlink(missing_ok=True)
 
 

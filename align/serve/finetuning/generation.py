@@ -25,8 +25,8 @@ MAX_MODELS = 2
 """Models that are loaded at the same time."""
 MAX_WAITING = 16
 """Requests that wait or are answered at the same time."""
-START_S, TOKEN_S = 600.0, 300.0
-"""Seconds for a model to load, and for its next token."""
+START_S, TOKEN_S, CANCEL_S = 600.0, 300.0, 2.0
+"""Seconds for a model to load, for its next token, and for the last one after a cancel."""
 
 
 class _Process:
@@ -57,9 +57,9 @@ class _Process:
                 return
 
     def cancel(self) -> None:
-        """End the answer in progress, whose rest is read and dropped."""
+        """End the answer in progress, whose rest is read and dropped, or else the process."""
         self._write({"cancel": True})
-        while not {"done", "error"} & self._next(TOKEN_S).keys():
+        while not {"done", "error"} & self._next(CANCEL_S).keys():
             pass
 
     @property

@@ -15,7 +15,7 @@ from align.serve.finetuning.context import Api
 from align.serve.finetuning.models import find_place
 from align.serve.finetuning.retries import once
 from align.serve.finetuning.webhooks import announce
-from reward_models.grader_specs import GraderError, read_grader
+from reward_models.grader_specs import GraderError, LabelModel, Multi, ScoreModel, read_grader
 
 ACTIVE = ("validating_files", "queued", "running", "paused")
 ENDED = ("succeeded", "failed", "cancelled")
@@ -158,15 +158,20 @@ def _insert_job(api: Api, db: sqlite3.Connection, *, person: Person, asked: JobR
     return name
 
 
-def _check_grader(asked: JobRequest) -> None:
+def _check_grader(api: Api, person: Person, asked: JobRequest) -> None:
+    """Raise if a job's grader is not valid, or asks a model that its owner may not use."""
     method = asked.method
     if method is None or method.reinforcement is None:
         return
     try:
-        read_grader(method.reinforcement.grader)
+        grader = read_grader(method.reinforcement.grader)
     except GraderError as error:
         param = "method.reinforcement.grader"
         raise ServeError(400, f"grader: {error}", param=param) from error
+    with api.store.read() as db:
+        for member in grader.members().values() if isinstance(grader, Multi) else [grader]:
+            if isinstance(member, ScoreModel | LabelModel):
+                find_place(db, api.settings, person, name=member.model)
 
 
 def add_jobs(routes: APIRouter, api: Api) -> None:
@@ -177,7 +182,7 @@ def add_jobs(routes: APIRouter, api: Api) -> None:
     def create(
         asked: JobRequest, request: Request, person: Annotated[Person, me]
     ) -> dict[str, Any]:
-        _check_grader(asked)
+        _check_grader(api, person, asked)
 
         def make(db: sqlite3.Connection) -> dict[str, Any]:
             name = _insert_job(api, db, person=person, asked=asked)

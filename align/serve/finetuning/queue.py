@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ from align.serve.finetuning.training_files import (
     write_prompts,
 )
 from align.serve.finetuning.webhooks import deliver_due
+from align.serve.settings import own_address
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 SWEEP_S = 600.0
+AGAIN_S = 5.0
+"""Seconds until a job is tried again for which the server itself failed."""
 MAX_ATTEMPTS = 5
 """Starts of a job whose process is killed each time."""
 RECIPE = "recipe.yaml"
@@ -59,6 +63,7 @@ class Queue:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._asked: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self._later: dict[str, float] = {}
         self._swept = 0.0
 
     @contextmanager
@@ -82,10 +87,10 @@ class Queue:
         while not self._stopped.is_set():
             try:
                 step()
-            # The thread must outlive a full disk or a locked database; the job stays as it is.
+            # The thread must outlive a database that cannot be read for a while.
             except Exception:
                 log.exception("the queue failed; it tries again")
-                self._stopped.wait(10 * POLL_S)
+                self._stopped.wait(AGAIN_S)
             if step == self.step:
                 self._api.wake.wait(POLL_S)
                 self._api.wake.clear()
@@ -98,18 +103,29 @@ class Queue:
     def step(self) -> None:
         """Check files, follow processes, and start jobs for which there is a device."""
         for row in self._rows("status = 'validating_files'"):
-            self._check(row)
+            self._try(self._check, row)
         for row in self._rows("pid IS NOT NULL OR status = 'running'"):
-            self._follow(row)
+            self._try(self._follow, row)
         used = {row["device"] for row in self._rows("pid IS NOT NULL OR status = 'running'")}
         waiting = self._rows("status = 'queued' AND pid IS NULL")
         free = [device for device in self._api.settings.devices if device not in used]
         for row, device in zip(waiting, free, strict=False):
-            self._start(row, device)
+            self._try(partial(self._start, device=device), row)
         if time.monotonic() - self._swept > SWEEP_S:
             self._swept = time.monotonic()
             with self._api.store.write() as db:
                 self._api.files.sweep(db)
+
+    def _try(self, action: Callable[[sqlite3.Row], None], row: sqlite3.Row) -> None:
+        """Bring one job further; a job that fails here must not hold up the others."""
+        if self._later.get(row["id"], 0.0) > time.monotonic():
+            return
+        try:
+            action(row)
+        # Such as a full disk. The job stays as it is, and is tried again.
+        except Exception:
+            log.exception("job %s: the server failed; it tries again", row["id"])
+            self._later[row["id"]] = time.monotonic() + AGAIN_S
 
     def _rows(self, condition: str) -> list[sqlite3.Row]:
         with self._api.store.read() as db:
@@ -171,7 +187,7 @@ class Queue:
             files={part: path.resolve() for part, path in files.items()},
             rows=counts["training"],
             integrations=request["integrations"] or [],
-            url=f"http://127.0.0.1:{self._api.settings.port}/v1",
+            url=f"{own_address(self._api.settings)}/v1",
         )
         write_recipe(recipe, folder / RECIPE)
         return request
@@ -224,27 +240,32 @@ class Queue:
                 start_new_session=True,
             )
         self._children[row["id"]] = child
+        self._record(row["id"], child.pid)
+
+    def _record(self, job: str, pid: int) -> None:
         with self._api.store.write() as db:
             update = "UPDATE jobs SET pid = ?, started = ? WHERE id = ?"
-            db.execute(update, (child.pid, started_at(child.pid), row["id"]))
+            db.execute(update, (pid, started_at(pid), job))
 
     def _follow(self, row: sqlite3.Row) -> None:
         """Bring a job further whose process runs, or has ended, or was never started."""
         job = row["id"]
         self._tell_progress(job)
         alive = row["pid"] is not None and _is_alive(row["pid"], row["started"])
-        if not alive and job not in self._children and (pid := self._find(job)) is not None:
-            with self._api.store.write() as db:
-                update = "UPDATE jobs SET pid = ?, started = ? WHERE id = ?"
-                db.execute(update, (pid, started_at(pid), job))
-            return
+        child = self._children.get(job)
+        if not alive and (child is None or child.poll() is None):
+            # Its number was not recorded, for the server was killed or failed just then.
+            pid = self._find(job) if child is None else child.pid
+            if pid is not None:
+                self._record(job, pid)
+                return
         if alive:
             if row["status"] != "running" and job not in self._asked:
                 self._asked.add(job)
                 with suppress(ProcessLookupError):
                     os.kill(row["pid"], signal.SIGTERM)
             return
-        child = self._children.pop(job, None)
+        self._children.pop(job, None)
         code = None if child is None else child.wait()
         self._asked.discard(job)
         self._ended(row, code)

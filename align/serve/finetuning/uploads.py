@@ -12,6 +12,7 @@ from align.serve.errors import ServeError, not_found
 from align.serve.finetuning.common import new_id, now, owned
 from align.serve.finetuning.context import Api
 from align.serve.finetuning.files import (
+    UPLOAD_S,
     ExpiresAfter,
     Purpose,
     check_quota,
@@ -21,9 +22,6 @@ from align.serve.finetuning.files import (
     insert_file,
 )
 from align.serve.finetuning.retries import once
-
-UPLOAD_S = 3600
-"""Seconds in which an upload must be completed."""
 
 
 class UploadRequest(BaseModel):
