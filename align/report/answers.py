@@ -19,7 +19,7 @@ T = TypeVar("T")
 NUM_STEPS, NUM_WATCHED, NUM_WATCHED_OPEN = 5, 24, 3
 SAMPLES = "align-samples"
 """Id of the element with the searchable responses, which samples.js reads."""
-MAX_SAMPLE_CHARS = 900_000
+MAX_SAMPLE_CHARS = 800_000
 """Characters of searchable responses in a page, which stays below 3 MB with them."""
 
 

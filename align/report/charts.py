@@ -43,9 +43,9 @@ def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def thin(points: Points) -> tuple[Points, int]:
-    """Return at most ``MAX_POINTS`` points, each the mean of a run, and the length of the runs."""
-    run = max(1, math.ceil(len(points) / MAX_POINTS))
+def thin(points: Points, limit: int = MAX_POINTS) -> tuple[Points, int]:
+    """Return at most ``limit`` points, each the mean of a run, and the length of the runs."""
+    run = max(1, math.ceil(len(points) / limit))
     if run == 1:
         return points, 1
     kept: Points = []
@@ -64,6 +64,7 @@ def line_chart(
     bounds: Sequence[Sequence[Band]] = (),
     x_label: str = "step",
     key: str | None = None,
+    limit: int = MAX_POINTS,
 ) -> Markup:
     """Return a line chart of a metric over the step, with its unit.
 
@@ -71,11 +72,12 @@ def line_chart(
         title: the metric's name.
         series: (label, points) of the lines; a y of None leaves a gap.
         band: range that the recipe expects, shaded.
-        bounds: (low, high) of each point of each line; a line of more than MAX_POINTS has none.
+        bounds: (low, high) of each point of each line; a line that is thinned has none.
         x_label: label of the x axis.
         key: name of the chart in the data of the page's script.
+        limit: largest number of points of a line.
     """
-    thinned = [(label, *thin(points)) for label, points in series]
+    thinned = [(label, *thin(points, limit)) for label, points in series]
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
     if not known:
         return tag("figure", tag("figcaption", title, tag("small", " no finite value logged")))

@@ -1,9 +1,10 @@
 """The section with the curves of every stage, and the charts that the page's script draws."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from align.core.log import EVALUATIONS_FILE
-from align.report.charts import Band, line_chart
+from align.report.charts import MAX_POINTS, Band, line_chart
 from align.report.markup import Markup, duration, join, number, tag
 from align.report.read import RunRecord, StageRecord, read_lines
 from align.report.series import Chart, Line, intervals_of, panels_of
@@ -29,6 +30,9 @@ FRONT = (
     "optim/learning_rate",
 )
 NUM_FRONT = 8
+PICTURE_POINTS = 24_000
+"""Points of all pictures of a page together, as far as MIN_POINTS allows it."""
+MIN_POINTS = 40
 
 
 def charts_of(run: RunRecord) -> list[Chart]:
@@ -57,8 +61,11 @@ def curves(run: RunRecord) -> Markup | None:
     charts = charts_of(run)
     if not charts:
         return None
+    # A run of many stages and metrics must stay one small file.
+    num_lines = sum(len(chart.lines) for chart in charts)
+    draw = partial(picture_of, limit=max(MIN_POINTS, min(MAX_POINTS, PICTURE_POINTS // num_lines)))
     blocks = [
-        _stage(stage, own)
+        _stage(stage, own, draw)
         for stage in run.stages
         if (own := [chart for chart in charts if chart.group == stage.name])
     ]
@@ -76,7 +83,7 @@ def overlay_place() -> Markup:
     return tag("figure", caption, data_overlay="", hidden="hidden", class_="overlay")
 
 
-def _stage(stage: StageRecord, charts: Sequence[Chart]) -> Markup:
+def _stage(stage: StageRecord, charts: Sequence[Chart], draw: Callable[[Chart], Markup]) -> Markup:
     # Choose the panels to show: those of FRONT, or any three if the stage has none of them.
     shown = varying(charts)
     num_front = sum(_rank(chart.title) < len(FRONT) for chart in shown)
@@ -86,23 +93,23 @@ def _stage(stage: StageRecord, charts: Sequence[Chart]) -> Markup:
         more = tag(
             "details",
             tag("summary", f"{len(rest)} more: {', '.join(chart.title for chart in rest)}"),
-            tag("div", *map(picture_of, rest), class_="charts"),
+            tag("div", *map(draw, rest), class_="charts"),
         )
     kind = "" if stage.kind == stage.name else f"{stage.kind}, "
     steps = f"{kind}{stage.metrics[-1].get('step')} steps, {duration(stage.seconds)}"
     return join(
         tag("h3", stage.name, tag("small", steps)),
-        tag("div", *map(picture_of, shown[:count]), class_="charts"),
+        tag("div", *map(draw, shown[:count]), class_="charts"),
         constants(charts),
         more,
     )
 
 
-def picture_of(chart: Chart) -> Markup:
+def picture_of(chart: Chart, *, limit: int = MAX_POINTS) -> Markup:
     """Return a chart as a static picture, in whose place the page's script draws its own."""
     lines = [(line.label, line.points) for line in chart.lines]
     bounds = [[*zip(line.low, line.high, strict=True)] for line in chart.lines]
-    return line_chart(chart.title, lines, band=chart.band, bounds=bounds, key=chart.id)
+    return line_chart(chart.title, lines, band=chart.band, bounds=bounds, key=chart.id, limit=limit)
 
 
 def constants(charts: Iterable[Chart]) -> Markup | None:

@@ -24,7 +24,7 @@ TOKENS = ("tokens/sampled", "tokens/trained")
 TOGETHER = {"reward/std": "reward/mean"}
 """Metrics that are drawn in the panel of another one, which has the same unit."""
 MAX_POINTS = 1500
-BUDGET = 160_000
+BUDGET = 80_000
 """Points of all lines of a page together, so that the page stays below 3 MB."""
 MIN_POINTS = 60
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -274,6 +275,30 @@ def page(tmp_path: Path) -> Page:
 def test_report_is_well_formed_and_small(page: Page) -> None:
     assert page.stack == []
     assert len(page.source.encode()) < 3_000_000
+
+
+def test_report_of_a_long_run_with_many_metrics_and_samples_is_below_3_mb(tmp_path: Path) -> None:
+    run = tmp_path / "demo"
+    write_run(run)
+    dice = random.Random(0)
+    for name in ("base", "sft", "reward", "dpo", "ppo", "grpo"):
+        rows = [
+            {"step": i, "time_s": i * 0.37, "tokens/sampled": 500.0 + i % 7}
+            | {f"x{k}/y": dice.random() for k in range(50)}
+            for i in range(1, 2001)
+        ]
+        write_lines(run / name / "metrics.jsonl", rows)
+    models = ("base", "sft", "dpo", "ppo", "grpo")
+    samples = [
+        {"model": model, "prompt": f"{i} {'word ' * 60}", "completion": "ä " * 400, "score": 0.5}
+        for model in models
+        for i in range(2000)
+    ]
+    write_lines(run / "evaluate" / "samples.jsonl", samples)
+    page = Page(build_report(run))
+    assert len(page.source.encode()) < 3_000_000
+    # Not by leaving out charts: 50 and tokens/sampled of each stage that trains.
+    assert [name for name, _ in page.attributes].count("data-chart") == 6 * 51
 
 
 def test_report_requests_nothing(page: Page) -> None:
