@@ -102,9 +102,6 @@ def import_(
     reason: Annotated[
         list[str] | None, typer.Option(help="reason that annotators can tick; repeatable")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="FILE", help="recipe that trains on the labels")
-    ] = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the order (default: 0)")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -118,7 +115,6 @@ def import_(
         "gold_rate": gold_rate,
         "repeat_rate": repeat_rate,
         "reasons": tuple(reason) if reason else None,
-        "recipe": recipe,
         "seed": seed,
     }
     with _database(runs, create=True) as db:

@@ -16,9 +16,9 @@ NAME = "labels"
 
 def router(services: "Services") -> "APIRouter":
     """Return the routes of this area."""
-    from fastapi import APIRouter
+    from align.serve.labels.routes import make_router
 
-    return APIRouter()
+    return make_router(services)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def export(db: sqlite3.Connection, project: Project) -> Path:
             f"{project.wanted} of {project.wanted} annotators yet"
         )
     settings = asdict(project)
-    for key in ("id", "name", "recipe"):
+    for key in ("id", "name"):
         del settings[key]
     return write_snapshot(project.name, rows, {"settings": settings, "items": counts})
 

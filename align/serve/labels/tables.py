@@ -82,7 +82,6 @@ class Project:
         repeat_rate: fraction of the shown items that the annotator has labeled before.
         reasons: what an annotator can tick besides the answer.
         instructions: shown on the labeling page.
-        recipe: file of the recipe that trains on the labels and compares the results.
         seed: of the order of the items and of the two sides.
         lease_s: seconds after which an item that was shown goes to somebody else.
         id: number of its row; 0 before it is written.
@@ -96,7 +95,6 @@ class Project:
     repeat_rate: float = 0.0
     reasons: tuple[str, ...] = ()
     instructions: str = ""
-    recipe: str = ""
     seed: int = 0
     lease_s: float = 1800.0
     id: int = 0
