@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_only_server(settings.data))
+            stack.enter_context(only_server(settings.data))
             for area in AREAS:
                 stack.enter_context(area.background(services))
             yield
@@ -75,7 +75,7 @@ def make_services(settings: Settings) -> Services:
 
 
 @contextmanager
-def _only_server(folder: Path) -> Iterator[None]:
+def only_server(folder: Path) -> Iterator[None]:
     """Refuse a second server of the same runs: each would start the same jobs."""
     with (folder / "server.lock").open("w") as f:
         try:

@@ -1,11 +1,13 @@
 """Start a server and print how to reach it."""
 
 import logging
+import socket
 
 import uvicorn
 
+from align.core.errors import ArtifactError
 from align.core.log import setup_logging
-from align.serve.app import create_app
+from align.serve.app import create_app, only_server
 from align.serve.finetuning.recipes import base_place
 from align.serve.settings import Settings, own_address
 
@@ -25,6 +27,9 @@ def serve(settings: Settings) -> None:
     for name, place in settings.models.items():
         base_place(name, place, settings.runs)
     app = create_app(settings)
+    # uvicorn would log these with a traceback.
+    with only_server(settings.data):
+        _check_port(settings)
     address = own_address(settings)
     if settings.host not in LOOPBACK:
         log.warning(
@@ -47,3 +52,17 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+def _check_port(settings: Settings) -> None:
+    """Raise if the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        with socket.socket(family) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind((settings.host, settings.port))
+    except OSError as error:
+        raise ArtifactError(
+            f"{settings.host} port {settings.port}: {error.strerror or error}. Use another --port "
+            "or --host, or stop what listens there."
+        ) from None

@@ -180,11 +180,11 @@ def test_nothing_outside_of_the_static_files_is_served(server: Running):
 
 
 def test_a_second_server_of_the_same_runs_is_refused(server: Running):
-    from align.serve.app import _only_server
+    from align.serve.app import only_server
 
     with (
         pytest.raises(ArtifactError, match="another 'align serve'"),
-        _only_server(server.services.settings.data),
+        only_server(server.services.settings.data),
     ):
         pass
 
@@ -211,6 +211,22 @@ def test_a_new_token_is_printed_once(tmp_path: Path):
     assert again.returncode == 2
     assert "there is one already" in again.stderr
     assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_what_keeps_a_server_from_starting_is_one_line(server: Running, tmp_path: Path):
+    settings = server.services.settings
+    port = str(settings.port)
+    for words, message in (
+        (("--runs", str(settings.runs.resolve())), "another 'align serve' uses these runs"),
+        (("--port", port), f"127.0.0.1 port {port}: Address already in use. Use another --port"),
+        (("--host", "192.0.2.1"), "192.0.2.1 port 7860: "),
+        (("--model", "tiny=/nothing/here"), "--model tiny=/nothing/here: "),
+        (("--model", "=x"), "expected NAME=MODEL"),
+    ):
+        done = align(*words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_without_the_extra_the_command_names_it(tmp_path: Path):
