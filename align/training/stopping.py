@@ -1,6 +1,7 @@
 """Early stopping: track the best evaluation and stop when ``patience`` runs out."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,11 +94,15 @@ class EarlyStopping:
 
     @property
     def _best(self) -> int:
-        """Index of the last evaluation that improved on the best by more than ``min_delta``."""
+        """Index of the last evaluation that improved on the best by more than ``min_delta``.
+
+        Any number improves on NaN, which no comparison would ever call worse.
+        """
         # Compared with the best so far, not with the previous one: slow drift must not count.
         sign = -1.0 if self.spec.metric.endswith(LOWER_IS_BETTER) else 1.0
         best = 0
         for i in range(1, len(self.history)):
-            if sign * (self._value(i) - self._value(best)) > self.spec.min_delta:
+            is_first = math.isnan(self._value(best)) and not math.isnan(self._value(i))
+            if is_first or sign * (self._value(i) - self._value(best)) > self.spec.min_delta:
                 best = i
         return best

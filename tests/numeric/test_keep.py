@@ -120,6 +120,10 @@ def test_early_stopping_waits_patience_evaluations_without_gain() -> None:
     assert stopped_after(losses, patience=3) == (70, None, [10, 20, 40, 70])
     # Gains of 1.9 against 2.0 are too small; 1.0 comes after three evaluations without one.
     assert stopped_after(losses, patience=5, min_delta=0.2) == (70, None, [10, 20, 70])
+    # Nothing is worse than NaN, and NaN is no gain.
+    lost = float("nan")
+    assert stopped_after([lost, 3.0, lost, 2.0], patience=3) == (40, None, [10, 20, 40])
+    assert stopped_after([lost, lost, lost], patience=2) == (10, 30, [10])
     rising = {"metric": "eval/accuracy", "patience": 1}
     assert stopped_after([0.5, 0.7, 0.7, 0.9], **rising) == (20, 30, [10, 20])
 
