@@ -30,6 +30,8 @@ PACKAGES = (
 LOCK = "stage.lock"
 FAILURE = "failure.txt"
 """File with the traceback of a stage that failed unexpectedly."""
+SCRATCH = "scratch-"
+"""Start of the names of temporary folders in a stage's folder; its next attempt removes them."""
 NOT_HASHED = ("checkpoints", "log.txt", MANIFEST, LOCK, FAILURE)
 
 

@@ -1,6 +1,7 @@
 """The identity of a stage, recorded before it starts: its settings, inputs and files."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from align.core.artifacts import (
     FAILURE,
     LOCK,
     MANIFEST,
+    SCRATCH,
     cut_links,
     is_unchanged,
     read_json_object,
@@ -78,9 +80,12 @@ def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str |
 def record_begun(folder: Path, identity: Mapping[str, Any]) -> None:
     """Record a stage's identity in its folder, where it starts to write.
 
-    Weights of an earlier attempt may be hard links, which must not be written into: they go.
+    Weights of an earlier attempt may be hard links, which must not be written into: they go. So do
+    its temporary folders, which would become part of the artifact.
     """
     cut_links(folder)
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left)
     write_json_atomic(folder / BEGUN, identity)
 
 

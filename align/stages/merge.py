@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from align.core import distributed
-from align.core.artifacts import Artifact
+from align.core.artifacts import SCRATCH, Artifact
 from align.core.errors import ArtifactError
 from align.core.types import PromptRow
 from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
@@ -110,7 +110,7 @@ def _merged_weights(
     if spec.method == "linear":
         yield partial(interpolated, base, tuned, alpha)
         return
-    with tempfile.TemporaryDirectory(dir=context.out) as place:
+    with tempfile.TemporaryDirectory(dir=context.out, prefix=SCRATCH) as place:
         write(spec, sources, alpha=alpha, out=Path(place) / "model", seed=context.seed)
         yield partial(saved_weights, Path(place) / "model")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from align.core.artifacts import SCRATCH
 from align.core.errors import ArtifactError
 from align.recipe.schema import MergeMethod
 from align.tuning.interpolate import INDEX, weight_files
@@ -72,7 +73,7 @@ def write_by_kit(
     old = {file.name for file in weight_files(tuned[0])} | {INDEX}
     shutil.copytree(tuned[0], out, ignore=lambda _, names: old & set(names))
     # mergekit writes a whole model folder, of which only the weights are used.
-    with tempfile.TemporaryDirectory(dir=out.parent) as place:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=SCRATCH) as place:
         run_merge(MergeConfiguration.model_validate(config), place, options)
         for file in [*weight_files(Path(place)), *Path(place).glob(INDEX)]:
             shutil.move(file, out / file.name)

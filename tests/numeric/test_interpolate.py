@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
 from align.core.errors import ArtifactError
+from align.core.identity import record_begun
 from align.core.types import Completion, PromptRow
 from align.recipe.schema import MergeStage, SamplingSpec
 from align.recipe.schema.tuning import LoraTuning
+from align.stages import merge
 from align.stages.merge import AlphaScores, answer, choose, curve_of
 from align.tuning.export import full_weights
 from align.tuning.interpolate import check_alike, interpolated, mix, write_interpolated
@@ -188,6 +190,24 @@ def test_rows_with_one_prompt_have_one_number() -> None:
     engine: Any = Engine()
     found = answer(engine, rows, rewards, spec=spec, stop_token_ids=(7,), context=context)
     assert found.prompts == [0, 0, 1, 1, 0, 0]
+
+
+def test_weights_that_a_killed_merge_left_are_removed_by_its_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be hashed, and stay in the artifact for ever."""
+    monkeypatch.setattr(merge, "write", lambda *_, out, **__: out.mkdir())
+    spec, context, sources = (
+        SimpleNamespace(method="ties"),
+        SimpleNamespace(out=tmp_path, seed=0),
+        [SimpleNamespace(model_dir=tmp_path)] * 2,
+    )
+    weights: Any = merge._merged_weights(spec, sources, alpha=0.5, context=context)  # type: ignore
+    weights.__enter__()  # killed here
+    (left,) = tmp_path.iterdir()
+    assert (left / "model").is_dir()
+    record_begun(tmp_path, {"spec_hash": "0"})
+    assert [path.name for path in tmp_path.iterdir()] == ["begun.json"]
 
 
 def test_curve_holds_means_and_differences_to_the_tuned_model() -> None:
