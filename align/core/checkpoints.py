@@ -313,9 +313,13 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
     # The record is intact; compare every file with it.
     for name, entry in files.items():
         file = path / name
-        if not file.is_file():
-            return f"damaged ({name} is missing)"
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+        try:
+            if not file.is_file():
+                return f"damaged ({name} is missing)"
+            is_same = file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]
+        except OSError as error:  # an older checkpoint may be on a part of the disk that is whole
+            return f"damaged ({name} cannot be read: {error.strerror})"
+        if not is_same:
             return f"damaged ({name} differs from its recorded hash)"
     return _foreign(found)
 

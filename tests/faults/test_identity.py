@@ -1,8 +1,10 @@
 """What a stage was made from is noticed when it changes: at resume, at the next run, afterwards."""
 
+import errno
 import gzip
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -321,6 +323,24 @@ def test_a_damaged_record_is_passed_over(record: str) -> None:
     path, damage = newest / checkpoints.STATE, RECORDS[record]
     path.write_text(damage if isinstance(damage, str) else damage(path.read_text()))
     assert checkpoints.newest_checkpoint(Path("checkpoints")) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bad sector in the newest checkpoint does not make the older ones worthless."""
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
+    before, newest = save(2), save(3)
+    read = checkpoints.file_sha256
+
+    def failing(path: Path) -> str:
+        if path.is_relative_to(newest):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoints, "file_sha256", failing)
+    assert checkpoints.newest_checkpoint(Path("checkpoints")) == before
+    assert "damaged (rng-0.pt cannot be read: Input/output error)" in caplog.text
 
 
 def test_a_checkpoint_under_another_steps_name_is_passed_over() -> None:
