@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from align.core.errors import RecipeError
 from align.models.loading import keep_layout
 from align.recipe.schema.tuning import (
     FullTuning,
@@ -48,10 +49,19 @@ def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) ->
         if isinstance(tuning, QloraTuning):
             keep_layout(model)
             _leave_scales_out(model)
-        # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are buffers.
-        wrapped = peft.get_peft_model(
-            model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
-        )
+        try:
+            # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are
+            # buffers.
+            wrapped = peft.get_peft_model(
+                model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
+            )
+        # peft refuses layers that a method does not know in many ways, all of them at once.
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise RecipeError(
+                f"tuning.method {tuning.method}: peft cannot adapt {type(model).__name__}: {told}. "
+                "Use method lora, or name other layers (tuning.targets)"
+            ) from error
         if isinstance(tuning, PissaTuning):
             from align.tuning.pissa import remember_start
 
