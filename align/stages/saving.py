@@ -11,7 +11,7 @@ from align.core.checkpoints import save_weights
 from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import TrainingStage
-from align.tuning.export import full_precision_weights, full_weights, gathered
+from align.tuning.export import full_precision_weights, full_weights, gathered, saved_buffers
 from align.tuning.files import adapter_state, save_adapter
 from align.tuning.merging import adapter_parameters, is_quantized
 from align.tuning.wrap import has_adapter
@@ -52,6 +52,8 @@ def whole_state(
     for name, tensor in named:
         if distributed.rank() == 0:
             state[name] = tensor.detach().cpu().clone()
+    if distributed.rank() == 0:
+        state |= {name: buffer.cpu().clone() for name, buffer in saved_buffers(model)}
     if not has_adapter(model):
         return state, None
     # Adapters are small: gathered all at once.

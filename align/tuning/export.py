@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     pass
 
 _WRAPPED = ("base_layer.", "original_module.")
+_NESTED = ".base_layer"
 
 
 def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -58,6 +59,26 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif ".modules_to_save." not in name:
             saved = _saved_copy(base, name)
             yield checkpoint_name(name), full_tensor(parameter if saved is None else saved)
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a saved model has, under their names there.
+
+    Such is the bias with which the routers of DeepSeek-V3 choose experts: it is no parameter, and
+    nothing here trains it.
+    """
+    base: Any = causal_lm(module)
+    layers = adapted_layers(base)
+    for place, part in base.named_modules():
+        kept = part._buffers.keys() - part._non_persistent_buffers_set
+        for name in sorted(kept):
+            whole = f"{place}.{name}".lstrip(".")
+            owner, inner = _owner(whole, layers)
+            # An adapter's own buffers are not part of the saved model.
+            if part._buffers[name] is not None and (
+                owner is None or inner.startswith("base_layer.")
+            ):
+                yield checkpoint_name(whole), part._buffers[name].detach()
 
 
 def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple[str, Tensor]]:
@@ -126,7 +147,10 @@ def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
     parts = name.split(".")
     for i in range(len(parts) - 1, 0, -1):
         if (owner := ".".join(parts[:i])) in layers:
-            return owner, ".".join(parts[i:])
+            # Adapters of several parameters of one module, as of experts, are nested.
+            while owner.endswith(_NESTED) and owner.removesuffix(_NESTED) in layers:
+                owner = owner.removesuffix(_NESTED)
+            return owner, name.removeprefix(f"{owner}.")
     return None, name
 
 

@@ -52,14 +52,14 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``weight`` (and ``bias``) of an adapted layer with its active adapters merged.
+    """Yield the parameters of an adapted layer with its active adapters merged.
 
     The sum is computed in float32 on copies and rounded by ``keep_update``; the layer is not
     changed. 4-bit weights are dequantized before the update is added, which equals the layer's
     computation.
     """
     base = layer.get_base_layer()
-    if is_quantized(base.weight):
+    if is_quantized(getattr(base, "weight", None)):
         # 4-bit: dequantize to float32, then add each update; the result is no longer quantized.
         weight = dequantized(base.weight)
         for adapter in () if layer.disable_adapters else layer.active_adapters:
@@ -68,21 +68,36 @@ def merged_parameters(layer: Any) -> Iterator[tuple[str, Tensor]]:
         if base.bias is not None:
             yield "bias", base.bias.detach()
         return
-    parameters = dict(base.named_parameters(recurse=False))
+    # Modules inside it, such as the statistics of Ernie's routers, may have adapters of their own.
+    inside = adapted_layers(base)
+    parameters = {
+        name: p
+        for name, p in base.named_parameters()
+        if not any(name.startswith(f"{place}.") for place in inside)
+    }
     # peft's merge changes the weights in place: swap in float32 copies and restore afterwards.
     kept = {name: p.data for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.data = p.data.float().clone()
         if not layer.disable_adapters and not isinstance(layer, InsertedLayer):
-            layer.merge()
+            for part in _nested(layer):
+                part.merge()
         found = {name: keep_update(p.data, kept[name].dtype) for name, p in parameters.items()}
     finally:
         for name, p in parameters.items():
             p.data = kept[name]
         # peft noted the merge; without this, the layer would skip its adapter from now on.
-        layer.merged_adapters.clear()
+        for part in _nested(layer):
+            part.merged_adapters.clear()
     yield from found.items()
+
+
+def _nested(layer: Any) -> Iterator[Any]:
+    """Yield an adapted layer and those inside it: each parameter of a module has one of its own."""
+    while hasattr(layer, "merged_adapters"):
+        yield layer
+        layer = layer.base_layer
 
 
 def keep_update(total: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +135,7 @@ def _thresholds(device: torch.device) -> Tensor:
     return drawn.to(device)
 
 
-def is_quantized(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor | None) -> bool:
     """Return whether a weight is stored in 4 bits."""
     return hasattr(weight, "quant_state")
 
