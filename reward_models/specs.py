@@ -14,8 +14,6 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -26,17 +24,12 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from reward_models.identity import Spec
+
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 FUNCTION = r"^[^:\s][^:]*:[A-Za-z_]\w*$"
 """Pattern of ``FILE.py:NAME`` and ``MODULE:NAME``."""
-
-
-class Spec(BaseModel):
-    """Base of every specification; unknown keys and later changes are rejected."""
-
-    # Deferred: only whole recipes are validated, and building each class takes time.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Variants(Spec):

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "reward_models": (),
     "align.recipe": (
         *("align.core.errors", "align.core.text", "align.core.sources", "align.core.bounded_yaml"),
-        "reward_models.specs",
+        *("reward_models.specs", "reward_models.identity"),
     ),
     "align.data": L2,
     "align.models": L2,

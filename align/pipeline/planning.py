@@ -41,7 +41,7 @@ def plan(recipe: Recipe, run_dir: Path | str) -> list[PlannedStage]:
     for name, spec in recipe.stages.items():
         inputs = recipe.inputs(name)
         hashes[name] = spec_hash(
-            spec.model_dump(mode="json"),
+            spec.settings(),
             seed=recipe.seed_of(name),
             inputs={key: hashes.get(ref, ref) for key, ref in inputs.items()},
         )

@@ -301,13 +301,12 @@ def _manifest_head(context: StageContext, spec: StageSpec) -> dict[str, Any]:
         }
         named = reference in context.recipe.stages
         hashes[key] = upstream.get("spec_hash", "") if named else reference
-    plain = spec.model_dump(mode="json")
     return {
         "kind": spec.produces,
         "stage": context.name,
         "stage_kind": spec.kind,
-        "spec": hidden(plain),
-        "spec_hash": spec_hash(plain, seed=context.seed, inputs=hashes),
+        "spec": hidden(spec.model_dump(mode="json")),
+        "spec_hash": spec_hash(spec.settings(), seed=context.seed, inputs=hashes),
         "inputs": inputs,
         "seed": context.seed,
         "ranks": distributed.world_size(),

@@ -154,7 +154,7 @@ def finish(stage: str, status: str = "done") -> Path:
 
     for name, spec in recipe.stages.items():
         inputs = {k: hashes.get(v, v) for k, v in recipe.inputs(name).items()}
-        hashes[name] = spec_hash(spec.model_dump(mode="json"), seed=0, inputs=inputs)
+        hashes[name] = spec_hash(spec.settings(), seed=0, inputs=inputs)
     own = identity(stage) | {"spec_hash": hashes[stage]}
     folder = Path("runs/r") / stage
     (folder / "model").mkdir(parents=True)

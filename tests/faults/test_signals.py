@@ -42,7 +42,7 @@ MODE
 spec = recipe.stages[args.stage]
 print(f"{args.stage} ran")
 write_manifest(out, {"kind": "policy", "stage": args.stage, "seconds": 1.0, "metrics": {},
-    "spec_hash": spec_hash(spec.model_dump(mode="json"), seed=0,
+    "spec_hash": spec_hash(spec.settings(), seed=0,
     inputs={})})
 """
 MODES = {

@@ -130,9 +130,9 @@ def test_a_recipe_names_them_from_its_folder_and_their_source_identifies_the_sta
     stages = read(own, 'loss: "losses.py:smooth", label_smoothing: 0.1')
     assert stages["grpo"].estimator == f"{code}:grouped"
     assert stages["dpo"].loss == f"{code}:smooth"
-    before = [spec_hash(s.model_dump(mode="json"), seed=0, inputs={}) for s in stages.values()]
+    before = [spec_hash(s.settings(), seed=0, inputs={}) for s in stages.values()]
     code.write_text(CODE + "# changed\n")
-    after = [spec_hash(s.model_dump(mode="json"), seed=0, inputs={}) for s in stages.values()]
+    after = [spec_hash(s.settings(), seed=0, inputs={}) for s in stages.values()]
     code.write_text(CODE)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
     for keys, said in (

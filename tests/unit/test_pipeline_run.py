@@ -63,7 +63,7 @@ hashes = {k: read_manifest(run_dir / v)["spec_hash"] for k, v in recipe.inputs(a
 plain = spec.model_dump(mode="json")
 write_manifest(out, {
     "kind": spec.produces, "stage": args.stage, "stage_kind": spec.kind, "spec": plain,
-    "spec_hash": spec_hash(plain, seed=recipe.seed, inputs=hashes),
+    "spec_hash": spec_hash(spec.settings(), seed=recipe.seed, inputs=hashes),
     "inputs": {k: {"spec_hash": h} for k, h in hashes.items()},
     "seed": recipe.seed, "data": [], "seconds": 1.0, "peak_rss_gib": 0.1, "metrics": {},
 })

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.schema.formats import FormatName
-from reward_models.specs import FUNCTION, Count, Positive, Ref, RewardSpec, Spec
+from reward_models.identity import Added, Aside, Spec
+from reward_models.specs import FUNCTION, Count, Positive, Ref, RewardSpec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -23,7 +24,9 @@ class DataSpec(Spec):
     """File, glob, folder or hub id."""
     stage: Annotated[str | None, Ref("data")] = None
     """Earlier stage that writes data."""
-    labels: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*(@[0-9]+)?$")] = None
+    labels: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*(@[0-9]+)?$"), Added("0.2")
+    ] = None
     """Labeling project: its newest exported snapshot, or snapshot N with ``NAME@N``
     (docs/labels.md)."""
     world: Literal["corpus", "sft", "preference", "prompts"] | None = None
@@ -118,7 +121,7 @@ class OptimSpec(Spec):
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1e3)] = 1e-5
     """Peak learning rate; the default depends on the method (docs/tuning.md)."""
-    warn_rate: bool = True
+    warn_rate: Annotated[bool, Aside()] = True
     """Warn if ``learning_rate`` is outside of the range that is known for the method."""
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
     """Course of the learning rate after the warmup."""

@@ -24,6 +24,7 @@ from align.recipe.schema.tuning import (
     refuse_head,
     refuse_last,
 )
+from reward_models.identity import Aside
 from reward_models.specs import Variants
 
 
@@ -162,9 +163,9 @@ class TrainingStage(StageSpec):
     """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
     not_learning: Literal["warn", "stop", "ignore"] = "warn"
     """If the run does not learn: report why, also end the stage (exit code 1), or do not look."""
-    checkpoint_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    checkpoint_every: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Aside()] = "auto"
     """Optimizer steps between checkpoints; 0 for none; ``auto`` for one about every 10 minutes."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Annotated[Count, Aside()] = 2
     """Number of latest checkpoints to keep."""
 
     @model_validator(mode="after")
