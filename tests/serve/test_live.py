@@ -372,6 +372,31 @@ def test_a_new_point_appears_without_reloading(
     context.close()
 
 
+HIDE = """hidden => {
+    Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_hidden_page_keeps_no_connection_and_gets_what_it_missed(
+    browser: Any, server: Running, runs: Path
+):
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(WAIT_S * 1000)
+    page.goto(f"{server.url}/login?code={server.services.auth.login_code()}")
+    page.wait_for_url(f"{server.url}/")
+    with page.expect_request("**/events*") as opened:
+        page.goto(f"{server.url}/runs/unfinished")
+    with page.expect_event("requestfailed", lambda request: request == opened.value):
+        page.evaluate(HIDE, True)
+    with (runs / "unfinished" / "grpo" / "log.txt").open("a") as f:
+        f.write("12:00:03 while nobody looked\n")
+    page.evaluate(HIDE, False)
+    page.locator("#log-lines", has_text="while nobody looked").wait_for()
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_a_phone_and_have_no_serious_finding_of_axe(
     browser: Any, server: Running, scheme: str

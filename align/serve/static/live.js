@@ -23,15 +23,23 @@
   }
 
   if (place && window.alignCharts) draw();
-  if (place && place.dataset.events) {
-    const source = new EventSource(place.dataset.events);
-    source.addEventListener("changed", (event) => {
+  // Only a visible page listens: a browser opens at most six connections to a server, and tabs in
+  // the background would use them up. One that is seen again gets what it missed.
+  let source = null;
+  function listen() {
+    if (source) source.close();
+    source = document.hidden ? null : new EventSource(place.dataset.events);
+    if (source) source.addEventListener("changed", (event) => {
       for (const part of JSON.parse(event.data)) {
         if (part === "series") draw();
         else htmx.trigger(document.body, `live-${part}`);
       }
     });
-    window.addEventListener("pagehide", () => source.close());
+  }
+  if (place && place.dataset.events) {
+    listen();
+    document.addEventListener("visibilitychange", listen);
+    window.addEventListener("pagehide", () => { if (source) source.close(); });
   }
 
   // Swapped training sections have static pictures: the charts are drawn in them again.
