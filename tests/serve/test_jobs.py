@@ -129,6 +129,12 @@ def _chat(server: Running, client: OpenAI, name: str, monkeypatch: pytest.Monkey
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
+    # A stream that its reader leaves frees the model for the next request.
+    left = client.chat.completions.create(**{**asked, "max_completion_tokens": 200}, stream=True)
+    assert next(iter(left)).choices[0].delta.role == "assistant"
+    left.close()
+    again = client.chat.completions.create(**asked)
+    assert again.choices[0].message.content == text
     # A grader of a job asks in the same way, as the job's owner.
     monkeypatch.setenv("ALIGN_GRADER_KEY", server.services.auth.delegate(1))
     request = request_of(name, asked["messages"], {"temperature": 0, "max_completions_tokens": 12})
