@@ -195,6 +195,34 @@ def run(
     raise typer.Exit(code)
 
 
+@cli.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="ranks of every stage; the recipe's if left out"),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", min=0.1, help="GiB of one GPU; this machine's if left out"),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="STAGE", help="plan this stage only")
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Predict the peak memory and the disk of every training stage; exit 2 if one does not fit."""
+    from align.pipeline.processes import run_tool
+
+    options = ["--runs", str(runs), *(word for text in overrides or () for word in ("--set", text))]
+    options += [] if gpus is None else ["--gpus", str(gpus)]
+    options += [] if memory is None else ["--memory", str(memory)]
+    options += [] if only is None else ["--only", only]
+    raise typer.Exit(run_tool("plan", [str(recipe), *options, *(["--json"] if as_json else [])]))
+
+
 @cli.command(hidden=True)
 def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print the recipe's name, then 'name kind ranks' of each stage; used by launch/chain.sh."""

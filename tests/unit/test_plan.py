@@ -1,0 +1,263 @@
+"""``align plan``: predicted memory against saved tensors, measured peaks and hand calculation."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from align.models.attention import PACKED, segments_from_positions
+from align.models.logprobs import hidden_states
+from align.preflight.memory import (
+    GIB,
+    ModelSize,
+    activation_bytes,
+    predict,
+    size_of_model,
+    state_bytes,
+)
+from align.recipe.load import load_recipe
+from align.recipe.schema import GrpoStage, PpoStage, SftStage, ZeroSpec
+from align.stages.tools import plan as tool
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sft(**given) -> SftStage:
+    return SftStage(kind="sft", init="x", data=[{"path": "x"}], **given)
+
+
+def size(config, trained: int | None = None) -> ModelSize:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = [p.numel() for p in model.parameters()]
+    total = sum(numbers)
+    return size_of_model(
+        config, total=total, trained=total if trained is None else trained, largest=max(numbers)
+    )
+
+
+def qwen(hidden: int, layers: int, heads: int, keys: int, inner: int, vocab: int) -> Qwen2Config:
+    return Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
+    )
+
+
+SMOLLM2 = LlamaConfig(
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    intermediate_size=1536,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "keys", "inner"), [(4, 4, 688), (8, 2, 512)])
+def test_activations_are_those_that_autograd_keeps(dtype, heads, keys, inner) -> None:
+    config = qwen(256, 3, heads, keys, inner, 500)
+    config._attn_implementation = PACKED
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    length, rows = 128, 4
+    positions = torch.arange(length).repeat(rows)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ids = torch.arange(length * rows) % 500
+        hidden_states(model, ids, segments_from_positions(positions))
+    found = sum(storage.nbytes() for storage in kept.values())
+    spec = sft(dtype=dtype, max_length=length, micro_tokens=length * rows)
+    predicted = activation_bytes(spec, size(config), device="cpu")
+    assert predicted == pytest.approx(found, rel=0.15)
+
+
+def test_states_of_a_7b_model_by_hand() -> None:
+    total, given = 7_000_000_000, {"dtype": "bfloat16", "total": 7e9, "trained": 7_000_000_000}
+    alone = state_bytes(ZeroSpec(stage=1), ranks=1, **given)
+    # 2 bytes a weight, 4 a gradient, 4 for its float32 copy and 8 for Adam's moments.
+    assert (alone["weights"], alone["gradients"], alone["optimizer"]) == (
+        2 * total,
+        4 * total,
+        12 * total,
+    )
+    sharded = state_bytes(ZeroSpec(stage=3), ranks=8, **given)
+    for name in ("weights", "gradients", "optimizer"):
+        assert sharded[name] == alone[name] / 8
+    second = state_bytes(ZeroSpec(stage=2), ranks=8, **given)
+    assert second["weights"] == 2 * total
+    assert second["gradients"] == 4 * total / 8
+    plain = state_bytes(ZeroSpec(), ranks=1, dtype="float32", total=7e9, trained=total)
+    assert sum(plain.values()) == 16 * total
+    offloaded = state_bytes(ZeroSpec(stage=2, offload="cpu"), ranks=8, **given)
+    assert offloaded["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "checkpointing", "measured"),
+    [
+        ((896, 24, 14, 2, 4864, 151936), False, 36.2),
+        ((1536, 28, 12, 2, 8960, 151936), True, 34.2),
+    ],
+)
+def test_peaks_measured_on_an_h200(shape, checkpointing, measured) -> None:
+    """The peaks of benchmarks/README.md, without what the process itself takes."""
+    spec = sft(
+        dtype="bfloat16",
+        max_length=2048,
+        micro_tokens=16384,
+        gradient_checkpointing=checkpointing,
+    )
+    found = predict(spec, size(qwen(*shape)), rewards={}, ranks=1, device="gpu")
+    own = sum(n for name, n in found.parts.items() if name != "reduction buffer") / GIB
+    assert own == pytest.approx(measured, rel=0.15)
+
+
+TINY = qwen(320, 8, 5, 5, 896, 4096)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "stage", "measured"),
+    [
+        *((TINY, 1, 0, 0.922), (TINY, 1, 1, 1.101), (TINY, 1, 2, 1.019), (TINY, 1, 3, 1.106)),
+        *((TINY, 2, 0, 0.867), (TINY, 2, 2, 0.913), (TINY, 2, 3, 1.029)),
+        *((SMOLLM2, 1, 0, 3.673), (SMOLLM2, 1, 1, 5.984), (SMOLLM2, 1, 2, 5.487)),
+        *((SMOLLM2, 1, 3, 5.895), (SMOLLM2, 2, 0, 3.546), (SMOLLM2, 2, 1, 4.14)),
+        (SMOLLM2, 2, 2, 3.925),
+    ],
+)
+def test_peaks_measured_on_a_cpu(config, ranks, stage, measured) -> None:
+    """The table of docs/scale.md."""
+    spec = sft(micro_tokens=256, max_length=64, zero={"stage": stage})
+    found = predict(spec, size(config), rewards={}, ranks=ranks, device="cpu")
+    assert found.peak / GIB == pytest.approx(measured, rel=0.15)
+
+
+def test_the_larger_of_two_settings_needs_more() -> None:
+    model = size(SMOLLM2)
+
+    def peak(ranks: int = 1, **given) -> float:
+        spec = sft(dtype="bfloat16", **given)
+        return predict(spec, model, rewards={}, ranks=ranks, device="gpu").phases["step"]
+
+    assert peak(micro_tokens=16384) > peak(micro_tokens=8192)
+    assert peak(gradient_checkpointing=True) < peak()
+    large = size(qwen(3584, 28, 28, 4, 18944, 152064))
+    stages = [
+        predict(
+            sft(dtype="bfloat16", zero={"stage": stage}), large, rewards={}, ranks=8, device="gpu"
+        ).peak
+        for stage in (1, 2, 3)
+    ]
+    assert stages == sorted(stages, reverse=True)
+    assert len(set(stages)) == 3
+    lora = dataclasses.replace(model, trained=1_000_000)
+    spec = sft(dtype="bfloat16", tuning={"method": "lora"})
+    adapted = predict(spec, lora, rewards={}, ranks=1, device="gpu").phases["step"]
+    assert adapted < peak() - 15 * model.total
+
+
+def test_other_models_of_online_stages() -> None:
+    model, memory = size(SMOLLM2), 80 * GIB
+    common = {
+        "init": "x",
+        "prompts": [{"path": "x"}],
+        "rewards": [{"kind": "scalar", "model": "r"}],
+        "steps": 1,
+        "dtype": "bfloat16",
+    }
+    rewards = {"reward r": (model.total, "float32")}
+    given = {"rewards": rewards, "ranks": 1, "device": "gpu", "memory": memory}
+    grpo = predict(GrpoStage(kind="grpo", **common), model, **given)
+    assert grpo.parts["engine"] == pytest.approx(0.3 * memory)
+    assert grpo.parts["reward r"] == 4 * model.total
+    assert "reference" not in grpo.parts
+    assert "critic" not in grpo.parts
+    ppo = predict(PpoStage(kind="ppo", **common), model, **given)
+    assert ppo.parts["reference"] == 2 * model.total
+    assert ppo.parts["critic"] >= 18 * model.total
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "r.yaml"
+    shape = {"vocab_size": 1000, "hidden_size": 256, "num_layers": 2, "num_heads": 4}
+    build = {**shape, "num_kv_heads": 2, "intermediate_size": 512}
+    base = {"kind": "base", "build": build, "data": [{"world": "corpus", "rows": 9}], "steps": 1}
+    trained = {"kind": "sft", "init": "base", "data": [{"world": "sft", "rows": 9}]}
+    stages = {"base": base, "sft": trained, "more": {**trained, "init": "sft"}}
+    file.write_text(json.dumps({"name": "r", "stages": stages}))
+    return file
+
+
+def test_command_reads_only_the_recipe_and_says_what_to_change(recipe, capsys) -> None:
+    options = [str(recipe), "--runs", str(recipe.parent), "--gpus", "4", "--memory"]
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*options, "80"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "fits" in said
+    assert "4 ranks" in said
+    assert said.count("(sft)") == 2
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*options, "1.1", "--only", "sft"])
+    assert ended.value.code == 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "does not fit" in line
+    # The change that it names is enough.
+    words = line.partition("; change ")[2].split(", ")
+    assert words[0], line
+    sets = [word for text in words for word in ("--set", text)]
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*options, "1.1", "--only", "sft", *sets])
+    assert ended.value.code == 0, capsys.readouterr().out
+    assert [p.name for p in recipe.parent.iterdir()] == ["r.yaml"]
+
+
+def test_unknown_stage_is_one_line(recipe, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main([str(recipe), "--gpus", "1", "--memory", "80", "--only", "stf"])
+    assert ended.value.code == 2
+    assert "no stage 'stf'" in capsys.readouterr().err
+
+
+def test_shipped_recipes_can_be_planned() -> None:
+    """Every training stage of a shipped recipe that needs no download."""
+    loaded = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    machine = tool.Machine("gpu", 80 * GIB, None)
+    found = list(tool.plan(loaded, Path("nowhere"), machine))
+    assert len(found) >= 4
+    assert all(fits for _, _, _, fits in found)
+
+
+def test_command_line_starts_the_tool(recipe) -> None:
+    argv = [sys.executable, "-m", "align.cli", "plan", str(recipe), "--gpus", "1", "--memory", "80"]
+    done = subprocess.run(
+        [*argv, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=recipe.parent,
+    )
+    stages = json.loads(done.stdout)["stages"]
+    assert set(stages) == {"sft", "more"}
+    assert stages["sft"]["fits"] is True
