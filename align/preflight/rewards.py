@@ -95,7 +95,7 @@ def self_test(
             verdict, remedy = _judged(spec, above, rows)
         if empty := _num_empty(spec, prompts):
             said.append(f"{empty:,} of {len(prompts):,} rows have no '{_column(spec)}'")
-            told = "responses to rows without the column cannot be scored, so they are not trained"
+            told = "responses to rows without the column cannot be scored, and are left out"
             verdict, remedy = "warn" if verdict == "ok" else verdict, remedy or told
         if unseen := _unseen_prefill(spec, prompts):
             verdict, remedy = "warn" if verdict == "ok" else verdict, remedy or unseen

@@ -459,7 +459,7 @@ def test_rows_without_the_column_of_a_reward_are_counted() -> None:
 
     assert line(rows).verdict == "warn"
     assert "right above wrong in 2 of 2, 3 of 5 rows have no 'answer'" in line(rows).value
-    assert "not trained" in line(rows).remedy
+    assert "cannot be scored, and are left out" in line(rows).remedy
     assert line([rows[0], rows[2]]).verdict == "ok"
     assert line(rows[3:]).verdict == "fail"
     assert "a:3: no column 'answer', as in all rows" in line(rows[3:]).remedy
