@@ -146,8 +146,13 @@ def test_recipes_that_read_the_labels_are_named_with_their_command(server: Runni
         client.post(f"/labels/p/tasks/{task['id']}", json={"choice": "left"})
         client.post("/labels/p/export")
         page = client.get("/labels/p").text
-    assert f"align run mine.yaml --runs {tmp_path / 'runs'} --set name=mine-1" in page
-    assert "other.yaml" not in page
+        assert f"align run mine.yaml --runs {tmp_path / 'runs'} --set name=mine-1" in page
+        assert "other.yaml" not in page
+        assert "/compare" not in page, "there is nothing to compare yet"
+        for run in ("mine", "mine-1", "mine-7", "other"):
+            (tmp_path / "runs" / run).mkdir()
+        page = client.get("/labels/p").text
+    assert 'href="/compare?run=mine&amp;run=mine-1"' in page
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [

@@ -84,6 +84,13 @@ def recipes_of(project: Project) -> list[Path]:
     return found
 
 
+def trained(runs: Path, recipe: Path, project: Project) -> list[str]:
+    """Return the runs of a recipe that exist: its own, then one for each snapshot."""
+    numbers = [snapshot_number(folder) for folder in snapshots(project.name)]
+    names = [recipe.stem, *(f"{recipe.stem}-{number}" for number in numbers)]
+    return [name for name in names if (runs / name).is_dir()]
+
+
 def _named(part: object) -> Iterator[str]:
     """Yield the labels that a specification names, at any depth."""
     if isinstance(part, DataSpec) and part.labels is not None:

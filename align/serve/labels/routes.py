@@ -22,7 +22,7 @@ from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
 from align.serve.labels.export import export
 from align.serve.labels.items import Candidate, add_items, from_samples, read_file, side_of
-from align.serve.labels.progress import exported, progress_of, recipes_of, sources
+from align.serve.labels.progress import exported, progress_of, recipes_of, sources, trained
 from align.serve.labels.quality import quality_of
 from align.serve.labels.tables import (
     Kind,
@@ -45,6 +45,8 @@ from align.serve.services import Services
 
 MAX_BESIDE = 200
 """Characters of the list of tasks that a page has already."""
+MAX_COMPARED = 8
+"""Runs that the page of a comparison takes; the newest ones are compared."""
 _LIST = re.compile(r"(?:[0-9]{1,18}(?:,[0-9]{1,18})*)?")
 
 
@@ -92,7 +94,10 @@ def _add_pages(router: APIRouter, services: Services) -> None:
             quality=quality,
             progress=progress,
             snapshots=exported(project),
-            recipes=recipes_of(project),
+            recipes=[
+                (recipe, trained(services.settings.runs, recipe, project)[-MAX_COMPARED:])
+                for recipe in recipes_of(project)
+            ],
             sources=sources(services.settings.runs),
             runs=services.settings.runs,
         )
