@@ -65,6 +65,44 @@ def test_plain_transformers_computes_the_scores(tmp_path, architecture, num_head
     assert found.numpy() == pytest.approx(torch.tensor(score_heads(model, ROWS)).numpy(), abs=1e-5)
 
 
+def test_trl_reward_trainer_goes_on_from_the_scores(tmp_path):
+    trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+    datasets = pytest.importorskip("datasets")
+    model = scorer()
+    model.set_normalization(mean=0.3, std=1.7)
+    model.save(tmp_path / "model", tokenizer=tokenizer(pad_token="<pad>"))
+    pairs = [("hi yes", "hi no no"), ("a b a b", "c"), ("user hi", "user"), ("b", "c a")]
+    data = datasets.Dataset.from_list([{"chosen": c, "rejected": r} for c, r in pairs])
+    trainer = trl.RewardTrainer(
+        model=str(tmp_path / "model"),
+        args=trl.RewardConfig(
+            output_dir=str(tmp_path / "out"),
+            per_device_eval_batch_size=len(pairs),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    found = trainer.evaluate()
+    # TRL ends each text with the stop token, as the rows of training end here.
+    rows = [[*(WORDS.index(w) for w in text.split()), 1] for pair in pairs for text in pair]
+    scores = torch.tensor(score_heads(model, rows)).reshape(len(pairs), 2)
+    margin = scores[:, 0] - scores[:, 1]
+    expected = {
+        "eval_loss": -torch.nn.functional.logsigmoid(margin).mean(),
+        "eval_margin": margin.mean(),
+        "eval_mean_reward": scores.mean(),
+        "eval_min_reward": scores.min(),
+        "eval_max_reward": scores.max(),
+        "eval_accuracy": (margin > 0).float().mean(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, abs=1e-5
+    )
+
+
 def test_pad_token_is_never_the_stop_token_of_a_row(tmp_path):
     # With the stop token as pad token, transformers would read the score one token too early.
     model = scorer()
