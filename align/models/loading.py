@@ -283,6 +283,15 @@ def add_embeddings(model: PreTrainedModel, num_tokens: int, new_ids: Sequence[in
         table[new] = table[: int(new.min())].float().mean(0).to(table.dtype)
 
 
+def saved_names(files: Sequence[Path]) -> Iterator[str]:
+    """Yield the names of the tensors in safetensors files, without reading them."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            yield from tensors.keys()
+
+
 def saved_weights(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a saved model, file by file."""
     from safetensors import safe_open

@@ -1,13 +1,14 @@
 """Wrap a model by its tuning spec: freeze weights, add modules, select trained parameters."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from align.core.errors import RecipeError
-from align.models.loading import keep_layout
+from align.models.loading import keep_layout, saved_names
 from align.recipe.schema.tuning import (
     FullTuning,
     PissaTuning,
@@ -47,6 +48,7 @@ def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) ->
         import peft
 
         if isinstance(tuning, QloraTuning):
+            _check_saved_names(model)
             keep_layout(model)
             _leave_scales_out(model)
         try:
@@ -67,6 +69,27 @@ def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) ->
 
             remember_start(wrapped)
     return wrapped
+
+
+def _check_saved_names(model: "PreTrainedModel") -> None:
+    """Raise if the files of a 4-bit model have its weights under other names.
+
+    The trained updates are added to the weights in full precision, which only the files have.
+
+    Raises:
+        RecipeError: names a weight.
+    """
+    files, prefix = sorted(Path(model.name_or_path).glob("*.safetensors")), model.base_model_prefix
+    saved = {name.removeprefix(f"{prefix}.") for name in saved_names(files)}
+    # Only experts: heads and poolers may be new.
+    experts = [name for name, p in model.named_parameters() if p.ndim > 2]
+    lacking = [name for name in experts if name.removeprefix(f"{prefix}.") not in saved]
+    if files and lacking:
+        raise RecipeError(
+            f"tuning.method qlora: the files of {model.name_or_path} have no weight {lacking[0]}: "
+            f"transformers makes it of others when it loads a {type(model).__name__}, so the full "
+            "precision that the saved model needs is not there. Use method lora"
+        )
 
 
 def _leave_scales_out(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """LoRA on mixtures of experts, whose weights are parameters of one module and no linear layers."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from align.models.logprobs import token_logprobs
 from align.recipe.schema.tuning import METHODS
 from align.stages.saving import whole_state
 from align.tuning.export import full_weights, saved_buffers
+from align.tuning.loading import load_for_training
 from align.tuning.merging import adapted_layers, base_parameters
 from align.tuning.wrap import add_tuner
 from tests.numeric.architectures import tiny_model
@@ -96,3 +98,15 @@ def test_what_peft_cannot_adapt_is_an_error_of_the_recipe(method: str):
     model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
     with pytest.raises(RecipeError, match=rf"tuning.method {method}: peft cannot adapt Mixtral"):
         add_tuner(model, METHODS[method](method=method))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora_refuses_experts_whose_files_have_other_names_before_it_trains(tmp_path: Path):
+    # transformers joins the experts of the files into one weight, whose precise form no file has.
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=2))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer(None).save_pretrained(tmp_path)
+    spec = METHODS["qlora"](method="qlora")
+    with pytest.raises(RecipeError, match=r"qlora: the files of .* have no weight .*experts.*lora"):
+        load_for_training(tmp_path, spec, dtype="float32")
