@@ -9,12 +9,12 @@ from typing import Any
 MAX_CHARACTERS = 2000
 MAX_NODES = 300
 MAX_EXPONENT = 100.0
-OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
     **{ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow},
     **{ast.USub: operator.neg, ast.UAdd: operator.pos},
 }
-FUNCTIONS: dict[str, Callable[..., float]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil},
     **{"exp": math.exp, "sqrt": math.sqrt, "log": math.log},
 }
@@ -88,14 +88,15 @@ class Formula:
         return found
 
     def _value(self, node: Any, values: Mapping[str, float]) -> float:
-        if isinstance(node, ast.Constant):
-            return float(node.value)
-        if isinstance(node, ast.Name):
-            return float(values[node.id])
-        if isinstance(node, ast.UnaryOp):
-            return OPERATORS[type(node.op)](self._value(node.operand, values))
-        if isinstance(node, ast.Call):
-            return FUNCTIONS[node.func.id](*(self._value(arg, values) for arg in node.args))
+        match node:
+            case ast.Constant(value=int() | float() as value):
+                return float(value)
+            case ast.Name(id=name):
+                return float(values[name])
+            case ast.UnaryOp(op=op, operand=inner):
+                return OPERATORS[type(op)](self._value(inner, values))
+            case ast.Call(func=ast.Name(id=name), args=args):
+                return FUNCTIONS[name](*(self._value(arg, values) for arg in args))
         left, right = self._value(node.left, values), self._value(node.right, values)
         if isinstance(node.op, ast.Pow) and (abs(right) > MAX_EXPONENT or left < 0):
             raise ValueError(f"{left} ^ {right} is out of range")
