@@ -178,6 +178,10 @@ def run(
     dry: Annotated[
         bool, typer.Option("--dry-run", help="show what would run; start and write nothing")
     ] = False,
+    grace: Annotated[
+        float,
+        typer.Option("--grace", metavar="S", min=1.0, help="seconds to save after a signal"),
+    ] = 120.0,
 ) -> None:
     """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
     from align.pipeline import run as run_recipe
@@ -191,6 +195,7 @@ def run(
         from_=from_,
         until=until,
         dry=dry,
+        grace_s=grace,
     )
     raise typer.Exit(code)
 

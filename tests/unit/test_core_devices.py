@@ -212,3 +212,11 @@ def test_ports_of_ranks_are_none_that_the_system_assigns(monkeypatch):
         monkeypatch.setattr(processes, "PORTS", [number] * 100)
         with pytest.raises(DeviceError, match="are in use"):
             processes.free_port()
+
+
+def test_ranks_wait_for_each_other_for_hours(monkeypatch):
+    """DeepSpeed's own limit of 10 minutes ended ranks that waited for a judge or for hashes."""
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    assert distributed._timeout().total_seconds() >= 12 * 3600
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "30")
+    assert distributed._timeout().total_seconds() == 1800

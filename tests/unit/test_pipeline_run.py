@@ -358,3 +358,17 @@ def test_the_recipe_is_read_once_whatever_happens_to_the_file():
     Path("r.yaml").write_text(RECIPE)
     written = read_resolved("runs/toy/dpo/recipe.yaml")
     assert written == load_recipe("r.yaml", overrides)
+
+
+def test_grace_of_the_command_line_reaches_the_run(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    import align.pipeline
+    from align.cli import cli
+
+    given = []
+    monkeypatch.setattr(align.pipeline, "run", lambda *_, **options: given.append(options) or 0)
+    for words in ([], ["--grace", "600"]):
+        assert CliRunner().invoke(cli, ["run", "r.yaml", *words]).exit_code == 0
+    assert [options["grace_s"] for options in given] == [120.0, 600.0]
+    assert CliRunner().invoke(cli, ["run", "r.yaml", "--grace", "0"]).exit_code == 2
