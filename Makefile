@@ -10,7 +10,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-dev quickstart keeping learning methods real test test-lowest test-gpu docs faults mutants check bench clean
+.PHONY: help setup setup-test setup-dev quickstart keeping learning methods real test test-lowest test-gpu test-long docs faults mutants check bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -69,6 +69,9 @@ mutants: setup-test ## Plant faults in a copy of the code; near tests must find 
 docs: setup-test ## Build the documentation site into site/; a broken link fails
 	@PYTHONPATH=. $(PY) scripts/pages.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+
+test-long: setup-test ## Run the long forms of tests, such as 50 killed servers (20 minutes)
+	@ALIGN_TEST_LONG=1 $(PY) -m pytest -m long $(PYTEST_ARGS)
 
 test-gpu: setup-test ## Run the tests that need a GPU
 	@ALIGN_TEST_GPU=1 $(PY) -m pytest $(PYTEST_ARGS) tests/gpu

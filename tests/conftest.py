@@ -25,6 +25,7 @@ os.environ.update(
 import pytest
 
 REAL_DATA_REASON = "ALIGN_REAL_DATA is not set: it names a folder that holds data/ and models/"
+LONG_REASON = "a longer form of a test that ran; run by: make test-long"
 NO_GPU_REASON = "run on one GPU by: ALIGN_TEST_GPU=1 pytest tests/gpu"
 
 
@@ -48,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if without_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU_REASON))
+        if "ALIGN_TEST_LONG" not in os.environ and item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason=LONG_REASON))
         if without_data and item.get_closest_marker("real"):
             item.add_marker(pytest.mark.skip(reason=REAL_DATA_REASON))
 

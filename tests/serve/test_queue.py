@@ -222,7 +222,7 @@ async def _fail(send: Any) -> None:
     await send({"type": "http.response.body", "body": b"{}"})
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_creates_with_injected_500s_make_no_job_twice(tmp_path: Path, count: int):
     settings = {"devices": (), "jobs_per_token": 10**6, "requests_per_minute": 10**6}
     with running(
@@ -263,7 +263,7 @@ def patient(client: OpenAI, call: Any) -> Any:
             time.sleep(POLL_S)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_kill_9_of_the_server_loses_and_doubles_nothing(tmp_path: Path, kills: int):
     port, chance = free_port(), random.Random(kills)
     token = make_services(Settings(runs=tmp_path, port=port)).auth.new_token("tester")
