@@ -9,7 +9,8 @@ from pathlib import Path
 from align.core.accelerator import list_gpus
 from align.core.errors import AlignError, DataError
 from align.core.extras import TRAINING
-from align.core.references import CONFIGS, HUB_ID
+from align.core.references import CONFIGS
+from align.core.text import is_hub_id
 from align.pipeline.processes import num_cores
 from align.recipe.load import Resolved
 from align.recipe.schema import DataSpec, Spec, StageSpec
@@ -98,20 +99,21 @@ def _kind(key: str, owner: Spec) -> Kind | None:
     return ROWS_OF_KEY.get(name) or getattr(owner, "rows", None) or getattr(owner, "of", None)
 
 
-def _look_at(source: DataSpec, kind: str | None, found: FirstLook) -> None:
+def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
     """Read the first row of a local data source as its stage will.
 
     Raises:
         DataError: nothing is there, it has no row, or the row is of another kind.
     """
     from align.data.formats.detect import FormatDetector, to_examples
-    from align.data.load import rename_fields, source_of
+    from align.data.load import rename_fields, source_of, with_labels_file
     from align.data.reading.sources import find_files, read_rows
 
+    source = with_labels_file(source, kind or "prompts")
     if source.path is None:
         return
     if not find_files(source.path):
-        if HUB_ID.fullmatch(source.path) is None:
+        if not is_hub_id(source.path):
             next(read_rows(source.path), None)  # raises: nothing is there
         found.unseen.append(f"data of the hub ({source.path})")
         return
@@ -141,7 +143,7 @@ def _look_at_model(spec: StageSpec, key: str, resolved: Resolved, *, found: Firs
         if not any((folder / name).is_file() for name in CONFIGS):
             expected = " or ".join(CONFIGS)
             found.problems.append(f"{_place(resolved, key)}{path}: no {expected} in this folder")
-    elif HUB_ID.fullmatch(path):
+    elif is_hub_id(path):
         found.unseen.append(f"models of the hub ({path})")
     else:
         told = "no such folder, and not a hub id ORG/NAME"
@@ -157,5 +159,7 @@ def _devices(spec: StageSpec, key: str, num_gpus: int) -> list[str]:
 
 def _place(resolved: Resolved, key: str) -> str:
     """Return the place of a key in the recipe as the start of a message."""
-    origin = next((resolved.origins[k] for k in (f"{key}.path", key) if k in resolved.origins), "")
-    return f"{origin}: {key}: " if ":" in origin else f"{key}: "
+    origins = [resolved.origins.get(k, "") for k in (f"{key}.path", f"{key}.labels", key)]
+    # Those of the recipe's file have a line; others are defaults.
+    origin = next((origin for origin in origins if ":" in origin), None)
+    return f"{key}: " if origin is None else f"{origin}: {key}: "

@@ -18,7 +18,6 @@ from typing import Any
 
 from align.core.artifacts import file_sha256, fsync_directory, hash_tree, read_json_object
 from align.core.errors import DataError
-from align.core.text import suggest
 from align.data.reading.read_log import announced
 
 FOLDER = "ALIGN_LABELS"
@@ -68,7 +67,7 @@ def find_snapshot(labels: str) -> Path:
     if not kept:
         raise DataError(
             f"labels: {project}: no snapshot in {labels_folder() / project} (from {Path.cwd()})"
-            f"{_others(project)}. Export one with: align labels export {project}",
+            f"{_others()}. Export one with: align labels export {project}",
             code="D001",
         )
     found = [p for p in kept if snapshot_number(p) == int(number)] if number else kept
@@ -152,11 +151,10 @@ def _first_changed(folder: Path, expected: Mapping[str, str]) -> Path | None:
     return None
 
 
-def _others(project: str) -> str:
+def _others() -> str:
     """Return the projects that have snapshots, for the message about one that has none."""
     known = sorted(p.name for p in labels_folder().glob("*") if snapshots(p.name))
-    listed = f"; there are {', '.join(known)}" if known else ""
-    return listed + suggest(project, known)
+    return f"; there are {', '.join(known)}" if known else ""
 
 
 def write_snapshot(

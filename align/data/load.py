@@ -260,10 +260,20 @@ def _name(spec: DataSpec) -> str:
     return spec.path or (f"labels {spec.labels}" if spec.labels else f"world {spec.world}")
 
 
+def with_labels_file(spec: DataSpec, kind: Kind) -> DataSpec:
+    """Return the spec with its ``labels`` replaced by the path of the file with such rows.
+
+    Raises:
+        DataError: there is no such project, snapshot or file.
+    """
+    if spec.labels is None:
+        return spec
+    file = labels_file(spec.labels, "preference" if spec.answers else kind)
+    return spec.model_copy(update={"labels": None, "path": str(file)})
+
+
 def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Example]:
-    if spec.labels is not None:
-        file = labels_file(spec.labels, "preference" if spec.answers else kind)
-        spec = spec.model_copy(update={"labels": None, "path": str(file)})
+    spec = with_labels_file(spec, kind)
     if spec.world is not None:
         examples = _load_world(spec, kind=kind, seed=seed)
     else:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from align.cli import cli
 from align.core.errors import DataError, RecipeError
 from align.core.identity import changed_file
 from align.data.labels import find_snapshot, labels_file, snapshot_files, write_snapshot
@@ -154,3 +156,20 @@ def test_a_source_that_makes_no_sense_is_refused(source: str, message: str, tmp_
     )
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe)
+
+
+def test_check_looks_at_the_snapshot_that_a_recipe_names(tmp_path: Path):
+    export(1)
+    recipe = tmp_path / "r.yaml"
+    for source, kind, message in (
+        ("helpful", "dpo", "the first row of 1 data source"),
+        ("helpful", "sft", "has no sft rows, only: preference, unpaired"),
+        ("helpfull", "dpo", "r.yaml:7: stages.it.data.0: labels: helpfull: no snapshot in"),
+        ("helpful@4", "dpo", "no snapshot 4"),
+    ):
+        recipe.write_text(
+            "name: r\nstages:\n  base: {kind: base, path: ORG/BASE}\n"
+            f"  it:\n    kind: {kind}\n    init: base\n    data: [{{labels: {source}}}]\n"
+        )
+        found = CliRunner().invoke(cli, ["check", str(recipe)])
+        assert message in (str(found.exception) if found.exception else found.output)
