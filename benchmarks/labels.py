@@ -1,12 +1,13 @@
 """Labeling with many annotators: seconds per request, and kill -9 at many moments.
 
-python -m benchmarks.labels load --annotators 20 --labels 2000
+python -m benchmarks.labels load --annotators 20 --items 500
 python -m benchmarks.labels kills --kills 50
 """
 
 import argparse
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -79,7 +80,8 @@ class Annotator(threading.Thread):
             task = self.send("next", {})["task"]
             if task is None:
                 return
-            self.stopped.wait(self.pause_s)
+            # People do not answer in step.
+            self.stopped.wait(self.pause_s * random.uniform(0.5, 1.5))
             best = max(range(2), key=lambda i: task["responses"][i][0]["content"])
             choice = ("left", "right")[best]
             done = self.send(f"tasks/{task['id']}", {"choice": choice})
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("what", choices=["load", "kills"])
     parser.add_argument("--annotators", type=int, default=20)
     parser.add_argument("--items", type=int, default=500, help="each gets two labels")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds before each answer")
+    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds before each answer")
     parser.add_argument("--kills", type=int, default=50)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
