@@ -308,6 +308,8 @@ def build_critic(
             "it must score. Remove critic.init to start the critic from the policy"
         )
     scorer = scorer_from(folder, dtype=spec.dtype)
+    if spec.gradient_checkpointing:
+        scorer.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     # V = 0 at the start: advantages then begin as plain returns instead of noise.
     nn.init.zeros_(scorer.head.weight)
     return Learner(
