@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer.models import CommandInfo, TyperInfo
 
+from align.cli.cache import cache
 from align.cli.data import data, explain
 from align.cli.errors import with_source
 from align.cli.evaluate import calibrate, eval_
@@ -66,6 +67,7 @@ cli.command()(explain)
 cli.command("import")(import_)
 cli.command()(init)
 cli.command()(recipes)
+cli.command()(cache)
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")

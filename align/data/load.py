@@ -4,15 +4,15 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align.core.errors import DataError
-from align.core.types import Example, PairRow, PromptRow, TokenRow
+from align.core.types import Example
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
 from align.data.labels import labels_file
@@ -63,12 +63,7 @@ def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
 
 logger = logging.getLogger(__name__)
 
-AnyRow = TypeVar("AnyRow", TokenRow, PairRow, PromptRow)
 MAX_REPORTED = 20
-NUM_PLACES = 5
-"""Number of long rows that a message names."""
-PROMPT_CUT = "prompt cut"
-"""Ledger reason for a pair that is kept after the beginning of its prompt was cut off."""
 
 
 def load_examples(
@@ -95,20 +90,29 @@ def load_examples(
     Raises:
         DataError: rows are invalid (up to 20 are listed), or no rows are left.
     """
-    parts = [_load_one(spec, kind=kind, seed=seed, index=i) for i, spec in enumerate(specs)]
+    parts = [load_one(spec, kind=kind, seed=seed, index=i) for i, spec in enumerate(specs)]
+    places = mix(list(map(len, parts)), specs, seed=seed, mix_cap=mix_cap)
+    return [part[i] for part, chosen in zip(parts, places, strict=True) for i in chosen.tolist()]
+
+
+def mix(
+    sizes: Sequence[int], specs: Sequence[DataSpec], *, seed: int, mix_cap: int | None
+) -> list[NDArray[np.int64]]:
+    """Return the rows of each spec in the mixture of all; see ``load_examples``."""
     weights = [spec.weight for spec in specs]
     if mix_cap is not None:
-        weights = [float(min(len(part), mix_cap)) for part in parts]
+        weights = [float(min(size, mix_cap)) for size in sizes]
     elif all(weight == 1.0 for weight in weights):
-        return [example for part in parts for example in part]
+        return [np.arange(size) for size in sizes]
     # The spec with the most rows per unit of weight keeps its rows; the others are repeated.
-    scale = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    mixed: list[Example] = []
-    for i, (part, spec, weight) in enumerate(zip(parts, specs, weights, strict=True)):
+    scale = max(size / weight for size, weight in zip(sizes, weights, strict=True))
+    mixed = []
+    for i, (size, spec, weight) in enumerate(zip(sizes, specs, weights, strict=True)):
         count = round(weight * scale)
-        copies, rest = divmod(count, len(part))
-        mixed += part * copies + _choose(part, rest, seed=seed, purpose=f"weight/{i}")
-        logger.info("%s: weight %g, %d rows become %d", _name(spec), weight, len(part), count)
+        copies, rest = divmod(count, size)
+        chosen = _chosen(size, rest, seed=seed, purpose=f"weight/{i}")
+        mixed.append(np.concatenate([np.tile(np.arange(size), copies), chosen]))
+        logger.info("%s: weight %g, %d rows become %d", _name(spec), weight, size, count)
     return mixed
 
 
@@ -121,17 +125,15 @@ def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
     Raises:
         DataError: with the number of overlapping prompts and the first few places.
     """
+    held = [(example.source, key) for example in heldout for key in _identities(example)]
+    wanted = {key for _, key in held}
     seen: dict[str, str] = {}
     for example in train:
         for key in _identities(example):
-            # The first row with a prompt is named in messages.
-            seen.setdefault(key, example.source)
-    both = [
-        (example.source, seen[key])
-        for example in heldout
-        for key in _identities(example)
-        if key in seen
-    ]
+            if key in wanted:
+                # The first row with a prompt is named in messages.
+                seen.setdefault(key, example.source)
+    both = [(source, seen[key]) for source, key in held if key in seen]
     if both:
         places = "".join(f"\n  {late} repeats {early}" for late, early in both[:MAX_REPORTED])
         raise DataError(
@@ -140,112 +142,9 @@ def check_overlap(train: Iterable[Example], heldout: Iterable[Example]) -> None:
         )
 
 
-def fit_rows(
-    rows: Sequence[AnyRow],
-    *,
-    max_length: int,
-    max_lost_frac: float,
-    what: str,
-    ledger: Path | None = None,
-) -> tuple[list[AnyRow], int]:
-    """Return the rows that fit into ``max_length``; responses are never cut.
-
-    A sequence that is too long is dropped whole. The prompt of a pair is cut from the left as far
-    as needed, equally for both responses, so that both survive. The pair is dropped if its longer
-    response leaves no prompt token, or if the prompt must stay whole (``shared`` is False). Prompts
-    longer than ``max_length`` are dropped whole.
-
-    Args:
-        rows: tokenized rows. max_length: tokens.
-        max_lost_frac: largest fraction of rows that may be dropped.
-        what: name of the data in messages.
-        ledger: JSON Lines file to which every dropped or cut row is appended.
-
-    Returns:
-        The rows that are kept and the number of dropped rows.
-
-    Raises:
-        DataError: more than ``max_lost_frac`` of the rows, or all of them, are dropped.
-    """
-    fitted = [(row, fit_row(row, max_length=max_length)) for row in rows]
-    kept = [new for _, new in fitted if new is not None]
-    lost = [row for row, new in fitted if new is None]
-    cut = [row for row, new in fitted if new is not None and new is not row]
-    # The ledger lists every affected row, even if the loss is allowed.
-    for group, reason in ((lost, "too long"), (cut, PROMPT_CUT)):
-        _write_down(group, ledger, reason=reason, max_length=max_length, what=what)
-    if cut:
-        short = f"{len(cut)} of {len(rows)} pairs were cut to {max_length} tokens"
-        logger.warning("%s: the prompts of %s: %s", what, short, _places(cut, ledger))
-    if len(lost) > max_lost_frac * len(rows) or not kept:
-        longest = max(map(_length, lost), default=0)
-        raise DataError(
-            f"{what}: {len(lost)} of {len(rows)} rows are longer than max_length {max_length}: "
-            f"{_places(lost, ledger)}; the longest has {longest} tokens, and at most "
-            f"{max_lost_frac:.1%} may be lost. Raise max_length, remove the long rows, or allow it "
-            "with max_lost_frac",
-            code="D114",
-        )
-    if lost:
-        dropped = f"lost {len(lost)} of {len(rows)} rows longer than {max_length} tokens"
-        logger.warning("%s: %s: %s", what, dropped, _places(lost, ledger))
-    return kept, len(lost)
-
-
-def _places(rows: Sequence[AnyRow], ledger: Path | None) -> str:
-    """Return the places of the first rows, and the file that lists all of them."""
-    first = ", ".join(f"{row.source} ({_length(row)} tokens)" for row in rows[:NUM_PLACES])
-    if len(rows) <= NUM_PLACES:
-        return first or "no rows"
-    everywhere = ledger or "the output of 'align data check' with --model and --max-length"
-    return f"{first} and {len(rows) - NUM_PLACES} more, all in {everywhere}"
-
-
-def _write_down(
-    rows: Sequence[AnyRow], ledger: Path | None, *, reason: str, max_length: int, what: str
-) -> None:
-    if ledger is None or not rows:
-        return
-    with ledger.open("a", encoding="utf-8") as out:
-        for row in rows:
-            entry = {"source": row.source, "reason": reason, "tokens": _length(row)}
-            entry |= {"max_length": max_length, "of": what}
-            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _length(row: TokenRow | PairRow | PromptRow) -> int:
-    if isinstance(row, PairRow):
-        return max(len(row.chosen.input_ids), len(row.rejected.input_ids))
-    return len(row.input_ids)
-
-
-def fit_row(row: AnyRow, *, max_length: int) -> AnyRow | None:
-    """Return a row unchanged or, for a pair, with its prompt cut; None if it cannot fit."""
-    if _length(row) <= max_length:
-        return row
-    return cast(AnyRow | None, _cut_pair(row, max_length)) if isinstance(row, PairRow) else None
-
-
-def _cut_pair(pair: PairRow, max_length: int) -> PairRow | None:
-    # Both sides lose the same tokens, so the prompt stays shared.
-    over = _length(pair) - max_length
-    if over <= 0:
-        return pair
-    head = pair.num_head_tokens
-    if over >= pair.num_prompt_tokens - head or not pair.shared:
-        return None
-    return replace(
-        pair,
-        chosen=_cut(pair.chosen, head, over),
-        rejected=_cut(pair.rejected, head, over),
-        num_prompt_tokens=pair.num_prompt_tokens - over,
-    )
-
-
-def _cut(row: TokenRow, head: int, count: int) -> TokenRow:
-    """Return a row without ``count`` tokens after its first ``head`` ones."""
-    ids, trained = (x[:head] + x[head + count :] for x in (row.input_ids, row.trained))
-    return replace(row, input_ids=ids, trained=trained)
+def split_keys(examples: Iterable[Example]) -> set[str]:
+    """Return the texts that determine the sides of some examples."""
+    return set(map(split_key, examples))
 
 
 # A synthetic instance can be worded in several ways, so its text alone does not identify it.
@@ -272,20 +171,31 @@ def with_labels_file(spec: DataSpec, kind: Kind) -> DataSpec:
     return spec.model_copy(update={"labels": None, "path": str(file)})
 
 
-def _load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Example]:
+def load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Example]:
+    """Return the examples of one spec, the number ``index`` of a list, before the mixture.
+
+    Raises:
+        DataError: rows are invalid, or none are left.
+    """
     spec = with_labels_file(spec, kind)
     if spec.world is not None:
         examples = _load_world(spec, kind=kind, seed=seed)
     else:
-        examples = _load_path(spec, kind=kind, seed=seed)
+        examples = list(read_examples(spec, kind=kind, seed=seed))
         if spec.rows is not None and spec.rows < len(examples):
-            examples = _choose(examples, spec.rows, seed=seed, purpose=f"rows/{index}")
+            chosen = _chosen(len(examples), spec.rows, seed=seed, purpose=f"rows/{index}")
+            examples = [examples[i] for i in chosen.tolist()]
     if not examples:
-        raise DataError(
-            f"{_name(spec)}: no rows are left for {kind} (split {spec.split}, heldout_frac "
-            f"{spec.heldout_frac}). Check the file, or use split: all."
-        )
+        raise none_left(spec, kind)
     return examples
+
+
+def none_left(spec: DataSpec, kind: Kind) -> DataError:
+    """Return the error for a source without a row."""
+    return DataError(
+        f"{_name(spec)}: no rows are left for {kind} (split {spec.split}, heldout_frac "
+        f"{spec.heldout_frac}). Check the file, or use split: all."
+    )
 
 
 def _load_world(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
@@ -318,7 +228,12 @@ def source_of(spec: DataSpec) -> tuple[str, str]:
     return named_source(spec.path, config=spec.config, revision=spec.revision, split=spec.split)
 
 
-def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
+def read_examples(spec: DataSpec, *, kind: Kind, seed: int) -> Iterator[Example]:
+    """Yield the examples of a spec's file in order, without ``rows`` and ``weight``.
+
+    Raises:
+        DataError: rows are invalid. All rows are read before, so that it lists up to 20 of them.
+    """
     assert spec.path is not None
     wanted: Kind = kind
     if spec.answers is not None:
@@ -327,7 +242,7 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         kind = "preference"
     # One detector per source, so that a file of one format is recognized only once.
     detector = FormatDetector(spec.format, kind=kind)
-    examples: list[Example] = []
+    contents = _Contents()
     errors: list[str] = []
     barren = 0
     name, side = source_of(spec)
@@ -347,10 +262,10 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
                 break
             continue
         barren += not found
-        examples += [
-            a for e in found if _on_side(e, spec, row=row, side=side) for a in _answers(e, spec)
-        ]
-    # All rows are read before an error is raised, so that it lists up to MAX_REPORTED rows.
+        kept = (e for e in found if _on_side(e, spec, row=row, side=side))
+        for example in (answer for e in kept for answer in _answers(e, spec)):
+            contents.add(example)
+            yield example
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
@@ -358,27 +273,39 @@ def _load_path(spec: DataSpec, *, kind: Kind, seed: int) -> list[Example]:
         total = detector.counts.total()
         logger.warning("%s: %d of %d rows contain no %s example", spec.path, barren, total, kind)
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
-    logger.info("%s: %s, %d rows for %s", spec.path, forms, len(examples), wanted)
-    _log_contents(spec, examples, kind=kind)
-    return examples
+    logger.info("%s: %s, %d rows for %s", spec.path, forms, contents.total, wanted)
+    contents.log(spec, kind=kind)
 
 
-def _log_contents(spec: DataSpec, examples: Sequence[Example], *, kind: Kind) -> None:
-    """Log what the rows of a file hold beside their prompts and responses."""
-    # A mix of plain text and conversations is probably a mistake: only the latter get the template.
-    plain = sum(isinstance(e.prompt, str) and isinstance(e.completion, str) for e in examples)
-    if kind in ("sft", "preference", "unpaired") and 0 < plain < len(examples):
-        logger.warning(
-            "%s: %d of %d rows are plain text, the others conversations; the chat template is "
-            "applied to these alone. Set strings: chat to render all of them as turns",
-            spec.path,
-            plain,
-            len(examples),
-        )
-    beside = sorted({name for example in examples for name in example.columns})
-    if beside:
-        use = "columns for the rewards" if kind == "prompts" else "columns that are not trained on"
-        logger.info("%s: %s: %s", spec.path, use, ", ".join(beside))
+class _Contents:
+    """What the rows of a file hold beside their prompts and responses, counted while it is read."""
+
+    def __init__(self) -> None:
+        self.total = self._plain = 0
+        self._columns: set[str] = set()
+
+    def add(self, example: Example) -> None:
+        """Count an example."""
+        self.total += 1
+        self._plain += isinstance(example.prompt, str) and isinstance(example.completion, str)
+        self._columns.update(example.columns)
+
+    def log(self, spec: DataSpec, *, kind: Kind) -> None:
+        """Log what was counted."""
+        # A mix of plain text and conversations is probably a mistake: only the latter get the
+        # template.
+        if kind in ("sft", "preference", "unpaired") and 0 < self._plain < self.total:
+            logger.warning(
+                "%s: %d of %d rows are plain text, the others conversations; the chat template is "
+                "applied to these alone. Set strings: chat to render all of them as turns",
+                spec.path,
+                self._plain,
+                self.total,
+            )
+        if self._columns:
+            trained = kind != "prompts"
+            use = "columns that are not trained on" if trained else "columns for the rewards"
+            logger.info("%s: %s: %s", spec.path, use, ", ".join(sorted(self._columns)))
 
 
 def _worded(row: Row, spec: DataSpec, *, source: str, seed: int) -> Sequence[Row]:
@@ -404,10 +331,10 @@ def _on_side(example: Example, spec: DataSpec, *, row: Row, side: str) -> bool:
     return side_of(key, heldout_frac=spec.heldout_frac) == side
 
 
-def _choose(examples: list[Example], count: int, *, seed: int, purpose: str) -> list[Example]:
+def _chosen(size: int, count: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
+    """Return a seeded sample of ``count`` places of ``size``."""
     # A stream for each purpose: adding a data source must not change the samples of the others.
     digest = hashlib.sha256(f"load/{purpose}/{seed}".encode()).digest()
     order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
-    chosen = order.permutation(len(examples))[:count]
-    # Back in file order, so that a sample reads like the file.
-    return [examples[i] for i in sorted(chosen.tolist())]
+    # In file order, so that a sample reads like the file.
+    return np.sort(order.permutation(size)[:count])

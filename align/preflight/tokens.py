@@ -5,8 +5,9 @@ at once. They are therefore independent of how align.data.render.chat builds row
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from align.core.types import Example, PromptRow, Text, TokenRow, Turn
 from align.data.render.chat import ChatFormat
 from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
+from align.data.store.facts import Places, row_facts
+from align.data.store.rows import StoredRows
 from align.models.loading import num_positions
 from align.preflight.checks import Check, Finding, Verdict, spread
 from reward_models.limits import render_chat
@@ -24,7 +27,11 @@ PROBE_ANSWER: Turn = {"role": "assistant", "content": "Yes."}
 
 
 def row_checks(
-    chat: ChatFormat, rows: Sequence[TokenRow], examples: Sequence[Example], *, model_dir: Path
+    chat: ChatFormat,
+    rows: Sequence[TokenRow],
+    examples: Sequence[Example],
+    *,
+    model_dir: Path,
 ) -> list[Check]:
     """Return the checks on training rows.
 
@@ -34,12 +41,41 @@ def row_checks(
     """
     stops = saved_stops(model_dir)
     few = [chat_turns(e.prompt, e.completion) for e in examples if not is_text(e)]
+    if isinstance(rows, StoredRows):
+        return _stored_checks(chat, rows, few, model_dir=model_dir)
     return [
         ("trained tokens", partial(trained_tokens, rows)),
         ("stop tokens", partial(stop_tokens, chat, rows, stops)),
         ("template", partial(template, chat, spread(few, NUM_RENDERED))),
         ("first token", partial(first_token, chat, [row.input_ids for row in rows])),
         ("vocabulary", partial(vocabulary, chat, [row.input_ids for row in rows], model_dir)),
+    ]
+
+
+def _stored_checks(
+    chat: ChatFormat, rows: StoredRows, few: Sequence[Sequence[Turn]], *, model_dir: Path
+) -> list[Check]:
+    """Return the same checks, for which the rows of stores are read once."""
+    bos: Any = chat.tokenizer.bos_token_id
+    stops, unknown = saved_stops(model_dir), _unknown_id(chat)
+    facts = cache(partial(row_facts, rows, stops=stops, bos=bos, unknown=unknown))
+
+    def vocabulary_of() -> Finding:
+        found = facts()
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        return _fits(
+            (found.largest, found.longest, found.num_unknown),
+            embeddings=config.get("text_config", config)["vocab_size"],
+            positions=num_positions(model_dir),
+            too_long="warn",
+        )
+
+    return [
+        ("trained tokens", lambda: _trained(facts().trained, facts().untrained)),
+        ("stop tokens", lambda: _ended(chat, facts().ends, facts().wrong_ends, stops=stops)),
+        ("template", partial(template, chat, spread(few, NUM_RENDERED))),
+        ("first token", lambda: _begun(chat, facts().begins)),
+        ("vocabulary", vocabulary_of),
     ]
 
 
@@ -90,14 +126,18 @@ def trained_tokens(rows: Sequence[TokenRow]) -> Finding:
     """Check that every row has trained tokens, none at position 0, which nothing predicts."""
     total = sum(len(row.trained) for row in rows)
     counts = [sum(row.trained) for row in rows]
-    value = (
-        f"{sum(counts):,} of {total:,} tokens in {len(rows):,} rows, at least {min(counts)} per row"
-    )
+    bad = [row.source for row, n in zip(rows, counts, strict=True) if n == 0 or row.trained[0]]
+    return _trained((sum(counts), total, len(rows), min(counts)), Places(len(bad), bad))
+
+
+def _trained(numbers: tuple[int, int, int, int], bad: Places) -> Finding:
+    """Return the finding for trained and all tokens, rows, and the fewest trained of a row."""
+    num_trained, total, num_rows, least = numbers
+    value = f"{num_trained:,} of {total:,} tokens in {num_rows:,} rows, at least {least} per row"
     bound = "more than 0 in every row"
-    bad = [row for row, n in zip(rows, counts, strict=True) if n == 0 or row.trained[0]]
-    if bad:
-        places = ", ".join(row.source for row in bad[:5])
-        what = f"{len(bad)} rows train nothing, or their first token: {places}"
+    if bad.num:
+        places = ", ".join(bad.first[:5])
+        what = f"{bad.num} rows train nothing, or their first token: {places}"
         return Finding(value, bound, "fail", f"{what}. Check these rows, or raise max_length")
     return Finding(value, bound)
 
@@ -105,17 +145,25 @@ def trained_tokens(rows: Sequence[TokenRow]) -> Finding:
 def stop_tokens(chat: ChatFormat, rows: Sequence[TokenRow], stops: frozenset[int]) -> Finding:
     """Check that each run of trained tokens ends in a token that generation stops on."""
     ends = [(row.input_ids[t], row.source) for row in rows for t in _ends(row)]
-    names = chat.tokenizer.convert_ids_to_tokens(sorted({token for token, _ in ends}))
-    value = f"{len(ends):,} turns end in {', '.join(map(repr, names[:4]))}"
-    bound = f"eos_token_id {sorted(stops)} of the saved model"
     wrong = [source for token, source in ends if token not in stops]
-    if wrong:
+    counts = Counter(token for token, _ in ends)
+    return _ended(chat, counts, Places(len(wrong), wrong), stops=stops)
+
+
+def _ended(
+    chat: ChatFormat, ends: Mapping[int, int], wrong: Places, *, stops: frozenset[int]
+) -> Finding:
+    """Return the finding for how often each token ends a turn."""
+    names = chat.tokenizer.convert_ids_to_tokens(sorted(ends))
+    value = f"{sum(ends.values()):,} turns end in {', '.join(map(repr, names[:4]))}"
+    bound = f"eos_token_id {sorted(stops)} of the saved model"
+    if wrong.num:
         return Finding(
             value,
             bound,
             "fail",
-            f"{len(wrong)} turns ({', '.join(wrong[:3])}) end in a token that generation does not "
-            "stop on. Set it in stages.<base>.tokenizer.stop_token",
+            f"{wrong.num} turns ({', '.join(wrong.first[:3])}) end in a token that generation does "
+            "not stop on. Set it in stages.<base>.tokenizer.stop_token",
         )
     return Finding(value, bound)
 
@@ -189,10 +237,19 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
     """Check that rows start with one BOS if the tokenizer adds one, and never with two."""
     bos = chat.tokenizer.bos_token_id
     if bos is None:
-        return Finding("the tokenizer has no BOS", "never two")
+        return _begun(chat, (0, 0, 0))
     double = sum(list(ids[:2]) == [bos, bos] for ids in rows)
     single = sum(list(ids[:1]) == [bos] for ids in rows) - double
-    value = f"{single:,} of {len(rows):,} rows begin with one {chat.tokenizer.bos_token!r}"
+    return _begun(chat, (single, double, len(rows)))
+
+
+def _begun(chat: ChatFormat, numbers: tuple[int, int, int]) -> Finding:
+    """Return the finding for the rows with one BOS, with two, and all."""
+    bos: Any = chat.tokenizer.bos_token_id
+    if bos is None:
+        return Finding("the tokenizer has no BOS", "never two")
+    single, double, num_rows = numbers
+    value = f"{single:,} of {num_rows:,} rows begin with one {chat.tokenizer.bos_token!r}"
     if double:
         return Finding(
             f"{value}, {double:,} with two",
@@ -202,7 +259,7 @@ def first_token(chat: ChatFormat, rows: Sequence[Sequence[int]]) -> Finding:
         )
     # Only a tokenizer that adds a BOS itself was trained with one on every row.
     writes = list(chat.tokenizer("a")["input_ids"])[:1] == [bos]
-    if writes and single < len(rows):
+    if writes and single < num_rows:
         return Finding(
             value,
             "all: the tokenizer writes one",
@@ -241,6 +298,16 @@ def fitting(
         unknown: id of the tokenizer's unknown token. too_long: verdict on a longer row.
     """
     largest, longest = max(max(ids) for ids in rows), max(len(ids) for ids in rows)
+    lost = sum(list(ids).count(unknown) for ids in rows) if unknown is not None else 0
+    numbers = (largest, longest, lost)
+    return _fits(numbers, embeddings=embeddings, positions=positions, too_long=too_long)
+
+
+def _fits(
+    numbers: tuple[int, int, int], *, embeddings: int, positions: int | None, too_long: Verdict
+) -> Finding:
+    """Return the finding for the largest token, the longest row, and unknown tokens."""
+    largest, longest, lost = numbers
     value = f"largest token {largest:,} of {embeddings:,}, longest row {longest:,} of {positions}"
     if largest >= embeddings:
         remedy = "the tokenizer has more tokens than the model. Use the one it was trained with"
@@ -248,7 +315,6 @@ def fitting(
     if positions is not None and longest > positions:
         remedy = f"set max_length: {positions} to drop such rows"
         return Finding(value, "smaller", too_long, remedy)
-    lost = sum(list(ids).count(unknown) for ids in rows) if unknown is not None else 0
     if lost:
         remedy = "the tokenizer cannot encode these rows. Check their characters, or change it"
         return Finding(f"{value}, {lost:,} unknown tokens", "none unknown", "warn", remedy)

@@ -26,7 +26,8 @@ from align.core import distributed
 from align.core.artifacts import cut_links
 from align.core.storage import MIB
 from align.core.types import Example
-from align.data.load import fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import load_examples
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import family_of
 from align.models.attention import PACKED

@@ -16,11 +16,13 @@ from align.core.errors import ArtifactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
+from align.data.fit import fit_rows
 from align.data.labels import snapshot_files
-from align.data.load import check_overlap, fit_rows, load_examples, source_of
+from align.data.load import check_overlap, load_examples, source_of
 from align.data.reading.read_log import num_rows, parsed_sha256
 from align.data.reading.sources import data_fingerprint
 from align.data.render.chat import ChatFormat
+from align.data.store.source import chosen, fit_loaded, load_rows
 from align.models.loading import check_length
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import MAX_SEEN, Check, spread
@@ -48,7 +50,6 @@ from align.tuning.files import num_trained
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
 from align.tuning.merging import merges
 from align.tuning.wrap import add_tuner, has_adapter
-from reward_models.limits import many_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -243,42 +244,37 @@ def offline_rows(
         context: context of the stage.
         render: example -> tokenized row.
     """
-    training = load_examples(spec.data, kind=spec.rows, seed=context.seed, mix_cap=spec.mix_cap)
-    heldout = load_examples(spec.heldout, kind=spec.rows, seed=context.seed)
+    load = partial(load_rows, kind=spec.rows, seed=context.seed, render=render)
+    training, heldout = load(spec.data, mix_cap=spec.mix_cap), load(spec.heldout)
     # Shared prompts would make the held-out loss a training loss.
-    check_overlap(training, heldout)
+    check_overlap(training.sharing_prompts(heldout.examples), heldout.examples)
     checks, notes = contamination_checks(
-        context, training, heldout, max_frac=spec.max_contaminated_frac
+        context, training.examples, heldout.examples, max_frac=spec.max_contaminated_frac
     )
-
-    def fitted(examples: Sequence[Example], name: str) -> Sequence[Any]:
-        if not examples:
-            return []
-        with many_rows():
-            rows = [render(example) for example in examples]
-        kept, _ = fit_rows(
-            rows,
-            max_length=spec.max_length,
-            max_lost_frac=spec.max_lost_frac,
-            what=f"{context.name}: {name} rows",
-            ledger=context.ledger,
-        )
-        if spec.keep.augment is None or examples is heldout:
-            return kept
-        # By identity, because fit_rows keeps the row objects and equal rows may come from two
-        # examples.
-        made_from = {id(row): example for row, example in zip(rows, examples, strict=True)}
-        return AugmentedRows(
-            kept,
-            [made_from[id(row)] for row in kept],
+    fitted = partial(
+        fit_loaded,
+        render=render,
+        max_length=spec.max_length,
+        max_lost_frac=spec.max_lost_frac,
+        ledger=context.ledger,
+    )
+    both, num = (training.examples, heldout.examples), len(training.examples)
+    some = [
+        both[0][i] if i < num else both[1][i - num]
+        for i in spread(range(sum(map(len, both))), MAX_SEEN)
+    ]
+    trained, places = fitted(training, what=f"{context.name}: training rows")
+    watched, _ = fitted(heldout, what=f"{context.name}: held-out rows")
+    if spec.keep.augment is not None and len(trained):
+        trained = AugmentedRows(
+            trained,
+            chosen(training.examples, places),
             render=render,
             spec=spec.keep.augment,
             seed=distributed.derive_seed(context.seed, "augment"),
             max_length=spec.max_length,
         )
-
-    trained, watched = fitted(training, "training"), fitted(heldout, "held-out")
-    return OfflineRows(trained, watched, spread([*training, *heldout], MAX_SEEN), checks, notes)
+    return OfflineRows(trained, watched, some, checks, notes)
 
 
 def run_offline(

@@ -11,6 +11,7 @@ from align.core.types import Example, PromptRow, TokenRow
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
+from align.data.store.rows import StoredRows
 from align.data.token_view import View, view_of
 from align.preflight.checks import Check, Finding, spread
 from align.preflight.offline import loss_checks, sides_of, start_checks
@@ -98,7 +99,9 @@ def offline_checks(
         module: passed to the loss. model: the transformers or peft model inside it.
         task: rows, batches and loss. examples: some of the examples behind its rows.
     """
-    flat = [side for row in task.rows for side in sides_of(row)]
+    # Rows of stores are not listed: they may not fit into memory.
+    stored = isinstance(task.rows, StoredRows)
+    flat = task.rows if stored else [side for row in task.rows for side in sides_of(row)]
     vocab_size = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     return [
         *row_checks(chat, flat, examples, model_dir=source.model_dir),

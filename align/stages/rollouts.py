@@ -11,7 +11,8 @@ import torch
 
 from align.core.errors import ArtifactError, RecipeError, TrainingError
 from align.core.types import Example, PromptRow
-from align.data.load import fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.models.loading import num_positions
 from align.models.logprobs import LogprobModel

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
+import numpy as np
+
 from align.core.types import PairRow, TokenRow
+from align.data.store.rows import StoredRows
 from align.recipe.schema import OnlineStage, TrainingStage
 
 WINDOW, SHORTEST = 5, 3
@@ -35,6 +38,8 @@ def row_facts(rows: Sequence[Any]) -> RowFacts:
     """Return the facts about rows of any offline stage."""
     if not rows:
         return RowFacts()
+    if isinstance(rows, StoredRows) and rows.is_plain:
+        return _stored_facts(rows)
     first, labels = _tokens(rows[0]), set[Hashable]()
     for row in rows:
         labels |= _labels(row)
@@ -47,6 +52,18 @@ def row_facts(rows: Sequence[Any]) -> RowFacts:
         untrained=sum(not _is_trained(row) for row in plain),
         labels=tuple(sorted(labels, key=str)),
     )
+
+
+def _stored_facts(rows: StoredRows) -> RowFacts:
+    """Return the facts about plain rows of stores from their columns; such rows have no label."""
+    first = rows[0].input_ids
+    untrained, equal = 0, True
+    for _, ids, mask, lengths in rows.chunks():
+        starts = np.cumsum(lengths) - lengths
+        untrained += int((np.add.reduceat(mask, starts, dtype=np.int64) == 0).sum())
+        equal = equal and bool((lengths == len(first)).all())
+        equal = equal and bool((ids.reshape(-1, len(first)) == np.array(first)).all())
+    return RowFacts(num=len(rows), equal=equal, untrained=untrained)
 
 
 def _tokens(row: Any) -> Sequence[Sequence[int]]:

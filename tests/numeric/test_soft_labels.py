@@ -154,7 +154,7 @@ def test_a_probable_label_where_labels_count_as_certain_is_refused(kind):
 
 
 def test_a_pair_keeps_its_probability_when_its_prompt_is_cut():
-    from align.data.load import fit_rows
+    from align.data.fit import fit_rows
 
     def side(x):
         return TokenRow((1, 2, 3, x), (False, False, False, True))

@@ -11,7 +11,7 @@ from small_tokenizers import byte_tokenizer
 
 from align.core.errors import DataError, RecipeError
 from align.core.types import Example
-from align.data.load import fit_row
+from align.data.fit import fit_row
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import TEMPLATES
 from align.recipe.schema import TokenizerSpec

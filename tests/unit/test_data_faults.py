@@ -9,7 +9,8 @@ import pytest
 from align.core.errors import DataError
 from align.core.types import PairRow, TokenRow
 from align.data.check import Request, check_data
-from align.data.load import fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.recipe.schema import DataSpec
 from benchmarks.data_faults import clean_alarms, outcomes

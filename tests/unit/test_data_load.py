@@ -8,7 +8,8 @@ import pytest
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
-from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import check_overlap, load_examples
 from align.data.split import hash_fraction, side_of, split_key
 from align.recipe.schema import DataSpec
 

@@ -23,7 +23,7 @@ from small_encoders import bert_config, wordpiece
 
 from align.core.errors import ArtifactError, DataError
 from align.core.types import Example
-from align.data.load import fit_rows
+from align.data.fit import fit_rows
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.heads import TextValues, scorer_on_encoder
 from align.models.padded import right_padded

@@ -5,8 +5,8 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, PromptRow, TokenRow
+from align.data.fit import fit_row
 from align.data.formats.faults import Fault
-from align.data.load import fit_row
 from align.data.render.chat import ChatFormat
 
 Tokenized = TokenRow | PairRow | PromptRow

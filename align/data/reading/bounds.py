@@ -1,11 +1,15 @@
 """Limits on what a data file may unpack to: a few bytes of a file can stand for gigabytes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from align.core.errors import DataError
 
 SETTING = "ALIGN_MAX_UNPACKED_GIB"
+FROM = "ALIGN_CACHE_FROM_MIB"
+"""Environment variable with the size of a source's files, in MiB, from which it has a store."""
+FROM_MIB = 32.0
 MAX_ROW = 2**28
 """Largest row, in bytes."""
 MAX_FILE = 2**36
@@ -16,6 +20,23 @@ MAX_RATIO = 100
 """Largest ratio of unpacked to packed bytes, for files that unpack to more than MAX_ROW."""
 CODE = "D014"
 """Code of a file or row that unpacks to too much."""
+
+
+def is_large(files: Sequence[Path]) -> bool:
+    """Return whether the rows of these files have a store.
+
+    Raises:
+        DataError: the setting is no number.
+    """
+    given = os.environ.get(FROM)
+    try:
+        limit = FROM_MIB if given is None else float(given)
+    except ValueError:
+        raise DataError(f"{FROM}: found {given!r}, expected a number of MiB") from None
+    try:
+        return sum(file.stat().st_size for file in files) >= limit * 2**20
+    except OSError:  # reading them reports the error
+        return False
 
 
 def max_row() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from align.core.artifacts import file_record
 from align.core.errors import DataError
 from align.data.labels import snapshot_files
+from align.data.reading.bounds import is_large
 from align.data.reading.sources import find_files, hub_revision, named_source
 from align.recipe.schema import DataSpec, Spec
 
@@ -51,9 +52,12 @@ def named_files(spec: Spec, references: Mapping[str, str]) -> dict[str, Path]:
 
 
 def shared_files(specs: Sequence[Spec]) -> list[Path]:
-    """Return the data files that two or more data sources of these specifications refer to."""
+    """Return the data files that two or more data sources of these specifications refer to.
+
+    Large ones are left out: their parsed rows would not fit into memory.
+    """
     files = [file for spec in _data_specs(specs) for file in _data_files(spec).values()]
-    return [file for file, count in Counter(files).items() if count > 1]
+    return [file for file, n in Counter(files).items() if n > 1 and not is_large([file])]
 
 
 def hub_revisions(spec: Spec) -> dict[str, str]:

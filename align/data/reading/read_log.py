@@ -25,6 +25,11 @@ def announced() -> frozenset[str] | None:
     return None if _expected is None else frozenset(_expected)
 
 
+def expected(path: Path) -> str | None:
+    """Return the sha256 of a file when the stage began, or None."""
+    return None if _expected is None else _expected.get(str(path))
+
+
 def parsed_sha256(path: Path) -> str | None:
     """Return the sha256 of a file when it was last parsed, or None."""
     return _parsed.get(str(path))

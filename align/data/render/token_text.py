@@ -29,7 +29,7 @@ def weighed_row(
     return TokenRow(tuple(ids), tuple(trained), source, weights=() if plain else tuple(weights))
 
 
-def _encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any] | None:
+def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any] | None:
     """Return the method of the fast tokenizer below that gives what ``tokenizer(text)`` gives.
 
     None if the tokenizer does more than to call it, or settings of an earlier call are left in it.
@@ -63,7 +63,7 @@ class TokenText:
         self._tokenizer, self._text = tokenizer, text
         self._encoding: Any = None
         self._spans: Sequence[tuple[int, int]] | None = None
-        if (encode := _encoder(tokenizer)) is not None:
+        if (encode := encoder_of(tokenizer)) is not None:
             # Most rows need two of the offsets; a list of all of them costs a tenth of the time.
             self._encoding = encode(text, add_special_tokens=False)
             self.ids: list[int] = self._encoding.ids

@@ -121,11 +121,11 @@ def nearest_rows(contaminated: Sequence[Wanted], rows: Iterable[Wanted]) -> list
 
 def _runs_of(examples: Sequence[Example], wanted: set[int]) -> Iterator[tuple[str, set[int]]]:
     """Yield the source and wanted runs of every distinct turn that has any."""
-    known: set[str] = set()
+    known: set[int] = set()  # hashes, since the turns of millions of rows take gigabytes
     for example in examples if wanted else ():
         for turn in _turns(example.prompt, example.completion, example.rejected):
-            if turn not in known:
-                known.add(turn)
+            if hash(turn) not in known:
+                known.add(hash(turn))
                 if runs := _runs(words(turn)) & wanted:
                     yield example.source, runs
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from align.core.types import TokenRow
-from align.data.load import fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.evaluation.compare import Record
 from align.evaluation.verdict import RowLoss

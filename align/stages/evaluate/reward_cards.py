@@ -9,8 +9,9 @@ from typing import Any
 from align.core import distributed
 from align.core.artifacts import Artifact
 from align.core.types import Example, PairRow, Text, TokenRow
+from align.data.fit import fit_rows
 from align.data.formats.sets import AnswerSet, load_sets
-from align.data.load import fit_rows, load_examples
+from align.data.load import load_examples
 from align.data.split import split_key
 from align.evaluation.card import (
     ScoredPair,

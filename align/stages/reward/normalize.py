@@ -12,7 +12,8 @@ from align.core import distributed
 from align.core.artifacts import Artifact
 from align.core.types import PromptRow, TokenRow
 from align.data.batching import plan_micro_batches
-from align.data.load import fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.recipe.schema import RewardStage
 from align.sampling.build import build_engine

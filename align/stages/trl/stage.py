@@ -22,7 +22,8 @@ from align.core.distributed import stop_deferred, stop_requested
 from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
-from align.data.load import check_overlap, fit_rows, load_examples
+from align.data.fit import fit_rows
+from align.data.load import check_overlap, load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.content import check_plain
 from align.models.loading import load_tokenizer, save_policy

@@ -1,0 +1,29 @@
+"""List and remove the stores of tokenized rows (docs/scale.md)."""
+
+from typing import Annotated
+
+import typer
+
+from align.core.text import visible
+
+
+def cache(
+    clean: Annotated[bool, typer.Option("--clean", help="remove every store")] = False,
+) -> None:
+    """List the tokenized rows that are kept of large data sources, or remove them."""
+    from align.data.store import folder
+
+    place = folder.cache_folder()
+    if clean:
+        typer.echo(visible(f"{place}: {_mib(folder.clean())} removed"))
+        return
+    stores = folder.stores()
+    for path, meta, size in stores:
+        of = f"{meta['rows']:,} rows of {meta['source']}" if "rows" in meta else "a comparison"
+        typer.echo(visible(f"{path.name[:12]}  {_mib(size):>12}  {of}"))
+    total = sum(size for _, _, size in stores)
+    typer.echo(visible(f"{place}: {len(stores)} stores, {_mib(total)}"))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

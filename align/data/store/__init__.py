@@ -1,0 +1,1 @@
+"""Tokenized rows of large data sets, made once and read from files."""

@@ -1,0 +1,92 @@
+"""The columns of a store, in which the tokens of a row are apart from the rest of it."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from align.core.errors import AlignError
+from align.core.types import PairRow, PromptRow, TokenRow
+from align.data.store.columns import record
+
+Packed = dict[str, bytes]
+"""The bytes that some rows add to each column of COLUMNS."""
+COLUMNS = ("ids", "trained", "lengths", "weights", "weighed", "shells", "shell_sizes", "plain")
+"""Columns of rows. Per token of a side: its id (uint32), whether it is trained (uint8), and its
+weight (float64) on sides that have weights. Per side: its length (uint32), and whether it has
+weights (uint8). Per row: a record of all else, its size (uint32), and whether it is plain (uint8).
+"""
+Side = tuple[tuple[int, ...], tuple[bool, ...], tuple[float, ...]]
+"""Token ids, mask and weights of one sequence of a row."""
+
+
+class Job(NamedTuple):
+    """The bytes of a chunk's examples in the file: the first one, and the size of each example."""
+
+    start: int
+    sizes: Sequence[int]
+
+
+class Done(NamedTuple):
+    """The rows of a chunk, or the first error of one of them; and what was logged meanwhile."""
+
+    rows: Packed | None
+    error: AlignError | None
+    logged: list[tuple[int, str]]
+
+
+def sequences(row: Any) -> Sequence[TokenRow | PromptRow]:
+    """Return the sequences of a row: both of a pair, otherwise the row itself."""
+    return (row.chosen, row.rejected) if isinstance(row, PairRow) else (row,)
+
+
+def pack_rows(rows: Sequence[Any]) -> Packed:
+    """Return the columns of some rows, which are all of one class."""
+    parts: dict[str, list[bytes]] = {name: [] for name in COLUMNS}
+    for row in rows:
+        for side in sequences(row):
+            ids = side.input_ids
+            weights = getattr(side, "weights", ())
+            parts["ids"].append(array("I", ids).tobytes())
+            parts["trained"].append(bytes(getattr(side, "trained", ())) or bytes(len(ids)))
+            parts["lengths"].append(len(ids).to_bytes(4, "little"))
+            parts["weights"].append(array("d", weights).tobytes())
+            parts["weighed"].append(b"\1" if weights else b"\0")
+        shell = record(_shell(row))
+        parts["shells"].append(shell)
+        parts["shell_sizes"].append(len(shell).to_bytes(4, "little"))
+        parts["plain"].append(b"\1" if is_plain(row) else b"\0")
+    return {name: b"".join(found) for name, found in parts.items()}
+
+
+def is_plain(row: Any) -> bool:
+    """Return whether a row is a TokenRow that its tokens and its mask describe completely."""
+    return type(row) is TokenRow and not row.weights and row.label_prob == 1.0
+
+
+def _shell(row: Any) -> Any:
+    """Return a row without its tokens."""
+    if isinstance(row, PairRow):
+        return replace(row, chosen=_shell(row.chosen), rejected=_shell(row.rejected))
+    if isinstance(row, PromptRow):
+        return replace(row, input_ids=())
+    return replace(row, input_ids=(), trained=(), weights=())
+
+
+def filled(shell: Any, sides: Sequence[Side]) -> Any:
+    """Return the row of a shell and its sequences."""
+    if isinstance(shell, PairRow):
+        chosen, rejected = filled(shell.chosen, sides[:1]), filled(shell.rejected, sides[1:])
+        return replace(shell, chosen=chosen, rejected=rejected)
+    ids, trained, weights = sides[0]
+    if isinstance(shell, PromptRow):
+        return replace(shell, input_ids=ids)
+    return replace(shell, input_ids=ids, trained=trained, weights=weights)
+
+
+def side_of(ids: bytes, trained: bytes, weights: bytes) -> Side:
+    """Return one sequence from its bytes."""
+    mask = np.frombuffer(trained, np.bool_).tolist()
+    return tuple(array("I", ids)), tuple(mask), tuple(array("d", weights))

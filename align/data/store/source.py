@@ -1,0 +1,263 @@
+"""Load the rows of a stage from stores, which are built for its large data sources.
+
+The key of a store covers all that its rows depend on: the bytes of the files, how the recipe reads
+them, tokenizer and template, the code, and the versions of the libraries that tokenize.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.core.artifacts import file_sha256
+from align.core.errors import DataError
+from align.core.sources import extension_hashes
+from align.core.types import Example
+from align.data.fit import fit_row, fit_rows
+from align.data.formats.detect import Kind
+from align.data.load import (
+    load_examples,
+    load_one,
+    mix,
+    none_left,
+    read_examples,
+    source_of,
+    split_keys,
+)
+from align.data.reading import read_log
+from align.data.reading.bounds import is_large
+from align.data.reading.sources import find_files
+from align.data.render.chat import ChatFormat
+from align.data.render.token_text import encoder_of
+from align.data.store.build import Render, build_store
+from align.data.store.collect import collected
+from align.data.store.folder import open_or_build, remove
+from align.data.store.rows import Listed, Part, Store, StoredExamples, StoredRows
+from align.recipe.schema import DataSpec
+from reward_models.limits import many_rows
+
+log = logging.getLogger(__name__)
+KINDS = ("sft", "preference", "unpaired", "prompts")
+"""Kinds of rows that stores have a layout for."""
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "numpy", "pyarrow", "align-suite")
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Examples of a stage, and their rows if they come from stores."""
+
+    examples: Sequence[Example]
+    rows: StoredRows | None = None
+
+    def sharing_prompts(self, others: Sequence[Example]) -> Iterable[Example]:
+        """Return at least the examples that share the text of a split key with other examples."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.having(split_keys(others))
+        return self.examples
+
+
+def load_rows(
+    specs: Sequence[DataSpec],
+    *,
+    kind: Kind,
+    seed: int,
+    render: Render,
+    mix_cap: int | None = None,
+    processes: int | None = None,
+) -> Loaded:
+    """Return the examples that ``load_examples`` returns; with rows if any source is large.
+
+    Args:
+        specs, kind, seed, mix_cap: see ``load_examples``.
+        render: makes a row of an example.
+        processes: see ``build_store``; None takes one for each core.
+
+    Raises:
+        DataError: see ``load_examples`` and ``render``; or the stores cannot be written.
+    """
+    files = [_large_files(spec, kind=kind, render=render) for spec in specs]
+    if not any(files):
+        return Loaded(load_examples(specs, kind=kind, seed=seed, mix_cap=mix_cap))
+    parts: list[Part] = []
+    for i, (spec, found) in enumerate(zip(specs, files, strict=True)):
+        if found:
+            build = partial(_store, kind=kind, seed=seed, render=render, processes=processes)
+            parts.append(build(spec, found))
+        else:
+            parts.append(Listed(load_one(spec, kind=kind, seed=seed, index=i), render))
+    places = mix([len(part.lengths) for part in parts], specs, seed=seed, mix_cap=mix_cap)
+    owners = np.repeat(np.arange(len(parts), dtype=np.uint16), list(map(len, places)))
+    joined = np.concatenate(places).astype(np.int64)
+    return Loaded(StoredExamples(parts, owners, joined), StoredRows(parts, owners, joined))
+
+
+def fit_loaded(
+    loaded: Loaded,
+    *,
+    render: Render,
+    max_length: int,
+    max_lost_frac: float,
+    what: str,
+    ledger: Path | None,
+) -> tuple[Sequence[Any], Sequence[int]]:
+    """Return the rows that fit, as ``fit_rows`` does, and the places of their examples."""
+    limits = {"max_length": max_length, "max_lost_frac": max_lost_frac}
+    if loaded.rows is not None:
+        return loaded.rows.fit(**limits, what=what, ledger=ledger)
+    if not loaded.examples:
+        return [], []
+    with many_rows():
+        rows = [render(example) for example in loaded.examples]
+    kept, _ = fit_rows(rows, **limits, what=what, ledger=ledger)
+    fits = [fit_row(row, max_length=max_length) is not None for row in rows]
+    return kept, [i for i, stays in enumerate(fits) if stays]
+
+
+def chosen(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+    """Return some of the examples."""
+    if isinstance(examples, StoredExamples):
+        return examples.at(np.asarray(places, dtype=np.int64))
+    return [examples[i] for i in places]
+
+
+def _large_files(spec: DataSpec, *, kind: Kind, render: Render) -> list[Path]:
+    """Return the files of a source whose rows have a store, else none."""
+    # A function of the user may read anything, so its rows cannot be known to be the same again.
+    if spec.path is None or spec.map is not None or spec.rows is not None or kind not in KINDS:
+        return []
+    if (chat := _chat_of(render)) is None or encoder_of(chat.tokenizer) is None:
+        return []
+    files = find_files(source_of(spec)[0])
+    return files if is_large(files) else []
+
+
+def _chat_of(render: Render) -> ChatFormat | None:
+    """Return the renderer behind a method of it, or behind a function that was given it."""
+    given = render.args if isinstance(render, partial) else (getattr(render, "__self__", None),)
+    found = [part for part in given if isinstance(part, ChatFormat)]
+    return found[0] if len(found) == 1 == len(given) else None
+
+
+def _store(
+    spec: DataSpec,
+    files: Sequence[Path],
+    *,
+    kind: Kind,
+    seed: int,
+    render: Render,
+    processes: int | None,
+) -> Store:
+    """Return the store of a large source; it is built if it is missing or damaged."""
+    hashes = {str(file): read_log.expected(file) or file_sha256(file) for file in files}
+    key = _key(spec, hashes, kind=kind, seed=seed, render=render)
+
+    lines: list[tuple[int, str]] = []
+
+    def build(folder: Path) -> dict[str, Any]:
+        log.info("%s: tokenizing its rows into %s", spec.path, folder.parent / key)
+        with collected(lines):
+            meta = build_store(
+                folder,
+                read_examples(spec, kind=kind, seed=seed),
+                render=render,
+                processes=len(os.sched_getaffinity(0)) if processes is None else processes,
+            )
+        for file in files:
+            if read_log.parsed_sha256(file) != hashes[str(file)]:
+                raise DataError(
+                    f"{file}: changed while its rows were read. Do not change it during a run, and "
+                    "run the command again"
+                )
+        read = [[str(f), hashes[str(f)], read_log.num_rows(f)] for f in files]
+        return {"source": spec.path, "kind": kind, **meta, "files": read, "log": lines}
+
+    folder, meta = open_or_build(key, build)
+    if (store := _opened(folder, meta)) is None:
+        log.warning("%s: damaged, so it is made again", folder)
+        remove(folder)
+        folder, meta = open_or_build(key, build)
+        store = _opened(folder, meta)
+    if store is None:
+        raise DataError(f"{folder}: cannot be read back as it was written. Check the disk")
+    if not lines:
+        _tell_again(meta)
+    if not len(store.lengths):
+        raise none_left(spec, kind)
+    return store
+
+
+def _opened(folder: Path, meta: Mapping[str, Any]) -> Store | None:
+    """Return a store that is whole, else None."""
+    try:
+        store = Store(folder, meta)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return store if store.is_whole() else None
+
+
+def _tell_again(meta: Mapping[str, Any]) -> None:
+    """Log what was logged when a store was built, and note its files as read."""
+    for level, line in meta["log"]:
+        log.log(level, "%s", line)
+    for path, sha256, num in meta["files"]:
+        read_log.note(Path(path), sha256)
+        read_log.note_rows(Path(path), num)
+
+
+def _key(
+    spec: DataSpec, hashes: Mapping[str, str], *, kind: Kind, seed: int, render: Render
+) -> str:
+    """Return the key of a source's store."""
+    # Weight and the other ignored settings choose among rows and do not change them.
+    read = spec.model_dump(mode="json", exclude={"weight", "rows"})
+    template = None if spec.templates is None else file_sha256(Path(spec.templates))
+    parts = {
+        "files": list(hashes.items()),
+        "spec": read,
+        "templates": [template, seed if spec.templates is not None else None],
+        "kind": kind,
+        "render": _render_key(render),
+        "code": _code_key(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _render_key(render: Render) -> list[Any]:
+    """Return what the rows depend on beside the examples."""
+    chat = _chat_of(render)
+    assert chat is not None
+    tokenizer: Any = chat.tokenizer
+    function = render.func if isinstance(render, partial) else render
+    template = str(tokenizer.chat_template)
+    return [
+        function.__module__,
+        function.__qualname__,
+        hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        template,
+        # A template may write the date into its text.
+        datetime.now().astimezone().date().isoformat() if "strftime_now" in template else None,
+        list(chat.stop_token_ids),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
+
+
+@cache
+def _code_key() -> list[str]:
+    """Return the hash of this project's code and the versions of the libraries that it uses."""
+    found = hashlib.sha256()
+    for top in ("align", "reward_models"):
+        for path in sorted((_ROOT / top).rglob("*.py")):
+            found.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    versions = [metadata.version(name) for name in _PACKAGES]
+    return [found.hexdigest(), platform.python_version(), *versions, str(extension_hashes())]
