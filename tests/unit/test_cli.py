@@ -186,7 +186,8 @@ def test_a_shipped_recipe_is_found_by_its_name():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("runs/toy/sft", "runs/toy/sft: no such model; expected RUN/STAGE (looked in runs), the"),
+        ("./gone/sft", "./gone/sft: no such model; expected RUN/STAGE (looked in runs), the"),
+        ("runs/toy/sft", "runs/toy/sft: runs/toy has no such finished stage; finished are base"),
         ("toy/sft", "toy/sft: runs/toy has no such finished stage; finished are base"),
         ("empty", "empty: no manifest.json and no config.json in it; expected the folder of a"),
     ],
