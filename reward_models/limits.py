@@ -88,7 +88,7 @@ class _Block:
 
     @contextmanager
     def next_row(self) -> Iterator[None]:
-        """Give one row its own time; its memory counts from that of a few rows before."""
+        """Limit the time of one row; its memory counts from that of a few rows before."""
         if self._count % _ROWS_PER_LIMIT == 0:
             self._memory.close()
             self._memory.enter_context(memory_limit(TEMPLATE_MIB))

@@ -180,7 +180,26 @@ def convert(
     for example in load_examples(specs, kind=kind, seed=seed):
         kept = {k: v for k, v in example.columns.items() if columns}
         rows.append({**kept, **extra_fields(example), **write(example)})
-    # Rename only a complete file into place.
+    _write_whole(rows, out)
+    note = {
+        "to": to,
+        "seed": seed,
+        "columns": columns,
+        "inputs": [_input_record(spec) for spec in specs],
+        "output": {"path": str(out), "sha256": file_sha256(out), "rows": len(rows)},
+        "version": metadata.version("align-suite"),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json_atomic(out.with_name(out.name + ".provenance.json"), note)
+    return note
+
+
+def _write_whole(rows: Sequence[Row], out: Path) -> None:
+    """Write rows to a file that appears when it is complete.
+
+    Raises:
+        DataError: the file cannot be written, or its format cannot store the rows.
+    """
     temporary = out.with_name(f".partial-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,17 +217,6 @@ def convert(
             f"{out}: the rows have fields that such a file cannot store: {told}. "
             "Change or remove them with 'map', or leave all other fields out with --no-columns"
         ) from error
-    note = {
-        "to": to,
-        "seed": seed,
-        "columns": columns,
-        "inputs": [_input_record(spec) for spec in specs],
-        "output": {"path": str(out), "sha256": file_sha256(out), "rows": len(rows)},
-        "version": metadata.version("align-suite"),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_json_atomic(out.with_name(out.name + ".provenance.json"), note)
-    return note
 
 
 def _place(rows: Sequence[Row]) -> str | None:

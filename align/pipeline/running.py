@@ -75,8 +75,7 @@ def run(
     Args:
         recipe_path: the YAML file, or a recipe that is loaded. overrides: ``--set`` texts.
         runs: folder of all runs. run_dir: that of the run; None means ``<runs>/<recipe name>``.
-        force: rerun changed stages, the stages named by ``only`` or ``from_``, and every selected
-            stage that depends on them.
+        force: rerun changed stages, those of ``only`` or ``from_``, and all that depend on them.
         only: run only these stages, separated by commas.
         from_: skip the stages before this one. until: skip the stages after this one.
         redo: stages that ``force`` reruns too, although nothing selects or changed them.
@@ -92,9 +91,8 @@ def run(
     Raises:
         AlignError: nothing was started, for the reason in the message.
     """
-    recipe = recipe_path
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
+    named = recipe_path
+    recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
     choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)

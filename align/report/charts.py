@@ -81,29 +81,20 @@ def line_chart(
     known = [(x, y) for _, points, _ in thinned for x, y in points if y is not None]
     if not known:
         return tag("figure", tag("figcaption", title, tag("small", " no finite value logged")))
-    spread = [
-        (i, x, low, high)
-        for i, ((_, points, run), pairs) in enumerate(zip(thinned, bounds, strict=False))
-        for (x, _), (low, high) in zip(points, pairs, strict=False)
-        if run == 1 and low is not None and high is not None
-    ]
+    spread = _spread(thinned, bounds)
     # Scale: the y axis ends at round ticks, the x axis at the data.
     xs, ys = [x for x, _ in known], [y for _, y in known]
     ys += [y for *_, low, high in spread for y in (low, high)]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    frame = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, y_ticks[0], y_ticks[-1])
+    first, end, y_ticks = min(xs), max(xs), ticks(min(ys), max(ys))
+    frame = (first, end if end > first else first + 1, y_ticks[0], y_ticks[-1])
     # Marks, labels and axes.
-    lines = [
-        mark
-        for i, (_, points, _) in enumerate(thinned)
-        for mark in _segments(points, frame, line_class(i))
-    ]
+    drawn = (_segments(points, frame, line_class(i)) for i, (_, points, _) in enumerate(thinned))
+    lines = [mark for marks in drawn for mark in marks]
     whiskers = [_whisker((x, low, high), frame, line_class(i)) for i, x, low, high in spread]
-    label = unit_of(title) or "value"
     run = max(run for _, _, run in thinned)
     x_label = f"{x_label} (each point the mean of {run})" if run > 1 else x_label
-    inside = [x for x in x_ticks if frame[0] <= x <= frame[1]]
-    axes = _draw_axes(inside, y_ticks, frame, labels=(x_label, label))
+    inside = [x for x in ticks(first, end) if frame[0] <= x <= frame[1]]
+    axes = _draw_axes(inside, y_ticks, frame, labels=(x_label, unit_of(title) or "value"))
     svg = tag(
         "svg",
         axes,
@@ -115,6 +106,18 @@ def line_chart(
         aria_label=f"{title} over {x_label}",
     )
     return tag("figure", _caption(title, thinned), svg, data_chart=key)
+
+
+def _spread(
+    thinned: Sequence[tuple[str, Points, int]], bounds: Sequence[Sequence[Band]]
+) -> list[tuple[int, float, float, float]]:
+    """Return line, x, low and high of each point that has bounds; thinned lines have none."""
+    return [
+        (i, x, low, high)
+        for i, ((_, points, run), pairs) in enumerate(zip(thinned, bounds, strict=False))
+        for (x, _), (low, high) in zip(points, pairs, strict=False)
+        if run == 1 and low is not None and high is not None
+    ]
 
 
 def line_class(place: int) -> str:

@@ -96,9 +96,8 @@ def train_offline(
     Held-out rows are also evaluated before the first step: later evaluations have the change since.
 
     Returns:
-        The last step's metrics, the held-out loss and the mean number of trained tokens per
-        second. With ``stopping``, which may end the training early, the held-out metrics are those
-        of the best evaluation.
+        The last step's metrics, the held-out loss and the mean trained tokens per second. With
+        ``stopping``, which may end early, the held-out metrics are those of the best evaluation.
     """
     heldout = HeldOut(task, schedule.micro_tokens) if task.heldout else None
     states = {"stopping": stopping, "diagnosis": diagnosis, "heldout": heldout}
@@ -120,8 +119,7 @@ def train_offline(
         if diagnosis is not None:
             diagnosis.report(done, last, metrics)
         # Checkpoint: at the interval, and before the process exits on a signal.
-        stop = stop_requested()
-        if stop or timer.due(done):
+        if (stop := stop_requested()) or timer.due(done):
             with timer.saving():
                 _save(learner, checkpoints, done, states=states, keep=schedule.keep_checkpoints)
         if stop and done < schedule.total_steps:
@@ -131,9 +129,8 @@ def train_offline(
     elif heldout is not None and "eval/loss" not in last:
         # No step was left to do, and the log of the last one is lost.
         last |= heldout.look(learner.engine)
-    if not num_tokens:
-        return last
-    return last | {"tokens/per_s": num_tokens / (time.monotonic() - began)}
+    rate = {"tokens/per_s": num_tokens / (time.monotonic() - began)} if num_tokens else {}
+    return last | rate
 
 
 def _train_step(

@@ -101,7 +101,7 @@ def _used(folder: Path) -> Path:
 
 @contextmanager
 def _lock(root: Path, key: str) -> Iterator[None]:
-    """Hold the lock of a store; a dead holder's is free at once."""
+    """Lock a store inside the block; the system frees the lock of a process that dies."""
     # A fixed number of files, since removing one would let two processes in.
     path = root / "locks" / key[:2]
     path.parent.mkdir(exist_ok=True)

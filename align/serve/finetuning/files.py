@@ -186,6 +186,13 @@ def add_files(routes: APIRouter, api: Api) -> None:
             api.files.path(name).unlink(missing_ok=True)
         return answer
 
+    _add_kept_files(routes, api)
+
+
+def _add_kept_files(routes: APIRouter, api: Api) -> None:
+    """Add the routes of files that are there already."""
+    me = api.me
+
     @routes.get("/files")
     def list_(
         *,

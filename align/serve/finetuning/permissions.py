@@ -1,6 +1,7 @@
 """Permissions: which other tokens may use a checkpoint, by their names."""
 
 import sqlite3
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -37,6 +38,22 @@ def _own_checkpoint(db: sqlite3.Connection, person: Person, name: str) -> str:
     return name
 
 
+def _allow(
+    db: sqlite3.Connection, checkpoint: str, projects: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the permissions of projects to use a checkpoint, made where they are missing."""
+    for project in projects:
+        # Again is no error, so that a retry finds its work done.
+        db.execute(
+            "INSERT OR IGNORE INTO permissions (id, checkpoint, project, created_at)"
+            " VALUES (?, ?, ?, ?)",
+            (new_id("cp"), checkpoint, project, now()),
+        )
+    marks = ", ".join("?" * len(projects))
+    query = f"SELECT * FROM permissions WHERE checkpoint = ? AND project IN ({marks})"
+    return [_permission_object(row) for row in db.execute(query, [checkpoint, *projects])]
+
+
 def add_permissions(routes: APIRouter, api: Api) -> None:
     """Add the routes below /v1/fine_tuning/checkpoints."""
     me = api.me
@@ -48,24 +65,9 @@ def add_permissions(routes: APIRouter, api: Api) -> None:
     ) -> dict[str, Any]:
         with api.store.write() as db:
             _own_checkpoint(db, person, checkpoint)
-            for project in asked.project_ids:
-                # Again is no error, so that a retry finds its work done.
-                db.execute(
-                    "INSERT OR IGNORE INTO permissions (id, checkpoint, project, created_at)"
-                    " VALUES (?, ?, ?, ?)",
-                    (new_id("cp"), checkpoint, project, now()),
-                )
-            marks = ", ".join("?" * len(asked.project_ids))
-            query = f"SELECT * FROM permissions WHERE checkpoint = ? AND project IN ({marks})"
-            rows = db.execute(query, [checkpoint, *asked.project_ids]).fetchall()
-        data = [_permission_object(row) for row in rows]
-        return {
-            "object": "list",
-            "data": data,
-            "has_more": False,
-            "first_id": data[0]["id"],
-            "last_id": data[-1]["id"],
-        }
+            data = _allow(db, checkpoint, asked.project_ids)
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return {"object": "list", "data": data, "has_more": False, **ends}
 
     @routes.get(place)
     def list_(

@@ -117,7 +117,7 @@ class Queue:
                 self._api.files.sweep(db)
 
     def _try(self, action: Callable[[sqlite3.Row], None], row: sqlite3.Row) -> None:
-        """Bring one job further; a job that fails here must not hold up the others."""
+        """Advance one job; an error of one job must not delay the others."""
         if self._later.get(row["id"], 0.0) > time.monotonic():
             return
         try:
@@ -248,7 +248,7 @@ class Queue:
             db.execute(update, (pid, started_at(pid), job))
 
     def _follow(self, row: sqlite3.Row) -> None:
-        """Bring a job further whose process runs, or has ended, or was never started."""
+        """Advance a job whose process is running, has ended, or was never started."""
         job = row["id"]
         self._tell_progress(job)
         alive = row["pid"] is not None and _is_alive(row["pid"], row["started"])

@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Request, UploadFile
@@ -64,6 +65,23 @@ def _pending(db: sqlite3.Connection, person: Person, name: str) -> sqlite3.Row:
     return row
 
 
+def _room(db: sqlite3.Connection, person: Person, name: str) -> int:
+    """Return the bytes that a pending upload may still get."""
+    room = _pending(db, person, name)["bytes"]
+    query = "SELECT coalesce(sum(bytes), 0) FROM parts WHERE upload = ?"
+    return room - db.execute(query, (name,)).fetchone()[0]
+
+
+def _create(db: sqlite3.Connection, person: Person, asked: UploadRequest) -> dict[str, Any]:
+    name = new_id("upload")
+    db.execute(
+        "INSERT INTO uploads (id, owner, filename, purpose, bytes, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (name, person.id, filename_of(asked.filename), asked.purpose, asked.bytes, now()),
+    )
+    return _upload_object(owned(db, "uploads", person, name=name))
+
+
 def add_uploads(routes: APIRouter, api: Api) -> None:
     """Add the routes below /v1/uploads."""
     me = api.me
@@ -75,16 +93,7 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
         if asked.bytes > (limit := api.settings.file_mib * 2**20):
             raise ServeError(413, f"bytes: {asked.bytes} is more than the limit of {limit}.")
         check_quota(api, person, asked.bytes)
-
-        def make(db: sqlite3.Connection) -> dict[str, Any]:
-            name = new_id("upload")
-            db.execute(
-                "INSERT INTO uploads (id, owner, filename, purpose, bytes, created_at)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (name, person.id, filename_of(asked.filename), asked.purpose, asked.bytes, now()),
-            )
-            return _upload_object(owned(db, "uploads", person, name=name))
-
+        make = partial(_create, person=person, asked=asked)
         return once(api.store, request, person, asks=asked.model_dump(), make=make)
 
     @routes.post("/uploads/{name}/parts")
@@ -92,9 +101,7 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
         *, name: str, request: Request, person: Annotated[Person, me], data: UploadFile
     ) -> dict[str, Any]:
         with api.store.read() as db:
-            room = _pending(db, person, name)["bytes"]
-            query = "SELECT coalesce(sum(bytes), 0) FROM parts WHERE upload = ?"
-            room -= db.execute(query, (name,)).fetchone()[0]
+            room = _room(db, person, name)
         part, made = new_id("part"), now()
         size, sha256, _ = api.files.write(part, [data.file], limit=room)
 

@@ -5,7 +5,7 @@ import json
 import math
 import sqlite3
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,16 +186,9 @@ def from_samples(sides: Sequence[Side], kind: Kind, *, by: Sequence[str] = ()) -
     found = [_by_prompt(side) for side in sides]
     if kind != "pairwise":
         return [
-            Candidate(
-                row["prompt"],
-                tuple(_lines(row["completion"])) if kind == "steps" else (row["completion"],),
-                (side.name,),
-                where,
-            )
+            candidate
             for side, samples in zip(sides, found, strict=True)
-            for rows in samples.values()
-            for row, where in rows
-            if row["completion"].strip()
+            for candidate in _responses(side, samples, kind)
         ]
     if len(sides) == 1:
         pairs = [
@@ -223,6 +216,18 @@ def from_samples(sides: Sequence[Side], kind: Kind, *, by: Sequence[str] = ()) -
 
 
 _Sampled = tuple[dict[str, Any], str]
+
+
+def _responses(
+    side: Side, samples: Mapping[Any, Sequence[_Sampled]], kind: Kind
+) -> Iterator[Candidate]:
+    """Yield an item of each response of a model that is not empty."""
+    for rows in samples.values():
+        for row, where in rows:
+            text = row["completion"]
+            if text.strip():
+                shown = tuple(_lines(text)) if kind == "steps" else (text,)
+                yield Candidate(row["prompt"], shown, (side.name,), where)
 
 
 def _pair(a: _Sampled, b: _Sampled, *, names: tuple[str, str], by: Sequence[str]) -> Candidate:

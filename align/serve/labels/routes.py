@@ -87,6 +87,7 @@ def _add_pages(router: APIRouter, services: Services) -> None:
             project = _find(db, name)
             quality = quality_of(db, project)
             progress = progress_of(db, project, person.name)
+        runs = services.settings.runs
         return services.page(
             request,
             "labels/project.html",
@@ -94,12 +95,9 @@ def _add_pages(router: APIRouter, services: Services) -> None:
             quality=quality,
             progress=progress,
             snapshots=exported(project),
-            recipes=[
-                (recipe, trained(services.settings.runs, recipe, project)[-MAX_COMPARED:])
-                for recipe in recipes_of(project)
-            ],
-            sources=sources(services.settings.runs),
-            runs=services.settings.runs,
+            recipes=[(r, trained(runs, r, project)[-MAX_COMPARED:]) for r in recipes_of(project)],
+            sources=sources(runs),
+            runs=runs,
         )
 
     @router.get("/{name}/work")
@@ -173,6 +171,12 @@ def _add_changes(router: APIRouter, services: Services) -> None:
         with services.store.write() as db:
             add_items(db, project, found)
         return RedirectResponse(f"/labels/{name}", status_code=303)
+
+    _add_export(router, services)
+
+
+def _add_export(router: APIRouter, services: Services) -> None:
+    sender = Depends(services.auth.form)
 
     @router.post("/{name}/export")
     def export_labels(name: str, _person: Annotated[Person, sender]) -> Response:

@@ -231,7 +231,7 @@ def skip(db: sqlite3.Connection, project: Project, annotator: str, *, task: int)
 
 
 def undo(db: sqlite3.Connection, project: Project, annotator: str) -> Task | None:
-    """Take back an annotator's last answer or skip, and return its task; None if there is none."""
+    """Undo an annotator's last answer or skip and return its task, or None if there is none."""
     who = annotator_id(db, project, annotator)
     query = (
         "SELECT * FROM label_tasks WHERE annotator_id = ? AND state != 'shown' "
