@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import align
 from align.core.errors import RecipeError, RunError
 from tests.e2e import stage_runs
+from tests.unit.small_models import small_llama
 from tests.unit.small_tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,20 +39,7 @@ stages:
 
 def tiny() -> tuple[LlamaForCausalLM, Any]:
     tokenizer = byte_tokenizer(None)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config), tokenizer
+    return small_llama(tokenizer), tokenizer
 
 
 def script(code: str, folder: Path) -> subprocess.Popen[str]:

@@ -23,26 +23,11 @@ JOB_KEYS = (
 
 def save_model(folder: Path) -> Path:
     """Save a random model of 2 layers whose tokens are bytes."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from tests.unit.small_models import small_llama
     from tests.unit.small_tokenizers import byte_tokenizer
 
     tokenizer = byte_tokenizer(TEMPLATE, eos="<|im_end|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
