@@ -23,16 +23,26 @@ _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), 
 _SIGNS = {0x22C5: "×", 0xB7: "×", 0x2219: "×", 0x2044: "/", 0xB0: " degrees ", 0xBA: " degrees "}
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
+_UNIT_NAMES = (
+    "m g s h l A V W J N L C F km cm mm nm kg mg lb lbs oz ft in yd mi mph kph kmh ml dl cl hr hrs "
+    "min mins sec secs ms am pm px usd eur gbp gb mb kb tb hz khz mhz ghz kw kwh wh mol pa kpa bar "
+    "atm rad deg sq cu ha kcal cal"
+)
+"""Units that may directly follow their number; any longer word may too."""
+_UNITS = frozenset(_UNIT_NAMES.split())
+_PER = r"\s{0,2}/\s?(?=[^\W\d_]{3}|(?:" + "|".join(sorted(_UNITS)) + r")(?![^\W_]))"
+"""A slash before a unit of three letters or a known one: 18/hour, 60 km/h; 3/x is a quotient."""
 _LATEX = (
-    (r"\\[,;: ]|\\quad\b|\\qquad\b|~", " "),
-    (r"\\!|\\(?:left|right|displaystyle|textstyle)\b|\\[()\[\]]|\$\$", ""),
+    # A command ends at the first character that is no letter: \times10 is \times and 10.
+    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
+    (r"\\!|\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])|\\[()\[\]]|\$\$", ""),
     (r"\{,\}", ","),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|textit|operatorname)\s*\{([^{}]*)\}", None),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", " degrees "),
-    (r"\\(?:times|cdot)\b", "×"),
-    (r"\\(?:approx|simeq|equiv|to)\b|[≈→]", "="),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", " degrees "),
+    (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
+    (r"\\(?:approx|simeq|equiv|to)(?![A-Za-z])|[≈→]", "="),
     (r"\\([$%#&])", r"\1"),
-    (r"[<>!]=", "≠"),
+    (r"[<>!]=|(?<=\w)\s?>", "≠"),
     (r"\^\s*\{\s*(-?\d+)\s*\}", r"^\1"),
     (r"(?<=\d)\*\*(?=\d)", "^"),
     # Markdown emphasis: stars adjacent to the text they enclose.
@@ -41,10 +51,12 @@ _LATEX = (
     (r"\b(?:minus|negative)\s+(?=[$€£¥]?[\d.])", "-"),
     (r"(^|[=(:])\s*([-+])\s+(?=[\d.$€£¥])", r"\1 \2"),
     (r"([-+])\s?[$€£¥₹](?=[\d.])", r"\1"),
-    (r"[$€£¥₹]", " "),
+    (r"[$€£¥₹¢]", " "),
     (r"(?i)(?<=\d)\s?(?:percent|per cent)\b", "%"),
+    (r"(?<=[\d%])" + _PER, " per "),
     (r"(?<=\w)-(?=[^\W\d_]{2})", " "),  # 5-year-old
 )
+_LETTER = re.compile(r"(?<![^\W_])[^\W\d_](?![^\W_])")
 _CLEANING = tuple((re.compile(pattern), new) for pattern, new in _LATEX)
 _FRACTION = re.compile(
     r"(-?)\s*\\[dtc]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))"
@@ -73,13 +85,6 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-_UNIT_NAMES = (
-    "m g s h l A V W J N L C F km cm mm nm kg mg lb lbs oz ft in yd mi mph kph kmh ml dl cl hr hrs "
-    "min mins sec secs ms am pm px usd eur gbp gb mb kb tb hz khz mhz ghz kw kwh wh mol pa kpa bar "
-    "atm rad deg sq cu ha kcal cal"
-)
-"""Units that may directly follow their number; any longer word may too."""
-_UNITS = frozenset(_UNIT_NAMES.split())
 _CHANGING_WORDS = (
     "plus minus times over squared cubed power root sqrt pi half halves not sin cos tan cot sec "
     "csc log ln exp mod theta alpha beta infinity"
@@ -174,9 +179,8 @@ def _plain_fraction(match: re.Match[str]) -> str:
 
 
 def _words_of(match: re.Match[str]) -> str:
-    """Return the words within ``\\text{...}``; a single letter there is a unit."""
-    words = match[1].strip()
-    return " units" if len(words) == 1 and words.isalpha() else f" {match[1]}"
+    """Return the words within ``\\text{...}``; a single letter there, as in km/h, is a unit."""
+    return " " + _LETTER.sub("units", match[1])
 
 
 def _tokens(text: str, *, is_latex: bool) -> list[_Token]:
