@@ -39,6 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
             stack.enter_context(only_server(settings.data))
+            stack.callback(services.store.close)
             for area in AREAS:
                 stack.enter_context(area.background(services))
             yield

@@ -1,6 +1,7 @@
 """The server's database: one SQLite file, whose transactions survive a kill."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,9 @@ from align.core.errors import ArtifactError
 
 DATABASE = "serve.sqlite"
 BUSY_S = 30.0
-"""Seconds that a writer waits for another one."""
+"""Seconds that a writer waits for one of another process."""
+MAX_IDLE = 32
+"""Connections that are kept open for the next block of work."""
 LEDGER = """
 CREATE TABLE IF NOT EXISTS migrations (
     area TEXT NOT NULL,
@@ -21,7 +24,7 @@ CREATE TABLE IF NOT EXISTS migrations (
 
 
 class Store:
-    """A SQLite database in a folder; every block of work has its own connection.
+    """A SQLite database in a folder; every block of work has a connection of its own.
 
     Args:
         folder: created if it is missing.
@@ -32,11 +35,21 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = folder / DATABASE
         self.path.touch(mode=0o600)
+        self._idle: list[sqlite3.Connection] = []
+        self._writing = threading.Lock()
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection inside a transaction that is committed unless the block raises."""
-        with self._connected() as db:
+    def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Yield a connection inside a transaction that is committed unless the block raises.
+
+        Args:
+            durable: the commit also survives a loss of power. Without it, one that another commit
+                follows on the disk does; it always survives the end of the process.
+        """
+        # SQLite's writers wait by sleeping longer and longer, so one of many could wait for long.
+        with self._writing, self._connected() as db:
+            db.execute("PRAGMA query_only = OFF")
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
@@ -83,15 +96,34 @@ class Store:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+        """Yield an idle connection, or a new one: opening it takes longer than most queries."""
         try:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
+            db = self._idle.pop()
+        except IndexError:
+            db = self._open()
+        try:
             yield db
         finally:
-            db.close()
+            # One that could not even roll back is not used again.
+            if db.in_transaction or len(self._idle) >= MAX_IDLE:
+                db.close()
+            else:
+                self._idle.append(db)
+
+    def close(self) -> None:
+        """Close the idle connections; the store can still be used."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _open(self) -> sqlite3.Connection:
+        # The next block may run in another thread, but never two at the same time.
+        db = sqlite3.connect(
+            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
 
 
 def _statements(script: str) -> Iterator[str]:

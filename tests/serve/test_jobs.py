@@ -19,6 +19,7 @@ from tests.serve.tiny_model import (
     JOB_KEYS,
     REINFORCEMENT,
     SUPERVISED,
+    WORDS,
     jsonl,
     reply,
     save_model,
@@ -94,6 +95,9 @@ def test_a_supervised_job_trains_a_model_that_answers(
     run = server.services.settings.runs / job.id
     logged = [json.loads(line) for line in (run / "train" / "metrics.jsonl").open()]
     assert [row["step"] for row in logged] == list(range(61))
+    # Each row is its template's bytes and markers, "user\nSay sun." and "assistant\nsun".
+    row_tokens = [len(f"user\nSay {w}.assistant\n{w}") + 4 for w in WORDS]
+    assert done.trained_tokens == 10 * sum(row_tokens)
     steps = [e for e in client.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
     assert [event.data["step"] for event in steps] == list(range(60, -1, -1))  # type: ignore[index]
     assert steps[0].data["train_loss"] == logged[-1]["train/loss"]  # type: ignore[index]

@@ -77,6 +77,7 @@ def check_whole(client: OpenAI, job: str, steps: int) -> None:
     """The job has succeeded, and each of its steps stands once in events and results."""
     done = ended(client, job)
     assert done.status == "succeeded", done.error
+    assert done.trained_tokens == 7 * steps
     events = list(client.fine_tuning.jobs.list_events(job, limit=100))
     found = [e.data["step"] for e in events if e.type == "metrics"]  # type: ignore[index]
     assert found == list(range(steps, 0, -1))

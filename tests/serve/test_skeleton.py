@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,39 @@ def test_a_committed_row_survives_kill_9(tmp_path: Path):
 
 
 # ---- who asks
+
+
+def test_writers_of_a_process_wait_for_each_other(tmp_path, monkeypatch):
+    # Without a wait of SQLite's own, a second writer would fail at once.
+    monkeypatch.setattr("align.serve.store.BUSY_S", 0.0)
+    store = Store(tmp_path)
+    store.migrate("a", ("CREATE TABLE t (x INTEGER)",))
+
+    def write(i: int) -> None:
+        with store.write(durable=i % 2 == 0) as db:
+            (level,) = db.execute("PRAGMA synchronous").fetchone()
+            assert level == (2 if i % 2 == 0 else 1)
+            db.execute("INSERT INTO t SELECT count(*) FROM t")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    with store.read() as db:
+        found = [row["x"] for row in db.execute("SELECT x FROM t ORDER BY rowid")]
+    assert found == list(range(200))
+
+
+def test_a_connection_that_read_can_write_and_keeps_nothing_of_a_failed_block(tmp_path):
+    store = Store(tmp_path)
+    store.migrate("a", ("CREATE TABLE t (x INTEGER)",))
+    failing = "INSERT INTO t SELECT 1 UNION SELECT abs(-9223372036854775808)"
+    with pytest.raises(sqlite3.OperationalError, match="overflow"), store.write() as db:
+        db.execute(failing)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"), store.read() as db:
+        db.execute("INSERT INTO t VALUES (2)")
+    with store.write() as db:
+        db.execute("INSERT INTO t VALUES (3)")
+    with store.read() as db:
+        assert [row["x"] for row in db.execute("SELECT x FROM t")] == [3]
 
 
 def test_a_token_is_kept_as_a_hash_only_and_a_name_is_given_once(server: Running):

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ COLUMNS = {
     "learning_rate": ("optim/learning_rate", "policy/learning_rate"),
 }
 """Columns of the results: our metrics by the names of the API. The first one that exists counts."""
+TOKENS = ("tokens/trained", "tokens/sampled")
+"""Tokens of a step: of the rows that an offline stage trains, or of the responses it trains on."""
 LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")
 MAX_ERROR = 1000
 
@@ -52,6 +54,12 @@ def results_of(row: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float):
             found[column] = value
     return found
+
+
+def trained_tokens(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the tokens that all steps have trained; None if the run has not counted them."""
+    counts = [row[name] for row in rows for name in TOKENS if name in row]
+    return round(sum(counts)) if counts else None
 
 
 def add_metrics(db: sqlite3.Connection, job: str, rows: list[dict[str, Any]]) -> None:
@@ -109,6 +117,7 @@ def finish(db: sqlite3.Connection, row: sqlite3.Row, *, run: Path, files: Files)
         message="The job has successfully completed",
         fine_tuned_model=model,
         result_file=name,
+        trained_tokens=trained_tokens(rows),
     )
 
 

@@ -30,6 +30,7 @@ from align.serve.finetuning.jobs import add_event, set_status
 from align.serve.finetuning.models import find_place
 from align.serve.finetuning.progress import add_metrics, error_of, finish, read_steps
 from align.serve.finetuning.recipes import STAGE, job_recipe, resolved, write_recipe
+from align.serve.finetuning.retries import forget
 from align.serve.finetuning.training_files import (
     MIN_ROWS,
     InvalidFileError,
@@ -115,6 +116,7 @@ class Queue:
             self._swept = time.monotonic()
             with self._api.store.write() as db:
                 self._api.files.sweep(db)
+                forget(db)
 
     def _try(self, action: Callable[[sqlite3.Row], None], row: sqlite3.Row) -> None:
         """Advance one job; an error of one job must not delay the others."""

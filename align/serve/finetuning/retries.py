@@ -48,8 +48,8 @@ def once(
     key = request.headers.get("idempotency-key")
     count = request.headers.get("x-stainless-retry-count", "0")
     retry = int(count) if count.isdecimal() and len(count) < 6 else 0
-    with store.write() as db:
-        db.execute("DELETE FROM attempts WHERE created_at < ?", (time.time() - 24 * WINDOW_S,))
+    # A loss of power that forgets this attempt forgets its effect too, which is written after it.
+    with store.write(durable=False) as db:
         mine = db.execute(
             "INSERT INTO attempts (owner, route, fingerprint, retry, key, created_at)"
             " VALUES (?, ?, ?, ?, ?, ?)",
@@ -62,6 +62,11 @@ def once(
             answer = json.dumps(make(db))
         db.execute("UPDATE attempts SET answer = ? WHERE seq = ?", (answer, mine))
     return json.loads(answer)
+
+
+def forget(db: sqlite3.Connection) -> None:
+    """Remove attempts that no retry can mean any more."""
+    db.execute("DELETE FROM attempts WHERE created_at < ?", (time.time() - 24 * WINDOW_S,))
 
 
 def _answer_to_key(db: sqlite3.Connection, mine: sqlite3.Row) -> str | None:
