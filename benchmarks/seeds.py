@@ -5,8 +5,9 @@
 
 The mode avx2 limits torch and oneDNN to the instructions that every x86 server has; the sums are
 then added in another order, so it stands for another machine. Every run adds one line to
-``benchmarks/results/seeds-NAME.jsonl`` as soon as it ends; a second call leaves out what is there.
-A run's folder is deleted once its numbers are kept (``--runs DIR`` keeps all of them).
+``benchmarks/results/seeds-NAME.jsonl`` (NAME is the recipe's own) as soon as it ends; a second call
+leaves out what is there. A run's folder is deleted once its numbers are kept. ``--runs DIR`` keeps
+all of them, and a call that was interrupted continues the run that it finds in DIR/MODE/seedN.
 """
 
 import argparse
@@ -21,22 +22,24 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from align.recipe.load import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 MODES = {
     "native": {},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
-Line = dict[str, object]
+Line = dict[str, Any]
 
 
 def run(recipe: Path, seed: int, mode: str, folder: Path) -> Line:
-    """Return the numbers of one run of the recipe, whose stages are processes of their own."""
+    """Return the numbers of one run of the recipe; finished stages in ``folder`` are kept."""
     command = [sys.executable, "-m", "align", "run", str(recipe)]
     command += ["--set", f"seed={seed}", "--runs", str(folder)]
-    started = time.monotonic()
     log = folder.with_suffix(".log")
-    with log.open("w") as out:
+    with log.open("a") as out:
         code = subprocess.run(
             command, env=os.environ | MODES[mode], stdout=out, stderr=subprocess.STDOUT
         ).returncode
@@ -52,7 +55,11 @@ def run(recipe: Path, seed: int, mode: str, folder: Path) -> Line:
             one["key"]: [one["value"], one["holds"]] for one in summary["expectations"]
         },
         "models": _models(summary),
-        "minutes": round((time.monotonic() - started) / 60, 1),
+        "minutes": round(summary["seconds"] / 60, 1),
+        "stages": {
+            name: [round(one["seconds"] / 60, 1), one["peak_rss_gib"]]
+            for name, one in summary["stages"].items()
+        },
         "cpu": _cpu(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
@@ -126,14 +133,14 @@ def _seeds(text: str) -> list[int]:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=_seeds, default=_seeds("0-9"), help="such as 0-9")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
-    kept = RESULTS / f"seeds-{args.recipe.stem}.jsonl"
+    kept = RESULTS / f"seeds-{load_recipe(args.recipe, ()).name}.jsonl"
     lines = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
     done = {(line["seed"], line["mode"]) for line in lines}
     for seed in [] if args.table else args.seeds:
@@ -142,7 +149,7 @@ def main() -> None:
                 continue
             root = args.runs or Path(tempfile.mkdtemp(prefix="align-seeds-"))
             folder = root / mode / f"seed{seed}"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             lines.append(run(args.recipe, seed, mode, folder))
             with kept.open("a") as out:
                 out.write(json.dumps(lines[-1]) + "\n")
