@@ -36,7 +36,6 @@ EQUIVALENTS = {
     "stage": "kind: pt and sft are sft, rm is reward, dpo, kto, ppo",
     "template": "`stages.base.tokenizer.chat_template`",
     "finetuning_type, lora_*, use_dora, use_rslora, pissa_init, quantization_bit": "`tuning`",
-    "freeze_trainable_layers": "named only: `layers.freeze_first` counts from below",
     "dataset, dataset_dir, eval_dataset": "`data`, `heldout`, by dataset_info.json where it is",
     "max_samples": "`rows`",
     "val_size": "`heldout` with `split: heldout` and `heldout_frac`",

@@ -55,7 +55,7 @@ EQUIVALENTS = {
     "reward_funcs, reward_weights": "`rewards`: accuracy as math, format as format, "
     "`module.function` as python",
     "sft_model_path, reward_model_path, kl_coef, cliprange, gamma, lam, num_ppo_epochs, "
-    "num_mini_batches, response_length, missing_eos_penalty": "the keys of ppo (TRL before 1.0)",
+    "num_mini_batches, response_length": "the keys of ppo (TRL before 1.0)",
 }
 _KERNEL = "- a kernel; the result is the same"
 _WHERE = "- the engine runs inside of the stage, or is set in 'sampling'"
@@ -144,6 +144,7 @@ REASONS = {
     "vf_coef": "the critic has its own optimizer: critic.optim",
     "cliprange_value": "write critic.clip",
     "whiten_rewards": "write whiten_rewards",
+    "missing_eos_penalty": "write truncated_score, which replaces the score; TRL subtracts",
     "stop_token": "- the tokenizer's stop token ends a response",
     "auto_find_batch_size": "write micro_tokens",
 }
@@ -374,8 +375,6 @@ def _set_ppo(draft: Draft) -> None:
     clip = float(keys.number("cliprange", 0.2))
     if stage["minibatches"] * stage["update_epochs"] > 1:
         stage["clip"] = {"low": clip, "high": clip}
-    if keys.has("missing_eos_penalty"):
-        keys.note("missing_eos_penalty", "subtracts there; truncated_score replaces", lost=True)
     model = keys.text("reward_model_path")
     if model:
         stage["rewards"] = [{"kind": "scalar", "model": model}]
