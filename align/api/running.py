@@ -8,10 +8,12 @@ from typing import Any
 from align.api.given import Writer
 from align.api.result import Run
 from align.core.errors import EXIT_OK, EXIT_PREEMPTED, Preempted, RecipeError, RunError
+from align.pipeline.failures import last_messages
+from align.pipeline.following import LOG_LINE
 from align.pipeline.running import Signals
 from align.pipeline.running import run as run_recipe
 from align.pipeline.selection import NothingChanged
-from align.pipeline.terminal import LOG_LINE, Terminal, make_console
+from align.pipeline.terminal import Terminal, make_console
 from align.recipe.load import load_recipe as load_file
 from align.recipe.load import resolve
 from align.recipe.plain import read_plain
@@ -114,11 +116,12 @@ class _Observer(Terminal):
 
     stage = problem = ""
 
-    def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str]) -> None:
-        """Show the end of a failed stage's log, and keep its last message."""
-        super().failed(stage, reason, log=log, tail=tail)
+    def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str], code: int) -> None:
+        """Show why a stage failed, and keep its last message."""
+        super().failed(stage, reason, log=log, tail=tail, code=code)
         starts = [i for i, line in enumerate(tail) if LOG_LINE.match(line.encode())]
         said = "\n".join(tail[starts[-1] if starts else 0 :]).partition(" ")[2]
+        said = "\n".join(last_messages(tail)) or said
         self.stage, self.problem = (
             stage,
             f"stage {stage} failed ({reason}): {said}\nThe whole log: {log}",

@@ -13,9 +13,9 @@ from align.core.card import Card, read_card, table
 from align.core.errors import EXIT_FAILED, RecipeError
 from align.core.extras import TRAINING, require
 from align.core.text import suggest, visible
+from align.pipeline.following import Tail
 from align.pipeline.planning import plan
 from align.pipeline.processes import stage_env
-from align.pipeline.terminal import Tail
 from align.recipe.load import RECIPE_FILE, write_resolved
 from align.recipe.schema import Recipe
 

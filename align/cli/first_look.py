@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from align.core.accelerator import list_gpus
+from align.core.accelerator import list_gpus, missing_device
 from align.core.errors import AlignError, DataError
 from align.core.extras import TRAINING
 from align.core.references import CONFIGS
@@ -62,6 +62,8 @@ def first_look(resolved: Resolved) -> FirstLook:
     """Return what the files, packages and devices of a recipe's stages look like."""
     found = FirstLook()
     num_gpus = len(list_gpus())
+    if (problem := missing_device(resolved.recipe.device)) is not None:
+        found.problems.append(f"{resolved.origins.get('device', 'recipe')}: {problem}")
     for name, spec in resolved.recipe.stages.items():
         for key, owner, source in _sources(spec, f"stages.{name}"):
             try:

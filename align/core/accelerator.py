@@ -6,6 +6,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from align.core.errors import DeviceError
+
 DRIVER_OF_CUDA = {"12": 525, "13": 580}
 """First driver branch that runs programs built for a major version of CUDA."""
 DEVICE_FILES = ("nvidia[0-9]*", "dxg")
@@ -31,6 +33,44 @@ def list_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     listed = subprocess.run(query, capture_output=True, text=True, check=False)
     return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
+
+
+def require_device(wanted: str) -> None:
+    """Raise DeviceError if a recipe's ``device`` is ``gpu`` and no GPU can be used here."""
+    if (problem := missing_device(wanted)) is not None:
+        raise DeviceError(problem)
+
+
+def missing_device(wanted: str) -> str | None:
+    """Return what is wrong if a recipe's ``device`` is ``gpu`` and no GPU can be used here."""
+    if wanted != "gpu" or has_gpu():
+        return None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in ("", "-1"):
+        reason = f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU"
+    elif shutil.which("nvidia-smi") is None:
+        reason = "nvidia-smi is not installed, and /dev has no NVIDIA device"
+    else:
+        reason = "nvidia-smi lists no GPU"
+    return f"device: gpu, but no GPU was found: {reason}. Use device: auto to train on the CPU"
+
+
+def gpu_memory() -> list[tuple[float, float]]:
+    """Return the used and the total memory of each GPU in GiB; empty if nvidia-smi does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=5)
+    except subprocess.TimeoutExpired:
+        return []
+    rows = [line.split(",") for line in listed.stdout.splitlines()]
+    found = [[cell.strip() for cell in row] for row in rows if len(row) == 2]
+    return [
+        (int(used) / 1024, int(total) / 1024)
+        for used, total in found
+        if used.isdigit() and total.isdigit()
+    ]
 
 
 def device_conflict(*, num_seen: int, cuda: str | None) -> str | None:

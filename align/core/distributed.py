@@ -21,28 +21,31 @@ import torch
 import torch.distributed as dist
 
 from align.core import distributed, extensions
-from align.core.accelerator import device_conflict
+from align.core.accelerator import device_conflict, require_device
 from align.core.errors import EXIT_PREEMPTED, AlignError, DeviceError, Preempted
 from align.core.lock import started_at
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=24)
 """How long ranks wait for each other: one of them may judge or hash for hours."""
 
 
-def init_process_group(*, deterministic: bool = False) -> None:
+def init_process_group(*, deterministic: bool = False, device: str = "auto") -> None:
     """Join the launcher's process group, or create one with a single rank without a launcher.
 
     Args:
         deterministic: take deterministic kernels on a GPU, see ``_use_deterministic_kernels``.
+        device: that of the recipe; ``gpu`` requires one.
 
     Raises:
-        DeviceError: the machine has a GPU that torch cannot use, or DeepSpeed may not; or the
-            ranks do not find each other.
+        DeviceError: the recipe requires a GPU and there is none; or the machine has one that torch
+            cannot use, or DeepSpeed may not; or the ranks do not find each other.
     """
     if dist.is_initialized():
         return
+    require_device(device)
     if deterministic:
         _use_deterministic_kernels()
     on_gpu = torch.cuda.is_available()
@@ -59,6 +62,7 @@ def init_process_group(*, deterministic: bool = False) -> None:
     # One rank per machine removes stale locks; the others would race with it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         extensions.prepare()
+    log.info("importing DeepSpeed")
     import deepspeed
 
     # DeepSpeed would compile an op for inference on CPU that training never calls.

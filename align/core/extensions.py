@@ -76,6 +76,12 @@ def prepare() -> None:
         segment.unlink(missing_ok=True)
 
 
+def announce_build(name: str) -> None:
+    """Log that DeepSpeed is about to compile a kernel, unless it is there from before."""
+    if not (extensions_folder() / name / f"{name}.so").is_file():
+        log.info("compiling DeepSpeed's kernel %s, once, about 1 min", name)
+
+
 def wait_for_builds() -> None:
     """Wait until no process compiles; torch would wait without a word, and for a dead one too."""
     said = -math.inf

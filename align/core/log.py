@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ HEADLINE = (
 )
 """Metrics of the readable line, in this order; the file contains all of them."""
 LINE_METRICS = 7
+ERROR = "error: "
+"""What a log line of an error starts with, after the time and the rank."""
 QUIET = (
     "DeepSpeed",
     "accelerate",
@@ -55,8 +58,9 @@ QUIET = (
     "torch._inductor",
     "transformers",
     "urllib3",
-    "vllm",
 )
+SILENT = ("bitsandbytes", "vllm")
+"""Libraries that warn of optional parts that they do without; their errors are logged."""
 
 log = logging.getLogger("align")
 
@@ -65,7 +69,8 @@ class _Formatter(logging.Formatter):
     """Log formatter that escapes control characters in text from models, data and templates."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line with its control characters escaped."""
+        """Return the line with its control characters escaped; an error is marked."""
+        record.mark = ERROR if record.levelno >= logging.ERROR else ""
         return visible(super().format(record))
 
 
@@ -78,18 +83,26 @@ def setup_logging(rank: int) -> None:
     Args:
         rank: number of this process; rank 0 logs at INFO.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM warns of the settings that it is given here on purpose, some with a traceback.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Bars of libraries would fill the log; the terminal has its own.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Libraries' notes to each other about what a later version removes.
+    for module in ("torch", "transformers", "vllm", "deepspeed", "peft", "trl"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}(\.|$)")
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         where = "" if rank == 0 else f"[rank {rank}] "
-        handler.setFormatter(_Formatter(f"%(asctime)s {where}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter(f"%(asctime)s {where}%(mark)s%(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class MetricsLog:

@@ -1,6 +1,7 @@
 """Load and save causal language models and their tokenizers."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from align.core.references import WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 from align.models.sharding import load_in_shards
 from reward_models.scalar import SCORER_FILE, STOPS
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -114,6 +117,7 @@ def load_policy(
         shards: configuration of DeepSpeed with ZeRO-3, to load straight into this rank's shards;
             None loads the whole model.
     """
+    log.info("loading model %s", describe_folder(Path(model_dir)))
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     model: Any = None
     if shards is not None:
@@ -140,6 +144,13 @@ def load_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(distributed.device())
+
+
+def describe_folder(model_dir: Path) -> str:
+    """Return a model's folder and the size of its weights, such as ``runs/x/sft (0.5 GB)``."""
+    size = sum(p.stat().st_size for p in model_dir.glob("*.safetensors")) / 1e9
+    place = model_dir.parent if model_dir.name == "model" else model_dir
+    return f"{place} ({size:.1f} GB)" if size >= 0.05 else str(place)
 
 
 def check_length(model_dir: Path, max_length: int) -> None:

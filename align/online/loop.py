@@ -107,6 +107,7 @@ def train_online(
         log.info("resumed from %s", found)
     elif watch is not None:
         metrics.log(0, watch.look(0))
+    log.info("training: %d steps", spec.steps - start)
     timer = CheckpointTimer(spec.checkpoint_every)
     for step in range(start, spec.steps):
         if watch is not None and watch.stopped_by is not None:

@@ -53,6 +53,8 @@ def stage_env(*, ranks: int, threads: int | None, on_gpu: bool) -> dict[str, str
     env["TOKENIZERS_PARALLELISM"] = "false"
     # Prevent files in the working directory from shadowing modules (trl.py, datasets.py).
     env["PYTHONSAFEPATH"] = "1"
+    # The log and all text files are UTF-8, also where the locale is not.
+    env.setdefault("PYTHONUTF8", "1")
     # A stage exits if its 'align run' was killed (align.core.distributed.install).
     env["ALIGN_PARENT"] = f"{os.getpid()}:{started_at(os.getpid())}"
     if not on_gpu:
@@ -114,6 +116,16 @@ class StageProcess:
             if is_rank and pid not in self._asked:
                 self._asked.add(pid)
                 _send(pid, signal.SIGTERM)
+
+    def memory_gib(self) -> float:
+        """Return the resident memory of all processes of the stage."""
+        pages = 0
+        for pid, _ in self._members():
+            try:
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            except (OSError, IndexError, ValueError):  # it has ended
+                continue
+        return pages * resource.getpagesize() / 2**30
 
     def kill(self) -> None:
         """Kill all remaining processes of the stage."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.core.accelerator import has_gpu
+from align.core.accelerator import has_gpu, require_device
 from align.core.artifacts import MANIFEST, read_manifest, write_json_atomic
 from align.core.errors import (
     EXIT_FAILED,
@@ -39,7 +39,7 @@ from align.pipeline.processes import (
     stage_env,
 )
 from align.pipeline.selection import Choice, Work, work_of
-from align.pipeline.summary import add_seconds, forget_seconds, summarize
+from align.pipeline.summary import add_seconds, forget_seconds, measured_seconds, summarize
 from align.pipeline.terminal import Terminal
 from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
 from align.recipe.schema import Recipe
@@ -48,7 +48,9 @@ from align.recipe.schema.tuning import METHODS
 POLL_S = 0.2
 GRACE_S = 120.0
 """Seconds that ranks have after a signal to finish their step and save a checkpoint."""
-LOG_TAIL = 30
+LOG_TAIL = 200
+"""Lines of a failed stage's log in which its own message is searched."""
+MEMORY_EVERY_S = 2.0
 WITHOUT_CHECKPOINTS = ("encoder", "evaluate", "merge", "curate", "weak_label")
 """Kinds of stages that start over after a signal."""
 
@@ -95,6 +97,7 @@ def run(
     recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
     folder = Path(run_dir or Path(runs) / recipe.name)
     terminal = terminal or Terminal()
+    require_device(recipe.device)
     choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
     if dry:
         terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
@@ -121,7 +124,7 @@ def _run_choice(run: _Run, choice: Choice) -> int:
     """Plan a run whose folder is locked, run the chosen stages, and finish it."""
     planned = plan(run.recipe, run.folder)
     work = work_of(run.recipe, planned, choice)
-    run.terminal.plan(run.recipe.name, run.folder, planned)
+    run.terminal.plan(run.recipe, run.folder, planned)
     code = _run_stages(run, work)
     return code if code != EXIT_OK else _finish(run.recipe, run.folder, run.terminal)
 
@@ -129,6 +132,9 @@ def _run_choice(run: _Run, choice: Choice) -> int:
 def _run_stages(run: _Run, work: Sequence[Work]) -> int:
     """Run the chosen stages in order and return the first exit code that is not 0, else 0."""
     count = len(work)
+    # Before any folder is emptied: how long the stages took with the same settings.
+    measured = measured_seconds(run.folder, run.recipe)
+    waiting = [stage.name for stage, action in work if action not in ("keep", "left out")]
     for position, (stage, action) in enumerate(work, start=1):
         if action == "left out":
             continue
@@ -140,6 +146,10 @@ def _run_stages(run: _Run, work: Sequence[Work]) -> int:
                 f"stopped by a signal before {stage.name}; run the same command again to resume"
             )
             return EXIT_PREEMPTED
+        waiting.remove(stage.name)
+        later = [measured.get(name) for name in waiting]
+        known = None if None in later else sum(s for s in later if s is not None)
+        run.terminal.expect(measured.get(stage.name) if action != "resume" else None, known)
         folder = run.folder / stage.name
         _make_ready(run, folder, afresh=action != "resume")
         run.terminal.begin(stage.name, stage.kind, folder, position=position, count=count)
@@ -209,10 +219,12 @@ def _run_stage(run: _Run, name: str) -> int:
     if code == EXIT_PREEMPTED or (signals.count and ended_by_signal(code)):
         kept = any((folder / "checkpoints").glob("*-*[0-9]"))
         saves = code == EXIT_PREEMPTED and spec.kind not in WITHOUT_CHECKPOINTS
-        terminal.preempted(name, saved=kept or saves)
+        terminal.preempted(name, saved=kept or saves, code=EXIT_PREEMPTED)
         return EXIT_PREEMPTED
-    terminal.failed(name, exit_reason(code), log=log, tail=_tail(log, process.log_start))
-    return code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
+    ended = code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
+    tail = _tail(log, process.log_start)
+    terminal.failed(name, exit_reason(code), log=log, tail=tail, code=ended)
+    return ended
 
 
 class Signals:
@@ -250,9 +262,12 @@ def _watch(process: StageProcess, terminal: Terminal, signals: Signals, *, grace
 
     A stage whose folder was removed is stopped too.
     """
-    deadline = 0.0
+    deadline = looked = 0.0
     while True:
         code = process.wait(POLL_S)
+        if code is None and time.monotonic() - looked > MEMORY_EVERY_S:
+            looked = time.monotonic()
+            terminal.use_memory(process.memory_gib())
         terminal.update()
         if code is not None:
             return code

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.core.artifacts import read_json_object, read_manifest, write_json_atomic
+from align.core.artifacts import MANIFEST, read_json_object, read_manifest, write_json_atomic
 from align.core.log import ALARMS_FILE
+from align.core.text import hidden
+from align.recipe.schema import Recipe
 from align.report.read import read_lines
 
 TIMINGS = "timings.json"
@@ -23,6 +25,16 @@ def forget_seconds(run_dir: Path, name: str) -> None:
     timings = _timings(run_dir)
     if timings.pop(name, None) is not None:
         _write(run_dir, timings)
+
+
+def measured_seconds(run_dir: Path, recipe: Recipe) -> dict[str, float]:
+    """Return how long each stage took that finished in this folder with the same settings."""
+    timings, found = _timings(run_dir), {}
+    for name, spec in recipe.stages.items():
+        before = read_json_object(run_dir / name / MANIFEST) or {}
+        if name in timings and before.get("spec") == hidden(spec.model_dump(mode="json")):
+            found[name] = timings[name]
+    return found
 
 
 def _write(run_dir: Path, timings: dict[str, float]) -> None:

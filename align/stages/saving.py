@@ -1,5 +1,6 @@
 """Save the trained policy of a stage: all of its weights, and its adapter if it has one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from align.tuning.files import adapter_state, save_adapter
 from align.tuning.merging import adapter_parameters, is_quantized
 from align.tuning.wrap import has_adapter
 
+log = logging.getLogger(__name__)
+
 
 def save_trained_policy(
     spec: TrainingStage, module: LogprobModel, *, source: Artifact, out: Path
@@ -24,6 +27,7 @@ def save_trained_policy(
 
     model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
     """
+    log.info("saving the model")
     state, adapter = whole_state(module.model, source)
 
     def write() -> None:

@@ -331,5 +331,6 @@ def _with_optimizer(
         return config
     # Offloading needs DeepSpeed's own CPU Adam, which it builds from the configuration.
     extensions.wait_for_builds()
+    extensions.announce_build("cpu_adam")
     params = {"lr": optim.learning_rate, "betas": list(optim.betas), "eps": optim.eps}
     return {**config, "optimizer": {"type": "AdamW", "params": params}}

@@ -104,6 +104,7 @@ def train_offline(
     start, last = _resume(learner, metrics=metrics, checkpoints=checkpoints, states=states)
     if heldout is not None and heldout.first is None:
         metrics.log(start, heldout.start(learner.engine))
+    log.info("training: %d steps", schedule.total_steps - start)
     timer = CheckpointTimer(schedule.checkpoint_every)
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()

@@ -112,7 +112,7 @@ def test_no_text_of_a_model_or_log_reaches_the_terminal_raw(name: str, tty: bool
     attack = ATTACKS[name]
     out = io.StringIO()
     terminal = Terminal(Console(file=out, force_terminal=tty, color_system=None, width=200))
-    terminal.failed("sft", "exit code 1", log=Path("log.txt"), tail=[f"said: {attack}"])
+    terminal.failed("sft", "exit code 1", log=Path("log.txt"), tail=[f"said: {attack}"], code=1)
     terminal.line(sample_text({"prompt": attack, "completion": attack, "score": 1.0}))
     stream = VisibleStream(out)
     stream.write(attack)

@@ -12,7 +12,7 @@ import pytest
 from align import doctor
 from align.core import accelerator, distributed, extensions
 from align.core.errors import DeviceError
-from align.pipeline import processes
+from align.pipeline import processes, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,24 @@ def test_gpu_that_torch_cannot_see_is_an_error_that_names_the_driver(fake_smi):
     assert "driver 535.104.12" in problem
     assert "580 or newer" in problem
     assert "CUDA_VISIBLE_DEVICES=" in problem
+
+
+def test_a_recipe_that_requires_a_gpu_ends_in_one_line_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES= hides every GPU") as error:
+        run("quickstart", overrides=["device=gpu"], runs=tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    accelerator.require_device("auto")
+
+
+def test_a_recipe_that_requires_a_gpu_accepts_one(fake_smi):
+    accelerator.require_device("gpu")
+
+
+def test_memory_of_each_gpu_is_read_in_gib(fake_smi):
+    (fake_smi / "nvidia-smi").write_text("#!/bin/sh\necho '40960, 81920'\necho '[N/A], 81920'\n")
+    assert accelerator.gpu_memory() == [(40.0, 80.0)]
 
 
 def test_cpu_build_of_torch_beside_a_gpu_is_an_error(fake_smi):

@@ -12,7 +12,7 @@ from align.cli.data import explain
 from align.core.errors import DataError
 from align.core.log import HEADLINE
 from align.core.metrics import described, metrics, page
-from align.pipeline.terminal import SHOWN
+from align.pipeline.progress import SHOWN
 from align.report.curves import FRONT
 from align.training import causes
 

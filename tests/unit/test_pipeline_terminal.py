@@ -9,17 +9,9 @@ from rich.console import Console
 
 from align.core.card import Card, Line
 from align.core.errors import ArtifactError
-from align.pipeline.terminal import (
-    Tail,
-    Terminal,
-    change_text,
-    clock,
-    eta_s,
-    machine,
-    number,
-    sample_text,
-    show_results,
-)
+from align.pipeline.following import Tail, eta_s
+from align.pipeline.progress import change_text, clock, number, sample_text
+from align.pipeline.terminal import Terminal, machine, show_results
 
 
 def test_eta_uses_the_pace_of_this_attempt():
@@ -272,8 +264,8 @@ def test_the_first_line_of_a_run_names_the_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("align.pipeline.terminal.os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: False)
     monkeypatch.setattr("align.pipeline.terminal.versions", lambda: {"torch": "2.13.0+cpu"})
-    assert machine() == "2 CPU cores, no GPU found, torch 2.13.0+cpu"
+    assert machine() == "CPU, 2 cores: no GPU found; torch 2.13.0+cpu"
     monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: True)
     gpus = ["NVIDIA H100, 81559 MiB, 580.1", "NVIDIA H100, 81559 MiB, 580.1"]
     monkeypatch.setattr("align.pipeline.terminal.list_gpus", lambda: gpus)
-    assert machine() == "2 GPU (NVIDIA H100), 2 CPU cores, torch 2.13.0+cpu"
+    assert machine() == "2 GPUs (NVIDIA H100, 80 GiB), 2 cores; torch 2.13.0+cpu"

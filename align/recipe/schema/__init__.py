@@ -26,6 +26,7 @@ from align.recipe.schema.training import (
     TrainingStage,
 )
 from align.recipe.schema.tuning import TuningSpec
+from reward_models.identity import Added, Aside
 from reward_models.specs import EndpointSpec, EnsembleSpec, RewardSpec, ScalarSpec
 
 # Kinds of stages are listed in the order in which their modules are imported.
@@ -164,6 +165,8 @@ class Recipe(Spec):
     """Seed of every stage without its own."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU, which are slower; CPU kernels always are."""
+    device: Annotated[Literal["auto", "gpu"], Aside(), Added("0.2")] = "auto"
+    """``gpu`` ends the run before it starts if there is no GPU; ``auto`` then uses the CPU."""
     sinks: SinkSpec = SinkSpec()
     """Experiment trackers."""
     stages: dict[str, StageSpec] = Field(min_length=1)

@@ -20,7 +20,7 @@ from align.core.log import (
     short_number,
 )
 from align.core.text import visible
-from align.pipeline.terminal import SHOWN
+from align.pipeline.progress import SHOWN
 from align.recipe.load import RECIPE_FILE, read_resolved
 from align.report.read import RunRecord, read_run
 from align.serve.errors import not_found

@@ -101,6 +101,8 @@ def sample_all(
                 logprobs, rounding = trainer_logprobs(artifact, probe, spec)
                 check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
             for i, task in enumerate(spec.all_tasks):
+                num = len(rows[task.name]) * task.samples
+                log.info("%s: sampling %s responses of %s", task.name, f"{num:,}", name)
                 found = _ask(engine, task, rows[task.name], chat=chat, step=i, seed=context.seed)
                 answers[task.name][name] = found
         num = sum(len(answers[task][name].completions) for task in answers)

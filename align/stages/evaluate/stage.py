@@ -84,6 +84,7 @@ def evaluate(
     if spec.all_tasks:
         answers, summary["engine"] = sample_all(spec, artifacts, rows, context=context)
         answered = _measure_all(spec, artifacts, answers=answers, rewards=rewards, context=context)
+        log.info("comparing the models")
     summary["tasks"] = {
         task.name: summarize(spec, task, answered[task.name], context=context)
         for task in spec.all_tasks
