@@ -31,7 +31,7 @@ class RewardFunction(Protocol):
     invalid: Counter[str]
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Return one score per completion; None if the reward cannot score it."""
         ...
@@ -166,7 +166,7 @@ class Rule:
         self.invalid: Counter[str] = Counter()
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Score each completion.
 

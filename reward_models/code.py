@@ -289,7 +289,7 @@ class CodeReward:
         self.workers = spec.workers or max(1, share)
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Score each response.
 

@@ -76,7 +76,7 @@ class EnsembleReward:
         self.disagreement = math.nan
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Return the combined score of each completion."""
         check_rows(prompts, completions, reward=self.name)

@@ -133,7 +133,7 @@ class Multi(_Spec):
     graders: dict[str, Single] | list[Single] | Single
     calculate_output: str
 
-    def members(self) -> dict[str, Any]:
+    def members(self) -> dict[str, Single]:
         """Return the graders by the names that the formula uses."""
         if isinstance(self.graders, dict):
             return self.graders
@@ -169,7 +169,7 @@ def read_grader(given: object) -> Any:
     return grader
 
 
-def _check(grader: Any) -> None:
+def _check(grader: Grader) -> None:
     """Raise if templates, program, range or labels of a grader are wrong."""
     try:
         for text in _templates(grader):
@@ -207,7 +207,7 @@ def _check_formula(grader: Multi) -> None:
         raise GraderError(f"calculate_output: there is no grader named {min(missing)!r}")
 
 
-def _templates(grader: Any) -> list[str]:
+def _templates(grader: Grader) -> list[str]:
     if isinstance(grader, StringCheck | TextSimilarity):
         return [grader.input, grader.reference]
     if isinstance(grader, ScoreModel | LabelModel):

@@ -16,11 +16,14 @@ from typing import Any
 
 from reward_models.formula import Formula, FormulaError
 from reward_models.grader_specs import (
+    Grader,
     LabelModel,
     Multi,
     PythonGrader,
     RunError,
     ScoreModel,
+    Single,
+    StringCheck,
     TextSimilarity,
     fill,
     read_grader,
@@ -76,13 +79,13 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run_grader(grader: Any, text: str, item: Any, *, ask: Ask) -> Outcome:
+def run_grader(grader: Grader, text: str, item: object, *, ask: Ask) -> Outcome:
     """Return the outcome of one response."""
     return run_graders(grader, [text], [item], ask=ask)[0]
 
 
 def run_graders(
-    grader: Any, texts: Sequence[str], items: Sequence[Any], *, ask: Ask
+    grader: Grader, texts: Sequence[str], items: Sequence[Any], *, ask: Ask
 ) -> list[Outcome]:
     """Return the outcomes of responses; a program is started once for all of them.
 
@@ -93,7 +96,9 @@ def run_graders(
         ask: asks a model.
     """
     began = time.monotonic()
-    members = grader.members() if isinstance(grader, Multi) else {grader.name: grader}
+    members: dict[str, Single] = (
+        grader.members() if isinstance(grader, Multi) else {grader.name: grader}
+    )
     spaces = [
         {"sample": sample_of(text), "item": item} for text, item in zip(texts, items, strict=True)
     ]
@@ -119,7 +124,7 @@ def run_graders(
 
 
 def _scores(
-    grader: Any, spaces: Sequence[Mapping[str, Any]], ask: Ask
+    grader: Single, spaces: Sequence[Mapping[str, Any]], ask: Ask
 ) -> Sequence[float | RunError]:
     if isinstance(grader, PythonGrader):
         return _run_source(grader, spaces)
@@ -132,7 +137,11 @@ def _scores(
     return found
 
 
-def _score(grader: Any, space: Mapping[str, Any], ask: Ask) -> float:
+def _score(
+    grader: StringCheck | TextSimilarity | ScoreModel | LabelModel,
+    space: Mapping[str, Any],
+    ask: Ask,
+) -> float:
     if isinstance(grader, ScoreModel | LabelModel):
         return _asked(grader, space, ask)
     text, reference = fill(grader.input, space), fill(grader.reference, space)
@@ -223,7 +232,7 @@ class GraderReward:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         item: Sequence[str],
-        **columns: Any,
+        **columns: Sequence[Any],
     ) -> list[float | None]:
         """Return one score per response, None where the grader has none."""
         del prompts, columns

@@ -60,7 +60,7 @@ class JudgeReward:
         }
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Grade each response.
 

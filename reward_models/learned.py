@@ -87,7 +87,7 @@ class ScalarReward:
             self.takes_ids = False
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Score each response; each head returns (score - mean) / std if the reward normalizes."""
         check_rows(prompts, completions, reward=self.name)

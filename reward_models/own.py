@@ -48,7 +48,7 @@ class OwnReward:
             raise ValueError(f"reward '{self.name}': {spec.path}: {error}") from None
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Score each response.
 

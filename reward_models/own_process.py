@@ -189,7 +189,7 @@ def _row(given: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {name: values[i] for name, values in given.items()}
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
+def _ignore(*args: object, **kwargs: object) -> None:
     """Replace TRL's logging functions."""
 
 

@@ -111,7 +111,7 @@ class ProcessReward:
             )
 
     def __call__(
-        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+        self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Score each solution by the probabilities after its steps."""
         check_rows(prompts, completions, reward=self.name)

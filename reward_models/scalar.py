@@ -120,7 +120,7 @@ class RewardModel(nn.Module):
         """Return the largest number of tokens for which the backbone has positions, or None."""
         return max_tokens(self.backbone)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         """Trade compute for memory in the backbone; arguments are those of transformers."""
         backbone: Any = self.backbone
         backbone.gradient_checkpointing_enable(**kwargs)
@@ -151,7 +151,7 @@ class RewardModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Return the raw value at every position.
 
@@ -320,7 +320,7 @@ def exact_attention(config: "PreTrainedConfig") -> str | None:
     return "eager" if capped or getattr(text, "alibi", False) else None
 
 
-def max_tokens(backbone: Any) -> int | None:
+def max_tokens(backbone: nn.Module) -> int | None:
     """Return the largest number of tokens for which a backbone has positions, or None."""
     for name, module in backbone.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

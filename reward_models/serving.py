@@ -34,7 +34,7 @@ class Scorer(Protocol):
     disagreement: float
 
     def __call__(
-        self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
     ) -> list[float | None]:
         """Return one score per completion."""
         ...

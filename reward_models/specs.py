@@ -44,7 +44,7 @@ class Variants(Spec):
     variants: ClassVar[dict[str, type[Any]]]
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if cls.tag not in cls.__annotations__:  # a base without a name of its own
             return

@@ -71,7 +71,7 @@ def reference(function: Callable[..., Any], folder: Path) -> str:
     return f"{file}:{name}"
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -108,7 +108,7 @@ class _Writer:
         lines = [_HEAD, _FUTURE, f"import sys\n\n{folders}" if folders else "", *self.imports]
         return "".join([*lines, "\n", *(f"\n{text}\n" for text in self.definitions.values())])
 
-    def _is_new(self, name: str, value: Any) -> bool:
+    def _is_new(self, name: str, value: object) -> bool:
         """Return whether a name is not bound yet; to another value is an error."""
         known = self.values.setdefault(name, value)
         if known is not value and not _same_text(known, value):
@@ -118,7 +118,7 @@ class _Writer:
             )
         return name not in self.definitions
 
-    def _define(self, name: str, function: Any) -> None:
+    def _define(self, name: str, function: object) -> None:
         if not self._is_new(name, function):
             return
         text = _source(function, self.name)
@@ -133,7 +133,7 @@ class _Writer:
         del self.definitions[name]
         self.definitions[name] = text
 
-    def _bind(self, name: str, value: Any) -> None:
+    def _bind(self, name: str, value: object) -> None:
         """Make a name of the function's surroundings known in the module."""
         if not self._is_new(name, value):
             return
@@ -171,7 +171,7 @@ class _Writer:
         if folder != Path.cwd().resolve():
             self.folders[str(folder)] = None
 
-    def _written(self, name: str, value: Any) -> str:
+    def _written(self, name: str, value: object) -> str:
         """Return a constant as Python text."""
         try:
             text = _literal(value)
@@ -186,7 +186,7 @@ class _Writer:
         return text
 
 
-def _same_text(one: Any, other: Any) -> bool:
+def _same_text(one: object, other: object) -> bool:
     """Return whether two values are written as the same text."""
     try:
         return _literal(one) == _literal(other)
@@ -281,7 +281,7 @@ def _free_names(text: str, root: str) -> set[str]:
     return found
 
 
-def _importable(value: Any) -> tuple[str, str] | None:
+def _importable(value: object) -> tuple[str, str] | None:
     """Return the module and the name under which a value can be imported anywhere."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     name = name or getattr(value, "__name__", None)

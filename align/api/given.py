@@ -27,7 +27,7 @@ _SOURCES = frozenset(("path", "stage", "labels", "world"))
 _CONTENT = frozenset().union(*(form.used for form in FORMATS.values())) - _SOURCES
 
 
-def sources(data: Any) -> list[Any]:
+def sources(data: object) -> list[Any]:
     """Return data as the list of data sources of a recipe, whose ``path`` may be rows.
 
     Args:
@@ -72,13 +72,13 @@ def _dataset(value: Any) -> bool:
     return isinstance(value, library.Dataset)
 
 
-def rewards(given: Any) -> list[Any]:
+def rewards(given: object) -> list[Any]:
     """Return rewards as the list of a recipe; a text names a kind, a function or a reward model."""
     entries = given if isinstance(given, list | tuple) else [given]
     return [_reward(entry) for entry in entries]
 
 
-def _reward(entry: Any) -> Any:
+def _reward(entry: object) -> Any:
     if isinstance(entry, Run):
         return {"kind": "scalar", "model": entry}
     if isinstance(entry, Path):
@@ -208,7 +208,7 @@ class Writer:
         return str(target)
 
 
-def _line(row: Any, number: int) -> bytes:
+def _line(row: object, number: int) -> bytes:
     if not isinstance(row, Mapping):
         raise DataError(f"data: row {number} is a {type(row).__name__}; expected a dictionary")
     try:
@@ -222,7 +222,7 @@ def _line(row: Any, number: int) -> bytes:
         ) from error
 
 
-def _is_scalar(value: Any) -> bool:
+def _is_scalar(value: object) -> bool:
     """Return whether a value is a single number of numpy or torch."""
     return hasattr(value, "item") and getattr(value, "ndim", 1) == 0
 
@@ -234,7 +234,7 @@ def _number(value: Any) -> Any:
     raise TypeError(f"found a {type(value).__name__}")
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False, default=_number).encode()
     except (TypeError, ValueError, RecursionError):
@@ -242,7 +242,7 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _tokenizer_of(model: Any) -> Any:
+def _tokenizer_of(model: object) -> Any:
     from transformers import AutoTokenizer
 
     name = str(getattr(model, "name_or_path", "") or "")
@@ -255,7 +255,7 @@ def _tokenizer_of(model: Any) -> Any:
         ) from error
 
 
-def base_stage(model: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
+def base_stage(model: object, tokenizer: object) -> tuple[dict[str, Any], Any]:
     """Return the base stage that imports a model ({} if an artifact needs none), and ``init``.
 
     Args:

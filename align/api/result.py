@@ -67,7 +67,7 @@ class Run:
             {"stage": part.name, **row} for part in self._chosen(stage) for row in part.samples
         )
 
-    def model(self, stage: str | None = None, **options: Any) -> tuple[Any, Any]:
+    def model(self, stage: str | None = None, **options: object) -> tuple[Any, Any]:
         """Load the model of a stage with transformers.
 
         Args:

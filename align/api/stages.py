@@ -39,7 +39,7 @@ def sft(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Fine-tune a model on the assistant turns of rows, and return the run.
 
@@ -75,7 +75,7 @@ def dpo(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Train a policy on preference pairs (DPO and related losses); arguments as for ``sft``."""
     options = {"out": out, "force": force, "quiet": quiet}
@@ -91,7 +91,7 @@ def kto(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Train a policy on responses labeled good or bad (KTO); arguments as for ``sft``."""
     options = {"out": out, "force": force, "quiet": quiet}
@@ -107,7 +107,7 @@ def reward(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Train a reward model on preference pairs; arguments as for ``sft``.
 
@@ -129,7 +129,7 @@ def grpo(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Train a policy on the rewards of its own responses, without a critic (GRPO and relatives).
 
@@ -168,7 +168,7 @@ def ppo(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     force: bool = False,
     quiet: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Run:
     """Train a policy with PPO and a learned critic; arguments as for ``grpo``."""
     watched = {"heldout": heldout, "eval_every": eval_every}
@@ -270,7 +270,7 @@ def evaluate(
     runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Run:
     """Compare checkpoints on held-out tasks; the same call again returns the results on disk.
 

@@ -26,7 +26,7 @@ def load(text: str, limits: Limits) -> Any:
     return None if node is None else yaml.SafeLoader("").construct_document(node)
 
 
-def compose(text: str, loader: Any, limits: Limits) -> yaml.Node | None:
+def compose(text: str, loader: type[yaml.SafeLoader], limits: Limits) -> yaml.Node | None:
     """Return the YAML node of a text.
 
     Raises:

@@ -165,7 +165,7 @@ def _exported_policy(source: Source, folder: Path, form: Format) -> nn.Module:
     return _policy(folder)
 
 
-def _policy(path: Path | str, **options: Any) -> Any:
+def _policy(path: Path | str, **options: object) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -138,7 +138,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     segments: Segments | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence of a packed row.
 

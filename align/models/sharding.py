@@ -91,10 +91,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Register parameters without memory inside the block; buffers are computed as usual."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta
     try:
@@ -160,11 +160,11 @@ def _gather_on_use(model: nn.Module) -> list[RemovableHandle]:
             continue
         stack = ExitStack()
 
-        def before(_: nn.Module, __: Any, own: list = own, stack: ExitStack = stack) -> None:
+        def before(_: nn.Module, __: object, own: list = own, stack: ExitStack = stack) -> None:
             assert not torch.is_grad_enabled(), "sharded weights have no gradient before training"
             stack.enter_context(deepspeed.zero.GatheredParameters(own))
 
-        def after(_: nn.Module, __: Any, ___: Any, stack: ExitStack = stack) -> None:
+        def after(_: nn.Module, __: object, ___: object, stack: ExitStack = stack) -> None:
             stack.close()
 
         handles.append(module.register_forward_pre_hook(before))

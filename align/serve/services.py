@@ -32,7 +32,9 @@ class Services:
     templates: Jinja2Templates
     parts: dict[str, Any] = field(default_factory=dict)
 
-    def page(self, request: Request, name: str, /, status: int = 200, **shown: Any) -> HTMLResponse:
+    def page(
+        self, request: Request, name: str, /, status: int = 200, **shown: object
+    ) -> HTMLResponse:
         """Return a page or a fragment.
 
         Args:

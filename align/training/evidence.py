@@ -72,7 +72,7 @@ def _tokens(row: Any) -> Sequence[Sequence[int]]:
     return (row.input_ids,)
 
 
-def _labels(row: Any) -> set[Hashable]:
+def _labels(row: object) -> set[Hashable]:
     for name in ("good", "label"):
         if hasattr(row, name):
             return {getattr(row, name)}

@@ -39,7 +39,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
             # Models access attributes of their layers other than forward, such as attention_type.
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the module, then the active networks on its (first) output."""
         out = self.base_layer(*args, **kwargs)
         active = [n for n in self.active_adapters if n in self.inserted_net]
@@ -59,7 +59,7 @@ class InsertedModel(BaseTuner):
     tuner_layer_cls = InsertedLayer
     target_module_mapping: dict[str, Any] = {}
 
-    def build(self, config: Any, width: int) -> nn.Module:
+    def build(self, config: object, width: int) -> nn.Module:
         """Return one network for hidden states of a given width."""
         raise NotImplementedError
 

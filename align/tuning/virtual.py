@@ -104,7 +104,7 @@ class VirtualTokens(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Run the model after the virtual tokens; masks and positions refer only to the text.
 
@@ -135,7 +135,7 @@ class VirtualTokens(nn.Module):
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, *, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, *, attention_mask: Tensor, **kwargs: object) -> Tensor:
         """Generate as transformers does; the response follows ``input_ids`` in the result."""
         cache = self.virtual_cache(input_ids.shape[0])
         if cache is None:

@@ -80,7 +80,7 @@ def checked(result: int, doing: str) -> int:
     return result
 
 
-def _call(name: str, *args: Any) -> int:
+def _call(name: str, *args: object) -> int:
     number = ARCHITECTURES[platform.machine()][1][name]
     return checked(LIBC.syscall(number, *args), name)
 

@@ -68,7 +68,7 @@ def _made(name: str, written: Plain) -> Any:
     return made(*written) if isinstance(written, list) else made(written)
 
 
-def _array(dtype: str, shape: Any, items: list[Any]) -> Any:
+def _array(dtype: str, shape: object, items: list[Any]) -> Any:
     if not _ARRAY.fullmatch(dtype):
         raise ValueError(f"not a type of plain data: {dtype}")
     return importlib.import_module("numpy").array(items, dtype).reshape(shape)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,7 +88,7 @@ def answer(job: Mapping[str, Any]) -> None:
         return
     objects: list[Any] = []
 
-    def refer(value: Any) -> int:
+    def refer(value: object) -> int:
         objects.append(value)
         return len(objects) - 1
 
@@ -146,7 +146,7 @@ class _Operators:
     bool, neg, abs = bool, operator.neg, abs
 
     @staticmethod
-    def isinstance(kind: Any, value: Any) -> bool:
+    def isinstance(kind: Any, value: object) -> bool:  # pyright: ignore[reportInvalidTypeForm]
         """Return whether a value is an object of a class."""
         return isinstance(value, kind)
 
@@ -171,7 +171,7 @@ class _Program:
         except (EOFError, LookupError, TypeError, AttributeError):
             return
 
-    def error_of(self, names: Any) -> type[Exception]:
+    def error_of(self, names: Sequence[object]) -> type[Exception]:
         """Return the nearest error that tests can catch, by the names of a class and its bases."""
         for name in map(str, names):
             kind = self.errors.get(name) or getattr(builtins, name, None)
@@ -179,7 +179,7 @@ class _Program:
                 return kind
         return RuntimeError if "Exception" not in names else Exception
 
-    def ask(self, of: int | str, do: str, **more: Any) -> Any:
+    def ask(self, of: int | str, do: str, **more: object) -> Any:
         self.calls += do == "call"
         _send(self.requests, {"of": of, "do": do, **more})
         reply = _receive(self.replies)
@@ -229,7 +229,7 @@ class _Remote:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._program.value(self._program.ask(self._reference, "items")["is"]))
 
-    def __instancecheck__(self, value: Any) -> bool:
+    def __instancecheck__(self, value: object) -> bool:
         return isinstance(value, _Remote) and bool(self._operate("isinstance", value))
 
     def _operate(self, name: str, *others: "_Remote") -> Any:
@@ -258,7 +258,7 @@ def _between(name: str) -> Callable[..., Any]:
 def _method(name: str) -> Callable[..., Any]:
     """Return a special method that calls the one of the program's object."""
 
-    def method(self: _Remote, *args: Any) -> Any:
+    def method(self: _Remote, *args: object) -> Any:
         try:
             found = self._program.ask(self._reference, "get", name=name)
         except AttributeError:
@@ -276,7 +276,7 @@ for _name in ("len", "getitem", "setitem", "delitem", "str", "repr", "next", "en
     setattr(_Remote, f"__{_name}__", _method(f"__{_name}__"))
 
 
-def _reference(value: Any) -> int | str:
+def _reference(value: object) -> int | str:
     if isinstance(value, _Remote):
         return value._reference
     raise UnsupportedError(f"a test passes a {type(value).__name__} to the program")

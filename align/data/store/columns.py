@@ -122,7 +122,7 @@ def _zone(name: str) -> ZoneInfo:
 
 
 class _Writer(pickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Any:
         if isinstance(obj, tzinfo) and not isinstance(obj, timezone):
             return _zone, (str(obj),)
         return NotImplemented

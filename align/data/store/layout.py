@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ COLUMNS = ("ids", "trained", "lengths", "weights", "weighed", "shells", "shell_s
 weight (float64) on sides that have weights. Per side: its length (uint32), and whether it has
 weights (uint8). Per row: a record of all else, its size (uint32), and whether it is plain (uint8).
 """
+Row = TokenRow | PairRow | PromptRow
+R = TypeVar("R", TokenRow, PairRow, PromptRow)
 Side = tuple[tuple[int, ...], tuple[bool, ...], tuple[float, ...]]
 """Token ids, mask and weights of one sequence of a row."""
 
@@ -37,7 +39,7 @@ class Done(NamedTuple):
     logged: list[tuple[int, str]]
 
 
-def sequences(row: Any) -> Sequence[TokenRow | PromptRow]:
+def sequences(row: Row) -> Sequence[TokenRow | PromptRow]:
     """Return the sequences of a row: both of a pair, otherwise the row itself."""
     return (row.chosen, row.rejected) if isinstance(row, PairRow) else (row,)
 
@@ -61,12 +63,12 @@ def pack_rows(rows: Sequence[Any]) -> Packed:
     return {name: b"".join(found) for name, found in parts.items()}
 
 
-def is_plain(row: Any) -> bool:
+def is_plain(row: object) -> bool:
     """Return whether a row is a TokenRow that its tokens and its mask describe completely."""
     return type(row) is TokenRow and not row.weights and row.label_prob == 1.0
 
 
-def _shell(row: Any) -> Any:
+def _shell(row: R) -> R:
     """Return a row without its tokens."""
     if isinstance(row, PairRow):
         return replace(row, chosen=_shell(row.chosen), rejected=_shell(row.rejected))
@@ -75,7 +77,7 @@ def _shell(row: Any) -> Any:
     return replace(row, input_ids=(), trained=(), weights=())
 
 
-def filled(shell: Any, sides: Sequence[Side]) -> Any:
+def filled(shell: R, sides: Sequence[Side]) -> R:
     """Return the row of a shell and its sequences."""
     if isinstance(shell, PairRow):
         chosen, rejected = filled(shell.chosen, sides[:1]), filled(shell.rejected, sides[1:])

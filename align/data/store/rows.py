@@ -13,7 +13,7 @@ from align.data.fit import RowPlace, fit_row, place_of, report_fit
 from align.data.split import split_key
 from align.data.store.build import DIGEST, digest_of
 from align.data.store.columns import Column, Mark, record, value_of
-from align.data.store.layout import filled, is_plain, sequences, side_of
+from align.data.store.layout import Row, filled, is_plain, sequences, side_of
 
 Item = TypeVar("Item")
 Ints = NDArray[Any]
@@ -282,7 +282,7 @@ class StoredRows(_Chosen[Any]):
         return StoredRows(self.parts, *fitting, max_length=max_length), kept
 
 
-def _flat(row: Any) -> tuple[Ints, Ints, Ints]:
+def _flat(row: Row) -> tuple[Ints, Ints, Ints]:
     sides = sequences(row)
     ids = np.array([token for side in sides for token in side.input_ids], dtype=np.uint32)
     mask = np.array([t for side in sides for t in getattr(side, "trained", ())], dtype=np.bool_)

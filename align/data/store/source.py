@@ -112,7 +112,7 @@ def fit_loaded(
     ledger: Path | None,
 ) -> tuple[Sequence[Any], Sequence[int]]:
     """Return the rows that fit, as ``fit_rows`` does, and the places of their examples."""
-    limits = {"max_length": max_length, "max_lost_frac": max_lost_frac}
+    limits: dict[str, Any] = {"max_length": max_length, "max_lost_frac": max_lost_frac}
     if loaded.rows is not None:
         return loaded.rows.fit(**limits, what=what, ledger=ledger)
     if not loaded.examples:

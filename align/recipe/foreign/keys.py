@@ -83,7 +83,7 @@ class Keys:
         value = self.choice(name, default)
         return bool(value)
 
-    def choice(self, name: str, default: Any = None) -> Any:
+    def choice(self, name: str, default: object = None) -> Any:
         """Return a value that is a truth value, in any of its words, or a word of its own."""
         value = self.take(name, default)
         word = value.strip().lower() if isinstance(value, str) else value

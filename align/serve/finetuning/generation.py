@@ -221,7 +221,7 @@ def with_defaults(body: Mapping[str, Any]) -> dict[str, Any]:
     stop = body.get("stop") or []
     seed = body.get("seed")
 
-    def chosen(key: str, default: Any) -> Any:
+    def chosen(key: str, default: object) -> Any:
         return default if body.get(key) is None else body[key]
 
     return {

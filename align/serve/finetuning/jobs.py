@@ -73,7 +73,7 @@ def add_event(
 
 
 def set_status(
-    db: sqlite3.Connection, row: sqlite3.Row, status: str, *, message: str, **more: Any
+    db: sqlite3.Connection, row: sqlite3.Row, status: str, *, message: str, **more: object
 ) -> None:
     """Change the status of a job, with its event, and its webhooks if it ends.
 

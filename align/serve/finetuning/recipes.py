@@ -153,7 +153,7 @@ def write_recipe(recipe: Mapping[str, Any], path: Path) -> None:
     write_json_atomic(path, _literal(dict(recipe)))
 
 
-def _literal(value: Any) -> Any:
+def _literal(value: object) -> Any:
     """Return plain data whose texts a recipe takes as they are.
 
     ``${NAME}`` would read a variable of the server's environment, and clients write some texts.

@@ -95,7 +95,7 @@ def _pair_rows(answer: str, labels: Sequence[sqlite3.Row]) -> _Written:
     about = _about(labels, ordered=True)
     prompt = about["prompt"]
 
-    def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    def pair(chosen: str, rejected: str, **more: object) -> dict[str, Any]:
         named = {"chosen": models[chosen], "rejected": models[rejected]} if models else {}
         return {
             **about,

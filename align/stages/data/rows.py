@@ -23,7 +23,7 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
 
-    def add(self, source: str, reason: str, **details: Any) -> None:
+    def add(self, source: str, reason: str, **details: object) -> None:
         """Record one dropped row."""
         self.entries.append({"source": source, "reason": reason, **details})
 

@@ -101,7 +101,7 @@ class Generator:
             def on_finalized_text(self, part: str, stream_end: bool = False) -> None:
                 text.add(part, ends=stream_end)
 
-        def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def ended(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
             stop = text.stopped or cancelled.is_set()
             return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
 

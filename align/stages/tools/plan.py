@@ -69,7 +69,7 @@ class Sizes:
             raise RecipeError(f"the model of stage '{reference}' is not known before it has run")
         return self.config(start)
 
-    def _imported(self, spec: Any, reference: str) -> PreTrainedConfig:
+    def _imported(self, spec: object, reference: str) -> PreTrainedConfig:
         build = getattr(spec, "build", None)
         if build is not None:
             return Qwen2Config(
@@ -118,7 +118,7 @@ def learned_rewards(spec: TrainingStage, sizes: Sizes) -> dict[str, tuple[int, s
 def changes(spec: TrainingStage, ranks: int) -> Iterator[tuple[str, TrainingStage]]:
     """Yield changes of a stage that save memory, each on top of the ones before it."""
 
-    def made(key: str, **update: Any) -> tuple[str, TrainingStage]:
+    def made(key: str, **update: object) -> tuple[str, TrainingStage]:
         nonlocal spec
         spec = spec.model_copy(update=update)
         return key, spec

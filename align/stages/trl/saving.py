@@ -46,7 +46,7 @@ def save_patiently(trainer: Any, checkpoints: Path) -> None:
 
 
 def _patiently(write: Callable[..., Any], folder: Path, *, needed: int) -> Callable[..., Any]:
-    def written(*args: Any, **options: Any) -> Any:
+    def written(*args: object, **options: object) -> Any:
         return write_patiently(
             lambda: write(*args, **options),
             folder=folder,

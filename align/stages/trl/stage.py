@@ -322,7 +322,7 @@ class Watcher(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         """Write one line of metrics; raise TrainingError if the loss is not finite."""
         found = named(logs or {})
@@ -336,7 +336,7 @@ class Watcher(TrainerCallback):
             self.metrics.log(state.global_step, found)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Hash the saved checkpoint, and remove older ones."""
         distributed.barrier()
@@ -344,7 +344,7 @@ class Watcher(TrainerCallback):
             complete(self.checkpoints, state.global_step, self.keep)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Save and stop after a signal, at the next step that training can resume from."""
         if stop_requested() and not (self.period and state.global_step % self.period):

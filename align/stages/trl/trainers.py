@@ -206,7 +206,7 @@ def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
     """Return a reward as a function with the name that TRL logs."""
 
     def score(
-        *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
     ) -> list[float | None]:
         # TRL also passes its own state and callbacks, which are no columns of the rows.
         listed = {k: v for k, v in columns.items() if isinstance(v, list)}
@@ -216,7 +216,7 @@ def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
     return score
 
 
-def build_trainer(trainer_class: type, *, where: str, **arguments: Any) -> Any:
+def build_trainer(trainer_class: type, *, where: str, **arguments: object) -> Any:
     """Build a trainer, turning TRL's complaints about data or arguments into recipe errors.
 
     Raises:
