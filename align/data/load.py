@@ -15,6 +15,7 @@ from align.core.errors import DataError
 from align.core.types import Example
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
+from align.data.formats.row_keys import QUESTION_TEXTS
 from align.data.labels import labels_file
 from align.data.own_map import map_rows
 from align.data.reading.json import Row
@@ -301,6 +302,14 @@ class _Contents:
                 spec.path,
                 self._plain,
                 self.total,
+            )
+        hidden = sorted(self._columns & set(QUESTION_TEXTS))
+        if hidden and kind == "prompts":
+            logger.warning(
+                "%s: the model does not see %s, which are columns for the rewards alone; write "
+                "them into the prompt (map or templates) if the question needs them",
+                spec.path,
+                ", ".join(hidden),
             )
         if self._columns:
             trained = kind != "prompts"

@@ -253,7 +253,7 @@ def test_reference_is_never_a_bad_answer_nor_instead_of_the_rows_own() -> None:
         (example,) = to_examples(row, kind="prompts", format="auto", source="f:1")
         return dict(example.columns)
 
-    assert columns({"prompt": [U], "completion": [B], "label": False}) == {}
+    assert columns({"prompt": [U], "completion": [B], "label": False}) == {"label": False}
     assert columns({"prompt": "p"}) == {}
     assert columns({"messages": [U, A, U]}) == {}
     assert columns({"prompt": "p", "completion": "A", "reference": "own"}) == {"reference": "own"}

@@ -48,6 +48,7 @@ KEYS: dict[str, Any] = {
     "chat_template_kwargs": {"qzxkwarg": False},
     "weight": 0.25,
     "reasoning_content": "qzxreason",
+    "rationale": "qzxrationale",
     "input": "qzxinput",
     "context": "qzxcontext",
     "history": [["qzxbefore", "qzxthen"]],
@@ -95,7 +96,7 @@ def table() -> str:
 
 def test_every_key_in_every_format_is_used_or_a_column_or_refused_by_name() -> None:
     printed = table()
-    assert printed in (ROOT / "docs/data-check.md").read_text()
+    assert printed in (ROOT / "docs/data-check.md").read_text(), printed
 
 
 def test_system_column_is_a_turn_wherever_it_stands() -> None:

@@ -180,6 +180,10 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         if kind in ("sft", "preference", "unpaired"):
             check_left_over(example)
         example = apply_extras(example, extras)
+        if kind == "prompts" and example.label is not None and isinstance(row, dict):
+            # A rating of the row's own answer is a column like any other.
+            given = {key: row[key] for key in ("label", "kto_tag") if key in row}
+            example = replace(example, columns={**given, **example.columns})
         if example.columns:
             example = replace(example, columns=clean_columns(example.columns))
         examples.append(_fit(_with_label_prob(example, kind), kind, name))

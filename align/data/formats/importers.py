@@ -6,6 +6,7 @@ valid row without an example (such as an UltraFeedback row whose responses all h
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -13,6 +14,7 @@ from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns, explicit_pair, implicit_pair, make_pair
 from align.data.formats.questions import (
+    ANSWERED,
     objects_field,
     other_fields,
     question_and_answer,
@@ -20,14 +22,16 @@ from align.data.formats.questions import (
     text_field,
     with_input,
 )
-from align.data.formats.turns import not_text, shown, to_text, to_turns
-from align.recipe.schema.formats import ASKED
+from align.data.formats.tools import schemas_of
+from align.data.formats.turns import is_nothing, not_text, shown, to_text, to_turns
+from align.recipe.schema.formats import ASKED, as_boolean
 
 Row = dict[str, Any]
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+_OPENAI_INPUT = ("messages", "tools", "parallel_tool_calls")
 _FINAL = re.compile(r"####\s*(.+?)\s*$")
 """Matches the final number in a GSM8K answer."""
 
@@ -61,9 +65,25 @@ def from_question_answer(row: Row, source: str) -> list[Example]:
     return [Example(as_turns(prompt, "user"), said, columns={**answer, **rest}, source=source)]
 
 
+def from_question(row: Row, source: str) -> list[Example]:
+    """Read a question for sampling; its answer is a column, and may be of any type."""
+    answers = [row[name] for name in ANSWERED if name in row]
+    if all(isinstance(answer, str) or _is_turns(answer) for answer in answers):
+        return from_question_answer(row, source)
+    prompt, rest = question_of(row, source)
+    return [Example(as_turns(prompt, "user"), columns=rest, source=source)]
+
+
+def _is_turns(value: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, dict) and "content" in item for item in items)
+
+
 def from_unpaired(row: Row, source: str) -> list[Example]:
-    """Read ``prompt``, ``completion`` and its binary ``label``."""
+    """Read a question, its answer and the binary ``label``; only ``prompt`` may be plain text."""
     prompt, completion, rest = question_and_answer(row, source)
+    if "prompt" not in row:
+        prompt, completion = as_turns(prompt, "user"), as_turns(completion, "assistant")
     return [_judged(prompt, completion, row, rest=other_fields(rest, *_LABELS), source=source)]
 
 
@@ -154,16 +174,16 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (to_turns(row[name], field=name, source=source) for name in names)
     prompt = to_turns(given["messages"], field="input.messages", source=source)
-    return [
-        make_pair(
-            prompt,
-            chosen,
-            rejected,
-            row=row,
-            rest=other_fields(row, "input", *names),
-            source=source,
+    strange = [k for k in given if k not in _OPENAI_INPUT and not is_nothing(given[k])]
+    if strange:
+        raise DataError(
+            f"{source}: input.{strange[0]}: {shown(given[strange[0]])} would be dropped; remove it",
+            code="D045",
         )
-    ]
+    rest = other_fields(row, "input", *names)
+    pair = make_pair(prompt, chosen, rejected, row=row, rest=rest, source=source)
+    tools = schemas_of(given.get("tools"), where=f"{source}: input.tools")
+    return [replace(pair, tools=tools)]
 
 
 def from_alpaca(row: Row, source: str) -> list[Example]:
@@ -238,38 +258,6 @@ def from_seed_tasks(row: Row, source: str) -> list[Example]:
     return examples
 
 
-def from_oasst_best(row: Row, source: str) -> list[Example]:
-    """Read the best-ranked branch of an OASST tree, up to its last assistant turn."""
-    turns: list[Turn] = []
-    node: Row | None = _node(row["prompt"], source)
-    while node is not None:
-        turns.append(_oasst_turn(node, source))
-        node = next(iter(_ranked(node, source)), None)
-    while turns and turns[-1]["role"] != "assistant":
-        turns.pop()
-    rest = other_fields(row, "prompt")
-    return [Example(prompt=[], completion=turns, columns=rest, source=source)] if turns else []
-
-
-def from_oasst_pairs(row: Row, source: str) -> list[Example]:
-    """Read the best against the worst reply at every ranked assistant branch of an OASST tree."""
-    rest = other_fields(row, "prompt")
-    pairs: list[Example] = []
-    # Breadth-first search over the tree, with the turns before each node.
-    branches: list[tuple[list[Turn], Row]] = [([], _node(row["prompt"], source))]
-    while branches:
-        before, node = branches.pop(0)
-        turns = [*before, _oasst_turn(node, source)]
-        replies = _ranked(node, source)
-        said = [r for r in replies if r.get("role") == "assistant" and r.get("rank") is not None]
-        if len(said) > 1:
-            best, worst = ([_oasst_turn(said[i], source)] for i in (0, -1))
-            if best != worst:
-                pairs.append(make_pair(turns, best, worst, row={}, rest=rest, source=source))
-        branches += [(turns, reply) for reply in replies]
-    return pairs
-
-
 def from_model_solutions(row: Row, source: str) -> list[Example]:
     """Read nested ``{"solution", "is_correct"}``: the first correct against each incorrect one."""
     tried = {k: v for k, v in row.items() if isinstance(v, dict) and "is_correct" in v}
@@ -289,31 +277,6 @@ def _is_finite(score: object) -> bool:
     return isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score)
 
 
-def _node(value: object, source: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{source}: prompt: expected a message with replies, found {shown(value)}", code="D050"
-        )
-    return value
-
-
-def _ranked(node: Row, source: str) -> list[Row]:
-    """Return the usable replies, best first; unranked ones keep their order at the end."""
-    # In a typed table, a message without replies has null.
-    listed = node if node.get("replies") is not None else {"replies": []}
-    replies = [r for r in objects_field(listed, "replies", source) if not r.get("deleted")]
-    return sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 10**6)
-
-
-def _oasst_turn(node: Row, source: str) -> Turn:
-    role = {"prompter": "user", "assistant": "assistant"}.get(node.get("role", ""))
-    if role is None:
-        raise DataError(
-            f"{source}: role {node.get('role')!r}: expected prompter or assistant", code="D053"
-        )
-    return Turn(role=role, content=text_field(node, "text", source))
-
-
 _LABELS = ("label", "kto_tag")
 
 
@@ -323,19 +286,18 @@ def _label_name(row: Row) -> str | None:
 
 def _judged(prompt: Text, completion: Text, row: Row, *, rest: Row, source: str) -> Example:
     name = _label_name(row) or "label"
-    label = row[name]
-    if isinstance(label, str) and label.lower() in ("true", "false"):
-        label = label.lower() == "true"  # CSV files have no booleans
-    if not isinstance(label, bool):
+    label = as_boolean(row[name])
+    if label is None:
         raise DataError(
-            f"{source}: {name}: expected true or false, found {shown(label)}. A label that does "
-            "not rate the response needs another name (rename: {label: class}).",
+            f"{source}: {name}: expected true or false, found {shown(row[name])}. A label that "
+            "does not rate the response needs another name (rename: {label: class}).",
             code="D080",
         )
     return Example(prompt, completion, label=label, columns=rest, source=source)
 
 
 def _hh_turns(text: object, *, field: str, source: str) -> list[Turn]:
+    text = text.replace("\r\n", "\n") if isinstance(text, str) else text
     if not isinstance(text, str) or not text.lstrip(" ").startswith("\n\nHuman:"):
         raise DataError(
             f'{source}: {field}: expected text that starts "\\n\\nHuman:", found {shown(text)}',
@@ -396,7 +358,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
     for i, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text.strip():
             raise not_text(text, where=f"{source}: steps[{i}]")
-        if not isinstance(label, bool):
+        if as_boolean(label) is None:
             raise DataError(
                 f"{source}: steps[{i}]: label: expected true or false, {shown(label)}", code="D080"
             )
@@ -405,7 +367,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
         prompt = [Turn(role="user", content=prompt)]
     used = ("prompt", "steps", "completions", "labels")
     columns = {key: value for key, value in row.items() if key not in used}
-    columns |= {"steps": texts, "step_labels": labels}
+    columns |= {"steps": texts, "step_labels": [as_boolean(label) for label in labels]}
     answer = [Turn(role="assistant", content="\n".join(texts))]
     return [Example(prompt, answer, columns=columns, source=source)]
 

@@ -42,11 +42,25 @@ def explicit_pair(
             )
         sides = [side[len(asked) :] for side in sides]
     elif any(side[0]["role"] != "assistant" for side in sides):
+        if _whole_dialogue(asked, sides):
+            return implicit_pair(sides[0], sides[1], row=row, rest=rest, source=source)
         raise DataError(
             f"{source}: chosen and rejected begin neither with the prompt nor a response",
             code="D071",
         )
     return make_pair(asked, sides[0], sides[1], row=row, rest=rest, source=source)
+
+
+def _whole_dialogue(asked: list[Turn], sides: list[list[Turn]]) -> bool:
+    """Return whether both sides begin with the same turns, of which the prompt repeats the last.
+
+    Rows of this kind have a system turn, or earlier turns, in both sides alone.
+    """
+    count = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), 0)
+    before = sides[0][:count]
+    while before and before[-1]["role"] == "assistant":
+        before.pop()
+    return len(before) > len(asked) and before[-len(asked) :] == asked
 
 
 def implicit_pair(chosen: Text, rejected: Text, *, row: Row, rest: Row, source: str) -> Example:

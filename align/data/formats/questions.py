@@ -10,7 +10,8 @@ from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
 
-_ANSWERED = ("completion", "response", "output", "solution", "answer")
+ANSWERED = ("completion", "response", "output", "solution", "answer")
+"""Fields that may contain the answer of a row; the first that is present is used."""
 _END_MARK = "<|endoftext|>"
 
 
@@ -83,7 +84,7 @@ def _history(value: object, source: str) -> list[Turn]:
 def question_and_answer(row: Row, source: str) -> tuple[Text, Text, Row]:
     """Return the question and response of a row, both text or both turns, and the other fields."""
     prompt, rest = question_of(row, source)
-    name = next(name for name in _ANSWERED if name in rest)
+    name = next(name for name in ANSWERED if name in rest)
     answer = to_text(rest[name], field=name, source=source)
     rest = other_fields(rest, name)
     if isinstance(prompt, str) and isinstance(answer, str):

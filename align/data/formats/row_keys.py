@@ -25,10 +25,12 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 WEIGHTS = ("weight", "loss_weight", "sample_weight")
 TEMPLATE = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_TEXTS = ("input", "context", "documents", "choices", "options")
+QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
 """Text of the question that only some formats can represent."""
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
+_THOUGHTS = ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "reasoning_trace")
+"""Other names for the text before an answer; a row does not say how its author rendered it."""
 _NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
 _SAID = (*ASKED, "completion", "response", "output")
 """Columns that may hold another question or answer than the one that is trained."""
@@ -95,19 +97,21 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 f"{away.format(key)}",
                 code="D056",
             )
-        if key in (*_TURNS, *_LOSS, *(_TEXTS if kind != "prompts" else ())) or (
+        if key in (*_TURNS, *_LOSS, *(QUESTION_TEXTS if kind != "prompts" else ())) or (
             kind not in ("prompts", "classes")
             and key not in (*shared, *_NUMBERS)
-            and (key in (*REASONING, *WEIGHTS) or is_about_loss(key, given[key]))
+            and (key in (*REASONING, *_THOUGHTS, *WEIGHTS) or is_about_loss(key, given[key]))
         ):
+            use = "write it into the turns it belongs to"
+            if key in _THOUGHTS and kind == "sft":
+                use = f"train it as reasoning (rename: {{{key}: reasoning_content}})"
             raise DataError(
                 f"{source}: {key}: {shown(given[key])} would be dropped, since {kind} rows of this "
-                f"format have no place for it; write it into the turns it belongs to, "
-                f"{away.format(key)}",
+                f"format have no place for it; {use}, {away.format(key)}",
                 code="D045",
             )
     known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS)
-    known += () if kind == "prompts" else (*_TEXTS, *REASONING)
+    known += () if kind == "prompts" else (*QUESTION_TEXTS, *REASONING)
     for key in given:
         # A misspelled key would silently become a column that nobody reads.
         near = "" if key in known else guess(key, known, cutoff=0.85)
@@ -199,7 +203,7 @@ def apply_extras(example: Example, extras: Extras) -> Example:
         prompt=prompt,
         completion=completion,
         rejected=rejected,
-        tools=extras.tools,
+        tools=extras.tools or example.tools,
         template_kwargs=extras.template_kwargs,
         weight=extras.weight,
     )

@@ -35,16 +35,24 @@ def schemas_of(value: object, *, where: str) -> tuple[Item, ...]:
     listed = [parsed(item) for item in (found if isinstance(found, list) else [found])]
     schemas = []
     for i, item in enumerate(listed):
-        function = item.get("function", item) if isinstance(item, dict) else None
+        function = _function_of(item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
                 f"{where}[{i}]: expected the schema of a tool with a name, found {item!r:.60}. If "
                 "it is not a schema, rename the column with 'rename'.",
                 code="D057",
             )
-        wrapped = item if "function" in item else {"type": "function", "function": item}
+        wrapped = item if "function" in item else {"function": function}
         schemas.append({"type": "function", **wrapped})
     return tuple(schemas)
+
+
+def _function_of(item: Item) -> Any:
+    """Return the function of a schema in the layouts of OpenAI (nested or flat) and Anthropic."""
+    if "function" in item:
+        return item["function"]
+    names = {"input_schema": "parameters"}
+    return {names.get(key, key): value for key, value in item.items() if key != "type"}
 
 
 def is_call(value: object) -> bool:

@@ -13,6 +13,14 @@ ASKED = ("prompt", "question", "instruction", "query", "problem", "input")
 Kind = Literal["sft", "preference", "prompts", "corpus", "unpaired", "steps", "classes"]
 """Kinds of rows that a stage needs."""
 _IMPORTERS = "align.data.formats.importers"
+_TREES = "align.data.formats.trees"
+_PLAIN_PAIRS = ("prompt+completion", "prompt+response", "input+output")
+_QUESTION_PAIRS = (
+    *("question+answer", "question+response", "query+response", "query+answer"),
+    *("problem+solution", "problem+answer"),
+)
+_ALPACA_PAIRS = ("instruction+output", "instruction+input+output", "instruction+response")
+"""Fields of a question and its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +63,29 @@ def _format(*fields: str, gives: str, read: str, uses: str = "", **options: Any)
     """Return a format; each of ``fields`` is one list of fields, joined by ``+``."""
     lists = tuple(tuple(option.split("+")) for option in fields)
     return Format(
-        lists, tuple(gives.split()), f"{_IMPORTERS}:{read}", uses=tuple(uses.split()), **options
+        lists,
+        tuple(gives.split()),
+        read if ":" in read else f"{_IMPORTERS}:{read}",
+        uses=tuple(uses.split()),
+        **options,
     )
 
 
+def as_boolean(value: object) -> bool | None:
+    """Return a rating as true or false, also if a table has it as 1, 0.0 or text; else None."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def _is_rated(row: dict[str, Any]) -> bool:
+    """Return whether ``label`` rates the answer; beside a completion it can be nothing else."""
+    return {"prompt", "completion"} <= set(row) or as_boolean(row["label"]) is not None
+
+
 def _is_hh(row: dict[str, Any]) -> bool:
-    return isinstance(row["chosen"], str) and "\n\nAssistant:" in row["chosen"]
+    text = row["chosen"]
+    return isinstance(text, str) and "\n\nAssistant:" in text.replace("\r\n", "\n")
 
 
 def _has_attempts(row: dict[str, Any]) -> bool:
@@ -103,8 +128,8 @@ FORMATS: dict[str, Format] = {
     "oasst": _format(
         "message_tree_id+prompt",
         gives="sft preference",
-        read="from_oasst_best",
-        read_for={"preference": f"{_IMPORTERS}:from_oasst_pairs"},
+        read=f"{_TREES}:from_oasst_best",
+        read_for={"preference": f"{_TREES}:from_oasst_pairs"},
     ),
     "sharegpt": _format(
         "conversations",
@@ -122,9 +147,7 @@ FORMATS: dict[str, Format] = {
     ),
     "seed_tasks": _format("instruction+instances", gives="sft", read="from_seed_tasks"),
     "alpaca": _format(
-        "instruction+output",
-        "instruction+input+output",
-        "instruction+response",
+        *_ALPACA_PAIRS,
         gives="sft unpaired",
         read="from_alpaca",
         uses="input history kto_tag",
@@ -132,29 +155,25 @@ FORMATS: dict[str, Format] = {
     ),
     "dolly": _format("instruction+context+response", gives="sft", read="from_alpaca"),
     "unpaired": _format(
-        "prompt+completion+label",
+        *(f"{pair}+label" for pair in (*_PLAIN_PAIRS, *_QUESTION_PAIRS, *_ALPACA_PAIRS)),
         gives="unpaired",
         read="from_unpaired",
-        uses="input",
-        over=("question_answer",),
+        uses="input history",
+        when=_is_rated,
+        over=("question_answer", "prompt_completion", "alpaca"),
     ),
     "prompt_completion": _format(
-        "prompt+completion",
-        "prompt+response",
-        "input+output",
+        *_PLAIN_PAIRS,
         gives="sft",
         read="from_prompt_completion",
         uses="input",
         over=("question_answer",),
     ),
     "question_answer": _format(
-        "question+answer",
-        "question+response",
-        "query+response",
-        "query+answer",
-        "problem+solution",
+        *_QUESTION_PAIRS,
         gives="sft",
         read="from_question_answer",
+        read_for={"prompts": f"{_IMPORTERS}:from_question"},
         uses="input",
     ),
     "segments": _format("segments", gives="sft", read="from_segments"),
