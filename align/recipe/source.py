@@ -278,7 +278,8 @@ class Reader:
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         """Return a mapping's data, with '<<' merged."""
         found: dict[str, Any] = {}
-        merged: list[yaml.MappingNode] = []
+        merged: list[yaml.Node] = []
+        seen: list[yaml.Node] = []
         for key_node, child in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problem(key, "found a list or mapping as a key; expected a name")
@@ -296,17 +297,30 @@ class Reader:
                 name = key_node.value
                 found[name] = self.value(child, (*key, name), key_node=key_node)
         # Merged mappings ('<<') come last: the mapping's own keys take precedence.
-        for other in merged:
+        while merged:
+            other = merged.pop(0)
             if not isinstance(other, yaml.MappingNode):
                 self.problem(key, "'<<' merges a mapping; found something else")
-                continue
-            for key_node, child in other.value:
-                if not isinstance(key_node, yaml.ScalarNode):
-                    self.problem(key, "found a list or mapping as a key; expected a name")
-                elif key_node.value not in found:
-                    name = key_node.value
-                    found[name] = self.value(child, (*key, name), key_node=key_node)
+            elif any(other is node for node in self.open):
+                self.problem(key, "an alias that contains itself; write the value out")
+            elif all(other is not node for node in seen):
+                seen.append(other)
+                # Its own '<<' come before the mappings that were named after it.
+                merged = self.merge(other, found, key) + merged
         return found
+
+    def merge(self, other: yaml.MappingNode, found: dict[str, Any], key: Key) -> list[yaml.Node]:
+        """Add what is missing from a merged mapping, and return the mappings that it merges."""
+        inner: list[yaml.Node] = []
+        for key_node, child in other.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problem(key, "found a list or mapping as a key; expected a name")
+            elif key_node.tag == _TAG + "merge":
+                inner += child.value if isinstance(child, yaml.SequenceNode) else [child]
+            elif key_node.value not in found:
+                name = key_node.value
+                found[name] = self.value(child, (*key, name), key_node=key_node)
+        return inner
 
     def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
         """Return the value of a scalar, with variables replaced."""

@@ -10,6 +10,7 @@ import yaml
 from align.core.errors import RecipeError
 from align.recipe.load import load_recipe, load_resolved
 from align.recipe.show import resolved_yaml
+from align.recipe.source import read_source
 
 GOOD = """\
 name: toy
@@ -370,3 +371,24 @@ def test_a_mistake_of_yaml_is_explained_in_words(tmp_path, text, place, words):
     (line,) = str(found.value).splitlines()
     assert line.startswith(f"{path}:{place}: not valid YAML: ")
     assert words in line
+
+
+def test_merged_mappings_that_merge_others_are_read_as_by_pyyaml():
+    text = """\
+a: &a {x: 1, y: 1, z: {w: 1}}
+b: &b {<<: *a, y: 2, v: 2}
+c: &c {x: 3, u: 3, v: 3}
+d: {<<: [*b, *c], v: 4}
+e: {<<: [*c, *b]}
+f: &f {<<: *b, t: {<<: *c, x: 5}}
+g: {<<: [*f, *a, *f]}
+"""
+    Path("m.yaml").write_text(text)
+    found = read_source(Path("m.yaml"))
+    assert found.errors == []
+    assert found.data == yaml.safe_load(text)
+    assert found.data["d"] == {"x": 1, "y": 2, "z": {"w": 1}, "v": 4, "u": 3}
+    Path("m.yaml").write_text("a: &a {x: 1, <<: *a}\nb: {<<: *a}\n")
+    found = read_source(Path("m.yaml"))
+    (error,) = found.errors
+    assert error.startswith("m.yaml:1:4: a: an alias that contains itself")
