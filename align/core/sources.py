@@ -137,7 +137,10 @@ def source_names(file: Path) -> list[str] | None:
 
 
 def parameters_of(path: str) -> list[str] | None:
-    """Return the names of a function's parameters, which is not run; None if it is not found."""
+    """Return the names of a function's parameters, which is not run; None if it is not found.
+
+    Any further keyword arguments (``**options``) are the last name, ``**``.
+    """
     file = source_file(path)
     try:
         tree = ast.parse(file.read_bytes()) if file else None
@@ -146,9 +149,8 @@ def parameters_of(path: str) -> list[str] | None:
     name = path.rpartition(":")[2]
     for node in tree.body if tree else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-            return [
-                arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-            ]
+            named = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            return [*(arg.arg for arg in named), *(["**"] if node.args.kwarg else [])]
     return None
 
 

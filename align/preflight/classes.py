@@ -10,7 +10,7 @@ from torch import nn
 
 from align.core.artifacts import Artifact
 from align.preflight.checks import Check, Finding, at_most
-from align.preflight.offline import few_rows, loss_of, packing, start_checks
+from align.preflight.offline import few_rows, first_own_loss, loss_of, packing, start_checks
 from align.preflight.tokens import fitting
 from align.recipe.schema import ClassifyStage
 from align.training.task import OfflineTask
@@ -37,7 +37,10 @@ def class_checks(
         ("classes", partial(balance, task, classes)),
         ("tokens", partial(tokens, task, backbone)),
         *start_checks(spec, backbone, source),
-        ("first loss", partial(first_loss, module, task, rows, num_classes=len(classes))),
+        (
+            "first loss",
+            partial(first_loss, spec, module, task, rows=rows, num_classes=len(classes)),
+        ),
         ("packing", partial(packing, spec, module, task, rows=rows)),
     ]
 
@@ -70,11 +73,18 @@ def tokens(task: OfflineTask[Any], backbone: Any) -> Finding:
 
 
 def first_loss(
-    module: nn.Module, task: OfflineTask[Any], rows: Sequence[Any], *, num_classes: int
+    spec: ClassifyStage,
+    module: nn.Module,
+    task: OfflineTask[Any],
+    *,
+    rows: Sequence[Any],
+    num_classes: int,
 ) -> Finding:
     """Check that the loss of the new head is near that of uniform predictions."""
     # A new head predicts nearly uniformly: -log(1 / C) = log C.
     loss = loss_of(module, task, [rows])
+    if spec.own_loss:
+        return first_own_loss(spec.own_loss, loss)
     return at_most(
         loss,
         math.log(num_classes) + 0.5,

@@ -14,7 +14,6 @@ from align.losses.preference import tail_weights
 from align.models.logprobs import LogprobModel, causal_lm
 from align.models.sharding import saved_names, saved_tensor
 from align.preflight.checks import Check, Finding, at_most, spread
-from align.recipe.algorithms import is_function
 from align.recipe.schema import (
     DpoStage,
     KtoStage,
@@ -135,6 +134,8 @@ def first_loss(
 ) -> Finding:
     """Check that the loss before the first step has its expected value or bound."""
     loss = loss_of(module, task, [rows])
+    if spec.own_loss:
+        return first_own_loss(spec.own_loss, loss)
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
             loss,
@@ -143,13 +144,6 @@ def first_loss(
             remedy="the model predicts these responses worse than chance. Check that the tokenizer "
             "belongs to the model",
             fails=not math.isfinite(loss),
-        )
-    if isinstance(spec, DpoStage) and is_function(spec.loss):
-        return Finding(
-            f"{loss:.6f}",
-            f"a finite number from {spec.loss}",
-            "ok" if math.isfinite(loss) else "fail",
-            "the loss of the first rows is not finite. Check the function",
         )
     if isinstance(spec, DpoStage | KtoStage):
         return _loss_at_reference(spec, loss, task.collate(rows, rows).counts)
@@ -168,6 +162,16 @@ def first_loss(
         remedy="the model predicts these responses worse than chance. Check that the tokenizer "
         "belongs to the model and that the model is pretrained",
         fails=not math.isfinite(loss),
+    )
+
+
+def first_own_loss(function: str, loss: float) -> Finding:
+    """Check that the user's loss of the first rows is finite; its value is not known."""
+    return Finding(
+        f"{loss:.6f}",
+        f"a finite number from {function}",
+        "ok" if math.isfinite(loss) else "fail",
+        "the loss of the first rows is not finite. Check the function",
     )
 
 

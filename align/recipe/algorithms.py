@@ -193,6 +193,13 @@ def known_loss(name: str) -> str:
     return name if is_function(name) else _one_of(name, list(PAIR_LOSSES))
 
 
+def known_own_loss(name: str | None) -> str | None:
+    """Return the name of a function of the user, or None; raise ValueError for any other."""
+    if name is not None and not is_function(name):
+        raise ValueError(f"found '{name}'; expected FILE.py:NAME or MODULE:NAME of your function")
+    return name
+
+
 def is_function(name: str) -> bool:
     """Return whether a name has the form of a function of the user."""
     return re.fullmatch(FUNCTION, name) is not None

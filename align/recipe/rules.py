@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from align.core.sources import parameters_of
-from align.recipe.algorithms import defaults_of, is_function
+from align.recipe.algorithms import defaults_of
 from align.recipe.schema.common import (
     ClipSpec,
     DataSpec,
@@ -22,7 +22,13 @@ from align.recipe.schema.common import (
 )
 from align.recipe.schema.data_stages import CurateStage, WeakLabelStage
 from align.recipe.schema.evaluate import EvaluateStage, MergeStage, TaskSampling, TaskSpec
-from align.recipe.schema.offline import BaseStage, DpoStage, OfflineStage, RewardStage
+from align.recipe.schema.offline import (
+    BaseStage,
+    DpoStage,
+    OfflineStage,
+    RewardStage,
+    SftStage,
+)
 from align.recipe.schema.online import GrpoStage, OnlineStage, PpoStage
 from align.recipe.schema.training import TrainingStage
 from align.recipe.schema.trl import TrlStage
@@ -156,6 +162,32 @@ def _offline(spec: OfflineStage) -> Iterator[Idle]:
     if spec.mix_cap is not None and len(spec.data) < 2:
         yield "mix_cap", "has no effect on a single dataset; remove it"
     yield from _heldout(spec)
+    if spec.own_loss:
+        yield from _own_loss(spec, spec.own_loss)
+
+
+OWN_LOSS_OPTIONS = (
+    *("label_smoothing", "gamma", "desirable_weight", "undesirable_weight"),
+    *("center_coef", "tie_margin"),
+)
+"""Options of the suite's losses that a loss of the user gets if it names them."""
+
+
+def _own_loss(spec: OfflineStage, loss: str) -> Iterator[Idle]:
+    """Yield the options that the user's function does not take."""
+    taken = parameters_of(loss)
+    if isinstance(spec, SftStage):
+        taken = []  # label_smoothing needs the logits, and the function gets log-probabilities
+    known = [name for name in OWN_LOSS_OPTIONS if name in type(spec).model_fields]
+    for name in changed(spec, *known):
+        if taken is not None and name not in taken and "**" not in taken:
+            yield name, f"has no effect with loss {loss}; remove it"
+    if isinstance(spec, RewardStage) and spec.use_margin:
+        yield (
+            "use_margin",
+            f"has no effect with loss {loss}, which gets the margins if it names 'margin'; "
+            "remove it",
+        )
 
 
 def _dpo(spec: DpoStage) -> Iterator[Idle]:
@@ -165,10 +197,8 @@ def _dpo(spec: DpoStage) -> Iterator[Idle]:
         "nll_coef": spec.nll_coef > 0.0 and spec.loss == "orpo",
         "ld_alpha": spec.ld_alpha is not None and spec.on_means,
     }
-    if is_function(spec.loss):
-        taken = parameters_of(spec.loss) or ("label_smoothing", "gamma")
-        idle["label_smoothing"] = bool(spec.label_smoothing) and "label_smoothing" not in taken
-        idle["gamma"] = spec.gamma is not None and "gamma" not in taken
+    if spec.own_loss:
+        del idle["gamma"]  # by _own_loss, with the other options of losses
     for name in (name for name, is_idle in idle.items() if is_idle):
         yield name, f"has no effect with loss {spec.loss}; remove it"
 

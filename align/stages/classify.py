@@ -37,6 +37,7 @@ from align.stages.offline import (
 from align.stages.saving import whole_state
 from align.training.batch import PackedBatch, pack
 from align.training.infer import map_rows
+from align.training.own_code import own_losses
 from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter
@@ -63,7 +64,7 @@ def prepare(spec: ClassifyStage, context: StageContext) -> Prepared:
     data = offline_rows(spec, context, render=render)
     classes = classes_of(data.training, data.heldout)
     model = build_classifier(spec, source, classes, seed=context.seed)
-    loss_fn = partial(labeled_loss, label_smoothing=spec.label_smoothing)
+    loss_fn = partial(labeled_loss, label_smoothing=spec.label_smoothing, own=spec.own_loss)
     numbered = partial(collate, classes)
     task = OfflineTask(data.training, data.heldout, length_of, numbered, loss_fn, padded=True)
     module = ClassLogits(model)
@@ -216,18 +217,26 @@ def collate(
 
 
 def labeled_loss(
-    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
+    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0, own: str | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return this micro-batch's part of the mean cross-entropy and of the accuracy.
+    """Return this micro-batch's part of the mean loss and of the accuracy.
 
-    Labels are smoothed only during training; the held-out loss is the plain one.
+    Args:
+        model: returns the logits. batch: packed rows.
+        label_smoothing: applied only during training; the held-out loss is the plain one.
+        own: the user's function of logits and labels; None is cross-entropy.
     """
     # (num, C); an empty micro-batch has one placeholder row, which is cut off.
     logits = model(batch.input_ids, batch.position_ids)[: batch.num]
     labels = batch.per_sequence["label"].long()
     smoothing = label_smoothing if model.training else 0.0
     right = (logits.detach().argmax(-1) == labels).sum()
-    loss = class_loss(logits, labels, batch.counts["rows"], label_smoothing=smoothing)
+    if own is None:
+        loss = class_loss(logits, labels, batch.counts["rows"], label_smoothing=smoothing)
+    else:
+        options = {"label_smoothing": smoothing}
+        losses = own_losses(own, logits, labels, each="rows", options=options)
+        loss = losses.sum() / batch.counts["rows"] + 0.0 * logits.sum()
     return loss, {"accuracy": right / batch.counts["rows"]}
 
 

@@ -1,6 +1,5 @@
 """Stage dpo: direct preference optimization with reference log-probabilities computed once."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from align.core.errors import DataError, TrainingError
+from align.core.errors import DataError
 from align.core.types import PairRow
 from align.losses.preference import (
     PreferenceLoss,
@@ -19,14 +18,13 @@ from align.losses.preference import (
     soft_labels,
     tail_weights,
 )
-from align.recipe.algorithms import is_function
 from align.recipe.schema import DpoStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, label_probs, pack_pairs, pair_length
 from align.training.infer import map_rows
-from align.training.own_code import named_function
+from align.training.own_code import own_losses
 from align.training.results import ResultFile
 from align.training.task import OfflineTask
 from align.tuning.reference import start_policy
@@ -211,26 +209,15 @@ class Sides:
 
 
 def _own_losses(spec: DpoStage, sides: Sides) -> PreferenceLoss:
-    """Return the losses of the user's function; the implicit rewards are those of DPO.
-
-    Raises:
-        TrainingError: it does not return one loss per pair.
-    """
-    loss = named_function("loss", spec.loss)
-    options = {"beta": spec.beta, "label_smoothing": spec.label_smoothing, "gamma": spec.gamma}
-    taken = inspect.signature(loss).parameters
+    """Return the losses of the user's function; the implicit rewards are those of DPO."""
     policy, ref = sides.sums, sides.ref_sums
-    found = loss(
+    found = own_losses(
+        spec.loss,
         *(policy[0::2], policy[1::2], ref[0::2], ref[1::2]),
-        **{name: value for name, value in options.items() if name in taken},
+        each="pairs",
+        options={"beta": spec.beta, "label_smoothing": spec.label_smoothing, "gamma": spec.gamma},
     )
     rewards = (spec.beta * (policy - ref)).detach()
-    if not isinstance(found, Tensor) or found.shape != rewards[0::2].shape:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise TrainingError(
-            f"loss '{spec.loss}' returned {shape}; expected a tensor with one loss for each of the "
-            f"{len(rewards) // 2} pairs"
-        )
     return PreferenceLoss(found, rewards[0::2], rewards[1::2])
 
 
@@ -240,7 +227,7 @@ def pair_losses(spec: DpoStage, sides: Sides) -> PreferenceLoss:
     ``ipo`` uses means per token, the convention of its authors according to TRL.
     """
     eps, means = spec.label_smoothing, sides.means
-    if is_function(spec.loss):
+    if spec.own_loss:
         return _own_losses(spec, sides)
     if spec.loss == "orpo":
         return orpo_loss(means[0::2], means[1::2], beta=spec.beta)

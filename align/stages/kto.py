@@ -27,6 +27,7 @@ from align.stages.reference import reference_file, rows_needed
 from align.training.batch import PackedBatch, pack, trim_after_last_trained
 from align.training.infer import map_rows
 from align.training.learner import infer
+from align.training.own_code import own_losses
 from align.training.results import ResultFile
 from align.training.task import OfflineTask
 from align.tuning.reference import start_policy
@@ -203,18 +204,21 @@ def labeled_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's part of the mean loss per response and of the logged metrics."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
-    ratio = batch.segment_sums(logprobs) - batch.per_sequence["ref"]
+    sums = batch.segment_sums(logprobs)
+    ratio = sums - batch.per_sequence["ref"]
     good = batch.per_sequence["good"] > 0.5
     kl = batch.counts.get("kl", 0.0)
-    loss = kto_loss(
-        ratio,
-        torch.zeros_like(ratio),
-        good,
-        kl=kl,
-        beta=spec.beta,
-        desirable_weight=spec.desirable_weight,
-        undesirable_weight=spec.undesirable_weight,
-    )
+    options = {
+        "kl": kl,
+        "beta": spec.beta,
+        "desirable_weight": spec.desirable_weight,
+        "undesirable_weight": spec.undesirable_weight,
+    }
+    if spec.own_loss:
+        sides = (sums, batch.per_sequence["ref"], good)
+        loss = own_losses(spec.own_loss, *sides, each="responses", options=options)
+    else:
+        loss = kto_loss(ratio, torch.zeros_like(ratio), good, **options)
     rewards = spec.beta * ratio.detach()
     share = 1.0 / batch.counts["rows"]
     stats = {

@@ -12,6 +12,7 @@ from align.recipe.schema import SftStage
 from align.stages.base import Prepared, StageContext, chat_format
 from align.stages.offline import build_policy, load_init, offline_rows, prepare_policy
 from align.training.batch import PackedBatch, pack
+from align.training.own_code import own_losses
 from align.training.task import OfflineTask
 
 
@@ -21,7 +22,7 @@ def prepare(spec: SftStage, context: StageContext) -> Prepared:
     chat = chat_format(source.model_dir)
     data = offline_rows(spec, context, render=chat.sft_row)
     module = build_policy(spec, source.model_dir, seed=context.seed)
-    loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing)
+    loss_fn = partial(sft_loss, label_smoothing=spec.label_smoothing, own=spec.own_loss)
     task = OfflineTask(data.training, data.heldout, length_of, collate, loss_fn)
     return prepare_policy(
         spec, context, data=data, module=module, task=task, source=source, chat=chat
@@ -57,13 +58,21 @@ def weights_of(row: TokenRow) -> list[float]:
 
 
 def sft_loss(
-    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0
+    model: nn.Module, batch: PackedBatch, *, label_smoothing: float = 0.0, own: str | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return this micro-batch's part of the mean negative log-likelihood per trained token.
+    """Return this micro-batch's part of the mean loss per trained token.
 
-    Labels are smoothed only during training; the held-out loss is the plain one.
+    Args:
+        model: returns the log-probabilities. batch: packed rows.
+        label_smoothing: applied only during training; the held-out loss is the plain one.
+        own: the user's function of the tokens' log-probabilities; None is their negative.
     """
     smoothing = label_smoothing if model.training else 0.0
     found = model(batch.input_ids, batch.position_ids, mask=batch.mask, label_smoothing=smoothing)
     weights = batch.per_token.get("weight")
-    return nll(found.logprobs, batch.mask, batch.counts["tokens"], weights=weights), {}
+    logprobs = found.logprobs
+    if own is not None:
+        # Only the trained tokens: where no log-probability was computed, it is 0.
+        losses = own_losses(own, logprobs[batch.mask], each="trained tokens")
+        logprobs = logprobs.masked_scatter(batch.mask, -losses.to(logprobs.dtype))
+    return nll(logprobs, batch.mask, batch.counts["tokens"], weights=weights), {}

@@ -89,6 +89,15 @@ def sigmoid(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -torch.nn.functional.logsigmoid(beta * margin)
 
+def nll(logprobs): return -logprobs
+
+def kto(policy, ref, good, *, kl, beta):
+    return torch.sigmoid(torch.where(good, -beta, beta) * (policy - ref - kl))
+
+def bradley_terry(chosen, rejected, *, center_coef):
+    right = torch.nn.functional.logsigmoid(chosen - rejected)
+    return center_coef * (chosen + rejected) ** 2 - right
+
 def short(policy_chosen, policy_rejected, ref_chosen, ref_rejected): return policy_chosen.sum()
 """
 RECIPE = """
@@ -159,10 +168,19 @@ stages:
     steps: 2
     batch_size: 8
     optim: {learning_rate: 1.0e-3}
-  dpo_mine:
-    <<: *dpo
-    loss: losses.py:sigmoid
+  dpo_mine: {<<: *dpo, loss: "losses.py:sigmoid"}
+  sft_theirs: &sft {<<: *dpo, kind: sft, data: [{world: sft, rows: 16}]}
+  sft_mine: {<<: *sft, loss: "losses.py:nll"}
+  kto_theirs: &kto {<<: *dpo, kind: kto, data: [{path: judged.jsonl}]}
+  kto_mine: {<<: *kto, loss: "losses.py:kto"}
+  reward_theirs: &reward {<<: *dpo, kind: reward, seed: 3}
+  reward_mine: {<<: *reward, loss: "losses.py:bradley_terry"}
 """
+JUDGED = [
+    {"prompt": f"{i} + {i}?", "completion": str(2 * i + i % 2), "label": i % 2 == 0}
+    for i in range(16)
+]
+OFFLINE = ("dpo", "sft", "kto", "reward")
 CHECK = "def check(candidate):\n    assert candidate(3) == {}\n"
 PROGRAMS = [
     {
@@ -183,11 +201,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("script", SCRIPT), ("losses", LOSSES)):
         (place / f"{name}.py").write_text(text)
     (place / "recipe.yaml").write_text(RECIPE)
-    for name, rows in (("problems", PROBLEMS), ("programs", PROGRAMS)):
+    for name, rows in (("problems", PROBLEMS), ("programs", PROGRAMS), ("judged", JUDGED)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / f"{name}.jsonl").write_text(text)
     worker = Path(__file__).parent / "workers" / "stages.py"
-    stages = ["base", "script", "theirs", "mine", "compared", "dpo_theirs", "dpo_mine"]
+    pairs = [f"{kind}_{whose}" for kind in OFFLINE for whose in ("theirs", "mine")]
+    stages = ["base", "script", "theirs", "mine", "compared", *pairs]
     command = [str(worker), "--recipe", "recipe.yaml", "--run-dir", "run", "--stages", *stages]
     done = subprocess.run(
         [sys.executable, *command],
@@ -240,12 +259,14 @@ def test_they_grade_and_judge_in_an_evaluation(folder: Path):
     assert "right above wrong in 3 of 3" in str(card)
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [("mine", "theirs"), ("dpo_mine", "dpo_theirs")])
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [("mine", "theirs"), *((f"{k}_mine", f"{k}_theirs") for k in OFFLINE)]
+)
 def test_losses_of_ones_own_train_like_the_same_formulas_of_the_suite(
     folder: Path, mine: str, theirs: str
 ):
     own, suite, base = (weights(folder, name) for name in (mine, theirs, "base"))
-    moved = max(float((own[name] - base[name]).abs().max()) for name in own)
+    moved = max(float((own[name] - base[name]).abs().max()) for name in own if name in base)
     apart = max(float((own[name] - suite[name]).abs().max()) for name in own)
     assert moved > 1e-4
     assert apart <= 1e-3 * moved

@@ -19,6 +19,7 @@ BASE = "name: page\nstages: {base: {kind: base, path: .}}"
 NEEDED = {
     "grpo": {"init": "base", "prompts": [{"path": "p.jsonl"}], "steps": 1},
     "dpo": {"init": "base"},
+    "sft": {"init": "base"},
 }
 
 
@@ -45,7 +46,7 @@ def test_the_recipes_of_the_page_are_valid_with_its_files(folder: Path):
     (stages,) = [piece["stages"] for piece in pieces if "stages" in piece]
     recipe["stages"] |= {name: stage | NEEDED[name] for name, stage in stages.items()}
     recipe["stages"]["grpo"]["rewards"] = rewards[0]
-    recipe["stages"]["dpo"]["data"] = data
+    recipe["stages"]["dpo"]["data"] = recipe["stages"]["sft"]["data"] = data
     assert len(rewards) >= 3
     for number, one in enumerate(rewards[1:]):
         recipe["stages"][f"grpo{number}"] = recipe["stages"]["grpo"] | {"rewards": one}

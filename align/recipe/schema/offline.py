@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.recipe.algorithms import known_loss
+from align.recipe.algorithms import is_function, known_loss, known_own_loss
 from align.recipe.schema.common import (
     BuildSpec,
     Count,
@@ -21,6 +21,7 @@ from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.formats import Kind
 from align.recipe.schema.training import StageSpec, TrainingStage, refuse_unfit
 from align.recipe.schema.tuning import refuse_dropout
+from reward_models.identity import Added
 
 
 class OfflineStage(TrainingStage):
@@ -47,6 +48,13 @@ class OfflineStage(TrainingStage):
     """Fraction of the rows that may be lost, for example to ``max_length``."""
     max_contaminated_frac: Fraction = 0.05
     """Fraction of the held-out prompts that may appear in the training texts."""
+    loss: Annotated[str | None, AfterValidator(known_own_loss), Added("0.2")] = None
+    """Function ``FILE.py:NAME`` of yours instead of the stage's loss (docs/own-code.md)."""
+
+    @property
+    def own_loss(self) -> str | None:
+        """Return the user's function that is the loss, None if it is one of the suite."""
+        return self.loss if self.loss is not None and is_function(self.loss) else None
 
     @model_validator(mode="after")
     def _answers_for_sft(self) -> "OfflineStage":
@@ -129,7 +137,7 @@ class DpoStage(OfflineStage):
     kind: Literal["dpo"]
     beta: Positive = 0.1
     """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
-    loss: Annotated[str, AfterValidator(known_loss)] = "sigmoid"
+    loss: Annotated[str, AfterValidator(known_loss)] = "sigmoid"  # pyright: ignore[reportIncompatibleVariableOverride]
     """``sigmoid``, ``hinge`` and ``robust`` compare sums; ``sigmoid_norm``, ``ipo``, ``simpo`` and
     ``orpo`` means per token, the last two without a reference; or a function ``FILE.py:NAME`` of
     yours on sums (docs/own-code.md)."""

@@ -241,7 +241,8 @@ def step_task(
     assert isinstance(chat, ChatFormat), "an encoder cannot score steps"
     render = partial(_labeled_steps, chat, spec.step_separator)
     data = offline_rows(spec, context, render=render)
-    task = OfflineTask(data.training, data.heldout, _length, collate_steps, steps_loss)
+    loss = partial(steps_loss, own=spec.own_loss)
+    task = OfflineTask(data.training, data.heldout, _length, collate_steps, loss)
     return task, data
 
 

@@ -19,6 +19,7 @@ from align.models.loading import load_tokenizer
 from align.recipe.schema import RewardStage
 from align.stages.base import chat_format
 from align.training.batch import PackedBatch, label_probs, pack, pack_pairs
+from align.training.own_code import own_losses
 from reward_models.scalar import reads_first
 
 Stats = dict[str, Tensor]
@@ -119,8 +120,17 @@ def _pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, 
 
 def _certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss function of one head's (chosen, rejected) scores, with certain labels."""
+    tie = batch.per_sequence["tie"][0::2] > 0.5
+    if spec.own_loss:
+        options = {
+            "margin": batch.per_sequence["margin"][0::2],
+            "tie": tie,
+            "tie_margin": spec.tie_margin,
+            "center_coef": spec.center_coef,
+            "label_smoothing": spec.label_smoothing,
+        }
+        return partial(own_losses, spec.own_loss, each="pairs", options=options)
     if spec.tie_margin is not None:
-        tie = batch.per_sequence["tie"][0::2] > 0.5
         return partial(tie_loss, tie=tie, tie_margin=spec.tie_margin, center_coef=spec.center_coef)
     return partial(
         bradley_terry_loss,
@@ -179,10 +189,12 @@ def labeled_loss(
     scores = final_scores(values, batch)  # (responses, heads)
     good = batch.per_sequence["good"] > 0.5
     bad_weight, good_weight = class_weights
-    losses = [
-        answer_loss(scores[:, k], good, good_weight=good_weight, bad_weight=bad_weight)
-        for k in range(spec.heads)
-    ]
+    options = {"good_weight": good_weight, "bad_weight": bad_weight}
+    if spec.own_loss:
+        objective = partial(own_losses, spec.own_loss, each="responses", options=options)
+    else:
+        objective = partial(answer_loss, **options)
+    losses = [objective(scores[:, k], good) for k in range(spec.heads)]
     weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)
     share = 1.0 / batch.counts["answers"]
     # An ensemble decides by the mean of its heads.
@@ -224,11 +236,16 @@ def collate_steps(rows: Sequence[LabeledSteps], batch: Sequence[LabeledSteps]) -
     )
 
 
-def steps_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Stats]:
-    """Return this micro-batch's part of the mean cross-entropy per step."""
+def steps_loss(
+    model: nn.Module, batch: PackedBatch, *, own: str | None = None
+) -> tuple[Tensor, Stats]:
+    """Return this micro-batch's part of the mean loss per step: cross-entropy, or ``own``."""
     values = model(batch.input_ids, batch.position_ids)
     ends, labels = batch.per_token["end"] > 0.5, batch.per_token["label"]
     share = 1.0 / batch.counts["steps"]
     right = ((values > 0) == (labels > 0.5)) & ends
-    loss = step_loss(values, labels, ends)
+    if own is None:
+        loss = step_loss(values, labels, ends)
+    else:
+        loss = own_losses(own, values[ends], labels[ends], each="steps")
     return loss.sum() * share + 0.0 * values.sum(), {"accuracy": right.sum() * share}
