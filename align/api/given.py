@@ -19,6 +19,7 @@ from align.api.code import python_reward, reference
 from align.api.result import Run
 from align.core.artifacts import MANIFEST
 from align.core.errors import DataError, RecipeError
+from align.core.references import find_model
 from align.recipe.schema.formats import FORMATS
 
 FOLDER = "from.python"
@@ -81,15 +82,15 @@ def rewards(given: object) -> list[Any]:
 def _reward(entry: object) -> Any:
     if isinstance(entry, Run):
         return {"kind": "scalar", "model": entry}
-    if isinstance(entry, Path):
-        return {"kind": "scalar", "model": str(entry)}
-    if not isinstance(entry, str):
+    if not isinstance(entry, str | Path):
         return entry
-    if ":" in entry:
-        return {"kind": "python", "path": entry}
-    if (Path(entry) / MANIFEST).is_file():
-        return {"kind": "scalar", "model": entry}
-    return {"kind": entry}
+    name = str(entry)
+    if isinstance(entry, str) and ":" in name:
+        return {"kind": "python", "path": name}
+    # No kind has a name with a slash.
+    if isinstance(entry, Path) or "/" in name or (Path(name) / MANIFEST).is_file():
+        return {"kind": "scalar", "model": str(find_model(name))}
+    return {"kind": name}
 
 
 class Writer:
@@ -259,13 +260,16 @@ def base_stage(model: object, tokenizer: object) -> tuple[dict[str, Any], Any]:
     """Return the base stage that imports a model ({} if an artifact needs none), and ``init``.
 
     Args:
-        model: a hub id, a folder, a loaded model (with its tokenizer as a pair), a run, or the
-            keys of a ``base`` stage.
+        model: a hub id, a folder, RUN/STAGE, a loaded model (with its tokenizer as a pair), a run,
+            or the keys of a ``base`` stage.
         tokenizer: settings of the base stage, or the tokenizer of a loaded model.
 
     Raises:
         RecipeError: the tokenizer does not belong to such a model.
+        ArtifactError: there is no such model.
     """
+    if isinstance(model, str | Path) and "/" in str(model):  # 'gpt2' may be a hub id too
+        model = str(find_model(str(model)))
     if isinstance(model, Run) or (
         isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
     ):

@@ -46,8 +46,8 @@ def sft(
     The same call with the same ``out`` resumes an interrupted run, and returns a finished one.
 
     Args:
-        model: a hub id, a folder, a loaded model (or the pair of it and its tokenizer), an earlier
-            run, or the keys of a ``base`` stage, such as ``{"build": ...}``.
+        model: a hub id, a folder, RUN/STAGE, a loaded model (or the pair of it and its tokenizer),
+            an earlier run, or the keys of a ``base`` stage, such as ``{"build": ...}``.
         data: a ``datasets.Dataset``, a list of rows, a path, a hub id, a data source as in recipes
             (``{"path": ..., "split": ...}``), or a list of these, which are mixed.
         heldout: rows that are evaluated and never trained on.
@@ -137,8 +137,8 @@ def grpo(
         model: as for ``sft``.
         data: prompts, in any form that ``sft`` accepts as data.
         rewards: a function ``f(prompts, completions, **columns)``, a class of such functions, the
-            name of a reward kind, ``FILE.py:NAME``, a trained reward model (run or folder), an
-            ``align.rewards`` entry, a mapping as in recipes, or a list of these.
+            name of a reward kind, ``FILE.py:NAME``, a trained reward model (run, folder or
+            RUN/STAGE), an ``align.rewards`` entry, a mapping as in recipes, or a list of these.
         steps: rollout steps.
         heldout: prompts on which the policy is scored by the same rewards during training.
         eval_every: steps between these evaluations; None for ten of them.

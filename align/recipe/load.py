@@ -13,8 +13,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
-from align.core.text import hidden, keep_secret, secret_names, suggest
+from align.core.text import hidden, keep_secret, secret_names
 from align.recipe.algorithms import defaults_of
+from align.recipe.elsewhere import name_folder, path_problem, place_of, stages_of_runs
 from align.recipe.foreign.tools import recognize
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
@@ -32,7 +33,7 @@ from align.recipe.schema import (
 from align.recipe.schema.common import Spec
 from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
-from align.recipe.starts import adapter_problems, encoder_problems, read_mapping
+from align.recipe.starts import adapter_problems, encoder_problems
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "tasks"
 
@@ -280,16 +281,16 @@ def resolve(source: Source, overrides: Sequence[str] = (), *, folder: Path) -> R
     expand_tasks(source)
     place_own_code(source, folder)
     complete_blocks(source)
-    # Validate against the schema.
-    errors = list(source.errors)
-    recipe = None
-    try:
-        # JSON mode is strict about types, but accepts a list for a tuple.
-        recipe = Recipe.model_validate_json(json.dumps(source.data), strict=True)
-    except ValidationError as e:
-        errors += describe(e.errors(include_url=False), source.marks)
-    # Check what spans several keys or stages, as far as the stages are valid.
+    # Validate against the schema. A finished stage of another run is named by its folder.
+    recipe, invalid = _validated(source)
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
+    if named := stages_of_runs(specs):
+        for key, place in named.items():
+            name_folder(source.data, key, place)
+        recipe, invalid = _validated(source)
+        specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
+    # Check what spans several keys or stages, as far as the stages are valid.
+    errors = [*source.errors, *invalid]
     errors += _stage_name_errors(source)
     errors += _reference_errors(specs, source)
     errors += _start_errors(specs, source)
@@ -298,6 +299,15 @@ def resolve(source: Source, overrides: Sequence[str] = (), *, folder: Path) -> R
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
     return Resolved(recipe, _origins(data, source.marks), data)
+
+
+def _validated(source: Source) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe, None if it is invalid, and what is wrong with it."""
+    try:
+        # JSON mode is strict about types, but accepts a list for a tuple.
+        return Recipe.model_validate_json(json.dumps(source.data), strict=True), []
+    except ValidationError as e:
+        return None, describe(e.errors(include_url=False), source.marks)
 
 
 def _by_place(line: str) -> tuple[str, int, int]:
@@ -346,7 +356,7 @@ def _reference_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
                 stage, name, wanted=wanted.get(key, ("policy",)), kinds=kinds
             )
             if problem:
-                where = locate(_place(stage, key), "reference", source.marks)
+                where = locate(place_of(stage, key), "reference", source.marks)
                 found.append(f"{where}: stages.{stage}.{key}: {problem}")
     return found
 
@@ -355,21 +365,16 @@ def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     found = []
     for stage, spec in specs.items():
         for key, reason in idle_options(spec) if spec is not None else ():
-            where = locate(_place(stage, key), "extra_forbidden", source.marks)
+            where = locate(place_of(stage, key), "extra_forbidden", source.marks)
             found.append(f"{where}: stages.{stage}.{key}: {reason}")
     return found
 
 
 def _start_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
     return [
-        f"{locate(_place(name, key), 'reference', source.marks)}: stages.{name}.{key}: {problem}"
+        f"{locate(place_of(name, key), 'reference', source.marks)}: stages.{name}.{key}: {problem}"
         for (name, key), problem in (adapter_problems(specs) | encoder_problems(specs)).items()
     ]
-
-
-def _place(stage: str, key: str) -> Key:
-    """Return the key path of a dotted key below a stage."""
-    return ("stages", stage, *(int(part) if part.isdigit() else part for part in key.split(".")))
 
 
 def _raw_init(stage: object) -> dict[str, str]:
@@ -407,28 +412,7 @@ def _reference_problem(
         if made_by is None or made_by.produces in wanted:
             return None
         return f"stage '{name}' ({kinds[name]}) writes a {made_by.produces}; {expected}{listed}"
-    return _path_problem(name, wanted, expected=f"{expected}{listed}", fitting=fitting)
-
-
-def _path_problem(
-    name: str, wanted: Sequence[str], *, expected: str, fitting: Sequence[str]
-) -> str | None:
-    folder = Path(name)
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
-            advice = "; import a Hugging Face model with a stage 'kind: base, path: ...'"
-        else:
-            advice = suggest(name, fitting)
-        state = "a folder without manifest.json" if folder.is_dir() else "no stage and no folder"
-        return f"'{name}' is {state}; {expected} or the folder of an artifact{advice}"
-    found = read_mapping(manifest)
-    if not found:
-        return f"{manifest} is not a JSON mapping; run the stage that wrote it again"
-    kind = found.get("kind")
-    if kind not in wanted:
-        return f"'{name}' is a {kind}; expected a {' or '.join(wanted)}"
-    return None
+    return path_problem(name, wanted, expected=f"{expected}{listed}", fitting=fitting)
 
 
 def _origins(

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from align.api.given import base_stage, rewards
+from align.api.running import load_recipe
 from align.core.artifacts import write_manifest
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, RecipeError
 from align.core.references import find_model
 from align.models.loading import model_folder
+from align.recipe.schema import references
+from align.recipe.schema.evaluate import EvaluateStage
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +73,58 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     assert model_folder(find_model("org/name"), "policy") == snapshot
     with pytest.raises(ArtifactError, match="org/other: no such folder, and it cannot be loaded"):
         model_folder(find_model("org/other"), "policy")
+
+
+def test_a_recipe_and_python_name_a_stage_of_a_run_as_a_command_does():
+    recipe = {
+        "name": "next",
+        "stages": {
+            "dpo": {"kind": "dpo", "init": "quick/sft", "data": [{"world": "preference"}]},
+            "ppo": {
+                "kind": "ppo",
+                "init": "dpo",
+                "prompts": [{"world": "prompts", "rows": 8}],
+                "rewards": [{"kind": "scalar", "model": "quick/reward"}],
+                "critic": {"init": "quick/reward"},
+                "steps": 1,
+            },
+            "compared": {
+                "kind": "evaluate",
+                "models": ["ppo", "quick/sft"],
+                "labels": {"quick/sft": "before"},
+                "baseline": "quick/sft",
+                "tasks": ["world"],
+            },
+        },
+    }
+    stages = load_recipe(recipe).stages
+    assert references(stages["dpo"])["init"] == "runs/quick/sft"
+    ppo = references(stages["ppo"])
+    assert (ppo["init"], ppo["rewards.0.model"]) == ("dpo", "runs/quick/reward")
+    assert ppo["critic.init"] == "runs/quick/reward"
+    compared = stages["compared"]
+    assert isinstance(compared, EvaluateStage)
+    assert (compared.models, compared.baseline) == (["ppo", "runs/quick/sft"], "runs/quick/sft")
+    assert compared.labels == {"runs/quick/sft": "before"}
+    # A stage that is not finished, and a reward model where a policy is wanted, are named.
+    recipe["stages"]["dpo"]["init"] = "quick/dpo"
+    with pytest.raises(
+        RecipeError, match=r"stages\.dpo\.init: 'quick/dpo' is no stage and no folder"
+    ):
+        load_recipe(recipe)
+    recipe["stages"]["dpo"]["init"] = "quick/reward"
+    with pytest.raises(RecipeError, match="'runs/quick/reward' is a reward_model; expected"):
+        load_recipe(recipe)
+    # The functions of Python: the model, and a reward.
+    assert base_stage("quick/sft", None) == ({}, "runs/quick/sft")
+    assert base_stage("saved", None) == ({"kind": "base", "path": "saved"}, "base")
+    assert base_stage("org/name", None) == ({"kind": "base", "path": "org/name"}, "base")
+    assert base_stage("gpt2", None) == ({"kind": "base", "path": "gpt2"}, "base")
+    assert rewards(["quick/reward", "math"]) == [
+        {"kind": "scalar", "model": "runs/quick/reward"},
+        {"kind": "math"},
+    ]
+    with pytest.raises(ArtifactError, match="no such finished stage; finished are reward, sft"):
+        base_stage("quick/dpo", None)
+    with pytest.raises(ArtifactError, match="no such finished stage; finished are reward, sft"):
+        rewards("quick/rm")
