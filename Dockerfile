@@ -7,6 +7,8 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 ARG CUDA_IMAGE=nvidia/cuda:12.9.1-devel-ubuntu22.04
 
 FROM ${PYTHON_IMAGE} AS cpu
+# A package that asks a question would stop the build.
+ARG DEBIAN_FRONTEND=noninteractive
 # g++ compiles the collective of two CPU ranks; numactl binds ranks to cores.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git make numactl \
     && rm -rf /var/lib/apt/lists/*
@@ -19,6 +21,7 @@ ENTRYPOINT ["align"]
 CMD ["--help"]
 
 FROM ${CUDA_IMAGE} AS gpu
+ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update && apt-get install -y --no-install-recommends \
     g++ git make numactl python3.11 python3.11-dev python3.11-venv \
     && rm -rf /var/lib/apt/lists/*

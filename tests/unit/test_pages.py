@@ -1,5 +1,6 @@
 """Pages that are generated, files around the code, and completion in a shell."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -57,6 +58,11 @@ def test_files_for_forges_are_valid_yaml_and_name_targets_that_exist():
     steps = [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
     for target in (run.removeprefix("make ") for run in steps if run.startswith("make ")):
         assert f"\n{target}: " in targets
+    used = [
+        step["uses"] for job in flow["jobs"].values() for step in job["steps"] if "uses" in step
+    ]
+    assert len(used) == 7
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in used)
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (cited["version"], cited["license"]) == (project["version"], project["license"])
