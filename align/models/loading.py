@@ -248,11 +248,10 @@ def save_policy(
     # Weights, configuration and tokenizer always travel together.
     config = AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
     config.dtype = dtype
-    _check_names(state, config)
-    if config.get_text_config().tie_word_embeddings:
-        # Store a tied weight once: a note of shared names would make the file's header
-        # nondeterministic.
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    # Store a tied weight once: a note of shared names would make the file's header
+    # nondeterministic.
+    tied = _check_names(state, config)
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(
         {k: v.contiguous() for k, v in state.items()}, str(directory), metadata={"format": "pt"}
@@ -329,16 +328,18 @@ def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
-def _check_names(state: Mapping[str, Tensor], config: PreTrainedConfig) -> None:
+def _check_names(state: Mapping[str, Tensor], config: PreTrainedConfig) -> set[str]:
+    """Return the names of weights that are another one's, such as a head tied to the embeddings."""
     # Names only: no memory is allocated for the weights.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = set(model.state_dict())
-    if config.get_text_config().tie_word_embeddings:
-        expected -= {"lm_head.weight"}
-    missing, surplus = expected - set(state), set(state) - expected - {"lm_head.weight"}
+    # The head has a name of its own in some architectures: output_projection, embed_out.
+    tied = set(model.all_tied_weights_keys)
+    expected = set(model.state_dict()) - tied
+    missing, surplus = expected - set(state), set(state) - expected - tied
     if missing or surplus:
         raise ArtifactError(
             f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
             f"unexpected {sorted(surplus)[:3]}"
         )
+    return tied
