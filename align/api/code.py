@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,8 @@ from typing import Any
 from align.core.errors import RecipeError
 from align.core.sources import source_file
 
+_LAMBDA = "from_lambda"
+"""Name of a lambda in its file."""
 _INSTEAD = "write it to a file and give 'FILE.py:NAME'"
 _HEAD = '"""Written by align from a function of a notebook or script."""\n\n'
 _FUTURE = "from __future__ import annotations\n\n"
@@ -51,18 +54,23 @@ def python_reward(function: Callable[..., Any], folder: Path) -> dict[str, Any]:
 
 
 def reference(function: Callable[..., Any], folder: Path) -> str:
-    """Return ``FILE.py:NAME`` or ``MODULE:NAME`` of a function or class; see ``python_reward``."""
-    if not (inspect.isfunction(function) or inspect.isclass(function)):
+    """Return ``FILE.py:NAME`` or ``MODULE:NAME`` of a function or class; see ``python_reward``.
+
+    A lambda is written to a file too, and so is an object that is called, with its attributes.
+    """
+    if (named := _in_module(function)) is not None:
+        return named
+    if inspect.isfunction(function) or inspect.isclass(function):
+        name = function.__name__ if function.__name__.isidentifier() else _LAMBDA
+        text = _Writer(name).module_of(function)
+    elif inspect.isroutine(function) or not inspect.isfunction(type(function).__call__):
         raise RecipeError(
             f"{_name(function)}: found a {type(function).__name__}; expected a function, or a "
             f"class whose instances are called; or {_INSTEAD}"
         )
-    if (named := _in_module(function)) is not None:
-        return named
-    name = function.__name__
-    if not name.isidentifier():
-        raise RecipeError(f"{name}: has no name; write it as a function with 'def'")
-    text = _Writer(name).module_of(function)
+    else:
+        name = _object_name(function)
+        text = _Writer(name).module_of_object(function)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     file = folder.resolve() / f"{name}-{digest}.py"
     if not file.is_file():
@@ -71,24 +79,35 @@ def reference(function: Callable[..., Any], folder: Path) -> str:
     return f"{file}:{name}"
 
 
+def _object_name(value: Any) -> str:
+    """Return its ``__name__``, as TRL shows it, or that of its class in small letters."""
+    kind, own = type(value).__name__, getattr(value, "__name__", None)
+    if isinstance(own, str) and own.isidentifier() and own != kind:
+        return own
+    return kind.lower() if kind.lower() != kind else f"{kind}_object"
+
+
 def _name(function: object) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _in_module(function: Any) -> str | None:
     """Return the reference of a top-level name of an imported module, None for any other."""
-    module = sys.modules.get(function.__module__)
+    # An object has the module of its class; it may be a variable there.
+    within = function.__module__
+    module = sys.modules.get(within)
     file = getattr(module, "__file__", None)
-    if function.__module__ == "__main__" or file is None or not file.endswith(".py"):
+    if within == "__main__" or file is None or not file.endswith(".py"):
         return None
-    if getattr(module, function.__qualname__, None) is not function:
+    name = next((n for n, value in vars(module).items() if value is function), None)
+    if name is None:
         return None
-    named = f"{function.__module__}:{function.__qualname__}"
+    named = f"{within}:{name}"
     found = source_file(named)
     # A module of a package imports its neighbors by the package's name; any other by its folder.
-    if "." in function.__module__ and found is not None and found.samefile(file):
+    if "." in within and found is not None and found.samefile(file):
         return named
-    return f"{Path(file).resolve()}:{function.__qualname__}"
+    return f"{Path(file).resolve()}:{name}"
 
 
 class _Writer:
@@ -103,7 +122,24 @@ class _Writer:
 
     def module_of(self, function: Any) -> str:
         """Return the text of the module."""
-        self._define(function.__name__, function)
+        self._define(self.name, function)
+        return self._text()
+
+    def module_of_object(self, value: Any) -> str:
+        """Return the text of a module with an object, its class and its attributes."""
+        kind = type(value)
+        self._bind(kind.__name__, kind)
+        slots = [field.name for field in fields(value)] if is_dataclass(value) else []
+        state = {n: getattr(value, n) for n in slots if hasattr(value, n)}
+        state |= getattr(value, "__dict__", {})
+        lines = [f"{self.name} = object.__new__({kind.__name__})"]
+        for attribute, inner in state.items():
+            text = self._written(f"{kind.__name__}.{attribute}", inner)
+            lines.append(f"object.__setattr__({self.name}, {attribute!r}, {text})")
+        self.definitions[self.name] = "\n".join(lines)
+        return self._text()
+
+    def _text(self) -> str:
         folders = "".join(f"sys.path.append({folder!r})\n" for folder in self.folders)
         lines = [_HEAD, _FUTURE, f"import sys\n\n{folders}" if folders else "", *self.imports]
         return "".join([*lines, "\n", *(f"\n{text}\n" for text in self.definitions.values())])
@@ -121,7 +157,7 @@ class _Writer:
     def _define(self, name: str, function: object) -> None:
         if not self._is_new(name, function):
             return
-        text = _source(function, self.name)
+        text = _source(function, self.name, name=name)
         # Reserve the name first: functions may call each other.
         self.definitions[name] = ""
         outside = _outside(function, self.name)
@@ -145,9 +181,10 @@ class _Writer:
             self._import(place[0])
             self.imports[f"from {place[0]} import {place[1]} as {name}\n"] = None
         elif inspect.isfunction(value) or inspect.isclass(value):
-            self._define(value.__name__, value)
-            if value.__name__ != name:
-                self.definitions[name] = f"{name} = {value.__name__}"
+            own = value.__name__ if value.__name__.isidentifier() else name
+            self._define(own, value)
+            if own != name:
+                self.definitions[name] = f"{name} = {own}"
         else:
             self.definitions[name] = f"{name} = {self._written(name, value)}"
 
@@ -183,6 +220,8 @@ class _Writer:
             ) from None
         if "_re.compile(" in text:
             self.imports["import re as _re\n"] = None
+        if "_pathlib.Path(" in text:
+            self.imports["import pathlib as _pathlib\n"] = None
         return text
 
 
@@ -198,6 +237,8 @@ def _literal(value: Any) -> str:
     """Return a plain value as Python text, the same in every process; else raise ValueError."""
     if isinstance(value, re.Pattern):
         return f"_re.compile({_literal(value.pattern)}, {int(value.flags)})"
+    if isinstance(value, Path):
+        return f"_pathlib.Path({str(value)!r})"
     if type(value) in (list, tuple, set, frozenset):
         inside = [_literal(item) for item in value]
         # The order of a set differs between processes.
@@ -211,11 +252,18 @@ def _literal(value: Any) -> str:
     raise ValueError("not a plain value")
 
 
-def _source(function: Any, root: str) -> str:
-    """Return the source of a function or class, without the indentation of its surroundings."""
+def _source(function: Any, root: str, *, name: str) -> str:
+    """Return the source of a function or class, without the indentation of its surroundings.
+
+    Args:
+        function: what to write. root: the function that the user passed.
+        name: what a lambda is assigned to.
+    """
     try:
         if inspect.isclass(function):
             text = _class_source(function)
+        elif function.__name__ == "<lambda>":
+            return f"{name} = {_lambda_source(function)}"
         else:
             text = textwrap.dedent(inspect.getsource(function))
         tree = ast.parse(text)
@@ -239,6 +287,21 @@ def _class_source(kind: type) -> str:
         raise OSError("its file has no such class")
     first = min([same[-1].lineno, *(d.lineno for d in same[-1].decorator_list)])
     return textwrap.dedent("".join(lines[first - 1 : same[-1].end_lineno]))
+
+
+def _lambda_source(function: Any) -> str:
+    """Return the source of a lambda, which ``inspect`` finds only with the lines around it."""
+    own = function.__code__
+    lines = linecache.getlines(own.co_filename)
+    nodes = [n for n in ast.walk(ast.parse("".join(lines))) if isinstance(n, ast.Lambda)]
+    same = set()
+    for node in nodes:
+        made = compile(ast.Expression(node), own.co_filename, "eval").co_consts[0]
+        if node.lineno == own.co_firstlineno and made.co_code == own.co_code:
+            same.add(ast.unparse(node))
+    if len(same) != 1:
+        raise OSError(f"line {own.co_firstlineno} has {len(same)} such functions; use 'def'")
+    return same.pop()
 
 
 def _outside(function: Any, root: str) -> Mapping[str, Any]:

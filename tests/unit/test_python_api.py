@@ -592,9 +592,93 @@ def test_functions_of_a_script_are_the_same_files_in_every_process(tmp_path):
     assert python(code, cwd=tmp_path).split("\n")[:2] == ["[4]", "[0.5, 2.5]"]
 
 
-class Instance:
-    def __call__(self, completions: list[str]) -> list[float]:
-        return [0.0 for _ in completions]
+class Holds:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, completions: list[str]) -> list[Any]:
+        return [self.value for _ in completions]
+
+    def score(self, completions: list[str]) -> list[Any]:
+        return self(completions)
+
+
+STRANGER = """
+import dataclasses
+from pathlib import Path
+
+import neighbor
+from align.api.code import python_reward
+
+HERE = Path(__file__).resolve().parent
+shout = lambda text: text.upper()
+
+class Trl:
+    def __init__(self, weight):
+        self.__name__, self.weight, self.seen = "brevity", weight, {"sun": HERE}
+
+    def __call__(self, prompts, completions, **kwargs):
+        return [-self.weight * len(text) for text in completions]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    length: int
+    words: tuple = ("sun", "fog")
+
+    def __call__(self, completions, **columns):
+        return [len(text) - self.length + (text in self.words) for text in completions]
+
+def beside(completions, **columns):
+    table = (HERE / "table.txt").read_text().split()
+    return [float(shout(text) in table) for text in completions]
+
+given = [
+    lambda completions, **columns: [len(text) for text in completions],
+    Trl(2.0), Trl(3.0), beside, neighbor.target, neighbor.halves,
+    Target(2),
+]
+for thing in given:
+    print(python_reward(thing, Path("out"))["path"])
+"""
+
+
+def test_a_strangers_lambdas_objects_and_paths_score_in_another_process(tmp_path):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "main.py").write_text(STRANGER)
+    (folder / "table.txt").write_text("SUN RAIN")
+    (folder / "neighbor.py").write_text(
+        "class Target:\n"
+        "    def __init__(self, length): self.length = length\n"
+        "    def __call__(self, completions): return [len(t) - self.length for t in completions]\n"
+        "target = Target(3)\n"
+        "halves = lambda completions: [len(t) / 2 for t in completions]\n"
+    )
+    run = "import runpy, sys; sys.path.insert(0, 'scripts')\n"
+    run += "runpy.run_path('scripts/main.py', {}, '__main__')"
+    found = [python(run, cwd=tmp_path, seed=seed).split() for seed in ("1", "2")]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 7
+    names = [path.rpartition(":")[2] for path in found[0]]
+    assert names == ["from_lambda", "brevity", "brevity", "beside", "target", "halves", "target"]
+    code = f"""
+        import inspect
+        from reward_models.own_process import load
+        for path in {found[0]!r}:
+            score, given = load(path, {{}}), {{"completions": ["sun", "moons"]}}
+            if "prompts" in inspect.signature(score).parameters:
+                given["prompts"] = ["", ""]
+            print(score(**given))
+    """
+    assert python(code, cwd=tmp_path).splitlines() == [
+        "[3, 5]",
+        "[-6.0, -10.0]",
+        "[-9.0, -15.0]",
+        "[1.0, 0.0]",
+        "[0, 2]",
+        "[1.5, 2.5]",
+        "[2, 3]",
+    ]
 
 
 def test_what_cannot_become_a_file_is_one_line(tmp_path):
@@ -603,8 +687,8 @@ def test_what_cannot_become_a_file_is_one_line(tmp_path):
 
     cases = [
         (uses, "function 'uses': it uses 'UNWRITABLE' (object)"),
-        (lambda completions: completions, "write it as a function with 'def'"),
-        (Instance(), "found a Instance; expected a function, or a class"),
+        (Holds(object()), "it uses 'Holds.value' (object), a value of the notebook or script"),
+        (Holds(1).score, "found a method; expected a function, or a class"),
         (len, "found a builtin_function_or_method"),
         (partial(vowels, ["x"]), "a partial with positional arguments"),
     ]
