@@ -24,8 +24,8 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` if the block ends without an error.
 
     Raises:
-        ArtifactError: ``out`` exists, and ``force`` is off, or another program wrote it or a file
-            in it; or it contains the current folder.
+        ArtifactError: ``out`` exists, and ``force`` is off, or another program wrote it, or files
+            in it were added or changed since; or it contains the current folder.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out}: exists and is not a folder. Choose another output folder")
@@ -40,12 +40,9 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         )
     if occupied and not force:
         raise ArtifactError(f"{out}: already contains an export. Use --force to replace it")
-    if occupied and (added := added_files(out)):
-        more = f" and {len(added) - 3} more" if len(added) > 3 else ""
-        raise ArtifactError(
-            f"{out}: contains files that align export did not write: {', '.join(added[:3])}{more}. "
-            "Nothing was changed. Move them, or choose another output folder"
-        )
+    if occupied:
+        _refuse_loss(out, added_files(out), "files that align export did not write")
+        _refuse_loss(out, edited_files(out), "files that were changed since the export")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.partial")
@@ -61,6 +58,15 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _refuse_loss(out: Path, files: list[str], what: str) -> None:
+    if files:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        raise ArtifactError(
+            f"{out}: contains {what}: {', '.join(files[:3])}{more}. Nothing was changed. Move them "
+            "out of the folder, or choose another output folder"
+        )
+
+
 def write_record(folder: Path, about: dict[str, Any]) -> None:
     """Write the record of an export with the size and sha256 of every file."""
     files = hash_tree(folder, leave_out=(RECORD,))
@@ -74,10 +80,16 @@ def changed_files(folder: Path) -> list[str]:
     if record is None or record.get("written_by") != _FORMAT:
         return [f"{RECORD}: missing or unreadable, so align export did not finish this folder"]
     files: dict[str, Any] = record.get("files", {})
-    there = [name for name in sorted(files) if (folder / name).is_file()]
-    told = [f"{name}: missing" for name in sorted(files.keys() - set(there))]
+    told = [f"{name}: missing" for name in sorted(files) if not (folder / name).is_file()]
     told += [f"{name}: not part of the export" for name in added_files(folder)]
-    return told + [f"{n}: changed" for n in there if not is_unchanged(folder / n, files[n])]
+    return told + [f"{name}: changed" for name in edited_files(folder)]
+
+
+def edited_files(folder: Path) -> list[str]:
+    """Return the names of the files whose content is no longer that of the folder's record."""
+    files = (read_json_object(folder / RECORD) or {}).get("files") or {}
+    there = [name for name in sorted(files) if (folder / name).is_file()]
+    return [name for name in there if not is_unchanged(folder / name, files[name])]
 
 
 def added_files(folder: Path) -> list[str]:

@@ -282,6 +282,28 @@ def test_force_keeps_files_that_the_user_added(run, tmp_path, added):
     export(run / "sft", out, dtype="float32", force=True)
 
 
+def test_force_keeps_files_that_the_user_edited(tmp_path):
+    out = tmp_path / "out"
+    names = ("README.md", "chat_template.jinja", "config.json", "model.gguf")
+    with new_folder(out, force=False) as folder:
+        for name in names:
+            (folder / name).write_text(f"written {name}")
+        write_record(folder, {})
+    # Another text of the same length, an emptied file, and one that is only touched.
+    (out / "README.md").write_text("WRITTEN README.md")
+    (out / "config.json").write_text("")
+    (out / "model.gguf").write_text("written model.gguf")
+    told = "changed since the export: README.md, config.json. Nothing was changed"
+    with pytest.raises(ArtifactError, match=told), new_folder(out, force=True):
+        raise AssertionError
+    assert (out / "README.md").read_text() == "WRITTEN README.md"
+    for name in ("README.md", "config.json"):
+        (out / name).write_text(f"written {name}")
+    with new_folder(out, force=True) as folder:
+        write_record(folder, {})
+    assert [p.name for p in out.iterdir()] == [RECORD]
+
+
 def test_the_current_folder_is_never_replaced(run, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
