@@ -1,5 +1,6 @@
 """Write a policy as a GGUF file for llama.cpp and Ollama, and verify what was written."""
 
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ FILE = "model.gguf"
 TYPES = ("f16", "q8_0", "q4_k_m")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model type -> the architecture's name in GGUF."""
+_ROPE_TYPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("default",)}
+"""Rotary types that llama.cpp computes for an architecture."""
+_FACTORS = "rope_freqs.weight"
+"""Tensor by whose values llama.cpp divides the rotary frequencies."""
 QUANTIZE = "llama-quantize"
 _FILE_TYPES = {"f16": 1, "q8_0": 7}
 _BLOCK = 32
@@ -48,6 +53,9 @@ def write_gguf(source: Source, folder: Path, *, kind: str) -> None:
     writer = gguf.GGUFWriter(str(folder / FILE), ARCHITECTURES[config.model_type])
     _write_config(writer, config, name=source.name, kind=kind)
     _write_tokenizer(writer, vocabulary)
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor(_FACTORS, factors.numpy(), raw_dtype=gguf.GGMLQuantizationType.F32)
     names = gguf.get_tensor_name_map(_model_arch(gguf, config), config.num_hidden_layers)
     for name, tensor in saved_weights(source.model_dir):
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -93,8 +101,8 @@ def _check_architecture(source: Source) -> Any:
     rope = getattr(config, "rope_parameters", None) or {}
     if kind not in ARCHITECTURES:
         told = f"model type {kind!r} (supported: {', '.join(ARCHITECTURES)})"
-    elif rope.get("rope_type", "default") != "default":
-        told = f"rotary type {rope['rope_type']!r} (supported: default)"
+    elif (form := rope.get("rope_type", "default")) not in _ROPE_TYPES[ARCHITECTURES[kind]]:
+        told = f"rotary type {form!r} (supported: {', '.join(_ROPE_TYPES[ARCHITECTURES[kind]])})"
     elif "full_attention" not in set(getattr(config, "layer_types", None) or ["full_attention"]):
         told = "layers without full attention"
     elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -133,6 +141,41 @@ def _write_config(writer: Any, config: PreTrainedConfig, *, name: str, kind: str
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
     writer.add_vocab_size(config.vocab_size)
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """Return by what Llama 3.1's scaling divides each rotary frequency; None without scaling.
+
+    With the wavelength w of a frequency in tokens and c = ``original_max_position_embeddings``:
+    1 for w below c / ``high_freq_factor``, ``factor`` for w above c / ``low_freq_factor``, and in
+    between the harmonic mixture of both that is linear in c / w. Float32, (head_dim / 2,).
+
+    Reference:
+        ``apply_scaling`` of Meta's llama-models; the tensor's name and meaning are llama.cpp's.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    size, (low, high) = _head_dim(config), (rope["low_freq_factor"], rope["high_freq_factor"])
+    exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** exponents
+    turns = rope["original_max_position_embeddings"] / wavelengths  # rotations in the old context
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 / ((1.0 - kept) / rope["factor"] + kept)).float()
+
+
+@torch.no_grad()
+def apply_rope_factors(model: Any, folder: Path) -> None:
+    """Divide a model's rotary frequencies by the file's factors, which transformers does not read.
+
+    Args:
+        model: the model that transformers read from the file. folder: the exported folder.
+    """
+    tensors = _package().GGUFReader(str(folder / FILE)).tensors
+    found = next((tensor.data for tensor in tensors if tensor.name == _FACTORS), None)
+    for part in model.modules() if found is not None else ():
+        if isinstance(frequencies := getattr(part, "inv_freq", None), Tensor):
+            frequencies /= torch.from_numpy(found.copy()).to(frequencies)
 
 
 def _write_tokenizer(writer: Any, found: GgufTokenizer) -> None:

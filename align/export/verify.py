@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from align.core.artifacts import read_json_object
 from align.core.errors import ArtifactError
 from align.export.folder import changed_files
-from align.export.gguf import FILE, gguf_problems
+from align.export.gguf import FILE, apply_rope_factors, gguf_problems
 from align.export.parity import (
     BOUNDS,
     Behavior,
@@ -161,7 +161,9 @@ def _exported_policy(source: Source, folder: Path, form: Format) -> nn.Module:
         assert form.base is not None
         return with_saved_adapter(_policy(form.base), folder).eval()
     if form.name == "gguf":
-        return _policy(folder, gguf_file=FILE)
+        model = _policy(folder, gguf_file=FILE)
+        apply_rope_factors(model, folder)
+        return model
     return _policy(folder)
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from export_models import edit, make_run, policy, save, tokenizer
@@ -129,6 +135,50 @@ def test_other_architectures_are_refused_by_name(tmp_path):
     edit(tmp_path / "scaled" / "config.json", rope_parameters=rope)
     with pytest.raises(ArtifactError, match="rotary type 'linear'"):
         export(tmp_path / "scaled", tmp_path / "out", name="gguf")
+
+
+def test_the_rotary_factors_of_llama_3_are_those_of_a_calculator():
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, rope_parameters=rope)
+    factors = gguf.rope_factors(config)
+    assert factors is not None
+    assert factors.shape == (64,)
+    # Wavelengths 2 pi 500000^(i/64): i = 28 has 1956 tokens (below 8192 / 4), i = 35 has 8219.
+    assert factors[:29].tolist() == [1.0] * 29
+    assert factors[35:].tolist() == [8.0] * 29
+    # i = 32: 2 pi sqrt(500000) = 4442.883 tokens, 8192 / 4442.883 = 1.843848 turns, of which
+    # (1.843848 - 1) / 3 = 0.281283 is kept: 1 / (0.718717 / 8 + 0.281283) = 2.694530.
+    assert factors[32].item() == pytest.approx(2.69452969, rel=1e-6)
+    assert torch.all(factors[28:36].diff() > 0)
+    assert gguf.rope_factors(LlamaConfig()) is None
+
+
+def test_a_policy_with_scaled_rotation_is_exported_and_a_lost_scale_is_refused(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    save(policy(), tmp_path / "scaled")
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    edit(tmp_path / "scaled" / "config.json", rope_parameters=rope)
+    lines = export(tmp_path / "scaled", tmp_path / "out", name="gguf", dtype="f16")
+    assert "8 of 8 greedy responses are equal" in lines[0]
+    monkeypatch.setattr(gguf, "rope_factors", lambda config: None)
+    with pytest.raises(ArtifactError, match="per-token KL is up to"):
+        export(tmp_path / "scaled", tmp_path / "lost", name="gguf", dtype="f16")
 
 
 def test_q4_needs_llama_cpp(runs, tmp_path, monkeypatch):
