@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from reward_models.formula import Formula, FormulaError
 from reward_models.similarity import METRICS
@@ -64,7 +64,18 @@ class TextSimilarity(_Spec):
     type: Literal["text_similarity"]
     input: str
     reference: str
-    evaluation_metric: Literal[METRICS]  # type: ignore[valid-type]
+    evaluation_metric: Literal[("cosine", *METRICS)]  # type: ignore[valid-type]
+
+    @field_validator("evaluation_metric")
+    @classmethod
+    def _can_be_computed(cls, metric: str) -> str:
+        # A cosine of something else, such as of word counts, would be another score.
+        if metric == "cosine":
+            raise ValueError(
+                "cosine compares embeddings by a model of OpenAI, which is not here; use one of "
+                + ", ".join(METRICS)
+            )
+        return metric
 
 
 class PythonGrader(_Spec):

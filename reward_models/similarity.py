@@ -33,27 +33,17 @@ def similarity(metric: str, text: str, reference: str) -> float:
     if metric.startswith("rouge_"):
         order = metric.removeprefix("rouge_")
         return _rouge_l(found, expected) if order == "l" else _rouge_n(found, expected, int(order))
-    return {"cosine": _cosine, "bleu": _bleu, "gleu": _gleu, "meteor": _meteor}[metric](
-        found, expected
-    )
+    return {"bleu": _bleu, "gleu": _gleu, "meteor": _meteor}[metric](found, expected)
 
 
 METRICS = (
-    *("cosine", "fuzzy_match", "bleu", "gleu", "meteor", "rouge_l"),
+    *("fuzzy_match", "bleu", "gleu", "meteor", "rouge_l"),
     *(f"rouge_{n}" for n in range(1, 6)),
 )
 
 
 def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-
-
-def _cosine(found: Sequence[str], expected: Sequence[str]) -> float:
-    """Return the cosine of the angle between the vectors of word counts."""
-    a, b = Counter(found), Counter(expected)
-    product = sum(count * b[word] for word, count in a.items())
-    norms = math.sqrt(sum(c * c for c in a.values())) * math.sqrt(sum(c * c for c in b.values()))
-    return min(1.0, product / norms)
 
 
 def _bleu(found: Sequence[str], expected: Sequence[str]) -> float:

@@ -46,8 +46,6 @@ def test_string_checks_compare_as_they_are_called():
 @pytest.mark.parametrize(
     ("metric", "text", "reference", "expected"),
     [
-        # Counts (1, 2) and (1, 1): 3 / (sqrt 5 sqrt 2).
-        ("cosine", "a b b", "a b", 3 / math.sqrt(10)),
         # 3 of 4 characters on both sides.
         ("fuzzy_match", "abcd", "abed", 0.75),
         # "the" and "cat" of 3 and of 5 words.
@@ -345,3 +343,13 @@ def test_a_grader_is_a_reward_with_none_where_it_has_no_score():
     completions = [[{"role": "assistant", "content": text}] for text in ('{"a": "y"}', "no json")]
     scores = reward(["p", "p"], completions, item=['{"want": "y"}'] * 2, other=[1, 2])
     assert scores == [1.0, None]
+
+
+def test_a_cosine_of_embeddings_is_refused_and_not_replaced_by_another_score():
+    grader = {"type": "text_similarity", "name": "x", "input": "a", "reference": "b"}
+    with pytest.raises(GraderError, match=r"use one of fuzzy_match, bleu"):
+        read_grader({**grader, "evaluation_metric": "cosine"})
+    multi = {"type": "multi", "name": "m", "calculate_output": "x"}
+    member = {**grader, "evaluation_metric": "cosine"}
+    with pytest.raises(GraderError, match="cosine compares embeddings"):
+        read_grader({**multi, "graders": {"x": member}})
