@@ -16,7 +16,7 @@ from align.core.errors import RecipeError
 from align.core.text import hidden, keep_secret, secret_names
 from align.recipe.algorithms import defaults_of
 from align.recipe.elsewhere import name_folder, path_problem, place_of, stages_of_runs
-from align.recipe.foreign.tools import recognize
+from align.recipe.foreign.tools import refuse_foreign
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.own_code import import_extensions, place_own_code
@@ -262,9 +262,7 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
         RecipeError: as ``load_recipe``.
     """
     source = read_source(find_recipe(path))
-    if tool := recognize(source.data):
-        told = f"this looks like a configuration of {tool}; convert it: align import {tool} {path}"
-        raise RecipeError(f"{path}: {told}")
+    refuse_foreign(source.data, str(path))
     return resolve(source, overrides, folder=Path(path).parent)
 
 
@@ -307,7 +305,10 @@ def _validated(source: Source) -> tuple[Recipe | None, list[str]]:
         # JSON mode is strict about types, but accepts a list for a tuple.
         return Recipe.model_validate_json(json.dumps(source.data), strict=True), []
     except ValidationError as e:
-        return None, describe(e.errors(include_url=False), source.marks)
+        # What the reader could not read is not wrong a second time.
+        read = {tuple(text.split(": ", 2)[:2]) for text in source.errors}
+        found = describe(e.errors(include_url=False), source.marks)
+        return None, [text for text in found if tuple(text.split(": ", 2)[:2]) not in read]
 
 
 def _by_place(line: str) -> tuple[str, int, int]:

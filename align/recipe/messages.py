@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import BaseModel
 
 from align.core.text import shown, suggest
+from align.recipe.recipe_text import odd_characters
 from align.recipe.schema import Recipe
 from align.recipe.source import Key, Mark, dotted
 from reward_models.specs import Variants
@@ -192,7 +193,8 @@ def _what(
     problem, context, found = error["type"], error.get("ctx", {}), error.get("input")
     # Keys that should not be there, or are missing.
     if problem == "extra_forbidden":
-        return "unknown key" + _unknown_key(str(key[-1]), owners)
+        name = str(key[-1])
+        return "unknown key" + (odd_characters(name) or _unknown_key(name, owners))
     if problem == "missing":
         return f"missing; expected {expected(kind)}"
     if problem == "union_tag_not_found":
@@ -214,13 +216,18 @@ def _what(
     if problem == "string_too_long":
         return f"found {len(str(found))} characters; expected at most {context['max_length']}"
     if problem == "string_pattern_mismatch":
-        return f"found {shown(found)}; expected letters, digits, '_', and then also '.' and '-'"
+        odd = odd_characters(str(found))
+        return (
+            f"found {shown(found)}; expected letters, digits, '_', and then also '.' and '-'{odd}"
+        )
     if bound := _bound(context):
         number = bare(kind) if bare(kind) in _WORDS else float
         return f"found {shown(found)}; expected {_WORDS[number]} {bound}"
     # Values of another type.
     if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or _union_of(kind):
         hint = "; remove the quotes" if _is_number(found) and kind in (int, float) else ""
+        if key == ("stages",) and isinstance(found, list):
+            hint = " of each stage's name to its settings"
         return f"found {shown(found)}; expected {expected(kind)}{hint}"
     return f"found {shown(found)}; {error['msg']}"
 

@@ -17,6 +17,7 @@ import yaml
 from align.core.bounded_yaml import Limits, compose
 from align.core.errors import RecipeError
 from align.core.text import is_secret_name, keep_secret, shown
+from align.recipe.recipe_text import foreign_file, not_a_recipe, read_text
 from align.recipe.yaml_problems import yaml_problem
 
 Key = tuple[str | int, ...]
@@ -104,6 +105,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "float": _float,
 }
 
+MAPPING_AS_KEY = "found a list or mapping as a key; expected a name. Put {{ }} in quotes"
 LIMITS = Limits()
 """Limits of a recipe file."""
 
@@ -209,26 +211,23 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Source:
 
 def parse_file(path: Path) -> Source:
     """Return the data of one file, with places and errors; ``extends`` is not followed."""
-    # Read at most the limit: the path may be a device or a huge file.
     try:
-        with path.open("rb") as f:
-            text = f.read(LIMITS.characters * 4 + 1).decode("utf-8")
+        text = read_text(path, limit=LIMITS.characters)
     except FileNotFoundError:
-        near = _near_files(path)
-        raise RecipeError(f"{path}: no such recipe{near}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {e}") from e
+        raise RecipeError(f"{path}: no such recipe{_near_files(path)}") from None
     try:
         node = compose_recipe(text)
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(foreign_file(path, text) or not_a_recipe(path, node))
     except yaml.MarkedYAMLError as e:
+        if problem := foreign_file(path, text):
+            raise RecipeError(problem) from e
         at = e.problem_mark or e.context_mark
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
         raise RecipeError(f"{where}: not valid YAML: {yaml_problem(e)}") from e
     except yaml.YAMLError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     source = Source()
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}:1:1: expected a mapping with the keys 'name' and 'stages'")
     reader = Reader(str(path), source)
     source.data = reader.value(node, ())
     return source
@@ -282,7 +281,7 @@ class Reader:
         seen: list[yaml.Node] = []
         for key_node, child in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problem(key, "found a list or mapping as a key; expected a name")
+                self.problem(key, MAPPING_AS_KEY)
             elif key_node.tag == _TAG + "merge":
                 merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
             elif key_node.value in found:
@@ -314,7 +313,7 @@ class Reader:
         inner: list[yaml.Node] = []
         for key_node, child in other.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problem(key, "found a list or mapping as a key; expected a name")
+                self.problem(key, MAPPING_AS_KEY)
             elif key_node.tag == _TAG + "merge":
                 inner += child.value if isinstance(child, yaml.SequenceNode) else [child]
             elif key_node.value not in found:

@@ -21,6 +21,8 @@ PROBLEMS = {
     "quotes",
     "found unknown escape character": "unknown escape in double quotes. Use single quotes, which "
     "have none",
+    "did not find expected <document start>": "text after the end of the recipe. A recipe is one "
+    "mapping of keys to values",
     "but found another document": "'---' begins a second document; a recipe is one",
 }
 """Meaning of the parser's messages; ``{line}`` is where the construct begins."""
