@@ -11,7 +11,7 @@ from typer.models import CommandInfo, TyperInfo
 
 from align.cli.cache import cache
 from align.cli.data import data, explain
-from align.cli.errors import with_source
+from align.cli.errors import fit_to_locale, print_error
 from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export, push
 from align.cli.labels import labels
@@ -360,13 +360,14 @@ _arrange()
 
 def app() -> None:
     """Run the command line; a user error prints its message instead of a traceback."""
+    fit_to_locale()
     try:
         cli()
     except AlignError as e:
-        for line in with_source(str(e)):
-            typer.echo(line, err=True)
+        print_error(str(e))
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
+        typer.echo(f"\nstopped by Ctrl+C, exit code {EXIT_USER}", err=True)
         sys.exit(EXIT_USER)
     except Exception as e:
         if (problem := path_problem(e)) is not None:

@@ -17,6 +17,8 @@ Block = Mapping[str, Any]
 UNITS = {"kl": "nats", "length": "tokens"}
 STYLES = {"better": "bold green", "worse": "bold red"}
 MAX_ALARMS = 3
+MAX_FAILED = 5
+"""Failed expectations that are shown at the end of a run."""
 EDGES, GAP = 2, 3
 """Columns that the table's frame takes, and that lie between two of its columns."""
 LAST = ("length_controlled_win_rate",)
@@ -31,7 +33,7 @@ def result_lines(summary: Block, *, order: Sequence[str], width: int) -> Iterato
         order: names of the models in the order of the recipe; the baseline always comes first.
         width: columns of the terminal; metrics that do not fit are named below the table.
     """
-    yield from expectation_lines(summary)
+    yield from expectation_lines(summary, limit=MAX_FAILED)
     yield from _alarms(summary)
     tasks = summary.get("tasks", {})
     for name, block in tasks.items():
@@ -45,8 +47,11 @@ def result_lines(summary: Block, *, order: Sequence[str], width: int) -> Iterato
     yield from (Text(line) for line in judge_lines(summary))
 
 
-def expectation_lines(summary: Block) -> Iterator[Text]:
-    """Yield one line for all expectations of a recipe, then one for each that failed."""
+def expectation_lines(summary: Block, *, limit: int | None = None) -> Iterator[Text]:
+    """Yield one line for all expectations of a recipe, then one for each that failed.
+
+    With a ``limit``, further ones are only counted.
+    """
     found = summary.get("expectations", [])
     failed = [entry for entry in found if not entry["holds"]]
     if not failed:
@@ -54,11 +59,13 @@ def expectation_lines(summary: Block) -> Iterator[Text]:
             yield Text(f"all {len(found)} expectations hold", style="green")
         return
     yield Text(f"FAILED: {len(failed)} of {len(found)} expectations do not hold", style="bold red")
-    for entry in failed:
+    for entry in failed[:limit]:
         low, high = entry["band"]
         reason = f" ({entry['problem']})" if "problem" in entry else ""
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
         yield Text(f"  {entry['key']} = {value}, expected in [{low}, {high}]{reason}", style="red")
+    if limit is not None and len(failed) > limit:
+        yield Text(f"  and {len(failed) - limit} more: align show RUN", style="red")
 
 
 def last_line(summary: Block, *, report: Path, clock: str) -> Text:
