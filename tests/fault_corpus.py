@@ -278,7 +278,7 @@ ROW_FAULTS: list[tuple[str, str, Change, str]] = [
     ("prompt empty", "preference", _set("prompt", [{"role": "user", "content": " "}]), "D054"),
     ("pair the other way round", "preference", _swapped, "D093"),
     ("label a text", "unpaired", _set("label", "good"), "D080"),
-    ("label a number", "unpaired", _set("label", 1), "D080"),
+    ("label a number", "unpaired", _set("label", 3), "D080"),
     ("label null", "unpaired", _set("label", None), "D080"),
     ("completion empty", "unpaired", _set("completion", []), "D050"),
     ("prompt null", "prompts", _set("prompt", None), "D050"),

@@ -142,3 +142,50 @@ def test_text_of_the_question_that_only_rewards_see_is_named(tmp_path: Path, cap
 def test_labels_of_steps_may_be_numbers() -> None:
     row = {"prompt": "Q", "completions": ["a", "b"], "labels": [1, 0]}
     assert one(row, "steps").columns["step_labels"] == [True, False]
+
+
+def row_of(text: str) -> str:
+    return json.dumps({"messages": [{**U, "content": text}, A]}) + "\n"
+
+
+def prompts_in(path: Path, **options: Any) -> list[str]:
+    specs = [DataSpec(path=str(path), **options)]
+    return [
+        example.completion[0]["content"] for example in load_examples(specs, kind="sft", seed=0)
+    ]
+
+
+def test_card_that_names_folders_gives_the_rows_of_the_chosen_one(tmp_path: Path) -> None:
+    for name in ("en", "de"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(row_of(name))
+    (tmp_path / "de" / "test.jsonl").write_text(row_of("held out"))
+    configs = "configs:\n- config_name: en\n  data_dir: en\n- config_name: de\n  data_dir: de\n"
+    configs += "- config_name: one\n  data_dir: de\n  data_files: test.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+    with pytest.raises(DataError, match="it has the configurations en, de, one; choose one"):
+        prompts_in(tmp_path)
+    assert prompts_in(tmp_path, config="en") == ["en"]
+    with pytest.raises(DataError, match="has the splits test, train, which are never joined"):
+        prompts_in(tmp_path, config="de")
+    assert prompts_in(tmp_path, config="de", split="train") == ["de"]
+    assert prompts_in(tmp_path, config="one") == ["held out"]
+
+
+@pytest.mark.parametrize("suffix", ["zst", "bz2", "xz"])
+def test_packed_shard_is_named_and_not_left_out(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(row_of("a"))
+    packed = tmp_path / f"b.jsonl.{suffix}"
+    packed.write_bytes(b"x")
+    for path in (tmp_path, packed):
+        with pytest.raises(DataError, match=rf"b.jsonl.{suffix}: a packed file. Decompress it"):
+            prompts_in(path)
+
+
+def test_rows_in_a_txt_file_are_not_trained_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text(row_of("a") + row_of("b"))
+    with pytest.raises(DataError, match=r"rows.txt:1: rows of JSON Lines.*Rename the file to"):
+        prompts_in(path)
+    path.write_text('{"level": "info"}\n{"level": "debug"}\n')
+    assert len(load_examples([DataSpec(path=str(path))], kind="corpus", seed=0)) == 1

@@ -6,6 +6,7 @@ which the row starts) or ``file:row N``. Readers continue after an error if the 
 
 import csv
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -17,6 +18,7 @@ from align.data.reading.bounds import Unpacked, max_batch, max_row, row_too_long
 from align.data.reading.files import blocks, content_of, decoded
 from align.data.reading.json import Item, read_lines, read_values
 from align.data.reading.read_log import note_file
+from align.recipe.schema.formats import ASKED
 from reward_models.limits import memory_limit
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SEPARATORS = ",;\t|"
 _END_MARK = "<|endoftext|>"
 _SNIFFED_LINES = 50
+_ROW_FIELDS = frozenset(("messages", "conversations", "prompt", "chosen", "text", *ASKED))
 _TURN_FIELDS = ("role", "content", "from", "value")
 
 
@@ -61,6 +64,12 @@ def reader_of(path: Path, *, name: str, suffix: str) -> str:
         return "lines" if suffix == ".jsonl" or _looks_like_lines(head) else "values"
     if suffix in (".csv", ".tsv"):
         return "table"
+    if suffix == ".txt" and head and all(map(_is_row, head)):
+        raise DataError(
+            f"{name}:1: rows of JSON Lines, which a .txt file would train as plain text. Rename "
+            "the file to .jsonl.",
+            code="D005",
+        )
     if suffix == ".txt" or not any(separator in "".join(head[:1]) for separator in SEPARATORS):
         return "text"
     return "table"
@@ -74,6 +83,15 @@ def _head(path: Path, name: str) -> list[str]:
         lines = itertools.islice(decoded(block, first, name=name), _SNIFFED_LINES)
         return [line for line, _ in lines if isinstance(line, str) and line.strip()]
     return []
+
+
+def _is_row(line: str) -> bool:
+    """Return whether a line is a JSON object with a field that begins a known format."""
+    try:
+        found = json.loads(line) if line.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not _ROW_FIELDS.isdisjoint(found)
 
 
 def _looks_like_lines(head: list[str]) -> bool:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _SUFFIXES = (*_PLAIN, *(f"{s}.gz" for s in _PLAIN if s not in (".parquet", ".arrow")))
+_PACKED = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z")
 _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
@@ -177,6 +178,10 @@ def find_files(path: str) -> list[Path]:
         return [_known(here)]
     if here.is_dir():
         found = _data_files(here)
+        for packed in sorted(
+            p for p in here.rglob("*") if _is_packed(p) and not is_hidden(p, here)
+        ):
+            raise _packed(packed)
         if not found:
             raise DataError(f"{path}: the folder contains no {', '.join(_PLAIN)} file", code="D004")
         return files_of(here, found, name=path, config=config, split=split)
@@ -236,7 +241,18 @@ def suffix_of(path: Path) -> str:
     return ".jsonl" if suffix == ".ndjson" else suffix
 
 
+def _is_packed(path: Path) -> bool:
+    """Return whether a name such as train.jsonl.zst is that of a data file, packed."""
+    return path.suffix.lower() in _PACKED and bool(suffix_of(path.with_suffix("")))
+
+
+def _packed(path: Path) -> DataError:
+    return DataError(f"{path}: a packed file. Decompress it first, or use gzip.", code="D008")
+
+
 def _known(path: Path) -> Path:
+    if _is_packed(path):
+        raise _packed(path)
     if not suffix_of(path):
         raise DataError(
             f"{path}: unknown file type; expected one of {', '.join(_PLAIN)}", code="D005"

@@ -82,7 +82,7 @@ def splits_of(folder: Path, found: Sequence[Path], *, name: str, config: str | N
         return {"all": _saved_files(folder)}
     configs = _configs(folder)
     if configs:
-        return _of_config(folder, configs, name=name, config=config)
+        return _of_config(folder, configs, found=found, name=name, config=config)
     if config is not None:
         raise DataError(f"{name}: no configuration '{config}': the folder has none", code="D013")
     return _by_name(folder, [path for path in found if not _is_index(path)])
@@ -162,11 +162,16 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
         ) from error
     configs = found.get("configs") if isinstance(found, dict) else None
     listed = configs if isinstance(configs, list) else []
-    return [c for c in listed if isinstance(c, dict) and c.get("data_files")]
+    return [c for c in listed if isinstance(c, dict) and (c.get("data_files") or c.get("data_dir"))]
 
 
 def _of_config(
-    folder: Path, configs: Sequence[dict[str, Any]], *, name: str, config: str | None
+    folder: Path,
+    configs: Sequence[dict[str, Any]],
+    *,
+    found: Sequence[Path],
+    name: str,
+    config: str | None,
 ) -> Splits:
     names = [str(entry.get("config_name", "default")) for entry in configs]
     chosen = config
@@ -181,9 +186,19 @@ def _of_config(
             f"choose one with 'config: {names[0]}' in the recipe, or by the name {name}#{names[0]}",
             code="D013",
         )
+    entry = configs[names.index(chosen)]
+    root = folder / _inside(entry.get("data_dir") or ".", folder / "README.md")
+    if not entry.get("data_files"):
+        inside = [path for path in found if path.is_relative_to(root) and not _is_index(path)]
+        if not inside:
+            raise DataError(
+                f"{name}: the card names the folder {entry['data_dir']}, but no data file is there",
+                code="D002",
+            )
+        return _by_name(root, inside) or {"all": inside}
     splits: Splits = {}
-    for split, pattern in _patterns(configs[names.index(chosen)]["data_files"]):
-        files = _matching(folder, _inside(pattern, folder / "README.md"))
+    for split, pattern in _patterns(entry["data_files"]):
+        files = _matching(root, _inside(pattern, folder / "README.md"))
         if not files:
             raise DataError(
                 f"{name}: the card names {pattern} for split {split}, but no such file is here",
