@@ -44,6 +44,9 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="print a new token of this name and exit"),
     ] = None,
+    annotator: Annotated[
+        bool, typer.Option("--annotator", help="the new token may only label")
+    ] = False,
 ) -> None:
     """Serve the fine-tuning API, live pages of the runs, and labeling."""
     needed = ("fastapi", "uvicorn", "jinja2", "python_multipart")
@@ -60,10 +63,13 @@ def serve(
         job_keys=tuple(job_keys or ()),
         private_webhooks=private_webhooks,
     )
+    if annotator and new_token is None:
+        raise RecipeError("--annotator has no effect without --new-token NAME")
     if new_token is not None:
         from align.serve.app import make_services
 
-        typer.echo(make_services(settings).auth.new_token(new_token))
+        role = "annotator" if annotator else "admin"
+        typer.echo(make_services(settings).auth.new_token(new_token, role))
         return
     from align.serve.main import serve as serve_until_stopped
 

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from align import report
 from align.core.errors import AlignError, ArtifactError
 from align.serve import finetuning, labels, live
-from align.serve.auth import COOKIE, Auth
+from align.serve.auth import COOKIE, ONLY_LABELS, Auth
 from align.serve.errors import ServeError
 from align.serve.guard import Guard
 from align.serve.services import Area, Services
@@ -104,7 +104,7 @@ def _add_login(app: FastAPI, services: Services) -> None:
 
     @app.post("/logout")
     async def logout(request: Request) -> Response:
-        await services.auth.form(request)
+        await services.auth.labeler_form(request)
         response = RedirectResponse("/login", status_code=303)
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return response
@@ -159,6 +159,8 @@ def _answer(services: Services, request: Request, error: ServeError) -> Response
         return JSONResponse(error.body(), error.status, headers=error.headers)
     if error.status == 401 and request.method == "GET" and "hx-request" not in request.headers:
         return RedirectResponse("/login", status_code=303)
+    if error.code == ONLY_LABELS and request.url.path == "/":  # where a login leads
+        return RedirectResponse("/labels", status_code=303)
     page: HTMLResponse = services.page(
         request, "error.html", status=error.status, message=str(error)
     )

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request, Response
 
@@ -32,7 +32,15 @@ MIGRATIONS = (
         expires_at REAL NOT NULL
     );
     """,
+    """
+    ALTER TABLE tokens ADD COLUMN role TEXT NOT NULL DEFAULT 'admin'
+        CHECK (role IN ('admin', 'annotator'));
+    """,
 )
+Role = Literal["admin", "annotator"]
+"""What a token may do: everything, or only label."""
+ONLY_LABELS = "annotators_only_label"
+"""Code of the error that an annotator gets outside of labeling."""
 OWNER = "owner"
 """Name of the person who starts the server and logs in by the printed address."""
 DELEGATE = "sk-delegate-"
@@ -54,17 +62,25 @@ class Person:
         name: name of the token; labels are recorded under it.
         csrf: what the person's forms must send; empty for a bearer token, which no other site
             can make a browser send.
+        role: what the token may do.
     """
 
     id: int
     name: str
     csrf: str = ""
+    role: Role = "admin"
+
+    @property
+    def is_admin(self) -> bool:
+        """Return whether the person may do everything."""
+        return self.role == "admin"
 
 
 class Auth:
     """Tokens, sessions and login codes of one server.
 
-    The methods ``bearer``, ``browser`` and ``form`` are dependencies of routes.
+    The methods ``bearer``, ``browser`` and ``form`` are dependencies of routes. They refuse
+    annotators, who may only use the routes with ``labeler`` and ``labeler_form``.
 
     Args:
         store: where the hashes of the tokens are.
@@ -79,7 +95,7 @@ class Auth:
 
     # ---- making proofs
 
-    def new_token(self, name: str) -> str:
+    def new_token(self, name: str, role: Role = "admin") -> str:
         """Return a new token of this name, of which only the hash is kept.
 
         Raises:
@@ -90,7 +106,8 @@ class Auth:
         token = f"sk-align-{secrets.token_urlsafe(32)}"
         try:
             with self._store.write() as db:
-                db.execute("INSERT INTO tokens (name, hash) VALUES (?, ?)", (name, _hash(token)))
+                insert = "INSERT INTO tokens (name, hash, role) VALUES (?, ?, ?)"
+                db.execute(insert, (name, _hash(token), role))
         except sqlite3.IntegrityError:
             raise RecipeError(f"--new-token {name}: there is one already; use another") from None
         return token
@@ -144,6 +161,71 @@ class Auth:
     # ---- checking proofs
 
     def bearer(self, request: Request) -> Person:
+        """Return the admin of the header ``Authorization: Bearer TOKEN``.
+
+        Raises:
+            ServeError: there is no valid token, or it is an annotator's.
+        """
+        return _admin(self._by_token(request))
+
+    def browser(self, request: Request) -> Person:
+        """Return the admin of the session's cookie, or of a bearer token.
+
+        Raises:
+            ServeError: there is neither, which a page answers with the login, or it is an
+                annotator's.
+        """
+        return _admin(self.labeler(request))
+
+    def labeler(self, request: Request) -> Person:
+        """Return the person of the session's cookie, or of a bearer token, of any role.
+
+        Raises:
+            ServeError: there is neither; a page answers it with the login.
+        """
+        return self.session(request) or self._by_token(request)
+
+    def session(self, request: Request) -> Person | None:
+        """Return the person of the session's cookie; None without a valid one."""
+        value = request.cookies.get(COOKIE, "")
+        body = value.rpartition(".")[0]
+        if not body or not hmac.compare_digest(value.encode(), self._signed(body).encode()):
+            return None
+        token_id, expires, _ = body.split(".")
+        if int(expires) < time.time():
+            return None
+        return self._person("id = ?", int(token_id), csrf=self._mac("csrf " + body))
+
+    async def form(self, request: Request) -> Person:
+        """Return the admin of a request that changes something, and check its CSRF token.
+
+        Raises:
+            ServeError: as ``labeler_form``, or it is an annotator's.
+        """
+        return _admin(await self.labeler_form(request))
+
+    async def labeler_form(self, request: Request) -> Person:
+        """Return the person of a request that changes something, of any role.
+
+        The CSRF token is the field ``csrf`` of a form or the header ``X-CSRF-Token``.
+
+        Raises:
+            ServeError: nobody is logged in, or the token is missing or wrong.
+        """
+        person = self.labeler(request)
+        if person.csrf:
+            given: Any = request.headers.get("x-csrf-token")
+            if given is None:
+                given = (await request.form()).get("csrf")
+            if not isinstance(given, str) or not hmac.compare_digest(
+                given.encode(), person.csrf.encode()
+            ):
+                raise ServeError(403, "The form has no valid CSRF token. Reload the page.")
+        return person
+
+    # ---- parts
+
+    def _by_token(self, request: Request) -> Person:
         """Return the person of the header ``Authorization: Bearer TOKEN``.
 
         Raises:
@@ -175,52 +257,11 @@ class Auth:
             )
         return person
 
-    def browser(self, request: Request) -> Person:
-        """Return the person of the session's cookie, or of a bearer token.
-
-        Raises:
-            ServeError: there is neither; a page answers it with the login.
-        """
-        person = self.session(request)
-        return person or self.bearer(request)
-
-    def session(self, request: Request) -> Person | None:
-        """Return the person of the session's cookie; None without a valid one."""
-        value = request.cookies.get(COOKIE, "")
-        body = value.rpartition(".")[0]
-        if not body or not hmac.compare_digest(value.encode(), self._signed(body).encode()):
-            return None
-        token_id, expires, _ = body.split(".")
-        if int(expires) < time.time():
-            return None
-        return self._person("id = ?", int(token_id), csrf=self._mac("csrf " + body))
-
-    async def form(self, request: Request) -> Person:
-        """Return the person of a request that changes something, and check its CSRF token.
-
-        The token is the field ``csrf`` of a form or the header ``X-CSRF-Token``.
-
-        Raises:
-            ServeError: nobody is logged in, or the token is missing or wrong.
-        """
-        person = self.browser(request)
-        if person.csrf:
-            given: Any = request.headers.get("x-csrf-token")
-            if given is None:
-                given = (await request.form()).get("csrf")
-            if not isinstance(given, str) or not hmac.compare_digest(
-                given.encode(), person.csrf.encode()
-            ):
-                raise ServeError(403, "The form has no valid CSRF token. Reload the page.")
-        return person
-
-    # ---- parts
-
     def _person(self, condition: str, value: object, csrf: str = "") -> Person | None:
-        query = f"SELECT id, name FROM tokens WHERE {condition} AND revoked_at IS NULL"
+        query = f"SELECT id, name, role FROM tokens WHERE {condition} AND revoked_at IS NULL"
         with self._store.read() as db:
             row = db.execute(query, (value,)).fetchone()
-        return None if row is None else Person(row["id"], row["name"], csrf)
+        return None if row is None else Person(row["id"], row["name"], csrf, row["role"])
 
     def _mac(self, text: str) -> str:
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
@@ -245,6 +286,18 @@ class Auth:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(int(FAILURES_S))},
             )
+
+
+def _admin(person: Person) -> Person:
+    """Return an admin.
+
+    Raises:
+        ServeError: the person is an annotator.
+    """
+    if person.is_admin:
+        return person
+    message = "This token is an annotator's: it may label at /labels, and nothing else."
+    raise ServeError(403, message, code=ONLY_LABELS)
 
 
 def _address(request: Request) -> str:
