@@ -120,7 +120,8 @@ def import_(
     with _database(runs, create=True) as db:
         project = _project(db, name, {k: v for k, v in given.items() if v is not None})
         found = _candidates(project, file, samples or [], by=by or [], gold=gold, runs=runs)
-        added, known = add_items(db, project, found)
+        batch = Path(file).name if file is not None else " against ".join(samples or ())
+        added, known = add_items(db, project, found, batch=batch)
     typer.echo(visible(f"{name}: {added} items added, {known} were in the project already"))
 
 
@@ -164,6 +165,31 @@ def _candidates(
     if gold:
         raise RecipeError("--gold needs a FILE: samples have no known answer")
     return from_samples([side_of(text, runs) for text in samples], project.kind, by=by)
+
+
+@labels.command()
+def votes(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="new file: .csv or .jsonl")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write every single label as a table, gold and repeated ones included."""
+    from align.serve.labels.tables import find_project
+    from align.serve.labels.votes import votes_text
+
+    suffix = file.suffix.removeprefix(".")
+    if suffix not in ("csv", "jsonl"):
+        raise RecipeError(f"{file}: expected a name that ends with .csv or .jsonl")
+    with _database(runs) as db:
+        text = votes_text(db, find_project(db, name), suffix)
+    try:
+        with file.open("x", encoding="utf-8", newline="") as f:
+            f.write(text)
+    except FileExistsError:
+        raise DataError(f"{file}: this file exists; use another name or remove it") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error.strerror}") from None
+    typer.echo(visible(f"{file} written"))
 
 
 @labels.command()

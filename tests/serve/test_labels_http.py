@@ -55,7 +55,7 @@ def test_a_project_is_made_labeled_and_exported(server: Running):
         page = client.get("/labels/p").text
         assert "3 of 3 items" in page
         assert "secret-1 was preferred over secret-2: 100 %" in page
-        assert client.post("/labels/p/export").headers["location"] == "/labels/p#snapshots"
+        assert client.post("/labels/p/export").headers["location"] == "/labels/p#train"
         (folder,) = snapshots("p")
         text = (folder / "preference.jsonl").read_text()
         found = client.get("/labels/p/snapshots/1/preference.jsonl")
@@ -132,7 +132,9 @@ def test_a_project_is_made_of_the_samples_of_a_run(server: Running, tmp_path: Pa
         assert "no two different responses" in more.text
 
 
-def test_recipes_that_read_the_labels_are_named_with_their_command(server: Running, tmp_path: Path):
+def test_recipes_that_read_the_labels_have_a_button_and_a_comparison(
+    server: Running, tmp_path: Path
+):
     recipe = (
         "name: r\nstages:\n  base: {kind: base, path: models/x}\n"
         "  dpo: {kind: dpo, init: base, data: [{labels: NAME}]}\n"
@@ -146,13 +148,13 @@ def test_recipes_that_read_the_labels_are_named_with_their_command(server: Runni
         client.post(f"/labels/p/tasks/{task['id']}", json={"choice": "left"})
         client.post("/labels/p/export")
         page = client.get("/labels/p").text
-        assert f"align run mine.yaml --runs {tmp_path / 'runs'} --set name=mine-1" in page
+        assert 'name="recipe" value="mine.yaml"' in page
         assert "other.yaml" not in page
         assert "/compare" not in page, "there is nothing to compare yet"
-        for run in ("mine", "mine-1", "mine-7", "other"):
+        for run in ("r", "r-1", "r-7", "mine", "other"):
             (tmp_path / "runs" / run).mkdir()
         page = client.get("/labels/p").text
-    assert 'href="/compare?run=mine&amp;run=mine-1"' in page
+    assert 'href="/compare?run=r&amp;run=r-1"' in page
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
@@ -247,4 +249,9 @@ def test_only_the_files_of_a_snapshot_are_served(server: Running):
 
 
 def test_a_killed_server_loses_and_doubles_no_label(tmp_path: Path):
-    assert run_with_kills(tmp_path, items=12, annotators=2, kills=1) == 24
+    assert run_with_kills(tmp_path, items=16, annotators=2, kills=3) == 32
+
+
+@pytest.mark.long
+def test_a_server_killed_at_50_moments_loses_and_doubles_no_label(tmp_path: Path):
+    assert run_with_kills(tmp_path, items=150, annotators=4, kills=50) == 300

@@ -31,6 +31,7 @@ from align.serve.finetuning.models import find_place
 from align.serve.finetuning.progress import add_metrics, error_of, finish, read_steps
 from align.serve.finetuning.recipes import STAGE, job_recipe, resolved, write_recipe
 from align.serve.finetuning.retries import forget
+from align.serve.finetuning.tables import RECIPE_JOB
 from align.serve.finetuning.training_files import (
     MIN_ROWS,
     InvalidFileError,
@@ -223,8 +224,9 @@ class Queue:
 
     def _launch(self, row: sqlite3.Row, device: str) -> None:
         folder, settings = self._folder(row["id"]), self._api.settings
+        folder.mkdir(parents=True, exist_ok=True)
         method = json.loads(row["request"])["method"]["type"]
-        argv = [sys.executable, *settings.command, str((folder / RECIPE).resolve())]
+        argv = [sys.executable, *settings.command, str(self._recipe(row))]
         argv += ["--runs", str(settings.runs.resolve())]
         for text in settings.job_keys:
             kind, _, change = text.partition(".")
@@ -257,7 +259,7 @@ class Queue:
         child = self._children.get(job)
         if not alive and (child is None or child.poll() is None):
             # Its number was not recorded, for the server was killed or failed just then.
-            pid = self._find(job) if child is None else child.pid
+            pid = self._find(row) if child is None else child.pid
             if pid is not None:
                 self._record(job, pid)
                 return
@@ -272,9 +274,14 @@ class Queue:
         self._asked.discard(job)
         self._ended(row, code)
 
-    def _find(self, job: str) -> int | None:
+    def _recipe(self, row: sqlite3.Row) -> Path:
+        """Return the recipe of a job: one that exists, or the one written for it."""
+        given = json.loads(row["request"]).get("recipe")
+        return Path(given) if given else (self._folder(row["id"]) / RECIPE).resolve()
+
+    def _find(self, row: sqlite3.Row) -> int | None:
         """Return the process of a job that an earlier server has started."""
-        recipe = str((self._folder(job) / RECIPE).resolve()).encode()
+        recipe = str(self._recipe(row)).encode()
         for entry in Path("/proc").iterdir():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
@@ -296,6 +303,9 @@ class Queue:
             status = _status(db, job)
             db.execute("UPDATE jobs SET pid = NULL, started = NULL WHERE id = ?", (job,))
             if status != "running":  # it was stopped on request
+                return
+            if code == EXIT_OK and json.loads(row["request"])["method"]["type"] == RECIPE_JOB:
+                set_status(db, row, "succeeded", message="The run has ended")
                 return
             if code == EXIT_OK:
                 finish(db, row, run=self._run(job), files=self._api.files)

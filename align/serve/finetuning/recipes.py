@@ -150,10 +150,10 @@ def _max_length(base: str) -> int:
 
 def write_recipe(recipe: Mapping[str, Any], path: Path) -> None:
     """Write a recipe whole; JSON is YAML."""
-    write_json_atomic(path, _literal(dict(recipe)))
+    write_json_atomic(path, literal(dict(recipe)))
 
 
-def _literal(value: object) -> Any:
+def literal(value: object) -> Any:
     """Return plain data whose texts a recipe takes as they are.
 
     ``${NAME}`` would read a variable of the server's environment, and clients write some texts.
@@ -161,8 +161,8 @@ def _literal(value: object) -> Any:
     if isinstance(value, str):
         return value.replace("${", "$${")
     if isinstance(value, dict):
-        return {key: _literal(inner) for key, inner in value.items()}
-    return [_literal(inner) for inner in value] if isinstance(value, list) else value
+        return {key: literal(inner) for key, inner in value.items()}
+    return [literal(inner) for inner in value] if isinstance(value, list) else value
 
 
 def base_place(name: str, place: str, runs: Path) -> str:

@@ -114,3 +114,5 @@ MIGRATIONS = (
     """,
 )
 """Each area has its own list; see ``Store.migrate``."""
+RECIPE_JOB = "recipe"
+"""Method of a job that runs a recipe which exists, such as one on labels."""

@@ -10,12 +10,13 @@
 | bad | | bad | |
 
 Steps become rows of steps. An item counts once it has all the labels that the project wants. Its
-answer is the one with more votes than any other; without one, the item is contested and left out.
+answer is the verdict of an admin, or the one with more votes than any other; without either, the
+item is contested and left out.
 """
 
 import json
 import sqlite3
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -25,7 +26,8 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Text, Turn
 from align.data.labels import FILES, TIES_FILE, write_snapshot
-from align.serve.labels.quality import canonical, pseudonym
+from align.serve.labels.conflicts import verdicts
+from align.serve.labels.quality import canonical, majority, pseudonym
 from align.serve.labels.tables import Project
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -59,30 +61,33 @@ def export(db: sqlite3.Connection, project: Project) -> Path:
 
 
 def export_rows(db: sqlite3.Connection, project: Project) -> tuple[Rows, dict[str, int]]:
-    """Return the rows of each file, and how many items were answered, contested and unfinished."""
+    """Return the rows of each file, and how many items were answered, contested and unfinished.
+
+    Of the answered ones, ``decided`` are the verdicts of an admin; without any it is not there.
+    """
     items: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
     for row in db.execute(_LABELS, (project.id,)):
         items[row["item_id"]].append(row)
     rows: Rows = defaultdict(list)
     counts = {"answered": 0, "contested": 0, "unfinished": 0}
-    for labels in items.values():
+    decided = verdicts(db, project)
+    for item, labels in items.items():
         if len(labels) < project.wanted:
             counts["unfinished"] += 1
             continue
-        answer = _majority([canonical(label) for label in labels])
+        verdict = decided.get(item)
+        answer = verdict or majority([canonical(label) for label in labels])
         if answer is None:
             counts["contested"] += 1
             continue
         counts["answered"] += 1
+        marked = {}
+        if verdict is not None:
+            counts["decided"] = counts.get("decided", 0) + 1
+            marked = {"decided": True}
         for file, row in _WRITERS[project.kind](answer, labels):
-            rows[file].append(row)
+            rows[file].append(row | marked)
     return dict(rows), counts
-
-
-def _majority(votes: Sequence[str]) -> str | None:
-    """Return the answer with more votes than any other."""
-    first, *others = Counter(votes).most_common(2)
-    return None if others and others[0][1] == first[1] else first[0]
 
 
 _Written = Iterator[tuple[str, dict[str, Any]]]

@@ -5,6 +5,7 @@ import json
 import math
 import sqlite3
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,9 +277,15 @@ def _sample_rows(folder: Path) -> Iterable[_Sampled]:
 
 
 def add_items(
-    db: sqlite3.Connection, project: Project, candidates: Iterable[Candidate]
+    db: sqlite3.Connection, project: Project, candidates: Iterable[Candidate], *, batch: str = ""
 ) -> tuple[int, int]:
     """Add items to a project; one that is in it already, in either order, is not added again.
+
+    Args:
+        db: inside a transaction that may write.
+        project: receives the items.
+        candidates: the items.
+        batch: name under which the project's page shows their progress.
 
     Returns:
         The numbers of added and of left out items.
@@ -287,15 +294,19 @@ def add_items(
         DataError: the queue of the project needs margins that an item lacks, or nothing to label
             is in the responses.
     """
+    insert = "INSERT INTO label_batches (project_id, name, created_at) VALUES (?, ?, ?)"
+    number = db.execute(insert, (project.id, batch, time.time())).lastrowid
     added = total = 0
     for item in candidates:
         total += 1
         added += db.execute(
             "INSERT INTO label_items (project_id, key, prompt, responses, models, source, gold, "
-            "priority, position, open) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "priority, position, open, batch_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (project_id, key) DO NOTHING",
-            _row(project, item),
+            (*_row(project, item), number),
         ).rowcount
+    if not added:
+        db.execute("DELETE FROM label_batches WHERE id = ?", (number,))
     return added, total - added
 
 

@@ -1,30 +1,80 @@
-"""What the pages show beside the items: progress, sources, and the recipes that train on labels."""
+"""What the pages show beside the items: progress, batches, snapshots and sources."""
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError
 from align.data.labels import RECORD, snapshot_number, snapshots
-from align.recipe.load import load_recipe
-from align.recipe.schema import DataSpec, Spec
+from align.serve.auth import Person
 from align.serve.labels.items import SAMPLES_FILE, sampled_models
 from align.serve.labels.tables import Project
 
 
-def progress_of(db: sqlite3.Connection, project: Project, annotator: str) -> dict[str, int]:
-    """Return how many answers an annotator gave, and how many items still need labels."""
+def progress_of(db: sqlite3.Connection, project: Project, person: Person) -> dict[str, int]:
+    """Return how many answers a person gave, and how many items are left for this person.
+
+    Annotators of a project with gold or repeated items are not told what is left: the number stays
+    the same after such an item, and would tell which ones they are.
+    """
     query = (
         "SELECT count(*) FROM label_tasks t JOIN label_annotators a ON a.id = t.annotator_id "
         "WHERE a.project_id = ? AND a.name = ? AND t.state = 'done'"
     )
-    (mine,) = db.execute(query, (project.id, annotator)).fetchone()
+    (mine,) = db.execute(query, (project.id, person.name)).fetchone()
+    if not person.is_admin and (project.gold_rate or project.repeat_rate):
+        return {"mine": mine}
     query = "SELECT count(*) FROM label_items WHERE project_id = ? AND open = 1"
-    (left,) = db.execute(query, (project.id,)).fetchone()
-    return {"mine": mine, "left": left}
+    (open_,) = db.execute(query, (project.id,)).fetchone()
+    query = (
+        "SELECT count(*) FROM label_tasks t JOIN label_annotators a ON a.id = t.annotator_id "
+        "JOIN label_items i ON i.id = t.item_id WHERE a.project_id = ? AND a.name = ? "
+        "AND t.purpose = 'label' AND t.state != 'shown' AND i.open = 1"
+    )
+    (seen,) = db.execute(query, (project.id, person.name)).fetchone()
+    return {"mine": mine, "left": open_ - seen}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The items of one import.
+
+    Attributes:
+        name: the file, or the models that were sampled.
+        added: date of the import.
+        items: those that need labels.
+        labeled: those that have all of them.
+        gold: items with a known answer.
+    """
+
+    name: str
+    added: str
+    items: int
+    labeled: int
+    gold: int
+
+
+def batches(db: sqlite3.Connection, project: Project) -> list[Batch]:
+    """Return the imports of a project with their progress, the oldest first."""
+    rows = db.execute(
+        "SELECT coalesce(b.name, '') AS name, b.created_at, sum(i.gold IS NULL) AS items, "
+        "sum(i.gold IS NULL AND i.open = 0) AS labeled, sum(i.gold IS NOT NULL) AS gold "
+        "FROM label_items i LEFT JOIN label_batches b ON b.id = i.batch_id "
+        "WHERE i.project_id = ? GROUP BY i.batch_id ORDER BY i.batch_id",
+        (project.id,),
+    )
+    return [
+        Batch(row["name"], _date(row["created_at"]), row["items"], row["labeled"], row["gold"])
+        for row in rows
+    ]
+
+
+def _date(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).date().isoformat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +115,3 @@ def sources(runs: Path) -> list[str]:
             continue
         found += [f"{stage}:{model}" if model else stage for model in models]
     return found
-
-
-def recipes_of(project: Project) -> list[Path]:
-    """Return the recipes of the current folder that read the labels of a project."""
-    found = []
-    for path in sorted([*Path().glob("*.yaml"), *Path("recipes").glob("*.yaml")]):
-        try:
-            # Most recipes have no labels, and reading a text is fast.
-            if "labels:" not in path.read_text(encoding="utf-8"):
-                continue
-            recipe = load_recipe(path)
-        except (OSError, ValueError, AlignError):  # not a recipe
-            continue
-        named = {name.partition("@")[0] for spec in recipe.stages.values() for name in _named(spec)}
-        if project.name in named:
-            found.append(path)
-    return found
-
-
-def trained(runs: Path, recipe: Path, project: Project) -> list[str]:
-    """Return the runs of a recipe that exist: its own, then one for each snapshot."""
-    numbers = [snapshot_number(folder) for folder in snapshots(project.name)]
-    names = [recipe.stem, *(f"{recipe.stem}-{number}" for number in numbers)]
-    return [name for name in names if (runs / name).is_dir()]
-
-
-def _named(part: object) -> Iterator[str]:
-    """Yield the labels that a specification names, at any depth."""
-    if isinstance(part, DataSpec) and part.labels is not None:
-        yield part.labels
-    elif isinstance(part, Spec):
-        for name in type(part).model_fields:
-            yield from _named(getattr(part, name))
-    elif isinstance(part, list):
-        for inner in part:
-            yield from _named(inner)

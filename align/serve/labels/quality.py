@@ -6,6 +6,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import sqrt
 from statistics import NormalDist
 from typing import Any
@@ -20,6 +21,12 @@ def canonical(row: Mapping[str, Any]) -> str:
     if row["steps"] is not None:
         return row["steps"]
     return _CANONICAL.get((row["choice"], row["flipped"]), row["choice"])
+
+
+def majority(answers: Sequence[str]) -> str | None:
+    """Return the answer that was given more often than any other; None without one."""
+    first, *others = Counter(answers).most_common(2)
+    return None if others and others[0][1] == first[1] else first[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,44 @@ def agreement(units: Iterable[Sequence[Hashable]]) -> Rate:
     return Rate(hits, trials)
 
 
+def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
+    """Return Cohen's kappa of two annotators: their agreement beyond chance.
+
+    Args:
+        pairs: the two answers to each item that both have labeled.
+
+    Returns:
+        1 for complete agreement, about 0 for chance; None without items. Chance is what they would
+        agree if each drew from the answers that he gave; one and the same answer counts as 1.
+
+    Reference: Cohen (1960), A Coefficient of Agreement for Nominal Scales.
+    """
+    n = len(pairs)
+    if not n:
+        return None
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    observed = sum(a == b for a, b in pairs) / n
+    expected = sum(first[answer] * second[answer] for answer in first) / (n * n)
+    return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
+
+
+@dataclass(frozen=True, slots=True)
+class PairQuality:
+    """How two annotators agree on the items that both have labeled.
+
+    Attributes:
+        first: pseudonym of one.
+        second: pseudonym of the other.
+        agreement: how often the answers are equal.
+        kappa: Cohen's kappa.
+    """
+
+    first: str
+    second: str
+    agreement: Rate
+    kappa: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class AnnotatorQuality:
     """What the labels of one annotator say about the annotator.
@@ -122,6 +167,7 @@ class Quality:
         labeled: those of them with all labels.
         labels: number of labels but gold and repeated ones.
         wins: of each model against the other of a pair; ties count for neither.
+        pairs: each two annotators that have labeled the same items.
     """
 
     annotators: Sequence[AnnotatorQuality]
@@ -131,6 +177,7 @@ class Quality:
     labeled: int
     labels: int
     wins: Mapping[tuple[str, str], Rate]
+    pairs: Sequence[PairQuality]
 
 
 _DONE = (
@@ -167,6 +214,7 @@ def quality_of(db: sqlite3.Connection, project: Project) -> Quality:
         labeled=labeled,
         labels=sum(map(len, units.values())),
         wins=_wins(rows),
+        pairs=_pairs(annotators, rows),
     )
 
 
@@ -187,6 +235,22 @@ def _annotator(who: sqlite3.Row, rows: Sequence[sqlite3.Row], *, skipped: int) -
         repeats=Rate(sum(same), len(same)),
         gold=Rate(sum(known), len(known)),
     )
+
+
+def _pairs(annotators: Sequence[sqlite3.Row], rows: Sequence[sqlite3.Row]) -> list[PairQuality]:
+    answers: defaultdict[int, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        if row["purpose"] == "label":
+            answers[row["annotator_id"]][row["item_id"]] = canonical(row)
+    found = []
+    for one, other in combinations(annotators, 2):
+        mine, theirs = answers[one["id"]], answers[other["id"]]
+        both = [(mine[item], theirs[item]) for item in mine.keys() & theirs.keys()]
+        if both:
+            rate = Rate(sum(a == b for a, b in both), len(both))
+            names = pseudonym(one["number"]), pseudonym(other["number"])
+            found.append(PairQuality(*names, rate, cohen_kappa(both)))
+    return found
 
 
 def pseudonym(number: int) -> str:

@@ -62,6 +62,27 @@ MIGRATIONS = (
     );
     CREATE INDEX label_tasks_annotator ON label_tasks (annotator_id, state, sequence);
     """,
+    """
+    CREATE TABLE label_batches (
+        id INTEGER PRIMARY KEY,
+        project_id INTEGER NOT NULL REFERENCES label_projects (id),
+        name TEXT NOT NULL,
+        created_at REAL NOT NULL
+    );
+    ALTER TABLE label_items ADD COLUMN batch_id INTEGER REFERENCES label_batches (id);
+    CREATE TABLE label_verdicts (
+        item_id INTEGER PRIMARY KEY REFERENCES label_items (id),
+        answer TEXT NOT NULL,
+        decided_by TEXT NOT NULL,
+        decided_at REAL NOT NULL
+    );
+    CREATE TABLE label_trainings (
+        run TEXT PRIMARY KEY,
+        project_id INTEGER NOT NULL REFERENCES label_projects (id),
+        recipe TEXT NOT NULL,
+        snapshot INTEGER NOT NULL
+    );
+    """,
 )
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 MAX_REASONS = 9
@@ -118,6 +139,12 @@ def create_project(db: sqlite3.Connection, project: Project) -> Project:
     except sqlite3.IntegrityError:
         raise DataError(f"labels: {project.name}: this project exists; use another name") from None
     return find_project(db, project.name)
+
+
+def set_instructions(db: sqlite3.Connection, project: Project, text: str) -> None:
+    """Replace the instructions of a project."""
+    change = "UPDATE label_projects SET settings = json_set(settings, '$.instructions', ?)"
+    db.execute(f"{change} WHERE id = ?", (text, project.id))
 
 
 def find_project(db: sqlite3.Connection, name: str) -> Project:

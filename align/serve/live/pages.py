@@ -238,9 +238,8 @@ class _Live:
 
     def _refuse_jobs(self, name: str) -> None:
         if self._is_job(name):
-            raise ServeError(
-                409, f"{name} is a job of the fine-tuning API. Pause, resume or cancel it there."
-            )
+            told = "Pause, resume or cancel it with the API, or stop it on the page of its labels."
+            raise ServeError(409, f"{name} is a job of the queue. {told}")
 
 
 def _marked(html: str | None) -> Markup:

@@ -31,7 +31,8 @@
       error.status = response.status;
       throw error;
     }
-    by("progress").textContent = `${found.mine} answers by you, ${found.left} items left`;
+    const left = "left" in found ? `, ${found.left} items left` : "";
+    by("progress").textContent = `${found.mine} answers by you${left}`;
     return found;
   }
 
