@@ -54,7 +54,10 @@ MAY_IMPORT = {
     "launch": ("align.stages",),
 }
 HOMES = {
-    "vllm": ("align.sampling.vllm", "align.sampling.vllm_push", "align.sampling.vllm_sampler"),
+    "vllm": (
+        *("align.sampling.vllm", "align.sampling.vllm_push", "align.sampling.vllm_sampler"),
+        "align.sampling.vllm_reading",
+    ),
     "deepspeed": (
         "align.core.distributed",
         "align.core.checkpoints",

@@ -11,6 +11,14 @@ MODEL_HELP = "RUN/STAGE, a folder or a hub id"
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
 
+class Verify(StrEnum):
+    """Who reads the export and must respond as the source."""
+
+    AUTO = "auto"
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
 class ExportFormat(StrEnum):
     """What to write."""
 
@@ -35,8 +43,12 @@ def export(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="rows with prompts to compare on")
     ] = None,
+    verify: Annotated[
+        Verify, typer.Option(help="who must read the same model; auto: vLLM too if it can")
+    ] = Verify.AUTO,
     force: Annotated[
-        bool, typer.Option("--force", help="replace an earlier export in OUT")
+        bool,
+        typer.Option("--force", help="replace an earlier export in OUT that nobody has edited"),
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -44,7 +56,7 @@ def export(
     from align.pipeline.processes import run_tool
 
     os.environ.setdefault("TQDM_DISABLE", "1")
-    options = ["--format", format_.value, "--runs", str(runs)]
+    options = ["--format", format_.value, "--verify", verify.value, "--runs", str(runs)]
     for name, value in (("--dtype", dtype), ("--base", base), ("--prompts", prompts)):
         options += [] if value is None else [name, str(value)]
     options += ["--force"] if force else []

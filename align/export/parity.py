@@ -1,6 +1,7 @@
 """Compare an exported model with its original: greedy responses and per-token KL divergence."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ MAX_PROMPTS = 64
 """Prompts of a user that are compared."""
 NUM_RANDOM, RANDOM_TOKENS = 4, 48
 NEW_TOKENS = 24
+KERNELS = 1e-3
+"""KL divergence, in nats, by which the kernels of another program may differ in float32."""
+Reading = tuple[list[int], list[dict[int, float]]]
+"""A greedy response of another program, and log-probabilities of the likeliest tokens at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,56 @@ def parity_problems(
     parity = compare(original, exported, probe)
     if not parity.kl_max <= bound.kl:
         yield f"per-token KL is up to {parity.kl_max:.3g} nats, expected at most {bound.kl:g}"
-    ends = zip(original.responses, exported.responses, original.logprobs, strict=False)
+    yield from _text_problems(original, exported.responses, probe, bound=bound)
+
+
+def compare_reading(
+    original: Behavior, readings: Sequence[Reading], probe: Probe, *, bound: Bound
+) -> tuple[Parity, list[str]]:
+    """Return how another program's greedy responses differ, and what exceeds the bound.
+
+    Its log-probabilities are those of its likeliest tokens, so the KL divergence counts all other
+    tokens as one, which is never more than the whole divergence. Tokens after the first difference
+    are not compared: they follow another text.
+
+    Args:
+        original: the source's behavior. readings: tokens and log-probabilities of each prompt.
+        probe: the prompts. bound: what the rounding of the format explains.
+    """
+    found = []
+    for prompt, ours, logprobs, (theirs, tops) in zip(
+        probe.prompts, original.responses, original.logprobs, readings, strict=False
+    ):
+        for k, (token, top) in enumerate(zip(theirs, tops, strict=True)):
+            found.append(_coarse_kl(logprobs[len(prompt) - 1 + k].double(), top))
+            if k >= len(ours) or token != ours[k]:
+                break
+    responses = [tokens for tokens, _ in readings]
+    pairs = zip(original.responses, responses, strict=True)
+    same = sum(list(a) == list(b) for a, b in pairs)
+    parity = Parity(max(found), sum(found) / len(found), same, len(probe.prompts))
+    limit = bound.kl + KERNELS
+    problems = list(_text_problems(original, responses, probe, bound=bound))
+    if not parity.kl_max <= limit:
+        told = f"per-token KL is up to {parity.kl_max:.3g} nats, expected at most {limit:g}"
+        problems.insert(0, told)
+    return parity, problems
+
+
+def _coarse_kl(ours: Tensor, theirs: Mapping[int, float]) -> float:
+    """Return the KL divergence, in nats, over the named tokens and all others as one."""
+    tokens = torch.tensor(list(theirs))
+    p, q = ours[tokens].exp(), torch.tensor(list(theirs.values()), dtype=torch.float64).exp()
+    rest_p, rest_q = (float((1.0 - x.sum()).clamp(min=1e-12)) for x in (p, q))
+    whole = float((p * (p / q).log()).sum()) + rest_p * math.log(rest_p / rest_q)
+    return max(whole, 0.0) if math.isfinite(whole) else math.inf
+
+
+def _text_problems(
+    original: Behavior, responses: Sequence[Sequence[int]], probe: Probe, *, bound: Bound
+) -> Iterator[str]:
+    """Yield one line for each greedy response that differs and is no tie."""
+    ends = zip(original.responses, responses, original.logprobs, strict=False)
     for i, (ours, theirs, logprobs) in enumerate(ends):
         if list(ours) == list(theirs):
             continue

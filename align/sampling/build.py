@@ -103,7 +103,7 @@ def choose_engine(
     if kind == "hf":
         return "hf", "selected by the recipe"
     # The adapter first: it is the reason that concerns the recipe, not the installation.
-    obstacle = _adapter_obstacle(model_dir, tuning) or _vllm_obstacle(model_dir)
+    obstacle = _adapter_obstacle(model_dir, tuning) or vllm_obstacle(model_dir)
     if obstacle is None:
         return "vllm", "selected by the recipe" if kind == "vllm" else "installed, fits the model"
     if kind == "vllm":
@@ -124,7 +124,7 @@ def _adapter_obstacle(model_dir: str | Path, tuning: TuningSpec | None) -> str |
     return f"its {method} adapter cannot be merged into the weights that vLLM serves"
 
 
-def _vllm_obstacle(model_dir: str | Path) -> str | None:
+def vllm_obstacle(model_dir: str | Path) -> str | None:
     """Return why vLLM cannot serve a model here, or None if no obstacle is known."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"

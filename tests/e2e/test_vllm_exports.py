@@ -97,7 +97,10 @@ def test_an_export_answers_in_vllm_as_in_transformers(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     torch.manual_seed(0)
     save(LlamaForCausalLM(LlamaConfig(**CONFIG)), tmp_path / "tiny")
-    export(tmp_path / "tiny", tmp_path / "out", dtype="float32")
+    lines = export(tmp_path / "tiny", tmp_path / "out", dtype="float32", readers="vllm")
+    assert lines[1].startswith("read by vLLM: 8 of 8 greedy responses are equal")
+    parity = json.loads((tmp_path / "out" / "export.json").read_text())["parity_vllm"]
+    assert 0.0 <= parity["kl_max"] <= KL_BOUND
     rows = [[5, 6, 7], [40, 41, 42, 43, 44], list(range(60, 100))]
     found = by_vllm(RESPOND, tmp_path / "out", rows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32).eval()

@@ -1,6 +1,7 @@
 """Exports: the same model in other formats, and planted faults that must not pass."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -22,9 +23,19 @@ from export_models import edit, make_run, policy, save, tokenizer
 from align.core.errors import ArtifactError
 from align.export import weights
 from align.export.folder import RECORD, is_export, new_folder, write_record
-from align.export.parity import BOUNDS, Behavior, Probe, compare, parity_problems, probe_of
+from align.export.parity import (
+    BOUNDS,
+    Behavior,
+    Probe,
+    Reading,
+    compare,
+    compare_reading,
+    parity_problems,
+    probe_of,
+)
 from align.export.source import find_place, find_source
 from align.export.verify import Format, source_behavior, verify
+from align.stages.tools import export as tools
 from align.stages.tools.export import export
 
 WEIGHTS = "model.safetensors"
@@ -415,3 +426,48 @@ def test_commands_of_the_page_export_a_run(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "verified" in done.stdout
         assert "vllm" in done.stdout or "llama-server" in done.stdout
+
+
+def test_another_program_that_reads_another_model_is_named():
+    # Two prompts of two tokens, over three tokens; token 2 ends a response.
+    table = torch.tensor(
+        [[0.2, 0.2, 0.6], [0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.4, 0.3, 0.3]], dtype=torch.float64
+    ).log()
+    original = Behavior([[0, 2], [0, 2]], [table, table])
+    probe = Probe([[1, 1], [0, 1]], [], [2], 2)
+    tops = [{0: math.log(0.7), 1: math.log(0.2)}, {2: math.log(0.8), 0: math.log(0.1)}]
+    right: Reading = ([0, 2], tops)
+    parity, problems = compare_reading(original, [right, right], probe, bound=BOUNDS["float32"])
+    assert problems == []
+    assert (parity.same_text, parity.prompts, parity.kl_max) == (2, 2, pytest.approx(0, abs=1e-9))
+    # A program that does not stop at token 2.
+    longer: Reading = ([0, 2, 1], [*tops, {1: math.log(0.3)}])
+    _, problems = compare_reading(original, [right, longer], probe, bound=BOUNDS["q4_k_m"])
+    assert problems == ["prompt 2: the response has 3 tokens, expected 2"]
+    other: Reading = ([1, 2], tops)
+    _, problems = compare_reading(original, [other, right], probe, bound=BOUNDS["bfloat16"])
+    (told,) = problems
+    assert "prompt 1: the greedy responses differ at token 1" in told
+    assert "by 1.3 nats" in told  # ln(0.7 / 0.2) = 1.2528
+    # 0.7 and 0.3 against 0.5 and 0.5: 0.7 ln 1.4 + 0.3 ln 0.6 = 0.08228 nats.
+    apart: Reading = ([0, 2], [{0: math.log(0.5)}, tops[1]])
+    parity, problems = compare_reading(original, [apart, right], probe, bound=BOUNDS["bfloat16"])
+    assert parity.kl_max == pytest.approx(0.0822831, rel=1e-5)
+    assert problems == ["per-token KL is up to 0.0823 nats, expected at most 0.021"]
+
+
+def test_an_export_that_vllm_must_read_and_cannot_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools, "vllm_obstacle", lambda folder: "it is too small")
+    lines = export(run / "sft", tmp_path / "out", dtype="float32", readers="auto")
+    assert lines[1] == "not compared with vLLM: it is too small"
+    with pytest.raises(ArtifactError, match="--verify vllm: not compared: it is too small"):
+        export(run / "sft", tmp_path / "refused", dtype="float32", readers="vllm")
+    monkeypatch.setattr(tools, "vllm_obstacle", lambda folder: None)
+    # Another reader that answers every prompt with one wrong token.
+    wrong = ([5], [{5: 0.0}])
+    monkeypatch.setattr(
+        tools, "read_by_vllm", lambda folder, prompts, **_: [wrong for _ in prompts]
+    )
+    with pytest.raises(ArtifactError, match="vLLM reads another model from the export: per-token"):
+        export(run / "sft", tmp_path / "refused", dtype="float32", readers="auto")
+    assert not (tmp_path / "refused").exists()

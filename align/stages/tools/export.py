@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object
-from align.core.errors import EXIT_OK, AlignError, ArtifactError
+from align.core.errors import EXIT_OK, AlignError, ArtifactError, TrainingError
 from align.core.model_card import CARD, stage_card
 from align.core.serving import COMMAND, installed_command, serve_line
 from align.core.text import visible
@@ -17,10 +17,12 @@ from align.core.types import Text
 from align.export.folder import new_folder, write_record
 from align.export.gguf import FILE, TYPES, write_gguf
 from align.export.ollama import MODELFILE, modelfile
-from align.export.parity import Parity, probe_of
+from align.export.parity import NEW_TOKENS, Behavior, Parity, Probe, compare_reading, probe_of
 from align.export.source import Source, base_model, find_place, find_source, require_weights
 from align.export.verify import Format, source_behavior, verify
 from align.export.weights import write_adapter, write_merged
+from align.sampling.build import vllm_obstacle
+from align.sampling.vllm_reading import read_by_vllm
 
 DTYPES = {"model": ("bfloat16", "float16", "float32"), "gguf": TYPES}
 DEFAULT_DTYPE = {"model": "bfloat16", "gguf": "q8_0"}
@@ -35,6 +37,7 @@ def export(
     base: str | None = None,
     prompts: Sequence[Text] = (),
     force: bool = False,
+    readers: str = "transformers",
 ) -> list[str]:
     """Export a model and return what to print: the comparison, and how to serve the result.
 
@@ -44,6 +47,8 @@ def export(
         base: name of an adapter's base model; None uses the one its stage started from.
         prompts: prompts to compare on; default: a fixed list.
         force: replace an earlier export in ``out``.
+        readers: ``transformers``; ``vllm`` too, which must be able to read the model; ``auto``:
+            vLLM if it can.
 
     Raises:
         ArtifactError: nothing was written, for the reason in the message.
@@ -60,10 +65,46 @@ def export(
         write_record(folder, about)
         original = source_behavior(source, probe)
         parity = verify(source, folder, form, probe=probe, original=original)
-        write_record(folder, {**about, "parity": asdict(parity)})
+        compared = {"parity": asdict(parity)}
+        read, told = _read(source, folder, form, probe=probe, original=original, readers=readers)
+        if read is not None:
+            compared["parity_vllm"] = asdict(read)
+        write_record(folder, {**about, **compared})
     result = f"{out}: {_result(source, form, parity)}"
+    notes = [*told, *notes]
     own = {"ollama": (out / MODELFILE).is_file(), "command": installed_command()}
     return [result, *probe.notes, *notes, *_serve_lines(source, out, form, **own)]
+
+
+def _read(
+    source: Source, folder: Path, form: Format, *, probe: Probe, original: Behavior, readers: str
+) -> tuple[Parity | None, list[str]]:
+    """Return how vLLM's reading of an export differs, and the lines for the user.
+
+    Raises:
+        ArtifactError: it differs from the source, or vLLM is asked for and cannot read it.
+    """
+    if readers == "transformers":
+        return None, []
+    unfit = source.kind != "policy" or form.name != "model"
+    obstacle = "only policies as --format model are" if unfit else vllm_obstacle(folder)
+    if obstacle is None:
+        try:
+            readings = read_by_vllm(folder, probe.prompts, max_new_tokens=NEW_TOKENS)
+        except TrainingError as error:
+            obstacle = str(error).removeprefix(f"{folder}: ")
+        else:
+            parity, problems = compare_reading(original, readings, probe, bound=form.bound)
+            if problems:
+                raise ArtifactError(
+                    f"{source.model_dir}: vLLM reads another model from the export: "
+                    f"{'; '.join(problems[:3])}. If the original differs from transformers in "
+                    "vLLM too, export with --verify transformers"
+                )
+            return parity, [f"read by vLLM: {parity.line()}"]
+    if readers == "vllm":
+        raise ArtifactError(f"--verify vllm: not compared: {obstacle}. Nothing was written")
+    return None, [] if unfit else [f"not compared with vLLM: {obstacle}"]
 
 
 def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
@@ -172,6 +213,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--base")
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--verify", choices=["auto", "transformers", "vllm"], default="auto")
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args()
@@ -184,6 +226,7 @@ def main() -> None:
             base=args.base,
             prompts=_read_prompts(args.prompts),
             force=args.force,
+            readers=args.verify,
         )
     except AlignError as error:
         sys.stderr.write(visible(f"{error}\n"))
