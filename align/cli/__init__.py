@@ -184,6 +184,10 @@ def run(
         float,
         typer.Option("--grace", metavar="S", min=1.0, help="seconds to save after a signal"),
     ] = 120.0,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", metavar="FILE", help="machines, one a line: node1 slots=8"),
+    ] = None,
 ) -> None:
     """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
     from align.pipeline import run as run_recipe
@@ -198,6 +202,7 @@ def run(
         until=until,
         dry=dry,
         grace_s=grace,
+        hostfile=hostfile,
     )
     raise typer.Exit(code)
 

@@ -24,6 +24,7 @@ from align.core import distributed, extensions
 from align.core.accelerator import device_conflict, require_device
 from align.core.errors import EXIT_PREEMPTED, AlignError, DeviceError, Preempted
 from align.core.lock import started_at
+from align.core.seats import srun_environment
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -52,6 +53,9 @@ def init_process_group(*, deterministic: bool = False, device: str = "auto") -> 
     problem = device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cuda)
     if problem is not None:
         raise DeviceError(problem)
+    # A stage of 'align run' inherits Slurm's variables, but those of its ranks are set.
+    if PARENT not in os.environ:
+        os.environ.update(srun_environment(os.environ))
     launched = "RANK" in os.environ
     if not launched:
         world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -1,4 +1,4 @@
-"""The lock of a stage's folder: one process at a time, even on a shared file system.
+"""The lock of a stage's or run's folder: one process at a time, even on a shared file system.
 
 The lock is a file that is created exclusively, which is atomic on network file systems too. It
 names its holder. A dead holder on this machine is detected immediately. A holder on another machine
@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from align.core.errors import ArtifactError
 
 TOUCH_S = 20.0
 SILENT_S = 300.0
+SIGN_EVERY_S = 1.0
+RUN_LOCK = "run.lock"
+"""Lock of a run's folder."""
 PROBE = f"{LOCK}.now"
 """Start of the names of files that are created to read the file system's clock."""
 
@@ -46,19 +50,23 @@ def _here() -> str:
 
 
 class StageLock:
-    """Lock of a stage's folder, until ``release`` or the end of the process."""
+    """Lock of a folder, until ``release`` or the end of the process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
         """Acquire the lock.
+
+        Args:
+            folder: the folder of a stage, or of a run.
+            name: its file.
 
         Raises:
             ArtifactError: another process has it.
         """
-        self.path = folder / LOCK
+        self.path = folder / name
         self._pid = os.getpid()
         self._stopped = threading.Event()
         self._mine = self._take()
-        _held[folder.resolve()] = self._mine
+        _held[self.path.resolve()] = self._mine
         self._sweep()
         threading.Thread(target=self._touch, name=f"lock of {folder}", daemon=True).start()
 
@@ -74,13 +82,17 @@ class StageLock:
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
-                refuse_if_held(self.path.parent)
+                refuse_if_held(self.path.parent, self.path.name)
                 self._remove_dead()
                 continue
-            with os.fdopen(fd, "w", encoding="utf-8") as f:
-                json.dump(mine, f)
-                f.flush()
-                os.fsync(f.fileno())
+            try:
+                with os.fdopen(fd, "w", encoding="utf-8") as f:
+                    json.dump(mine, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+            except OSError:  # on a full disk, a file without a holder would refuse everybody
+                self.path.unlink(missing_ok=True)
+                raise
             return mine
         raise ArtifactError(
             f"{self.path}: other processes acquire this lock at the same time. Try again."
@@ -89,7 +101,7 @@ class StageLock:
     def _remove_dead(self) -> None:
         """Remove the file of a dead holder, but not one that another process created since."""
         # Rename before checking again: two processes may find the same dead holder.
-        moved = self.path.with_name(f"{LOCK}.{socket.gethostname()}.{self._pid}.tmp")
+        moved = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{self._pid}.tmp")
         try:
             self.path.rename(moved)
         except FileNotFoundError:
@@ -102,7 +114,7 @@ class StageLock:
 
     def _sweep(self) -> None:
         """Remove what starters left that were killed while they looked for a holder."""
-        for path in self.path.parent.glob(f"{LOCK}.*.tmp"):
+        for path in self.path.parent.glob(f"{self.path.name}.*.tmp"):
             if path.name.startswith(PROBE) or not _is_alive(path):
                 path.unlink(missing_ok=True)
 
@@ -119,7 +131,7 @@ class StageLock:
     def release(self) -> None:
         """Release the lock; a second call does nothing."""
         self._stopped.set()
-        _held.pop(self.path.parent.resolve(), None)
+        _held.pop(self.path.resolve(), None)
         # A forked child, or a holder whose lock was taken over, must not remove it.
         if os.getpid() == self._pid and read_json_object(self.path) == self._mine:
             try:
@@ -129,7 +141,7 @@ class StageLock:
 
 
 _held: dict[Path, dict[str, Any]] = {}
-"""What the locks of this process say, by folder."""
+"""What the locks of this process say, by file."""
 
 
 def refuse_if_taken(folder: Path) -> None:
@@ -138,8 +150,9 @@ def refuse_if_taken(folder: Path) -> None:
     Raises:
         ArtifactError: names the holder.
     """
-    mine = _held.get(folder.resolve())
-    holder = None if mine is None else _taken_by(folder / LOCK, mine)
+    path = folder / LOCK
+    mine = _held.get(path.resolve())
+    holder = None if mine is None else _taken_by(path, mine)
     if holder is not None:
         raise ArtifactError(
             f"{folder}: process {holder.get('pid')} on {holder.get('host')} has taken over this "
@@ -154,20 +167,54 @@ def _taken_by(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     return None if found is None or found == mine else found
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Raise if another process is working in a stage's folder.
+def refuse_if_held(folder: Path, name: str = LOCK) -> None:
+    """Raise if another process is working in the folder of a stage or run.
 
     Raises:
         ArtifactError: names the holder and what to do.
     """
-    path = folder / LOCK
+    path = folder / name
     if not _is_alive(path):
         return
     holder = read_json_object(path) or {}
+    whole = f"{folder}: process {holder.get('pid')} on {holder.get('host')} is running this "
+    whole += "stage" if name == LOCK else "run"
+    if holder.get("place") == _here():
+        raise ArtifactError(f"{whole}. Wait for it or stop it (if it is dead, remove {path}).")
     raise ArtifactError(
-        f"{folder}: process {holder.get('pid')} on {holder.get('host')} is running this stage. "
-        f"Wait for it or stop it (if it is dead, remove {path})."
+        f"{whole}. That machine or container cannot be looked into from here: a process that lives "
+        f"touches {path} every {TOUCH_S:.0f} s, and after {SILENT_S:.0f} s without it the folder "
+        "is free. Wait for it or stop it there; if the machine is gone, remove the file."
     )
+
+
+def wait_for_sign(path: Path, tell: Callable[[str], None]) -> None:
+    """Wait until it is clear whether a holder on another machine lives.
+
+    A scheduler may start a run on the next machine as soon as the last one has failed. The wait
+    ends with the holder's next touch of its lock, or when it counts as dead.
+
+    Args:
+        path: the lock.
+        tell: shows a line before a wait.
+    """
+    before = _touched(path)
+    holder = read_json_object(path) or {}
+    if before is None or holder.get("place") == _here() or not _is_alive(path):
+        return
+    tell(
+        f"{path.parent}: process {holder.get('pid')} on {holder.get('host')} has this folder; "
+        f"waiting for its next sign of life, up to {SILENT_S:.0f} s"
+    )
+    while _touched(path) == before and _is_alive(path):
+        time.sleep(SIGN_EVERY_S)
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _is_alive(path: Path) -> bool:

@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from align.core.errors import DeviceError
 from align.core.extras import TRAINING, require
 from align.core.lock import started_at
+from align.core.seats import PORTS
 
 
 def num_cores() -> int:
@@ -21,8 +23,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-PORTS = range(20_000, 32_000)
-"""Ports of ranks: Linux assigns ports from 32768 on."""
+POLL_S = 0.2
 STAGE_MODULE = "align.stages"
 """Module that ``python -m`` starts as a stage, with a kind and a recipe."""
 
@@ -78,8 +79,49 @@ def free_port() -> int:
     raise DeviceError(f"100 ports from {PORTS[0]} to {PORTS[-1]} are in use. Stop other processes")
 
 
+class Signals:
+    """Count SIGINT and SIGTERM during a run instead of their usual effect.
+
+    Outside the main thread Python accepts no handlers; signals keep their effect there.
+
+    Attributes:
+        count: number of signals so far.
+        last: the last of them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, _frame: object) -> None:
+        self.count += 1
+        self.last = signum
+
+    def forward(self, signum: int) -> None:
+        """Count a signal that reached another process of the run, unless one was counted here.
+
+        A launcher sends one signal to all; a second of the user's would kill the stage.
+        """
+        if not self.count:
+            self._note(signum, None)
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
 class StageProcess:
     """A running stage, whose launcher and ranks share their own session."""
+
+    place = ""
+    """Which rank has failed, for messages; all ranks are on this machine."""
 
     def __init__(
         self, argv: Sequence[str], *, env: Mapping[str, str], log: Path, module: str = STAGE_MODULE

@@ -5,33 +5,38 @@ stage in the current recipe.
 """
 
 import fcntl
+import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.core.accelerator import has_gpu, require_device
-from align.core.artifacts import MANIFEST, read_manifest, write_json_atomic
+from align.core.artifacts import LOCK, MANIFEST, read_manifest, write_json_atomic
 from align.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER,
     ArtifactError,
+    DeviceError,
     RecipeError,
 )
 from align.core.extras import TRAINING, require
 from align.core.identity import GONE, check_is_stage_folder
-from align.core.lock import refuse_if_held
+from align.core.lock import RUN_LOCK, StageLock, refuse_if_held, wait_for_sign
+from align.core.seats import int_of, seat_of, without_launcher
 from align.core.serving import installed_command, serve_line
+from align.pipeline.follow import follow
+from align.pipeline.hosts import read_hostfile, seat_of_hosts
+from align.pipeline.nodes import Party, refuse_other_number, together
 from align.pipeline.planning import plan
 from align.pipeline.processes import (
+    POLL_S,
     STAGE_MODULE,
+    Signals,
     StageProcess,
     ended_by_signal,
     exit_reason,
@@ -39,13 +44,13 @@ from align.pipeline.processes import (
     stage_env,
 )
 from align.pipeline.selection import Choice, Work, work_of
+from align.pipeline.spread import Order, SpreadStage
 from align.pipeline.summary import add_seconds, forget_seconds, measured_seconds, summarize
 from align.pipeline.terminal import Terminal
 from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS
 
-POLL_S = 0.2
 GRACE_S = 120.0
 """Seconds that ranks have after a signal to finish their step and save a checkpoint."""
 LOG_TAIL = 200
@@ -69,8 +74,9 @@ def run(
     dry: bool = False,
     module: str = STAGE_MODULE,
     terminal: Terminal | None = None,
-    signals: "Signals | None" = None,
+    signals: Signals | None = None,
     grace_s: float = GRACE_S,
+    hostfile: Path | None = None,
 ) -> int:
     """Run the stages of a recipe that are not done.
 
@@ -86,26 +92,39 @@ def run(
         terminal: where progress is shown; None means standard output.
         signals: the counter of signals, for a caller that asks which one came.
         grace_s: seconds between forwarding a signal and killing the stage.
+        hostfile: machines that run the ranks; None means this one, or those of a launcher.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 an error that the user can fix, 75 preempted.
+        The exit code: 0 done, 1 failed, 2 an error that the user can fix, 75 preempted. Every
+        process of a launcher returns that of the run.
 
     Raises:
         AlignError: nothing was started, for the reason in the message.
     """
-    named = recipe_path
-    recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
-    folder = Path(run_dir or Path(runs) / recipe.name)
-    terminal = terminal or Terminal()
-    require_device(recipe.device)
-    choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
-    if dry:
-        terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
-        return EXIT_OK
-    if module == STAGE_MODULE:
-        require("align run", *TRAINING)
-    with signals or Signals() as signals, _locked(folder):
-        return _run_choice(_Run(recipe, folder, terminal, signals, module, grace_s), choice)
+    # Of several processes that a launcher started, the first runs the recipe.
+    seat = seat_of(os.environ)
+    if seat is not None and seat.rank > 0:
+        return follow(seat)
+    hosts = [] if hostfile is None or dry else read_hostfile(hostfile)
+    if hosts and seat is not None:
+        raise DeviceError(f"--hostfile: {seat.launcher} has started the ranks already. Remove it")
+    seat = seat_of_hosts(hosts) if hosts else seat
+    with signals or Signals() as signals, together(seat, signals, hosts[1:]) as party:
+        named = recipe_path
+        recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
+        folder = Path(run_dir or Path(runs) / recipe.name)
+        terminal = terminal or Terminal()
+        require_device(recipe.device)
+        choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
+        if dry:
+            terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
+            code = EXIT_OK
+        else:
+            given = _Run(recipe, folder, terminal, signals, module, grace_s, party)
+            code = _run_locked(given, choice)
+        if party is not None:
+            party.code = code
+        return code
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +134,20 @@ class _Run:
     recipe: Recipe
     folder: Path
     terminal: Terminal
-    signals: "Signals"
+    signals: Signals
     module: str
     grace_s: float
+    party: Party | None
+
+
+def _run_locked(run: _Run, choice: Choice) -> int:
+    """Lock the run's folder, then run."""
+    if run.party is not None:
+        refuse_other_number(run.recipe, run.party.seat)
+    if run.module == STAGE_MODULE:
+        require("align run", *TRAINING)
+    with _locked(run.folder, run.terminal):
+        return _run_choice(run, choice)
 
 
 def _run_choice(run: _Run, choice: Choice) -> int:
@@ -125,8 +155,26 @@ def _run_choice(run: _Run, choice: Choice) -> int:
     planned = plan(run.recipe, run.folder)
     work = work_of(run.recipe, planned, choice)
     run.terminal.plan(run.recipe, run.folder, planned)
+    if (line := _header(run)) is not None:
+        run.terminal.line(line)
     code = _run_stages(run, work)
     return code if code != EXIT_OK else _finish(run.recipe, run.folder, run.terminal)
+
+
+def _header(run: _Run) -> str | None:
+    """Return which processes train and what has started them; None for a single one."""
+    if run.party is not None:
+        return run.party.header(run.recipe)
+    most = max(spec.ranks for spec in run.recipe.stages.values())
+    nodes = int_of(os.environ, "SLURM_JOB_NUM_NODES", 1)
+    unused = (
+        f"; Slurm has given this job {nodes} machines, of which this run uses one. To use all: "
+        "srun align run"
+    )
+    line = f"up to {most} ranks on this machine, started by deepspeed"
+    if nodes > 1:
+        return line + unused
+    return line if most > 1 else None
 
 
 def _run_stages(run: _Run, work: Sequence[Work]) -> int:
@@ -164,6 +212,7 @@ def _make_ready(run: _Run, folder: Path, *, afresh: bool) -> None:
     # Until the run is complete again, no summary is better than an outdated one.
     (run.folder / "summary.json").unlink(missing_ok=True)
     check_is_stage_folder(folder)
+    wait_for_sign(folder / LOCK, run.terminal.line)
     refuse_if_held(folder)
     if afresh:
         _set_aside(folder)
@@ -192,14 +241,9 @@ def _run_stage(run: _Run, name: str) -> int:
     spec, terminal, signals = run.recipe.stages[name], run.terminal, run.signals
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    on_gpu = has_gpu()
     log = folder / "log.txt"
-    arguments = [spec.kind, "--resolved", str(folder / RECIPE_FILE), "--stage", name]
-    arguments += ["--run-dir", str(run.folder)]
-    argv = stage_argv(arguments, ranks=spec.ranks, on_gpu=on_gpu, module=run.module)
-    env = stage_env(ranks=spec.ranks, threads=spec.threads, on_gpu=on_gpu)
     began = time.monotonic()
-    process = StageProcess(argv, env=env, log=log, module=run.module)
+    process = _start(run, name, log)
     try:
         code = _watch(process, terminal, signals, grace_s=run.grace_s)
     finally:
@@ -223,41 +267,30 @@ def _run_stage(run: _Run, name: str) -> int:
         return EXIT_PREEMPTED
     ended = code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
     tail = _tail(log, process.log_start)
-    terminal.failed(name, exit_reason(code), log=log, tail=tail, code=ended)
+    reason = process.place + exit_reason(code)
+    terminal.failed(name, reason, log=log, tail=tail, code=ended)
     return ended
 
 
-class Signals:
-    """Count SIGINT and SIGTERM during a run instead of their usual effect.
-
-    Outside the main thread Python accepts no handlers; signals keep their effect there.
-
-    Attributes:
-        count: number of signals so far.
-        last: the last of them.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.last: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def _note(self, signum: int, _frame: object) -> None:
-        self.count += 1
-        self.last = signum
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+def _start(run: _Run, name: str, log: Path) -> StageProcess | SpreadStage:
+    """Start a stage: on every machine of the run, or here if it has one rank."""
+    spec, on_gpu, resolved = run.recipe.stages[name], has_gpu(), str(log.parent / RECIPE_FILE)
+    arguments = [spec.kind, "--resolved", resolved, "--stage", name]
+    arguments += ["--run-dir", str(run.folder)]
+    if run.party is not None and spec.ranks > 1:
+        share = run.party.seat.local_world
+        env = stage_env(ranks=share, threads=spec.threads, on_gpu=on_gpu)
+        order = Order(tuple(arguments), spec.ranks, run.module, spec.threads, resolved)
+        return SpreadStage(run.party, order, log=log, env=env)
+    argv = stage_argv(arguments, ranks=spec.ranks, on_gpu=on_gpu, module=run.module)
+    env = stage_env(ranks=spec.ranks, threads=spec.threads, on_gpu=on_gpu)
+    env = env if run.party is None else without_launcher(env)
+    return StageProcess(argv, env=env, log=log, module=run.module)
 
 
-def _watch(process: StageProcess, terminal: Terminal, signals: Signals, *, grace_s: float) -> int:
+def _watch(
+    process: StageProcess | SpreadStage, terminal: Terminal, signals: Signals, *, grace_s: float
+) -> int:
     """Show progress until the stage ends; forward the first signal and kill on the second.
 
     A stage whose folder was removed is stopped too.
@@ -326,8 +359,8 @@ def _serve_line(recipe: Recipe, run_dir: Path) -> str | None:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Prevent two runs from using one folder."""
+def _locked(run_dir: Path, terminal: Terminal) -> Iterator[None]:
+    """Prevent two runs from using one folder, on one machine or on several."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
@@ -343,6 +376,20 @@ def _locked(run_dir: Path) -> Iterator[None]:
             raise RecipeError(
                 f"{run_dir}: another 'align run' is using this folder. Wait for it or use --runs."
             ) from None
-        except OSError:  # no such locks on this file system; stages still have their own locks
+        except OSError:  # no such locks on this file system
             pass
-        yield
+        # Such locks may also hold on their own machine only.
+        wait_for_sign(run_dir / RUN_LOCK, terminal.line)
+        try:
+            held = StageLock(run_dir, RUN_LOCK)
+        except ArtifactError:
+            raise
+        except OSError as e:
+            raise ArtifactError(
+                f"{run_dir / RUN_LOCK}: cannot be written ({e.strerror}). Make room for it, or use "
+                "another folder with --runs."
+            ) from e
+        try:
+            yield
+        finally:
+            held.release()

@@ -157,6 +157,58 @@ def test_a_holder_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -
     StageLock(tmp_path).release()
 
 
+ELSEWHERE = json.dumps({"host": "node7", "place": "elsewhere", "pid": 9, "started": "1"})
+
+
+def test_a_run_on_another_machine_is_refused_after_its_next_sign_of_life() -> None:
+    path = Path("runs/x/run.lock")
+    path.parent.mkdir(parents=True)
+    path.write_text(ELSEWHERE)
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the holder touches its lock
+
+    lock.wait_for_sign(path, tell)
+    assert len(said) == 1
+    assert "waiting for its next sign of life" in said[0]
+    with pytest.raises(
+        ArtifactError, match=r"process 9 on node7 is running this run\. That"
+    ) as told:
+        lock.StageLock(path.parent, lock.RUN_LOCK)
+    assert "remove the file" in str(told.value)
+    assert path.read_text() == ELSEWHERE
+
+
+def test_a_run_takes_over_from_a_machine_that_stays_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "SILENT_S", 0.5)
+    monkeypatch.setattr(lock, "SIGN_EVERY_S", 0.01)
+    path = tmp_path / lock.RUN_LOCK
+    path.write_text(ELSEWHERE)
+    lock.wait_for_sign(path, lambda _: None)
+    held = lock.StageLock(tmp_path, lock.RUN_LOCK)
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    # Its own machine's holders are known at once.
+    lock.wait_for_sign(path, lambda text: pytest.fail(text))
+    held.release()
+    assert not list(tmp_path.glob("run.lock*"))
+
+
+def test_a_lock_that_cannot_be_written_refuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        lock.StageLock(tmp_path)
+    assert not list(tmp_path.glob("stage.lock*"))
+
+
 def test_a_holder_that_was_taken_for_dead_writes_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
