@@ -113,15 +113,9 @@ def run(
         named = recipe_path
         recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
         folder = Path(run_dir or Path(runs) / recipe.name)
-        terminal = terminal or Terminal()
-        require_device(recipe.device)
         choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
-        if dry:
-            terminal.dry_run(recipe.name, folder, work_of(recipe, plan(recipe, folder), choice))
-            code = EXIT_OK
-        else:
-            given = _Run(recipe, folder, terminal, signals, module, grace_s, party)
-            code = _run_locked(given, choice)
+        given = _Run(recipe, folder, terminal or Terminal(), signals, module, grace_s, party)
+        code = _run_dry(given, choice) if dry else _run_locked(given, choice)
         if party is not None:
             party.code = code
         return code
@@ -140,8 +134,17 @@ class _Run:
     party: Party | None
 
 
+def _run_dry(run: _Run, choice: Choice) -> int:
+    """Show what the run would do."""
+    require_device(run.recipe.device)
+    work = work_of(run.recipe, plan(run.recipe, run.folder), choice)
+    run.terminal.dry_run(run.recipe.name, run.folder, work)
+    return EXIT_OK
+
+
 def _run_locked(run: _Run, choice: Choice) -> int:
     """Lock the run's folder, then run."""
+    require_device(run.recipe.device)
     if run.party is not None:
         refuse_other_number(run.recipe, run.party.seat)
     if run.module == STAGE_MODULE:
