@@ -94,7 +94,8 @@ def test_a_job_that_is_preempted_twice_ends_with_the_bytes_of_one_machine(
         resources = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=0"]
         words = ["sbatch", *resources, "--gpus-per-node=0", f"--output={output}"]
         words += [str(TEMPLATE), str(tmp_path / "r.yaml"), "--runs", str(tmp_path / "runs")]
-        environment = {"PYTHONPATH": str(ROOT), "ALIGN": str(command)}
+        # The nodes' names are not in any DNS, as those of a cluster are.
+        environment = {"PYTHONPATH": str(ROOT), "ALIGN": str(command), "MASTER_ADDR": "127.0.0.1"}
         said = subprocess.run(
             words, env=cluster.environment | environment, capture_output=True, text=True
         )
