@@ -3,7 +3,7 @@
 (() => {
   "use strict";
   const NS = "http://www.w3.org/2000/svg";
-  const LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 36, COLOURS = 8, DRAG_PX = 5;
+  const LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 36, COLOURS = 8, DRAG_PX = 5, LONG_TICK = 6;
   const AXES = { step: "step", time_s: "time", tokens: "tokens" };
   const view = { axis: "step", smooth: 0, log: false };
   const charts = new Map();
@@ -229,7 +229,11 @@
       const note = this.data.note ? `${unit} (${this.data.note})` : unit;
       group.append(shape("text", { x: (LEFT + W - RIGHT) / 2, y: H - 4, class: "middle" }, note));
       const middle = (TOP + H - BOTTOM) / 2;
-      const turn = { x: 11, y: middle, transform: `rotate(-90 11 ${middle})`, class: "middle" };
+      // Beside the tick labels; inside the plot where these are so long that they would meet.
+      const long = [...group.querySelectorAll("text.end")].some((tick) => tick.textContent.length > LONG_TICK);
+      const turn = long
+        ? { x: LEFT + 4, y: TOP + 10 }
+        : { x: 11, y: middle, transform: `rotate(-90 11 ${middle})`, class: "middle" };
       group.append(shape("text", turn, (this.data.unit || "value") + (frame.log ? ", log" : "")));
       return group;
     }

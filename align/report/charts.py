@@ -12,6 +12,8 @@ Band = tuple[float | None, float | None]
 """Lower and upper bound that a recipe expects of a metric; None for no bound."""
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 36
+LONG_TICK = 6
+"""Characters of a tick label that leave room for the label of the y axis beside it."""
 MAX_POINTS = 240
 NUM_COLORS = 8
 
@@ -210,8 +212,14 @@ def _draw_axes(
     marks.append(
         tag("text", labels[0], x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="middle")
     )
-    turn = f"rotate(-90 11 {middle:.1f})"
-    marks.append(tag("text", labels[1], x=11, y=f"{middle:.1f}", transform=turn, class_="middle"))
+    # Beside the tick labels; inside the plot where these are so long that they would meet.
+    if any(len(tick_label(value, y_ticks)) > LONG_TICK for value in y_ticks):
+        marks.append(tag("text", labels[1], x=LEFT + 4, y=TOP + 10))
+    else:
+        turn = f"rotate(-90 11 {middle:.1f})"
+        marks.append(
+            tag("text", labels[1], x=11, y=f"{middle:.1f}", transform=turn, class_="middle")
+        )
     return tag("g", join(*marks), class_="axes")
 
 
