@@ -51,7 +51,7 @@ def propose(model: str, sources: Sequence[str], *, name: str, tuning: str) -> Pr
         DataError: a source cannot be read, or no format fits its rows.
         RecipeError: the model is not there, or the rows do not tell how to train on them.
     """
-    stages: dict[str, Any] = {"base": _base(model)}
+    stages: dict[str, Any] = {"base": _base(model, tuning=tuning)}
     looked = [_look(source) for source in sources]
     if not looked:
         raise RecipeError("--data: expected at least one file or hub id")
@@ -118,7 +118,7 @@ def _stage_of(form: str, columns: set[str]) -> str:
     return STAGE_OF[gives[0]]
 
 
-def _base(model: str) -> dict[str, Any]:
+def _base(model: str, *, tuning: str) -> dict[str, Any]:
     folder = Path(model)
     if not folder.exists():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -126,10 +126,10 @@ def _base(model: str) -> dict[str, Any]:
         return {"kind": "base", "path": model}
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise RecipeError(f"--model {model}: no config.json; expected a transformers model")
-    return {"kind": "base", "path": model} | _tokenizer(folder)
+    return {"kind": "base", "path": model} | _tokenizer(folder, tuning=tuning)
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def _tokenizer(folder: Path, *, tuning: str) -> dict[str, Any]:
     """Return the settings that a saved tokenizer lacks."""
     try:
         saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -139,7 +139,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     if not saved.get("pad_token") and isinstance(saved.get("eos_token"), str):
         lacking["pad_token"] = saved["eos_token"]
     if not saved.get("chat_template") and not (folder / "chat_template.jinja").is_file():
-        lacking["chat_template"] = "chatml"
+        # chatml adds a stop token, whose new row an adapter does not train.
+        lacking["chat_template"] = "chatml" if tuning == "full" else "plain"
     return {"tokenizer": lacking} if lacking else {}
 
 

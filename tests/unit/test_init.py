@@ -63,7 +63,10 @@ def test_several_sources_become_stages_that_start_from_each_other():
     assert [source["path"] for source in found["sft"]["data"]] == ["sft.jsonl", "alpaca.jsonl"]
     assert found["dpo"]["heldout"] == [{"path": "pairs.jsonl", "split": "heldout"}]
     assert found["grpo"]["rewards"] == [{"kind": "math", "column": "answer"}]
-    assert found["base"]["tokenizer"] == {"pad_token": "</s>", "chat_template": "chatml"}
+    # An adapter does not train the row of a new stop token, so the template must not add one.
+    assert found["base"]["tokenizer"] == {"pad_token": "</s>", "chat_template": "plain"}
+    full = stages("sft", tuning="full")["base"]["tokenizer"]
+    assert full == {"pad_token": "</s>", "chat_template": "chatml"}
     assert "tuning" not in stages("sft", tuning="full")["sft"]
     assert stages("words")["grpo"]["rewards"] == [{"kind": "exact_match", "column": "answer"}]
 
