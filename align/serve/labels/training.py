@@ -131,7 +131,7 @@ class Training:
         run: name of its folder.
         recipe: path of the recipe that it was made of.
         snapshot: number of the labels.
-        status: ``queued``, ``running``, ``succeeded``, ``failed`` or ``cancelled``.
+        status: of its job in the queue, as in ``finetuning.jobs``.
         problem: why it failed; empty if it did not.
     """
 

@@ -238,8 +238,10 @@ class _Live:
 
     def _refuse_jobs(self, name: str) -> None:
         if self._is_job(name):
-            told = "Pause, resume or cancel it with the API, or stop it on the page of its labels."
-            raise ServeError(409, f"{name} is a job of the queue. {told}")
+            told = "with the fine-tuning API, or stop it on the page of its labels"
+            raise ServeError(
+                409, f"{name} is a job of the queue. Pause, resume or cancel it {told}."
+            )
 
 
 def _marked(html: str | None) -> Markup:
