@@ -58,10 +58,10 @@ def template_limits(name: str) -> Iterator[None]:
     Raises:
         LimitError: begins with ``name``.
     """
-    in_block = _block is not None and threading.current_thread() is threading.main_thread()
+    block = _block if threading.current_thread() is threading.main_thread() else None
     try:
-        if in_block:
-            with _block.next_row():
+        if block is not None:
+            with block.next_row():
                 yield
         else:
             with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):

@@ -173,7 +173,9 @@ def apply_rope_factors(model: Any, folder: Path) -> None:
     """
     tensors = _package().GGUFReader(str(folder / FILE)).tensors
     found = next((tensor.data for tensor in tensors if tensor.name == _FACTORS), None)
-    for part in model.modules() if found is not None else ():
+    if found is None:
+        return
+    for part in model.modules():
         if isinstance(frequencies := getattr(part, "inv_freq", None), Tensor):
             frequencies /= torch.from_numpy(found.copy()).to(frequencies)
 

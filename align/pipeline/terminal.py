@@ -277,9 +277,9 @@ def _gpu_text(line: str) -> str:
 def settings(recipe: Recipe) -> str:
     """Return how many stages a recipe has, with which dtypes and rollout engines they run."""
     specs = list(recipe.stages.values())
-    dtypes = dict.fromkeys(spec.dtype for spec in specs if hasattr(spec, "dtype"))
-    sampling = [spec.sampling for spec in specs if getattr(spec, "sampling", None) is not None]
-    engines = dict.fromkeys(spec.engine for spec in sampling)
+    dtypes = dict.fromkeys(filter(None, (getattr(spec, "dtype", None) for spec in specs)))
+    sampling = [getattr(spec, "sampling", None) for spec in specs]
+    engines = dict.fromkeys(part.engine for part in sampling if part is not None)
     parts = [f"{len(specs)} stage{'s'[: len(specs) != 1]}"]
     parts += [", ".join(dtypes)] if dtypes else []
     parts += [f"engine {', '.join(engines)}"] if engines else []

@@ -176,7 +176,9 @@ def other_models(
     if not isinstance(spec, OnlineStage):
         return {}
     whole = size.total * WIDTH[spec.dtype]
-    found = {name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()}
+    found: dict[str, float] = {
+        name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()
+    }
     if (spec.kl.coef or spec.watch is not None) and spec.tuning.method in ("full", "pissa"):
         found["reference"] = whole
     if spec.critic is not None:

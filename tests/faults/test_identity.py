@@ -63,6 +63,7 @@ def test_the_fingerprint_is_that_of_the_parsed_bytes_not_of_a_later_file(suffix:
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
     else:
         text = {".json": '[{"text": "a"}, {"text": "b"}]', ".csv": "text,n\na,1\nb,2\n"}
+        text[".txt"] = "a\n\nb\n"
         content = text.get(suffix, '{"text": "a"}\n\n{"text": "b"}\n').encode()
         path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     before = sha256(str(path))

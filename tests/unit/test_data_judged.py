@@ -38,7 +38,7 @@ def test_both_forms_of_steps_are_read_alike():
     [
         ({"prompt": "a", "steps": []}, "the list is empty"),
         ({"prompt": "a", "steps": ["b"]}, "a list of {text, label}"),
-        ({"prompt": "a", "steps": [{"text": "b", "label": 1}]}, r"steps\[0\]: label"),
+        ({"prompt": "a", "steps": [{"text": "b", "label": 2}]}, r"steps\[0\]: label"),
         ({"prompt": "a", "completions": ["b"], "labels": []}, "equal length"),
     ],
 )

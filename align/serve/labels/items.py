@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
@@ -123,7 +123,7 @@ def _lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -267,8 +267,11 @@ def _sample_rows(folder: Path) -> Iterable[_Sampled]:
             "stage, such as runs/quickstart/evaluate"
         )
     for row, where in read_rows(str(path)):
-        whole = isinstance(row, dict) and isinstance(row.get("completion"), str)
-        if not whole or not isinstance(row.get("prompt"), str | list):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("completion"), str)
+            or not isinstance(row.get("prompt"), str | list)
+        ):
             raise DataError(f"{where}: expected a sample with prompt and completion")
         yield row, where
 

@@ -16,11 +16,11 @@ from align.serve.labels.tables import Project
 _CANONICAL = {("left", 0): "a", ("right", 0): "b", ("left", 1): "b", ("right", 1): "a"}
 
 
-def canonical(row: Mapping[str, Any]) -> str:
+def canonical(row: Mapping[str, Any] | sqlite3.Row) -> str:
     """Return the answer of a task independent of the order shown: a, b, tie, bad, good or steps."""
     if row["steps"] is not None:
         return row["steps"]
-    return _CANONICAL.get((row["choice"], row["flipped"]), row["choice"])
+    return _CANONICAL.get((row["choice"], row["flipped"])) or row["choice"]
 
 
 def majority(answers: Sequence[str]) -> str | None:

@@ -110,7 +110,7 @@ def _turns(text: Text, role: str) -> list[dict[str, Any]]:
     if isinstance(text, str):
         return [{"role": role, "content": text}]
     kept = ("role", "content", "reasoning_content", "tool_calls")
-    return [{key: turn[key] for key in kept if turn.get(key)} for turn in text]
+    return [{key: turn[key] for key in kept if turn.get(key)} for turn in map(dict, text)]
 
 
 class _JsonRoute(APIRoute):
