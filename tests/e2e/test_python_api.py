@@ -267,7 +267,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_the_same_call_resumes(page):
     before = len(metrics.read_text().splitlines())
     assert 3 < before < 40
     said = finished(script(INTERRUPTED, page))
-    assert "sft half-done" in said
+    assert "half-done: sft" in said
     # Every step once: the second call went on from the last checkpoint.
     steps = [row["step"] for row in stage_runs.numbers(page / "runs/stopped", "sft")]
     assert steps == list(range(1, 41))
