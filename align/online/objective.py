@@ -126,16 +126,16 @@ def _own_loss(
     found = named_function("objective", objective)(
         logprobs, old, batch.per_token["advantages"], batch.mask, **clip
     )
-    if isinstance(found, Tensor):
-        ratio = (logprobs - old).exp().detach()
-        found = PerToken(found, ratio, torch.zeros_like(batch.mask))
-    if not isinstance(found, PerToken) or found.loss.shape != logprobs.shape:
-        shape = tuple(found.loss.shape) if isinstance(found, PerToken) else type(found).__name__
+    loss = found.loss if isinstance(found, PerToken) else found
+    if not isinstance(loss, Tensor) or loss.shape != logprobs.shape:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(found).__name__
         raise TrainingError(
             f"objective '{objective}' returned {shape}; expected the loss of each token, a tensor "
             f"of the shape of 'logprobs' {tuple(logprobs.shape)}, or PerToken"
         )
-    return found
+    if isinstance(found, PerToken):
+        return found
+    return PerToken(loss, (logprobs - old).exp().detach(), torch.zeros_like(batch.mask))
 
 
 def policy_loss(
