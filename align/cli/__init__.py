@@ -15,6 +15,7 @@ from align.cli.errors import fit_to_locale, print_error
 from align.cli.evaluate import calibrate, eval_
 from align.cli.export import export, push
 from align.cli.labels import labels
+from align.cli.options import MODEL_HELP, Runs
 from align.cli.reward import reward
 from align.cli.runs import logs, open_, runs_
 from align.cli.serve import serve
@@ -76,8 +77,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="such as ppo.kl.coef=0.1; repeatable"),
 ]
-MODEL_HELP = "RUN/STAGE, a folder or a hub id"
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from align.cli.options import Runs
 from align.core.errors import EXIT_OK, RecipeError
 from align.core.log import CARDS_FILE
 from align.core.references import artifact_kind, find_model
@@ -16,7 +17,6 @@ from align.pipeline.terminal import Terminal
 from align.report import build_cards
 from align.report.card import HEADLINES
 
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 # The options of `align eval`, in the order of its help.
 Checkpoints = Annotated[
     list[str], typer.Argument(metavar="CKPT...", help="RUN/STAGE, a folder or a hub id")

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-MODEL_HELP = "RUN/STAGE, a folder or a hub id"
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
+from align.cli.options import MODEL_HELP, Runs
 
 
 class Verify(StrEnum):

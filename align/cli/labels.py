@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from align.cli.options import Runs
 from align.core.errors import DataError, RecipeError
 from align.core.text import visible
 
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
     from align.serve.labels.tables import Project
 
 labels = typer.Typer(help="Preference labels by people (docs/labels.md).", no_args_is_help=True)
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
 NOTHING = "no labeling project in it. Make one with: align labels import NAME FILE"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the labeling project")]
+File = Annotated[
+    str | None, typer.Argument(metavar="[FILE]", help="pairs or responses: file or hub id")
+]
+Samples = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RUN/STAGE[:MODEL]", help="instead of a file, samples of a run; give 1 or 2"
+    ),
+]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SCORE", help="score of the samples, for the queue; repeatable"),
+]
 
 
 @contextmanager
@@ -66,19 +79,9 @@ def list_(runs: Runs = Path("runs")) -> None:
 @labels.command("import")
 def import_(
     name: Name,
-    file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="pairs or responses: file or hub id")
-    ] = None,
-    samples: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RUN/STAGE[:MODEL]", help="instead of a file, samples of a run; give 1 or 2"
-        ),
-    ] = None,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SCORE", help="score of the samples, for the queue; repeatable"),
-    ] = None,
+    file: File = None,
+    samples: Samples = None,
+    by: Scores = None,
     gold: Annotated[
         bool, typer.Option("--gold", help="the file's labels are known answers, to test annotators")
     ] = False,

@@ -5,48 +5,50 @@ from typing import Annotated
 
 import typer
 
+from align.cli.options import Runs
 from align.core.errors import RecipeError
 from align.core.extras import require
 
+# The options of `align serve`, as typer reads them.
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="NAME=MODEL", help="base model: folder or hub id; repeatable"),
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IDS", help="GPUs of one job at a time, such as 0,1; repeatable"),
+]
+Hosts = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="host name of this server; repeatable")
+]
+JobKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="METHOD.KEY=VALUE",
+        help="change the recipes of jobs, such as supervised.max_length=4096; repeatable",
+    ),
+]
+Webhooks = Annotated[
+    bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
+]
+NewToken = Annotated[
+    str | None, typer.Option(metavar="NAME", help="print a new token of this name and exit")
+]
+Annotator = Annotated[bool, typer.Option("--annotator", help="the new token may only label")]
+
 
 def serve(
-    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder of the runs")] = Path(
-        "runs"
-    ),
+    runs: Runs = Path("runs"),
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model", metavar="NAME=MODEL", help="base model: folder or hub id; repeatable"
-        ),
-    ] = None,
-    devices: Annotated[
-        list[str] | None,
-        typer.Option(metavar="IDS", help="GPUs of one job at a time, such as 0,1; repeatable"),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="host name of this server; repeatable"),
-    ] = None,
-    job_keys: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="METHOD.KEY=VALUE",
-            help="change the recipes of jobs, such as supervised.max_length=4096; repeatable",
-        ),
-    ] = None,
-    private_webhooks: Annotated[
-        bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
-    ] = False,
-    new_token: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="print a new token of this name and exit"),
-    ] = None,
-    annotator: Annotated[
-        bool, typer.Option("--annotator", help="the new token may only label")
-    ] = False,
+    model: Models = None,
+    devices: Devices = None,
+    allow_host: Hosts = None,
+    job_keys: JobKeys = None,
+    private_webhooks: Webhooks = False,
+    new_token: NewToken = None,
+    annotator: Annotator = False,
 ) -> None:
     """Serve the fine-tuning API, live pages of the runs, and labeling."""
     needed = ("fastapi", "uvicorn", "jinja2", "python_multipart")

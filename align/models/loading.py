@@ -119,20 +119,17 @@ def load_policy(
     """
     log.info("loading model %s", describe_folder(Path(model_dir)))
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+    number, attention = getattr(torch, dtype), attention_for(config)
     model: Any = None
     if shards is not None:
         model = load_in_shards(
-            Path(model_dir),
-            config,
-            dtype=getattr(torch, dtype),
-            attention=attention_for(config),
-            deepspeed_config=shards,
+            Path(model_dir), config, dtype=number, attention=attention, deepspeed_config=shards
         )
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention_for(config),
+            dtype=number,
+            attn_implementation=attention,
             quantization_config=quantization,
             trust_remote_code=False,
         )

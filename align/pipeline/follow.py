@@ -119,7 +119,7 @@ class _Follower:
         self._ranks = Ranks(self._seat, order, port=message["port"], log=log, env=env)
 
     def _report(self) -> None:
-        """Tell rank 0 of signals, of what the ranks say, and of those that have ended."""
+        """Send rank 0 a signal to this process, new lines of the log, and the ranks that ended."""
         if self._signals.count and not self._asked:
             self._asked = True
             self._channel.send(asked=self._signals.last)

@@ -118,7 +118,7 @@ class Party:
         return [rank for rank in range(self.seat.count, self.seat.world) if rank not in present]
 
     def _accept(self, timeout_s: float) -> None:
-        """Let one process join; one that belongs to another run is turned away."""
+        """Accept the process of the next ranks; refuse one that belongs to another run."""
         self._listener.settimeout(timeout_s)
         try:
             connection, _ = self._listener.accept()

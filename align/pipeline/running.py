@@ -27,10 +27,10 @@ from align.core.errors import (
 from align.core.extras import TRAINING, require
 from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import RUN_LOCK, StageLock, refuse_if_held, wait_for_sign
-from align.core.seats import int_of, seat_of, without_launcher
+from align.core.seats import Seat, int_of, seat_of, without_launcher
 from align.core.serving import installed_command, serve_line
 from align.pipeline.follow import follow
-from align.pipeline.hosts import read_hostfile, seat_of_hosts
+from align.pipeline.hosts import Host, read_hostfile, seat_of_hosts
 from align.pipeline.nodes import Party, refuse_other_number, together
 from align.pipeline.planning import plan
 from align.pipeline.processes import (
@@ -101,24 +101,44 @@ def run(
     Raises:
         AlignError: nothing was started, for the reason in the message.
     """
-    # Of several processes that a launcher started, the first runs the recipe.
-    seat = seat_of(os.environ)
+    seat, others = _seat(None if dry else hostfile)
     if seat is not None and seat.rank > 0:
         return follow(seat)
-    hosts = [] if hostfile is None or dry else read_hostfile(hostfile)
+    with signals or Signals() as signals, together(seat, signals, others) as party:
+        recipe = _loaded(recipe_path, overrides)
+        folder = Path(run_dir or Path(runs) / recipe.name)
+        given = _Run(recipe, folder, terminal or Terminal(), signals, module, grace_s, party)
+        choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
+        return _run_chosen(given, choice, dry=dry)
+
+
+def _loaded(given: Path | str | Recipe, overrides: Sequence[str]) -> Recipe:
+    return given if isinstance(given, Recipe) else load_recipe(given, overrides)
+
+
+def _seat(hostfile: Path | None) -> tuple[Seat | None, list[Host]]:
+    """Return the place of this process among those of the ranks, and the hosts to start others on.
+
+    Of several processes that a launcher started, the first (rank 0) runs the recipe.
+
+    Raises:
+        DeviceError: a launcher has started the ranks, and there is a hostfile too.
+    """
+    seat = seat_of(os.environ)
+    if hostfile is None or (seat is not None and seat.rank > 0):
+        return seat, []
+    hosts = read_hostfile(hostfile)
     if hosts and seat is not None:
         raise DeviceError(f"--hostfile: {seat.launcher} has started the ranks already. Remove it")
-    seat = seat_of_hosts(hosts) if hosts else seat
-    with signals or Signals() as signals, together(seat, signals, hosts[1:]) as party:
-        named = recipe_path
-        recipe = named if isinstance(named, Recipe) else load_recipe(named, overrides)
-        folder = Path(run_dir or Path(runs) / recipe.name)
-        choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
-        given = _Run(recipe, folder, terminal or Terminal(), signals, module, grace_s, party)
-        code = _run_dry(given, choice) if dry else _run_locked(given, choice)
-        if party is not None:
-            party.code = code
-        return code
+    return (seat_of_hosts(hosts), hosts[1:]) if hosts else (seat, [])
+
+
+def _run_chosen(given: "_Run", choice: Choice, *, dry: bool) -> int:
+    """Run or show the chosen stages; the other processes learn the exit code, which is returned."""
+    code = _run_dry(given, choice) if dry else _run_locked(given, choice)
+    if given.party is not None:
+        given.party.code = code
+    return code
 
 
 @dataclass(frozen=True, slots=True)

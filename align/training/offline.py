@@ -108,12 +108,11 @@ def train_offline(
     timer = CheckpointTimer(schedule.checkpoint_every)
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
-    for step in range(start, schedule.total_steps):
+    for done in range(start + 1, schedule.total_steps + 1):
         if stopping is not None and stopping.stopped:
             break
-        last, step_tokens = _train_step(learner, task, schedule, step=step)
+        last, step_tokens = _train_step(learner, task, schedule, step=done - 1)
         num_tokens += step_tokens
-        done = step + 1
         if heldout is not None and _evaluates(schedule, done):
             last |= _evaluate(learner, heldout, stopping, done=done)
         metrics.log(done, last)

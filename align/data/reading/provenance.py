@@ -56,14 +56,14 @@ def shared_files(specs: Sequence[Spec]) -> list[Path]:
 
     Large ones are left out: their parsed rows would not fit into memory.
     """
-    files = [file for spec in _data_specs(specs) for file in _data_files(spec).values()]
+    files = [file for spec in data_specs(specs) for file in _data_files(spec).values()]
     return [file for file, n in Counter(files).items() if n > 1 and not is_large([file])]
 
 
 def hub_revisions(spec: Spec) -> dict[str, str]:
     """Return the commit of every data set of the hub that a stage reads, where it can be found."""
     found = {}
-    for data in _data_specs(spec):
+    for data in data_specs(spec):
         if data.path is not None and not _data_files(data):
             name = data.path + (f"@{data.revision}" if data.revision else "")
             try:
@@ -75,16 +75,16 @@ def hub_revisions(spec: Spec) -> dict[str, str]:
     return found
 
 
-def _data_specs(part: object) -> Iterator[DataSpec]:
+def data_specs(part: object) -> Iterator[DataSpec]:
     """Yield every data source in a specification or a list of them, at any depth."""
     if isinstance(part, DataSpec):
         yield part
     elif isinstance(part, Spec):
         for name in type(part).model_fields:
-            yield from _data_specs(getattr(part, name))
+            yield from data_specs(getattr(part, name))
     elif isinstance(part, list):
         for inner in part:
-            yield from _data_specs(inner)
+            yield from data_specs(inner)
 
 
 def _data_files(spec: DataSpec) -> dict[str, Path]:

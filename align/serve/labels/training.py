@@ -8,7 +8,6 @@ and reads ``labels: helpful@2``. The queue of the fine-tuning jobs runs it, when
 import json
 import secrets
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import yaml
 from align.core.errors import AlignError, DataError
 from align.core.text import hidden
 from align.data.labels import snapshot_number, snapshots
+from align.data.reading.provenance import data_specs
 from align.recipe.load import load_recipe
-from align.recipe.schema import DataSpec, Recipe, Spec
+from align.recipe.schema import Recipe, Spec
 from align.serve.finetuning.common import now
 from align.serve.finetuning.jobs import ACTIVE, set_status
 from align.serve.finetuning.recipes import literal
@@ -61,21 +61,14 @@ def readers(project: Project) -> list[Reader]:
             recipe = load_recipe(path)
         except (OSError, ValueError, AlignError):  # not a recipe
             continue
-        if any(project.name in named(spec) for spec in recipe.stages.values()):
+        if any(project.name in _labels(spec) for spec in recipe.stages.values()):
             found.append(Reader(path, recipe))
     return found
 
 
-def named(part: object) -> Iterator[str]:
-    """Yield the labels that a specification names, at any depth."""
-    if isinstance(part, DataSpec) and part.labels is not None:
-        yield part.labels
-    elif isinstance(part, Spec):
-        for name in type(part).model_fields:
-            yield from named(getattr(part, name))
-    elif isinstance(part, list):
-        for inner in part:
-            yield from named(inner)
+def _labels(part: object) -> set[str]:
+    """Return the labels that a specification names, at any depth."""
+    return {spec.labels for spec in data_specs(part) if spec.labels is not None}
 
 
 def derived(reader: Reader, project: Project, number: int) -> str:
@@ -97,7 +90,7 @@ def _pinned(part: Spec, project: Project, number: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in type(part).model_fields:
         value = getattr(part, name)
-        if project.name not in named(value):
+        if project.name not in _labels(value):
             continue
         if isinstance(value, Spec):
             found[name] = _pinned(value, project, number)
