@@ -7,22 +7,15 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stage_runs import LIMIT_S, environment
+from stage_runs import BASE, LIMIT_S, environment
 
 from benchmarks.structure import purpose, read_traces, write_tracer
 
-RECIPE = """\
+RECIPE = f"""\
 name: reads
 stages:
-  base:
-    kind: base
-    build: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1,
-            intermediate_size: 64, max_positions: 128}
-    tokenizer: {chat_template: plain}
-    data: [{world: corpus, rows: 100}]
-    steps: 1
-    batch_size: 8
-    max_length: 256
+{BASE}"""
+RECIPE += """\
   sft:
     kind: sft
     init: base

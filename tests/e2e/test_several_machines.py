@@ -16,21 +16,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machines import LIMIT_S, Machines, align, end, missing_tools
+from stage_runs import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = """\
+RECIPE = f"""\
 name: two
 seed: 3
 stages:
-  base:
-    kind: base
-    build: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1,
-            intermediate_size: 64, max_positions: 128}
-    tokenizer: {chat_template: plain}
-    data: [{world: corpus, rows: 100}]
-    steps: 1
-    batch_size: 4
-    max_length: 256
+{BASE}"""
+RECIPE += """\
   sft:
     kind: sft
     init: base
