@@ -112,7 +112,7 @@ def test_a_hostfile_on_two_machines_gives_the_bytes_of_one(
     assert model_hash(tmp_path / "runs/two") == model_hash(one_machine / "runs/two")
 
 
-def test_a_machine_without_network_ends_both_within_a_minute(
+def test_a_machine_without_network_ends_both_sides_with_a_message(
     words: list[str], tmp_path: Path
 ) -> None:
     need()
@@ -127,9 +127,7 @@ def test_a_machine_without_network_ends_both_within_a_minute(
             assert time.monotonic() < deadline
             time.sleep(0.2)
         two.cut()
-        began = time.monotonic()
         codes, said = end(started)
-        time.monotonic() - began
     assert codes == [1, 2], said
     assert "lost. Its align run has ended, or the machine or the network has failed" in said[0]
     assert "rank 1: the align run of rank 0 on 10.77.0.1 has ended" in said[1]
