@@ -141,7 +141,10 @@ class Party:
 
     def _read(self, member: Member) -> None:
         for message in member.channel.messages():
-            self.events.put((member, message))
+            if "asked" in message:  # at any time, also while a stage of one rank runs
+                self.signals.forward(int(message["asked"]))
+            else:
+                self.events.put((member, message))
         self.events.put((member, None))
 
     def header(self, recipe: Recipe) -> str:

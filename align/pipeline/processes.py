@@ -85,13 +85,13 @@ class Signals:
     Outside the main thread Python accepts no handlers; signals keep their effect there.
 
     Attributes:
-        count: number of signals so far.
-        last: the last of them.
+        last: the last signal, None before the first.
     """
 
     def __init__(self) -> None:
-        self.count = 0
         self.last: int | None = None
+        self._own = 0
+        self._forwarded = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -100,17 +100,23 @@ class Signals:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
+    @property
+    def count(self) -> int:
+        """Return the number of signals so far.
+
+        A launcher sends one signal to all processes of a run, and a second one kills the stage:
+        those of the other processes count as one, together with the first of this process.
+        """
+        return max(self._own, int(self._forwarded))
+
     def _note(self, signum: int, _frame: object) -> None:
-        self.count += 1
+        self._own += 1
         self.last = signum
 
     def forward(self, signum: int) -> None:
-        """Count a signal that reached another process of the run, unless one was counted here.
-
-        A launcher sends one signal to all; a second of the user's would kill the stage.
-        """
-        if not self.count:
-            self._note(signum, None)
+        """Note a signal that reached another process of the run; any thread may call this."""
+        self._forwarded = True
+        self.last = self.last or signum
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():

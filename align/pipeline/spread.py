@@ -135,8 +135,6 @@ class SpreadStage:
                 self._write(f"{member.host}: {message['problem']}\n")
                 for rank in member.ranks:
                     self._note(rank, EXIT_USER)
-            elif "asked" in message:
-                self._party.signals.forward(int(message["asked"]))
             timeout_s = 0.001
 
     def _lose(self, member: Member) -> None:

@@ -14,7 +14,7 @@ import pytest
 from align.core.errors import DeviceError
 from align.core.seats import first_host, seat_of, srun_environment
 from align.pipeline.hosts import forwarded, read_hostfile
-from align.pipeline.processes import free_port
+from align.pipeline.processes import Signals, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300.0
@@ -204,6 +204,26 @@ def test_a_signal_stops_every_rank_once(which: list[int], started: list) -> None
     codes, said = end(started)
     assert codes == [75, 75], said
     assert "Run the same command again to resume" in said[0]
+
+
+def test_a_signal_to_another_process_stops_a_stage_of_one_rank(started: list) -> None:
+    Path("base.alone.do").write_text("stop")
+    begin(started)
+    wait_for("base.alone.ready")
+    started[1].send_signal(signal.SIGTERM)
+    codes, said = end(started)
+    assert codes == [75, 75], said
+    assert "base: stopped" in said[0]
+
+
+def test_the_signal_of_a_launcher_counts_once_in_either_order() -> None:
+    with Signals() as signals:
+        signals.forward(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signals.forward(signal.SIGTERM)
+        assert signals.count == 1
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.count == 2
 
 
 def test_a_lost_process_ends_the_run_and_is_named(started: list) -> None:
