@@ -137,7 +137,8 @@ class _Follower:
         self._log.seek(self._told)
         while block := self._log.read(2**16):
             self._told += len(block)
-            self._channel.send(log=block.decode(errors="replace"))
+            # A character may be in two blocks, so the bytes must arrive as they are.
+            self._channel.send(log=block.decode(errors="surrogateescape"))
 
     def close(self) -> None:
         """End the ranks: ask them first if rank 0 has gone while they train."""

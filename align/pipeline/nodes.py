@@ -128,9 +128,9 @@ class Party:
         hello = channel.receive(HELLO_S) or {}
         first, count, host = (hello.get(name) for name in ("rank", "count", "host"))
         told = isinstance(first, int) and isinstance(count, int) and isinstance(host, str)
-        ranks = range(first, first + count) if told else range(0)  # type: ignore[operator]
-        missing = self._missing()
-        if hello.get("hello") != self.seat.key or not ranks or not set(ranks) <= set(missing):
+        known = told and hello.get("hello") == self.seat.key and 0 < count <= self.seat.world
+        ranks = range(first, first + count) if known else range(0)  # type: ignore[operator]
+        if not ranks or not set(ranks) <= set(self._missing()):
             channel.send(refused="the process of rank 0 at this address belongs to another run")
             channel.close()
             return
@@ -168,12 +168,13 @@ class Party:
 
     def close(self) -> None:
         """End the run for every process, with its exit code."""
+        # First, so that a process that has not joined yet ends too.
+        self._listener.close()
         self.send(end=self.code)
         for remote in self._remotes:
             remote.close()
         for member in self.members:
             member.channel.close()
-        self._listener.close()
 
 
 def _refuse_other_software(member: Member, found: object) -> None:

@@ -128,28 +128,29 @@ class SpreadStage:
             if message is None:
                 self._lose(member)
             elif "log" in message:
-                self._write(str(message["log"]))
+                self._write(str(message["log"]).encode(errors="surrogateescape"))
             elif "ended" in message:
                 self._note(int(message["ended"]), int(message.get("code", EXIT_FAILED)))
             elif "problem" in message:
-                self._write(f"{member.host}: {message['problem']}\n")
+                self._write(f"{member.host}: {message['problem']}\n".encode(errors="replace"))
                 for rank in member.ranks:
                     self._note(rank, EXIT_USER)
             timeout_s = 0.001
 
     def _lose(self, member: Member) -> None:
-        self._write(
+        text = (
             f"{member.host}: lost. Its align run has ended, or the machine or the network has "
             f"failed; its ranks: {spans(member.ranks)}\n"
         )
+        self._write(text.encode(errors="replace"))
         # A rank that has ended before has its code; the others can never tell theirs.
         for rank in member.ranks:
             self._note(rank, EXIT_FAILED)
         if member not in self._party.lost:
             self._party.lost.append(member)
 
-    def _write(self, text: str) -> None:
-        self._log.write(text.encode(errors="replace"))
+    def _write(self, text: bytes) -> None:
+        self._log.write(text)
         self._log.flush()
 
     def _note(self, rank: int, code: int) -> None:

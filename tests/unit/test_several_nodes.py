@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import DeviceError
-from align.core.seats import first_host, seat_of, srun_environment
+from align.core.seats import Seat, first_host, seat_of, srun_environment
 from align.pipeline.hosts import forwarded, read_hostfile
+from align.pipeline.nodes import Party, introduction
 from align.pipeline.processes import Signals, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,9 @@ recipe, name = read_resolved(given["--resolved"]), given["--stage"]
 run, rank = Path(given["--run-dir"]), os.environ.get("RANK", "alone")
 Path(f"{name}.{rank}.json").write_text(json.dumps({**os.environ, "pid": os.getpid()}))
 print(f"{name}: rank {rank} says hello", flush=True)
+if Path("long").exists() and rank == "1":
+    sys.stdout.buffer.write(b"_" * 2**16 + 50_000 * chr(233).encode() + bytes([255, 10]))
+    sys.stdout.flush()
 told = Path(f"{name}.{rank}.do")
 if told.exists() and told.read_text() == "stop":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -145,6 +150,7 @@ def gone(pid: int) -> bool:
 
 
 def test_each_process_runs_its_rank_and_the_first_alone_writes_the_run(started: list) -> None:
+    Path("long").touch()
     codes, said = end(begin(started, LOCAL_WORLD_SIZE="1"))
     assert codes == [0, 0], said
     assert "2 ranks on 1 machine, started by RANK and WORLD_SIZE" in said[0]
@@ -156,9 +162,12 @@ def test_each_process_runs_its_rank_and_the_first_alone_writes_the_run(started: 
     assert [first["RANK"], second["RANK"]] == ["0", "1"]
     assert first["WORLD_SIZE"] == second["WORLD_SIZE"] == "2"
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
-    log = Path("runs/toy/sft/log.txt").read_text()
-    assert "rank 0 says hello" in log
-    assert "rank 1 says hello" in log
+    log = Path("runs/toy/sft/log.txt").read_bytes()
+    assert b"rank 0 says hello" in log
+    assert b"rank 1 says hello" in log
+    # Two bytes a character, and one that is no character: none may be changed on the way.
+    assert log.count(b"\xc3\xa9") == 50_000
+    assert b"\xa9\xff\n" in log
     assert Path("runs/toy/summary.json").is_file()
     # A second start finds everything done and starts no rank.
     Path("sft.1.json").unlink()
@@ -259,6 +268,32 @@ def test_an_error_of_the_recipe_is_said_once(started: list) -> None:
     assert codes == [2, 2]
     assert "sfd" in said[0]
     assert said[1] == ""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hello": "another run"},
+        {"rank": 0},
+        {"rank": 2},
+        {"count": 0},
+        {"count": 2},
+        {"count": 10**30},
+        {"rank": "1"},
+        {"host": None},
+    ],
+)
+def test_a_process_that_does_not_belong_to_the_run_is_refused(changed: dict) -> None:
+    port = free_port()
+    seat = Seat("srun", 0, 2, 0, 1, "localhost", port, "this run")
+    party = Party(seat, Signals())
+    with socket.create_connection(("localhost", port)) as stranger:
+        other = introduction(Seat("srun", 1, 2, 0, 1, "localhost", port, "this run"))
+        stranger.sendall(json.dumps(other | changed).encode() + b"\n")
+        party._accept(60.0)
+        assert b"belongs to another run" in stranger.recv(1000)
+    assert party.members == []
+    party.close()
 
 
 def fake_ssh(tmp_path: Path, folder: str = ".") -> None:
