@@ -110,13 +110,11 @@ class Followed:
         return eta_s(self.first, self.last)
 
     def _keep_rate(self, row: Mapping[str, Any]) -> None:
-        rate, now, before = (
-            row.get("tokens/per_s"),
-            row.get("time_s"),
-            self.last.get("time_s", 0.0),
-        )
+        rate, now = row.get("tokens/per_s"), row.get("time_s")
         if isinstance(rate, int | float) and isinstance(now, int | float):
-            self._rates.append((rate, max(now - before, 1e-3)))
+            # The time of a resumed stage includes that of the attempts before.
+            start = 0.0 if _int(row.get("step")) <= 1 else now
+            self._rates.append((rate, max(now - self.last.get("time_s", start), 1e-3)))
 
     def _card_warnings(self) -> list[str]:
         """Return the warnings of the stage's preflight, once."""

@@ -71,6 +71,18 @@ def test_tokens_per_second_are_those_of_the_last_steps_weighted_by_time(tmp_path
     assert followed.tokens_per_s() == 250.0
 
 
+def test_the_first_row_after_a_resume_does_not_weigh_as_much_as_the_attempt_before(tmp_path: Path):
+    followed = Followed(tmp_path)
+    row = {"step": 501, "time_s": 5001.0, "tokens/per_s": 10.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    followed.read()
+    assert followed.tokens_per_s() == pytest.approx(10.0)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"step": 502, "time_s": 5002.0, "tokens/per_s": 300.0}) + "\n")
+    followed.read()
+    assert followed.tokens_per_s() == pytest.approx(300.0, rel=0.01)
+
+
 def test_the_phase_is_a_line_of_the_log_that_is_no_detail(tmp_path: Path):
     followed = Followed(tmp_path)
     (tmp_path / "log.txt").write_text(
