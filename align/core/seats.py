@@ -131,9 +131,10 @@ def slurm_seat(env: Mapping[str, str]) -> Seat:
     """Return the place of a task that srun has started."""
     job, step = env.get("SLURM_JOB_ID", "0"), env["SLURM_STEP_ID"]
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
-    # The steps of a job, and jobs that share a machine, get different ports.
-    number = int(job) * 64 + int(step) if (job + step).isdigit() else 0
-    # A task that has its own cores needs no division, nor one with its own GPU a number.
+    # The steps of a job, and jobs that share a machine, get different ports: 61 and the number of
+    # ports have no common factor.
+    number = int(job) * 61 + int(step) if (job + step).isdecimal() else 0
+    # A task that has its own cores need not share them, and one with its own GPU uses the first.
     bound = "SLURM_CPUS_PER_TASK" in env
     own_gpu = env.get("CUDA_VISIBLE_DEVICES", "").strip(", ").isdigit()
     return _checked(
@@ -152,8 +153,8 @@ def slurm_seat(env: Mapping[str, str]) -> Seat:
 
 def _tasks_per_node(env: Mapping[str, str]) -> int:
     """Return the largest number of tasks of one node, from a text such as ``8(x3),4``."""
-    counts = re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")
-    return max(int(count) for count in counts if count.isdigit()) if "".join(counts) else 1
+    counts = re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "")).split(",")
+    return max((int(count) for count in counts if count.isdecimal()), default=1)
 
 
 def first_host(nodes: str) -> str:
@@ -166,10 +167,10 @@ def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
     """Return the number in an environment variable.
 
     Raises:
-        DeviceError: it is no number.
+        DeviceError: it is not a number.
     """
     text = environment.get(name) or str(default)
-    if not text.isdigit():
+    if not text.isdecimal():
         raise DeviceError(f"{name} is '{text}', expected a number. A launcher sets it; unset it")
     return int(text)
 

@@ -426,6 +426,8 @@ def test_a_task_of_srun_knows_its_place() -> None:
     other = seat_of(SLURM | {"SLURM_STEP_ID": "1"})
     assert other is not None
     assert other.port != seat.port
+    ports = {seat_of(SLURM | {"SLURM_JOB_ID": str(job)}).port for job in range(5000)}  # pyright: ignore
+    assert len(ports) == 5000
     # A task that sees one GPU uses its first; one with its own cores shares them with none.
     alone = seat_of(SLURM | {"CUDA_VISIBLE_DEVICES": "5", "SLURM_CPUS_PER_TASK": "4"})
     assert alone is not None
@@ -455,5 +457,6 @@ def test_variables_of_a_launcher_that_contradict_each_other_are_an_error() -> No
         seat_of({k: v for k, v in torch.items() if k != "MASTER_ADDR"})
     with pytest.raises(DeviceError, match="rank 2 of 2 processes"):
         seat_of(torch | {"RANK": "2"})
-    with pytest.raises(DeviceError, match="RANK is 'x', expected a number"):
-        seat_of(torch | {"RANK": "x"})
+    for wrong in ("x", "\u00b2", "-1"):
+        with pytest.raises(DeviceError, match=f"RANK is '{wrong}', expected a number"):
+            seat_of(torch | {"RANK": wrong})
