@@ -127,10 +127,10 @@ def _seat(hostfile: Path | None) -> tuple[Seat | None, list[Host]]:
     seat = seat_of(os.environ)
     if hostfile is None or (seat is not None and seat.rank > 0):
         return seat, []
-    hosts = read_hostfile(hostfile)
-    if hosts and seat is not None:
+    if seat is not None:
         raise DeviceError(f"--hostfile: {seat.launcher} has started the ranks already. Remove it")
-    return (seat_of_hosts(hosts), hosts[1:]) if hosts else (seat, [])
+    hosts = read_hostfile(hostfile)
+    return seat_of_hosts(hosts), hosts[1:]
 
 
 def _run_chosen(given: "_Run", choice: Choice, *, dry: bool) -> int:
@@ -190,14 +190,13 @@ def _header(run: _Run) -> str | None:
         return run.party.header(run.recipe)
     most = max(spec.ranks for spec in run.recipe.stages.values())
     nodes = int_of(os.environ, "SLURM_JOB_NUM_NODES", 1)
-    unused = (
-        f"; Slurm has given this job {nodes} machines, of which this run uses one. To use all: "
-        "srun align run"
-    )
-    line = f"up to {most} ranks on this machine, started by deepspeed"
+    parts = [f"up to {most} ranks on this machine, started by deepspeed"] if most > 1 else []
     if nodes > 1:
-        return line + unused
-    return line if most > 1 else None
+        parts.append(
+            f"Slurm has given this job {nodes} machines, of which this run uses one. To use all: "
+            "srun align run"
+        )
+    return "; ".join(parts) or None
 
 
 def _run_stages(run: _Run, work: Sequence[Work]) -> int:
