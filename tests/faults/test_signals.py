@@ -206,6 +206,8 @@ def slurm_job(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     for name, text in {
         "align": STANDS_FOR_ALIGN,
         "scontrol": '#!/bin/bash\necho "$@" > requeued\n',
+        "srun": '#!/bin/bash\necho $$ > task; shift; exec "$@"\n',
+        "scancel": '#!/bin/bash\necho "$@" > cancelled; kill -TERM "$(cat task)"\n',
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -228,6 +230,21 @@ def test_the_slurm_template_passes_the_signal_on_and_requeues_on_75(tmp_path: Pa
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert Path("arguments").read_text() == "run r.yaml --set seed=1\n"
+    assert Path("requeued").read_text() == "requeue 42\n"
+
+
+def test_the_slurm_template_starts_several_tasks_with_srun_and_signals_the_tasks(
+    tmp_path: Path,
+) -> None:
+    process = slurm_job(tmp_path, WAITS="1", CODE="0", SLURM_NTASKS="2")
+    while not Path("ready").exists():
+        assert process.poll() is None, process.communicate()[0]
+        os.sched_yield()
+    process.terminate()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    assert Path("arguments").read_text() == "run r.yaml --set seed=1\n"
+    assert Path("cancelled").read_text() == "--signal=TERM 42\n"
     assert Path("requeued").read_text() == "requeue 42\n"
 
 
