@@ -127,8 +127,9 @@ class Party:
         channel = Channel(connection)
         hello = channel.receive(HELLO_S) or {}
         first, count, host = (hello.get(name) for name in ("rank", "count", "host"))
-        told = isinstance(first, int) and isinstance(count, int) and isinstance(host, str)
-        known = told and hello.get("hello") == self.seat.key and 0 < count <= self.seat.world
+        counted = isinstance(count, int) and 0 < count <= self.seat.world
+        told = isinstance(first, int) and counted and isinstance(host, str)
+        known = told and hello.get("hello") == self.seat.key
         ranks = range(first, first + count) if known else range(0)  # type: ignore[operator]
         if not ranks or not set(ranks) <= set(self._missing()):
             channel.send(refused="the process of rank 0 at this address belongs to another run")
