@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import LOCK, read_json_object
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, Preempted
 
 TOUCH_S = 20.0
 SILENT_S = 300.0
@@ -188,7 +188,9 @@ def refuse_if_held(folder: Path, name: str = LOCK) -> None:
     )
 
 
-def wait_for_sign(path: Path, tell: Callable[[str], None]) -> None:
+def wait_for_sign(
+    path: Path, tell: Callable[[str], None], stopped: Callable[[], object] = bool
+) -> None:
     """Wait until it is clear whether a holder on another machine lives.
 
     A scheduler may start a run on the next machine as soon as the last one has failed. The wait
@@ -197,6 +199,10 @@ def wait_for_sign(path: Path, tell: Callable[[str], None]) -> None:
     Args:
         path: the lock.
         tell: shows a line before a wait.
+        stopped: true once a signal has come; never by default.
+
+    Raises:
+        Preempted: a signal ended the wait.
     """
     before = _touched(path)
     holder = read_json_object(path) or {}
@@ -207,6 +213,8 @@ def wait_for_sign(path: Path, tell: Callable[[str], None]) -> None:
         f"waiting for its next sign of life, up to {SILENT_S:.0f} s"
     )
     while _touched(path) == before and _is_alive(path):
+        if stopped():
+            raise Preempted(f"{path.parent}: stopped by a signal before this folder was free")
         time.sleep(SIGN_EVERY_S)
 
 

@@ -169,7 +169,7 @@ def _run_locked(run: _Run, choice: Choice) -> int:
         refuse_other_number(run.recipe, run.party.seat)
     if run.module == STAGE_MODULE:
         require("align run", *TRAINING)
-    with _locked(run.folder, run.terminal):
+    with _locked(run):
         return _run_choice(run, choice)
 
 
@@ -234,7 +234,7 @@ def _make_ready(run: _Run, folder: Path, *, afresh: bool) -> None:
     # Until the run is complete again, no summary is better than an outdated one.
     (run.folder / "summary.json").unlink(missing_ok=True)
     check_is_stage_folder(folder)
-    wait_for_sign(folder / LOCK, run.terminal.line)
+    wait_for_sign(folder / LOCK, run.terminal.line, lambda: run.signals.count)
     refuse_if_held(folder)
     if afresh:
         _set_aside(folder)
@@ -381,8 +381,9 @@ def _serve_line(recipe: Recipe, run_dir: Path) -> str | None:
 
 
 @contextmanager
-def _locked(run_dir: Path, terminal: Terminal) -> Iterator[None]:
+def _locked(run: _Run) -> Iterator[None]:
     """Prevent two runs from using one folder, on one machine or on several."""
+    run_dir = run.folder
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
@@ -401,7 +402,7 @@ def _locked(run_dir: Path, terminal: Terminal) -> Iterator[None]:
         except OSError:  # no such locks on this file system
             pass
         # Such locks may also hold on their own machine only.
-        wait_for_sign(run_dir / RUN_LOCK, terminal.line)
+        wait_for_sign(run_dir / RUN_LOCK, run.terminal.line, lambda: run.signals.count)
         try:
             held = StageLock(run_dir, RUN_LOCK)
         except ArtifactError:

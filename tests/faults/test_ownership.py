@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.core import checkpoints, lock
-from align.core.errors import AlignError, ArtifactError, RecipeError
+from align.core.errors import AlignError, ArtifactError, Preempted, RecipeError
 from align.core.identity import check_is_stage_folder
 from align.core.lock import SILENT_S, StageLock, _here, refuse_if_held, started_at
 from align.pipeline import run
@@ -195,6 +195,14 @@ def test_a_run_takes_over_from_a_machine_that_stays_silent(
     lock.wait_for_sign(path, lambda text: pytest.fail(text))
     held.release()
     assert not list(tmp_path.glob("run.lock*"))
+
+
+def test_a_signal_ends_the_wait_for_another_machine(tmp_path: Path) -> None:
+    path = tmp_path / lock.RUN_LOCK
+    path.write_text(ELSEWHERE)
+    with pytest.raises(Preempted, match="stopped by a signal before this folder was free"):
+        lock.wait_for_sign(path, lambda _: None, lambda: 1)
+    assert path.read_text() == ELSEWHERE
 
 
 def test_a_lock_that_cannot_be_written_refuses_nobody(
