@@ -66,7 +66,10 @@ def own_losses(
 
 def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the options that a function has as parameters; ``**options`` takes all."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # compiled, such as torch.nn.functional.softplus: its names are not known
+        return {}
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(options)
     return {name: value for name, value in options.items() if name in parameters}

@@ -20,6 +20,7 @@ from align.stages import classify, kto, sft
 from align.stages.dpo import Sides, pair_losses
 from align.stages.reward import tasks
 from align.training.batch import PackedBatch
+from align.training.own_code import own_losses
 
 CODE = """
 import torch
@@ -222,6 +223,14 @@ def test_a_loss_of_a_classifier_gets_logits_and_labels(code: Path):
     loss, _ = classify.labeled_loss(model, batch, own=f"{code}:brier")
     # Probabilities of the labels: 1/2 and 3/4.
     assert loss.item() == pytest.approx((0.25 + 0.0625) / 2)
+
+
+def test_a_compiled_function_has_no_known_options_and_gets_none():
+    logits = torch.tensor([0.0, 1.0], requires_grad=True)
+    found = own_losses(
+        "torch.nn.functional:softplus", logits, each="rows", options={"label_smoothing": 0.1}
+    )
+    assert found.tolist() == pytest.approx([math.log(2), math.log(1 + math.e)])
 
 
 def test_a_function_of_python_is_the_loss_of_every_offline_stage(tmp_path: Path):
