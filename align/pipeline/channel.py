@@ -45,7 +45,7 @@ class Channel:
         return found
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield every message until the connection ends or something else than one comes."""
+        """Yield every message until the connection ends or something other than a message comes."""
         while True:
             line, newline, rest = self._received.partition(b"\n")
             if newline:
@@ -78,6 +78,6 @@ def listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        except OSError:  # without IPv6, or in use: the other kind tells
+        except OSError:  # no IPv6, or the port is in use: the socket below raises
             pass
     return socket.create_server(("", port))

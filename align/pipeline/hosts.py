@@ -158,7 +158,7 @@ class Remote:
         return f"{self.host.name}: exit code {code}: {' '.join(text.split())[-400:] or 'no output'}"
 
     def close(self) -> None:
-        """Wait shortly for the end, then end the connection."""
+        """Wait up to 10 s for the helper to end, then end the connection."""
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ LINK = "align0"
 
 
 def missing_tools(*names: str) -> str | None:
-    """Return why several machines cannot be played here, None if they can."""
+    """Return why several machines cannot be simulated here, None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for name in names:

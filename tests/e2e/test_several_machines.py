@@ -1,4 +1,4 @@
-"""Ranks on two machines, played by network namespaces: torchrun, ssh, deepspeed, a cut network.
+"""Ranks on two machines, simulated by network namespaces: torchrun, ssh, deepspeed, a cut network.
 
 The bytes of the model are those of the same ranks on one machine. Needs root, iproute2 and, for
 hostfiles, openssh-server (for deepspeed's own launcher also pdsh).

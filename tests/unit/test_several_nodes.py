@@ -1,4 +1,4 @@
-"""Ranks on several machines, played by processes: who runs what, how they end, what is said."""
+"""Ranks on several machines, simulated by processes: who runs what, how they end, what is said."""
 
 import json
 import os
