@@ -78,7 +78,8 @@ def setup_logging(rank: int) -> None:
     """Send log lines to standard error: rank 0 from INFO up, other ranks from WARNING up.
 
     Libraries that log much at INFO are limited to WARNING. Call this before importing them, because
-    some read their level from the environment at import. A second call only changes the level.
+    some read their level from the environment at import. A second call only changes level and rank,
+    which srun's processes do not know at first.
 
     Args:
         rank: number of this process; rank 0 logs at INFO.
@@ -95,10 +96,10 @@ def setup_logging(rank: int) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        where = "" if rank == 0 else f"[rank {rank}] "
+        log.addHandler(logging.StreamHandler(sys.stderr))
+    where = "" if rank == 0 else f"[rank {rank}] "
+    for handler in log.handlers:
         handler.setFormatter(_Formatter(f"%(asctime)s {where}%(mark)s%(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in SILENT:

@@ -145,3 +145,14 @@ def test_log_module_imports_no_torch_and_speaks_on_rank_0_only() -> None:
             [sys.executable, "-c", code, rank], capture_output=True, text=True, check=True
         )
         assert [line.split()[-1] for line in done.stderr.splitlines()] == expected
+
+
+def test_a_rank_that_is_known_later_than_the_first_line_is_named() -> None:
+    code = (
+        "import logging; from align.core.log import setup_logging\n"
+        "setup_logging(0); logging.getLogger('align.x').info('early')\n"
+        "setup_logging(3); logging.getLogger('align.x').warning('late')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [line.partition(" ")[2] for line in done.stderr.splitlines()]
+    assert lines == ["early", "[rank 3] late"]
