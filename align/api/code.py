@@ -17,10 +17,9 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from align.core.errors import RecipeError
@@ -128,10 +127,19 @@ class _Writer:
     def module_of_object(self, value: Any) -> str:
         """Return the text of a module with an object, its class and its attributes."""
         kind = type(value)
+        try:
+            object.__new__(kind)
+        except TypeError:  # its content is not in its attributes
+            built_in = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+            raise RecipeError(
+                f"{self.name}: the class {kind.__name__} extends {built_in.__name__}, so its "
+                f"objects have content beside their attributes; {_INSTEAD}"
+            ) from None
         self._bind(kind.__name__, kind)
-        slots = [field.name for field in fields(value)] if is_dataclass(value) else []
-        state = {n: getattr(value, n) for n in slots if hasattr(value, n)}
-        state |= getattr(value, "__dict__", {})
+        # A dictionary, or the pair of it (or None) and the values in slots; None if there are none.
+        found: Any = object.__getstate__(value)
+        parts = found if isinstance(found, tuple) else (found,)
+        state = {name: inner for part in parts for name, inner in (part or {}).items()}
         lines = [f"{self.name} = object.__new__({kind.__name__})"]
         for attribute, inner in state.items():
             text = self._written(f"{kind.__name__}.{attribute}", inner)
@@ -296,8 +304,12 @@ def _lambda_source(function: Any) -> str:
     nodes = [n for n in ast.walk(ast.parse("".join(lines))) if isinstance(n, ast.Lambda)]
     same = set()
     for node in nodes:
-        made = compile(ast.Expression(node), own.co_filename, "eval").co_consts[0]
-        if node.lineno == own.co_firstlineno and made.co_code == own.co_code:
+        if node.lineno != own.co_firstlineno:
+            continue
+        constants = compile(ast.Expression(node), own.co_filename, "eval").co_consts
+        # Values of defaults are constants too, and come first.
+        made = next(value for value in constants if isinstance(value, CodeType))
+        if made.co_code == own.co_code:
             same.add(ast.unparse(node))
     if len(same) != 1:
         raise OSError(f"line {own.co_firstlineno} has {len(same)} such functions; use 'def'")

@@ -681,6 +681,35 @@ def test_a_strangers_lambdas_objects_and_paths_score_in_another_process(tmp_path
     ]
 
 
+class Slotted(Holds):
+    __slots__ = ("share",)
+
+    def __init__(self, share: float, value: Any) -> None:
+        super().__init__(value)
+        self.share = share
+
+    def __call__(self, completions: list[str]) -> list[Any]:
+        return [self.share * self.value for _ in completions]
+
+
+class Words(dict[str, float]):
+    def __call__(self, completions: list[str]) -> list[float]:
+        return [self[text] for text in completions]
+
+
+def test_defaults_of_a_lambda_and_slots_of_an_object_are_written(tmp_path):
+    lengths = lambda completions, least=2, *, most=3: [  # noqa: E731
+        min(max(len(text), least), most) for text in completions
+    ]
+    for given, expected in ((lengths, "[2, 3]"), (Slotted(0.5, 4), "[2.0, 2.0]")):
+        path = python_reward(given, tmp_path)["path"]
+        code = f"""
+            from reward_models.own_process import load
+            print(load({path!r}, {{}})(completions=["a", "moons"]))
+        """
+        assert python(code, cwd=tmp_path).strip() == expected
+
+
 def test_what_cannot_become_a_file_is_one_line(tmp_path):
     def uses(completions: list[str]) -> list[bool]:
         return [UNWRITABLE is None for _ in completions]
@@ -688,6 +717,7 @@ def test_what_cannot_become_a_file_is_one_line(tmp_path):
     cases = [
         (uses, "function 'uses': it uses 'UNWRITABLE' (object)"),
         (Holds(object()), "it uses 'Holds.value' (object), a value of the notebook or script"),
+        (Words(sun=1.0), "the class Words extends dict, so its objects have content beside"),
         (Holds(1).score, "found a method; expected a function, or a class"),
         (len, "found a builtin_function_or_method"),
         (partial(vowels, ["x"]), "a partial with positional arguments"),
