@@ -180,6 +180,8 @@ def test_packed_shard_is_named_and_not_left_out(suffix: str, tmp_path: Path) -> 
     for path in (tmp_path, packed):
         with pytest.raises(DataError, match=rf"b.jsonl.{suffix}: a packed file. Decompress it"):
             prompts_in(path)
+    packed.with_suffix("").write_text(row_of("b"))
+    assert prompts_in(tmp_path) == ["a", "b"]
 
 
 def test_rows_in_a_txt_file_are_not_trained_as_text(tmp_path: Path) -> None:

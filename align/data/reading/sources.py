@@ -178,10 +178,10 @@ def find_files(path: str) -> list[Path]:
         return [_known(here)]
     if here.is_dir():
         found = _data_files(here)
-        for packed in sorted(
-            p for p in here.rglob("*") if _is_packed(p) and not is_hidden(p, here)
-        ):
-            raise _packed(packed)
+        packed = [p for p in here.rglob("*") if _is_packed(p) and not is_hidden(p, here)]
+        # Most programs keep the packed file beside the one that they unpack.
+        if left := sorted(p for p in packed if not p.with_suffix("").is_file()):
+            raise _packed(left[0])
         if not found:
             raise DataError(f"{path}: the folder contains no {', '.join(_PLAIN)} file", code="D004")
         return files_of(here, found, name=path, config=config, split=split)
