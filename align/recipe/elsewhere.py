@@ -27,10 +27,12 @@ def stages_of_runs(stages: Mapping[str, Any]) -> dict[Key, str]:
     for stage, spec in stages.items():
         for key, name in references(spec).items() if spec is not None else ():
             below = RUNS / name
+            # As for a command, a path from the root, from here or from above is none below RUNS.
+            is_path = name.startswith(("/", "./")) or ".." in Path(name).parts
             if (
                 "/" in name
+                and not is_path
                 and not (Path(name) / MANIFEST).is_file()
-                and not Path(name).is_absolute()
                 and (below / MANIFEST).is_file()
             ):
                 found[place_of(stage, key)] = str(below)

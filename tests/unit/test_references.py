@@ -112,6 +112,13 @@ def test_a_recipe_and_python_name_a_stage_of_a_run_as_a_command_does():
         RecipeError, match=r"stages\.dpo\.init: 'quick/dpo' is no stage and no folder"
     ):
         load_recipe(recipe)
+    # A path is never looked up below the runs, as in a command.
+    for name in ("../saved/sft", "./quick/sft", "quick/../quick/sft"):
+        with pytest.raises(ArtifactError, match="no such model"):
+            find_model(name)
+        recipe["stages"]["dpo"]["init"] = name
+        with pytest.raises(RecipeError, match=f"'{name}' is no stage and no folder"):
+            load_recipe(recipe)
     recipe["stages"]["dpo"]["init"] = "quick/reward"
     with pytest.raises(RecipeError, match="'runs/quick/reward' is a reward_model; expected"):
         load_recipe(recipe)
