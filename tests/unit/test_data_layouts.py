@@ -101,6 +101,22 @@ def test_text_answers_still_give_the_final_answer_and_the_reference() -> None:
     assert example.columns["reference"] == "2 + 2 = 4\n#### 4"
 
 
+@pytest.mark.parametrize("label", [1, True, "true"])
+@pytest.mark.parametrize("answer", ["2 + 2 = 4\n#### 4", 4])
+def test_answer_that_is_rated_good_is_the_column_that_it_is_without_a_rating(label, answer) -> None:
+    row = {"problem": "Q", "answer": answer}
+    plain, rated = one(row, "prompts"), one({**row, "label": label}, "prompts")
+    assert rated.prompt == plain.prompt == [U]
+    assert rated.columns == {**plain.columns, "label": label}
+    assert str(rated.columns["answer"]) == "4"
+
+
+@pytest.mark.parametrize("answer", ["2 + 2 = 5\n#### 5", 5])
+def test_answer_that_is_rated_bad_is_no_answer_for_a_reward(answer: object) -> None:
+    example = one({"problem": "Q", "answer": answer, "label": 0}, "prompts")
+    assert (example.prompt, example.columns) == ([U], {"label": 0})
+
+
 def test_prompt_beside_whole_conversations_keeps_the_turns_before_it() -> None:
     row = {"prompt": "Q", "chosen": [SYSTEM, U, A], "rejected": [SYSTEM, U, B]}
     pair = one(row, "preference")

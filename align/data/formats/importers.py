@@ -24,7 +24,7 @@ from align.data.formats.questions import (
 )
 from align.data.formats.tools import schemas_of
 from align.data.formats.turns import is_nothing, not_text, shown, to_text, to_turns
-from align.recipe.schema.formats import ASKED, as_boolean
+from align.recipe.schema.formats import ASKED, FORMATS, as_boolean
 
 Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ def from_question_answer(row: Row, source: str) -> list[Example]:
 def from_question(row: Row, source: str) -> list[Example]:
     """Read a question for sampling; its answer is a column, and may be of any type."""
     answers = [row[name] for name in ANSWERED if name in row]
-    if all(isinstance(answer, str) or _is_turns(answer) for answer in answers):
+    if answers and all(isinstance(answer, str) or _is_turns(answer) for answer in answers):
         return from_question_answer(row, source)
     prompt, rest = question_of(row, source)
     return [Example(as_turns(prompt, "user"), columns=rest, source=source)]
@@ -275,6 +275,15 @@ def from_model_solutions(row: Row, source: str) -> list[Example]:
 
 def _is_finite(score: object) -> bool:
     return isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score)
+
+
+def from_rated_question(row: Row, source: str) -> list[Example]:
+    """Read a rated row for sampling; only an answer that is rated good is a column."""
+    if not FORMATS["question_answer"].most_fields(row):
+        return from_unpaired(row, source)
+    good = as_boolean(row["label"])
+    given = other_fields(row, "label", *(() if good else ANSWERED))
+    return [replace(example, label=good) for example in from_question(given, source)]
 
 
 _LABELS = ("label", "kto_tag")

@@ -158,6 +158,7 @@ FORMATS: dict[str, Format] = {
         *(f"{pair}+label" for pair in (*_PLAIN_PAIRS, *_QUESTION_PAIRS, *_ALPACA_PAIRS)),
         gives="unpaired",
         read="from_unpaired",
+        read_for={"prompts": f"{_IMPORTERS}:from_rated_question"},
         uses="input history",
         when=_is_rated,
         over=("question_answer", "prompt_completion", "alpaca"),
