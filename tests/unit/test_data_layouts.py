@@ -160,6 +160,18 @@ def test_labels_of_steps_may_be_numbers() -> None:
     assert one(row, "steps").columns["step_labels"] == [True, False]
 
 
+def test_rating_that_makes_0_neutral_ends_the_file_that_has_it_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "prm.jsonl"
+    ratings = [[1, 0]] * 8 + [[1, -1]]
+    rows = [
+        {"prompt": f"Q{i}", "completions": ["a", "b"], "labels": r} for i, r in enumerate(ratings)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec(path=str(path), rows=1)
+    with pytest.raises(DataError, match=r"prm.jsonl:9: steps\[1\]: .*found -1.*0 is not false"):
+        load_examples([spec], kind="steps", seed=0)
+
+
 def row_of(text: str) -> str:
     return json.dumps({"messages": [{**U, "content": text}, A]}) + "\n"
 

@@ -369,7 +369,9 @@ def from_steps(row: Row, source: str) -> list[Example]:
             raise not_text(text, where=f"{source}: steps[{i}]")
         if as_boolean(label) is None:
             raise DataError(
-                f"{source}: steps[{i}]: label: expected true or false, {shown(label)}", code="D080"
+                f"{source}: steps[{i}]: label: expected true or false, found {shown(label)}. In "
+                "ratings of -1, 0 and 1, 0 is not false: write true or false (map: FILE.py:NAME)",
+                code="D080",
             )
     prompt: Text = to_text(row["prompt"], field="prompt", source=source)
     if isinstance(prompt, str):
