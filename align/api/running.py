@@ -111,6 +111,12 @@ def execute(recipe: Recipe, folder: Path, *, quiet: bool, **choice: Any) -> Run:
     return Run(folder)
 
 
+def _last_record(lines: Sequence[str]) -> str:
+    """Return the last record of a log without its time; the whole log if nothing was logged."""
+    starts = [i for i, line in enumerate(lines) if LOG_LINE.match(line.encode())]
+    return "\n".join(lines[starts[-1] if starts else 0 :]).partition(" ")[2]
+
+
 class _Observer(Terminal):
     """A terminal that remembers why the run failed."""
 
@@ -119,13 +125,9 @@ class _Observer(Terminal):
     def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str], code: int) -> None:
         """Show why a stage failed, and keep its last message."""
         super().failed(stage, reason, log=log, tail=tail, code=code)
-        starts = [i for i, line in enumerate(tail) if LOG_LINE.match(line.encode())]
-        said = "\n".join(tail[starts[-1] if starts else 0 :]).partition(" ")[2]
-        said = "\n".join(last_messages(tail)) or said
-        self.stage, self.problem = (
-            stage,
-            f"stage {stage} failed ({reason}): {said}\nThe whole log: {log}",
-        )
+        said = "\n".join(last_messages(tail)) or _last_record(tail)
+        self.stage = stage
+        self.problem = f"stage {stage} failed ({reason}): {said}\nThe whole log: {log}"
 
     def summary(self, summary: Mapping[str, Any], report: Path, *, order: Sequence[str]) -> None:
         """Show the summary, and keep the expectations that do not hold."""

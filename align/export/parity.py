@@ -250,9 +250,12 @@ def compare_reading(
     responses = [tokens for tokens, _ in readings]
     pairs = zip(original.responses, responses, strict=True)
     same = sum(list(a) == list(b) for a, b in pairs)
+    problems = list(_text_problems(original, responses, probe, bound=bound))
+    if not found:
+        problems.insert(0, "all responses are empty, so no log-probability could be compared")
+        return Parity(math.inf, math.inf, same, len(probe.prompts)), problems
     parity = Parity(max(found), sum(found) / len(found), same, len(probe.prompts))
     limit = bound.kl + KERNELS
-    problems = list(_text_problems(original, responses, probe, bound=bound))
     if not parity.kl_max <= limit:
         told = f"per-token KL is up to {parity.kl_max:.3g} nats, expected at most {limit:g}"
         problems.insert(0, told)

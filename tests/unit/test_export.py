@@ -454,6 +454,15 @@ def test_another_program_that_reads_another_model_is_named():
     parity, problems = compare_reading(original, [apart, right], probe, bound=BOUNDS["bfloat16"])
     assert parity.kl_max == pytest.approx(0.0822831, rel=1e-5)
     assert problems == ["per-token KL is up to 0.0823 nats, expected at most 0.021"]
+    # A program that answers nothing at all.
+    nothing: Reading = ([], [])
+    parity, problems = compare_reading(original, [nothing] * 2, probe, bound=BOUNDS["float32"])
+    assert (parity.kl_max, parity.same_text) == (math.inf, 0)
+    assert problems == [
+        "all responses are empty, so no log-probability could be compared",
+        "prompt 1: the response has 0 tokens, expected 2",
+        "prompt 2: the response has 0 tokens, expected 2",
+    ]
 
 
 def test_an_export_that_vllm_must_read_and_cannot_is_not_written(run, tmp_path, monkeypatch):
