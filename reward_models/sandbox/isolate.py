@@ -131,6 +131,10 @@ def _enter_own_files(readable: Sequence[str]) -> None:
     devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     root = "/tmp"
     _mount("none", root, kind="tmpfs", flags=NO_SUID | NO_DEV, options="mode=755,size=1m")
+    # Before the folders, since an environment may be below /tmp too.
+    os.mkdir(f"{root}/tmp")
+    options = f"mode=1777,size={DISK_MIB}m,nr_inodes=4096"
+    _mount("none", f"{root}/tmp", kind="tmpfs", flags=NO_SUID | NO_DEV, options=options)
     for path, descriptor in opened.items():
         os.makedirs(root + path, exist_ok=True)
         _mount(f"/proc/self/fd/{descriptor}", root + path, flags=BIND | RECURSIVE)
@@ -143,9 +147,6 @@ def _enter_own_files(readable: Sequence[str]) -> None:
     for name, descriptor in devices.items():
         os.close(os.open(f"{root}/dev/{name}", os.O_CREAT | os.O_WRONLY, 0o600))
         _mount(f"/proc/self/fd/{descriptor}", f"{root}/dev/{name}", flags=BIND)
-    os.mkdir(f"{root}/tmp")
-    options = f"mode=1777,size={DISK_MIB}m,nr_inodes=4096"
-    _mount("none", f"{root}/tmp", kind="tmpfs", flags=NO_SUID | NO_DEV, options=options)
     for descriptor in (*opened.values(), *devices.values()):
         os.close(descriptor)
     os.chdir(root)

@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from reward_models import build_reward, code
+from reward_models import build_reward, code, sandbox
 from reward_models.base import MissingColumnError
 from reward_models.code import program_of
+from reward_models.sandbox import _packages as packages
 from reward_models.sandbox import missing_isolation
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,6 +45,28 @@ def scored(programs, prompt="Write f.", *, raw=False, **columns):
     said = [text if raw else fenced(text) for text in programs]
     rows = {name: [value] * len(programs) for name, value in columns.items()}
     return reward(prompts=[prompt] * len(programs), completions=said, **rows), reward
+
+
+@isolates
+def test_an_environment_below_tmp_is_readable_and_tmp_itself_empty(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        # The program may run as another user.
+        Path(folder).chmod(0o755)
+        (Path(folder) / "inside.txt").write_text("9")
+        monkeypatch.setattr(sandbox, "_packages", lambda: [*packages(), folder])
+        program = f"""
+            import os
+            def f(x):
+                assert os.listdir("/tmp") == [{Path(folder).name!r}]
+                try:
+                    open("{folder}/new.txt", "w")
+                except OSError:
+                    return int(open("{folder}/inside.txt").read())
+        """
+        test = "def check(candidate):\n    assert candidate(3) == 9\n"
+        found, _ = scored([textwrap.dedent(program)], test=test, entry_point="f")
+        assert found == [1.0]
+        assert os.listdir(folder) == ["inside.txt"]
 
 
 @isolates
