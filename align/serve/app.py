@@ -19,7 +19,7 @@ from align import report
 from align.core.errors import AlignError, ArtifactError
 from align.serve import finetuning, labels, live
 from align.serve.auth import COOKIE, ONLY_LABELS, Auth
-from align.serve.errors import ServeError
+from align.serve.errors import ServeError, broken_text
 from align.serve.guard import Guard
 from align.serve.services import Area, Services
 from align.serve.settings import Settings
@@ -145,6 +145,13 @@ def _add_errors(app: FastAPI, services: Services) -> None:
         place = ".".join(str(part) for part in first["loc"][1:])
         found = ServeError(400, f"{place or 'body'}: {first['msg']}", param=place or None)
         return _answer(services, request, found)
+
+    @app.exception_handler(UnicodeEncodeError)
+    async def not_utf8(request: Request, error: UnicodeEncodeError) -> Response:
+        # Only the JSON of a body has such texts; without one, a file's name on the disk does.
+        if request.method == "GET":
+            return await failed(request, error)
+        return _answer(services, request, broken_text())
 
     @app.exception_handler(Exception)
     async def failed(request: Request, _error: Exception) -> Response:

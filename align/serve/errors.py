@@ -47,6 +47,15 @@ class ServeError(Exception):
         return {"error": error}
 
 
+def broken_text() -> ServeError:
+    """Return the error of a text that UTF-8 cannot encode, such as half of an emoji."""
+    return ServeError(
+        400,
+        "A text of the request has half of a surrogate pair, which UTF-8 cannot encode. Remove or "
+        "replace that character.",
+    )
+
+
 def not_found(what: str, name: str) -> ServeError:
     """Return the error of a thing that does not exist or belongs to somebody else."""
     return ServeError(404, f"No such {what}: {name[:200]!r}.", code="not_found", param="id")

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from align.core.errors import AlignError, DataError
 from align.core.types import Text
 from align.serve.auth import Person
-from align.serve.errors import ServeError, not_found
+from align.serve.errors import ServeError, broken_text, not_found
 from align.serve.labels.progress import progress_of
 from align.serve.labels.tables import Project, find_project
 from align.serve.labels.tasks import (
@@ -76,7 +76,11 @@ def work_router(services: Services) -> APIRouter:
 
     @router.post("/{name}/tasks/{task}")
     def answer(
-        name: str, task: int, said: Said, *, person: Annotated[Person, sender]
+        name: str,
+        task: Annotated[int, Path(ge=1, lt=2**63)],  # what the database can compare
+        said: Said,
+        *,
+        person: Annotated[Person, sender],
     ) -> dict[str, Any]:
         with services.store.write() as db:
             project = project_named(db, name)
@@ -125,6 +129,8 @@ class _JsonRoute(APIRoute):
                 return await handler(request)
             except ServeError as error:
                 return JSONResponse({"error": str(error)}, error.status, headers=error.headers)
+            except UnicodeEncodeError:
+                return JSONResponse({"error": str(broken_text())}, 400)
             except TaskGone as error:
                 return JSONResponse({"error": str(error)}, 409)
             except AlignError as error:
