@@ -20,7 +20,7 @@ from align.recipe.load import load_recipe
 from align.serve.labels.items import Candidate, add_items
 from align.serve.labels.quality import cohen_kappa, quality_of
 from align.serve.labels.tables import Project, create_project
-from align.serve.labels.tasks import Answer, next_task, record_answer
+from align.serve.labels.tasks import Answer, next_task, record_answer, undo
 from align.serve.labels.training import derived, readers
 from tests.serve.running import WAIT_S, Running, running
 
@@ -235,6 +235,25 @@ def test_a_verdict_decides_an_item_whose_labels_differ(server: Running):
     assert (row["chosen"], row["decided"], len(row["votes"])) == ("good 0", True, 2)
     (tied,) = map(json.loads, (folder / "ties.jsonl").read_text().splitlines())
     assert (tied["prompt"], tied["decided"]) == ("q1", True)
+
+
+def test_a_verdict_is_still_seen_and_taken_back_when_the_labels_agree(server: Running):
+    project = make(server, *pairs(1), wanted=2)
+    label(server, project, "one")
+    label(server, project, "two", better="tie")
+    with server.client() as client:
+        client.post("/labels/p/conflicts/1", data={"answer": "b"})
+        with server.services.store.write() as db:
+            assert undo(db, project, "two") is not None
+        label(server, project, "two")
+        page = client.get("/labels/p/conflicts").text
+        assert page.count("A is better</li>") == 2
+        assert "Item 1: decided" in page, "the export still follows the verdict"
+        client.post("/labels/p/conflicts/1", data={"answer": ""})
+        assert "No item has labels that differ" in client.get("/labels/p/conflicts").text
+        client.post("/labels/p/export")
+    (row,) = map(json.loads, (snapshots("p")[0] / "preference.jsonl").read_text().splitlines())
+    assert (row["chosen"], "decided" in row) == ("good 0", False)
 
 
 def test_every_label_is_in_the_table_and_runs_no_formula(server: Running, tmp_path: Path):

@@ -4,19 +4,15 @@ import json
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.core.errors import DataError
 from align.core.types import Text
+from align.serve.labels.items import ANSWERS
 from align.serve.labels.quality import canonical, majority, pseudonym
 from align.serve.labels.tables import Project
 
-ANSWERS: Mapping[str, Sequence[str]] = {
-    "pairwise": ("a", "b", "tie", "bad"),
-    "thumbs": ("good", "bad"),
-}
-"""Answers of each kind of project but steps, independent of the order shown."""
 _VOTES = (
     "SELECT t.*, i.prompt, i.responses, a.number, v.answer, v.decided_by "
     "FROM label_tasks t JOIN label_items i ON i.id = t.item_id "
@@ -46,7 +42,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """An item that has all its labels, of which at least two differ.
+    """An item that has all its labels, of which at least two differ, or that was decided.
 
     Attributes:
         item: number of the item.
@@ -78,12 +74,18 @@ class Conflict:
 
 
 def conflicts(db: sqlite3.Connection, project: Project) -> list[Conflict]:
-    """Return the items whose labels differ: without an answer first, the decided ones last."""
+    """Return the items whose labels differ: without an answer first, the decided ones last.
+
+    A decided item stays among them if an annotator undoes a label and then agrees with the others:
+    the verdict still counts.
+    """
     items: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
     for row in db.execute(_VOTES, (project.id,)):
         items[row["item_id"]].append(row)
     found = [
-        _conflict(rows) for rows in items.values() if len({canonical(row) for row in rows}) > 1
+        _conflict(rows)
+        for rows in items.values()
+        if rows[0]["answer"] is not None or len({canonical(row) for row in rows}) > 1
     ]
     return sorted(found, key=lambda c: (not c.is_open, c.verdict is not None, c.item))
 

@@ -22,7 +22,11 @@ SAMPLES_FILE = "samples.jsonl"
 _EXAMPLES = {"pairwise": "preference", "thumbs": "sft", "steps": "sft"}
 _KNOWN = {"pairwise": "preference", "thumbs": "unpaired", "steps": "steps"}
 """Kind of rows whose answer is known."""
-_ANSWERS = {"pairwise": ("a", "b", "tie", "bad"), "thumbs": ("good", "bad")}
+ANSWERS: Mapping[str, Sequence[str]] = {
+    "pairwise": ("a", "b", "tie", "bad"),
+    "thumbs": ("good", "bad"),
+}
+"""Answers of each kind of project but steps, independent of the order shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ def _candidate(example: Example, kind: Kind, *, gold: bool) -> Candidate:
     answer = columns.get("gold")
     if gold:
         answer = _known_answer(example, kind)
-    elif answer is not None and (kind == "steps" or answer not in _ANSWERS[kind]):
-        expected = ", ".join(_ANSWERS.get(kind, ("import with --gold instead",)))
+    elif answer is not None and (kind == "steps" or answer not in ANSWERS[kind]):
+        expected = ", ".join(ANSWERS.get(kind, ("import with --gold instead",)))
         raise DataError(f"{where}: gold: found {str(answer)[:40]!r}, expected one of {expected}")
     models = columns.get("models", ())
     if not isinstance(models, list | tuple) or not all(isinstance(m, str) for m in models):

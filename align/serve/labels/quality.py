@@ -167,7 +167,7 @@ class Quality:
         labeled: those of them with all labels.
         labels: number of labels but gold and repeated ones.
         wins: of each model against the other of a pair; ties count for neither.
-        pairs: each two annotators that have labeled the same items.
+        pairs: every two annotators who have labeled the same items.
     """
 
     annotators: Sequence[AnnotatorQuality]

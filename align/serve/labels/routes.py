@@ -10,8 +10,9 @@ from fastapi.responses import FileResponse, RedirectResponse
 from align.data.labels import RECORD
 from align.serve.auth import Person
 from align.serve.errors import not_found
-from align.serve.labels.conflicts import ANSWERS, conflicts
+from align.serve.labels.conflicts import conflicts
 from align.serve.labels.forms import form_router
+from align.serve.labels.items import ANSWERS
 from align.serve.labels.progress import batches, exported, progress_of, sources
 from align.serve.labels.quality import quality_of
 from align.serve.labels.tables import Project, all_projects
