@@ -25,7 +25,8 @@ _ALL = (
     "LEFT JOIN label_verdicts v ON v.item_id = i.id "
     "WHERE i.project_id = ? AND t.state = 'done' ORDER BY t.done_at, t.id"
 )
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# The wide forms count as the narrow ones in spreadsheets of some languages.
+_FORMULA = (*"=+-@", *"\uff1d\uff0b\uff0d\uff20", "\t", "\r", "\n", "\0")
 
 
 def votes_of(db: sqlite3.Connection, project: Project) -> Iterator[dict[str, Any]]:
