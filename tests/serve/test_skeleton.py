@@ -68,9 +68,6 @@ def test_a_committed_row_survives_kill_9(tmp_path: Path):
         assert [row[0] for row in db.execute("SELECT x FROM t")] == [1]
 
 
-# ---- who asks
-
-
 def test_writers_of_a_process_wait_for_each_other(tmp_path, monkeypatch):
     # Without a wait of SQLite's own, a second writer would fail at once.
     monkeypatch.setattr("align.serve.store.BUSY_S", 0.0)
@@ -94,14 +91,23 @@ def test_a_connection_that_read_can_write_and_keeps_nothing_of_a_failed_block(tm
     store = Store(tmp_path)
     store.migrate("a", ("CREATE TABLE t (x INTEGER)",))
     failing = "INSERT INTO t SELECT 1 UNION SELECT abs(-9223372036854775808)"
-    with pytest.raises(sqlite3.OperationalError, match="overflow"), store.write() as db:
-        db.execute(failing)
+
+    def insert_and_fail() -> None:
+        with store.write() as db:
+            db.execute("INSERT INTO t VALUES (0)")
+            db.execute(failing)
+
+    with pytest.raises(sqlite3.OperationalError, match="overflow"):
+        insert_and_fail()
     with pytest.raises(sqlite3.OperationalError, match="readonly"), store.read() as db:
         db.execute("INSERT INTO t VALUES (2)")
     with store.write() as db:
         db.execute("INSERT INTO t VALUES (3)")
     with store.read() as db:
         assert [row["x"] for row in db.execute("SELECT x FROM t")] == [3]
+
+
+# ---- who asks
 
 
 def test_a_token_is_kept_as_a_hash_only_and_a_name_is_given_once(server: Running):
