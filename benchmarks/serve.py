@@ -85,8 +85,10 @@ def measure(server: Running) -> None:
             list(pool.map(ask, [1] * PROCESSES))  # imports and first connections
             began = time.monotonic()
             found = list(pool.map(ask, [EACH] * PROCESSES))
-            rate = CLIENTS * EACH / (time.monotonic() - began)
-            p50, p95 = np.percentile(np.concatenate(found), [50, 95])
+            seconds = time.monotonic() - began
+            times = np.concatenate(found)  # of the calls that were answered
+            p50, p95 = np.percentile(times, [50, 95])
+            rate = len(times) / seconds
             write(f"| `{name}` | {p50:.0f} | {p95:.0f} | {rate:.0f} |")
 
 

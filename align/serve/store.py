@@ -43,8 +43,8 @@ class Store:
         """Yield a connection inside a transaction that is committed unless the block raises.
 
         Args:
-            durable: the commit also survives a loss of power. Without it, one that another commit
-                follows on the disk does; it always survives the end of the process.
+            durable: whether the commit survives a loss of power at once. Otherwise it does as
+                soon as a durable commit follows. Both survive the end of the process.
         """
         # SQLite's writers wait by sleeping longer and longer, so one of many could wait for long.
         with self._writing, self._connected() as db:

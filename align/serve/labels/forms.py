@@ -131,8 +131,7 @@ def _given(services: Services) -> Callable[..., Any]:
             sides = [side_of(text, services.settings.runs) for text in chosen]
             return from_samples(sides, kind, by=by.replace(",", " ").split())
 
-        uploaded = file is not None and file.filename
-        batch = Path(file.filename or "").name if file is not None and uploaded else ""
+        batch = Path(file.filename or "").name if file is not None else ""
         return Given(batch or " against ".join(filter(None, (first, second))), read)
 
     return given
