@@ -1,5 +1,6 @@
 """Rewards of one's own: the conventions of three suites, and code that does what it should not."""
 
+import gc
 import json
 import os
 import re
@@ -363,13 +364,14 @@ def test_the_command_shows_scores_and_names_what_pays(code: Path, tmp_path: Path
 def test_a_process_that_others_killed_leaves_nothing_open(code: Path):
     reward = own(code, "scaled")
     assert reward(prompts=["q"], completions=["x"]) == [1.0]
+    gc.collect()  # what earlier tests left open is closed here, not between the two counts
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         process = reward.worker.process
         process.kill()
         process.wait()
         assert reward(prompts=["q"], completions=["x"]) == [1.0]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_processes_with_more_than_1024_open_files_score(code: Path):
