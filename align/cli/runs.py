@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ def runs_(
         "runs"
     ),
 ) -> None:
-    """List the runs of a folder: stages done, last change, and failed expectations."""
+    """List the runs of a folder: stages done, what runs or stopped, and failed expectations."""
     rows = [_row(path) for path in sorted(folder.glob("*")) if _stages(path)]
     if not rows:
         raise ArtifactError(f"{folder}: no run in it. Start one with: align run RECIPE")
@@ -51,8 +51,8 @@ def _row(run_dir: Path) -> tuple[str, str]:
     except AlignError:  # damaged, or written by another version
         names = [stage.name for stage in stages]
     parts = [f"{len(done & set(names))} of {len(names)} stages done"]
-    if not done >= set(names):
-        parts.append(f"next: {next(name for name in names if name not in done)}")
+    if now := _state(run_dir, stages, [name for name in names if name not in done]):
+        parts.append(now)
     changed = max(path.stat().st_mtime for stage in stages for path in stage.glob("*"))
     parts.append(f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}")
     listed = (read_json_object(run_dir / "summary.json") or {}).get("expectations")
@@ -60,6 +60,32 @@ def _row(run_dir: Path) -> tuple[str, str]:
     if failed := sum(not entry.get("holds", True) for entry in expectations):
         parts.append(f"{failed} of {len(expectations)} expectations FAILED")
     return run_dir.name, ", ".join(parts)
+
+
+def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
+    """Return what a run does now, or how its last attempt ended; empty if all is done.
+
+    Args:
+        run_dir: the run.
+        stages: folders of its stages, by when they began.
+        left: names of the stages that are not done, in the order of the recipe.
+    """
+    from align.core.lock import RUN_LOCK, is_held
+    from align.pipeline.failures import ended_with_error
+
+    begun = [stage for stage in stages if stage.name in left]
+    # A stage that a launcher started without align run has only a lock of its own.
+    locks = [is_held(run_dir, RUN_LOCK), *(is_held(stage) for stage in begun)]
+    name = begun[-1].name if begun else next(iter(left), "")
+    if True in locks:
+        return f"running: {name or 'the end'}"
+    if not begun:
+        return f"next: {name}" if name else ""
+    if False in locks:
+        return f"killed in {name}"
+    log = begun[-1] / "log.txt"
+    failed = log.is_file() and ended_with_error(log)
+    return f"{'failed' if failed else 'stopped'} in {name}"
 
 
 def logs(

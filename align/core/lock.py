@@ -188,6 +188,18 @@ def refuse_if_held(folder: Path, name: str = LOCK) -> None:
     )
 
 
+def is_held(folder: Path, name: str = LOCK) -> bool | None:
+    """Return whether the process that locked a folder is alive; None if the folder is not locked.
+
+    A lock outlives its process if that was killed, or if its machine went down.
+
+    Args:
+        folder: the folder of a stage, or of a run.
+        name: its file.
+    """
+    return _is_alive(folder / name) if (folder / name).is_file() else None
+
+
 def wait_for_sign(
     path: Path, tell: Callable[[str], None], stopped: Callable[[], object] = bool
 ) -> None:

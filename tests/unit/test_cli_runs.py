@@ -11,6 +11,7 @@ import pytest
 
 from align.cli.runs import logs, open_, runs_
 from align.core.errors import ArtifactError
+from align.core.lock import RUN_LOCK, StageLock
 
 RECIPE = """\
 name: toy
@@ -45,6 +46,43 @@ def test_runs_lists_stages_done_and_failed_expectations(
     assert part.startswith("part   1 of 2 stages done, next: sft, ")
     assert whole.startswith("whole  2 of 2 stages done, 2")
     assert whole.endswith(", 1 of 2 expectations FAILED")
+
+
+def test_runs_tells_running_killed_stopped_and_failed_runs_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {
+        "failed": "07:00:00 training: 9 steps\n07:00:01 error: the loss is nan\n    a detail\n",
+        # A resume appends to the log of the attempt before.
+        "stopped": "07:00:01 error: full\n07:00:02 sft: stopped by a signal\n",
+    }
+    for name in ("failed", "killed", "lost", "running", "stage", "stopped"):
+        stage(tmp_path / name, "base", done=True)
+        stage(tmp_path / name, "sft", done=False, log=said.get(name, ""))
+    running = StageLock(tmp_path / "running", RUN_LOCK)
+    alone = StageLock(tmp_path / "stage" / "sft")
+    # The first process ends without releasing its lock; the other was on a machine that went down.
+    program = (
+        "import os, sys; from pathlib import Path; from align.core.lock import *\n"
+        "StageLock(Path(sys.argv[1]), RUN_LOCK); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "killed")], check=False)
+    lock = tmp_path / "lost" / RUN_LOCK
+    lock.write_text(json.dumps({"host": "node7", "place": "elsewhere", "pid": 1, "started": "1"}))
+    os.utime(lock, (1, 1))
+    try:
+        runs_(tmp_path)
+    finally:
+        running.release()
+        alone.release()
+    lines = [line.split(", ")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert [state for _, state in lines] == [
+        *("failed in sft", "killed in sft", "killed in sft"),
+        *("running: sft", "running: sft", "stopped in sft"),
+    ]
+    # Looking changes nothing.
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert lock.is_file()
 
 
 DAMAGES = (b"", b"null", b"[]", b"3", b"[" * 100_000, b"\xff\xfe", bytes(9), b'{"expectations": 3}')
