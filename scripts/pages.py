@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 from align.cli import cli
+from align.cli.examples import EXAMPLES
 from align.recipe.foreign.convert import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,7 @@ def cli_page() -> str:
         rows = [_row(parameter, types[parameter.name]) for parameter in params]
         if rows:
             lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows, ""]
+        lines += ["```sh", *EXAMPLES[name.removeprefix("align ")], "```", ""]
     return "\n".join(lines)
 
 

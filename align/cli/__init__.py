@@ -13,6 +13,7 @@ from align.cli.cache import cache
 from align.cli.data import data, explain
 from align.cli.errors import fit_to_locale, print_error
 from align.cli.evaluate import calibrate, eval_
+from align.cli.examples import EXAMPLES
 from align.cli.export import export, push
 from align.cli.labels import labels
 from align.cli.options import MODEL_HELP, Runs
@@ -359,7 +360,20 @@ def _arrange() -> None:
     cli.registered_groups.sort(key=place)
 
 
+def _add_examples(app: typer.Typer, path: str = "") -> None:
+    """Write the examples of each command below its options."""
+    for info in app.registered_commands:
+        name = info.name or info.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]
+        # An empty line between two of them, or the help would join them.
+        info.epilog = "\n\n".join(("Examples:", *EXAMPLES.get(path + name, ())))
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        if inner is not None:
+            _add_examples(inner, f"{path}{group.name} ")
+
+
 _arrange()
+_add_examples(cli)
 
 
 def app() -> None:
