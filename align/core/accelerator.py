@@ -35,6 +35,24 @@ def list_gpus() -> list[str]:
     return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
 
 
+def describe_devices() -> str:
+    """Return the GPUs, or that there is none, and the cores: ``CPU, 2 cores``."""
+    cores = len(os.sched_getaffinity(0))
+    cores_text = f"{cores} core{'s'[: cores != 1]}"
+    if not has_gpu():
+        return f"CPU, {cores_text}"
+    gpus = list_gpus()
+    names = ", ".join(dict.fromkeys(map(_gpu_text, gpus))) or "not listed"
+    return f"{len(gpus) or 'a'} GPU{'s'[: len(gpus) > 1]} ({names}), {cores_text}"
+
+
+def _gpu_text(line: str) -> str:
+    """Return a GPU's name and memory, from the line of nvidia-smi."""
+    name, _, rest = line.partition(",")
+    mib = rest.partition(",")[0].split()
+    return f"{name}, {int(mib[0]) / 1024:.0f} GiB" if mib and mib[0].isdigit() else name
+
+
 def require_device(wanted: str) -> None:
     """Raise DeviceError if a recipe's ``device`` is ``gpu`` and no GPU can be used here."""
     if (problem := missing_device(wanted)) is not None:

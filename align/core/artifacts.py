@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from align.core.accelerator import describe_devices
 from align.core.errors import ArtifactError
 from align.core.sources import extension_hashes, with_source_hashes
 
@@ -183,7 +184,8 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
 
     Args:
         directory: the stage's folder with all its files written.
-        manifest: everything but ``files``, ``versions`` and ``git_commit``, which are added here.
+        manifest: everything but ``files``, ``devices``, ``versions`` and ``git_commit``, which are
+            added here.
 
     Returns:
         The path of the manifest.
@@ -192,6 +194,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
         **manifest,
         # Flushes every file to the disk before the manifest declares the stage finished.
         "files": hash_tree(directory, leave_out=NOT_HASHED),
+        "devices": describe_devices(),
         "versions": versions(),
         "git_commit": git_commit(),
     }

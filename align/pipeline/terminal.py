@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from align.core.accelerator import gpu_memory, has_gpu, list_gpus
+from align.core.accelerator import describe_devices, gpu_memory, has_gpu
 from align.core.artifacts import read_json_object, versions
 from align.core.errors import ArtifactError
 from align.core.text import visible
@@ -230,11 +230,13 @@ class Terminal:
     def _total(self, title: str) -> str:
         """Return the time of all remaining stages; empty where one of them was never measured."""
         left = self._stage.left_s() if self._stage else None
-        if left is None and self._expected_s is not None:
+        # After the last step a stage still saves or compares, and no step tells for how long.
+        if not left and self._expected_s is not None:
             left = max(self._expected_s - (time.monotonic() - self._began), 0.0)
         if left is None or self._later_s is None:
             return ""
-        return f"{title}{clock(left + self._later_s)} left"
+        total = left + self._later_s
+        return f"{title}{clock(total)} left" if round(total) else ""
 
     def _frame(self) -> Group:
         width = self._console.width
@@ -255,23 +257,10 @@ def _dim(text: str) -> Text:
 
 def machine() -> str:
     """Return one line on what the run uses: devices, torch and sampler with their versions."""
-    cores = len(os.sched_getaffinity(0))
-    cores_text = f"{cores} core{'s'[: cores != 1]}"
-    device = f"CPU, {cores_text}: no GPU found"
-    if has_gpu():
-        gpus = list_gpus()
-        names = ", ".join(dict.fromkeys(_gpu_text(line) for line in gpus)) or "not listed"
-        device = f"{len(gpus) or 'a'} GPU{'s'[: len(gpus) > 1]} ({names}), {cores_text}"
+    device = describe_devices() + ("" if has_gpu() else ": no GPU found")
     installed = versions()
     used = [f"{name} {installed[name]}" for name in USED if name in installed]
     return "; ".join([device, ", ".join(used)]) if used else device
-
-
-def _gpu_text(line: str) -> str:
-    """Return a GPU's name and memory, from the line of nvidia-smi."""
-    name, _, rest = line.partition(",")
-    mib = rest.partition(",")[0].split()
-    return f"{name}, {int(mib[0]) / 1024:.0f} GiB" if mib and mib[0].isdigit() else name
 
 
 def settings(recipe: Recipe) -> str:

@@ -142,6 +142,9 @@ def page(run: RunRecord) -> Markup:
     head = f"{done} of {len(run.stages)} stages done, {duration(seconds)}, seed {run.recipe.seed}"
     if (finished := run.finished) is not None:
         head += f", finished {finished:%Y-%m-%d %H:%M}"
+    # Stages may have run on several machines.
+    devices = dict.fromkeys(str(x) for s in run.stages if (x := s.manifest.get("devices")))
+    head += f", on {' and '.join(devices)}" if devices else ""
     return document(
         run.recipe.name,
         tag(
@@ -150,8 +153,9 @@ def page(run: RunRecord) -> Markup:
             tag("p", run.recipe.description),
             tag("p", head, class_="quiet"),
         ),
-        sections.missing(run),
+        # An unfinished run may already have failed expectations, which come first.
         shown(overview, run),
+        sections.missing(run),
         *_groups(run),
         data=_data(run),
     )

@@ -19,14 +19,16 @@ FRONT = (
     "bad_reward",
     "reward/mean",
     "kl/reference_per_answer",
-    "kl/reference",
     "policy/entropy",
     "policy/clip_frac",
     "length/mean",
     "length/truncated_frac",
     "reward/dead_group_frac",
     "value/explained_variance",
+    "kl/reference",
+    "policy/approx_kl",
     "optim/grad_norm",
+    "policy/grad_norm",
     "optim/learning_rate",
 )
 NUM_FRONT = 8

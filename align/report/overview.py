@@ -41,14 +41,21 @@ def _status(run: RunRecord) -> Markup:
     ]
     if failed:
         head = f"{len(failed)} of {len(found)} expectations failed (exit code 1)"
+    elif found:
+        head = f"✓ all {len(found)} expectations hold"
     else:
-        head = f"✓ all {len(found)} expectations hold" if found else "no expectations in the recipe"
+        expected = any(getattr(x, "expect", None) for x in _evaluations(run))
+        head = "expectations: not evaluated yet" if expected else "no expectations in the recipe"
     kind = "bad" if failed else "ok" if found else "quiet"
     alarms = tag("a", f"{num_alarms} alarms", href="#alarms", class_="bad") if num_alarms else None
     return join(
         tag("p", tag("b", head, class_=kind), " · " if alarms else None, alarms),
         tag("ul", *lines, class_="bad") if lines else None,
     )
+
+
+def _evaluations(run: RunRecord) -> list[object]:
+    return [spec for spec in run.recipe.stages.values() if spec.kind == "evaluate"]
 
 
 def _band(band: Sequence[float | None]) -> str:

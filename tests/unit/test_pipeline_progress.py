@@ -119,6 +119,32 @@ def test_the_total_is_shown_only_if_every_later_stage_was_measured(
     assert "all stages" not in last(None)
 
 
+def test_a_stage_after_its_last_step_is_not_announced_as_0_s_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("align.pipeline.terminal.PLAIN_EVERY_S", -1.0)
+
+    def line(now_s: float | None, later_s: float) -> str:
+        shown = io.StringIO()
+        terminal = Terminal(Console(file=shown, width=160))
+        terminal.expect(now_s, later_s)
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        (tmp_path / "log.txt").unlink(missing_ok=True)
+        terminal.begin("evaluate", "evaluate", tmp_path, position=3, count=3)
+        row = {"step": 5, "time_s": 60.0, "total_steps": 5}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (tmp_path / "log.txt").write_text("12:00:00 comparing the models\n")
+        terminal.update()
+        return shown.getvalue().splitlines()[-1]
+
+    # The last stage: nothing is known of the rest, or it took longer than before.
+    assert line(None, 0.0) == "[3/3] evaluate: comparing the models"
+    assert line(0.0, 0.0) == "[3/3] evaluate: comparing the models"
+    # The time that it took before, and the stages after it.
+    assert "all stages: 1 min " in line(100.0, 0.0)
+    assert line(None, 50.0) == "[3/3] evaluate: comparing the models, all stages: 50 s left"
+
+
 def test_the_time_of_a_stage_counts_only_with_the_same_settings(tmp_path: Path):
     recipe = load_recipe("quickstart")
     (tmp_path / "sft").mkdir()

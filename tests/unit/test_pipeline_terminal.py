@@ -261,11 +261,14 @@ def test_show_of_a_run_prints_every_table(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_first_line_of_a_run_names_the_device(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("align.pipeline.terminal.os.sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: False)
+    def gpus(found: list[str]) -> None:
+        monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: bool(found))
+        monkeypatch.setattr("align.core.accelerator.has_gpu", lambda: bool(found))
+        monkeypatch.setattr("align.core.accelerator.list_gpus", lambda: found)
+
+    monkeypatch.setattr("align.core.accelerator.os.sched_getaffinity", lambda _: {0, 1})
+    gpus([])
     monkeypatch.setattr("align.pipeline.terminal.versions", lambda: {"torch": "2.13.0+cpu"})
     assert machine() == "CPU, 2 cores: no GPU found; torch 2.13.0+cpu"
-    monkeypatch.setattr("align.pipeline.terminal.has_gpu", lambda: True)
-    gpus = ["NVIDIA H100, 81559 MiB, 580.1", "NVIDIA H100, 81559 MiB, 580.1"]
-    monkeypatch.setattr("align.pipeline.terminal.list_gpus", lambda: gpus)
+    gpus(["NVIDIA H100, 81559 MiB, 580.1", "NVIDIA H100, 81559 MiB, 580.1"])
     assert machine() == "2 GPUs (NVIDIA H100, 80 GiB), 2 cores; torch 2.13.0+cpu"

