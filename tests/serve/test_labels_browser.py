@@ -56,7 +56,8 @@ class Page:
 
     def progress(self, mine: int) -> None:
         """Wait until the server has recorded so many answers."""
-        self.page.get_by_text(f"{mine} answers by you").wait_for()
+        found = f"{mine} answer{'' if mine == 1 else 's'} by you"
+        self.page.locator("#progress", has_text=found).wait_for()
 
     def prompt(self) -> str:
         return self.page.locator("#prompt").inner_text().strip()
@@ -138,6 +139,25 @@ def test_ten_pairs_labeled_by_keys_give_exactly_these_rows(browser: Any, server:
     assert [row["state"] for row in found.values()].count("skipped") == 1
     assert len(found) == 10
     assert all(row["seconds"] > 0 for row in found.values() if row["state"] == "done")
+    page.assert_quiet()
+
+
+def test_the_digits_of_a_french_keyboard_answer_too(browser: Any, server: Running):
+    make(server, *(Candidate(f"question {i}?", ("a", "b")) for i in range(2)), reasons=("wrong",))
+    page = Page(browser, server)
+    page.work("p")
+    press = (
+        "([key, code, shiftKey]) => document.body.dispatchEvent("
+        "new KeyboardEvent('keydown', {key, code, shiftKey, bubbles: true}))"
+    )
+    for key, code in (("&", "Digit1"), ("à", "Digit0")):  # what they type without Shift
+        prompt = page.prompt()
+        page.page.evaluate(press, ["1", "Digit1", True])
+        page.page.evaluate(press, [key, code, False])
+        page.next_after(prompt)
+    page.progress(2)
+    found = [(row["choice"], row["reasons"]) for row in recorded(server).values()]
+    assert found == [("left", '["wrong"]'), ("tie", '["wrong"]')]
     page.assert_quiet()
 
 

@@ -31,9 +31,13 @@
       error.status = response.status;
       throw error;
     }
-    const left = "left" in found ? `, ${found.left} items left` : "";
-    by("progress").textContent = `${found.mine} answers by you${left}`;
+    const left = "left" in found ? `, ${counted(found.left, "item")} left` : "";
+    by("progress").textContent = `${counted(found.mine, "answer")} by you${left}`;
     return found;
+  }
+
+  function counted(count, name) {
+    return `${count} ${name}${count === 1 ? "" : "s"}`;
   }
 
   function say(problem) {
@@ -237,16 +241,18 @@
       return;
     }
     if (event.ctrlKey) return;
-    const digit = /^Digit([1-9])$/.exec(event.code);
+    // The digits of the upper row, which are typed with Shift on a French keyboard.
+    const digit = /^Digit([0-9])$/.exec(event.code)?.[1];
     if (event.shiftKey && digit) {
-      const button = document.querySelectorAll("[data-reason]")[digit[1] - 1];
+      const button = document.querySelectorAll("[data-reason]")[digit - 1];
       if (button) toggle(button);
       event.preventDefault();
       return;
     }
     // A focused button or link has the Enter key for itself.
     if (event.key === "Enter" && event.target.closest("button, a")) return;
-    const act = KEYS[event.key] ?? ALWAYS[event.key];
+    const key = digit ?? event.key;
+    const act = KEYS[key] ?? ALWAYS[key];
     if (!act) return;
     event.preventDefault();
     ACTS[act]();
