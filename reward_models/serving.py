@@ -8,9 +8,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reward_models.base import InvalidScoreError
+
+if TYPE_CHECKING:
+    from fastapi import Request
 
 MAX_ROWS = 1024
 """Largest number of responses in one request."""
@@ -187,7 +190,7 @@ def _parsed(data: bytes, *, takes_ids: bool) -> dict[str, Any]:
     return body
 
 
-async def _body(request: Any) -> bytes | None:
+async def _body(request: "Request") -> bytes | None:
     """Return a request's body; None if it has more than ``MAX_BYTES``.
 
     Raises:

@@ -78,7 +78,7 @@ def reference(function: Callable[..., Any], folder: Path) -> str:
     return f"{file}:{name}"
 
 
-def _object_name(value: Any) -> str:
+def _object_name(value: object) -> str:
     """Return its ``__name__``, as TRL shows it, or that of its class in small letters."""
     kind, own = type(value).__name__, getattr(value, "__name__", None)
     if isinstance(own, str) and own.isidentifier() and own != kind:

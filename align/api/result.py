@@ -1,7 +1,7 @@
 """A run folder in Python: its stages, metrics, samples, models and summary."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ class Run:
         return [found[stage]]
 
 
-def _table(rows: Any) -> Any:
+def _table(rows: Iterable[object]) -> Any:
     found = list(rows)
     if importlib.util.find_spec("pandas") is None:
         return found

@@ -414,7 +414,9 @@ def _merge(base: Source, child: Source) -> None:
     _merge_at(base, child, (), into=base.data, new=child.data)
 
 
-def _merge_at(base: Source, child: Source, key: Key, *, into: dict[str, Any], new: Any) -> None:
+def _merge_at(
+    base: Source, child: Source, key: Key, *, into: dict[str, Any], new: Mapping[str, Any]
+) -> None:
     for name, value in new.items():
         here = (*key, name)
         old = into.get(name)

@@ -79,7 +79,8 @@ def _check_saved_names(model: "PreTrainedModel") -> None:
     Raises:
         RecipeError: names a weight.
     """
-    files, prefix = sorted(Path(model.name_or_path).glob("*.safetensors")), model.base_model_prefix
+    files = sorted(Path(str(model.name_or_path)).glob("*.safetensors"))
+    prefix = model.base_model_prefix
     saved = {name.removeprefix(f"{prefix}.") for name in saved_names(files)}
     # Only experts: heads and poolers may be new.
     experts = [name for name, p in model.named_parameters() if p.ndim > 2]

@@ -114,7 +114,9 @@ def _names(kind: type) -> list[str]:
     return [base.__name__ for base in kind.__mro__]
 
 
-def _done(asked: Any, refer: Callable[[Any], int], find: Callable[[int | str], Any]) -> Plain:
+def _done(
+    asked: Mapping[str, Any], refer: Callable[[Any], int], find: Callable[[int | str], Any]
+) -> Plain:
     """Return the reply to one request: a result, what became of the arguments, or an error."""
     try:
         target = find(asked["of"])

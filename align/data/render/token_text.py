@@ -103,7 +103,8 @@ class TokenText:
 
     def _first_beyond(self, cut: int) -> int:
         """Return the first token that ends after character ``cut``, or the number of tokens."""
-        if self._spans is None:
+        spans = self._spans
+        if spans is None:
             found = self._encoding.char_to_token(cut)
             if found is not None:
                 # A space of width 0 that the tokenizer inserted may begin after this character.
@@ -111,8 +112,8 @@ class TokenText:
                     found -= 1
                 return found
             # None contains it: the end of the text, or white space that offsets leave out.
-            self._spans = self._encoding.offsets
-        return next((i for i, (_, end) in enumerate(self._spans) if end > cut), len(self.ids))
+            spans = self._spans = self._encoding.offsets
+        return next((i for i, (_, end) in enumerate(spans) if end > cut), len(self.ids))
 
     def _shared_with_prefix(self, cut: int) -> int:
         prefix: Any = self._tokenizer(self._text[:cut], add_special_tokens=False)["input_ids"]

@@ -42,7 +42,7 @@ from align.data.render.token_text import encoder_of
 from align.data.store.build import Render, build_store
 from align.data.store.collect import collected
 from align.data.store.folder import open_or_build, remove
-from align.data.store.rows import Listed, Part, Store, StoredExamples, StoredRows
+from align.data.store.rows import Ints, Listed, Part, Store, StoredExamples, StoredRows
 from align.recipe.schema import DataSpec
 from reward_models.limits import many_rows
 
@@ -110,7 +110,7 @@ def fit_loaded(
     max_lost_frac: float,
     what: str,
     ledger: Path | None,
-) -> tuple[Sequence[Any], Sequence[int]]:
+) -> tuple[Sequence[Any], Sequence[int] | Ints]:
     """Return the rows that fit, as ``fit_rows`` does, and the places of their examples."""
     limits: dict[str, Any] = {"max_length": max_length, "max_lost_frac": max_lost_frac}
     if loaded.rows is not None:
@@ -124,7 +124,7 @@ def fit_loaded(
     return kept, [i for i, stays in enumerate(fits) if stays]
 
 
-def chosen(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+def chosen(examples: Sequence[Example], places: Sequence[int] | Ints) -> Sequence[Example]:
     """Return some of the examples."""
     if isinstance(examples, StoredExamples):
         return examples.at(np.asarray(places, dtype=np.int64))

@@ -351,7 +351,7 @@ def source_of(
     return found | ({"rename": renamed} if renamed else {})
 
 
-def hold_out(draft: Draft, key: str, frac: Any) -> None:
+def hold_out(draft: Draft, key: str, frac: float) -> None:
     """Divide the training data by a hash of the prompts, with ``frac`` of them held out."""
     keys, stage = draft.keys, draft.stage
     if not frac:

@@ -9,7 +9,7 @@ from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.context import Api
-from reward_models.grader_specs import FLAGS, GraderError, Multi, read_grader
+from reward_models.grader_specs import FLAGS, Grader, GraderError, Multi, read_grader
 from reward_models.graders import DETAILS, Outcome, request_of, run_grader
 
 
@@ -57,7 +57,7 @@ def _read(given: dict[str, Any]) -> Any:
         raise ServeError(400, str(error), code="invalid_grader", param="grader") from error
 
 
-def _answer(grader: Any, outcome: Outcome, tokens: dict[str, int]) -> dict[str, Any]:
+def _answer(grader: Grader, outcome: Outcome, tokens: dict[str, int]) -> dict[str, Any]:
     errors: dict[str, Any] = {flag: flag in outcome.errors for flag in FLAGS}
     errors |= {name: outcome.errors.get(flag) for flag, name in DETAILS.items()}
     scores = outcome.sub_rewards if isinstance(grader, Multi) else {grader.name: outcome.reward}

@@ -85,7 +85,7 @@ class Queue:
             for thread in threads:
                 thread.join()
 
-    def _loop(self, step: Any) -> None:
+    def _loop(self, step: Callable[[], object]) -> None:
         while not self._stopped.is_set():
             try:
                 step()

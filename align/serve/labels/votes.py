@@ -74,7 +74,7 @@ def votes_text(db: sqlite3.Connection, project: Project, suffix: str) -> str:
     return text.getvalue()
 
 
-def _cell(value: Any) -> str | float:
+def _cell(value: object) -> str | float:
     if isinstance(value, float):
         return value
     if isinstance(value, list):

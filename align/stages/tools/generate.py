@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -146,7 +146,9 @@ def _load(place: Path) -> Generator:
         return Generator(Chat(folder, temperature=1.0, max_new_tokens=1))
 
 
-def _read(lines: Any, requests: "SimpleQueue[dict[str, Any]]", generator: Generator) -> None:
+def _read(
+    lines: Iterable[str], requests: "SimpleQueue[dict[str, Any]]", generator: Generator
+) -> None:
     for line in lines:
         asked = json.loads(line)
         if asked.get("cancel"):

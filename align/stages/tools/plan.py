@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,7 +138,9 @@ def changes(spec: TrainingStage, ranks: int) -> Iterator[tuple[str, TrainingStag
         yield made("zero.offload: cpu", zero=zero)
 
 
-def advice(name: str, spec: TrainingStage, *, ranks: int, fits: Any) -> str:
+def advice(
+    name: str, spec: TrainingStage, *, ranks: int, fits: Callable[[TrainingStage], bool]
+) -> str:
     """Return which keys to change so that a stage fits."""
     keys: dict[str, str] = {}
     for change, changed in changes(spec, ranks):
