@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError
+from align.core.seats import without_launcher
 from align.evaluation.compare import Record
 
 REMEDY = "python -m venv lm && lm/bin/pip install 'lm-eval[hf]==0.4.13'"
 LOG_TAIL = 15
-# This project's packages and process group would break the other environment.
-NOT_PASSED_ON = (
-    "PYTHONPATH",
-    "VIRTUAL_ENV",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+NOT_PASSED_ON = ("PYTHONPATH", "VIRTUAL_ENV")
+"""Variables that would bring this project's packages into the other environment."""
 
 
 def harness_argv(
@@ -104,7 +96,7 @@ def run_harness(argv: Sequence[str], log: Path) -> None:
 
 def _env() -> dict[str, str]:
     """Return the environment without this project's packages and process group."""
-    return {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
+    return {k: v for k, v in without_launcher(os.environ).items() if k not in NOT_PASSED_ON}
 
 
 def read_harness(out: Path, *, what: str) -> dict[str, list[Record]]:

@@ -80,3 +80,16 @@ def test_failed_run_shows_the_end_of_its_log(tmp_path: Path):
     argv = [sys.executable, "-c", "print('no such task'); raise SystemExit(3)"]
     with pytest.raises(AlignError, match=r"(?s)ended with 3.*no such task"):
         run_harness(argv, tmp_path / "log.txt")
+
+
+def test_the_harness_joins_no_process_group_of_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """torch in the other environment would wait for the ranks that these variables promise."""
+    given = {"RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in (given | {"PYTHONPATH": "here", "HF_HOME": "kept"}).items():
+        monkeypatch.setenv(name, value)
+    run_harness([sys.executable, "-c", "import os; print(*os.environ)"], tmp_path / "log.txt")
+    found = set((tmp_path / "log.txt").read_text().split())
+    assert not found & {*given, "PYTHONPATH"}
+    assert "HF_HOME" in found
