@@ -102,7 +102,9 @@ def init(
     for line in made.found:
         typer.echo(visible(line))
     load_recipe(target)
-    typer.echo(visible(f"{target}: written and valid; run it with: align run {target}"))
+    typer.echo(visible(f"{target}: written and valid"))
+    typer.echo(visible(f"next, test it with the rows and the model: align check {target} --deep"))
+    typer.echo(visible(f"then: align run {target}"))
 
 
 def _asked(flag: str, question: str) -> str:

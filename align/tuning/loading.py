@@ -119,10 +119,11 @@ def _check_stops_trained(
             if bool((table[stop].float() - mean).norm() <= NEAR_MEAN * mean.norm()):
                 raise RecipeError(
                     f"tuning.method {tuning.method}: the stop token "
-                    f"{tokenizer.convert_ids_to_tokens(stop)!r} is new to {model_dir} and nothing "
-                    "has trained its row, which this method freezes: it could never be sampled. "
-                    "Train with method full first, or use a chat_template whose stop token the "
-                    "model knows (stages.<base>.tokenizer: {chat_template: plain})"
+                    f"{tokenizer.convert_ids_to_tokens(stop)!r} has no trained row in {model_dir}: "
+                    "it was added, or the model was never trained on it. This method freezes the "
+                    "row, so the token could never be sampled. Train with method full first, or "
+                    "use a stop token that the model knows (stages.<base>.tokenizer: "
+                    "{chat_template: plain, stop_token: TOKEN})"
                 )
 
 
