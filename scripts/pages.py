@@ -1,4 +1,4 @@
-"""Write the generated pages docs/cli.md and the tables of docs/import.md.
+"""Write the generated pages docs/cli.md, docs/python-api.md and the tables of docs/import.md.
 
 Usage: python scripts/pages.py
 """
@@ -14,9 +14,11 @@ import typer
 from align.cli import cli
 from align.cli.examples import EXAMPLES
 from align.recipe.foreign.convert import markdown
+from scripts.api_page import api_page
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_PAGE = ROOT / "docs" / "import.md"
+API_PAGE = ROOT / "docs" / "python-api.md"
 CLI_PAGE = ROOT / "docs" / "cli.md"
 CLI_HEAD = """\
 # Command line
@@ -111,6 +113,7 @@ def main() -> None:
     """Write the pages."""
     IMPORT_PAGE.write_text(import_page(), encoding="utf-8")
     CLI_PAGE.write_text(cli_page(), encoding="utf-8")
+    API_PAGE.write_text(api_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

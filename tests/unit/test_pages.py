@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.pages import CLI_PAGE, IMPORT_PAGE, cli_page, import_page
+import align
+from scripts.api_page import api_page
+from scripts.pages import API_PAGE, CLI_PAGE, IMPORT_PAGE, cli_page, import_page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +19,22 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_generated_pages_are_up_to_date():
     assert CLI_PAGE.read_text() == cli_page(), "run: python scripts/pages.py"
     assert IMPORT_PAGE.read_text() == import_page(), "run: python scripts/pages.py"
+    assert API_PAGE.read_text() == api_page(), "run: python scripts/pages.py"
+
+
+def test_the_page_of_the_python_api_names_everything_that_is_offered():
+    text = API_PAGE.read_text()
+    names = [name for name in align.__all__ if name not in ("Run", "rewards", "losses")]
+    offered = [f"align.{name}" for name in names if name != "__version__"]
+    offered += [f"align.losses.{name}" for name in align.losses.__all__]
+    offered += [f"Run.{name}" for name in dir(align.Run) if not name.startswith("_")]
+    assert [name for name in offered if f"\n### {name}\n" not in text] == []
+    assert [name for name in align.rewards.__all__ if f"`{name}`" not in text] == [
+        *("RewardSpec", "build")
+    ]
+    # Every argument is named in its signature with its type, and no section stays unformatted.
+    assert "    model: Model,\n    data: Data,\n    heldout: Data | None = None,\n" in text
+    assert not re.search(r"^(Args|Returns|Raises|Reference):$", text, re.M)
 
 
 def test_the_page_of_commands_has_every_command_of_the_help():
