@@ -18,11 +18,14 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from rich.console import Console
 
 from align.core.lock import started_at
 from align.pipeline.processes import free_port
+from align.pipeline.terminal import Terminal
 from align.serve.app import make_services
 from align.serve.finetuning import queue as queue_module
+from align.serve.finetuning.progress import error_of
 from align.serve.finetuning.queue import Queue
 from align.serve.settings import Settings
 from tests.serve.killed_server import FAKE
@@ -97,6 +100,25 @@ def test_a_job_fails_with_the_last_message_of_its_run(client: OpenAI, file: str)
         "training_failed",
         "train: no row is left of 12",
     )
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (["12:00:00 step 1", "12:00:01 error: 2 rows repeat", "  a:1 repeats b:2"], "2 rows"),
+        (["12:00:00 step 1", "terminate called after throwing std::bad_alloc", ""], "terminate"),
+    ],
+)
+def test_the_error_is_what_align_run_says_and_not_its_last_line(
+    tmp_path: Path, tail: list[str], expected: str
+):
+    with (tmp_path / "output.txt").open("w") as f:
+        terminal = Terminal(Console(file=f, width=400))
+        terminal.failed("dpo", "exit code 2", log=tmp_path / "log.txt", tail=tail, code=2)
+    found = error_of(tmp_path, tmp_path / "output.txt")
+    assert found.startswith(expected)
+    assert "in all" not in found
+    assert found.endswith("a:1 repeats b:2") == (expected == "2 rows")
 
 
 def test_a_cancelled_job_ends_its_process_and_frees_the_device(

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ COLUMNS = {
 TOKENS = ("tokens/trained", "tokens/sampled")
 """Tokens of a step: of the rows that an offline stage trains, or of the responses it trains on."""
 LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")
+FAILED = re.compile(r"\S+: failed")
 MAX_ERROR = 1000
 
 
@@ -132,14 +134,24 @@ def model_name(db: sqlite3.Connection, row: sqlite3.Row) -> str:
 
 
 def error_of(run: Path, output: Path) -> str:
-    """Return the last message of a run that has failed."""
+    """Return why a run has failed: what ``align run`` says about it, or the last line it wrote."""
     lines: list[str] = []
     for path in (output, run / STAGE / "log.txt"):
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
-        if lines := [line.strip(" │") for line in lines if line.strip()]:
+        if lines := [line.strip("│").rstrip() for line in lines if line.strip(" │")]:
             break
-    last = lines[-1] if lines else "the run ended without a message"
-    return LOG_LINE.sub("", last)[:MAX_ERROR]
+    told = _told(lines) or lines[-1:] or ["the run ended without a message"]
+    return "\n".join(LOG_LINE.sub("", line.strip()) for line in told)[:MAX_ERROR]
+
+
+def _told(lines: Sequence[str]) -> list[str]:
+    """Return the indented lines below ``STAGE: failed``: a message, or the last line of a log."""
+    heads = [i for i, line in enumerate(lines) if FAILED.match(line)]
+    if not heads:
+        return []
+    below = lines[heads[-1] + 1 :]
+    told = list(takewhile(lambda line: line.startswith("    "), below))
+    return told[-1:] if "; the end of " in lines[heads[-1]] else told
