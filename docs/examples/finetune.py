@@ -5,13 +5,16 @@ The server is started by:
     align run recipes/quickstart.yaml --until base
     align serve --new-token demo
     align serve --model base=runs/quickstart/base \\
+        --set 'supervised.tuning={method: full}' --set 'dpo.tuning={method: full}' \\
+        --set 'reinforcement.tuning={method: full}' --set dpo.nll_coef=1 \\
         --set reinforcement.sampling.max_new_tokens=32
 
-Usage: python docs/examples/finetune.py sk-align-... [--rows 3200]
+Usage: python docs/examples/finetune.py sk-align-...
 """
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -19,10 +22,8 @@ from typing import Any
 
 from openai import OpenAI
 
-from align.data.toy import generate
+from align.data.toy import ANSWER_PATTERN, POLITE_PATTERN, generate
 
-POLITE = ("Sure", "Of course", "Gladly")
-"""How the responses begin that the preferences prefer."""
 GRADER = {
     "type": "string_check",
     "name": "correct",
@@ -38,10 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("key", help="token of align serve --new-token")
     parser.add_argument("--url", default="http://127.0.0.1:7860/v1")
-    parser.add_argument("--rows", type=int, default=3200, help="rows of the supervised job")
-    parser.add_argument("--questions", type=int, default=60, help="held-out questions")
+    parser.add_argument("--rows", type=int, default=28800, help="rows of the supervised job")
+    parser.add_argument("--questions", type=int, default=400, help="held-out questions")
     args = parser.parse_args()
-    client = OpenAI(base_url=args.url, api_key=args.key)
+    # The questions may be more than a token's requests per minute; the client then waits.
+    client = OpenAI(base_url=args.url, api_key=args.key, max_retries=10)
     models = train(client, args.rows)
     questions = [
         (row.prompt[0]["content"], row.columns["answer"])
@@ -49,12 +51,28 @@ def main() -> None:
     ]
     sys.stdout.write("| model | correct | polite |\n|---|---|---|\n")
     for name, model in models.items():
-        replies = [ask(client, model, question) for question, _ in questions]
+        replies = [
+            ask(client, model, question, seed=i) for i, (question, _) in enumerate(questions)
+        ]
         answers = [answer for _, answer in questions]
-        right = [f"answer is {a}." in r for a, r in zip(answers, replies, strict=True)]
-        polite = [r.startswith(POLITE) for r in replies]
-        shares = [sum(x) / len(questions) for x in (right, polite)]
-        sys.stdout.write(f"| {name} | {shares[0]:.2f} | {shares[1]:.2f} |\n")
+        right = [is_right(reply, answer) for reply, answer in zip(replies, answers, strict=True)]
+        polite = [re.fullmatch(POLITE_PATTERN, reply) is not None for reply in replies]
+        sys.stdout.write(f"| {name} | {share(right)} | {share(polite)} |\n")
+        sys.stdout.flush()
+
+
+def is_right(reply: str, answer: str) -> bool:
+    """Return whether a reply states the right answer."""
+    stated = re.search(ANSWER_PATTERN, reply)
+    return stated is not None and stated[1] == answer
+
+
+def share(found: list[bool]) -> str:
+    """Return a fraction with its 95 % interval (Wilson, 1927)."""
+    n, p, z2 = len(found), sum(found) / len(found), 1.96**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    reach = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return f"{p:.2f} [{middle - reach:.2f}, {middle + reach:.2f}]"
 
 
 def train(client: OpenAI, rows: int) -> dict[str, str]:
@@ -69,16 +87,16 @@ def train(client: OpenAI, rows: int) -> dict[str, str]:
             "preferred_output": row.completion,
             "non_preferred_output": row.rejected,
         }
-        for row in generate("preference", rows=rows // 2, seed=0, split="train")
+        for row in generate("preference", rows=rows // 15, seed=0, split="train")
     ]
     prompts = [
         {"messages": row.prompt, "answer": row.columns["answer"]}
-        for row in generate("prompts", rows=rows // 5, seed=0, split="train")
+        for row in generate("prompts", rows=rows // 9, seed=0, split="train")
     ]
-    batch = min(32, rows // 10)
-    settings = {"batch_size": batch, "n_epochs": 2, "learning_rate_multiplier": 15}
-    sft = job(client, "base", "supervised", taught, settings)
-    settings = {"batch_size": batch, "n_epochs": 1, "learning_rate_multiplier": 30}
+    # Such a small model learns at rates that would ruin a large one.
+    fast = {"batch_size": 32, "n_epochs": 1}
+    sft = job(client, "base", "supervised", taught, {**fast, "learning_rate_multiplier": 15})
+    settings = {**fast, "learning_rate_multiplier": 30}
     dpo = job(client, sft, "dpo", pairs, {**settings, "beta": 0.3})
     rl = job(client, sft, "reinforcement", prompts, settings, grader=GRADER)
     return {"base": "base", "supervised": sft, "dpo": dpo, "reinforcement": rl}
@@ -110,12 +128,13 @@ def job(
     return made.fine_tuned_model
 
 
-def ask(client: OpenAI, model: str, question: str) -> str:
-    """Return a model's most likely reply."""
+def ask(client: OpenAI, model: str, question: str, *, seed: int) -> str:
+    """Return a reply, sampled as in training."""
     reply = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question}],
-        temperature=0,
+        temperature=1,
+        seed=seed,
         max_completion_tokens=32,
     )
     return reply.choices[0].message.content or ""
