@@ -171,6 +171,29 @@ def samples(folder: Path, *rows: tuple[str, str, str, float]) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("kind", "gold", "row", "expected"),
+    [
+        ("thumbs", False, {"response_a": "x", "response_b": "y"}, "without a label: prompt and"),
+        ("thumbs", False, {"completion": "x", "label": True}, "without a label: prompt and"),
+        ("thumbs", True, {"completion": "x"}, "thumbs with --gold are single responses with a"),
+        ("steps", True, {"completion": "x"}, "responses whose steps have labels"),
+        ("pairwise", False, {"completion": "x"}, "pairs: prompt, response_a and response_b"),
+    ],
+)
+def test_rows_of_another_kind_are_refused_in_words_of_the_labels(
+    tmp_path: Path, kind: Any, gold: bool, row: dict[str, Any], expected: str
+):
+    file = tmp_path / "items.jsonl"
+    file.write_text((json.dumps({"prompt": "q", **row}) + "\n") * 2)
+    with pytest.raises(DataError) as caught:
+        read_file(str(file), kind, gold=gold)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:1: found a row of another kind; items of kind {kind}")
+    assert expected in message
+    assert "stage" not in message
+
+
 def test_pairs_are_made_of_the_samples_of_two_models(tmp_path: Path):
     one = samples(
         tmp_path / "run" / "evaluate",

@@ -22,6 +22,12 @@ SAMPLES_FILE = "samples.jsonl"
 _EXAMPLES = {"pairwise": "preference", "thumbs": "sft", "steps": "sft"}
 _KNOWN = {"pairwise": "preference", "thumbs": "unpaired", "steps": "steps"}
 """Kind of rows whose answer is known."""
+_NEEDED = {
+    "preference": "pairs: prompt, response_a and response_b (with --gold: chosen and rejected)",
+    "sft": "single responses without a label: prompt and completion",
+    "unpaired": "single responses with a label: prompt, completion and label",
+    "steps": "responses whose steps have labels: prompt and steps",
+}
 ANSWERS: Mapping[str, Sequence[str]] = {
     "pairwise": ("a", "b", "tie", "bad"),
     "thumbs": ("good", "bad"),
@@ -76,7 +82,17 @@ def read_file(path: str, kind: Kind, *, gold: bool = False) -> list[Candidate]:
         )
     rename = {"response_a": "chosen", "response_b": "rejected"} if neutral else {}
     wanted: Any = (_KNOWN if gold else _EXAMPLES)[kind]
-    examples = load_examples([DataSpec(path=path, rename=rename)], kind=wanted, seed=0)
+    try:
+        examples = load_examples([DataSpec(path=path, rename=rename)], kind=wanted, seed=0)
+    except DataError as error:
+        if "but the stage needs" not in str(error):  # a project has no stages
+            raise
+        place = str(error).partition(": ")[0]
+        known = " with --gold" if gold else ""
+        raise DataError(
+            f"{place}: found a row of another kind; items of kind {kind}{known} are "
+            f"{_NEEDED[wanted]}"
+        ) from None
     return [_candidate(example, kind, gold=gold) for example in examples]
 
 
