@@ -16,6 +16,7 @@ class Verify(StrEnum):
     AUTO = "auto"
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
 
 
 class ExportFormat(StrEnum):
@@ -43,7 +44,8 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="rows with prompts to compare on")
     ] = None,
     verify: Annotated[
-        Verify, typer.Option(help="who must read the same model; auto: vLLM too if it can")
+        Verify,
+        typer.Option(help="who must read the same model; auto: vLLM or llama.cpp too if it can"),
     ] = Verify.AUTO,
     force: Annotated[
         bool,

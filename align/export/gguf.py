@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from align.core.errors import ArtifactError
+from align.export import llama_cpp
 from align.export.gguf_tokens import GgufTokenizer, gguf_tokenizer
 from align.export.source import Source
 from align.models.loading import saved_weights
@@ -231,19 +232,26 @@ def _stored(gguf: ModuleType, tensor: Tensor, kind: str) -> tuple[np.ndarray, An
 
 
 def _quantize(source: Source, folder: Path) -> None:
-    """Write Q4_K_M with llama.cpp's program, from a temporary float16 file."""
-    program = shutil.which(QUANTIZE)
-    if program is None:
+    """Write Q4_K_M with llama.cpp's quantizer, from a temporary float16 file."""
+    program, missing = shutil.which(QUANTIZE), llama_cpp.obstacle()
+    if program is None and missing:
         raise ArtifactError(
-            f"--dtype q4_k_m needs llama.cpp's program {QUANTIZE}, which is not on PATH. Install "
-            "llama.cpp, or use --dtype q8_0"
+            f"--dtype q4_k_m needs llama.cpp: neither its program {QUANTIZE} is on PATH, nor is "
+            f"{llama_cpp.PACKAGE} installed. Install one of them, or use --dtype q8_0"
         )
     write_gguf(source, folder, kind="f16")
     whole = (folder / FILE).rename(folder / "f16.gguf")
-    argv = [program, str(whole), str(folder / FILE), "Q4_K_M"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if program is None:
+        llama_cpp.quantize(whole, folder / FILE)
+    else:
+        _run_quantize(program, whole, folder / FILE)
     whole.unlink()
-    if done.returncode or not (folder / FILE).is_file():
+
+
+def _run_quantize(program: str, whole: Path, file: Path) -> None:
+    argv = [program, str(whole), str(file), "Q4_K_M"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
         tail = " ".join((done.stderr or done.stdout).split())[-300:]
         raise ArtifactError(f"{QUANTIZE} failed with exit code {done.returncode}: {tail}")
 

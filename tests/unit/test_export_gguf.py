@@ -20,11 +20,11 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from export_models import edit, make_run, policy, save, tokenizer
+from export_models import SIZES, edit, make_run, policy, save, tokenizer
 
 from align.core.errors import ArtifactError
 from align.data.render.templates import PLAIN
-from align.export import gguf
+from align.export import gguf, llama_cpp
 from align.export.gguf_tokens import gguf_tokenizer
 from align.export.ollama import modelfile
 from align.export.parity import PROMPTS, probe_of
@@ -183,8 +183,94 @@ def test_a_policy_with_scaled_rotation_is_exported_and_a_lost_scale_is_refused(
 
 def test_q4_needs_llama_cpp(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ArtifactError, match="llama-quantize, which is not on PATH"):
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    with pytest.raises(ArtifactError, match=r"llama-quantize is on PATH, nor is llama-cpp-python"):
         export(runs["llama"], tmp_path / "out", name="gguf", dtype="q4_k_m")
+    assert not list(tmp_path.iterdir())
+
+
+# A package of the same interface that computes with transformers, to break it as no real one is.
+STAND_IN = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+GGML_TYPE_F32 = 0
+def llama_vocab_is_eog(vocabulary, token):
+    return token in vocabulary
+class Llama:
+    def __init__(self, path, *, n_ctx, logits_all, type_k, type_v, verbose):
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path.removesuffix("model.gguf"), gguf_file="model.gguf", dtype=torch.float32
+        ).eval()
+        self._model, self.vocab = self, STOPS
+        self.reset()
+    def reset(self):
+        self.ids, self.n_tokens = [], 0
+    @torch.inference_mode()
+    def eval(self, tokens):
+        self.ids += tokens
+        self.n_tokens = len(self.ids)
+        self.scores = (FACTOR * self.model(torch.tensor([self.ids])).logits[0]).numpy()
+    def tokenize(self, text, *, add_bos):
+        return AutoTokenizer.from_pretrained(TOKENIZER)(text.decode() + MORE)["input_ids"]
+    def close(self):
+        pass
+"""
+READERS = {
+    "same": ((2, 0), 1.0, "", None),
+    "louder": ((2, 0), 1.5, "", "per-token KL is up to"),
+    "hasty": (tuple(range(320)), 1.0, "", "the response has 1 tokens, expected"),
+    "splits": ((2, 0), 1.0, " more", "has the tokens"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_llama_cpp_must_read_the_same_model(runs, tmp_path, monkeypatch, name):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    stops, factor, more, fault = READERS[name]
+    package = tmp_path / "site" / "llama_cpp.py"
+    package.parent.mkdir()
+    facts = {"STOPS": stops, "FACTOR": factor, "MORE": more}
+    facts["TOKENIZER"] = str(runs["llama"] / "model")
+    package.write_text("".join(f"{k} = {v!r}\n" for k, v in facts.items()) + STAND_IN)
+    monkeypatch.syspath_prepend(package.parent)
+    path = f"{package.parent}:{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parents[2]}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    words = {"name": "gguf", "dtype": "f16", "readers": "llama.cpp"}
+    if fault is None:
+        lines = export(runs["llama"], tmp_path / "out", **words)
+        assert lines[1].startswith("read by llama.cpp: ")
+        record = json.loads((tmp_path / "out" / "export.json").read_text())
+        assert 0.0 <= record["parity_llama_cpp"]["kl_max"] < 1e-3
+        return
+    with pytest.raises(ArtifactError, match=rf"llama\.cpp reads another model.*{fault}"):
+        export(runs["llama"], tmp_path / "out", **words)
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_an_export_that_llama_cpp_did_not_read_is_refused_if_it_must(runs, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    words = {"name": "gguf", "dtype": "f16"}
+    told = "not compared with llama.cpp: llama-cpp-python is not installed"
+    assert told in export(runs["llama"], tmp_path / "out", **words, readers="auto")
+    with pytest.raises(ArtifactError, match=r"--verify llama\.cpp: not compared: llama-cpp-python"):
+        export(runs["llama"], tmp_path / "no", **words, readers="llama.cpp")
+    with pytest.raises(ArtifactError, match=r"--verify vllm: .* gguf is read by llama\.cpp"):
+        export(runs["llama"], tmp_path / "no", **words, readers="vllm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_k_m"])
+def test_the_real_llama_cpp_reads_the_same_model(tmp_path, monkeypatch, dtype):
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    # Whole blocks of 256, and logits as small as those of a trained model.
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    for key, value in sizes.items():
+        monkeypatch.setitem(SIZES, key, value)
+    run = make_run(tmp_path / "run")
+    lines = export(run, tmp_path / "out", name="gguf", dtype=dtype, readers="llama.cpp")
+    assert lines[1].startswith("read by llama.cpp: ")
 
 
 def test_tokens_and_merges_are_those_of_the_tokenizer(runs):

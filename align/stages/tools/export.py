@@ -14,13 +14,24 @@ from align.core.model_card import CARD, stage_card
 from align.core.serving import COMMAND, installed_command, serve_line
 from align.core.text import visible
 from align.core.types import Text
+from align.export import llama_cpp
 from align.export.folder import new_folder, write_record
 from align.export.gguf import FILE, TYPES, write_gguf
 from align.export.ollama import MODELFILE, modelfile
-from align.export.parity import NEW_TOKENS, Behavior, Parity, Probe, compare_reading, probe_of
+from align.export.parity import (
+    NEW_TOKENS,
+    PROMPTS,
+    Behavior,
+    Parity,
+    Probe,
+    Reading,
+    compare_reading,
+    probe_of,
+)
 from align.export.source import Source, base_model, find_place, find_source, require_weights
 from align.export.verify import Format, source_behavior, verify
 from align.export.weights import write_adapter, write_merged
+from align.models.loading import load_tokenizer
 from align.sampling.build import vllm_obstacle
 from align.sampling.vllm_reading import read_by_vllm
 
@@ -47,8 +58,8 @@ def export(
         base: name of an adapter's base model; None uses the one its stage started from.
         prompts: prompts to compare on; default: a fixed list.
         force: replace an earlier export in ``out``.
-        readers: ``transformers``; ``vllm`` too, which must be able to read the model; ``auto``:
-            vLLM if it can.
+        readers: ``transformers``; ``vllm`` or ``llama.cpp`` too, which must be able to read the
+            export; ``auto``: the one of the two that reads the format, if it can.
 
     Raises:
         ArtifactError: nothing was written, for the reason in the message.
@@ -68,7 +79,8 @@ def export(
         compared = {"parity": asdict(parity)}
         read, told = _read(source, folder, form, probe=probe, original=original, readers=readers)
         if read is not None:
-            compared["parity_vllm"] = asdict(read)
+            program = "llama_cpp" if form.name == "gguf" else "vllm"
+            compared[f"parity_{program}"] = asdict(read)
         write_record(folder, {**about, **compared})
     result = f"{out}: {_result(source, form, parity)}"
     notes = [*told, *notes]
@@ -79,32 +91,57 @@ def export(
 def _read(
     source: Source, folder: Path, form: Format, *, probe: Probe, original: Behavior, readers: str
 ) -> tuple[Parity | None, list[str]]:
-    """Return how vLLM's reading of an export differs, and the lines for the user.
+    """Return how another program's reading of an export differs, and the lines for the user.
 
     Raises:
-        ArtifactError: it differs from the source, or vLLM is asked for and cannot read it.
+        ArtifactError: it differs from the source, or the program is asked for and cannot read it.
     """
     if readers == "transformers":
         return None, []
-    unfit = source.kind != "policy" or form.name != "model"
-    obstacle = "only policies as --format model are" if unfit else vllm_obstacle(folder)
+    program = "llama.cpp" if form.name == "gguf" else "vLLM"
+    unfit = source.kind != "policy" or form.name == "adapter"
+    if unfit:
+        obstacle = "only policies as --format model or gguf are"
+    elif readers not in ("auto", program.lower()):
+        obstacle = f"--format {form.name} is read by {program}"
+    else:
+        obstacle = llama_cpp.obstacle() if form.name == "gguf" else vllm_obstacle(folder)
     if obstacle is None:
         try:
-            readings = read_by_vllm(folder, probe.prompts, max_new_tokens=NEW_TOKENS)
+            readings, problems = _readings(source, folder, form, probe=probe)
         except TrainingError as error:
             obstacle = str(error).removeprefix(f"{folder}: ")
         else:
-            parity, problems = compare_reading(original, readings, probe, bound=form.bound)
-            if problems:
+            parity, found = compare_reading(original, readings, probe, bound=form.bound)
+            if problems := [*problems, *found]:
                 raise ArtifactError(
-                    f"{source.model_dir}: vLLM reads another model from the export: "
+                    f"{source.model_dir}: {program} reads another model from the export: "
                     f"{'; '.join(problems[:3])}. If the original differs from transformers in "
-                    "vLLM too, export with --verify transformers"
+                    f"{program} too, export with --verify transformers"
                 )
-            return parity, [f"read by vLLM: {parity.line()}"]
-    if readers == "vllm":
-        raise ArtifactError(f"--verify vllm: not compared: {obstacle}. Nothing was written")
-    return None, [] if unfit else [f"not compared with vLLM: {obstacle}"]
+            return parity, [f"read by {program}: {parity.line()}"]
+    if readers != "auto":
+        raise ArtifactError(f"--verify {readers}: not compared: {obstacle}. Nothing was written")
+    return None, [] if unfit else [f"not compared with {program}: {obstacle}"]
+
+
+def _readings(
+    source: Source, folder: Path, form: Format, *, probe: Probe
+) -> tuple[Sequence[Reading], list[str]]:
+    """Return the other program's responses, and one line for each text that it splits otherwise."""
+    if form.name != "gguf":
+        return read_by_vllm(folder, probe.prompts, max_new_tokens=NEW_TOKENS), []
+    read = llama_cpp.read_by_llama_cpp(
+        folder / FILE, probe.prompts, PROMPTS, max_new_tokens=NEW_TOKENS
+    )
+    tokenizer = load_tokenizer(source.model_dir)
+    ours = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    pairs = zip(PROMPTS, ours, read.tokens, strict=True)
+    return read.responses, [
+        f"{text!r} has the tokens {theirs[:8]}, expected {expected[:8]}"
+        for text, expected, theirs in pairs
+        if theirs != expected
+    ]
 
 
 def _format(source: Source, name: str, *, dtype: str | None, base: str | None) -> Format:
@@ -213,7 +250,9 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--base")
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--verify", choices=["auto", "transformers", "vllm"], default="auto")
+    parser.add_argument(
+        "--verify", choices=["auto", "transformers", "vllm", "llama.cpp"], default="auto"
+    )
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args()
