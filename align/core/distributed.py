@@ -24,7 +24,7 @@ from align.core import distributed, extensions
 from align.core.accelerator import device_conflict, require_device
 from align.core.errors import EXIT_PREEMPTED, AlignError, DeviceError, Preempted
 from align.core.lock import started_at
-from align.core.seats import srun_environment
+from align.core.seats import is_first_of_machine, srun_environment
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -64,7 +64,7 @@ def init_process_group(*, deterministic: bool = False, device: str = "auto") -> 
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # One rank per machine removes stale locks; the others would race with it.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_of_machine(os.environ):
         extensions.prepare()
     log.info("importing DeepSpeed")
     import deepspeed

@@ -81,6 +81,12 @@ def srun_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return seat.rank_environment({}, 0, ranks=seat.world, port=port)
 
 
+def is_first_of_machine(environment: Mapping[str, str]) -> bool:
+    """Return whether this process does what one process of each machine does for the others."""
+    # Slurm's tasks with one GPU each all have local rank 0.
+    return all(environment.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+
+
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables without those that a launcher sets for its own processes."""
     return {
@@ -134,15 +140,17 @@ def slurm_seat(env: Mapping[str, str]) -> Seat:
     # The steps of a job, and jobs that share a machine, get different ports: 61 and the number of
     # ports have no common factor.
     number = int(job) * 61 + int(step) if (job + step).isdecimal() else 0
-    # A task that has its own cores need not share them, and one with its own GPU uses the first.
+    # A task that has its own cores need not share them, and one with its own GPUs counts those.
     bound = "SLURM_CPUS_PER_TASK" in env
-    own_gpu = env.get("CUDA_VISIBLE_DEVICES", "").strip(", ").isdigit()
+    visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    num_gpus = sum(bool(name.strip()) for name in visible)
+    local_id = int_of(env, "SLURM_LOCALID", 0)
     return _checked(
         Seat(
             "srun",
             rank=int_of(env, "SLURM_PROCID", 0),
             world=int_of(env, "SLURM_STEP_NUM_TASKS", 1),
-            local_rank=0 if own_gpu else int_of(env, "SLURM_LOCALID", 0),
+            local_rank=local_id % num_gpus if num_gpus else local_id,
             local_world=1 if bound else _tasks_per_node(env),
             address=env.get("MASTER_ADDR") or first_host(nodes),
             port=int_of(env, CONTROL_PORT, PORTS[number % len(PORTS)]),

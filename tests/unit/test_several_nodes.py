@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import DeviceError
-from align.core.seats import Seat, first_host, seat_of, srun_environment
+from align.core.seats import Seat, first_host, is_first_of_machine, seat_of, srun_environment
 from align.pipeline.hosts import forwarded, read_hostfile
 from align.pipeline.nodes import Party, introduction
 from align.pipeline.processes import Signals, free_port
@@ -435,6 +435,37 @@ def test_a_task_of_srun_knows_its_place() -> None:
     # A batch script is no task of a step, and one task is no launch.
     assert seat_of({k: v for k, v in SLURM.items() if "STEP" not in k}) is None
     assert seat_of(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "locals_"),
+    [
+        ("", [0, 1, 2, 3]),  # nothing is hidden
+        ("0,1,2,3", [0, 1, 2, 3]),  # one list for all tasks of the node
+        ("3", [0, 0, 0, 0]),
+        ("GPU-8f3ac1d2-0b1c", [0, 0, 0, 0]),
+        ("MIG-7e11,", [0, 0, 0, 0]),
+        ("0,1", [0, 1, 0, 1]),  # --gpus-per-task=2: each task has two of its own
+    ],
+)
+def test_a_task_of_srun_uses_a_gpu_that_it_sees(visible: str, locals_: list[int]) -> None:
+    for local, expected in enumerate(locals_):
+        task = SLURM | {"SLURM_LOCALID": str(local), "CUDA_VISIBLE_DEVICES": visible}
+        assert srun_environment(task)["LOCAL_RANK"] == str(expected)
+
+
+def test_one_process_of_a_machine_prepares_it() -> None:
+    tasks = [
+        SLURM | {"SLURM_LOCALID": str(local), "CUDA_VISIBLE_DEVICES": str(local)}
+        for local in range(4)
+    ]
+    # Every task has local rank 0, since it sees one GPU.
+    joined = [task | srun_environment(task) for task in tasks]
+    assert {task["LOCAL_RANK"] for task in joined} == {"0"}
+    assert [is_first_of_machine(task) for task in joined] == [True, False, False, False]
+    # torchrun below srun: Slurm has one task on each node, torchrun numbers the ranks.
+    ranks = [{"SLURM_LOCALID": "0", "LOCAL_RANK": str(local)} for local in range(2)]
+    assert [is_first_of_machine(rank) for rank in [*ranks, {}]] == [True, False, True]
 
 
 def test_a_stage_that_srun_starts_by_itself_joins_the_others() -> None:
