@@ -52,15 +52,38 @@ def _in_order(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> 
 
 
 def _first_fit(rows: list[int], lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
+    """Put each row into the first micro-batch with room for it."""
     micros: list[list[int]] = []
-    room: list[int] = []
+    # First fit, longest first: the shorter rows fill what the long ones leave.
+    room = _Room(len(rows), micro_tokens)
     for i in rows:
-        # First fit, longest first: the shorter rows fill what the long ones leave.
-        place = next((k for k, left in enumerate(room) if lengths[i] <= left), None)
-        if place is None:
-            place = len(micros)
+        place = room.take(lengths[i])
+        if place == len(micros):
             micros.append([])
-            room.append(micro_tokens)
         micros[place].append(i)
-        room[place] -= lengths[i]
     return micros
+
+
+class _Room:
+    """The room that is left in each of ``num`` micro-batches, all empty at first.
+
+    A binary tree: node n has the children 2n and 2n + 1, and the largest room below it.
+    """
+
+    def __init__(self, num: int, tokens: int) -> None:
+        self._leaves = 1 << max(num - 1, 0).bit_length()
+        self._tokens, self._largest = tokens, [tokens] * (2 * self._leaves)
+
+    def take(self, length: int) -> int:
+        """Take room from the first micro-batch that has enough; a too long row takes all of one."""
+        largest, node = self._largest, 1
+        wanted = min(length, self._tokens)
+        # Down to the first leaf with enough room, then up again.
+        while node < self._leaves:
+            node = 2 * node if largest[2 * node] >= wanted else 2 * node + 1
+        place = node - self._leaves
+        largest[node] -= length
+        while node > 1:
+            node //= 2
+            largest[node] = max(largest[2 * node], largest[2 * node + 1])
+        return place

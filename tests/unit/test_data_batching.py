@@ -31,6 +31,37 @@ def test_plan_places_every_row_once_within_the_budget(
     assert plan == plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=ranks)
 
 
+@given(lengths=st.lists(st.integers(1, 30), max_size=80), micro_tokens=st.integers(1, 40))
+def test_plan_is_first_fit_longest_first(lengths: list[int], micro_tokens: int) -> None:
+    micros: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        sums = [sum(lengths[k] for k in micro) for micro in micros]
+        fits = [k for k, total in enumerate(sums) if total + lengths[i] <= micro_tokens]
+        if fits:
+            micros[fits[0]].append(i)
+        else:
+            micros.append([i])
+    assert plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1) == [micros]
+
+
+class Counted(list):
+    """A list that counts how often its items are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        Counted.reads += 1
+        return super().__getitem__(index)
+
+
+def test_a_plan_does_not_compare_every_row_with_every_micro_batch() -> None:
+    # No two rows fit together: each row would be compared with all rows before it.
+    lengths = Counted([6] * 4000)
+    plan = plan_micro_batches(lengths, micro_tokens=10, ranks=1)
+    assert len(plan[0]) == 4000
+    assert Counted.reads < 10 * 4000
+
+
 def test_plan_of_a_hand_example() -> None:
     # Longest first: 9 to rank 0, 8 to rank 1, 5 to rank 1 (8 < 9), 4 to rank 0 (9 < 13),
     # 2 to rank 0 (13 = 13, both hold two rows, the lower rank). Budget 10:
