@@ -1,5 +1,6 @@
 """Load a model straight into the shards of ZeRO-3, so that no rank ever has all of its weights."""
 
+import ctypes
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD."""
 _handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
 
@@ -65,6 +68,7 @@ def load_in_shards(
             "%s: every rank loads the whole model before ZeRO-3 shards it: %s", model_dir, why
         )
         return None
+    _return_freed_memory()
     _fill(model, files, dtype, deepspeed_config)
     # The tie was cut when the parameters moved to the meta device.
     model.tie_weights()
@@ -116,6 +120,16 @@ def _unfit(model: PreTrainedModel, files: Mapping[str, Path], dtype: torch.dtype
     if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules", None):
         return "parts of it stay in float32"
     return ""
+
+
+def _return_freed_memory() -> None:
+    """Make the C library return freed blocks of 1 MiB and more to the system at once.
+
+    glibc keeps blocks of up to 32 MiB: those of gathered weights add up to the whole model.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _fill(

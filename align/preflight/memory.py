@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from align.models import fused_head
 from align.models.block_attention import BLOCK, KEEP
+from align.models.weight_files import FILE_BYTES
 from align.recipe.schema import OnlineStage, TrainingStage, ZeroSpec
-from align.training.deepspeed import effective_stage
+from align.training.deepspeed import ON_CPU, effective_stage
 
 GIB = 2**30
 LIBRARIES = {"cpu": 0.6 * GIB, "gpu": 1.0 * GIB}
@@ -115,14 +116,20 @@ def head_bytes(spec: TrainingStage, size: ModelSize, *, device: str) -> float:
 
 
 def state_bytes(
-    zero: ZeroSpec, *, dtype: str, total: float, trained: int, ranks: int
+    zero: ZeroSpec,
+    *,
+    dtype: str,
+    total: float,
+    trained: int,
+    ranks: int,
+    device: str = "gpu",
 ) -> dict[str, float]:
     """Return weights, gradients and optimizer states of a trained model on one rank.
 
     Args:
         zero: what is sharded. dtype: of the weights.
         total: parameters, scaled where they take less than the dtype. trained: trained parameters.
-        ranks: number of ranks.
+        ranks: number of ranks. device: ``cpu`` or ``gpu``, whose buffers differ.
     """
     stage, width = effective_stage(zero, dtype=dtype), WIDTH[dtype]
     split = [ranks if stage >= least else 1 for least in (3, 2, 1)]
@@ -135,10 +142,13 @@ def state_bytes(
     }
     if zero.offload == "cpu":
         found["optimizer"] = 0.0
+    bucket, live = BUCKET, LIVE
+    if stage == 3 and device == "cpu":
+        bucket, live = ON_CPU["reduce_bucket_size"], ON_CPU["stage3_max_live_parameters"]
     if stage:
-        found["reduction buffer"] = min(trained, BUCKET) * width
+        found["reduction buffer"] = min(trained, bucket) * width
     if stage == 3:
-        found["gathered weights"] = min(total, LIVE) * width
+        found["gathered weights"] = min(total, live) * width
     return found
 
 
@@ -148,7 +158,7 @@ def step_bytes(
     """Return the parts of the peak of a training step."""
     total = size.total * (FOUR_BITS / WIDTH[spec.dtype] if spec.tuning.method == "qlora" else 1.0)
     states = state_bytes(
-        spec.zero, dtype=spec.dtype, total=total, trained=size.trained, ranks=ranks
+        spec.zero, dtype=spec.dtype, total=total, trained=size.trained, ranks=ranks, device=device
     )
     return {
         **states,
@@ -180,10 +190,15 @@ def other_models(
         name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()
     }
     if (spec.kl.coef or spec.watch is not None) and spec.tuning.method in ("full", "pissa"):
-        found["reference"] = whole
+        found["reference"] = whole / ranks if spec.zero.stage == 3 else whole
     if spec.critic is not None:
         states = state_bytes(
-            spec.zero, dtype=spec.dtype, total=size.total, trained=size.total, ranks=ranks
+            spec.zero,
+            dtype=spec.dtype,
+            total=size.total,
+            trained=size.total,
+            ranks=ranks,
+            device=device,
         )
         found["critic"] = sum(states.values())
     if device == "gpu" and spec.sampling.engine != "hf":
@@ -239,6 +254,7 @@ def predict(
     if device == "cpu":
         copies = step["optimizer"] if effective_stage(spec.zero, dtype=spec.dtype) else 0.0
         used["checkpoint"] = resting + beside + copies + step["weights"]
-        used["save"] = resting + beside + whole
+        # One file's weights at a time, and the tensor that is gathered.
+        used["save"] = resting + beside + min(whole, FILE_BYTES + size.largest * width)
     phases = {n: LIBRARIES[device] + RETAINED[device] * used_ for n, used_ in used.items()}
     return Prediction(phases, {**step, **others})

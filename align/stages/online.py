@@ -46,8 +46,9 @@ from align.stages.offline import (
 from align.stages.preflight import answer_views
 from align.stages.rollouts import Push, build_rewards, check_saved, fitted, start_engine
 from align.stages.saving import save_trained_policy
+from align.training.deepspeed import deepspeed_config
 from align.training.learner import Learner
-from align.tuning.files import refuse_unmerged
+from align.tuning.files import refuse_unmerged, unmerged_adapter
 from align.tuning.loading import load_tuned_policy
 from align.tuning.reference import off_is_start
 from reward_models.base import RewardFunction
@@ -279,13 +280,19 @@ def _load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Exampl
 def build_reference(
     spec: OnlineStage, module: LogprobModel, model_dir: Path
 ) -> LogprobModel | None:
-    """Return the initial policy: the policy with its adapter off, or a frozen copy."""
+    """Return the initial policy: the policy with its adapter off, or a frozen copy.
+
+    Under ZeRO-3 the copy is sharded over the ranks, unless it has an adapter.
+    """
     if spec.kl.coef == 0.0 and spec.watch is None:
         return None
     # Switching the adapter off gives the initial policy without a second copy.
     if off_is_start(spec.tuning, model_dir):
         return module
-    return LogprobModel(load_tuned_policy(model_dir, dtype=spec.dtype)).requires_grad_(False)
+    is_sharded = spec.zero.stage == 3 and unmerged_adapter(model_dir) is None
+    shards = deepspeed_config(spec.zero, spec.optim, dtype=spec.dtype) if is_sharded else None
+    model = load_tuned_policy(model_dir, dtype=spec.dtype, shards=shards)
+    return LogprobModel(model).requires_grad_(False)
 
 
 def build_critic(

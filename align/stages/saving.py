@@ -1,6 +1,7 @@
 """Save the trained policy of a stage: all of its weights, and its adapter if it has one."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artifacts import Artifact
-from align.core.checkpoints import save_weights
+from align.core.checkpoints import check_stage_is_ours, save_weights
 from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import TrainingStage
@@ -28,15 +29,31 @@ def save_trained_policy(
     model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
     """
     log.info("saving the model")
-    state, adapter = whole_state(module.model, source)
-
-    def write() -> None:
-        save_policy(state, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype)
-        if adapter is not None:
-            save_adapter(*adapter, out / "adapter")
-
-    save_weights(write, state, out)
+    named = saved_tensors(module.model, source)
+    if distributed.rank() == 0:
+        check_stage_is_ours(out.parents[1] if out.parent.name == "best" else out)
+        model_dir = out / "model"
+        save_policy(named, source_dir=source.model_dir, directory=model_dir, dtype=spec.dtype)
+    else:
+        # Under ZeRO-3 each tensor is gathered by all ranks, and only rank 0 keeps it.
+        for _ in named:
+            pass
+    adapter = whole_adapter(module.model)
+    if adapter is not None:
+        save_weights(lambda: save_adapter(*adapter, out / "adapter"), adapter[0], out)
     distributed.barrier()
+
+
+def saved_tensors(model: nn.Module, source: Artifact) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights and buffers of a model as they are saved, one at a time.
+
+    Under ZeRO-3 every rank must consume them, in step.
+    """
+    if any(map(is_quantized, model.parameters())):
+        yield from full_precision_weights(model, source.model_dir)
+    else:
+        yield from full_weights(model)
+    yield from saved_buffers(model)
 
 
 def whole_state(
@@ -47,19 +64,18 @@ def whole_state(
     Under ZeRO-3 each rank has only a part of them, so every rank must call this. Only rank 0 keeps
     the copies; the other ranks return no weights.
     """
-    if any(map(is_quantized, model.parameters())):
-        named = full_precision_weights(model, source.model_dir)
-    else:
-        named = full_weights(model)
     state = {}
     # Every rank iterates, since each tensor is gathered; only rank 0 copies it to the CPU.
-    for name, tensor in named:
+    for name, tensor in saved_tensors(model, source):
         if distributed.rank() == 0:
             state[name] = tensor.detach().cpu().clone()
-    if distributed.rank() == 0:
-        state |= {name: buffer.cpu().clone() for name, buffer in saved_buffers(model)}
+    return state, whole_adapter(model)
+
+
+def whole_adapter(model: nn.Module) -> tuple[dict[str, Tensor], Any] | None:
+    """Return the tensors and the configuration of a model's adapter, None if it has none."""
     if not has_adapter(model):
-        return state, None
+        return None
     # Adapters are small: gathered all at once.
     with gathered([p for _, p in adapter_parameters(model)]):
-        return state, adapter_state(model)
+        return adapter_state(model)

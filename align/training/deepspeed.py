@@ -2,7 +2,18 @@
 
 from typing import Any
 
+from align.core import distributed
 from align.recipe.schema import OptimSpec, TrainingStage, ZeroSpec
+
+ON_CPU = {
+    "reduce_bucket_size": 2 * 10**7,
+    "sub_group_size": 10**7,
+    "stage3_max_live_parameters": 2 * 10**7,
+    "stage3_max_reuse_distance": 2 * 10**7,
+    "stage3_prefetch_bucket_size": 10**7,
+}
+"""Elements of ZeRO-3's buffers in a rank without a GPU: DeepSpeed's own numbers, which are 2 GiB
+and more, would be the whole of a small model."""
 
 
 def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[str, Any]:
@@ -14,6 +25,8 @@ def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[st
     """
     half = dtype == "bfloat16"
     zero_config: dict[str, Any] = {"stage": effective_stage(zero, dtype=dtype)}
+    if zero.stage == 3 and distributed.device().type == "cpu":
+        zero_config |= ON_CPU
     # Without it, a saved ZeRO-3 checkpoint would contain no whole weights.
     if zero.stage == 3:
         zero_config["stage3_gather_16bit_weights_on_model_save"] = True

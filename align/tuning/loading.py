@@ -24,10 +24,16 @@ NEAR_MEAN = 0.01
 
 
 def load_tuned_policy(
-    model_dir: Path | str, *, dtype: str, gradient_checkpointing: bool = False
+    model_dir: Path | str,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = False,
+    shards: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Load a policy, with its adapter if that is not merged."""
-    model = load_policy(model_dir, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    """Load a policy, with its adapter if that is not merged; ``shards``: see ``load_policy``."""
+    model = load_policy(
+        model_dir, dtype=dtype, gradient_checkpointing=gradient_checkpointing, shards=shards
+    )
     return with_adapter(model, model_dir).eval()
 
 

@@ -1,6 +1,7 @@
 """ZeRO-3 loads a model into shards: the same weights and training, and never the whole model."""
 
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
+from engine_models import words
 
 WORKER = Path(__file__).parent / "workers" / "shards.py"
 LARGE_LAYERS, HIDDEN, INNER = 24, 512, 2048
@@ -28,6 +30,7 @@ def write(folder: Path, *, hidden: int, inner: int, layers: int, tied: bool = Tr
     )
     torch.manual_seed(1)
     Qwen2ForCausalLM(config).save_pretrained(folder)
+    words(1600).save_pretrained(folder)
     return folder
 
 
@@ -35,8 +38,8 @@ def write(folder: Path, *, hidden: int, inner: int, layers: int, tied: bool = Tr
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, float]:
     """Run the worker on two ranks; give what each found, the saved tensors and the large size."""
     out = tmp_path_factory.mktemp("shards")
-    model = write(out / "model", hidden=64, inner=1600, layers=2)
-    large = write(out / "large", hidden=HIDDEN, inner=INNER, layers=LARGE_LAYERS)
+    model = write(out / "small" / "model", hidden=64, inner=1600, layers=2)
+    large = write(out / "large" / "model", hidden=HIDDEN, inner=INNER, layers=LARGE_LAYERS)
     # Files whose names are not those of the model: transformers translates, shards cannot.
     split = write(out / "split", hidden=64, inner=1600, layers=2)
     file = split / "model.safetensors"
@@ -44,13 +47,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, f
     save_file(renamed, file, metadata={"format": "pt"})
     command = [sys.executable, str(WORKER), "--out", str(out), "--model", str(model)]
     command += ["--large", str(large), "--split", str(split)]
-    # Otherwise glibc keeps freed tensors, and the peak would depend on where it put them.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
-        runs.finish_ranks(command, 2)
+    runs.finish_ranks(command, 2)
     size = (large / "model.safetensors").stat().st_size / 2**20
     saved = load_file(model / "model.safetensors")
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)], saved, size
+    found = [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    for kind in ("whole", "sharded", "large"):
+        files = sorted((out / f"{kind}-saved" / "model").iterdir())
+        found[0][f"{kind}-saved"] = {f.name: sha256(f.read_bytes()).hexdigest() for f in files}
+    read = {
+        n: t
+        for f in (out / "large-saved" / "model").glob("*.safetensors")
+        for n, t in load_file(f).items()
+    }
+    kept = load_file(large / "model.safetensors")
+    found[0]["large-equal"] = {n: torch.equal(t, kept[n]) for n, t in read.items()}
+    return found, saved, size
 
 
 def test_each_rank_holds_half_and_the_files_weights(found: tuple) -> None:
@@ -76,12 +87,36 @@ def test_no_rank_ever_has_the_whole_model(found: tuple) -> None:
         assert rank["grown_mib"] < 0.75 * size, (rank["grown_mib"], size)
 
 
+def test_saving_gathers_one_tensor_at_a_time(found: tuple) -> None:
+    ranks, _, size = found
+    for rank in ranks:
+        # A file of 32 MiB on rank 0, and one tensor; the other half of the model would be 0.5.
+        assert rank["grown_by_saving_mib"] < 0.3 * size, (rank["grown_by_saving_mib"], size)
+    assert len(ranks[0]["large-saved"]) > 10
+    equal = ranks[0]["large-equal"]
+    assert len(equal) == 2 + 12 * LARGE_LAYERS
+    assert all(equal.values())
+
+
+def test_saved_files_are_the_same_in_shards_and_whole(found: tuple) -> None:
+    files = found[0][0]["sharded-saved"]
+    assert files == found[0][0]["whole-saved"]
+    assert "model.safetensors.index.json" in files
+
+
 def test_forward_before_training_equals_that_of_the_whole_model(found: tuple) -> None:
     for rank in found[0]:
         whole, sharded = rank["logprobs"]
         for a, b in zip(whole, sharded, strict=True):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0.0, atol=1e-5)
         assert rank["continued"] == sharded
+
+
+def test_reference_of_an_online_stage_is_sharded_and_stays_the_start(found: tuple) -> None:
+    for rank in found[0]:
+        sharded, values = rank["reference"]
+        assert sharded
+        assert values == rank["logprobs"][1]
 
 
 def test_training_is_the_same_to_the_bit(found: tuple) -> None:

@@ -65,7 +65,7 @@ def test_adapters_of_experts_are_merged_and_saved(name: str, tmp_path: Path):
     # An adapter's own weights are none of the model's, however they are nested.
     assert not {id(p) for p in trained} & {id(p) for p in base_parameters(model)}
     state, _ = whole_state(model, Artifact(tmp_path, {}))
-    save_policy(state, source_dir=base, directory=out, dtype="float32")
+    save_policy(state.items(), source_dir=base, directory=out, dtype="float32")
     with torch.no_grad():
         found = token_logprobs(load_policy(out, dtype="float32"), IDS).logprobs
         # The model itself is as before: its adapters are still beside its weights.

@@ -55,7 +55,9 @@ def test_a_policy_is_saved_as_it_is(tmp_path: Path, make: Any, head: str | None)
     model.save_pretrained(tmp_path / "source")
     byte_tokenizer(None).save_pretrained(tmp_path / "source")
     state = dict(full_weights(model)) | dict(saved_buffers(model))
-    save_policy(state, source_dir=tmp_path / "source", directory=tmp_path / "out", dtype="float32")
+    save_policy(
+        state.items(), source_dir=tmp_path / "source", directory=tmp_path / "out", dtype="float32"
+    )
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert head not in saved
     assert ("embed_out.weight" in saved) == (make is untied)

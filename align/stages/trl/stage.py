@@ -160,8 +160,9 @@ def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artifac
     unset_hf_deepspeed_config()
 
     def write() -> None:
+        model_dir = context.out / "model"
         save_policy(
-            tensors, source_dir=source.model_dir, directory=context.out / "model", dtype=spec.dtype
+            tensors.items(), source_dir=source.model_dir, directory=model_dir, dtype=spec.dtype
         )
         if adapter is not None:
             save_adapter(*adapter, context.out / "adapter")

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import OPTIM, VOCAB, sft_batch, weights_of
+from ranks import COMMON, OPTIM, VOCAB, sft_batch, weights_of
 
 from align.core import distributed
+from align.core.artifacts import Artifact
 from align.losses.supervised import nll
+from align.models import weight_files
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.models.sharding import is_sharded
-from align.recipe.schema import ZeroSpec
+from align.recipe.schema import GrpoStage, SftStage, ZeroSpec
+from align.stages.online import build_reference
+from align.stages.saving import save_trained_policy
 from align.stages.sft import collate, length_of
 from align.training.deepspeed import deepspeed_config
 from align.training.infer import map_rows
@@ -65,6 +69,13 @@ def values(module: LogprobModel, store: ResultFile | None = None) -> list[list[f
     )
 
 
+def save(module: LogprobModel, source: Path, out: Path) -> None:
+    """Save a model as a stage does."""
+    out.mkdir(exist_ok=True)
+    spec = SftStage(kind="sft", init="x", data=[{"path": "x"}])
+    save_trained_policy(spec, module, source=Artifact(source.parent, {}), out=out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -80,6 +91,10 @@ def main() -> None:
     began = peak_mib(reset=True)
     large = load_policy(args.large, dtype="float32", shards=config)
     found["grown_mib"] = peak_mib() - began
+    weight_files.FILE_BYTES = 2**25
+    began = peak_mib(reset=True)
+    save(LogprobModel(large), args.large, args.out / "large-saved")
+    found["grown_by_saving_mib"] = peak_mib() - began
     del large
     whole = LogprobModel(load_policy(args.model, dtype="float32"))
     sharded = LogprobModel(load_policy(args.model, dtype="float32", shards=config))
@@ -102,6 +117,13 @@ def main() -> None:
     path.write_text("\n".join(lines[: 3 - rank]))
     found["continued"] = values(sharded, ResultFile(path, key={"a": 1}, what="values"))
     found["whole"], found["sharded"] = trained(whole), trained(sharded)
+    # The frozen reference of an online stage, beside a policy that is trained.
+    spec = GrpoStage(kind="grpo", kl={"coef": 0.1}, zero=ZERO, **COMMON)
+    reference: Any = build_reference(spec, sharded, args.model)
+    found["reference"] = is_sharded(reference.model), values(reference)
+    weight_files.FILE_BYTES = 2**19
+    for name, module in (("whole", whole), ("sharded", sharded)):
+        save(module, args.model, args.out / f"{name}-saved")
     found["refused"] = is_sharded(load_policy(args.split, dtype="float32", shards=config))
     torch.save(found, args.out / f"{rank}.pt")
     distributed.barrier()
