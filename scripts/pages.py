@@ -25,8 +25,8 @@ CLI_HEAD = """\
 
 `align` is the command of an installation; `python -m align` is the same. `-h` shows the help of a
 command, and `align --version` the version. Exit codes are 0 (done), 1 (failed, or an expectation
-is not met), 2 (an error that you can fix, told in one line each) and 75 (stopped by a signal; the
-same command resumes).
+is not met), 2 (an error that you can fix, reported in one line each) and 75 (stopped by a signal;
+the same command resumes).
 
 A **RECIPE** is a YAML file or the name of a shipped recipe (`quickstart`). A **MODEL** is
 `RUN/STAGE`, the folder of a finished stage or of a transformers model, or a hub id.

@@ -133,7 +133,7 @@ def show(
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Print the recipe with all defaults and origins, then the plan; of a RUN, all its results."""
+    """Print a recipe with all defaults, their origins and the plan, or all results of a RUN."""
     if recipe.is_dir():
         from align.pipeline.terminal import read_results, show_results
 
@@ -213,11 +213,11 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=1, help="ranks of every stage; the recipe's if left out"),
+        typer.Option("--gpus", min=1, help="ranks of every stage (default: the recipe's)"),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", min=0.1, help="GiB of one GPU; this machine's if left out"),
+        typer.Option("--memory", min=0.1, help="GiB of one GPU (default: this machine's)"),
     ] = None,
     only: Annotated[
         str | None, typer.Option("--only", metavar="STAGE", help="plan this stage only")
@@ -250,7 +250,7 @@ def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
 def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
 ) -> None:
-    """Read every file of every finished stage; compare it, and the inputs, with the manifest."""
+    """Verify every file of every finished stage, and its inputs, against the manifest."""
     from align.pipeline.verify import verify_run
 
     lines, whole = verify_run(run_dir)
@@ -293,7 +293,7 @@ def chat(
 def serve_reward(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8765,
     combine: Annotated[
         str, typer.Option(help="how several heads are combined: mean, min, mean_minus_std")
     ] = "mean",

@@ -10,7 +10,7 @@ from align.core.text import visible
 def cache(
     clean: Annotated[bool, typer.Option("--clean", help="remove every store")] = False,
 ) -> None:
-    """List the tokenized rows that are kept of large data sources, or remove them."""
+    """List or remove the stored tokenized rows of large data sources."""
     from align.data.store import folder
 
     place = folder.cache_folder()

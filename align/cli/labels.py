@@ -176,7 +176,7 @@ def votes(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="new file: .csv or .jsonl")],
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write every single label as a table, gold and repeated ones included."""
+    """Write every single label as a table, including gold and repeated items."""
     from align.serve.labels.tables import find_project
     from align.serve.labels.votes import votes_text
 

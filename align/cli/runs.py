@@ -25,7 +25,7 @@ def runs_(
         "runs"
     ),
 ) -> None:
-    """List the runs of a folder: stages done, what runs or stopped, and failed expectations."""
+    """List the runs of a folder: stages done, state, and failed expectations."""
     rows = [_row(path) for path in sorted(folder.glob("*")) if _stages(path)]
     if not rows:
         raise ArtifactError(f"{folder}: no run in it. Start one with: align run RECIPE")
@@ -91,10 +91,10 @@ def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
 def logs(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN[/STAGE]", help="a run or a stage")],
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="go on with new lines until Ctrl+C")
+        bool, typer.Option("--follow", "-f", help="keep showing new lines until Ctrl+C")
     ] = False,
 ) -> None:
-    """Show the end of a stage's log; of a run, the stage that began last."""
+    """Show the end of a stage's log; for a run, that of the stage that began last."""
     stage = run_dir if (run_dir / "log.txt").is_file() else next(reversed(_stages(run_dir)), None)
     path = None if stage is None else stage / "log.txt"
     if path is None or not path.is_file():

@@ -41,7 +41,7 @@ Annotator = Annotated[bool, typer.Option("--annotator", help="the new token may 
 def serve(
     runs: Runs = Path("runs"),
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 7860,
     model: Models = None,
     devices: Devices = None,
     allow_host: Hosts = None,

@@ -25,7 +25,7 @@ def recipes() -> None:
 def import_(
     tool: Annotated[
         Literal["axolotl", "llamafactory", "trl"],
-        typer.Argument(metavar="axolotl|llamafactory|trl"),
+        typer.Argument(metavar="axolotl|llamafactory|trl", help="the tool that it is for"),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="its YAML or JSON configuration")],
     out: Annotated[
@@ -90,7 +90,7 @@ def init(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write a recipe for a model and data: the format of the rows decides on the stages."""
+    """Write a recipe for a model and data; the stages follow from the format of the rows."""
     from align.cli.proposal import propose
     from align.recipe.load import load_recipe
 

@@ -177,7 +177,9 @@ def _run_choice(run: _Run, choice: Choice) -> int:
     """Plan a run whose folder is locked, run the chosen stages, and finish it."""
     planned = plan(run.recipe, run.folder)
     work = work_of(run.recipe, planned, choice)
-    run.terminal.plan(run.recipe, run.folder, planned)
+    left_out = [stage.name for stage, action in work if action == "left out"]
+    chosen = [stage for stage in planned if stage.name not in left_out]
+    run.terminal.plan(run.recipe, run.folder, chosen, left_out=left_out)
     if (line := _header(run)) is not None:
         run.terminal.line(line)
     code = _run_stages(run, work)

@@ -79,14 +79,23 @@ class Terminal:
         """Write one line."""
         self._console.print(Text(visible(text), style=style), soft_wrap=True)
 
-    def plan(self, recipe: Recipe, run_dir: Path, planned: Sequence[Any]) -> None:
-        """Show what the run uses, and what it will do."""
+    def plan(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        planned: Sequence[Any],
+        *,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Show what the run uses, and what it will do; ``left_out`` are stages not selected."""
         self._run_began = time.monotonic()
         self.line(machine())
         self.line(f"{recipe.name} in {run_dir}: {settings(recipe)}")
         groups: dict[str, list[str]] = {}
         for stage in planned:
             groups.setdefault(stage.status, []).append(stage.name)
+        if left_out:
+            groups["left out"] = list(left_out)
         self.line("; ".join(f"{state}: {', '.join(names)}" for state, names in groups.items()))
 
     def dry_run(self, name: str, run_dir: Path, work: Sequence[tuple[Any, str]]) -> None:

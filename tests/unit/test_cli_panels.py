@@ -38,3 +38,14 @@ def test_the_help_of_every_command_has_examples_that_parse():
             assert line.startswith(f"align {name}")
             words = shlex.split(line.removeprefix(f"align {name}"))
             assert not command.make_context(name, words).args  # raises on an unknown option
+
+
+def test_every_argument_and_option_of_a_command_has_a_help_text():
+    found = dict(commands(typer.main.get_command(cli)))
+    lacking = [
+        f"{name} {parameter.name}"
+        for name, command in found.items()
+        for parameter in command.params
+        if not parameter.hidden and not parameter.help
+    ]
+    assert lacking == []

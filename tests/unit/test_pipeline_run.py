@@ -188,7 +188,9 @@ def test_force_keeps_the_old_artifact_until_the_new_one_is_complete():
 
 
 def test_only_takes_several_stages_and_until_ends_a_run():
-    assert start(only="sft, base")[:2] == (0, ["base", "sft"])
+    code, calls, shown = start(only="sft, base")
+    assert (code, calls) == (0, ["base", "sft"])
+    assert "to do: base, sft; left out: dpo" in shown.splitlines()
     with pytest.raises(RecipeError, match="--only cannot be combined with --from or --until"):
         start(only="sft", until="sft")
     with pytest.raises(RecipeError, match="--from sft comes after --until base"):
