@@ -37,6 +37,7 @@ class Store:
         self.path.touch(mode=0o600)
         self._idle: list[sqlite3.Connection] = []
         self._writing = threading.Lock()
+        self._writer: int | None = None
 
     @contextmanager
     def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -45,9 +46,14 @@ class Store:
         Args:
             durable: whether the commit survives a loss of power at once. Otherwise it does as
                 soon as a durable commit follows. Both survive the end of the process.
+
+        Raises:
+            RuntimeError: the thread is writing already, and would wait for itself.
         """
+        if self._writer == threading.get_ident():
+            raise RuntimeError("Store.write() inside of Store.write(): pass on the connection")
         # SQLite's writers wait by sleeping longer and longer, so one of many could wait for long.
-        with self._writing, self._connected() as db:
+        with self._turn(), self._connected() as db:
             db.execute("PRAGMA query_only = OFF")
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
@@ -57,6 +63,16 @@ class Store:
                 db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no other thread is writing."""
+        with self._writing:
+            self._writer = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._writer = None
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:

@@ -107,6 +107,19 @@ def test_a_connection_that_read_can_write_and_keeps_nothing_of_a_failed_block(tm
         assert [row["x"] for row in db.execute("SELECT x FROM t")] == [3]
 
 
+def test_a_write_inside_of_a_write_is_an_error_and_no_endless_wait(tmp_path: Path):
+    store = Store(tmp_path)
+    store.migrate("a", ("CREATE TABLE t (x INTEGER)",))
+    with store.write() as db:
+        db.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(RuntimeError, match="inside of"), store.write():
+            pass
+    with store.write() as db:
+        db.execute("INSERT INTO t VALUES (2)")
+    with store.read() as db:
+        assert [row["x"] for row in db.execute("SELECT x FROM t")] == [1, 2]
+
+
 # ---- who asks
 
 
