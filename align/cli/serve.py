@@ -1,7 +1,7 @@
 """The command ``align serve``: fine-tuning API, live runs and labels in a browser."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,11 +29,18 @@ JobKeys = Annotated[
         help="change the recipes of jobs, such as supervised.max_length=4096; repeatable",
     ),
 ]
+Engine = Annotated[
+    Literal["auto", "vllm", "hf"],
+    typer.Option(help="what generates the replies of models: vLLM or transformers"),
+]
 Webhooks = Annotated[
     bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
 ]
 NewToken = Annotated[
     str | None, typer.Option(metavar="NAME", help="print a new token of this name and exit")
+]
+RevokeToken = Annotated[
+    str | None, typer.Option(metavar="NAME", help="refuse this token from now on and exit")
 ]
 Annotator = Annotated[bool, typer.Option("--annotator", help="the new token may only label")]
 
@@ -46,8 +53,10 @@ def serve(
     devices: Devices = None,
     allow_host: Hosts = None,
     job_keys: JobKeys = None,
+    engine: Engine = "auto",
     private_webhooks: Webhooks = False,
     new_token: NewToken = None,
+    revoke_token: RevokeToken = None,
     annotator: Annotator = False,
 ) -> None:
     """Serve the fine-tuning API, live pages of the runs, and labeling."""
@@ -63,10 +72,18 @@ def serve(
         hosts=tuple(allow_host or ()),
         devices=tuple(devices or ("",)),
         job_keys=tuple(job_keys or ()),
+        engine=engine,
         private_webhooks=private_webhooks,
     )
     if annotator and new_token is None:
         raise RecipeError("--annotator has no effect without --new-token NAME")
+    if revoke_token is not None:
+        from align.serve.app import make_services
+
+        if new_token is not None:
+            raise RecipeError("give one of --new-token and --revoke-token")
+        make_services(settings).auth.revoke_token(revoke_token)
+        return
     if new_token is not None:
         from align.serve.app import make_services
 

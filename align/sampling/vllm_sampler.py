@@ -13,15 +13,19 @@ import torch
 from torch import Generator, Tensor
 
 
-def cheapen_sampling() -> None:
-    """Patch vLLM's sampler; call this before an engine is built, on CPU, for logprobs of tokens.
+def rank_without_compiler() -> None:
+    """Patch how vLLM counts the rank of a sampled token.
 
-    The rank of a sampled token is not used here either. Compiling its count with the C++ compiler
-    would delay the first call on a new machine by 14 s (2 s with a warm cache) and require a
-    compiler.
+    Compiling its count with the C++ compiler would delay the first call on a new machine by 14 s
+    (2 s with a warm cache) and require a compiler.
     """
     sampler: Any = importlib.import_module("vllm.v1.sample.sampler")
     sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+
+
+def cheapen_sampling() -> None:
+    """Patch vLLM's sampler; call this before an engine is built, on CPU, for logprobs of tokens."""
+    rank_without_compiler()
     ops: Any = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
 
     def forward_cpu(

@@ -112,6 +112,27 @@ class Auth:
             raise RecipeError(f"--new-token {name}: there is one already; use another") from None
         return token
 
+    def revoke_token(self, name: str) -> None:
+        """Refuse the token of this name, and the sessions that were begun with it, from now on.
+
+        Raises:
+            RecipeError: there is no such token, or it has none that could be refused.
+        """
+        if name == OWNER:
+            raise RecipeError(f"--revoke-token {OWNER}: it has no token, only login codes")
+        query = (
+            "UPDATE tokens SET revoked_at = (julianday('now') - 2440587.5) * 86400.0"
+            " WHERE name = ? AND revoked_at IS NULL"
+        )
+        with self._store.write() as db:
+            if db.execute(query, (name,)).rowcount:
+                return
+            rows = db.execute(
+                "SELECT name FROM tokens WHERE revoked_at IS NULL AND name != ?", (OWNER,)
+            )
+            known = ", ".join(sorted(row["name"] for row in rows)) or "none"
+        raise RecipeError(f"--revoke-token {name}: there is no such token; there are: {known}")
+
     def login_code(self) -> str:
         """Return a code with which the owner can log in once, within an hour."""
         code = secrets.token_urlsafe(32)

@@ -24,6 +24,8 @@ class Settings:
         requests_per_minute: of one token.
         jobs_per_token: unfinished jobs of one token.
         token_gib: size of all files of one token.
+        engine: what generates text: ``vllm``, ``hf`` (transformers), or ``auto``, which is vLLM
+            where it is installed and fits the model.
         private_webhooks: allow webhooks to loopback and private addresses.
     """
 
@@ -40,6 +42,7 @@ class Settings:
     requests_per_minute: int = 1200
     jobs_per_token: int = 100
     token_gib: float = 50.0
+    engine: str = "auto"
     private_webhooks: bool = False
 
     @property

@@ -5,12 +5,19 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 from openai import OpenAI
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.serve.finetuning.adapters import STATES
+from align.stages.tools.checkpoint_adapter import write_adapter
+from align.tuning.files import WEIGHTS
 from reward_models.graders import ask_url, request_of
 from tests.serve.running import Running, running
 from tests.serve.tiny_model import (
@@ -105,10 +112,16 @@ def test_a_supervised_job_trains_a_model_that_answers(
     assert [float(row["train_loss"]) for row in table[1:]] == [x["train/loss"] for x in logged[1:]]
     assert float(table[0]["valid_loss"]) == logged[0]["eval/loss"]
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
-    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert (checkpoint.step_number, checkpoint.fine_tuning_job_id) == (60, job.id)
+    # One at the end of each epoch of 6 steps; three are kept.
+    saved = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [(c.step_number, c.fine_tuning_job_id) for c in saved] == [
+        (step, job.id) for step in (60, 54, 48)
+    ]
+    assert [c.metrics.train_loss for c in saved] == [logged[s]["train/loss"] for s in (60, 54, 48)]
+    checkpoint = saved[0]
     assert name in [model.id for model in client.models.list()]
     _chat(server, client, name, monkeypatch)
+    _checkpoints(server, client, name, saved, run=run)
     _shared(server, client, checkpoint.fine_tuned_model_checkpoint, name)
 
 
@@ -154,6 +167,49 @@ def _chat(server: Running, client: OpenAI, name: str, monkeypatch: pytest.Monkey
         client.chat.completions.create(**asked, tools=[tool])
 
 
+def _checkpoints(
+    server: Running, client: OpenAI, name: str, saved: list[Any], *, run: Path
+) -> None:
+    """The last checkpoint is the model; an earlier one has the weights of its own step."""
+    asked: dict[str, Any] = {"messages": [user("Say sun.")], "max_completion_tokens": 3}
+    asked |= {"temperature": 0, "logprobs": True, "top_logprobs": 2}
+
+    def likely(model: str) -> list[float]:
+        (choice,) = client.chat.completions.create(model=model, **asked).choices
+        assert choice.logprobs is not None
+        entries = choice.logprobs.content or []
+        assert 1 <= len(entries) <= 3
+        for entry in entries:  # greedy: the sampled token is the most likely one
+            assert entry.top_logprobs[0].logprob == entry.logprob
+            assert len(entry.top_logprobs) == 2
+        return [entry.logprob for entry in entries]
+
+    last, _, first = (c.fine_tuned_model_checkpoint for c in saved)
+    assert likely(last) == likely(name)
+    base = likely("tiny")
+    assert likely(first) != likely(last)
+    assert base not in (likely(first), likely(last))
+    # The adapter that is written at the end and the one in the last checkpoint are the same.
+    out = run.parent / "taken-out"
+    weights = run / "train/checkpoints/step-00000060" / STATES
+    write_adapter(weights, like=run / "train/adapter", out=out)
+    one, two = (load_file(f / WEIGHTS) for f in (out, run / "train/adapter"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    # By transformers alone: the first token's log-probability of the model that was saved whole.
+    model = AutoModelForCausalLM.from_pretrained(run / "train/model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "train/model")
+    ids = tokenizer.apply_chat_template(
+        asked["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    with torch.inference_mode():
+        rows = model(ids).logits[0, -1].log_softmax(-1)
+    assert likely(name)[0] == pytest.approx(float(rows.max()), abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="no job can start"):
+        client.fine_tuning.jobs.create(model=first, training_file="file-x")
+    assert client.models.retrieve(first).id == first
+
+
 def _shared(server: Running, client: OpenAI, checkpoint: str, name: str) -> None:
     """A checkpoint's permission lets another token use it, and only as long as it lasts."""
     other = server.openai(token=server.services.auth.new_token("bob"))
@@ -161,6 +217,10 @@ def _shared(server: Running, client: OpenAI, checkpoint: str, name: str) -> None
     with pytest.raises(openai.NotFoundError):
         other.models.retrieve(checkpoint)
     (made,) = permissions.create(checkpoint, project_ids=["bob"]).data
+    # What is allowed is this checkpoint, which is the model, and no other checkpoint.
+    assert other.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError):
+        other.models.retrieve(checkpoint.replace("-60", "-54"))
     assert other.models.retrieve(checkpoint).root == "tiny"  # type: ignore[attr-defined]
     assert permissions.list(checkpoint).data[0].id == made.id
     with pytest.raises(openai.NotFoundError):

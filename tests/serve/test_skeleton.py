@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from align.core.errors import ArtifactError, RecipeError
@@ -254,6 +255,27 @@ def align(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
         text=True,
         check=False,
     )
+
+
+def test_a_revoked_token_is_refused_with_its_sessions_and_its_name_stays_taken(server: Running):
+    auth = server.services.auth
+    token = auth.new_token("leaves")
+    with server.client(token=token) as bearer, httpx.Client(base_url=server.url) as browser:
+        assert bearer.get("/v1/models").status_code == 200
+        logged_in = browser.post("/login", data={"token": token})
+        assert logged_in.is_success or logged_in.is_redirect
+        assert browser.get("/").status_code == 200
+        auth.revoke_token("leaves")
+        assert bearer.get("/v1/models").status_code == 401
+        assert browser.get("/").status_code != 200
+        assert not browser.post("/login", data={"token": token}).is_success
+    # The others stay, and a new person does not get the old one's files.
+    assert server.client().get("/v1/models").status_code == 200
+    with pytest.raises(RecipeError, match="there is one already"):
+        auth.new_token("leaves")
+    for name, told in (("leaves", "tester"), ("nobody", "tester"), ("owner", "login codes")):
+        with pytest.raises(RecipeError, match=rf"--revoke-token {name}.*{told}"):
+            auth.revoke_token(name)
 
 
 def test_a_new_token_is_printed_once(tmp_path: Path):

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.common import new_id, now
 from align.serve.finetuning.context import Api
-from align.serve.finetuning.generation import usage_of, with_defaults
+from align.serve.finetuning.generation import logprobs_object, usage_of, with_defaults
 
 
 class Part(Asked):
@@ -62,11 +62,18 @@ class ChatRequest(Asked):
     response_format: ResponseFormat | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs has an effect with logprobs: true only")
+        return self
 
 
 def add_chat(routes: APIRouter, api: Api) -> None:
@@ -80,23 +87,28 @@ def add_chat(routes: APIRouter, api: Api) -> None:
         body = asked.model_dump()
         if not asked.stream:
             return api.generators.complete(person, body)
-        events = api.generators.events(person, with_defaults(body))
+        asks = with_defaults(body)
+        events = api.generators.events(person, asks)
         # The first part comes before the headers, so that an error has its status.
         first = next(events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        lines = _lines(asked.model, first, events, usage=usage)
+        lines = _lines(asks, first, events, usage=usage)
         return StreamingResponse(lines, media_type="text/event-stream")
 
 
 def _lines(
-    model: str, first: dict[str, Any], events: Iterator[dict[str, Any]], *, usage: bool
+    asks: dict[str, Any],
+    first: dict[str, Any],
+    events: Iterator[dict[str, Any]],
+    *,
+    usage: bool,
 ) -> Iterator[str]:
     """Yield the answer as server-sent events."""
     common = {
         "id": new_id("chatcmpl"),
         "object": "chat.completion.chunk",
         "created": now(),
-        "model": model,
+        "model": asks["model"],
     }
     begun: set[int] = set()
 
@@ -113,7 +125,13 @@ def _lines(
             if event["index"] not in begun:
                 begun.add(event["index"])
                 delta = {"role": "assistant", "content": "", **delta}
-            choice = {"index": event["index"], "delta": delta, "finish_reason": event.get("finish")}
+            entries = event.get("logprobs")
+            choice = {
+                "index": event["index"],
+                "delta": delta,
+                "logprobs": entries and logprobs_object(entries, asks),
+                "finish_reason": event.get("finish"),
+            }
             yield told({"choices": [choice]})
         yield "data: [DONE]\n\n"
     except ServeError as error:

@@ -1,66 +1,82 @@
 """Processes that generate text: started for the first request, ended when others need the room."""
 
+import itertools
 import json
-import logging
-import os
 import secrets
-import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError
+from align.serve.finetuning.adapters import MAX_RANK
 from align.serve.finetuning.common import new_id, now
-from align.serve.finetuning.models import find_place, model_files_exist
+from align.serve.finetuning.models import find_place
 from align.serve.settings import Settings
 from align.serve.store import Store
 
-log = logging.getLogger(__name__)
 MAX_MODELS = 2
-"""Models that are loaded at the same time."""
-MAX_WAITING = 16
+"""Base models that are loaded at the same time."""
+MAX_WAITING = 64
 """Requests that wait or are answered at the same time."""
-START_S, TOKEN_S, CANCEL_S = 600.0, 300.0, 2.0
-"""Seconds for a model to load, for its next token, and for the last one after a cancel."""
+START_S, TOKEN_S = 600.0, 300.0
+"""Seconds for a model to load, and for the next token of any answer."""
+GONE = "The model's process has ended. Try again."
 
 
 class _Process:
-    """A process with one model, which answers one request at a time."""
+    """A process with one base model, which answers requests with any of its adapters.
 
-    def __init__(self, place: str) -> None:
-        argv = [sys.executable, "-P", "-m", "align.stages.tools.generate", place]
+    A thread reads its output and hands each part to the request that it belongs to.
+
+    Args:
+        argv: its command line.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self._buffer = b""
-        self.lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._numbers = itertools.count()
+        self._answers: dict[int, SimpleQueue[dict[str, Any]]] = {}
+        self._heard = time.monotonic()
+        self._loaded = threading.Event()
+        self._problem: dict[str, Any] | None = None
         self.users = 0
         self.used = time.monotonic()
-        self.ready = False
+        threading.Thread(target=self._read, daemon=True).start()
 
     def events(self, asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the parts of an answer; the lock is held until it ends."""
-        if not self.ready:
-            _raise_error(self._next(START_S))
-            self.ready = True
-        self._write(asked)
-        while True:
-            event = self._next(TOKEN_S)
-            _raise_error(event)
-            yield event
-            if event.get("done"):
-                return
+        """Yield the parts of an answer; a reader that leaves ends it.
 
-    def cancel(self) -> None:
-        """End the answer in progress, whose rest is read and dropped, or else the process."""
-        self._write({"cancel": True})
-        while not {"done", "error"} & self._next(CANCEL_S).keys():
-            pass
+        Raises:
+            ServeError: the model cannot be loaded or respond.
+        """
+        if not self._loaded.wait(START_S):
+            self._process.kill()
+        if self._problem is not None:
+            _raise_error(self._problem)
+        number, answers = next(self._numbers), SimpleQueue[dict[str, Any]]()
+        self._answers[number] = answers
+        began, ended = time.monotonic(), False
+        try:
+            self._write({**asked, "id": number})
+            while not ended:
+                event = self._next(answers, began)
+                ended = bool({"done", "error"} & event.keys())
+                _raise_error(event)
+                yield event
+        finally:
+            del self._answers[number]
+            if not ended:  # the client is gone
+                with suppress(ServeError):
+                    self._write({"cancel": number})
 
     @property
     def alive(self) -> bool:
@@ -71,36 +87,61 @@ class _Process:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
 
     def _write(self, told: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(told).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise ServeError(503, "The model's process has ended. Try again.") from None
+            with self._writing:
+                self._process.stdin.write(json.dumps(told).encode() + b"\n")
+                self._process.stdin.flush()
+        except (OSError, ValueError):
+            raise ServeError(503, GONE) from None
 
-    def _next(self, limit_s: float) -> dict[str, Any]:
+    def _next(self, answers: "SimpleQueue[dict[str, Any]]", began: float) -> dict[str, Any]:
+        """Return the next part of an answer; others may be before it in the process.
+
+        Raises:
+            ServeError: the process has ended, or has not said anything for too long.
+        """
+        while True:
+            try:
+                return answers.get(timeout=1.0)
+            except Empty:
+                if time.monotonic() - max(self._heard, began) > TOKEN_S:
+                    self._process.kill()
+                if not self.alive and answers.empty():
+                    raise ServeError(503, GONE) from None
+
+    def _read(self) -> None:
         assert self._process.stdout is not None
-        descriptor, end = self._process.stdout.fileno(), time.monotonic() + limit_s
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
-            part = os.read(descriptor, 65536) if ready else b""
-            if not part:
-                self._process.kill()
-                raise ServeError(503, "The model's process has ended. Try again.")
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._heard = time.monotonic()
+                event = json.loads(line)
+                if not self._loaded.is_set():
+                    self._problem = event if "error" in event else None
+                    self._loaded.set()
+                elif (answers := self._answers.get(event.pop("id"))) is not None:
+                    answers.put(event)
+        if not self._loaded.is_set():
+            self._problem = {"error": GONE, "code": "model_not_loaded"}
+            self._loaded.set()
 
 
 def _raise_error(event: Mapping[str, Any]) -> None:
+    if event.get("error") == GONE:
+        raise ServeError(503, GONE)
     if "error" in event:
         raise ServeError(400, str(event["error"]), code=str(event["code"]), param="messages")
+
+
+def command(place: str, engine: str) -> list[str]:
+    """Return the command line of a process with the model in a place."""
+    argv = [sys.executable, "-P", "-m", "align.stages.tools.generate", place]
+    return [*argv, "--engine", engine, "--max-rank", str(MAX_RANK)]
 
 
 class Generators:
@@ -122,29 +163,22 @@ class Generators:
         """Yield the parts of the answer to a request with defaults filled in."""
         with self._store.read() as db:
             place = find_place(db, self._settings, person, name=body["model"])
-        if not model_files_exist(place):
+        if not place.exists():
             raise ServeError(404, f"The files of {body['model']!r} are gone.", param="model")
-        with self._borrowed(place) as process, process.lock:
-            ended = False
-            try:
-                yield from process.events(body)
-                ended = True
-            except ServeError:
-                ended = True
-                raise
-            finally:
-                if not ended:  # the client is gone
-                    with suppress(ServeError):
-                        process.cancel()
+        with self._borrowed(place.model) as process:
+            yield from process.events({**body, **place.parts()})
 
     def complete(self, person: Person, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return a whole answer as the API's object."""
         asked = with_defaults(body)
         texts = [""] * asked["n"]
         reasons = ["stop"] * asked["n"]
+        entries: list[list[Any]] = [[] for _ in texts]
         last: dict[str, Any] = {}
         for event in self.events(person, asked):
-            if "text" in event:
+            if "logprobs" in event:
+                entries[event["index"]] += event["logprobs"]
+            elif "text" in event:
                 texts[event["index"]] += event["text"]
             elif "finish" in event:
                 reasons[event["index"]] = event["finish"]
@@ -159,13 +193,21 @@ class Generators:
                 {
                     "index": i,
                     "message": {"role": "assistant", "content": text, "refusal": None},
-                    "logprobs": None,
+                    "logprobs": logprobs_object(entries[i], asked),
                     "finish_reason": reason,
                 }
                 for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
             ],
             "usage": usage_of(last),
         }
+
+    def close_idle(self, idle_s: float = 0.0) -> None:
+        """End the processes that nobody has asked for some time."""
+        before = time.monotonic() - idle_s
+        with self._lock:
+            for place, process in list(self._processes.items()):
+                if not process.users and process.used <= before:
+                    self._processes.pop(place).close()
 
     def close(self) -> None:
         """End all processes."""
@@ -188,7 +230,7 @@ class Generators:
             process = self._processes.get(place)
             if process is None or not process.alive:
                 self._make_room(place)
-                process = self._processes[place] = _Process(place)
+                process = self._processes[place] = _Process(command(place, self._settings.engine))
             process.users += 1
             self._waiting += 1
         try:
@@ -231,9 +273,15 @@ def with_defaults(body: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": chosen("temperature", 1.0),
         "top_p": chosen("top_p", 1.0),
         "n": chosen("n", 1),
+        "logprobs": chosen("top_logprobs", 0) if body.get("logprobs") else None,
         "stop": [stop] if isinstance(stop, str) else stop,
         "seed": secrets.randbelow(2**31) if seed is None else abs(seed) % 2**31,
     }
+
+
+def logprobs_object(entries: list[Any], asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the log-probabilities of a choice as the API's object; None if not asked for."""
+    return None if asked["logprobs"] is None else {"content": entries, "refusal": None}
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from align.serve.errors import ServeError
 from align.serve.finetuning.asked import JobRequest
 from align.serve.finetuning.common import list_page, new_id, now, owned
 from align.serve.finetuning.context import Api
-from align.serve.finetuning.models import find_place
+from align.serve.finetuning.models import find_place, find_whole
 from align.serve.finetuning.retries import once
 from align.serve.finetuning.webhooks import announce
 from reward_models.grader_specs import GraderError, LabelModel, Multi, ScoreModel, read_grader
@@ -120,7 +120,7 @@ def _checkpoint_object(row: sqlite3.Row) -> dict[str, Any]:
 
 def _insert_job(api: Api, db: sqlite3.Connection, *, person: Person, asked: JobRequest) -> str:
     """Enter a job whose request is valid; return its id."""
-    find_place(db, api.settings, person, name=asked.model)
+    find_whole(db, api.settings, person, name=asked.model)
     files = {"training_file": asked.training_file, "validation_file": asked.validation_file}
     for param, file in files.items():
         if file is None:

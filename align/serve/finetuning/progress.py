@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def add_metrics(db: sqlite3.Connection, job: str, rows: list[dict[str, Any]]) ->
         add_event(db, job, message, data=data, step=row["step"])
 
 
+def _add_checkpoint(
+    db: sqlite3.Connection, row: sqlite3.Row, found: Mapping[str, Any], *, made: int
+) -> None:
+    """Enter the checkpoint of a step, with its event."""
+    step = found["step"]
+    db.execute(
+        "INSERT INTO checkpoints (id, job, name, step, metrics, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            *(new_id("ftckpt"), row["id"], f"{model_name(db, row)}:ckpt-step-{step}"),
+            *(step, json.dumps({"step": step, **results_of(found)}), made),
+        ),
+    )
+    add_event(db, row["id"], f"Checkpoint created at step {step}")
+
+
 def results_csv(rows: list[dict[str, Any]]) -> str:
     """Return the results file: one line per step, and an empty cell where nothing was measured."""
     found = [results_of(row) for row in rows]
@@ -89,28 +106,46 @@ def results_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def finish(db: sqlite3.Connection, row: sqlite3.Row, *, run: Path, files: Files) -> None:
-    """Enter the end of a job that has succeeded, in one transaction."""
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a job that has succeeded has made.
+
+    Attributes:
+        rows: its metrics, one object a step.
+        file: id of the results file, whose content is written.
+        size: of that file in bytes.
+        saved: steps of the checkpoints that can be served, with the time of each.
+    """
+
+    rows: list[dict[str, Any]]
+    file: str
+    size: int
+    saved: Mapping[int, int]
+
+
+def write_results(run: Path, files: Files, *, saved: Mapping[int, int]) -> Results:
+    """Write the results file of a run whose name is its job's; nobody waits for it meanwhile."""
     rows = list(read_steps(run))
-    add_metrics(db, row["id"], rows)
-    name = f"file-{row['id'].removeprefix('ftjob-')}"
+    name = f"file-{run.name.removeprefix('ftjob-')}"
     files.path(name).unlink(missing_ok=True)  # of an attempt that was killed here
     text = results_csv(rows).encode()
     size, _, _ = files.write(name, [io.BytesIO(text)], limit=2**40)
-    filename, purpose = "step_metrics.csv", "fine-tune-results"
-    insert_file(db, row["owner"], name=name, filename=filename, purpose=purpose, size=size)
-    model = model_name(db, row)
-    last = rows[-1] if rows else {"step": 0}
-    metrics = {"step": last["step"], **results_of(last)}
-    db.execute(
-        "INSERT INTO checkpoints (id, job, name, step, metrics, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (
-            *(new_id("ftckpt"), row["id"], f"{model}:ckpt-step-{last['step']}"),
-            *(last["step"], json.dumps(metrics), now()),
-        ),
+    return Results(rows, name, size, saved)
+
+
+def finish(db: sqlite3.Connection, row: sqlite3.Row, results: Results) -> None:
+    """Enter the end of a job that has succeeded, in one transaction."""
+    rows, filename, purpose = results.rows, "step_metrics.csv", "fine-tune-results"
+    add_metrics(db, row["id"], rows)
+    insert_file(
+        db, row["owner"], name=results.file, filename=filename, purpose=purpose, size=results.size
     )
-    add_event(db, row["id"], f"Checkpoint created at step {last['step']}")
+    model = model_name(db, row)
+    *earlier, last = rows or [{"step": 0}]
+    for found in earlier:
+        if found["step"] in results.saved:
+            _add_checkpoint(db, row, found, made=results.saved[found["step"]])
+    _add_checkpoint(db, row, last, made=now())  # the model itself
     add_event(db, row["id"], f"New fine-tuned model created: {model}")
     set_status(
         db,
@@ -118,7 +153,7 @@ def finish(db: sqlite3.Connection, row: sqlite3.Row, *, run: Path, files: Files)
         "succeeded",
         message="The job has successfully completed",
         fine_tuned_model=model,
-        result_file=name,
+        result_file=results.file,
         trained_tokens=trained_tokens(rows),
     )
 

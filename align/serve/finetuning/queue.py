@@ -25,11 +25,18 @@ from align.core.errors import EXIT_OK, EXIT_PREEMPTED, AlignError
 from align.core.lock import started_at
 from align.serve.auth import Person
 from align.serve.errors import ServeError
+from align.serve.finetuning.adapters import saved_steps
 from align.serve.finetuning.context import Api
 from align.serve.finetuning.jobs import add_event, set_status
-from align.serve.finetuning.models import find_place
-from align.serve.finetuning.progress import add_metrics, error_of, finish, read_steps
-from align.serve.finetuning.recipes import STAGE, job_recipe, resolved, write_recipe
+from align.serve.finetuning.models import find_whole
+from align.serve.finetuning.progress import (
+    add_metrics,
+    error_of,
+    finish,
+    read_steps,
+    write_results,
+)
+from align.serve.finetuning.recipes import RECIPE, STAGE, job_recipe, resolved, write_recipe
 from align.serve.finetuning.retries import forget
 from align.serve.finetuning.tables import RECIPE_JOB
 from align.serve.finetuning.training_files import (
@@ -44,11 +51,12 @@ from align.serve.settings import own_address
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 SWEEP_S = 600.0
+IDLE_S = 900.0
+"""Seconds after which a process that generates text ends if nobody asks it."""
 AGAIN_S = 5.0
 """Seconds until a job is tried again for which the server itself failed."""
 MAX_ATTEMPTS = 5
 """Starts of a job whose process is killed each time."""
-RECIPE = "recipe.yaml"
 OUTPUT = "output.txt"
 
 
@@ -104,6 +112,7 @@ class Queue:
 
     def step(self) -> None:
         """Check files, follow processes, and start jobs for which there is a device."""
+        self._api.generators.close_idle(IDLE_S)
         for row in self._rows("status = 'validating_files'"):
             self._try(self._check, row)
         for row in self._rows("pid IS NOT NULL OR status = 'running'"):
@@ -177,7 +186,7 @@ class Queue:
                 )
         with self._api.store.read() as db:
             owner = Person(row["owner"], _name(db, row["owner"]))
-            base = find_place(db, self._api.settings, owner, name=row["model"])
+            base = find_whole(db, self._api.settings, owner, name=row["model"])
         settings = method[method["type"]]
         settings["hyperparameters"] = resolved(
             method["type"], settings["hyperparameters"], rows=counts["training"]
@@ -223,6 +232,7 @@ class Queue:
         self._launch(row, device)
 
     def _launch(self, row: sqlite3.Row, device: str) -> None:
+        self._api.generators.close_idle()  # the job needs their memory
         folder, settings = self._folder(row["id"]), self._api.settings
         folder.mkdir(parents=True, exist_ok=True)
         method = json.loads(row["request"])["method"]["type"]
@@ -298,17 +308,20 @@ class Queue:
             row: of the job.
             code: its exit code; None if it was another server's child.
         """
-        job = row["id"]
+        job, results = row["id"], None
+        if code == EXIT_OK and json.loads(row["request"])["method"]["type"] != RECIPE_JOB:
+            saved = saved_steps(self._api.settings, job)
+            results = write_results(self._run(job), self._api.files, saved=saved)
         with self._api.store.write() as db:
             status = _status(db, job)
             db.execute("UPDATE jobs SET pid = NULL, started = NULL WHERE id = ?", (job,))
             if status != "running":  # it was stopped on request
                 return
-            if code == EXIT_OK and json.loads(row["request"])["method"]["type"] == RECIPE_JOB:
-                set_status(db, row, "succeeded", message="The run has ended")
+            if results is not None:
+                finish(db, row, results)
                 return
             if code == EXIT_OK:
-                finish(db, row, run=self._run(job), files=self._api.files)
+                set_status(db, row, "succeeded", message="The run has ended")
                 return
             if code is not None and 0 < code < 128 and code != EXIT_PREEMPTED:
                 message = error_of(self._run(job), self._folder(job) / OUTPUT)

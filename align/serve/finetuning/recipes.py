@@ -12,6 +12,8 @@ from align.core.references import find_model
 
 STAGE = "train"
 """Name of the job's training stage."""
+RECIPE = "recipe.yaml"
+"""Name of the recipe in the job's folder; JSON is YAML."""
 BASE_RATES = {"supervised": 2e-4, "dpo": 1e-5, "reinforcement": 1e-5}
 """Learning rate of a ``learning_rate_multiplier`` of 1, for LoRA."""
 KINDS = {"supervised": "sft", "dpo": "dpo", "reinforcement": "grpo"}
@@ -22,6 +24,10 @@ MAX_BATCH = 32
 GROUP = 8
 PROMPTS_PER_STEP = 16
 MAX_NEW_TOKENS = 256
+CHECKPOINTS = 3
+"""Checkpoints that a job keeps, the last one included."""
+LONGEST_GAP = 200
+"""Most steps between two checkpoints: what a job does again at most whose process was killed."""
 GRADER = "reward_models.graders:GraderReward"
 
 
@@ -87,7 +93,7 @@ def job_recipe(
     if kind == "reinforcement":
         stage |= _online(settings, files, rows=rows, url=url)
     else:
-        stage |= _offline(kind, chosen, files)
+        stage |= _offline(kind, chosen, files, rows=rows)
     recipe: dict[str, Any] = {
         "name": name,
         "seed": seed,
@@ -99,12 +105,23 @@ def job_recipe(
     return recipe
 
 
-def _offline(kind: str, chosen: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+def _saving(steps: int, *, per_epoch: int) -> dict[str, Any]:
+    """Return how often checkpoints are saved: after each epoch, and at least three times."""
+    every = max(1, min(per_epoch, steps // CHECKPOINTS, LONGEST_GAP))
+    return {"checkpoint_every": every, "keep_checkpoints": CHECKPOINTS}
+
+
+def _offline(
+    kind: str, chosen: Mapping[str, Any], files: Mapping[str, Path], *, rows: int
+) -> dict[str, Any]:
     stage: dict[str, Any] = {
         "data": [{"path": str(files["training"])}],
         "epochs": float(chosen["n_epochs"]),
         "batch_size": chosen["batch_size"],
     }
+    epochs = int(chosen["n_epochs"])
+    steps = max(1, rows * epochs // chosen["batch_size"])
+    stage |= _saving(steps, per_epoch=ceil(steps / epochs))
     if "validation" in files:
         stage |= {"heldout": [{"path": str(files["validation"])}], "eval_every": 10}
     if kind == "dpo":
@@ -127,6 +144,7 @@ def _online(
         "prompts_per_step": chosen["batch_size"],
         "group_size": max(2, round(GROUP * chosen["compute_multiplier"])),
         "sampling": {"max_new_tokens": MAX_NEW_TOKENS},
+        **_saving(steps, per_epoch=ceil(steps / chosen["n_epochs"])),
     }
     if "validation" in files:
         # The API measures validation by the training grader. A recipe wants another scorer there,
@@ -149,7 +167,7 @@ def _max_length(base: str) -> int:
 
 
 def write_recipe(recipe: Mapping[str, Any], path: Path) -> None:
-    """Write a recipe whole; JSON is YAML."""
+    """Write a recipe whole."""
     write_json_atomic(path, literal(dict(recipe)))
 
 
@@ -163,6 +181,11 @@ def literal(value: object) -> Any:
     if isinstance(value, dict):
         return {key: literal(inner) for key, inner in value.items()}
     return [literal(inner) for inner in value] if isinstance(value, list) else value
+
+
+def unescaped(text: str) -> str:
+    """Return a text of a recipe as it was before ``write_recipe``."""
+    return text.replace("$${", "${")
 
 
 def base_place(name: str, place: str, runs: Path) -> str:

@@ -1,193 +1,158 @@
-"""Generate text for ``align serve``: requests on standard input, tokens on standard output.
+"""Generate text for ``align serve``: requests on standard input, answers on standard output.
 
-Both sides write one JSON object per line. The process ends when its input does, so that it never
-outlives its server.
+Both sides write one JSON object per line. A request has an ``id``, which every part of its answer
+repeats; ``{"cancel": ID}`` ends it. The process has one base model, and a request may name a LoRA
+adapter of it. It ends when its input does, so that it never outlives its server.
 """
 
 import argparse
 import json
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from align.core.errors import AlignError
-from align.stages.tools.chat import Chat
+from align.core.errors import AlignError, TrainingError
 
-Emit = Callable[[dict[str, Any]], None]
+if TYPE_CHECKING:
+    from align.data.render.chat import ChatFormat
 
-
-class _Text:
-    """The text of one response as it grows, up to the first of the stop texts.
-
-    Args:
-        emit: sends a part.
-        index: of the response.
-        stops: texts that end it and are no part of it.
-    """
-
-    def __init__(self, emit: Emit, index: int, stops: Sequence[str]) -> None:
-        self._emit = emit
-        self._index = index
-        self._stops = [text for text in stops if text]
-        self._held = ""
-        self.stopped = False
-
-    def add(self, text: str, *, ends: bool) -> None:
-        """Send what cannot be the beginning of a stop text."""
-        if self.stopped:
-            return
-        self._held += text
-        places = [p for stop in self._stops if (p := self._held.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            self._send(min(places))
-            return
-        held = 0 if ends else max(map(len, self._stops), default=1) - 1
-        self._send(len(self._held) - held)
-
-    def _send(self, count: int) -> None:
-        if count > 0:
-            self._emit({"index": self._index, "text": self._held[:count]})
-            self._held = self._held[count:]
+log = logging.getLogger(__name__)
+Emit = Callable[[Mapping[str, Any]], None]
+MAX_FORMATS = 32
+"""Tokenizers that stay loaded."""
 
 
-class Generator:
-    """A loaded model that responds to requests.
+class Generator(Protocol):
+    """A loaded model."""
+
+    name: str
+
+    def run(self, requests: "Requests", emit: Emit) -> None:
+        """Respond to requests for ever."""
+        ...
+
+
+class Requests:
+    """What the server asks; a thread reads it, also while the model loads.
 
     Args:
-        chat: the model.
+        lines: one request or cancellation each. The process ends with them.
     """
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-        self.cancelled = threading.Event()
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.waiting: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self.cancelled: set[int] = set()
+        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
-    def respond(self, asked: Mapping[str, Any], emit: Emit) -> None:
-        """Send the parts of each response, why it ended, and the numbers of tokens."""
-        chat = self._chat
-        turns = asked["messages"]
-        prompt = turns if chat.has_template else "\n".join(turn["content"] for turn in turns)
-        ids = chat.format.prompt_ids(prompt)
-        room = asked["max_tokens"] if chat.positions is None else chat.positions - len(ids)
-        if room < 1:
-            emit(
-                {
-                    "error": f"the messages have {len(ids)} tokens, but the model's context has "
-                    f"{chat.positions}",
-                    "code": "context_length_exceeded",
-                }
-            )
-            return
-        total = 0
-        for index in range(asked["n"]):
-            total += self._one(asked, emit, index=index, ids=ids, room=room)
-        emit({"done": True, "prompt_tokens": len(ids), "completion_tokens": total})
-
-    def _one(
-        self, asked: Mapping[str, Any], emit: Emit, *, index: int, ids: list[int], room: int
-    ) -> int:
-        """Send one response; return its number of tokens."""
-        import torch
-        from transformers import TextStreamer, set_seed
-
-        text = _Text(emit, index, asked["stop"])
-        cancelled = self.cancelled
-
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, part: str, stream_end: bool = False) -> None:
-                text.add(part, ends=stream_end)
-
-        def ended(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-            stop = text.stopped or cancelled.is_set()
-            return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
-
-        chat, stops = self._chat, list(self._chat.format.stop_token_ids)
-        tokenizer: Any = chat.format.tokenizer
-        set_seed(asked["seed"] + index)
-        tokens = torch.tensor([ids], device=chat.model.device)
-        with torch.inference_mode():
-            output = chat.model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=min(room, asked["max_tokens"]),
-                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                stopping_criteria=[ended],
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-                **_sampling(asked["temperature"], asked["top_p"]),
-            )
-        made = output[0, len(ids) :].tolist()
-        finished = text.stopped or (bool(made) and made[-1] in stops)
-        emit({"index": index, "finish": "stop" if finished else "length"})
-        return len(made)
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            asked = json.loads(line)
+            if "cancel" in asked:
+                self.cancelled.add(asked["cancel"])
+            else:
+                self.waiting.put(asked)
+        # The server is gone.
+        os._exit(0)
 
 
-def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    # The saved generation configuration must not add a limit of its own, such as top_k.
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+def problem(asked: Mapping[str, Any], message: str, code: str) -> dict[str, Any]:
+    """Return the last part of an answer that failed."""
+    return {"id": asked["id"], "error": message[:500], "code": code}
 
 
-def _load(place: Path) -> Generator:
-    from transformers.utils import logging
+@lru_cache(MAX_FORMATS)
+def format_of(folder: Path) -> "ChatFormat":
+    """Return the tokenizer and template in a folder."""
+    from align.stages.base import chat_format
 
-    from align.models.bringing import check_folder, one_line
+    return chat_format(folder)
+
+
+def prompt_of(chat: "ChatFormat", asked: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of a request's messages; without a template they are text to continue."""
+    turns = asked["messages"]
+    templated = chat.tokenizer.chat_template is not None
+    return chat.prompt_ids(turns if templated else "\n".join(turn["content"] for turn in turns))
+
+
+def too_long(asked: Mapping[str, Any], length: int, positions: int | None) -> dict[str, Any] | None:
+    """Return the error of messages that leave no room for a response."""
+    if positions is None or length < positions:
+        return None
+    message = f"the messages have {length} tokens, but the model's context has {positions}"
+    return problem(asked, message, "context_length_exceeded")
+
+
+def adapter_of(asked: Mapping[str, Any]) -> str | None:
+    """Return the folder of a request's adapter, which is taken out of its checkpoint if needed."""
+    if asked["checkpoint"] is not None:
+        from align.stages.tools.checkpoint_adapter import write_adapter
+
+        place, like = Path(asked["checkpoint"]), Path(asked["like"])
+        write_adapter(place, like=like, out=Path(asked["adapter"]))
+    return asked["adapter"]
+
+
+def token_entry(text: str, logprob: float) -> dict[str, Any]:
+    """Return a token and its log-probability as the API has them."""
+    # A token can be a part of a character, whose bytes the text no longer has.
+    data = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": data}
+
+
+def _load(place: Path, engine: str, *, max_rank: int) -> Generator:
+    from align.models.bringing import check_folder
     from align.models.loading import model_folder
+    from align.sampling.build import choose_engine
 
     folder = model_folder(place, "policy")
     check_folder(str(folder))
-    logging.disable_progress_bar()
-    with one_line(str(folder), "a causal language model"):
-        return Generator(Chat(folder, temperature=1.0, max_new_tokens=1))
+    chosen, reason = ("hf", "") if engine == "hf" else choose_engine("auto", folder)
+    if engine == "vllm" and chosen == "hf":
+        raise TrainingError(f"--engine vllm: {reason}")
+    if chosen == "vllm":
+        from align.stages.tools.generate_vllm import VllmGenerator
 
+        try:
+            return VllmGenerator(folder, max_rank=max_rank)
+        except TrainingError as error:
+            if engine == "vllm":
+                raise
+            log.warning("%s; transformers generates instead", error)
+    from align.stages.tools.generate_hf import HfGenerator
 
-def _read(
-    lines: Iterable[str], requests: "SimpleQueue[dict[str, Any]]", generator: Generator
-) -> None:
-    for line in lines:
-        asked = json.loads(line)
-        if asked.get("cancel"):
-            generator.cancelled.set()
-        else:
-            generator.cancelled.clear()
-            requests.put(asked)
-    # The server is gone.
-    os._exit(0)
+    return HfGenerator(folder)
 
 
 def main() -> None:
     """Load the model named on the command line and respond until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="folder of a stage or model, or a hub id")
+    parser.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto")
+    parser.add_argument("--max-rank", type=int, default=64, help="largest rank of an adapter")
     args = parser.parse_args()
     # What libraries print must not be read as an answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def emit(answer: dict[str, Any]) -> None:
+    def emit(answer: Mapping[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
+    requests = Requests(sys.stdin)
     try:
-        generator = _load(args.model)
+        generator = _load(args.model, args.engine, max_rank=args.max_rank)
     except AlignError as error:
         emit({"error": str(error), "code": "model_not_loaded"})
         sys.exit(error.exit_code)
-    emit({"ready": True})
-    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
-    threading.Thread(target=_read, args=(sys.stdin, requests, generator), daemon=True).start()
-    while True:
-        asked = requests.get()
-        try:
-            generator.respond(asked, emit)
-        # A template refuses messages in many ways; the next request may fit it.
-        except Exception as error:
-            emit({"error": f"{type(error).__name__}: {error}"[:500], "code": "generation_failed"})
+    emit({"ready": generator.name})
+    generator.run(requests, emit)
 
 
 if __name__ == "__main__":
