@@ -162,8 +162,9 @@ class Resampler:
                 or NaN if it is undefined for these rows.
 
         Returns:
-            [value, low, high]; the bounds are None for a single cluster, or if the statistic is
-            undefined in more than 5 % of the resamples.
+            [value, low, high]; the bounds are None for a single cluster, if the statistic is
+            undefined in more than 5 % of the resamples, or if they are equal: where no resample
+            differs, the spread is unknown and not zero.
         """
         value = statistic(np.arange(len(self._clusters)))
         if not np.isfinite(value):
@@ -173,7 +174,7 @@ class Resampler:
         if not len(known) or len(known) < 0.95 * len(found):
             return [value, None, None]
         low, high = np.quantile(known, (0.025, 0.975))
-        return [value, float(low), float(high)]
+        return [value, float(low), float(high)] if low < high else [value, None, None]
 
     def share(self, values: Array) -> Triple:
         """Return the mean of values in [0, 1] with its interval."""

@@ -124,6 +124,16 @@ def test_interval_of_a_mean_is_that_of_the_normal_and_clusters_widen_it():
     assert Resampler(["one"], seed=0).interval(lambda rows: 1.0) == [1.0, None, None]
 
 
+def test_statistic_that_no_resample_changes_has_no_bounds():
+    names = [f"p{i}" for i in range(20)]
+    draws = Resampler(names, seed=0)
+    assert draws.interval(lambda rows: 0.25) == [0.25, None, None]
+    value, low, high = draws.interval(lambda rows: float(np.mean(rows)))
+    assert low is not None
+    assert high is not None
+    assert low < value < high
+
+
 def test_share_of_all_right_is_not_certain():
     # Wilson for 10 of 10: lower bound 1 / (1 + 1.96^2 / 10)
     names = [str(i) for i in range(10)]
