@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from align.core.artifacts import fsync_directory
+from align.core.artifacts import cut_links, fsync_directory
 from align.core.storage import MIB, device_of
 from align.models.bringing import INDEX
 
@@ -78,19 +79,54 @@ def take_over(files: list[Path], out: Path) -> str:
     for old in (*out.glob("*.safetensors"), out / INDEX):
         old.unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in files)
-    copied = 0
-    for file in files:
-        real, target = file.resolve(), out / file.name  # the hub's cache has symbolic links
-        try:
-            os.link(real, target)
-        except OSError as error:  # another device, or links are not permitted
-            copied += real.stat().st_size
-            log.info("%s: copied, %s MiB (no hard link: %s)", file, _mib(size), error.strerror)
-            shutil.copyfile(real, target)
+    copied = sum(file.stat().st_size for file in files if not link_or_copy(file, out / file.name))
     fsync_directory(out)
     if copied:
         return f"{_mib(copied)} MiB copied to {device_of(out)}"
     return f"linked to {files[0].parent}, {_mib(size)} MiB not copied"
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Link a file, or copy it where that is not possible; return whether it was linked."""
+    real = source.resolve()  # the hub's cache has symbolic links
+    try:
+        os.link(real, target)
+    except OSError as error:  # another device, or links are not permitted
+        size = _mib(real.stat().st_size)
+        log.info("%s: copied, %s MiB (no hard link: %s)", source, size, error.strerror)
+        shutil.copyfile(real, target)
+        return False
+    return True
+
+
+def save_model(
+    model: PreTrainedModel, out: Path, *, state: Mapping[str, Tensor], source: Path | None
+) -> str:
+    """Save a model; its weight files are links to those of its source if they have these weights.
+
+    Args:
+        model: to save. out: its folder, ``model/`` of a stage.
+        state: the weights to save.
+        source: folder that the model was loaded from; None if there is none.
+
+    Returns:
+        What was done, for the preflight.
+    """
+    files = [] if source is None else unchanged_files(source, state)
+    # Files of an earlier attempt may be links to the source.
+    cut_links(out.parent)
+    if not files:
+        model.save_pretrained(str(out), state_dict=dict(state))
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        return f"{_mib(size)} MiB written as {str(model.dtype).removeprefix('torch.')}"
+    told = take_over(files, out)
+    # As save_pretrained does.
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(str(out))
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(str(out))
+    return told
 
 
 def _mib(size: int) -> str:

@@ -23,8 +23,6 @@ from transformers import (
 )
 
 from align.core import distributed
-from align.core.artifacts import cut_links
-from align.core.storage import MIB
 from align.core.types import Example
 from align.data.fit import fit_rows
 from align.data.load import load_examples
@@ -39,7 +37,7 @@ from align.models.bringing import (
     load_whole,
     one_line,
 )
-from align.models.links import take_over, unchanged_files
+from align.models.links import save_model
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Check, Finding
@@ -235,20 +233,7 @@ def _save(
     )
     # Packed attention exists only in this suite; the saved model must load anywhere.
     model.config._attn_implementation = "sdpa"
-    files = [] if source is None else unchanged_files(source, model.state_dict())
-    # Files of an earlier attempt may be links to the source.
-    cut_links(out.parent)
-    if files:
-        told = take_over(files, out)
-        # As save_pretrained does.
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = model.dtype
-        model.config.save_pretrained(str(out))
-        model.generation_config.save_pretrained(str(out))
-    else:
-        model.save_pretrained(str(out))
-        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        told = f"{-(-size // MIB):,} MiB written as {str(model.dtype).removeprefix('torch.')}"
+    told = save_model(model, out, state=model.state_dict(), source=source)
     tokenizer.save_pretrained(str(out))
     check_saved_tokenizer(tokenizer, out)
     return told

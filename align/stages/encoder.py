@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from align.core import distributed
 from align.core.errors import ArtifactError
 from align.models.bringing import check_folder, one_line, refuse_not_finite
+from align.models.links import save_model
 from align.models.loading import bringing_in, load_tokenizer
 from align.preflight.checks import Finding
 from align.recipe.schema import EncoderStage
@@ -36,14 +37,21 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     refuse_not_finite(spec.path, model)
     # transformers initializes missing weights at random; those are not part of the encoder.
     own = {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}
-    if distributed.rank() == 0:
-        model.save_pretrained(str(context.out / "model"), state_dict=own)
-        tokenizer.save_pretrained(str(context.out / "model"))
-    distributed.barrier()
+    source, out = Path(spec.path), context.out / "model"
+
+    def save() -> str:
+        told = save_model(model, out, state=own, source=source)
+        tokenizer.save_pretrained(str(out))
+        return told
+
+    told = distributed.on_first_rank(save)
     total = float(sum(x.numel() for x in own.values()))
     return Prepared(
         train=lambda: StageResult({"model/parameters": total}),
-        checks=[("vocabulary", partial(fits, model, tokenizer))],
+        checks=[
+            ("weights", lambda: Finding(told)),
+            ("vocabulary", partial(fits, model, tokenizer)),
+        ],
     )
 
 

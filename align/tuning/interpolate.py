@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from align.core.errors import ArtifactError
+from align.models.links import link_or_copy
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -56,10 +57,14 @@ def interpolated(base: Path, tuned: Path, alpha: float) -> Iterator[tuple[str, T
 
 
 def write_interpolated(base: Path, tuned: Path, *, alpha: float, out: Path) -> None:
-    """Write an interpolated model folder, one file at a time; alpha 0 and 1 are copies."""
+    """Write an interpolated model folder, one file at a time; alpha 0 and 1 link the weights."""
     shutil.rmtree(out, ignore_errors=True)
     if alpha in (0.0, 1.0):
-        shutil.copytree(base if alpha == 0.0 else tuned, out)
+        source = base if alpha == 0.0 else tuned
+        weights = {file.name for file in weight_files(source)}
+        shutil.copytree(source, out, ignore=lambda _, names: weights & set(names))
+        for name in sorted(weights):
+            link_or_copy(source / name, out / name)
         return
     # Configuration and tokenizer are those of the tuned model, only the weights are new.
     weights = {file.name for file in weight_files(tuned)} | {INDEX}

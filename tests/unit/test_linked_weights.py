@@ -17,13 +17,16 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "numeric"))
 from alone import world_of_one
+from small_encoders import save_bert
 from test_base_tokens import bring_in, saved_model
 
 from align.core.artifacts import cut_links, file_sha256, find_damage, hash_tree, read_manifest
 from align.models import links
 from align.models.loading import load_policy
-from align.recipe.schema import TokenizerSpec
+from align.recipe.schema import EncoderStage, Recipe, TokenizerSpec
 from align.stages import base
+from align.stages.base import StageContext, prepare_and_train
+from align.tuning.interpolate import write_interpolated
 
 WEIGHTS = "model.safetensors"
 PLAIN = TokenizerSpec(pad_token="<pad>", chat_template="plain")
@@ -167,3 +170,48 @@ def test_only_shared_files_of_the_model_are_cut(tmp_path: Path) -> None:
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*/*"))
     elsewhere = [f"elsewhere/{name}" for name in ("adapter", "best", "model")]
     assert left == sorted([*elsewhere, "adapter/own", "model/own", "best/own", "best/shared"])
+
+
+def brought_encoder(path: Path, out: Path) -> tuple[Path, dict[str, str]]:
+    """Run the encoder stage; give the model that it leaves, and its card."""
+    spec = EncoderStage(kind="encoder", path=str(path))
+    (out / "encoder").mkdir(parents=True)
+    recipe = Recipe(name="r", stages={"encoder": spec})
+    prepare_and_train(spec, StageContext(recipe, "encoder", out, 0))
+    card = json.loads((out / "encoder" / "preflight.json").read_text())
+    return out / "encoder" / "model", {x["name"]: x["value"] for x in card["lines"]}
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_an_encoder_is_linked_and_equal_to_a_saved_one(tmp_path: Path, pooler: bool) -> None:
+    source = Path(save_bert(tmp_path / "in", pooler=pooler))
+    before = state_of(source)
+    model_dir, card = brought_encoder(source, tmp_path / "out")
+    assert is_linked(source, model_dir)
+    assert "linked to" in card["weights"]
+    assert state_of(source) == before
+    assert json.loads((model_dir / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+    # A second run replaces the link and leaves the source as it is.
+    shutil.rmtree(tmp_path / "out")
+    lacking = {k: v for k, v in load_file(source / WEIGHTS).items() if "pooler" not in k}
+    lacking["strange"] = torch.zeros(2)
+    save_file(lacking, source / WEIGHTS, metadata={"format": "pt"})
+    model_dir, card = brought_encoder(source, tmp_path / "out")
+    assert not is_linked(source, model_dir)
+    assert "written as float32" in card["weights"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_an_end_of_a_merge_is_linked_and_its_sources_survive_another(tmp_path, alpha):
+    pair = [saved_model(tmp_path / name, tied=True) for name in ("a", "b")]
+    out, source = tmp_path / "out", pair[int(alpha)]
+    before = state_of(source)
+    write_interpolated(*pair, alpha=alpha, out=out)
+    assert is_linked(source, out)
+    # Text files are copies, which may be edited.
+    assert (source / "config.json").stat().st_ino != (out / "config.json").stat().st_ino
+    write_interpolated(*pair, alpha=0.5, out=out)
+    assert not is_linked(source, out)
+    assert state_of(source) == before
