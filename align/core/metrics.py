@@ -103,6 +103,9 @@ FINAL = {
     "change/{name}_high": Metric("", "upper 95 % bound of that change, clustered by prompt"),
     "change/{name}": Metric("", "change of a held-out metric since before the first step"),
     "eval/loss_saved": Metric("nats", "held-out loss of the weights as they were saved"),
+    "eval/stop_prob": Metric(
+        "fraction", "sft: median probability of the stop token after up to 16 supervised responses"
+    ),
     "eval/macro_f1": Metric("fraction", "classifier: mean of the F1 scores of the classes"),
     "eval/pair_accuracy": Metric("fraction", "held-out pairs that a reward model ranks right"),
     "eval/{model}/{score}": Metric("", "evaluate: mean of a score over one model's responses"),

@@ -273,6 +273,11 @@ def _product(head: nn.Module, states: Tensor) -> Tensor | None:
         return None
 
 
+def plain_table(table: Any) -> Any:
+    """Return the embedding or head of which peft trains single rows, or ``table`` itself."""
+    return table.token_adapter.base_layer if hasattr(table, "token_adapter") else table
+
+
 def wide(x: Tensor) -> Tensor:
     """Return a tensor in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -18,6 +18,7 @@ from align.models.decoder import (
     decoder_of,
     form_of,
     padded_states,
+    plain_table,
     soft_cap,
     wide,
 )
@@ -169,8 +170,10 @@ def _head(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     head = causal_lm(model).get_output_embeddings()
+    # peft may train single rows; the weight of such a head is a matrix with these rows in place.
+    table = plain_table(head)
     # One plain matrix: the fused function, with the logit scale folded into the temperature.
-    if not label_smoothing and _is_plain(model, head):
+    if not label_smoothing and _is_plain(model, table):
         divisor = temperature / form_of(causal_lm(model)).scale
         return head_logprobs(hidden, head.weight, labels, temperature=divisor, entropy=entropy)
 
@@ -188,9 +191,9 @@ def _head(
             spread = norm - (torch.softmax(logits, -1) * logits).sum(-1)
         return chosen, spread
 
-    size = max(1, CHUNK_ELEMENTS // head.weight.shape[0] if head.weight.ndim == 2 else 1024)
+    size = max(1, CHUNK_ELEMENTS // table.weight.shape[0] if table.weight.ndim == 2 else 1024)
     parts = list(zip(hidden.split(size), labels.split(size), strict=True))
-    if hasattr(head.weight, "ds_id"):
+    if hasattr(table.weight, "ds_id"):
         # ZeRO-3 gathers the head for each chunk, so every rank must run equally many.
         missing = int(distributed.global_max(len(parts))) - len(parts)
         parts += [(hidden[:0], labels[:0])] * missing

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from align.core.artifacts import Artifact
 from align.core.types import PairRow, TokenRow
 from align.losses.preference import tail_weights
+from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel, causal_lm
 from align.models.sharding import saved_names, saved_tensor
 from align.preflight.checks import Check, Finding, at_most, spread
@@ -24,8 +26,10 @@ from align.recipe.schema import (
 )
 from align.sampling.push import PUSH_TOLERANCE
 from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
+from align.training.stops import stop_probabilities
 from align.training.task import OfflineTask
 from align.tuning.export import checkpoint_name, gathered
+from align.tuning.rows import trained_rows
 
 NUM_ROWS = 4
 NUM_TENSORS = 64
@@ -323,15 +327,36 @@ def _own_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([found.new_zeros(1), found])
 
 
+def stop_check(module: LogprobModel, rows: Sequence[Any], stops: Sequence[int]) -> Check:
+    """Return the check that measures how probable the stop token is, as information."""
+
+    def stop() -> Finding:
+        sides = [side for row in spread(rows, NUM_ROWS) for side in sides_of(row)]
+        found = stop_probabilities(module, sides, stops)
+        if not found:
+            return Finding("no response ends with a stop token")
+        return Finding(
+            f"before training, its probability after {len(found)} responses is "
+            f"{median(found):.2g} (median)"
+        )
+
+    return "stop token", stop
+
+
 def start_checks(spec: TrainingStage, model: nn.Module, source: Artifact) -> list[Check]:
-    """Return the check that a model has the weights of the artifact it starts from.
+    """Return the checks on the weights that a stage starts from.
 
     Args:
         spec: the stage. model: the transformers or peft model. source: the artifact of ``init``.
     """
     # PiSSA moves the leading part of each weight it adapts into the adapter.
     moved = spec.tuning.method == "pissa"
-    return [("start", partial(same_weights, model, source, moved=moved))]
+    checks: list[Check] = [("start", partial(same_weights, model, source, moved=moved))]
+    if rows := trained_rows(model):
+        names = load_tokenizer(source.model_dir).convert_ids_to_tokens(rows)
+        told = f"never trained: {', '.join(names)}; their rows are trained beside the adapter"
+        checks.append(("new tokens", lambda: Finding(told)))
+    return checks
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from align.sampling.engine import ADAPTER, RolloutEngine
 from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
 from align.tuning.export import full_tensor, full_weights
 from align.tuning.merging import adapted_layers, adapter_parameters, merges
+from align.tuning.rows import trained_rows
 
 PUSH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.35}
 """Largest difference of one token's log-probability, in nats, between two runs of one model."""
@@ -35,11 +36,19 @@ def pushed_weights(
         module: the Hugging Face model, or what align.tuning made of it.
         adapter_alone: yield the adapter even if it could be merged, for an engine that serves it
             separately; its scale is multiplied into ``lora_B``.
+
+    Raises:
+        TrainingError: the adapter alone has rows of tokens, which engines do not take.
     """
     if merges(module) and not adapter_alone:
         yield from full_weights(module)
         return
     # Only an engine that serves the adapter alone needs the scale: merging includes it.
+    if adapter_alone and trained_rows(module):
+        raise TrainingError(
+            "sampling.push: adapter: this adapter also trains rows of new tokens, which vLLM does "
+            "not take beside a LoRA. Remove the key, and all weights are pushed"
+        )
     scales = _scales(module) if adapter_alone else {}
     for name, parameter in adapter_parameters(module):
         scale = scales.get(name)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -45,6 +46,7 @@ from align.training.offline import (
     train_offline,
 )
 from align.training.stopping import EarlyStopping
+from align.training.stops import NUM_ROWS, never_stops, stop_probabilities
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.files import num_trained
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
@@ -192,14 +194,21 @@ def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> Logp
     return LogprobModel(model)
 
 
-def add_tuner_to_backbone(spec: OfflineStage, backbone: "PreTrainedModel", *, seed: int) -> Any:
-    """Return the model below a new head with the adapter of ``tuning``."""
+def add_tuner_to_backbone(
+    spec: OfflineStage, backbone: "PreTrainedModel", *, seed: int, tokens: Sequence[int] = ()
+) -> Any:
+    """Return the model below a new head with the adapter of ``tuning``.
+
+    Args:
+        spec: the stage. backbone: the model. seed: random seed of the adapter's weights.
+        tokens: tokens whose rows are trained too; see ``tokens_to_train``.
+    """
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         # With frozen embeddings, checkpointed layers would get no input with a gradient.
         if spec.tuning.method not in ("full", "head"):
             backbone.enable_input_require_grads()
-    return add_tuner(backbone, spec.tuning, seed=seed)
+    return add_tuner(backbone, spec.tuning, seed=seed, tokens=tokens)
 
 
 def offline_schedule(spec: OfflineStage, num_rows: int, seed: int) -> OfflineSchedule:
@@ -285,8 +294,15 @@ def run_offline(
     context: StageContext,
     stopping: EarlyStopping | None,
     anchor: Anchor | None = None,
+    stops: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Train ``module`` on an offline task and return the last metrics."""
+    """Train ``module`` on an offline task and return the last metrics.
+
+    Args:
+        module: the model. task: rows, batches and loss. spec: the stage. context: of the stage.
+        stopping: the rule that ends it early. anchor: of the old task's weights.
+        stops: stop tokens of a policy that learns to respond; their probability is measured then.
+    """
     schedule = offline_schedule(spec, len(task.rows), context.seed)
     learner = Learner(
         module,
@@ -298,6 +314,12 @@ def run_offline(
         anchor=anchor,
     )
     metrics: MetricsLog = context.metrics(schedule.total_steps)
+    diagnosis = Diagnosis(
+        spec,
+        total_steps=schedule.total_steps,
+        num_trained=learner.num_trained,
+        rows=task.rows,
+    )
     final = train_offline(
         learner,
         task,
@@ -305,13 +327,13 @@ def run_offline(
         metrics=metrics,
         checkpoints=context.out / "checkpoints",
         stopping=stopping,
-        diagnosis=Diagnosis(
-            spec,
-            total_steps=schedule.total_steps,
-            num_trained=learner.num_trained,
-            rows=task.rows,
-        ),
+        diagnosis=diagnosis,
     )
+    if stops:
+        rows = spread(task.heldout or task.rows, NUM_ROWS)
+        if found := stop_probabilities(learner.engine, rows, stops):
+            final["eval/stop_prob"] = median(found)
+            diagnosis.conclude(schedule.total_steps, never_stops(found), metrics)
     metrics.close()
     return final
 
@@ -380,7 +402,15 @@ def train_policy(
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
     # Training.
-    final = run_offline(module, task, spec, context=context, stopping=stopping, anchor=anchor)
+    final = run_offline(
+        module,
+        task,
+        spec,
+        context=context,
+        stopping=stopping,
+        anchor=anchor,
+        stops=chat.stop_token_ids if spec.kind == "sft" else (),
+    )
     trained, total = num_trained(module.model)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     notes = {}

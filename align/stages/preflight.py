@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,8 +13,10 @@ from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.data.store.rows import StoredRows
 from align.data.token_view import View, view_of
+from align.models.decoder import plain_table
+from align.models.logprobs import LogprobModel
 from align.preflight.checks import Check, Finding, spread
-from align.preflight.offline import loss_checks, sides_of, start_checks
+from align.preflight.offline import loss_checks, sides_of, start_checks, stop_check
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
@@ -102,11 +104,15 @@ def offline_checks(
     # Rows of stores are not listed: they may not fit into memory.
     stored = isinstance(task.rows, StoredRows)
     flat = task.rows if stored else [side for row in task.rows for side in sides_of(row)]
-    vocab_size = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    vocab_size: int = plain_table(model.get_input_embeddings()).num_embeddings
+    stops: list[Check] = []
+    if isinstance(module, LogprobModel):
+        stops.append(stop_check(module, task.rows, chat.stop_token_ids))
     return [
         *row_checks(chat, flat, examples, model_dir=source.model_dir),
         *start_checks(spec, model, source),
         *loss_checks(spec, module, task, vocab_size=vocab_size),
+        *stops,
     ]
 
 

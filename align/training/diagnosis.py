@@ -52,7 +52,17 @@ class Diagnosis:
         Raises:
             TrainingError: there is an alarm and the recipe has ``not_learning: stop``.
         """
-        found = self.look(step, metrics)
+        self._raise(step, self.look(step, metrics), log)
+
+    def conclude(self, step: int, alarm: Alarm | None, log: MetricsLog) -> None:
+        """Write an alarm about the trained model, and end the stage if the recipe says so.
+
+        Raises:
+            TrainingError: there is an alarm and the recipe has ``not_learning: stop``.
+        """
+        self._raise(step, [] if alarm is None or self.mode == "ignore" else [alarm], log)
+
+    def _raise(self, step: int, found: Sequence[Alarm], log: MetricsLog) -> None:
         for alarm in found:
             log.alarm(step, alarm)
         if found and self.mode == "stop":

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     pass
 
 _WRAPPED = ("base_layer.", "original_module.")
+_ROWS = "token_adapter"
+"""Part of the name of a table of which peft trains single rows, also in a head that is tied."""
 _NESTED = ".base_layer"
 
 
@@ -101,14 +103,19 @@ def full_precision_weights(module: nn.Module, model_dir: Path) -> Iterator[tuple
             name = name.removeprefix(f"{base.base_model_prefix}.")
         if name not in names:
             continue
-        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is not None:
+        place = name.removesuffix(".weight") if name.endswith(".weight") else name
+        if (layer := layers.get(place)) is not None:
             with gathered(list(layer.parameters())):
                 # W + scale * B A, on the CPU: the full-precision weights need not fit on the
                 # accelerator.
                 for adapter in layer.active_adapters:
                     update = layer.get_delta_weight(adapter).float().cpu()
                     tensor = keep_update(tensor.float() + update, tensor.dtype)
+        elif (layer := layers.get(f"{place}.{_ROWS}")) is not None:
+            for adapter, rows in layer.token_indices.items():
+                total = tensor.float()
+                total[rows] = layer.trainable_tokens_delta[adapter].detach().float().cpu()
+                tensor = keep_update(total, tensor.dtype)
         yield name, tensor
 
 
@@ -118,7 +125,7 @@ def checkpoint_name(name: str) -> str:
     ``base_model.model.model.norm.weight`` becomes ``model.norm.weight``.
     """
     name = name.removeprefix("base_model.model.")
-    for part in _WRAPPED:
+    for part in (*_WRAPPED, f"{_ROWS}."):
         name = name.replace(part, "")
     return name
 
@@ -138,7 +145,7 @@ def _merged(owner: str, layer: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the weights of an adapted layer with its adapter merged."""
     with gathered(list(layer.parameters())):
         found = merged_parameters(layer)
-        return [(f"{checkpoint_name(owner)}.{name}", x.clone()) for name, x in found]
+        return [(checkpoint_name(f"{owner}.{name}"), x.clone()) for name, x in found]
 
 
 def _owner(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:
@@ -184,6 +191,8 @@ def _refuse_adapted_ties(module: nn.Module) -> None:
     # A tied weight appears under two names with one identity.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
+        if _ROWS in other and _ROWS in name:
+            continue
         if other != name and any(part in f"{other} {name}" for part in _WRAPPED):
             raise TrainingError(
                 f"{checkpoint_name(other)} and {checkpoint_name(name)} are one tied weight and "

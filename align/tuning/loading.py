@@ -1,26 +1,27 @@
 """Load the model of an artifact, with its adapter if it needs one."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from align.core.errors import ArtifactError, RecipeError, TrainingError
-from align.models.loading import load_policy, load_tokenizer, set_dropout, stop_token_ids
+from align.core.errors import ArtifactError, TrainingError
+from align.models.loading import load_policy, load_tokenizer, set_dropout
 from align.recipe.schema.tuning import METHODS, QloraTuning, TuningSpec
 from align.recipe.starts import start_problem
 from align.tuning.files import unmerged_adapter, with_adapter
+from align.tuning.rows import refuse_untrained, untrained_tokens
 from align.tuning.wrap import add_tuner
 from reward_models.scalar import RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEAR_MEAN = 0.01
-"""A row is untrained if its distance to its initial value, the mean, is below this fraction."""
+log = logging.getLogger(__name__)
 
 
 def load_tuned_policy(
@@ -83,7 +84,7 @@ def load_for_training(
         shards: see ``load_policy``.
 
     Raises:
-        RecipeError: the method freezes the row of a stop token that was never trained.
+        RecipeError: the method freezes the row of a token that was never trained.
     """
     model = load_policy(
         model_dir,
@@ -92,45 +93,36 @@ def load_for_training(
         quantization=quantization(tuning, dtype),
         shards=shards,
     )
-    if tuning.method != "full":
-        _check_stops_trained(model, model_dir, tuning)
+    # An adapter that is trained further has decided about them at its start.
+    further = unmerged_adapter(model_dir) is not None
+    tokens = [] if further else tokens_to_train(model, model_dir, tuning)
     if dropout:
         set_dropout(model, dropout)
     if gradient_checkpointing and tuning.method != "full":
         # Frozen embeddings return states without gradient, which checkpointed layers would drop.
         model.enable_input_require_grads()
-    if unmerged_adapter(model_dir) is not None:
+    if further:
         return with_adapter(model, model_dir, trainable=True)
-    return add_tuner(model, tuning, seed=seed)
+    return add_tuner(model, tuning, seed=seed, tokens=tokens)
 
 
-@torch.no_grad()
-def _check_stops_trained(
+def tokens_to_train(
     model: "PreTrainedModel", model_dir: Path | str, tuning: TuningSpec
-) -> None:
-    """Raise if a stop token's row would be frozen at the mean with which it was added.
+) -> list[int]:
+    """Return the tokens whose rows ``tuning`` has to train because nothing has trained them yet.
 
-    The output head would score the stop token like an average token, so it is never sampled.
+    Raises:
+        RecipeError: there are such tokens, and the method freezes them.
     """
-    if "lm_head" in getattr(tuning, "targets", ()):
-        return
-    tokenizer, head = load_tokenizer(model_dir), model.get_output_embeddings()
-    table: Tensor = cast("nn.Linear", head).weight
-    firsts = sorted({*tokenizer.all_special_ids, *stop_token_ids(model_dir)})
-    for stop in stop_token_ids(model_dir)[:1]:
-        # Rows of new tokens were set to the mean of the rows before the first new one. Which one
-        # that was is not recorded, so each special token up to the stop token is tried.
-        for first in (i for i in firsts if 0 < i <= stop < len(table)):
-            mean = table[:first].float().mean(0)
-            if bool((table[stop].float() - mean).norm() <= NEAR_MEAN * mean.norm()):
-                raise RecipeError(
-                    f"tuning.method {tuning.method}: the stop token "
-                    f"{tokenizer.convert_ids_to_tokens(stop)!r} has no trained row in {model_dir}: "
-                    "it was added, or the model was never trained on it. This method freezes the "
-                    "row, so the token could never be sampled. Train with method full first, or "
-                    "use a stop token that the model knows (stages.<base>.tokenizer: "
-                    "{chat_template: plain, stop_token: TOKEN})"
-                )
+    if tuning.method == "full" or "lm_head" in getattr(tuning, "targets", ()):
+        return []
+    found = untrained_tokens(model, model_dir)
+    if not tuning.trains_rows:
+        refuse_untrained(found, model_dir, f"tuning.method {tuning.method}")
+    if found:
+        names = load_tokenizer(model_dir).convert_ids_to_tokens(sorted(found))
+        log.info("rows of new tokens are trained beside the adapter: %s", ", ".join(names))
+    return sorted(found)
 
 
 def quantization(tuning: TuningSpec, dtype: str) -> Any:

@@ -1,5 +1,6 @@
 """Wrap a model by its tuning spec: freeze weights, add modules, select trained parameters."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,22 @@ from align.recipe.schema.tuning import (
     TuningSpec,
     VeraTuning,
 )
+from align.tuning.rows import trainable_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) -> Any:
+def add_tuner(
+    model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0, tokens: Sequence[int] = ()
+) -> Any:
     """Freeze ``model`` and add what ``tuning`` trains; ``full`` returns the model unchanged.
 
     Args:
         model: a transformers model, with or without a head.
         tuning: the recipe's tuning block.
         seed: random seed of new weights; every rank and every resumed process must pass the same.
+        tokens: their rows of the embeddings are trained too, by methods that can.
 
     Raises:
         RecipeError: the model does not have the parts that the method needs.
@@ -38,6 +43,8 @@ def add_tuner(model: "PreTrainedModel", tuning: TuningSpec, *, seed: int = 0) ->
         return model.requires_grad_(False)
     module, _, builder = tuning.builder.partition(":")
     config = getattr(import_module(module), builder)(model, tuning)
+    if tokens:
+        config.trainable_token_indices = trainable_rows(model, tokens, tuning)
     # New weights depend only on the seed, and the process's random state is not consumed.
     with torch.random.fork_rng(devices=_devices()):
         torch.manual_seed(seed)

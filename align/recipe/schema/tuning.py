@@ -70,6 +70,8 @@ class TuningSpec(Variants):
     """The policy (or the engine's copy of it) differs from ``init`` before the first step."""
     in_trl: ClassVar[bool] = True
     """TRL's trainers, which save and load adapters themselves, can train and resume it."""
+    trains_rows: ClassVar[bool] = False
+    """Rows of new tokens can be trained beside the adapter, while the embeddings are frozen."""
     served_ranks: ClassVar[tuple[int, ...]] = ()
     """Maximum ranks that vLLM can be configured for when it serves the adapter alone."""
     peft_type: ClassVar[str | None] = None
@@ -131,6 +133,7 @@ class LoraTuning(TuningSpec):
     """
 
     served_ranks: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128, 256, 320, 512)
+    trains_rows: ClassVar[bool] = True
     builder: ClassVar[str | None] = "align.tuning.configs:lora"
     rates: ClassVar[Rates | None] = LORA_RATES
     method: Literal["lora", "rslora"]
@@ -155,6 +158,7 @@ class PissaTuning(TuningSpec):
     """Train the leading singular directions of each weight (arXiv:2404.02948), alpha = rank."""
 
     in_trl: ClassVar[bool] = False
+    trains_rows: ClassVar[bool] = True
     builder: ClassVar[str | None] = "align.tuning.configs:pissa"
     rates: ClassVar[Rates | None] = Rates(
         2e-5,
@@ -175,6 +179,7 @@ class QloraTuning(TuningSpec):
 
     new_at_start: ClassVar[bool] = True
     in_trl: ClassVar[bool] = False
+    trains_rows: ClassVar[bool] = True
     builder: ClassVar[str | None] = "align.tuning.configs:lora"
     rates: ClassVar[Rates | None] = LORA_RATES
     method: Literal["qlora"]

@@ -63,7 +63,7 @@ from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_a
 from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter, with_adapter
-from align.tuning.loading import quantization
+from align.tuning.loading import quantization, tokens_to_train
 from align.tuning.wrap import has_adapter
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
@@ -269,7 +269,7 @@ def _labeled_steps(chat: ChatFormat, separator: str, example: Example) -> Labele
 
 def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> RewardModel:
     """Return the model of ``source`` with new heads and the adapter of ``tuning``."""
-    held = quantization(spec.tuning, spec.dtype)
+    held, tokens = quantization(spec.tuning, spec.dtype), []
     if source.manifest["kind"] == "encoder":
         model, missing = scorer_on_encoder(
             source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
@@ -279,9 +279,10 @@ def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> Rewar
         model = scorer_from(
             source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
         )
+        tokens = tokens_to_train(model.backbone, source.model_dir, spec.tuning)
     if spec.keep.dropout:
         set_dropout(model.backbone, spec.keep.dropout)
-    model.backbone = add_tuner_to_backbone(spec, model.backbone, seed=seed)
+    model.backbone = add_tuner_to_backbone(spec, model.backbone, seed=seed, tokens=tokens)
     return model.to(distributed.device())
 
 

@@ -18,6 +18,7 @@ from align.models.loading import disable_dropout
 from align.recipe.schema import TrlStage
 from align.stages.base import StageContext
 from align.training.deepspeed import deepspeed_config
+from align.tuning.rows import refuse_untrained, untrained_tokens
 from align.tuning.wrap import add_tuner
 from reward_models.base import RewardFunction
 from reward_models.scalar import exact_attention
@@ -85,8 +86,16 @@ def load_model(model_dir: Path, spec: TrlStage) -> Any:
 
 
 def load_trained(model_dir: Path, spec: TrlStage, *, seed: int) -> Any:
-    """Load the policy and add the adapter of ``tuning``."""
-    return add_tuner(load_model(model_dir, spec), spec.tuning, seed=derive_seed(seed, "tuning"))
+    """Load the policy and add the adapter of ``tuning``.
+
+    Raises:
+        RecipeError: the adapter would freeze rows of tokens that were never trained.
+    """
+    model = load_model(model_dir, spec)
+    if spec.tuning.method != "full":
+        who = f"kind trl with tuning.method {spec.tuning.method}"
+        refuse_untrained(untrained_tokens(model, model_dir), model_dir, who)
+    return add_tuner(model, spec.tuning, seed=derive_seed(seed, "tuning"))
 
 
 def configuration(config_class: type, spec: TrlStage, context: StageContext) -> Any:
