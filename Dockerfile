@@ -2,6 +2,8 @@
 #   docker run --rm -it -v "$PWD":/work align:cpu run quickstart
 #   docker run --rm -it --gpus all --shm-size 8g -v "$PWD":/work align:gpu run recipe.yaml
 # The repository's own installer makes the environment, so that image and checkout have the same set.
+# Not built so far, for want of a Docker daemon: the file was parsed (dockerfile-parse), the packages of
+# the cpu image exist in Debian bookworm, and scripts/setup.sh runs there. Nothing of the gpu image was tried.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 # nvcc compiles DeepSpeed's operators; torch brings its own CUDA libraries.
 ARG CUDA_IMAGE=nvidia/cuda:12.9.1-devel-ubuntu22.04
