@@ -110,7 +110,7 @@ def check(
     from align.recipe.advice import warnings
     from align.recipe.load import load_resolved
 
-    resolved = load_resolved(recipe, overrides or ())
+    resolved = load_resolved(recipe, overrides or (), runs=runs)
     loaded, look = resolved.recipe, first_look(resolved)
     if look.problems:
         raise RecipeError("\n".join(look.problems))
@@ -147,7 +147,7 @@ def show(
     from align.recipe.load import load_resolved
     from align.recipe.show import resolved_json, resolved_yaml
 
-    resolved = load_resolved(recipe, overrides or ())
+    resolved = load_resolved(recipe, overrides or (), runs=runs)
     run_dir = runs / resolved.recipe.name
     if as_json:
         planned = [asdict(stage) for stage in plan(resolved.recipe, run_dir)]

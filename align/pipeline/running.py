@@ -105,15 +105,15 @@ def run(
     if seat is not None and seat.rank > 0:
         return follow(seat)
     with signals or Signals() as signals, together(seat, signals, others) as party:
-        recipe = _loaded(recipe_path, overrides)
+        recipe = _loaded(recipe_path, overrides, runs=Path(runs))
         folder = Path(run_dir or Path(runs) / recipe.name)
         given = _Run(recipe, folder, terminal or Terminal(), signals, module, grace_s, party)
         choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
         return _run_chosen(given, choice, dry=dry)
 
 
-def _loaded(given: Path | str | Recipe, overrides: Sequence[str]) -> Recipe:
-    return given if isinstance(given, Recipe) else load_recipe(given, overrides)
+def _loaded(given: Path | str | Recipe, overrides: Sequence[str], *, runs: Path) -> Recipe:
+    return given if isinstance(given, Recipe) else load_recipe(given, overrides, runs=runs)
 
 
 def _seat(hostfile: Path | None) -> tuple[Seat | None, list[Host]]:

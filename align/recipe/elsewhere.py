@@ -17,17 +17,18 @@ def place_of(stage: str, key: str) -> Key:
     return ("stages", stage, *(int(part) if part.isdigit() else part for part in key.split(".")))
 
 
-def stages_of_runs(stages: Mapping[str, Any]) -> dict[Key, str]:
+def stages_of_runs(stages: Mapping[str, Any], runs: Path) -> dict[Key, str]:
     """Return the references RUN/STAGE to finished stages of other runs, and their folders.
 
     Args:
         stages: stage name to spec, None for an invalid stage.
+        runs: folder of all runs.
     """
     found = {}
     for stage, spec in stages.items():
         for key, name in references(spec).items() if spec is not None else ():
-            below = RUNS / name
-            # As for a command, a path from the root, from here or from above is none below RUNS.
+            below = runs / name
+            # As for a command, a path from the root, from here or from above is none below runs.
             is_path = name.startswith(("/", "./")) or ".." in Path(name).parts
             if (
                 "/" in name

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from align.core.errors import RecipeError
 from align.core.text import hidden, keep_secret, secret_names
 from align.recipe.algorithms import defaults_of
-from align.recipe.elsewhere import name_folder, path_problem, place_of, stages_of_runs
+from align.recipe.elsewhere import RUNS, name_folder, path_problem, place_of, stages_of_runs
 from align.recipe.foreign.tools import refuse_foreign
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
@@ -242,20 +242,23 @@ def _revealed(value: object, name: str, secret: str) -> Any:
     return value.replace("${" + name + "}", secret) if isinstance(value, str) else value
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, runs: Path = RUNS) -> Recipe:
     """Load and validate a recipe.
 
     Args:
         path: the YAML file, or the name of a shipped recipe.
         overrides: ``stages.ppo.kl.coef=0.1`` texts, applied to the file in order.
+        runs: folder of all runs, in which a stage may name RUN/STAGE.
 
     Raises:
         RecipeError: lists all errors, one ``file:line:column: dotted.path: what`` line each.
     """
-    return load_resolved(path, overrides).recipe
+    return load_resolved(path, overrides, runs=runs).recipe
 
 
-def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
+def load_resolved(
+    path: Path | str, overrides: Sequence[str] = (), *, runs: Path = RUNS
+) -> Resolved:
     """Load and validate a recipe, and record the origin of each value.
 
     Raises:
@@ -263,10 +266,12 @@ def load_resolved(path: Path | str, overrides: Sequence[str] = ()) -> Resolved:
     """
     source = read_source(find_recipe(path))
     refuse_foreign(source.data, str(path))
-    return resolve(source, overrides, folder=Path(path).parent)
+    return resolve(source, overrides, folder=Path(path).parent, runs=runs)
 
 
-def resolve(source: Source, overrides: Sequence[str] = (), *, folder: Path) -> Resolved:
+def resolve(
+    source: Source, overrides: Sequence[str] = (), *, folder: Path, runs: Path = RUNS
+) -> Resolved:
     """Fill in and validate a recipe that was read; code files are relative to ``folder``.
 
     Raises:
@@ -282,7 +287,7 @@ def resolve(source: Source, overrides: Sequence[str] = (), *, folder: Path) -> R
     # Validate against the schema. A finished stage of another run is named by its folder.
     recipe, invalid = _validated(source)
     specs = dict(recipe.stages) if recipe else _valid_stages(source.data)
-    if named := stages_of_runs(specs):
+    if named := stages_of_runs(specs, runs):
         for key, place in named.items():
             name_folder(source.data, key, place)
         recipe, invalid = _validated(source)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from align.api.given import base_stage, rewards
 from align.api.running import load_recipe
+from align.cli import cli
 from align.core.artifacts import write_manifest
 from align.core.errors import ArtifactError, RecipeError
 from align.core.references import find_model
@@ -135,3 +137,21 @@ def test_a_recipe_and_python_name_a_stage_of_a_run_as_a_command_does():
         base_stage("quick/dpo", None)
     with pytest.raises(ArtifactError, match="no such finished stage; finished are reward, sft"):
         rewards("quick/rm")
+
+
+def test_a_recipe_names_a_stage_below_the_folder_of_the_option_runs():
+    Path("runs").rename("elsewhere")
+    Path("next.yaml").write_text(
+        "name: next\nstages:\n  dpo: {kind: dpo, init: quick/sft, data: [{world: preference}]}\n"
+    )
+    runner = CliRunner()
+    for words in (["check"], ["show"], ["run", "--dry-run"]):
+        given = [words[0], "next.yaml", *words[1:]]
+        with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+            runner.invoke(cli, given, catch_exceptions=False)
+        done = runner.invoke(cli, [*given, "--runs", "elsewhere"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert (
+        "init: elsewhere/quick/sft"
+        in runner.invoke(cli, ["show", "next.yaml", "--runs", "elsewhere"]).output
+    )

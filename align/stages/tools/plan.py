@@ -242,7 +242,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(words)
     found: dict[str, tuple[Prediction, bool]] = {}
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, args.overrides, runs=args.runs)
         machine = machine_of(args.gpus, args.memory)
         for name, lines, prediction, fits in plan(
             recipe, args.runs / recipe.name, machine, only=args.only
