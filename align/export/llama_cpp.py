@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,7 @@ def _run(*words: str, given: str = "") -> str:
 
 
 def _read(file: str, asked: dict[str, Any]) -> dict[str, Any]:
-    import llama_cpp
-
+    llama_cpp: Any = import_module("llama_cpp")
     room = max(map(len, asked["prompts"])) + asked["max_new_tokens"]
     exact: Any = llama_cpp.GGML_TYPE_F32  # of the cache, which is float16 by default
     model = llama_cpp.Llama(
@@ -117,8 +117,7 @@ def _read(file: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantize(source: str, target: str) -> None:
-    import llama_cpp
-
+    llama_cpp: Any = import_module("llama_cpp")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     given = source.encode(), target.encode(), ctypes.byref(options)
