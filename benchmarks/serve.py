@@ -6,6 +6,7 @@ Usage: python -m benchmarks.serve [--only load]
 import argparse
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,15 +39,22 @@ CALLS: dict[str, Callable[[OpenAI, str, str], object]] = {
 }
 """Calls that are measured."""
 TESTS = {
-    "calls of the openai client": ["tests/serve/test_conformance.py"],
-    "jobs from file to chat": ["tests/serve/test_jobs.py"],
+    "calls of the openai client, and jobs from file to chat": [
+        *("tests/serve/test_conformance.py", "tests/serve/test_jobs.py"),
+    ],
     "1,000 creates with lost requests and answers": ["tests/serve/test_queue.py", "-k", "1000"],
     "kill -9 of the server at 50 moments": ["tests/serve/test_queue.py", "-k", "kill_9 and 50"],
-    "attacks": [
-        *("tests/serve/test_attacks.py", "tests/serve/test_webhooks.py"),
-        *("tests/unit/test_graders.py", "tests/serve/test_skeleton.py"),
+    "kill -9 of the server while 4 annotators label": [
+        *("tests/serve/test_labels_http.py", "-k", "50_moments"),
     ],
+    "attacks on the server": [
+        *("tests/serve/test_attacks.py", "tests/serve/test_webhooks.py"),
+        "tests/serve/test_skeleton.py",
+    ],
+    "attacks by graders, in process": ["tests/unit/test_graders.py"],
 }
+"""Tests of each row of the table."""
+SEEN = re.compile(r"(\d+) requests, (\d+ of \d+) routes")
 
 
 def main() -> None:
@@ -55,14 +63,17 @@ def main() -> None:
     parser.add_argument("--only", choices=("tests", "load"), help="one of the two tables")
     only = parser.parse_args().only
     if only != "load":
-        write("| what | tests | seconds |", "|---|---|---|")
+        write("| what | tests | requests | routes of /v1 | seconds |", "|---|---|---|---|---|")
         for name, words in TESTS.items():
             began = time.monotonic()
-            argv = [sys.executable, "-m", "pytest", "-q", *words]
+            argv = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.requests_seen", *words]
             env = os.environ | {"ALIGN_TEST_LONG": "1"}
             done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
             last = done.stdout.strip().splitlines()[-1].partition(" in ")[0]
-            write(f"| {name} | {last} | {time.monotonic() - began:.0f} |")
+            seen = SEEN.search(done.stdout)
+            requests, routes = seen.groups() if seen else ("-", "-")
+            seconds = time.monotonic() - began
+            write(f"| {name} | {last} | {requests} | {routes} | {seconds:.0f} |")
     if only != "tests":
         write(f"\nload average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {date.today()}\n")
         write("| call | p50 ms | p95 ms | per s | CPU ms |", "|---|---|---|---|---|")

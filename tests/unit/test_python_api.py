@@ -104,17 +104,6 @@ def test_rewards_score_in_python_as_their_kinds():
     assert right(prompts=["1+1?", "2+2?"], completions=["2", "5"], answer=["2", "4"]) == [1.0, 0.0]
 
 
-def test_the_readme_calls_what_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import align" in b]
-    (block,) = blocks
-    assert len([line for line in block.splitlines() if line]) <= 10
-    used = {n.attr for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Attribute)}
-    known = {*align.__all__, *vars(align.Run)}
-    assert used <= known
-    assert {"sft", "grpo", "metrics", "model"} <= used
-
-
 # Recipes as plain data.
 
 
