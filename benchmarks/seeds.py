@@ -67,8 +67,14 @@ def run(recipe: Path, seed: int, mode: str, folder: Path) -> Line:
 
 
 def _models(summary: dict) -> dict[str, dict[str, float]]:
-    """Return {model: {score: its value}} of every evaluated task (task/score where several)."""
-    found: dict[str, dict[str, float]] = {}
+    """Return {model: {score: its value}}: of reward models, and of each task's policies.
+
+    Where there are several tasks, the name of each stands before its scores.
+    """
+    found = {
+        name: {key: value[0] for key, value in card.items() if _interval(value)}
+        for name, card in summary.get("reward_models", {}).items()
+    }
     for task, result in summary["tasks"].items():
         prefix = f"{task}/" if len(summary["tasks"]) > 1 else ""
         for model, scores in result["models"].items():
