@@ -58,6 +58,8 @@ def load_in_shards(
         one to one.
     """
     files = saved_names(model_dir)
+    # Before the model is built: each of its layers allocates weights and frees them again.
+    _return_freed_memory()
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -68,7 +70,6 @@ def load_in_shards(
             "%s: every rank loads the whole model before ZeRO-3 shards it: %s", model_dir, why
         )
         return None
-    _return_freed_memory()
     _fill(model, files, dtype, deepspeed_config)
     # The tie was cut when the parameters moved to the meta device.
     model.tie_weights()
