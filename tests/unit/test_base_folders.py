@@ -27,8 +27,10 @@ from align.core.errors import ArtifactError, RecipeError
 from align.recipe.schema import TokenizerSpec
 from align.recipe.schema.tuning import FullTuning, TuningSpec
 from align.tuning.loading import load_for_training
+from align.tuning.rows import trained_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+MARKERS = ["<|im_start|>", "<|im_end|>"]
 PLAIN = TokenizerSpec(pad_token="<pad>", chat_template="plain")
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 
@@ -227,25 +229,36 @@ def test_tokenizer_and_config_must_agree_on_the_stop_token(folder: Path) -> None
     assert AutoTokenizer.from_pretrained(model_dir).eos_token == other
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "prompt", "bottleneck"])
+@pytest.mark.parametrize("method", ["ia3", "prompt", "bottleneck"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_frozen_row_of_a_new_stop_token_is_refused(
+def test_frozen_rows_of_new_markers_are_refused(
     good: Path, tmp_path: Path, method: str, dtype: str
 ) -> None:
     tuning = TypeAdapter(TuningSpec).validate_python({"method": method})
     new, _ = bring_in(good, tmp_path / "new", TokenizerSpec(chat_template="chatml"))
-    with pytest.raises(RecipeError, match=r"'<\|im_end\|>' is new"):
+    with pytest.raises(RecipeError, match=r"nothing has trained the rows of .*'<\|im_end\|>'"):
         load_for_training(new, tuning, dtype=dtype)
     load_for_training(new, FullTuning(), dtype=dtype)
     known, _ = bring_in(good, tmp_path / "known", PLAIN)
     load_for_training(known, tuning, dtype=dtype)
-    # Once a step of full tuning has moved the row, it may be frozen.
+    # Once a step of full tuning has moved the rows, they may be frozen.
     model = AutoModelForCausalLM.from_pretrained(new)
+    tokens = AutoTokenizer.from_pretrained(new).convert_tokens_to_ids(MARKERS)
     with torch.no_grad():
-        stop = AutoTokenizer.from_pretrained(new).eos_token_id
-        model.get_output_embeddings().weight[stop] += 0.01
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[tokens] += torch.tensor([[0.01], [0.02]])
     model.save_pretrained(new)
     load_for_training(new, tuning, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_trains_the_rows_of_new_markers(good: Path, tmp_path: Path, dtype: str) -> None:
+    tuning = TypeAdapter(TuningSpec).validate_python({"method": "lora"})
+    new, _ = bring_in(good, tmp_path / "new", TokenizerSpec(chat_template="chatml"))
+    tokens = AutoTokenizer.from_pretrained(new).convert_tokens_to_ids(MARKERS)
+    assert trained_rows(load_for_training(new, tuning, dtype=dtype)) == sorted(tokens)
+    known, _ = bring_in(good, tmp_path / "known", PLAIN)
+    assert trained_rows(load_for_training(known, tuning, dtype=dtype)) == []
 
 
 def test_code_of_a_folder_is_refused_in_every_call() -> None:
