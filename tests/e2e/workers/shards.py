@@ -1,6 +1,7 @@
 """Load one saved model whole and in the shards of ZeRO-3, and train both alike."""
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def main() -> None:
     rank = distributed.rank()
     config = deepspeed_config(ZERO, OPTIM, dtype="float32")
     found: dict[str, Any] = {"vocab": VOCAB}
-    # Memory first: later loads would find memory that earlier ones freed.
+    # Memory first: later loads would find memory that earlier ones freed. But not that of imports.
+    importlib.import_module("transformers.models.qwen2.modeling_qwen2")
+    importlib.import_module("deepspeed.runtime.zero")
     began = peak_mib(reset=True)
     large = load_policy(args.large, dtype="float32", shards=config)
     found["grown_mib"] = peak_mib() - began
