@@ -75,7 +75,10 @@ class _Room:
         self._tokens, self._largest = tokens, [tokens] * (2 * self._leaves)
 
     def take(self, length: int) -> int:
-        """Take room from the first micro-batch that has enough; a too long row takes all of one."""
+        """Reserve room in the first micro-batch that has enough, and return its place.
+
+        A row longer than a whole micro-batch gets an empty one to itself.
+        """
         largest, node = self._largest, 1
         wanted = min(length, self._tokens)
         # Down to the first leaf with enough room, then up again.

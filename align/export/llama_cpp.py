@@ -6,9 +6,8 @@ It runs in a process of its own, which it would end if a file were damaged:
 
 import ctypes
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,12 +17,9 @@ from typing import Any
 import torch
 
 from align.core.errors import ArtifactError
-from align.export.parity import Reading
+from align.core.readers import TOP, ReaderError, Reading, answer, ask_reader, readings
 
 PACKAGE = "llama-cpp-python"
-TOP = 20
-"""Likeliest tokens whose log-probabilities are returned."""
-_MARK = "READING "
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +50,8 @@ def read_by_llama_cpp(
         ArtifactError: llama.cpp cannot load the file.
     """
     asked = {"prompts": [list(p) for p in prompts], "texts": list(texts)}
-    plain = _run("read", str(file), given=json.dumps(asked | {"max_new_tokens": max_new_tokens}))
-    found: dict[str, Any] = json.loads(plain)
-    responses = [
-        (tokens, [{int(token): value for token, value in at.items()} for at in tops])
-        for tokens, tops in found["responses"]
-    ]
-    return Read(responses, found["tokens"])
+    found = _run("read", file, given={**asked, "max_new_tokens": max_new_tokens})
+    return Read(readings(found["responses"]), found["tokens"])
 
 
 def quantize(source: Path, target: Path) -> None:
@@ -69,24 +60,15 @@ def quantize(source: Path, target: Path) -> None:
     Raises:
         ArtifactError: llama.cpp's quantizer fails.
     """
-    _run("quantize", str(source), str(target))
+    _run("quantize", source, target)
 
 
-def _run(*words: str, given: str = "") -> str:
-    """Run this module and return what it answers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "align.export.llama_cpp", *words],
-        input=given,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [x for x in done.stdout.splitlines() if x.startswith(_MARK)]
-    if done.returncode or not lines:
-        said = [x for x in (done.stderr or done.stdout).splitlines() if x.strip()]
-        last = " ".join(said[-1].split())[:300] if said else f"exit code {done.returncode}"
-        raise ArtifactError(f"{words[1]}: llama.cpp cannot {words[0]} it: {last}")
-    return lines[-1].removeprefix(_MARK)
+def _run(what: str, *files: Path, given: Mapping[str, Any] | None = None) -> Any:
+    """Return what this module answers in a process of its own."""
+    try:
+        return ask_reader("align.export.llama_cpp", what, *map(str, files), given=given)
+    except ReaderError as error:
+        raise ArtifactError(f"{files[0]}: llama.cpp cannot {what} it: {error}") from None
 
 
 def _read(file: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +115,7 @@ def main() -> None:
         found = _read(files[0], json.loads(sys.stdin.read()))
     else:
         _quantize(*files)
-    sys.stdout.write(f"\n{_MARK}{json.dumps(found)}\n")
+    answer(found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align.core.errors import ArtifactError
+from align.core.readers import Reading
 from align.core.types import Text
 from align.data.render.chat import ChatFormat
 from align.models.loading import load_tokenizer, num_positions, stop_token_ids
@@ -31,8 +32,6 @@ NUM_RANDOM, RANDOM_TOKENS = 4, 48
 NEW_TOKENS = 24
 KERNELS = 1e-3
 """KL divergence, in nats, by which the kernels of another program may differ in float32."""
-Reading = tuple[list[int], list[dict[int, float]]]
-"""A greedy response of another program, and log-probabilities of the likeliest tokens at each."""
 
 
 @dataclass(frozen=True, slots=True)

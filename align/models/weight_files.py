@@ -60,7 +60,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> list[str]:
 
 
 def _name_files(files: list[list[str]], directory: Path, *, total: int) -> None:
-    """Give the files their names, which say how many there are, and write the index."""
+    """Rename the parts now that their number is known, and write the index."""
     found: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         many = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""

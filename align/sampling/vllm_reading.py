@@ -5,16 +5,14 @@ vLLM runs in a process of its own, which ends with it: ``python -m align.samplin
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import TrainingError
+from align.core.readers import TOP, ReaderError, Reading, answer, ask_reader, readings
 
-TOP = 20
-"""Likeliest tokens whose log-probabilities are returned."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -22,10 +20,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_MARK = "READING "
-
-Reading = tuple[list[int], list[dict[int, float]]]
-"""Token ids of a greedy response, and the log-probabilities of the likeliest tokens at each."""
 
 
 def read_by_vllm(
@@ -43,24 +37,16 @@ def read_by_vllm(
         TrainingError: vLLM cannot start, or it cannot load the model.
     """
     asked = {"prompts": [list(p) for p in prompts], "max_new_tokens": max_new_tokens}
-    done = subprocess.run(
-        [sys.executable, "-m", "align.sampling.vllm_reading", str(folder)],
-        input=json.dumps(asked),
-        env=ENVIRONMENT | os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [x for x in done.stdout.splitlines() if x.startswith(_MARK)]
-    if done.returncode or not lines:
-        said = [x for x in (done.stderr or done.stdout).splitlines() if x.strip()]
-        last = " ".join(said[-1].split())[:300] if said else f"exit code {done.returncode}"
-        raise TrainingError(f"{folder}: vLLM cannot load it: {last}")
-    found = json.loads(lines[-1].removeprefix(_MARK))
-    return [
-        (tokens, [{int(token): value for token, value in at.items()} for at in tops])
-        for tokens, tops in found
-    ]
+    try:
+        found = ask_reader(
+            "align.sampling.vllm_reading",
+            str(folder),
+            given=asked,
+            environment=ENVIRONMENT | os.environ,
+        )
+    except ReaderError as error:
+        raise TrainingError(f"{folder}: vLLM cannot load it: {error}") from None
+    return readings(found)
 
 
 def main() -> None:
@@ -88,8 +74,7 @@ def main() -> None:
         (list(one.token_ids), [{i: x.logprob for i, x in at.items()} for at in one.logprobs or ()])
         for one in outputs
     ]
-    sys.stdout.write(f"\n{_MARK}{json.dumps(found)}\n")
-    sys.stdout.flush()
+    answer(found)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from align.recipe.schema.tuning import (
 from align.tuning.rows import trainable_rows
 
 if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -52,30 +53,38 @@ def add_tuner(
             from align.tuning.virtual import VirtualTokens
 
             return VirtualTokens(model, config)
-        import peft
-
         if isinstance(tuning, QloraTuning):
             _check_saved_names(model)
             keep_layout(model)
             _leave_scales_out(model)
-        try:
-            # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are
-            # buffers.
-            wrapped = peft.get_peft_model(
-                model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
-            )
-        # peft refuses layers that a method does not know in many ways, all of them at once.
-        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            told = " ".join(str(error).split())[:300]
-            raise RecipeError(
-                f"tuning.method {tuning.method}: peft cannot adapt {type(model).__name__}: {told}. "
-                "Use method lora, or name other layers (tuning.targets)"
-            ) from error
+        wrapped = _adapted(model, config, tuning)
         if isinstance(tuning, PissaTuning):
             from align.tuning.pissa import remember_start
 
             remember_start(wrapped)
     return wrapped
+
+
+def _adapted(model: "PreTrainedModel", config: "PeftConfig", tuning: TuningSpec) -> "PeftModel":
+    """Return peft's model around ``model``.
+
+    Raises:
+        RecipeError: peft does not know the model's layers.
+    """
+    import peft
+
+    try:
+        # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are buffers.
+        return peft.get_peft_model(
+            model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
+        )
+    # peft refuses layers that a method does not know in many ways, all of them at once.
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"tuning.method {tuning.method}: peft cannot adapt {type(model).__name__}: {told}. "
+            "Use method lora, or name other layers (tuning.targets)"
+        ) from error
 
 
 def _check_saved_names(model: "PreTrainedModel") -> None:

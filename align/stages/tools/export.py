@@ -11,6 +11,7 @@ from typing import Any
 from align.core.artifacts import read_json_object
 from align.core.errors import EXIT_OK, AlignError, ArtifactError, TrainingError
 from align.core.model_card import CARD, stage_card
+from align.core.readers import Reading
 from align.core.serving import COMMAND, installed_command, serve_line
 from align.core.text import visible
 from align.core.types import Text
@@ -24,7 +25,6 @@ from align.export.parity import (
     Behavior,
     Parity,
     Probe,
-    Reading,
     compare_reading,
     probe_of,
 )
