@@ -167,6 +167,15 @@ def check_stage_is_ours(stage: Path) -> None:
     refuse_if_taken(stage)
 
 
+def check_out_is_ours(out: Path) -> None:
+    """Raise ArtifactError if the stage that saves weights below ``out`` may no longer do so.
+
+    Args:
+        out: folder of the stage, or of one step in its ``best/``.
+    """
+    check_stage_is_ours(out.parents[1] if out.parent.name == "best" else out)
+
+
 @contextmanager
 def patient(engine: Any, folder: Path) -> Iterator[None]:
     """Make DeepSpeed's engine wait while the disk is full.
@@ -216,7 +225,7 @@ def save_weights(write: Callable[[], None], state: Mapping[str, torch.Tensor], o
         ArtifactError: the stage's folder is gone, or belongs to another process.
     """
     if distributed.rank() == 0:
-        check_stage_is_ours(out.parents[1] if out.parent.name == "best" else out)
+        check_out_is_ours(out)
         needed = tensor_bytes(state)
         write_patiently(write, folder=out, needed=needed, stop=distributed.was_asked)
 

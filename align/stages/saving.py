@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artifacts import Artifact
-from align.core.checkpoints import check_stage_is_ours, save_weights
+from align.core.checkpoints import check_out_is_ours, save_weights
 from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import TrainingStage
@@ -31,9 +31,9 @@ def save_trained_policy(
     log.info("saving the model")
     named = saved_tensors(module.model, source)
     if distributed.rank() == 0:
-        check_stage_is_ours(out.parents[1] if out.parent.name == "best" else out)
-        model_dir = out / "model"
-        save_policy(named, source_dir=source.model_dir, directory=model_dir, dtype=spec.dtype)
+        check_out_is_ours(out)
+        model = out / "model"
+        save_policy(named, source_dir=source.model_dir, directory=model, dtype=spec.dtype)
     else:
         # Under ZeRO-3 each tensor is gathered by all ranks, and only rank 0 keeps it.
         for _ in named:
