@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -29,6 +30,10 @@ Schema = dict[str, Any]
 URL = "https://json-schema.org/draft/2020-12/schema"
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 """The schema that is shipped with the package."""
+EXAMPLES_FILE = Path(__file__).with_name("examples.yaml")
+"""An example of every key."""
+NO_LIMIT = 1e12
+"""The maximum of numbers without a natural one; the page does not show it."""
 DISCRIMINATORS = ("kind", "method")
 """Keys that choose a class; where they have no description, that of the class is used."""
 CHAPTERS = {
@@ -130,6 +135,21 @@ def _describe(part: Schema, spec: type[BaseModel]) -> None:
             field["description"] = text.replace("``", "`")
         elif key in DISCRIMINATORS:
             field["description"] = _summary(spec)
+        if "const" not in field and (found := example(key, spec)) is not None:
+            field["examples"] = [found]
+
+
+def example(key: str, spec: type[BaseModel]) -> object:
+    """Return the example of a key that is nearest to its class, or None."""
+    found = _examples()
+    names = [*(f"{owner.__name__}.{key}" for owner in spec.__mro__), key]
+    return next((found[name] for name in names if name in found), None)
+
+
+@cache
+def _examples() -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(EXAMPLES_FILE.read_text(encoding="utf-8"))
+    return found
 
 
 def _summary(spec: type[BaseModel]) -> str:
@@ -174,7 +194,7 @@ def _section(spec: type[BaseModel], level: str) -> list[str]:
     if links := [_link(base.__name__) for base in bases if base.model_fields]:
         lines.append(f"Also has the keys of {', '.join(links)}.\n")
     if own:
-        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += ["| key | type | default | example | meaning |", "|" + " --- |" * 5]
         lines += [_row(key, part["properties"][key], spec) for key in own] + [""]
     return lines
 
@@ -187,8 +207,17 @@ def _row(key: str, field: Schema, spec: type[BaseModel]) -> str:
     else:
         value = field.get("default", "")
     shown = f"`{json.dumps(value)}`" if "default" in field and value != "see there" else str(value)
-    cells = (f"`{key}`", _type(field), shown, field["description"])
+    cells = (f"`{key}`", _type(field), shown, _shown_example(key, field), field["description"])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _shown_example(key: str, field: Schema) -> str:
+    """Return a key with its example as a line of a recipe."""
+    if not field.get("examples"):
+        return ""
+    shown = {key: field["examples"][0]}
+    line = yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=9999)
+    return f"`{line.strip()[1:-1]}`"
 
 
 def _type(field: Schema) -> str:
@@ -209,7 +238,11 @@ def _type(field: Schema) -> str:
     if isinstance(field.get("additionalProperties"), dict):
         return f"mapping to {_type(field['additionalProperties'])}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[key]:g}" for key, sign in bounds.items() if key in field]
+    limits = [
+        f"{sign} {field[key]:g}"
+        for key, sign in bounds.items()
+        if key in field and field[key] != NO_LIMIT
+    ]
     kind = field.get("type", "any value").replace("object", "mapping")
     return " ".join([kind, ", ".join(limits)]).strip()
 

@@ -31,6 +31,44 @@ def test_every_key_of_every_block_has_a_description() -> None:
     assert bare == []
 
 
+def test_every_key_has_an_example_that_is_valid_and_no_default() -> None:
+    parts = {"Recipe": SCHEMA, **SCHEMA["$defs"]}
+    wrong, count = [], 0
+    for name, part in parts.items():
+        for key, field in part["properties"].items():
+            if "const" in field or (key in ("kind", "method") and "default" not in field):
+                continue
+            count += 1
+            place = f"{name}.{key}: add an example to align/recipe/examples.yaml"
+            if len(field.get("examples", [])) != 1:
+                wrong.append(place)
+                continue
+            (value,) = field["examples"]
+            checker = jsonschema.Draft202012Validator({**field, "$defs": SCHEMA["$defs"]})
+            wrong += [f"{place} ({error.message})" for error in checker.iter_errors(value)]
+            if value == field.get("default", object):
+                wrong.append(f"{place} ({value!r} is the default)")
+    assert wrong == []
+    assert count > 350
+
+
+def test_every_example_is_shown() -> None:
+    parts = {"Recipe": SCHEMA, **SCHEMA["$defs"]}
+    shown = {
+        (key, json.dumps(value))
+        for part in parts.values()
+        for key, field in part["properties"].items()
+        for value in field.get("examples", [])
+    }
+    listed = yaml.safe_load((ROOT / "align/recipe/examples.yaml").read_text())
+    idle = [
+        name
+        for name, value in listed.items()
+        if (name.rpartition(".")[2], json.dumps(value)) not in shown
+    ]
+    assert idle == []
+
+
 def test_the_shipped_files_are_what_the_command_prints() -> None:
     assert json_schema() == SCHEMA, "run: align schema > align/recipe/recipe.schema.json"
     page = (ROOT / "docs/recipe-keys.md").read_text()
