@@ -126,7 +126,7 @@ def rank(folder: Path) -> None:
     engines = {"policy": learner.engine}
     save_checkpoint(out / "checkpoints", 2, engines=engines, state={}, keep=1)
     peaks.end("checkpoint")
-    save_trained_policy(spec, module, source=source, out=out)
+    save_trained_policy(spec, module, source_dir=source.model_dir, out=out)
     peaks.end("save")
     found = {"total": sum(sizes.values()), "layer": _largest(sizes), "phases": peaks.found}
     path = folder / f"rank-{distributed.rank()}.json"

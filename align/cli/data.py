@@ -15,7 +15,7 @@ import typer
 from align.core.errors import EXIT_USER, DataError
 from align.core.extras import require
 from align.core.references import artifact_kind, find_model
-from align.core.text import visible
+from align.core.text import suggest, visible
 
 if TYPE_CHECKING:
     from align.data.check import Report, Request
@@ -220,7 +220,6 @@ def explain(
     """Explain a finding of the data check, or a metric: meaning, unit, and how to fix it."""
     from align.core.metrics import described, metrics, page
     from align.data.check.findings import code_of, codes
-    from align.data.formats.turns import guess
 
     if code == "metrics":
         typer.echo("\n".join(page()))
@@ -230,7 +229,7 @@ def explain(
         return
     if code is not None and "/" in code:
         raise DataError(
-            f"{code}: unknown metric{guess(code, metrics())}\nSee align explain metrics"
+            f"{code}: unknown metric{suggest(code, metrics())}\nSee align explain metrics"
         )
     if code is None:
         for known in codes().values():

@@ -1,9 +1,9 @@
-"""Load and save causal language models and their tokenizers."""
+"""Load causal language models and their tokenizers."""
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -25,10 +24,8 @@ from align.core import distributed
 from align.core.artifacts import read_artifact
 from align.core.errors import ArtifactError, TrainingError
 from align.core.references import WEIGHTS, artifact_kind
-from align.core.storage import MIB, write_patiently
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 from align.models.sharding import load_in_shards
-from align.models.weight_files import write_weights
 from reward_models.scalar import SCORER_FILE, STOPS
 
 log = logging.getLogger(__name__)
@@ -234,37 +231,6 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
-def save_policy(
-    named: Iterable[tuple[str, Tensor]], *, source_dir: Path, directory: Path, dtype: str
-) -> None:
-    """Save weights under Hugging Face names, with the config and tokenizer of ``source_dir``.
-
-    Waits for space on a full disk.
-
-    Args:
-        named: names and tensors, which are written as they come (``write_weights``).
-        source_dir: a model of the same architecture. directory: made if missing.
-        dtype: of the weights.
-
-    Raises:
-        ArtifactError: ``named`` does not contain exactly the weights of the architecture.
-    """
-    # Weights, configuration and tokenizer always travel together.
-    config = AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
-    config.dtype = dtype
-    directory.mkdir(parents=True, exist_ok=True)
-    write_weights(_fitting(named, config), directory)
-
-    def write() -> None:
-        config.save_pretrained(str(directory))
-        load_tokenizer(source_dir).save_pretrained(str(directory))
-        # It names further stop tokens, without which the saved model would not stop.
-        if (source_dir / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(str(source_dir)).save_pretrained(str(directory))
-
-    write_patiently(write, folder=directory, needed=MIB, stop=distributed.was_asked)
-
-
 @torch.no_grad()
 def add_embeddings(model: PreTrainedModel, num_tokens: int, new_ids: Sequence[int]) -> None:
     """Initialize the rows of new tokens with the mean of all old ones, in embeddings and head.
@@ -328,33 +294,3 @@ def stop_token_ids(model_dir: Path | str) -> tuple[int, ...]:
     elif scorer.is_file():
         found += json.loads(scorer.read_text(encoding="utf-8")).get(STOPS, [])
     return tuple(dict.fromkeys(t for t in found if t is not None))
-
-
-def _fitting(
-    named: Iterable[tuple[str, Tensor]], config: PreTrainedConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of an architecture, but none that is another one's, such as a tied head.
-
-    A note of shared names would make the file's header nondeterministic.
-
-    Raises:
-        ArtifactError: a weight is missing or unexpected.
-    """
-    # Names only: no memory is allocated for the weights.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    # The head has a name of its own in some architectures: output_projection, embed_out.
-    tied = set(model.all_tied_weights_keys)
-    missing = set(model.state_dict()) - tied
-    surplus = []
-    for name, tensor in named:
-        if name in missing:
-            missing.remove(name)
-            yield name, tensor
-        elif name not in tied:
-            surplus.append(name)
-    if missing or surplus:
-        raise ArtifactError(
-            f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
-            f"unexpected {sorted(surplus)[:3]}"
-        )

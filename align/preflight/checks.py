@@ -10,6 +10,8 @@ from align.core.card import Line
 from align.core.errors import AlignError
 
 Item = TypeVar("Item")
+NUM_ROWS = 4
+"""Maximum number of rows through which a check runs the model."""
 MAX_SEEN = 32
 """Maximum number of a stage's examples that its checks use."""
 Verdict = Literal["ok", "warn", "fail"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from align.models import fused_head
 from align.models.block_attention import BLOCK, KEEP
-from align.models.weight_files import FILE_BYTES
+from align.models.saving import FILE_BYTES
 from align.recipe.schema import OnlineStage, TrainingStage, ZeroSpec
 from align.training.deepspeed import ON_CPU, effective_stage
 

@@ -15,7 +15,7 @@ from align.losses.preference import tail_weights
 from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel, causal_lm
 from align.models.sharding import saved_names, saved_tensor
-from align.preflight.checks import Check, Finding, at_most, spread
+from align.preflight.checks import NUM_ROWS, Check, Finding, at_most, spread
 from align.recipe.schema import (
     DpoStage,
     KtoStage,
@@ -31,7 +31,6 @@ from align.training.task import OfflineTask
 from align.tuning.export import checkpoint_name, gathered
 from align.tuning.rows import trained_rows
 
-NUM_ROWS = 4
 NUM_TENSORS = 64
 LN2 = math.log(2.0)
 LONGEST = 256

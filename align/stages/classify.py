@@ -284,7 +284,7 @@ def save(
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
     prefix = model.base_model_prefix
-    weights, adapter = whole_state(model.base_model, source)
+    weights, adapter = whole_state(model.base_model, source.model_dir)
     # The names of transformers: the base below its prefix, then the head's own modules.
     state = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
     for name, head in model.named_children():

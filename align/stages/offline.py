@@ -27,11 +27,11 @@ from align.data.store.source import chosen, fit_loaded, load_rows
 from align.models.loading import check_length
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import MAX_SEEN, Check, spread
+from align.preflight.contamination import contamination_checks
 from align.preflight.disk import disk_checks
 from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
 from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
-from align.stages.contaminated import contamination_checks
 from align.stages.preflight import offline_checks, row_views
 from align.stages.saving import save_trained_policy
 from align.training.batch import pack
@@ -50,8 +50,8 @@ from align.training.stops import NUM_ROWS, never_stops, stop_probabilities
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
 from align.tuning.files import num_trained
 from align.tuning.loading import check_start, load_for_training, load_tuned_policy
-from align.tuning.merging import merges
-from align.tuning.wrap import add_tuner, has_adapter
+from align.tuning.merging import has_adapter, merges
+from align.tuning.wrap import add_tuner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,7 +258,7 @@ def offline_rows(
     # Shared prompts would make the held-out loss a training loss.
     check_overlap(training.sharing_prompts(heldout.examples), heldout.examples)
     checks, notes = contamination_checks(
-        context, training.examples, heldout.examples, max_frac=spec.max_contaminated_frac
+        context.recipe, training.examples, heldout.examples, max_frac=spec.max_contaminated_frac
     )
     fitted = partial(
         fit_loaded,
@@ -398,7 +398,7 @@ def train_policy(
     """Train and save the policy of an offline stage, and return its results."""
     # Measured at the start, before the first step moves the weights.
     anchor = build_anchor(spec, module, chat, context=context)
-    write = partial(save_trained_policy, spec, module, source=source)
+    write = partial(save_trained_policy, spec, module, source_dir=source.model_dir)
     best = BestWeights(write, context.out)
     stopping = build_stopping(spec, best)
     # Training.

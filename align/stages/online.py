@@ -25,6 +25,7 @@ from align.online import guard
 from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, train_online
 from align.online.watch import Watch
+from align.preflight.contamination import contamination_checks
 from align.preflight.disk import disk_checks
 from align.preflight.offline import start_checks
 from align.preflight.rewards import reward_checks
@@ -35,7 +36,6 @@ from align.sampling.engine import RolloutEngine
 from align.sampling.push import push, pushed_weights
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.best import BestWeights
-from align.stages.contaminated import contamination_checks
 from align.stages.offline import (
     build_anchor,
     build_policy,
@@ -122,7 +122,7 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     chat = chat_format(source.model_dir)
     training, heldout = _load_prompts(spec, context)
     checks, notes = contamination_checks(
-        context,
+        context.recipe,
         training,
         heldout,
         max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
@@ -191,7 +191,7 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     """Train the policy on the rewards, and save it before the engine is closed."""
     online = build_run(spec, context, parts)
     metrics = context.metrics(spec.steps)
-    write = partial(save_trained_policy, spec, parts.module, source=parts.source)
+    write = partial(save_trained_policy, spec, parts.module, source_dir=parts.source.model_dir)
     best = BestWeights(write, context.out)
     watch = _begin_watch(online, context, parts, best=best, metrics=metrics)
     checkpoints = context.out / "checkpoints"

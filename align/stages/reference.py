@@ -5,8 +5,7 @@ import logging
 from align.core import distributed
 from align.core.checkpoints import identity
 from align.data.sampler import batch_indices
-from align.preflight.checks import spread
-from align.preflight.offline import NUM_ROWS
+from align.preflight.checks import NUM_ROWS, spread
 from align.recipe.schema import OfflineStage
 from align.stages.base import StageContext
 from align.training.offline import num_steps

@@ -39,8 +39,7 @@ from align.stages.base import StageContext
 from align.stages.offline import read_back
 from align.training.learner import Learner
 from align.tuning.loading import attach_adapter, load_tuned_policy
-from align.tuning.merging import merges
-from align.tuning.wrap import has_adapter
+from align.tuning.merging import has_adapter, merges
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError

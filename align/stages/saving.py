@@ -8,32 +8,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artifacts import Artifact
 from align.core.checkpoints import check_out_is_ours, save_weights
-from align.models.loading import save_policy
 from align.models.logprobs import LogprobModel
+from align.models.saving import save_policy
 from align.recipe.schema import TrainingStage
 from align.tuning.export import full_precision_weights, full_weights, gathered, saved_buffers
 from align.tuning.files import adapter_state, save_adapter
-from align.tuning.merging import adapter_parameters, is_quantized
-from align.tuning.wrap import has_adapter
+from align.tuning.merging import adapter_parameters, has_adapter, is_quantized
 
 log = logging.getLogger(__name__)
 
 
 def save_trained_policy(
-    spec: TrainingStage, module: LogprobModel, *, source: Artifact, out: Path
+    spec: TrainingStage, module: LogprobModel, *, source_dir: Path, out: Path
 ) -> None:
     """Write model/ and, with an adapter, adapter/; every rank must call this.
 
     model/ contains the merged weights if the adapter can be merged, otherwise the frozen weights.
     """
     log.info("saving the model")
-    named = saved_tensors(module.model, source)
+    named = saved_tensors(module.model, source_dir)
     if distributed.rank() == 0:
         check_out_is_ours(out)
         model = out / "model"
-        save_policy(named, source_dir=source.model_dir, directory=model, dtype=spec.dtype)
+        save_policy(named, source_dir=source_dir, directory=model, dtype=spec.dtype)
     else:
         # Under ZeRO-3 each tensor is gathered by all ranks, and only rank 0 keeps it.
         for _ in named:
@@ -44,20 +42,20 @@ def save_trained_policy(
     distributed.barrier()
 
 
-def saved_tensors(model: nn.Module, source: Artifact) -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(model: nn.Module, source_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights and buffers of a model as they are saved, one at a time.
 
     Under ZeRO-3 every rank must consume them, in step.
     """
     if any(map(is_quantized, model.parameters())):
-        yield from full_precision_weights(model, source.model_dir)
+        yield from full_precision_weights(model, source_dir)
     else:
         yield from full_weights(model)
     yield from saved_buffers(model)
 
 
 def whole_state(
-    model: nn.Module, source: Artifact
+    model: nn.Module, source_dir: Path
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], Any] | None]:
     """Return copies of a model's weights, and of its adapter's tensors and configuration if any.
 
@@ -66,7 +64,7 @@ def whole_state(
     """
     state = {}
     # Every rank iterates, since each tensor is gathered; only rank 0 copies it to the CPU.
-    for name, tensor in saved_tensors(model, source):
+    for name, tensor in saved_tensors(model, source_dir):
         if distributed.rank() == 0:
             state[name] = tensor.detach().cpu().clone()
     return state, whole_adapter(model)

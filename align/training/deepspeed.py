@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from align.core import distributed
+from align.core import distributed, extensions
 from align.recipe.schema import OptimSpec, TrainingStage, ZeroSpec
 
 ON_CPU = {
@@ -51,6 +51,17 @@ def deepspeed_config(zero: ZeroSpec, optim: OptimSpec, *, dtype: str) -> dict[st
         # Summed in bfloat16, the gradient of 64 micro-batches is off by 0.9 %.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def with_cpu_adam(config: dict[str, Any], optim: OptimSpec) -> dict[str, Any]:
+    """Return the configuration with DeepSpeed's own CPU Adam, which offloading needs.
+
+    DeepSpeed compiles it when it is first used; this waits for processes that already do.
+    """
+    extensions.wait_for_builds()
+    extensions.announce_build("cpu_adam")
+    params = {"lr": optim.learning_rate, "betas": list(optim.betas), "eps": optim.eps}
+    return {**config, "optimizer": {"type": "AdamW", "params": params}}
 
 
 def config_of_shards(spec: TrainingStage) -> dict[str, Any] | None:

@@ -15,11 +15,11 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 
-from align.core import distributed, extensions
+from align.core import distributed
 from align.core.errors import TrainingError
 from align.models.sharding import hand_over
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
-from align.training.deepspeed import deepspeed_config, effective_stage
+from align.training.deepspeed import deepspeed_config, effective_stage, with_cpu_adam
 from align.training.layers import LayerPlan, plan_layers, set_trainable
 from align.training.probe import WeightProbe
 from align.tuning.ewc import Anchor
@@ -104,13 +104,14 @@ class Learner:
         optimizer = _adamw(groups, optim, zero)
         hand_over(module)
         # The engine. Offloading builds DeepSpeed's own CPU Adam instead of ours.
+        plain = deepspeed_config(zero, optim, dtype=dtype)
         self.engine: Any
         self._optimizer: Any
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             model_parameters=cast("Any", groups if optimizer is None else None),
-            config=_with_optimizer(deepspeed_config(zero, optim, dtype=dtype), optim, optimizer),
+            config=plain if optimizer else with_cpu_adam(plain, optim),
             dist_init_required=False,
         )
         moving = [p for depth, p in self._trained if self._moves(depth)]
@@ -322,15 +323,3 @@ def _adamw(
         foreach=False if fused is None else None,
         fused=fused,
     )
-
-
-def _with_optimizer(
-    config: dict[str, Any], optim: OptimSpec, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Any]:
-    if optimizer is not None:
-        return config
-    # Offloading needs DeepSpeed's own CPU Adam, which it builds from the configuration.
-    extensions.wait_for_builds()
-    extensions.announce_build("cpu_adam")
-    params = {"lr": optim.learning_rate, "betas": list(optim.betas), "eps": optim.eps}
-    return {**config, "optimizer": {"type": "AdamW", "params": params}}

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether ``model`` has an adapter."""
+    return hasattr(model, "peft_config")
+
+
 def merges(model: nn.Module) -> bool:
     """Return whether all of a model's adapters can be merged into its weights."""
     if isinstance(model, VirtualTokens):

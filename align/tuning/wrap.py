@@ -124,10 +124,5 @@ def _leave_scales_out(model: nn.Module) -> None:
             module.register_state_dict_post_hook(leave_out)
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Return whether ``model`` has an adapter."""
-    return hasattr(model, "peft_config")
-
-
 def _devices() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
-from align.core.artifacts import Artifact
 from align.core.errors import RecipeError
-from align.models.loading import load_policy, save_policy
+from align.models.loading import load_policy
 from align.models.logprobs import token_logprobs
+from align.models.saving import save_policy
 from align.recipe.schema.tuning import METHODS
 from align.stages.saving import whole_state
 from align.tuning.export import full_weights, saved_buffers
@@ -64,7 +64,7 @@ def test_adapters_of_experts_are_merged_and_saved(name: str, tmp_path: Path):
     assert float((tuned - before).abs().max()) > 0.01
     # An adapter's own weights are none of the model's, however they are nested.
     assert not {id(p) for p in trained} & {id(p) for p in base_parameters(model)}
-    state, _ = whole_state(model, Artifact(tmp_path, {}))
+    state, _ = whole_state(model, tmp_path / "model")
     save_policy(state.items(), source_dir=base, directory=out, dtype="float32")
     with torch.no_grad():
         found = token_logprobs(load_policy(out, dtype="float32"), IDS).logprobs

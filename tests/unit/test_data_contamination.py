@@ -2,7 +2,7 @@
 
 from align.core.types import Example
 from align.data.text.contamination import Contamination, find_contamination
-from align.stages.contaminated import describe
+from align.preflight.contamination import describe
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 

@@ -16,7 +16,7 @@ from transformers import (
     GPTNeoXJapaneseForCausalLM,
 )
 
-from align.models.loading import save_policy
+from align.models.saving import save_policy
 from align.tuning.export import full_weights, saved_buffers
 from tests.unit.small_tokenizers import byte_tokenizer
 

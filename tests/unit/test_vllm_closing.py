@@ -1,6 +1,7 @@
 """How a vLLM engine is closed: awake, engine before workers, with or without a finalizer."""
 
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,6 @@ def test_engine_wakes_and_goes_before_its_workers(monkeypatch, owns_world):
 def test_only_rank_0_keeps_the_weights_that_are_saved(monkeypatch):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from align.core.artifacts import Artifact
     from align.stages.saving import whole_state
 
     config = Qwen2Config(
@@ -62,6 +62,6 @@ def test_only_rank_0_keeps_the_weights_that_are_saved(monkeypatch):
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
-    assert "model.norm.weight" in whole_state(model, Artifact("x", {}))[0]
+    assert "model.norm.weight" in whole_state(model, Path("x"))[0]
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert whole_state(model, Artifact("x", {})) == ({}, None)
+    assert whole_state(model, Path("x")) == ({}, None)

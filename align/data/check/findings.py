@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from align.core.errors import DataError
-from align.data.formats.turns import guess
+from align.core.text import suggest
 
 Severity = Literal["error", "warning"]
 
@@ -42,7 +42,7 @@ def code_of(name: str) -> Code:
     known = codes()
     if name.upper() not in known:
         raise DataError(
-            f"{name}: unknown code{guess(name.upper(), known)}. Codes range from D001 to D122."
+            f"{name}: unknown code{suggest(name.upper(), known)}. Codes range from D001 to D122."
         )
     return known[name.upper()]
 

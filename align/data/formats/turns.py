@@ -1,15 +1,14 @@
 """Check and convert the turns of a conversation under any of their known field names."""
 
 import ast
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from math import isfinite
 from typing import Any
 
 from align.core.errors import DataError
+from align.core.text import suggest
 from align.core.types import Text, Turn
 from align.data.formats.tools import call_of, calls_of, is_call
 
@@ -306,15 +305,8 @@ def to_text(value: object, *, field: str, source: str) -> Text:
 
 
 def guess(word: str, known: Iterable[str], *, cutoff: float = 0.7) -> str:
-    """Return "; did you mean ...?" with the nearest known word, or an empty string."""
-    return _guess(word, tuple(map(str, known)), cutoff)
-
-
-@lru_cache(maxsize=4096)
-def _guess(word: str, known: tuple[str, ...], cutoff: float) -> str:
-    # Every row of a file asks the same: searching took three quarters of the time of a load.
-    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """Return ``suggest`` for a key of a row, of which unlike ones may be columns."""
+    return suggest(word, known, cutoff=cutoff)
 
 
 def shown(value: object) -> str:

@@ -13,8 +13,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.extras import require
-from align.core.text import is_hub_id
-from align.data.formats.turns import guess
+from align.core.text import is_hub_id, suggest
 from align.data.reading import bounds
 from align.data.reading.json import Item, Row
 from align.data.reading.read_log import note_rows, num_rows, parsed_sha256
@@ -74,7 +73,7 @@ def named_source(
         )
     raise DataError(
         f"{name}: split '{split}': the data has no splits of its own; expected one of "
-        f"{', '.join(SIDES)}{guess(split, SIDES)}",
+        f"{', '.join(SIDES)}{suggest(split, SIDES)}",
         code="D013",
     )
 

@@ -14,8 +14,7 @@ import yaml
 
 from align.core import bounded_yaml
 from align.core.errors import DataError
-from align.core.text import shown
-from align.data.formats.turns import guess
+from align.core.text import shown, suggest
 
 _INDEX_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _NAMES = {
@@ -52,7 +51,7 @@ def files_of(
         if split not in splits:
             known = f"it has {', '.join(splits)}" if splits else "it has no splits of its own"
             raise DataError(
-                f"{name}: no split '{split}'; {known}{guess(split, splits)}", code="D013"
+                f"{name}: no split '{split}'; {known}{suggest(split, splits)}", code="D013"
             )
         return splits[split]
     if len(splits) > 1:
@@ -180,7 +179,7 @@ def _of_config(
         chosen = (default or [n for n in names if n == "default" or len(names) == 1] or [""])[0]
     if chosen not in names:
         asked = f"no configuration '{config}'; it" if config else "it"
-        hint = guess(config or "", names)
+        hint = suggest(config or "", names)
         raise DataError(
             f"{name}: {asked} has the configurations {', '.join(names)}{hint}; "
             f"choose one with 'config: {names[0]}' in the recipe, or by the name {name}#{names[0]}",

@@ -64,7 +64,7 @@ from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter, with_adapter
 from align.tuning.loading import quantization, tokens_to_train
-from align.tuning.wrap import has_adapter
+from align.tuning.merging import has_adapter
 from reward_models.process import step_ends
 from reward_models.scalar import RewardModel
 
@@ -358,7 +358,7 @@ def save_scorer(
     model.extra = {"supervision": spec.supervision}
     if spec.supervision == "steps":
         model.extra["step_separator"] = spec.step_separator
-    backbone, adapter = whole_state(model.backbone, source)
+    backbone, adapter = whole_state(model.backbone, source.model_dir)
     # The head is trained in full and saved beside the merged backbone.
     state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
     state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}

@@ -26,10 +26,11 @@ from align.data.fit import fit_rows
 from align.data.load import check_overlap, load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.content import check_plain
-from align.models.loading import load_tokenizer, save_policy
+from align.models.loading import load_tokenizer
+from align.models.saving import save_policy
+from align.preflight.contamination import contamination_checks
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
-from align.stages.contaminated import contamination_checks
 from align.stages.offline import fingerprints
 from align.stages.rollouts import build_rewards
 from align.stages.saving import whole_state
@@ -46,7 +47,7 @@ from align.stages.trl.trainers import (
     resume_period,
 )
 from align.tuning.files import num_trained, save_adapter
-from align.tuning.wrap import has_adapter
+from align.tuning.merging import has_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,7 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
     )
     check_overlap(train, heldout)
     contamination, notes = contamination_checks(
-        context, train, heldout, max_frac=spec.max_contaminated_frac
+        context.recipe, train, heldout, max_frac=spec.max_contaminated_frac
     )
     rewards = build_rewards(spec.rewards, context)
     given = extras(
@@ -150,7 +151,7 @@ def trained(
 def save(spec: TrlStage, context: StageContext, *, trainer: Any, source: Artifact) -> None:
     """Write model/ and, with an adapter, adapter/; every rank must call this."""
     if has_adapter(trainer.model):
-        tensors, adapter = whole_state(trainer.model, source)
+        tensors, adapter = whole_state(trainer.model, source.model_dir)
     else:
         # A collective call under ZeRO-3; ranks other than 0 may get nothing.
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_models import words
 
 from align.core import distributed
-from align.core.artifacts import Artifact
 from align.core.checkpoints import load_checkpoint, save_checkpoint
 from align.core.errors import TrainingError
 from align.core.types import Completion, PromptRow, TokenRow
@@ -279,7 +278,7 @@ def save(module: torch.nn.Module, tuning: TuningSpec, out: Path, folder: Path) -
         folder.mkdir(parents=True)
     distributed.barrier()
     spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning)
-    save_trained_policy(spec, module, source=Artifact(source, {}), out=folder)
+    save_trained_policy(spec, module, source_dir=source / "model", out=folder)
 
 
 def ppo(stage: int, out: Path) -> Found:

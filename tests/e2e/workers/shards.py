@@ -9,9 +9,8 @@ import torch
 from ranks import COMMON, OPTIM, VOCAB, sft_batch, weights_of
 
 from align.core import distributed
-from align.core.artifacts import Artifact
 from align.losses.supervised import nll
-from align.models import weight_files
+from align.models import saving
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.models.sharding import is_sharded
@@ -74,7 +73,7 @@ def save(module: LogprobModel, source: Path, out: Path) -> None:
     """Save a model as a stage does."""
     out.mkdir(exist_ok=True)
     spec = SftStage(kind="sft", init="x", data=[{"path": "x"}])
-    save_trained_policy(spec, module, source=Artifact(source.parent, {}), out=out)
+    save_trained_policy(spec, module, source_dir=source, out=out)
 
 
 def main() -> None:
@@ -94,7 +93,7 @@ def main() -> None:
     began = peak_mib(reset=True)
     large = load_policy(args.large, dtype="float32", shards=config)
     found["grown_mib"] = peak_mib() - began
-    weight_files.FILE_BYTES = 2**25
+    saving.FILE_BYTES = 2**25
     began = peak_mib(reset=True)
     save(LogprobModel(large), args.large, args.out / "large-saved")
     found["grown_by_saving_mib"] = peak_mib() - began
@@ -124,7 +123,7 @@ def main() -> None:
     spec = GrpoStage(kind="grpo", kl={"coef": 0.1}, zero=ZERO, **COMMON)
     reference: Any = build_reference(spec, sharded, args.model)
     found["reference"] = is_sharded(reference.model), values(reference)
-    weight_files.FILE_BYTES = 2**19
+    saving.FILE_BYTES = 2**19
     for name, module in (("whole", whole), ("sharded", sharded)):
         save(module, args.model, args.out / f"{name}-saved")
     found["refused"] = is_sharded(load_policy(args.split, dtype="float32", shards=config))

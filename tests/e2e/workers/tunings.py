@@ -20,7 +20,6 @@ from engine_models import words
 from tuned_stages import TUNINGS, tuning_spec
 
 from align.core import distributed
-from align.core.artifacts import Artifact
 from align.core.checkpoints import load_checkpoint, save_checkpoint
 from align.core.types import PairRow, TokenRow
 from align.models.loading import load_policy
@@ -61,7 +60,7 @@ def save(method: str, module: Any, source: Path, out: Path) -> None:
     """Write the artifact of an sft stage."""
     spec = SftStage(kind="sft", init="x", data=[{"path": "x"}], tuning=tuning_spec(method))
     out.mkdir(parents=True, exist_ok=True)
-    save_trained_policy(spec, module, source=Artifact(source, {}), out=out)
+    save_trained_policy(spec, module, source_dir=source / "model", out=out)
 
 
 def sft(method: str, stage: int, source: Path, out: Path) -> list[dict[str, float]]:

@@ -11,8 +11,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from align.core import storage
-from align.models import weight_files
-from align.models.weight_files import write_weights
+from align.models import saving
+from align.models.saving import write_weights
 
 LIMIT = 4000
 NUM = 103
@@ -36,7 +36,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("limit", [LIMIT, 10**9])
 def test_files_are_those_of_huggingface_hub(tmp_path: Path, monkeypatch, limit: int) -> None:
-    monkeypatch.setattr(weight_files, "FILE_BYTES", limit)
+    monkeypatch.setattr(saving, "FILE_BYTES", limit)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         folder.mkdir()
@@ -66,7 +66,7 @@ def read(folder: Path) -> dict[str, list]:
 
 def test_at_most_one_file_and_one_tensor_are_in_memory(tmp_path: Path, monkeypatch) -> None:
     size = 8 * NUM
-    monkeypatch.setattr(weight_files, "FILE_BYTES", 4 * size)
+    monkeypatch.setattr(saving, "FILE_BYTES", 4 * size)
     most = 0
 
     # Other tests may have left tensors of their own.
@@ -87,16 +87,16 @@ def test_at_most_one_file_and_one_tensor_are_in_memory(tmp_path: Path, monkeypat
 
 def test_files_of_an_earlier_model_are_removed(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "model-00003.part").write_bytes(b"left by a process that was killed")
-    monkeypatch.setattr(weight_files, "FILE_BYTES", LIMIT)
+    monkeypatch.setattr(saving, "FILE_BYTES", LIMIT)
     write_weights(weights().items(), tmp_path)
     assert len(list(tmp_path.iterdir())) > 2
-    monkeypatch.setattr(weight_files, "FILE_BYTES", 10**9)
+    monkeypatch.setattr(saving, "FILE_BYTES", 10**9)
     write_weights(weights().items(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_a_full_disk_is_waited_for_and_keeps_no_part_of_a_file(tmp_path: Path, monkeypatch) -> None:
-    write, tries = weight_files.save_file, []
+    write, tries = saving.save_file, []
 
     def full_once(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         tries.append(sorted(p.name for p in tmp_path.iterdir()))
@@ -105,7 +105,7 @@ def test_a_full_disk_is_waited_for_and_keeps_no_part_of_a_file(tmp_path: Path, m
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(weight_files, "save_file", full_once)
+    monkeypatch.setattr(saving, "save_file", full_once)
     monkeypatch.setattr(storage, "POLL_S", 0.0)
     write_weights(weights().items(), tmp_path)
     assert tries == [[], []]

@@ -1,19 +1,87 @@
-"""Write the weights of a model as they come: at most one file's tensors are in memory."""
+"""Save a policy: its weights as they come, its configuration and its tokenizer.
+
+At most one file's tensors are in memory.
+"""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from align.core import distributed
+from align.core.errors import ArtifactError
 from align.core.storage import MIB, write_patiently
+from align.models.loading import load_tokenizer
 
 FILE_BYTES = 10**9
 """Largest size of a file; a tensor that is larger has one of its own."""
 _INDEX = "model.safetensors.index.json"
 _PART = "model-{:05d}.part"
+
+
+def save_policy(
+    named: Iterable[tuple[str, Tensor]], *, source_dir: Path, directory: Path, dtype: str
+) -> None:
+    """Save weights under Hugging Face names, with the config and tokenizer of ``source_dir``.
+
+    Waits for space on a full disk.
+
+    Args:
+        named: names and tensors, which are written as they come (``write_weights``).
+        source_dir: a model of the same architecture. directory: made if missing.
+        dtype: of the weights.
+
+    Raises:
+        ArtifactError: ``named`` does not contain exactly the weights of the architecture.
+    """
+    # Weights, configuration and tokenizer always travel together.
+    config = AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
+    config.dtype = dtype
+    directory.mkdir(parents=True, exist_ok=True)
+    write_weights(_fitting(named, config), directory)
+
+    def write() -> None:
+        config.save_pretrained(str(directory))
+        load_tokenizer(source_dir).save_pretrained(str(directory))
+        # It names further stop tokens, without which the saved model would not stop.
+        if (source_dir / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(str(source_dir)).save_pretrained(str(directory))
+
+    write_patiently(write, folder=directory, needed=MIB, stop=distributed.was_asked)
+
+
+def _fitting(
+    named: Iterable[tuple[str, Tensor]], config: PreTrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of an architecture, but none that is another one's, such as a tied head.
+
+    A note of shared names would make the file's header nondeterministic.
+
+    Raises:
+        ArtifactError: a weight is missing or unexpected.
+    """
+    # Names only: no memory is allocated for the weights.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # The head has a name of its own in some architectures: output_projection, embed_out.
+    tied = set(model.all_tied_weights_keys)
+    missing = set(model.state_dict()) - tied
+    surplus = []
+    for name, tensor in named:
+        if name in missing:
+            missing.remove(name)
+            yield name, tensor
+        elif name not in tied:
+            surplus.append(name)
+    if missing or surplus:
+        raise ArtifactError(
+            f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
+            f"unexpected {sorted(surplus)[:3]}"
+        )
 
 
 def write_weights(named: Iterable[tuple[str, Tensor]], directory: Path) -> None:
