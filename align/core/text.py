@@ -1,8 +1,8 @@
 """Text of users and for users: names, suggestions, values in messages, hidden secrets."""
 
+import difflib
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -18,7 +18,7 @@ def suggest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str
 @lru_cache(maxsize=4096)
 def _suggest(name: str, candidates: tuple[str, ...], cutoff: float) -> str:
     # Every row of a file asks the same: searching took three quarters of the time of a load.
-    close = get_close_matches(name, candidates, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -285,11 +285,14 @@ def score(run: OnlineRun, samples: Samples) -> tuple[Experience, Scores]:
 
     Responses whose greedy counterpart has no score are not trained.
     """
+    greedy = None
+    if samples.greedy is not None:
+        # Scored first: what a reward keeps of its last call must be of the sampled responses.
+        greedy = _scored(run, samples.greedy, positions=samples.positions)[0].scores  # (P,)
     experience, scores = _scored(run, samples.groups, positions=samples.positions)
-    if samples.greedy is None:
+    if greedy is None:
         return experience, scores
     # One greedy score per prompt, repeated for each of its responses.
-    greedy = _scored(run, samples.greedy, positions=samples.positions)[0].scores  # (P,)
     greedy = greedy.repeat_interleave(run.spec.group_size)  # (B,)
     # A response without a baseline has no advantage, so it is not trained.
     mask = experience.mask & ~greedy.isnan().unsqueeze(1)

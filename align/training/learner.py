@@ -111,7 +111,7 @@ class Learner:
             model=module,
             optimizer=optimizer,
             model_parameters=cast("Any", groups if optimizer is None else None),
-            config=plain if optimizer else with_cpu_adam(plain, optim),
+            config=plain if optimizer is not None else with_cpu_adam(plain, optim),
             dist_init_required=False,
         )
         moving = [p for depth, p in self._trained if self._moves(depth)]

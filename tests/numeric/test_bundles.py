@@ -285,6 +285,23 @@ def test_greedy_scores_are_those_of_the_most_likely_answers(model_dir) -> None:
     assert experience.greedy_scores.tolist() == expected
 
 
+def test_disagreement_is_that_of_the_sampled_answers_and_not_of_the_greedy_ones(model_dir) -> None:
+    run = online_run(
+        model_dir,
+        grpo_spec(algorithm="remax", group_size=2),
+        {"kind": "regex", "pattern": "w[1-3]"},
+    )
+
+    def reward(*, completion_ids, **_):
+        reward.disagreement = float(len(completion_ids))  # as an ensemble sets it at each call
+        return [float(sum(ids)) for ids in completion_ids]
+
+    reward.name, reward.weight = "sum", 1.0
+    run.rewards = [reward]
+    found, _ = online_step(run, 0)
+    assert found["reward/disagreement"] == 4 * 2  # prompts_per_step x group_size; greedy: 4
+
+
 @pytest.mark.parametrize("name", WITHOUT_CRITIC)
 def test_every_bundle_takes_an_online_step(model_dir, name: str) -> None:
     spec = grpo_spec(algorithm=name, group_size=2, minibatches=2, update_epochs=2)

@@ -16,19 +16,20 @@ from online_parts import LORA, grpo_spec, policy_of, run_of, sampled, scored, we
 
 from align.core import distributed
 from align.core.errors import DataError, TrainingError
-from align.core.types import Completion, Example, PromptRow, TokenRow
+from align.core.types import Completion, Example, PromptRow
 from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.online.scoring import Scores, score_answers
 from align.online.summary import summarize
+from align.preflight.checks import spread
 from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
 from align.stages import rollouts
 from align.stages.evaluate.measure import wants_kl
-from align.stages.reward.normalize import even_sample, normalization
+from align.stages.reward.normalize import normalization
 from align.stages.rollouts import fitted
 from align.training.offline import total_steps
 from align.training.stopping import EarlyStopping
@@ -201,20 +202,16 @@ def test_a_rank_without_prompts_lays_out_nothing() -> None:
 
 
 def test_a_scorer_of_one_score_is_not_blown_up() -> None:
-    rows = [TokenRow((1, 2), (False, True))] * 8
-
-    def score(batch: Any) -> torch.Tensor:
-        return torch.stack([torch.full((batch.num,), 0.3), torch.arange(batch.num) * 1.0], 1)
-
-    mean, std = normalization(score, rows, micro_tokens=1000)
+    scores = torch.stack([torch.full((8,), 0.3), torch.arange(8) * 1.0], 1)
+    mean, std = normalization(scores)
     assert mean == pytest.approx([0.3, 3.5])
     assert std == pytest.approx([1.0, 5.25**0.5])  # mean of (i - 3.5)^2 over 0..7 is 5.25
 
 
 def test_the_sample_of_a_sorted_file_reaches_to_its_end() -> None:
-    assert even_sample(range(10), 5) == [0, 2, 4, 6, 8]
-    assert even_sample(range(3), 5) == [0, 1, 2]
-    assert len(set(even_sample(range(101), 64))) == 64
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread(range(3), 5) == [0, 1, 2]
+    assert len(set(spread(range(101), 64))) == 64
 
 
 @pytest.mark.parametrize(

@@ -1,71 +1,56 @@
 """Measure a reward model's mean and std on reference responses, from the data or sampled."""
 
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TypeVar
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from align.core import distributed
-from align.core.artifacts import Artifact
 from align.core.types import PromptRow, TokenRow
-from align.data.batching import plan_micro_batches
 from align.data.fit import fit_rows
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
+from align.preflight.checks import spread
 from align.recipe.schema import RewardStage
 from align.sampling.build import build_engine
 from align.sampling.rollout import sample_groups
 from align.stages.base import StageContext
-from align.training.batch import PackedBatch, pack
 
 log = logging.getLogger(__name__)
 Numbers = list[float] | float
-Row = TypeVar("Row")
 
 
-@torch.no_grad()
-def normalization(
-    score: Callable[[PackedBatch], Tensor],
-    rows: Sequence[TokenRow],
-    *,
-    micro_tokens: int,
-    padded: bool = False,
-) -> tuple[Numbers, Numbers]:
+def normalization(scores: Tensor) -> tuple[Numbers, Numbers]:
     """Return mean and population std of the scores of reference responses (arXiv:1909.08593).
 
     Args:
-        score: packed rows -> (num, heads). rows: prompt and response of each.
-        micro_tokens: token budget of one pass. padded: True where ``score`` pads, see
-            `plan_micro_batches`.
+        scores: (num, heads).
 
     Returns:
         One number each, or one per head if there are several.
     """
-    lengths = [len(row.input_ids) for row in rows]
-    # ranks=1: every rank scores all rows, which are few, and gets the same numbers.
-    plan = plan_micro_batches(lengths, micro_tokens=micro_tokens, ranks=1, padded=padded)[0]
-    found = torch.cat([score(pack([rows[i] for i in micro])).double().cpu() for micro in plan])
-    mean, std = found.mean(0), found.std(0, correction=0)
+    found = scores.double()
+    mean, std = found.mean(0), found.std(0, correction=0)  # (heads,)
     # If all scores agree, their spread is rounding error: do not divide by it.
     std = torch.where(std <= 1e-6 * mean.abs().clamp(min=1.0), torch.ones_like(std), std)
     log.info(
-        "scores of %d reference responses: mean %s, std %s", len(rows), mean.tolist(), std.tolist()
+        "scores of %d reference responses: mean %s, std %s",
+        *(len(found), mean.tolist(), std.tolist()),
     )
     return (mean.item(), std.item()) if mean.numel() == 1 else (mean.tolist(), std.tolist())
 
 
 def sampled_rows(
-    spec: RewardStage, context: StageContext, *, source: Artifact, chat: ChatFormat
+    spec: RewardStage, context: StageContext, *, model_dir: Path, chat: ChatFormat
 ) -> list[TokenRow]:
     """Return responses to prompts of the data, sampled from the policy of ``spec.init``."""
     assert spec.norm_sampling is not None
     prompts = _distinct_prompts(spec, context, chat)
     engine = build_engine(
         spec.norm_sampling.engine,
-        source.model_dir,
+        model_dir,
         dtype=spec.dtype,
         max_model_len=spec.max_length,
         seed=context.seed,
@@ -108,11 +93,4 @@ def _distinct_prompts(
         what=f"{context.name}: prompts of the reference responses",
         ledger=context.ledger,
     )
-    return even_sample(kept, spec.norm_prompts)
-
-
-def even_sample(rows: Sequence[Row], num: int) -> list[Row]:
-    """Return ``num`` evenly spaced rows, because the first rows of a sorted file are alike."""
-    if num >= len(rows):
-        return list(rows)
-    return [rows[i * len(rows) // num] for i in range(num)]
+    return spread(kept, spec.norm_prompts)

@@ -23,6 +23,7 @@ from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
 from align.models.heads import TextValues, packed_values, scorer_from, scorer_on_encoder
 from align.models.loading import load_tokenizer, set_dropout, stop_token_ids
+from align.preflight.checks import spread
 from align.preflight.disk import disk_checks
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
@@ -41,7 +42,7 @@ from align.stages.offline import (
 )
 from align.stages.preflight import offline_checks, row_views
 from align.stages.reward.label_noise import noise_report
-from align.stages.reward.normalize import Numbers, even_sample, normalization, sampled_rows
+from align.stages.reward.normalize import Numbers, normalization, sampled_rows
 from align.stages.reward.tasks import (
     LabeledAnswer,
     LabeledSteps,
@@ -59,7 +60,8 @@ from align.stages.reward.tasks import (
     steps_loss,
 )
 from align.stages.saving import whole_state
-from align.training.batch import PackedBatch, flatten_pairs, pair_length, trim_after_last_trained
+from align.training.batch import flatten_pairs, pack, pair_length, trim_after_last_trained
+from align.training.infer import map_rows
 from align.training.task import OfflineTask
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained, save_adapter, with_adapter
@@ -323,21 +325,28 @@ def reference_numbers(
     """Return the mean and std of the reference scores, or None for a process reward model."""
     if spec.supervision == "steps" or spec.norm_prompts == 0:
         return None
-    asked = even_sample(rows, spec.norm_prompts)
+    asked = spread(rows, spec.norm_prompts)
     if spec.norm_sampling is not None:
         assert isinstance(chat, ChatFormat), "an encoder cannot sample responses"
-        references = sampled_rows(spec, context, source=source, chat=chat)
+        references = sampled_rows(spec, context, model_dir=source.model_dir, chat=chat)
     elif spec.supervision == "pairs":
         references = flatten_pairs([row.pair for row in asked])
     else:
         references = asked
-    values = values_of(model).eval()
-
-    def score(batch: PackedBatch) -> Tensor:
-        return final_scores(values(batch.input_ids, batch.position_ids), batch)
-
-    padded = model.reads == "first"
-    return normalization(score, references, micro_tokens=spec.micro_tokens, padded=padded)
+    # share=False: every rank scores all rows, which are few, and gets the same numbers.
+    scores = map_rows(
+        values_of(model),
+        references,
+        lambda values, batch: final_scores(
+            values(batch.input_ids, batch.position_ids), batch
+        ).tolist(),
+        length=_length,
+        collate=pack,
+        micro_tokens=spec.micro_tokens,
+        padded=model.reads == "first",
+        share=False,
+    )
+    return normalization(torch.tensor(scores, dtype=torch.float64))
 
 
 def save_scorer(
