@@ -8,7 +8,7 @@ is an option of the stage, such as ``scale`` or ``gamma``.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from align.core import distributed
-from align.core.errors import TrainingError
+from align.core.errors import RecipeError, TrainingError
 from align.losses.kl import kl_estimate
 from align.losses.reduce import masked_moments, masked_whiten
 from align.online.advantages import ESTIMATORS, batch_scaled, shaped_rewards
 from align.online.objective import critic_objective, policy_objective
+from align.recipe.algorithms import of_parameters
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
 from align.training.learner import LossFunction
@@ -59,6 +60,7 @@ def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
     Raises:
         TrainingError: its estimator is unknown, or has a parameter that no step provides, or its
             objective cannot be imported.
+        RecipeError: the estimator needs what its parameters, read from the file, did not say.
     """
     facts = spec.algorithm_facts
     if ":" in spec.objective:
@@ -104,7 +106,12 @@ def find_estimator(name: str) -> Estimator:
 
 def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experience]:
     estimator = find_estimator(spec.estimator)
-    parameters = inspect.signature(estimator).parameters
+    try:
+        parameters = inspect.signature(estimator).parameters
+    except ValueError as error:  # compiled
+        raise TrainingError(
+            f"estimator '{spec.estimator}': {error}; write it as a 'def'"
+        ) from error
     # The signature is the interface: its parameters are inputs of a step or options of the stage.
     inputs = tuple(name for name in parameters if name in (*PER_RESPONSE, *PER_TOKEN))
     fields = type(spec).model_fields
@@ -121,6 +128,8 @@ def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experien
             f"{', '.join(PER_RESPONSE)}, or some of {', '.join(PER_TOKEN)}, and options of a "
             f"{spec.kind} stage"
         )
+    if ":" in spec.estimator:
+        _check_facts(spec, list(parameters))
     kl_in_reward = spec.kl.estimator if spec.kl.place == "reward" else None
     if not per_response:
         return partial(
@@ -141,6 +150,27 @@ def _build_estimate(spec: OnlineStage) -> Callable[[Experience, float], Experien
         kl_in_reward=kl_in_reward,
         batch_scale=batch_scale,
     )
+
+
+def _check_facts(spec: OnlineStage, parameters: Sequence[str]) -> None:
+    """Check that an imported estimator needs what the recipe was checked with.
+
+    A recipe is checked without importing the function; the parameters of an object or of an
+    imported function are known only here.
+    """
+    checked, facts = spec.algorithm_facts, of_parameters(spec.estimator, parameters)
+    if facts.needs_greedy == checked.needs_greedy and facts.compares_group == (
+        checked.compares_group
+    ):
+        if spec.scale in facts.scales:
+            return
+        what = f"scale {spec.scale!r} has no effect with it; write {' or '.join(facts.scales)}"
+    else:
+        what = (
+            "these parameters decide how a group is sampled, and cannot be read without running "
+            "the file; write the estimator as a 'def' at the top level of its file"
+        )
+    raise RecipeError(f"estimator '{spec.estimator}' takes {', '.join(parameters)}: {what}")
 
 
 def estimate_per_response(

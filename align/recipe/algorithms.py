@@ -6,7 +6,7 @@ The KL coefficients are moderate values chosen for this project; the papers tune
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +160,11 @@ def of_estimator(name: str) -> Algorithm:
     known = next((a for a in ALGORITHMS.values() if a.estimator == name), None)
     if known is not None:
         return known
-    parameters = parameters_of(name) or ("group_ids", "scale")
+    return of_parameters(name, parameters_of(name) or ("group_ids", "scale"))
+
+
+def of_parameters(name: str, parameters: Collection[str]) -> Algorithm:
+    """Return the algorithm of the user's estimator, whose parameters say what it needs."""
     return Algorithm(
         name,
         needs_greedy="greedy_scores" in parameters,

@@ -5,7 +5,7 @@ out (``align show``) stays valid. Contradictions between keys of one part are ch
 class; here is every option that another one makes useless, and each is reported at its key.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from align.core.sources import parameters_of
@@ -173,15 +173,25 @@ OWN_LOSS_OPTIONS = (
 """Options of the suite's losses that a loss of the user gets if it names them."""
 
 
-def _own_loss(spec: OfflineStage, loss: str) -> Iterator[Idle]:
-    """Yield the options that the user's function does not take."""
-    taken = parameters_of(loss)
+def idle_loss_options(spec: OfflineStage, taken: Sequence[str] | None) -> list[str]:
+    """Return the options of the suite's losses that are set and that the user's do not get.
+
+    Args:
+        spec: a stage with a loss of the user.
+        taken: the function's parameters; None if they are not known.
+    """
     if isinstance(spec, SftStage):
         taken = []  # label_smoothing needs the logits, and the function gets log-probabilities
+    if taken is None or "**" in taken:
+        return []
     known = [name for name in OWN_LOSS_OPTIONS if name in type(spec).model_fields]
-    for name in changed(spec, *known):
-        if taken is not None and name not in taken and "**" not in taken:
-            yield name, f"has no effect with loss {loss}; remove it"
+    return [name for name in changed(spec, *known) if name not in taken]
+
+
+def _own_loss(spec: OfflineStage, loss: str) -> Iterator[Idle]:
+    """Yield the options that the user's function does not take."""
+    for name in idle_loss_options(spec, parameters_of(loss)):
+        yield name, f"has no effect with loss {loss}; remove it"
     if isinstance(spec, RewardStage) and spec.use_margin:
         yield (
             "use_margin",

@@ -45,6 +45,7 @@ from align.training.offline import (
     total_steps,
     train_offline,
 )
+from align.training.own_code import check_loss_options
 from align.training.stopping import EarlyStopping
 from align.training.stops import NUM_ROWS, never_stops, stop_probabilities
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
@@ -253,6 +254,7 @@ def offline_rows(
         context: context of the stage.
         render: example -> tokenized row.
     """
+    check_loss_options(spec)
     load = partial(load_rows, kind=spec.rows, seed=context.seed, render=render)
     training, heldout = load(spec.data, mix_cap=spec.mix_cap), load(spec.heldout)
     # Shared prompts would make the held-out loss a training loss.

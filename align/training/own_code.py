@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.core.errors import TrainingError
+from align.core.errors import RecipeError, TrainingError
+from align.recipe.rules import idle_loss_options
+from align.recipe.schema.offline import OfflineStage
 from reward_models.own_process import load
 
 
@@ -64,12 +66,42 @@ def own_losses(
     return found
 
 
+def check_loss_options(spec: OfflineStage) -> None:
+    """Refuse options of the suite's losses that the user's loss does not get.
+
+    A recipe is checked without importing the function, so that the parameters of an object, of a
+    ``partial`` or of an imported function are known only here.
+
+    Raises:
+        RecipeError: such an option is set.
+        TrainingError: the function cannot be imported.
+    """
+    if not (place := spec.own_loss):
+        return
+    taken = parameter_names(named_function("loss", place))
+    idle = idle_loss_options(spec, [] if taken is None else taken)
+    if idle:
+        why = (
+            "whose parameters are not known (a compiled function?)"
+            if taken is None
+            else (f"which takes {', '.join(taken)}")
+        )
+        raise RecipeError(
+            f"{', '.join(idle)}: no effect with loss {place}, {why}; remove it, or write a "
+            "function that takes it"
+        )
+
+
 def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the options that a function has as parameters; ``**options`` takes all."""
+    names = parameter_names(function) or []
+    return {name: value for name, value in options.items() if name in names or "**" in names}
+
+
+def parameter_names(function: Callable[..., Any]) -> list[str] | None:
+    """Return the names of a function's parameters; ``**`` is the last if it takes any option."""
     try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # compiled, such as torch.nn.functional.softplus: its names are not known
-        return {}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return dict(options)
-    return {name: value for name, value in options.items() if name in parameters}
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # compiled, such as torch.nn.functional.softplus
+        return None
+    return ["**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters]

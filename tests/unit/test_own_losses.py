@@ -1,5 +1,6 @@
 """Advantages and losses of the user: found by their signature, checked, and named when wrong."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +12,17 @@ from align.api.given import Writer
 from align.api.running import load_recipe as load_plain
 from align.core.artifacts import spec_hash
 from align.core.errors import RecipeError, TrainingError
+from align.online.algorithms import build_algorithm
 from align.online.objective import policy_loss
 from align.recipe.algorithms import of_estimator
 from align.recipe.load import load_recipe
-from align.recipe.schema import DpoStage, KtoStage, RewardStage
+from align.recipe.schema import DpoStage, GrpoStage, KtoStage, RewardStage
 from align.recipe.schema.offline import OfflineStage
 from align.stages import classify, kto, sft
 from align.stages.dpo import Sides, pair_losses
 from align.stages.reward import tasks
 from align.training.batch import PackedBatch
-from align.training.own_code import own_losses
+from align.training.own_code import check_loss_options, own_losses
 
 CODE = """
 import torch
@@ -44,6 +46,14 @@ def margins(chosen, rejected, *, margin, center_coef):
     return torch.relu(margin - chosen + rejected) + center_coef * chosen
 def everything(chosen, rejected, **options): return (chosen - rejected) * len(options)
 def squares(scores, good): return (scores - good.float()) ** 2
+class Estimator:
+    def __call__(self, scores, group_ids): return scores
+class Greedy:
+    def __call__(self, scores, greedy_scores): return scores - greedy_scores
+unnamed, against_greedy = Estimator(), Greedy()
+from functools import partial
+bound = partial(smooth, label_smoothing=0.1)
+alike = partial(total)
 def brier(logits, labels):
     return (1 - logits.softmax(-1).gather(-1, labels[:, None])[:, 0]) ** 2
 """
@@ -231,6 +241,33 @@ def test_a_compiled_function_has_no_known_options_and_gets_none():
         "torch.nn.functional:softplus", logits, each="rows", options={"label_smoothing": 0.1}
     )
     assert found.tolist() == pytest.approx([math.log(2), math.log(1 + math.e)])
+
+
+def test_options_that_a_loss_does_not_take_are_refused_also_if_only_its_import_tells(code: Path):
+    # The recipe is valid: without importing the file nobody knows what a partial takes.
+    for loss, said in (
+        (f"{code}:alike", "label_smoothing: no effect with loss .*:alike, which takes policy_"),
+        ("torch.nn.functional:softplus", "whose parameters are not known"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            check_loss_options(dpo(loss=loss, label_smoothing=0.1))
+        check_loss_options(dpo(loss=loss))
+    check_loss_options(dpo(loss=f"{code}:bound", label_smoothing=0.1))
+    check_loss_options(dpo(loss="sigmoid", label_smoothing=0.1))
+
+
+def test_an_estimator_whose_parameters_only_its_import_tells_is_checked_then(code: Path):
+    def build(estimator: str, **keys):
+        rewards = [{"kind": "length", "target": 2, "limit": 9}]
+        given = {"init": "base", "prompts": [{"path": "x"}], "rewards": rewards, "steps": 1}
+        plain = {"kind": "grpo", "estimator": f"{code}:{estimator}", **given, **keys}
+        return build_algorithm(GrpoStage.model_validate_json(json.dumps(plain)))
+
+    build("unnamed", scale="none")
+    with pytest.raises(RecipeError, match="takes scores, group_ids: scale 'std' has no effect"):
+        build("unnamed")
+    with pytest.raises(RecipeError, match="write the estimator as a 'def' at the top level"):
+        build("against_greedy", scale="none")
 
 
 def test_a_function_of_python_is_the_loss_of_every_offline_stage(tmp_path: Path):
