@@ -7,6 +7,8 @@ the format of transformers, and its prediction for each held-out row.
     deepspeed --num_gpus 8 launch/classify.py --recipe R --stage NAME
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/classify.py --recipe R --stage NAME
 
+The folder of the runs, in which RUN/STAGE is looked up, is runs/ or that of --runs DIR.
+
 Exit codes: 0 done, 1 failed, 2 invalid recipe or data, 75 stopped by a signal after a checkpoint;
 run the same command again to resume.
 """

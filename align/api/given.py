@@ -73,13 +73,18 @@ def _dataset(value: Any) -> bool:
     return isinstance(value, library.Dataset)
 
 
-def rewards(given: object) -> list[Any]:
-    """Return rewards as the list of a recipe; a text names a kind, a function or a reward model."""
+def rewards(given: object, runs: Path = Path("runs")) -> list[Any]:
+    """Return rewards as the list of a recipe; a text names a kind, a function or a reward model.
+
+    Args:
+        given: one reward or a list of them.
+        runs: folder in which RUN/STAGE is looked up.
+    """
     entries = given if isinstance(given, list | tuple) else [given]
-    return [_reward(entry) for entry in entries]
+    return [_reward(entry, runs) for entry in entries]
 
 
-def _reward(entry: object) -> Any:
+def _reward(entry: object, runs: Path) -> Any:
     if isinstance(entry, Run):
         return {"kind": "scalar", "model": entry}
     if not isinstance(entry, str | Path):
@@ -89,7 +94,7 @@ def _reward(entry: object) -> Any:
         return {"kind": "python", "path": name}
     # No kind has a name with a slash.
     if isinstance(entry, Path) or "/" in name or (Path(name) / MANIFEST).is_file():
-        return {"kind": "scalar", "model": str(find_model(name))}
+        return {"kind": "scalar", "model": str(find_model(name, runs))}
     return {"kind": name}
 
 
@@ -256,20 +261,23 @@ def _tokenizer_of(model: object) -> Any:
         ) from error
 
 
-def base_stage(model: object, tokenizer: object) -> tuple[dict[str, Any], Any]:
+def base_stage(
+    model: object, tokenizer: object, runs: Path = Path("runs")
+) -> tuple[dict[str, Any], Any]:
     """Return the base stage that imports a model ({} if an artifact needs none), and ``init``.
 
     Args:
         model: a hub id, a folder, RUN/STAGE, a loaded model (with its tokenizer as a pair), a run,
             or the keys of a ``base`` stage.
         tokenizer: settings of the base stage, or the tokenizer of a loaded model.
+        runs: folder in which RUN/STAGE is looked up.
 
     Raises:
         RecipeError: the tokenizer does not belong to such a model.
         ArtifactError: there is no such model.
     """
     if isinstance(model, str | Path) and "/" in str(model):  # 'gpt2' may be a hub id too
-        model = str(find_model(str(model)))
+        model = str(find_model(str(model), runs))
     if isinstance(model, Run) or (
         isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
     ):

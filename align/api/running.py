@@ -24,13 +24,17 @@ RUNS = Path("runs")
 
 
 def load_recipe(
-    recipe: Recipe | Mapping[str, Any] | Path | str, overrides: Sequence[str] = ()
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    runs: Path | str = RUNS,
 ) -> Recipe:
     """Return a valid recipe with all defaults filled in.
 
     Args:
         recipe: a file, the name of a shipped recipe, YAML text of several lines, or plain data.
         overrides: ``stages.sft.epochs=2`` texts, as after ``--set``.
+        runs: folder in which RUN/STAGE is looked up.
 
     Raises:
         RecipeError: lists all errors, one line each.
@@ -41,8 +45,8 @@ def load_recipe(
         return recipe
     if isinstance(recipe, Mapping) or (isinstance(recipe, str) and "\n" in recipe):
         source = read_plain(recipe, "recipe")
-        return resolve(source, overrides, folder=Path()).recipe
-    return load_file(recipe, overrides)
+        return resolve(source, overrides, folder=Path(), runs=Path(runs)).recipe
+    return load_file(recipe, overrides, runs=Path(runs))
 
 
 def run(
@@ -54,6 +58,7 @@ def run(
     only: str | Sequence[str] | None = None,
     from_: str | None = None,
     until: str | None = None,
+    runs: Path | str = RUNS,
     quiet: bool = False,
 ) -> Run:
     """Run the stages of a recipe that are not done; the same call again resumes.
@@ -61,13 +66,14 @@ def run(
     Args:
         recipe: as for ``load_recipe``. Plain data may also contain what the functions of the
             stages accept: datasets and rows as ``path``, functions as rewards, runs as models.
-        out: folder of the run; None means ``runs/<name of the recipe>``.
+        out: folder of the run; None means the name of the recipe, below ``runs``.
         overrides: ``stages.sft.epochs=2`` texts, as after ``--set``.
         force: run changed stages, and the one named by ``only`` or ``from_``, again. If there is
             none, the finished run is returned.
         only: run only this stage, or these.
         from_: skip the stages before this one.
         until: skip the stages after this one.
+        runs: folder of the runs, in which RUN/STAGE is looked up.
         quiet: show no progress.
 
     Raises:
@@ -77,10 +83,10 @@ def run(
         KeyboardInterrupt: the run was interrupted and can be resumed.
     """
     if isinstance(recipe, Mapping):
-        folder = Path(out or RUNS / str(recipe.get("name", "unnamed")))
+        folder = Path(out or Path(runs) / str(recipe.get("name", "unnamed")))
         recipe = Writer(folder).plain(recipe)
-    loaded = load_recipe(recipe, overrides)
-    folder = Path(out or RUNS / loaded.name)
+    loaded = load_recipe(recipe, overrides, runs=runs)
+    folder = Path(out or Path(runs) / loaded.name)
     chosen = only if only is None or isinstance(only, str) else ",".join(only)
     choice = {"force": force, "only": chosen, "from_": from_, "until": until}
     return execute(loaded, folder, quiet=quiet, **choice)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from align.api.given import Writer, base_stage, rewards, sources
+from align.api.given import Writer, base_stage, sources
+from align.api.given import rewards as _rewards
 from align.api.result import Run
 from align.api.running import RUNS, execute, load_recipe
 from align.core.errors import RecipeError
@@ -37,6 +38,7 @@ def sft(
     heldout: "Data | None" = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
@@ -51,9 +53,10 @@ def sft(
         data: a ``datasets.Dataset``, a list of rows, a path, a hub id, a data source as in recipes
             (``{"path": ..., "split": ...}``), or a list of these, which are mixed.
         heldout: rows that are evaluated and never trained on.
-        out: folder of the run; None means ``runs/sft``.
+        out: folder of the run; None means ``sft`` below ``runs``.
         tokenizer: settings of the base stage, such as ``{"chat_template": "plain"}``, or the
             tokenizer of a loaded model.
+        runs: folder of the runs, in which RUN/STAGE is looked up.
         force: replace the stages whose settings or data changed; a finished run in which nothing
             changed is returned as it is.
         quiet: show no progress.
@@ -62,7 +65,7 @@ def sft(
     Raises:
         AlignError: as ``align.run``.
     """
-    options = {"out": out, "force": force, "quiet": quiet}
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     return _offline("sft", model, tokenizer, data=data, heldout=heldout, keys=keys, **options)
 
 
@@ -73,12 +76,13 @@ def dpo(
     heldout: "Data | None" = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
 ) -> Run:
     """Train a policy on preference pairs (DPO and related losses); arguments as for ``sft``."""
-    options = {"out": out, "force": force, "quiet": quiet}
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     return _offline("dpo", model, tokenizer, data=data, heldout=heldout, keys=keys, **options)
 
 
@@ -89,12 +93,13 @@ def kto(
     heldout: "Data | None" = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
 ) -> Run:
     """Train a policy on responses labeled good or bad (KTO); arguments as for ``sft``."""
-    options = {"out": out, "force": force, "quiet": quiet}
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     return _offline("kto", model, tokenizer, data=data, heldout=heldout, keys=keys, **options)
 
 
@@ -105,6 +110,7 @@ def reward(
     heldout: "Data | None" = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
@@ -113,7 +119,7 @@ def reward(
 
     The run can be passed to ``ppo`` and ``grpo`` as a reward.
     """
-    options = {"out": out, "force": force, "quiet": quiet}
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     return _offline("reward", model, tokenizer, data=data, heldout=heldout, keys=keys, **options)
 
 
@@ -127,6 +133,7 @@ def grpo(
     eval_every: int | None = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
@@ -142,8 +149,9 @@ def grpo(
         steps: rollout steps.
         heldout: prompts on which the policy is scored by the same rewards during training.
         eval_every: steps between these evaluations; None for ten of them.
-        out: folder of the run; None means ``runs/grpo``.
+        out: folder of the run; None means ``grpo`` below ``runs``.
         tokenizer: as for ``sft``.
+        runs: as for ``sft``.
         force: as for ``sft``.
         quiet: as for ``sft``.
         keys: further keys of the stage or of the recipe, as in docs/recipe-keys.md.
@@ -151,9 +159,11 @@ def grpo(
     Raises:
         AlignError: as ``align.run``.
     """
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     watched = {"heldout": heldout, "eval_every": eval_every}
-    keys = _online_keys("grpo", data, rewards, steps=steps, keys=keys, **watched)
-    return _train("grpo", model, tokenizer, keys=keys, out=out, force=force, quiet=quiet)
+    scored = _rewards(rewards, Path(runs))
+    keys = _online_keys("grpo", data, scored, steps=steps, keys=keys, **watched)
+    return _train("grpo", model, tokenizer, keys=keys, **options)
 
 
 def ppo(
@@ -166,14 +176,17 @@ def ppo(
     eval_every: int | None = None,
     out: Path | str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    runs: Path | str = RUNS,
     force: bool = False,
     quiet: bool = False,
     **keys: object,
 ) -> Run:
     """Train a policy with PPO and a learned critic; arguments as for ``grpo``."""
+    options = {"out": out, "runs": Path(runs), "force": force, "quiet": quiet}
     watched = {"heldout": heldout, "eval_every": eval_every}
-    keys = _online_keys("ppo", data, rewards, steps=steps, keys=keys, **watched)
-    return _train("ppo", model, tokenizer, keys=keys, out=out, force=force, quiet=quiet)
+    scored = _rewards(rewards, Path(runs))
+    keys = _online_keys("ppo", data, scored, steps=steps, keys=keys, **watched)
+    return _train("ppo", model, tokenizer, keys=keys, **options)
 
 
 def _offline(
@@ -194,14 +207,14 @@ def _offline(
 def _online_keys(
     kind: str,
     data: object,
-    given: object,
+    scored: list[Any],
     *,
     steps: int,
     heldout: object,
     eval_every: int | None,
     keys: Mapping[str, Any],
 ) -> dict[str, Any]:
-    found = {"prompts": sources(data), "rewards": rewards(given), "steps": steps, **keys}
+    found = {"prompts": sources(data), "rewards": scored, "steps": steps, **keys}
     if heldout is None and eval_every is not None:
         raise RecipeError(f"align.{kind}: eval_every: has no effect without heldout; remove it")
     if heldout is not None and "watch" in keys:
@@ -210,7 +223,7 @@ def _online_keys(
         )
     if heldout is not None:
         every = eval_every or max(1, steps // 10)
-        found["watch"] = {"every": every, "prompts": sources(heldout), "gold": rewards(given)}
+        found["watch"] = {"every": every, "prompts": sources(heldout), "gold": scored}
     return found
 
 
@@ -221,19 +234,20 @@ def _train(
     *,
     keys: Mapping[str, Any],
     out: Path | str | None,
+    runs: Path,
     force: bool,
     quiet: bool,
 ) -> Run:
     """Run a recipe of the base model and one stage of this kind."""
-    folder = Path(out or RUNS / kind)
-    base, init = base_stage(model, tokenizer)
+    folder = Path(out or runs / kind)
+    base, init = base_stage(model, tokenizer, runs)
     above = {name: keys[name] for name in Recipe.model_fields if name in keys}
     own = {name: value for name, value in keys.items() if name not in above}
     stages = {"base": base} if base else {}
     stages[kind] = {"kind": kind, "init": init, **own}
     plain = Writer(folder).plain({"name": _name_of(folder), **above, "stages": stages})
     try:
-        recipe = load_recipe(plain)
+        recipe = load_recipe(plain, runs=runs)
     except RecipeError as error:
         raise RecipeError(_as_arguments(str(error), kind)) from None
     return execute(recipe, folder, force=force, quiet=quiet)
@@ -296,13 +310,13 @@ def evaluate(
     question = _question(
         Question,
         checkpoints=[_checkpoint(model) for model in models],
-        tasks=[_task(task, place) for task in listed],
+        tasks=[_task(task, place, Path(runs)) for task in listed],
         baseline=None if baseline is None else _checkpoint(baseline),
         **options,
     )
     asked = question_recipe(question, Path(runs))
     folder = Path(out) if out is not None else results_folder(asked, Path(runs))
-    recipe = load_recipe({"name": _name_of(folder), **asked})
+    recipe = load_recipe({"name": _name_of(folder), **asked}, runs=runs)
     return execute(recipe, folder, force=force, redo=(STAGE,), quiet=quiet)
 
 
@@ -323,12 +337,12 @@ def _checkpoint(model: object) -> str:
     return str(model.last_model() if isinstance(model, Run) else model)
 
 
-def _task(task: str | Path | Mapping[str, Any], folder: Path) -> str:
+def _task(task: str | Path | Mapping[str, Any], folder: Path, runs: Path) -> str:
     """Return the name of a task; one that is given in Python is written to a file."""
     if not isinstance(task, Mapping):
         return str(task)
     writer = Writer(folder)
     parts = {key: sources(task[key]) for key in ("prompts", "answers") if key in task}
-    parts |= {key: rewards(task[key]) for key in ("grader", "judge") if key in task}
+    parts |= {key: _rewards(task[key], runs) for key in ("grader", "judge") if key in task}
     text = json.dumps(writer.plain({**task, **parts}), indent=1)
     return writer.text(text, "task", ".yaml")

@@ -236,11 +236,11 @@ def plan(
 
 
 @cli.command(hidden=True)
-def stages(recipe: RecipePath, overrides: Overrides = None) -> None:
+def stages(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
     """Print the recipe's name, then 'name kind ranks' of each stage; used by launch/chain.sh."""
     from align.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), runs=runs)
     typer.echo(loaded.name)
     for name, spec in loaded.stages.items():
         typer.echo(f"{name} {spec.kind} {spec.ranks}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from align.cli.options import Runs
 from align.core.errors import EXIT_USER, DataError
 from align.core.extras import require
 from align.core.references import artifact_kind, find_model
@@ -60,6 +61,7 @@ def check(
     rename: RenameOption = None,
     own: MapOption = None,
     model: ModelOption = None,
+    runs: Runs = Path("runs"),
     template: TemplateOption = None,
     max_length: MaxLength = None,
     heldout: Annotated[
@@ -86,7 +88,7 @@ def check(
         form=form,
         rename=_pairs(rename or ()),
         map=_function(own),
-        chat=partial(_chat, model, template) if model else None,
+        chat=partial(_chat, model, template, runs) if model else None,
         max_length=max_length,
         heldout=heldout or (),
         evaluation=evaluation or (),
@@ -192,7 +194,7 @@ def _mixed(word: str) -> tuple[str, float]:
     return path, weight
 
 
-def _chat(model: str, template: str | None) -> "ChatFormat":
+def _chat(model: str, template: str | None, runs: Path) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
     require("--model", "torch", "transformers")
     from align.data.render.chat import apply_tokenizer_spec
@@ -201,7 +203,7 @@ def _chat(model: str, template: str | None) -> "ChatFormat":
     from align.recipe.schema import TokenizerSpec
     from align.stages.base import chat_format
 
-    place = find_model(model)
+    place = find_model(model, runs)
     folder = place / "model" if artifact_kind(place) else place
     with one_line(model, "a tokenizer") if folder.exists() else bringing_in(model):
         chat = chat_format(folder)
@@ -243,8 +245,9 @@ def explain(
 def show(
     path: DataPath,
     model: Annotated[
-        str, typer.Option("--model", metavar="DIR", help="model whose tokenizer is used")
+        str, typer.Option("--model", metavar="MODEL", help="model whose tokenizer is used")
     ],
+    runs: Runs = Path("runs"),
     kind: KindOption = None,
     form: FormatOption = "auto",
     rename: RenameOption = None,
@@ -263,7 +266,7 @@ def show(
     from align.data.token_view import as_html, as_text, headline, views
 
     console = Console(highlight=False, soft_wrap=True)
-    chat = _chat(model, template)
+    chat = _chat(model, template, runs)
     shown, fragments = 0, []
     pairs = _pairs(rename or ())
     for example in examples_of(path, kind=kind, form=form, rename=pairs, map=_function(own)):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from align.core.errors import RecipeError
+from align.core.references import artifact_kind, find_model
 from align.recipe.reference import SCHEMA_FILE
 from align.recipe.schema.formats import FORMATS
 
@@ -38,24 +39,30 @@ class Proposal:
     found: list[str]
 
 
-def propose(model: str, sources: Sequence[str], *, name: str, tuning: str) -> Proposal:
+def propose(
+    model: str, sources: Sequence[str], *, name: str, tuning: str, runs: Path = Path("runs")
+) -> Proposal:
     """Return a recipe with one stage for each source, which start from each other in order.
 
     Args:
-        model: folder or hub id of a transformers model.
+        model: folder or hub id of a transformers model, or RUN/STAGE, which needs no base stage.
         sources: files, folders or hub ids.
         name: name of the run.
         tuning: method of the training stages.
+        runs: folder in which RUN/STAGE is looked up.
 
     Raises:
         DataError: a source cannot be read, or no format fits its rows.
-        RecipeError: the model is not there, or the rows do not tell how to train on them.
+        ArtifactError: the model is not there.
+        RecipeError: the rows do not tell how to train on them.
     """
-    stages: dict[str, Any] = {"base": _base(model, tuning=tuning)}
+    place = find_model(model, runs)
+    is_stage = artifact_kind(place) is not None
+    stages: dict[str, Any] = {} if is_stage else {"base": _base(place, tuning=tuning)}
     looked = [_look(source) for source in sources]
     if not looked:
         raise RecipeError("--data: expected at least one file or hub id")
-    before = "base"
+    before = model if is_stage else "base"
     for kind in sorted({seen.stage for seen in looked}, key=ORDER.index):
         mine = [seen for seen in looked if seen.stage == kind]
         stages[kind] = {"kind": kind, "init": before, **_stage(kind, mine, tuning=tuning)}
@@ -118,15 +125,9 @@ def _stage_of(form: str, columns: set[str]) -> str:
     return STAGE_OF[gives[0]]
 
 
-def _base(model: str, *, tuning: str) -> dict[str, Any]:
-    folder = Path(model)
-    if not folder.exists():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise RecipeError(f"--model {model}: no such folder, and no hub id ORG/NAME")
-        return {"kind": "base", "path": model}
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise RecipeError(f"--model {model}: no config.json; expected a transformers model")
-    return {"kind": "base", "path": model} | _tokenizer(folder, tuning=tuning)
+def _base(model: Path, *, tuning: str) -> dict[str, Any]:
+    keys = {"kind": "base", "path": str(model)}
+    return keys | (_tokenizer(model, tuning=tuning) if model.exists() else {})
 
 
 def _tokenizer(folder: Path, *, tuning: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from align.cli.options import MODEL_HELP, Runs
 from align.core.errors import EXIT_USER, RecipeError
 from align.core.text import visible
 
@@ -74,9 +75,7 @@ def _write_new(files: dict[Path, str], force: bool) -> None:
 
 
 def init(
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="folder or hub id of a transformers model")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help=MODEL_HELP)] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="PATH", help="file, folder or hub id; repeatable"),
@@ -89,19 +88,20 @@ def init(
         Path | None, typer.Option(metavar="RECIPE", help="file to write (default: <name>.yaml)")
     ] = None,
     force: Force = False,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a recipe for a model and data; the stages follow from the format of the rows."""
     from align.cli.proposal import propose
     from align.recipe.load import load_recipe
 
-    model = model or _asked("--model", "Model (folder or hub id)")
+    model = model or _asked("--model", f"Model ({MODEL_HELP})")
     sources = data or _asked("--data", "Data (files or hub ids, separated by spaces)").split()
     target = out or Path(f"{name}.yaml")
-    made = propose(model, sources, name=name, tuning=tuning)
+    made = propose(model, sources, name=name, tuning=tuning, runs=runs)
     _write_new({target: made.text}, force)
     for line in made.found:
         typer.echo(visible(line))
-    load_recipe(target)
+    load_recipe(target, runs=runs)
     typer.echo(visible(f"{target}: written and valid"))
     typer.echo(visible(f"next, test it with the rows and the model: align check {target} --deep"))
     typer.echo(visible(f"then: align run {target}"))

@@ -182,7 +182,7 @@ def _ended(error: BaseException, args: argparse.Namespace) -> int:
 
 def _last_words(error: BaseException, args: argparse.Namespace) -> str:
     """Return one line for an unexpected error; its traceback is written to a file."""
-    folder = Path(args.run_dir or "runs") / (args.stage or args.kind)
+    folder = Path(args.run_dir or args.runs) / (args.stage or args.kind)
     if (problem := storage_problem(error, folder)) is not None:
         return problem
     told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -201,15 +201,14 @@ def _last_words(error: BaseException, args: argparse.Namespace) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m align.stages", description="Run one stage of a recipe."
-    )
+    parser = argparse.ArgumentParser("python -m align.stages", description="Run one stage.")
     parser.add_argument("kind", help="kind of the stage, such as sft")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
     source.add_argument("--resolved", help="resolved recipe, as written by align run")
     parser.add_argument("--stage", help="stage name; default: the only one of this kind")
-    parser.add_argument("--run-dir", help="folder of the run; default: runs/<recipe name>")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--run-dir", help="folder of the run; default: RUNS/<recipe name>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--force", action="store_true", help="run a finished stage again")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
@@ -220,7 +219,8 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     """Run one stage in this process and return the exit code; call it once per process."""
     began = time.monotonic()
     handed = args.resolved is not None
-    recipe = read_resolved(args.resolved) if handed else load_recipe(args.recipe, args.overrides)
+    given = (args.recipe, args.overrides)
+    recipe = read_resolved(args.resolved) if handed else load_recipe(*given, runs=args.runs)
     name = args.stage or _only_stage(recipe, kind)
     spec = recipe.stages.get(name)
     if spec is None or spec.kind != kind:
@@ -230,7 +230,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     distributed.init_process_group(deterministic=recipe.deterministic, device=recipe.device)
     distributed.check_ranks(name, spec.ranks)
     setup_logging(distributed.rank())
-    run_dir = Path(args.run_dir or Path("runs") / recipe.name)
+    run_dir = Path(args.run_dir or args.runs / recipe.name)
     context = StageContext(recipe, name, run_dir, recipe.seed_of(name))
     manifest = _manifest_head(context, spec)
     # A finished stage with the same identity is skipped.

@@ -119,7 +119,7 @@ def test_shell_chain_starts_each_stage_in_order_and_stops_at_the_first_failure(t
     (launch / "sft.py").write_text(note + "sys.exit(2)\n")
     Path("r.yaml").write_text(RECIPE + "  again: {kind: sft, init: sft, data: [{world: sft}]}\n")
     done = subprocess.run(
-        ["sh", "launch/chain.sh", "r.yaml", "--set", "seed=4"],
+        ["sh", "launch/chain.sh", "r.yaml", "--runs", "there", "--set", "seed=4"],
         env={
             "PATH": "/usr/bin:/bin",
             "PYTHON": sys.executable,
@@ -131,9 +131,10 @@ def test_shell_chain_starts_each_stage_in_order_and_stops_at_the_first_failure(t
         check=False,
     )
     assert done.returncode == 2, done.stderr
+    base, sft = ("--recipe r.yaml --stage base", "--recipe r.yaml --stage sft")
     assert Path("calls.txt").read_text().splitlines() == [
-        "--recipe r.yaml --stage base --run-dir runs/toy --set seed=4",
-        "--recipe r.yaml --stage sft --run-dir runs/toy --set seed=4 --set stages.sft.ranks=1",
+        f"{base} --run-dir there/toy --runs there --set seed=4",
+        f"{sft} --run-dir there/toy --runs there --set seed=4 --set stages.sft.ranks=1",
     ]
 
 

@@ -88,7 +88,7 @@ def test_a_dataset_with_its_own_splits_keeps_them():
     [
         ("model", {"prompt": "a"}, "x.jsonl: prompts without an expected answer"),
         ("model", {"strange": "a"}, "x.jsonl:1: no known format has the fields"),
-        ("nowhere", {"text": "a"}, "--model nowhere: no such folder, and no hub id"),
+        ("nowhere", {"text": "a"}, "nowhere: no such model; expected RUN/STAGE"),
     ],
 )
 def test_what_gives_no_recipe_is_one_line(model: str, row: dict[str, Any], told: str):

@@ -133,7 +133,7 @@ def test_a_symbolic_link_of_a_cache_is_followed(source: Path, tmp_path: Path) ->
 
 def run(recipe: Path, folder: Path, **flags: Any) -> None:
     given = {"resolved": None, "recipe": str(recipe), "stage": "base", "overrides": []}
-    given |= {"run_dir": str(folder), "force": False} | flags
+    given |= {"runs": folder.parent, "run_dir": str(folder), "force": False} | flags
     assert base.run_stage("base", argparse.Namespace(**given)) == 0
 
 

@@ -1,11 +1,13 @@
 """The three forms in which a command names a model, and a hub id read from a cache."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import align
 from align.api.given import base_stage, rewards
 from align.api.running import load_recipe
 from align.cli import cli
@@ -15,6 +17,11 @@ from align.core.references import find_model
 from align.models.loading import model_folder
 from align.recipe.schema import references
 from align.recipe.schema.evaluate import EvaluateStage
+from align.stages import base as stages
+from align.stages.tools import calibrate, chat, reward_cards, serve
+
+DATA = [{"world": "sft"}]
+ROWS = [{"prompt": "a", "completion": "b"}]
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +162,73 @@ def test_a_recipe_names_a_stage_below_the_folder_of_the_option_runs():
         "init: elsewhere/quick/sft"
         in runner.invoke(cli, ["show", "next.yaml", "--runs", "elsewhere"]).output
     )
+
+
+def test_python_and_init_look_below_the_folder_of_the_runs_that_is_given():
+    Path("runs").rename("elsewhere")
+    runs = Path("elsewhere")
+    assert base_stage("quick/sft", None, runs) == ({}, "elsewhere/quick/sft")
+    assert rewards("quick/reward", runs) == [{"kind": "scalar", "model": "elsewhere/quick/reward"}]
+    recipe = {"name": "n", "stages": {"s": {"kind": "sft", "init": "quick/sft", "data": DATA}}}
+    assert references(load_recipe(recipe, runs=runs).stages["s"])["init"] == "elsewhere/quick/sft"
+    with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+        load_recipe(recipe)
+    # The functions fail for the unknown key only after they have found the model.
+    with pytest.raises(RecipeError, match=r"^align\.sft: stepz: unknown key"):
+        align.sft(model="quick/sft", data=ROWS, runs=runs, stepz=1)
+    with pytest.raises(ArtifactError, match="no such model; expected RUN/STAGE"):
+        align.sft(model="quick/sft/", data=ROWS, stepz=1)
+    given = {"rewards": "quick/reward", "steps": 1, "stepz": 1}
+    with pytest.raises(RecipeError, match=r"^align\.grpo: stepz: unknown key"):
+        align.grpo(model="quick/sft", data=ROWS, runs=runs, **given)
+    # init proposes stages that start from it, without a base stage.
+    Path("x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["init", "--model", "quick/sft", "--data", "x.jsonl", "--runs", "elsewhere"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    stages = load_recipe("my-run.yaml", runs=runs).stages
+    assert list(stages) == ["sft"]
+    assert references(stages["sft"])["init"] == "elsewhere/quick/sft"
+
+
+def test_a_launch_script_looks_below_the_folder_of_the_option_runs(monkeypatch):
+    Path("runs").rename("elsewhere")
+    Path("next.yaml").write_text(
+        "name: next\nstages:\n  dpo: {kind: dpo, init: quick/sft, data: [{world: preference}]}\n"
+    )
+    began: list[stages.StageContext] = []
+
+    def begin(context: stages.StageContext, *rest: object, **options: object) -> None:
+        began.append(context)  # None: the stage counts as finished
+
+    monkeypatch.setattr(stages, "_begin", begin)
+    for words, folder in (([], "elsewhere/next"), (["--run-dir", "there"], "there")):
+        given = ["--recipe", "next.yaml", "--runs", "elsewhere", *words]
+        monkeypatch.setattr(sys, "argv", ["dpo.py", "dpo", *given])
+        assert stages.run_stage("dpo", stages._arguments()) == 0
+        assert began[-1].run_dir == Path(folder)
+        assert began[-1].folder_of("elsewhere/quick/sft") == Path("elsewhere/quick/sft")
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "dpo", "--recipe", "next.yaml"])
+    with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+        stages.run_stage("dpo", stages._arguments())
+
+
+def test_the_scripts_of_a_model_look_below_the_folder_of_the_runs(monkeypatch, capsys, caplog):
+    Path("runs").rename("elsewhere")
+    Path("p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for module, words in (
+        (chat, ["quick/reward"]),
+        (serve, ["quick/sft"]),
+        (reward_cards, ["quick/sft", "--out", "o.json"]),
+        (calibrate, ["quick/sft", "--pairs", "p.jsonl", "--out", "o.json"]),
+    ):
+        said = []
+        for more in ([], ["--runs", "elsewhere"]):
+            monkeypatch.setattr(sys, "argv", ["script", *words, *more])
+            with pytest.raises(SystemExit) as ended:
+                module.main()
+            assert ended.value.code == 2
+            said.append(capsys.readouterr().err + caplog.text)
+            caplog.clear()
+        # Found the second time: what is in the folder is of another kind than the script needs.
+        assert ["the artifact is a" in text for text in said] == [False, True], module

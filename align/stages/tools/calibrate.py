@@ -8,14 +8,17 @@ from typing import NoReturn
 
 from align.core.artifacts import write_json_atomic
 from align.core.errors import EXIT_OK, AlignError
+from align.core.references import find_model
 from align.recipe.schema import DataSpec, EndpointSpec, PairwiseSpec
+from align.recipe.schema.evaluate import LONGER
 from align.stages.evaluate.judge import calibrate
 
 
 def main() -> NoReturn:
     """Calibrate the judge named on the command line and exit."""
     parser = argparse.ArgumentParser(description="Calibrate a judge on human preference pairs.")
-    parser.add_argument("judge", help="endpoint's URL, runs/<recipe>/<reward stage>, or 'longer'")
+    parser.add_argument("judge", help="endpoint's URL, RUN/STAGE of a reward model, or 'longer'")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--model", help="name of the model at the endpoint")
     parser.add_argument("--pairs", required=True, help="file of preference pairs")
     parser.add_argument("--rows", type=int, help="pairs to judge; all by default")
@@ -31,8 +34,10 @@ def main() -> NoReturn:
         held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
         data = data.model_copy(update=held_out)
     try:
+        is_model = args.model is None and args.judge != LONGER
+        judge = str(find_model(args.judge, args.runs)) if is_model else args.judge
         found = calibrate(
-            args.judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
+            judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(args.out, found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from align.core.errors import EXIT_OK, AlignError, DataError
+from align.core.references import find_model
 from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
 
@@ -150,7 +151,8 @@ def _typed_lines() -> Iterator[str]:
 def main() -> None:
     """Chat with the artifact named on the command line."""
     parser = argparse.ArgumentParser(description="Chat with a model.")
-    parser.add_argument("artifact", type=Path, help="folder of a stage or model, or a hub id")
+    parser.add_argument("artifact", help="RUN/STAGE, a folder or a hub id")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -162,7 +164,7 @@ def main() -> None:
         from align.models.bringing import check_folder, one_line
         from align.models.loading import model_folder
 
-        folder = model_folder(args.artifact, "policy")
+        folder = model_folder(find_model(args.artifact, args.runs), "policy")
 
         check_folder(str(folder))
         logging.disable_progress_bar()

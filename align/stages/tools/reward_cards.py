@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from align.core.artifacts import Artifact, read_artifact, write_json_atomic
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.log import setup_logging
+from align.core.references import find_model
 from align.recipe.schema import DataSpec
 from align.stages.evaluate.reward_cards import CardInput, build_cards
 
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 def main() -> NoReturn:
     """Measure the reward models named on the command line, write their cards, and exit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifacts", nargs="+", type=Path, help="folders of reward stages")
+    parser.add_argument("artifacts", nargs="+", help="RUN/STAGE or folder of each reward stage")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument(
         "--pairs", help="data sources as JSON; default: the held-out data of the stage"
     )
@@ -30,7 +32,10 @@ def main() -> NoReturn:
     setup_logging(0)
     code = EXIT_OK
     try:
-        models = {str(path): read_artifact(path, "reward_model") for path in args.artifacts}
+        models = {
+            name: read_artifact(find_model(name, args.runs), "reward_model")
+            for name in args.artifacts
+        }
         write_json_atomic(args.out, measure(models, args.pairs, args.sets))
     except AlignError as error:
         log.error("%s", error)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from align.core.artifacts import MANIFEST, read_json_object
 from align.core.errors import AlignError, ArtifactError
 from align.core.log import setup_logging
+from align.core.references import find_model
 from align.models.loading import model_folder
 from align.tuning.loading import attach_adapter
 
@@ -20,9 +21,8 @@ MAX_CONNECTIONS = 256
 def main() -> NoReturn:
     """Serve until interrupted, then exit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "artifact", type=Path, help="folder of a reward stage or model, or a hub id"
-    )
+    parser.add_argument("artifact", help="RUN/STAGE, a folder or a hub id of a reward model")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument(
@@ -31,7 +31,12 @@ def main() -> NoReturn:
     args = parser.parse_args()
     setup_logging(0)
     try:
-        serve(args.artifact, host=args.host, port=args.port, combine=args.combine)
+        serve(
+            find_model(args.artifact, args.runs),
+            host=args.host,
+            port=args.port,
+            combine=args.combine,
+        )
     except (AlignError, ValueError) as error:
         log.error("%s", error)
         sys.exit(error.exit_code if isinstance(error, AlignError) else 2)
