@@ -154,7 +154,7 @@ def planted(engine: Any, policy: Policy, fault: Fault, old: Named, new: Named) -
 
 
 def same(arriving: Named, new: Named, dtype: torch.dtype) -> bool:
-    """Return whether what arrives is no other model in the engine's number format."""
+    """Return whether the received weights equal the sent ones in the engine's number format."""
     if arriving.keys() != new.keys():
         return False
     return all(torch.equal(x.to(dtype), new[n].to(dtype)) for n, x in arriving.items())

@@ -147,7 +147,7 @@ class Rule:
     """Apply a function of (response text, column value) to each row and count failures.
 
     A row for which the function raises gets None, and its reason is counted in ``invalid``. An
-    exception is no evidence about the response, so it never becomes a score of 0.
+    exception is not evidence about the response, so it never becomes a score of 0.
     """
 
     def __init__(

@@ -162,7 +162,7 @@ def _entry_point(row: Mapping[str, Any]) -> str | None:
     if not isinstance(found, str):
         return None
     if not _ENTRY.fullmatch(found):
-        raise InvalidScoreError("entry_point is no name of a function")
+        raise InvalidScoreError("entry_point is not the name of a function")
     return found
 
 
@@ -214,7 +214,7 @@ def _from_mapping(value: Mapping[str, Any], setup: list[str]) -> Tests:
     if name is None:
         return Tests(inputs=[_lines(x) for x in inputs], outputs=[_lines(x) for x in outputs])
     if not str(name).isidentifier():
-        raise InvalidScoreError("fn_name is no name of a function")
+        raise InvalidScoreError("fn_name is not the name of a function")
     target = f"(Solution().{name} if '{name}' not in globals() else {name})"
     sources = []
     for given, expected in zip(inputs, outputs, strict=True):
@@ -352,7 +352,7 @@ class CodeReward:
         if any(found.get("passed", ())) and not found["calls"]:
             raise InvalidScoreError("the tests call no function of the program")
         passed = found.get("passed", [])
-        # A package that this machine lacks is no fault of the response.
+        # A package that this machine lacks is not a fault of the response.
         if "setup" in found and sum(passed) < len(tests.sources):
             raise InvalidScoreError(f"the setup of the row's tests fails: {found['setup']}")
         return self._share(passed, len(tests.sources))

@@ -258,7 +258,7 @@ def fill(text: str, spaces: Mapping[str, Any]) -> str:
             except (LookupError, TypeError):
                 parse = step == "output_json" and space == "sample"
                 kind = "sample_parse_error" if parse else "invalid_variable_error"
-                why = "the response is no JSON" if parse else f"there is no {step!r}"
+                why = "the response is not JSON" if parse else f"there is no {step!r}"
                 raise RunError(kind, f"{{{{{match[1][:80]}}}}}: {why}") from None
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
@@ -273,6 +273,6 @@ def sample_of(text: str) -> dict[str, Any]:
         "output_tools": [],
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
-    with suppress(ValueError, RecursionError):  # it is no JSON
+    with suppress(ValueError, RecursionError):  # it is not JSON
         sample["output_json"] = json.loads(text)
     return sample

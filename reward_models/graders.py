@@ -206,7 +206,7 @@ def _asked(grader: ScoreModel | LabelModel, space: Mapping[str, Any], ask: Ask) 
         return float(label in grader.passing_labels)
     number = NUMBER.search(reply)
     if number is None or not low <= float(number[0]) <= high:
-        raise RunError("model_grader_parse_error", f"{reply[:80]!r} is no number in the range")
+        raise RunError("model_grader_parse_error", f"{reply[:80]!r} is not a number in the range")
     return float(number[0])
 
 

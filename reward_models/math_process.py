@@ -72,7 +72,7 @@ def compare(answer: str, reference: str) -> dict[str, Any]:
     """
     from math_verify import parse, verify
 
-    # An unreadable reference is no evidence about the response: invalid, not 0.
+    # An unreadable reference is not evidence about the response: invalid, not 0.
     gold = _reference(parse, reference)
     if not gold:
         return {"invalid": "reference contains no expression"}

@@ -33,7 +33,7 @@ _UNITS = frozenset(_UNIT_NAMES.split())
 _PER = r"\s{0,2}/\s?(?=[^\W\d_]{3}|(?:" + "|".join(sorted(_UNITS)) + r")(?![^\W_]))"
 """A slash before a unit of three letters or a known one: 18/hour, 60 km/h; 3/x is a quotient."""
 _LATEX = (
-    # A command ends at the first character that is no letter: \times10 is \times and 10.
+    # A command ends at the first character that is not a letter: \times10 is \times and 10.
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"\\!|\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])|\\[()\[\]]|\$\$", ""),
     (r"\{,\}", ","),

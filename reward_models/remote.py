@@ -191,7 +191,7 @@ class RemoteReward:
             connection.request(method, address.path + path, body=data, headers=headers)
             answer = connection.getresponse()
             text = answer.read(MAX_ANSWER_BYTES + 1)
-            # With a limit, a body that ends too soon is no error of the library's.
+            # With a limit, a body that ends too soon is not an error of the library's.
             if answer.length and len(text) <= MAX_ANSWER_BYTES:
                 raise http.client.IncompleteRead(text, answer.length)
         except (OSError, http.client.HTTPException) as error:

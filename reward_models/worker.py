@@ -137,7 +137,7 @@ def _ready(reader: int, writer: int | None, wait_s: float) -> tuple[bool, bool]:
 def _pass_on(printed: int, left: list[int], name: str) -> None:
     """Write what a worker prints to standard error, up to ``left[0]`` bytes over its restarts.
 
-    The worker itself is no argument: it must be collected, and its process killed, when unused.
+    The worker itself is not an argument: it must be collected, and its process killed, when unused.
     """
     with os.fdopen(printed, "rb", buffering=0) as stream:
         while part := stream.read(65536):

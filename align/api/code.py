@@ -279,7 +279,7 @@ def _source(function: Any, root: str, *, name: str) -> str:
         what = f"the source of '{_name(function)}' cannot be found ({error})"
         raise RecipeError(f"function '{root}': {what}; {_INSTEAD}") from error
     if not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        raise RecipeError(f"function '{root}': '{_name(function)}' is no 'def'; write it as one")
+        raise RecipeError(f"function '{root}': '{_name(function)}' is not a 'def'; write it as one")
     return text.strip()
 
 

@@ -168,7 +168,7 @@ def _function(path: str | None) -> str | None:
     """Return the function of ``--map``.
 
     Raises:
-        DataError: it is no function of a file or module that exists.
+        DataError: it is not a function of a file or module that exists.
     """
     from align.recipe.own_code import problem_of
 

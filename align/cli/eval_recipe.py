@@ -191,7 +191,7 @@ def find_checkpoint(name: str, runs: Path) -> Path:
 
     Raises:
         ArtifactError: there is no such model.
-        RecipeError: it is no policy.
+        RecipeError: it is not a policy.
     """
     place = find_model(name, runs)
     kind = artifact_kind(place)

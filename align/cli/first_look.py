@@ -63,7 +63,7 @@ def first_look(resolved: Resolved) -> FirstLook:
     found = FirstLook()
     num_gpus = len(list_gpus())
     if (problem := missing_device(resolved.recipe.device)) is not None:
-        found.problems.append(f"{resolved.origins.get('device', 'recipe')}: {problem}")
+        found.problems.append(f"{resolved.places.get('device', 'recipe')}: {problem}")
     for name, spec in resolved.recipe.stages.items():
         for key, owner, source in _sources(spec, f"stages.{name}"):
             try:
@@ -161,7 +161,6 @@ def _devices(spec: StageSpec, key: str, num_gpus: int) -> list[str]:
 
 def _place(resolved: Resolved, key: str) -> str:
     """Return the place of a key in the recipe as the start of a message."""
-    origins = [resolved.origins.get(k, "") for k in (f"{key}.path", f"{key}.labels", key)]
-    # Those of the recipe's file have a line; others are defaults.
-    origin = next((origin for origin in origins if ":" in origin), None)
-    return f"{key}: " if origin is None else f"{origin}: {key}: "
+    keys = (f"{key}.path", f"{key}.labels", key)
+    place = next((resolved.places[k] for k in keys if k in resolved.places), None)
+    return f"{key}: " if place is None else f"{place}: {key}: "

@@ -242,7 +242,7 @@ def _manifest_problem(found: object) -> str | None:
         if not all(isinstance(entry, dict) for entry in entries):
             return f"'{key}' is of another type"
     if not isinstance(found.get("seconds", 0.0), int | float):
-        return "'seconds' is no number"
+        return "'seconds' is not a number"
     if not all(is_file_record(entry) for entry in found.get("files", {}).values()):
         return "a file's entry has no size or sha256"
     return None

@@ -83,7 +83,7 @@ def announce_build(name: str) -> None:
 
 
 def wait_for_builds() -> None:
-    """Wait until no process compiles; torch would wait without a word, and for a dead one too."""
+    """Wait until no process compiles; torch would wait silently, even for a dead process."""
     said = -math.inf
     while True:
         _remove_stale_locks()

@@ -53,7 +53,7 @@ def write_patiently(
     while True:
         try:
             return write()
-        # Writers raise errors of several libraries; what is no full disk is raised again.
+        # Writers raise errors of several libraries; errors other than a full disk are raised again.
         except Exception as error:
             if not _is_full(error) or time.monotonic() >= deadline:
                 raise

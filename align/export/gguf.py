@@ -145,7 +145,7 @@ def _write_config(writer: Any, config: PreTrainedConfig, *, name: str, kind: str
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """Return by what Llama 3.1's scaling divides each rotary frequency; None without scaling.
+    """Return the divisors of Llama 3.1's scaling of the rotary frequencies; None without scaling.
 
     With the wavelength w of a frequency in tokens and c = ``original_max_position_embeddings``:
     1 for w below c / ``high_freq_factor``, ``factor`` for w above c / ``low_freq_factor``, and in

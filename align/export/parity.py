@@ -208,7 +208,7 @@ def compare(original: Behavior, exported: Behavior, probe: Probe) -> Parity:
 
 
 def _kl(original: Tensor, exported: Tensor) -> Tensor:
-    """Return KL(original || exported) of each token, (T,) in nats; infinite if it is no number."""
+    """Return KL(original || exported) of each token, (T,) in nats; infinite instead of NaN."""
     if original.shape != exported.shape:
         return torch.full((1,), torch.inf)
     kl = (original.exp() * (original - exported)).sum(-1)
@@ -273,7 +273,7 @@ def _coarse_kl(ours: Tensor, theirs: Mapping[int, float]) -> float:
 def _text_problems(
     original: Behavior, responses: Sequence[Sequence[int]], probe: Probe, *, bound: Bound
 ) -> Iterator[str]:
-    """Yield one line for each greedy response that differs and is no tie."""
+    """Yield one line for each greedy response that differs and is not a tie."""
     ends = zip(original.responses, responses, original.logprobs, strict=False)
     for i, (ours, theirs, logprobs) in enumerate(ends):
         if list(ours) == list(theirs):

@@ -1,6 +1,6 @@
 """Per-token KL estimates against the reference policy, and controllers of the KL coefficient."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 import math
 
 import torch

@@ -1,6 +1,6 @@
 """Policy losses of the online methods, and importance weights for the sampler's distribution."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 from dataclasses import dataclass
 
 import torch

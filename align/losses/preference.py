@@ -3,7 +3,7 @@
 Bradley-Terry for scorers; DPO, SimPO, ORPO and KTO for policies.
 """
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 from dataclasses import dataclass
 
 import torch

@@ -1,6 +1,6 @@
 """Sums and means over masked tokens; global denominators are passed in, not computed here."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Losses of scorers beyond plain pairs: ties, and answers or steps judged one by one."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 import math
 
 import torch

@@ -1,6 +1,6 @@
 """The critic's clipped value loss."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 from jaxtyping import Float
 from torch import Tensor, maximum
 

@@ -1,6 +1,6 @@
 """Advantage estimators: how much better a token or a response was than expected."""
 
-# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are no forward references
+# ruff: noqa: F722 - jaxtyping writes shapes as strings; they are not forward references
 import math
 from collections.abc import Callable
 

@@ -124,8 +124,8 @@ def apply_scores(
 ) -> Experience:
     """Return the experience with scores; responses without one, or masked, are not trained.
 
-    A total that is not finite is no score. A response with a token whose log-probability the
-    sampler gave as -inf or NaN has none either: nothing says how it was drawn.
+    A total that is not finite does not count as a score. A response has no score either if the
+    sampler's log-probability of one of its tokens is -inf or NaN.
 
     Args:
         experience: the responses. scores: their scores.

@@ -15,7 +15,7 @@ from align.core.text import visible
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
 """Matches the readable lines of align.core.log: rank 0's time and text."""
 _DETAIL = re.compile(r"\s|\S+ \d+/\d+  |step \d+: |error: ")
-"""Log lines that are no phase: of the preflight card, of a step, an alarm or an error."""
+"""Log lines that are not phases: of the preflight card, of a step, an alarm or an error."""
 RECENT = 16
 """Steps over which the tokens per second are averaged."""
 
@@ -63,7 +63,7 @@ class Followed:
         first: first row of this attempt's metrics, None before it.
         last: newest value of every metric.
         sample: newest sampled response, None before the first.
-        phase: newest line of the log that is no detail; empty before it.
+        phase: newest line of the log that is not a detail; empty before it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -60,8 +60,8 @@ def read_hostfile(path: Path) -> list[Host]:
         # A name that starts with a dash would be an option of ssh.
         if found is None or int(found[2]) < 1 or found[1].startswith("-"):
             raise DeviceError(
-                f"{path}:{number}: '{text}' is no host. Expected a name or address and its number "
-                "of ranks, such as: node1 slots=8"
+                f"{path}:{number}: '{text}' is not a host. Expected a name or address and the "
+                "number of its ranks, such as: node1 slots=8"
             )
         if any(host.name == found[1] for host in hosts):
             raise DeviceError(f"{path}:{number}: host {found[1]} is listed twice. Add its slots")

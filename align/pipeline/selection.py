@@ -115,8 +115,8 @@ def _redone(
         if changed:
             lines = [f"{s.name}: changed since it ran: {s.reason}" for s in changed]
             advice = (
-                "use --force (in Python force=True) to run them again, or another name: in the "
-                "recipe (out= in Python) to keep both"
+                "to replace these results, add --force (in Python: force=True); to keep them, "
+                "change the recipe's name (in Python: out=)"
             )
             raise RecipeError("\n".join([*lines, advice]))
         return set()

@@ -284,8 +284,8 @@ def own_forward(
 ) -> Finding:
     """Compare each token packed, alone, and by the model's own forward and logits.
 
-    In 16 bits the model differs from itself by rounding: packed against alone is held to what alone
-    differs from the model's own forward, and that to the size of rounding.
+    In 16 bits, rounding makes even these differ. The difference between packed and alone may be as
+    large as that between alone and the model's own forward, which may be as large as rounding.
     """
     # Short sequences only: the model's own forward pass returns logits for the whole vocabulary.
     sides = [side.input_ids for row in rows for side in sides_of(row)]

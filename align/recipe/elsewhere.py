@@ -57,7 +57,7 @@ def name_folder(data: Any, key: Key, folder: str) -> None:
 def path_problem(
     name: str, wanted: Sequence[str], *, expected: str, fitting: Sequence[str]
 ) -> str | None:
-    """Return why a folder is no artifact of a wanted kind; None if it is one."""
+    """Return why a folder is not an artifact of a wanted kind, or None if it is one."""
     folder = Path(name)
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -65,7 +65,9 @@ def path_problem(
             advice = "; import a Hugging Face model with a stage 'kind: base, path: ...'"
         else:
             advice = suggest(name, fitting)
-        state = "a folder without manifest.json" if folder.is_dir() else "no stage and no folder"
+        state = (
+            "a folder without manifest.json" if folder.is_dir() else "neither a stage nor a folder"
+        )
         return f"'{name}' is {state}; {expected} or the folder of an artifact{advice}"
     found = read_mapping(manifest)
     if not found:

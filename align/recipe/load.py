@@ -184,11 +184,13 @@ class Resolved:
         recipe: the validated recipe.
         origins: dotted key of every value to ``file:line``, ``--set`` or ``default``.
         data: the recipe as plain data, including all defaults.
+        places: dotted key of every value of a file to ``file:line:column``.
     """
 
     recipe: Recipe
     origins: Mapping[str, str]
     data: Mapping[str, Any]
+    places: Mapping[str, str]
 
 
 def write_resolved(recipe: Recipe, path: Path) -> None:
@@ -301,7 +303,9 @@ def resolve(
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
-    return Resolved(recipe, _origins(data, source.marks), data)
+    marked = {".".join(map(str, key)): mark for key, mark in source.marks.items() if mark.line}
+    places = {key: mark.at_value() for key, mark in marked.items()}
+    return Resolved(recipe, _origins(data, source.marks), data, places)
 
 
 def _validated(source: Source) -> tuple[Recipe | None, list[str]]:

@@ -48,7 +48,7 @@ def place_own_code(source: Source, folder: Path) -> None:
 
 
 def problem_of(path: str) -> str | None:
-    """Return why ``FILE.py:NAME`` or ``MODULE:NAME`` is no function; None if nothing is wrong."""
+    """Return why ``FILE.py:NAME`` or ``MODULE:NAME`` is not a function, or None."""
     place, _, name = path.rpartition(":")
     file = source_file(path)
     if file is None:

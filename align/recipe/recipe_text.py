@@ -1,4 +1,4 @@
-"""Read the text of a recipe file, and say what a file is that is no recipe."""
+"""Read the text of a recipe file, and describe a file that is not a recipe."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def read_text(path: Path, *, limit: int) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RecipeError: it is a folder, cannot be read, or is no UTF-8 text.
+        RecipeError: it is a folder, cannot be read, or is not UTF-8 text.
     """
     if path.is_dir():
         run = any(path.glob("*/recipe.yaml"))
@@ -48,7 +48,7 @@ def read_text(path: Path, *, limit: int) -> str:
 
 
 def not_a_recipe(path: Path, node: yaml.Node | None) -> str:
-    """Return what a YAML file is whose top level is no mapping, and what is expected."""
+    """Return a description of a YAML file whose top level is not a mapping."""
     expected = "expected a mapping with the keys 'name' and 'stages'"
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         return f"{path}: the file is empty; {expected}. align init writes one"

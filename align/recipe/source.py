@@ -18,7 +18,7 @@ from align.core.bounded_yaml import Limits, compose
 from align.core.errors import RecipeError
 from align.core.text import is_secret_name, keep_secret, shown
 from align.recipe.recipe_text import foreign_file, not_a_recipe, read_text
-from align.recipe.yaml_problems import yaml_problem
+from align.recipe.yaml_problems import place_of, yaml_problem
 
 Key = tuple[str | int, ...]
 
@@ -222,7 +222,7 @@ def parse_file(path: Path) -> Source:
     except yaml.MarkedYAMLError as e:
         if problem := foreign_file(path, text):
             raise RecipeError(problem) from e
-        at = e.problem_mark or e.context_mark
+        at = place_of(e)
         where = f"{path}:{at.line + 1}:{at.column + 1}" if at else str(path)
         raise RecipeError(f"{where}: not valid YAML: {yaml_problem(e)}") from e
     except yaml.YAMLError as e:

@@ -33,7 +33,7 @@ def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
             each side.
         count: approximate number of steps.
     """
-    # Means of equal numbers differ in their last digits, which are no range to draw.
+    # Means of equal numbers differ in their last digits, which are not a range to draw.
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad

@@ -99,7 +99,7 @@ class Auth:
         """Return a new token of this name, of which only the hash is kept.
 
         Raises:
-            RecipeError: the name is taken or is no name.
+            RecipeError: the name is taken or is not a name.
         """
         if not name.strip() or len(name) > 64 or not name.isprintable():
             raise RecipeError(f"--new-token {name!r}: expected a name of 1 to 64 characters")

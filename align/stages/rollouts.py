@@ -211,7 +211,7 @@ def build_rewards(
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
         rewards = [build_reward(p) for p in plain]
-    # A server that cannot be reached is no mistake in the recipe.
+    # A server that cannot be reached is not a mistake in the recipe.
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
     except ValueError as error:

@@ -85,7 +85,7 @@ class Learner:
         """Wrap ``module`` in a DeepSpeed engine.
 
         Args:
-            module: its forward is what the loss functions call.
+            module: the model; the loss functions call its forward.
             optim: optimizer and schedule. zero: how state is sharded. dtype: of the weights.
             total_steps: length of the learning-rate schedule, in optimizer steps.
             layers: which layers train when and how fast; None trains all alike.

@@ -66,7 +66,7 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers that a saved model has, under their names there.
 
-    Such is the bias with which the routers of DeepSeek-V3 choose experts: it is no parameter, and
+    An example is the bias of DeepSeek-V3's routers: it is not a parameter, and
     nothing here trains it.
     """
     base: Any = causal_lm(module)

@@ -36,7 +36,7 @@ def _lora_layers(model: nn.Module) -> list[Any]:
 
 def as_lora(model: "PeftModel", state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Return a PiSSA adapter's tensors and configuration as a LoRA of twice the rank."""
-    # What is no low-rank update stays: rows of new tokens.
+    # Rows of new tokens are not a low-rank update, so they stay.
     found = {name: x for name, x in state.items() if ".lora_" not in name}
     for name, layer in model.named_modules():
         if not hasattr(layer, "pissa_A0"):

@@ -107,7 +107,7 @@ def trainable_rows(
         if odd or getattr(table, "bias", None) is not None:
             raise RecipeError(
                 f"tuning.method {tuning.method}: the rows of single tokens cannot be trained in "
-                f"the {what} of {type(model).__name__}, which has a bias, is no plain table, or "
+                f"the {what} of {type(model).__name__}, which has a bias, is not a plain table, or "
                 "is partitioned by ZeRO-3. Train with method full first"
             )
     # A tied head follows the embeddings.

@@ -1,6 +1,6 @@
 """Values as plain data: JSON, with containers other than dict tagged by their type.
 
-Programs and their tests exchange nothing else; what is no plain data stays with the program.
+Programs and their tests exchange only these; other values stay with the program.
 """
 
 import collections

@@ -26,7 +26,7 @@ MAX_MESSAGE = 2**24
 MAX_ITEMS = 100_000
 """Items that are taken from an iterator."""
 Plain = Any
-"""What a message consists of; see ``plain.py``, which is no package's where this file runs."""
+"""What a message consists of; see ``plain.py``, which is not in a package where this file runs."""
 _plain = runpy.run_path(str(Path(__file__).with_name("plain.py")))
 encode: Callable[[Any, Callable[[Any], int | str]], Plain] = _plain["encode"]
 decode: Callable[[Plain, Callable[[Any], Any]], Any] = _plain["decode"]
@@ -344,8 +344,8 @@ def _passes(text: str, names: dict[str, Any], entry: str | None) -> bool:
     except UnsupportedError:
         raise
     except ModuleNotFoundError as error:
-        # A package that this machine lacks is no fault of the program, which raises its own errors
-        # without a name.
+        # A package that this machine lacks is not the program's fault. The program's own errors
+        # have no name.
         if error.name and error.name.partition(".")[0] != "solution":
             raise UnsupportedError(
                 f"the row's tests need the module {error.name}, which is missing"

@@ -310,7 +310,7 @@ class _Hostile:
 def test_a_record_builds_data_only(value: object) -> None:
     row = TokenRow((1, 2), (False, True), "a:1", weights=(0.0, 0.5))
     assert value_of(record(row)) == row
-    with pytest.raises(DataError, match=r"is no data.*align cache --clean"):
+    with pytest.raises(DataError, match=r"is not data.*align cache --clean"):
         value_of(record(value))
     with pytest.raises(DataError, match="align cache --clean"):
         value_of(record(row)[:-4])

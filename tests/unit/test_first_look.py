@@ -45,7 +45,7 @@ def test_a_row_of_the_kind_that_the_stage_needs_passes(tmp_path: Path, kind: str
 @pytest.mark.parametrize(("kind", "given"), [("dpo", "sft"), ("kto", "sft"), ("classify", "dpo")])
 def test_a_row_of_another_kind_is_an_error_at_its_line(tmp_path: Path, kind: str, given: str):
     _, text = checked(tmp_path, stage(kind, write(tmp_path / "a.jsonl", ROWS[given])))
-    assert "my.yaml:7: stages.it.data.0: " in text
+    assert "my.yaml:7:19: stages.it.data.0: " in text
     assert "a.jsonl:1" in text
 
 

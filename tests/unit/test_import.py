@@ -173,7 +173,7 @@ def test_llama_factory_names_are_looked_up_in_dataset_info(tmp_path: Path):
         ("axolotl", {"datasets": "rows"}, None),
         ("axolotl", {"lora_r": "many"}, "lora_r: found 'many'; expected a number"),
         ("axolotl", {"special_tokens": ["a"]}, "special_tokens: found a list"),
-        ("llamafactory", {"stage": "grpo"}, "stage: 'grpo' is no stage; expected one of pt"),
+        ("llamafactory", {"stage": "grpo"}, "stage: 'grpo' is not a stage; expected one of pt"),
         ("trl", {"loss_type": "exo_pair", "beta": 0.1}, None),
     ],
 )

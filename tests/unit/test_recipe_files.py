@@ -28,7 +28,7 @@ LINES = {
     "openrlhf.yaml": (OPENRLHF.encode(), "this looks like a configuration of OpenRLHF"),
     "tune.yaml": (
         TORCHTUNE.encode(),
-        "no recipe: expected the keys 'name' and 'stages', found out",
+        "not a recipe. Expected the keys 'name' and 'stages', found out",
     ),
     "braces.yaml": (BASE.replace("x", "{{ x }}", 1).encode(), "Put {{ }} in quotes"),
     "tag.yaml": (BASE.replace("x", "!env X", 1).encode(), "YAML tag '!env' is not used"),

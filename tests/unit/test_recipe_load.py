@@ -101,9 +101,9 @@ def test_all_mistakes_come_at_once_in_order_of_line():
     assert mistakes(text) == [
         "r.yaml:2:7: seed: found 'x'; expected a whole number",
         "r.yaml:12:31: stages.sft.data.0.rows: found 0; expected a whole number >= 1",
-        "r.yaml:16:11: stages.rm.init: 'stf' is no stage and no folder; expected an earlier stage "
-        "that writes a policy or encoder (base, sft) or the folder of an artifact; did you mean "
-        "'sft'?",
+        "r.yaml:16:11: stages.rm.init: 'stf' is neither a stage nor a folder; expected an earlier "
+        "stage that writes a policy or encoder (base, sft) or the folder of an artifact; did you "
+        "mean 'sft'?",
         "r.yaml:23:31: stages.ppo.rewards.0.model: stage 'sft' (sft) writes a policy; expected an "
         "earlier stage that writes a reward_model (rm)",
     ]
@@ -356,7 +356,7 @@ def test_recipe_dir_is_the_folder_of_the_file_it_stands_in():
         ("name: {x: 1\nseed: 3", "2:5", "the mapping that begins with '{' in line 1"),
         ("name: x\nseed\nstages: 2", "3:1", "the key in line 2 has no ':'"),
         ("name:\n  b: 1\n c: 2", "3:2", "indented differently"),
-        ("name: 'x\nseed: 1\n", "3:1", "the quote that begins in line 1 is not closed"),
+        ("name: x\ndescription: 'x\nseed: 1\n", "2:14", "this quote is not closed"),
         ("name: *x", "1:7", "refers to no '&NAME'"),
         ("- a\nseed: 1", "2:1", "the entries of a list begin with '- '"),
         ('name: "\\q"', "1:8", "Use single quotes"),

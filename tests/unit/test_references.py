@@ -118,7 +118,7 @@ def test_a_recipe_and_python_name_a_stage_of_a_run_as_a_command_does():
     # A stage that is not finished, and a reward model where a policy is wanted, are named.
     recipe["stages"]["dpo"]["init"] = "quick/dpo"
     with pytest.raises(
-        RecipeError, match=r"stages\.dpo\.init: 'quick/dpo' is no stage and no folder"
+        RecipeError, match=r"stages\.dpo\.init: 'quick/dpo' is neither a stage nor a folder"
     ):
         load_recipe(recipe)
     # A path is never looked up below the runs, as in a command.
@@ -126,7 +126,7 @@ def test_a_recipe_and_python_name_a_stage_of_a_run_as_a_command_does():
         with pytest.raises(ArtifactError, match="no such model"):
             find_model(name)
         recipe["stages"]["dpo"]["init"] = name
-        with pytest.raises(RecipeError, match=f"'{name}' is no stage and no folder"):
+        with pytest.raises(RecipeError, match=f"'{name}' is neither a stage nor a folder"):
             load_recipe(recipe)
     recipe["stages"]["dpo"]["init"] = "quick/reward"
     with pytest.raises(RecipeError, match="'runs/quick/reward' is a reward_model; expected"):
@@ -154,7 +154,7 @@ def test_a_recipe_names_a_stage_below_the_folder_of_the_option_runs():
     runner = CliRunner()
     for words in (["check"], ["show"], ["run", "--dry-run"]):
         given = [words[0], "next.yaml", *words[1:]]
-        with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+        with pytest.raises(RecipeError, match="'quick/sft' is neither a stage nor a folder"):
             runner.invoke(cli, given, catch_exceptions=False)
         done = runner.invoke(cli, [*given, "--runs", "elsewhere"], catch_exceptions=False)
         assert done.exit_code == 0, done.output

@@ -233,7 +233,7 @@ def test_a_function_that_no_column_names_is_invalid_and_not_zero():
         ),
         (
             {"test": "assert f(2) == 4", "entry_point": "a b"},
-            "entry_point is no name of a function",
+            "entry_point is not the name of a function",
         ),
     ):
         found, reward = scored([SQUARE], options={"isolation": "limits"}, **columns)

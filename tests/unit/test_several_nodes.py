@@ -366,7 +366,7 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "no host"),
-        ("localhost\n", "hosts:1: 'localhost' is no host"),
+        ("localhost\n", "hosts:1: 'localhost' is not a host"),
         ("localhost slots=0\n", "hosts:1: 'localhost slots=0'"),
         ("localhost slots=1\n-oProxyCommand=x slots=1\n", "hosts:2: '-oProxyCommand=x slots=1'"),
         ("localhost slots=1\nlocalhost slots=2\n", "listed twice"),

@@ -41,9 +41,8 @@ def code_of(name: str) -> Code:
     """
     known = codes()
     if name.upper() not in known:
-        raise DataError(
-            f"{name}: unknown code{suggest(name.upper(), known)}. Codes range from D001 to D122."
-        )
+        advice = suggest(name.upper(), known) or "; align explain lists all codes"
+        raise DataError(f"{name}: unknown code{advice}")
     return known[name.upper()]
 
 

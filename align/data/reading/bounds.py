@@ -26,7 +26,7 @@ def is_large(files: Sequence[Path]) -> bool:
     """Return whether the rows of these files have a store.
 
     Raises:
-        DataError: the setting is no number.
+        DataError: the setting is not a number.
     """
     given = os.environ.get(FROM)
     try:
@@ -58,7 +58,7 @@ def _allowed(limit: int) -> int:
     """Return a limit, or what the environment variable SETTING says instead.
 
     Raises:
-        DataError: the variable is no positive number.
+        DataError: the variable is not a positive number.
     """
     given = os.environ.get(SETTING)
     if given is None:

@@ -119,7 +119,7 @@ def _inside(name: object, index: Path) -> str:
     """Return a name or pattern of files from an index, which may name files of its folder only.
 
     Raises:
-        DataError: it is no text, or leads out of the folder.
+        DataError: it is not text, or leads out of the folder.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"{index}: found {shown(name)}, expected the name of a file", code="D013")

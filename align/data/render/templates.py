@@ -104,7 +104,7 @@ def with_stop(template: str) -> str:
 def prefill_in(generation_prompt: str, special: Collection[str]) -> str:
     """Return the part of a generation prompt that belongs to the response.
 
-    It begins with the first tag that is no special token, such as ``<think>``; what comes before
+    It begins with the first tag that is not a special token, such as ``<think>``; what comes before
     names the role. Without such a tag there is none.
     """
     for tag in re.finditer(r"<[A-Za-z][\w-]*>", generation_prompt):

@@ -109,11 +109,11 @@ class _Reader(pickle.Unpickler):
         if (module_name, global_name) not in self._PLAIN and (
             not module_name.startswith("align.") or "." in global_name
         ):
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is no data")
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not data")
         found = super().find_class(module_name, global_name)
         if (module_name, global_name) in self._PLAIN or is_dataclass(found):
             return found
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no data")
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is not data")
 
 
 def _zone(name: str) -> ZoneInfo:

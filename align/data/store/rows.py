@@ -27,7 +27,7 @@ class Part(Protocol):
     lengths: Ints
     """Tokens of each row; of a pair, those of its longer side."""
     is_plain: bool
-    """Whether tokens and masks say all that counts for the loss."""
+    """Whether the loss depends on tokens and masks only."""
 
     def row(self, place: int) -> Any:
         """Return a row."""
@@ -38,7 +38,7 @@ class Part(Protocol):
         ...
 
     def identity(self) -> str:
-        """Return a hash of what the part holds."""
+        """Return a hash of the part's contents."""
         ...
 
     def having(self, keys: Set[str]) -> Iterator[int]:

@@ -149,7 +149,7 @@ def convert(keys: Keys, method: str | None) -> Draft:
     """
     given = keys.text("stage", method or "sft").lower()
     if given not in KINDS:
-        raise keys.wrong("stage", f"'{given}' is no stage; expected one of {', '.join(KINDS)}")
+        raise keys.wrong("stage", f"'{given}' is not a stage; expected one of {', '.join(KINDS)}")
     for name in ("image_max_pixels", "video_max_pixels", "audio_sampling_rate", "media_dir"):
         if keys.has(name):
             raise keys.wrong(name, _IMAGES)

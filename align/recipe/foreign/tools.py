@@ -27,7 +27,7 @@ def refuse_foreign(data: Mapping[str, Any], path: str) -> None:
             )
     found = ", ".join(list(data)[:6]) + (", ..." if len(data) > 6 else "")
     raise RecipeError(
-        f"{path}: no recipe: expected the keys 'name' and 'stages', found {found or 'no key'}. "
+        f"{path}: not a recipe. Expected the keys 'name' and 'stages', found {found or 'no key'}. "
         "align init writes a recipe"
     )
 

@@ -44,7 +44,7 @@ class Files:
         self._folder.mkdir(exist_ok=True, mode=0o700)
 
     def path(self, name: str) -> Path:
-        """Return the place of a file or part; its id was made here and is no path."""
+        """Return the place of a file or part; its id was made here and is not a path."""
         return self._folder / f"{name}.jsonl"
 
     def write(self, name: str, sources: Iterable[BinaryIO], *, limit: int) -> tuple[int, str, str]:

@@ -208,7 +208,7 @@ def add_jobs(routes: APIRouter, api: Api) -> None:
         for i, (name, value) in enumerate(asked.items()):
             if name.startswith("metadata[") and name.endswith("]"):
                 pair = json.dumps([name[9:-1], value])
-                # The key is compared as a value: it is no part of the query. The number keeps
+                # The key is compared as a value: it is not part of the query. The number keeps
                 # several conditions apart.
                 condition = (
                     f"{i} = {i} AND EXISTS (SELECT 1 FROM json_each(request, '$.metadata') m"

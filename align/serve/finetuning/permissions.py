@@ -43,7 +43,7 @@ def _allow(
 ) -> list[dict[str, Any]]:
     """Return the permissions of projects to use a checkpoint, made where they are missing."""
     for project in projects:
-        # Again is no error, so that a retry finds its work done.
+        # A repeated call is not an error, so that a retry finds its work done.
         db.execute(
             "INSERT OR IGNORE INTO permissions (id, checkpoint, project, created_at)"
             " VALUES (?, ?, ?, ?)",

@@ -133,7 +133,7 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
 
 
 def _complete(api: Api, person: Person, *, name: str, asked: CompleteRequest) -> dict[str, Any]:
-    """Make a file of an upload's parts; again is no error, so that a retry finds its work done."""
+    """Make a file of an upload's parts; a repeated call returns the same file."""
     with api.store.read() as db:
         row = owned(db, "uploads", person, name=name)
         if row["status"] == "completed":  # the answer to the first request was lost

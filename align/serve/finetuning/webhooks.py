@@ -115,7 +115,7 @@ def send(url: str, body: str, headers: dict[str, str], *, private: bool) -> int:
 
     Raises:
         OSError: there is no answer, or the address is blocked.
-        http.client.HTTPException: the answer is no HTTP.
+        http.client.HTTPException: the answer is not HTTP.
     """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -99,8 +99,9 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
         pairs: the two answers to each item that both have labeled.
 
     Returns:
-        1 for complete agreement, about 0 for chance; None without items. Chance is what they would
-        agree if each drew from the answers that he gave; one and the same answer counts as 1.
+        1 for complete agreement, about 0 for chance; None without items. Chance is the
+        agreement of annotators who draw at random from their own answers. If all answers are the
+        same, the result is 1.
 
     Reference: Cohen (1960), A Coefficient of Agreement for Nominal Scales.
     """

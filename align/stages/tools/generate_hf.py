@@ -27,7 +27,7 @@ class _Text:
 
     Args:
         emit: sends a part.
-        stops: texts that end it and are no part of it.
+        stops: texts that end it and are not part of it.
     """
 
     def __init__(self, emit: Emit, stops: Sequence[str]) -> None:

@@ -217,7 +217,7 @@ def _function(reward: RewardFunction) -> Callable[..., list[float | None]]:
     def score(
         *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
     ) -> list[float | None]:
-        # TRL also passes its own state and callbacks, which are no columns of the rows.
+        # TRL also passes its own state and callbacks, which are not columns of the rows.
         listed = {k: v for k, v in columns.items() if isinstance(v, list)}
         return reward(prompts=prompts, completions=completions, **listed)
 
