@@ -12,8 +12,7 @@ from rich.table import Table
 from align.core.artifacts import read_json_object, read_manifest
 from align.core.errors import ArtifactError
 from align.core.extras import require
-from align.pipeline.progress import clock, metric_text
-from align.pipeline.terminal import make_console
+from align.pipeline.progress import clock, make_console, metric_text
 from align.report.read import RunRecord, StageRecord, read_run
 from align.report.results import result_lines
 

@@ -8,12 +8,12 @@ from typing import Any
 from align.api.given import Writer
 from align.api.result import Run
 from align.core.errors import EXIT_OK, EXIT_PREEMPTED, Preempted, RecipeError, RunError
-from align.pipeline.failures import last_messages
-from align.pipeline.following import LOG_LINE
+from align.pipeline.following import LOG_LINE, last_messages
+from align.pipeline.progress import make_console
 from align.pipeline.running import Signals
 from align.pipeline.running import run as run_recipe
 from align.pipeline.selection import NothingChanged
-from align.pipeline.terminal import Terminal, make_console
+from align.pipeline.terminal import Terminal
 from align.recipe.load import load_recipe as load_file
 from align.recipe.load import resolve
 from align.recipe.plain import read_plain

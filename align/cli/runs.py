@@ -71,7 +71,7 @@ def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
         left: names of the stages that are not done, in the order of the recipe.
     """
     from align.core.lock import RUN_LOCK, is_held
-    from align.pipeline.failures import ended_with_error
+    from align.pipeline.following import ended_with_error
 
     begun = [stage for stage in stages if stage.name in left]
     # A stage that a launcher started without align run has only a lock of its own.

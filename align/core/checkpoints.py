@@ -28,7 +28,7 @@ from align.core.artifacts import (
     read_json_object,
     write_json_atomic,
 )
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, Preempted
 from align.core.identity import GONE, find_difference, plain
 from align.core.lock import refuse_if_taken
 from align.core.storage import MIB, write_patiently
@@ -86,6 +86,24 @@ class CheckpointTimer:
         yield
         self._saved_at = CLOCK()
         self._took = self._saved_at - began
+
+    def after(self, step: int, *, last: int, save: Callable[[int], object]) -> None:
+        """Save a checkpoint if it is time, or if a signal stops the stage; every rank calls this.
+
+        Args:
+            step: number of steps done. last: number of all steps. save: saves the checkpoint of
+                a number of steps.
+
+        Raises:
+            Preempted: a signal stops the stage, and steps are left.
+        """
+        stop = distributed.stop_requested()
+        # The same on every rank, so that all of them or none ask due(), which may be a collective.
+        if stop or self.due(step):
+            with self.saving():
+                save(step)
+        if stop and step < last:
+            raise Preempted(f"stopped by a signal after step {step}. Run again to resume")
 
 
 def save_checkpoint(

@@ -6,20 +6,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from align.core.artifacts import file_sha256
 from align.core.errors import DataError
 from align.core.types import Example
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
 from align.data.formats.row_keys import QUESTION_TEXTS
-from align.data.labels import labels_file
+from align.data.labels import labels_file, snapshot_files
 from align.data.own_map import map_rows
 from align.data.reading.json import Row
-from align.data.reading.sources import named_source, read_rows
+from align.data.reading.read_log import num_rows, parsed_sha256
+from align.data.reading.sources import data_fingerprint, named_source, read_rows
 from align.data.split import side_of, split_key
 from align.data.toy import generate
 from align.data.wordings import word_row
@@ -347,3 +350,23 @@ def _chosen(size: int, count: int, *, seed: int, purpose: str) -> NDArray[np.int
     order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
     # In file order, so that a sample reads like the file.
     return np.sort(order.permutation(size)[:count])
+
+
+def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
+    """Return path, sha256 and rows of every file behind the data specs, for the manifest.
+
+    The hashes are of the bytes that were parsed when the rows were loaded.
+    """
+    found: list[dict[str, Any]] = []
+    for spec in (spec for group in groups for spec in group):
+        if spec.path is not None:
+            found += data_fingerprint(source_of(spec)[0])
+        elif spec.labels is not None:
+            read = [file for file in snapshot_files(spec.labels) if num_rows(file) is not None]
+            found += [entry for file in read for entry in data_fingerprint(str(file))]
+        else:
+            found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
+        if spec.templates is not None:
+            sha256 = parsed_sha256(file := Path(spec.templates)) or file_sha256(file)
+            found.append({"path": spec.templates, "rows": None, "sha256": sha256})
+    return found

@@ -1,10 +1,16 @@
 """Select rows as a pure function of (seed, step), so that resuming needs no saved state."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from align.data.augment import AugmentedRows
+
+Row = TypeVar("Row")
 
 
 @lru_cache(maxsize=2)
@@ -43,3 +49,12 @@ def batch_places(num_rows: int, batch_size: int, *, seed: int, step: int) -> lis
 def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
     """Return the rows of one step; see ``batch_places``."""
     return [row for row, _ in batch_places(num_rows, batch_size, seed=seed, step=step)]
+
+
+def pick(rows: Sequence[Row], batch_size: int, *, seed: int, step: int) -> list[Row]:
+    """Return the rows of one step themselves; see ``batch_places``."""
+    places = batch_places(len(rows), batch_size, seed=seed, step=step)
+    # Augmented rows differ between epochs, so the epoch belongs to the place.
+    if isinstance(rows, AugmentedRows):
+        return [cast("Row", rows.in_epoch(i, epoch)) for i, epoch in places]
+    return [rows[i] for i, _ in places]

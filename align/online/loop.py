@@ -21,8 +21,8 @@ from align.core.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from align.core.distributed import derive_seed, stop_requested, stops_between_steps
-from align.core.errors import Preempted, TrainingError
+from align.core.distributed import derive_seed, stops_between_steps
+from align.core.errors import TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Completion, PromptRow
 from align.data.sampler import batch_indices
@@ -109,6 +109,13 @@ def train_online(
         metrics.log(0, watch.look(0))
     log.info("training: %d steps", spec.steps - start)
     timer = CheckpointTimer(spec.checkpoint_every)
+
+    def save(done: int) -> None:
+        state = _state(run, diagnosis, watch)
+        save_checkpoint(
+            checkpoints, done, engines=run.engines, state=state, keep=spec.keep_checkpoints
+        )
+
     for step in range(start, spec.steps):
         if watch is not None and watch.stopped_by is not None:
             break
@@ -117,19 +124,7 @@ def train_online(
             last |= watch.look(step + 1)
         metrics.log(step + 1, last, sample=sample)
         diagnosis.report(step + 1, last, metrics)
-        # Checkpoint: at the interval, and before the process exits on a signal.
-        stop = stop_requested()
-        if stop or timer.due(step + 1):
-            with timer.saving():
-                save_checkpoint(
-                    checkpoints,
-                    step + 1,
-                    engines=run.engines,
-                    state=_state(run, diagnosis, watch),
-                    keep=spec.keep_checkpoints,
-                )
-        if stop and step + 1 < spec.steps:
-            raise Preempted(f"stopped by a signal after step {step + 1}. Run again to resume")
+        timer.after(step + 1, last=spec.steps, save=save)
     return last
 
 

@@ -1,21 +1,28 @@
-"""Follow the files that a running stage writes: metrics, samples, log, alarms, preflight card."""
+"""Read the files that a stage writes: while it runs, and its log after it has failed."""
 
 import json
+import os
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object
 from align.core.card import CARD_FILE, read_card
-from align.core.log import ALARMS_FILE, METRICS_FILE, SAMPLES_FILE
+from align.core.log import ALARMS_FILE, ERROR, METRICS_FILE, SAMPLES_FILE
 from align.core.text import visible
 
 LOG_LINE = re.compile(rb"\d\d:\d\d:\d\d (?!\[rank)(.+)")
 """Matches the readable lines of align.core.log: rank 0's time and text."""
 _DETAIL = re.compile(r"\s|\S+ \d+/\d+  |step \d+: |error: ")
 """Log lines that are not phases: of the preflight card, of a step, an alarm or an error."""
+_STAMP = re.compile(r"\d\d:\d\d:\d\d (?:\[rank \d+\] )?(?P<text>.*)")
+_FOREIGN = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:|Traceback ")
+"""Starts of lines that launchers and libraries write: they end a message."""
+LOST = "another rank of this stage has ended"
+MAX_LINES = 40
+TAIL_BYTES = 64 * 1024
 RECENT = 16
 """Steps over which the tokens per second are averaged."""
 
@@ -150,6 +157,39 @@ def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | N
     if steps <= 0:
         steps, spent = step, last["time_s"]
     return max(0.0, (total - step) * spent / steps)
+
+
+def ended_with_error(log: Path) -> bool:
+    """Return whether the last line that a stage logged is an error; resumes append to the log."""
+    with log.open("rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = f.read().decode("utf-8", "replace").splitlines()
+    stamped = [found["text"] for line in lines if (found := _STAMP.match(line))]
+    return bool(stamped) and stamped[-1].startswith(ERROR)
+
+
+def last_messages(lines: Sequence[str]) -> list[str]:
+    """Return the errors that a stage logged, as lines; several ranks often log the same one.
+
+    Empty if it logged none: it was killed, or ended in a library.
+    """
+    found: list[list[str]] = []
+    inside = False
+    for line in lines:
+        stamped = _STAMP.match(line)
+        if stamped:
+            text = stamped["text"]
+            inside = text.startswith(ERROR)
+            if inside:
+                found.append([text.removeprefix(ERROR)])
+        elif _FOREIGN.match(line):
+            inside = False
+        elif inside:
+            found[-1].append(line)
+    # Ranks that lost another one only repeat that it ended.
+    causes = [block for block in found if LOST not in block[0]] or found[:1]
+    unique = dict.fromkeys("\n".join(block).rstrip() for block in causes)
+    return [line for block in unique for line in block.splitlines()][:MAX_LINES]
 
 
 def _changed(path: Path) -> int | None:

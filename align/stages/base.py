@@ -55,8 +55,6 @@ from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec, StageSpec
 from align.tuning.files import refuse_unmerged
 
 log = logging.getLogger(__name__)
-READS_LATE = ("base", "encoder")
-"""Stage kinds that read a model's folder and template while they run, not only at the start."""
 DATA_FILE = "data.jsonl"
 """Output of a data stage, one row per line."""
 LEDGER_FILE = "ledger.jsonl"
@@ -258,7 +256,7 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
 
     def finish() -> None:
         checkpoints.check_stage_is_ours(context.out)
-        if kind in READS_LATE:
+        if spec.imports_model:
             _refuse_changes(context, identity)
         found = {**manifest, **result.notes, "metrics": dict(result.metrics)}
         found["data"], found["peak_rss_gib"] = list(result.data), round(sum(peak), 3)

@@ -25,7 +25,7 @@ from transformers import (
 from align.core import distributed
 from align.core.types import Example
 from align.data.fit import fit_rows
-from align.data.load import load_examples
+from align.data.load import fingerprints, load_examples
 from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import family_of
 from align.models.attention import PACKED
@@ -44,7 +44,6 @@ from align.preflight.checks import Check, Finding
 from align.preflight.run import keep_card, run_checks
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import Prepared, StageContext, StageResult
-from align.stages.offline import fingerprints
 from align.stages.preflight import base_checks, corpus_checks
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner

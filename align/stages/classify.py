@@ -15,6 +15,7 @@ from align.core.artifacts import Artifact
 from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
+from align.data.load import fingerprints
 from align.data.render.content import check_plain
 from align.evaluation.classes import class_scores
 from align.losses.supervised import class_loss
@@ -27,7 +28,6 @@ from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.offline import (
     add_tuner_to_backbone,
-    fingerprints,
     load_backbone,
     offline_rows,
     refuse_random,

@@ -15,6 +15,7 @@ from align.core import distributed
 from align.core.artifacts import SCRATCH, Artifact
 from align.core.errors import ArtifactError
 from align.core.types import PromptRow
+from align.data.load import fingerprints
 from align.evaluation.compare import Triple, as_triple, mean_interval, valid_pairs
 from align.evaluation.stats import paired_bootstrap
 from align.models.loading import load_policy, load_tokenizer, saved_weights
@@ -30,7 +31,6 @@ from align.sampling.push import check_answers, measured_rounding, probe_logprobs
 from align.sampling.rollout import answer_fixed
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.evaluate.answers import same_tokens
-from align.stages.offline import fingerprints
 from align.stages.rollouts import build_rewards, prompt_rows, start_engine
 from align.tuning.interpolate import check_alike, interpolated, write_interpolated
 from align.tuning.kit import check_kit, write_by_kit

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from align.core import distributed
-from align.core.artifacts import Artifact, file_sha256, read_manifest
+from align.core.artifacts import Artifact, read_manifest
 from align.core.errors import ArtifactError, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
 from align.data.fit import fit_rows
-from align.data.labels import snapshot_files
-from align.data.load import check_overlap, load_examples, source_of
-from align.data.reading.read_log import num_rows, parsed_sha256
-from align.data.reading.sources import data_fingerprint
+from align.data.load import check_overlap, fingerprints, load_examples
 from align.data.render.chat import ChatFormat
 from align.data.store.source import chosen, fit_loaded, load_rows
 from align.models.loading import check_length
@@ -338,26 +335,6 @@ def run_offline(
             diagnosis.conclude(schedule.total_steps, never_stops(found), metrics)
     metrics.close()
     return final
-
-
-def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
-    """Return path, sha256 and rows of every file behind the data specs, for the manifest.
-
-    The hashes are of the bytes that were parsed when the rows were loaded.
-    """
-    found: list[dict[str, Any]] = []
-    for spec in (spec for group in groups for spec in group):
-        if spec.path is not None:
-            found += data_fingerprint(source_of(spec)[0])
-        elif spec.labels is not None:
-            read = [file for file in snapshot_files(spec.labels) if num_rows(file) is not None]
-            found += [entry for file in read for entry in data_fingerprint(str(file))]
-        else:
-            found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
-        if spec.templates is not None:
-            sha256 = parsed_sha256(file := Path(spec.templates)) or file_sha256(file)
-            found.append({"path": spec.templates, "rows": None, "sha256": sha256})
-    return found
 
 
 def prepare_policy(

@@ -15,7 +15,7 @@ from align.core.artifacts import Artifact, read_manifest
 from align.core.errors import ArtifactError, DataError
 from align.core.log import MetricsLog
 from align.core.types import Example, PromptRow
-from align.data.load import check_overlap, load_examples
+from align.data.load import check_overlap, fingerprints, load_examples
 from align.data.render.chat import ChatFormat
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
@@ -39,7 +39,6 @@ from align.stages.best import BestWeights
 from align.stages.offline import (
     build_anchor,
     build_policy,
-    fingerprints,
     load_init,
     replayed,
 )

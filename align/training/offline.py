@@ -6,10 +6,11 @@ data set and knows the whole batch of a step, so the global counts of a loss nee
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,11 +21,9 @@ from align.core.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from align.core.distributed import stop_requested, stops_between_steps
-from align.core.errors import Preempted
+from align.core.distributed import stops_between_steps
 from align.core.log import MetricsLog
-from align.data.augment import AugmentedRows
-from align.data.sampler import batch_places
+from align.data.sampler import pick
 from align.training.diagnosis import Diagnosis
 from align.training.heldout import HeldOut
 from align.training.learner import Learner, evaluate
@@ -32,7 +31,6 @@ from align.training.stopping import EarlyStopping
 from align.training.task import OfflineTask, measured
 
 log = logging.getLogger(__name__)
-Row = TypeVar("Row")
 OPTIM = ("grad_norm", "learning_rate", "update_ratio", "update_per_rate", "weight_rms")
 """Statistics of the optimizer, which are logged under ``optim/``."""
 
@@ -105,7 +103,8 @@ def train_offline(
     if heldout is not None and heldout.first is None:
         metrics.log(start, heldout.start(learner.engine))
     log.info("training: %d steps", schedule.total_steps - start)
-    timer = CheckpointTimer(schedule.checkpoint_every)
+    keep, timer = schedule.keep_checkpoints, CheckpointTimer(schedule.checkpoint_every)
+    save = partial(_save, learner, checkpoints, states=states, keep=keep)
     # Resumed steps are not counted: the token rate is that of this process.
     num_tokens, began = 0, time.monotonic()
     for done in range(start + 1, schedule.total_steps + 1):
@@ -118,12 +117,7 @@ def train_offline(
         metrics.log(done, last)
         if diagnosis is not None:
             diagnosis.report(done, last, metrics)
-        # Checkpoint: at the interval, and before the process exits on a signal.
-        if (stop := stop_requested()) or timer.due(done):
-            with timer.saving():
-                _save(learner, checkpoints, done, states=states, keep=schedule.keep_checkpoints)
-        if stop and done < schedule.total_steps:
-            raise Preempted(f"stopped by a signal after step {done}. Run again to resume")
+        timer.after(done, last=schedule.total_steps, save=save)
     if stopping is not None:
         last |= stopping.best
     elif heldout is not None and "eval/loss" not in last:
@@ -137,7 +131,7 @@ def _train_step(
     learner: Learner, task: OfflineTask[Any], schedule: OfflineSchedule, *, step: int
 ) -> tuple[dict[str, float], int]:
     """Run one optimizer step and return its metrics and its trained tokens."""
-    batch = pick(task.rows, schedule, step)
+    batch = pick(task.rows, schedule.batch_size, seed=schedule.seed, step=step)
     began = time.monotonic()
     micro = measured(learner.engine, task, batch, micro_tokens=schedule.micro_tokens)
     stats = learner.step(micro, task.loss_fn)
@@ -195,14 +189,6 @@ def _resume(
     last = distributed.broadcast_object(metrics.rewind(start))  # rank 0 alone has the log
     log.info("resumed from %s", found)
     return start, last
-
-
-def pick(rows: Sequence[Row], schedule: OfflineSchedule, step: int) -> list[Row]:
-    """Return the rows of one step; they depend only on (seed, step)."""
-    places = batch_places(len(rows), schedule.batch_size, seed=schedule.seed, step=step)
-    if isinstance(rows, AugmentedRows):
-        return [cast("Row", rows.in_epoch(i, epoch)) for i, epoch in places]
-    return [rows[i] for i, _ in places]
 
 
 def evaluate_rows(model: nn.Module, task: OfflineTask[Any], micro_tokens: int) -> dict[str, float]:

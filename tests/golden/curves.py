@@ -37,6 +37,7 @@ from online_parts import (
 )
 
 from align.core.types import Completion, PairRow, PromptRow, TokenRow
+from align.data.sampler import pick
 from align.models.heads import scorer_from
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
@@ -47,7 +48,6 @@ from align.stages import dpo, kto, sft
 from align.stages.reward import stage as reward
 from align.stages.reward import tasks as scorer_rows
 from align.training.learner import Learner
-from align.training.offline import OfflineSchedule, pick
 from align.training.task import OfflineTask, measured
 
 HERE = Path(__file__).resolve().parent
@@ -75,10 +75,9 @@ def pairs() -> list[PairRow]:
 
 def offline(learner: Learner, task: OfflineTask[Any]) -> Curve:
     """Take the steps of an offline stage."""
-    schedule = OfflineSchedule(STEPS, 8, 60, 0, 0, 1, seed=2)
     curve: Curve = {"loss": [], "grad_norm": []}
     for step in range(STEPS):
-        batch = pick(task.rows, schedule, step)
+        batch = pick(task.rows, 8, seed=2, step=step)
         stats = learner.step(measured(learner.engine, task, batch, micro_tokens=60), task.loss_fn)
         for name, values in curve.items():
             values.append(stats[name])

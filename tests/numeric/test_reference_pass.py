@@ -21,11 +21,11 @@ from engine_models import save_tiny, tiny_model
 from online_parts import policy_of
 
 from align.core import checkpoints
+from align.data.sampler import pick
 from align.recipe.schema import DpoStage
 from align.stages import dpo, kto
 from align.stages.offline import offline_schedule
 from align.stages.reference import reference_file, rows_needed
-from align.training.offline import pick
 from align.training.results import ResultFile
 
 
@@ -135,7 +135,9 @@ def test_rows_needed_are_those_of_the_steps(tmp_path: Path) -> None:
     spec = DpoStage(kind="dpo", init="x", data=[{"path": "x"}], steps=3, batch_size=4)  # pyright: ignore
     needed = rows_needed(spec, context(tmp_path), num_training=100, num_heldout=2)
     schedule = offline_schedule(spec, 100, 3)
-    drawn = {i for step in range(3) for i in pick(list(range(100)), schedule, step)}
+    drawn = {
+        i for step in range(3) for i in pick(list(range(100)), 4, seed=schedule.seed, step=step)
+    }
     # The preflight looks at rows 0, 25, 50 and 75; held-out rows follow the training rows.
     assert needed == [*sorted(drawn | {0, 25, 50, 75}), 100, 101]
     whole = spec.model_copy(update={"steps": 25})

@@ -135,10 +135,10 @@ def prepare(spec: BestOfNStage, context: Any) -> Any:
 def _best_of_n(
     spec: BestOfNStage, context: Any, prompts: Sequence[Any], chat: Any, *, engine: Any, reward: Any
 ) -> Any:
+    from align.data.load import fingerprints
     from align.sampling.rollout import sample_groups
     from align.stages.base import StageResult
     from align.stages.data.rows import Ledger, write_data
-    from align.stages.offline import fingerprints
 
     with engine.awake():
         groups = sample_groups(

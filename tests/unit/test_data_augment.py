@@ -2,9 +2,8 @@
 
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows, augment
-from align.data.sampler import batch_indices, batch_places
+from align.data.sampler import batch_indices, batch_places, pick
 from align.recipe.schema import AugmentSpec
-from align.training.offline import OfflineSchedule, pick
 
 WORDS = " ".join(f"w{i}" for i in range(200))
 TURNS = [{"role": "system", "content": WORDS}, {"role": "user", "content": WORDS}]
@@ -67,10 +66,9 @@ def test_batches_of_any_step_are_the_same_whatever_came_before() -> None:
     augmented = AugmentedRows(
         rows, examples, render=render, spec=AugmentSpec(word_dropout=0.5), seed=3, max_length=999
     )
-    schedule = OfflineSchedule(9, 4, 99, 0, 0, 1, seed=6)
-    late = pick(augmented, schedule, 7)
+    late = pick(augmented, 4, seed=6, step=7)
     for step in range(9):
-        batch = pick(augmented, schedule, step)
+        batch = pick(augmented, 4, seed=6, step=step)
         if step == 7:
             assert batch == late
     places = batch_places(5, 4, seed=6, step=7)  # positions 28 to 31: epochs 5, 5, 6, 6

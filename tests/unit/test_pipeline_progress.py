@@ -8,11 +8,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from align.pipeline.failures import last_messages
-from align.pipeline.following import Followed
-from align.pipeline.progress import Facts, ProgressLine, sample_text
+from align.pipeline.following import Followed, last_messages
+from align.pipeline.progress import Facts, ProgressLine, make_console, sample_text
 from align.pipeline.summary import add_seconds, measured_seconds
-from align.pipeline.terminal import Terminal, make_console, settings
+from align.pipeline.terminal import Terminal, settings
 from align.recipe.load import load_recipe
 
 

@@ -25,8 +25,8 @@ from align.api.code import python_reward, reference
 from align.api.given import Writer, base_stage, rewards, sources
 from align.api.running import load_recipe
 from align.core.errors import ArtifactError, DataError, RecipeError
+from align.pipeline.progress import make_console
 from align.pipeline.running import Signals
-from align.pipeline.terminal import make_console
 from align.recipe.load import find_recipe, resolve
 from align.recipe.load import load_recipe as load_file
 from align.recipe.plain import read_plain, write_short

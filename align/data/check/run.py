@@ -17,13 +17,13 @@ from align.core.errors import DataError
 from align.data.check.batch import Batch, BatchChecker, Part, Plan, Source, finding_of
 from align.data.check.findings import Finding, Tally
 from align.data.check.kinds import HEAD_ROWS, infer
-from align.data.check.near import look_for_near_copies
 from align.data.check.others import evaluation_prompts, heldout_keys, texts_at
 from align.data.check.whole import (
     join,
     look_at_all,
     look_at_balance,
     look_for_evaluation,
+    look_for_near_copies,
 )
 from align.data.reading.readers import reader_of
 from align.data.reading.sources import find_files, suffix_of

@@ -1,7 +1,7 @@
-"""Checks over all rows: copies, contradictions, held-out prompts, labels, lengths."""
+"""Checks over all rows: copies, near copies, contradictions, held-out prompts, labels, lengths."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,15 @@ import numpy as np
 from align.data.check.batch import COLUMNS, Part
 from align.data.check.findings import Finding, Tally
 from align.data.text.contamination import Wanted, is_contaminated, nearest_rows
+from align.data.text.similarity import near_duplicates
 
 MIN_PAIRS = 50
 """With fewer pairs of unequal length, a length bias may be chance."""
 BIAS_SHARE = 0.7
 MIN_PLACEHOLDER_SHARE = 0.1
+NEAR = 0.9
+"""Jaccard similarity of word triples from which two rows are near copies."""
+MAX_CANDIDATES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +112,56 @@ def look_at_balance(
         tally.add(Finding("D078", name, found))
     if tally.counts["D122"] < MIN_PLACEHOLDER_SHARE * rows:
         tally.drop("D122")
+
+
+def near_candidates(rows: Rows) -> np.ndarray:
+    """Return the rows that share the low or the high end of their sketch with another row.
+
+    Exact copies are excluded because they are found separately.
+    """
+    _, firsts = np.unique(rows.column("whole"), return_index=True)
+    chosen = np.zeros(len(rows.table), bool)
+    for column in ("low", "high"):
+        # Rows that share 90 % of their words mostly share the smallest or the largest hash.
+        values = rows.column(column)[firsts]
+        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+        chosen[firsts[(count[group] > 1) & (values != 0)]] = True
+    return np.flatnonzero(chosen)
+
+
+def look_for_near_copies(
+    rows: Rows,
+    tally: Tally,
+    texts_of: Callable[[Sequence[int]], dict[int, str]],
+    *,
+    same_prompt: bool,
+) -> str:
+    """Find rows that share 90 % of their word triples with an earlier row that could be kept.
+
+    Args:
+        rows: all valid rows.
+        tally: receives the findings.
+        texts_of: returns the texts of rows.
+        same_prompt: also compare rows with the same prompt, which repeat by design in
+            preference and unpaired data.
+
+    Returns:
+        A note if not all candidates were compared, else "".
+    """
+    found = near_candidates(rows)
+    looked_at = found[:MAX_CANDIDATES].tolist()
+    if not looked_at:
+        return ""
+    by_row, keys = texts_of(looked_at), rows.column("key")[looked_at]
+    texts = [by_row[row] for row in looked_at]
+    pairs = near_duplicates(
+        texts, threshold=NEAR, comparable=lambda i, j: same_prompt or keys[i] != keys[j]
+    )
+    for i, j, share in pairs:
+        where = f"shares {share:.0%} of its word triples with {rows.source(looked_at[j])}"
+        excerpt = " ".join(texts[i].split())[:90]
+        tally.add(Finding("D092", rows.source(looked_at[i]), where, excerpt=excerpt))
+    if len(found) <= MAX_CANDIDATES:
+        return ""
+    of_all = f"{MAX_CANDIDATES:,} of {len(found):,}"
+    return f"only {of_all} candidate rows were compared for near copies"

@@ -48,6 +48,7 @@ from align.recipe.schema.trl import TrlStage
 from align.recipe.schema.data_stages import (
     CurateStage,
     DataStage,
+    LabelFunction,
     SelfInstructStage,
     WeakLabelStage,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "GuardSpec",
     "HarnessSpec",
     "KtoStage",
+    "LabelFunction",
     "LayersSpec",
     "MergeMethod",
     "MergeStage",

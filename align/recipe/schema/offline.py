@@ -71,6 +71,7 @@ class BaseStage(StageSpec):
 
     produces: ClassVar[str] = "policy"
     module: ClassVar[str] = "align.stages.base_model"
+    imports_model: ClassVar[bool] = True
     rows: ClassVar[Kind] = "corpus"
     """Kind of the rows of ``data``."""
     kind: Literal["base"]
@@ -110,6 +111,7 @@ class EncoderStage(StageSpec):
 
     produces: ClassVar[str] = "encoder"
     module: ClassVar[str] = "align.stages.encoder"
+    imports_model: ClassVar[bool] = True
     kind: Literal["encoder"]
     path: str
     """Folder or hub id of a transformers model."""

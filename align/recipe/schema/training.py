@@ -118,6 +118,8 @@ class StageSpec(Variants):
     """Kind of the artifact that it writes."""
     module: ClassVar[str]
     """Module whose ``prepare(spec, context)`` prepares the stage."""
+    imports_model: ClassVar[bool] = False
+    """Whether it brings in a model from outside the run, whose files it reads while it runs."""
     if TYPE_CHECKING:  # Each class has its own literal.
         kind: str
     ranks: Count = 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from align.core.types import Example
-from align.data.load import load_examples
+from align.data.load import fingerprints, load_examples
 from align.data.text.similarity import diverse, near_duplicates, tfidf
 from align.preflight.checks import Check, spread
 from align.recipe.schema import CurateStage
@@ -23,9 +23,7 @@ from align.stages.data.checks import (
     score_checks,
     words_check,
 )
-from align.stages.data.rows import Ledger, answer_text, question, score_rows, to_row, write_data
-from align.stages.offline import fingerprints
-from reward_models.base import completion_text
+from align.stages.data.rows import Ledger, answer_text, score_rows, texts_of, to_row, write_data
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +45,7 @@ class Pool:
 
     def text(self, i: int) -> str:
         """Return question and responses of row i; two pairs differ if either response differs."""
-        example = self.examples[i]
-        said = [question(example), answer_text(example)]
-        if example.rejected is not None:
-            said.append(completion_text(example.rejected))
-        return "\n".join(said)
+        return "\n".join(texts_of(self.examples[i]))
 
 
 def prepare(spec: CurateStage, context: StageContext) -> Prepared:

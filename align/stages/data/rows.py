@@ -50,6 +50,12 @@ def answer_text(example: Example) -> str:
     return completion_text(example.completion)
 
 
+def texts_of(example: Example) -> list[str]:
+    """Return the question of a row and its response or, of a pair, both."""
+    rejected = [] if example.rejected is None else [completion_text(example.rejected)]
+    return [question(example), answer_text(example), *rejected]
+
+
 def to_row(example: Example) -> dict[str, Any]:
     """Return an example as a row in a format that every stage reads."""
     row = dict(example.columns)

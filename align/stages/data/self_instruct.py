@@ -22,7 +22,7 @@ from align.core.distributed import derive_seed, stop_requested
 from align.core.errors import DataError, Preempted
 from align.core.log import MetricsLog
 from align.core.types import Completion, PromptRow, Text, Turn
-from align.data.load import load_examples
+from align.data.load import fingerprints, load_examples
 from align.data.render.chat import ChatFormat
 from align.data.text.ngrams import word_texts
 from align.data.text.similarity import nearest
@@ -33,7 +33,6 @@ from align.sampling.engine import RolloutEngine
 from align.sampling.rollout import sample_groups
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
 from align.stages.data.rows import Ledger, answer_text, num_questions, question, write_data
-from align.stages.offline import fingerprints
 from align.stages.rollouts import start_engine
 
 

@@ -16,16 +16,14 @@ from numpy.typing import NDArray
 
 from align.core.errors import DataError
 from align.core.types import Example
-from align.data.load import load_examples
+from align.data.load import fingerprints, load_examples
 from align.data.split import hash_fraction
 from align.data.text.label_model import ABSTAIN, LabelModel, dawid_skene
 from align.preflight.checks import spread
-from align.recipe.schema import WeakLabelStage
-from align.recipe.schema.data_stages import LabelFunction
+from align.recipe.schema import LabelFunction, WeakLabelStage
 from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.data.checks import NUM_SCORED, row_check, vote_checks
 from align.stages.data.rows import Ledger, score_rows, to_row, write_data
-from align.stages.offline import fingerprints
 
 log = logging.getLogger(__name__)
 GIVEN = "given"

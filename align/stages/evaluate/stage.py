@@ -11,6 +11,7 @@ from align.core import distributed
 from align.core.artifacts import Artifact, write_json_atomic
 from align.core.log import CARDS_FILE, MetricsLog
 from align.core.types import PromptRow
+from align.data.load import fingerprints
 from align.evaluation.compare import Record, check_expectations
 from align.evaluation.verdict import (
     WIN_RATES,
@@ -38,7 +39,6 @@ from align.stages.evaluate.measure import (
     wants_kl,
 )
 from align.stages.evaluate.reward_cards import CardInput, SampledAnswers, build_cards, headlines
-from align.stages.offline import fingerprints
 from align.stages.preflight import evaluate_checks
 from align.stages.rollouts import build_rewards
 from align.tuning.loading import load_tuned_policy

@@ -18,6 +18,7 @@ from align.core.artifacts import Artifact
 from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
+from align.data.load import fingerprints
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.attention import segments_from_positions
@@ -32,7 +33,6 @@ from align.stages.best import BestWeights, build_stopping, stopping_notes
 from align.stages.offline import (
     OfflineRows,
     add_tuner_to_backbone,
-    fingerprints,
     load_backbone,
     offline_rows,
     read_back,

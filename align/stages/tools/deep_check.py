@@ -21,14 +21,9 @@ from align.core.failure import last_words
 from align.core.log import log, setup_logging
 from align.preflight.run import run_checks
 from align.recipe.load import read_resolved
-from align.recipe.schema import BaseStage, EncoderStage, Recipe
-from align.stages.base import (
-    StageContext,
-    prepare_stage,
-)
+from align.recipe.schema import BaseStage, Recipe
+from align.stages.base import StageContext, prepare_stage
 from align.stages.preflight import base_checks
-
-BRINGS_IN = (BaseStage, EncoderStage)
 
 
 def main() -> NoReturn:
@@ -80,7 +75,7 @@ def check_recipe(
             os.symlink(path, inputs / stage)
         for stage, spec in recipe.stages.items():
             wanted = only is None or stage == only
-            if wanted or (isinstance(spec, BRINGS_IN) and stage not in done):
+            if wanted or (spec.imports_model and stage not in done):
                 scratch = work / stage
                 scratch.mkdir(parents=True)
                 card = check_stage(recipe, stage, inputs=inputs, scratch=scratch)

@@ -19,7 +19,7 @@ from align.models.loading import bringing_in
 from align.preflight.disk import bytes_to_write
 from align.preflight.memory import GIB, ModelSize, Prediction, predict, size_of_model
 from align.recipe.load import load_recipe
-from align.recipe.schema import BaseStage, EncoderStage, Recipe, TrainingStage, TrlStage
+from align.recipe.schema import Recipe, TrainingStage, TrlStage
 from align.tuning.files import num_trained
 from align.tuning.wrap import add_tuner
 
@@ -61,7 +61,7 @@ class Sizes:
         for place in (folder / "model", folder):
             if (place / "config.json").is_file():
                 return AutoConfig.from_pretrained(str(place), trust_remote_code=False)
-        if spec is None or isinstance(spec, BaseStage | EncoderStage):
+        if spec is None or spec.imports_model:
             return self._imported(spec, reference)
         # A stage's model has the shape of the one it starts from.
         start = getattr(spec, "init", None) or getattr(spec, "base", None)

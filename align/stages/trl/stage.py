@@ -23,7 +23,7 @@ from align.core.errors import DataError, Preempted, TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.fit import fit_rows
-from align.data.load import check_overlap, load_examples
+from align.data.load import check_overlap, fingerprints, load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.content import check_plain
 from align.models.loading import load_tokenizer
@@ -31,7 +31,6 @@ from align.models.saving import save_policy
 from align.preflight.contamination import contamination_checks
 from align.recipe.schema import DataSpec, TrlStage
 from align.stages.base import Prepared, StageContext, StageResult, chat_format
-from align.stages.offline import fingerprints
 from align.stages.rollouts import build_rewards
 from align.stages.saving import whole_state
 from align.stages.trl.preflight import preflight_trl
