@@ -211,6 +211,7 @@ def patient(engine: Any, folder: Path) -> Iterator[None]:
             stop=distributed.was_asked,
         )
 
+    # An attribute of the instance hides the method of its class, and deleting it shows that again.
     writer.save = patient_save
     try:
         yield

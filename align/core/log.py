@@ -228,6 +228,7 @@ class MetricsLog:
         self._resumed = True
         self._first_step = step
         self._began = time.monotonic()
+        # Only rows after the checkpoint go: those before it happened, and stay as they were.
         kept = _keep_until(self._directory / METRICS_FILE, step, lines)
         _keep_until(self._directory / SAMPLES_FILE, step, lines)
         _keep_until(self._directory / EVALUATIONS_FILE, step)
@@ -236,6 +237,7 @@ class MetricsLog:
         if not kept and step:
             path = self._directory / METRICS_FILE
             log.warning("%s: its lines up to step %d are lost", path, step)
+        # Time goes on from the last kept row, so that a resumed run does not start at 0 s again.
         self._kept_seconds = float(kept[-1].get("time_s", 0.0)) if kept else 0.0
         for sink in self._sinks:
             sink.rewind(step)

@@ -83,8 +83,10 @@ def _imported(file: Path, root: Path) -> Iterator[Path]:
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            # One dot is the module's own package, each further one a package above it.
             outer = list(package[: len(package) - node.level + 1]) if node.level else []
             of = [*outer, *(node.module.split(".") if node.module else ())]
+            # What is imported from a package may itself be a module.
             names = [of, *([*of, alias.name] for alias in node.names)]
         else:
             continue

@@ -130,6 +130,7 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float 
                 f"record has {names}; every response needs the same scores"
             )
     columns = {name: of_score(name) for name in names}
+    # Scores are columns beside those of every response, so they may not share a name.
     taken = {"judge", "kl", "length", "repeats", "stop_rate"} & set(names)
     if taken:
         raise ValueError(f"score names {sorted(taken)} are taken; give them another 'name'")
@@ -213,6 +214,7 @@ def check_expectations(
     """
     checks = []
     for key, (low, high) in expect.items():
+        # `win_rate:low` expects an end of the interval, `win_rate` its value.
         path, _, end = key.partition(":")
         check: dict[str, Any] = {"key": key, "band": [low, high], "value": None, "holds": False}
         checks.append(check)

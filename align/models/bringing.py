@@ -230,6 +230,7 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, saved: Path) -> No
     changed = next((token for token, number in vocab.items() if found.get(token) != number), None)
     if changed is None:
         return
+    # The usual cause is two tokens with one id.
     owner: dict[int, str] = {}
     twins = [
         (owner[number], token)

@@ -173,6 +173,7 @@ def _gather_on_use(model: nn.Module) -> list[RemovableHandle]:
         own = list(module.parameters(recurse=False))
         if not own:
             continue
+        # One stack for each module: nested modules gather and release on their own.
         stack = ExitStack()
 
         def before(_: nn.Module, __: object, own: list = own, stack: ExitStack = stack) -> None:

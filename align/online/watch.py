@@ -99,6 +99,7 @@ class Watch:
         found: dict[str, float] = {}
         if len(self.history) < 2:
             return found
+        # Prompts with the same text are one cluster: their responses are no independent evidence.
         texts = [row.input_ids for row in self.prompts]
         for name in ("gold", "proxy"):
             before, now = (getattr(self.history[i], name) for i in (0, -1))
@@ -110,6 +111,8 @@ class Watch:
             parts: dict[tuple[int, ...], list[float]] = {}
             for text, a, b in valid:
                 cluster = parts.setdefault(text, [0.0, 0.0])
+                # Divided by the number of prompts with a score, so that the parts of the clusters
+                # add up to the two means.
                 cluster[0] += a / len(valid)
                 cluster[1] += b / len(valid)
             if parts:

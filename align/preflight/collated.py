@@ -119,6 +119,7 @@ def stops(chat: ChatFormat, rows: Sequence[TokenRow], known: frozenset[int]) -> 
     ]
     value = f"{len(runs) - len(bad):,} of {len(runs):,} trained runs end in a stop token"
     twice = sum(_stops_twice(chat, row.input_ids[a:b], known) for row, a, b in runs)
+    # Only where every run ends in a stop token: otherwise a missing one is the finding.
     if twice and not bad:
         return Finding(
             f"{value}, {twice:,} in two",

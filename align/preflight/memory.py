@@ -190,6 +190,7 @@ def other_models(
         name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()
     }
     if (spec.kl.coef or spec.watch is not None) and spec.tuning.method in ("full", "pissa"):
+        # With another adapter the reference is the policy with its adapter off.
         found["reference"] = whole / ranks if spec.zero.stage == 3 else whole
     if spec.critic is not None:
         states = state_bytes(
@@ -202,6 +203,7 @@ def other_models(
         )
         found["critic"] = sum(states.values())
     if device == "gpu" and spec.sampling.engine != "hf":
+        # vLLM takes its share of the device, whatever the model needs of it.
         found["engine"] = spec.sampling.memory_frac * memory
     else:
         found["engine"] = whole + (

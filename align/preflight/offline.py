@@ -139,6 +139,7 @@ def first_loss(
     loss = loss_of(module, task, [rows])
     if spec.own_loss:
         return first_own_loss(spec.own_loss, loss)
+    # Without a reference there is no known value at the start, only a bound for a useful model.
     if isinstance(spec, DpoStage) and (spec.reference_free or spec.nll_coef):
         return at_most(
             loss,
@@ -209,6 +210,7 @@ def reference(
     # The reference was computed before training, perhaps in other packs: allow for rounding.
     batch = task.collate(rows, rows)
     module.eval()
+    # (2 pairs,): means a token, so that long and short responses have one scale.
     lengths = batch.segment_sums(batch.mask.float()).clamp(min=1.0)
 
     def means() -> Tensor:
@@ -221,6 +223,7 @@ def reference(
 
     found = means()
     with rounded_otherwise(module):
+        # How far rounding alone moves these means on this model and machine.
         rounding = (means() - found).abs()
     gap = (found - batch.per_sequence["ref"] / lengths).abs()
     return at_most(

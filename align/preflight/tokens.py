@@ -58,6 +58,7 @@ def _stored_checks(
     """Return the same checks, for which the rows of stores are read once."""
     bos: Any = chat.tokenizer.bos_token_id
     stops, unknown = saved_stops(model_dir), _unknown_id(chat)
+    # One pass over the files answers all checks, at the first of them that runs.
     facts = cache(partial(row_facts, rows, stops=stops, bos=bos, unknown=unknown))
 
     def vocabulary_of() -> Finding:

@@ -134,6 +134,7 @@ def vllm_obstacle(model_dir: str | Path) -> str | None:
     config = _read_config(Path(model_dir))
     if torch.cuda.is_available():
         return None
+    # vLLM's attention on CPUs has kernels for a few head sizes only.
     head_size = _head_size(config)
     if head_size is not None and head_size not in CPU_HEAD_SIZES:
         allowed = ", ".join(map(str, CPU_HEAD_SIZES))

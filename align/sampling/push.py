@@ -149,6 +149,7 @@ def check_answers(
         TrainingError: the difference exceeds rounding; names the version of the weights.
     """
     assert len(probe_ids) == len(logprobs) + 1 == len(rounding) + 1, (len(probe_ids), len(logprobs))
+    # (T - 1,): the first token has no log-probability.
     gap = (torch.tensor(engine.token_logprobs(probe_ids)) - logprobs).abs()
     times = excess(gap, rounding)
     if times > ENGINE_LIMIT:

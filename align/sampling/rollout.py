@@ -66,6 +66,7 @@ def answer_fixed(
     The same ``step`` always uses the same seeds, so that two policies can be compared prompt by
     prompt. The arguments are those of ``sample_groups``.
     """
+    # Places in the whole list, which are also the numbers of the groups and of their seeds.
     mine = distributed.shard(range(len(prompts)))
     rows = [prompts[i] for i in mine]
     groups = sample_groups(

@@ -349,6 +349,7 @@ def _begin(
             return None
         else:
             _refuse_other_checkpoints(context.out, identity)
+        # Rows are appended to the ledger, and those of the attempt before would stand in it twice.
         (context.out / LEDGER_FILE).unlink(missing_ok=True)
         record_begun(context.out, identity)
     except BaseException:

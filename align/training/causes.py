@@ -43,6 +43,7 @@ def learning_rate(seen: Evidence) -> Alarm | None:
     if max(rates) == 0.0:
         reason = f"the learning rate was 0 in the last {len(rates)} steps (optim has {peak:.3g})"
         return Alarm("learning_rate", reason, "lengthen the schedule or raise min_lr_frac")
+    # Adam moves a weight by at most about the rate a step: past steps, and the rest at this rate.
     total = seen.rates + sum(rates) / len(rates) * (seen.total_steps - seen.step)
     if total >= SMALLEST_MOVE * size:
         return None
@@ -60,6 +61,7 @@ def warmup(seen: Evidence) -> Alarm | None:
     if steps < WINDOW or optim.schedule == "slanted" or not seen.largest.get("learning_rate"):
         return None
     highest = seen.largest["learning_rate"]
+    # A warm-up of all steps is known at once, a peak that was never near only at the end.
     endless = optim.warmup_frac * steps > steps - 0.5
     if not endless and not (seen.last and highest < 0.1 * optim.learning_rate):
         return None
@@ -101,6 +103,7 @@ def small_gradient(seen: Evidence) -> Alarm | None:
     if not updates or seen.largest["update_per_rate"] >= SMALLEST_UPDATE:
         return None
     optim, norm = seen.spec.optim, seen.mean(seen.optim("grad_norm"))
+    # Root mean square of the gradient's elements; clipping multiplies it by `share`.
     typical = norm / math.sqrt(max(seen.num_trained, 1))
     share = min(1.0, optim.max_grad_norm / norm) if norm else 1.0
     if not 0.0 < typical * share < optim.eps:
@@ -364,14 +367,17 @@ def kl_dominates(seen: Evidence) -> Alarm | None:
         return None
     in_loss = spec.kl.place == "loss"
     if in_loss:
+        # k3 is about x^2 / 2 for a log-ratio of x, so this is the typical distance of a token.
         moved = [math.sqrt(2.0 * max(x, 0.0)) for x in seen.values("kl/reference_k3")]
         scales, near, limit = seen.values("advantage/rms"), 0.3, 1.0
     else:
+        # In the reward, the KL of a whole response stands against the spread of the scores.
         moved = seen.values("kl/reference_rms")
         scales, near, limit = seen.values("reward/std"), 2.0, 2.0
     if not moved or not scales or min(scales) == 0.0:
         return None
     weights = [spec.kl.coef * x / scale for x, scale in zip(moved, scales, strict=True)]
+    # A penalty of ten times the limit is wrong at any distance from the reference.
     far = 10.0 * limit
     if not all(w > limit and (x < near or w > far) for w, x in zip(weights, moved, strict=True)):
         return None

@@ -42,9 +42,11 @@ def row_facts(rows: Sequence[Any]) -> RowFacts:
         return _stored_facts(rows)
     first, labels = _tokens(rows[0]), set[Hashable]()
     for row in rows:
+        # Two different labels already answer the question; a large file is not read on for it.
         labels |= _labels(row)
         if len(labels) > 1:
             break
+    # Rows of other kinds, such as kto's, are trained by their label and not by a mask alone.
     plain = [row for row in rows if type(row) is TokenRow]
     return RowFacts(
         num=len(rows),

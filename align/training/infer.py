@@ -87,6 +87,7 @@ class Progress:
         if now - self._said < PROGRESS_S or not self._computed:
             return
         self._said = now
+        # At the speed of this process: results read from disk took no time and are not counted.
         left = (self._total - done) * (now - self._began) / self._computed
         minutes, seconds = divmod(round(left), 60)
         log.info(

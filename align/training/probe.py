@@ -54,6 +54,7 @@ class WeightProbe:
         sums = torch.stack([change.square().sum(), after.square().sum()]).double().tolist()
         count, largest = float(len(after)), float(change.abs().max()) if len(change) else 0.0
         if self._sharded:
+            # Each rank holds other elements of the sample under ZeRO-3, and all of them otherwise.
             found = distributed.global_sums({"0": sums[0], "1": sums[1], "count": count})
             sums, count = [found["0"], found["1"]], found["count"]
             largest = distributed.global_max(largest)

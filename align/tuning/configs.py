@@ -92,6 +92,9 @@ def bottleneck(model: "PreTrainedModel", tuning: BottleneckTuning) -> peft.PeftC
 
 def loreft(model: "PreTrainedModel", tuning: LoreftTuning) -> peft.PeftConfig:
     """Return the configuration of loreft."""
+    if tuning.first is not None or tuning.last is not None:
+        # In padded rows the last columns are padding or the response, not the end of the prompt.
+        _check_packs(model, "loreft with 'first' or 'last'", "Leave both out to edit every token")
     return LoreftConfig(
         target_modules=_layers(model, tuning),
         rank=tuning.rank,
@@ -134,11 +137,7 @@ def _virtual_sizes(
 ) -> dict[str, Any]:
     """Return the model's sizes as peft's configuration of virtual tokens names them."""
     config = model.config.get_text_config()
-    if model.can_generate() and config.model_type not in PACKS:
-        raise RecipeError(
-            f"tuning.method {tuning.method} needs packed rows, which {config.model_type} models do "
-            "not support. Use lora or bottleneck."
-        )
+    _check_packs(model, tuning.method, "Use lora or bottleneck")
     if not hasattr(config, "num_key_value_heads"):
         raise RecipeError(
             f"tuning.method {tuning.method}: virtual tokens need a causal decoder, found "
@@ -153,6 +152,15 @@ def _virtual_sizes(
         "task_type": "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
         "base_model_name_or_path": config.name_or_path or None,
     }
+
+
+def _check_packs(model: "PreTrainedModel", what: str, remedy: str) -> None:
+    """Raise RecipeError if a policy runs on padded rows; scorers know no end of a prompt anyway."""
+    kind = model.config.get_text_config().model_type
+    if model.can_generate() and kind not in PACKS:
+        raise RecipeError(
+            f"tuning.method {what} needs packed rows, which {kind} models do not support. {remedy}."
+        )
 
 
 def _targets(model: "PreTrainedModel", targets: Targets) -> str | list[str]:
@@ -221,6 +229,7 @@ def _check_targets(model: "PreTrainedModel", targets: Targets) -> None:
     linear = (nn.Linear, Conv1D)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
+    # A tied head is left out: an adapter on it alone would not fit the embeddings.
     named = {name: m for name, m in model.named_modules() if not (tied and m is head)}
     kinds = sorted({n.rpartition(".")[2] for n, m in named.items() if isinstance(m, linear)})
     for target in targets:

@@ -142,6 +142,7 @@ def quantization(tuning: TuningSpec, dtype: str) -> Any:
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        # As in the paper: NormalFloat, and quantized scales (arXiv:2305.14314 section 3).
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),

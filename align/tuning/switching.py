@@ -33,6 +33,7 @@ class AdapterSwitch:
         elif folder not in self._loaded:
             self._tuned.load_adapter(folder, adapter_name=_named(folder))
         if folder in self._loaded:
+            # The list is in the order of use: the adapter that was used longest ago is dropped.
             self._loaded.remove(folder)
         self._loaded.append(folder)
         if len(self._loaded) > MAX_ADAPTERS:

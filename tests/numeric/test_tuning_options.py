@@ -8,13 +8,16 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import nn
+from transformers import StableLmConfig, StableLmForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import save_tiny, tiny_model
 
+from align.core.errors import RecipeError
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import TuningSpec
+from align.recipe.schema.tuning import LoreftTuning
 from align.tuning.export import full_weights
 from align.tuning.files import num_trained
 from align.tuning.loading import load_for_training
@@ -137,3 +140,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, tmp_path: 
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("ends", [{"first": 1}, {"last": 2}])
+def test_ends_of_a_prompt_are_refused_where_rows_are_padded(ends: dict) -> None:
+    """StableLM runs on padded rows, whose last columns are padding or the response."""
+    config = StableLmConfig(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2},
+    )
+    with pytest.raises(RecipeError, match="'last' needs packed rows, which stablelm models do not"):
+        add_tuner(StableLmForCausalLM(config), LoreftTuning(method="loreft", **ends))
+    whole: Any = add_tuner(StableLmForCausalLM(config), LoreftTuning(method="loreft"))
+    assert num_trained(whole)[0] == 2 * (2 * 16 * 4 + 4)

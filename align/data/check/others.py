@@ -62,6 +62,7 @@ def texts_at(
     ids: Sequence[int], rows: Rows, *, sources: Iterable["Source"], plan: Plan
 ) -> dict[int, str]:
     """Return the texts of some rows, which are read again."""
+    # Texts were not kept in the first pass, which reads any size: few rows are read again.
     wanted: dict[str, dict[str, int]] = defaultdict(dict)
     for i in ids:
         wanted[rows.names[int(rows.file_ids[i])]][rows.source(i)] = i

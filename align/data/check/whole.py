@@ -72,6 +72,7 @@ def look_at_all(rows: Rows, tally: Tally, *, heldout: Mapping[int, str]) -> None
     for i, first in repeats(whole):
         tally.add(Finding("D090", rows.source(i), f"the same as {rows.source(first)}"))
     for i, first in repeats(rows.column("ident")):
+        # Rows of one prompt may share an id: several responses to it.
         if key[i] != key[first]:
             tally.add(Finding("D091", rows.source(i), f"the same id as {rows.source(first)}"))
     for i, first in repeats(rows.column("same")):

@@ -223,6 +223,7 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
             columns=_with_reference(example),
         )
     has = _kind_of(example, name)
+    # Plain text trains all of its tokens, which sft can; every other change would lose something.
     if has == kind or (has, kind) == ("corpus", "sft"):
         return example
     remedy = {

@@ -97,6 +97,7 @@ def from_segments(row: Row, source: str) -> list[Example]:
         )
     labels = [bool(segment.get("label")) for segment in segments]
     texts = [text_field(s, "text", f"{source}: segments[{i}]") for i, s in enumerate(segments)]
+    # Prompt and completion are one border: untrained text first, trained text after it.
     start = labels.index(True) if True in labels else len(labels)
     if not all(labels[start:]) or start == len(labels):
         raise DataError(
@@ -412,6 +413,7 @@ def from_labeled_solutions(row: Row, source: str) -> list[Example]:
         text, good = attempt.get("solution"), attempt["is_correct"]
         if not isinstance(text, str) or not isinstance(good, bool):
             raise DataError(f"{source}: {name}: expected a solution and true or false", code="D080")
+        # The same solution under two names would count twice.
         if text in seen:
             continue
         seen.add(text)

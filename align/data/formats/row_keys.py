@@ -192,6 +192,7 @@ def apply_extras(example: Example, extras: Extras) -> Example:
     completion = None if example.completion is None else as_turns(example.completion, "assistant")
     rejected = None if example.rejected is None else as_turns(example.rejected, "assistant")
     if extras.system:
+        # A whole conversation is in the completion, where its system turn comes first.
         if prompt or completion is None:
             prompt = _with_system(prompt, extras.system, example.source)
         else:

@@ -63,6 +63,7 @@ def load_sets(specs: Sequence[DataSpec]) -> list[AnswerSet]:
             except DataError as error:
                 errors.append(str(error))
                 continue
+            # The same split as for pairs: a prompt is held out in all files or in none.
             key = split_key(Example(answers.prompt))
             if side in ("all", side_of(key, heldout_frac=spec.heldout_frac)):
                 kept.append(answers)

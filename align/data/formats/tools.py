@@ -83,6 +83,7 @@ def call_of(value: object, *, where: str) -> Item:
     item = parsed(value)
     call = item.get("function", item) if isinstance(item, dict) else None
     arguments = parsed(call.get("arguments")) if isinstance(call, dict) else None
+    # Some servers write a call without arguments as an empty string.
     if arguments == "":
         arguments = {}
     if (

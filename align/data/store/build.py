@@ -53,6 +53,7 @@ def build_store(
     names = ("examples", "example_sizes", "keys", *COLUMNS)
     columns = {name: ColumnWriter(folder / name) for name in names}
     rows = _Rows(columns)
+    # Other processes tokenize, if there are any; only this one writes.
     kind = _Pool if processes else _Here
     with closing(kind(render, folder / "examples", processes)) as pool:
         for job in _jobs(examples, columns):
@@ -91,6 +92,7 @@ def _jobs(examples: Iterable[Example], columns: dict[str, ColumnWriter]) -> Iter
     for example in examples:
         data.append(record(example))
         keys.append(digest_of(split_key(example)))
+        # A worker reads a chunk from the file of examples by its start and sizes.
         if len(data) == CHUNK:
             yield written()
     if data:
@@ -161,6 +163,7 @@ class _Pool:
         self._changed = threading.Condition()
         self._put = self._taken = 0
         self._workers: list[subprocess.Popen[bytes]] = []
+        # Pickled once: every worker gets the same renderer before its first job.
         first = pickle.dumps((render, str(examples)), protocol=5)
         for _ in range(processes):
             worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env)

@@ -52,10 +52,12 @@ def pack_rows(rows: Sequence[Any]) -> Packed:
             ids = side.input_ids
             weights = getattr(side, "weights", ())
             parts["ids"].append(array("I", ids).tobytes())
+            # A prompt has no mask: it trains nothing, one zero a token.
             parts["trained"].append(bytes(getattr(side, "trained", ())) or bytes(len(ids)))
             parts["lengths"].append(len(ids).to_bytes(4, "little"))
             parts["weights"].append(array("d", weights).tobytes())
             parts["weighed"].append(b"\1" if weights else b"\0")
+        # What is left of a row without its tokens: sources, labels, margins.
         shell = record(_shell(row))
         parts["shells"].append(shell)
         parts["shell_sizes"].append(len(shell).to_bytes(4, "little"))

@@ -241,7 +241,9 @@ class StoredRows(_Chosen[Any]):
         while at < len(self):
             part, place = self.parts[int(self.owners[at])], int(self.places[at])
             most = max(1, CHUNK_TOKENS // max(1, int(part.lengths[place])))
+            # As many neighbors as are stored side by side are read at once.
             run = self._run(at, most)
+            # A row that is cut has other tokens than the file, so a run ends before it.
             uncut = part.lengths[place : place + run] <= limit
             run = run if uncut.all() else int(uncut.argmin())
             if isinstance(part, Store) and run:

@@ -96,6 +96,7 @@ def load_rows(
             parts.append(build(spec, found))
         else:
             parts.append(Listed(load_one(spec, kind=kind, seed=seed, index=i), render))
+    # Stored and listed rows are mixed alike: by their numbers, without reading a row.
     places = mix([len(part.lengths) for part in parts], specs, seed=seed, mix_cap=mix_cap)
     owners = np.repeat(np.arange(len(parts), dtype=np.uint16), list(map(len, places)))
     joined = np.concatenate(places).astype(np.int64)
@@ -183,6 +184,7 @@ def _store(
         return {"source": spec.path, "kind": kind, **meta, "files": read, "log": lines}
 
     folder, meta = open_or_build(key, build)
+    # A disk may have lost a part of what was written: it is made again once.
     if (store := _opened(folder, meta)) is None:
         log.warning("%s: damaged, so it is made again", folder)
         remove(folder)
@@ -191,6 +193,7 @@ def _store(
     if store is None:
         raise DataError(f"{folder}: cannot be read back as it was written. Check the disk")
     if not lines:
+        # Warnings about the data belong to every run, also to one that did not parse it.
         _tell_again(meta)
     if not len(store.lengths):
         raise none_left(spec, kind)

@@ -119,7 +119,7 @@ class StageSpec(Variants):
     module: ClassVar[str]
     """Module whose ``prepare(spec, context)`` prepares the stage."""
     imports_model: ClassVar[bool] = False
-    """Whether it brings in a model from outside the run, whose files it reads while it runs."""
+    """Whether it loads a model from outside the run, whose files it reads while it runs."""
     if TYPE_CHECKING:  # Each class has its own literal.
         kind: str
     ranks: Count = 1

@@ -40,6 +40,7 @@ def words_check(spec: CurateStage, examples: Sequence[Example]) -> list[Check]:
     def fitting() -> Finding:
         most = bounds.max or float("inf")
         counts = [len(answer_text(example).split()) for example in examples]
+        # Of all rows, not of a sample: a rare length may be the one that is wanted.
         kept = sum(bounds.min <= count <= most for count in counts)
         return Finding(
             f"{kept:,} of {len(counts):,} responses have {bounds.min} to {bounds.max} words",

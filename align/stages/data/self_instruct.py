@@ -187,6 +187,7 @@ def _read_seeds(spec: SelfInstructStage, context: StageContext) -> Grown:
         else:
             answer = answer_text(example)
             found[text] = {"instruction": text, "answer": answer, "name": example.source}
+    # A prompt shows different seeds, so there must be as many.
     needed = max(spec.examples, spec.answer_examples)
     if len(found) < needed:
         raise DataError(
@@ -206,6 +207,7 @@ def checks(grown: Grown, sampler: "Sampler", model_dir: Path) -> list[Check]:
     rows = [PromptRow(tuple(chat.prompt_ids(p)), p, {}) for p in prompts]
 
     def seeds() -> Finding:
+        # The worst case that a draw of the examples can meet.
         longest = sorted(grown.seeds, key=lambda task: -len(task["instruction"]))
         worst = len(chat.prompt_ids(_list_prompt(longest[: spec.examples], spec)))
         return Finding(

@@ -178,6 +178,7 @@ def summarize(
             for name, mine in records.items()
             if name != baseline
         }
+        # Scores compare any two models; a judge is asked about pairs with the baseline alone.
         told["win_matrix"] = win_matrix(records)
     metrics = [m for m in task.reported if judged or m not in WIN_RATES]
     block = task_block(

@@ -69,6 +69,7 @@ def sampled_rows(
             stop_token_ids=chat.stop_token_ids,
         )
     rows = []
+    # Nothing is trained on them, so no token is marked as trained.
     for prompt, (answer,) in zip(prompts, groups, strict=True):
         ids = (*prompt.input_ids, *answer.token_ids)
         rows.append(TokenRow(ids, (False,) * len(ids), prompt.source))

@@ -120,6 +120,7 @@ def _pair_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, 
 
 def _certain_objective(spec: RewardStage, batch: PackedBatch) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss function of one head's (chosen, rejected) scores, with certain labels."""
+    # (pairs,): per_sequence has the number of a pair twice.
     tie = batch.per_sequence["tie"][0::2] > 0.5
     if spec.own_loss:
         options = {

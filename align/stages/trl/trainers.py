@@ -186,12 +186,14 @@ def extras(
         "reward_funcs": ("rewards", bool(rewards)),
         "eval_dataset": ("heldout", bool(spec.heldout)),
     }
+    # What the recipe gives and the trainer does not take would have no effect.
     strange = sorted(name for name, (_, given) in keys.items() if given and name not in takes)
     if strange:
         raise RecipeError(
             f"{context.name}: {trainer_class.__name__} takes no {', '.join(strange)}; remove "
             f"{', '.join(keys[name][0] for name in strange)}"
         )
+    # Without these two a trainer has nothing to learn from, though its signature has defaults.
     needed = takes & {"teacher_model", "reward_funcs"}
     missing = sorted(keys[name][0] for name in needed if not keys[name][1])
     if missing:
