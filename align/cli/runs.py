@@ -71,7 +71,7 @@ def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
         left: names of the stages that are not done, in the order of the recipe.
     """
     from align.core.lock import RUN_LOCK, is_held
-    from align.pipeline.following import ended_with_error
+    from align.pipeline.following import last_end
 
     begun = [stage for stage in stages if stage.name in left]
     # A stage that a launcher started without align run has only a lock of its own.
@@ -81,11 +81,7 @@ def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
         return f"running: {name or 'the end'}"
     if not begun:
         return f"next: {name}" if name else ""
-    if False in locks:
-        return f"killed in {name}"
-    log = begun[-1] / "log.txt"
-    failed = log.is_file() and ended_with_error(log)
-    return f"{'failed' if failed else 'stopped'} in {name}"
+    return f"{last_end(begun[-1], locks)} in {name}"
 
 
 def logs(

@@ -188,7 +188,7 @@ def refuse_if_held(folder: Path, name: str = LOCK) -> None:
     )
 
 
-def is_held(folder: Path, name: str = LOCK) -> bool | None:
+def is_held(folder: Path, name: str = LOCK, *, probe: bool = True) -> bool | None:
     """Return whether the process that locked a folder is alive; None if the folder is not locked.
 
     A lock outlives its process if that was killed, or if its machine went down.
@@ -196,8 +196,13 @@ def is_held(folder: Path, name: str = LOCK) -> bool | None:
     Args:
         folder: the folder of a stage, or of a run.
         name: its file.
+        probe: create a file to read the file system's clock; otherwise nothing is written, and the
+            age of another machine's lock is measured by this machine's clock.
     """
-    return _is_alive(folder / name) if (folder / name).is_file() else None
+    path = folder / name
+    if not path.is_file():
+        return None
+    return _is_alive(path) if probe else _is_alive(path, clock=lambda _: time.time())
 
 
 def wait_for_sign(
@@ -237,9 +242,9 @@ def _touched(path: Path) -> int | None:
         return None
 
 
-def _is_alive(path: Path) -> bool:
+def _is_alive(path: Path, *, clock: Callable[[Path], float] | None = None) -> bool:
     try:
-        silent_s = _now(path.parent) - path.stat().st_mtime
+        silent_s = (clock or _now)(path.parent) - path.stat().st_mtime
     except FileNotFoundError:
         return False
     holder = read_json_object(path) or {}

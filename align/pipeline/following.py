@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.core.artifacts import read_json_object
 from align.core.card import CARD_FILE, read_card
@@ -159,13 +159,32 @@ def eta_s(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | N
     return max(0.0, (total - step) * spent / steps)
 
 
-def ended_with_error(log: Path) -> bool:
-    """Return whether the last line that a stage logged is an error; resumes append to the log."""
-    with log.open("rb") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES))
-        lines = f.read().decode("utf-8", "replace").splitlines()
-    stamped = [found["text"] for line in lines if (found := _STAMP.match(line))]
-    return bool(stamped) and stamped[-1].startswith(ERROR)
+def last_end(stage: Path, locks: Sequence[bool | None]) -> Literal["killed", "failed", "stopped"]:
+    """Return how the last attempt at a stage ended that is not done and that nothing runs now.
+
+    Args:
+        stage: its folder.
+        locks: of the stage and its run, as ``is_held`` returns them.
+    """
+    # A process that ends by itself removes its locks, whatever it ends with.
+    if False in locks:
+        return "killed"
+    return "failed" if last_error(stage) else "stopped"
+
+
+def last_error(stage: Path) -> str:
+    """Return the error that is the last thing a stage has logged; empty without one.
+
+    Resumes append to the log, so an error before them is none of the last attempt.
+    """
+    try:
+        with (stage / "log.txt").open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = f.read().decode("utf-8", "replace").splitlines()
+    except OSError:  # the stage has not logged anything
+        return ""
+    stamped = [i for i, line in enumerate(lines) if _STAMP.match(line)]
+    return "\n".join(last_messages(lines[stamped[-1] :])) if stamped else ""
 
 
 def last_messages(lines: Sequence[str]) -> list[str]:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import test_report as parts
 
+from align.cli import cli
+from align.core.lock import StageLock
 from align.recipe.schema import Recipe
 from align.serve.live.process import holder
 from align.serve.live.state import Records, state_of, versions
@@ -126,12 +129,44 @@ def test_a_stage_on_another_machine_runs_while_its_lock_is_touched(runs: Path):
     state = state_of(runs / "unfinished")
     assert (state.state, state.host) == ("running", "node<7>")
     os.utime(lock, (0, 0))
-    assert state_of(runs / "unfinished").state == "stopped"
+    assert state_of(runs / "unfinished").state == "killed"
 
 
-def test_a_stage_that_has_failed_is_told_from_one_that_was_stopped(runs: Path):
-    (runs / "unfinished" / "grpo" / "failure.txt").write_text("Traceback")
-    assert state_of(runs / "unfinished").state == "failed"
+def test_how_a_stage_has_ended_is_what_align_runs_says(runs: Path):
+    """An error has a traceback or not, a resumed stage has the traceback of before."""
+    stage = runs / "unfinished" / "grpo"
+    failure, log = stage / "failure.txt", stage / "log.txt"
+
+    def told() -> str:
+        said = CliRunner().invoke(cli, ["runs", str(runs)]).output
+        (line,) = [line for line in said.splitlines() if line.startswith("unfinished")]
+        before = snapshot(runs)
+        state = state_of(runs / "unfinished").state
+        assert snapshot(runs) == before
+        assert re.search(rf", {state}(: | in )grpo, ", line), line
+        return state
+
+    assert told() == "stopped"
+    with log.open("a") as f:
+        f.write("12:00:01 error: grpo: 3 rows are empty. Remove them\n  a.jsonl:1\n")
+    assert told() == "failed"
+    why = "grpo: 3 rows are empty. Remove them\n  a.jsonl:1"
+    assert state_of(runs / "unfinished").problem == why
+    failure.write_text("Traceback")
+    assert told() == "failed"
+    with log.open("a") as f:
+        f.write("12:00:02 grpo: stopped by a signal. Run the same command again to resume\n")
+    assert told() == "stopped"
+    assert state_of(runs / "unfinished").problem == ""
+    for folder, name in ((stage, "stage.lock"), (runs / "unfinished", "run.lock")):
+        lock = StageLock(folder, name)
+        assert told() == "running"
+        left = json.loads(lock.path.read_text())
+        lock.release()
+        assert told() == "stopped"
+        lock.path.write_text(json.dumps({**left, "started": "1"}))  # another process's number now
+        assert told() == "killed"
+        lock.path.unlink()
 
 
 @pytest.mark.parametrize(

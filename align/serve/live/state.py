@@ -10,8 +10,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from align.core.artifacts import FAILURE, MANIFEST, read_json_object
+from align.core.artifacts import MANIFEST, read_json_object
 from align.core.errors import AlignError, ArtifactError
+from align.core.lock import RUN_LOCK, is_held
 from align.core.log import (
     ALARMS_FILE,
     EVALUATIONS_FILE,
@@ -20,6 +21,7 @@ from align.core.log import (
     short_number,
 )
 from align.core.text import visible
+from align.pipeline.following import last_end, last_error
 from align.pipeline.progress import SHOWN
 from align.recipe.load import RECIPE_FILE, read_resolved
 from align.report.read import RunRecord, read_run
@@ -29,7 +31,7 @@ from align.serve.live.process import foreign_host, holder
 TAIL_BYTES = 64 * 1024
 PARTS = {
     "series": (METRICS_FILE, EVALUATIONS_FILE),
-    "status": (METRICS_FILE, MANIFEST, RECIPE_FILE, FAILURE, ALARMS_FILE),
+    "status": (METRICS_FILE, MANIFEST, RECIPE_FILE, ALARMS_FILE),
     "results": (MANIFEST, RECIPE_FILE, ALARMS_FILE, "preflight.json"),
     "samples": (SAMPLES_FILE,),
     "log": ("log.txt",),
@@ -45,7 +47,7 @@ class RunState:
 
     Attributes:
         name: of its folder.
-        state: ``running``, ``done``, ``stopped``, ``failed`` or ``damaged``.
+        state: ``running``, ``done``, ``stopped``, ``failed``, ``killed`` or ``damaged``.
         done: number of stages that are done.
         total: number of stages of the recipe.
         stage: the stage that runs, or is next; empty if all are done.
@@ -54,7 +56,7 @@ class RunState:
         left_s: estimated seconds until the end of that stage, while it runs.
         headline: its most important metrics.
         changed: when the run last wrote something.
-        problem: failed expectations, or what is damaged.
+        problem: why the run has failed, failed expectations, or what is damaged.
         host: another machine on which it runs.
     """
 
@@ -129,9 +131,11 @@ def state_of(run_dir: Path) -> RunState:
     begun = [path.name for path in stages if path.name in left]
     stage = begun[-1] if begun else (left[0] if left else "")
     host = foreign_host(run_dir)
-    running = host is not None or holder(run_dir) is not None
-    failed = stage and (run_dir / stage / FAILURE).is_file()
-    idle = "failed" if failed else "stopped" if left else "done"
+    locks = [is_held(run_dir, RUN_LOCK, probe=False), is_held(run_dir / stage, probe=False)]
+    # A stage that a launcher started without align run has only a lock of its own.
+    running = True in locks or host is not None or holder(run_dir) is not None
+    idle = last_end(run_dir / stage, locks) if stage else "done"
+    problem = visible(last_error(run_dir / stage)) if idle == "failed" and not running else ""
     shown = stage or names[-1]
     rows = list(tail_rows(run_dir / shown / METRICS_FILE))
     if not stage:
@@ -150,7 +154,7 @@ def state_of(run_dir: Path) -> RunState:
         left_s=_left(rows) if running and stage else None,
         headline=_headline(rows),
         changed=changed,
-        problem=_failed_expectations(run_dir),
+        problem=problem or _failed_expectations(run_dir),
         host=host,
     )
 
