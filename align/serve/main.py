@@ -5,7 +5,8 @@ import socket
 
 import uvicorn
 
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, InstallError
+from align.core.extras import TRAINING, require
 from align.core.log import setup_logging
 from align.serve.app import create_app, only_server
 from align.serve.finetuning.recipes import base_place
@@ -24,6 +25,10 @@ def serve(settings: Settings) -> None:
         AlignError: the server cannot start, for the reason in the message.
     """
     setup_logging(0)
+    try:
+        require("the fine-tuning API", *TRAINING, extra="serve")
+    except InstallError as error:  # people can label, and look at runs
+        log.warning("%s", error)
     for name, place in settings.models.items():
         base_place(name, place, settings.runs)
     app = create_app(settings)

@@ -2,16 +2,28 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
+import httpx
 import pytest
+from openai import APIConnectionError, OpenAI
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from align.core.extras import TRAINING
+from align.pipeline.processes import free_port
+from tests.serve.running import WAIT_S
+from tests.serve.tiny_model import JOB_KEYS, SUPERVISED, jsonl, save_model, user
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("align", "reward_models", "recipes", "pyproject.toml", "README.md", "LICENSE")
@@ -212,3 +224,80 @@ def test_tasks_and_the_rules_of_data_are_found_outside_the_checkout(site: Path, 
     assert "world" in work("-c", tasks, cwd=tmp_path, site=site).split()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     work("-m", "align", "data", "check", "rows.jsonl", cwd=tmp_path, site=site)
+
+
+@contextmanager
+def served(site: Path, folder: Path) -> Iterator[tuple[OpenAI, str]]:
+    """Yield the official client of ``align serve`` outside of the checkout, and a login address."""
+    model, port = str(save_model(folder / "model")), str(free_port())
+    token = work("-m", "align", "serve", "--new-token", "alice", cwd=folder, site=site).strip()
+    words = ["serve", "--port", port, "--model", f"small={model}", "--engine", "hf"]
+    words += [word for key in JOB_KEYS for word in ("--set", key)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(site)}
+    with (folder / "said.txt").open("w") as said:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "align", *words], cwd=folder, env=env, stderr=said
+        )
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, timeout=WAIT_S)
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            assert server.poll() is None, (folder / "said.txt").read_text()
+            try:
+                client.models.list()
+                break
+            except APIConnectionError:
+                assert time.monotonic() < deadline, (folder / "said.txt").read_text()
+        yield client, re.findall(r"http\S+code=\S+", (folder / "said.txt").read_text())[0]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_the_server_runs_outside_the_checkout(site: Path, tmp_path: Path):
+    with served(site, tmp_path) as (client, address), httpx.Client(timeout=WAIT_S) as browser:
+        assert [model.id for model in client.models.list()] == ["small"]
+        place = address.partition("/login")[0]
+        assert browser.get(address).status_code == 200
+        for path in ("/", "/labels"):
+            page = browser.get(place + path).text
+            needs = re.findall(r'(?:src|href)="(/(?:static|live)/[^"]+)"', page)
+            assert needs
+            for need in needs:
+                assert browser.get(place + need).status_code == 200, need
+
+
+@pytest.mark.long
+def test_the_official_client_fine_tunes_outside_the_checkout(site: Path, tmp_path: Path):
+    with served(site, tmp_path) as (client, _):
+        file = client.files.create(file=("rows.jsonl", jsonl(SUPERVISED)), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(model="small", training_file=file.id, suffix="mine")
+        while job.finished_at is None:
+            time.sleep(0.5)
+            job = client.fine_tuning.jobs.retrieve(job.id)
+        assert job.status == "succeeded", job.error
+        assert (tmp_path / "runs" / job.id / "train" / "manifest.json").is_file()
+        said = client.chat.completions.create(
+            model=job.fine_tuned_model or "", messages=[user("Say sun.")], max_tokens=4
+        )
+        assert said.usage is not None
+        assert 1 <= said.usage.completion_tokens <= 4
+
+
+def test_the_extra_of_the_server_has_what_its_jobs_need(wheel: Path):
+    with ZipFile(wheel) as packed:
+        (name,) = [name for name in packed.namelist() if name.endswith("dist-info/METADATA")]
+        told = message_from_bytes(packed.read(name)).get_all("Requires-Dist") or []
+    found = [Requirement(line) for line in told]
+
+    def needed(extra: str) -> set[str]:
+        """Return the names that an extra adds, through the extras that it names."""
+        mine = [r for r in found if r.marker and r.marker.evaluate({"extra": extra})]
+        mine = [r for r in mine if not r.marker or not r.marker.evaluate({"extra": ""})]
+        own = {canonicalize_name(r.name) for r in mine if not r.extras}
+        return own.union(*(needed(inner) for r in mine for inner in r.extras))
+
+    assert needed("web") == {"fastapi", "python-multipart", "uvicorn"}
+    assert needed("web") | {*TRAINING} <= needed("serve")

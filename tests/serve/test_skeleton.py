@@ -315,6 +315,21 @@ def test_without_the_extra_the_command_names_it(tmp_path: Path):
     assert done.stderr.strip().endswith("pip install 'align-suite[serve]'")
 
 
+def test_without_torch_the_server_says_at_its_start_what_it_cannot_do(
+    server: Running, tmp_path: Path
+):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+    )
+    busy = str(server.services.settings.port)
+    done = align("--port", busy, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    warning, error = done.stderr.strip().splitlines()
+    assert "the fine-tuning API needs torch, which this installation lacks" in warning
+    assert warning.endswith("pip install 'align-suite[serve]'")
+    assert "Address already in use" in error
+
+
 def test_the_command_line_starts_without_the_web_libraries():
     web = "{'fastapi', 'uvicorn', 'starlette'}"
     code = f"import sys, align, align.cli; print(sorted({web} & set(sys.modules)))"
