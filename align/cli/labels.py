@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from align.serve.labels.items import Candidate
     from align.serve.labels.tables import Project
+    from align.serve.store import Store
 
 labels = typer.Typer(help="Preference labels by people (docs/labels.md).", no_args_is_help=True)
 NOTHING = "no labeling project in it. Make one with: align labels import NAME FILE"
@@ -40,6 +41,16 @@ def _database(runs: Path, *, create: bool = False) -> Iterator["sqlite3.Connecti
     """Yield the labels of a runs folder, inside a transaction.
 
     Raises:
+        DataError: as ``_store``.
+    """
+    with _store(runs, create=create).write() as db:
+        yield db
+
+
+def _store(runs: Path, *, create: bool = False) -> "Store":
+    """Return the database of a runs folder.
+
+    Raises:
         DataError: nothing was labeled there, and ``create`` is False.
     """
     from align.serve.labels import MIGRATIONS, NAME
@@ -51,8 +62,7 @@ def _database(runs: Path, *, create: bool = False) -> Iterator["sqlite3.Connecti
         raise DataError(f"{runs}: {NOTHING}")
     store = Store(folder)
     store.migrate(NAME, MIGRATIONS)
-    with store.write() as db:
-        yield db
+    return store
 
 
 @labels.command("list")
@@ -202,11 +212,9 @@ def export(name: Name, runs: Runs = Path("runs")) -> None:
 
     from align.core.artifacts import file_sha256
     from align.data.labels import RECORD
-    from align.serve.labels.export import export as export_snapshot
-    from align.serve.labels.tables import find_project
+    from align.serve.labels.export import export_newest
 
-    with _database(runs) as db:
-        folder = export_snapshot(db, find_project(db, name))
+    folder = export_newest(_store(runs), name)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     counts = ", ".join(f"{count} {what}" for what, count in sorted(record["items"].items()))
     typer.echo(visible(f"{folder}: items: {counts}; sha256 {file_sha256(folder / RECORD)}"))

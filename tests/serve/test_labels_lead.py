@@ -1,6 +1,7 @@
 """What an annotation lead does: roles, batches, disagreements, tables, training by a click."""
 
 import csv
+import fcntl
 import io
 import json
 import time
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from align.cli import cli
 from align.core.errors import DataError, RecipeError
-from align.data.labels import snapshots
+from align.data.labels import snapshots, write_snapshot
 from align.recipe.load import load_recipe
+from align.serve.labels.export import EXPORT_LOCK
 from align.serve.labels.items import Candidate, add_items
 from align.serve.labels.quality import cohen_kappa, quality_of
 from align.serve.labels.tables import Project, create_project
@@ -363,6 +365,12 @@ def test_the_recipe_of_a_snapshot_differs_in_nothing_else(server: Running, tmp_p
     assert [r.path.name for r in readers(project)] == ["json.yaml", "mine.yaml"]
 
 
+def rows_of_jobs(server: Running) -> list[Any]:
+    """Return the jobs of the queue as the database has them."""
+    with server.services.store.read() as db:
+        return db.execute("SELECT * FROM jobs").fetchall()
+
+
 def wait_for(client: httpx.Client, text: str) -> str:
     """Return the part of the page about training once it contains a text."""
     deadline = time.monotonic() + WAIT_S
@@ -397,6 +405,32 @@ def test_a_click_exports_the_labels_and_trains_on_them(server: Running, tmp_path
     assert folder.name.startswith("0001-")
 
 
+def test_labels_are_recorded_while_others_are_exported(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    project = make(server, *pairs(2), wanted=1)
+    label(server, project, "one")
+    (server.services.settings.runs.parent / "mine.yaml").write_text(RECIPE.replace("SEED", "0"))
+    written: list[Path] = []
+
+    def slow(*given: Any) -> Path:
+        with server.client() as client:  # another export would wait, an answer does not
+            assert client.post("/labels/p/undo").status_code == 200
+        place = server.services.store.path.parent / EXPORT_LOCK
+        with place.open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        written.append(write_snapshot(*given))
+        return written[-1]
+
+    monkeypatch.setattr("align.serve.labels.export.write_snapshot", slow)
+    with server.client() as client:
+        for path, form in (("export", {}), ("train", {"recipe": "mine.yaml"})):
+            done = client.post(f"/labels/p/{path}", data=form)
+            assert done.headers.get("location") == "/labels/p#train", done.text
+    assert CliRunner().invoke(cli, ["labels", "export", "p", "--runs", "runs"]).exit_code == 0
+    assert [folder.name[:4] for folder in written] == ["0001"] * 3
+
+
 def test_a_run_on_labels_is_stopped_and_goes_on(server: Running, tmp_path: Path):
     project = make(server, *pairs(1))
     label(server, project, "one")
@@ -412,6 +446,10 @@ def test_a_run_on_labels_is_stopped_and_goes_on(server: Running, tmp_path: Path)
         assert client.post("/labels/p/stop", data={"run": "mine-2"}).status_code == 400
         assert client.post("/labels/p/stop", data={"run": "mine-1"}).status_code == 303
         assert "Stop</button>" not in wait_for(client, '"state stopped"')
+        deadline = time.monotonic() + WAIT_S
+        while any(job["pid"] for job in rows_of_jobs(server)):  # its process has to end too
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         (tmp_path / "mine-1.yaml").write_text("name: mine\nstages: {}\n")
         refused = client.post("/labels/p/train", data=train)
         assert "this file exists and differs from the recipe for p@1" in refused.text

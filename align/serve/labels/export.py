@@ -14,6 +14,7 @@ answer is the verdict of an admin, or the one with more votes than any other; wi
 item is contested and left out.
 """
 
+import fcntl
 import json
 import sqlite3
 from collections import defaultdict
@@ -28,8 +29,10 @@ from align.core.types import Text, Turn
 from align.data.labels import FILES, TIES_FILE, write_snapshot
 from align.serve.labels.conflicts import verdicts
 from align.serve.labels.quality import canonical, majority, pseudonym
-from align.serve.labels.tables import Project
+from align.serve.labels.tables import Project, find_project
+from align.serve.store import Store
 
+EXPORT_LOCK = "export.lock"
 Rows = dict[str, list[dict[str, Any]]]
 PREFERENCE, UNPAIRED, SFT, STEPS = (FILES[n] for n in ("preference", "unpaired", "sft", "steps"))
 _LABELS = (
@@ -38,6 +41,21 @@ _LABELS = (
     "WHERE i.project_id = ? AND t.purpose = 'label' AND t.state = 'done' "
     "ORDER BY i.key, a.number"
 )
+
+
+def export_newest(store: Store, name: str) -> Path:
+    """Write the labels of a project as its newest snapshot, and return its folder.
+
+    Labels are recorded meanwhile. Of several exports, also by other processes, each begins to read
+    when the one before is written, so that the newest snapshot has the newest labels.
+
+    Raises:
+        DataError: as ``export``, or there is no such project.
+    """
+    with (store.path.parent / EXPORT_LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with store.read() as db:
+            return export(db, find_project(db, name))
 
 
 def export(db: sqlite3.Connection, project: Project) -> Path:

@@ -15,7 +15,7 @@ from align.data.reading.sources import suffix_of
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.labels.conflicts import decide
-from align.serve.labels.export import export
+from align.serve.labels.export import export_newest
 from align.serve.labels.items import Candidate, add_items, from_samples, read_file, side_of
 from align.serve.labels.progress import sources
 from align.serve.labels.tables import Kind, Project, Queue, create_project, set_instructions
@@ -174,8 +174,9 @@ def _add_decisions(router: APIRouter, services: Services) -> None:
 def _add_training(router: APIRouter, services: Services) -> None:
     @router.post("/{name}/export")
     def export_labels(name: str) -> Response:
-        with services.store.write() as db:
-            export(db, project_named(db, name))
+        with services.store.read() as db:
+            project_named(db, name)
+        export_newest(services.store, name)
         return _back(name, "#train")
 
     @router.post("/{name}/train")
@@ -186,8 +187,7 @@ def _add_training(router: APIRouter, services: Services) -> None:
         reader = next((r for r in readers(project) if str(r.path) == recipe), None)
         if reader is None:
             raise ServeError(400, f"{recipe[:200]}: no recipe that reads labels: {name}")
-        with services.store.write() as db:
-            number = snapshot_number(export(db, project))
+        number = snapshot_number(export_newest(services.store, name))
         path = write_derived(reader, project, number)
         with services.store.write() as db:
             queue_training(db, project, reader, number=number, path=path)
