@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from reward_models.field_errors import field_error
 from reward_models.formula import Formula, FormulaError
 from reward_models.similarity import METRICS
 
@@ -87,11 +88,13 @@ class PythonGrader(_Spec):
 
 
 class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     type: Literal["input_text", "output_text", "text"]
     text: str
 
 
 class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     role: Literal["user", "assistant", "system", "developer"]
     content: str | _Part | list[str | _Part]
     type: Literal["message"] = "message"
@@ -104,7 +107,8 @@ class _Message(BaseModel):
 class _Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid")
     max_completions_tokens: Annotated[int, Field(ge=1)] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: None = None
+    """Models of a server have no such setting; a value would have no effect."""
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -144,6 +148,18 @@ class Multi(_Spec):
     graders: dict[str, Single] | list[Single] | Single
     calculate_output: str
 
+    @field_validator("graders")
+    @classmethod
+    def _have_names(cls, graders: Any) -> Any:
+        if not graders:
+            raise ValueError("expected at least one grader")
+        names = [grader.name for grader in graders] if isinstance(graders, list) else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two graders are named {twice[0]!r}; the formula needs different names"
+            )
+        return graders
+
     def members(self) -> dict[str, Single]:
         """Return the graders by the names that the formula uses."""
         if isinstance(self.graders, dict):
@@ -168,9 +184,9 @@ def read_grader(given: object) -> Any:
     try:
         grader = _ADAPTER.validate_python(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise GraderError(f"{place or 'grader'}: {first['msg']}") from None
+        found, told = field_error(error.errors(include_url=False), given)
+        place = ".".join(map(str, found))
+        raise GraderError(f"{place or 'grader'}: {told}") from None
     if isinstance(grader, LabelModel):
         raise GraderError("label_model: expected inside of a multi grader only")
     for member in grader.members().values() if isinstance(grader, Multi) else [grader]:

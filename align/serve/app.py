@@ -24,6 +24,7 @@ from align.serve.guard import Guard
 from align.serve.services import Area, Services
 from align.serve.settings import Settings
 from align.serve.store import Store
+from reward_models.field_errors import field_error
 
 log = logging.getLogger(__name__)
 AREAS = cast("tuple[Area, ...]", (finetuning, live, labels))
@@ -141,10 +142,7 @@ def _add_errors(app: FastAPI, services: Services) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        found = ServeError(400, f"{place or 'body'}: {first['msg']}", param=place or None)
-        return _answer(services, request, found)
+        return _answer(services, request, _wrong_field(error))
 
     @app.exception_handler(UnicodeEncodeError)
     async def not_utf8(request: Request, error: UnicodeEncodeError) -> Response:
@@ -158,6 +156,19 @@ def _add_errors(app: FastAPI, services: Services) -> None:
         log.exception("%s %s failed", request.method, request.url.path)
         problem = ServeError(500, "The server failed; its log has the traceback.")
         return _answer(services, request, problem)
+
+
+def _wrong_field(error: RequestValidationError) -> ServeError:
+    """Return the error that names the wrong field of a request."""
+    errors = [{**found, "loc": found["loc"][1:]} for found in error.errors()]
+    if not isinstance(error.body, dict):  # a query, a form, or no JSON
+        place, told = errors[0]["loc"], errors[0]["msg"]
+    else:
+        place, told = field_error(errors, error.body)
+        if not place and told.partition(":")[0] in error.body:  # about several fields
+            return ServeError(400, told, param=told.partition(":")[0])
+    param = ".".join(map(str, place))
+    return ServeError(400, f"{param or 'body'}: {told}", param=param or None)
 
 
 def _answer(services: Services, request: Request, error: ServeError) -> Response:

@@ -56,6 +56,6 @@ def broken_text() -> ServeError:
     )
 
 
-def not_found(what: str, name: str) -> ServeError:
+def not_found(what: str, name: str, *, param: str = "id") -> ServeError:
     """Return the error of a thing that does not exist or belongs to somebody else."""
-    return ServeError(404, f"No such {what}: {name[:200]!r}.", code="not_found", param="id")
+    return ServeError(404, f"No such {what}: {name[:200]!r}.", code="not_found", param=param)

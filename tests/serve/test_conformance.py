@@ -152,6 +152,35 @@ def test_a_job_has_the_objects_fields_and_waits_in_the_queue(client: OpenAI, tra
     assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
 
 
+def test_an_integration_is_taken_as_the_client_shows_it(client: OpenAI, training_file: str):
+    wandb: Any = {"project": "p", "tags": ["a"], "entity": None, "name": None}
+    asked: Any = [{"type": "wandb", "wandb": wandb}]
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=training_file, integrations=asked
+    )
+    shown = [integration.to_dict() for integration in job.integrations or []]
+    again = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training_file,
+        integrations=shown,  # type: ignore[arg-type]
+    )
+    assert again.integrations == job.integrations
+
+
+def test_an_expired_file_trains_no_job(server: Running, client: OpenAI):
+    file = client.files.create(
+        file=("t.jsonl", jsonl(SUPERVISED)),
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    with server.services.store.write() as db:
+        db.execute("UPDATE files SET expires_at = expires_at - 3601 WHERE id = ?", (file.id,))
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    with pytest.raises(openai.BadRequestError, match="no such file"):
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+
+
 def test_the_old_form_of_hyperparameters_is_understood(client: OpenAI, training_file: str):
     job = client.fine_tuning.jobs.create(
         model="tiny", training_file=training_file, hyperparameters={"n_epochs": 1}
@@ -178,8 +207,9 @@ def test_jobs_are_listed_by_page_and_by_metadata(client: OpenAI, training_file: 
     assert list(client.fine_tuning.jobs.list(metadata={"team": "nobody"})) == []
     without = client.fine_tuning.jobs.list(limit=100, extra_query={"metadata": "null"})
     assert not {job.id for job in without} & set(ids)
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as missing:
         client.fine_tuning.jobs.list(after="ftjob-nothing")
+    assert missing.value.param == "after"
 
 
 def test_a_queued_job_is_paused_resumed_and_cancelled(client: OpenAI, training_file: str):
@@ -209,6 +239,20 @@ def test_a_wrong_line_fails_the_job_with_its_number_and_the_remedy(client: OpenA
     assert next(iter(client.fine_tuning.jobs.list_events(job.id))).level == "error"
 
 
+def test_a_validation_file_with_trained_questions_fails_the_job(client: OpenAI, training_file: str):
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=training_file, validation_file=training_file
+    )
+    while (found := client.fine_tuning.jobs.retrieve(job.id)).status == "validating_files":
+        pass
+    assert found.error is not None
+    assert (found.error.code, found.error.param) == ("invalid_training_file", "validation_file")
+    assert found.error.message == (
+        "validation_file: line 1: its first user message is also in line 1 of training_file. "
+        "Remove the row from one of the files."
+    )
+
+
 def test_what_a_request_must_not_hold_is_refused(client: OpenAI, training_file: str):
     create = client.fine_tuning.jobs.create
     good: dict[str, Any] = {"model": "tiny", "training_file": training_file}
@@ -220,18 +264,27 @@ def test_what_a_request_must_not_hold_is_refused(client: OpenAI, training_file: 
         ({"suffix": "a:b"}, "pattern", "suffix"),
         ({"suffix": "x" * 65}, "64", "suffix"),
         ({"seed": -1}, "seed", "seed"),
-        ({"metadata": {"k" * 65: "v"}}, "metadata", None),
+        ({"metadata": {"k" * 65: "v"}}, "metadata: expected up to 16", "metadata"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}},
+            "less than or equal to 2",
+            "method.dpo.hyperparameters.beta",
+        ),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p", "entity": "e"}}]},
+            "entity",
+            "integrations.0.wandb.entity",
+        ),
         ({"extra_body": {"nonsense": 1}}, "nonsense", "nonsense"),
         ({"method": {"type": "reinforcement"}}, "grader", "method"),
         ({"method": {"type": "dpo", "supervised": {}}}, "settings of supervised", "method"),
-        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs", None),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs", "hyperparameters.n_epochs"),
     ]
     for change, message, param in wrong:
         with pytest.raises(openai.BadRequestError, match=message) as error:
             create(**{**good, **change})
         assert error.value.type == "invalid_request_error", change
-        if param is not None:
-            assert error.value.param == param, change
+        assert error.value.param == param, change
     asking = {
         "type": "score_model",
         "name": "judge",

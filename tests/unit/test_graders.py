@@ -269,7 +269,7 @@ def test_a_multi_grader_takes_a_list_or_one_grader_by_name():
 def test_an_invalid_grader_is_named_with_its_place():
     good = {"type": "string_check", "name": "c", "operation": "eq", "input": "a", "reference": "b"}
     for given, message in (
-        ({**good, "operation": "is"}, "string_check.operation"),
+        ({**good, "operation": "is"}, "operation: Input should be"),
         ({**good, "input": "{{ x }}"}, r"c: \{\{ x \}\}: expected"),
         ({**good, "more": 1}, "more"),
         ({"type": "magic", "name": "c"}, "magic"),

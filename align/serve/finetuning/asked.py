@@ -82,6 +82,9 @@ class Wandb(Asked):
 
     project: Annotated[str, Field(min_length=1)]
     tags: list[str] = []
+    # The client knows these, and sends null for them. The run is named like its job.
+    entity: None = None
+    name: None = None
 
 
 class Integration(Asked):

@@ -72,7 +72,7 @@ class ChatRequest(Asked):
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs has an effect with logprobs: true only")
+            raise ValueError("top_logprobs: it has an effect with logprobs: true only")
         return self
 
 

@@ -57,7 +57,7 @@ def list_page(
             f"SELECT seq FROM {table} WHERE id = ? AND {' AND '.join(conditions)}", [after, *values]
         ).fetchone()
         if found is None:
-            raise not_found("item to list after", after)
+            raise not_found("item to list after", after, param="after")
         conditions.append("seq > ?" if order == "asc" else "seq < ?")
         values.append(found["seq"])
     query = f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY seq {order} LIMIT ?"

@@ -125,8 +125,11 @@ def _insert_job(api: Api, db: sqlite3.Connection, *, person: Person, asked: JobR
     for param, file in files.items():
         if file is None:
             continue
-        query = "SELECT purpose FROM files WHERE id = ? AND owner = ?"
-        row = db.execute(query, (file, person.id)).fetchone()
+        query = (
+            "SELECT purpose FROM files"
+            " WHERE id = ? AND owner = ? AND coalesce(expires_at, 1e18) > ?"
+        )
+        row = db.execute(query, (file, person.id, now())).fetchone()
         if row is None:
             raise ServeError(400, f"{param}: no such file {file[:100]!r}.", param=param)
         if row["purpose"] != "fine-tune":
