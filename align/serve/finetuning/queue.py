@@ -42,7 +42,10 @@ from align.serve.finetuning.tables import RECIPE_JOB
 from align.serve.finetuning.training_files import (
     MIN_ROWS,
     InvalidFileError,
+    as_asked,
+    check_apart,
     check_file,
+    check_rows,
     write_prompts,
 )
 from align.serve.finetuning.webhooks import deliver_due
@@ -184,6 +187,8 @@ class Queue:
                 counts[part] = self._copy(
                     name, files[part], param=f"{part}_file", method=method["type"]
                 )
+        if "validation" in files:
+            check_apart(files["training"], files["validation"], method["type"])
         with self._api.store.read() as db:
             owner = Person(row["owner"], _name(db, row["owner"]))
             base = find_whole(db, self._api.settings, owner, name=row["model"])
@@ -217,6 +222,10 @@ class Queue:
             write_prompts(source, target)
         else:
             os.link(source, target)
+        try:
+            check_rows(target, method)
+        except InvalidFileError as error:
+            raise _named(error, param) from None
         return count
 
     # ---- processes
@@ -336,7 +345,9 @@ class Queue:
             db.execute(update, (0 if started else -1, job))
 
     def _fail(self, db: sqlite3.Connection, row: sqlite3.Row, message: str) -> None:
-        problem = {"code": "training_failed", "message": message, "param": None}
+        message, param = as_asked(message, self._folder(row["id"]))
+        code = "invalid_training_file" if param else "training_failed"
+        problem = {"code": code, "message": message, "param": param}
         told = f"The job failed: {message}"
         set_status(db, row, "failed", message=told, error=json.dumps(problem))
 

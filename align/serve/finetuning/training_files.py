@@ -1,14 +1,36 @@
 """Training files: what is wrong in which line, and what to do about it."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.load import read_examples
+from align.data.split import split_key
+from align.recipe.schema import DataSpec
 
 MIN_ROWS = 10
 """Fewest rows of a training file, as OpenAI requires."""
 MAX_LINE = 4 * 2**20
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+READ_AS: dict[str, tuple[Literal["sft", "preference", "prompts"], dict[str, str]]] = {
+    "supervised": ("sft", {"prompt": "messages", "completion": "messages"}),
+    "dpo": (
+        "preference",
+        {
+            "prompt": "input.messages",
+            "completion": "preferred_output",
+            "rejected": "non_preferred_output",
+        },
+    ),
+    "reinforcement": ("prompts", {"prompt": "messages"}),
+}
+"""What the rows of each method are to the stages, and the API's names of their parts."""
 
 
 class InvalidFileError(ValueError):
@@ -49,6 +71,68 @@ def check_file(path: Path, method: str, *, minimum: int) -> int:
     if count < minimum:
         raise InvalidFileError(f"found {count} examples, expected at least {minimum}. Add more.")
     return count
+
+
+def check_rows(path: Path, method: str) -> None:
+    """Check the rows of a file with the rules of the stage that trains on them.
+
+    Raises:
+        InvalidFileError: names the first wrong line.
+    """
+    for _ in _examples(path, method):
+        pass  # reading checks each row
+
+
+def check_apart(training: Path, validation: Path, method: str) -> None:
+    """Check that no question is in both files: the stages refuse to validate on it.
+
+    Raises:
+        InvalidFileError: names the first line, of the validation file.
+    """
+    asked = {split_key(example): line for line, example in _examples(validation, method)}
+    for line, example in _examples(training, method):
+        if (late := asked.get(split_key(example))) is not None:
+            raise InvalidFileError(
+                f"validation_file: line {late}: its first user message is also in line {line} of "
+                "training_file. Remove the row from one of the files.",
+                param="validation_file",
+            )
+
+
+def _examples(path: Path, method: str) -> Iterator[tuple[int, Example]]:
+    """Yield line and example of each row."""
+    kind, names = READ_AS[method]
+    try:
+        for example in read_examples(DataSpec(path=str(path)), kind=kind, seed=0):
+            yield int(example.source.rpartition(":")[2]), example
+    except DataError as error:
+        first = str(error).splitlines()[0]
+        found = re.fullmatch(rf"{re.escape(str(path))}:(\d+): (.*)", first)
+        if found is None:  # about the whole file
+            raise InvalidFileError(first.removeprefix(f"{path}: ")) from None
+        told = re.sub(r"^\w+", lambda part: names.get(part[0], part[0]), found[2])
+        raise InvalidFileError(f"line {found[1]}: {told}. Correct or remove the row.") from None
+
+
+def as_asked(told: str, folder: Path) -> tuple[str, str | None]:
+    """Return what a run says with the names of the API for the files of a job.
+
+    Args:
+        told: by the run.
+        folder: of the job, which has its files.
+
+    Returns:
+        The text, and the parameter of the file that it names; None if it names none.
+    """
+    place = re.compile(
+        rf"{re.escape(str(folder.resolve()))}/(training|validation)\.jsonl(?::(\d+))?"
+    )
+    first = place.search(told)
+
+    def named(found: re.Match[str]) -> str:
+        return f"{found[1]}_file" + (f": line {found[2]}" if found[2] else "")
+
+    return place.sub(named, told), f"{first[1]}_file" if first else None
 
 
 def _row_problem(line: bytes, check: Callable[[dict[str, Any]], str | None]) -> str | None:
@@ -140,7 +224,10 @@ CHECKS: dict[str, Callable[[dict[str, Any]], str | None]] = {
 def write_prompts(source: Path, target: Path) -> None:
     """Write the rows of a checked reinforcement file as prompts with columns."""
     with source.open(encoding="utf-8-sig") as read, target.open("w", encoding="utf-8") as write:
-        for line in filter(str.strip, read):
+        for line in read:
+            if not line.strip():  # kept, so that messages name the lines of the source
+                write.write("\n")
+                continue
             row = json.loads(line)
             columns = {k: v for k, v in row.items() if k != "messages"}
             item = json.dumps(columns, ensure_ascii=False)
