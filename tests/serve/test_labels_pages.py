@@ -110,9 +110,10 @@ def look(page: Any, place: str, name: str) -> list[str]:
         if place.endswith("/p/work"):
             page.keyboard.press("e")
             page.locator("#edit").wait_for()
-    found = accessibility_findings(page)
+    found = []
     for size in (WIDE, PHONE):
         page.set_viewport_size(size)
+        found += accessibility_findings(page)
         if (wide := page.evaluate("document.documentElement.scrollWidth")) > size["width"]:
             found.append(f"{wide} pixels wide")
         if SHOTS:
