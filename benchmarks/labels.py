@@ -175,6 +175,16 @@ def run_load(folder: Path, *, items: int, annotators: int, pause_s: float) -> li
     return [seconds for annotator in people for seconds in annotator.seconds]
 
 
+def label_load(folder: Path, *, items: int, pause_s: float, annotators: int = 20) -> str:
+    """Return one line about the times of requests while annotators label all items twice."""
+    seconds = run_load(folder, items=items, annotators=annotators, pause_s=pause_s)
+    quantiles = statistics.quantiles(seconds, n=100)
+    return (
+        f"{annotators} annotators, {len(seconds)} requests: median {1000 * quantiles[49]:.1f} ms, "
+        f"p95 {1000 * quantiles[94]:.1f} ms, longest {1000 * max(seconds):.1f} ms"
+    )
+
+
 def main() -> None:
     """Print the result of one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -191,15 +201,10 @@ def main() -> None:
             )
             sys.stdout.write(f"{args.kills} kills, {count} labels, none lost or doubled\n")
             return
-        seconds = run_load(
-            Path(folder), items=args.items, annotators=args.annotators, pause_s=args.pause
+        told = label_load(
+            Path(folder), items=args.items, pause_s=args.pause, annotators=args.annotators
         )
-    quantiles = statistics.quantiles(seconds, n=100)
-    sys.stdout.write(
-        f"{args.annotators} annotators, {len(seconds)} requests: median "
-        f"{1000 * quantiles[49]:.1f} ms, p95 {1000 * quantiles[94]:.1f} ms, "
-        f"largest {1000 * max(seconds):.1f} ms\n"
-    )
+    sys.stdout.write(f"{told}\n")
 
 
 if __name__ == "__main__":
