@@ -18,6 +18,8 @@ _STYLES = {"masked": "dim", "trained": "green", "stop": "bold white on red"}
 _CLASSES = {"masked": "mask", "trained": "train", "stop": "stop"}
 LEFT_OUT = "left out"
 """State of the entry, in a plain view, that counts the tokens not shown."""
+NUM_SHOWN = 2
+"""Number of rows in the token view of a stage."""
 _AROUND, _AT_END = 48, 8
 
 

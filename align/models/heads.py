@@ -138,6 +138,24 @@ def packed_values(
     return scorer.head(states.unsqueeze(0))
 
 
+def values_of(model: RewardModel) -> nn.Module:
+    """Return the module that training calls: packed rows in, a value per token out."""
+    return TextValues(model) if model.reads == "first" else SequenceValues(model)
+
+
+class SequenceValues(nn.Module):
+    """Values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the value of every token, given the tokens before it in its sequence."""
+        segments = segments_from_positions(position_ids[0])
+        return packed_values(self.model, input_ids, position_ids, segments)
+
+
 class ValueModel(nn.Module):
     """Compute V(state before token t) at index t of a packed row.
 

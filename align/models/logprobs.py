@@ -83,6 +83,14 @@ def token_logprobs(
     return TokenLogprobs(logprobs, _scatter(entropies, index, real.shape) if entropy else None)
 
 
+@torch.no_grad()
+def next_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits (n, V) from which the n masked tokens of a packed row (1, N) were drawn."""
+    segments = replace(segments_from_positions(position_ids[0]), answers=mask[0])
+    hidden = hidden_states(model, input_ids[0], segments)  # (N, H)
+    return token_logits(model, hidden[segments.previous[mask[0].nonzero().squeeze(1)]])
+
+
 def _layout(real: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> Segments:
     """Return the layout of the real tokens of (B, T) as one packed row."""
     # Padding on either side is cut away, so positions count real tokens.

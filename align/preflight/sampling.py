@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from align.core.distributed import derive_seed
 from align.core.types import Completion, PromptRow, TokenRow
-from align.models.attention import segments_from_positions
-from align.models.logprobs import LogprobModel, hidden_states, token_logits
+from align.models.logprobs import LogprobModel, next_logits
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.preflight.offline import own_forward
 from align.recipe.schema import OnlineStage
@@ -127,7 +125,6 @@ class Probe:
             "hf, and report this with the versions of 'align doctor'",
         )
 
-    @torch.no_grad()
     def greedy(self) -> Finding:
         """Compare the sampler's greedy tokens with the most likely ones of the Hugging Face model.
 
@@ -135,19 +132,15 @@ class Probe:
         """
         batch = _whole(self._answers(0.0, 1))
         self.module.eval()
-        segments = segments_from_positions(batch.position_ids[0])
-        # Position of each sampled token, (n,), and the hidden state that predicts it.
-        segments = replace(segments, answers=batch.mask[0])
-        at = batch.mask[0].nonzero().squeeze(1)
-        hidden = hidden_states(self.module.model, batch.input_ids[0], segments)
-        logits = token_logits(self.module.model, hidden[segments.previous[at]])  # (n, V)
-        chosen = logits.gather(-1, batch.input_ids[0][at, None])[:, 0]
+        logits = next_logits(self.module.model, batch.input_ids, batch.position_ids, batch.mask)
+        ids = batch.input_ids[batch.mask]  # (n,)
+        chosen = logits.gather(-1, ids[:, None])[:, 0]
         # 0 where the sampler chose the model's best token, else the gap between the two.
         behind = logits.max(-1).values - chosen
         return self._within(
             behind,
             ENGINE_LIMIT,
-            what=f"behind the model's best tokens; {int((behind == 0).sum())} of {len(at)} greedy "
+            what=f"behind the model's best tokens; {int((behind == 0).sum())} of {len(ids)} greedy "
             f"tokens of {self.engine.name} are the best",
             remedy="the sampler's greedy tokens are not those of the model. Use sampling.engine: "
             "hf",

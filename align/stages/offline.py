@@ -329,7 +329,6 @@ def run_offline(
         diagnosis=diagnosis,
     )
     if stops:
-        # A policy that never learned to stop looks fine in its loss, and never ends when sampled.
         rows = spread(task.heldout or task.rows, NUM_ROWS)
         if found := stop_probabilities(learner.engine, rows, stops):
             final["eval/stop_prob"] = median(found)

@@ -12,7 +12,7 @@ from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.data.store.rows import StoredRows
-from align.data.token_view import View, view_of
+from align.data.token_view import NUM_SHOWN, View, view_of
 from align.models.decoder import plain_table
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Check, Finding, spread
@@ -28,9 +28,6 @@ from align.training.task import OfflineTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NUM_SHOWN = 2
-"""Number of rows in the token view of a stage."""
 
 MADE_UP = [
     Example(

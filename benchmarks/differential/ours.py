@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from align.models.attention import PACKED
+from align.models.heads import values_of
 from align.models.logprobs import LogprobModel
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
@@ -17,7 +18,6 @@ from align.online.scoring import Scores, apply_scores
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, OnlineStage, RewardStage
 from align.sampling.experience import Experience, gather_experience
 from align.stages import dpo, kto, sft
-from align.stages.reward.stage import values_of
 from align.stages.reward.tasks import WeightedPair, collate_pairs, pair_loss
 from align.training.batch import PackedBatch
 from benchmarks.differential.cases import Case

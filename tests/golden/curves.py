@@ -38,14 +38,13 @@ from online_parts import (
 
 from align.core.types import Completion, PairRow, PromptRow, TokenRow
 from align.data.sampler import pick
-from align.models.heads import scorer_from
+from align.models.heads import SequenceValues, scorer_from
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, PpoStage, RewardStage
 from align.sampling.experience import gather_experience
 from align.stages import dpo, kto, sft
-from align.stages.reward import stage as reward
 from align.stages.reward import tasks as scorer_rows
 from align.training.learner import Learner
 from align.training.task import OfflineTask, measured
@@ -95,7 +94,7 @@ def sft_curve(model_dir: Path) -> Curve:
 def reward_curve(model_dir: Path) -> Curve:
     """Bradley-Terry, centred."""
     torch.manual_seed(4)
-    module = reward.SequenceValues(scorer_from(model_dir, dtype="float32"))
+    module = SequenceValues(scorer_from(model_dir, dtype="float32"))
     spec = RewardStage(kind="reward", **OFFLINE)
     rows = [scorer_rows.WeightedPair(pair, (1.0,)) for pair in pairs()]
     loss_fn = partial(scorer_rows.pair_loss, spec)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artifacts import Artifact
@@ -21,8 +20,7 @@ from align.core.types import Example, PairRow, TokenRow
 from align.data.load import fingerprints
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
-from align.models.attention import segments_from_positions
-from align.models.heads import TextValues, packed_values, scorer_from, scorer_on_encoder
+from align.models.heads import scorer_from, scorer_on_encoder, values_of
 from align.models.loading import load_tokenizer, set_dropout, stop_token_ids
 from align.preflight.checks import spread
 from align.preflight.disk import disk_checks
@@ -293,24 +291,6 @@ def saved_scorer(spec: RewardStage, model_dir: Path) -> RewardModel:
     model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads)
     model.backbone = with_adapter(model.to(distributed.device()).backbone, model_dir)
     return model
-
-
-def values_of(model: RewardModel) -> nn.Module:
-    """Return the module that training calls: packed rows in, a value per token out."""
-    return TextValues(model) if model.reads == "first" else SequenceValues(model)
-
-
-class SequenceValues(nn.Module):
-    """Values of each token of a packed row, without padding: (1, N) or (1, N, heads)."""
-
-    def __init__(self, model: RewardModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the value of every token, given the tokens before it in its sequence."""
-        segments = segments_from_positions(position_ids[0])
-        return packed_values(self.model, input_ids, position_ids, segments)
 
 
 def reference_numbers(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 from align.core.artifacts import Artifact
 from align.core.types import Example, TokenRow
 from align.data.render.chat import ChatFormat
-from align.data.token_view import View, view_of
+from align.data.token_view import NUM_SHOWN, View, view_of
 from align.preflight import collated, tokens
 from align.preflight.checks import MAX_SEEN, Check, spread
 from align.preflight.offline import same_weights
 from align.preflight.rewards import reward_checks
 from align.recipe.schema import TrlStage
-from align.stages.preflight import NUM_SHOWN
 from reward_models.base import RewardFunction
 
 if TYPE_CHECKING:

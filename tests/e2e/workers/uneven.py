@@ -24,13 +24,13 @@ from ranks import COMMON, HIDDEN, VOCAB, Found, learner_of, numbers, policy_mode
 from align.core import distributed
 from align.core.types import PairRow, PromptRow, TokenRow
 from align.losses.kl import FixedKL
+from align.models.heads import values_of
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import OnlineRun, sample, score, update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, RewardStage
 from align.sampling.build import build_engine
 from align.stages import dpo, kto
-from align.stages.reward.stage import values_of
 from align.stages.reward.tasks import WeightedPair, collate_pairs, pair_loss
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.batch import pair_length
