@@ -178,13 +178,13 @@ def _known_answers(spec: RewardSpec, prompts: Sequence[PromptRow]) -> list[Known
         rows = spread(prompts, 1)
         return [Known(rows, [fixed[0]], [fixed[1]])]
     if isinstance(spec, RefusalSpec):
-        return [_refusals(spec, spread(_with_value(prompts, spec.column), NUM_ROWS))]
+        return [_refusals(spec, _with_value(prompts, spec.column))]
     column = _column(spec)
     if isinstance(spec, CodeSpec):
         column = _solution_column(prompts)
     if column is None or _reads_ids(spec) or (_learned(spec) and column not in prompts[0].columns):
         return []
-    rows = spread(_with_value(prompts, column), NUM_ROWS)
+    rows = _with_value(prompts, column)
     values = [_first(row.columns[column]) for row in rows]
     # The wrong answer of a row is the correct one of another row, which has the right format.
     pairs = [
@@ -255,19 +255,20 @@ def _column(spec: RewardSpec) -> str | None:
 
 
 def _with_value(rows: Sequence[PromptRow], column: str) -> list[PromptRow]:
-    """Return the rows that have a value in a column.
+    """Return a few evenly spaced ones of the rows that have a value in a column.
 
     Raises:
         MissingColumnError: no row has one.
     """
-    found = [row for row in rows if row.columns.get(column) is not None]
+    # Places, since millions of rows may be on disk.
+    found = [i for i, row in enumerate(rows) if row.columns.get(column) is not None]
     if not found:
         names = sorted(name for name, value in rows[0].columns.items() if value is not None)
         raise MissingColumnError(
             f"{rows[0].source}: no column '{column}', as in all rows; the row has "
             f"{names or 'none'}. Rename a column of the data or set 'column' of the reward"
         )
-    return found
+    return [rows[i] for i in spread(found, NUM_ROWS)]
 
 
 def _first(value: object) -> str:

@@ -6,7 +6,7 @@ at once. They are therefore independent of how align.data.render.chat builds row
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from align.core.types import Example, PromptRow, Text, TokenRow, Turn
 from align.data.render.chat import ChatFormat
 from align.data.render.content import message_of
 from align.data.render.token_text import num_shared
-from align.data.store.facts import Places, row_facts
+from align.data.store.facts import Places, RowFacts, row_facts
 from align.data.store.rows import StoredRows
 from align.models.loading import num_positions
 from align.preflight.checks import Check, Finding, Verdict, spread
@@ -56,42 +56,57 @@ def _stored_checks(
     chat: ChatFormat, rows: StoredRows, few: Sequence[Sequence[Turn]], *, model_dir: Path
 ) -> list[Check]:
     """Return the same checks, for which the rows of stores are read once."""
-    bos: Any = chat.tokenizer.bos_token_id
-    stops, unknown = saved_stops(model_dir), _unknown_id(chat)
+    stops = saved_stops(model_dir)
     # One pass over the files answers all checks, at the first of them that runs.
-    facts = cache(partial(row_facts, rows, stops=stops, bos=bos, unknown=unknown))
-
-    def vocabulary_of() -> Finding:
-        found = facts()
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-        return _fits(
-            (found.largest, found.longest, found.num_unknown),
-            embeddings=config.get("text_config", config)["vocab_size"],
-            positions=num_positions(model_dir),
-            too_long="warn",
-        )
-
+    facts = _facts_of(chat, rows, stops)
     return [
         ("trained tokens", lambda: _trained(facts().trained, facts().untrained)),
         ("stop tokens", lambda: _ended(chat, facts().ends, facts().wrong_ends, stops=stops)),
         ("template", partial(template, chat, spread(few, NUM_RENDERED))),
         ("first token", lambda: _begun(chat, facts().begins)),
-        ("vocabulary", vocabulary_of),
+        ("vocabulary", lambda: _known_tokens(facts(), model_dir)),
     ]
+
+
+def _facts_of(chat: ChatFormat, rows: StoredRows, stops: frozenset[int]) -> Callable[[], RowFacts]:
+    """Return a function that reads the rows of stores once, when it is first called."""
+    bos: Any = chat.tokenizer.bos_token_id
+    return cache(partial(row_facts, rows, stops=stops, bos=bos, unknown=_unknown_id(chat)))
+
+
+def _known_tokens(facts: RowFacts, model_dir: Path) -> Finding:
+    """Return the finding of ``vocabulary`` for the rows of stores."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return _fits(
+        (facts.largest, facts.longest, facts.num_unknown),
+        embeddings=config.get("text_config", config)["vocab_size"],
+        positions=num_positions(model_dir),
+        too_long="warn",
+    )
 
 
 def prompt_checks(
     chat: ChatFormat, prompts: Sequence[PromptRow], *, model_dir: Path
 ) -> list[Check]:
     """Return the checks on prompts; they are rendered with a fixed probe response."""
-    few = [
-        [*row.prompt, PROBE_ANSWER]
-        for row in spread([r for r in prompts if not isinstance(r.prompt, str)], NUM_RENDERED)
+    # Places, since millions of prompts may be on disk.
+    chats = [i for i, row in enumerate(prompts) if not isinstance(row.prompt, str)]
+    few = [[*prompts[i].prompt, PROBE_ANSWER] for i in spread(chats, NUM_RENDERED)]
+    stops = saved_stops(model_dir)
+    begin: list[Check] = [
+        ("stop tokens", partial(generation_stops, chat, stops)),
+        ("template", partial(template, chat, few)),
     ]
+    if isinstance(prompts, StoredRows):
+        facts = _facts_of(chat, prompts, stops)
+        return [
+            *begin,
+            ("first token", lambda: _begun(chat, facts().begins)),
+            ("vocabulary", lambda: _known_tokens(facts(), model_dir)),
+        ]
     ids = [row.input_ids for row in prompts]
     return [
-        ("stop tokens", partial(generation_stops, chat, saved_stops(model_dir))),
-        ("template", partial(template, chat, few)),
+        *begin,
         ("first token", partial(first_token, chat, ids)),
         ("vocabulary", partial(vocabulary, chat, ids, model_dir)),
     ]

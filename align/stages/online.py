@@ -14,9 +14,10 @@ from align.core import distributed
 from align.core.artifacts import Artifact, read_manifest
 from align.core.errors import ArtifactError, DataError
 from align.core.log import MetricsLog
-from align.core.types import Example, PromptRow
-from align.data.load import check_overlap, fingerprints, load_examples
+from align.core.types import PromptRow
+from align.data.load import check_overlap, fingerprints
 from align.data.render.chat import ChatFormat
+from align.data.store.source import Loaded, load_rows
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
 from align.models.loading import load_tokenizer
@@ -119,11 +120,11 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     # Data first: faulty prompts are reported before a model or an engine is loaded.
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
-    training, heldout = _load_prompts(spec, context)
+    training, heldout = _load_prompts(spec, context, chat)
     checks, notes = contamination_checks(
         context.recipe,
-        training,
-        heldout,
+        training.examples,
+        heldout.examples,
         max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
     )
     prompts = fitted(training, spec, chat, context=context, what="prompts")
@@ -179,7 +180,7 @@ class Parts:
     source: Artifact
     chat: ChatFormat
     prompts: Sequence[PromptRow]
-    heldout: Sequence[Example]
+    heldout: Loaded
     engine: RolloutEngine
     module: LogprobModel
     reference: LogprobModel | None
@@ -258,7 +259,9 @@ def _begin_watch(
     return _build_watch(
         online,
         spec.watch,
-        prompts=fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts"),
+        prompts=list(
+            fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts")
+        ),
         gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer),
         reference=parts.reference,
         best=best,
@@ -266,13 +269,16 @@ def _begin_watch(
     )
 
 
-def _load_prompts(spec: OnlineStage, context: StageContext) -> tuple[list[Example], list[Example]]:
+def _load_prompts(
+    spec: OnlineStage, context: StageContext, chat: ChatFormat
+) -> tuple[Loaded, Loaded]:
     """Return training and held-out prompts that do not overlap."""
-    training = load_examples(spec.prompts, kind="prompts", seed=context.seed)
+    load = partial(load_rows, kind="prompts", seed=context.seed, render=chat.prompt_row)
+    training = load(spec.prompts)
     if spec.watch is None:
-        return training, []
-    heldout = load_examples(spec.watch.prompts, kind="prompts", seed=context.seed)
-    check_overlap(training, heldout)
+        return training, Loaded([])
+    heldout = load(spec.watch.prompts)
+    check_overlap(training.sharing_prompts(heldout.examples), heldout.examples)
     return training, heldout
 
 

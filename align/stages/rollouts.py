@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.core.errors import ArtifactError, RecipeError, TrainingError
-from align.core.types import Example, PromptRow
-from align.data.fit import fit_rows
+from align.core.types import PromptRow
 from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
+from align.data.store.rows import StoredRows, with_columns
+from align.data.store.source import Loaded, fit_loaded
 from align.models.loading import num_positions
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import (
@@ -43,7 +43,6 @@ from align.tuning.merging import has_adapter, merges
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
-from reward_models.limits import many_rows
 from reward_models.remote import RemoteRewardError
 
 if TYPE_CHECKING:
@@ -78,44 +77,40 @@ def prompt_rows(
     spec: TaskSpec | MergeStage, chat: ChatFormat, context: StageContext
 ) -> list[PromptRow]:
     """Return the tokenized prompts; those without room for a full response are dropped."""
-    examples = load_examples(spec.prompts, kind="prompts", seed=context.seed)
-    return fitted(examples, spec, chat, context=context, what="prompts")
+    loaded = Loaded(load_examples(spec.prompts, kind="prompts", seed=context.seed))
+    return list(fitted(loaded, spec, chat, context=context, what="prompts"))
 
 
 def fitted(
-    examples: Sequence[Example],
+    loaded: Loaded,
     spec: OnlineStage | TaskSpec | MergeStage,
     chat: ChatFormat,
     *,
     context: StageContext,
     what: str,
-) -> list[PromptRow]:
+) -> Sequence[PromptRow]:
     """Return the tokenized prompts that fit, and record the others in the ledger.
 
     A prompt and its response must fit into ``max_length`` and into the model's positions. All rows
     have the same columns; None is the value of a column that a row lacks. Otherwise the columns
     that a reward gets would depend on which rows are in its batch.
     """
-    with many_rows():
-        rows = [chat.prompt_row(e) for e in examples]
     # Room for a whole response is kept free, so that truncation means max_new_tokens only.
     # Tokenizers are loaded from the model's folder, so the configuration is beside them.
     positions = num_positions(chat.tokenizer.name_or_path)
     longest = min(spec.max_length, positions or spec.max_length)
-    kept, _ = fit_rows(
-        rows,
+    kept, _ = fit_loaded(
+        loaded,
+        render=chat.prompt_row,
         max_length=longest - spec.sampling.max_new_tokens,
         max_lost_frac=spec.max_lost_frac,
         what=f"{context.name}: {what}",
         ledger=context.ledger,
     )
+    if isinstance(kept, StoredRows):
+        return kept.with_same_columns()
     names = sorted({name for row in kept for name in row.columns})
-    return [
-        row
-        if len(row.columns) == len(names)
-        else replace(row, columns=dict.fromkeys(names) | dict(row.columns))
-        for row in kept
-    ]
+    return [with_columns(row, names) for row in kept]
 
 
 class Push:

@@ -17,6 +17,7 @@ from online_parts import LORA, grpo_spec, policy_of, run_of, sampled, scored, we
 from align.core import distributed
 from align.core.errors import DataError, TrainingError
 from align.core.types import Completion, Example, PromptRow
+from align.data.store.source import Loaded
 from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
@@ -267,9 +268,9 @@ def test_prompts_beyond_the_models_positions_are_lost_at_loading(tmp_path: Path)
     spec = grpo_spec(max_length=256, max_lost_frac=0.9)  # max_new_tokens 6
     context: Any = SimpleNamespace(name="grpo", ledger=tmp_path / "ledger.jsonl")
     chat: Any = Chat()
-    assert len(fitted(examples, spec, chat, context=context, what="prompts")) == 4
+    assert len(fitted(Loaded(examples), spec, chat, context=context, what="prompts")) == 4
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
-    kept = fitted(examples, spec, chat, context=context, what="prompts")
+    kept = fitted(Loaded(examples), spec, chat, context=context, what="prompts")
     assert [len(row.input_ids) for row in kept] == [10, 58]
     lost = context.ledger.read_text().splitlines()
     assert ["p.jsonl:59" in line or "p.jsonl:200" in line for line in lost] == [True, True]
@@ -287,7 +288,7 @@ def test_scores_of_a_prompt_do_not_depend_on_what_else_is_in_its_batch(tmp_path:
     examples = [Example("a", columns={"answer": "4", "level": 1}), Example("b"), Example("c")]
     context: Any = SimpleNamespace(name="grpo", ledger=tmp_path / "ledger.jsonl")
     chat: Any = Chat()
-    rows = fitted(examples, grpo_spec(), chat, context=context, what="prompts")
+    rows = fitted(Loaded(examples), grpo_spec(), chat, context=context, what="prompts")
     assert [row.columns for row in rows] == [
         {"answer": "4", "level": 1},
         *[{"answer": None, "level": None}] * 2,

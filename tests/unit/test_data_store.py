@@ -25,7 +25,7 @@ from small_tokenizers import byte_tokenizer
 
 from align.cli import cli
 from align.core.errors import DataError
-from align.core.types import Example, PairRow, TokenRow
+from align.core.types import Example, PairRow, PromptRow, TokenRow
 from align.data.fit import fit_rows
 from align.data.load import check_overlap, load_examples
 from align.data.reading import read_log
@@ -36,7 +36,7 @@ from align.data.store import folder, source
 from align.data.store.columns import record, value_of
 from align.data.store.rows import StoredExamples, StoredRows
 from align.preflight.offline import sides_of
-from align.preflight.tokens import row_checks
+from align.preflight.tokens import prompt_checks, row_checks
 from align.recipe.schema import DataSpec
 from align.stages.kto import labeled_row
 from align.training.evidence import row_facts
@@ -133,7 +133,9 @@ def test_rows_of_a_store_are_those_made_in_memory(
         with pytest.raises(DataError) as expected_error:
             fit_rows(rows, **{**limits, "max_lost_frac": 0.0})
         assert str(told.value) == str(expected_error.value)
-        if kind != "prompts":
+        if kind == "prompts":
+            _same_prompt_checks(fitted, kept, chat, tmp_path)
+        else:
             _same_checks(fitted, kept, chat, expected, tmp_path)
 
 
@@ -155,6 +157,38 @@ def _same_checks(
             assert ours[1]() == theirs[1]()
     if not isinstance(kept[0], PairRow):  # stages wrap pairs
         assert row_facts(fitted) == row_facts(kept)
+
+
+def _same_prompt_checks(
+    fitted: StoredRows, kept: list[PromptRow], chat: ChatFormat, tmp_path: Path
+) -> None:
+    eos = chat.tokenizer.eos_token_id
+    config = {"eos_token_id": eos, "vocab_size": 200, "max_position_embeddings": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    both = [prompt_checks(chat, rows, model_dir=tmp_path) for rows in (fitted, kept)]
+    for ours, theirs in zip(*both, strict=True):
+        assert ours[0] == theirs[0]
+        assert ours[1]() == theirs[1]()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_prompts_of_a_store_have_the_same_columns(
+    every: int, chat: ChatFormat, tmp_path: Path
+) -> None:
+    """A reward sees the columns that any prompt has, whether the file's rows agree or not."""
+    rows = [
+        {"prompt": f"question {i}", "level": i, **({"answer": str(i)} if i % every == 0 else {})}
+        for i in range(20)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = source.load_rows(
+        [DataSpec(path=str(path))], kind="prompts", seed=0, render=chat.prompt_row, processes=0
+    )
+    assert found.rows is not None
+    expected = [{"level": i, "answer": str(i) if i % every == 0 else None} for i in range(20)]
+    assert [dict(row.columns) for row in found.rows.with_same_columns()] == expected
+    assert found.rows.parts[0].fields == (["answer", "level"] if every == 1 else None)
 
 
 def test_the_number_of_processes_changes_no_byte(chat: ChatFormat, tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class TokenText:
 
     def _first_beyond(self, cut: int) -> int:
         """Return the first token that ends after character ``cut``, or the number of tokens."""
+        if cut >= len(self._text):
+            return len(self.ids)
         spans = self._spans
         if spans is None:
             found = self._encoding.char_to_token(cut)
@@ -111,7 +113,7 @@ class TokenText:
                 while found and self._span(found - 1)[1] > cut:
                     found -= 1
                 return found
-            # None contains it: the end of the text, or white space that offsets leave out.
+            # None contains it: white space that offsets leave out.
             spans = self._spans = self._encoding.offsets
         return next((i for i, (_, end) in enumerate(spans) if end > cut), len(self.ids))
 

@@ -53,10 +53,11 @@ def build_store(
     names = ("examples", "example_sizes", "keys", *COLUMNS)
     columns = {name: ColumnWriter(folder / name) for name in names}
     rows = _Rows(columns)
+    fields: set[frozenset[str]] = set()
     # Other processes tokenize, if there are any; only this one writes.
     kind = _Pool if processes else _Here
     with closing(kind(render, folder / "examples", processes)) as pool:
-        for job in _jobs(examples, columns):
+        for job in _jobs(examples, columns, fields):
             if rows.error is None:
                 pool.put(job)
             for done in pool.finished(wait=False):
@@ -71,12 +72,20 @@ def build_store(
         "rows": num,
         "sides": marks["lengths"].size // 4 // num if num else 1,
         "is_plain": rows.is_plain,
+        "fields": sorted(*fields) if len(fields) == 1 else None,
         "columns": marks,
     }
 
 
-def _jobs(examples: Iterable[Example], columns: dict[str, ColumnWriter]) -> Iterable[Job]:
-    """Write examples and yield a job for each chunk of them."""
+def _jobs(
+    examples: Iterable[Example], columns: dict[str, ColumnWriter], fields: set[frozenset[str]]
+) -> Iterable[Job]:
+    """Write examples and yield a job for each chunk of them.
+
+    Args:
+        examples: read once. columns: to write to.
+        fields: gets the names of the columns that an example has; two such sets say that they vary.
+    """
     data: list[bytes] = []
     keys: list[bytes] = []
 
@@ -92,6 +101,8 @@ def _jobs(examples: Iterable[Example], columns: dict[str, ColumnWriter]) -> Iter
     for example in examples:
         data.append(record(example))
         keys.append(digest_of(split_key(example)))
+        if len(fields) < 2:
+            fields.add(frozenset(example.columns))
         # A worker reads a chunk from the file of examples by its start and sizes.
         if len(data) == CHUNK:
             yield written()

@@ -95,6 +95,10 @@ class Column:
         return np.frombuffer(data, dtype=dtype) if data else np.empty(0, dtype=dtype)
 
 
+_classes: dict[tuple[str, str], Any] = {}
+"""Classes that records may be of, by module and name, once they were found."""
+
+
 class _Reader(pickle.Unpickler):
     """An unpickler of data: it makes values, and builds no object of any other class."""
 
@@ -105,15 +109,17 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         """Return a data class of this project, or the class of a date or a number."""
+        name = (module_name, global_name)
+        # Every record names its class; looking for it costs more than all else of a record.
+        if (known := _classes.get(name)) is not None:
+            return known
         # A dot would reach from a module into what it imports.
-        if (module_name, global_name) not in self._PLAIN and (
-            not module_name.startswith("align.") or "." in global_name
-        ):
+        if name not in self._PLAIN and (not module_name.startswith("align.") or "." in global_name):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not data")
         found = super().find_class(module_name, global_name)
-        if (module_name, global_name) in self._PLAIN or is_dataclass(found):
-            return found
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} is not data")
+        if name not in self._PLAIN and not is_dataclass(found):
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not data")
+        return _classes.setdefault(name, found)
 
 
 def _zone(name: str) -> ZoneInfo:

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align.core.types import Example
+from align.core.types import Example, PromptRow
 from align.data.fit import RowPlace, fit_row, place_of, report_fit
 from align.data.split import split_key
 from align.data.store.build import DIGEST, digest_of
@@ -28,6 +29,8 @@ class Part(Protocol):
     """Tokens of each row; of a pair, those of its longer side."""
     is_plain: bool
     """Whether the loss depends on tokens and masks only."""
+    fields: Sequence[str] | None
+    """Sorted names of the columns of every example; None if they vary."""
 
     def row(self, place: int) -> Any:
         """Return a row."""
@@ -53,6 +56,8 @@ class Listed:
         self._examples, self._rows = examples, [render(example) for example in examples]
         self.lengths = np.array([place_of(row)[1] for row in self._rows], dtype=np.uint32)
         self.is_plain = all(map(is_plain, self._rows))
+        fields = {tuple(sorted(example.columns)) for example in examples}
+        self.fields: Sequence[str] | None = fields.pop() if len(fields) == 1 else None
 
     def row(self, place: int) -> Any:
         """Return a row."""
@@ -87,6 +92,7 @@ class Store:
         self._columns = {name: Column(folder / name) for name in self._marks}
         self._sides: int = meta["sides"]
         self.is_plain: bool = meta["is_plain"]
+        self.fields: Sequence[str] | None = meta["fields"]
         sizes = self._columns["lengths"].array("<u4")
         self.lengths = sizes.reshape(-1, self._sides).max(axis=1, initial=0)
         self._tokens = _starts(sizes)
@@ -210,20 +216,38 @@ class StoredRows(_Chosen[Any]):
     Args:
         parts: the data sources. owners, places: part of each row, and its place there.
         max_length: tokens; None cuts nothing.
+        columns: names that every row's columns get; None is the value where a row lacks one.
     """
 
     def __init__(
-        self, parts: Sequence[Part], owners: Ints, places: Ints, *, max_length: int | None = None
+        self,
+        parts: Sequence[Part],
+        owners: Ints,
+        places: Ints,
+        *,
+        max_length: int | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         super().__init__(parts, owners, places)
-        self._max_length = max_length
+        self._max_length, self._columns = max_length, columns
         self.is_plain = all(part.is_plain for part in parts)
 
     def _item(self, part: Part, place: int) -> Any:
         row = part.row(place)
+        if self._columns:
+            row = with_columns(row, self._columns)
         if self._max_length is None or part.lengths[place] <= self._max_length:
             return row
         return fit_row(row, max_length=self._max_length)
+
+    def with_same_columns(self) -> "StoredRows":
+        """Return these prompts, all of which have the columns that any of them has."""
+        fields = {None if part.fields is None else tuple(part.fields) for part in self.parts}
+        # Prompts of one kind of file have the same columns; otherwise all prompts are read.
+        same = fields.pop() if len(fields) == 1 else None
+        names = sorted({name for row in self for name in row.columns}) if same is None else same
+        limits = {"max_length": self._max_length, "columns": names}
+        return StoredRows(self.parts, self.owners, self.places, **limits)
 
     @property
     def lengths(self) -> Ints:
@@ -284,8 +308,17 @@ class StoredRows(_Chosen[Any]):
         return StoredRows(self.parts, *fitting, max_length=max_length), kept
 
 
+def with_columns(row: PromptRow, names: Sequence[str]) -> PromptRow:
+    """Return a prompt with a value in each of these columns, which include its own."""
+    if len(row.columns) == len(names):
+        return row
+    return replace(row, columns=dict.fromkeys(names) | dict(row.columns))
+
+
 def _flat(row: Row) -> tuple[Ints, Ints, Ints]:
     sides = sequences(row)
     ids = np.array([token for side in sides for token in side.input_ids], dtype=np.uint32)
-    mask = np.array([t for side in sides for t in getattr(side, "trained", ())], dtype=np.bool_)
+    trained = [t for side in sides for t in getattr(side, "trained", ())]
+    # A prompt has no mask: none of it is trained.
+    mask = np.array(trained or [False] * len(ids), dtype=np.bool_)
     return ids, mask, np.array([len(side.input_ids) for side in sides])
