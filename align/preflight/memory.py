@@ -36,6 +36,7 @@ class ModelSize:
         total: parameters. trained: those that the stage trains. largest: of the largest tensor.
         hidden, inner: width of the states and of the MLP. layers, vocab: their number.
         queries, keys: width of all query heads, and of all key heads. heads: number of query heads.
+        adapted: whether the start of the stage is a model with an adapter that cannot be merged.
     """
 
     total: int
@@ -48,6 +49,7 @@ class ModelSize:
     queries: int
     keys: int
     heads: int
+    adapted: bool = False
 
 
 def size_of_model(config: PreTrainedConfig, *, total: int, trained: int, largest: int) -> ModelSize:
@@ -189,9 +191,11 @@ def other_models(
     found: dict[str, float] = {
         name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()
     }
-    if (spec.kl.coef or spec.watch is not None) and spec.tuning.method in ("full", "pissa"):
-        # With another adapter the reference is the policy with its adapter off.
-        found["reference"] = whole / ranks if spec.zero.stage == 3 else whole
+    # With another adapter the reference is the policy with its adapter off.
+    is_copied = size.adapted or spec.tuning.method in ("full", "pissa")
+    if (spec.kl.coef or spec.watch is not None) and is_copied:
+        is_sharded = spec.zero.stage == 3 and not size.adapted
+        found["reference"] = whole / ranks if is_sharded else whole
     if spec.critic is not None:
         states = state_bytes(
             spec.zero,

@@ -196,6 +196,47 @@ def test_other_models_of_online_stages() -> None:
     assert ppo.parts["critic"] >= 18 * model.total
 
 
+@pytest.mark.parametrize(
+    ("method", "adapted", "weights"),
+    [("full", False, 2 / 4), ("lora", False, 0), ("bottleneck", False, 0), ("bottleneck", True, 2)],
+)
+def test_a_reference_is_sharded_unless_its_adapter_cannot_be_merged(
+    method: str, adapted: bool, weights: float
+) -> None:
+    model = dataclasses.replace(size(SMOLLM2), adapted=adapted)
+    spec = PpoStage(
+        kind="ppo",
+        init="x",
+        prompts=[{"path": "x"}],  # type: ignore[list-item]
+        rewards=[{"kind": "length", "target": 2, "limit": 12}],  # type: ignore[list-item]
+        steps=1,
+        dtype="bfloat16",
+        zero={"stage": 3},  # type: ignore[arg-type]
+        tuning={"method": method},  # type: ignore[arg-type]
+    )
+    found = predict(spec, model, rewards={}, ranks=4, device="gpu", memory=80 * GIB)
+    assert found.parts.get("reference", 0) == weights * model.total
+
+
+def test_the_start_of_a_stage_is_known_before_and_after_it_is_made(recipe: Path) -> None:
+    given = json.loads(recipe.read_text())
+    for name in ("sft", "more"):
+        given["stages"][name]["tuning"] = {"method": "bottleneck"}
+    recipe.write_text(json.dumps(given))
+    loaded, run_dir = load_recipe(recipe), recipe.parent / "runs"
+    sizes = tool.Sizes(loaded, run_dir)
+    specs = [loaded.stages[name] for name in ("sft", "more")]
+    assert [sizes.of(spec).adapted for spec in specs] == [False, True]  # type: ignore[arg-type]
+    # An artifact says it by its files, whatever the recipe says now.
+    model = loaded.folder_of("sft", run_dir) / "model"
+    model.mkdir(parents=True)
+    assert not sizes.of(specs[1]).adapted  # type: ignore[arg-type]
+    adapter = model.with_name("adapter")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "BOTTLENECK"}')
+    assert sizes.of(specs[1]).adapted  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     file = tmp_path / "r.yaml"

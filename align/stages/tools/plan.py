@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from align.preflight.disk import bytes_to_write
 from align.preflight.memory import GIB, ModelSize, Prediction, predict, size_of_model
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe, TrainingStage, TrlStage
-from align.tuning.files import num_trained
+from align.tuning.files import num_trained, unmerged_adapter
 from align.tuning.wrap import add_tuner
 
 SMALLEST_MICRO = 1024
@@ -97,7 +97,16 @@ class Sizes:
         with torch.device("meta"):
             tuned = add_tuner(model, spec.tuning)
         trained, total = num_trained(tuned)
-        return size_of_model(config, total=total, trained=trained, largest=largest)
+        size = size_of_model(config, total=total, trained=trained, largest=largest)
+        return replace(size, adapted=self._adapted(spec.init))
+
+    def _adapted(self, reference: str) -> bool:
+        """Return whether a model has an adapter that cannot be merged into its weights."""
+        model_dir = self._recipe.folder_of(reference, self._run_dir) / "model"
+        if model_dir.is_dir():
+            return unmerged_adapter(model_dir) is not None
+        made_by = self._recipe.stages.get(reference)
+        return isinstance(made_by, TrainingStage) and made_by.tuning.peft_type is not None
 
 
 def _empty(config: PreTrainedConfig) -> Any:
