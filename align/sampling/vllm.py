@@ -367,12 +367,17 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
 
 @contextlib.contextmanager
 def _keep_threads() -> Iterator[None]:
-    """Restore ``torch.set_num_threads`` afterwards, which vLLM replaces with a no-op."""
-    set_num_threads = torch.set_num_threads
+    """Restore ``torch.set_num_threads`` and the number afterwards.
+
+    vLLM replaces the function with a no-op, and sets 1 thread unless OMP_NUM_THREADS is set.
+    """
+    set_num_threads, number = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != number:
+            set_num_threads(number)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align.core import distributed
+from align.sampling import vllm
 from align.sampling.vllm import VllmEngine
 
 
@@ -45,6 +46,20 @@ def test_engine_wakes_and_goes_before_its_workers(monkeypatch, owns_world):
     if not owns_world:
         rest = ["workers, engine gone", "scheduler, engine gone", "groups"]
     assert said == ["awake", *rest]
+
+
+def test_the_trainer_keeps_its_threads_when_an_engine_starts(monkeypatch):
+    """vLLM sets one thread and then replaces the function, so that nobody sets another number."""
+    used = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[0])
+    setter = used.__setitem__
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: setter(0, number))
+    ours = torch.set_num_threads
+    with vllm._keep_threads():
+        torch.set_num_threads(1)
+        torch.set_num_threads = lambda _number: None
+    assert torch.set_num_threads is ours
+    assert used == [8]
 
 
 def test_only_rank_0_keeps_the_weights_that_are_saved(monkeypatch):
