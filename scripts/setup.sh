@@ -98,6 +98,8 @@ check_tools() {
 check_disk() {
   local free_gib
   free_gib=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+  # The GPU set is 4 GB of wheels and about 12 GB unpacked, and pip makes copies meanwhile.
+  [ "$vllm" != gpu ] || NEEDED_GIB=20
   [ "$free_gib" -ge "$NEEDED_GIB" ] || fail "$free_gib GiB free in $ROOT, the set-up needs $NEEDED_GIB" "free some disk or move the checkout"
 }
 
@@ -179,11 +181,11 @@ print(device_conflict(num_seen=torch.cuda.device_count(), cuda=torch.version.cud
 main() {
   local vllm=${ALIGN_VLLM:-} pins lines
   case "$EXTRA" in '' | test | dev | sinks | qlora | merge) ;; *) fail "unknown extra '$EXTRA'" "use: scripts/setup.sh [test|dev|sinks|qlora|merge]" ;; esac
-  make_venv
   if [ -z "$vllm" ]; then
     if nvidia-smi -L 2>/dev/null | grep -q GPU; then vllm=gpu; else vllm=cpu; fi
   fi
   case "$vllm" in gpu | cpu | none) ;; *) fail "ALIGN_VLLM=$vllm" "use gpu, cpu or none" ;; esac
+  make_venv
   if [ "$vllm" = gpu ]; then
     # The one package that vllm pins to another version than the CPU set has.
     grep -v '^apache-tvm-ffi==' $CONSTRAINTS >$STATE/constraints.txt
