@@ -24,6 +24,7 @@ from align.pipeline.progress import (
     sample_text,
 )
 from align.recipe.schema import Recipe
+from align.recipe.schema.dtype import fast_dtype
 from align.report.results import expectation_lines, last_line, result_lines
 from align.report.tables import judge_lines, task_tables, verdict_lines
 
@@ -71,6 +72,8 @@ class Terminal:
         self._run_began = time.monotonic()
         self.line(machine())
         self.line(f"{recipe.name} in {run_dir}: {settings(recipe)}")
+        if has_gpu() and (told := slow_dtypes(recipe)):
+            self.line(told)
         groups: dict[str, list[str]] = {}
         for stage in planned:
             groups.setdefault(stage.status, []).append(stage.name)
@@ -262,6 +265,17 @@ def settings(recipe: Recipe) -> str:
     parts += [", ".join(dtypes)] if dtypes else []
     parts += [f"engine {', '.join(engines)}"] if engines else []
     return ", ".join(parts)
+
+
+def slow_dtypes(recipe: Recipe) -> str:
+    """Return a line on stages in float32 on a machine that computes bfloat16 faster; else ""."""
+    slow = [name for name, spec in recipe.stages.items() if getattr(spec, "dtype", "") == "float32"]
+    if not slow or fast_dtype() == "float32":
+        return ""
+    return (
+        f"float32 in {', '.join(slow)}: these GPUs compute bfloat16 about ten times as fast, and "
+        "float32 takes more memory; set dtype: bfloat16, or auto"
+    )
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from align.pipeline import terminal
 from align.pipeline.following import Followed, last_messages
 from align.pipeline.progress import Facts, ProgressLine, make_console, sample_text
 from align.pipeline.summary import add_seconds, measured_seconds
@@ -192,3 +193,16 @@ def test_lines_are_plain_where_no_cursor_can_move(name: str, monkeypatch: pytest
 def test_a_run_names_its_stages_dtype_and_engine():
     recipe = load_recipe("quickstart", ["sft.dtype=bfloat16"])
     assert settings(recipe) == "7 stages, float32, bfloat16, engine auto"
+
+
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_stages_in_float32_are_named_where_bfloat16_is_faster(monkeypatch, fast: str):
+    monkeypatch.setattr(terminal, "fast_dtype", lambda: fast)
+    recipe = load_recipe("quickstart")
+    slow = [name for name, spec in recipe.stages.items() if getattr(spec, "dtype", 0) == "float32"]
+    found = terminal.slow_dtypes(recipe)
+    assert slow
+    assert found.startswith(f"float32 in {', '.join(slow)}: ") == (fast == "bfloat16")
+    assert bool(found) == (fast == "bfloat16")
+    faster = load_recipe("quickstart", [f"{name}.dtype=bfloat16" for name in slow])
+    assert terminal.slow_dtypes(faster) == ""
