@@ -1,5 +1,6 @@
 """Devices, compiled kernels and the process group of one process."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from align import doctor
-from align.core import accelerator, distributed, extensions
-from align.core.errors import DeviceError
+from align.core import accelerator, checkpoints, distributed, extensions
+from align.core.errors import ArtifactError, DeviceError
 from align.pipeline import processes, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +200,14 @@ def test_another_number_of_processes_than_the_recipe_names_is_an_error():
     with pytest.raises(DeviceError, match=r"ranks: 8, but 1 .*stages.sft.ranks=1"):
         distributed.check_ranks("sft", 8)
     distributed.check_ranks("sft", 1)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_in_one_line(tmp_path):
+    record = {"world_size": 2, "step": 1, "state": {}}
+    (tmp_path / checkpoints.STATE).write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="saved by 2 ranks, resumed with 1") as error:
+        checkpoints.load_checkpoint(tmp_path, {})
+    assert "\n" not in str(error.value)
 
 
 def test_a_port_that_is_taken_is_one_line_with_the_port():
