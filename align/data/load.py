@@ -362,9 +362,11 @@ def fingerprints(*groups: Sequence[DataSpec]) -> list[dict[str, Any]]:
         if spec.path is not None:
             found += data_fingerprint(source_of(spec)[0])
         elif spec.labels is not None:
+            # Only those that were read: a snapshot has further files.
             read = [file for file in snapshot_files(spec.labels) if num_rows(file) is not None]
             found += [entry for file in read for entry in data_fingerprint(str(file))]
         else:
+            # Generated rows have no file: seed and number in the recipe determine them.
             found.append({"path": f"world:{spec.world}", "rows": spec.rows, "sha256": None})
         if spec.templates is not None:
             sha256 = parsed_sha256(file := Path(spec.templates)) or file_sha256(file)

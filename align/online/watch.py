@@ -212,6 +212,7 @@ class Watch:
         """Return the record of the newest evaluation for the report."""
         seen = self.history[-1]
         kls = [e.kl for e in self.history]
+        # The fits of arXiv:2210.10760: each score as a function of the square root of the KL.
         curves = {
             name: guard.fit_curve(kls, guard.gains_of(self.history, name))
             for name in ("proxy", "gold")
@@ -241,6 +242,7 @@ def evaluation(
     step: int, answers: Sequence[Answer], *, disagreement: float | None, weights: dict[str, float]
 ) -> guard.Evaluation:
     """Return the evaluation of responses, which are ordered by prompt."""
+    # Each rank has neighboring prompts and the ranks come in order, so this is the prompts' order.
     by_prompt: dict[int, list[Answer]] = {}
     for answer in answers:
         by_prompt.setdefault(answer["prompt_index"], []).append(answer)

@@ -179,6 +179,7 @@ class VllmEngine:
             raise TrainingError(f"{where}: vLLM's prefix cache was not reset")
         if not again:
             return
+        # Asking for a prompt that was in the cache shows whether anything is left of it.
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         output = self._run([again], [params])[0]
         if output.num_cached_tokens:

@@ -255,6 +255,7 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
     def finish() -> None:
+        # While the stage ran, its folder may have been removed or taken over by another process.
         checkpoints.check_stage_is_ours(context.out)
         if spec.imports_model:
             _refuse_changes(context, identity)

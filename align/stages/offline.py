@@ -266,6 +266,7 @@ def offline_rows(
         max_lost_frac=spec.max_lost_frac,
         ledger=context.ledger,
     )
+    # Evenly spaced over both, by place: rows of a store are read one by one.
     both, num = (training.examples, heldout.examples), len(training.examples)
     some = [
         both[0][i] if i < num else both[1][i - num]

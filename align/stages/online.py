@@ -255,6 +255,7 @@ def _begin_watch(
     spec = online.spec
     if spec.watch is None:
         return None
+    # A watch always measures the KL, so build_reference has made one also without a penalty.
     assert parts.reference is not None
     return _build_watch(
         online,

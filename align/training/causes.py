@@ -317,6 +317,7 @@ def _truncated(seen: Evidence) -> Alarm | None:
     assert isinstance(spec, OnlineStage)
     if not seen.values("length/truncated_frac"):
         return None
+    # Truncation is named where rewards then show nothing, or where such responses are left out.
     if not _without_signal(seen) and spec.truncation != "mask":
         return None
     return Alarm(

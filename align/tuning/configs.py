@@ -148,6 +148,7 @@ def _virtual_sizes(
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "token_dim": config.hidden_size,
+        # peft's number for a decoder or an encoder alone.
         "num_transformer_submodules": 1,
         "task_type": "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
         "base_model_name_or_path": config.name_or_path or None,
@@ -207,6 +208,7 @@ def _layers(model: "PreTrainedModel", tuning: LoreftTuning) -> list[str]:
             f"tuning.layers: found {max(numbers)}, expected numbers from 0 to {num - 1}: the model "
             f"has {num} layers"
         )
+    # BERT and its relatives call the list of their layers `layer`.
     name = "layers" if "layers" in _names(model) else "layer"
     return [f"{name}.{i}" for i in numbers]
 
