@@ -146,6 +146,19 @@ def test_numbers_of_a_trl_grpo(tmp_path: Path):
     assert "kl" not in grpo  # beta 0
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    # Names that LLaMA-Factory 0.9.5 registers; benchmarks/masks.py compares the rows.
+    [("gpt_oss", "gpt_oss"), ("qwen3_nothink", "qwen3_instruct"), ("qwen", "qwen2_5")],
+)
+def test_llama_factory_templates_have_a_name_here(theirs: str, ours: str, tmp_path: Path):
+    config = FACTORY["train_lora/llama3_lora_sft.yaml"] | {"template": theirs}
+    made = convert("llamafactory", written(tmp_path / "c.yaml", config))
+    assert yaml.safe_load(made.text)["stages"]["base"]["tokenizer"] == {"chat_template": ours}
+    told = [note.what for note in made.notes if note.key == "template"]
+    assert bool(told) == (theirs == "gpt_oss")
+
+
 def test_llama_factory_names_are_looked_up_in_dataset_info(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/dataset_info.json").write_text(

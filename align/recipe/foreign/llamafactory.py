@@ -27,7 +27,8 @@ TEMPLATES = {
     "qwen": "qwen2_5",
     "qwen3": "qwen3",
     "gemma3": "gemma3",
-    "gpt": "gpt_oss",
+    "gpt_oss": "gpt_oss",
+    "qwen3_nothink": "qwen3_instruct",
 }
 INFO = "dataset_info.json"
 
@@ -177,6 +178,9 @@ def _set_model(draft: Draft) -> None:
         raise keys.wrong("template", _IMAGES)
     if template in TEMPLATES:
         draft.base["tokenizer"] = {"chat_template": TEMPLATES[template]}
+        if template == "gpt_oss":
+            told = "the same turns, behind the model's own system text, which LLaMA-Factory omits"
+            keys.note("template", told)
     elif template and template not in ("default", "empty"):
         told = f"'{template}'; the tokenizer's own template is used, or give a Jinja file"
         keys.note("template", told, lost=True)
