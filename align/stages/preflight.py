@@ -121,7 +121,7 @@ def answer_views(probe: Probe, chat: ChatFormat) -> list[View]:
         head, answer = prompt.input_ids, said.token_ids
         trained = (False,) * len(head) + (True,) * len(answer)
         row = TokenRow((*head, *answer), trained, prompt.source)
-        found.append(view_of(row, chat, side="sampled answer"))
+        found.append(view_of(row, chat, side="sampled response"))
     return found
 
 

@@ -296,15 +296,33 @@ It compares boxes with each other, not with a picture: fonts and Chromium versio
 """
 
 
+SCROLLED_NAMES = """() => {
+  const found = [];
+  for (const box of document.querySelectorAll(".wide")) {
+    box.scrollLeft = box.scrollWidth;
+    const name = box.querySelector("tbody th");
+    if (name && name.getBoundingClientRect().left < box.getBoundingClientRect().left - 1)
+      found.push(name.textContent);
+    box.scrollLeft = 0;
+  }
+  return found;
+}"""
+"""Return the names of rows that leave the screen when their table is scrolled to its end."""
+
+
 @pytest.fixture(scope="module")
 def crowded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run with what is hard to draw: long tick labels, and high scores on dark shades."""
+    """Return a run that is hard to draw: long tick labels, dark shades, tokens on tinted ground."""
     run = tmp_path_factory.mktemp("runs") / "crowded"
     shutil.copytree(folder, run)
     rows = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["policy/weight_rms"] = 0.356 + row["step"] * 2e-6
     parts.write_lines(run / "ppo" / "metrics.jsonl", rows)
+    tokens = [[f" word{i}", "masked" if i < 6 else "trained"] for i in range(12)]
+    counts = {"masked": 6, "trained": 6, "stop": 0}
+    view = {"source": "rows.jsonl:1", "side": "response", "counts": counts, "tokens": tokens}
+    (run / "ppo" / "tokens.json").write_text(json.dumps([view]))
     summary = json.loads((run / "summary.json").read_text())
     block = dict(next(iter(summary["tasks"].values())))
     block["models"] = {
@@ -329,6 +347,7 @@ def test_the_layout_holds_at_three_widths(browser: Any, crowded: Path, scheme: s
         figure(page, "ppo/policy/weight_rms")
         assert page.evaluate(LAYOUT) == [], width
         assert accessibility_findings(page) == [], width
+        assert page.evaluate(SCROLLED_NAMES) == [], width
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = false")
     page.close()
 
