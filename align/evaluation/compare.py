@@ -133,7 +133,9 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[[Record], float 
     # Scores are columns beside those of every response, so they may not share a name.
     taken = {"judge", "kl", "length", "repeats", "stop_rate"} & set(names)
     if taken:
-        raise ValueError(f"score {', '.join(sorted(taken))}: the name of a metric; set another 'name'")
+        raise ValueError(
+            f"score {', '.join(sorted(taken))}: the name of a metric; set another 'name'"
+        )
     columns["judge"] = lambda record: record["judge"]
     if any(record["kl"] is not None for record in records):
         columns["kl"] = lambda record: record["kl"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -159,14 +160,33 @@ def first_loss(
             remedy="the untrained reward model is overconfident. Check margins and center_coef",
             fails=not math.isfinite(loss),
         )
+    limit = math.log(vocab_size)
+    if limit < loss < math.inf and all(isinstance(row, TokenRow) for row in rows):
+        limit = max(limit, _shuffled_loss(module, task, rows, vocab_size=vocab_size) - 0.5)
     return at_most(
         loss,
-        math.log(vocab_size),
+        limit,
         unit="nats per trained token",
-        remedy="the model predicts these responses worse than chance. Check that the tokenizer "
-        "belongs to the model and that the model is pretrained",
+        remedy="the model predicts these responses worse than chance, and no better than shuffled "
+        "tokens. Check that the tokenizer belongs to the model and that the model is pretrained",
         fails=not math.isfinite(loss),
     )
+
+
+def _shuffled_loss(
+    module: nn.Module, task: OfflineTask[Any], rows: Sequence[TokenRow], *, vocab_size: int
+) -> float:
+    """Return the smallest loss of the rows under eight random permutations of the vocabulary.
+
+    A confident model is worse than chance on text that it has not seen, such as its first chat
+    turns. With a tokenizer of another model, its own ids are no better than permuted ones.
+    """
+    losses = []
+    for seed in range(8):
+        ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [replace(row, input_ids=tuple(ids[i] for i in row.input_ids)) for row in rows]
+        losses.append(loss_of(module, task, [shuffled]))
+    return min(losses)
 
 
 def first_own_loss(function: str, loss: float) -> Finding:

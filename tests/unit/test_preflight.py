@@ -341,9 +341,41 @@ def test_margins_that_no_pair_has_fail() -> None:
 def test_model_worse_than_chance_is_a_warning(source: Artifact) -> None:
     task, module = sft_task(), policy(source)
     rows = offline.few_rows(SFT, task)
-    # A model of 261 tokens near uniform has ln 261 = 5.56 nats: fine for it, too much for 2 tokens.
+    size = module.model.config.vocab_size
+    # A model of 261 tokens near uniform has ln 261 = 5.56 nats.
     assert offline.first_loss(SFT, module, task, rows=rows, vocab_size=300).verdict == "ok"
-    assert offline.first_loss(SFT, module, task, rows=rows, vocab_size=2).verdict == "warn"
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(10.0)
+    found = offline.first_loss(SFT, module, task, rows=rows, vocab_size=size)
+    assert found.verdict == "warn"
+
+
+def test_a_confident_model_warns_only_with_the_tokenizer_of_another(source: Artifact) -> None:
+    """The form of the responses is new: worse than chance, but better than other tokens."""
+    module, learned = policy(source), sft_task()
+    size = module.model.config.vocab_size
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
+    module.train()
+    for _ in range(60):
+        batch = learned.collate(learned.rows, learned.rows)
+        optimizer.zero_grad()
+        learned.loss_fn(module, batch)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        module.model.model.norm.weight.mul_(12.0)
+
+    def found(shift: int) -> Finding:
+        new = [turn("assistant", "it is two, what comes then")]
+        rows = [chat_of().sft_row(replace(e, completion=new)) for e in EXAMPLES]
+        # As of another tokenizer: each token has the id of another one.
+        rows = [replace(r, input_ids=tuple((i + shift) % size for i in r.input_ids)) for r in rows]
+        task = replace(learned, rows=rows)
+        return offline.first_loss(SFT, module, task, rows=rows[:4], vocab_size=size)
+
+    assert float(found(0).value.split()[0]) > math.log(size)
+    assert found(0).verdict == "ok"
+    assert found(101).verdict == "warn"
 
 
 def test_spread_takes_examples_evenly_over_all() -> None:

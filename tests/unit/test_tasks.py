@@ -85,7 +85,10 @@ WORLD = "name: t, prompts: [{world: prompts, rows: 9}]"
         ("scores: [{kind: math}]", "belong together"),
         ("tasks: [{WORLD}]", "needs a judge"),
         ("tasks: [world, world]", "same name"),
-        ("tasks: [{WORLD, grader: [{kind: length, target: 1, limit: 2}]}]", "length: the name of a metric"),
+        (
+            "tasks: [{WORLD, grader: [{kind: length, target: 1, limit: 2}]}]",
+            "length: the name of a metric",
+        ),
         ("tasks: [{WORLD, grader: [{kind: math}], metrics: [maths]}]", "no metric 'maths'"),
         ("tasks: [{WORLD, grader: [{kind: math}], metrics: [pass@2]}]", "samples: 2"),
         ("tasks: [{WORLD, grader: [{kind: math}], metrics: [kl]}]", "temperature"),

@@ -170,7 +170,9 @@ class TaskSpec(Spec):
         distinct_names(self.judge)
         taken = {*WIN_RATES, *MEASURED, "judge"} & set(self.grades)
         if taken:
-            raise ValueError(f"grader: {', '.join(sorted(taken))}: the name of a metric; set another 'name'")
+            raise ValueError(
+                f"grader: {', '.join(sorted(taken))}: the name of a metric; set another 'name'"
+            )
         known = [*self.grades, *WIN_RATES, *MEASURED]
         for metric in self.metrics:
             if metric not in known and not _PASS.fullmatch(metric):
