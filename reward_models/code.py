@@ -306,6 +306,7 @@ class CodeReward:
         rows = [
             {name: values[i] for name, values in columns.items()} for i in range(len(completions))
         ]
+        # Threads are enough: each of them waits for a process of the sandbox.
         with ThreadPoolExecutor(self.workers) as pool:
             found = list(pool.map(self._row, prompts, completions, rows))
         for _, reason in found:

@@ -98,6 +98,7 @@ class Formula:
             case ast.Call(func=ast.Name(id=name), args=args):
                 return FUNCTIONS[name](*(self._value(arg, values) for arg in args))
         left, right = self._value(node.left, values), self._value(node.right, values)
+        # Larger exponents mostly overflow, and a power of a negative number may be complex.
         if isinstance(node.op, ast.Pow) and (abs(right) > MAX_EXPONENT or left < 0):
             raise ValueError(f"{left} ^ {right} is out of range")
         return OPERATORS[type(node.op)](left, right)

@@ -114,6 +114,7 @@ def run_graders(
         if outcome.errors:
             continue
         if not isinstance(grader, Multi):
+            # The score of a single grader is the reward itself, not a part of it.
             outcome.reward = outcome.sub_rewards.pop(grader.name)
             continue
         try:
@@ -171,6 +172,7 @@ def _run_source(
     for _, output in ended:
         lines = output.strip().splitlines()
         try:
+            # The program may print as well: the harness writes the result last.
             last = json.loads(lines[-1])
             score = last.get("score")
         except (ValueError, LookupError, AttributeError, RecursionError):
@@ -182,6 +184,7 @@ def _run_source(
             found.append(RunError("python_grader_runtime_error", why))
     why = f"no end within {LIMITS.timeout_s:.0f} s, or more than {LIMITS.memory_gib:.0f} GiB"
     missing = len(spaces) - len(found)
+    # A program that ended early has no line for the responses that it did not reach.
     return found + [RunError("python_grader_runtime_error", why)] * missing
 
 

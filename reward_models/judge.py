@@ -258,6 +258,7 @@ class JudgeClient:
         usage = usage if isinstance(usage, dict) else {}
         with self._lock:
             self.cost.requests += 1
+            # Counted before the reply is checked: a malformed one was paid for, too.
             self.cost.prompt_tokens += _count(usage.get("prompt_tokens"))
             self.cost.answer_tokens += _count(usage.get("completion_tokens"))
         choices = reply.get("choices") if isinstance(reply, dict) else None

@@ -211,6 +211,7 @@ def _read_answer(status: int, text: bytes) -> dict[str, Any]:
     if 300 <= status < 400:
         raise _Refused(f"{status}: redirects are not followed; set url to the final address")
     if status >= 500 or status == 429:
+        # As an error of the transport, after which the request is sent again.
         raise HTTPError("", status, said[:200], Message(), None)
     if status != 200:
         raise _Refused(f"{status}: {said}")

@@ -79,6 +79,7 @@ def exact_match(spec: ExactMatchSpec) -> Rule:
             )
             if not found:
                 return 0.0
+            # The last one: a response may name candidates before it decides.
             answer = found[-1]
         accepted = value if isinstance(value, list | tuple) else [value]
         return float(clean(answer) in {clean(v) for v in accepted})

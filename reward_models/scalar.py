@@ -247,6 +247,7 @@ class RewardModel(nn.Module):
             stops = {eos, *stop_token_ids}
             pad = padding_id(tokenizer, stops, num_rows=self.config.get_text_config().vocab_size)
             if pad is not None and pad != tokenizer.pad_token_id:
+                # The caller's tokenizer keeps its padding token.
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         config = classifier_config(

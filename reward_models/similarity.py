@@ -89,6 +89,7 @@ def _meteor(found: Sequence[str], expected: Sequence[str]) -> float:
         if not places:
             last = None
             continue
+        # Continue the chunk where that is possible: fewer chunks are the better alignment.
         place = last + 1 if last is not None and last + 1 in places else places[0]
         places.remove(place)
         chunks += last is None or place != last + 1

@@ -65,6 +65,7 @@ class Worker:
             process_group=0,
         )
         assert self.process.stdin is not None
+        # A worker that does not read must not block the writer, which has a time limit.
         os.set_blocking(self.process.stdin.fileno(), False)
         self._end = weakref.finalize(self, _kill, self.process)
         assert self.process.stderr is not None

@@ -59,6 +59,7 @@ def write_gguf(source: Source, folder: Path, *, kind: str) -> None:
         writer.add_tensor(_FACTORS, factors.numpy(), raw_dtype=gguf.GGMLQuantizationType.F32)
     names = gguf.get_tensor_name_map(_model_arch(gguf, config), config.num_hidden_layers)
     for name, tensor in saved_weights(source.model_dir):
+        # llama.cpp takes the embeddings for a head that is not in the file.
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stem, _, suffix = name.rpartition(".")
@@ -195,6 +196,7 @@ def _write_tokenizer(writer: Any, found: GgufTokenizer) -> None:
     if found.pad_token_id is not None:
         writer.add_pad_token_id(found.pad_token_id)
     writer.add_eos_token_id(found.stop_token_ids[0])
+    # GGUF has a token for the end of the text and one for the end of a turn.
     if len(found.stop_token_ids) > 1:
         writer.add_eot_token_id(found.stop_token_ids[1])
     writer.add_add_bos_token(found.add_bos)
@@ -240,6 +242,7 @@ def _quantize(source: Source, folder: Path) -> None:
             f"{llama_cpp.PACKAGE} installed. Install one of them, or use --dtype q8_0"
         )
     write_gguf(source, folder, kind="f16")
+    # Under another name: the quantized file takes its place.
     whole = (folder / FILE).rename(folder / "f16.gguf")
     if program is None:
         llama_cpp.quantize(whole, folder / FILE)

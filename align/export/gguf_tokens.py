@@ -70,9 +70,11 @@ def gguf_tokenizer(model_dir: Path, *, num_rows: int) -> GgufTokenizer:
         )
     if len(tokenizer) > num_rows:
         raise ArtifactError(f"{model_dir}: {len(tokenizer)} tokens, but {num_rows} embedding rows")
+    # Older tokenizer.json files have a merge as one string, newer ones as a pair.
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     fallback = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, num_rows, fallback=fallback)
+    # Whether the tokenizer writes a BOS is asked of it: settings and what it does may differ.
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return GgufTokenizer(
         model="llama" if fallback else "gpt2",
@@ -93,11 +95,13 @@ def gguf_tokenizer(model_dir: Path, *, num_rows: int) -> GgufTokenizer:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, num_rows: int, *, fallback: bool
 ) -> tuple[list[str], list[int]]:
+    # Every row of the table needs a name, also one that has no token.
     tokens = [f"[PAD{i}]" for i in range(num_rows)]
     types = [UNUSED] * num_rows
     added = tokenizer.added_tokens_decoder
     for text, i in tokenizer.get_vocab().items():
         tokens[i], types[i] = text, NORMAL
+        # A byte that no token covers is written as <0x0A>.
         if fallback and len(text) == 6 and text.startswith("<0x"):
             types[i] = BYTE
         if i in added:
@@ -126,6 +130,7 @@ def _pre_tokenizer(plain: Mapping[str, Any], model_dir: Path) -> str:
     kinds = {s.get("type") for s in steps}
     if kinds == {"ByteLevel"} and levels[0].get("use_regex", True):
         return "gpt-2"
+    # llama.cpp knows a tokenizer by the expression that splits the text before the merges.
     whole = kinds == {"Split", "ByteLevel"} and len(splits) == 1
     if whole and splits[0] in PRE_TOKENIZERS and not levels[0].get("use_regex", True):
         return PRE_TOKENIZERS[splits[0]]

@@ -144,6 +144,7 @@ def probe_of(model_dir: Path, prompts: Sequence[Text] = ()) -> Probe:
     generator = torch.Generator().manual_seed(0)
     length = min(RANDOM_TOKENS, room)
     words = len(chat.tokenizer)
+    # Random tokens also reach rows of the table that no prompt does.
     drawn = torch.randint(words, (NUM_RANDOM, length), generator=generator).tolist()
     pad: Any = chat.tokenizer.pad_token_id
     return Probe(
@@ -244,6 +245,7 @@ def compare_reading(
     ):
         for k, (token, top) in enumerate(zip(theirs, tops, strict=True)):
             found.append(_coarse_kl(logprobs[len(prompt) - 1 + k].double(), top))
+            # Behind the first other token the texts differ, and the distributions with them.
             if k >= len(ours) or token != ours[k]:
                 break
     responses = [tokens for tokens, _ in readings]

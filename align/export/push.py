@@ -94,6 +94,7 @@ def _secrets(uploads: Sequence[Upload]) -> Iterator[str]:
     values = {
         name: value.encode()
         for name, value in os.environ.items()
+        # A shorter value could be in a file by chance.
         if is_secret_name(name) and len(value) >= 8
     }
     for upload in uploads:

@@ -77,6 +77,7 @@ def find_source(reference: Path) -> Source:
         path = reference.resolve()
         name = f"{path.parent.name}-{path.name}"
         return Source(name, found.model_dir, kind, reference, found.manifest)
+    # The model/ of a stage, whose manifest is one folder up.
     if reference.name == "model" and (reference.parent / MANIFEST).is_file():
         return find_source(reference.parent)
     if not (reference / "config.json").is_file():

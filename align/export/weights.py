@@ -76,6 +76,7 @@ def write_adapter(source: Source, folder: Path, *, base: str | None) -> None:
             f"{adapter}: a {config['peft_type']} adapter is the suite's own kind, which peft and "
             "vLLM cannot load. Train with tuning.method: lora"
         )
+    # peft wrote the folder of the base on this machine, which means nothing elsewhere.
     config["base_model_name_or_path"] = base or base_model(source)[0]
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -148,6 +148,7 @@ def _sources(request: Request, tally: Tally) -> list[Source]:
             tally.add(finding_of(error, request.path, request.path))
             return []
         if not files:
+            # No file has this name: it is a dataset of the hub.
             return [Source(None, request.path, "hub", request.map)]
         found = [(file, str(file), suffix_of(file)) for file in files]
     sources = []

@@ -104,8 +104,10 @@ def _data_files(spec: DataSpec) -> dict[str, Path]:
 
 def _files_of_text(text: str, key: str) -> dict[str, Path]:
     """Return the file that a value refers to, or the files of a folder if ``key`` accepts one."""
+    # FILE.py:NAME is a function in a file.
     code = text.rpartition(":")[0]
     path = Path(code if code.endswith(".py") else text)
+    # Longer texts and those of several lines are prompts or templates in the recipe itself.
     looks_like_path = len(text) < 1024 and "\n" not in text and ("/" in text or "." in text)
     if key not in _FOLDER_KEYS and not looks_like_path:
         return {}

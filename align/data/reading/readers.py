@@ -59,6 +59,7 @@ def reader_of(path: Path, *, name: str, suffix: str) -> str:
     head = _head(path, name)
     start = "".join(head).lstrip()[:1]
     if suffix in (".jsonl", ".json", ".parquet", ".arrow") or (not suffix and start in ("{", "[")):
+        # One list, also in a file that is named .jsonl.
         if start == "[":
             return "values"
         return "lines" if suffix == ".jsonl" or _looks_like_lines(head) else "values"
@@ -243,6 +244,7 @@ def _read_typed(batches: Iterator[Any], path: Path, name: str, *, form: str) -> 
                 rows = _rows_of(part)
             for row in rows:
                 yield plain_row(row), f"{name}:row {next(number)}"
+        # Only a file that was read to its end has a hash.
         note_file(path)
     except MemoryError:
         what = f"the next {NUM_ROWS} rows take more than {max_batch() / 2**30:g} GiB"

@@ -175,6 +175,7 @@ def _of_config(
     names = [str(entry.get("config_name", "default")) for entry in configs]
     chosen = config
     if chosen is None:
+        # As `datasets` does: the marked one, the one named default, or the only one.
         default = [n for n, entry in zip(names, configs, strict=True) if entry.get("default")]
         chosen = (default or [n for n in names if n == "default" or len(names) == 1] or [""])[0]
     if chosen not in names:

@@ -94,9 +94,11 @@ class Store:
         self.is_plain: bool = meta["is_plain"]
         self.fields: Sequence[str] | None = meta["fields"]
         sizes = self._columns["lengths"].array("<u4")
+        # (rows, sides) -> (rows,): of a pair, the longer side.
         self.lengths = sizes.reshape(-1, self._sides).max(axis=1, initial=0)
         self._tokens = _starts(sizes)
         weighed = self._columns["weighed"].array(np.uint8)
+        # Only sides with weights have them in the file, so these start at other places.
         self._weights = _starts(sizes * weighed) if weighed.any() else None
         self._shells = _starts(self._columns["shell_sizes"].array("<u4"))
         self._examples = _starts(self._columns["example_sizes"].array("<u4"))

@@ -175,6 +175,7 @@ def _store(
                 processes=len(os.sched_getaffinity(0)) if processes is None else processes,
             )
         for file in files:
+            # The key of the store has the hashes from before its rows were read.
             if read_log.parsed_sha256(file) != hashes[str(file)]:
                 raise DataError(
                     f"{file}: changed while its rows were read. Do not change it during a run, and "
