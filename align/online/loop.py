@@ -125,6 +125,7 @@ def train_online(
         metrics.log(step + 1, last, sample=sample)
         diagnosis.report(step + 1, last, metrics)
         timer.after(step + 1, last=spec.steps, save=save)
+    diagnosis.finish()
     return last
 
 

@@ -248,6 +248,21 @@ def _constant(seen: Evidence) -> bool:
     return max(stds) <= CONSTANT * size and max(means) - min(means) <= CONSTANT * size
 
 
+def taught_nothing(seen: Evidence) -> bool:
+    """Return whether no step so far could teach the model anything.
+
+    Either the gradient, the rate or every update was 0 in all of them, or no reward ever told two
+    responses apart.
+    """
+    if min(seen.largest[name] for name in ("grad_norm", "learning_rate", "update_ratio")) == 0.0:
+        return True
+    if not isinstance(seen.spec, OnlineStage):
+        return False
+    if seen.spec.algorithm_facts.compares_group:
+        return seen.largest["live"] == 0.0
+    return seen.largest.get("spread", 1.0) <= CONSTANT
+
+
 def entropy_collapse(seen: Evidence) -> Alarm | None:
     """Name a policy that always gives the same response."""
     if not _without_signal(seen) or not seen.always("policy/entropy", -1.0, LITTLE_ENTROPY):

@@ -7,7 +7,7 @@ from align.core.errors import TrainingError
 from align.core.log import MetricsLog
 from align.core.types import Alarm
 from align.recipe.schema import TrainingStage
-from align.training.causes import OFFLINE, ONLINE
+from align.training.causes import OFFLINE, ONLINE, taught_nothing
 from align.training.evidence import Evidence, row_facts
 
 
@@ -38,6 +38,9 @@ class Diagnosis:
         if self.mode == "ignore":
             return []
         self.evidence.add(step, metrics)
+        return self._alarms()
+
+    def _alarms(self) -> list[Alarm]:
         found: dict[str, Alarm] = {}
         # Of each chain only the first cause is named; those behind it would be its consequences.
         for chain in ONLINE if self.evidence.is_online else OFFLINE:
@@ -54,6 +57,20 @@ class Diagnosis:
         """
         self._raise(step, self.look(step, metrics), log)
 
+    def finish(self) -> None:
+        """End the stage if all its steps could not teach the model anything, and a cause is known.
+
+        Raises:
+            TrainingError: that is so, and the recipe does not have ``not_learning: ignore``.
+        """
+        if self.mode == "ignore" or not self.evidence.step or not taught_nothing(self.evidence):
+            return
+        if found := self._alarms():
+            raise TrainingError(
+                f"the model has learned nothing in {self.evidence.step} steps ({_told(found)}). "
+                f"{found[0].remedy}. To save it anyway, write not_learning: ignore"
+            )
+
     def conclude(self, step: int, alarm: Alarm | None, log: MetricsLog) -> None:
         """Write an alarm about the trained model, and end the stage if the recipe says so.
 
@@ -66,10 +83,9 @@ class Diagnosis:
         for alarm in found:
             log.alarm(step, alarm)
         if found and self.mode == "stop":
-            told = "; ".join(f"{alarm.name}: {alarm.reason}" for alarm in found)
             raise TrainingError(
-                f"step {step}: the run does not learn ({told}). {found[0].remedy}. To train on, "
-                "write not_learning: warn"
+                f"step {step}: the run does not learn ({_told(found)}). {found[0].remedy}. To train "
+                "on, write not_learning: warn"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,3 +95,7 @@ class Diagnosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self.evidence.load_state_dict(state)
+
+
+def _told(found: Sequence[Alarm]) -> str:
+    return "; ".join(f"{alarm.name}: {alarm.reason}" for alarm in found)

@@ -14,8 +14,8 @@ from align.recipe.schema import OnlineStage, TrainingStage
 
 WINDOW, SHORTEST = 5, 3
 """Number of newest steps that a rule reads, and how few of a shorter run are enough."""
-LARGEST = ("grad_norm", "learning_rate", "update_ratio", "update_per_rate", "live")
-"""Quantities whose largest value so far is kept."""
+LARGEST = ("grad_norm", "learning_rate", "update_ratio", "update_per_rate")
+"""Quantities of the optimizer whose largest value so far is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,8 @@ class Evidence:
         spec: the stage. total_steps: how many steps it will take.
         num_trained: number of trained weights. rows: facts about the training rows, if any.
         step: steps done. window: metrics of the newest steps.
-        first: metrics of the first step. largest: largest value so far of some quantities.
+        first: metrics of the first step. largest: largest value so far of those of the optimizer,
+            of the fraction of groups with unequal rewards, and of the rewards' relative spread.
         rates: sum of the learning rates so far.
     """
 
@@ -125,8 +126,10 @@ class Evidence:
         self.first = self.first or dict(metrics)
         self.window.append(dict(metrics))
         self.rates += metrics.get(self.optim("learning_rate"), 0.0)
-        found = {name: metrics.get(self.optim(name), 0.0) for name in LARGEST[:-1]}
+        found = {name: metrics.get(self.optim(name), 0.0) for name in LARGEST}
         found["live"] = 1.0 - metrics.get("reward/dead_group_frac", 0.0)
+        size = max(1e-30, abs(metrics.get("reward/mean", 0.0)))
+        found["spread"] = metrics.get("reward/std", 0.0) / size
         for name, value in found.items():
             self.largest[name] = max(self.largest.get(name, 0.0), value)
 

@@ -118,6 +118,8 @@ def train_offline(
         if diagnosis is not None:
             diagnosis.report(done, last, metrics)
         timer.after(done, last=schedule.total_steps, save=save)
+    if diagnosis is not None:
+        diagnosis.finish()
     if stopping is not None:
         last |= stopping.best
     elif heldout is not None and "eval/loss" not in last:

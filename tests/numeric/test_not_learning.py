@@ -232,6 +232,77 @@ def test_the_state_of_a_checkpoint_gives_the_same_alarms() -> None:
     assert found[4][0].name == "zero_gradient"
 
 
+def ends_with_nothing_learned(diagnosis: Diagnosis, rows: list[dict[str, float]]) -> bool:
+    for step, row in enumerate(rows, start=1):
+        diagnosis.look(step, row)
+    try:
+        diagnosis.finish()
+    except TrainingError as e:
+        assert "learned nothing" in str(e)
+        return True
+    return False
+
+
+STILL = {"grad_norm": 0.0, "update_ratio": 0.0, "update_per_rate": 0.0}
+DEAD = {"reward/dead_group_frac": 1.0, "reward/std": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends"),
+    [
+        ([online_row(**DEAD)] * 20, True),
+        # One group with unequal rewards, in one step, is something to learn from.
+        ([online_row()] + [online_row(**DEAD)] * 19, False),
+        ([online_row(**DEAD)] * 19 + [online_row(**{"reward/dead_group_frac": 0.9})], False),
+        ([online_row()] * 20, False),
+        # Rewards that tell responses apart, but a policy that no step moved.
+        ([online_row(**{f"policy/{k}": 0.0 for k in STILL})] * 20, True),
+        # Two steps are too few to name a cause.
+        ([online_row(**DEAD)] * 2, False),
+    ],
+)
+def test_a_policy_that_no_step_taught_anything_ends_its_stage(rows, ends: bool) -> None:
+    assert ends_with_nothing_learned(grpo(), rows) == ends
+    assert not ends_with_nothing_learned(grpo(not_learning="ignore"), rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends"),
+    [
+        ([offline_row(**STILL)] * 20, True),
+        ([offline_row(learning_rate=0.0, update_ratio=0.0)] * 20, True),
+        ([offline_row()] + [offline_row(**STILL)] * 19, False),
+        # The rate is too small to matter, but the weights moved: an alarm, and no error.
+        ([offline_row(learning_rate=4e-9)] * 20, False),
+        ([offline_row()] * 20, False),
+    ],
+)
+def test_rows_that_taught_nothing_end_their_stage(rows, ends: bool) -> None:
+    assert ends_with_nothing_learned(sft(), rows) == ends
+
+
+def test_ppo_learns_from_rewards_that_differ_between_prompts_only() -> None:
+    same = online_row(**{"reward/mean": 0.7, "reward/std": 1e-9})
+    del same["reward/dead_group_frac"]
+    for rows, ends in (([same] * 20, True), ([same | {"reward/std": 0.1}] + [same] * 19, False)):
+        diagnosis = Diagnosis(ppo_spec(steps=20, optim=RATE), total_steps=20, num_trained=9)
+        assert ends_with_nothing_learned(diagnosis, rows) == ends
+
+
+def test_a_resumed_run_that_learned_nothing_ends_with_the_same_error() -> None:
+    first, second = grpo(), grpo()
+    for step in range(1, 21):
+        first.look(step, online_row(**DEAD))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    errors = []
+    for diagnosis in (first, second):
+        with pytest.raises(TrainingError) as found:
+            diagnosis.finish()
+        errors.append(str(found.value))
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("the model has learned nothing in 20 steps (constant_reward: ")
+
+
 def test_ignore_does_not_look_and_warn_writes_each_alarm_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

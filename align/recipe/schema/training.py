@@ -164,7 +164,8 @@ class TrainingStage(StageSpec):
     expect: dict[str, tuple[float | None, float | None]] = {}
     """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
     not_learning: Literal["warn", "stop", "ignore"] = "warn"
-    """If the run does not learn: report why, also end the stage (exit code 1), or do not look."""
+    """If the run does not learn: report why, also end the stage (exit code 1), or do not look. With
+    ``warn``, a stage that has learned nothing at its end still fails."""
     checkpoint_every: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Aside()] = "auto"
     """Optimizer steps between checkpoints; 0 for none; ``auto`` for one about every 10 minutes."""
     keep_checkpoints: Annotated[Count, Aside()] = 2
