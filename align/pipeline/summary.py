@@ -1,6 +1,6 @@
 """Combine a run's evaluation with the cost of each stage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,11 @@ def _timings(run_dir: Path) -> dict[str, float]:
 def summarize(run_dir: Path, *, done: Sequence[str]) -> dict[str, Any]:
     """Combine the last evaluation's results with the cost of each finished stage, in order.
 
-    Reward models and expectations come from all evaluations. A reward model that several
-    evaluations measured appears once for each, the earlier ones as ``<evaluation>/<reward model>``.
-    ``earlier`` contains the tasks of the evaluations before the last, such as the scores on an old
-    task before and after a new one was learned. A stage that raised alarms has them
-    under ``alarms``.
+    Reward models come from all evaluations, expectations also from training stages. A reward model
+    that several evaluations measured appears once for each, the earlier ones as
+    ``<evaluation>/<reward model>``. ``earlier`` contains the tasks of the evaluations before the
+    last, such as the scores on an old task before and after a new one was learned. A stage that
+    raised alarms has them under ``alarms``.
     """
     summary: dict[str, Any] = {}
     latest = ""
@@ -77,8 +77,23 @@ def summarize(run_dir: Path, *, done: Sequence[str]) -> dict[str, Any]:
         if own is not None:
             summary = _joined(summary, latest, own)
             latest = name
+        elif found := _expectations(name, manifest):
+            summary["expectations"] = [*summary.get("expectations", []), *found]
     total = round(sum(entry["seconds"] or 0.0 for entry in stages.values()), 2)
     return summary | {"stages": stages, "seconds": total}
+
+
+def _expectations(name: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return whether the last metrics of a stage are in the ranges that the recipe expects."""
+    metrics, found = manifest.get("metrics", {}), []
+    for key, (low, high) in (manifest.get("spec", {}).get("expect") or {}).items():
+        value = metrics.get(key)
+        entry = {"key": f"{name}: {key}", "band": [low, high], "value": value}
+        if value is None:
+            entry["problem"] = f"the stage measured {', '.join(sorted(metrics)) or 'nothing'}"
+        within = value is not None and (low is None or value >= low)
+        found.append(entry | {"holds": within and (high is None or value <= high)})
+    return found
 
 
 def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +105,6 @@ def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[s
     }
     expectations = [*earlier.get("expectations", []), *later.get("expectations", [])]
     joined = later | {"reward_models": kept | measured, "expectations": expectations}
-    if earlier:
+    if "tasks" in earlier:
         joined["earlier"] = earlier.get("earlier", {}) | {name: {"tasks": earlier["tasks"]}}
     return joined

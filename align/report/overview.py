@@ -44,7 +44,7 @@ def _status(run: RunRecord) -> Markup:
     elif found:
         head = f"✓ all {len(found)} expectations hold"
     else:
-        expected = any(getattr(x, "expect", None) for x in _evaluations(run))
+        expected = any(getattr(x, "expect", None) for x in run.recipe.stages.values())
         head = "expectations: not evaluated yet" if expected else "no expectations in the recipe"
     kind = "bad" if failed else "ok" if found else "quiet"
     alarms = tag("a", f"{num_alarms} alarms", href="#alarms", class_="bad") if num_alarms else None

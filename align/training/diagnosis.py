@@ -67,7 +67,7 @@ class Diagnosis:
             return
         if found := self._alarms():
             raise TrainingError(
-                f"the model has learned nothing in {self.evidence.step} steps ({_told(found)}). "
+                f"the model has learned nothing in {self.evidence.step} steps ({_told(found)}); "
                 f"{found[0].remedy}. To save it anyway, write not_learning: ignore"
             )
 
@@ -84,8 +84,8 @@ class Diagnosis:
             log.alarm(step, alarm)
         if found and self.mode == "stop":
             raise TrainingError(
-                f"step {step}: the run does not learn ({_told(found)}). {found[0].remedy}. To train "
-                "on, write not_learning: warn"
+                f"step {step}: the run does not learn ({_told(found)}). {found[0].remedy}. To "
+                "train on, write not_learning: warn"
             )
 
     def state_dict(self) -> dict[str, Any]:

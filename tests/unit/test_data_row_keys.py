@@ -468,6 +468,38 @@ def test_a_second_question_or_answer_is_refused_unless_it_repeats_the_first(
     assert example.columns[f"{key}_column"] == "Another."
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sft", {"messages": [U, A]}),
+        ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+        ("unpaired", {"prompt": "Q", "completion": "A", "label": True}),
+    ],
+)
+@pytest.mark.parametrize("key", ["passage", "Article", "sys", "instruction-system", "Persona"])
+def test_a_part_of_the_question_in_a_column_is_refused_unless_it_repeats_the_text(
+    kind: Any, row: dict, key: str
+) -> None:
+    for lost in ("qzxtext", ["Q", "qzxtext"], [{"content": "qzxtext"}]):
+        with pytest.raises(DataError, match=f"a:7: {key}: 'qzxtext' would be dropped"):
+            to_examples({**row, key: lost}, kind=kind, format="auto", source="a:7")
+    for kept in ("Q", ["Q", "A"], 7):
+        (example,) = to_examples({**row, key: kept}, kind=kind, format="auto", source="a:7")
+        assert example.columns[key] == kept
+
+
+@pytest.mark.parametrize("key", ["System", "SYSTEM_PROMPT", "Input", "Tools"])
+def test_a_key_in_other_letters_is_misspelt_and_no_column(key: str) -> None:
+    with pytest.raises(DataError, match=f"unknown key '{key}'.*did you mean '{key.lower()}'"):
+        to_examples({"messages": [U, A], key: "qzx"}, kind="sft", format="auto", source="a:7")
+
+
+def test_an_empty_instruction_leaves_the_input_alone() -> None:
+    row = {"instruction": "", "input": "Q", "output": "A"}
+    (example,) = to_examples(row, kind="sft", format="auto", source="a:7")
+    assert [turn["content"] for turn in example.prompt] == ["Q"]
+
+
 def test_the_names_of_columns_are_compared_once_and_not_for_each_row(monkeypatch) -> None:
     asked = Counter()
 

@@ -44,7 +44,7 @@ def with_input(instruction: str, given: object, source: str) -> str:
         return instruction
     if not isinstance(given, str):
         raise not_text(given, where=f"{source}: input")
-    return f"{instruction}\n\n{given}"
+    return f"{instruction}\n\n{given}" if instruction else given
 
 
 def question_of(row: Row, source: str) -> tuple[Text, Row]:

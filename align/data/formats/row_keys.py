@@ -7,6 +7,7 @@ rewards. If it contains text or loss settings that nothing would use, the row is
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import isfinite, isnan
 from typing import Any
 
@@ -30,10 +31,14 @@ QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _THOUGHTS = ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "reasoning_trace")
+_THOUGHTS += ("complex_cot", "thinking_process", "thought_process", "scratchpad")
 """Other names for the text before an answer; a row does not say how its author rendered it."""
 _NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
 _SAID = (*ASKED, "completion", "response", "output")
 """Columns that may hold another question or answer than the one that is trained."""
+_READ = ("document", "article", "passage", "passages", "paragraph", "background", "preamble")
+_READ += ("sys", "sys_prompt", "system_instruction", "instruction_system", "persona", "user_input")
+"""Columns that often hold a part of the question; no stage would read it there."""
 _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generation_prompt")
 
 
@@ -100,10 +105,14 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
         if key in (*_TURNS, *_LOSS, *(QUESTION_TEXTS if kind != "prompts" else ())) or (
             kind not in ("prompts", "classes")
             and key not in (*shared, *_NUMBERS)
-            and (key in (*REASONING, *_THOUGHTS, *WEIGHTS) or is_about_loss(key, given[key]))
+            and (
+                key in (*REASONING, *WEIGHTS)
+                or _plain(key) in _THOUGHTS
+                or is_about_loss(key, given[key])
+            )
         ):
             use = "write it into the turns it belongs to"
-            if key in _THOUGHTS and kind == "sft":
+            if _plain(key) in _THOUGHTS and kind == "sft":
                 use = f"train it as reasoning (rename: {{{key}: reasoning_content}})"
             raise DataError(
                 f"{source}: {key}: {shown(given[key])} would be dropped, since {kind} rows of this "
@@ -114,7 +123,7 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
     known += () if kind == "prompts" else (*QUESTION_TEXTS, *REASONING)
     for key in given:
         # A misspelled key would silently become a column that nobody reads.
-        near = "" if key in known else guess(key, known, cutoff=0.85)
+        near = "" if key in known else guess(key.lower(), known, cutoff=0.85)
         if near:
             raise DataError(
                 f"{source}: unknown key '{key}', {shown(given[key])}, would be left out{near} "
@@ -237,19 +246,20 @@ def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[
 
 
 def check_left_over(example: Example) -> None:
-    """Refuse a question or an answer in a column whose text the example does not have.
+    """Refuse a part of the question or an answer in a column whose text the example does not have.
 
     Rows may repeat their question beside the conversation, as those of UltraChat do.
 
     Raises:
         DataError: names the column.
     """
-    if not any(key in example.columns for key in _SAID):
+    names = [key for key in example.columns if _plain(key) in (*_SAID, *_READ)]
+    if not names:
         return
     sides = (example.prompt, example.completion, example.rejected)
     there = "\n".join(" ".join(text.split()) for side in sides for text in _texts(side))
-    for key in _SAID:
-        for text in _texts(example.columns.get(key)):
+    for key in names:
+        for text in _texts(example.columns[key]):
             if " ".join(text.split()) not in there:
                 raise DataError(
                     f"{example.source}: {key}: {shown(text)} would be dropped, since the row's "
@@ -259,11 +269,16 @@ def check_left_over(example: Example) -> None:
                 )
 
 
+@cache
+def _plain(key: str) -> str:
+    return key.lower().replace(" ", "_").replace("-", "_")
+
+
 def _texts(side: object) -> list[str]:
     if isinstance(side, str):
         return [side]
     turns = side if isinstance(side, list | tuple) else ()
-    contents = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
+    contents = (turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns)
     return [content for content in contents if isinstance(content, str)]
 
 

@@ -162,7 +162,8 @@ class TrainingStage(StageSpec):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     expect: dict[str, tuple[float | None, float | None]] = {}
-    """Expected ranges of this stage's metrics, such as ``kl/reference: [0, 5]``, for the report."""
+    """Expected ranges of this stage's last metrics, such as ``kl/reference: [0, 5]``. The report
+    shows them beside the curves; one that does not hold makes the run's exit code 1."""
     not_learning: Literal["warn", "stop", "ignore"] = "warn"
     """If the run does not learn: report why, also end the stage (exit code 1), or do not look. With
     ``warn``, a stage that has learned nothing at its end still fails."""
