@@ -6,15 +6,20 @@ marker it is the last line, or else the last number of the text. Text before the
 """
 
 import re
+from dataclasses import dataclass
 
 from reward_models.base import InvalidScoreError, Rule, rule_from_spec
-from reward_models.math_process import LatexVerifier
+from reward_models.math_process import LatexVerifier, UnreadableReferenceError
 from reward_models.numbers import MAX_STATEMENT, Number, holds_digits, last_number, read_number
 from reward_models.specs import MathSpec
 
-_MARKER = re.compile(r"####|\\(?:boxed|fbox)\s*\{|\banswers?[*_]*\s*(?:is\b|[:=])", re.IGNORECASE)
+_MARKER = re.compile(
+    r"####|\\(?:boxed|fbox)(?:\s*\{|\s+(?=[-+.\d]))|\banswers?[*_]*\s*(?:is\b|[:=])", re.IGNORECASE
+)
 _THINK = re.compile(r"<(/?)(?:think|thinking|reasoning|thought)>", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][\w-]*>|<\|[^|<>]*\|>")
+_MORE = re.compile(r"^\s*>|\d\s?!")
+"""A bound or a factorial: in a reference not the number itself, in prose a quote or a full stop."""
 _DISPLAY = re.compile(r"\$\$|\\[\[\]]")
 _CLAUSE_END = re.compile(
     r"[.!?;](?:\s+|$)|,\s+(?=[^\W\d_])|\s\((?=[^\W\d_])"
@@ -33,6 +38,15 @@ def _braced(text: str, start: int) -> str:
     return text[start:]
 
 
+def spoken(text: str) -> str:
+    """Return a response without its thoughts; "" if it was truncated while still thinking."""
+    # Numbers in a chain of thought are not the answer.
+    thoughts = list(_THINK.finditer(text))
+    if thoughts and not thoughts[-1][1]:  # truncated while still thinking
+        return ""
+    return text[thoughts[-1].end() :] if thoughts else text
+
+
 def final_number(text: str) -> Number | None:
     """Return the final number of a response, exactly.
 
@@ -44,11 +58,7 @@ def final_number(text: str) -> Number | None:
     Returns:
         The number, or None if there is none (also after a marker without a number).
     """
-    # Numbers in a chain of thought are not the answer.
-    thoughts = list(_THINK.finditer(text))
-    if thoughts and not thoughts[-1][1]:  # truncated while still thinking
-        return None
-    text = text[thoughts[-1].end() :] if thoughts else text
+    text = spoken(text)
     text = _DISPLAY.sub(" ", _TAG.sub(" ", text))
     # Prefer the last marked answer; without a marker read the last line.
     markers = list(_MARKER.finditer(text))
@@ -94,7 +104,7 @@ def reference_number(value: object) -> Number:
     """
     text = str(value)
     found = final_number(text) if _MARKER.search(text) else read_number(text)
-    if found is not None:
+    if found is not None and not isinstance(value, dict) and not _MORE.search(text):
         return found
     if not holds_digits(text) and text.replace(" ", "").isalpha():
         raise InvalidScoreError("reference contains no number")
@@ -105,6 +115,32 @@ def _number_score(answer: str, value: object) -> float:
     reference = reference_number(value)
     found = final_number(answer)
     return float(found is not None and _same_number(found, reference))
+
+
+@dataclass(frozen=True, slots=True)
+class Expressions:
+    """Compares expressions; an equal number in any notation needs no verifier."""
+
+    verifier: LatexVerifier
+
+    def score(self, answer: str, value: object) -> float:
+        """Return 1.0 if the response's final expression equals the reference, else 0.0.
+
+        Raises:
+            InvalidScoreError: the reference cannot be read, or the verifier failed.
+        """
+        try:
+            reference = reference_number(value)
+        except InvalidScoreError:
+            return self.verifier.score(spoken(answer), value)
+        # Several marked answers are left to the verifier, which compares them all.
+        found = final_number(answer) if len(_MARKER.findall(answer)) < 2 else None
+        if found is not None and _same_number(found, reference):
+            return 1.0
+        try:
+            return self.verifier.score(spoken(answer), value)
+        except UnreadableReferenceError:
+            return 0.0
 
 
 def build_math(spec: MathSpec) -> Rule:
@@ -118,5 +154,5 @@ def build_math(spec: MathSpec) -> Rule:
     """
     function = _number_score
     if spec.latex:
-        function = LatexVerifier(timeout_s=spec.timeout_s).score
+        function = Expressions(LatexVerifier(timeout_s=spec.timeout_s)).score
     return rule_from_spec(spec, function, column=spec.column)

@@ -6,6 +6,7 @@ JSON reply per line on stdout. `LatexVerifier` starts it, reuses it, and kills i
 
 import importlib.util
 import logging
+import re
 import resource
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +16,13 @@ from reward_models.worker import Worker, WorkerError, serve
 
 START_TIMEOUT_S = 120.0
 """Seconds for the worker to import sympy on a busy machine, not counted for any response."""
+NO_EXPRESSION = "reference contains no expression"
 MEMORY_BYTES = 4 * 2**30
 """Address space of the worker; a response that needs more is invalid."""
+
+
+class UnreadableReferenceError(InvalidScoreError):
+    """Raised if math-verify finds no expression in a reference."""
 
 
 class LatexVerifier:
@@ -51,6 +57,8 @@ class LatexVerifier:
             reply = self.worker.ask(request, self.timeout_s)
         except WorkerError as error:
             raise InvalidScoreError(str(error)) from None
+        if reply.get("invalid") == NO_EXPRESSION:
+            raise UnreadableReferenceError(NO_EXPRESSION)
         if "invalid" in reply:
             raise InvalidScoreError(reply["invalid"])
         return reply["score"]
@@ -58,8 +66,7 @@ class LatexVerifier:
 
 def _reference(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     text = text.rsplit("####", 1)[-1].strip()
-    has_delimiter = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
-    return parse(text if has_delimiter else f"${text}$", parsing_timeout=None)
+    return parse(text if _delimited(text) else f"${text}$", parsing_timeout=None)
 
 
 def compare(answer: str, reference: str) -> dict[str, Any]:
@@ -75,9 +82,23 @@ def compare(answer: str, reference: str) -> dict[str, Any]:
     # An unreadable reference is not evidence about the response: invalid, not 0.
     gold = _reference(parse, reference)
     if not gold:
-        return {"invalid": "reference contains no expression"}
-    found = parse(answer, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    return {"score": float(bool(found) and verify(gold, found, timeout_seconds=None))}
+        return {"invalid": NO_EXPRESSION}
+    # Without delimiters math-verify reads only plain numbers, so \sqrt{3} alone would be 3.
+    readings = [answer, f"${answer.strip()}$"] if _is_bare(answer) else [answer]
+    parsed = [parse(text, parsing_timeout=None) for text in readings]  # pyright: ignore[reportArgumentType]
+    same = (bool(found) and verify(gold, found, timeout_seconds=None) for found in parsed[::-1])
+    return {"score": float(any(same))}
+
+
+def _is_bare(text: str) -> bool:
+    """Return whether a response is one expression that no delimiter marks, without prose."""
+    if _delimited(text) or "\n" in text.strip():
+        return False
+    return not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", re.sub(r"\\[a-z]+", "", text))
+
+
+def _delimited(text: str) -> bool:
+    return any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
 
 
 def _prepare() -> tuple[str, Any]:

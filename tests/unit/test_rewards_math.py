@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from reward_models import build_reward
-from reward_models.math import final_number
+from reward_models.base import InvalidScoreError
+from reward_models.math import final_number, reference_number
 
 NUMBERS = {
     "So 6 * 7 = 42.\n#### 42": 42,
@@ -196,7 +197,7 @@ def test_math_reference_with_sign_currency_or_unit_is_one_number(reference: obje
 
 def test_latex_compares_symbolically_and_survives_a_time_limit():
     reward = build_reward({"kind": "math", "latex": True, "timeout_s": 5.0})
-    verifier = reward.function.__self__
+    verifier = reward.function.__self__.verifier
     answers = [r"$\frac{1}{2}$", r"so \boxed{0.5}", r"\boxed{3}", r"\boxed{3} \boxed{0.5}", "no"]
     answers += ["x", r"$(1+x)^2$"]
     references = [r"\frac12"] * 5 + ["", "x^2 + 2x + 1"]
@@ -206,7 +207,7 @@ def test_latex_compares_symbolically_and_survives_a_time_limit():
     first = verifier.worker.process.pid
 
     hang = r"\boxed{9^{9^{9^{9}}}}"
-    scores = reward(prompts=["?"] * 2, completions=[hang, "$2$"], answer=["9^{9^{9}}", "2"])
+    scores = reward(prompts=["?"] * 2, completions=[hang, "$1+x$"], answer=["9^{9^{9}}", "x+1"])
     assert scores == [None, 1.0]
     assert reward.invalid["verifier timed out"] == 1
     assert verifier.worker.process.pid != first
@@ -214,5 +215,47 @@ def test_latex_compares_symbolically_and_survives_a_time_limit():
         os.kill(first, 0)
     verifier.worker.process.kill()
     verifier.worker.process.wait()
-    assert reward(prompts=["?"], completions=["$2$"], answer=["2"]) == [1.0]
+    assert reward(prompts=["?"], completions=["$1+x$"], answer=["x+1"]) == [1.0]
     verifier.worker.close()
+
+
+@pytest.mark.parametrize("value", ["5!", "> 5", ">=5", {"a": 5}, {"answer": "5"}])
+def test_a_bound_a_factorial_and_an_object_are_no_number(value: object) -> None:
+    with pytest.raises(InvalidScoreError, match="use latex: true"):
+        reference_number(value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        # The notations that the numeric comparison reads count with latex too.
+        ("<think>maybe 6</think>5", "5", 1.0),
+        ("<think>it is 5", "5", 0.0),
+        ("\\dfrac12", "0.5", 1.0),
+        ("1\u202f000", "1000", 1.0),
+        ("\u20135", "-5", 1.0),
+        ("<answer>18</answer>", "18", 1.0),
+        ("six", "$6", 0.0),
+        # An expression without delimiters, alone.
+        ("\\sqrt{3}", "\\sqrt{3}", 1.0),
+        ("3", "\\sqrt{3}", 0.0),
+        ("2\\pi", "2\\pi", 1.0),
+        ("(3, 4)", "(3, 4)", 1.0),
+        ("(4, 3)", "(3, 4)", 0.0),
+        ("\\boxed{\\sqrt{3}}", "\\sqrt{3}", 1.0),
+        ("120", "5!", 1.0),
+        # Candidates are no answer.
+        ("\\boxed{6} or \\boxed{5}", "5", 0.0),
+    ],
+)
+def test_expressions_in_the_notations_of_responses(
+    answer: str, reference: str, score: float
+) -> None:
+    reward = build_reward({"kind": "math", "latex": True})
+    assert reward(prompts=["q"], completions=[answer], answer=[reference]) == [score]
+
+
+def test_a_box_without_braces_marks_the_answer() -> None:
+    reward = build_reward({"kind": "math"})
+    asked = {"prompts": ["q"] * 2, "answer": ["5"] * 2}
+    assert reward(completions=["so 7 and \\boxed 5", "\\boxed 7, not 5"], **asked) == [1.0, 0.0]
