@@ -33,7 +33,7 @@ FAILURE = "failure.txt"
 """File with the traceback of a stage that failed unexpectedly."""
 SCRATCH = "scratch-"
 """Start of the names of temporary folders in a stage's folder; its next attempt removes them."""
-NOT_HASHED = ("checkpoints", "log.txt", MANIFEST, LOCK, FAILURE)
+NOT_HASHED = ("checkpoints", "best", "log.txt", MANIFEST, LOCK, FAILURE)
 
 
 @dataclass(frozen=True, slots=True)

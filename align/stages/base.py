@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from align.core import checkpoints, distributed
-from align.core import distributed as signals
 from align.core.artifacts import (
     FAILURE,
     MANIFEST,
@@ -87,8 +86,7 @@ class StageContext:
     @property
     def ledger(self) -> Path | None:
         """File for dropped rows; None if this process does not write one."""
-        keeps = not self.check_only and distributed.rank() == 0
-        return self.out / LEDGER_FILE if keeps else None
+        return None if self.check_only or distributed.rank() else self.out / LEDGER_FILE
 
     def folder_of(self, reference: str) -> Path:
         """Return the folder that a reference of the recipe names."""
@@ -125,6 +123,8 @@ class StageResult:
     data: Sequence[Mapping[str, Any]] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the manifest."""
+    tidy: Callable[[], None] | None = None
+    """Deletes what only an unfinished stage needs; rank 0 calls it after the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,12 @@ def chat_format(model_dir: Path) -> ChatFormat:
 def main() -> NoReturn:
     """Run the stage named on the command line and exit with its code."""
     args = _arguments()
-    signals.install()
+    distributed.install()
     try:
         code = run_stage(args.kind, args)
-    except (signals.StoppedNow, Exception) as e:
+    except (distributed.StoppedNow, Exception) as e:
         code = _ended(e, args)
-    signals.defer_stop()
+    distributed.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
     distributed.end_process(code)
@@ -167,7 +167,7 @@ def main() -> NoReturn:
 
 def _ended(error: BaseException, args: argparse.Namespace) -> int:
     # Libraries in C and Rust (torch, pydantic) replace StoppedNow by errors of their own.
-    if signals.is_stopping():
+    if distributed.is_stopping():
         log.warning("%s: stopped by a signal. Run the same command again to resume", args.kind)
         return EXIT_PREEMPTED
     if isinstance(error, AlignError):
@@ -264,6 +264,8 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
         write_card(context.out, found, context.folder_of)
         found["seconds"] = round(time.monotonic() - began, 2)
         write_manifest(context.out, found)
+        if result.tidy is not None:
+            result.tidy()
         log.info("%s: done in %.0f s", context.name, time.monotonic() - began)
 
     distributed.on_first_rank(finish)
@@ -272,8 +274,8 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
 def _refuse_changes(context: StageContext, identity: Mapping[str, Any]) -> None:
     """Raise ArtifactError if the stage's model folder or template changed since it started."""
     spec = context.recipe.stages[context.name]
-    present = named_files(spec, context.recipe.inputs(context.name))
-    difference = changed_file(identity["files"], present)
+    found = named_files(spec, context.recipe.inputs(context.name))
+    difference = changed_file(identity["files"], found)
     if difference is not None:
         raise ArtifactError(f"{context.name}: {difference} the stage began; run it again")
 
@@ -298,8 +300,8 @@ def _manifest_head(context: StageContext, spec: StageSpec) -> dict[str, Any]:
             "spec_hash": upstream.get("spec_hash", ""),
             "manifest_sha256": file_sha256(path / MANIFEST),
         }
-        named = reference in context.recipe.stages
-        hashes[key] = upstream.get("spec_hash", "") if named else reference
+        is_stage = reference in context.recipe.stages
+        hashes[key] = inputs[key]["spec_hash"] if is_stage else reference
     return {
         "kind": spec.produces,
         "stage": context.name,
@@ -332,12 +334,10 @@ def _begin(
     context.out.mkdir(parents=True, exist_ok=True)
     _lock = StageLock(context.out)
     try:
-        inputs = context.recipe.inputs(context.name)
-        spec = context.recipe.stages[context.name]
+        inputs, spec = context.recipe.inputs(context.name), context.recipe.stages[context.name]
         identity = plain(
-            {
-                "spec_hash": manifest["spec_hash"],
-                "inputs": manifest["inputs"],
+            {key: manifest[key] for key in ("spec_hash", "inputs")}
+            | {
                 "files": file_records(named_files(spec, inputs)),
                 "hub": hub_revisions(spec),
             }

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ class BestWeights:
         self.write(out=self.folder(step))
 
     def prune(self, steps: set[int]) -> None:
-        """Delete all saved weights except those of the given steps."""
+        """Delete all saved weights except those of the given steps; every rank must call this."""
         if distributed.rank() == 0:
             # Rank 0 deletes for all: the folder is shared.
-            kept = {self.folder(step) for step in steps}
-            for folder in set((self.out / "best").glob("step-*")) - kept:
-                shutil.rmtree(folder)
+            self.keep_only(steps)
         distributed.barrier()
+
+    def keep_only(self, steps: set[int]) -> None:
+        """Delete all saved weights except those of the given steps, in this process alone."""
+        kept = {self.folder(step) for step in steps}
+        for folder in set((self.out / "best").glob("step-*")) - kept:
+            shutil.rmtree(folder)
 
     def restore(self, step: int) -> None:
         """Put a step's weights into the stage's folder, as hard links instead of copies."""
@@ -62,6 +67,11 @@ def build_stopping(spec: OfflineStage, best: BestWeights) -> EarlyStopping | Non
         prune=best.prune,
         keep_checkpoints=spec.keep_checkpoints,
     )
+
+
+def tidy_after(stopping: EarlyStopping | None, best: BestWeights) -> Callable[[], None] | None:
+    """Return what deletes the weights of all steps but the best one, once nothing can resume."""
+    return None if stopping is None else partial(best.keep_only, {stopping.best_step})
 
 
 def stopping_notes(stopping: EarlyStopping) -> dict[str, Any]:

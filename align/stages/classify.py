@@ -25,7 +25,7 @@ from align.preflight.classes import class_checks
 from align.preflight.disk import disk_checks
 from align.recipe.schema import ClassifyStage
 from align.stages.base import Prepared, StageContext, StageResult
-from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.best import BestWeights, build_stopping, stopping_notes, tidy_after
 from align.stages.offline import (
     add_tuner_to_backbone,
     load_backbone,
@@ -113,7 +113,6 @@ def train(
     if stopping is None:
         write(out=context.out)
     else:
-        best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes |= stopping_notes(stopping)
     # Scores on the held-out rows, of the model as it was saved.
@@ -127,7 +126,8 @@ def train(
         probs = predict(module, task, spec.micro_tokens)
         notes["heldout"] = judge(probs, task.heldout, classes, seed=context.seed, out=context.out)
         final |= {f"eval/{name}": notes["heldout"][name][0] for name in ("accuracy", "macro_f1")}
-    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
+    tidy = tidy_after(stopping, best)
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes, tidy)
 
 
 def class_row(tokenizer: "PreTrainedTokenizerBase", example: Example) -> ClassRow:

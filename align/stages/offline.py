@@ -28,7 +28,7 @@ from align.preflight.contamination import contamination_checks
 from align.preflight.disk import disk_checks
 from align.recipe.schema import DataSpec, OfflineStage, OnlineStage, TrainingStage
 from align.stages.base import Prepared, StageContext, StageResult
-from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.best import BestWeights, build_stopping, stopping_notes, tidy_after
 from align.stages.preflight import offline_checks, row_views
 from align.stages.saving import save_trained_policy
 from align.training.batch import pack
@@ -397,7 +397,6 @@ def train_policy(
     if stopping is None:
         write(out=context.out)
     else:
-        best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
     # Merging an adapter may change the model, so the saved weights are measured again.
@@ -408,4 +407,5 @@ def train_policy(
             # qlora saves a different policy on purpose; the best weights are not the last ones.
             if spec.tuning.method != "qlora" and stopping is None:
                 check_saved_loss(final, dtype=spec.dtype)
-    return StageResult(final, fingerprints(spec.data, spec.heldout, replayed(spec)), notes)
+    data = fingerprints(spec.data, spec.heldout, replayed(spec))
+    return StageResult(final, data, notes, tidy_after(stopping, best))

@@ -99,8 +99,6 @@ def _finish_watch(watch: Watch, best: BestWeights) -> dict[str, Any]:
     If the guard ended the stage, these are always the best weights.
     """
     top, alarm = guard.best_step(watch.history), watch.stopped_by
-    # Training is over: nothing can resume at an earlier best.
-    best.prune({top})
     restored = watch.spec.keep == "best" or alarm is not None
     if restored:
         best.restore(top)
@@ -207,7 +205,9 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     final |= {"engine/vllm": float(parts.engine.name == "vllm")}
     watched = spec.watch.prompts if spec.watch is not None else []
     notes = {} if watch is None else _finish_watch(watch, best)
-    return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes)
+    # Once the stage is finished, nothing can resume at an earlier best.
+    tidy = partial(best.keep_only, {notes["watch"]["best_step"]}) if notes else None
+    return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes, tidy)
 
 
 def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineRun:

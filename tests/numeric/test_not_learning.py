@@ -238,8 +238,7 @@ def ends_with_nothing_learned(diagnosis: Diagnosis, rows: list[dict[str, float]]
     try:
         diagnosis.finish()
     except TrainingError as e:
-        assert "learned nothing" in str(e)
-        return True
+        return "learned nothing" in str(e)
     return False
 
 

@@ -27,7 +27,7 @@ from align.preflight.disk import disk_checks
 from align.preflight.paired import paired_checks
 from align.recipe.schema import RewardStage
 from align.stages.base import Prepared, StageContext, StageResult
-from align.stages.best import BestWeights, build_stopping, stopping_notes
+from align.stages.best import BestWeights, build_stopping, stopping_notes, tidy_after
 from align.stages.offline import (
     OfflineRows,
     add_tuner_to_backbone,
@@ -121,7 +121,6 @@ def train(
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     # The saved model may differ from the one in memory: an earlier step, or not in 4 bits.
     if stopping is not None:
-        best.prune({stopping.best_step})
         best.restore(stopping.best_step)
         model = saved_scorer(spec, context.out / "model")
         notes |= stopping_notes(stopping)
@@ -138,7 +137,8 @@ def train(
     for name, value in zip(("mean", "std"), numbers or (0.0, 1.0), strict=True):
         many = value if isinstance(value, list) else [value]
         final[f"scorer/{name}"] = sum(many) / len(many)
-    return StageResult(final, fingerprints(spec.data, spec.heldout), notes)
+    tidy = tidy_after(stopping, best)
+    return StageResult(final, fingerprints(spec.data, spec.heldout), notes, tidy)
 
 
 def train_part(
