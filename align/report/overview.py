@@ -54,10 +54,6 @@ def _status(run: RunRecord) -> Markup:
     )
 
 
-def _evaluations(run: RunRecord) -> list[object]:
-    return [spec for spec in run.recipe.stages.values() if spec.kind == "evaluate"]
-
-
 def _band(band: Sequence[float | None]) -> str:
     low, high = band
     if low is None or high is None:
