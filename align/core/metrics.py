@@ -53,6 +53,10 @@ ONLINE = {
     "reward/dead_group_frac": Metric(
         "fraction", "responses in groups whose rewards are all equal, or without a valid score"
     ),
+    "prompts/drawn": Metric("prompts", "sampled in this step with dynamic_sampling"),
+    "prompts/live": Metric(
+        "prompts", "those whose responses got unequal rewards; at most prompts_per_step are trained"
+    ),
     "reward/disagreement": Metric("score", "mean standard deviation among an ensemble's members"),
     "reward/{name}": Metric("score", "mean of one of the stage's rewards, before its weight"),
     "kl/reference": Metric("nats", "mean over tokens of log(policy / reference), estimator k1"),

@@ -314,10 +314,11 @@ class _Contents:
                 spec.path,
                 ", ".join(hidden),
             )
-        if self._columns:
+        # The label of a row of classes is what is trained.
+        if rest := self._columns - ({"label"} if kind == "classes" else set()):
             trained = kind != "prompts"
             use = "columns that are not trained on" if trained else "columns for the rewards"
-            logger.info("%s: %s: %s", spec.path, use, ", ".join(sorted(self._columns)))
+            logger.info("%s: %s: %s", spec.path, use, ", ".join(sorted(rest)))
 
 
 def _worded(row: Row, spec: DataSpec, *, source: str, seed: int) -> Sequence[Row]:

@@ -4,9 +4,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -59,6 +59,7 @@ class OnlineRun:
         push: pushes the policy's current weights into the engine under a version number.
         reference: the frozen initial policy; the learner's own module if its adapter is to be
             switched off; None if no KL is needed.
+        draws: batches of prompts that dynamic sampling has drawn so far.
     """
 
     spec: OnlineStage
@@ -73,6 +74,7 @@ class OnlineRun:
     critic: Learner | None
     reference: nn.Module | None
     kl: FixedKL | AdaptiveKL
+    draws: int = 0
 
     @property
     def engines(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def train_online(
     if found is not None:
         start, state = load_checkpoint(found, run.engines)
         run.kl.load_state_dict(state["kl"])
-        run.policy.steps = state["policy_steps"]
+        run.policy.steps, run.draws = state["policy_steps"], state["draws"]
         diagnosis.load_state_dict(state["diagnosis"])
         if run.critic is not None:
             run.critic.steps = state["critic_steps"]
@@ -132,9 +134,11 @@ def train_online(
 def _state(run: OnlineRun, diagnosis: Diagnosis, watch: Watch | None) -> dict[str, Any]:
     """Return what a checkpoint holds beside the engines.
 
-    Prompts and seeds are functions of the step, so only counters and controllers are state.
+    Prompts and seeds are functions of the step and the draws, so only counters and controllers are
+    state.
     """
     state: dict[str, Any] = {"kl": run.kl.state_dict(), "policy_steps": run.policy.steps}
+    state |= {"draws": run.draws}
     state |= {"diagnosis": diagnosis.state_dict()}
     state |= {"critic_steps": run.critic.steps} if run.critic is not None else {}
     state |= {"watch": watch.state_dict()} if watch is not None else {}
@@ -164,9 +168,9 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
             with timer("push"):
                 run.push(step)
             with timer("rollout"):
-                groups = sample(run, step)
+                samples = sample(run, step)
         with timer("score"):
-            experience, scores = score(run, groups)
+            experience, scores = score(run, samples)
         with timer("update"):
             experience = annotate(
                 experience,
@@ -182,7 +186,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
     found = summarize(experience, scores, run.spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
-    found |= timer.seconds
+    found |= {**timer.seconds, **samples.counts}
     found |= {"kl/coef": kl_coef, "tokens/per_s": found["tokens/sampled"] / found["time/step_s"]}
     # The first sample of the batch, whatever its score: a chosen one would flatter the run.
     first = {
@@ -205,11 +209,13 @@ class Samples:
         groups: prompts and their sampled responses.
         greedy: the same prompts and the most likely response to each; None if not needed.
         positions: numbers of these prompts in the step's batch over all ranks.
+        counts: of dynamic sampling, over all ranks: prompts drawn, and those with unequal scores.
     """
 
     groups: Groups
     greedy: Groups | None
     positions: Sequence[int]
+    counts: Mapping[str, float] = field(default_factory=dict)
 
 
 def sample(run: OnlineRun, step: int) -> Samples:
@@ -227,9 +233,11 @@ def sample(run: OnlineRun, step: int) -> Samples:
     kept: Groups = []
     live: Groups = []
     spare: Groups = []
-    for draw in range(draws):
-        # Numbered across steps, so that each draw continues the shuffled order of the prompts.
-        number = step * draws + draw
+    for _ in range(draws):
+        # Numbered across steps, so that each draw continues the shuffled order of the prompts and
+        # none is passed over.
+        number = run.draws if spec.dynamic_sampling else step
+        run.draws += spec.dynamic_sampling
         indices = batch_indices(
             len(run.prompts),
             spec.prompts_per_step,
@@ -258,10 +266,12 @@ def sample(run: OnlineRun, step: int) -> Samples:
         if len(live) >= spec.prompts_per_step:
             break
     # Every rank takes its part of the same list: live groups first, then spare ones.
+    counts: dict[str, float] = {}
     if spec.dynamic_sampling:
         kept = (live + spare)[mine]
+        counts = {"prompts/drawn": len(live) + len(spare), "prompts/live": len(live)}
     greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
-    return Samples(kept, greedy, range(spec.prompts_per_step)[mine])
+    return Samples(kept, greedy, range(spec.prompts_per_step)[mine], counts)
 
 
 def _greedy(run: OnlineRun, prompts: Sequence[PromptRow]) -> Groups:

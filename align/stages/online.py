@@ -260,7 +260,7 @@ def _begin_watch(
     return _build_watch(
         online,
         spec.watch,
-        prompts=list(
+        prompts=without_copies(
             fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts")
         ),
         gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer),
@@ -268,6 +268,21 @@ def _begin_watch(
         best=best,
         metrics=metrics,
     )
+
+
+def without_copies(prompts: Sequence[PromptRow]) -> list[PromptRow]:
+    """Return the prompts without repeated ones, whose copies would make intervals too narrow."""
+    first: dict[tuple[tuple[int, ...], str], PromptRow] = {}
+    for row in prompts:
+        first.setdefault((tuple(row.input_ids), repr(row.columns)), row)
+    kept = list(first.values())
+    if len(kept) < len(prompts):
+        log.warning(
+            "watch.prompts: %d of %d rows repeat another one and are left out",
+            len(prompts) - len(kept),
+            len(prompts),
+        )
+    return kept
 
 
 def _load_prompts(

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
 from align.sampling.experience import gather_experience
 from align.stages import rollouts
 from align.stages.evaluate.measure import wants_kl
+from align.stages.online import without_copies
 from align.stages.reward.normalize import normalization
 from align.stages.rollouts import fitted
 from align.training.offline import total_steps
@@ -194,6 +195,49 @@ def test_dynamic_sampling_keeps_the_same_groups_on_any_number_of_ranks(
     assert sum(int(text.split()[0]) in live for text in one) == 4
     assert kept(2) == one
     assert kept(4) == one
+
+
+def test_dynamic_sampling_passes_over_no_prompt_and_counts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In two steps of two draws each of 16 prompts is drawn once, whatever max_draws allows."""
+    drawn: list[str] = []
+
+    def groups(engine: Any, rows: Any, **rest: Any) -> Any:
+        drawn.extend(row.prompt for row in rows)
+        return [said("a", "b") for _ in rows]
+
+    monkeypatch.setattr(loop, "sample_groups", groups)
+    monkeypatch.setattr(loop, "_has_signal", lambda run, prompt, group: int(prompt.prompt) % 2 == 0)
+    for max_draws in (4, 9):
+        drawn.clear()
+        spec = grpo_spec(
+            algorithm="dapo",
+            group_size=2,
+            prompts_per_step=4,
+            dynamic_sampling=True,
+            max_draws=max_draws,
+        )
+        prompts = [PromptRow((10 + i, 4), str(i), {}) for i in range(16)]
+        run = run_of(spec, cast("Any", None), prompts=prompts)
+        counts, before = [], 0
+        while len(drawn) < 16:
+            samples = loop.sample(run, len(counts))
+            new, before = drawn[before:], len(drawn)
+            assert samples.counts == {
+                "prompts/drawn": len(new),
+                "prompts/live": sum(int(text) % 2 == 0 for text in new),
+            }
+            counts.append(samples.counts["prompts/drawn"])
+        assert sorted(map(int, drawn[:16])) == list(range(16))
+        assert run.draws == sum(counts) / 4
+
+
+def test_copies_of_watched_prompts_are_left_out_with_a_word(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
+    rows = [PromptRow((i, 4), str(i), {"answer": a}) for i, a in ((3, 1), (5, 1), (3, 1), (3, 2))]
+    assert without_copies(rows) == [rows[0], rows[1], rows[3]]
+    assert "1 of 4 rows repeat another one" in caplog.text
 
 
 def test_a_rank_without_prompts_lays_out_nothing() -> None:

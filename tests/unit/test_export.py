@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,22 @@ def test_merged_export_is_base_plus_adapter(run, exported):
 def test_adapter_names_the_imported_base(run, exported):
     config = json.loads((exported / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(run / "imported")
+
+
+def test_adapter_with_trained_rows_gets_no_line_that_vllm_would_refuse(run, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    source = replace(find_source(run / "sft"), artifact=tmp_path)
+    form = Format("adapter", "float32", "org/base")
+    told = {}
+    for rows in (None, [], [3], {"embed_tokens": [3]}):
+        config = {"trainable_token_indices": rows}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        (told[str(rows)],) = tools._serve_lines(
+            source, tmp_path, form, ollama=False, command="vllm serve"
+        )
+    assert all("--enable-lora" in told[rows] for rows in ("None", "[]"))
+    assert all("--format model" in told[rows] for rows in ("[3]", "{'embed_tokens': [3]}"))
+    assert all(told[rows].startswith("# ") for rows in ("[3]", "{'embed_tokens': [3]}"))
 
 
 def test_adapter_on_another_base_is_refused_by_its_behavior(run, tmp_path):

@@ -34,6 +34,7 @@ from align.export.weights import write_adapter, write_merged
 from align.models.loading import load_tokenizer
 from align.sampling.build import vllm_obstacle
 from align.sampling.vllm_reading import read_by_vllm
+from align.tuning.files import CONFIG as ADAPTER_CONFIG
 
 DTYPES = {"model": ("bfloat16", "float16", "float32"), "gguf": TYPES}
 DEFAULT_DTYPE = {"model": "bfloat16", "gguf": "q8_0"}
@@ -224,6 +225,9 @@ def _serve_lines(
         words = ["ollama", "create", source.name, "-f", str(place / MODELFILE)]
         return lines + ([shlex.join(words)] if ollama else [])
     if form.name == "adapter":
+        settings = read_json_object((source.adapter_dir or place) / ADAPTER_CONFIG) or {}
+        if settings.get("trainable_token_indices"):
+            return ["# peft loads it; vLLM has no trained rows in an adapter: use --format model"]
         options = ("--enable-lora", "--lora-modules", f"{source.name}={place}")
         return [serve_line(str(form.base), *options, command=command)]
     named = ("--served-model-name", source.name)
