@@ -99,7 +99,7 @@ def train_online(
     if found is not None:
         start, state = load_checkpoint(found, run.engines)
         run.kl.load_state_dict(state["kl"])
-        run.policy.steps, run.draws = state["policy_steps"], state["draws"]
+        run.policy.steps, run.draws = state["policy_steps"], state.get("draws", 0)
         diagnosis.load_state_dict(state["diagnosis"])
         if run.critic is not None:
             run.critic.steps = state["critic_steps"]
