@@ -40,7 +40,7 @@ def test_other_weights_are_deleted_only_after_the_manifest(
     monkeypatch.setattr(base, "prepare_and_train", trained)
     monkeypatch.setattr(base, "write_card", lambda *args: None)
     monkeypatch.setattr(base.checkpoints, "check_stage_is_ours", lambda out: None)
-    recipe: Any = SimpleNamespace(stages={"sft": None})
+    recipe: Any = SimpleNamespace(stages={"sft": SimpleNamespace(imports_model=False)})
     context = base.StageContext(recipe, "sft", tmp_path, 0)
     with alone.world_of_one():
         manifest = {"kind": "policy", "identity": {"files": {}}}
