@@ -140,7 +140,7 @@ def _tokenizer(folder: Path, *, tuning: str) -> dict[str, Any]:
     if not saved.get("pad_token") and isinstance(saved.get("eos_token"), str):
         lacking["pad_token"] = saved["eos_token"]
     if not saved.get("chat_template") and not (folder / "chat_template.jinja").is_file():
-        # chatml adds a stop token, whose new row an adapter does not train.
+        # chatml adds tokens, whose rows are saved beside an adapter; plain adds none.
         lacking["chat_template"] = "chatml" if tuning == "full" else "plain"
     return {"tokenizer": lacking} if lacking else {}
 
