@@ -54,14 +54,14 @@ test: setup-test ## Set up with the test extra, then run the tests (JOBS=2, PYTE
 
 # The oldest versions that pyproject.toml allows, in an environment of its own (3 GB). torch comes
 # first, as in scripts/setup.sh, and keeps its build; vLLM is left out, whose pin has one version.
-test-lowest: ## Run the unit tests with the lowest versions of every dependency
+test-lowest: ## Run the short unit tests with the lowest versions of every dependency
 	@$(or $(PYTHON),python3) -m venv .venv-lowest
 	@.venv-lowest/bin/pip install -q uv
 	@.venv-lowest/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	@.venv-lowest/bin/python -c 'import torch; print(f"torch=={torch.__version__}")' >.venv-lowest/torch.txt
 	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python --resolution lowest-direct \
 	  --constraint .venv-lowest/torch.txt -e '.[train,test,serve,sinks]'
-	@.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/unit $(PYTEST_ARGS)
+	@.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' tests/unit $(PYTEST_ARGS)
 
 # FAULTS_ARGS="--seed 7" draws other moments; "--only TEXT" repeats the faults whose name has TEXT.
 faults: setup-test ## Inject 1,400 faults into tiny runs and print the table of what held

@@ -137,6 +137,29 @@ def test_other_architectures_are_refused_by_name(tmp_path):
         export(tmp_path / "scaled", tmp_path / "out", name="gguf")
 
 
+def test_a_yarn_model_keeps_its_rotary_scaling_and_is_refused_by_gguf(tmp_path):
+    source, out = tmp_path / "scaled", tmp_path / "out"
+    save(policy(), source)
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    rope["original_max_position_embeddings"] = SIZES["max_position_embeddings"] // 4
+    edit(source / "config.json", rope_parameters=rope)
+    export(source, out, name="model", dtype="float32")
+    written = json.loads((out / "config.json").read_text())["rope_parameters"]
+    assert {key: written[key] for key in rope} == rope
+    ids = torch.arange(4, 44)[None]
+    models = [AutoModelForCausalLM.from_pretrained(place) for place in (source, out)]
+    # The weights with the usual positions, which a lost key would give.
+    models.append(policy())
+    models[-1].load_state_dict(models[0].state_dict())
+    with torch.inference_mode():
+        found = [model.eval()(ids).logits for model in models]
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+    pytest.importorskip("gguf", reason="pip install 'align-suite[export]'")
+    with pytest.raises(ArtifactError, match="rotary type 'yarn'"):
+        export(source, tmp_path / "gguf", name="gguf")
+
+
 def test_the_rotary_factors_of_llama_3_are_those_of_a_calculator():
     rope = {
         "rope_type": "llama3",
