@@ -276,6 +276,7 @@ def fill(text: str, spaces: Mapping[str, Any]) -> str:
                 kind = "sample_parse_error" if parse else "invalid_variable_error"
                 why = "the response is not JSON" if parse else f"there is no {step!r}"
                 raise RunError(kind, f"{{{{{match[1][:80]}}}}}: {why}") from None
+        # Text is filled in as it is, any other value as JSON.
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
     return SLOT.sub(value, text)

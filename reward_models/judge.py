@@ -215,6 +215,7 @@ class JudgeClient:
                 )
             try:
                 return self._counted(self._exchange(request, min(self.endpoint.timeout_s, left)))
+            # Overload and broken connections pass; other errors are about the request itself.
             except later as error:
                 if attempt == self.endpoint.retries:
                     raise JudgeError(

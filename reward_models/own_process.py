@@ -169,6 +169,7 @@ def _of_other_suite(
     rows = range(len(answers))
     truth = next((columns[name] for name in TRUTH if name in columns), None)
     if truth is None and "reward_model" in columns:
+        # Files made for verl have it inside of the column `reward_model`.
         truth = [(value or {}).get("ground_truth") for value in columns["reward_model"]]
     if style == "openrlhf":
         asked = [plain_text(prompt) for prompt in prompts]

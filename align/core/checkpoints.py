@@ -143,6 +143,7 @@ def save_checkpoint(
         fsync_directory(directory)
         # Only this stage's own checkpoints are removed, never those of another stage.
         for old in _own(directory)[:-keep]:
+            # After the new one is complete: at any moment there is one to resume from.
             shutil.rmtree(old)
     # No rank continues, or exits, before the checkpoint is complete.
     distributed.barrier()

@@ -45,6 +45,7 @@ def ask_reader(
         text=True,
         check=False,
     )
+    # Libraries print as well: the answer is the marked line.
     lines = [x for x in done.stdout.splitlines() if x.startswith(_MARK)]
     if done.returncode or not lines:
         said = [x for x in (done.stderr or done.stdout).splitlines() if x.strip()]

@@ -85,6 +85,7 @@ class _Room:
         while node < self._leaves:
             node = 2 * node if largest[2 * node] >= wanted else 2 * node + 1
         place = node - self._leaves
+        # A row longer than a micro-batch leaves less than no room, so that nothing joins it.
         largest[node] -= length
         while node > 1:
             node //= 2

@@ -40,6 +40,7 @@ class ClassLogits(nn.Module):
             input_ids: (1, N).
             position_ids: (1, N), restarting at 0 with each sequence.
         """
+        # (1, N) -> (num, T).
         laid = right_padded(input_ids, position_ids, fill=self.model.config.pad_token_id)
         return self.model(input_ids=laid.input_ids, attention_mask=laid.mask).logits.float()
 

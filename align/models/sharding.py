@@ -184,5 +184,6 @@ def _gather_on_use(model: nn.Module) -> list[RemovableHandle]:
             stack.close()
 
         handles.append(module.register_forward_pre_hook(before))
+        # After an error too: weights that stay gathered would fill the memory.
         handles.append(module.register_forward_hook(after, always_call=True))
     return handles

@@ -127,6 +127,7 @@ def infer_tokens(
     fn: Callable[[nn.Module, PackedBatch], Tensor],
 ) -> Tensor:
     """Return the result of ``fn`` for every token, (B, T), run in the micro-batches of ``plan``."""
+    # (B, T); what is computed elsewhere, such as a shared prompt, stays 0.
     out = torch.zeros(experience.input_ids.shape)
     batches = [experience.micro(rows, {}) for rows in plan]
     if isinstance(model, Learner):

@@ -411,6 +411,7 @@ def mini_batches(
     order = list(range(num_prompts))
     if seed is not None and num > 1:
         random.Random(seed).shuffle(order)
+    # The last mini-batch is smaller if the prompts do not divide evenly.
     size = math.ceil(num_prompts / num)
     return [
         [row for group in order[i * size : (i + 1) * size] for row in groups.get(group, ())]

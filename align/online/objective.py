@@ -202,6 +202,7 @@ def critic_objective(
     model: nn.Module, batch: PackedBatch, *, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's part of the clipped value loss."""
+    # (1, N): the value of the state before each token.
     values = model(batch.input_ids, batch.position_ids)
     tokens, mask = batch.per_token, batch.mask
     loss = clipped_value_loss(values, tokens["values"], tokens["returns"], clip=clip)

@@ -106,6 +106,7 @@ def step_rewards(experience: Experience, rewards: Sequence[RewardFunction]) -> T
     ]
     if not speaking:
         return None
+    # (B, T): 0 on prompts and padding.
     found = torch.zeros(experience.completion.shape)
     for row, mask in enumerate(experience.completion):
         for weight, tokens in speaking:

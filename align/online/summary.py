@@ -49,6 +49,7 @@ def summarize(experience: Experience, scores: Scores, spec: OnlineStage) -> dict
 
 
 def _sums(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:
+    # (B,), NaN where no reward could score the response.
     total = experience.scores.double()
     valid = ~total.isnan()
     tokens, mask = experience.per_token, experience.mask

@@ -181,6 +181,7 @@ class Watch:
         ratio = (tokens["old_logprobs"] - tokens["ref_logprobs"]) * experience.completion
         # k1 summed over the completion: an unbiased estimate per response, in nats.
         kl = ratio.double().sum(1).tolist()
+        # Places of the prompts in the whole list, which all ranks share.
         groups = experience.group_ids.tolist()
         mine = [
             {

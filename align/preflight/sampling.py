@@ -173,6 +173,7 @@ class Probe:
         # With an adapter, the reference is the policy's own weights without it.
         with self.module.model.disable_adapter() if own else nullcontext():
             reference = self._logprobs(batch, self.reference)
+        # (n,): of the sampled tokens alone, in nats.
         gap = (policy - reference)[batch.mask]
         virtual = self.spec.tuning.virtual
         return self._within(

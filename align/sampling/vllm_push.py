@@ -204,6 +204,7 @@ def _recorded(model: Any) -> Iterator[set[str]]:
         loaded.update(names or ())
         return names
 
+    # On the instance: deleting it shows the method of the class again.
     model.load_weights = recording
     try:
         yield loaded

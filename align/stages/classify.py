@@ -148,6 +148,7 @@ def class_row(tokenizer: "PreTrainedTokenizerBase", example: Example) -> ClassRo
             written = render_chat(tokenizer, turns, tokenize=False)
         except LimitError as error:
             raise DataError(f"{example.source}: {error}") from error
+        # The template writes the special tokens itself.
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     label = example.columns["label"]
     return ClassRow(tuple(ids), (False,) * len(ids), source=example.source, label=label)

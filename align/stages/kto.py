@@ -162,6 +162,7 @@ def reference_rows(
 
 def _sums(model: nn.Module, batch: PackedBatch) -> Tensor:
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
+    # (1, N) -> (num,), in nats.
     return batch.segment_sums(logprobs)
 
 
@@ -205,6 +206,7 @@ def labeled_loss(
     """Return this micro-batch's part of the mean loss per response and of the logged metrics."""
     logprobs = model(batch.input_ids, batch.position_ids, mask=batch.mask).logprobs
     sums = batch.segment_sums(logprobs)
+    # (num,): log-ratio of each response to the reference, in nats.
     ratio = sums - batch.per_sequence["ref"]
     good = batch.per_sequence["good"] > 0.5
     kl = batch.counts.get("kl", 0.0)

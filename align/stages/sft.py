@@ -70,6 +70,7 @@ def sft_loss(
     smoothing = label_smoothing if model.training else 0.0
     found = model(batch.input_ids, batch.position_ids, mask=batch.mask, label_smoothing=smoothing)
     weights = batch.per_token.get("weight")
+    # (1, N), 0 where nothing is trained.
     logprobs = found.logprobs
     if own is not None:
         # Only the trained tokens: where no log-probability was computed, it is 0.

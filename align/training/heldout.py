@@ -82,6 +82,7 @@ class HeldOut:
         counts = counts_of(task, rows)
         totals: dict[str, float] = {}
         for i, group in enumerate(self._groups):
+            # Every rank has the same groups and runs its part of each.
             part = [rows[place] for place in group]
             for micro in micro_batches(task, part, self._micro_tokens, counts=counts):
                 batch = replace(micro, counts={**micro.counts, **extra})

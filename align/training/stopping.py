@@ -48,6 +48,7 @@ class EarlyStopping:
         self.history.append((step, dict(found)))
         # The checkpointed bests stay too: a run that resumes there may still return them.
         if self.best_step == step:
+            # At once: the weights of an earlier step cannot be had later.
             self.save(step)
             self.prune({step, *self.checkpointed})
         if self.stopped:

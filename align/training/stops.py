@@ -30,6 +30,7 @@ def stop_probabilities(
     for row in rows[:NUM_ROWS]:
         batch = pack([row])
         out = model(batch.input_ids, batch.position_ids, mask=batch.mask)
+        # (1, N): the stop tokens among the trained ones.
         ends = batch.mask & torch.isin(batch.input_ids, batch.input_ids.new_tensor(list(stops)))
         found += out.logprobs[ends].float().exp().tolist()
     return found

@@ -41,6 +41,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         """Return the change to ``hidden`` (B, T, H)."""
+        # (B, T, size).
         inner = nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype)))
         return self.up(inner).to(hidden.dtype)
 

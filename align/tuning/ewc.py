@@ -74,6 +74,7 @@ def fisher_diagonal(
         )
         for name, gradient in zip(trained, found, strict=True):
             if gradient is not None:
+                # Row by row: the square of a sum of gradients would be another number.
                 totals[name] += gradient.float().square()
     # Every rank divides the global sum by the total number of rows.
     for total in totals.values():

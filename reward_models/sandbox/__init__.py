@@ -207,8 +207,7 @@ def run_tests(
             judge = _Job("tests", limits, work, pass_fds=(said, requests))
             stack.callback(judge.close)
         finally:
-            # The two processes hold the ends now: one left open here would hide that its process
-            # died.
+            # An end that stays open here would hide that a process died.
             for pipe in pipes:
                 for end in pipe:
                     os.close(end)

@@ -78,6 +78,7 @@ def decode(message: Plain, find: Callable[[Any], Any]) -> Any:
     """Return the value of plain data; ``find`` returns the object of a reference."""
     if not isinstance(message, dict):
         return message
+    # A mapping is an encoded value with its tag; every other value is itself.
     ((tag, inner),) = message.items()
     if tag == "h":
         return find(inner)

@@ -41,6 +41,7 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
                 yield from _answer_faults(prompt, answer)
                 yield from _weight_faults(answer, kind)
     if kind != "corpus" and prompt and not isinstance(prompt, str):
+        # A response follows what a user or a tool said.
         last = prompt[-1]["role"]
         if last not in ("user", "tool"):
             yield "D062", f"the prompt ends with a turn of role {last}, expected user"

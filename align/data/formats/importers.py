@@ -379,6 +379,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
         prompt = [Turn(role="user", content=prompt)]
     used = ("prompt", "steps", "completions", "labels")
     columns = {key: value for key, value in row.items() if key not in used}
+    # For process reward models, which join the steps by a separator of their own.
     columns |= {"steps": texts, "step_labels": [as_boolean(label) for label in labels]}
     answer = [Turn(role="assistant", content="\n".join(texts))]
     return [Example(prompt, answer, columns=columns, source=source)]

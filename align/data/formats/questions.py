@@ -51,6 +51,7 @@ def question_of(row: Row, source: str) -> tuple[Text, Row]:
     """Return the question of a row, with its ``input`` and ``history``, and the other fields."""
     name = next(name for name in ASKED if name in row)
     asked = to_text(row[name], field=name, source=source)
+    # Unless `input` is the question itself.
     given = row.get("input") if name != "input" else None
     before = _history(row.get("history"), source)
     if isinstance(asked, str):

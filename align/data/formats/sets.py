@@ -116,6 +116,7 @@ def _set_of(row: dict[str, Any] | str, spec: DataSpec, source: str) -> AnswerSet
     if isinstance(prompt, str):
         prompt = [Turn(role="user", content=prompt)]
     prompt = apply_extras(Example(prompt, source=source), extras).prompt
+    # A subset has a name in the rows, or else that of its file.
     stem = Path(source.rpartition(":")[0]).stem
     return AnswerSet(prompt, chosen, rejected, str(row.get("subset") or stem), source)
 

@@ -42,6 +42,7 @@ def schemas_of(value: object, *, where: str) -> tuple[Item, ...]:
                 "it is not a schema, rename the column with 'rename'.",
                 code="D057",
             )
+        # Both are in use: the form of the API, and the function alone.
         wrapped = item if "function" in item else {"function": function}
         schemas.append({"type": "function", **wrapped})
     return tuple(schemas)

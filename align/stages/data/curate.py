@@ -158,5 +158,6 @@ def by_diversity(pool: Pool, spec: CurateStage) -> None:
     for place, i in enumerate(order):
         if place in passed:
             pool.drop(i, "too like another", distance=round(passed[place], 4))
+        # Different enough, but there were enough rows before it.
         elif i not in chosen:
             pool.drop(i, "enough rows")

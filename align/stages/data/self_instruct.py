@@ -331,6 +331,7 @@ def _answer_all(
         name: _answer_prompt(t, grown, spec=sampler.spec, dice=dice) for name, t in tasks.items()
     }
     asked = _with_room(asked, grown, sampler, reason="no room for an answer")
+    # Even steps sample tasks, odd ones responses: no two draw the same seeds.
     said = sampler.ask(list(asked.values()), step=2 * number + 1)
     for name, completion in zip(asked, said, strict=True):
         task = tasks[name]

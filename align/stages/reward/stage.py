@@ -184,6 +184,7 @@ def pair_task(
         )
     task = OfflineTask(
         weighted(data.training, spec, context),
+        # Bootstrap samples are for training: a held-out pair counts once for each head.
         [WeightedPair(pair, (1.0,) * spec.heads) for pair in data.heldout],
         _pair_length,
         collate_pairs,
@@ -281,6 +282,7 @@ def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> Rewar
         )
         tokens = tokens_to_train(model.backbone, source.model_dir, spec.tuning)
     if spec.keep.dropout:
+        # Of the backbone; an adapter has a dropout of its own.
         set_dropout(model.backbone, spec.keep.dropout)
     model.backbone = add_tuner_to_backbone(spec, model.backbone, seed=seed, tokens=tokens)
     return model.to(distributed.device())

@@ -195,6 +195,7 @@ def labeled_loss(
         objective = partial(own_losses, spec.own_loss, each="responses", options=options)
     else:
         objective = partial(answer_loss, **options)
+    # (responses,) for each head.
     losses = [objective(scores[:, k], good) for k in range(spec.heads)]
     weighted = torch.stack(losses, dim=1) * _weights(batch, spec.heads)
     share = 1.0 / batch.counts["answers"]
@@ -242,6 +243,7 @@ def steps_loss(
 ) -> tuple[Tensor, Stats]:
     """Return this micro-batch's part of the mean loss per step: cross-entropy, or ``own``."""
     values = model(batch.input_ids, batch.position_ids)
+    # (1, N): where a step ends, and whether the solution is correct up to there.
     ends, labels = batch.per_token["end"] > 0.5, batch.per_token["label"]
     share = 1.0 / batch.counts["steps"]
     right = ((values > 0) == (labels > 0.5)) & ends

@@ -124,6 +124,7 @@ def _load(place: Path, engine: str, *, max_rank: int) -> Generator:
         except TrainingError as error:
             if engine == "vllm":
                 raise
+            # Only auto falls back: who asked for vLLM is told why it cannot be used.
             log.warning("%s; transformers generates instead", error)
     from align.stages.tools.generate_hf import HfGenerator
 
