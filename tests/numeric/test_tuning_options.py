@@ -146,8 +146,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, tmp_path: 
 def test_ends_of_a_prompt_are_refused_where_rows_are_padded(ends: dict) -> None:
     """StableLM runs on padded rows, whose last columns are padding or the response."""
     config = StableLmConfig(
-        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
-        **{"num_attention_heads": 2, "num_key_value_heads": 2},
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     with pytest.raises(RecipeError, match="'last' needs packed rows, which stablelm models do not"):
         add_tuner(StableLmForCausalLM(config), LoreftTuning(method="loreft", **ends))
