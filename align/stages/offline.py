@@ -295,6 +295,7 @@ def run_offline(
     stopping: EarlyStopping | None,
     anchor: Anchor | None = None,
     stops: Sequence[int] = (),
+    save: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train ``module`` on an offline task and return the last metrics.
 
@@ -302,6 +303,7 @@ def run_offline(
         module: the model. task: rows, batches and loss. spec: the stage. context: of the stage.
         stopping: the rule that ends it early. anchor: of the old task's weights.
         stops: stop tokens of a policy that learns to respond; their probability is measured then.
+        save: writes the trained weights, before the policy is judged by it.
     """
     schedule = offline_schedule(spec, len(task.rows), context.seed)
     learner = Learner(
@@ -314,12 +316,8 @@ def run_offline(
         anchor=anchor,
     )
     metrics: MetricsLog = context.metrics(schedule.total_steps)
-    diagnosis = Diagnosis(
-        spec,
-        total_steps=schedule.total_steps,
-        num_trained=learner.num_trained,
-        rows=task.rows,
-    )
+    steps = schedule.total_steps
+    diagnosis = Diagnosis(spec, total_steps=steps, num_trained=learner.num_trained, rows=task.rows)
     final = train_offline(
         learner,
         task,
@@ -329,11 +327,12 @@ def run_offline(
         stopping=stopping,
         diagnosis=diagnosis,
     )
-    if stops:
-        rows = spread(task.heldout or task.rows, NUM_ROWS)
-        if found := stop_probabilities(learner.engine, rows, stops):
-            final["eval/stop_prob"] = median(found)
-            diagnosis.conclude(schedule.total_steps, never_stops(found), metrics)
+    if save is not None:
+        save()
+    rows = spread(task.heldout or task.rows, NUM_ROWS)
+    if stops and (found := stop_probabilities(learner.engine, rows, stops)):
+        final["eval/stop_prob"] = median(found)
+        diagnosis.conclude(steps, never_stops(found), metrics)
     metrics.close()
     return final
 
@@ -390,13 +389,12 @@ def train_policy(
         stopping=stopping,
         anchor=anchor,
         stops=chat.stop_token_ids if spec.kind == "sft" else (),
+        save=partial(write, out=context.out) if stopping is None else None,
     )
     trained, total = num_trained(module.model)
     final |= {"tuning/trained_params": float(trained), "tuning/params": float(total)}
     notes = {}
-    if stopping is None:
-        write(out=context.out)
-    else:
+    if stopping is not None:
         best.restore(stopping.best_step)
         notes = stopping_notes(stopping)
     # Merging an adapter may change the model, so the saved weights are measured again.

@@ -14,14 +14,14 @@ from online_parts import grpo_spec, ppo_spec
 
 from align.core.errors import TrainingError
 from align.core.log import MetricsLog
-from align.core.types import PairRow, TokenRow
+from align.core.types import Alarm, PairRow, TokenRow
 from align.recipe.schema import OptimSpec, SftStage
 from align.stages.kto import KtoRow
 from align.stages.reward.tasks import WeightedPair
 from align.training.diagnosis import Diagnosis
 from align.training.evidence import row_facts
 from benchmarks.not_learning import Workshop
-from benchmarks.not_learning_cases import CAUSES, HEALTHY, SHORT
+from benchmarks.not_learning_cases import CAUSES, HEALTHY, SHORT, Case
 
 OFFLINE = {"init": "x", "data": [{"path": "x"}]}
 RATE = OptimSpec(learning_rate=1e-3, schedule="constant", warmup_frac=0.0)
@@ -69,6 +69,19 @@ def test_stop_ends_the_stage_with_the_cause(workshop: Workshop) -> None:
     assert "step 5: the run does not learn (constant_reward: every response got" in found.error
     assert not (workshop.folder / "runs" / "case" / "model").exists()
     assert TrainingError.exit_code == 1
+
+
+def test_a_policy_that_never_stops_is_saved_before_its_stage_ends(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alarm = Alarm("never_stops", "the policy practically never stops", "train longer")
+    monkeypatch.setattr("align.stages.offline.never_stops", lambda found: alarm)
+    case = Case("stops", "sft", changes={"not_learning": "stop", "steps": 2})
+    found = workshop.run(case)
+    assert "the run does not learn (never_stops: " in found.error
+    folder = workshop.folder / "runs" / "case"
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert not (folder / "manifest.json").exists()
 
 
 def names(diagnosis: Diagnosis, rows: list[dict[str, float]], *, start: int = 1) -> list[str]:
