@@ -306,9 +306,14 @@ def _lambda_source(function: Any) -> str:
     for node in nodes:
         if node.lineno != own.co_firstlineno:
             continue
-        constants = compile(ast.Expression(node), own.co_filename, "eval").co_consts
-        # Values of defaults are constants too, and come first.
-        made = next(value for value in constants if isinstance(value, CodeType))
+        # Inside a function that has the variables which it closes over, or its code would differ.
+        around = ast.parse(f"lambda {', '.join(own.co_freevars)}: 0", mode="eval")
+        assert isinstance(around.body, ast.Lambda)
+        around.body.body = node
+        made = compile(around, own.co_filename, "eval")
+        for _ in range(2):
+            # Values of defaults are constants too, and come first.
+            made = next(value for value in made.co_consts if isinstance(value, CodeType))
         if made.co_code == own.co_code:
             same.add(ast.unparse(node))
     if len(same) != 1:

@@ -32,8 +32,10 @@ def sources(data: object) -> list[Any]:
     """Return data as the list of data sources of a recipe, whose ``path`` may be rows.
 
     Args:
-        data: rows, a dataset, a path or hub id, a source as in recipes, or a list of these.
+        data: rows, a dataset, a DataFrame, a path or hub id, a source as in recipes, or a list of
+            these.
     """
+    data = _of_frame(data)
     if isinstance(data, str | Path):
         return [{"path": str(data)}]
     if isinstance(data, Mapping):
@@ -45,9 +47,22 @@ def sources(data: object) -> list[Any]:
     if _dataset(data):
         return [{"path": data}]
     raise DataError(
-        f"data: found {'an empty list' if data in ([], ()) else f'a {type(data).__name__}'}; "
-        "expected a datasets.Dataset, a list of rows (dictionaries), a path or a hub id"
+        f"data: found {'an empty list' if isinstance(data, list | tuple) else _what(data)}; "
+        "expected a datasets.Dataset, a DataFrame, a list of rows (dictionaries), a path or a "
+        "hub id"
     )
+
+
+def _what(value: object) -> str:
+    return "nothing (None)" if value is None else f"a {type(value).__name__}"
+
+
+def _of_frame(value: Any) -> Any:
+    """Return a pandas DataFrame as rows, in which a missing value is None; any other as it is."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(value, pandas.DataFrame):
+        return value
+    return value.astype(object).where(value.notna(), None).to_dict("records")
 
 
 def _is_source(item: Mapping[str, Any]) -> bool:
@@ -139,6 +154,7 @@ class Writer:
 
     def _path(self, value: Any) -> Any:
         """Return the path of a file with the value, if it is not a path itself."""
+        value = _of_frame(value)
         if _dataset(value):
             return self._rows(value)
         if isinstance(value, list | tuple):

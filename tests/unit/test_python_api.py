@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pytest
 import yaml
 
@@ -774,3 +775,28 @@ def test_a_notebook_gets_plain_lines_although_its_output_calls_itself_a_terminal
     assert make_console().is_terminal
     OutStream.__module__ = "ipykernel.iostream"
     assert not make_console().is_terminal
+
+
+def test_a_dataframe_is_rows_and_an_array_is_refused(tmp_path: Path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(
+        {"prompt": ["a", "b"], "completion": ["c", "d"], "score": [1.5, None], "n": [1, 2]}
+    )
+    rows = [
+        {"prompt": "a", "completion": "c", "score": 1.5, "n": 1},
+        {"prompt": "b", "completion": "d", "score": None, "n": 2},
+    ]
+    for data in (sources(frame), sources([frame]), sources({"path": frame})):
+        (block,) = Writer(tmp_path).plain({"data": data})["data"]
+        assert list(map(json.loads, Path(block["path"]).read_text().splitlines())) == rows
+    for wrong in (numpy.array([1, 2]), numpy.array([]), frame[:0], None):
+        with pytest.raises(DataError, match=r"^data: found .*; expected a datasets\.Dataset"):
+            sources(wrong)
+
+
+def test_a_lambda_may_use_a_variable_of_the_function_around_it(tmp_path: Path):
+    target, scale = 4, 0.5
+    found = python_reward(
+        lambda completions, **_: [scale * abs(len(c) - target) for c in completions], tmp_path
+    )
+    assert load(found["path"], {})(completions=["ab", "abcdef"]) == [1.0, 1.0]
