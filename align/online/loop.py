@@ -238,24 +238,7 @@ def sample(run: OnlineRun, step: int) -> Samples:
         # none is passed over.
         number = run.draws if spec.dynamic_sampling else step
         run.draws += spec.dynamic_sampling
-        indices = batch_indices(
-            len(run.prompts),
-            spec.prompts_per_step,
-            seed=derive_seed(run.seed, "prompts"),
-            step=number,
-        )
-        rows = [run.prompts[i] for i in indices[mine]]
-        groups = sample_groups(
-            run.engine,
-            rows,
-            n=spec.group_size,
-            step=number,
-            seed=run.seed,
-            sampling=spec.sampling,
-            stop_token_ids=run.stop_token_ids,
-            positions=range(spec.prompts_per_step)[mine],
-        )
-        kept = list(zip(rows, groups, strict=True))
+        kept = _draw(run, number, mine)
         if not spec.dynamic_sampling:
             break
         # Dynamic sampling: every rank sees the groups of all ranks, in the order of the batch.
@@ -272,6 +255,29 @@ def sample(run: OnlineRun, step: int) -> Samples:
         counts = {"prompts/drawn": len(live) + len(spare), "prompts/live": len(live)}
     greedy = _greedy(run, [prompt for prompt, _ in kept]) if run.algorithm.needs_greedy else None
     return Samples(kept, greedy, range(spec.prompts_per_step)[mine], counts)
+
+
+def _draw(run: OnlineRun, number: int, mine: slice) -> Groups:
+    """Return this rank's prompts of a draw, each with its sampled responses."""
+    spec = run.spec
+    indices = batch_indices(
+        len(run.prompts),
+        spec.prompts_per_step,
+        seed=derive_seed(run.seed, "prompts"),
+        step=number,
+    )
+    rows = [run.prompts[i] for i in indices[mine]]
+    groups = sample_groups(
+        run.engine,
+        rows,
+        n=spec.group_size,
+        step=number,
+        seed=run.seed,
+        sampling=spec.sampling,
+        stop_token_ids=run.stop_token_ids,
+        positions=range(spec.prompts_per_step)[mine],
+    )
+    return list(zip(rows, groups, strict=True))
 
 
 def _greedy(run: OnlineRun, prompts: Sequence[PromptRow]) -> Groups:
