@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from align.recipe.schema import TokenizerSpec
 from align.stages.base_model import _save
 
 TABLE = "model.embed_tokens.weight"
+NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +117,11 @@ def test_rows_are_trained_in_bfloat16_below_a_scorer_and_on_four_bits(folder):
         torch.testing.assert_close(new, rows.float(), atol=0.0, rtol=limit)
 
 
-def test_sampler_is_pushed_the_rows(folder):
-    found = lora(folder, "grpo", "grpo")
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=NEEDS_VLLM)])
+def test_sampler_is_pushed_the_rows(folder, engine):
+    sampling = {"engine": engine, "max_new_tokens": 6, "cache_gib": 0.02}
+    found = lora(folder, "grpo", f"grpo_{engine}", sampling=sampling)
+    assert found.manifest["metrics"]["engine/vllm"] == (engine == "vllm")
     assert abs(first_metrics(found)["kl/reference"]) < 1e-4
     # After a step the sampler still has the probabilities of the trainer.
     assert found.manifest["metrics"]["kl/reference_k3"] > 1e-6
