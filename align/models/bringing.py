@@ -245,6 +245,24 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, saved: Path) -> No
     )
 
 
+def check_encodes(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ArtifactError if a tokenizer turns text into no tokens.
+
+    transformers chooses the class of some tokenizers by the type of the model. Without the files of
+    that class its vocabulary is empty, whatever the folder has instead.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    # A tokenizer of other words may drop or refuse this one, but it has a vocabulary.
+    if len(tokenizer.get_vocab().keys() - added) > 1:
+        return
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise ArtifactError(
+            f"{path}: its tokenizer, read as {type(tokenizer).__name__}, makes no tokens of the "
+            "text 'Hello'; expected at least one. Put the tokenizer.json that belongs to the model "
+            "into the folder"
+        )
+
+
 def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) -> None:
     """Raise if stop tokens contradict each other or are outside the model's vocabulary.
 

@@ -30,6 +30,7 @@ from align.data.render.chat import ChatFormat, apply_tokenizer_spec
 from align.data.render.templates import family_of
 from align.models.attention import PACKED
 from align.models.bringing import (
+    check_encodes,
     check_folder,
     check_saved_tokenizer,
     check_stops,
@@ -92,6 +93,7 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
         tokenizer = load_tokenizer(path if (Path(path) / TOKENIZER).is_file() else source)
     # A stop token of the recipe, or of its template, settles contradictions in the model's files.
     chosen = spec.tokenizer.stop_token or family_of(spec.tokenizer.chat_template).stop
+    check_encodes(source, tokenizer)
     check_stops(source, tokenizer, chosen=chosen is not None)
     # Tokens first, then the model, whose embeddings must have a row for each of them.
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
