@@ -5,9 +5,11 @@ micro-batches of the optimizer step). DeepSpeed averages gradients over ranks, s
 multiplies the loss by the world size once. Nothing else is scaled.
 """
 
+import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any, TypeVar, cast
 
 import deepspeed
@@ -107,13 +109,14 @@ class Learner:
         plain = deepspeed_config(zero, optim, dtype=dtype)
         self.engine: Any
         self._optimizer: Any
-        self.engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            model_parameters=cast("Any", groups if optimizer is None else None),
-            config=plain if optimizer is not None else with_cpu_adam(plain, optim),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # in bfloat16 it prints the memory in use
+            self.engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                model_parameters=cast("Any", groups if optimizer is None else None),
+                config=plain if optimizer is not None else with_cpu_adam(plain, optim),
+                dist_init_required=False,
+            )
         moving = [p for depth, p in self._trained if self._moves(depth)]
         self.num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in moving)
         self._probe = WeightProbe(moving, sharded=self._zero_stage == 3)
