@@ -37,7 +37,9 @@ def normalization(scores: Tensor) -> tuple[Numbers, Numbers]:
     std = torch.where(std <= 1e-6 * mean.abs().clamp(min=1.0), torch.ones_like(std), std)
     log.info(
         "scores of %d reference responses: mean %s, std %s",
-        *(len(found), mean.tolist(), std.tolist()),
+        len(found),
+        mean.tolist(),
+        std.tolist(),
     )
     return (mean.item(), std.item()) if mean.numel() == 1 else (mean.tolist(), std.tolist())
 
