@@ -27,7 +27,14 @@ from align.core.artifacts import (
     write_manifest,
 )
 from align.core.checkpoints import STATE
-from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtifactError
+from align.core.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    AlignError,
+    ArtifactError,
+    Preempted,
+)
 from align.core.identity import (
     changed_file,
     check_is_stage_folder,
@@ -172,7 +179,8 @@ def _ended(error: BaseException, args: argparse.Namespace) -> int:
         return EXIT_PREEMPTED
     if isinstance(error, AlignError):
         setup_logging(distributed.rank())
-        log.error("%s", error)
+        # A signal is no failure: align runs and the live pages tell them apart by the log.
+        log.log(logging.WARNING if isinstance(error, Preempted) else logging.ERROR, "%s", error)
         return error.exit_code
     log.error("%s", _last_words(error, args))
     return EXIT_FAILED

@@ -26,6 +26,7 @@ def main() -> None:
             recipe=args.recipe,
             resolved=None,
             stage=stage,
+            runs=Path("runs"),
             run_dir=args.run_dir,
             overrides=args.overrides,
             force=False,
