@@ -26,15 +26,7 @@ from align.core.artifacts import (
     spec_hash,
     write_manifest,
 )
-from align.core.checkpoints import STATE
-from align.core.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    AlignError,
-    ArtifactError,
-    Preempted,
-)
+from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtifactError
 from align.core.identity import (
     changed_file,
     check_is_stage_folder,
@@ -179,8 +171,8 @@ def _ended(error: BaseException, args: argparse.Namespace) -> int:
         return EXIT_PREEMPTED
     if isinstance(error, AlignError):
         setup_logging(distributed.rank())
-        # A signal is no failure: align runs and the live pages tell them apart by the log.
-        log.log(logging.WARNING if isinstance(error, Preempted) else logging.ERROR, "%s", error)
+        # By this level, align runs tells a stop by a signal from a failure.
+        (log.warning if error.exit_code == EXIT_PREEMPTED else log.error)("%s", error)
         return error.exit_code
     log.error("%s", _last_words(error, args))
     return EXIT_FAILED
@@ -405,7 +397,7 @@ def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
     kept = sorted((out / "checkpoints").glob("*-*"), reverse=True)
     if not kept:
         return
-    records = ((read_json_object(path / STATE) or {}).get("identity") for path in kept)
+    records = ((read_json_object(path / checkpoints.STATE) or {}).get("identity") for path in kept)
     before = read_begun(out) or next((r for r in records if isinstance(r, dict)), None)
     difference = None if before is None else find_difference(before, identity)
     if difference is not None:
