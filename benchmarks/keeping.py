@@ -89,6 +89,7 @@ def run_recipe(name: str, seed: int, runs: Path) -> dict[str, dict[str, float]]:
             recipe=path,
             resolved=None,
             stage=stage,
+            runs=runs,
             run_dir=run_dir,
             overrides=[f"seed={seed}"],
             force=False,

@@ -45,7 +45,7 @@ def finish(run_dir: Path, *stages: str) -> dict[str, dict]:
     found = {}
     for stage in stages:
         given = {"resolved": None, "recipe": str(CHAIN), "stage": stage, "overrides": SMALL}
-        args = argparse.Namespace(**given, run_dir=str(run_dir), force=False)
+        args = argparse.Namespace(**given, runs=run_dir.parent, run_dir=str(run_dir), force=False)
         assert base.run_stage(kinds.get(stage, stage), args) == 0
         found[stage] = json.loads((run_dir / stage / "manifest.json").read_text())
     return found

@@ -131,6 +131,7 @@ def run(recipe: Path, stage: str, run_dir: Path, *changes: str) -> None:
     given = argparse.Namespace(
         recipe=str(recipe),
         stage=stage,
+        runs=run_dir.parent,
         run_dir=str(run_dir),
         resolved=None,
         force=False,

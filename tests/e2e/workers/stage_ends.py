@@ -21,7 +21,13 @@ from align.stages import base
 def end_of(kind: str, recipe: str, run_dir: str) -> tuple[int, str]:
     """Run the only stage of a recipe; give the exit code that its process would have."""
     given = argparse.Namespace(
-        recipe=recipe, resolved=None, stage=None, run_dir=run_dir, overrides=[], force=False
+        recipe=recipe,
+        resolved=None,
+        stage=None,
+        runs=Path("runs"),
+        run_dir=run_dir,
+        overrides=[],
+        force=False,
     )
     try:
         return base.run_stage(kind, given), ""
