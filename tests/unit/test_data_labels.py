@@ -164,7 +164,7 @@ def test_check_looks_at_the_snapshot_that_a_recipe_names(tmp_path: Path):
     for source, kind, message in (
         ("helpful", "dpo", "the first row of 1 data source"),
         ("helpful", "sft", "has no sft rows, only: preference, unpaired"),
-        ("helpfull", "dpo", "r.yaml:7: stages.it.data.0: labels: helpfull: no snapshot in"),
+        ("helpfull", "dpo", "r.yaml:7:21: stages.it.data.0: labels: helpfull: no snapshot in"),
         ("helpful@4", "dpo", "no snapshot 4"),
     ):
         recipe.write_text(

@@ -141,7 +141,11 @@ def test_four_wins_in_four_have_wilsons_interval():
         ([_record(0)], [_record(1)], "2 of 2"),
         ([_record(0), _record(0)], [_record(0)], "must be unique"),
         ([_record(0), _record(1, scores={})], [_record(0), _record(1)], "same scores"),
-        ([_record(0, scores={"kl": 1.0})], [_record(0, scores={"kl": 1.0})], "taken"),
+        (
+            [_record(0, scores={"kl": 1.0})],
+            [_record(0, scores={"kl": 1.0})],
+            "score kl: the name of a metric",
+        ),
     ],
 )
 def test_comparison_refuses_records_that_do_not_pair(a: list, b: list, message: str):

@@ -79,10 +79,10 @@ def one_line(error: BaseException) -> bool:
 @pytest.mark.parametrize("damage", OF_TOKENIZERS)
 def test_a_damaged_tokenizer_is_one_line_to_data_check(damage: str, whole, tmp_path: Path) -> None:
     folder = shutil.copytree(whole["policy"], tmp_path / "model")
-    _chat(str(folder), None)
+    _chat(str(folder), None, Path("runs"))
     OF_TOKENIZERS[damage](folder)
     with pytest.raises(ArtifactError) as error:
-        _chat(str(folder), None)
+        _chat(str(folder), None, Path("runs"))
     assert one_line(error.value)
 
 

@@ -171,7 +171,7 @@ def test_python_and_init_look_below_the_folder_of_the_runs_that_is_given():
     assert rewards("quick/reward", runs) == [{"kind": "scalar", "model": "elsewhere/quick/reward"}]
     recipe = {"name": "n", "stages": {"s": {"kind": "sft", "init": "quick/sft", "data": DATA}}}
     assert references(load_recipe(recipe, runs=runs).stages["s"])["init"] == "elsewhere/quick/sft"
-    with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+    with pytest.raises(RecipeError, match="'quick/sft' is neither a stage nor a folder"):
         load_recipe(recipe)
     # The functions fail for the unknown key only after they have found the model.
     with pytest.raises(RecipeError, match=r"^align\.sft: stepz: unknown key"):
@@ -209,7 +209,7 @@ def test_a_launch_script_looks_below_the_folder_of_the_option_runs(monkeypatch):
         assert began[-1].run_dir == Path(folder)
         assert began[-1].folder_of("elsewhere/quick/sft") == Path("elsewhere/quick/sft")
     monkeypatch.setattr(sys, "argv", ["dpo.py", "dpo", "--recipe", "next.yaml"])
-    with pytest.raises(RecipeError, match="'quick/sft' is no stage and no folder"):
+    with pytest.raises(RecipeError, match="'quick/sft' is neither a stage nor a folder"):
         stages.run_stage("dpo", stages._arguments())
 
 
