@@ -17,7 +17,7 @@ from align.core.errors import ArtifactError
 from align.core.storage import MIB, write_patiently
 from align.models.loading import load_tokenizer
 
-FILE_BYTES = 75 * 10**7
+FILE_BYTES = 750 * 10**6
 """Largest size of a file; a tensor that is larger has one of its own."""
 _INDEX = "model.safetensors.index.json"
 _PART = "model-{:05d}.part"

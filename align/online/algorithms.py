@@ -159,9 +159,8 @@ def _check_facts(spec: OnlineStage, parameters: Sequence[str]) -> None:
     imported function are known only here.
     """
     checked, facts = spec.algorithm_facts, of_parameters(spec.estimator, parameters)
-    if facts.needs_greedy == checked.needs_greedy and facts.compares_group == (
-        checked.compares_group
-    ):
+    same_groups = facts.compares_group == checked.compares_group
+    if same_groups and facts.needs_greedy == checked.needs_greedy:
         if spec.scale in facts.scales:
             return
         what = f"scale {spec.scale!r} has no effect with it; write {' or '.join(facts.scales)}"

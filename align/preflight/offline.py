@@ -33,6 +33,9 @@ from align.tuning.export import checkpoint_name, gathered
 from align.tuning.rows import trained_rows
 
 NUM_TENSORS = 64
+NUM_SHUFFLES = 8
+SHUFFLED_GAP = 0.5
+"""Nats per token by which text of the model's own tokenizer is more likely than shuffled tokens."""
 LN2 = math.log(2.0)
 LONGEST = 256
 """Maximum tokens per row for the model's own forward pass, which returns all logits."""
@@ -162,7 +165,7 @@ def first_loss(
         )
     limit = math.log(vocab_size)
     if limit < loss < math.inf and all(isinstance(row, TokenRow) for row in rows):
-        limit = max(limit, _shuffled_loss(module, task, rows, vocab_size=vocab_size) - 0.5)
+        limit = max(limit, _shuffled_loss(module, task, rows, vocab_size=vocab_size) - SHUFFLED_GAP)
     return at_most(
         loss,
         limit,
@@ -176,13 +179,13 @@ def first_loss(
 def _shuffled_loss(
     module: nn.Module, task: OfflineTask[Any], rows: Sequence[TokenRow], *, vocab_size: int
 ) -> float:
-    """Return the smallest loss of the rows under eight random permutations of the vocabulary.
+    """Return the smallest loss of the rows under a few random permutations of the vocabulary.
 
     A confident model is worse than chance on text that it has not seen, such as its first chat
     turns. With a tokenizer of another model, its own ids are no better than permuted ones.
     """
     losses = []
-    for seed in range(8):
+    for seed in range(NUM_SHUFFLES):
         ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed)).tolist()
         shuffled = [replace(row, input_ids=tuple(ids[i] for i in row.input_ids)) for row in rows]
         losses.append(loss_of(module, task, [shuffled]))

@@ -84,7 +84,7 @@ def check_loss_options(spec: OfflineStage) -> None:
         why = (
             "whose parameters are not known (a compiled function?)"
             if taken is None
-            else (f"which takes {', '.join(taken)}")
+            else f"which takes {', '.join(taken)}"
         )
         raise RecipeError(
             f"{', '.join(idle)}: no effect with loss {place}, {why}; remove it, or write a "

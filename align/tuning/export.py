@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from align.tuning.merging import (
     keep_update,
     merged_parameters,
 )
-
-if TYPE_CHECKING:
-    pass
 
 _WRAPPED = ("base_layer.", "original_module.")
 _ROWS = "token_adapter"
