@@ -21,6 +21,7 @@ from align.core.artifacts import MANIFEST
 from align.core.errors import DataError, RecipeError
 from align.core.references import find_model
 from align.recipe.schema.formats import FORMATS
+from reward_models.base import a_type
 
 FOLDER = "from.python"
 """Folder of these files below the run's; the dot keeps it apart from the stages."""
@@ -54,7 +55,7 @@ def sources(data: object) -> list[Any]:
 
 
 def _what(value: object) -> str:
-    return "nothing (None)" if value is None else f"a {type(value).__name__}"
+    return "nothing (None)" if value is None else a_type(value)
 
 
 def _of_frame(value: Any) -> Any:
@@ -209,6 +210,7 @@ class Writer:
 
     def _model(self, model: Any, tokenizer: Any) -> str:
         """Save a loaded model and its tokenizer, and return the folder."""
+        _check_model(model)
         tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         self.folder.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(dir=self.folder))
@@ -232,7 +234,7 @@ class Writer:
 
 def _line(row: object, number: int) -> bytes:
     if not isinstance(row, Mapping):
-        raise DataError(f"data: row {number} is a {type(row).__name__}; expected a dictionary")
+        raise DataError(f"data: row {number} is {a_type(row)}; expected a dictionary")
     try:
         text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False, default=_number)
         return (text + "\n").encode()
@@ -253,7 +255,7 @@ def _number(value: Any) -> Any:
     """Return a scalar of numpy or torch as a number, for ``json``."""
     if _is_scalar(value):
         return value.item()
-    raise TypeError(f"found a {type(value).__name__}")
+    raise TypeError(f"found {a_type(value)}")
 
 
 def _is_json(value: object) -> bool:
@@ -262,6 +264,23 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
+
+
+def _check_model(model: Any) -> None:
+    """Raise unless a loaded model is one that can be saved whole, or an adapter of a named one."""
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(
+            f"model: the weights of this {type(model).__name__} are quantized and cannot be "
+            "trained; pass the original weights (tuning={'method': 'qlora'} quantizes them itself)"
+        )
+    # Of a model of peft only the adapter is saved; the base stage merges it into the named model.
+    adapters = getattr(model, "peft_config", None) or {}
+    if adapters and not all(adapter.base_model_name_or_path for adapter in adapters.values()):
+        raise RecipeError(
+            f"model: a {type(model).__name__} on a model without a name, so the adapter alone "
+            "would be saved; pass model=(model.merge_and_unload(), tokenizer)"
+        )
 
 
 def _tokenizer_of(model: object) -> Any:
@@ -309,13 +328,13 @@ def base_stage(
         return {"kind": "base", **keys, **settings}, "base"
     if not hasattr(model, "save_pretrained"):
         raise RecipeError(
-            f"tokenizer: found a {type(tokenizer).__name__} beside a model that is not loaded; "
+            f"tokenizer: found {a_type(tokenizer)} beside a model that is not loaded; "
             "expected settings such as {'chat_template': 'plain'}, or load the model and pass "
             "model=(model, tokenizer)"
         )
     if not hasattr(tokenizer, "save_pretrained"):
         raise RecipeError(
-            f"tokenizer: found a {type(tokenizer).__name__}; expected the model's tokenizer, or "
+            f"tokenizer: found {a_type(tokenizer)}; expected the model's tokenizer, or "
             "settings such as {'chat_template': 'plain'}"
         )
     return {"kind": "base", "path": (model, tokenizer)}, "base"
