@@ -70,18 +70,19 @@ def judge_all(
     Returns:
         The judged pairs of each model, and the judge's report: verdicts, cost and biases.
     """
-    assert spec.pairwise is not None
-    found: tuple[dict[str, Judged], dict[str, Any]] | None = None
-    if distributed.rank() == 0:
+    pairwise = spec.pairwise
+    assert pairwise is not None
+
+    def judge() -> tuple[dict[str, Judged], dict[str, Any]]:
         baseline = spec.label(spec.baseline)
         # One bench for all models: its cache, its cost and its biases are those of the whole task.
-        bench = Bench(_judge_of(spec.pairwise, function))
+        bench = Bench(_judge_of(pairwise, function))
         judge_one = partial(
             judge_model,
             bench,
             others=answered[baseline].records,
-            sequential=spec.pairwise.sequential,
-            batch=spec.pairwise.batch,
+            sequential=pairwise.sequential,
+            batch=pairwise.batch,
             seed=seed,
             columns=[row.columns for row in rows],
         )
@@ -93,8 +94,10 @@ def judge_all(
             }
         except (JudgeError, MissingColumnError) as error:
             raise AlignError(str(error)) from error
-        found = judged, bench.report()
-    return distributed.broadcast_object(found)
+        return judged, bench.report()
+
+    # An error of the judge ends every rank with its message.
+    return distributed.on_first_rank(judge)
 
 
 def _judge_of(spec: PairwiseSpec, function: RewardFunction | None) -> PairJudge:
