@@ -152,6 +152,14 @@ class ZeroSpec(Spec):
     """Keep the optimizer states in CPU memory."""
 
 
+class ParallelSpec(Spec):
+    """What several ranks share beside the states of ZeRO."""
+
+    sequence: Count = 1
+    """Consecutive ranks that share the tokens of each row, for rows too long for one device; a
+    divisor of ``ranks`` and of the model's key-value heads (arXiv:2309.14509)."""
+
+
 class SamplingSpec(Spec):
     """How responses are sampled, and by which engine."""
 
@@ -167,6 +175,9 @@ class SamplingSpec(Spec):
     """Fraction of the accelerator's memory for the engine's weights and cache."""
     cache_gib: Positive = 0.5
     """Size of the engine's key-value cache on CPU, in GiB."""
+    tensor_parallel: Annotated[Count, Added("0.2")] = 1
+    """Consecutive ranks that share one vLLM engine, each with a part of the model's weights; a
+    divisor of ``ranks`` and of the model's key-value heads."""
 
 
 class OnlineSampling(SamplingSpec):

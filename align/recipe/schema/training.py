@@ -175,6 +175,11 @@ class TrainingStage(StageSpec):
     """Continue from checkpoints of another number of ranks, or with other settings of ``zero``. The
     training is then the same up to rounding, not bit by bit."""
 
+    @property
+    def sequence_ranks(self) -> int:
+        """Return the number of ranks that share the tokens of a row."""
+        return 1
+
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
         if self.new_head:
