@@ -311,7 +311,7 @@ class RewardModel(nn.Module):
         reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
         is_whole = backbone is None
         if backbone is None:
-            backbone = _bare(directory, dtype, attn_implementation, reads)
+            backbone = _bare(directory, dtype, attention=attn_implementation, reads=reads)
         config: Any = backbone.config
         num_heads = len(mean) if isinstance(mean, list) else 1
         width = config.get_text_config().hidden_size
@@ -328,7 +328,7 @@ class RewardModel(nn.Module):
         return model.eval()
 
 
-def _bare(directory: Path, dtype: torch.dtype, attention: str | None, reads: Reads) -> nn.Module:
+def _bare(directory: Path, dtype: torch.dtype, *, attention: str | None, reads: Reads) -> nn.Module:
     """Return the backbone of a scorer's configuration, with random weights."""
     from transformers import AutoConfig, AutoModel
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def expectation(
-    key: str, band: Sequence[float | None], value: object, problem: str = ""
+    key: str, band: Sequence[float | None], value: object, *, problem: str = ""
 ) -> dict[str, Any]:
     """Return whether a number is within its range, as summary.json records it.
 

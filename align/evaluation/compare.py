@@ -214,7 +214,10 @@ def check_expectations(
     Returns:
         One entry of ``expectation`` per key.
     """
-    return [expectation(key, band, *_measured(summary, key)) for key, band in expect.items()]
+    found = {key: _measured(summary, key) for key in expect}
+    return [
+        expectation(key, band, found[key][0], problem=found[key][1]) for key, band in expect.items()
+    ]
 
 
 def _measured(summary: Mapping[str, Any], key: str) -> tuple[object, str]:

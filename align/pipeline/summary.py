@@ -90,7 +90,9 @@ def _expectations(name: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]
     measured = f"the stage measured {', '.join(sorted(metrics)) or 'nothing'}"
     expect = manifest.get("spec", {}).get("expect") or {}
     return [
-        expectation(f"{name}: {key}", band, metrics.get(key), "" if key in metrics else measured)
+        expectation(
+            f"{name}: {key}", band, metrics.get(key), problem="" if key in metrics else measured
+        )
         for key, band in expect.items()
     ]
 
