@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from align.core.expectations import expectation
 from align.evaluation.stats import Interval, WinRate, paired_bootstrap, share_interval
 from align.recipe.schema.evaluate import OWN_TASK
 
@@ -211,27 +212,19 @@ def check_expectations(
             None for no bound.
 
     Returns:
-        One entry per key: ``key``, ``band``, ``value`` and ``holds``. If a key does not lead to a
-        number, ``value`` is None, ``holds`` is False and ``problem`` states the reason.
+        One entry of ``expectation`` per key.
     """
-    checks = []
-    for key, (low, high) in expect.items():
-        # `win_rate:low` expects an end of the interval, `win_rate` its value.
-        path, _, end = key.partition(":")
-        check: dict[str, Any] = {"key": key, "band": [low, high], "value": None, "holds": False}
-        checks.append(check)
-        try:
-            found = _look_up(summary, path)
-        except KeyError as error:
-            check["problem"] = f"the summary has no {error.args[0]!r}"
-            continue
-        if end not in ("", "low", "high") or (end and not isinstance(found, list)):
-            check["problem"] = f"'{end}' is not an end of an interval; use ':low' or ':high'"
-            continue
-        value = found[["", "low", "high"].index(end)] if isinstance(found, list) else found
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            check["problem"] = f"found {value!r} instead of a number"
-            continue
-        above = low is None or value >= low
-        check.update(value=value, holds=above and (high is None or value <= high))
-    return checks
+    return [expectation(key, band, *_measured(summary, key)) for key, band in expect.items()]
+
+
+def _measured(summary: Mapping[str, Any], key: str) -> tuple[object, str]:
+    """Return what a key of ``expect`` leads to, or None and why it leads nowhere."""
+    # `win_rate:low` expects an end of the interval, `win_rate` its value.
+    path, _, end = key.partition(":")
+    try:
+        found = _look_up(summary, path)
+    except KeyError as error:
+        return None, f"the summary has no {error.args[0]!r}"
+    if end not in ("", "low", "high") or (end and not isinstance(found, list)):
+        return None, f"'{end}' is not an end of an interval; use ':low' or ':high'"
+    return found[["", "low", "high"].index(end)] if isinstance(found, list) else found, ""

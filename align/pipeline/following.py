@@ -23,6 +23,7 @@ _FOREIGN = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:|Traceback ")
 LOST = "another rank of this stage has ended"
 MAX_LINES = 40
 TAIL_BYTES = 64 * 1024
+"""Bytes at the end of a log or metrics file that are read to tell its last lines."""
 RECENT = 16
 """Steps over which the tokens per second are averaged."""
 
@@ -52,6 +53,20 @@ class Tail:
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.splitlines()
+
+
+def tail_lines(path: Path) -> list[bytes]:
+    """Return the lines at the end of a file, [] for a missing file.
+
+    The last one is empty, unless its line break is still to be written.
+    """
+    try:
+        with path.open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - TAIL_BYTES))
+            return f.read().split(b"\n")[1 if size > TAIL_BYTES else 0 :]
+    except OSError:
+        return []
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -175,14 +190,9 @@ def last_end(stage: Path, locks: Sequence[bool | None]) -> Literal["killed", "fa
 def last_error(stage: Path) -> str:
     """Return the error that is the last thing a stage has logged; empty without one.
 
-    Resumes append to the log, so an error before them is none of the last attempt.
+    Resumes append to the log, so an error before them is not of the last attempt.
     """
-    try:
-        with (stage / "log.txt").open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = f.read().decode("utf-8", "replace").splitlines()
-    except OSError:  # the stage has not logged anything
-        return ""
+    lines = b"\n".join(tail_lines(stage / "log.txt")).decode("utf-8", "replace").splitlines()
     stamped = [i for i, line in enumerate(lines) if _STAMP.match(line)]
     return "\n".join(last_messages(lines[stamped[-1] :])) if stamped else ""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import MANIFEST, read_json_object, read_manifest, write_json_atomic
+from align.core.expectations import expectation
 from align.core.log import ALARMS_FILE
 from align.core.text import hidden
 from align.recipe.schema import Recipe
@@ -85,15 +86,13 @@ def summarize(run_dir: Path, *, done: Sequence[str]) -> dict[str, Any]:
 
 def _expectations(name: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return whether the last metrics of a stage are in the ranges that the recipe expects."""
-    metrics, found = manifest.get("metrics", {}), []
-    for key, (low, high) in (manifest.get("spec", {}).get("expect") or {}).items():
-        value = metrics.get(key)
-        entry = {"key": f"{name}: {key}", "band": [low, high], "value": value}
-        if value is None:
-            entry["problem"] = f"the stage measured {', '.join(sorted(metrics)) or 'nothing'}"
-        within = value is not None and (low is None or value >= low)
-        found.append(entry | {"holds": within and (high is None or value <= high)})
-    return found
+    metrics = manifest.get("metrics", {})
+    measured = f"the stage measured {', '.join(sorted(metrics)) or 'nothing'}"
+    expect = manifest.get("spec", {}).get("expect") or {}
+    return [
+        expectation(f"{name}: {key}", band, metrics.get(key), "" if key in metrics else measured)
+        for key, band in expect.items()
+    ]
 
 
 def _joined(earlier: dict[str, Any], name: str, later: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,14 +20,13 @@ from align.core.log import (
     short_number,
 )
 from align.core.text import visible
-from align.pipeline.following import last_end, last_error
+from align.pipeline.following import last_end, last_error, tail_lines
 from align.pipeline.progress import SHOWN
 from align.recipe.load import RECIPE_FILE, read_resolved
 from align.report.read import RunRecord, read_run
 from align.serve.errors import not_found
 from align.serve.live.process import foreign_host, holder
 
-TAIL_BYTES = 64 * 1024
 PARTS = {
     "series": (METRICS_FILE, EVALUATIONS_FILE),
     "status": (METRICS_FILE, MANIFEST, RECIPE_FILE, ALARMS_FILE),
@@ -161,14 +159,7 @@ def state_of(run_dir: Path) -> RunState:
 
 def tail_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole lines at the end of a file that may be damaged or half-written."""
-    try:
-        with path.open("rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - TAIL_BYTES))
-            lines = f.read().split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-    except OSError:
-        return
-    for line in lines:
+    for line in tail_lines(path)[:-1]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
