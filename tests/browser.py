@@ -14,13 +14,13 @@ CHROMIUM = next(
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """Yield a browser; the test is skipped where there is none."""
+def chromium(*flags: str) -> Iterator[Any]:
+    """Yield a browser started with these flags; the test is skipped where there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *flags])
         yield browser
         browser.close()
 
