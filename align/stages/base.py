@@ -192,10 +192,10 @@ def _last_words(error: BaseException, args: argparse.Namespace) -> str:
         place.write_text(visible(text), encoding="utf-8", errors="backslashreplace")
     except OSError:
         return text
-    return (
-        f"stage {args.stage or args.kind} failed: {told}. The traceback is "
-        f"in {place}; 'align doctor --report' writes what a bug report needs"
-    )
+    remedy = "'align doctor --report' writes what a bug report needs"
+    if type(error).__name__ == "OutOfMemoryError":
+        remedy = "Lower micro_tokens; docs/how-to/memory.md has more"
+    return f"stage {args.stage or args.kind} failed: {told}. The traceback is in {place}; {remedy}"
 
 
 def _arguments() -> argparse.Namespace:

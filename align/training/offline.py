@@ -64,16 +64,15 @@ def total_steps(num_rows: int, *, batch_size: int, epochs: float, steps: int | N
             num_rows,
         )
     elif steps is None and (missing := round(num_rows * epochs) - found * batch_size):
-        what = "left out" if missing > 0 else "seen once more"
         log.warning(
-            "%g epochs of %d rows are %d whole batches of %d: %d rows are %s; a batch_size that "
-            "divides the rows takes each alike",
-            epochs,
-            num_rows,
+            "%d steps of %d rows are not exactly %g x %d rows: %d rows are %s. A batch_size that "
+            "divides the number of rows uses all of them equally often",
             found,
             batch_size,
+            epochs,
+            num_rows,
             abs(missing),
-            what,
+            "left out" if missing > 0 else "repeated",
         )
     return found
 

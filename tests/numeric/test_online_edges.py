@@ -383,7 +383,7 @@ def test_an_imbalance_of_good_and_bad_answers_names_the_weight_that_balances() -
     ("rows", "batch", "steps", "said"),
     [
         (10, 4, 2, "2 rows are left out"),
-        (48, 32, 2, "16 rows are seen once more"),
+        (48, 32, 2, "16 rows are repeated"),
         (6, 8, 1, "larger than the 6 rows"),
         (8, 4, 2, ""),
     ],

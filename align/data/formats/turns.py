@@ -301,6 +301,9 @@ def to_text(value: object, *, field: str, source: str) -> Text:
     """
     if isinstance(value, str):
         return value
+    if not isinstance(value, list | dict):
+        wrong = f"{source}: {field}: expected text or a list of turns, found {shown(value)}"
+        raise DataError(wrong, code="D050")
     return to_turns(value, field=field, source=source)
 
 

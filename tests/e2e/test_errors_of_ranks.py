@@ -1,0 +1,84 @@
+"""An error in a stage of two ranks is shown once, in the terminal, with its place."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 3600
+RECIPE = """\
+name: tiny
+stages:
+  base:
+    kind: base
+    build: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1,
+            intermediate_size: 64, max_positions: 128}
+    tokenizer: {chat_template: plain}
+    data: [{world: corpus, rows: 40}]
+    steps: 1
+    batch_size: 8
+    max_length: 128
+  rows:
+    {kind: sft, init: base, ranks: 2, steps: 1, batch_size: 4, max_length: 128,
+     data: [{path: rows.jsonl}]}
+  memory:
+    {kind: sft, init: base, ranks: 2, steps: 1, batch_size: 4, max_length: 128,
+     data: [{world: sft, rows: 40}], loss: "own.py:loss"}
+"""
+OWN = """\
+import torch
+
+
+def loss(*args, **keys):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the recipe, rows of which the 21st is wrong, and a finished base."""
+    place = tmp_path_factory.mktemp("errors")
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(40)]
+    rows[20]["completion"] = 20  # pyright: ignore[reportArgumentType]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "own.py").write_text(OWN)
+    (place / "my.yaml").write_text(RECIPE)
+    code, text = align_run(place, "base")
+    assert code == 0, text
+    return place
+
+
+def align_run(folder: Path, stage: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "align", "run", "my.yaml", "--only", stage],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected", "told"),
+    [
+        ("rows", 2, "rows.jsonl:21: completion: expected text or a list of turns, found 20"),
+        ("memory", 1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_an_error_of_both_ranks_is_shown_once(
+    folder: Path, stage: str, expected: int, told: str
+) -> None:
+    code, text = align_run(folder, stage)
+    assert code == expected, text
+    assert text.count(told) == 1, text
+    assert "Traceback" not in text
+    assert "rank 1" not in text
+    # Both ranks had the error: their log has it from each.
+    log = (folder / "runs" / "tiny" / stage / "log.txt").read_text()
+    assert log.count(told) == 2, log
+    if stage == "memory":
+        assert "Lower micro_tokens" in text
