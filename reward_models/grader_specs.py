@@ -1,6 +1,6 @@
 """Graders of OpenAI's fine-tuning API as they are written: their types, checks and templates.
 
-A grader comes from whoever sends a request. Its templates are looked up and never evaluated.
+Anyone who sends a request supplies the grader. Its templates are looked up and never evaluated.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Graders of OpenAI's fine-tuning API: checks, similarities, judges, programs and formulas of them.
 
-A grader comes from whoever sends a request. Its templates are looked up and never evaluated, its
+Anyone who sends a request supplies the grader. Its templates are looked up and never evaluated, its
 programs run in the sandbox, its formulas are arithmetic.
 """
 

@@ -24,7 +24,7 @@ MODELS = ("policy", "reward_model", "classifier", "encoder")
 
 
 class Run:
-    """A run folder; everything is read anew from its files, also while it is running.
+    """A run folder; its files are read again at each call, so it follows a run in progress.
 
     Attributes:
         path: the folder.
@@ -107,7 +107,7 @@ class Run:
         """Return the folder of the last finished stage that wrote a model.
 
         Raises:
-            ArtifactError: no stage has.
+            ArtifactError: no stage has one.
         """
         for stage in reversed(self._record().stages):
             if stage.manifest.get("kind") in MODELS:

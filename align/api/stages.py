@@ -295,7 +295,7 @@ def evaluate(
         baseline: checkpoint that the others are compared with; None for the first one.
         out: folder of the results; None derives its name from the options.
         runs: folder in which RUN/STAGE is looked up and results are written.
-        force: evaluate again, also if nothing changed.
+        force: evaluate again, even if nothing changed.
         quiet: show no progress.
         options: samples, limit, judge, judge_model, engine, dtype and tokenizer, as in
             ``align eval``.

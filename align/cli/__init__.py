@@ -186,7 +186,7 @@ def run(
     ] = 120.0,
     hostfile: Annotated[
         Path | None,
-        typer.Option("--hostfile", metavar="FILE", help="machines, one a line: node1 slots=8"),
+        typer.Option("--hostfile", metavar="FILE", help="machines, one per line: node1 slots=8"),
     ] = None,
 ) -> None:
     """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
@@ -225,7 +225,7 @@ def plan(
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Predict the peak memory and the disk of every training stage; exit 2 if one does not fit."""
+    """Predict peak memory and disk space of each training stage; exit 2 if one does not fit."""
     from align.pipeline.processes import run_tool
 
     options = ["--runs", str(runs), *(word for text in overrides or () for word in ("--set", text))]

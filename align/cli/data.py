@@ -39,7 +39,7 @@ RenameOption = Annotated[
 ]
 MapOption = Annotated[
     str | None,
-    typer.Option("--map", metavar="FILE.py:NAME", help="function that makes new rows first"),
+    typer.Option("--map", metavar="FILE.py:NAME", help="function applied to each row first"),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="count tokens with its tokenizer")

@@ -73,7 +73,7 @@ def evaluate(
         question: checkpoints, tasks and options.
         runs: folder in which RUN/STAGE is looked up and results are written.
         out: folder of the results; None derives its name from the options.
-        force: evaluate again, also if nothing changed.
+        force: evaluate again, even if nothing changed.
         detect: also print how many prompts would detect a difference of this size.
 
     Returns:

@@ -45,7 +45,7 @@ def export(
     ] = None,
     verify: Annotated[
         Verify,
-        typer.Option(help="who must read the same model; auto: vLLM or llama.cpp too if it can"),
+        typer.Option(help="what must load the same model; auto: also vLLM or llama.cpp if it can"),
     ] = Verify.AUTO,
     force: Annotated[
         bool,
@@ -69,7 +69,9 @@ def push(
         str, typer.Argument(metavar="MODEL", help="RUN/STAGE, a folder, an export or a hub id")
     ],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="repository on the hub")],
-    private: Annotated[bool, typer.Option("--private", help="if the repository is new")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="make a new repository private")
+    ] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="default: main")] = None,
     message: Annotated[str, typer.Option(help="commit message")] = "Upload by align push",
     dry_run: Annotated[

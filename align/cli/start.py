@@ -26,7 +26,7 @@ def recipes() -> None:
 def import_(
     tool: Annotated[
         Literal["axolotl", "llamafactory", "trl"],
-        typer.Argument(metavar="axolotl|llamafactory|trl", help="the tool that it is for"),
+        typer.Argument(metavar="axolotl|llamafactory|trl", help="tool that the file is for"),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="its YAML or JSON configuration")],
     out: Annotated[

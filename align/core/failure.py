@@ -1,4 +1,4 @@
-"""The last words of a command on an error that nobody foresaw."""
+"""What a command prints about an unexpected error."""
 
 import errno
 import tempfile
@@ -19,7 +19,7 @@ def path_problem(error: Exception) -> str | None:
 
 
 def last_words(error: Exception) -> str:
-    """Return one line for an error that nobody foresaw; its traceback goes to a file."""
+    """Return one line for an unexpected error; its traceback goes to a file."""
     if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
         return visible(f"{error.filename}: {problem}" if error.filename else problem)
     # A file keeps the traceback for a report; the terminal gets one line.
@@ -29,11 +29,11 @@ def last_words(error: Exception) -> str:
             "w", prefix="align-failure-", suffix=".txt", delete=False, errors="backslashreplace"
         ) as f:
             f.write(visible(text))
-    # No place for the file: better a traceback on the terminal than none.
+    # No place for the file: print the traceback instead.
     except OSError:
         return visible(text)
     told = " ".join(str(error).split())[:300]
     return visible(
-        f"align failed: {type(error).__name__}: {told}; this is a mistake in align. The traceback "
+        f"align failed: {type(error).__name__}: {told}; this is a bug in align. The traceback "
         f"is in {f.name}; 'align doctor --report' writes what a bug report needs"
     )

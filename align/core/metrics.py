@@ -36,12 +36,16 @@ OPTIMIZER = {
 
 OFFLINE = {
     "loss": Metric("nats", "the stage's loss: per token (sft), pair, response or step"),
-    "accuracy": Metric("fraction", "pairs with chosen above rejected, ties half; or right labels"),
+    "accuracy": Metric(
+        "fraction", "pairs with chosen above rejected (a tie counts half), or correct labels"
+    ),
     "margin": Metric("nats", "mean margin of chosen over rejected: of scores, or of DPO's rewards"),
-    "chosen_logprob": Metric("nats", "mean log-probability of a chosen response, summed over it"),
-    "kl": Metric("nats", "KTO's estimate of the KL to the reference, of a mismatched response"),
+    "chosen_logprob": Metric(
+        "nats", "log-probability of the chosen response (sum over its tokens), mean over pairs"
+    ),
+    "kl": Metric("nats", "KTO's estimate of the KL to the reference, on mismatched responses"),
     "good_reward": Metric("nats", "KTO: mean reward beta log(policy / reference), good responses"),
-    "bad_reward": Metric("nats", "KTO: the same of bad responses"),
+    "bad_reward": Metric("nats", "KTO: the same for bad responses"),
     "ewc": Metric("nats", "EWC's penalty, which is part of the loss"),
 }
 """Logged as ``train/`` on the batch of the step, and as ``eval/`` on the held-out rows."""
@@ -53,7 +57,7 @@ ONLINE = {
     "reward/dead_group_frac": Metric(
         "fraction", "responses in groups whose rewards are all equal, or without a valid score"
     ),
-    "prompts/drawn": Metric("prompts", "sampled in this step with dynamic_sampling"),
+    "prompts/drawn": Metric("prompts", "prompts sampled in this step (dynamic_sampling)"),
     "prompts/live": Metric(
         "prompts", "those whose responses got unequal rewards; at most prompts_per_step are trained"
     ),
@@ -70,10 +74,14 @@ ONLINE = {
     "sampler/bounded_frac": Metric("fraction", "tokens whose weight was cut, or set to 0"),
     "advantage/rms": Metric("", "root mean square of the advantage over trained tokens"),
     "length/mean": Metric("tokens", "mean length of a response"),
-    "length/truncated_frac": Metric("fraction", "responses that reached the limit without a stop"),
+    "length/truncated_frac": Metric(
+        "fraction", "responses that reached the limit without a stop token"
+    ),
     "tokens/sampled": Metric("tokens", "tokens that were sampled in this step"),
     "answers/num": Metric("responses", "responses that were sampled in this step"),
-    "policy/loss": Metric("", "the policy's objective, with the KL where it is in the loss"),
+    "policy/loss": Metric(
+        "", "the policy's loss, including the KL penalty if it is part of the loss"
+    ),
     "policy/entropy": Metric("nats", "mean entropy of the policy at each trained token"),
     "policy/ratio": Metric("", "mean probability ratio of current to old policy"),
     "policy/clip_frac": Metric("fraction", "tokens whose ratio is clipped, over all updates"),
@@ -83,7 +91,7 @@ ONLINE = {
     "value/loss": Metric("", "mean squared error of the critic, clipped"),
     "value/clip_frac": Metric("fraction", "tokens whose value moved beyond the clip range"),
     "value/explained_variance": Metric(
-        "fraction", "variance of the returns that the critic predicts; 1 is perfect, 0 none"
+        "fraction", "part of the returns' variance that the critic explains; 1 is perfect"
     ),
     "time/step_s": Metric("s", "time of the whole step"),
     "time/watch_s": Metric("s", "time of the evaluation during training"),
@@ -111,7 +119,7 @@ FINAL = {
         "fraction", "sft: median probability of the stop token after up to 16 supervised responses"
     ),
     "eval/macro_f1": Metric("fraction", "classifier: mean of the F1 scores of the classes"),
-    "eval/pair_accuracy": Metric("fraction", "held-out pairs that a reward model ranks right"),
+    "eval/pair_accuracy": Metric("fraction", "held-out pairs that a reward model ranks correctly"),
     "eval/{model}/{score}": Metric("", "evaluate: mean of a score over one model's responses"),
     "scorer/mean": Metric("score", "mean score of the reference responses, before normalizing"),
     "scorer/std": Metric("score", "standard deviation of those scores"),
@@ -136,7 +144,7 @@ EVERYWHERE = {
     "step": Metric("steps", "optimizer steps done"),
     "total_steps": Metric("steps", "optimizer steps of the whole stage"),
     "time_s": Metric("s", "time since the stage's process began to log"),
-    "tokens/trained": Metric("tokens", "offline: tokens that were trained in this step"),
+    "tokens/trained": Metric("tokens", "tokens trained in this step (offline stages)"),
     "tokens/per_s": Metric("tokens/s", "tokens trained per second; online, tokens sampled"),
 }
 

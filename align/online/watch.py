@@ -99,7 +99,7 @@ class Watch:
         found: dict[str, float] = {}
         if len(self.history) < 2:
             return found
-        # Prompts with the same text are one cluster: their responses are no independent evidence.
+        # Prompts with the same text are one cluster: their responses are not independent.
         texts = [row.input_ids for row in self.prompts]
         for name in ("gold", "proxy"):
             before, now = (getattr(self.history[i], name) for i in (0, -1))

@@ -42,7 +42,7 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Return the machines of a file in DeepSpeed's format: ``name slots=8``, one a line.
+    """Return the machines of a file in DeepSpeed's format: ``name slots=8``, one per line.
 
     Raises:
         DeviceError: the file or a line cannot be read, or the first machine is not this one.
@@ -67,7 +67,7 @@ def read_hostfile(path: Path) -> list[Host]:
             raise DeviceError(f"{path}:{number}: host {found[1]} is listed twice. Add its slots")
         hosts.append(Host(found[1], int(found[2])))
     if not hosts:
-        raise DeviceError(f"{path}: no host. Write one a line, such as: node1 slots=8")
+        raise DeviceError(f"{path}: no host. Write one per line, such as: node1 slots=8")
     if not _is_here(hosts[0].name):
         raise DeviceError(
             f"{path}: the first host, {hosts[0].name}, is not this machine "

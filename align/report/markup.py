@@ -59,7 +59,7 @@ def table(
             tag("tbody", *lines),
             class_=class_,
         ),
-        # Whoever has no mouse scrolls it with the arrows.
+        # Keyboard users scroll it with the arrows.
         tabindex="0",
         class_="wide",
     )

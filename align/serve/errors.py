@@ -57,5 +57,5 @@ def broken_text() -> ServeError:
 
 
 def not_found(what: str, name: str, *, param: str = "id") -> ServeError:
-    """Return the error of a thing that does not exist or belongs to somebody else."""
+    """Return the error of an object that does not exist or belongs to somebody else."""
     return ServeError(404, f"No such {what}: {name[:200]!r}.", code="not_found", param=param)

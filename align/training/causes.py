@@ -82,7 +82,7 @@ def zero_adapter(seen: Evidence) -> Alarm | None:
         "zero_adapter",
         f"all trained weights ({seen.num_trained:,}) and their gradients were 0 in "
         f"{seen.step} steps",
-        "start the adapter anew: one of its matrices must not be 0",
+        "reinitialize the adapter: one of its matrices must not be 0",
     )
 
 

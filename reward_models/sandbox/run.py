@@ -48,7 +48,7 @@ def _receive(stream: IO[bytes]) -> Any:
     """Return the next message.
 
     Raises:
-        EOFError: there is none, or it is no message.
+        EOFError: there is none, or it is not a message.
     """
     line = stream.readline(MAX_MESSAGE)
     if not line.endswith(b"\n"):

@@ -46,7 +46,7 @@ class Request:
         kind: sft, preference, unpaired, prompts, math or corpus; None infers it.
         form: the name of a format, or ``auto``.
         rename: fields to rename, {old: new}.
-        map: function that makes new rows first, as in a recipe.
+        map: function applied to each row first, as in a recipe.
         chat: creates the renderer of a model; None skips the token checks.
         max_length: tokens.
         heldout: sources that must not share prompts with the data.

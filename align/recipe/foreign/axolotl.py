@@ -83,7 +83,7 @@ REASONS = {
     "load_in_8bit": "align has no 8-bit weights; they keep their dtype (tuning.method: qlora has "
     "4 bits)",
     "load_in_4bit": "only with adapter: qlora",
-    "dataset_prepared_path": "- align reads the rows anew in each run",
+    "dataset_prepared_path": "- align reads the rows again in each run",
     "dataset_processes": "- the number of worker processes is chosen by align",
     "dataset_*": "- preparation of the data",
     "shuffle_merged_datasets": _DEFAULT,

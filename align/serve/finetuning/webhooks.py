@@ -1,4 +1,4 @@
-"""Webhooks: who is told that a job has ended, signed as Standard Webhooks are.
+"""Webhooks that report the end of a job, signed as the Standard Webhooks specification asks.
 
 An event is entered in the transaction that ends the job, and delivered at least once.
 """

@@ -92,7 +92,7 @@ def faults(*, quick: bool) -> Iterator[Fault]:
             if name in ("delete", "swap", "double"):
                 continue
             inject = partial(_data_file, stage, name)
-            yield Fault("a data file that is no data", f"{stage} {name}", inject)
+            yield Fault("a file that does not contain data", f"{stage} {name}", inject)
     if quick:
         return
     for name in TEMPLATES:

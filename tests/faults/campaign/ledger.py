@@ -84,7 +84,7 @@ def refused(code: int, said: str, *, names: str = "") -> None:
 
 def no_traceback(said: str) -> None:
     """Check that no traceback and no last-resort message was shown."""
-    if re.search(r"Traceback \(most recent|this is a mistake in align|The traceback is in", said):
+    if re.search(r"Traceback \(most recent|this is a bug in align|The traceback is in", said):
         raise Unclear(f"a traceback: {said[-900:]}")
 
 
