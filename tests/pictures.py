@@ -1,6 +1,6 @@
 """Pictures of the report and of the server's pages, compared with those in ``tests/baselines``.
 
-``python -m tests.pictures`` draws them again, after a change of the pages that is meant.
+``python -m tests.pictures [report runs run]`` draws them again, after a change that is meant.
 """
 
 import json
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from tests.serve.running import Running, running
 BASELINES = Path(__file__).parent / "baselines"
 FONTS = {"sans-serif": "DejaVu Sans", "monospace": "Noto Sans Mono"}
 """The fonts of the baselines: with others every line breaks elsewhere."""
+NAMES = ("report", "runs", "run")
 VIEWS = [(width, scheme) for width in (1400, 768, 390) for scheme in ("light", "dark")]
 SCALE = 4
 """Pixels of the page, in each direction, that are one pixel of a picture."""
@@ -38,6 +39,9 @@ CONTRAST = 10
 """Levels of 255 by which two cells differ visibly; shapes of letters differ by less."""
 PATCH = 6
 """Cells that may differ visibly."""
+
+
+DRAWN = "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))"
 
 
 def baseline(name: str, width: int, scheme: str) -> Path:
@@ -84,25 +88,30 @@ def _shorten(path: Path, lines: int) -> None:
 
 
 @contextmanager
-def open_pages(browser: Any, server: Running, width: int, scheme: str) -> Iterator[dict[str, Any]]:
-    """Yield the pages by name, each open at its whole height with its charts drawn."""
+def open_pages(
+    browser: Any, server: Running, width: int, scheme: str, names: Sequence[str] = NAMES
+) -> Iterator[dict[str, Any]]:
+    """Yield these pages by name, each open at its whole height with its charts drawn."""
     options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
     context = browser.new_context(**options)
     context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto(f"{server.url}/login?code={server.services.auth.login_code()}")
     page.wait_for_url(f"{server.url}/")
-    pages = {"runs": page, "report": context.new_page(), "run": context.new_page()}
-    pages["report"].goto((server.services.settings.runs / "finished" / "report.html").as_uri())
-    pages["run"].goto(f"{server.url}/runs/stopped")
-    for name, page in pages.items():
+    addresses = {
+        "runs": f"{server.url}/",
+        "report": (server.services.settings.runs / "finished" / "report.html").as_uri(),
+        "run": f"{server.url}/runs/stopped",
+    }
+    pages = {}
+    for name in names:
+        page = pages[name] = context.new_page()
+        page.goto(addresses[name])
         if name != "runs":
             page.locator("svg.live .axes").first.wait_for()
         height = page.evaluate("document.documentElement.scrollHeight")
         page.set_viewport_size({"width": width, "height": height})
-        page.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))"
-        )
+        page.evaluate(DRAWN)
     yield pages
     context.close()
 
@@ -137,14 +146,14 @@ def difference(found: Image.Image, baseline: Image.Image) -> str:
     return f"{len(cells)} cells differ, from {rows[0]} to {rows[-1]} pixels below the top"
 
 
-def main() -> None:
-    """Draw every baseline again."""
+def main(names: Sequence[str]) -> None:
+    """Draw the baselines of these pages again."""
     BASELINES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         write_runs(Path(place))
         with chromium() as browser, running(Path(place)) as server:
             for width, scheme in VIEWS:
-                with open_pages(browser, server, width, scheme) as pages:
+                with open_pages(browser, server, width, scheme, names) as pages:
                     for name, page in pages.items():
                         file = baseline(name, width, scheme)
                         picture(page, file)
@@ -154,4 +163,4 @@ def main() -> None:
 if __name__ == "__main__":
     if problem := fonts_differ():
         sys.exit(problem)
-    main()
+    main(sys.argv[1:] or NAMES)

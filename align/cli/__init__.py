@@ -337,7 +337,7 @@ cli.command()(push)
 PANELS = {
     "Start": ("init", "import", "recipes", "doctor"),
     "Train": ("check", "show", "plan", "run", "verify"),
-    "Look": ("runs", "logs", "report", "open"),
+    "Inspect": ("runs", "logs", "report", "open"),
     "Evaluate": ("eval", "calibrate", "reward"),
     "Data": ("data", "labels", "cache"),
     "Use and share": ("chat", "export", "push", "serve-reward", "serve"),

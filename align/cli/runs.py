@@ -28,7 +28,8 @@ def runs_(
     """List the runs of a folder: stages done, state, and failed expectations."""
     rows = [_row(path) for path in sorted(folder.glob("*")) if _stages(path)]
     if not rows:
-        raise ArtifactError(f"{folder}: no run in it. Start one with: align run RECIPE")
+        found = "no runs in this folder" if folder.is_dir() else "no such folder"
+        raise ArtifactError(f"{folder}: {found}. Start a run with: align run RECIPE")
     width = max(len(name) for name, _ in rows)
     for name, state in rows:
         typer.echo(visible(f"{name:<{width}}  {state}"))

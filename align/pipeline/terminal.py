@@ -147,8 +147,16 @@ class Terminal:
         self.update()
         self._stop_live()
         last, sample = (self._stage.last, self._stage.sample) if self._stage else ({}, None)
-        numbers = [text for text in (metric_text(last), change_text(last)) if text]
-        self.line(", ".join([f"{self._title}: done in {clock(seconds)}", *numbers]))
+        done = ", ".join(
+            filter(None, [f"{self._title}: done in {clock(seconds)}", metric_text(last)])
+        )
+        change = change_text(last)
+        whole = f"{done}, {change}" if change else done
+        if len(whole) <= self._console.width or not self._console.is_terminal:
+            self.line(whole)
+        else:  # the terminal would break the line inside of a number
+            self.line(done)
+            self.line(f"    {change}")
         if sample:
             self.line(f"    {sample_text(sample)}", style="dim")
 

@@ -14,12 +14,12 @@ stages:
   base:
     kind: base
     build: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1,
-            intermediate_size: 64, max_positions: 128}
+            intermediate_size: 64, max_positions: 256}
     tokenizer: {chat_template: plain}
     data: [{world: corpus, rows: 40}]
     steps: 1
     batch_size: 8
-    max_length: 128
+    max_length: 256
   rows:
     {kind: sft, init: base, ranks: 2, steps: 1, batch_size: 4, max_length: 128,
      data: [{path: rows.jsonl}]}

@@ -105,8 +105,10 @@ def test_a_damaged_run_is_listed_and_hides_no_other(
 
 
 def test_runs_of_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no run in it"):
+    with pytest.raises(ArtifactError, match="no runs in this folder"):
         runs_(tmp_path)
+    with pytest.raises(ArtifactError, match="gone: no such folder"):
+        runs_(tmp_path / "gone")
 
 
 def test_logs_show_the_end_of_the_stage_that_began_last(

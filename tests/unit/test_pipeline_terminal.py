@@ -72,6 +72,22 @@ def follow(folder: Path, *, tty: bool) -> str:
     return shown.getvalue()
 
 
+@pytest.mark.parametrize(("width", "tty", "lines"), [(60, True, 2), (160, True, 1), (60, False, 1)])
+def test_a_narrow_terminal_gets_the_change_on_a_line_of_its_own(
+    tmp_path: Path, width: int, tty: bool, lines: int
+):
+    shown = io.StringIO()
+    console = Console(file=shown, width=width, force_terminal=tty, highlight=False)
+    terminal = Terminal(console)
+    terminal.begin("sft", "sft", tmp_path, position=2, count=5)
+    row = {"step": 9, "time_s": 6.0, "train/loss": 1.5, "change/loss": -0.2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    terminal.end(7.0)
+    told = ["[2/5] sft: done in 7 s, train/loss 1.5", "eval/loss changed by -0.2 since step 0"]
+    joined = "\n    ".join(told) if lines == 2 else ", ".join(told)
+    assert joined in shown.getvalue()
+
+
 def test_end_of_a_stage_shows_the_change_since_its_start():
     bounds = {"change/loss_low": -0.3, "change/loss_high": -0.1}
     assert change_text({"step": 9, "change/loss": -0.2, **bounds}) == (
