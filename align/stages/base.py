@@ -194,7 +194,7 @@ def _last_words(error: BaseException, args: argparse.Namespace) -> str:
         return text
     remedy = "'align doctor --report' writes what a bug report needs"
     if type(error).__name__ == "OutOfMemoryError":
-        remedy = "Lower micro_tokens; docs/how-to/memory.md has more"
+        remedy = "lower micro_tokens; docs/how-to/memory.md has more"
     return f"stage {args.stage or args.kind} failed: {told}. The traceback is in {place}; {remedy}"
 
 

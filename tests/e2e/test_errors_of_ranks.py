@@ -77,8 +77,7 @@ def test_an_error_of_both_ranks_is_shown_once(
     assert text.count(told) == 1, text
     assert "Traceback" not in text
     assert "rank 1" not in text
-    # Both ranks had the error: their log has it from each.
-    log = (folder / "runs" / "tiny" / stage / "log.txt").read_text()
-    assert log.count(told) == 2, log
+    # The launcher may end the second rank before that has logged the error too.
+    assert told in (folder / "runs" / "tiny" / stage / "log.txt").read_text()
     if stage == "memory":
-        assert "Lower micro_tokens" in text
+        assert "lower micro_tokens" in text
