@@ -138,7 +138,8 @@ def difference(found: Image.Image, baseline: Image.Image) -> str:
     both = [image.crop((0, 0, *size)).reduce(CELL) for image in (found, baseline)]
     apart = ImageChops.difference(*both)
     columns = apart.width
-    strongest = [max(color) for color in apart.get_flattened_data()]
+    colors = zip(*(band.get_flattened_data() for band in apart.split()), strict=True)
+    strongest = [max(color) for color in colors]
     cells = [i for i, value in enumerate(strongest) if value > CONTRAST]
     if len(cells) <= PATCH:
         return ""

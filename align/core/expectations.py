@@ -20,10 +20,8 @@ def expectation(
         is False and ``problem`` states the reason.
     """
     found: dict[str, Any] = {"key": key, "band": list(band), "value": None, "holds": False}
-    if not problem and (isinstance(value, bool) or not isinstance(value, int | float)):
-        problem = f"found {value!r} instead of a number"
-    if problem:
-        return found | {"problem": problem}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return found | {"problem": problem or f"found {value!r} instead of a number"}
     low, high = band
     above = low is None or value >= low
     return found | {"value": value, "holds": above and (high is None or value <= high)}
