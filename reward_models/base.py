@@ -48,6 +48,13 @@ class InvalidScoreError(Exception):
     """Raised in a rule that cannot score a row; the message is the counted reason."""
 
 
+def a_type(value: object) -> str:
+    """Return the type of a value with its article, for messages: "an int", "a dict"."""
+    name = type(value).__name__
+    # Names in u are said with a consonant: a UserDict, a UUID.
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
 def finite_score(value: object) -> float | None:
     """Return a score from external code as a float, or None unless it is a finite number.
 
@@ -105,6 +112,11 @@ def plain_text(text: Text) -> str:
     if len(text) == 1:
         return _turn_text(text[0])
     return "\n".join(f"{turn['role']}: {_turn_text(turn)}" for turn in text)
+
+
+def response_to(prompt: Text, text: str) -> Text:
+    """Return a response in the form of its prompt: the response to turns is an assistant turn."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def column_values(

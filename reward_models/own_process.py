@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reward_models.base import InvalidScoreError, completion_text, finite_score, plain_text
+from reward_models.base import InvalidScoreError, a_type, completion_text, finite_score, plain_text
 from reward_models.worker import serve
 
 STYLES = {"verl": ("solution_str", "ground_truth"), "openrlhf": ("queries",)}
@@ -51,7 +51,7 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
         module = importlib.import_module(place)
     found: Any = getattr(module, name)
     if not callable(found) or (inspect.isclass(found) and "__call__" not in dir(found)):
-        raise TypeError(f"{name} is a {type(found).__name__} that cannot be called")
+        raise TypeError(f"{name} is {a_type(found)} that cannot be called")
     if inspect.isclass(found):
         instance: Any = found(**args)
         return instance
@@ -140,7 +140,7 @@ class Scorer:
         if hasattr(result, "tolist"):
             result = result.tolist()
         if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
-            return _all_invalid(f"returned a {type(result).__name__}, not a list of scores", rows)
+            return _all_invalid(f"returned {a_type(result)}, not a list of scores", rows)
         given = list(result)
         if len(given) != rows:
             return _all_invalid(f"returned {len(given)} scores for {rows} responses", rows)
@@ -158,7 +158,7 @@ class Scorer:
         score = finite_score(float(value) if isinstance(value, bool) else value)
         if score is None and isinstance(value, int | float):
             return None, "score is not finite"
-        return score, None if score is not None else f"score is a {type(value).__name__}"
+        return score, None if score is not None else f"score is {a_type(value)}"
 
 
 def _of_other_suite(

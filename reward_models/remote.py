@@ -20,7 +20,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from reward_models.base import Text, check_rows, column_values, finite_score
+from reward_models.base import Text, a_type, check_rows, column_values, finite_score
 from reward_models.specs import RemoteSpec
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _read_answer(status: int, text: bytes) -> dict[str, Any]:
         raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes of answer")
     found = json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object with scores, found a {type(found).__name__}")
+        raise ValueError(f"expected a JSON object with scores, found {a_type(found)}")
     return found
 
 
@@ -236,7 +236,7 @@ def _fault(score: object) -> str:
         return "server: invalid"
     if isinstance(score, int | float) and not isinstance(score, bool):
         return "server: score is not finite"
-    return f"server: score is a {type(score).__name__}"
+    return f"server: score is {a_type(score)}"
 
 
 def _plain(value: object) -> Any:

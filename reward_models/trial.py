@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward_models.base import RewardFunction, Text, completion_text, plain_text
+from reward_models.base import RewardFunction, Text, completion_text, plain_text, response_to
 
 REFERENCES = (
     *("canonical_solution", "answer", "ground_truth", "solution", "reference", "completion"),
@@ -104,10 +104,7 @@ def try_reward(
     found = []
     for response in RESPONSES:
         texts = [response.make(row) for row in rows]
-        completions: list[Any] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        completions = [response_to(*row) for row in zip(prompts, texts, strict=True)]
         given = dict(columns)
         # TRL passes token ids; without a tokenizer, each byte is a token.
         if getattr(reward, "style", None) == "trl":

@@ -24,6 +24,7 @@ from typing import Any
 
 from align.core.errors import RecipeError
 from align.core.sources import source_file
+from reward_models.base import a_type
 
 _LAMBDA = "from_lambda"
 """Name of a lambda in its file."""
@@ -64,7 +65,7 @@ def reference(function: Callable[..., Any], folder: Path) -> str:
         text = _Writer(name).module_of(function)
     elif inspect.isroutine(function) or not inspect.isfunction(type(function).__call__):
         raise RecipeError(
-            f"{_name(function)}: found a {type(function).__name__}; expected a function, or a "
+            f"{_name(function)}: found {a_type(function)}; expected a function, or a "
             f"class whose instances are called; or {_INSTEAD}"
         )
     else:

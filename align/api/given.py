@@ -21,6 +21,7 @@ from align.core.artifacts import MANIFEST
 from align.core.errors import DataError, RecipeError
 from align.core.references import find_model
 from align.recipe.schema.formats import FORMATS
+from reward_models.base import a_type
 
 FOLDER = "from.python"
 """Folder of these files below the run's; the dot keeps it apart from the stages."""
@@ -54,7 +55,7 @@ def sources(data: object) -> list[Any]:
 
 
 def _what(value: object) -> str:
-    return "nothing (None)" if value is None else f"a {type(value).__name__}"
+    return "nothing (None)" if value is None else a_type(value)
 
 
 def _of_frame(value: Any) -> Any:
@@ -232,7 +233,7 @@ class Writer:
 
 def _line(row: object, number: int) -> bytes:
     if not isinstance(row, Mapping):
-        raise DataError(f"data: row {number} is a {type(row).__name__}; expected a dictionary")
+        raise DataError(f"data: row {number} is {a_type(row)}; expected a dictionary")
     try:
         text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False, default=_number)
         return (text + "\n").encode()
@@ -253,7 +254,7 @@ def _number(value: Any) -> Any:
     """Return a scalar of numpy or torch as a number, for ``json``."""
     if _is_scalar(value):
         return value.item()
-    raise TypeError(f"found a {type(value).__name__}")
+    raise TypeError(f"found {a_type(value)}")
 
 
 def _is_json(value: object) -> bool:
@@ -309,13 +310,13 @@ def base_stage(
         return {"kind": "base", **keys, **settings}, "base"
     if not hasattr(model, "save_pretrained"):
         raise RecipeError(
-            f"tokenizer: found a {type(tokenizer).__name__} beside a model that is not loaded; "
+            f"tokenizer: found {a_type(tokenizer)} beside a model that is not loaded; "
             "expected settings such as {'chat_template': 'plain'}, or load the model and pass "
             "model=(model, tokenizer)"
         )
     if not hasattr(tokenizer, "save_pretrained"):
         raise RecipeError(
-            f"tokenizer: found a {type(tokenizer).__name__}; expected the model's tokenizer, or "
+            f"tokenizer: found {a_type(tokenizer)}; expected the model's tokenizer, or "
             "settings such as {'chat_template': 'plain'}"
         )
     return {"kind": "base", "path": (model, tokenizer)}, "base"

@@ -15,6 +15,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.data.reading.json import Item
+from reward_models.base import a_type
 from reward_models.own_process import load
 from reward_models.worker import Worker, WorkerError, serve
 
@@ -116,7 +117,7 @@ def _plain(value: Any) -> Any:
     """Return a scalar or an array of numpy as plain numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"a {type(value).__name__} cannot be part of a row; expected JSON values")
+    raise TypeError(f"{a_type(value)} cannot be part of a row; expected JSON values")
 
 
 def _told(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
 from align.recipe.schema import OnlineStage
 from align.sampling.experience import Experience
-from reward_models.base import MissingColumnError, RewardFunction
+from reward_models.base import MissingColumnError, RewardFunction, response_to
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,8 @@ def score_answers(
 
 
 def _completions(prompts: Sequence[PromptRow], texts: Sequence[str]) -> list[Any]:
-    """Return texts in the convention of the rewards: the response to turns is an assistant turn."""
-    return [
-        text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
-        for p, text in zip(prompts, texts, strict=True)
-    ]
+    """Return texts in the convention of the rewards."""
+    return [response_to(p.prompt, text) for p, text in zip(prompts, texts, strict=True)]
 
 
 def disagreement(rewards: Sequence[RewardFunction]) -> dict[str, float]:

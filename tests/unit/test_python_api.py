@@ -269,7 +269,7 @@ def test_every_form_of_data_becomes_sources(tmp_path):
     ("data", "message"),
     [
         ([], "found an empty list"),
-        (7, "found a int"),
+        (7, "found an int"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), r"data\['train'\]"),
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "IterableDataset"),
         (

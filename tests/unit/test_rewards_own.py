@@ -222,7 +222,7 @@ def test_code_that_does_not_load_is_one_clear_error(tmp_path: Path):
         with pytest.raises(ValueError, match=f"could not be loaded.*{said}"):
             own(file, "score")
     file.write_text("limit = 3\nclass Bare: pass")
-    for name, said in (("limit", "limit is a int"), ("Bare", "Bare is a type")):
+    for name, said in (("limit", "limit is an int"), ("Bare", "Bare is a type")):
         with pytest.raises(ValueError, match=f"could not be loaded.*{said} that cannot be called"):
             own(file, name)
 
