@@ -27,12 +27,14 @@ A ``path`` is one in a block of ``kind: python``.
 def extensions() -> list[str]:
     """Return the modules that register kinds: of the environment variable, then of packages."""
     named = map(str.strip, os.environ.get(EXTENSIONS, "").split(","))
-    return list(dict.fromkeys([*filter(None, named), *_installed()]))
+    return list(dict.fromkeys([*filter(None, named), *installed_extensions()]))
 
 
 @cache
-def _installed() -> tuple[str, ...]:
-    return tuple(sorted(point.module for point in entry_points(group=GROUP)))
+def installed_extensions() -> Mapping[str, str]:
+    """Return the modules that installed packages name, each with the name of its package."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.module)
+    return {point.module: point.dist.name if point.dist else "" for point in points}
 
 
 def extension_hashes() -> dict[str, str]:

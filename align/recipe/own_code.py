@@ -8,9 +8,10 @@ from typing import Any
 from align.core.errors import RecipeError
 from align.core.sources import (
     EXTENSIONS,
-    GROUP,
     code_keys,
     extensions,
+    installed_extensions,
+    parameters_of,
     source_file,
     source_names,
 )
@@ -27,10 +28,17 @@ def import_extensions() -> None:
     for name in extensions():
         try:
             import_module(name)
-        except ImportError as error:
+        # A module may raise anything; a mistake in one must name it, as it concerns every recipe.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if package := installed_extensions().get(name):
+                raise RecipeError(
+                    f"extension '{name}' of the installed package '{package}' cannot be imported: "
+                    f"{reason}. Install what it needs, or remove it: pip uninstall {package}"
+                ) from error
             raise RecipeError(
-                f"extension '{name}' cannot be imported: {error}; {EXTENSIONS} and entry points "
-                f"of {GROUP} name modules on Python's path"
+                f"extension '{name}' cannot be imported: {reason}; {EXTENSIONS} names modules on "
+                "Python's path"
             ) from error
 
 
@@ -38,13 +46,17 @@ def place_own_code(source: Source, folder: Path) -> None:
     """Make the files of the user's functions absolute, relative to ``folder``; report problems."""
     for key, block in _blocks(source.data, ()):
         for name in code_keys(block):
-            place, _, function = block[name].rpartition(":")
-            if place.endswith(".py"):
-                block[name] = f"{(folder / place).resolve()}:{function}"
+            block[name] = placed(block[name], folder)
             if problem := problem_of(block[name]):
                 mark = source.marks.get((*key, name))
                 where = f"{mark.at_value()}: " if mark else ""
                 source.errors.append(f"{where}{'.'.join(map(str, (*key, name)))}: {problem}")
+
+
+def placed(path: str, folder: Path) -> str:
+    """Return ``FILE.py:NAME`` with the file relative to ``folder``; a module stays as it is."""
+    place, _, function = path.rpartition(":")
+    return f"{(folder / place).resolve()}:{function}" if place.endswith(".py") else path
 
 
 def problem_of(path: str) -> str | None:
@@ -61,6 +73,18 @@ def problem_of(path: str) -> str | None:
     if name not in names:
         return f"{file} has no '{name}'{suggest(name, names)}"
     return None
+
+
+def no_judge(path: str) -> str | None:
+    """Return why a function cannot judge pairs, or None if it can or cannot be read."""
+    names = parameters_of(path)
+    if names is None or {"others", "**"} & set(names):
+        return None
+    return (
+        f"'{path.rpartition(':')[2]}' has no parameter 'others', the responses that it compares "
+        f"with; found {', '.join(names) or 'none'}. A function that scores one response is a "
+        "reward, for 'judge' of the stage or task"
+    )
 
 
 def _blocks(value: object, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
