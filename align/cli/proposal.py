@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from align.core.errors import RecipeError
+from align.core.errors import DataError, RecipeError
 from align.core.references import artifact_kind, find_model
 from align.recipe.reference import SCHEMA_FILE
-from align.recipe.schema.formats import FORMATS
+from align.recipe.schema.formats import FORMATS, Kind
 
 ROWS = 50
 """Rows of each source that are looked at."""
@@ -29,6 +29,12 @@ STAGE_OF = {
 ORDER = ("sft", "reward", "classify", "dpo", "kto", "grpo")
 ANSWERS = ("answer", "solution")
 """Columns with the expected answer of a prompt."""
+KINDS: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired", "grpo": "prompts"}
+"""What the rows are read as, for the stages that take plain texts and conversations."""
+STRINGS = (
+    "# strings: chat renders plain prompts and responses as turns of the model's chat template; "
+    "text uses them as they are."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +69,22 @@ def propose(
     if not looked:
         raise RecipeError("--data: expected at least one file or hub id")
     before = model if is_stage else "base"
+    # Rows of plain text are for the template of an instruct model, and beside conversations.
+    chat = _has_template(place) or any(seen.said == "turns" for seen in looked)
     for kind in sorted({seen.stage for seen in looked}, key=ORDER.index):
         mine = [seen for seen in looked if seen.stage == kind]
-        stages[kind] = {"kind": kind, "init": before, **_stage(kind, mine, tuning=tuning)}
+        stages[kind] = {
+            "kind": kind,
+            "init": before,
+            **_stage(kind, mine, tuning=tuning, chat=chat),
+        }
         before = kind if kind in ("sft", "dpo", "kto", "grpo") else before
     found = [f"{seen.source}: {seen.form}, for a {seen.stage} stage" for seen in looked]
     head = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# Purpose: {model} trained on {', '.join(sources)}.",
         "# Launch: align run, after a look at rows and model with align check --deep",
+        *([STRINGS] if any(seen.said == "texts" for seen in looked) else []),
     ]
     body = yaml.safe_dump({"name": name, "stages": stages}, sort_keys=False, allow_unicode=True)
     return Proposal("\n".join(" ".join(line.split()) for line in head) + "\n" + body, found)
@@ -85,6 +98,8 @@ class _Seen:
     form: str
     stage: str
     splits: list[str]
+    said: str
+    """Whether prompts and responses are ``texts`` or ``turns``; empty where there is no prompt."""
     answers: dict[str, bool]
     """Columns with an answer in every row, and whether all of them have a digit."""
 
@@ -112,7 +127,23 @@ def _look(source: str) -> _Seen:
         if len(mappings) == len(rows) and all(row.get(name) for row in mappings)
     }
     stage = _stage_of(form, {name for row in mappings for name in row})
-    return _Seen(source, form, stage, splits, answers)
+    return _Seen(source, form, stage, splits, _said(rows, stage), answers)
+
+
+def _said(rows: Sequence[tuple[Any, str]], stage: str) -> str:
+    """Return whether the first valid row has texts or turns; empty where there is no prompt."""
+    from align.data.formats.detect import to_examples
+
+    for row, place in rows if stage in KINDS else ():
+        try:
+            made = to_examples(row, kind=KINDS[stage], format="auto", source=place)
+        except DataError:  # align check --deep lists them
+            continue
+        for example in made:
+            if isinstance(example.prompt, str) and example.prompt:
+                return "texts"
+            return "turns" if not isinstance(example.completion, str) else ""
+    return ""
 
 
 def _stage_of(form: str, columns: set[str]) -> str:
@@ -130,23 +161,36 @@ def _base(model: Path, *, tuning: str) -> dict[str, Any]:
     return keys | (_tokenizer(model, tuning=tuning) if model.exists() else {})
 
 
+def _saved_tokenizer(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _has_template(place: Path) -> bool:
+    """Return whether a model's folder, or that of a stage, has a chat template."""
+    folder = place / "model" if (place / "model").is_dir() else place
+    saved = _saved_tokenizer(folder)
+    return bool(saved.get("chat_template")) or (folder / "chat_template.jinja").is_file()
+
+
 def _tokenizer(folder: Path, *, tuning: str) -> dict[str, Any]:
     """Return the settings that a saved tokenizer lacks."""
-    try:
-        saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    saved = _saved_tokenizer(folder)
+    if not saved:
         return {}
     lacking = {}
     if not saved.get("pad_token") and isinstance(saved.get("eos_token"), str):
         lacking["pad_token"] = saved["eos_token"]
-    if not saved.get("chat_template") and not (folder / "chat_template.jinja").is_file():
+    if not _has_template(folder):
         # chatml adds tokens, whose rows are saved beside an adapter; plain adds none.
         lacking["chat_template"] = "chatml" if tuning == "full" else "plain"
     return {"tokenizer": lacking} if lacking else {}
 
 
-def _stage(kind: str, seen: Sequence[_Seen], *, tuning: str) -> dict[str, Any]:
-    train = [_side(one, heldout=False) for one in seen]
+def _stage(kind: str, seen: Sequence[_Seen], *, tuning: str, chat: bool) -> dict[str, Any]:
+    train = [_side(one, heldout=False, chat=chat) for one in seen]
     method: dict[str, Any] = {} if tuning == "full" else {"tuning": {"method": tuning}}
     if kind == "grpo":
         answers = {"answer": True} if seen[0].form == "verl" else seen[0].answers
@@ -160,17 +204,18 @@ def _stage(kind: str, seen: Sequence[_Seen], *, tuning: str) -> dict[str, Any]:
         rewards = [{"kind": kind_of_reward, "column": column}]
         return {"prompts": train, "rewards": rewards, "steps": 100, **method}
     steps = {"supervision": "steps"} if kind == "reward" else {}
-    heldout = [_side(one, heldout=True) for one in seen]
+    heldout = [_side(one, heldout=True, chat=chat) for one in seen]
     return {**steps, "data": train, "heldout": heldout, "eval_every": 50, **method}
 
 
-def _side(seen: _Seen, *, heldout: bool) -> dict[str, Any]:
+def _side(seen: _Seen, *, heldout: bool, chat: bool) -> dict[str, Any]:
     """Return the source of one side: the data's own splits, or a split by the prompts."""
+    strings = {"strings": "chat" if chat else "text"} if seen.said == "texts" else {}
     if not seen.splits:
-        return {"path": seen.source, "split": "heldout" if heldout else "train"}
+        return {"path": seen.source, "split": "heldout" if heldout else "train", **strings}
     train = "train" if "train" in seen.splits else seen.splits[0]
     own = next((name for name in ("validation", "test") if name in seen.splits), None)
     if own is None or own == train:
         path = f"{seen.source}:{train}"
-        return {"path": path, "split": "heldout" if heldout else "train"}
-    return {"path": seen.source, "split": own if heldout else train}
+        return {"path": path, "split": "heldout" if heldout else "train", **strings}
+    return {"path": seen.source, "split": own if heldout else train, **strings}

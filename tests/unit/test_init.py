@@ -61,7 +61,8 @@ def test_several_sources_become_stages_that_start_from_each_other():
     assert list(found) == ["base", "sft", "dpo", "grpo"]
     assert [found[name]["init"] for name in ("sft", "dpo", "grpo")] == ["base", "sft", "dpo"]
     assert [source["path"] for source in found["sft"]["data"]] == ["sft.jsonl", "alpaca.jsonl"]
-    assert found["dpo"]["heldout"] == [{"path": "pairs.jsonl", "split": "heldout"}]
+    (held_out,) = found["dpo"]["heldout"]
+    assert held_out == {"path": "pairs.jsonl", "split": "heldout", "strings": "text"}
     assert found["grpo"]["rewards"] == [{"kind": "math", "column": "answer"}]
     # An adapter does not train the row of a new stop token, so the template must not add one.
     assert found["base"]["tokenizer"] == {"pad_token": "</s>", "chat_template": "plain"}
@@ -78,9 +79,31 @@ def test_a_dataset_with_its_own_splits_keeps_them():
     text = propose("model", ["set"], name="r", tuning="lora").text
     dpo = yaml.safe_load(text)["stages"]["dpo"]
     assert (dpo["data"], dpo["heldout"]) == (
-        [{"path": "set", "split": "train"}],
-        [{"path": "set", "split": "test"}],
+        [{"path": "set", "split": "train", "strings": "text"}],
+        [{"path": "set", "split": "test", "strings": "text"}],
     )
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_plain_texts_are_for_the_template_of_an_instruct_model(file: str):
+    template = "{{ messages }}"
+    text = json.dumps({"chat_template": template}) if file.endswith("json") else template
+    Path("model", file).write_text(text)
+    found = stages("sft", "pairs", "good", "math", "texts", "chats")
+    (answers, texts), (pairs, chats) = found["sft"]["data"], found["dpo"]["data"]
+    plain = [answers, pairs, found["kto"]["data"][0], found["grpo"]["prompts"][0]]
+    assert [source["strings"] for source in plain] == ["chat"] * 4
+    # A text has no prompt, and a conversation has its turns.
+    assert not {"strings"} & {*texts, *chats}
+    assert "# strings: chat renders plain prompts" in Path("r.yaml").read_text()
+
+
+def test_plain_texts_beside_conversations_are_turns_too():
+    found = stages("pairs", "chats")["dpo"]["data"]
+    assert [source.get("strings") for source in found] == ["chat", None]
+    assert [source["strings"] for source in stages("pairs")["dpo"]["data"]] == ["text"]
+    stages("chats")
+    assert "# strings" not in Path("r.yaml").read_text()
 
 
 @pytest.mark.parametrize(
