@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from align.api.given import Writer, base_stage, sources
+from align.api.code import reference
+from align.api.given import FOLDER, Writer, base_stage, sources
 from align.api.given import rewards as _rewards
 from align.api.result import Run
 from align.api.running import RUNS, execute, load_recipe
@@ -298,7 +299,7 @@ def evaluate(
         force: evaluate again, also if nothing changed.
         quiet: show no progress.
         options: samples, limit, judge, judge_model, engine, dtype and tokenizer, as in
-            ``align eval``.
+            ``align eval``; ``judge`` may be a function.
 
     Raises:
         AlignError: as ``align.run``.
@@ -307,6 +308,8 @@ def evaluate(
 
     listed = [tasks] if isinstance(tasks, str | Path | Mapping) else list(tasks)
     place = Path(out or runs)
+    if callable(judge := options.get("judge")):
+        options["judge"] = reference(judge, place / FOLDER)
     question = _question(
         Question,
         checkpoints=[_checkpoint(model) for model in models],

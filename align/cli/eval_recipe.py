@@ -17,8 +17,10 @@ from align.pipeline.processes import run_tool
 from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 from align.recipe.load import load_task
+from align.recipe.own_code import no_judge, placed, problem_of
 from align.recipe.schema.evaluate import LONGER
 from align.report.tables import calibration_lines, detect_lines
+from reward_models.specs import FUNCTION
 
 STAGE = "evaluate"
 HARNESS_PREFIX = "lm_eval:"
@@ -34,7 +36,8 @@ class Question:
         baseline: checkpoint that the others are compared with; None for the first one.
         samples: responses per prompt; None for the task's own number.
         limit: prompts per task; None for all.
-        judge: ``rule``, a reward model's RUN/STAGE or folder, or the URL of an endpoint.
+        judge: ``rule``, a reward model's RUN/STAGE or folder, ``FILE.py:FUNCTION``, or the URL of
+            an endpoint.
         judge_model: name of the model at the endpoint.
         engine: sampling engine: auto, vllm or hf.
         dtype: dtype of the weights.
@@ -112,7 +115,8 @@ def calibrate(
     """Measure a judge against human preferences and print the result.
 
     Args:
-        judge: URL of an endpoint, a reward model's RUN/STAGE or folder, or ``longer``.
+        judge: URL of an endpoint, a reward model's RUN/STAGE or folder, ``FILE.py:FUNCTION``, or
+            ``longer``.
         model: name of the model at the endpoint.
         pairs: file of preference pairs.
         rows: number of pairs; None for all.
@@ -129,7 +133,8 @@ def calibrate(
         endpoint, scorer = _judge(Question([], [], judge=judge, judge_model=model), runs)
         if endpoint is None and scorer is None:
             raise RecipeError(
-                f"{judge}: expected a reward model's RUN/STAGE, a URL with --model, or '{LONGER}'"
+                f"{judge}: expected a reward model's RUN/STAGE, FILE.py:FUNCTION, a URL with "
+                f"--model, or '{LONGER}'"
             )
     options = ["--pairs", str(pairs), "--out", str(out)]
     options += ["--model", model] if model else []
@@ -248,7 +253,7 @@ def _asked_tasks(question: Question, runs: Path) -> dict[str, Any]:
 
 
 def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the endpoint judge or the reward model that decides comparisons; both may be None."""
+    """Return the judge of pairs or the reward model that decides comparisons; both may be None."""
     name = question.judge
     if name.startswith(("http://", "https://")):
         if question.judge_model is None:
@@ -262,11 +267,18 @@ def _judge(question: Question, runs: Path) -> tuple[dict[str, Any] | None, str |
         )
     if name == "rule":
         return None, None
+    if re.fullmatch(FUNCTION, name):
+        path = placed(name, Path())
+        if problem := problem_of(path) or no_judge(path):
+            raise RecipeError(f"judge {name}: {problem}")
+        return {"function": {"kind": "python", "path": path}}, None
     places = (Path(name), runs / name)
     place = next((p for p in places if (p / MANIFEST).is_file()), None)
     if place is not None and artifact_kind(place) == "reward_model":
         return None, str(place)
-    raise RecipeError(f"judge {name}: expected 'rule', a reward model's RUN/STAGE, or a URL")
+    raise RecipeError(
+        f"judge {name}: expected 'rule', a reward model's RUN/STAGE, FILE.py:FUNCTION, or a URL"
+    )
 
 
 def _harness(question: Question, tasks: Sequence[str]) -> dict[str, Any]:

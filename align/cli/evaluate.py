@@ -28,7 +28,8 @@ Baseline = Annotated[
 Samples = Annotated[int | None, typer.Option(min=1, help="responses per prompt")]
 Limit = Annotated[int | None, typer.Option(min=1, help="prompts per task")]
 Judge = Annotated[
-    str, typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), or a URL")
+    str,
+    typer.Option(metavar="WHO", help="rule, a reward model (RUN/STAGE), FILE.py:NAME, or a URL"),
 ]
 JudgeModel = Annotated[str | None, typer.Option(metavar="NAME", help="model at the judge's URL")]
 Detect = Annotated[
@@ -115,7 +116,7 @@ def _given(**settings: str | None) -> dict[str, str]:
 def calibrate(
     judge: Annotated[
         str,
-        typer.Argument(metavar="JUDGE", help="a reward model, a URL, or 'longer' (response)"),
+        typer.Argument(metavar="JUDGE", help="a reward model, FILE.py:NAME, a URL, or 'longer'"),
     ],
     pairs: Annotated[Path, typer.Option(metavar="FILE", help="human preference pairs")],
     model: Annotated[str | None, typer.Option(metavar="NAME", help="model at the URL")] = None,

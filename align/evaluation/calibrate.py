@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
+from align.core.types import Text
 from align.evaluation.compare import Triple, as_triple, mean_interval
-from align.evaluation.judge import BothOrders, Pair, position
+from align.evaluation.judge import BothOrders, Pair, position, side
 
 Array = NDArray[np.float64]
 
@@ -25,7 +26,7 @@ def calibration(
 
     Returns:
         The counts ``pairs`` and ``invalid``, and with 95 % intervals: ``agreement`` (mean result,
-        ties half), ``decided_agreement`` (of the pairs with the same verdict in both orders),
+        ties half), ``decided_agreement`` (of the pairs with the same winner in both orders),
         ``kappa``, ``first_share`` and ``consistent`` (see `position`), ``longer_share`` and
         ``human_longer_share`` (how often the longer response wins).
     """
@@ -42,9 +43,7 @@ def calibration(
         "pairs": len(pairs),
         "invalid": sum(r is None for r in results),
         "agreement": as_triple(mean_interval(results, clusters)),
-        "decided_agreement": as_triple(
-            mean_interval([r if r in (0.0, 1.0) else None for r in results], clusters)
-        ),
+        "decided_agreement": as_triple(mean_interval([p.winner for p in said], clusters)),
         "kappa": kappa_interval(said, clusters),
         **position(said, clusters),
         "longer_share": as_triple(mean_interval(won, clusters)),
@@ -82,10 +81,10 @@ def kappa_interval(said: Sequence[BothOrders], clusters: Sequence[Any]) -> Tripl
 
 
 def _counted(pair: BothOrders) -> Array:
-    a, b = pair.ours_first, pair.theirs_first
-    return np.array(
-        [2.0, (a == 1.0) + (b == 0.0), (a == 1.0) + (b == 1.0), (a == 0.0) + (b == 0.0)]
-    )
+    assert pair.ours_first is not None
+    assert pair.theirs_first is not None
+    a, b = side(pair.ours_first), side(pair.theirs_first)
+    return np.array([2, (a > 0) + (b < 0), (a > 0) + (b > 0), (a < 0) + (b < 0)], float)
 
 
 def _kappa(counts: Array) -> float:
@@ -97,7 +96,7 @@ def _kappa(counts: Array) -> float:
 
 
 def scored_orders(
-    pairs: Sequence[Pair], score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
+    pairs: Sequence[Pair], score: Callable[[Sequence[Text], Sequence[str]], list[float | None]]
 ) -> list[BothOrders]:
     """Return the verdicts of a scorer of single responses; they do not depend on the order.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.core.sources import parameters_of
 from align.recipe.algorithms import defaults_of
+from align.recipe.own_code import no_judge
 from align.recipe.schema.common import (
     ClipSpec,
     DataSpec,
@@ -21,7 +22,13 @@ from align.recipe.schema.common import (
     ZeroSpec,
 )
 from align.recipe.schema.data_stages import CurateStage, WeakLabelStage
-from align.recipe.schema.evaluate import EvaluateStage, MergeStage, TaskSampling, TaskSpec
+from align.recipe.schema.evaluate import (
+    EvaluateStage,
+    MergeStage,
+    PairwiseSpec,
+    TaskSampling,
+    TaskSpec,
+)
 from align.recipe.schema.offline import (
     BaseStage,
     DpoStage,
@@ -339,6 +346,17 @@ def _evaluate(spec: EvaluateStage) -> Iterator[Idle]:
         )
 
 
+def _pairwise(spec: PairwiseSpec) -> Iterator[Idle]:
+    if spec.function is None:
+        return
+    for name in changed(spec.function, "weight", "prefill"):
+        yield f"function.{name}", "has no effect on a judge of pairs; remove it"
+    if changed(spec, "criteria"):
+        yield "criteria", "has no effect on a function; pass it in its 'args'"
+    if problem := no_judge(spec.function.path):
+        yield "function.path", problem
+
+
 def _curate(spec: CurateStage) -> Iterator[Idle]:
     for name in changed(spec, "min_quality", "keep_frac") if not spec.quality else ():
         yield name, "has no effect without 'quality'; remove it"
@@ -411,6 +429,7 @@ RULES: list[tuple[type[Spec], Callable[[Any], Iterator[Idle]]]] = [
     (GrpoStage, _grpo),
     (EvaluateStage, _evaluate),
     (EvaluateStage, _repeats),
+    (PairwiseSpec, _pairwise),
     (TaskSpec, _repeats),
     (EnsembleSpec, _ensemble),
     (MathSpec, _math),

@@ -128,22 +128,25 @@ def detect_lines(summary: Block, difference: float) -> Iterator[str]:
 
 
 def judge_lines(summary: Block) -> Iterator[str]:
-    """Yield a line on the requests and cost of each task's endpoint judge."""
+    """Yield a line on the verdicts and cost of each task's judge of pairs."""
     for name, block in summary.get("tasks", {}).items():
         if judge := block.get("judge"):
             yield f"{name}: {_judge_text(judge)}"
 
 
 def _judge_text(judge: Block) -> str:
-    """Return a judge's requests, invalid verdicts, tokens, cost and time in one line."""
+    """Return a judge's verdicts and what they cost, in one line."""
     reasons = [f"{n} {reason}" for reason, n in judge["invalid"].items()]
     invalid = sum(judge["invalid"].values())
+    asked = cost = ""
+    if "requests" in judge:  # a model behind an endpoint
+        asked = f" {judge['requests']} requests ({judge['cached']} more from the cache),"
+        tokens = judge["prompt_tokens"] + judge["answer_tokens"]
+        cost = f" {tokens:,} tokens, ${judge['dollars']:.4f},"
     return (
         f"judge {judge['model']}: {judge['pairs_judged']} of {judge['pairs']} pairs judged in both "
-        f"orders, {judge['requests']} requests ({judge['cached']} more from the cache), "
-        f"{invalid} invalid{' (' + ', '.join(reasons) + ')' if invalid else ''}, "
-        f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, ${judge['dollars']:.4f}, "
-        f"{judge['seconds']:.1f} s"
+        f"orders,{asked} {invalid} invalid{' (' + ', '.join(reasons) + ')' if invalid else ''},"
+        f"{cost} {judge['seconds']:.1f} s"
     )
 
 

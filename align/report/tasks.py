@@ -153,16 +153,20 @@ def _judge(judge: Block | None) -> Markup | None:
         return None
     invalid = ", ".join(f"{n} {reason}" for reason, n in judge["invalid"].items()) or "none"
     rows: list[list[object]] = [
-        ["model", judge["model"]],
+        ["judge", judge["model"]],
         ["pairs judged", f"{judge['pairs_judged']} of {judge['pairs']}, in both orders"],
         ["invalid verdicts", invalid],
         ["prefers the first response", triple(judge["first_share"])],
         ["same verdict in both orders", triple(judge["consistent"])],
-        ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
-        [
-            "cost",
-            f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
-            f"${judge['dollars']:.4f}, {judge['seconds']:.1f} s",
-        ],
+        ["time", f"{judge['seconds']:.1f} s"],
     ]
+    if "requests" in judge:  # a model behind an endpoint
+        rows += [
+            ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
+            [
+                "cost",
+                f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
+                f"${judge['dollars']:.4f}",
+            ],
+        ]
     return tag("details", tag("summary", "The judge"), table(["", ""], rows, class_="facts"))

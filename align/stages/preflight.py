@@ -1,6 +1,7 @@
 """The preflight checks of each family of stages, and the token views of the report."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from align.data.token_view import NUM_SHOWN, View, view_of
 from align.models.decoder import plain_table
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Check, Finding, spread
+from align.preflight.judges import judge_test
 from align.preflight.offline import loss_checks, sides_of, start_checks, stop_check
 from align.preflight.rewards import reward_checks
 from align.preflight.sampling import Probe
@@ -25,6 +27,7 @@ from align.recipe.schema.evaluate import OWN_TASK
 from align.stages.base import StageContext, chat_format
 from align.stages.evaluate.measure import TaskRewards
 from align.training.task import OfflineTask
+from reward_models.base import RewardFunction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,15 +134,23 @@ def evaluate_checks(
     *,
     rows: Mapping[str, Sequence[PromptRow]],
     rewards: TaskRewards,
+    judge: RewardFunction | None,
 ) -> list[Check]:
-    """Return the checks of an evaluation: its prompts, graders and judges."""
+    """Return the checks of an evaluation: its prompts, graders and judges.
+
+    ``judge`` is the function that compares responses of two models, if there is one.
+    """
     chat = chat_format(model_dir)
     everything = [row for task in rows.values() for row in task]
     checks = [*prompt_checks(chat, everything, model_dir=model_dir)]
     for task in spec.all_tasks:
-        grader, judge = rewards[task.name]
+        grader, deciding = rewards[task.name]
         prompts, own = rows[task.name], "" if task.name == OWN_TASK else f"{task.name}: "
         checks += reward_checks(f"{own}score", task.grader, grader, prompts=prompts, answers=None)
         if task.judge:
-            checks += reward_checks(f"{own}judge", task.judge, judge, prompts=prompts, answers=None)
+            checks += reward_checks(
+                f"{own}judge", task.judge, deciding, prompts=prompts, answers=None
+            )
+        elif judge is not None:
+            checks.append((f"{own}pairwise {judge.name}", partial(judge_test, judge, prompts)))
     return checks

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("openai", reason="the judge's client is the package openai")
 pytest.importorskip("vllm", reason="the server is vLLM")
 
-from align.evaluation.judge import Bench, Pair
+from align.evaluation.judge import Bench, EndpointJudge, Pair
 from align.pipeline.processes import free_port
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 
@@ -82,14 +82,14 @@ def test_real_server_gives_verdicts_in_both_orders_and_the_cache_gives_them_agai
 ) -> None:
     endpoint = Endpoint(url=url, model="tiny", max_tokens=64, cache=tmp_path)
     pairs = [Pair(f"what is {i} plus one?", f"it is {i + 1}.", "i like fish") for i in range(6)]
-    bench = Bench(JudgeClient(endpoint), "Which answer is right?")
+    bench = Bench(EndpointJudge(JudgeClient(endpoint), "Which answer is right?"))
     said = bench.judge(pairs)
     # A story model judges nothing well, but the server holds it to the schema.
     assert all(pair.result in (0.0, 0.25, 0.5, 0.75, 1.0) for pair in said)
     report = bench.report()
     assert (report["requests"], report["cached"], report["invalid"]) == (12, 0, {})
     assert report["prompt_tokens"] > 12 * 20
-    again = Bench(JudgeClient(endpoint), "Which answer is right?")
+    again = Bench(EndpointJudge(JudgeClient(endpoint), "Which answer is right?"))
     assert again.judge(pairs) == said
     assert (again.report()["requests"], again.report()["cached"]) == (0, 12)
 
@@ -97,7 +97,9 @@ def test_real_server_gives_verdicts_in_both_orders_and_the_cache_gives_them_agai
 @pytest.mark.real
 @pytest.mark.slow
 def test_real_server_cuts_a_verdict_and_refuses_an_unknown_model(url: str) -> None:
-    short = Bench(JudgeClient(Endpoint(url=url, model="tiny", max_tokens=2)), "Judge.")
+    short = Bench(
+        EndpointJudge(JudgeClient(Endpoint(url=url, model="tiny", max_tokens=2)), "Judge.")
+    )
     assert short.judge([Pair("q", "a", "b")])[0].result is None
     assert short.report()["invalid"] == {"cut": 2}
     unknown = JudgeClient(Endpoint(url=url, model="other"))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from judge_server import Server, running
 
 from align.evaluation.calibrate import calibration, kappa_interval, scored_orders
-from align.evaluation.judge import Bench, BothOrders, Pair, judge_model, position
+from align.evaluation.judge import Bench, BothOrders, EndpointJudge, Pair, judge_model, position
 from reward_models.judge import JudgeClient
 
 
@@ -51,7 +51,7 @@ def records(texts: list[str]) -> list[dict[str, Any]]:
 
 def test_both_orders_make_one_result(server: Server):
     server.reply = likes_good
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     found = bench.judge([Pair("q", "good", "bad"), Pair("p", "bad", "good"), Pair("q", "x", "x")])
     assert [said.result for said in found] == [1.0, 0.0, 0.5]
     assert len(server.seen) == 4  # two pairs in two orders; equal answers are not asked about
@@ -59,7 +59,7 @@ def test_both_orders_make_one_result(server: Server):
 
 def test_a_judge_that_takes_the_first_answer_decides_nothing(server: Server):
     server.reply = lambda request: says("first")
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     found = bench.judge([Pair(f"q{i}", "a", "b") for i in range(5)])
     assert [said.result for said in found] == [0.5] * 5
     report = bench.report()
@@ -72,7 +72,7 @@ def test_an_invalid_verdict_is_no_tie(server: Server):
         return says("first") if shown(request)[0] == "a" else (200, {"refusal": "no"})
 
     server.reply = half
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     (said,) = bench.judge([Pair("q", "a", "b")])
     assert (said.ours_first, said.theirs_first, said.result) == (1.0, None, None)
     assert bench.report()["invalid"] == {"refusal": 1}
@@ -82,7 +82,7 @@ def test_an_invalid_verdict_is_no_tie(server: Server):
 def test_judging_stops_when_the_verdict_is_clear(server: Server):
     server.reply = likes_good
     mine, theirs = records(["good"] * 200), records(["bad"] * 200)
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     judged = judge_model(bench, mine, theirs, sequential=True, batch=8, seed=0)
     assert judged.sequence is not None
     assert judged.sequence.low > 0.5
@@ -100,7 +100,7 @@ def test_copies_of_a_prompt_do_not_make_a_verdict_clear(server: Server):
         [row | {"prompt": "q", "cluster": "q"} for row in records([text] * 200)]
         for text in ("good", "bad")
     )
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     judged = judge_model(bench, mine, theirs, sequential=True, batch=8, seed=0)
     assert len(judged.results) == 200
     assert judged.sequence is not None
@@ -120,7 +120,7 @@ def test_position_bias_of_copies_is_that_of_one_each():
 def test_open_verdict_takes_all_pairs(server: Server):
     server.reply = likes_good
     mine, theirs = records(["good", "bad"] * 20), records(["bad", "good"] * 20)
-    bench = Bench(JudgeClient(server.endpoint()), "Judge.")
+    bench = Bench(EndpointJudge(JudgeClient(server.endpoint()), "Judge."))
     judged = judge_model(bench, mine, theirs, sequential=True, batch=10, seed=0)
     assert len(judged.results) == 40
     assert judged.sequence.low < 0.5 < judged.sequence.high

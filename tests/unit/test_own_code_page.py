@@ -55,6 +55,12 @@ def test_the_recipes_of_the_page_are_valid_with_its_files(folder: Path):
     assert spec.estimator == f"{folder}/losses.py:best_of_group"
 
 
+def test_the_judge_prefers_the_shorter_response(folder: Path):
+    judge = build_reward({"kind": "python", "path": f"{folder}/my_judge.py:prefer"})
+    found = judge(prompts=["?"] * 3, completions=["a", "bb", "c"], others=["aa", "b", "d"])
+    assert found == [1.0, 0.0, 0.5]
+
+
 def test_the_reward_and_the_map_do_what_the_page_says(folder: Path):
     reward = build_reward({"kind": "python", "path": f"{folder}/my_reward.py:score"})
     found = reward(prompts=["?", "?"], completions=["It is 4", "It is 5"], answer=["4", "4"])

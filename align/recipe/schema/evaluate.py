@@ -17,7 +17,8 @@ from align.recipe.schema.common import (
 )
 from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.training import StageSpec
-from reward_models.specs import EndpointSpec, RewardSpec
+from reward_models.identity import Added
+from reward_models.specs import EndpointSpec, PythonSpec, RewardSpec
 
 MergeMethod = Literal["linear", "ties", "dare_ties", "dare_linear", "slerp"]
 
@@ -91,16 +92,27 @@ _PASS = re.compile(r"pass@([1-9][0-9]*)")
 
 
 class PairwiseSpec(Spec):
-    """A language model as judge of response pairs, in both orders."""
+    """A judge of response pairs, in both orders: a language model or your own function."""
 
-    endpoint: EndpointSpec
+    endpoint: EndpointSpec | None = None
     """The model that compares."""
+    function: Annotated[PythonSpec | None, Added("0.2")] = None
+    """The function that compares. It is called like a reward, and gets the other response to each
+    prompt as ``others``; it returns 1 if its completion is better, 0.5 for a tie and 0 if the other
+    is better, or a probability."""
     criteria: str = "Judge which answer helps the user more: correct, on the question, clear."
-    """What the judge is told to compare."""
+    """What the model is told to compare."""
     sequential: bool = True
     """Stop as soon as the verdict is clear; the interval is valid at any stopping time."""
     batch: Count = 32
     """Prompts that are judged between two checks of the verdict."""
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> "PairwiseSpec":
+        if (self.endpoint is None) == (self.function is None):
+            found = "neither" if self.endpoint is None else "both"
+            raise ValueError(f"give one of 'endpoint' and 'function'; found {found}")
+        return self
 
 
 class TaskSampling(Spec):
@@ -234,7 +246,7 @@ class EvaluateStage(StageSpec):
     tasks: list[TaskSpec] = []
     """Each is a name (align/evaluation/tasks/), the path of a file, or an inline task."""
     pairwise: PairwiseSpec | None = None
-    """Endpoint judge for tasks without their own ``judge``."""
+    """Judge of pairs for tasks without their own ``judge``."""
     harness: HarnessSpec | None = None
     """Tasks of lm-evaluation-harness, run in a separate environment."""
     prompts: list[DataSpec] = []

@@ -2,48 +2,70 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.core import distributed
 from align.core.artifacts import read_artifact
 from align.core.errors import AlignError
-from align.core.types import Example
+from align.core.types import Example, PromptRow, Text
 from align.data.load import load_examples
 from align.data.split import split_key
 from align.evaluation.calibrate import calibration, scored_orders
-from align.evaluation.judge import Bench, BothOrders, Pair, answer, judge_model
+from align.evaluation.judge import (
+    Bench,
+    BothOrders,
+    EndpointJudge,
+    FunctionJudge,
+    Pair,
+    PairJudge,
+    answer,
+    judge_model,
+)
 from align.evaluation.verdict import Judged, Responses
 from align.models.loading import num_positions
 from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.base import chat_format
 from align.tuning.loading import attach_adapter
-from reward_models.base import plain_text
+from reward_models.base import MissingColumnError, RewardFunction
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 from reward_models.learned import build_scalar
+from reward_models.own import build_python
 from reward_models.scalar import reads_first
-from reward_models.specs import ScalarSpec
+from reward_models.specs import FUNCTION, PythonSpec, ScalarSpec
 
 log = logging.getLogger(__name__)
 
 
-def _open_bench(spec: PairwiseSpec) -> Bench:
+def _endpoint_judge(spec: EndpointSpec, criteria: str) -> EndpointJudge:
     """Connect to the judge of a recipe."""
-    plain_spec = spec.endpoint.model_dump()
+    plain_spec = spec.model_dump()
     cache = plain_spec.pop("cache")
     endpoint = Endpoint(**plain_spec, cache=Path(cache) if cache else None)
     try:
-        return Bench(JudgeClient(endpoint), spec.criteria)
+        return EndpointJudge(JudgeClient(endpoint), criteria)
     except JudgeError as error:
         raise AlignError(str(error)) from error
 
 
 def judge_all(
-    spec: EvaluateStage, answered: Mapping[str, Responses], *, seed: int
+    spec: EvaluateStage,
+    answered: Mapping[str, Responses],
+    *,
+    function: RewardFunction | None,
+    rows: Sequence[PromptRow],
+    seed: int,
 ) -> tuple[dict[str, Judged], dict[str, Any]]:
     """Judge each model's responses to a task against the baseline's; rank 0 queries the judge.
+
+    Args:
+        spec: the stage. answered: responses of its models to a task.
+        function: the judge if it is a function.
+        rows: the prompts of the task. seed: random seed of the order of the prompts.
 
     Returns:
         The judged pairs of each model, and the judge's report: verdicts, cost and biases.
@@ -53,30 +75,33 @@ def judge_all(
     if distributed.rank() == 0:
         baseline = spec.label(spec.baseline)
         # One bench for all models: its cache, its cost and its biases are those of the whole task.
-        bench = _open_bench(spec.pairwise)
-        judged = {
-            name: _judge_one(spec.pairwise, bench, model, other=answered[baseline], seed=seed)
-            for name, model in answered.items()
-            if name != baseline
-        }
+        bench = Bench(_judge_of(spec.pairwise, function))
+        judge_one = partial(
+            judge_model,
+            bench,
+            others=answered[baseline].records,
+            sequential=spec.pairwise.sequential,
+            batch=spec.pairwise.batch,
+            seed=seed,
+            columns=[row.columns for row in rows],
+        )
+        try:
+            judged = {
+                name: judge_one(records=model.records)
+                for name, model in answered.items()
+                if name != baseline
+            }
+        except (JudgeError, MissingColumnError) as error:
+            raise AlignError(str(error)) from error
         found = judged, bench.report()
     return distributed.broadcast_object(found)
 
 
-def _judge_one(
-    spec: PairwiseSpec, bench: Bench, model: Responses, *, other: Responses, seed: int
-) -> Judged:
-    try:
-        return judge_model(
-            bench,
-            model.records,
-            other.records,
-            sequential=spec.sequential,
-            batch=spec.batch,
-            seed=seed,
-        )
-    except JudgeError as error:
-        raise AlignError(str(error)) from error
+def _judge_of(spec: PairwiseSpec, function: RewardFunction | None) -> PairJudge:
+    if function is not None:
+        return FunctionJudge(function)
+    assert spec.endpoint is not None
+    return _endpoint_judge(spec.endpoint, spec.criteria)
 
 
 def calibrate(
@@ -85,27 +110,28 @@ def calibrate(
     """Return how well a judge agrees with human preferences.
 
     Args:
-        judge: URL of an endpoint, folder of a reward model, or LONGER.
+        judge: URL of an endpoint, folder of a reward model, ``FILE.py:NAME``, or LONGER.
         model: name of the model at the endpoint.
         data: preference pairs; the chosen response is the one that humans preferred.
         criteria: what a judge at an endpoint should consider. cache: folder of its verdicts.
     """
     examples = load_examples(data, kind="preference", seed=0)
     pairs = [
-        Pair(plain_text(e.prompt), answer(e.completion or ""), answer(e.rejected or ""))
+        Pair(e.prompt, answer(e.completion or ""), answer(e.rejected or ""), e.columns)
         for e in examples
     ]
     report: dict[str, Any] = {}
-    # Endpoint, length heuristic or reward model.
+    by: PairJudge | None = None
+    # Endpoint, function, length heuristic or reward model.
     if model is not None:
-        spec = PairwiseSpec(
-            endpoint=EndpointSpec(url=judge, model=model, cache=cache), criteria=criteria
-        )
-        bench = _open_bench(spec)
-        bench.offered = len(pairs)
+        by = _endpoint_judge(EndpointSpec(url=judge, model=model, cache=cache), criteria)
+    elif re.fullmatch(FUNCTION, judge):
+        by = FunctionJudge(_own_judge(judge))
+    if by is not None:
+        bench = Bench(by, offered=len(pairs))
         try:
             said = bench.judge(pairs)
-        except JudgeError as error:
+        except (JudgeError, MissingColumnError) as error:
             raise AlignError(str(error)) from error
         report = bench.report()
     elif judge == LONGER:
@@ -116,15 +142,21 @@ def calibrate(
     return found | ({"judge": report} if report else {})
 
 
+def _own_judge(path: str) -> RewardFunction:
+    try:
+        return build_python(PythonSpec(kind="python", path=path))
+    except ValueError as error:
+        raise AlignError(str(error)) from error
+
+
 def _scored(folder: Path, examples: Sequence[Example], pairs: Sequence[Pair]) -> list[BothOrders]:
     """Return a reward model's verdicts; pairs longer than its context have none."""
     reward = build_scalar(ScalarSpec(kind="scalar", model=str(folder)))
     attach_adapter(reward.model, folder)
-    turns = {plain_text(e.prompt): e.prompt for e in examples}
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    def score(prompts: Sequence[Text], answers: Sequence[str]) -> list[float | None]:
         said = [[{"role": "assistant", "content": text}] for text in answers]
-        return reward(prompts=[turns[p] for p in prompts], completions=said)
+        return reward(prompts=prompts, completions=said)
 
     if reads_first(folder):  # returns None itself for pairs that are too long
         return scored_orders(pairs, score)

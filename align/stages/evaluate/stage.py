@@ -61,9 +61,12 @@ def prepare(spec: EvaluateStage, context: StageContext) -> Prepared:
     baseline = artifacts[spec.label(spec.baseline)].model_dir
     rows = task_rows(spec, artifacts[spec.label(spec.baseline)], context)
     rewards = _task_rewards(spec, context, load_tokenizer(baseline))
+    judge = None
+    if spec.pairwise and spec.pairwise.function:
+        (judge,) = build_rewards([spec.pairwise.function], context)
     return Prepared(
-        train=partial(evaluate, spec, context, artifacts, rows=rows, rewards=rewards),
-        checks=evaluate_checks(spec, baseline, rows=rows, rewards=rewards),
+        train=partial(evaluate, spec, context, artifacts, rows=rows, rewards=rewards, judge=judge),
+        checks=evaluate_checks(spec, baseline, rows=rows, rewards=rewards, judge=judge),
     )
 
 
@@ -74,8 +77,12 @@ def evaluate(
     *,
     rows: Mapping[str, Sequence[PromptRow]],
     rewards: TaskRewards,
+    judge: RewardFunction | None = None,
 ) -> StageResult:
-    """Sample, score and compare the models; write summary.json and samples.jsonl."""
+    """Sample, score and compare the models; write summary.json and samples.jsonl.
+
+    ``judge`` is the function that compares responses of two models, if the recipe names one.
+    """
     baseline = spec.label(spec.baseline)
     answers: Answers = {}
     answered: dict[str, dict[str, Responses]] = {}
@@ -86,7 +93,9 @@ def evaluate(
         answered = _measure_all(spec, artifacts, answers=answers, rewards=rewards, context=context)
         log.info("comparing the models")
     summary["tasks"] = {
-        task.name: summarize(spec, task, answered[task.name], context=context)
+        task.name: summarize(
+            spec, task, answered[task.name], rows=rows[task.name], judge=judge, context=context
+        )
         for task in spec.all_tasks
     } | harness_blocks(spec, artifacts, context)
     # Reward models: scored on held-out pairs, independent of the tasks.
@@ -164,14 +173,22 @@ def _task_rewards(
 
 
 def summarize(
-    spec: EvaluateStage, task: TaskSpec, answered: Mapping[str, Responses], *, context: StageContext
+    spec: EvaluateStage,
+    task: TaskSpec,
+    answered: Mapping[str, Responses],
+    *,
+    rows: Sequence[PromptRow],
+    judge: RewardFunction | None,
+    context: StageContext,
 ) -> dict[str, Any]:
-    """Return the comparison of the models on one task."""
+    """Return the comparison of the models on one task, whose prompts are ``rows``."""
     baseline = spec.label(spec.baseline)
     records = {name: model.records for name, model in answered.items()}
     told: dict[str, Any] = {"description": task.description}
     if spec.pairwise and not task.judge:
-        judged, told["judge"] = judge_all(spec, answered, seed=context.seed)
+        judged, told["judge"] = judge_all(
+            spec, answered, function=judge, rows=rows, seed=context.seed
+        )
     else:
         judged = {
             name: Judged(preferences_by_score(mine, records[baseline]))

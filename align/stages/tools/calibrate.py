@@ -1,7 +1,8 @@
-"""Calibrate a judge (an endpoint or a reward model) on human preference pairs."""
+"""Calibrate a judge (an endpoint, a reward model or a function) on human preference pairs."""
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -12,12 +13,13 @@ from align.core.references import find_model
 from align.recipe.schema import DataSpec, EndpointSpec, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.evaluate.judge import calibrate
+from reward_models.specs import FUNCTION
 
 
 def main() -> NoReturn:
     """Calibrate the judge named on the command line and exit."""
     parser = argparse.ArgumentParser(description="Calibrate a judge on human preference pairs.")
-    parser.add_argument("judge", help="endpoint's URL, RUN/STAGE of a reward model, or 'longer'")
+    parser.add_argument("judge", help="URL, RUN/STAGE of a reward model, FILE.py:NAME, or 'longer'")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--model", help="name of the model at the endpoint")
     parser.add_argument("--pairs", required=True, help="file of preference pairs")
@@ -34,7 +36,8 @@ def main() -> NoReturn:
         held_out = {"split": "heldout", "heldout_frac": args.heldout_frac}
         data = data.model_copy(update=held_out)
     try:
-        is_model = args.model is None and args.judge != LONGER
+        is_function = re.fullmatch(FUNCTION, args.judge)
+        is_model = args.model is None and args.judge != LONGER and not is_function
         judge = str(find_model(args.judge, args.runs)) if is_model else args.judge
         found = calibrate(
             judge, model=args.model, data=[data], criteria=args.criteria, cache=args.cache
