@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "align.doctor": ("align.core", "align.recipe"),
     "align.api": (
         *("align.core", "align.recipe", "align.pipeline", "align.report"),
-        "align.cli.eval_recipe",
+        *("align.cli.eval_recipe", "reward_models.base"),
     ),
     "align.rewards": ("reward_models",),
     "align.serve": (

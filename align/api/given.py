@@ -210,6 +210,7 @@ class Writer:
 
     def _model(self, model: Any, tokenizer: Any) -> str:
         """Save a loaded model and its tokenizer, and return the folder."""
+        _check_model(model)
         tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         self.folder.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(dir=self.folder))
@@ -263,6 +264,23 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
+
+
+def _check_model(model: Any) -> None:
+    """Raise unless a loaded model is one that can be saved whole, or an adapter of a named one."""
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(
+            f"model: the weights of this {type(model).__name__} are quantized and cannot be "
+            "trained; pass the original weights (tuning={'method': 'qlora'} quantizes them itself)"
+        )
+    # Of a model of peft only the adapter is saved; the base stage merges it into the named model.
+    adapters = getattr(model, "peft_config", None) or {}
+    if adapters and not all(adapter.base_model_name_or_path for adapter in adapters.values()):
+        raise RecipeError(
+            f"model: a {type(model).__name__} on a model without a name, so the adapter alone "
+            "would be saved; pass model=(model.merge_and_unload(), tokenizer)"
+        )
 
 
 def _tokenizer_of(model: object) -> Any:

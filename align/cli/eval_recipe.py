@@ -18,9 +18,9 @@ from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 from align.recipe.load import load_task
 from align.recipe.own_code import no_judge, placed, problem_of
+from align.recipe.schema.common import FUNCTION
 from align.recipe.schema.evaluate import LONGER
 from align.report.tables import calibration_lines, detect_lines
-from reward_models.specs import FUNCTION
 
 STAGE = "evaluate"
 HARNESS_PREFIX = "lm_eval:"

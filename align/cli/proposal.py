@@ -142,7 +142,8 @@ def _said(rows: Sequence[tuple[Any, str]], stage: str) -> str:
         for example in made:
             if isinstance(example.prompt, str) and example.prompt:
                 return "texts"
-            return "turns" if not isinstance(example.completion, str) else ""
+            sides = (example.prompt, example.completion)
+            return "" if all(isinstance(side, str) for side in sides) else "turns"
     return ""
 
 

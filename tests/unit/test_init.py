@@ -62,7 +62,8 @@ def test_several_sources_become_stages_that_start_from_each_other():
     assert [found[name]["init"] for name in ("sft", "dpo", "grpo")] == ["base", "sft", "dpo"]
     assert [source["path"] for source in found["sft"]["data"]] == ["sft.jsonl", "alpaca.jsonl"]
     (held_out,) = found["dpo"]["heldout"]
-    assert held_out == {"path": "pairs.jsonl", "split": "heldout", "strings": "text"}
+    # Beside alpaca's rows, which are conversations, the pairs are turns too.
+    assert held_out == {"path": "pairs.jsonl", "split": "heldout", "strings": "chat"}
     assert found["grpo"]["rewards"] == [{"kind": "math", "column": "answer"}]
     # An adapter does not train the row of a new stop token, so the template must not add one.
     assert found["base"]["tokenizer"] == {"pad_token": "</s>", "chat_template": "plain"}

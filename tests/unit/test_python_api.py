@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -309,6 +310,42 @@ def test_a_loaded_model_is_saved_once_with_its_tokenizer(tmp_path):
     with pytest.raises(RecipeError, match=r"pass both: model=\(model, tokenizer\)"):
         Writer(tmp_path).plain(base_stage(pair[0], None)[0])
     assert len(list((tmp_path / "from.python").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"config": SimpleNamespace(quantization_config={"bits": 4})}, "are quantized and cannot"),
+        (
+            {"peft_config": {"default": SimpleNamespace(base_model_name_or_path="")}},
+            r"on a model without a name.*merge_and_unload\(\)",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_saved_whole_is_one_line(attributes, message, tmp_path):
+    model = SimpleNamespace(save_pretrained=lambda place: None, **attributes)
+    base, _ = base_stage((model, model), None)
+    with pytest.raises(RecipeError, match=message):
+        Writer(tmp_path).plain(base)
+
+
+def test_a_model_of_peft_is_an_adapter_that_names_its_base(tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from align.models.bringing import is_adapter
+    from tests.numeric.tiny_models import tiny_llama
+    from tests.unit.small_tokenizers import byte_tokenizer
+
+    tiny_llama("sdpa").save_pretrained(tmp_path / "base")
+    byte_tokenizer("{{ messages }}").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    base, _ = base_stage(tuned, None)
+    path = Writer(tmp_path).plain(base)["path"]
+    assert is_adapter(path)
+    named = json.loads(Path(path, "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
 
 
 def test_a_model_is_a_base_stage_or_an_artifact(tmp_path):
