@@ -100,10 +100,11 @@ def test_plain_texts_are_for_the_template_of_an_instruct_model(file: str):
 
 
 def test_plain_texts_beside_conversations_are_turns_too():
-    found = stages("pairs", "chats")["dpo"]["data"]
-    assert [source.get("strings") for source in found] == ["chat", None]
-    assert [source["strings"] for source in stages("pairs")["dpo"]["data"]] == ["text"]
-    stages("chats")
+    found = stages("pairs", "alpaca")
+    assert found["dpo"]["data"][0]["strings"] == "chat"
+    assert "strings" not in found["sft"]["data"][0]
+    assert stages("pairs")["dpo"]["data"][0]["strings"] == "text"
+    stages("alpaca")
     assert "# strings" not in Path("r.yaml").read_text()
 
 
