@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "align.preflight": L5,
     "align.export": L4,
     "align.stages": (*L5, "align.preflight", "align.export"),
-    "align.pipeline": ("align.core", "align.recipe", "align.report", "align.data.reading"),
+    "align.pipeline": ("align.core", "align.recipe", "align.report", "align.data"),
     "align.report": ("align.core", "align.recipe"),
     "align.__main__": ("align.cli",),
     "align.cli": ("align.core", "align.recipe", "align.pipeline", "align.report", "align.doctor"),

@@ -248,9 +248,9 @@ def _train(
     plain = Writer(folder).plain({"name": _name_of(folder), **above, "stages": stages})
     try:
         recipe = load_recipe(plain, runs=runs)
+        return execute(recipe, folder, force=force, quiet=quiet)
     except RecipeError as error:
         raise RecipeError(_as_arguments(str(error), kind)) from None
-    return execute(recipe, folder, force=force, quiet=quiet)
 
 
 def _name_of(folder: Path) -> str:

@@ -106,12 +106,13 @@ def check(
     runs: Runs = Path("runs"),
 ) -> None:
     """Validate a recipe and list every error with its line number."""
-    from align.cli.first_look import first_look
+    from align.pipeline.first_look import first_look
     from align.recipe.advice import warnings
     from align.recipe.load import load_resolved
 
     resolved = load_resolved(recipe, overrides or (), runs=runs)
-    loaded, look = resolved.recipe, first_look(resolved)
+    loaded = resolved.recipe
+    look = first_look(loaded, resolved.places, runs / loaded.name)
     if look.problems:
         raise RecipeError("\n".join(look.problems))
     names = ", ".join(loaded.stages)

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import RUN_LOCK, StageLock, refuse_if_held, wait_for_sign
 from align.core.seats import Seat, int_of, seat_of, without_launcher
 from align.core.serving import installed_command, serve_line
+from align.pipeline.first_look import refuse_missing
 from align.pipeline.follow import follow
 from align.pipeline.hosts import Host, read_hostfile, seat_of_hosts
 from align.pipeline.nodes import Party, refuse_other_number, together
@@ -47,7 +48,7 @@ from align.pipeline.selection import Choice, Work, work_of
 from align.pipeline.spread import Order, SpreadStage
 from align.pipeline.summary import add_seconds, forget_seconds, measured_seconds, summarize
 from align.pipeline.terminal import Terminal
-from align.recipe.load import RECIPE_FILE, load_recipe, write_resolved
+from align.recipe.load import RECIPE_FILE, load_resolved, write_resolved
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS
 
@@ -105,15 +106,22 @@ def run(
     if seat is not None and seat.rank > 0:
         return follow(seat)
     with signals or Signals() as signals, together(seat, signals, others) as party:
-        recipe = _loaded(recipe_path, overrides, runs=Path(runs))
+        recipe, places = _loaded(recipe_path, overrides, runs=Path(runs))
         folder = Path(run_dir or Path(runs) / recipe.name)
-        given = _Run(recipe, folder, terminal or Terminal(), signals, module, grace_s, party)
+        shown = terminal or Terminal()
+        given = _Run(recipe, places, folder, shown, signals, module, grace_s, party)
         choice = Choice.of(only=only, from_=from_, until=until, force=force, redo=redo)
         return _run_chosen(given, choice, dry=dry)
 
 
-def _loaded(given: Path | str | Recipe, overrides: Sequence[str], *, runs: Path) -> Recipe:
-    return given if isinstance(given, Recipe) else load_recipe(given, overrides, runs=runs)
+def _loaded(
+    given: Path | str | Recipe, overrides: Sequence[str], *, runs: Path
+) -> tuple[Recipe, Mapping[str, str]]:
+    """Return the recipe, and the place of each of its values in a file."""
+    if isinstance(given, Recipe):
+        return given, {}
+    resolved = load_resolved(given, overrides, runs=runs)
+    return resolved.recipe, resolved.places
 
 
 def _seat(hostfile: Path | None) -> tuple[Seat | None, list[Host]]:
@@ -146,6 +154,7 @@ class _Run:
     """A run in progress: its locked folder, and what every one of its stages is started with."""
 
     recipe: Recipe
+    places: Mapping[str, str]
     folder: Path
     terminal: Terminal
     signals: Signals
@@ -158,6 +167,7 @@ def _run_dry(run: _Run, choice: Choice) -> int:
     """Show what the run would do."""
     require_device(run.recipe.device)
     work = work_of(run.recipe, plan(run.recipe, run.folder), choice)
+    _look_first(run, work)
     run.terminal.dry_run(run.recipe.name, run.folder, work)
     return EXIT_OK
 
@@ -177,6 +187,7 @@ def _run_choice(run: _Run, choice: Choice) -> int:
     """Plan a run whose folder is locked, run the chosen stages, and finish it."""
     planned = plan(run.recipe, run.folder)
     work = work_of(run.recipe, planned, choice)
+    _look_first(run, work)
     left_out = [stage.name for stage, action in work if action == "left out"]
     chosen = [stage for stage in planned if stage.name not in left_out]
     run.terminal.plan(run.recipe, run.folder, chosen, left_out=left_out)
@@ -184,6 +195,16 @@ def _run_choice(run: _Run, choice: Choice) -> int:
         run.terminal.line(line)
     code = _run_stages(run, work)
     return code if code != EXIT_OK else _finish(run.recipe, run.folder, run.terminal)
+
+
+def _look_first(run: _Run, work: Sequence[Work]) -> None:
+    """Raise RecipeError if files of a stage that will start are missing, also of the last one."""
+    refuse_missing(run.recipe, run.places, run.folder, stages=_starting(work))
+
+
+def _starting(work: Sequence[Work]) -> list[str]:
+    """Return the stages that will start."""
+    return [stage.name for stage, action in work if action not in ("keep", "left out")]
 
 
 def _header(run: _Run) -> str | None:
@@ -206,7 +227,7 @@ def _run_stages(run: _Run, work: Sequence[Work]) -> int:
     count = len(work)
     # Before any folder is emptied: how long the stages took with the same settings.
     measured = measured_seconds(run.folder, run.recipe)
-    waiting = [stage.name for stage, action in work if action not in ("keep", "left out")]
+    waiting = _starting(work)
     for position, (stage, action) in enumerate(work, start=1):
         if action == "left out":
             continue

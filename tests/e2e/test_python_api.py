@@ -225,9 +225,10 @@ def test_a_run_gives_its_metrics_samples_model_and_recipe(page, monkeypatch):
 @pytest.mark.slow
 def test_a_stage_that_fails_raises_its_own_message(page, monkeypatch):
     monkeypatch.chdir(page)
-    expected = r"stage sft failed \(exit code 2\): .*jsonl:1: no known format has the fields"
+    expected = r"stage sft failed \(exit code 2\): .*jsonl:2: no known format has the fields"
+    rows = [{"prompt": "a", "completion": "b"}, {"colour": "red"}]
     with pytest.raises(RunError, match=expected) as caught:
-        align.sft(model="runs/sft/base", data=[{"colour": "red"}], out="runs/bad", quiet=True)
+        align.sft(model="runs/sft/base", data=rows, out="runs/bad", quiet=True)
     assert (caught.value.stage, caught.value.exit_code) == ("sft", 2)
     assert "Traceback" not in str(caught.value)
 

@@ -1,13 +1,21 @@
-"""``align check`` looks at the files that a recipe names: what is seen, what is not."""
+"""``align check`` and ``align run`` look at the files that a recipe names before a stage starts."""
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+import align
 from align.cli import cli
-from align.cli import first_look as module
+from align.core.errors import RecipeError
+from align.pipeline import first_look as module
+from align.pipeline import run
+from align.pipeline.terminal import Terminal
 
 BASE = "  base: {kind: base, path: ORG/BASE}\n"
 ROWS = {
@@ -113,3 +121,129 @@ def test_more_ranks_than_devices_is_a_warning(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "num_cores", lambda: 2)
     told = "stages.it.ranks: 3 ranks, but this machine has 2 CPU cores"
     assert told in checked(tmp_path, stage("sft", data, more="    ranks: 3\n"))[1]
+
+
+# A stage without a model: it notes its name and writes a manifest.
+STAGE = """\
+import sys
+from pathlib import Path
+from align.core.artifacts import spec_hash, write_manifest
+from align.recipe.load import read_resolved
+
+_, _, _, resolved, _, name, _, run_dir = sys.argv
+recipe = read_resolved(resolved)
+spec = recipe.stages[name]
+with open("calls.txt", "a") as f:
+    f.write(name + "\\n")
+hashes = {}
+for stage, made in recipe.stages.items():
+    inputs = {key: hashes[ref] for key, ref in recipe.inputs(stage).items()}
+    hashes[stage] = spec_hash(made.settings(), seed=recipe.seed, inputs=inputs)
+write_manifest(Path(run_dir) / name, {
+    "kind": spec.produces, "stage": name, "stage_kind": spec.kind, "spec_hash": hashes[name],
+    "spec": spec.model_dump(mode="json"), "inputs": {}, "seed": 0, "data": [], "seconds": 1.0,
+    "peak_rss_gib": 0.1, "metrics": {},
+})
+"""
+THREE = """\
+name: my
+stages:
+  base: {kind: base, build: {vocab_size: 64}, data: [{world: corpus}], steps: 1}
+  sft: {kind: sft, init: base, data: [{path: a.jsonl}]}
+  dpo: {kind: dpo, init: sft, data: [{path: pairs.jsonl}]}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[2]}")
+    (tmp_path / "toy_stages.py").write_text(STAGE)
+    (tmp_path / "my.yaml").write_text(THREE)
+    write(tmp_path / "a.jsonl", ROWS["sft"])
+    return tmp_path
+
+
+def started(**options: object) -> list[str]:
+    """Run the recipe; give the stages that were started."""
+    Path("calls.txt").write_text("")
+    terminal = Terminal(Console(file=io.StringIO()))
+    assert run("my.yaml", module="toy_stages", terminal=terminal, **options) == 0
+    return Path("calls.txt").read_text().split()
+
+
+def refused(**options: object) -> list[str]:
+    """Return the lines with which the run ends before any stage starts."""
+    Path("calls.txt").write_text("")
+    with pytest.raises(RecipeError) as error:
+        run("my.yaml", module="toy_stages", **options)
+    assert error.value.exit_code == 2
+    assert Path("calls.txt").read_text() == ""
+    assert not list(Path("runs").glob("*/*"))[1:], "only the run's own lock may be there"
+    return str(error.value).splitlines()
+
+
+def test_a_run_lists_the_missing_files_of_all_its_stages_before_the_first(place: Path) -> None:
+    Path("a.jsonl").unlink()
+    first, second = refused()
+    assert first.startswith("my.yaml:4:46: stages.sft.data.0: a.jsonl: no such file")
+    assert second.startswith("my.yaml:5:45: stages.dpo.data.0: pairs.jsonl: no such file")
+    assert refused(dry=True) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("build: {vocab_size: 64}, data: [{world: corpus}], steps: 1", "path: ./gone", "gone: no"),
+        ("steps: 1", "steps: 1, tokenizer: {chat_template: own.jinja}", "'own.jinja' is neither"),
+        ("path: a.jsonl", "path: a.jsonl, templates: own.yaml", "own.yaml: the template file"),
+        ("path: a.jsonl", "path: a.jsonl, map: 'own.py:rows'", "own.py: no such file"),
+        ("path: a.jsonl", "labels: survey", "survey"),
+    ],
+)
+def test_every_kind_of_file_is_looked_at(place: Path, old: str, new: str, told: str) -> None:
+    write(place / "pairs.jsonl", ROWS["dpo"])
+    Path("my.yaml").write_text(THREE.replace(old, new))
+    (line,) = refused()
+    assert line.startswith("my.yaml:")
+    assert told in line
+
+
+def test_only_the_stages_that_start_are_looked_at(place: Path) -> None:
+    assert started(until="sft") == ["base", "sft"]
+    Path("calls.txt").write_text("")
+    with pytest.raises(RecipeError, match=r"stages\.dpo\.data\.0"):
+        run("my.yaml", module="toy_stages")
+    # What is done was read before: its file may be gone.
+    Path("a.jsonl").unlink()
+    write(place / "pairs.jsonl", ROWS["dpo"])
+    assert started() == ["dpo"]
+
+
+def test_what_an_earlier_stage_writes_need_not_exist(place: Path) -> None:
+    Path("my.yaml").write_text(THREE.replace("pairs.jsonl", "runs/my/sft/pairs.jsonl"))
+    assert started() == ["base", "sft", "dpo"]
+    # In the folder of no stage, it is missing.
+    Path("my.yaml").write_text(THREE.replace("pairs.jsonl", "runs/my/other/pairs.jsonl"))
+    assert "no such file" in CliRunner().invoke(cli, ["check", "my.yaml"]).exception.args[0]
+
+
+def test_python_names_the_argument_with_the_missing_file(place: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages\.dpo\.data\.0: pairs\.jsonl: no such file"):
+        align.run("my.yaml", quiet=True)
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"^data\.0: gone\.jsonl: no such file"):
+        align.sft(model="model", data="gone.jsonl", quiet=True)
+
+
+def test_looking_imports_no_torch(place: Path) -> None:
+    code = (
+        "import sys\nfrom align.core.errors import RecipeError\nfrom align.pipeline import run\n"
+        "try:\n    run('my.yaml')\nexcept RecipeError as e:\n    print(e)\n"
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "[]"
+    assert "pairs.jsonl: no such file" in said.stdout

@@ -1,19 +1,24 @@
-"""``align check``: look at the files that a valid recipe names, without loading a model."""
+"""Look at the files that a valid recipe names, before a stage starts and without loading a model.
 
-from collections.abc import Iterator
+``align check`` looks at those of all stages, ``align run`` at those of the stages that it starts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 from align.core.accelerator import list_gpus, missing_device
-from align.core.errors import AlignError, DataError
+from align.core.errors import AlignError, DataError, RecipeError
 from align.core.extras import TRAINING
 from align.core.references import CONFIGS
 from align.core.text import is_hub_id
 from align.pipeline.processes import num_cores
-from align.recipe.load import Resolved
-from align.recipe.schema import DataSpec, Spec, StageSpec
+from align.recipe.schema import DataSpec, Recipe, Spec, StageSpec
+from align.recipe.schema.common import TokenizerSpec
+from align.recipe.schema.evaluate import HarnessSpec
 from align.recipe.schema.formats import Kind
 
 ROWS_OF_KEY: dict[str, Kind] = {
@@ -58,20 +63,32 @@ class FirstLook:
         yield f"not checked: {unseen}all other rows, models and rewards (use --deep)"
 
 
-def first_look(resolved: Resolved) -> FirstLook:
-    """Return what the files, packages and devices of a recipe's stages look like."""
+def first_look(
+    recipe: Recipe, places: Mapping[str, str], run_dir: Path, *, stages: Sequence[str] | None = None
+) -> FirstLook:
+    """Return what the files, packages and devices of a recipe's stages look like.
+
+    Args:
+        recipe: the recipe.
+        places: dotted key to the place in its file, as far as known (``Resolved.places``).
+        run_dir: folder of the run. What earlier stages will write there need not exist yet.
+        stages: look at these only; None for all.
+    """
     found = FirstLook()
     num_gpus = len(list_gpus())
-    if (problem := missing_device(resolved.recipe.device)) is not None:
-        found.problems.append(f"{resolved.places.get('device', 'recipe')}: {problem}")
-    for name, spec in resolved.recipe.stages.items():
-        for key, owner, source in _sources(spec, f"stages.{name}"):
+    if (problem := missing_device(recipe.device)) is not None:
+        found.problems.append(f"{places.get('device', 'recipe')}: {problem}")
+    for name in recipe.stages if stages is None else stages:
+        spec, key = recipe.stages[name], f"stages.{name}"
+        for at, path, look in _looks(spec, key, found):
+            if path is not None and _is_written_later(path, recipe, run_dir):
+                found.unseen.append(f"what other stages write ({path})")
+                continue
             try:
-                _look_at(source, _kind(key, owner), found)
+                look()
             except AlignError as error:
-                found.problems.append(f"{_place(resolved, key)}{error}")
-        _look_at_model(spec, f"stages.{name}.path", resolved, found=found)
-        found.warnings += _devices(spec, f"stages.{name}.ranks", num_gpus)
+                found.problems.append(f"{_place(places, at)}{error}")
+        found.warnings += _devices(spec, f"{key}.ranks", num_gpus)
     missing = [name for name in TRAINING if find_spec(name) is None]
     if missing:
         found.warnings.append(
@@ -81,18 +98,52 @@ def first_look(resolved: Resolved) -> FirstLook:
     return found
 
 
-def _sources(part: object, key: str) -> Iterator[tuple[str, Spec, DataSpec]]:
-    """Yield every data source of a specification with its key and the specification it is in."""
-    if not isinstance(part, Spec):
-        return
+def refuse_missing(
+    recipe: Recipe, places: Mapping[str, str], run_dir: Path, *, stages: Sequence[str]
+) -> None:
+    """Raise RecipeError with all problems of the files of these stages, one line each."""
+    problems = first_look(recipe, places, run_dir, stages=stages).problems
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _looks(
+    part: Spec, key: str, found: FirstLook
+) -> Iterator[tuple[str, str | None, Callable[[], None]]]:
+    """Yield the files and folders that a specification names.
+
+    Returns:
+        The key of each, its path (None for other data), and what looks at it: a function that
+        raises AlignError.
+    """
     for name in type(part).model_fields:
         value = getattr(part, name)
         for i, item in enumerate(value if isinstance(value, list) else [value]):
             at = f"{key}.{name}.{i}" if isinstance(value, list) else f"{key}.{name}"
             if isinstance(item, DataSpec):
-                yield at, part, item
-            else:
-                yield from _sources(item, at)
+                yield at, item.path, partial(_look_at, item, _kind(at, part), found)
+            elif isinstance(item, Spec):
+                yield from _looks(item, at, found)
+            elif isinstance(item, str) and (look := _look_of(part, name)) is not None:
+                yield at, item, partial(look, item, found)
+
+
+def _look_of(part: Spec, name: str) -> Callable[[str, FirstLook], None] | None:
+    """Return what looks at the path in a field, None if the field contains none."""
+    if isinstance(part, StageSpec) and name == "path":
+        return _look_at_model
+    if isinstance(part, TokenizerSpec) and name == "chat_template":
+        return _look_at_template
+    if isinstance(part, HarnessSpec) and name == "include_path":
+        return _look_at_folder
+    return None
+
+
+def _is_written_later(path: str, recipe: Recipe, run_dir: Path) -> bool:
+    """Return whether a path that does not exist is in the folder of one of the recipe's stages."""
+    place = Path(path).expanduser().resolve()
+    folders = [(run_dir / name).resolve() for name in recipe.stages]
+    return not place.exists() and any(place.is_relative_to(folder) for folder in folders)
 
 
 def _kind(key: str, owner: Spec) -> Kind | None:
@@ -105,11 +156,13 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
     """Read the first row of a local data source as its stage will.
 
     Raises:
-        DataError: nothing is there, it has no row, or the row is of another kind.
+        DataError: nothing is there, it has no row, or the row is of another kind; or the file of
+            its ``templates`` cannot be read.
     """
     from align.data.formats.detect import FormatDetector, to_examples
     from align.data.load import rename_fields, source_of, with_labels_file
     from align.data.reading.sources import find_files, read_rows
+    from align.data.wordings import read_wordings
 
     source = with_labels_file(source, kind or "prompts")
     if source.path is None:
@@ -124,6 +177,8 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
     if not first:
         raise DataError(f"{source.path}: no row in it")
     found.num_sources += 1
+    if source.templates is not None:
+        read_wordings(source.templates)
     if source.map or source.templates or kind is None:  # other code decides what the row becomes
         found.unseen.append(f"what becomes of the rows of {source.path}")
         return
@@ -134,22 +189,31 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
     to_examples(row, kind=wanted, format=form, source=place)
 
 
-def _look_at_model(spec: StageSpec, key: str, resolved: Resolved, *, found: FirstLook) -> None:
+def _look_at_model(path: str, found: FirstLook) -> None:
     """Find the folder of a model that a stage imports."""
-    path = getattr(spec, "path", None)
-    if not isinstance(path, str):
-        return
     folder = Path(path).expanduser()
     if folder.is_dir():
         found.num_models += 1
         if not any((folder / name).is_file() for name in CONFIGS):
-            expected = " or ".join(CONFIGS)
-            found.problems.append(f"{_place(resolved, key)}{path}: no {expected} in this folder")
+            raise DataError(f"{path}: no {' or '.join(CONFIGS)} in this folder")
     elif is_hub_id(path):
         found.unseen.append(f"models of the hub ({path})")
     else:
-        told = "no such folder, and not a hub id ORG/NAME"
-        found.problems.append(f"{_place(resolved, key)}{path}: {told}")
+        raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME")
+
+
+def _look_at_template(name: str, _: FirstLook) -> None:
+    from align.data.render.templates import template_text
+
+    try:
+        template_text(name)
+    except RecipeError as error:
+        raise RecipeError(str(error).removeprefix("tokenizer.chat_template: ")) from error
+
+
+def _look_at_folder(path: str, _: FirstLook) -> None:
+    if not Path(path).is_dir():
+        raise RecipeError(f"{path}: no such folder (from {Path.cwd()})")
 
 
 def _devices(spec: StageSpec, key: str, num_gpus: int) -> list[str]:
@@ -159,8 +223,8 @@ def _devices(spec: StageSpec, key: str, num_gpus: int) -> list[str]:
     return [told] if spec.ranks > num else []
 
 
-def _place(resolved: Resolved, key: str) -> str:
+def _place(places: Mapping[str, str], key: str) -> str:
     """Return the place of a key in the recipe as the start of a message."""
     keys = (f"{key}.path", f"{key}.labels", key)
-    place = next((resolved.places[k] for k in keys if k in resolved.places), None)
+    place = next((places[k] for k in keys if k in places), None)
     return f"{key}: " if place is None else f"{place}: {key}: "
