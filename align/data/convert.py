@@ -13,8 +13,7 @@ from typing import Any
 from align.core.artifacts import file_sha256, write_json_atomic
 from align.core.errors import DataError
 from align.core.types import Example, Text
-from align.data.check.row_rules import text_of
-from align.data.formats.turns import shown
+from align.data.formats.turns import shown, text_of
 from align.data.load import Kind, load_examples, source_of
 from align.data.reading.sources import data_fingerprint, suffix_of
 from align.recipe.schema import DataSpec

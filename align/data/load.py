@@ -18,6 +18,7 @@ from align.core.types import Example
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
 from align.data.formats.row_keys import QUESTION_TEXTS
+from align.data.formats.turns import text_of
 from align.data.labels import labels_file, snapshot_files
 from align.data.own_map import map_rows
 from align.data.reading.json import Row
@@ -68,6 +69,8 @@ def rename_fields(row: Row, rename: Mapping[str, str], *, source: str) -> Row:
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 20
+MIN_REPEATED = 16
+"""Characters of a prompt that a response does not begin with by chance."""
 
 
 def load_examples(
@@ -285,7 +288,7 @@ class _Contents:
     """What the rows of a file hold beside their prompts and responses, counted while it is read."""
 
     def __init__(self) -> None:
-        self.total = self._plain = 0
+        self.total = self._plain = self._repeated = self._unanswered = 0
         self._columns: set[str] = set()
 
     def add(self, example: Example) -> None:
@@ -293,6 +296,11 @@ class _Contents:
         self.total += 1
         self._plain += isinstance(example.prompt, str) and isinstance(example.completion, str)
         self._columns.update(example.columns)
+        prompt, said = text_of(example.prompt).strip(), example.completion
+        if len(prompt) >= MIN_REPEATED and said:
+            self._repeated += text_of(said).lstrip().startswith(prompt)
+        ends = said[-1]["role"] if said and not isinstance(said, str) else "assistant"
+        self._unanswered += ends != "assistant"
 
     def log(self, spec: DataSpec, *, kind: Kind) -> None:
         """Log what was counted."""
@@ -304,6 +312,23 @@ class _Contents:
                 "applied to these alone. Set strings: chat to render all of them as turns",
                 spec.path,
                 self._plain,
+                self.total,
+            )
+        # In a few rows this may be meant, as in "say it again".
+        if 2 * self._repeated > self.total:
+            logger.warning(
+                "%s: %d of %d responses begin with their whole prompt, which would be in the row "
+                "twice; remove it from the responses (map)",
+                spec.path,
+                self._repeated,
+                self.total,
+            )
+        if self._unanswered:
+            logger.warning(
+                "%s: %d of %d conversations go on after their last response; those turns are left "
+                "out, since nothing in them is trained",
+                spec.path,
+                self._unanswered,
                 self.total,
             )
         hidden = sorted(self._columns & set(QUESTION_TEXTS))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -22,6 +23,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from align.core.errors import AlignError, ArtifactError
 from align.models.decoder import attention_for, form_of
@@ -30,8 +32,9 @@ from align.models.loading import load_tokenizer
 log = logging.getLogger(__name__)
 
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.")
 _HEADS = ("lm_head.", "embed_out.")
 PREFIXES = (*_WRAPPERS, *("".join(pair) for pair in product(_WRAPPERS, repeat=2)))
@@ -93,6 +96,12 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
             "a classifier or scorer, or the causal model it was made from."
         )
+    kind = config.get("model_type")
+    if causal and kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ArtifactError(
+            f"{path}: transformers has no causal language model of the type {kind!r}. Use a model "
+            "that generates text from left to right, or a stage of kind encoder for an encoder."
+        )
     if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
         raise ArtifactError(
             f"{path}: model_type {config.get('model_type')!r} needs custom Python code "
@@ -105,6 +114,25 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             "original weights (tuning.method: qlora quantizes them itself)."
         )
     _check_files(folder)
+    _check_formats(folder)
+
+
+def _check_formats(folder: Path) -> None:
+    """Refuse weights that are stored in 8 bits or as integers: they are quantized.
+
+    transformers would convert the integers to floats, without the scales that they belong to.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with one_line(str(file), "weights"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                kind = tensors.get_slice(name).get_dtype()
+                # Buffers, such as positions and masks, are integers in sound models too.
+                if name.endswith("weight") and kind not in _FLOATS:
+                    raise ArtifactError(
+                        f"{file}: {name} is stored as {kind}, so the weights are quantized and "
+                        "cannot be trained. Import the original weights (tuning.method: qlora "
+                        "quantizes them itself)."
+                    )
 
 
 def _check_files(folder: Path) -> None:
@@ -125,6 +153,11 @@ def _check_files(folder: Path) -> None:
         raise ArtifactError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
             f"{', '.join(missing[:3])}. Copy or download them again."
+        )
+    if (folder / SINGLE).is_file() and SINGLE not in names:
+        raise ArtifactError(
+            f"{folder}: contains two sets of weights, {SINGLE} and the {len(names)} files of "
+            f"{INDEX}; which of them is the model depends on the reader. Remove the other set."
         )
 
 
@@ -166,8 +199,27 @@ def load_whole(path: str, *, dtype: str) -> Any:
             model._weight_conversions = names  # else the prefix would be restored on saving
     _check_report(path, report)
     refuse_not_finite(path, model)
+    _settle_ties(path, model)
     form_of(model)
     return model
+
+
+def _settle_ties(path: str, model: Any) -> None:
+    """Make the configuration say that a head has weights of its own, where it does.
+
+    transformers keeps such a head although config.json ties it to the embedding, and vLLM would
+    leave it out, so they would read two models.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    config = model.config.get_text_config()
+    if not config.tie_word_embeddings or head is None or head.weight is table.weight:
+        return
+    log.warning(
+        "%s: config.json ties the head to the embedding (tie_word_embeddings: true), but its files "
+        "have two different weights; both are kept, and the setting is saved as false",
+        path,
+    )
+    model.config.tie_word_embeddings = config.tie_word_embeddings = False
 
 
 def refuse_not_finite(path: str, model: nn.Module) -> None:
@@ -286,10 +338,17 @@ def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) 
         beyond = [i for i in ids if not isinstance(i, int) or i < 0 or (rows and i >= rows)]
         if beyond:
             raise ArtifactError(
-                f"{path}: {file} names eos_token_id {beyond[0]}, but the vocabulary has {rows} "
-                f"tokens. Replace it with the id of the tokenizer's {tokenizer.eos_token!r} "
-                f"({tokenizer.eos_token_id})."
+                f"{path}: {file} names eos_token_id {beyond[0]!r}; expected a number below {rows}, "
+                "the size of the vocabulary. Replace it with the id of the tokenizer's "
+                f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})."
             )
+    pad = config.get_text_config().pad_token_id
+    if rows and isinstance(pad, int) and pad >= rows:
+        raise ArtifactError(
+            f"{path}: config.json names pad_token_id {pad}; expected a number below {rows}, the "
+            f"size of the vocabulary. Replace it with {json.dumps(tokenizer.pad_token_id)}, as in "
+            "the tokenizer."
+        )
     # The generation configuration takes precedence over config.json.
     known = [i for ids in reversed(told.values()) for i in ids]
     own = tokenizer.eos_token_id

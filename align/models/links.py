@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from align.core.artifacts import cut_links, fsync_directory
 from align.core.storage import MIB, device_of
-from align.models.bringing import INDEX
+from align.models.bringing import INDEX, SINGLE
 
 log = logging.getLogger(__name__)
-SINGLE = "model.safetensors"
 
 
 def unchanged_files(folder: Path, state: Mapping[str, Tensor]) -> list[Path]:

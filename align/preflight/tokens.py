@@ -228,6 +228,15 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
                 "earlier turns are rendered differently as a conversation grows. Use one that only "
                 "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
             )
+    if header := next(filter(None, (_unprompted(tokenizer, c) for c in conversations)), ""):
+        return Finding(
+            value,
+            "a generation prompt",
+            "warn",
+            f"the template writes {header!r} before a response, but no generation prompt, so the "
+            "model has to write it itself, and rewards see it. Let the template write it for "
+            "add_generation_prompt, or choose a family's with tokenizer.chat_template",
+        )
     if "strftime_now" in str(tokenizer.chat_template):
         return Finding(
             value,
@@ -237,6 +246,19 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
             "tokens. Choose a family's template with tokenizer.chat_template",
         )
     return Finding(value, "the same ids")
+
+
+def _unprompted(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """Return what a template without a generation prompt writes before the last response."""
+    said = [message_of(turn) for turn in turns]
+    before, asked = (
+        str(render_chat(tokenizer, said[:-1], tokenize=False, add_generation_prompt=ask))
+        for ask in (False, True)
+    )
+    if asked != before or turns[-1]["role"] != "assistant":
+        return ""
+    rest = str(render_chat(tokenizer, said, tokenize=False))[len(before) :]
+    return rest[: max(0, rest.find(turns[-1]["content"].strip()))].strip()
 
 
 def _unknown_id(chat: ChatFormat) -> int:

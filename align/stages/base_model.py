@@ -37,6 +37,7 @@ from align.models.bringing import (
     is_adapter,
     load_whole,
     one_line,
+    refuse_not_finite,
 )
 from align.models.links import save_model
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
@@ -100,6 +101,7 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
     model = load_whole(source, dtype=spec.dtype)
     if source != path:
         model = merged_onto(model, path)
+        refuse_not_finite(path, model)
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
 

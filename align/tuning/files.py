@@ -99,6 +99,12 @@ def base_of_adapter(folder: Path | str) -> str:
         raise ArtifactError(
             f"{path}: base_model_name_or_path is {name!r}. Set it to the base folder."
         )
+    is_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_local and not Path(name).exists():
+        raise ArtifactError(
+            f"{path}: base_model_name_or_path is {name!r}, and there is no such folder. Set it to "
+            "the folder or hub id of the model that the adapter was trained on."
+        )
     return name
 
 
@@ -111,8 +117,25 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        tuned = peft.PeftModel.from_pretrained(model, str(folder))
+        # Loaded again for the report: peft only warns of missing names, and drops unexpected ones.
+        report = tuned.load_adapter(str(folder), tuned.active_adapter)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error
+    faults = [
+        ("in its files but not in the model", sorted(report.unexpected_keys)),
+        ("missing from its files", sorted(report.missing_keys)),
+    ]
+    told = [f"{len(names)} weights {what}, such as {names[0]}" for what, names in faults if names]
+    if told:
+        raise ArtifactError(
+            f"{folder}: {'; '.join(told)}: the adapter belongs to another base. Set "
+            f"base_model_name_or_path in {CONFIG} to the model that it was trained on."
+        )
+    try:
+        return tuned.merge_and_unload()
+    except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         told = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error
 

@@ -145,6 +145,100 @@ def test_an_adapter_is_merged_onto_its_base_aloud(good: Path, tmp_path: Path, ca
     assert any("merging it into its base model" in r.message for r in caplog.records)
 
 
+def change_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        # Another program's names: peft would only warn, and the model would be its base.
+        (
+            lambda x: {k.removeprefix("base_model."): v for k, v in x.items()},
+            "in its files but not",
+        ),
+        (lambda x: {k: v for k, v in x.items() if "lora_A" in k}, "missing from its files"),
+        # Of a deeper base: the rest would be left out.
+        (lambda x: x | {k.replace("s.0.", "s.1."): v + 0 for k, v in x.items()}, "layers.1."),
+        (lambda x: {k: v * float("nan") for k, v in x.items()}, "NaN or infinity"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_base_is_refused(
+    good: Path, tmp_path: Path, change, told: str
+) -> None:
+    adapter(good, tmp_path / "adapter")
+    change_adapter(tmp_path / "adapter", change)
+    assert told in refused(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("more", ["lm_head", "embed_tokens"])
+def test_whole_modules_in_an_adapter_are_taken_over(good: Path, tmp_path: Path, more: str) -> None:
+    """modules_to_save: the weights of the adapter replace those of the base."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[more])
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(good), config)
+    (new,) = (p for n, p in tuned.named_parameters() if "modules_to_save" in n)
+    with torch.no_grad():
+        new.add_(1.0)
+    tuned.save_pretrained(tmp_path / "adapter")
+    model_dir, _ = bring_in(tmp_path / "adapter", tmp_path, PLAIN)
+    name = f"{'' if more == 'lm_head' else 'model.'}{more}.weight"
+    before = weights(good)[name]
+    torch.testing.assert_close(weights(model_dir)[name][: len(before)], before + 1.0)
+
+
+def test_an_adapter_whose_base_is_gone_names_the_key(good: Path, tmp_path: Path) -> None:
+    adapter(good, tmp_path / "adapter")
+    gone = "/home/somebody/models/llama"
+    set_json(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=gone)
+    told = refused(tmp_path / "adapter")
+    assert f"adapter_config.json: base_model_name_or_path is '{gone}'" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_stored_in_8_bits_are_refused_without_a_configuration_too(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    rewrite(folder, lambda x: x | {Q: x[Q].mul(50).to(dtype)})
+    told = refused(folder)
+    assert f"{Q} is stored as" in told
+    assert "quantized" in told
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(folder: Path) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    save_file({k: v * 2 for k, v in weights(folder).items()}, folder / shard)
+    index = {"weight_map": dict.fromkeys(weights(folder), shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "two sets of weights" in refused(folder)
+    # The index may also name the single file.
+    index = {"weight_map": dict.fromkeys(weights(folder), "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / shard).unlink()
+    bring_in(folder, folder.parent / "out", PLAIN)
+
+
+def test_a_head_of_its_own_is_kept_although_the_configuration_ties_it(folder: Path, caplog) -> None:
+    """vLLM reads tie_word_embeddings, and would leave the head out."""
+    before = weights(folder)
+    set_json(folder, "config.json", tie_word_embeddings=True)
+    with caplog.at_level(logging.WARNING):
+        model_dir, _ = bring_in(folder, folder.parent / "out", PLAIN)
+    assert "two different weights" in caplog.text
+    assert json.loads((model_dir / "config.json").read_text())["tie_word_embeddings"] is False
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(weights(model_dir)[name][: len(before[name])], before[name])
+
+
+def test_a_head_that_equals_the_embedding_stays_tied(tmp_path: Path, caplog) -> None:
+    folder = saved_model(tmp_path / "in", tied=True)
+    rewrite(folder, lambda x: x | {"lm_head.weight": x["model.embed_tokens.weight"].clone()})
+    with caplog.at_level(logging.WARNING):
+        model_dir, _ = bring_in(folder, tmp_path, PLAIN)
+    assert "two different weights" not in caplog.text
+    assert json.loads((model_dir / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_an_adapter_beside_a_model_is_refused(good: Path, folder: Path) -> None:
     adapter(good, folder)
     assert "adapter_config.json" in refused(folder)
@@ -174,12 +268,20 @@ def test_a_classifier_is_refused_with_the_stage_for_it(good: Path, folder: Path)
         ({"num_hidden_layers": 5, "layer_types": None}, "missing from its files"),
         ({"eos_token_id": 10**6}, "eos_token_id 1000000"),
         ({"eos_token_id": [0, -4]}, "eos_token_id -4"),
+        ({"pad_token_id": 10**6}, "pad_token_id 1000000; expected a number below"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "the type 't5'"),
+        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "the type 'clip'"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_one_line(folder: Path, config, told: str) -> None:
     set_json(folder, "config.json", **config)
     (folder / "evil.py").write_text("raise SystemExit('the folder's code ran')\n")
     assert told in refused(folder)
+
+
+def test_a_stop_token_that_is_text_is_shown_as_such(folder: Path) -> None:
+    set_json(folder, "generation_config.json", eos_token_id="4")
+    assert "generation_config.json names eos_token_id '4'; expected a number" in refused(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\x00"])

@@ -12,6 +12,7 @@ from align.data.fit import fit_rows
 from align.data.load import check_overlap, load_examples
 from align.data.split import hash_fraction, side_of, split_key
 from align.recipe.schema import DataSpec
+from align.recipe.schema.formats import Kind
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -125,6 +126,53 @@ def test_load_counts_rows_that_hold_no_pair(
     assert (pair.completion[0]["content"], pair.rejected[0]["content"]) == ("r1", "r0")
     assert pair.margin == 4.0
     assert "1 of 2 rows contain no preference example" in caplog.text
+
+
+QUESTION = "What is the capital of France?"
+
+
+def told_of(folder: Path, kind: Kind, rows: list[dict], caplog) -> str:
+    """Load the rows; give the warnings."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load_examples([DataSpec(path=write(folder / "told.jsonl", rows))], kind=kind, seed=0)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sft", {"prompt": QUESTION, "completion": f"{QUESTION}\nParis"}),
+        ("sft", {"question": QUESTION, "answer": f" {QUESTION} Paris"}),
+        (
+            "preference",
+            {"prompt": QUESTION, "chosen": f"{QUESTION} A", "rejected": f"{QUESTION} B"},
+        ),
+        ("unpaired", {"prompt": QUESTION, "completion": f"{QUESTION} A", "label": True}),
+    ],
+)
+def test_responses_that_repeat_their_prompt_are_told(
+    tmp_path: Path, kind: Kind, row: dict, caplog
+) -> None:
+    told = "2 of 3 responses begin with their whole prompt"
+    fields = ("completion", "answer", "chosen", "rejected")
+    plain = {k: v.replace(QUESTION, "") if k in fields else v for k, v in row.items()}
+    assert told in told_of(tmp_path, kind, [row, row, plain], caplog)
+    # In a few rows it may be meant.
+    assert "begin with" not in told_of(tmp_path, kind, [row, plain, plain], caplog)
+    # A short prompt begins many a text by chance.
+    short = {k: v.replace(QUESTION, "A") if isinstance(v, str) else v for k, v in row.items()}
+    assert "begin with" not in told_of(tmp_path, kind, [short], caplog)
+
+
+def test_turns_after_the_last_response_are_told(tmp_path: Path, caplog) -> None:
+    asked, said = ({"role": r, "content": "a"} for r in ("user", "assistant"))
+    whole, open_ended = {"messages": [asked, said]}, {"messages": [asked, said, asked]}
+    tool = {"messages": [asked, said, {"role": "tool", "content": "r"}]}
+    told = "2 of 3 conversations go on after their last response"
+    assert told in told_of(tmp_path, "sft", [whole, open_ended, tool], caplog)
+    assert "go on" not in told_of(tmp_path, "sft", [whole], caplog)
+    assert "go on" not in told_of(tmp_path, "prompts", [{"messages": [asked]}], caplog)
 
 
 def test_overlap_is_refused_by_prompt_and_by_world_instance() -> None:

@@ -514,3 +514,20 @@ def test_the_names_of_columns_are_compared_once_and_not_for_each_row(monkeypatch
         to_examples(row, kind="sft", format="auto", source=f"a:{i}")
     assert asked.keys() >= {"a_new_column", "another_new_column"}
     assert max(asked.values()) <= 2
+
+
+@pytest.mark.parametrize("value", ["on", "off", "On", "high", "low", "none", "true", " enabled "])
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
+def test_a_switch_is_not_trained_as_reasoning(key: str, value: str) -> None:
+    """Rows of Llama-Nemotron have reasoning: on, those of gpt-oss a level."""
+    rows = [
+        {"input": [U], "output": "A", "system_prompt": "detailed thinking on", key: value},
+        {"messages": [U, {**A, key: value}]},
+    ]
+    for row in rows:
+        with pytest.raises(DataError, match=rf"{key}: .* is a switch .*rename: .{key}: {key}_mode"):
+            to_examples(row, kind="sft", format="auto", source="f:1")
+    # A thought that begins with such a word is a text.
+    row = {"messages": [U, {**A, key: f"{value}, so"}]}
+    said = to_examples(row, kind="sft", format="auto", source="f:1")
+    assert said[0].completion[1]["reasoning_content"] == f"{value}, so"

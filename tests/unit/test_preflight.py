@@ -199,6 +199,34 @@ def test_template_with_todays_date_is_a_warning() -> None:
     assert tokens.template(chat_of(dated), [turns]).verdict == "warn"
 
 
+UNPROMPTED = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template_text", "header"),
+    [
+        (UNPROMPTED, "<|im_start|>assistant"),
+        (UNPROMPTED.replace("m.role", "(m.role | upper)"), "<|im_start|>ASSISTANT"),
+        # Nothing stands before the response, as in Llama 2 and Mistral.
+        (INST, ""),
+        (UNPROMPTED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ""),
+    ],
+)
+def test_template_without_a_generation_prompt_is_a_warning(template_text: str, header: str) -> None:
+    chat = ChatFormat(byte_tokenizer(template_text, eos="<|im_end|>"))
+    found = tokens.template(chat, [[turn("user", "Hi"), turn("assistant", "Hello.")]])
+    assert (found.verdict == "warn") is bool(header)
+    if header:
+        assert repr(header) in found.remedy
+
+
 def test_double_and_missing_bos_are_told_apart() -> None:
     chat = chat_of(bos=True)
     bos = chat.tokenizer.bos_token_id

@@ -15,10 +15,11 @@ import numpy as np
 from align.core.errors import DataError
 from align.core.types import Example
 from align.data.check.findings import Finding, Tally
-from align.data.check.row_rules import doubts, text_of
+from align.data.check.row_rules import doubts
 from align.data.check.text_rules import text_faults
 from align.data.check.tokens import TokenRules
 from align.data.formats.detect import FormatDetector, Kind, to_examples
+from align.data.formats.turns import text_of
 from align.data.load import rename_fields
 from align.data.own_map import map_rows
 from align.data.reading.files import blocks

@@ -1,10 +1,10 @@
 """Warnings about one example: the order of turns, nearly equal pairs, and answers."""
 
-import json
 from collections.abc import Iterator, Sequence
 
 from align.core.types import Example, Text, Turn
 from align.data.formats.faults import Fault
+from align.data.formats.turns import text_of
 
 
 def doubts(example: Example, *, kind: str) -> Iterator[Fault]:
@@ -59,18 +59,3 @@ def _answer(example: Example) -> Iterator[Fault]:
         reference_number(answer)
     except InvalidScoreError as error:
         yield "D083", f"answer {str(answer)[:60]!r}: {error}"
-
-
-def text_of(text: Text | None) -> str:
-    """Return a text, or the text of all its turns joined by blank lines."""
-    if text is None or isinstance(text, str):
-        return text or ""
-    return "\n\n".join([said for turn in text for said in _said(turn)])
-
-
-def _said(turn: Turn) -> Iterator[str]:
-    if "reasoning_content" in turn:
-        yield turn["reasoning_content"]
-    yield turn["content"]
-    if "tool_calls" in turn:
-        yield json.dumps(turn["tool_calls"], ensure_ascii=False)

@@ -15,7 +15,14 @@ from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
-from align.data.formats.turns import guess, is_about_loss, is_nothing, not_text, shown
+from align.data.formats.turns import (
+    guess,
+    is_about_loss,
+    is_nothing,
+    not_text,
+    refuse_switch,
+    shown,
+)
 from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
@@ -81,6 +88,8 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
     shared += REASONING if kind == "sft" else ()
     _refuse(given, kind=kind, shared=shared, source=source)
     taken = {key: given[key] for key in shared if key in given}
+    for key in REASONING:
+        refuse_switch(taken.get(key), where=f"{source}: {key}")
     rest = {k: v for k, v in row.items() if k in used or (k not in taken and k not in shared)}
     extras = Extras(
         chat=any(key in row and key not in (*used, *WEIGHTS) for key in shared),

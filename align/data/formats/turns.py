@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from typing import Any
 
@@ -59,6 +59,8 @@ _WEIGHTS = (
     "trainable",
     "train_on_turn",
 )
+_SWITCHES = frozenset(("on", "off", "true", "false", "yes", "no", "enabled", "disabled", "auto"))
+_SWITCHES |= {"none", "low", "medium", "high", "0", "1"}
 _LOSS_WORDS = frozenset(("loss", "losses", "mask", "masks", "masked", "weight", "weights"))
 _LOSS_WORDS |= {"train", "trained", "trainable", "training"}
 _WORD_BORDER = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")
@@ -115,6 +117,22 @@ def _literal(text: str) -> Any:
 def is_nothing(value: object) -> bool:
     """Return whether a field is empty, so that dropping it loses nothing."""
     return isinstance(value, str | list | dict | None) and not value
+
+
+def refuse_switch(value: object, *, where: str) -> None:
+    """Raise if a field for reasoning is a switch (``on``, ``high``), which is not a text to train.
+
+    Raises:
+        DataError: it is one.
+    """
+    if isinstance(value, str) and value.strip().lower() in _SWITCHES:
+        name = where.rpartition(" ")[2].rpartition(".")[2]
+        raise DataError(
+            f"{where}: {value!r} is a switch and no text of a reasoning, as which it would be "
+            f"trained; remove it, rename it (rename: {{{name}: {name}_mode}}), or pass it to the "
+            "template (chat_template_kwargs)",
+            code="D045",
+        )
 
 
 def is_about_loss(key: str, value: object) -> bool:
@@ -219,6 +237,8 @@ def _content_of(
     if turn.get("from") in _CALLS and is_call(value):
         return "", "", calls_of(value, where=f"{where}.{text}")
     named = [key for key in _REASONING if not is_nothing(turn.get(key))]
+    for key in named:
+        refuse_switch(turn[key], where=f"{where}.{key}")
     reasons = list(dict.fromkeys(_text(turn[key], f"{where}.{key}") for key in named))
     if len(reasons) > 1:
         raise DataError(f"{where}: {' and '.join(named)} differ; keep one", code="D056")
@@ -313,3 +333,18 @@ def shown(value: object) -> str:
     """Return a short form of a value for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def text_of(text: Text | None) -> str:
+    """Return a text, or the text of all its turns joined by blank lines."""
+    if text is None or isinstance(text, str):
+        return text or ""
+    return "\n\n".join([said for turn in text for said in _said(turn)])
+
+
+def _said(turn: Turn) -> Iterator[str]:
+    if "reasoning_content" in turn:
+        yield turn["reasoning_content"]
+    yield turn["content"]
+    if "tool_calls" in turn:
+        yield json.dumps(turn["tool_calls"], ensure_ascii=False)
