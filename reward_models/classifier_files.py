@@ -5,6 +5,7 @@ transformers, TRL and vLLM then load a decoder with its heads as any other rewar
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,13 +45,14 @@ def classifier_class(
     return (type(model).__name__, prefix) if set(model.state_dict()) == expected else None
 
 
-def saved_names(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return a scorer's weights under the names of transformers' class."""
-    found = {}
-    for name, tensor in weights.items():
-        inner = name.removeprefix(BACKBONE)
-        found[SCORE if name == HEAD else f"{prefix}.{inner}"] = tensor
-    return found
+def saved_name(name: str, prefix: str) -> str:
+    """Return the name of a scorer's weight in transformers' class."""
+    return SCORE if name == HEAD else f"{prefix}.{name.removeprefix(BACKBONE)}"
+
+
+def weights_files(directory: str | Path) -> list[Path]:
+    """Return the files with a scorer's weights; a large one has several."""
+    return sorted(Path(directory).glob("model*.safetensors"))
 
 
 def own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +61,19 @@ def own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(weights)
     rest = {name.split(".", 1)[1]: tensor for name, tensor in weights.items() if name != SCORE}
     return {f"{BACKBONE}{name}": tensor for name, tensor in rest.items()} | {HEAD: weights[SCORE]}
+
+
+def read_weights(directory: Path, *, heads_only: bool) -> dict[str, Tensor]:
+    """Return a scorer's weights under the names of `RewardModel`."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in weights_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not heads_only or name in (HEAD, SCORE):
+                    found[name] = tensors.get_tensor(name)
+    return own_names(found)
 
 
 def classifier_config(

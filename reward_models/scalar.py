@@ -12,7 +12,7 @@ too.
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,9 +23,10 @@ from reward_models.classifier_files import (
     BACKBONE,
     classifier_class,
     classifier_config,
-    own_names,
     padding_id,
-    saved_names,
+    read_weights,
+    saved_name,
+    weights_files,
 )
 from reward_models.paired import token_types
 
@@ -204,19 +205,44 @@ class RewardModel(nn.Module):
         Args:
             directory: created if missing.
             tokenizer: the tokenizer with which the scorer was trained.
-            state_dict: full weights if the module's own are sharded (ZeRO-3).
+            state_dict: weights in place of the module's own.
             extra: further keys for scorer.json.
             stop_token_ids: tokens that end a response, the one that ends plain text first; they are
                 kept in scorer.json. Empty for the tokenizer's eos alone.
         """
         from safetensors.torch import save_file
 
+        weights = self.state_dict() if state_dict is None else state_dict
+        named = self.save_settings(
+            directory, weights, tokenizer=tokenizer, extra=extra, stop_token_ids=stop_token_ids
+        )
+        tensors = {named(k): v.detach().cpu().contiguous() for k, v in weights.items()}
+        # Of a larger scorer that was saved here before.
+        for old in (*weights_files(directory), Path(directory) / f"{WEIGHTS_FILE}.index.json"):
+            old.unlink(missing_ok=True)
+        save_file(tensors, Path(directory) / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def save_settings(
+        self,
+        directory: str | Path,
+        names: Collection[str],
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        extra: Mapping[str, Any] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Callable[[str], str]:
+        """Save what `save` does, without the weights.
+
+        Args:
+            directory, tokenizer, extra, stop_token_ids: see `save`.
+            names: of all weights that will be saved, as in this module's state.
+
+        Returns:
+            The function of a weight's name in this module that gives its name in the files.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = self.state_dict() if state_dict is None else state_dict
-        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        config, tokenizer, tensors = self._files(tensors, tokenizer, stop_token_ids)
-        save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        config, tokenizer, named = self._layout(names, tokenizer, stop_token_ids)
         config.save_pretrained(directory)
         scorer = {**self.extra, **(extra or {})}
         scorer |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
@@ -228,18 +254,19 @@ class RewardModel(nn.Module):
         (directory / SCORER_FILE).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        return named
 
-    def _files(
+    def _layout(
         self,
-        tensors: dict[str, Tensor],
+        names: Collection[str],
         tokenizer: "PreTrainedTokenizerBase | None",
         stop_token_ids: Sequence[int],
-    ) -> tuple[Any, "PreTrainedTokenizerBase | None", dict[str, Tensor]]:
-        """Return configuration, tokenizer and weights as transformers' class expects them."""
-        below = {n.removeprefix(BACKBONE) for n in tensors if n.startswith(BACKBONE)}
+    ) -> tuple[Any, "PreTrainedTokenizerBase | None", Callable[[str], str]]:
+        """Return configuration, tokenizer and names of the weights as transformers has them."""
+        below = {n.removeprefix(BACKBONE) for n in names if n.startswith(BACKBONE)}
         found = classifier_class(self.config, below) if self.reads == "last" else None
         if found is None:
-            return self.config, tokenizer, tensors
+            return self.config, tokenizer, lambda own: own
         name, prefix = found
         pad: Any = self.config.get_text_config().pad_token_id
         if tokenizer is not None:
@@ -253,7 +280,7 @@ class RewardModel(nn.Module):
         config = classifier_config(
             self.config, name, mean=self.mean.tolist(), std=self.std.tolist(), pad_token_id=pad
         )
-        return config, tokenizer, saved_names(tensors, prefix)
+        return config, tokenizer, lambda own: saved_name(own, prefix)
 
     @classmethod
     def load(
@@ -262,6 +289,7 @@ class RewardModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         attn_implementation: str | None = None,
+        backbone: nn.Module | None = None,
     ) -> "RewardModel":
         """Load a scorer that `save` wrote.
 
@@ -270,47 +298,59 @@ class RewardModel(nn.Module):
             dtype: dtype of the weights.
             attn_implementation: attention of a decoder, default ``exact_attention``; an encoder
                 uses transformers' own choice.
+            backbone: the scorer's own if it is loaded already; only the heads are read then.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the weights do not fit the configuration.
         """
-        from safetensors.torch import load_file
-        from transformers import AutoConfig, AutoModel
-
         directory = Path(directory)
         _check_folder(directory)
         scorer = json.loads((directory / SCORER_FILE).read_text(encoding="utf-8"))
+        mean, std = scorer.pop("mean"), scorer.pop("std")
         reads, separator = scorer.pop("reads", "last"), scorer.pop("separator", None)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        attention = attn_implementation or exact_attention(config)
-        backbone = AutoModel.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention if reads == "last" else None,
-        )
-        if reads == "first":
-            drop_pooler(backbone)
-        num_heads = len(scorer["mean"]) if isinstance(scorer["mean"], list) else 1
+        is_whole = backbone is None
+        if backbone is None:
+            backbone = _bare(directory, dtype, attn_implementation, reads)
+        config: Any = backbone.config
+        num_heads = len(mean) if isinstance(mean, list) else 1
         width = config.get_text_config().hidden_size
         model = cls(backbone, width, num_heads=num_heads, reads=reads, separator=separator)
-        model.extra = {k: v for k, v in scorer.items() if k not in ("mean", "std")}
+        model.extra = scorer
         # Cast only the head: casting the backbone again would round its rotary frequencies.
         model.head.to(dtype)
+        part = model if is_whole else nn.ModuleDict({"head": model.head})
         try:
-            model.load_state_dict(own_names(load_file(directory / WEIGHTS_FILE)))
+            part.load_state_dict(read_weights(directory, heads_only=not is_whole))
         except RuntimeError as error:
             raise ValueError(f"{directory}: {WEIGHTS_FILE} does not fit: {error}") from error
-        model.set_normalization(mean=scorer["mean"], std=scorer["std"])
+        model.set_normalization(mean=mean, std=std)
         return model.eval()
 
 
+def _bare(directory: Path, dtype: torch.dtype, attention: str | None, reads: Reads) -> nn.Module:
+    """Return the backbone of a scorer's configuration, with random weights."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if reads == "first":
+        backbone = AutoModel.from_config(config, dtype=dtype)
+        drop_pooler(backbone)
+        return backbone
+    attention = attention or exact_attention(config)
+    return AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
 def _check_folder(directory: Path) -> None:
-    for name in (SCORER_FILE, WEIGHTS_FILE, "config.json"):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{directory}: no {name}; expected the model folder of a reward stage"
-            )
+    has = {
+        SCORER_FILE: (directory / SCORER_FILE).is_file(),
+        WEIGHTS_FILE: bool(weights_files(directory)),
+        "config.json": (directory / "config.json").is_file(),
+    }
+    for name in (name for name, found in has.items() if not found):
+        raise FileNotFoundError(
+            f"{directory}: no {name}; expected the model folder of a reward stage"
+        )
 
 
 def exact_attention(config: "PreTrainedConfig") -> str | None:

@@ -3,7 +3,7 @@
 ``AutoModelForSequenceClassification`` and transformers' pipelines can load the saved model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.core.errors import ArtifactError
+from align.core import distributed
+from align.core.storage import MIB, write_patiently
 from align.models.loading import disable_dropout, load_tokenizer
 from align.models.padded import right_padded
+from align.models.saving import fitting_weights, write_weights
 
 
 class ClassLogits(nn.Module):
@@ -78,7 +80,7 @@ def classifier_from(
 
 
 def save_classifier(
-    state: Mapping[str, Tensor],
+    named: Iterable[tuple[str, Tensor]],
     classes: Sequence[str],
     *,
     source_dir: Path,
@@ -87,27 +89,27 @@ def save_classifier(
 ) -> None:
     """Save weights under transformers' names, with the classes and the tokenizer of ``source_dir``.
 
-    Raises:
-        ArtifactError: ``state`` does not contain exactly the weights of the architecture.
-    """
-    from huggingface_hub import save_torch_state_dict
+    Args:
+        named: names and tensors, which are written as they come.
+        classes: names of the classes. source_dir: the model it was made from.
+        directory: made if missing. dtype: of the weights.
 
+    Raises:
+        ArtifactError: ``named`` does not contain exactly the weights of the architecture.
+    """
     config = _config(source_dir, classes)
     skeleton = _skeleton(config)
-    # Compare names first: a missing weight would be random after loading, without an error.
-    expected = set(skeleton.state_dict())
-    if expected != set(state):
-        raise ArtifactError(
-            f"weights to save do not fit {type(skeleton).__name__}: missing "
-            f"{sorted(expected - set(state))[:3]}, unexpected {sorted(set(state) - expected)[:3]}"
-        )
-    config.architectures, config.dtype = [type(skeleton).__name__], dtype
+    what = type(skeleton).__name__
+    config.architectures, config.dtype = [what], dtype
     directory.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(
-        {k: v.contiguous() for k, v in state.items()}, str(directory), metadata={"format": "pt"}
-    )
-    config.save_pretrained(str(directory))
-    load_tokenizer(source_dir).save_pretrained(str(directory))
+    # A missing weight would be random after loading, without an error.
+    write_weights(fitting_weights(named, skeleton.state_dict(), what=what), directory)
+
+    def write() -> None:
+        config.save_pretrained(str(directory))
+        load_tokenizer(source_dir).save_pretrained(str(directory))
+
+    write_patiently(write, folder=directory, needed=MIB, stop=distributed.was_asked)
 
 
 def _config(model_dir: Path, classes: Sequence[str]) -> Any:

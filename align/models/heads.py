@@ -1,6 +1,8 @@
 """Model heads: scorers on a policy, an encoder or another scorer, and the critic's values."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from align.models.decoder import (
 from align.models.loading import disable_dropout, keep_layout, load_tokenizer
 from align.models.logprobs import causal_lm
 from align.models.padded import right_padded
+from align.models.sharding import load_backbone_in_shards
 from reward_models.paired import separator_of
-from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler
+from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler, reads_first
 
 
 def scorer_from(
@@ -28,15 +31,27 @@ def scorer_from(
     dtype: str,
     num_heads: int = 1,
     quantization: BitsAndBytesConfig | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> RewardModel:
     """Load the decoder of a policy (with new random heads) or a whole scorer, dropout off.
 
     Of a scorer with a different number of heads, only the decoder is used.
+
+    Args:
+        model_dir: folder of the policy or scorer. dtype: of the weights.
+        num_heads: number of heads. quantization: of a policy's decoder, None for whole weights.
+        shards: see ``load_policy``. The heads are whole on every rank until the Learner takes them.
     """
     kind = getattr(torch, dtype)
     config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+    attention = None if reads_first(model_dir) else attention_for(config)
+    backbone: Any = None
+    if shards is not None:
+        backbone = load_backbone_in_shards(
+            model_dir, config, dtype=kind, attention=attention, deepspeed_config=shards
+        )
     if (model_dir / SCORER_FILE).is_file():
-        model = RewardModel.load(model_dir, kind, attn_implementation=attention_for(config))
+        model = RewardModel.load(model_dir, kind, attn_implementation=attention, backbone=backbone)
         # Keep only the decoder and replace the heads.
         if model.num_heads != num_heads:
             width, reads, separator = model.head.in_features, model.reads, model.separator
@@ -45,13 +60,14 @@ def scorer_from(
             )
             model.head.to(kind)
     else:
-        backbone = AutoModel.from_pretrained(
-            str(model_dir),
-            dtype=kind,
-            attn_implementation=attention_for(config),
-            quantization_config=quantization,
-            trust_remote_code=False,
-        )
+        if backbone is None:
+            backbone = AutoModel.from_pretrained(
+                str(model_dir),
+                dtype=kind,
+                attn_implementation=attention,
+                quantization_config=quantization,
+                trust_remote_code=False,
+            )
         width = backbone.config.get_text_config().hidden_size
         model = RewardModel(backbone, width, num_heads=num_heads)
         model.head.to(kind)  # only the head: rotary buffers must stay float32
@@ -69,8 +85,12 @@ def scorer_on_encoder(
     dtype: str,
     num_heads: int = 1,
     quantization: BitsAndBytesConfig | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> tuple[RewardModel, list[str]]:
     """Create a scorer with new random heads on an encoder without its pooler, dropout off.
+
+    Args:
+        model_dir, dtype, num_heads, quantization, shards: see ``scorer_from``.
 
     Returns:
         The model, and the weights below the heads that ``model_dir`` lacks, which are random too.
@@ -79,13 +99,22 @@ def scorer_on_encoder(
         ArtifactError: the model is not an encoder whose tokenizer supports pairs of texts.
     """
     kind = getattr(torch, dtype)
-    encoder, info = AutoModel.from_pretrained(
-        str(model_dir),
-        dtype=kind,
-        quantization_config=quantization,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    encoder: Any = None
+    missing: list[str] = []
+    if shards is not None:
+        config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+        encoder = load_backbone_in_shards(
+            model_dir, config, dtype=kind, attention=None, deepspeed_config=shards
+        )
+    if encoder is None:
+        encoder, info = AutoModel.from_pretrained(
+            str(model_dir),
+            dtype=kind,
+            quantization_config=quantization,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        missing = info["missing_keys"]
     if encoder.config.is_encoder_decoder:
         raise ArtifactError(
             f"{model_dir}: {type(encoder).__name__} is an encoder-decoder. A reward stage must "
@@ -103,7 +132,7 @@ def scorer_on_encoder(
     model = RewardModel(encoder, width, num_heads=num_heads, reads="first", separator=separator)
     model.head.to(kind)
     disable_dropout(model)
-    lacking = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+    lacking = [name for name in missing if not name.startswith("pooler.")]
     return model.train(), sorted(lacking)
 
 

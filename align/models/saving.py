@@ -1,10 +1,10 @@
-"""Save a policy: its weights as they come, its configuration and its tokenizer.
+"""Save a model: its weights as they come, its configuration and its tokenizer.
 
 At most one file's tensors are in memory.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,26 +60,34 @@ def _fitting(
     """Yield the weights of an architecture, but none that is another one's, such as a tied head.
 
     A note of shared names would make the file's header nondeterministic.
-
-    Raises:
-        ArtifactError: a weight is missing or unexpected.
     """
     # Names only: no memory is allocated for the weights.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     # The head has a name of its own in some architectures: output_projection, embed_out.
     tied = set(model.all_tied_weights_keys)
-    missing = set(model.state_dict()) - tied
-    surplus = []
+    own = ((name, tensor) for name, tensor in named if name not in tied)
+    return fitting_weights(own, set(model.state_dict()) - tied, what=type(model).__name__)
+
+
+def fitting_weights(
+    named: Iterable[tuple[str, Tensor]], expected: Collection[str], *, what: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights whose names are expected; ``what`` names the architecture.
+
+    Raises:
+        ArtifactError: after the last one, if a weight was missing or unexpected.
+    """
+    missing, surplus = set(expected), []
     for name, tensor in named:
         if name in missing:
             missing.remove(name)
             yield name, tensor
-        elif name not in tied:
+        else:
             surplus.append(name)
     if missing or surplus:
         raise ArtifactError(
-            f"weights to save do not fit {type(model).__name__}: missing {sorted(missing)[:3]}, "
+            f"weights to save do not fit {what}: missing {sorted(missing)[:3]}, "
             f"unexpected {sorted(surplus)[:3]}"
         )
 

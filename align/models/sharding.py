@@ -12,9 +12,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from reward_models.classifier_files import BACKBONE
+from reward_models.scalar import drop_pooler
 
 log = logging.getLogger(__name__)
+Places = Mapping[str, tuple[Path, str]]
+"""Parameter -> the file that has it, and its name there."""
 _MMAP_THRESHOLD = -3
 """glibc's M_MMAP_THRESHOLD."""
 _handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
@@ -58,25 +69,52 @@ def load_in_shards(
         one to one.
     """
     files = saved_names(model_dir)
-    # Before the model is built: each of its layers allocates weights and frees them again.
-    _return_freed_memory()
-    with _parameters_on_meta():
+    with _without_weights():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
-    why = _unfit(model, files, dtype)
-    if why:
-        log.warning(
-            "%s: every rank loads the whole model before ZeRO-3 shards it: %s", model_dir, why
-        )
+    expected = set(model.state_dict()) | _tied(model)
+    why = ""
+    if surplus := sorted(files.keys() - expected):
+        why = f"its files have {surplus[0]} under another name ({len(surplus)} more tensors)"
+    places = {name: (file, name) for name, file in files.items()}
+    if not _fill(model, places, model_dir, dtype, deepspeed_config, why=why):
         return None
-    _fill(model, files, dtype, deepspeed_config)
-    # The tie was cut when the parameters moved to the meta device.
-    model.tie_weights()
     if (model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(model_dir))
-    _handles[model] = _gather_on_use(model)
     return model.eval()
+
+
+def load_backbone_in_shards(
+    model_dir: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    deepspeed_config: Mapping[str, Any],
+) -> PreTrainedModel | None:
+    """Return a model without heads and pooler in shards, as ``load_in_shards`` does.
+
+    Args:
+        model_dir: folder of a model with any head, of a model without one, or of a scorer.
+        config: its configuration. dtype, attention, deepspeed_config: see ``load_in_shards``.
+    """
+    files = saved_names(model_dir)
+    with _without_weights():
+        model = AutoModel.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    drop_pooler(model)
+    # Files of a model without a head have no prefix, and those of some scorers one of their own.
+    prefixes = ("", f"{model.base_model_prefix}.", BACKBONE)
+    places = {
+        name: (files[prefix + name], prefix + name)
+        for name in model.state_dict()
+        for prefix in prefixes
+        if prefix + name in files
+    }
+    filled = _fill(model, places, model_dir, dtype, deepspeed_config)
+    return model.eval() if filled else None
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -92,8 +130,10 @@ def hand_over(module: nn.Module) -> None:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _without_weights() -> Iterator[None]:
     """Register parameters without memory inside the block; buffers are computed as usual."""
+    # Before the model is built: each of its layers allocates weights and frees them again.
+    _return_freed_memory()
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -108,14 +148,16 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _unfit(model: PreTrainedModel, files: Mapping[str, Path], dtype: torch.dtype) -> str:
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Return the weights that are others under a second name."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _unfit(model: PreTrainedModel, places: Places, dtype: torch.dtype) -> str:
     """Return why a model cannot be filled tensor by tensor; "" if it can."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    expected = set(model.state_dict()) - tied
-    if missing := sorted(expected - files.keys()):
+    expected = set(model.state_dict()) - _tied(model)
+    if missing := sorted(expected - places.keys()):
         return f"no tensor {missing[0]} in its files ({len(missing)} missing)"
-    if surplus := sorted(files.keys() - expected - tied):
-        return f"its files have {surplus[0]} under another name ({len(surplus)} more tensors)"
     if expected - {name for name, _ in model.named_parameters()}:
         return "it has buffers in its files"
     if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules", None):
@@ -135,20 +177,32 @@ def _return_freed_memory() -> None:
 
 def _fill(
     model: PreTrainedModel,
-    files: Mapping[str, Path],
+    places: Places,
+    model_dir: Path,
     dtype: torch.dtype,
     deepspeed_config: Mapping[str, Any],
-) -> None:
-    """Read every parameter and keep this rank's part of it."""
+    *,
+    why: str = "",
+) -> bool:
+    """Read every parameter and keep this rank's part of it; return whether that is possible.
+
+    Args:
+        why: a reason against it that the caller has found.
+    """
     import deepspeed
 
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if why := why or _unfit(model, places, dtype):
+        log.warning(
+            "%s: every rank loads the whole model before ZeRO-3 shards it: %s", model_dir, why
+        )
+        return False
+    tied = _tied(model)
     first: Any = None
     for name, empty in list(model.named_parameters(remove_duplicate=False)):
         if name in tied:
             continue
         # Pages of the file, not a copy; they leave the memory with the tensor.
-        data = saved_tensor(files[name], name).to(dtype)
+        data = saved_tensor(*places[name]).to(dtype)
         assert data.shape == empty.shape, f"{name}: {tuple(data.shape)} for {tuple(empty.shape)}"
         parameter: Any = nn.Parameter(data, requires_grad=empty.requires_grad)
         del data
@@ -162,6 +216,10 @@ def _fill(
             first = parameter
         else:
             first.convert_to_zero_parameters(param_list=[parameter])
+    # The tie was cut when the parameters moved to the meta device.
+    model.tie_weights()
+    _handles[model] = _gather_on_use(model)
+    return True
 
 
 def _gather_on_use(model: nn.Module) -> list[RemovableHandle]:

@@ -1,7 +1,7 @@
 """Stage classify: train a text classifier with a new head on a decoder or an encoder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.core.artifacts import Artifact
-from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, TokenRow
 from align.data.load import fingerprints
@@ -34,13 +33,13 @@ from align.stages.offline import (
     run_offline,
     saved_loss,
 )
-from align.stages.saving import whole_state
+from align.stages.saving import save_streamed, saved_tensors
 from align.training.batch import PackedBatch, pack
 from align.training.infer import map_rows
 from align.training.own_code import own_losses
 from align.training.task import OfflineTask
 from align.tuning.export import full_weights
-from align.tuning.files import num_trained, save_adapter
+from align.tuning.files import num_trained
 from align.tuning.loading import load_classifier, quantization
 from reward_models.limits import LimitError, render_chat
 
@@ -289,20 +288,22 @@ def save(
     out: Path,
 ) -> None:
     """Write model/ and, with an adapter, adapter/ below ``out``; every rank must call this."""
+    write = partial(
+        save_classifier,
+        classes=classes,
+        source_dir=source.model_dir,
+        directory=out / "model",
+        dtype=spec.dtype,
+    )
+    save_streamed(_named(model, source.model_dir), write, adapted=model.base_model, out=out)
+
+
+def _named(model: "PreTrainedModel", source_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights under transformers' names: the base below its prefix, then the head's own."""
     prefix = model.base_model_prefix
-    weights, adapter = whole_state(model.base_model, source.model_dir)
-    # The names of transformers: the base below its prefix, then the head's own modules.
-    state = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
-    for name, head in model.named_children():
-        if name != prefix:
-            state |= {f"{name}.{n}": x.detach().cpu().clone() for n, x in full_weights(head)}
-
-    def write() -> None:
-        save_classifier(
-            state, classes, source_dir=source.model_dir, directory=out / "model", dtype=spec.dtype
-        )
-        if adapter is not None:
-            save_adapter(*adapter, out / "adapter")
-
-    save_weights(write, state, out)
-    distributed.barrier()
+    for name, tensor in saved_tensors(model.base_model, source_dir):
+        yield f"{prefix}.{name}", tensor
+    for part, head in model.named_children():
+        if part != prefix:
+            for name, tensor in full_weights(head):
+                yield f"{part}.{name}", tensor

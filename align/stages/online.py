@@ -321,7 +321,8 @@ def build_critic(
 ) -> Learner | None:
     """Return PPO's critic, built from a reward model or the policy; its head starts at zero.
 
-    All its weights are trained, regardless of the policy's ``tuning``.
+    All its weights are trained, regardless of the policy's ``tuning``. Under ZeRO-3 it is loaded in
+    shards.
     """
     if spec.critic is None:
         return None
@@ -335,7 +336,9 @@ def build_critic(
             f"critic.init: {spec.critic.init} has another vocabulary than the policy, whose tokens "
             "it must score. Remove critic.init to start the critic from the policy"
         )
-    scorer = scorer_from(folder, dtype=spec.dtype)
+    sharded = spec.zero.stage == 3
+    shards = deepspeed_config(spec.zero, spec.critic.optim, dtype=spec.dtype) if sharded else None
+    scorer = scorer_from(folder, dtype=spec.dtype, shards=shards)
     if spec.gradient_checkpointing:
         scorer.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     # V = 0 at the start: advantages then begin as plain returns instead of noise.

@@ -65,7 +65,7 @@ def with_cpu_adam(config: dict[str, Any], optim: OptimSpec) -> dict[str, Any]:
 
 
 def config_of_shards(spec: TrainingStage) -> dict[str, Any] | None:
-    """Return DeepSpeed's configuration if a policy is loaded in shards, None if it is loaded whole.
+    """Return DeepSpeed's configuration if a model is loaded in shards, None if it is loaded whole.
 
     New adapters are made from whole weights, and the Fisher information needs gradients before
     DeepSpeed wraps the model.

@@ -14,14 +14,13 @@ import torch
 
 from align.core import distributed
 from align.core.artifacts import Artifact
-from align.core.checkpoints import save_weights
 from align.core.errors import DataError
 from align.core.types import Example, PairRow, TokenRow
 from align.data.load import fingerprints
 from align.data.render.chat import ChatFormat
 from align.data.render.encoder_pairs import PairedFormat
 from align.models.heads import scorer_from, scorer_on_encoder, values_of
-from align.models.loading import load_tokenizer, set_dropout, stop_token_ids
+from align.models.loading import set_dropout
 from align.preflight.checks import spread
 from align.preflight.disk import disk_checks
 from align.preflight.paired import paired_checks
@@ -57,12 +56,12 @@ from align.stages.reward.tasks import (
     scorer_format,
     steps_loss,
 )
-from align.stages.saving import whole_state
+from align.stages.saving import save_trained_scorer
 from align.training.batch import flatten_pairs, pack, pair_length, trim_after_last_trained
+from align.training.deepspeed import config_of_shards
 from align.training.infer import map_rows
 from align.training.task import OfflineTask
-from align.tuning.export import full_weights
-from align.tuning.files import num_trained, save_adapter, with_adapter
+from align.tuning.files import num_trained, with_adapter
 from align.tuning.loading import quantization, tokens_to_train
 from align.tuning.merging import has_adapter
 from reward_models.process import step_ends
@@ -271,15 +270,12 @@ def _labeled_steps(chat: ChatFormat, separator: str, example: Example) -> Labele
 def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> RewardModel:
     """Return the model of ``source`` with new heads and the adapter of ``tuning``."""
     held, tokens = quantization(spec.tuning, spec.dtype), []
+    options: Any = {"dtype": spec.dtype, "num_heads": spec.heads, "shards": config_of_shards(spec)}
     if source.manifest["kind"] == "encoder":
-        model, missing = scorer_on_encoder(
-            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
-        )
+        model, missing = scorer_on_encoder(source.model_dir, quantization=held, **options)
         refuse_random(missing, spec, source)
     else:
-        model = scorer_from(
-            source.model_dir, dtype=spec.dtype, num_heads=spec.heads, quantization=held
-        )
+        model = scorer_from(source.model_dir, quantization=held, **options)
         tokens = tokens_to_train(model.backbone, source.model_dir, spec.tuning)
     if spec.keep.dropout:
         # Of the backbone; an adapter has a dropout of its own.
@@ -290,7 +286,8 @@ def new_reward_model(spec: RewardStage, source: Artifact, *, seed: int) -> Rewar
 
 def saved_scorer(spec: RewardStage, model_dir: Path) -> RewardModel:
     """Load a reward model that this stage has saved, with its adapter if that is not merged."""
-    model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads)
+    shards = config_of_shards(spec)
+    model = scorer_from(model_dir, dtype=spec.dtype, num_heads=spec.heads, shards=shards)
     model.backbone = with_adapter(model.to(distributed.device()).backbone, model_dir)
     return model
 
@@ -349,20 +346,4 @@ def save_scorer(
     model.extra = {"supervision": spec.supervision}
     if spec.supervision == "steps":
         model.extra["step_separator"] = spec.step_separator
-    backbone, adapter = whole_state(model.backbone, source.model_dir)
-    # The head is trained in full and saved beside the merged backbone.
-    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
-    state |= {f"head.{n}": t.detach().cpu().clone() for n, t in full_weights(model.head)}
-
-    def write() -> None:
-        if adapter is not None:
-            save_adapter(*adapter, out / "adapter")
-        model.save(
-            out / "model",
-            tokenizer=load_tokenizer(source.model_dir),
-            state_dict=state,
-            stop_token_ids=stop_token_ids(source.model_dir),
-        )
-
-    save_weights(write, state, out)
-    distributed.barrier()
+    save_trained_scorer(model, source_dir=source.model_dir, out=out)
