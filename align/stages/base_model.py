@@ -110,10 +110,9 @@ def _build_and_pretrain(
     assert spec.build is not None
     corpus = load_examples(spec.data, kind="corpus", seed=context.seed)
     # Trained on rank 0 alone and broadcast, so that all ranks have the same tokens.
-    tokenizer = distributed.broadcast_object(
-        train_tokenizer(corpus, spec.build, context.out / "model")
-        if distributed.rank() == 0
-        else None
+    build = spec.build
+    tokenizer = distributed.on_first_rank(
+        lambda: train_tokenizer(corpus, build, context.out / "model")
     )
     apply_tokenizer_spec(tokenizer, spec.tokenizer)
     chat = ChatFormat(tokenizer)

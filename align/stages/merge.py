@@ -74,9 +74,8 @@ def merge(spec: MergeStage, context: StageContext, sources: Sequence[Artifact]) 
     if len(spec.alphas) > 1:
         curve = _sweep(spec, sources, context)
         alpha = choose(curve, tolerance=spec.tolerance)
-    if distributed.rank() == 0:
-        write(spec, sources, alpha=alpha, out=context.out / "model", seed=context.seed)
-    distributed.barrier()
+    out = context.out / "model"
+    distributed.on_first_rank(lambda: write(spec, sources, alpha=alpha, out=out, seed=context.seed))
     log.info("alpha %g written", alpha)
     metrics = {"merge/alpha": alpha}
     # Without a sweep there is no curve, and alpha is the recipe's.

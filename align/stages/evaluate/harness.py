@@ -23,8 +23,7 @@ def harness_blocks(
     """Return the block of summary.json for each harness task; rank 0 runs the harness."""
     if spec.harness is None:
         return {}
-    blocks = _ask_all(spec, artifacts, context) if distributed.rank() == 0 else None
-    return distributed.broadcast_object(blocks)
+    return distributed.on_first_rank(lambda: _ask_all(spec, artifacts, context))
 
 
 def _ask_all(

@@ -48,19 +48,22 @@ def judge_all(
     Returns:
         The judged pairs of each model, and the judge's report: verdicts, cost and biases.
     """
-    assert spec.pairwise is not None
-    found: tuple[dict[str, Judged], dict[str, Any]] | None = None
-    if distributed.rank() == 0:
+    pairwise = spec.pairwise
+    assert pairwise is not None
+
+    def judge() -> tuple[dict[str, Judged], dict[str, Any]]:
         baseline = spec.label(spec.baseline)
         # One bench for all models: its cache, its cost and its biases are those of the whole task.
-        bench = _open_bench(spec.pairwise)
+        bench = _open_bench(pairwise)
         judged = {
-            name: _judge_one(spec.pairwise, bench, model, other=answered[baseline], seed=seed)
+            name: _judge_one(pairwise, bench, model, other=answered[baseline], seed=seed)
             for name, model in answered.items()
             if name != baseline
         }
-        found = judged, bench.report()
-    return distributed.broadcast_object(found)
+        return judged, bench.report()
+
+    # An error of the judge ends every rank with its message.
+    return distributed.on_first_rank(judge)
 
 
 def _judge_one(
