@@ -60,7 +60,7 @@ HOMES = {
     ),
     "deepspeed": (
         "align.core.distributed",
-        "align.core.checkpoints",
+        "align.core.resharding",
         "align.models.sharding",
         "align.training.learner",
         "align.tuning.export",

@@ -143,9 +143,19 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Return {relative path: record} of every file below a directory, flushing all to the disk."""
-    found, folders = {}, [directory]
+def hash_tree(
+    directory: Path,
+    *,
+    leave_out: tuple[str, ...] = (),
+    hashed: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return {relative path: record} of every file below a directory, flushing all to the disk.
+
+    Args:
+        directory: the folder. leave_out: names in it that are left out.
+        hashed: records of files that are flushed and hashed already.
+    """
+    found, folders, hashed = {}, [directory], hashed or {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if name.split("/")[0] in leave_out:
@@ -156,7 +166,7 @@ def hash_tree(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, 
             # The mode of a hard link is that of its source, which belongs to the user.
             if path.stat().st_nlink == 1:
                 _apply_umask(path)
-            found[name] = file_record(path, sync=True)
+            found[name] = hashed.get(name) or file_record(path, sync=True)
     for folder in reversed(folders):  # the innermost first
         fsync_directory(folder)
     return found

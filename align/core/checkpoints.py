@@ -8,7 +8,6 @@ stage that saved it, the hash of every file, and a hash of itself.
 import hashlib
 import json
 import logging
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from align.core import distributed
 from align.core.artifacts import (
+    file_record,
     file_sha256,
     fsync_directory,
     hash_tree,
@@ -31,7 +30,10 @@ from align.core.artifacts import (
 from align.core.errors import ArtifactError, Preempted
 from align.core.identity import GONE, find_difference, plain
 from align.core.lock import refuse_if_taken
+from align.core.resharding import load_resharded, saved_stage
+from align.core.rng import rng_state, set_rng_state
 from align.core.storage import MIB, write_patiently
+from align.core.text import layout
 
 log = logging.getLogger(__name__)
 STATE = "checkpoint.json"
@@ -41,16 +43,29 @@ AUTO_COST = 30.0
 """``auto`` waits at least this many times as long as saving took: about 3 % of the time."""
 CLOCK = time.monotonic
 _identity: dict[str, Any] | None = None
+_any_layout = False
+_resharded: list[dict[str, Any]] = []
 
 
-def belong_to(identity: Mapping[str, Any] | None) -> None:
+def belong_to(identity: Mapping[str, Any] | None, *, any_layout: bool = False) -> None:
     """Set the identity of the stage that this process runs.
 
     Checkpoints are saved with it, and those of other stages are skipped. Without an identity (a
     tool or a test that inspects a folder) nothing is compared.
+
+    Args:
+        identity: of the stage; None for no stage.
+        any_layout: also load what other numbers of ranks and other ZeRO stages have saved.
     """
-    global _identity
+    global _identity, _any_layout
     _identity = None if identity is None else plain(identity)
+    _any_layout = any_layout
+    _resharded.clear()
+
+
+def resharded() -> list[dict[str, Any]]:
+    """Return the changes of ranks and ZeRO stages in this stage's history: step, old and new."""
+    return list(_resharded)
 
 
 def identity() -> dict[str, Any] | None:
@@ -122,19 +137,26 @@ def save_checkpoint(
     temporary = directory / f"step-{step:08d}.tmp"
     # All ranks write into a temporary folder, which rank 0 renames when it is complete.
     distributed.on_first_rank(lambda: _begin_patiently(temporary, list(engines)))
+    # Every rank has its own random stream, so each saves it.
+    written = [temporary / f"rng-{distributed.rank()}.pt"]
+    _save_patiently(rng_state(), written[0])
     for name, engine in engines.items():
         # A collective call: under ZeRO each rank writes its own shard.
-        with patient(engine, temporary):
+        with patient(engine, temporary) as files:
             engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
-    # Every rank has its own random stream, so each saves it.
-    _save_patiently(rng_state(), temporary / f"rng-{distributed.rank()}.pt")
-    # Wait until every rank has written before the files are hashed.
-    distributed.barrier()
+        written += files
+    # Each rank reads back and flushes what it has written, all at the same time.
+    own = {path.relative_to(temporary).as_posix(): file_record(path, sync=True) for path in written}
+    hashed = {
+        name: record for part in distributed.gather_objects(own) for name, record in part.items()
+    }
     if distributed.rank() == 0:
         remove(final)
         record = {"step": step, "world_size": distributed.world_size(), "state": dict(state)}
+        if _resharded:
+            record["resharded"] = resharded()
         write_patiently(
-            lambda: write_record(temporary, STATE, record),
+            lambda: write_record(temporary, STATE, record, hashed=hashed),
             folder=temporary,
             needed=MIB,
             stop=distributed.was_asked,
@@ -196,15 +218,16 @@ def check_out_is_ours(out: Path) -> None:
 
 
 @contextmanager
-def patient(engine: Any, folder: Path) -> Iterator[None]:
-    """Make DeepSpeed's engine wait while the disk is full.
+def patient(engine: Any, folder: Path) -> Iterator[list[Path]]:
+    """Make DeepSpeed's engine wait while the disk is full; give the files that this rank writes.
 
     The wait is inside each file's writing: the other ranks are at DeepSpeed's own barriers.
     """
-    writer = engine.checkpoint_engine
+    writer, written = engine.checkpoint_engine, []
     save = writer.save
 
     def patient_save(state_dict: object, path: str) -> None:
+        written.append(Path(path))
         write_patiently(
             lambda: _or_remove(Path(path), lambda: save(state_dict, path)),
             folder=folder,
@@ -215,7 +238,7 @@ def patient(engine: Any, folder: Path) -> Iterator[None]:
     # An attribute of the instance hides the method of its class, and deleting it shows that again.
     writer.save = patient_save
     try:
-        yield
+        yield written
     finally:
         del writer.save
 
@@ -259,9 +282,20 @@ def tensor_bytes(value: object) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def write_record(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Complete a checkpoint: flush and hash its files, then write its record."""
-    full = plain({**record, "identity": _identity, "files": hash_tree(folder)})
+def write_record(
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    *,
+    hashed: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Complete a checkpoint: flush and hash its files, then write its record.
+
+    Args:
+        folder: the checkpoint. name: of the file with the record. record: what it says besides.
+        hashed: records of files that are flushed and hashed already.
+    """
+    full = plain({**record, "identity": _identity, "files": hash_tree(folder, hashed=hashed)})
     write_json_atomic(folder / name, {**full, "record_sha256": _record_hash(full)})
 
 
@@ -280,34 +314,61 @@ def remove(path: Path) -> None:
 
 def newest_checkpoint(directory: Path) -> Path | None:
     """Return the newest undamaged checkpoint of this stage: all file sizes and hashes match.
-    Damaged or foreign checkpoints are logged and skipped. Every rank gets rank 0's result.
+    Damaged or foreign checkpoints are logged and skipped. Every rank gets the same result.
     """
-    found = None
-    if distributed.rank() == 0:
-        # Rank 0 alone decides: on a shared disk ranks could see different checkpoints.
-        for path in sorted(directory.glob("step-????????"), reverse=True):
-            problem = damage(path)
-            if problem is None:
-                found = path
-                break
-            log.warning("%s: %s; trying the previous one", path, problem)
-    return distributed.broadcast_object(found)
+    # Rank 0 says which there are: on a shared disk ranks could see different checkpoints.
+    kept = sorted(directory.glob("step-????????"), reverse=True)
+    for path in distributed.broadcast_object(kept):
+        found, problem = distributed.broadcast_object(_read_record(path, STATE))
+        if problem is None:
+            # Each rank reads a part of the files, all at the same time.
+            names = sorted(found["files"])[distributed.rank() :: distributed.world_size()]
+            parts = distributed.gather_objects(_damaged_file(path, found, names))
+            problem = next((p for p in parts if p is not None), None) or _foreign(found)
+        if problem is None:
+            return path
+        log.warning("%s: %s; trying the previous one", path, problem)
+    return None
 
 
 def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Restore engines and this rank's RNG; return the step and the stage's own state."""
+    """Restore engines and this rank's RNG; return the step and the stage's own state.
+
+    Raises:
+        ArtifactError: the checkpoint cannot be loaded, or is of another number of ranks or another
+            ZeRO stage without ``belong_to(any_layout=True)``.
+    """
     record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    # ZeRO shards belong to their ranks, and each rank has its own random state.
-    if record["world_size"] != distributed.world_size():
+    old = {"ranks": record["world_size"]} | {f"zero/{n}": saved_stage(path / n) for n in engines}
+    new = {"ranks": distributed.world_size()}
+    new |= {f"zero/{n}": engine.zero_optimization_stage() for n, engine in engines.items()}
+    if old != new and not _any_layout:
+        # ZeRO shards belong to their ranks, and each rank has its own random state.
         raise ArtifactError(
-            f"{path}: saved by {record['world_size']} ranks, resumed with "
-            f"{distributed.world_size()}. Start the same number of ranks, or use --force."
+            f"{path}: saved by {layout(old)}, resumed with {layout(new)}. Start the same number "
+            "of ranks, set reshard: true to continue with the same numbers up to rounding, or use "
+            "--force."
         )
+    _resharded[:] = record.get("resharded", [])
     for name, engine in engines.items():
+        if old != new:
+            load_resharded(path / name, engine)
+            continue
         loaded, _ = engine.load_checkpoint(str(path), tag=name)
         if loaded is None:
             raise ArtifactError(f"{path}: DeepSpeed could not load engine '{name}'. Use --force.")
-    set_rng_state(torch.load(path / f"rng-{distributed.rank()}.pt", weights_only=True))
+    if old != new:
+        _resharded.append({"step": record["step"], "old": old, "new": new})
+        log.warning(
+            "%s: saved by %s, continued by %s. The training is the same up to rounding, not bit "
+            "by bit, and dropout is drawn anew",
+            path,
+            layout(old),
+            layout(new),
+        )
+    own = path / f"rng-{distributed.rank()}.pt"
+    if old == new or own.is_file():
+        set_rng_state(torch.load(own, weights_only=True))
     return record["step"], record["state"]
 
 
@@ -329,8 +390,18 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
         path: the checkpoint.
         record: its file with the hashes.
     """
-    found = read_json_object(path / record)
-    if found is None:
+    found, problem = _read_record(path, record)
+    return problem or _damaged_file(path, found, sorted(found["files"])) or _foreign(found)
+
+
+def _read_record(path: Path, record: str) -> tuple[dict[str, Any], str | None]:
+    """Return a checkpoint's record, and why it cannot be used; None if it can."""
+    found = read_json_object(path / record) or {}
+    return found, _damaged_record(path, found, record)
+
+
+def _damaged_record(path: Path, found: Mapping[str, Any], record: str) -> str | None:
+    if not found:
         return f"damaged ({record} is missing or no record)"
     if found.get("record_sha256") != _record_hash(found):
         return f"damaged ({record} differs from its own hash)"
@@ -339,9 +410,13 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
         return f"damaged ({record} lists no files)"
     if "step" in found and path.name != f"step-{found['step']:08d}":
         return f"damaged (its name does not say step {found['step']})"
-    # The record is intact; compare every file with it.
-    for name, entry in files.items():
-        file = path / name
+    return None
+
+
+def _damaged_file(path: Path, found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return how one of these files differs from the record; None if none does."""
+    for name in names:
+        file, entry = path / name, found["files"][name]
         try:
             if not file.is_file():
                 return f"damaged ({name} is missing)"
@@ -350,7 +425,7 @@ def damage(path: Path, *, record: str = STATE) -> str | None:
             return f"damaged ({name} cannot be read: {error.strerror})"
         if not is_same:
             return f"damaged ({name} differs from its recorded hash)"
-    return _foreign(found)
+    return None
 
 
 def _foreign(record: Mapping[str, Any]) -> str | None:
@@ -359,29 +434,5 @@ def _foreign(record: Mapping[str, Any]) -> str | None:
     identity = record.get("identity")
     if not isinstance(identity, dict):
         return "of another, unknown stage"
-    difference = find_difference(identity, _identity)
+    difference = find_difference(identity, _identity, any_layout=_any_layout)
     return None if difference is None else f"of another stage or run ({difference})"
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator of this process."""
-    # As plain lists: torch.load(weights_only=True) accepts no NumPy arrays.
-    kind, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore a state that ``rng_state`` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

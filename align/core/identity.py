@@ -29,13 +29,21 @@ _OWN_LEFTOVERS = {LOCK, FAILURE, "log.txt", f"{BEGUN}.tmp", f"{RECIPE}.tmp"}
 """Files of a stage that ended before it recorded its identity."""
 
 
-def find_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+def find_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, any_layout: bool = False
+) -> str | None:
     """Return the first difference between two identities of a stage; None if they are the same.
 
-    An identity has ``spec_hash``, ``inputs`` (key -> hashes of the artifact), ``files`` (path ->
-    record of each file that the stage reads) and ``hub`` (id -> commit of the data set).
+    An identity has ``spec_hash``, ``layout_free`` (the same hash without ranks and ZeRO),
+    ``inputs`` (key -> hashes of the artifact), ``files`` (path -> record of each file that the
+    stage reads) and ``hub`` (id -> commit of the data set).
+
+    Args:
+        old, new: the identities.
+        any_layout: whether the number of ranks and ZeRO's settings may differ.
     """
-    if old.get("spec_hash") != new["spec_hash"]:
+    key = "layout_free" if any_layout and "layout_free" in old else "spec_hash"
+    if old.get(key) != new[key]:
         return "different settings, seed or inputs"
     # The spec is the same; compare the inputs and then the files.
     old_inputs, old_files = (_mapping(old, key) for key in ("inputs", "files"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object, versions
-from align.core.text import is_hub_id
+from align.core.text import is_hub_id, layout
 
 CARD = "README.md"
 INHERITED = ("base_model", "license", "license_name", "license_link", "language")
@@ -86,6 +86,7 @@ def card_text(
         f"- License: {license_}",
         f"- Tuning: {method}",
         f"- Seed: {manifest.get('seed', 0)}, processes: {manifest.get('ranks', 1)}",
+        *(f"- {line}" for line in resharded_lines(manifest)),
         f"- Identity of recipe and inputs: `{str(manifest.get('spec_hash', ''))[:16]}`\n",
         _table("Evaluation", ("task", "metric", "value", "95 % interval"), evaluations),
         _table("Metrics at the end of training", ("metric", "value"), _metrics(manifest)),
@@ -94,6 +95,15 @@ def card_text(
         _table("Versions", ("package", "version"), sorted(_versions(manifest))),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def resharded_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each change of ranks or ZeRO stages while the stage was trained."""
+    return [
+        f"Continued after step {change['step']} by {layout(change['new'])}, saved by "
+        f"{layout(change['old'])}: the same training up to rounding, not bit by bit"
+        for change in manifest.get("resharded") or []
+    ]
 
 
 def is_on_hub(name: str) -> bool:

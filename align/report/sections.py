@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import yaml
 
+from align.core.model_card import resharded_lines
 from align.report.markup import Markup, duration, number, table, tag, triple
 from align.report.read import Row, RunRecord, StageRecord
 from align.report.series import CHANGE
@@ -146,7 +147,12 @@ def cost(run: RunRecord) -> Markup:
         "peak memory, all ranks (GiB)",
         "tokens/s",
     ]
-    return tag("section", tag("h2", "Cost"), table(heads, rows, class_="numbers"))
+    notes = [
+        tag("p", f"{stage.name}: {line}.")
+        for stage in run.stages
+        for line in resharded_lines(stage.manifest)
+    ]
+    return tag("section", tag("h2", "Cost"), table(heads, rows, class_="numbers"), *notes)
 
 
 def reproduce(run: RunRecord) -> Markup:

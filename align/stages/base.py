@@ -19,9 +19,7 @@ from align.core.artifacts import (
     MANIFEST,
     Artifact,
     file_sha256,
-    find_damage,
     read_artifact,
-    read_json_object,
     read_manifest,
     spec_hash,
     write_manifest,
@@ -30,9 +28,7 @@ from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, 
 from align.core.identity import (
     changed_file,
     check_is_stage_folder,
-    find_difference,
     plain,
-    read_begun,
     record_begun,
 )
 from align.core.lock import StageLock
@@ -50,6 +46,7 @@ from align.preflight.checks import Check
 from align.preflight.run import keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
 from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec, StageSpec
+from align.stages.earlier import LAYOUT, is_finished, may_reshard, refuse_other_checkpoints
 from align.tuning.files import refuse_unmerged
 
 log = logging.getLogger(__name__)
@@ -247,7 +244,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
 def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began: float) -> None:
     """Run the stage, and write its manifest last."""
     spec, identity = context.recipe.stages[context.name], manifest["identity"]
-    checkpoints.belong_to(identity)
+    checkpoints.belong_to(identity, any_layout=may_reshard(spec))
     read_log.expect({path: record["sha256"] for path, record in identity["files"].items()})
     distributed.seed_everything(context.seed)
     result = prepare_and_train(spec, context)
@@ -260,6 +257,8 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
         if spec.imports_model:
             _refuse_changes(context, identity)
         found = {**manifest, **result.notes, "metrics": dict(result.metrics)}
+        if changes := checkpoints.resharded():
+            found["resharded"] = changes
         found["data"], found["peak_rss_gib"] = list(result.data), round(sum(peak), 3)
         write_card(context.out, found, context.folder_of)
         found["seconds"] = round(time.monotonic() - began, 2)
@@ -302,12 +301,15 @@ def _manifest_head(context: StageContext, spec: StageSpec) -> dict[str, Any]:
         }
         is_stage = reference in context.recipe.stages
         hashes[key] = inputs[key]["spec_hash"] if is_stage else reference
+    settings = spec.settings()
+    free = {key: value for key, value in settings.items() if key not in LAYOUT}
     return {
         "kind": spec.produces,
         "stage": context.name,
         "stage_kind": spec.kind,
         "spec": hidden(spec.model_dump(mode="json")),
-        "spec_hash": spec_hash(spec.settings(), seed=context.seed, inputs=hashes),
+        "spec_hash": spec_hash(settings, seed=context.seed, inputs=hashes),
+        "layout_free": spec_hash(free, seed=context.seed, inputs=hashes),
         "inputs": inputs,
         "seed": context.seed,
         "ranks": distributed.world_size(),
@@ -336,7 +338,7 @@ def _begin(
     try:
         inputs, spec = context.recipe.inputs(context.name), context.recipe.stages[context.name]
         identity = plain(
-            {key: manifest[key] for key in ("spec_hash", "inputs")}
+            {key: manifest[key] for key in ("spec_hash", "layout_free", "inputs")}
             | {
                 "files": file_records(named_files(spec, inputs)),
                 "hub": hub_revisions(spec),
@@ -345,11 +347,11 @@ def _begin(
         if force:
             (context.out / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
-        elif _finished(context.out, identity):
+        elif is_finished(context.out, identity):
             _release()
             return None
         else:
-            _refuse_other_checkpoints(context.out, identity)
+            refuse_other_checkpoints(context.out, identity, any_layout=may_reshard(spec))
         # Rows are appended to the ledger, and those of the attempt before would stand in it twice.
         (context.out / LEDGER_FILE).unlink(missing_ok=True)
         record_begun(context.out, identity)
@@ -367,44 +369,6 @@ def _release() -> None:
     if _lock is not None:
         _lock.release()
         _lock = None
-
-
-def _finished(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether the stage is finished with this identity and its files are unchanged."""
-    if not (out / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(out)
-    made_from = manifest.get("identity") or {
-        "spec_hash": manifest.get("spec_hash"),
-        "inputs": identity["inputs"],
-        "files": identity["files"],
-    }
-    difference = find_difference(made_from, identity)
-    if difference is not None:
-        raise ArtifactError(
-            f"{out}: finished, but made from something else than the recipe has now "
-            f"({difference}); use --force to run it again, or another recipe name"
-        )
-    damage = find_damage(out, manifest, whole=False)
-    if damage:
-        raise ArtifactError(f"{damage[0]}. Use --force to run the stage again")
-    log.info("%s: already done, nothing to do (--force does it again)", out)
-    return True
-
-
-def _refuse_other_checkpoints(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raise ArtifactError if the folder has checkpoints of a stage with another identity."""
-    kept = sorted((out / "checkpoints").glob("*-*"), reverse=True)
-    if not kept:
-        return
-    records = ((read_json_object(path / checkpoints.STATE) or {}).get("identity") for path in kept)
-    before = read_begun(out) or next((r for r in records if isinstance(r, dict)), None)
-    difference = None if before is None else find_difference(before, identity)
-    if difference is not None:
-        raise ArtifactError(
-            f"{out}: its checkpoints were made from something else than the recipe has now "
-            f"({difference}); use --force to start over"
-        )
 
 
 def with_data_of_stages(spec: object, context: StageContext) -> Any:

@@ -171,6 +171,9 @@ class TrainingStage(StageSpec):
     """Optimizer steps between checkpoints; 0 for none; ``auto`` for one about every 10 minutes."""
     keep_checkpoints: Annotated[Count, Aside()] = 2
     """Number of latest checkpoints to keep."""
+    reshard: Annotated[bool, Aside()] = False
+    """Continue from checkpoints of another number of ranks, or with other settings of ``zero``. The
+    training is then the same up to rounding, not bit by bit."""
 
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
@@ -180,6 +183,11 @@ class TrainingStage(StageSpec):
             refuse_head(self.tuning, "policy")
         if self.gradient_checkpointing:
             refuse_checkpointing(self.tuning)
+        if self.reshard and self.layers is not None:
+            raise ValueError(
+                "reshard: the layers of 'layers' count their steps on their own, which another "
+                "number of ranks cannot continue. Remove reshard and start as many ranks as before"
+            )
         return self
 
 
