@@ -210,7 +210,7 @@ def other_models(
         # vLLM takes its share of the device, whatever the model needs of it.
         found["engine"] = spec.sampling.memory_frac * memory
     else:
-        found["engine"] = whole + (
+        found["engine"] = whole / spec.sampling.tensor_parallel + (
             spec.sampling.cache_gib * GIB if spec.sampling.engine != "hf" else 0.0
         )
     return found

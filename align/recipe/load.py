@@ -20,6 +20,7 @@ from align.recipe.foreign.tools import refuse_foreign
 from align.recipe.messages import describe, locate
 from align.recipe.overrides import apply_overrides
 from align.recipe.own_code import import_extensions, place_own_code
+from align.recipe.parallel import parallel_problems
 from align.recipe.rules import idle_options
 from align.recipe.schema import (
     STAGES,
@@ -381,9 +382,10 @@ def _idle_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
 
 
 def _start_errors(specs: Mapping[str, Any], source: Source) -> list[str]:
+    problems = adapter_problems(specs) | encoder_problems(specs) | parallel_problems(specs)
     return [
         f"{locate(place_of(name, key), 'reference', source.marks)}: stages.{name}.{key}: {problem}"
-        for (name, key), problem in (adapter_problems(specs) | encoder_problems(specs)).items()
+        for (name, key), problem in problems.items()
     ]
 
 

@@ -116,6 +116,8 @@ def _sampling(spec: SamplingSpec) -> Iterator[Idle]:
     if spec.engine == "hf":
         for name in changed(spec, "memory_frac", "cache_gib"):
             yield name, "has no effect with engine hf, which keeps no cache between calls"
+        for name in changed(spec, "tensor_parallel"):
+            yield name, "has no effect with engine hf; write engine: vllm"
 
 
 def _greedy(spec: SamplingSpec | TaskSampling) -> Iterator[Idle]:

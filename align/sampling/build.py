@@ -13,6 +13,7 @@ import torch
 
 from align.core.errors import TrainingError
 from align.models.loading import num_positions
+from align.recipe.parallel import heads_problem
 from align.recipe.schema.tuning import METHODS, TuningSpec
 from align.sampling.engine import EngineOptions, RolloutEngine
 from align.tuning.files import unmerged_adapter
@@ -39,6 +40,7 @@ def build_engine(
     stop_token_ids: Sequence[int] = (),
     tuning: TuningSpec | None = None,
     push: Literal["merged", "adapter"] = "merged",
+    tensor_parallel: int = 1,
 ) -> RolloutEngine:
     """Build the engine that a recipe selects and log the choice.
 
@@ -51,10 +53,12 @@ def build_engine(
         max_model_len: prompt and response together, in tokens; at most the model's positions.
         tuning: tuning block of the stage whose policy will be pushed; None without training.
         push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` together with its initial weights.
+        tensor_parallel: ranks that share one engine, which vLLM alone can do.
         dtype, seed, memory_frac, cache_gib, stop_token_ids: see ``EngineOptions``.
 
     Raises:
-        TrainingError: the recipe requires vLLM, but it cannot serve this model.
+        TrainingError: the recipe requires vLLM, but it cannot serve this model; or the model
+            cannot be divided among so many ranks.
     """
     _read_config(Path(model_dir))  # one clear line if the folder has no readable configuration
     # vLLM refuses to start with more tokens than the model has positions.
@@ -69,14 +73,31 @@ def build_engine(
         stop_token_ids=tuple(stop_token_ids),
         tuning=tuning,
         push=push,
+        tensor_parallel=tensor_parallel,
     )
     name, reason = choose_engine(kind, options.model_dir, tuning)
+    if tensor_parallel > 1:
+        _check_division(options, name, reason)
     engine = _start(name, options)
     log.info(
         "rollout engine: %s (%s); %s, up to %d tokens, ready in %.1f s",
         *(name, reason, dtype, options.max_model_len, engine.start_s),
     )
     return engine
+
+
+def _check_division(options: EngineOptions, name: str, reason: str) -> None:
+    """Raise TrainingError if a model cannot be divided among the ranks of an engine."""
+    ranks = options.tensor_parallel
+    where = f"sampling.tensor_parallel: {ranks}"
+    if name != "vllm":
+        raise TrainingError(
+            f"{where} needs vLLM, and the engine would be {name} ({reason}). Remove the key, or "
+            "install vLLM or use a model that it serves"
+        )
+    problem = heads_problem(_read_config(options.model_dir), ranks)
+    if problem is not None:
+        raise TrainingError(f"{where}: {options.model_dir}: {problem}")
 
 
 def _start(name: Literal["vllm", "hf"], options: EngineOptions) -> RolloutEngine:

@@ -1,6 +1,7 @@
 """Checksums of pushed tensors, to verify bit for bit that an engine received what was sent."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,6 +15,19 @@ ROWS = 256
 """Number of rows of ``WIDTH`` lanes processed at once: few kernels, buffers of 128 MiB."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a saved tensor that one rank of an engine has: a slice of one dimension."""
+
+    dim: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this part of the whole tensor."""
+        return tensor.narrow(self.dim, self.start, self.length)
+
+
 class Sent:
     """Named tensors on their way to an engine, with a checksum of each tensor that has passed.
 
@@ -21,6 +35,7 @@ class Sent:
         named_tensors: the trainer's tensors, which are passed through unchanged.
         dtype: dtype of the engine's weights.
         device: device of the engine's weights.
+        shares: the part of a tensor that this rank's engine has, by name; the others are whole.
     """
 
     def __init__(
@@ -29,15 +44,19 @@ class Sent:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         self._named, self._dtype, self._device = named_tensors, dtype, device
+        self._shares = shares or {}
         self._sums: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor after computing its checksum."""
         for name, tensor in self._named:
             # In the engine's dtype and on its device, so that the sums compare equal bit for bit.
-            self._sums[name] = checksum(tensor.to(self._device, self._dtype))
+            share = self._shares.get(name)
+            part = tensor if share is None else share.of(tensor)
+            self._sums[name] = checksum(part.to(self._device, self._dtype))
             yield name, tensor
 
     def altered(self, held: Mapping[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from align.core.distributed import derive_seed
 from align.core.errors import DataError
 from align.core.types import Completion
 from align.recipe.schema.tuning import TuningSpec
+from align.sampling.checksums import Share
 from align.tuning.files import unmerged_adapter
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ class RolloutEngine(Protocol):
         dtype: dtype of its weights.
         device: device of its weights.
         start_s: seconds from the constructor call until the engine is ready.
+        shares: by name, the part of a saved tensor that this rank has; it has the others whole.
+
+    With ``tensor_parallel`` ranks for an engine, all of them must make the same calls in the same
+    order, each with prompts of its own.
     """
 
     name: str
@@ -40,6 +45,7 @@ class RolloutEngine(Protocol):
     dtype: torch.dtype
     device: torch.device
     start_s: float
+    shares: Mapping[str, Share]
 
     def awake(self) -> AbstractContextManager[None]:
         """Use the accelerator's memory inside the block and release it afterwards."""
@@ -113,6 +119,7 @@ class EngineOptions:
         stop_token_ids: tokens that end a response unless a call overrides them.
         tuning: how the pushed policy is tuned; None for a policy that is not trained.
         push: what is pushed to vLLM, whole weights or only the adapter.
+        tensor_parallel: ranks that share one engine.
     """
 
     model_dir: Path
@@ -124,6 +131,7 @@ class EngineOptions:
     stop_token_ids: tuple[int, ...]
     tuning: TuningSpec | None = None
     push: Literal["merged", "adapter"] = "merged"
+    tensor_parallel: int = 1
 
     @property
     def adds_adapter(self) -> bool:

@@ -1,7 +1,7 @@
 """The reference sampler: a plain decoding loop with a cache over a Hugging Face model."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align.core.errors import TrainingError
 from align.core.types import Completion
-from align.sampling.checksums import checksum
+from align.sampling.checksums import Share, checksum
 from align.sampling.engine import (
     ADAPTER,
     EngineOptions,
@@ -60,6 +60,7 @@ class HfEngine:
         self.dtype = next(iter(self._targets().values())).dtype
         self._decode = load_decoder(options.model_dir)
         self._calls = 0
+        self.shares: Mapping[str, Share] = {}
         self.start_s = time.perf_counter() - started
 
     def awake(self) -> nullcontext[None]:

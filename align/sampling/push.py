@@ -86,7 +86,7 @@ def push(
     Raises:
         TrainingError: a tensor did not arrive, or arrived changed.
     """
-    sent = Sent(named_tensors, dtype=engine.dtype, device=engine.device)
+    sent = Sent(named_tensors, dtype=engine.dtype, device=engine.device, shares=engine.shares)
     # The engine consumes the iterator, which computes a checksum of each tensor as it passes.
     held = engine.load_weights(sent, version=version)
     if altered := sent.altered(held):

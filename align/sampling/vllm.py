@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from align.core.errors import TrainingError
+from align.core.groups import rank_group
 from align.core.types import Completion
 from align.recipe.schema.tuning import LoraTuning
+from align.sampling.checksums import Share
 from align.sampling.engine import (
     ADAPTER,
     EngineOptions,
@@ -31,6 +33,7 @@ from align.sampling.vllm_push import (
     load_adapter,
     load_in_place,
     load_packed,
+    shares,
 )
 from align.sampling.vllm_sampler import cheapen_sampling
 
@@ -65,10 +68,12 @@ ENVIRONMENT = {
 
 
 class VllmEngine:
-    """One vLLM engine in this process, with tensor parallel size 1.
+    """One vLLM engine in this process, or this rank's part of one.
 
-    With several ranks, each rank has its own engine and its own requests. Only construction needs
-    all ranks at once, because vLLM creates process groups inside the trainer's world.
+    With ``tensor_parallel: 1``, each rank has its own engine and its own requests; only
+    construction needs all ranks at once, because vLLM creates process groups inside the trainer's
+    world. Otherwise consecutive ranks are the workers of one engine: each has a part of the
+    weights, and all of them run the requests of all, in the same order.
     """
 
     name = "vllm"
@@ -98,8 +103,10 @@ class VllmEngine:
         self._cached: Sequence[int] = ()
         self._owns_world = not torch.distributed.is_initialized()
         self._decode = load_decoder(options.model_dir)
+        self._group = rank_group(options.tensor_parallel)
         with _keep_random_state(), _keep_threads():
             self._llm = _start(options, on_cpu=self._on_cpu)
+        self.shares: Mapping[str, Share] = self._llm.collective_rpc(shares)[0]
         if not self._owns_world:
             # vLLM's clean-up, which also runs at exit, would destroy the trainer's process group.
             _detach_finalizer(self._core_client)
@@ -181,7 +188,7 @@ class VllmEngine:
             return
         # Asking for a prompt that was in the cache shows whether anything is left of it.
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        output = self._run([again], [params])[0]
+        output = self._run_alike([again], [params])[0]
         if output.num_cached_tokens:
             raise TrainingError(
                 f"{where}: vLLM took {output.num_cached_tokens} tokens of a prompt from the cache "
@@ -212,8 +219,6 @@ class VllmEngine:
         if seeds is None:
             seeds = call_seeds(self.options.seed, self._calls, len(prompts))
         self._calls += 1
-        if not prompts:
-            return []
         stop = frozenset(self.options.stop_token_ids if stop_token_ids is None else stop_token_ids)
         params = [
             SamplingParams(
@@ -277,6 +282,20 @@ class VllmEngine:
         return self._llm.llm_engine.engine_core
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        """Return the outputs of this rank's prompts, of which there may be none."""
+        # The workers of an engine must schedule the same requests in the same order.
+        parts = self._group.gather((prompts, params))
+        outputs = self._run_alike(
+            [prompt for asked, _ in parts for prompt in asked],
+            [param for _, asked in parts for param in asked],
+        )
+        first = sum(len(asked) for asked, _ in parts[: self._group.index])
+        return outputs[first : first + len(prompts)]
+
+    def _run_alike(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        """Return the outputs of prompts that are the same on all ranks of this engine."""
+        if not prompts:
+            return []
         if self.version == NO_WEIGHTS:
             raise TrainingError(
                 "the vLLM engine dropped its weights when it went to sleep. "
@@ -320,6 +339,17 @@ def _detach_finalizer(client: object) -> None:
         finalizer.detach()
 
 
+def _exchange_by_gloo() -> None:
+    """Let the workers of one engine exchange tensors through torch's groups on CPU.
+
+    vLLM's shared memory has one name for all engines that a launcher started on a machine, and a
+    killed rank leaves it behind. vLLM itself uses torch's groups for ranks on several machines.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
 def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
     """Construct vLLM with minimal start-up work."""
     from vllm import LLM
@@ -345,7 +375,10 @@ def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
         platform |= adapter_options(options.tuning)
     if world_size > 1:
         # Use this rank's device and no extra process: the launcher's ranks are the workers.
+        if on_cpu:
+            _exchange_by_gloo()
         platform["distributed_executor_backend"] = "external_launcher"
+        platform["tensor_parallel_size"] = options.tensor_parallel
     try:
         return LLM(
             model=str(options.model_dir),

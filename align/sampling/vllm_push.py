@@ -11,15 +11,15 @@ nonexistent files and fails.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align.recipe.schema.tuning import LoraTuning
-from align.sampling.checksums import checksum
+from align.sampling.checksums import Share, checksum
 
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 """Layers, by model type, whose weights are saved transposed (transformers' Conv1D)."""
@@ -45,13 +45,17 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a saved tensor: rows of a parameter (None for all), or its transpose."""
+    """The place of a saved tensor: rows of a parameter (None for all), or its transpose.
+
+    ``share`` is the part of the saved tensor that is there; None for all of it.
+    """
 
     name: str
     leaf: str
     start: int
     rows: int | None
     turned: bool
+    share: Share | None = None
 
     def checksum(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the checksum of this place, in the order and dtype of the saved tensor."""
@@ -68,27 +72,66 @@ def places(model: Any) -> Places:
     """Return, for each module of vLLM's model, the saved tensors that its parameters contain.
 
     Fused layers (``qkv_proj``, ``gate_up_proj``) stack several tensors. Vocabulary tables have
-    empty rows at their end.
+    empty rows at their end. With several ranks for a model, each has a part of most tensors.
     """
     fused = getattr(model, "packed_modules_mapping", {})
-    # Fused layers list their parts in packed_modules_mapping, in the order of output_sizes.
+    # Fused layers list their parts in packed_modules_mapping, in the order of their sizes.
     turned = TRANSPOSED.get(model.config.model_type, ())
     found: Places = {}
     for path, module in model.named_modules():
         parent, _, last = path.rpartition(".")
-        parts, sizes = fused.get(last, [last]), getattr(module, "output_sizes", [])
-        pieces = [(last, getattr(module, "org_vocab_size", None))]
-        if len(parts) > 1 and len(parts) == len(sizes):
-            pieces = list(zip(parts, sizes, strict=True))
+        pieces = _pieces(module, fused.get(last, [last]))
         for leaf, _ in module.named_parameters(recurse=False):
             # Parts of a fused parameter follow each other in its rows.
             start = 0
-            for part, rows in pieces:
+            for part, rows, share in pieces:
                 name = ".".join(filter(None, (parent, part, leaf)))
                 turn = leaf == "weight" and last in turned
-                found.setdefault(module, []).append(Place(name, leaf, start, rows, turn))
+                if share is not None:
+                    # A bias has no columns: every rank has all of it if the columns are divided.
+                    by_rows = share.dim == 0
+                    share = replace(share, dim=1 - share.dim) if turn else share
+                    share = share if leaf == "weight" or by_rows else None
+                found.setdefault(module, []).append(Place(name, leaf, start, rows, turn, share))
                 start += rows or 0
     return found
+
+
+Piece = tuple[str, int | None, Share | None]
+"""Name of a saved layer, its rows in the parameter (None for all), and what they are of it."""
+
+
+def _pieces(module: Any, parts: Sequence[str]) -> list[Piece]:
+    """Return the saved layers that a layer of vLLM has, or parts of them."""
+    divided = getattr(module, "tp_size", 1) > 1
+    by_rows = divided and hasattr(module, "gather_output")  # vLLM's ColumnParallelLinear
+
+    def part_of(length: int, dim: int) -> Share:
+        return Share(dim, module.tp_rank * length, length)
+
+    table = getattr(module, "shard_indices", None)
+    if table is not None:  # an embedding or a head
+        first, rows = table.org_vocab_start_index, table.num_org_elements
+        return [(parts[0], rows, Share(0, first, rows) if divided else None)]
+    sizes: Sequence[int] = getattr(module, "output_partition_sizes", ())
+    if len(sizes) == len(parts) > 1:
+        return [
+            (part, n, part_of(n, 0) if by_rows else None)
+            for part, n in zip(parts, sizes, strict=True)
+        ]
+    if by_rows and len(sizes) > 1:
+        return []  # saved as one tensor, of which this rank has several parts
+    if by_rows:
+        return [(parts[0], None, part_of(module.output_size_per_partition, 0))]
+    if divided and hasattr(module, "input_is_parallel"):  # vLLM's RowParallelLinear
+        return [(parts[0], None, part_of(module.input_size_per_partition, 1))]
+    return [(parts[0], None, None)]
+
+
+def shares(worker: Any) -> dict[str, Share]:
+    """Return the parts of saved tensors that this worker's model has, by the tensors' names."""
+    here = places(worker.get_model()).values()
+    return {p.name: p.share for in_module in here for p in in_module if p.share is not None}
 
 
 def load_packed(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Loaded:

@@ -70,6 +70,7 @@ def start_engine(
         stop_token_ids=chat.stop_token_ids,
         tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
         push=spec.sampling.push if isinstance(spec, OnlineStage) else "merged",
+        tensor_parallel=spec.sampling.tensor_parallel,
     )
 
 

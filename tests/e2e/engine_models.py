@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCAB = 64
 
@@ -31,10 +38,36 @@ def tiny_model(seed: int, *, tied: bool) -> nn.Module:
     return Qwen2ForCausalLM(config).eval()
 
 
-def save_tiny(model: nn.Module, directory: Path) -> Path:
-    """Save a model with a tokenizer of 64 words w0 .. w63."""
+def tiny_decoder(family: str, seed: int) -> nn.Module:
+    """Make a random decoder that two ranks can divide: ``llama``, or ``qwen2`` with shared heads.
+
+    Llama has a key-value head for each of its 4 heads, and a head of its own. Qwen2 has biases, 2
+    key-value heads and a head tied to the embedding. The vocabulary of 70 fills no rank's part.
+    """
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "vocab_size": 70,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+    }
+    if family == "llama":
+        config = LlamaConfig(num_key_value_heads=4, tie_word_embeddings=False, **shape)
+        return LlamaForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **shape))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at the start
+            nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def save_tiny(model: Any, directory: Path) -> Path:
+    """Save a model with a tokenizer of the words w0, w1 ..., one for each token."""
     model.save_pretrained(directory)
-    words(VOCAB).save_pretrained(directory)
+    words(model.config.vocab_size).save_pretrained(directory)
     return directory
 
 

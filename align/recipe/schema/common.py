@@ -167,6 +167,9 @@ class SamplingSpec(Spec):
     """Fraction of the accelerator's memory for the engine's weights and cache."""
     cache_gib: Positive = 0.5
     """Size of the engine's key-value cache on CPU, in GiB."""
+    tensor_parallel: Annotated[Count, Added("0.2")] = 1
+    """Consecutive ranks that share one vLLM engine, each with a part of the model's weights; a
+    divisor of ``ranks`` and of the model's key-value heads."""
 
 
 class OnlineSampling(SamplingSpec):

@@ -170,6 +170,11 @@ class OnlineStage(TrainingStage):
         refuse_served(self.tuning, self.sampling.engine)
         if self.sampling.push == "adapter":
             refuse_pushed(self.tuning, self.sampling.engine)
+            if self.sampling.tensor_parallel > 1:
+                raise ValueError(
+                    "sampling.push: adapter needs tensor_parallel: 1; remove 'push', and all "
+                    "weights are pushed"
+                )
         distinct_names(self.rewards)
         if self.watch is not None and self.watch.guard is not None:
             refuse_trained_gold(self.watch.gold, self.rewards)

@@ -58,6 +58,7 @@ def sampled_rows(
         seed=context.seed,
         memory_frac=spec.norm_sampling.memory_frac,
         cache_gib=spec.norm_sampling.cache_gib,
+        tensor_parallel=spec.norm_sampling.tensor_parallel,
         stop_token_ids=chat.stop_token_ids,
     )
     with closing(engine), engine.awake():
