@@ -27,7 +27,7 @@ SIDES = ("raw", "first", "second", "memory")
 
 def main() -> None:
     """Run every side in processes of its own and print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=1, help="raw and first alternate this often")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the tokenizer")
@@ -144,6 +144,7 @@ def _batches(path: Path) -> Iterator[list[str]]:
 def load(path: Path, chat):  # type: ignore[no-untyped-def]
     """Return the rows of a stage, after the passes that its preflight makes over all of them."""
     from align.data.store.facts import row_facts
+    from align.data.store.rows import StoredRows
     from align.data.store.source import fit_loaded, load_rows
     from align.recipe.schema import DataSpec
     from align.training import evidence
@@ -152,7 +153,7 @@ def load(path: Path, chat):  # type: ignore[no-untyped-def]
     loaded = load_rows([DataSpec(path=str(path))], kind="sft", seed=0, render=render)
     limits = {"max_length": 2048, "max_lost_frac": 0.0, "what": "rows", "ledger": None}
     rows, _ = fit_loaded(loaded, render=render, **limits)
-    if loaded.rows is not None:
+    if isinstance(rows, StoredRows):
         stops = frozenset(chat.stop_token_ids)
         row_facts(rows, stops=stops, bos=chat.tokenizer.bos_token_id, unknown=-1)
         evidence.row_facts(rows)

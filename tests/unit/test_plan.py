@@ -21,14 +21,14 @@ from align.preflight.memory import (
     state_bytes,
 )
 from align.recipe.load import load_recipe
-from align.recipe.schema import GrpoStage, PpoStage, SftStage, ZeroSpec
+from align.recipe.schema import DataSpec, GrpoStage, PpoStage, SftStage, ZeroSpec
 from align.stages.tools import plan as tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def sft(**given) -> SftStage:
-    return SftStage(kind="sft", init="x", data=[{"path": "x"}], **given)
+    return SftStage(kind="sft", init="x", data=[DataSpec(path="x")], **given)
 
 
 def size(config, trained: int | None = None) -> ModelSize:
