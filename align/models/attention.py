@@ -21,7 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from align.core.errors import TrainingError
+from align.core.groups import ALONE, RankGroup
 from align.models.block_attention import block_attention
+from align.models.ulysses import to_heads, to_tokens
 
 PACKED = "align_packed"
 ALIKE = 0.7
@@ -61,6 +63,7 @@ class Segments:
         layouts: together they contain every sequence once.
         unpad_index: (N,) slot of each packed token, counted through all layouts.
         answers: (N,) bool, the tokens that are trained or scored, if the caller knows them.
+        group: the ranks that share these tokens, each with a part of them.
     """
 
     positions: Tensor
@@ -68,6 +71,7 @@ class Segments:
     layouts: tuple[Layout, ...]
     unpad_index: Tensor
     answers: Tensor | None = None
+    group: RankGroup = ALONE
 
 
 def segments_from_positions(positions: Tensor) -> Segments:
@@ -163,6 +167,11 @@ def packed_attention(
     """
     _check_options(others)
     assert attention_mask is None, "packed attention accepts no mask; pass segments"
+    shared = segments is not None and segments.group.size > 1
+    if segments is not None and shared:
+        query, key, value = (to_heads(x, segments.group) for x in (query, key, value))
+        # The sinks of the heads that this rank has.
+        s_aux = s_aux if s_aux is None else s_aux.chunk(segments.group.size)[segments.group.index]
     attend = partial(
         _attend,
         scaling=scaling,
@@ -174,7 +183,8 @@ def packed_attention(
     # Without segments each row is one sequence and needs no layout.
     if segments is None:
         return attend(query, key, value).contiguous(), None
-    return _attend_by_layout(attend, (query, key, value), segments), None
+    out = _attend_by_layout(attend, (query, key, value), segments)
+    return to_tokens(out, segments.group) if shared else out, None
 
 
 def _check_options(others: Mapping[str, Any]) -> None:

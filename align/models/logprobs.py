@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from align.core import distributed
+from align.core.errors import TrainingError
+from align.core.groups import sharing
 from align.models.attention import Segments, segments_from_positions
 from align.models.decoder import (
     check_rotary,
@@ -23,6 +25,7 @@ from align.models.decoder import (
     wide,
 )
 from align.models.fused_head import head_logprobs
+from align.models.ulysses import lengthened, part_of, summed
 
 CHUNK_ELEMENTS = 2**24
 """Largest number of logits in memory (64 MiB in float32) if the head is not one plain matrix."""
@@ -67,20 +70,31 @@ def token_logprobs(
     """
     real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     segments = _layout(real, position_ids, mask)
-    flat_ids = input_ids[real]
+    flat_ids, group = input_ids[real], segments.group
+    num = segments.positions.numel()
+    if num > flat_ids.numel():  # the row was made longer, so that ranks can share it
+        flat_ids = nn.functional.pad(flat_ids, (0, num - flat_ids.numel()))
+    part = part_of(num, group)  # this rank's tokens: all N without other ranks
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
-    # The first token of a sequence follows nothing; the head runs only where a value is needed.
-    predicted = segments.positions > 0
-    wanted = predicted if segments.answers is None else segments.answers & predicted
+    # The first token of a sequence follows nothing; the head runs only where a value is needed,
+    # and on the rank that has the state which predicts it.
+    wanted = (segments.positions > 0) & (segments.previous >= part.start)
+    wanted &= segments.previous < part.stop
+    if segments.answers is not None:
+        wanted &= segments.answers
     at = wanted.nonzero().squeeze(1)
     # Every rank must use the backbone in its graph, even if it trains no tokens here.
     zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
     # The state of the preceding token predicts token t: this is the one-token shift.
-    states = hidden.index_select(0, segments.previous[at])  # (n, H)
+    states = hidden.index_select(0, segments.previous[at] - part.start)  # (n, H)
     values, entropies = _head(model, states, flat_ids[at], temperature, entropy, label_smoothing)
     index = real.flatten().nonzero().squeeze(1)[at]
     logprobs = _scatter(values, index, real.shape) + zero
-    return TokenLogprobs(logprobs, _scatter(entropies, index, real.shape) if entropy else None)
+    spread = _scatter(entropies, index, real.shape) if entropy else None
+    if group.size > 1:
+        logprobs = summed(logprobs, group)
+        spread = spread if spread is None else summed(spread, group)
+    return TokenLogprobs(logprobs, spread)
 
 
 @torch.no_grad()
@@ -95,8 +109,13 @@ def _layout(real: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> S
     """Return the layout of the real tokens of (B, T) as one packed row."""
     # Padding on either side is cut away, so positions count real tokens.
     positions = real.cumsum(1) - 1 if position_ids is None else position_ids
-    segments = segments_from_positions(positions[real])
-    return segments if mask is None else replace(segments, answers=mask[real].bool())
+    flat, group = positions[real], sharing()
+    segments = replace(segments_from_positions(lengthened(flat, group)), group=group)
+    answers = torch.ones_like(real) if mask is None else mask
+    if mask is None and group.size == 1:
+        return segments
+    more = segments.positions.numel() - flat.numel()
+    return replace(segments, answers=nn.functional.pad(answers[real].bool(), (0, more)))
 
 
 def _scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
@@ -137,7 +156,10 @@ class LogprobModel(nn.Module):
 
 
 def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
-    """Return the decoder's last states (N, H) for one packed row of token ids (N,)."""
+    """Return the decoder's last states (N, H) for one packed row of token ids (N,).
+
+    Ranks that share the row get those of their tokens.
+    """
     lm = causal_lm(model)
     decoder = decoder_of(lm)
     # Virtual tokens precede every sequence of the row, as a filled cache.
@@ -145,10 +167,16 @@ def hidden_states(model: Any, flat_ids: Tensor, segments: Segments) -> Tensor:
     num_virtual = 0 if cache is None else cache.get_seq_length()
     check_rotary(decoder, segments.positions + num_virtual)
     if not form_of(lm).packs:
+        if segments.group.size > 1:
+            raise TrainingError(
+                f"parallel.sequence: {type(lm).__name__} does not take packed rows, and no other "
+                "rows can be shared by ranks; remove the key"
+            )
         return padded_states(decoder, flat_ids, segments)
+    part = part_of(flat_ids.numel(), segments.group)
     out = decoder(
-        input_ids=flat_ids.unsqueeze(0),
-        position_ids=segments.positions.unsqueeze(0) + num_virtual,
+        input_ids=flat_ids[part].unsqueeze(0),
+        position_ids=segments.positions[part].unsqueeze(0) + num_virtual,
         past_key_values=cache,
         use_cache=False,
         segments=segments,

@@ -95,7 +95,8 @@ def layer_bytes(size: ModelSize, *, width: int, length: int, device: str) -> flo
 
 def activation_bytes(spec: TrainingStage, size: ModelSize, *, device: str) -> float:
     """Return what a full micro-batch keeps for its backward pass, without the head."""
-    width, tokens = WIDTH[spec.dtype], max(spec.micro_tokens, spec.max_length)
+    width = WIDTH[spec.dtype]
+    tokens = max(spec.micro_tokens, spec.max_length) / spec.sequence_ranks
     layer = layer_bytes(size, width=width, length=spec.max_length, device=device) * tokens
     if spec.gradient_checkpointing:
         return layer + size.layers * tokens * width * size.hidden
@@ -108,7 +109,7 @@ def head_bytes(spec: TrainingStage, size: ModelSize, *, device: str) -> float:
         return 0.0
     width = WIDTH[spec.dtype]
     limit = fused_head.CHUNK_ELEMENTS if device == "cpu" else fused_head.CHUNK_ELEMENTS_GPU
-    logits = max(spec.micro_tokens, spec.max_length) * size.vocab
+    logits = max(spec.micro_tokens, spec.max_length) / spec.sequence_ranks * size.vocab
     kept = logits * width if logits <= fused_head.KEPT_ELEMENTS else 0
     # A chunk in the dtype of the weights, and twice in float32.
     chunk = min(logits, limit) * (width + 8)

@@ -33,15 +33,17 @@ def parallel_problems(stages: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 
 
 def _problems(spec: StageSpec, stages: Mapping[str, Any]) -> Iterator[Problem]:
+    wanted = [("parallel.sequence", getattr(spec, "sequence_ranks", 1))]
     for block in SAMPLING:
         sampling = getattr(spec, block, None)
-        if not isinstance(sampling, SamplingSpec) or sampling.tensor_parallel == 1:
-            continue
-        ranks, key = sampling.tensor_parallel, f"{block}.tensor_parallel"
-        problem = heads_problem(_config(spec, stages), ranks)
+        if isinstance(sampling, SamplingSpec):
+            wanted.append((f"{block}.tensor_parallel", sampling.tensor_parallel))
+    for key, ranks in wanted:
         if spec.ranks % ranks:
             yield key, f"found {ranks}; expected a divisor of the stage's {spec.ranks} ranks"
-        elif problem is not None:
+            continue
+        problem = heads_problem(_config(spec, stages), ranks) if ranks > 1 else None
+        if problem is not None:
             yield key, f"found {ranks}, but {problem}"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from align.core import distributed
 from align.core.artifacts import Artifact, read_manifest
 from align.core.errors import ArtifactError, TrainingError
+from align.core.groups import share_rows
 from align.core.log import MetricsLog
 from align.core.types import Example, TokenRow
 from align.data.augment import AugmentedRows
@@ -177,7 +178,11 @@ def refuse_random(missing: Sequence[str], spec: TrainingStage, source: Artifact)
 
 
 def build_policy(spec: TrainingStage, model_dir: Path, *, seed: int = 0) -> LogprobModel:
-    """Return the policy of a training stage with the adapter of its ``tuning``."""
+    """Return the policy of a training stage with the adapter of its ``tuning``.
+
+    From here on, ranks share rows as the stage says.
+    """
+    share_rows(spec.sequence_ranks)
     model = load_for_training(
         model_dir,
         spec.tuning,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from align.core import distributed
+from align.core.groups import row_ranks
 from align.data.batching import plan_micro_batches
 from align.models.sharding import is_sharded
 from align.training.batch import PackedBatch
@@ -49,7 +50,7 @@ def map_rows(
             already has is not computed again; of a sharded model, what all ranks have.
     """
     model.eval()
-    ranks, rank = (distributed.world_size(), distributed.rank()) if share else (1, 0)
+    ranks, rank = row_ranks() if share else (1, 0)
     plan = plan_micro_batches(
         [length(row) for row in rows], micro_tokens=micro_tokens, ranks=ranks, padded=padded
     )

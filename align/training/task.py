@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from align.core import distributed
+from align.core.groups import row_ranks, sharing
 from align.data.batching import plan_micro_batches
 from align.training.batch import PackedBatch
 from align.training.learner import LossFunction
@@ -51,16 +51,21 @@ def micro_batches(
     Args:
         task: lengths and collation. batch: rows. micro_tokens: token budget of one pass.
         counts: by which the loss divides; None for those of the batch.
+
+    Ranks that share rows have the same micro-batches. Each of k of them contributes its k-th part
+    of the loss and of the statistics, which are summed over all ranks.
     """
     given = counts_of(task, batch) if counts is None else counts
+    given = {name: value * sharing().size for name, value in given.items()}
+    ranks, rank = row_ranks()
     plan = plan_micro_batches(
         [task.length(row) for row in batch],
         micro_tokens=micro_tokens,
-        ranks=distributed.world_size(),
+        ranks=ranks,
         padded=task.padded,
     )
-    mine = [[batch[i] for i in micro] for micro in plan[distributed.rank()]]
-    return [replace(task.collate(rows, rows or batch[:1]), counts=dict(given)) for rows in mine]
+    mine = [[batch[i] for i in micro] for micro in plan[rank]]
+    return [replace(task.collate(rows, rows or batch[:1]), counts=given) for rows in mine]
 
 
 def counts_of(task: OfflineTask[Any], batch: Sequence[Any]) -> Mapping[str, float]:

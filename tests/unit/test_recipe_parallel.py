@@ -1,4 +1,4 @@
-"""``sampling.tensor_parallel`` must divide the ranks and the model's heads, and needs vLLM."""
+"""``parallel.sequence`` and ``sampling.tensor_parallel`` divide the ranks and the model's heads."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ stages:
     data: [{{world: corpus, rows: 10}}]
     steps: 10
   saved: {{kind: base, path: {model}}}
-  sft: {{kind: sft, init: base, data: [{{world: sft, rows: 100}}]}}
+  sft: {{kind: sft, init: base, data: [{{world: sft, rows: 100}}], {sft}}}
   grpo:
     kind: grpo
     init: {init}
@@ -31,12 +31,14 @@ stages:
 """
 
 
-def load(folder: Path, *, sampling: str, ranks: int = 6, init: str = "sft") -> None:
+def load(
+    folder: Path, *, sampling: str = "{}", ranks: int = 6, init: str = "sft", sft: str = "seed: 1"
+) -> None:
     model = folder / "model"
     model.mkdir(exist_ok=True)
     config = {"num_attention_heads": 32, "num_key_value_heads": 8}
     (model / "config.json").write_text(json.dumps({"text_config": config}), encoding="utf-8")
-    text = RECIPE.format(model=model, sampling=sampling, ranks=ranks, init=init)
+    text = RECIPE.format(model=model, sampling=sampling, ranks=ranks, init=init, sft=sft)
     (folder / "toy.yaml").write_text(text, encoding="utf-8")
     load_recipe(folder / "toy.yaml")
 
@@ -71,6 +73,29 @@ def test_ranks_of_an_engine_that_cannot_be_are_named_at_their_key(
 )
 def test_ranks_of_an_engine_that_divide_both_are_taken(tmp_path, ranks, of, init):
     load(tmp_path, sampling=f"{{tensor_parallel: {ranks}}}", ranks=of, init=init)
+
+
+@pytest.mark.parametrize(
+    ("sft", "problem"),
+    [
+        ("ranks: 4, parallel: {sequence: 3}", "found 3; expected a divisor of the stage's 4 ranks"),
+        ("ranks: 2, parallel: {sequence: 2}", "the model's 3 key-value heads cannot be divided"),
+        (
+            "ranks: 3, parallel: {sequence: 3}, tuning: {method: prompt}",
+            "prompt tuning needs whole",
+        ),
+        ("ranks: 3, parallel: {sequence: 3}, keep: {dropout: 0.1}", "does not combine with keep"),
+    ],
+)
+def test_ranks_that_cannot_share_rows_are_named(tmp_path, sft, problem):
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, sft=sft)
+    assert problem in str(error.value)
+    assert "toy.yaml:" in str(error.value)
+
+
+def test_ranks_that_divide_both_share_rows(tmp_path):
+    load(tmp_path, sft="ranks: 6, parallel: {sequence: 3}")
 
 
 def test_an_engine_that_cannot_be_divided_is_not_started(tmp_path, monkeypatch):

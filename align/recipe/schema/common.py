@@ -152,6 +152,14 @@ class ZeroSpec(Spec):
     """Keep the optimizer states in CPU memory."""
 
 
+class ParallelSpec(Spec):
+    """What several ranks share beside the states of ZeRO."""
+
+    sequence: Count = 1
+    """Consecutive ranks that share the tokens of each row, for rows too long for one device; a
+    divisor of ``ranks`` and of the model's key-value heads (arXiv:2309.14509)."""
+
+
 class SamplingSpec(Spec):
     """How responses are sampled, and by which engine."""
 

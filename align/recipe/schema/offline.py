@@ -11,6 +11,7 @@ from align.recipe.schema.common import (
     DataSpec,
     Fraction,
     OptimSpec,
+    ParallelSpec,
     Positive,
     Ref,
     SamplingSpec,
@@ -20,7 +21,7 @@ from align.recipe.schema.common import (
 from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.formats import Kind
 from align.recipe.schema.training import StageSpec, TrainingStage, refuse_unfit
-from align.recipe.schema.tuning import refuse_dropout
+from align.recipe.schema.tuning import LoreftTuning, refuse_dropout
 from reward_models.identity import Added
 
 
@@ -117,7 +118,33 @@ class EncoderStage(StageSpec):
     """Folder or hub id of a transformers model."""
 
 
-class SftStage(OfflineStage):
+class LongRowStage(OfflineStage):
+    """Base of sft and dpo, whose rows several ranks can share."""
+
+    parallel: Annotated[ParallelSpec, Added("0.2")] = ParallelSpec()
+    """What several ranks share beside the states of ZeRO."""
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Return the number of ranks that share the tokens of a row."""
+        return self.parallel.sequence
+
+    @model_validator(mode="after")
+    def _can_share(self) -> "LongRowStage":
+        if self.parallel.sequence > 1:
+            if self.tuning.virtual or isinstance(self.tuning, LoreftTuning):
+                raise ValueError(
+                    f"parallel.sequence: {self.tuning.method} tuning needs whole rows on each "
+                    "rank; use full or lora, or remove it"
+                )
+            if self.keep.dropout > 0.0 or self.keep.ewc is not None:
+                raise ValueError(
+                    "parallel.sequence does not combine with keep.dropout or keep.ewc; remove one"
+                )
+        return self
+
+
+class SftStage(LongRowStage):
     """Supervised fine-tuning on the assistant turns."""
 
     module: ClassVar[str] = "align.stages.sft"
@@ -129,7 +156,7 @@ class SftStage(OfflineStage):
     """Fraction of each target spread evenly over the vocabulary (arXiv:1512.00567 section 7)."""
 
 
-class DpoStage(OfflineStage):
+class DpoStage(LongRowStage):
     """Direct preference optimization (arXiv:2305.18290) and related losses."""
 
     module: ClassVar[str] = "align.stages.dpo"

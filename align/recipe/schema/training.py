@@ -172,6 +172,11 @@ class TrainingStage(StageSpec):
     keep_checkpoints: Annotated[Count, Aside()] = 2
     """Number of latest checkpoints to keep."""
 
+    @property
+    def sequence_ranks(self) -> int:
+        """Return the number of ranks that share the tokens of a row."""
+        return 1
+
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
         if self.new_head:
