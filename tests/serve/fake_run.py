@@ -1,18 +1,22 @@
 """Stand in for ``align run``: the same files, locks, signals and exit codes, without a model.
 
 Usage: python fake_run.py RECIPE --runs DIR [--set KEY=VALUE ...]. The seed of the recipe is the
-number of steps; from 1000 on, the run fails with a message.
+number of steps; from 1000 on, the run fails with a message. With ``STUBBORN`` it ignores SIGTERM,
+as does the stage that it starts in a session of its own.
 """
 
 import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 STEP_S = 0.03
+STUBBORN = 999
+IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); signal.pause()"
 
 
 def main() -> None:
@@ -30,6 +34,8 @@ def main() -> None:
         with (run / "starts").open("a") as f:
             f.write(f"{os.getpid()}\n")
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+        if recipe["seed"] == STUBBORN:
+            ignore_sigterm(run)
         if recipe["seed"] >= 1000:
             sys.stdout.write("train: failed\n    12:00:00 train: no row is left of 12\n")
             sys.exit(1)
@@ -44,6 +50,19 @@ def main() -> None:
                 f.write(json.dumps(row) + "\n")
                 f.flush()
         (stage / "model").mkdir(exist_ok=True)
+
+
+def ignore_sigterm(run: Path) -> None:
+    """Start a process like this one, record both once they ignore SIGTERM, and wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    argv = [sys.executable, "-c", IGNORE]
+    child = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    with (run / "stubborn").open("a") as f:
+        f.write(f"{os.getpid()} {child.pid}\n")
+    while True:
+        signal.pause()
 
 
 if __name__ == "__main__":

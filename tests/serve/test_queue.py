@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,11 @@ from align.core.lock import started_at
 from align.pipeline.processes import free_port
 from align.pipeline.terminal import Terminal
 from align.serve.app import make_services
+from align.serve.finetuning import checking
 from align.serve.finetuning import queue as queue_module
 from align.serve.finetuning.progress import error_of
-from align.serve.finetuning.queue import Queue
 from align.serve.settings import Settings
+from tests.serve.fake_run import STUBBORN
 from tests.serve.killed_server import FAKE
 from tests.serve.running import WAIT_S, Running, running
 from tests.serve.tiny_model import SUPERVISED, jsonl
@@ -133,6 +135,131 @@ def test_a_cancelled_job_ends_its_process_and_frees_the_device(
     assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
 
 
+def stubborn(server: Running, job: str, *, start: int = 1) -> list[int]:
+    """Return the processes of a job that ignores SIGTERM, once it has begun so many times."""
+    path = server.services.settings.runs / job / "stubborn"
+    while not path.exists() or path.read_text().count("\n") < start:
+        time.sleep(POLL_S)
+    return [int(word) for word in path.read_text().splitlines()[-1].split()]
+
+
+def wait_for_end(pids: list[int]) -> None:
+    while any(started_at(pid) is not None for pid in pids):
+        time.sleep(POLL_S)
+
+
+@pytest.mark.parametrize("how", ["cancel", "pause"])
+def test_a_job_that_ignores_sigterm_is_killed_with_its_stages(
+    server: Running, client: OpenAI, file: str, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    graces = {"cancel": "CANCEL_S", "pause": "STOP_S"}
+    for name in graces.values():
+        monkeypatch.setattr(queue_module, name, 3600.0)
+    jobs, job = client.fine_tuning.jobs, create(client, file, STUBBORN)
+    pids, waiting = stubborn(server, job), create(client, file, 2)
+    getattr(jobs, how)(job)
+    while not asked(server, job):
+        time.sleep(POLL_S)
+    # Both have had their signal, and go on: the device is taken.
+    assert all(started_at(pid) is not None for pid in pids)
+    assert jobs.retrieve(waiting).status != "running"
+    monkeypatch.setattr(queue_module, graces[how], 0.0)
+    wait_for_end(pids)
+    check_whole(client, waiting, 2)
+    told = [e for e in jobs.list_events(job).data if "did not end" in e.message]
+    assert [(e.level, e.message) for e in told] == [
+        ("warn", "The job did not end within 0 s: its 2 processes were killed")
+    ]
+    assert jobs.retrieve(job).status == {"cancel": "cancelled", "pause": "paused"}[how]
+    jobs.cancel(job)
+
+
+def asked(server: Running, job: str) -> bool:
+    """Return whether the process of a job was asked to end."""
+    with server.services.store.read() as db:
+        return bool(db.execute("SELECT asked FROM jobs WHERE id = ?", (job,)).fetchone()[0])
+
+
+def test_a_stage_that_outlives_its_killed_run_is_ended_before_the_run_begins_again(
+    server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    job = create(client, file, STUBBORN)
+    first = stubborn(server, job)
+    os.kill(first[0], signal.SIGKILL)
+    second = stubborn(server, job, start=2)
+    assert started_at(first[1]) is None
+    monkeypatch.setattr(queue_module, "CANCEL_S", 0.0)
+    client.fine_tuning.jobs.cancel(job)
+    wait_for_end(second)
+
+
+def test_a_job_is_paused_while_its_files_are_checked_and_checked_when_it_resumes(
+    server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    begun, go_on = threading.Event(), threading.Event()
+    right = checking.check_files
+
+    def check_files(*args: Any, **named: Any) -> dict[str, int]:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return right(*args, **named)
+
+    monkeypatch.setattr(checking, "check_files", check_files)
+    jobs, job = client.fine_tuning.jobs, create(client, file, 3)
+    assert begun.wait(WAIT_S)
+    assert jobs.pause(job).status == "paused"
+    assert jobs.pause(job).status == "paused"  # a retry
+    go_on.set()
+    check_whole(client, create(client, file, 2), 2)
+    assert jobs.retrieve(job).status == "paused"
+    assert "Files validated" not in str(jobs.list_events(job).data)
+    assert jobs.resume(job).status == "validating_files"
+    assert jobs.resume(job).status in ("validating_files", "queued", "running")  # a retry
+    check_whole(client, job, 3)
+
+
+def test_events_of_other_jobs_appear_while_a_large_file_is_checked(
+    server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    big = client.files.create(file=("b.jsonl", jsonl(SUPERVISED) * 9), purpose="fine-tune").id
+    ends, right = threading.Event(), checking.check_files
+
+    def check_files(sources: Any, *args: Any, **named: Any) -> dict[str, int]:
+        assert big not in str(sources) or ends.wait(WAIT_S)
+        return right(sources, *args, **named)
+
+    monkeypatch.setattr(checking, "check_files", check_files)
+    running, large = create(client, file, 40), create(client, big, 2)
+    # Another job's file is checked meanwhile, and both of the others run to their ends.
+    check_whole(client, create(client, file, 3), 3)
+    check_whole(client, running, 40)
+    assert client.fine_tuning.jobs.retrieve(large).status == "validating_files"
+    ends.set()
+    check_whole(client, large, 2)
+
+
+def test_the_check_of_a_canceled_job_ends_early(
+    server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    begun, ticks = threading.Event(), []
+
+    def check_files(*_: Any, tick: Any) -> dict[str, int]:
+        begun.set()
+        while True:  # a file without end
+            ticks.append(None)
+            tick()
+
+    monkeypatch.setattr(checking, "check_files", check_files)
+    job = create(client, file, 3)
+    assert begun.wait(WAIT_S)
+    client.fine_tuning.jobs.cancel(job)
+    seen = -1
+    while seen != len(ticks):  # it has ended if nothing was added for twice as long as it looks
+        seen = len(ticks)
+        time.sleep(2 * checking.LOOK_S)
+    assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
+
+
 def test_a_paused_job_resumes_and_has_each_step_once(server: Running, client: OpenAI, file: str):
     job = create(client, file, 30)
     for _ in range(3):
@@ -181,16 +308,16 @@ def test_a_job_that_the_server_fails_at_holds_up_no_other(
     server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
 ):
     spoiled = []
-    right = Queue._prepare
+    right = checking.prepare
 
-    def prepare(queue: Queue, row: Any) -> Any:
+    def prepare(api: Any, row: Any, **named: Any) -> Any:
         if row["seed"] == 4 and len(spoiled) < 2:
             spoiled.append(row["id"])
             raise OSError(28, "No space left on device")
-        return right(queue, row)
+        return right(api, row, **named)
 
-    monkeypatch.setattr(Queue, "_prepare", prepare)
-    monkeypatch.setattr(queue_module, "AGAIN_S", 0.2)
+    monkeypatch.setattr(checking, "prepare", prepare)
+    monkeypatch.setattr(checking, "AGAIN_S", 0.2)
     first, second = create(client, file, 4), create(client, file, 3)
     check_whole(client, second, 3)
     check_whole(client, first, 4)

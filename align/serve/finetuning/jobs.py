@@ -17,7 +17,10 @@ from align.serve.finetuning.retries import once
 from align.serve.finetuning.webhooks import announce
 from reward_models.grader_specs import GraderError, LabelModel, Multi, ScoreModel, read_grader
 
-ACTIVE = ("validating_files", "queued", "running", "paused")
+UNDER_WAY = ("validating_files", "queued", "running")
+ACTIVE = (*UNDER_WAY, "paused")
+FROM = {"cancelled": ACTIVE, "paused": UNDER_WAY, "queued": ("paused",)}
+"""Statuses from which a client can bring a job to another one."""
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -92,6 +95,11 @@ def set_status(
     add_event(db, row["id"], message, level=level)
     if ends:
         announce(db, row["owner"], event=f"fine_tuning.job.{status}", job=row["id"])
+
+
+def status_of(db: sqlite3.Connection, job: str) -> str:
+    """Return the status of a job as it is now."""
+    return db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0]
 
 
 def _event_object(row: sqlite3.Row) -> dict[str, Any]:
@@ -231,41 +239,41 @@ def add_steering(routes: APIRouter, api: Api) -> None:
     """Add the routes that pause, resume and cancel jobs."""
     me = api.me
 
-    def steer(name: str, person: Person, *, to: str, allowed: tuple[str, ...], message: str) -> Any:
+    def steer(
+        name: str, person: Person, *, to: str, done: tuple[str, ...], message: str
+    ) -> dict[str, Any]:
         with api.store.write() as db:
             row = owned(db, "jobs", person, name=name)
-            if row["status"] != to:  # a retry finds its work done
-                if row["status"] not in allowed:
+            if row["status"] not in done:  # a retry finds its work done
+                if row["status"] not in (allowed := FROM[to]):
                     raise ServeError(
                         400,
                         f"Job {name} has the status {row['status']}; expected one of "
                         f"{', '.join(allowed)}.",
                         code="invalid_status",
                     )
-                set_status(db, row, to, message=message)
+                was_checked = row["status"] != "validating_files" and not row["unchecked"]
+                if to == "queued" and not was_checked:
+                    to, message = "validating_files", "Fine-tuning job resumed, validating files"
+                set_status(db, row, to, message=message, unchecked=not was_checked)
             answer = job_object(owned(db, "jobs", person, name=name))
         api.wake.set()
         return answer
 
     @routes.post("/fine_tuning/jobs/{name}/cancel")
     def cancel(name: str, person: Annotated[Person, me]) -> dict[str, Any]:
-        return steer(
-            name, person, to="cancelled", allowed=ACTIVE, message="Fine-tuning job canceled"
-        )
+        done = ("cancelled",)
+        return steer(name, person, to=done[0], done=done, message="Fine-tuning job canceled")
 
     @routes.post("/fine_tuning/jobs/{name}/pause")
     def pause(name: str, person: Annotated[Person, me]) -> dict[str, Any]:
-        allowed = ("queued", "running")
-        return steer(name, person, to="paused", allowed=allowed, message="Fine-tuning job paused")
+        done = ("paused",)
+        return steer(name, person, to=done[0], done=done, message="Fine-tuning job paused")
 
     @routes.post("/fine_tuning/jobs/{name}/resume")
     def resume(name: str, person: Annotated[Person, me]) -> dict[str, Any]:
-        with api.store.read() as db:
-            row = owned(db, "jobs", person, name=name)
-        if row["status"] == "running":  # a retry, after the queue was faster
-            return job_object(row)
         message = "Fine-tuning job resumed, moved to queued state"
-        return steer(name, person, to="queued", allowed=("paused",), message=message)
+        return steer(name, person, to="queued", done=UNDER_WAY, message=message)
 
 
 def add_details(routes: APIRouter, api: Api) -> None:

@@ -1,4 +1,4 @@
-"""The queue: it checks files, starts ``align run`` for each job, and follows the processes.
+"""The queue: it starts ``align run`` for each job, and follows the processes.
 
 All state is in the database, so a server that was killed goes on where it was. A job whose process
 still lives is followed further; one whose process is gone is started again, and ``align run``
@@ -8,7 +8,6 @@ resumes it exactly, or ends at once if everything is done.
 import json
 import logging
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,19 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from align.core.errors import EXIT_OK, EXIT_PREEMPTED, AlignError
+from align.core.errors import EXIT_OK, EXIT_PREEMPTED
 from align.core.lock import started_at
-from align.serve.auth import Person
-from align.serve.errors import ServeError
 from align.serve.finetuning.adapters import saved_steps
+from align.serve.finetuning.checking import AGAIN_S, Checks, folder_of
 from align.serve.finetuning.context import Api
-from align.serve.finetuning.jobs import add_event, set_status
-from align.serve.finetuning.models import find_whole
+from align.serve.finetuning.jobs import add_event, set_status, status_of
+from align.serve.finetuning.members import MARK, kill, send
 from align.serve.finetuning.progress import (
     add_metrics,
     error_of,
@@ -36,28 +33,22 @@ from align.serve.finetuning.progress import (
     read_steps,
     write_results,
 )
-from align.serve.finetuning.recipes import RECIPE, STAGE, job_recipe, resolved, write_recipe
+from align.serve.finetuning.recipes import RECIPE, STAGE
 from align.serve.finetuning.retries import forget
 from align.serve.finetuning.tables import RECIPE_JOB
-from align.serve.finetuning.training_files import (
-    MIN_ROWS,
-    InvalidFileError,
-    as_asked,
-    check_apart,
-    check_file,
-    check_rows,
-    write_prompts,
-)
+from align.serve.finetuning.training_files import as_asked
 from align.serve.finetuning.webhooks import deliver_due
-from align.serve.settings import own_address
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 SWEEP_S = 600.0
 IDLE_S = 900.0
 """Seconds after which a process that generates text ends if nobody asks it."""
-AGAIN_S = 5.0
-"""Seconds until a job is tried again for which the server itself failed."""
+STOP_S = 150.0
+"""Seconds after SIGTERM until a job's processes are killed: more than ``align run`` gives a stage
+to save a checkpoint."""
+CANCEL_S = 30.0
+"""The same of a canceled job, whose checkpoints nobody needs."""
 MAX_ATTEMPTS = 5
 """Starts of a job whose process is killed each time."""
 OUTPUT = "output.txt"
@@ -72,9 +63,11 @@ class Queue:
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._checks = Checks(api)
         self._stopped = threading.Event()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._asked: set[str] = set()
+        self._since: dict[str, float] = {}
+        """When a job's process was asked to end."""
         self._sizes: dict[str, int] = {}
         self._later: dict[str, float] = {}
         self._swept = 0.0
@@ -88,13 +81,14 @@ class Queue:
         ]
         for thread in threads:
             thread.start()
-        try:
-            yield
-        finally:
-            self._stopped.set()
-            self._api.wake.set()
-            for thread in threads:
-                thread.join()
+        with self._checks.running():
+            try:
+                yield
+            finally:
+                self._stopped.set()
+                self._api.wake.set()
+                for thread in threads:
+                    thread.join()
 
     def _loop(self, step: Callable[[], object]) -> None:
         while not self._stopped.is_set():
@@ -114,10 +108,9 @@ class Queue:
         deliver_due(self._api.store, private=self._api.settings.private_webhooks)
 
     def step(self) -> None:
-        """Check files, follow processes, and start jobs for which there is a device."""
+        """Have files checked, follow processes, and start jobs for which there is a device."""
         self._api.generators.close_idle(IDLE_S)
-        for row in self._rows("status = 'validating_files'"):
-            self._try(self._check, row)
+        self._checks.step(self._rows("status = 'validating_files'"))
         for row in self._rows("pid IS NOT NULL OR status = 'running'"):
             self._try(self._follow, row)
         used = {row["device"] for row in self._rows("pid IS NOT NULL OR status = 'running'")}
@@ -147,93 +140,17 @@ class Queue:
             return db.execute(f"SELECT * FROM jobs WHERE {condition} ORDER BY seq").fetchall()
 
     def _folder(self, job: str) -> Path:
-        return self._api.settings.data / "jobs" / job
+        return folder_of(self._api, job)
 
     def _run(self, job: str) -> Path:
         return self._api.settings.runs / job
-
-    # ---- files
-
-    def _check(self, row: sqlite3.Row) -> None:
-        """Check a job's files and write its recipe, or fail the job."""
-        try:
-            request = self._prepare(row)
-        except (InvalidFileError, ServeError, AlignError) as error:
-            code = "invalid_training_file"
-            if not isinstance(error, InvalidFileError):
-                code = "invalid_model"
-            param = getattr(error, "param", None) or "training_file"
-            problem = {"code": code, "message": str(error), "param": param}
-            with self._api.store.write() as db:
-                if _status(db, row["id"]) == "validating_files":
-                    message = f"The job failed: {error}"
-                    set_status(db, row, "failed", message=message, error=json.dumps(problem))
-            return
-        with self._api.store.write() as db:
-            if _status(db, row["id"]) == "validating_files":
-                message = "Files validated, moving job to queued state"
-                set_status(db, row, "queued", message=message, request=json.dumps(request))
-
-    def _prepare(self, row: sqlite3.Row) -> dict[str, Any]:
-        """Write a job's files and recipe; return its request with numbers for ``auto``."""
-        request = json.loads(row["request"])
-        method, folder = request["method"], self._folder(row["id"])
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        files, counts = {}, {}
-        for part in ("training", "validation"):
-            if name := request[f"{part}_file"]:
-                files[part] = folder / f"{part}.jsonl"
-                counts[part] = self._copy(
-                    name, files[part], param=f"{part}_file", method=method["type"]
-                )
-        if "validation" in files:
-            check_apart(files["training"], files["validation"], method["type"])
-        with self._api.store.read() as db:
-            owner = Person(row["owner"], _name(db, row["owner"]))
-            base = find_whole(db, self._api.settings, owner, name=row["model"])
-        settings = method[method["type"]]
-        settings["hyperparameters"] = resolved(
-            method["type"], settings["hyperparameters"], rows=counts["training"]
-        )
-        recipe = job_recipe(
-            name=row["id"],
-            base=base,
-            seed=row["seed"],
-            method=method,
-            files={part: path.resolve() for part, path in files.items()},
-            rows=counts["training"],
-            integrations=request["integrations"] or [],
-            url=f"{own_address(self._api.settings)}/v1",
-        )
-        write_recipe(recipe, folder / RECIPE)
-        return request
-
-    def _copy(self, name: str, target: Path, *, param: str, method: str) -> int:
-        """Check a file and put it into the job's folder, where deleting it does not reach."""
-        source = self._api.files.path(name)
-        try:
-            count = check_file(source, method, minimum=_fewest(param, method))
-        except InvalidFileError as error:
-            raise _named(error, param) from None
-        except FileNotFoundError:
-            raise _named(InvalidFileError(f"{name} was deleted"), param) from None
-        if method == "reinforcement":
-            write_prompts(source, target)
-        else:
-            os.link(source, target)
-        try:
-            check_rows(target, method)
-        except InvalidFileError as error:
-            raise _named(error, param) from None
-        return count
 
     # ---- processes
 
     def _start(self, row: sqlite3.Row, device: str) -> None:
         """Start ``align run`` in a session of its own, so that it outlives this server."""
         with self._api.store.write() as db:
-            if _status(db, row["id"]) != "queued":
+            if status_of(db, row["id"]) != "queued":
                 return
             # First the intent: a process that a killed server leaves is found by its recipe.
             columns = {"device": device, "attempts": row["attempts"] + 1}
@@ -250,7 +167,8 @@ class Queue:
         for text in settings.job_keys:
             kind, _, change = text.partition(".")
             argv += ["--set", f"{STAGE}.{change}"] if kind == method else []
-        env = {**os.environ, "ALIGN_GRADER_KEY": self._api.services.auth.delegate(row["owner"])}
+        key = self._api.services.auth.delegate(row["owner"])
+        env = {**os.environ, "ALIGN_GRADER_KEY": key, MARK: str(self._run(row["id"]).resolve())}
         if device:
             env["CUDA_VISIBLE_DEVICES"] = device
         with (folder / OUTPUT).open("ab") as output:
@@ -283,15 +201,31 @@ class Queue:
                 self._record(job, pid)
                 return
         if alive:
-            if row["status"] != "running" and job not in self._asked:
-                self._asked.add(job)
-                with suppress(ProcessLookupError):
-                    os.kill(row["pid"], signal.SIGTERM)
+            if row["status"] != "running":
+                self._stop(row)
             return
         self._children.pop(job, None)
         code = None if child is None else child.wait()
-        self._asked.discard(job)
+        self._since.pop(job, None)
+        kill(self._run(job))  # what a killed run has left would use its device and files
         self._ended(row, code)
+
+    def _stop(self, row: sqlite3.Row) -> None:
+        """Ask the process of a canceled or paused job to end, and kill it if it does not."""
+        job, now = row["id"], time.monotonic()
+        no_resume = row["status"] == "cancelled" and not _runs_recipe(row)
+        if not row["asked"]:  # once, since a second signal would keep it from saving a checkpoint
+            with self._api.store.write() as db:
+                db.execute("UPDATE jobs SET asked = 1 WHERE id = ?", (job,))
+            send(row["pid"], signal.SIGTERM)
+        grace = CANCEL_S if no_resume else STOP_S
+        if now - self._since.setdefault(job, now) < grace:
+            return
+        self._since[job] = now  # again then: one that hangs in the kernel survives for a while
+        found = kill(self._run(job), root=row["pid"])
+        with self._api.store.write() as db:
+            told = f"The job did not end within {grace:.0f} s: its {found} processes were killed"
+            add_event(db, job, told, level="warn")
 
     def _recipe(self, row: sqlite3.Row) -> Path:
         """Return the recipe of a job: one that exists, or the one written for it."""
@@ -318,12 +252,12 @@ class Queue:
             code: its exit code; None if it was another server's child.
         """
         job, results = row["id"], None
-        if code == EXIT_OK and json.loads(row["request"])["method"]["type"] != RECIPE_JOB:
+        if code == EXIT_OK and not _runs_recipe(row):
             saved = saved_steps(self._api.settings, job)
             results = write_results(self._run(job), self._api.files, saved=saved)
         with self._api.store.write() as db:
-            status = _status(db, job)
-            db.execute("UPDATE jobs SET pid = NULL, started = NULL WHERE id = ?", (job,))
+            status = status_of(db, job)
+            db.execute("UPDATE jobs SET pid = NULL, started = NULL, asked = 0 WHERE id = ?", (job,))
             if status != "running":  # it was stopped on request
                 return
             if results is not None:
@@ -362,23 +296,9 @@ class Queue:
         self._sizes[job] = size
 
 
-def _fewest(param: str, method: str) -> int:
-    """Return the fewest rows of a file; an interval of held-out rewards needs two."""
-    if param == "training_file":
-        return MIN_ROWS
-    return 2 if method == "reinforcement" else 1
-
-
-def _named(error: InvalidFileError, param: str) -> InvalidFileError:
-    return InvalidFileError(f"{param}: {error}", param=param)
-
-
-def _status(db: sqlite3.Connection, job: str) -> str:
-    return db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0]
-
-
-def _name(db: sqlite3.Connection, owner: int) -> str:
-    return db.execute("SELECT name FROM tokens WHERE id = ?", (owner,)).fetchone()[0]
+def _runs_recipe(row: sqlite3.Row) -> bool:
+    """Return whether a job runs a recipe that exists; canceled, it can be queued again."""
+    return json.loads(row["request"])["method"]["type"] == RECIPE_JOB
 
 
 def _is_alive(pid: int, started: str | None) -> bool:

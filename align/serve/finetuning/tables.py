@@ -112,6 +112,10 @@ MIGRATIONS = (
     CREATE INDEX attempts_by_request ON attempts (owner, route, fingerprint);
     CREATE INDEX attempts_by_key ON attempts (owner, key);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN asked INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN unchecked INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """Each area has its own list; see ``Store.migrate``."""
 RECIPE_JOB = "recipe"

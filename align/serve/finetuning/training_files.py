@@ -1,20 +1,28 @@
 """Training files: what is wrong in which line, and what to do about it."""
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 from align.core.errors import DataError
 from align.core.types import Example
-from align.data.load import read_examples
+from align.data.formats.detect import FormatDetector, to_examples
+from align.data.reading.json import parse_lines
 from align.data.split import split_key
-from align.recipe.schema import DataSpec
 
 MIN_ROWS = 10
 """Fewest rows of a training file, as OpenAI requires."""
 MAX_LINE = 4 * 2**20
+TICK_BYTES = 2**16
+SOURCE = "file"
+"""Name of a file in the messages of the readers, which is replaced by the API's."""
+PLACE = re.compile(rf"^{SOURCE}(:\d+)*: ")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -38,80 +46,156 @@ class InvalidFileError(ValueError):
 
     Args:
         message: what is wrong.
-        param: the request's field that names the file.
+        param: the request's field that names the file, if it is known here.
     """
 
-    def __init__(self, message: str, *, param: str = "training_file") -> None:
+    def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
-def check_file(path: Path, method: str, *, minimum: int) -> int:
-    """Return the number of rows of a JSONL file.
+def check_files(
+    sources: Mapping[str, Path],
+    folder: Path,
+    method: str,
+    *,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, int]:
+    """Check the files of a job, and put them into its folder as its run reads them.
+
+    Each file is read once: first the validation file, then the training file. The error is the one
+    of the first line that is wrong in any way; too few rows are noticed at the end of a file.
 
     Args:
-        path: the file.
+        sources: the files, by ``validation`` and ``training``.
+        folder: of the job.
         method: supervised, dpo or reinforcement.
-        minimum: fewest rows.
+        tick: called about every ``TICK_BYTES``; it may raise to end the work.
+
+    Returns:
+        The number of rows of each file.
 
     Raises:
-        InvalidFileError: names the first wrong line.
+        InvalidFileError: names the file, the line and the remedy.
     """
-    check, count = CHECKS[method], 0
-    with path.open("rb") as f:
-        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
-            if len(line) > MAX_LINE:
-                raise InvalidFileError(f"line {number}: longer than {MAX_LINE} bytes")
-            if not line.strip():
-                continue
-            problem = _row_problem(line, check)
-            if problem:
-                raise InvalidFileError(f"line {number}: {problem}")
-            count += 1
-    if count < minimum:
+    counts: dict[str, int] = {}
+    asked: dict[bytes, int] = {}
+    for part in sorted(sources, reverse=True):
+        target = folder / f"{part}.jsonl"
+        try:
+            counts[part] = _check_file(
+                sources[part], target, method, asked=asked, heldout=part == "validation", tick=tick
+            )
+        except InvalidFileError as error:
+            param = error.param or f"{part}_file"
+            raise InvalidFileError(f"{param}: {error}", param=param) from None
+    return counts
+
+
+def _check_file(
+    source: Path,
+    target: Path,
+    method: str,
+    *,
+    asked: dict[bytes, int],
+    heldout: bool,
+    tick: Callable[[], None],
+) -> int:
+    """Check and place one file; ``asked`` has the line of each question of the validation file."""
+    count, written, rewrites = 0, 1, method == "reinforcement"
+    with target.open("wb") if rewrites else nullcontext() as out:
+        for line, row, examples in read_lines(source, method, tick=tick):
+            count += len(examples)
+            for example in examples:
+                question = blake2b(split_key(example).encode(), digest_size=16).digest()
+                if heldout:
+                    asked.setdefault(question, line)
+                elif late := asked.get(question):
+                    raise InvalidFileError(
+                        f"line {late}: its first user message is also in line {line} of "
+                        "training_file. Remove the row from one of the files.",
+                        param="validation_file",
+                    )
+            if out:  # blank lines are kept, so that messages name the lines of the source
+                text = json.dumps(row, ensure_ascii=False).encode()
+                out.write(b"\n" * (line - written) + text)
+                written = line
+    if count < (minimum := _fewest(method, heldout=heldout)):
         raise InvalidFileError(f"found {count} examples, expected at least {minimum}. Add more.")
+    if not rewrites:
+        os.link(source, target)
     return count
 
 
-def check_rows(path: Path, method: str) -> None:
-    """Check the rows of a file with the rules of the stage that trains on them.
+def _fewest(method: str, *, heldout: bool) -> int:
+    """Return the fewest rows of a file; an interval of held-out rewards needs two."""
+    if not heldout:
+        return MIN_ROWS
+    return 2 if method == "reinforcement" else 1
+
+
+def read_lines(
+    path: Path, method: str, *, tick: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, dict[str, Any], Sequence[Example]]]:
+    """Yield line, row and examples of each row, which is read as its stage will read it.
 
     Raises:
-        InvalidFileError: names the first wrong line.
+        InvalidFileError: names the first line that is wrong, by the API's rules or the stage's.
     """
-    for _ in _examples(path, method):
-        pass  # reading checks each row
+    detector, since = FormatDetector("auto", kind=READ_AS[method][0]), 0
+    with path.open("rb") as f:
+        for line, raw in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
+            if (since := since + len(raw)) > TICK_BYTES:
+                since = 0
+                tick()
+            try:
+                if row := _row(raw.removeprefix(BOM_UTF8) if line == 1 else raw, method):
+                    yield line, row, _examples(row, method, detector, line=line)
+            except InvalidFileError as error:
+                raise InvalidFileError(f"line {line}: {error}", param=error.param) from None
 
 
-def check_apart(training: Path, validation: Path, method: str) -> None:
-    """Check that no question is in both files: the stages refuse to validate on it.
-
-    Raises:
-        InvalidFileError: names the first line, of the validation file.
-    """
-    asked = {split_key(example): line for line, example in _examples(validation, method)}
-    for line, example in _examples(training, method):
-        if (late := asked.get(split_key(example))) is not None:
-            raise InvalidFileError(
-                f"validation_file: line {late}: its first user message is also in line {line} of "
-                "training_file. Remove the row from one of the files.",
-                param="validation_file",
-            )
-
-
-def _examples(path: Path, method: str) -> Iterator[tuple[int, Example]]:
-    """Yield line and example of each row."""
-    kind, names = READ_AS[method]
+def _row(raw: bytes, method: str) -> dict[str, Any] | None:
+    """Return the row of a line, with the keys that the stage reads; None of a blank line."""
+    if len(raw) > MAX_LINE:
+        raise InvalidFileError(f"longer than {MAX_LINE} bytes")
+    row, _ = next(parse_lines(raw, 1, SOURCE), (None, ""))
+    if row is None:
+        return None
+    if not isinstance(row, dict):
+        told = PLACE.sub("", str(row))
+        raise InvalidFileError(f"{told}. Write one JSON object per line, in UTF-8.")
+    if problem := CHECKS[method](row):
+        raise InvalidFileError(problem)
+    if method != "reinforcement":
+        return row
+    columns = {key: value for key, value in row.items() if key != "messages"}
+    # One column of text: rows may have different keys, or one key with different types.
+    item = json.dumps(columns, ensure_ascii=False)
     try:
-        for example in read_examples(DataSpec(path=str(path)), kind=kind, seed=0):
-            yield int(example.source.rpartition(":")[2]), example
+        item.encode()
+    except UnicodeEncodeError as error:
+        half = f"{item[error.start]!r}, in {item[:40]!r}"
+        raise InvalidFileError(
+            f"half of a surrogate pair, {half}. Write whole characters."
+        ) from None
+    return {"prompt": row["messages"], "item": item}
+
+
+def _examples(
+    row: dict[str, Any], method: str, detector: FormatDetector, *, line: int
+) -> Sequence[Example]:
+    """Return the examples of a row by the rules of the stage; none if its weight is 0."""
+    kind, names = READ_AS[method]
+    source = f"{SOURCE}:{line}"
+    try:
+        form = detector.format_of(row, source)
+        return to_examples(row, kind=kind, format=form, source=source)
     except DataError as error:
-        first = str(error).splitlines()[0]
-        found = re.fullmatch(rf"{re.escape(str(path))}:(\d+): (.*)", first)
-        if found is None:  # about the whole file
-            raise InvalidFileError(first.removeprefix(f"{path}: ")) from None
-        told = re.sub(r"^\w+", lambda part: names.get(part[0], part[0]), found[2])
-        raise InvalidFileError(f"line {found[1]}: {told}. Correct or remove the row.") from None
+        told = PLACE.sub("", str(error).splitlines()[0])
+        told = re.sub(r"^\w+", lambda part: names.get(part[0], part[0]), told)
+        told = told.replace(f"{SOURCE}:", "line ")
+        raise InvalidFileError(f"{told}. Correct or remove the row.") from None
 
 
 def as_asked(told: str, folder: Path) -> tuple[str, str | None]:
@@ -133,16 +217,6 @@ def as_asked(told: str, folder: Path) -> tuple[str, str | None]:
         return f"{found[1]}_file" + (f": line {found[2]}" if found[2] else "")
 
     return place.sub(named, told), f"{first[1]}_file" if first else None
-
-
-def _row_problem(line: bytes, check: Callable[[dict[str, Any]], str | None]) -> str | None:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "not UTF-8. Save the file in UTF-8."
-    except (ValueError, RecursionError) as error:
-        return f"no JSON ({error}). Write one JSON object per line."
-    return check(row) if isinstance(row, dict) else "expected a JSON object per line."
 
 
 def _messages(found: object, where: str, *, roles: tuple[str, ...] = ROLES) -> str | None:
@@ -219,18 +293,3 @@ CHECKS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "dpo": _dpo,
     "reinforcement": _reinforcement,
 }
-
-
-def write_prompts(source: Path, target: Path) -> None:
-    """Write the rows of a checked reinforcement file as prompts with columns."""
-    with source.open(encoding="utf-8-sig") as read, target.open("w", encoding="utf-8") as write:
-        for line in read:
-            if not line.strip():  # kept, so that messages name the lines of the source
-                write.write("\n")
-                continue
-            row = json.loads(line)
-            columns = {k: v for k, v in row.items() if k != "messages"}
-            item = json.dumps(columns, ensure_ascii=False)
-            # One column of text: rows may have different keys, or one key with different types.
-            told = {"prompt": row["messages"], "item": item}
-            write.write(json.dumps(told, ensure_ascii=False) + "\n")
