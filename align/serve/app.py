@@ -2,11 +2,13 @@
 
 import fcntl
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+from anyio import to_thread
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -19,7 +21,9 @@ from align import report
 from align.core.errors import AlignError, ArtifactError
 from align.serve import finetuning, labels, live
 from align.serve.auth import COOKIE, ONLY_LABELS, Auth
-from align.serve.errors import ServeError, broken_text
+from align.serve.errors import ServeError, broken_text, full_disk
+from align.serve.finetuning.generation import MAX_WAITING
+from align.serve.finetuning.graders import MAX_RUNS
 from align.serve.guard import Guard
 from align.serve.services import Area, Services
 from align.serve.settings import Settings
@@ -30,6 +34,8 @@ log = logging.getLogger(__name__)
 AREAS = cast("tuple[Area, ...]", (finetuning, live, labels))
 HERE = Path(__file__).parent
 API = "/v1/"
+THREADS = 40
+"""Requests that are worked on at the same time, besides those that wait for a model or grader."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,6 +47,10 @@ def create_app(settings: Settings) -> FastAPI:
         with ExitStack() as stack:
             stack.enter_context(only_server(settings.data))
             stack.callback(services.store.close)
+            # Routes run in threads. Those that wait for models and graders leave enough for others.
+            to_thread.current_default_thread_limiter().total_tokens = (
+                THREADS + MAX_WAITING + MAX_RUNS
+            )
             for area in AREAS:
                 stack.enter_context(area.background(services))
             yield
@@ -150,6 +160,15 @@ def _add_errors(app: FastAPI, services: Services) -> None:
         if request.method == "GET":
             return await failed(request, error)
         return _answer(services, request, broken_text())
+
+    @app.exception_handler(OSError)
+    @app.exception_handler(sqlite3.Error)
+    async def of_the_disk(request: Request, error: Exception) -> Response:
+        problem = full_disk(error)
+        if problem is None:
+            return await failed(request, error)
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return _answer(services, request, problem)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, _error: Exception) -> Response:

@@ -1,5 +1,8 @@
 """Errors that a client sees, as OpenAI's error object or as a page."""
 
+import errno
+import sqlite3
+
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -54,6 +57,15 @@ def broken_text() -> ServeError:
         "A text of the request has half of a surrogate pair, which UTF-8 cannot encode. Remove or "
         "replace that character.",
     )
+
+
+def full_disk(error: Exception) -> ServeError | None:
+    """Return the error of a disk without room, which is the operator's to mend; None of others."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not is_full and not (isinstance(error, sqlite3.Error) and "disk is full" in str(error)):
+        return None
+    message = "The disk of the server is full. Nothing was changed; free some space and try again."
+    return ServeError(507, message, code="disk_full")
 
 
 def not_found(what: str, name: str, *, param: str = "id") -> ServeError:

@@ -1,5 +1,6 @@
 """Graders before a job: is one valid, and what does it say about a response?"""
 
+import threading
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.context import Api
 from reward_models.grader_specs import FLAGS, Grader, GraderError, Multi, read_grader
 from reward_models.graders import DETAILS, Outcome, request_of, run_grader
+
+MAX_RUNS = 16
+"""Graders that run at the same time; each may take seconds of a core."""
 
 
 class ValidateRequest(Asked):
@@ -29,7 +33,7 @@ class RunRequest(Asked):
 
 def add_graders(routes: APIRouter, api: Api) -> None:
     """Add the routes below /v1/fine_tuning/alpha/graders."""
-    me = api.me
+    me, room = api.me, threading.BoundedSemaphore(MAX_RUNS)
 
     @routes.post("/fine_tuning/alpha/graders/validate")
     def validate(asked: ValidateRequest, person: Annotated[Person, me]) -> dict[str, Any]:
@@ -46,7 +50,17 @@ def add_graders(routes: APIRouter, api: Api) -> None:
             tokens[model] = tokens.get(model, 0) + answer["usage"]["total_tokens"]
             return answer["choices"][0]["message"]["content"]
 
-        outcome = run_grader(grader, asked.model_sample, asked.item, ask=ask)
+        if not room.acquire(blocking=False):
+            raise ServeError(
+                429,
+                f"{MAX_RUNS} graders are running. Try again.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        try:
+            outcome = run_grader(grader, asked.model_sample, asked.item, ask=ask)
+        finally:
+            room.release()
         return _answer(grader, outcome, tokens)
 
 

@@ -129,9 +129,13 @@ def _renewed(db: sqlite3.Connection, project: Project, *, who: int, now: float) 
 _TAKEN = (
     "(SELECT count(*) FROM label_tasks o WHERE o.item_id = {item} AND o.purpose = 'label' "
     "AND o.annotator_id != :who "
-    "AND (o.state = 'done' OR (o.state = 'shown' AND o.leased_until > :now)))"
+    "AND (o.state = 'done' OR (o.state = 'shown' AND o.leased_until > :now"
+    " AND o.leased_until < :now + 2 * :lease)))"
 )
-"""Labels of an item that other annotators have given or are giving."""
+"""Labels of an item that other annotators have given or are giving.
+
+A lease that ends much later than any does was given while the clock was ahead, and counts no more.
+"""
 _UNSEEN = (
     "SELECT i.id, i.key FROM label_items i WHERE i.project_id = :project AND i.open = 1 "
     "AND NOT EXISTS (SELECT 1 FROM label_tasks t WHERE t.item_id = i.id "
@@ -155,14 +159,15 @@ _REPEAT = (
 
 def _has_room(db: sqlite3.Connection, project: Project, item: int, *, who: int, now: float) -> bool:
     """Return whether an item needs a label besides those of the other annotators."""
-    given = {"item": item, "who": who, "now": now}
+    given = {"item": item, "who": who, "now": now, "lease": project.lease_s}
     (taken,) = db.execute(f"SELECT {_TAKEN.format(item=':item')}", given).fetchone()
     return taken < project.wanted
 
 
 def _allocate(db: sqlite3.Connection, project: Project, *, who: int, now: float) -> int | None:
     """Lease an item to an annotator: usually the first that needs a label."""
-    given = {"project": project.id, "who": who, "now": now, "wanted": project.wanted}
+    given = {"project": project.id, "who": who, "wanted": project.wanted}
+    given |= {"now": now, "lease": project.lease_s}
     row = db.execute(_UNSEEN, given).fetchone()
     if row is None:
         return None
