@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from align.recipe.load import load_recipe
 from align.serve.finetuning import generation, graders
 from align.serve.finetuning.files import Files
 from align.serve.finetuning.generation import MAX_WAITING
@@ -163,6 +164,20 @@ def test_an_event_that_was_planned_while_the_clock_was_ahead_is_sent(
         tried = {row["event"]: row["attempts"] for row in rows}
         assert tried["soon"] == 0
         assert tried["year"] >= 1
+
+
+# ---- what people see of a job
+
+
+def test_the_run_of_a_job_says_whose_it_is_and_what(server: Running):
+    client = server.openai()
+    file = client.files.create(file=("t.jsonl", jsonl(SUPERVISED)), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="mine").id
+    while (status := client.fine_tuning.jobs.retrieve(job).status) == "validating_files":
+        time.sleep(POLL_S)
+    assert status == "queued"
+    recipe = load_recipe(server.services.settings.data / "jobs" / job / "recipe.yaml")
+    assert recipe.description == "Fine-tuning job of tester (mine): supervised, from tiny."
 
 
 # ---- models that go away

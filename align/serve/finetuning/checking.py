@@ -153,6 +153,7 @@ def prepare(api: Api, row: sqlite3.Row, *, tick: Any = lambda: None) -> dict[str
     )
     recipe = job_recipe(
         name=row["id"],
+        description=_described(row["model"], method["type"], request["suffix"], owner=name),
         base=base,
         seed=row["seed"],
         method=method,
@@ -163,6 +164,11 @@ def prepare(api: Api, row: sqlite3.Row, *, tick: Any = lambda: None) -> dict[str
     )
     write_recipe(recipe, folder / RECIPE)
     return request
+
+
+def _described(model: str, method: str, suffix: str | None, *, owner: str) -> str:
+    named = f" ({suffix})" if suffix else ""
+    return f"Fine-tuning job of {owner}{named}: {method}, from {model}."
 
 
 def folder_of(api: Api, job: str) -> Path:

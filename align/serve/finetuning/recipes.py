@@ -58,6 +58,7 @@ def resolved(method: str, hyperparameters: Mapping[str, Any], *, rows: int) -> d
 def job_recipe(
     *,
     name: str,
+    description: str,
     base: str,
     seed: int,
     method: Mapping[str, Any],
@@ -70,6 +71,7 @@ def job_recipe(
 
     Args:
         name: id of the job; also the name of the run.
+        description: what people read on the page of the run.
         base: folder or hub id of the model.
         seed: of the job.
         method: type and settings.
@@ -96,6 +98,7 @@ def job_recipe(
         stage |= _offline(kind, chosen, files, rows=rows)
     recipe: dict[str, Any] = {
         "name": name,
+        "description": description,
         "seed": seed,
         "stages": {"base": {"kind": "base", "path": base}, STAGE: stage},
     }
