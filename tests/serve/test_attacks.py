@@ -176,6 +176,7 @@ def test_a_graders_text_is_no_variable_of_the_environment(
     }
     recipe = job_recipe(
         name="ftjob-1",
+        description="${SECRET_KEY}, from ${NOTHING}",
         base="hub/tiny",
         seed=0,
         method={"type": "reinforcement", "reinforcement": settings},
@@ -189,6 +190,7 @@ def test_a_graders_text_is_no_variable_of_the_environment(
     args: Any = loaded.stages["train"].rewards[0].args  # type: ignore[attr-defined]
     assert json.loads(args["grader"]) == settings["grader"]
     assert loaded.sinks.project == "${SECRET_KEY}"
+    assert loaded.description == "${SECRET_KEY}, from ${NOTHING}"
     assert SECRET not in loaded.model_dump_json()
 
 
