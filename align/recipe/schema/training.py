@@ -180,11 +180,6 @@ class TrainingStage(StageSpec):
         """Return the number of ranks that share the tokens of a row."""
         return 1
 
-    @property
-    def sequence_ranks(self) -> int:
-        """Return the number of ranks that share the tokens of a row."""
-        return 1
-
     @model_validator(mode="after")
     def _tuning_fits(self) -> "TrainingStage":
         if self.new_head:
