@@ -143,7 +143,9 @@ class _Universal:
 
     def read(self, name: str, number: int, key: str) -> Tensor:
         path = self._folder / name / f"{key}.pt"
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param"]
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Shards of ZeRO-3 are converted to plain tensors, which are flat.
+        return found["param"] if isinstance(found, dict) else found
 
 
 class _Whole:
@@ -174,7 +176,7 @@ def _fill(engine: Any, states: States) -> None:
                 target = owner.data if key == WEIGHT else state[key]
                 whole = states.read(names[id(parameter)], number, key)
                 if flat is None:
-                    target.copy_(whole)
+                    target.copy_(whole.reshape(target.shape))
                     continue
                 start, place, size = _part(parameter, offset)
                 values = whole.reshape(-1).narrow(0, start, size)

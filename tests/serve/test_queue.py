@@ -229,6 +229,7 @@ def test_events_of_other_jobs_appear_while_a_large_file_is_checked(
         return right(sources, *args, **named)
 
     monkeypatch.setattr(checking, "check_files", check_files)
+    monkeypatch.setattr(checking, "LARGE", len(jsonl(SUPERVISED)))
     running, large = create(client, file, 40), create(client, big, 2)
     # Another job's file is checked meanwhile, and both of the others run to their ends.
     check_whole(client, create(client, file, 3), 3)
