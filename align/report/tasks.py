@@ -161,12 +161,7 @@ def _judge(judge: Block | None) -> Markup | None:
         ["time", f"{judge['seconds']:.1f} s"],
     ]
     if "requests" in judge:  # a model behind an endpoint
-        rows += [
-            ["requests", f"{judge['requests']}, {judge['cached']} more from the cache"],
-            [
-                "cost",
-                f"{judge['prompt_tokens'] + judge['answer_tokens']:,} tokens, "
-                f"${judge['dollars']:.4f}",
-            ],
-        ]
+        tokens = judge["prompt_tokens"] + judge["answer_tokens"]
+        rows.append(["requests", f"{judge['requests']}, {judge['cached']} more from the cache"])
+        rows.append(["cost", f"{tokens:,} tokens, ${judge['dollars']:.4f}"])
     return tag("details", tag("summary", "The judge"), table(["", ""], rows, class_="facts"))

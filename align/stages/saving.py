@@ -44,7 +44,9 @@ def save_trained_scorer(model: RewardModel, *, source_dir: Path, out: Path) -> N
     """
     directory = out / "model"
     with torch.device("meta"):
-        bare = AutoModel.from_config(AutoConfig.from_pretrained(str(source_dir)))
+        bare = AutoModel.from_config(
+            AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)
+        )
     drop_pooler(bare)
     expected = {*(f"{BACKBONE}{name}" for name in bare.state_dict()), HEAD}
 

@@ -119,7 +119,7 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     try:
         tuned = peft.PeftModel.from_pretrained(model, str(folder))
         # Loaded again for the report: peft only warns of missing names, and drops unexpected ones.
-        report = tuned.load_adapter(str(folder), tuned.active_adapter)
+        report = tuned.load_adapter(str(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         told = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error

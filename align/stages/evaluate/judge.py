@@ -31,12 +31,12 @@ from align.recipe.schema import DataSpec, EndpointSpec, EvaluateStage, PairwiseS
 from align.recipe.schema.evaluate import LONGER
 from align.stages.base import chat_format
 from align.tuning.loading import attach_adapter
+from reward_models import build_reward
 from reward_models.base import MissingColumnError, RewardFunction
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 from reward_models.learned import build_scalar
-from reward_models.own import build_python
 from reward_models.scalar import reads_first
-from reward_models.specs import FUNCTION, PythonSpec, ScalarSpec
+from reward_models.specs import FUNCTION, ScalarSpec
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def calibrate(
 
 def _own_judge(path: str) -> RewardFunction:
     try:
-        return build_python(PythonSpec(kind="python", path=path))
+        return build_reward({"kind": "python", "path": path})
     except ValueError as error:
         raise AlignError(str(error)) from error
 
