@@ -361,7 +361,7 @@ def load_checkpoint(path: Path, engines: Mapping[str, Any]) -> tuple[int, dict[s
         _resharded.append({"step": record["step"], "old": old, "new": new})
         log.warning(
             "%s: saved by %s, continued by %s. The training is the same up to rounding, not bit "
-            "by bit, and dropout is drawn anew",
+            "by bit, and dropout draws other masks",
             path,
             layout(old),
             layout(new),
