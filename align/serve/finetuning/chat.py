@@ -1,12 +1,13 @@
 """Chat completions of base and fine-tuned models."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
+from starlette.types import Receive, Scope, Send
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError
@@ -92,8 +93,23 @@ def add_chat(routes: APIRouter, api: Api) -> None:
         # The first part comes before the headers, so that an error has its status.
         first = next(events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        lines = _lines(asks, first, events, usage=usage)
-        return StreamingResponse(lines, media_type="text/event-stream")
+        return _Stream(_lines(asks, first, events, usage=usage), events)
+
+
+class _Stream(StreamingResponse):
+    """An answer in parts, which gives the model back also when its client leaves."""
+
+    def __init__(self, lines: Generator[str], events: Generator[dict[str, Any]]) -> None:
+        super().__init__(lines, media_type="text/event-stream")
+        self._generators = (lines, events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Not left to the garbage collector: until then, the client would hold its place.
+            for generator in self._generators:
+                generator.close()
 
 
 def _lines(
@@ -102,7 +118,7 @@ def _lines(
     events: Iterator[dict[str, Any]],
     *,
     usage: bool,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Yield the answer as server-sent events."""
     common = {
         "id": new_id("chatcmpl"),

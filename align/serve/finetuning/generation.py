@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -159,7 +159,7 @@ class Generators:
         self._processes: dict[str, _Process] = {}
         self._waiting = 0
 
-    def events(self, person: Person, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def events(self, person: Person, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         """Yield the parts of the answer to a request with defaults filled in."""
         with self._store.read() as db:
             place = find_place(db, self._settings, person, name=body["model"])
