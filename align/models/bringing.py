@@ -96,15 +96,15 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
             "a classifier or scorer, or the causal model it was made from."
         )
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if causal and kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ArtifactError(
             f"{path}: transformers has no causal language model of the type {kind!r}. Use a model "
             "that generates text from left to right, or a stage of kind encoder for an encoder."
         )
-    if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
         raise ArtifactError(
-            f"{path}: model_type {config.get('model_type')!r} needs custom Python code "
+            f"{path}: model_type {kind!r} needs custom Python code "
             "(auto_map), which is never run. Use an architecture of transformers."
         )
     if quantized := config.get("quantization_config"):
@@ -122,7 +122,11 @@ def _check_formats(folder: Path) -> None:
 
     transformers would convert the integers to floats, without the scales that they belong to.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    # Only the files that transformers reads: there may also be an optimizer's states.
+    shards = _json_object(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
+    for file in sorted(folder / name for name in {*shards.values()} or {SINGLE}):
+        if file.suffix != ".safetensors" or not file.is_file():
+            continue
         with one_line(str(file), "weights"), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (no mapping)
                 kind = tensors.get_slice(name).get_dtype()

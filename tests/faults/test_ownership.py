@@ -23,6 +23,7 @@ RECIPE = "name: {name}\nstages: {{{stage}: {{kind: curate, data: [{{path: d.json
 def write_recipe(name: str, stage: str = "data") -> Path:
     path = Path("r.yaml")
     path.write_text(RECIPE.format(name=name, stage=stage))
+    Path("d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return path
 
 
