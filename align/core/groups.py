@@ -57,7 +57,7 @@ _sharing = ALONE
 
 
 def share_rows(size: int) -> None:
-    """Let groups of ``size`` ranks share the tokens of each row from now on; all ranks call this.
+    """Make groups of ``size`` ranks share the tokens of each row; all ranks must call this.
 
     The ranks of a group then have the same rows, and make the same passes of a model.
     """

@@ -70,7 +70,7 @@ def load_resharded(folder: Path, engine: Any) -> None:
 
 @contextmanager
 def _states_of(folder: Path) -> Iterator[States]:
-    """Give the states of a checkpoint; those of ZeRO are converted for the time of the block."""
+    """Yield the states of a checkpoint; ZeRO's are converted into a folder that is removed after."""
     if saved_stage(folder) == 0:
         yield _Whole(folder)
         return

@@ -340,7 +340,7 @@ def _detach_finalizer(client: object) -> None:
 
 
 def _exchange_by_gloo() -> None:
-    """Let the workers of one engine exchange tensors through torch's groups on CPU.
+    """Make the workers of one engine exchange tensors through torch's groups on CPU.
 
     vLLM's shared memory has one name for all engines that a launcher started on a machine, and a
     killed rank leaves it behind. vLLM itself uses torch's groups for ranks on several machines.

@@ -116,7 +116,7 @@ class Checks:
                 set_status(db, row, status, message=message, **more)
 
     def _tick(self, job: str, looked: list[float]) -> None:
-        """Let other threads run, and end a check that nobody wants any more."""
+        """Sleep so that other threads run; raise ``NotWantedError`` if the job is no longer checked."""
         time.sleep(PAUSE_S)
         if self._stopped.is_set():
             raise NotWantedError
