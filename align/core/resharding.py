@@ -70,7 +70,7 @@ def load_resharded(folder: Path, engine: Any) -> None:
 
 @contextmanager
 def _states_of(folder: Path) -> Iterator[States]:
-    """Yield the states of a checkpoint; ZeRO's are converted into a folder that is removed after."""
+    """Yield the states of a checkpoint; ZeRO's are converted into a folder, removed after it."""
     if saved_stage(folder) == 0:
         yield _Whole(folder)
         return

@@ -116,7 +116,7 @@ class Checks:
                 set_status(db, row, status, message=message, **more)
 
     def _tick(self, job: str, looked: list[float]) -> None:
-        """Sleep so that other threads run; raise ``NotWantedError`` if the job is no longer checked."""
+        """Sleep for other threads; raise ``NotWantedError`` if the job is no longer checked."""
         time.sleep(PAUSE_S)
         if self._stopped.is_set():
             raise NotWantedError
