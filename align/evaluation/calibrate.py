@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from align.core.types import Text
 from align.evaluation.compare import Triple, as_triple, mean_interval
@@ -76,7 +76,7 @@ def kappa_interval(said: Sequence[BothOrders], clusters: Sequence[Any]) -> Tripl
     left_out = np.array([_kappa(counts.sum(0) - row) for row in counts])  # (clusters,)
     n = len(names)
     error = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
-    half = float(student_t.ppf(0.975, n - 1)) * error
+    half = float(stdtrit(n - 1, 0.975)) * error
     return [float(value), max(-1.0, float(value) - half), min(1.0, float(value) + half)]
 
 

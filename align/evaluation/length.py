@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
-from scipy.stats import t as student_t
+from scipy.special import expit, stdtrit
 
 from align.evaluation.stats import Interval, cluster_numbers
 
@@ -60,7 +59,7 @@ def length_controlled_win_rate(
     beta, hessian = _fit(x, y)
     scores = x * (y - expit(x @ beta))[:, None]  # (pairs, 2)
     error = _sandwich_error(scores, index, hessian)
-    half = float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1)) * error
+    half = float(stdtrit(num_clusters - 1, 0.5 + level / 2.0)) * error
     value, low, high = (float(expit(beta[0] + shift)) for shift in (0.0, -half, half))
     return Interval(value, low, high)
 

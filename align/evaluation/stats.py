@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 MIN_SPREAD_FRAC = 0.9
 """Fraction of resamples that must have some spread for the bootstrap to be used."""
@@ -99,7 +99,7 @@ def _cluster_sums(
 
 
 def _student(level: float, num_clusters: int) -> float:
-    return float(student_t.ppf(0.5 + level / 2.0, num_clusters - 1))
+    return float(stdtrit(num_clusters - 1, 0.5 + level / 2.0))
 
 
 def _linearized_error(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from align.core.types import Alarm
 
@@ -75,7 +75,7 @@ def over_prompts(values: NDArray[np.float64]) -> Interval:
     if values.size < 2:
         return Interval(float(values[0]) if values.size else math.nan, math.nan, math.nan)
     mean = float(values.mean())
-    quantile = float(student_t.ppf(0.975, values.size - 1))
+    quantile = float(stdtrit(values.size - 1, 0.975))
     half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
     return Interval(mean, mean - half, mean + half)
 

@@ -48,6 +48,7 @@ from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_res
 from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec, StageSpec
 from align.stages.earlier import LAYOUT, is_finished, may_reshard, refuse_other_checkpoints
 from align.tuning.files import refuse_unmerged
+from align.tuning.light_peft import import_peft
 
 log = logging.getLogger(__name__)
 DATA_FILE = "data.jsonl"
@@ -247,6 +248,7 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
     checkpoints.belong_to(identity, any_layout=may_reshard(spec))
     read_log.expect({path: record["sha256"] for path, record in identity["files"].items()})
     distributed.seed_everything(context.seed)
+    import_peft()
     result = prepare_and_train(spec, context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from align.core.errors import ArtifactError
 from align.recipe.schema.tuning import METHODS
+from align.tuning.light_peft import peft_for
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -56,11 +57,11 @@ def with_adapter(
     found = unmerged_adapter(model_dir)
     if found is None:
         return model
-    import peft
     from safetensors.torch import load_file
 
     from align.tuning import bottleneck, loreft  # noqa: F401  registers them with peft
 
+    peft = peft_for(model)
     folder, _ = found
     config = peft.PeftConfig.from_pretrained(str(folder))
     # peft freezes adapters that it loads in inference mode.
@@ -79,9 +80,7 @@ def with_adapter(
 
 def with_saved_adapter(model: "PreTrainedModel", folder: Path | str) -> Any:
     """Return the model with the adapter in ``folder``, as peft alone loads both."""
-    import peft
-
-    return peft.PeftModel.from_pretrained(model, str(folder))
+    return peft_for(model).PeftModel.from_pretrained(model, str(folder))
 
 
 def base_of_adapter(folder: Path | str) -> str:
@@ -114,10 +113,8 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     Raises:
         ArtifactError: the adapter does not fit the model, or cannot be merged.
     """
-    import peft
-
     try:
-        tuned = peft.PeftModel.from_pretrained(model, str(folder))
+        tuned = peft_for(model).PeftModel.from_pretrained(model, str(folder))
         # Loaded again for the report: peft only warns of missing names, and drops unexpected ones.
         report = tuned.load_adapter(str(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from align.tuning.light_peft import peft_for
+
 MAX_ADAPTERS = 8
 """Adapters that stay loaded."""
 
@@ -20,14 +22,13 @@ class AdapterSwitch:
 
     def choose(self, folder: str | None) -> None:
         """Activate the adapter in a folder, or none."""
-        from peft import PeftModel
-
         if folder is None:
             if self._tuned is not None:
                 self._tuned.base_model.disable_adapter_layers()
             return
         if self._tuned is None:
-            self._tuned = PeftModel.from_pretrained(
+            peft = peft_for(self._model)
+            self._tuned = peft.PeftModel.from_pretrained(
                 self._model, folder, adapter_name=_named(folder)
             ).eval()
         elif folder not in self._loaded:

@@ -17,6 +17,7 @@ from align.recipe.schema.tuning import (
     TuningSpec,
     VeraTuning,
 )
+from align.tuning.light_peft import peft_for
 from align.tuning.rows import trainable_rows
 
 if TYPE_CHECKING:
@@ -71,11 +72,9 @@ def _adapted(model: "PreTrainedModel", config: "PeftConfig", tuning: TuningSpec)
     Raises:
         RecipeError: peft does not know the model's layers.
     """
-    import peft
-
     try:
         # DeepSpeed casts parameters to bfloat16 but not buffers, and VeRA's matrices are buffers.
-        return peft.get_peft_model(
+        return peft_for(model).get_peft_model(
             model, config, autocast_adapter_dtype=not isinstance(tuning, VeraTuning)
         )
     # peft refuses layers that a method does not know in many ways, all of them at once.

@@ -1,0 +1,37 @@
+"""peft without bitsandbytes, whose import takes a third of a stage's start.
+
+peft imports bitsandbytes wherever it is installed, and bitsandbytes imports torch's compiler: 2.6
+CPU seconds, which only quantized models need.
+"""
+
+import sys
+from types import ModuleType
+
+_QUANTIZER = "bitsandbytes"
+
+
+def import_peft() -> None:
+    """Import peft as if bitsandbytes were not installed, unless one of them is loaded already.
+
+    For processes that are ours: peft then answers "not installed" until ``peft_for`` is called.
+    """
+    if "peft" in sys.modules or _QUANTIZER in sys.modules:
+        return
+    sys.modules[_QUANTIZER] = None  # type: ignore[assignment]  # Python's sign for "no such module"
+    try:
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+        _ = is_bnb_available(), is_bnb_4bit_available()  # peft remembers the answers
+    finally:
+        del sys.modules[_QUANTIZER]
+
+
+def peft_for(model: object) -> ModuleType:
+    """Return peft, which knows the layers of bitsandbytes if ``model`` has any."""
+    import peft
+    from peft import import_utils
+
+    if getattr(model, "is_quantized", False):
+        import_utils.is_bnb_available.cache_clear()
+        import_utils.is_bnb_4bit_available.cache_clear()
+    return peft

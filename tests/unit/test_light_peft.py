@@ -1,0 +1,38 @@
+"""bitsandbytes is imported only where a model is quantized."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+from align.tuning.light_peft import import_peft, peft_for
+
+import_peft()
+from peft import import_utils
+from peft.tuners import lora
+
+heavy = ("bitsandbytes", "torch._inductor.compile_fx")
+print([name for name in heavy if name in sys.modules], import_utils.is_bnb_available())
+peft_for(SimpleNamespace(is_quantized=False))
+print(import_utils.is_bnb_available())
+peft = peft_for(SimpleNamespace(is_quantized=True))
+print(import_utils.is_bnb_available(), lora.Linear4bit.__module__, peft.__name__)
+"""
+
+
+def test_peft_learns_of_bitsandbytes_with_the_first_quantized_model():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[] False", "False", "True peft.tuners.lora.bnb peft"], (
+        done.stderr
+    )
+
+
+def test_a_loaded_bitsandbytes_is_not_hidden():
+    script = (
+        "import bitsandbytes, sys; from align.tuning.light_peft import import_peft; import_peft(); "
+        "from peft.import_utils import is_bnb_available; "
+        "print(is_bnb_available(), sys.modules['bitsandbytes'] is bitsandbytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
