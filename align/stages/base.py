@@ -248,7 +248,6 @@ def _run(kind: str, context: StageContext, *, manifest: Mapping[str, Any], began
     checkpoints.belong_to(identity, any_layout=may_reshard(spec))
     read_log.expect({path: record["sha256"] for path, record in identity["files"].items()})
     distributed.seed_everything(context.seed)
-    import_peft()
     result = prepare_and_train(spec, context)
     distributed.barrier()
     peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -396,6 +395,7 @@ def prepare_stage(spec: StageSpec, context: StageContext) -> Prepared:
     evaluated = [s for s in others if isinstance(s, EvaluateStage)]
     # Imported by name: one kind must not load the libraries of all others.
     log.info("reading data and building the %s stage", spec.kind)
+    import_peft()
     module = import_module(spec.module)
     with parse_once(shared_files([spec, *evaluated])):
         return module.prepare(spec, context)

@@ -23,7 +23,6 @@ from align.preflight.run import run_checks
 from align.recipe.load import read_resolved
 from align.recipe.schema import BaseStage, Recipe
 from align.stages.base import StageContext, prepare_stage
-from align.stages.preflight import base_checks
 
 
 def main() -> NoReturn:
@@ -109,6 +108,8 @@ def check_stage(recipe: Recipe, name: str, *, inputs: Path, scratch: Path) -> Ca
     context = StageContext(recipe, name, inputs, recipe.seed_of(name), scratch=scratch)
     try:
         if isinstance(spec, BaseStage) and (inputs / name).exists():
+            from align.stages.preflight import base_checks
+
             return run_checks(name, spec.kind, base_checks(inputs / name / "model"))
         with context.resources:
             card = run_checks(name, spec.kind, prepare_stage(spec, context).checks)
