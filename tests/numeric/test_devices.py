@@ -1,0 +1,134 @@
+"""Every kind of training step on a GPU that is not there: what is computed, and where."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
+sys.path.insert(0, str(Path(__file__).parent))
+import architectures
+import curves
+from architectures import IDS, POSITIONS
+from curves import VOCAB, alone, policy_of, save_tiny, sft_curve, tiny_model
+from online_parts import LORA
+
+from align.core import distributed
+from align.models.heads import scorer_from
+from align.models.logprobs import token_logprobs
+from align.sampling import experience
+from align.training import batch, learner
+from align.tuning.ewc import anchor_at, fisher_diagonal, scaled
+from reward_models.scalar import score_token_ids
+from tests.two_devices import GPU, WrongDevice, two_devices
+
+
+class PlainEngine(nn.Module):
+    """What the learner uses of DeepSpeed's engine, whose own code places its tensors itself."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self.module, self.optimizer = module.to(distributed.device()), optimizer
+        self.clip_fp32_gradients: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, **_: Any) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.clip_fp32_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with alone.world_of_one():
+        yield save_tiny(tiny_model(1, tied=True), tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of each curve, by an engine that leaves tensors where they are."""
+    monkeypatch.setattr(curves, "STEPS", 2)
+
+    def initialize(*, model: nn.Module, optimizer: Any, **_: Any) -> tuple[Any, Any, None, None]:
+        return PlainEngine(model, optimizer), optimizer, None, None
+
+    monkeypatch.setattr(learner.deepspeed, "initialize", initialize)
+
+
+@pytest.mark.parametrize("name", curves.CURVES)
+def test_a_step_on_a_gpu_is_that_of_the_record(model_dir: Path, name: str) -> None:
+    with two_devices():
+        found = curves.CURVES[name](model_dir)
+    for key, values in curves.recorded(name).items():
+        # The branches for GPUs round otherwise.
+        assert found[key] == pytest.approx(values[:2], rel=1e-3), key
+
+
+def test_lora_and_an_anchor_train_on_a_gpu(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def anchored(folder: Path) -> Any:
+        found = policy_of(folder, LORA)
+        ids, at = (torch.tensor([x], device=distributed.device()) for x in (IDS, POSITIONS))
+        rows = [(ids % VOCAB, at)]
+        fisher = fisher_diagonal(found.module, rows, lambda m, row: m(*row).logprobs.sum())
+        found.anchor = anchor_at(found.module, scaled(fisher, cap=2.0), coef=0.5)
+        return found
+
+    monkeypatch.setattr(curves, "policy_of", anchored)
+    expected = sft_curve(model_dir)
+    with two_devices():
+        found = sft_curve(model_dir)
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-4), key
+
+
+# Sliding windows, sinks and soft-capped scores, partial rotary, multi-query, recurrent layers.
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt_oss", "gemma3_text", "granite", "opt", "qwen3_next"]
+)
+def test_packed_rows_on_a_gpu_are_those_of_the_cpu(model_type: str) -> None:
+    model = architectures.tiny_model(model_type, torch.float32)
+    ids, at = torch.tensor([IDS]), torch.tensor([POSITIONS])
+    expected = token_logprobs(model, ids, position_ids=at).logprobs
+    with two_devices():
+        model = model.to(GPU)
+        found = token_logprobs(model, ids.to(GPU), position_ids=at.to(GPU)).logprobs
+        found.sum().backward()
+        assert found.device == GPU
+        found = found.detach().cpu()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_responses_are_scored_on_a_gpu(model_dir: Path) -> None:
+    torch.manual_seed(4)
+    scorer = scorer_from(model_dir, dtype="float32").eval()
+    rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    expected = score_token_ids(scorer, rows, micro_tokens=6)
+    with two_devices():
+        found = score_token_ids(scorer.to(GPU), rows, micro_tokens=6)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", curves.CURVES)
+def test_a_batch_that_stays_on_the_cpu_is_found(
+    model_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays = SimpleNamespace(device=lambda: torch.device("cpu"))
+    for module in (batch, experience):
+        monkeypatch.setattr(module, "distributed", stays)
+    with two_devices(), pytest.raises(WrongDevice):
+        curves.CURVES[name](model_dir)
