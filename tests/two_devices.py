@@ -103,9 +103,11 @@ class _Requests(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func == Tensor.device.__get__:
+        # Attributes are functions too, made anew at each look.
+        attribute: Any = Tensor
+        if func == attribute.device.__get__:
             return self._notes.device(args[0])
-        if func == Tensor.is_cuda.__get__:
+        if func == attribute.is_cuda.__get__:
             return self._notes.device(args[0]) == GPU
         if func is Tensor.numpy and self._notes.device(args[0]) == GPU:
             raise WrongDevice("numpy reads tensors of the CPU only")
