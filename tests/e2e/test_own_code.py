@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,24 @@ def bradley_terry(chosen, rejected, *, center_coef):
 
 def short(policy_chosen, policy_rejected, ref_chosen, ref_rejected): return policy_chosen.sum()
 """
+JUDGES = '''
+def nearer(prompts, completions, others, solution, **columns):
+    """Prefer the response with as many different characters as the solution has letters."""
+    assert all(prompt[0]["role"] == "system" for prompt in prompts)
+    found = []
+    for ours, theirs, right in zip(completions, others, solution):
+        away = [abs(len(set(r[0]["content"])) - len(right)) for r in (ours, theirs)]
+        found.append(0.5 + 0.5 * (away[0] < away[1]) - 0.5 * (away[0] > away[1]))
+    return found
+'''
+TASK = """
+name: judged
+prompts: [{path: ./problems.jsonl, map: "./script.py:make_conversation"}]
+metrics: [win_rate]
+samples: 2
+sampling: {max_new_tokens: 8, temperature: 1.0}
+max_length: 512
+"""
 RECIPE = """
 name: own
 seed: 5
@@ -161,6 +180,13 @@ stages:
         grader: [{kind: code, isolation: limits, timeout_s: 5}]
         sampling: {max_new_tokens: 8}
         max_length: 512
+  preferred:
+    kind: evaluate
+    models: [base, mine]
+    baseline: base
+    sampling: {engine: hf}
+    tasks: [task.yaml]
+    pairwise: {function: {kind: python, path: "judges.py:nearer"}, sequential: false}
   dpo_theirs: &dpo
     kind: dpo
     init: base
@@ -198,15 +224,16 @@ PROBLEMS = [{"problem": f"What is {i} + {i}?", "solution": "x" * i} for i in ran
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("own")
-    for name, text in (("script", SCRIPT), ("losses", LOSSES)):
+    for name, text in (("script", SCRIPT), ("losses", LOSSES), ("judges", JUDGES)):
         (place / f"{name}.py").write_text(text)
-    (place / "recipe.yaml").write_text(RECIPE)
+    for name, text in (("recipe", RECIPE), ("task", TASK)):
+        (place / f"{name}.yaml").write_text(text)
     for name, rows in (("problems", PROBLEMS), ("programs", PROGRAMS), ("judged", JUDGED)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / f"{name}.jsonl").write_text(text)
     worker = Path(__file__).parent / "workers" / "stages.py"
     pairs = [f"{kind}_{whose}" for kind in OFFLINE for whose in ("theirs", "mine")]
-    stages = ["base", "script", "theirs", "mine", "compared", *pairs]
+    stages = ["base", "script", "theirs", "mine", "compared", "preferred", *pairs]
     command = [str(worker), "--recipe", "recipe.yaml", "--run-dir", "run", "--stages", *stages]
     done = subprocess.run(
         [sys.executable, *command],
@@ -221,14 +248,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def win_rate(samples: Path) -> float:
+    """Compute the win rate of the model ``mine`` against ``base`` by the function of JUDGES."""
+    nearer = runpy.run_path(str(samples.parents[2] / "judges.py"))["nearer"]
+    rows = rows_of(samples)
+    base, mine = ([r for r in rows if r["model"] == name] for name in ("base", "mine"))
+    assert len(base) == len(mine) == 2 * len(PROBLEMS)
+    won = []
+    for one, other in zip(mine, base, strict=True):
+        place = ("prompt", "prompt_index", "sample_index")
+        assert [one[key] for key in place] == [other[key] for key in place]
+        # A judge of pairs gets responses without the blanks around them.
+        texts = (one["completion"].strip(), other["completion"].strip())
+        said = [[{"role": "assistant", "content": text}] for text in texts]
+        problem = next(p for p in PROBLEMS if p["problem"] in str(one["prompt"]))
+        asked = [[{"role": "system", "content": "x"}]]
+        won += nearer(asked, said[:1], said[1:], [problem["solution"]])
+    return sum(won) / len(won)
+
+
 def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / stage / "model" / "model.safetensors")
 
 
 def test_the_functions_of_a_trl_script_score_as_in_trl(folder: Path):
     script = runpy.run_path(str(folder / "script.py"))
-    text = (folder / "run" / "script" / "samples.jsonl").read_text(encoding="utf-8")
-    samples = [json.loads(line) for line in text.splitlines()]
+    samples = rows_of(folder / "run" / "script" / "samples.jsonl")
     assert len(samples) == 2
     length = script["Length"](limit=12)
     for sample in samples:
@@ -244,8 +293,7 @@ def test_the_functions_of_a_trl_script_score_as_in_trl(folder: Path):
 
 def test_they_grade_and_judge_in_an_evaluation(folder: Path):
     script = runpy.run_path(str(folder / "script.py"))
-    text = (folder / "run" / "compared" / "samples.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
+    found = rows_of(folder / "run" / "compared" / "samples.jsonl")
     samples = [sample for sample in found if sample["task"] == "sums"]
     assert len(samples) == 2 * len(PROBLEMS)
     for sample in samples:
@@ -257,6 +305,40 @@ def test_they_grade_and_judge_in_an_evaluation(folder: Path):
     assert programs == [0.0] * 2 * len(PROGRAMS)
     card = json.loads((folder / "run" / "compared" / "preflight.json").read_text())
     assert "right above wrong in 3 of 3" in str(card)
+
+
+def judged(evaluation: Path) -> tuple[dict[str, Any], list[float]]:
+    task = json.loads((evaluation / "summary.json").read_text())["tasks"]["judged"]
+    return task["judge"], task["models"]["mine"]["win_rate"]
+
+
+def test_a_function_judges_pairs_of_responses(folder: Path):
+    """Both orders of every pair are asked, and the win rate is that of the function by hand."""
+    report, (won, low, high) = judged(folder / "run" / "preferred")
+    assert won == pytest.approx(win_rate(folder / "run" / "preferred" / "samples.jsonl"))
+    assert low <= won <= high
+    assert report["model"] == "nearer"
+    assert (report["pairs_judged"], report["invalid"]) == (2 * len(PROBLEMS), {})
+    assert report["consistent"][0] == 1.0
+
+
+def test_the_command_asks_the_same_function(folder: Path):
+    """The twelve pairs are one batch, so that no verdict can come before the last of them."""
+    words = ["run/base", "run/mine", "--tasks", "task.yaml", "--judge", "judges.py:nearer"]
+    words += ["--engine", "hf", "--out", "answer"]
+    done = subprocess.run(
+        [sys.executable, "-m", "align", "eval", *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report, (won, _, _) = judged(folder / "answer" / "evaluate")
+    assert won == pytest.approx(win_rate(folder / "answer" / "evaluate" / "samples.jsonl"))
+    assert (report["model"], report["pairs_judged"]) == ("nearer", 2 * len(PROBLEMS))
 
 
 @pytest.mark.parametrize(
