@@ -88,8 +88,8 @@ class OwnReward:
         if "missing" in reply:
             raise MissingColumnError(
                 f"reward '{self.name}': its function needs '{reply['missing']}', which is not a "
-                f"column of the data ({sorted(columns) or 'none'}). Rename a column or "
-                "give the parameter a default value."
+                f"column of the data ({sorted(columns) or 'none'}). Rename a column, "
+                "set it in 'args', or give the parameter a default value."
             )
         if reply.get("spent"):
             self.worker.close()

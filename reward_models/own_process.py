@@ -22,8 +22,19 @@ from typing import Any
 from reward_models.base import InvalidScoreError, a_type, completion_text, finite_score, plain_text
 from reward_models.worker import serve
 
-STYLES = {"verl": ("solution_str", "ground_truth"), "openrlhf": ("queries",)}
+STYLES = {
+    "verl": ("solution_str", "ground_truth"),
+    "verl_batch": ("solution_strs", "ground_truths"),
+    "openrlhf": ("queries",),
+}
 """Parameters that identify the functions of other suites; any other function is TRL's."""
+RESPONSES = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    *(n for own in STYLES.values() for n in own),
+}
+"""Parameters of functions that score; a function with none of them makes one that does."""
 TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
 """Columns for verl's ground_truth and OpenRLHF's labels; the first that is present is used."""
 
@@ -31,7 +42,8 @@ TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
 def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function named by ``FILE.py:NAME`` or ``MODULE:NAME``, with its ``args`` bound.
 
-    A class is instantiated with ``args``, and the instance is called.
+    A class is instantiated with ``args``, and the instance is called. A function that needs nothing
+    but ``args`` and takes no responses makes the function that is returned.
     """
     place, _, name = path.rpartition(":")
     if place.endswith(".py"):
@@ -55,12 +67,28 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     if inspect.isclass(found):
         instance: Any = found(**args)
         return instance
-    function: Callable[..., Any] = found
-    return partial(function, **args) if args else function
+    function: Callable[..., Any] = partial(found, **args) if args else found
+    if _makes_another(function):
+        made: Any = function()
+        if not callable(made):
+            taken = ", ".join(sorted(RESPONSES))
+            raise TypeError(
+                f"{name} has no parameter for responses ({taken}), and what it returns, "
+                f"{a_type(made)}, cannot be called"
+            )
+        return made
+    return function
+
+
+def _makes_another(function: Callable[..., Any]) -> bool:
+    """Return whether a function makes a reward, as ``get_cosine_reward(max_len=1000)`` does."""
+    parameters = _parameters(function)
+    needs_nothing = all(p.default is not p.empty for p in parameters.values())
+    return needs_nothing and not RESPONSES & parameters.keys()
 
 
 def style_of(function: Callable[..., Any]) -> str:
-    """Return the convention that a function follows: trl, verl or openrlhf."""
+    """Return the convention that a function follows: trl, or one of STYLES."""
     names = _parameters(function)
     # "completions" is TRL's own word, so a function that takes it is TRL's.
     fitting = [style for style, needed in STYLES.items() if names.keys() >= set(needed)]
@@ -138,7 +166,9 @@ class Scorer:
             result = result.get("rewards", result.get("scores"))
         # Tensors and arrays.
         if hasattr(result, "tolist"):
-            result = result.tolist()
+            # A head's scores are often (B, 1).
+            column = tuple(getattr(result, "shape", ())) == (rows, 1)
+            result = (result.reshape(rows) if column else result).tolist()
         if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
             return _all_invalid(f"returned {a_type(result)}, not a list of scores", rows)
         given = list(result)
@@ -149,7 +179,7 @@ class Scorer:
 
     def _result(self, value: Any) -> tuple[float | None, str | None]:
         """Return a score, or None and the reason."""
-        if self.style == "verl" and isinstance(value, Mapping):
+        if self.style.startswith("verl") and isinstance(value, Mapping):
             value = value.get("score")
         if value is None:
             return None, "no score (None)"
@@ -164,7 +194,7 @@ class Scorer:
 def _of_other_suite(
     style: str, prompts: Sequence[Any], completions: Sequence[Any], *, columns: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments that verl (one value per row) or OpenRLHF passes to a function."""
+    """Return the arguments that verl or OpenRLHF passes to a function, with a value per row."""
     answers = [completion_text(completion) for completion in completions]
     rows = range(len(answers))
     truth = next((columns[name] for name in TRUTH if name in columns), None)
@@ -183,7 +213,10 @@ def _of_other_suite(
         "solution_str": answers,
         "extra_info": columns.get("extra_info", [{} for _ in rows]),
     }
-    return known if truth is None else known | {"ground_truth": truth}
+    if truth is not None:
+        known["ground_truth"] = truth
+    # A function for verl's batches has the same parameters in the plural.
+    return {f"{n}s": v for n, v in known.items()} if style == "verl_batch" else known
 
 
 def _row(given: Mapping[str, Any], i: int) -> dict[str, Any]:
