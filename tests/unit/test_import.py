@@ -146,6 +146,60 @@ def test_numbers_of_a_trl_grpo(tmp_path: Path):
     assert "kl" not in grpo  # beta 0
 
 
+def test_rloo_of_trl_is_the_algorithm_of_that_name(tmp_path: Path):
+    """TRL 1.16's RLOOConfig: groups of 2 and beta 0.05, whose KL is subtracted from the reward."""
+    config = {
+        **{"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_name": "trl-lib/DeepMath-103K"},
+        **{"reward_funcs": ["reasoning_accuracy_reward", "get_soft_overlong_punishment"]},
+        **{"output_dir": "runs/rloo-qwen", "reward_weights": [1.0, 0.5]},
+    }
+    made = convert("trl", written(tmp_path / "c.yml", config))
+    stage = yaml.safe_load(made.text)["stages"]["grpo"]
+    assert (stage["algorithm"], stage["group_size"]) == ("rloo", 2)
+    assert stage["kl"] == {"coef": 0.05, "place": "reward", "estimator": "k1"}
+    assert not {"clip", "scale", "aggregation"} & stage.keys()
+    limits = {"max_completion_len": 1280, "soft_punish_cache": 256}  # trl/scripts/grpo.py
+    assert stage["rewards"] == [
+        {"kind": "python", "path": "trl.rewards:reasoning_accuracy_reward"},
+        {
+            **{"kind": "python", "path": "trl.rewards:get_soft_overlong_punishment"},
+            **{"args": limits, "weight": 0.5},
+        },
+    ]
+    (tmp_path / "r.yaml").write_text(made.text)
+    assert load_recipe(tmp_path / "r.yaml").stages["grpo"].kind == "grpo"
+    several = written(tmp_path / "d.yml", config | {"num_iterations": 2, "normalize_advantages": 1})
+    made = convert("trl", several)
+    assert yaml.safe_load(made.text)["stages"]["grpo"]["clip"] == {"low": 0.2, "high": 0.2}
+    lost = {note.key for note in made.notes if note.lost}
+    assert {"num_iterations", "normalize_advantages"} <= lost
+
+
+def test_axolotl_transforms_are_named_and_what_rows_have_anyway_is_not(tmp_path: Path):
+    asked = {"path": "openai/gsm8k", "name": "main", "type": "rewards.oai_gsm8k_transform"}
+    config = OWN["axolotl, grpo"][1] | {"datasets": [asked], "rl_beta": 0.04}
+    del config["trl"]["beta"]
+    made = convert("axolotl", written(tmp_path / "c.yml", config))
+    (note,) = [note for note in made.notes if note.key == "datasets.0.type"]
+    assert note.lost
+    assert "write map: FILE.py:FUNCTION" in note.what
+    assert yaml.safe_load(made.text)["stages"]["grpo"]["kl"]["coef"] == 0.04
+    tools = {
+        **{"path": "rows.jsonl", "type": "chat_template", "field_messages": "conversations"},
+        **{"message_property_mappings": {"role": "from", "content": "value"}},
+        **{"roles_to_train": ["assistant"], "message_field_training": "train"},
+        **{"field_tools": "tools"},
+    }
+    base = {"base_model": "Qwen/Qwen3-0.6B", "learning_rate": 1e-5}
+    made = convert("axolotl", written(tmp_path / "d.yml", base | {"datasets": [tools]}))
+    assert not [note for note in made.notes if note.lost]
+    other = tools | {"field_tools": "api", "message_field_training": "learn"}
+    other["roles_to_train"] = ["assistant", "user"]
+    made = convert("axolotl", written(tmp_path / "e.yml", base | {"datasets": [other]}))
+    lost = {note.key.rpartition(".")[2] for note in made.notes if note.lost}
+    assert lost == {"field_tools", "message_field_training", "roles_to_train"}
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     # Names that LLaMA-Factory 0.9.5 registers; benchmarks/masks.py compares the rows.

@@ -180,6 +180,7 @@ DATASET_REASONS = {
     "chat_template": "one template for all data: stages.base.tokenizer.chat_template",
     "message_property_mappings": "rename the fields of the turns in the data",
     "message_field_*": "rename the fields of the turns in the data",
+    "field_tools": "rename the column to tools, or 'functions'",
     "roles": "rename the roles in the data",
     "roles_to_train": "align trains on the assistant turns only",
     "train_on_eos": "- the token that ends a response is always trained",
@@ -190,7 +191,12 @@ DATASET_REASONS = {
     "trust_remote_code": "align never runs a data set's own Python code",
 }
 USUAL_ROLES = {"system": ["system"], "user": ["user"], "assistant": ["assistant"]}
-USUAL_FIELDS = {"role": "role", "content": "content"}
+USUAL_FIELDS = (
+    {"role": "role", "content": "content"},
+    {"role": "from", "content": "value"},
+)
+TRAINED = ("weight", "loss", "train", "trainable", "train_on_turn", "loss_mask")
+"""Fields of a turn that say whether it is trained."""
 
 
 def convert(keys: Keys, method: str | None) -> Draft:
@@ -317,8 +323,14 @@ def _forgive_defaults(entry: Keys) -> None:
     """Count mappings of roles and fields as read if they say what align assumes."""
     if entry.data.get("roles") == USUAL_ROLES:
         entry.take("roles")
-    if entry.data.get("message_property_mappings") == USUAL_FIELDS:
+    if entry.data.get("message_property_mappings") in USUAL_FIELDS:
         entry.take("message_property_mappings")
+    if entry.data.get("roles_to_train") == ["assistant"]:
+        entry.take("roles_to_train")
+    if entry.data.get("message_field_training") in TRAINED:
+        entry.take("message_field_training")
+    if entry.data.get("field_tools") in ("tools", "functions"):
+        entry.take("field_tools")
 
 
 def _form(draft: Draft, entry: Keys) -> tuple[str, dict[str, str]]:
@@ -344,7 +356,10 @@ def _form(draft: Draft, entry: Keys) -> tuple[str, dict[str, str]]:
     if entry.has("text_column"):
         rename[entry.text("text_column")] = "text"
     form = FORMATS.get(first.split(":")[0], "")
-    if kind and not form and not draft.online:
+    if kind and not form and draft.online:
+        told = f"'{kind}' is a function of axolotl's; write map: FILE.py:FUNCTION, which gets a row"
+        entry.note("type", told, lost=True)
+    elif kind and not form:
         entry.note("type", f"'{kind}': the format is detected from the keys of the rows")
     return ("" if draft.online else form), rename
 
@@ -392,5 +407,7 @@ def _set_method(draft: Draft) -> None:
             stage["center_coef"] = float(keys.number("center_rewards_coefficient", 0.0))
     if draft.kind == "grpo":
         inner = keys.mapping("trl")
-        set_grpo(draft, inner, rows=keys.count("micro_batch_size", 1))
+        # As in axolotl, the block's own beta is the one that counts.
+        beta = float(keys.number("rl_beta", 0.0))
+        set_grpo(draft, inner, rows=keys.count("micro_batch_size", 1), beta=beta)
         inner.report_rest({"vllm_*": "- write sampling"}, tool=TOOL)

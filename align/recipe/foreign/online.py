@@ -12,6 +12,15 @@ REWARDS: dict[str, dict[str, Any]] = {
     "accuracy_reward": {"kind": "math", "latex": True, "column": "solution"},
     "format": {"kind": "format", "pattern": THINK},
     "think_format_reward": {"kind": "format", "pattern": r"(?s)<think>(?!.*<think>).*?</think>.*"},
+    "reasoning_accuracy_reward": {
+        "kind": "python",
+        "path": "trl.rewards:reasoning_accuracy_reward",
+    },
+    # With the arguments of TRL's command line.
+    "get_soft_overlong_punishment": {
+        **{"kind": "python", "path": "trl.rewards:get_soft_overlong_punishment"},
+        "args": {"max_completion_len": 1280, "soft_punish_cache": 256},
+    },
 }
 """Reward functions that TRL and open-r1 ship, by name."""
 LOSSES = {
@@ -24,22 +33,32 @@ LOSSES = {
 SCALES = {"group": "std", "true": "std", "batch": "batch", "false": "none", "none": "none"}
 
 
-def set_grpo(draft: Draft, keys: Keys, *, rows: int) -> None:
+def set_grpo(draft: Draft, keys: Keys, *, rows: int, beta: float = 0.0, rloo: bool = False) -> None:
     """Convert group, clipping, loss, sampling and rewards.
 
     Args:
         draft: the recipe.
         keys: where TRL's keys are.
         rows: completions of one process and forward pass.
+        beta: coefficient of the KL if ``keys`` have none.
+        rloo: the trainer is TRL's RLOO, whose KL is part of the reward.
     """
     stage = draft.stage
-    group = keys.count("num_generations", 8)
+    group = keys.count("num_generations", 2 if rloo else 8)
     stage["group_size"] = group
     _set_rollout(draft, keys, rows=rows, group=group)
-    beta = float(keys.number("beta", 0.0))
-    if beta:
-        stage["kl"] = {"coef": beta, "place": "loss", "estimator": "k3"}
-    _set_loss(draft, keys)
+    beta = float(keys.number("beta", beta))
+    if rloo:
+        stage["algorithm"] = "rloo"
+        stage["kl"] = {"coef": beta, "place": "reward", "estimator": "k1"}
+        _set_clip(draft, keys)
+        if "clip" in stage:
+            told = "the ratio of a token is clipped, in TRL that of a response"
+            keys.note("num_iterations", told, lost=True)
+    else:
+        if beta:
+            stage["kl"] = {"coef": beta, "place": "loss", "estimator": "k3"}
+        _set_loss(draft, keys)
     new = keys.count("max_completion_length", 512)
     sampling: dict[str, Any] = {"max_new_tokens": new}
     if keys.number("temperature", 1.0) != 1.0:
@@ -96,6 +115,11 @@ def _set_loss(draft: Draft, keys: Keys) -> None:
         stage["algorithm"] = "gspo"
         for name in ("objective", "aggregation"):
             stage.pop(name, None)
+    _set_clip(draft, keys)
+
+
+def _set_clip(draft: Draft, keys: Keys) -> None:
+    stage = draft.stage
     low = float(keys.number("epsilon", 0.2))
     high = float(keys.number("epsilon_high", low))
     several = stage["minibatches"] * stage["update_epochs"] > 1

@@ -18,7 +18,9 @@ from align.recipe.foreign.keys import Keys
 from align.recipe.foreign.online import rewards_of, set_grpo
 
 TOOL = "TRL"
-KINDS = ("sft", "dpo", "orpo", "kto", "reward", "grpo", "ppo")
+KINDS = ("sft", "dpo", "orpo", "kto", "reward", "grpo", "rloo", "ppo")
+STAGES = {"orpo": "dpo", "rloo": "grpo"}
+"""Kinds of stages that are not named like their trainer."""
 RATES = {"sft": 2e-5, "reward": 1e-4, "ppo": 3e-6}
 """TRL's default learning rates; 1e-6 for all others."""
 
@@ -52,8 +54,8 @@ EQUIVALENTS = {
     ),
     "max_completion_length, max_prompt_length, temperature, use_vllm": "`sampling`, `max_length`",
     "mask_truncated_completions": "`truncation: mask`",
-    "reward_funcs, reward_weights": "`rewards`: accuracy as math, format as format, "
-    "`module.function` as python",
+    "reward_funcs, reward_weights": "`rewards`: accuracy as math, format as format, TRL's other "
+    "functions and `module.function` as python",
     "sft_model_path, reward_model_path, kl_coef, cliprange, gamma, lam, num_ppo_epochs, "
     "num_mini_batches, response_length": "the keys of ppo (TRL before 1.0)",
 }
@@ -135,6 +137,8 @@ REASONS = {
     "min_p": "sampling from fewer tokens is another distribution than the policy",
     "repetition_penalty": "another distribution than the policy",
     "generation_kwargs": "write sampling",
+    "normalize_advantages": "align's rloo has advantages without a scale",
+    "reward_clip_range": "align does not clip the sum of the rewards",
     "cosine_*": "a setting of open-r1's own reward functions",
     "repetition_*": "a setting of open-r1's own reward functions",
     "code_*": "a setting of open-r1's own reward functions",
@@ -163,7 +167,7 @@ def convert(keys: Keys, method: str | None) -> Draft:
     trainer = method or infer(keys)
     if trainer not in KINDS:
         raise keys.wrong("output_dir", f"--method {trainer}: expected one of {', '.join(KINDS)}")
-    draft = Draft(keys, "dpo" if trainer == "orpo" else trainer)
+    draft = Draft(keys, STAGES.get(trainer, trainer))
     _set_model(draft)
     _set_tuning(draft)
     _set_data(draft)
@@ -185,6 +189,7 @@ def infer(keys: Keys) -> str:
         RecipeError: no such key, or those of several trainers.
     """
     told = {
+        "rloo": ("normalize_advantages", "reward_clip_range"),
         "grpo": ("num_generations", "reward_funcs", "max_completion_length", "num_iterations"),
         "ppo": ("reward_model_path", "num_ppo_epochs", "cliprange"),
         "kto": ("desirable_weight", "undesirable_weight"),
@@ -195,6 +200,8 @@ def infer(keys: Keys) -> str:
     words = keys.text("output_dir").lower().replace("_", "-").replace("/", "-").split("-")
     keys.taken.discard("output_dir")
     named = [kind for kind in KINDS if kind in words]
+    if found[:1] == ["grpo"] and "rloo" in named:
+        found = ["rloo"]
     if not found and keys.has("beta"):
         found = named or ["dpo"]
     found = found or named
@@ -317,8 +324,9 @@ def _mixture(keys: Keys, name: str) -> tuple[list[dict[str, Any]], list[dict[str
 
 def _set_method(draft: Draft, trainer: str) -> None:
     keys, stage = draft.keys, draft.stage
-    if trainer == "grpo":
-        set_grpo(draft, keys, rows=keys.count("per_device_train_batch_size", 8))
+    if trainer in ("grpo", "rloo"):
+        rows, rloo = keys.count("per_device_train_batch_size", 8), trainer == "rloo"
+        set_grpo(draft, keys, rows=rows, beta=0.05 if rloo else 0.0, rloo=rloo)
     elif trainer == "ppo":
         _set_ppo(draft)
     elif trainer in ("dpo", "orpo", "kto"):
