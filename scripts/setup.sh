@@ -20,7 +20,7 @@ STATE=$VENV/.align
 CONSTRAINTS=constraints-2026-11.txt
 TORCH=torch==2.13.0
 DEEPSPEED=deepspeed==0.19.8
-VLLM=0.31.0
+VLLM=0.32.0
 NEEDED_GIB=8
 EXTRA=${1:-}
 

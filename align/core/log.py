@@ -93,6 +93,8 @@ def setup_logging(rank: int) -> None:
     # Libraries' notes to each other about what a later version removes.
     for module in ("torch", "transformers", "vllm", "deepspeed", "peft", "trl"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}(\.|$)")
+    # TRL says at every import which versions of vLLM it was made for; only `use_vllm` needs them.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     if not log.handlers:

@@ -25,7 +25,7 @@ MIN_VLLM = (0, 25, 1)
 """Older versions lack calls that the engine makes."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes that vLLM's CPU attention supports (vllm 0.31, ``cpu_attn.py``)."""
+"""Head sizes that vLLM's CPU attention supports (vllm 0.32, ``cpu_attn.py``)."""
 
 
 def build_engine(
