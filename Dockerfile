@@ -2,8 +2,9 @@
 #   docker run --rm -it -v "$PWD":/work align:cpu run quickstart
 #   docker run --rm -it --gpus all --shm-size 8g -v "$PWD":/work align:gpu run recipe.yaml
 # The repository's own installer makes the environment, so that image and checkout have the same set.
-# Not built so far, for want of a Docker daemon: the file was parsed (dockerfile-parse), the packages of
-# the cpu image exist in Debian bookworm, and scripts/setup.sh runs there. Nothing of the gpu image was tried.
+# Built so far: the cpu image, on 2026-11-28 by buildah 1.28 (chroot isolation, no daemon), from a Debian bookworm
+# root of debootstrap with Debian's Python 3.11 in place of PYTHON_IMAGE, and with a CPU build of torch (4.84 GB).
+# The gpu image was not built: its Python packages resolve under the constraints file; no more is known.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 # nvcc compiles DeepSpeed's operators; torch brings its own CUDA libraries.
 ARG CUDA_IMAGE=nvidia/cuda:12.9.1-devel-ubuntu22.04
@@ -14,6 +15,9 @@ ARG DEBIAN_FRONTEND=noninteractive
 # g++ compiles the collective of two CPU ranks; numactl binds ranks to cores.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git make numactl \
     && rm -rf /var/lib/apt/lists/*
+# An index with torch's CPU builds, without which the image has gigabytes of CUDA libraries:
+#   docker build --build-arg TORCH_INDEX=URL ...
+ARG TORCH_INDEX=
 WORKDIR /opt/align
 COPY . .
 RUN ALIGN_VLLM=cpu bash scripts/setup.sh && rm -rf /root/.cache
