@@ -8,14 +8,13 @@ from typing import Any
 from align.api.given import Writer
 from align.api.result import Run
 from align.core.errors import EXIT_OK, EXIT_PREEMPTED, Preempted, RecipeError, RunError
-from align.pipeline.following import LOG_LINE, last_messages
+from align.pipeline.following import LOG_LINE
 from align.pipeline.progress import make_console
 from align.pipeline.running import Signals
 from align.pipeline.running import run as run_recipe
 from align.pipeline.selection import NothingChanged
 from align.pipeline.terminal import Terminal
-from align.recipe.load import load_recipe as load_file
-from align.recipe.load import resolve
+from align.recipe.load import Resolved, load_resolved, resolve
 from align.recipe.plain import read_plain
 from align.recipe.schema import Recipe
 from align.report.results import expectation_lines
@@ -43,10 +42,17 @@ def load_recipe(
         if overrides:
             raise RecipeError("overrides: this recipe is loaded already; give them when loading it")
         return recipe
+    return _resolved(recipe, overrides, runs=Path(runs)).recipe
+
+
+def _resolved(
+    recipe: Mapping[str, Any] | Path | str, overrides: Sequence[str], *, runs: Path
+) -> Resolved:
+    """Return a valid recipe with the places of its values."""
     if isinstance(recipe, Mapping) or (isinstance(recipe, str) and "\n" in recipe):
         source = read_plain(recipe, "recipe")
-        return resolve(source, overrides, folder=Path(), runs=Path(runs)).recipe
-    return load_file(recipe, overrides, runs=Path(runs))
+        return resolve(source, overrides, folder=Path(), runs=runs)
+    return load_resolved(recipe, overrides, runs=runs)
 
 
 def run(
@@ -85,18 +91,22 @@ def run(
     if isinstance(recipe, Mapping):
         folder = Path(out or Path(runs) / str(recipe.get("name", "unnamed")))
         recipe = Writer(folder).plain(recipe)
-    loaded = load_recipe(recipe, overrides, runs=runs)
+    if isinstance(recipe, Recipe):
+        loaded = given = load_recipe(recipe, overrides)
+    else:
+        given = _resolved(recipe, overrides, runs=Path(runs))
+        loaded = given.recipe
     folder = Path(out or Path(runs) / loaded.name)
     chosen = only if only is None or isinstance(only, str) else ",".join(only)
     choice = {"force": force, "only": chosen, "from_": from_, "until": until}
-    return execute(loaded, folder, quiet=quiet, **choice)
+    return execute(given, folder, quiet=quiet, **choice)
 
 
-def execute(recipe: Recipe, folder: Path, *, quiet: bool, **choice: Any) -> Run:
+def execute(recipe: Recipe | Resolved, folder: Path, *, quiet: bool, **choice: Any) -> Run:
     """Run a valid recipe and raise what ``align run`` tells by its exit code.
 
     Args:
-        recipe: the recipe.
+        recipe: the recipe, or with the places that errors of its stages show.
         folder: folder of the run.
         quiet: show no progress.
         choice: the arguments of ``align.run`` that choose stages.
@@ -131,7 +141,7 @@ class _Observer(Terminal):
     def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str], code: int) -> None:
         """Show why a stage failed, and keep its last message."""
         super().failed(stage, reason, log=log, tail=tail, code=code)
-        said = "\n".join(last_messages(tail)) or _last_record(tail)
+        said = "\n".join(self.messages(stage, tail)) or _last_record(tail)
         self.stage = stage
         self.problem = f"stage {stage} failed ({reason}): {said}\nThe whole log: {log}"
 

@@ -16,6 +16,8 @@ from align.core.text import visible
 POLL_S = 0.5
 TAIL = 20
 """Lines of a log that are shown first."""
+REASON = 120
+"""Characters of the reason for which a run failed."""
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")]
 
@@ -30,9 +32,11 @@ def runs_(
     if not rows:
         found = "no runs in this folder" if folder.is_dir() else "no such folder"
         raise ArtifactError(f"{folder}: {found}. Start a run with: align run RECIPE")
-    width = max(len(name) for name, _ in rows)
-    for name, state in rows:
+    width = max(len(name) for name, *_ in rows)
+    for name, state, reason in rows:
         typer.echo(visible(f"{name:<{width}}  {state}"))
+        if reason:
+            typer.echo(visible(f"{'':<{width}}  {reason}"))
 
 
 def _stages(run_dir: Path) -> list[Path]:
@@ -41,7 +45,8 @@ def _stages(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda stage: (stage / "recipe.yaml").stat().st_mtime)
 
 
-def _row(run_dir: Path) -> tuple[str, str]:
+def _row(run_dir: Path) -> tuple[str, str, str]:
+    """Return the name of a run, its state, and why it failed (empty if it did not)."""
     from align.core.artifacts import MANIFEST, read_json_object
     from align.recipe.load import RECIPE_FILE, read_resolved
 
@@ -52,19 +57,21 @@ def _row(run_dir: Path) -> tuple[str, str]:
     except AlignError:  # damaged, or written by another version
         names = [stage.name for stage in stages]
     parts = [f"{len(done & set(names))} of {len(names)} stages done"]
-    if now := _state(run_dir, stages, [name for name in names if name not in done]):
-        parts.append(now)
+    now, reason = _state(run_dir, stages, [name for name in names if name not in done])
+    parts += [now] if now else []
     changed = max(path.stat().st_mtime for stage in stages for path in stage.glob("*"))
     parts.append(f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}")
     listed = (read_json_object(run_dir / "summary.json") or {}).get("expectations")
     expectations = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
     if failed := sum(not entry.get("holds", True) for entry in expectations):
         parts.append(f"{failed} of {len(expectations)} expectations FAILED")
-    return run_dir.name, ", ".join(parts)
+    return run_dir.name, ", ".join(parts), reason
 
 
-def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
-    """Return what a run does now, or how its last attempt ended; empty if all is done.
+def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> tuple[str, str]:
+    """Return what a run does now, or how its last attempt ended, and why it failed.
+
+    The first is empty if all is done, the second if nothing failed.
 
     Args:
         run_dir: the run.
@@ -72,17 +79,20 @@ def _state(run_dir: Path, stages: Sequence[Path], left: Sequence[str]) -> str:
         left: names of the stages that are not done, in the order of the recipe.
     """
     from align.core.lock import RUN_LOCK, is_held
-    from align.pipeline.following import last_end
+    from align.pipeline.following import last_end, last_error
 
     begun = [stage for stage in stages if stage.name in left]
     # A stage that a launcher started without align run has only a lock of its own.
     locks = [is_held(run_dir, RUN_LOCK), *(is_held(stage) for stage in begun)]
     name = begun[-1].name if begun else next(iter(left), "")
     if True in locks:
-        return f"running: {name or 'the end'}"
+        return f"running: {name or 'the end'}", ""
     if not begun:
-        return f"next: {name}" if name else ""
-    return f"{last_end(begun[-1], locks)} in {name}"
+        return (f"next: {name}" if name else ""), ""
+    end = last_end(begun[-1], locks)
+    reason = last_error(begun[-1]) if end == "failed" else ""
+    told = reason.partition("\n")[0].removeprefix(f"stage {name} failed: ")
+    return f"{end} in {name}", told if len(told) <= REASON else f"{told[: REASON - 1]}…"
 
 
 def logs(

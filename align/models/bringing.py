@@ -26,14 +26,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from align.core.errors import AlignError, ArtifactError
+from align.core.model_folder import INDEX, SINGLE, check_files, json_object
 from align.models.decoder import attention_for, form_of
 from align.models.loading import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-ADAPTER, CONFIG = "adapter_config.json", "config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.")
 _HEADS = ("lm_head.", "embed_out.")
@@ -61,12 +59,6 @@ def one_line(path: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def is_adapter(path: str) -> bool:
-    """Return whether a folder contains an adapter and no model."""
-    folder = Path(path)
-    return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
-
-
 def check_folder(path: str, *, causal: bool = True) -> None:
     """Raise unless a folder contains one complete causal language model.
 
@@ -79,23 +71,8 @@ def check_folder(path: str, *, causal: bool = True) -> None:
     folder = Path(path)
     if not folder.exists():
         return  # a hub id
-    if not (folder / CONFIG).is_file():
-        raise ArtifactError(f"{path}: no config.json; expected a folder saved by transformers")
-    if (folder / ADAPTER).is_file():
-        raise ArtifactError(
-            f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
-            "to their own folder and use that folder (the adapter is merged), or remove them."
-        )
-    # Everything below is decided from the JSON files, before any weight is read.
-    config = _json_object(folder / CONFIG)
-    named = config.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ArtifactError(f"{folder / CONFIG}: architectures: expected a list of class names")
-    if causal and named and any(head in named[0] for head in OTHER_HEADS):
-        raise ArtifactError(
-            f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
-            "a classifier or scorer, or the causal model it was made from."
-        )
+    # The files first, before any weight is read.
+    config = check_files(path, causal=causal)
     kind = str(config.get("model_type"))
     if causal and kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ArtifactError(
@@ -107,13 +84,6 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             f"{path}: model_type {kind!r} needs custom Python code "
             "(auto_map), which is never run. Use an architecture of transformers."
         )
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ArtifactError(
-            f"{path}: its weights are quantized ({method}) and cannot be trained. Import the "
-            "original weights (tuning.method: qlora quantizes them itself)."
-        )
-    _check_files(folder)
     _check_formats(folder)
 
 
@@ -123,7 +93,7 @@ def _check_formats(folder: Path) -> None:
     transformers would convert the integers to floats, without the scales that they belong to.
     """
     # Only the files that transformers reads: there may also be an optimizer's states.
-    shards = _json_object(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
+    shards = json_object(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
     for file in sorted(folder / name for name in {*shards.values()} or {SINGLE}):
         if file.suffix != ".safetensors" or not file.is_file():
             continue
@@ -137,42 +107,6 @@ def _check_formats(folder: Path) -> None:
                         "cannot be trained. Import the original weights (tuning.method: qlora "
                         "quantizes them itself)."
                     )
-
-
-def _check_files(folder: Path) -> None:
-    if not (folder / INDEX).is_file():
-        if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")]:
-            raise ArtifactError(f"{folder}: no weights (model.safetensors) beside config.json")
-        return
-    shards = _json_object(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ArtifactError(f"{folder / INDEX}: no weight_map. Save the model again.")
-    names = sorted({str(name) for name in shards.values()})
-    # An index may name any path; files outside the folder are never read.
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ArtifactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ArtifactError(
-            f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
-            f"{', '.join(missing[:3])}. Copy or download them again."
-        )
-    if (folder / SINGLE).is_file() and SINGLE not in names:
-        raise ArtifactError(
-            f"{folder}: contains two sets of weights, {SINGLE} and the {len(names)} files of "
-            f"{INDEX}; which of them is the model depends on the reader. Remove the other set."
-        )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def load_whole(path: str, *, dtype: str) -> Any:

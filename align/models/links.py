@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.core.artifacts import cut_links, fsync_directory
+from align.core.model_folder import INDEX, SINGLE
 from align.core.storage import MIB, device_of
-from align.models.bringing import INDEX, SINGLE
 
 log = logging.getLogger(__name__)
 

@@ -169,7 +169,7 @@ def _check_facts(spec: OnlineStage, parameters: Sequence[str]) -> None:
             "these parameters decide how a group is sampled, and cannot be read without running "
             "the file; write the estimator as a 'def' at the top level of its file"
         )
-    raise RecipeError(f"estimator '{spec.estimator}' takes {', '.join(parameters)}: {what}")
+    raise RecipeError(f"estimator {spec.estimator}: takes {', '.join(parameters)}: {what}")
 
 
 def estimate_per_response(

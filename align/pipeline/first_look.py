@@ -3,7 +3,7 @@
 ``align check`` looks at those of all stages, ``align run`` at those of the stages that it starts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -13,10 +13,11 @@ from pathlib import Path
 from align.core.accelerator import list_gpus, missing_device
 from align.core.errors import AlignError, DataError, RecipeError
 from align.core.extras import TRAINING
+from align.core.model_folder import check_files, is_adapter, lacking_of_tokenizer, refuse_unpadded
 from align.core.references import CONFIGS
 from align.core.text import is_hub_id
 from align.pipeline.processes import num_cores
-from align.recipe.schema import DataSpec, Recipe, Spec, StageSpec
+from align.recipe.schema import BaseStage, DataSpec, Recipe, Spec, StageSpec
 from align.recipe.schema.common import TokenizerSpec
 from align.recipe.schema.evaluate import HarnessSpec
 from align.recipe.schema.formats import Kind
@@ -131,7 +132,7 @@ def _looks(
 def _look_of(part: Spec, name: str) -> Callable[[str, FirstLook], None] | None:
     """Return what looks at the path in a field, None if the field contains none."""
     if isinstance(part, StageSpec) and name == "path":
-        return _look_at_model
+        return partial(_look_at_model, part if isinstance(part, BaseStage) else None)
     if isinstance(part, TokenizerSpec) and name == "chat_template":
         return _look_at_template
     if isinstance(part, HarnessSpec) and name == "include_path":
@@ -189,17 +190,51 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
     to_examples(row, kind=wanted, format=form, source=place)
 
 
-def _look_at_model(path: str, found: FirstLook) -> None:
-    """Find the folder of a model that a stage imports."""
+def _look_at_model(spec: BaseStage | None, path: str, found: FirstLook) -> None:
+    """Read the JSON files in the folder of a model that a stage imports.
+
+    Args:
+        spec: the stage that imports a language model; None for one that imports an encoder.
+        path: its folder or hub id.
+        found: receives what was seen.
+
+    Raises:
+        DataError: no model is there.
+        ArtifactError: the files cannot be one complete model.
+        RecipeError: the tokenizer lacks something that the recipe does not set either.
+    """
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        found.num_models += 1
-        if not any((folder / name).is_file() for name in CONFIGS):
-            raise DataError(f"{path}: no {' or '.join(CONFIGS)} in this folder")
-    elif is_hub_id(path):
+    if not folder.is_dir():
+        if not is_hub_id(path):
+            raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME")
         found.unseen.append(f"models of the hub ({path})")
+        return
+    found.num_models += 1
+    if not any((folder / name).is_file() for name in CONFIGS):
+        raise DataError(f"{path}: no {' or '.join(CONFIGS)} in this folder")
+    if is_adapter(str(folder)):
+        found.unseen.append(f"the base model of the adapter {path}")
+        return
+    check_files(str(folder), causal=spec is not None)
+    lacking = lacking_of_tokenizer(str(folder))
+    if spec is None:
+        refuse_unpadded(path, padded="pad_token" not in lacking)
     else:
-        raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME")
+        _refuse_incomplete(spec.tokenizer, lacking)
+
+
+def _refuse_incomplete(spec: TokenizerSpec, lacking: Collection[str]) -> None:
+    """Raise RecipeError if a tokenizer lacks something that the recipe does not set either."""
+    from align.data.render.templates import NEEDED, family_of, needs
+
+    given = {
+        "pad_token": spec.pad_token,
+        "stop_token": spec.stop_token or family_of(spec.chat_template).stop,
+        "chat_template": spec.chat_template,
+    }
+    lacks = {key.replace("eos_token", "stop_token") for key in lacking}
+    if missing := [key for key in NEEDED if key in lacks and given[key] is None]:
+        raise RecipeError("; ".join(needs(key) for key in missing))
 
 
 def _look_at_template(name: str, _: FirstLook) -> None:

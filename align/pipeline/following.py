@@ -5,6 +5,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ _DETAIL = re.compile(r"\s|\S+ \d+/\d+  |step \d+: |error: ")
 _STAMP = re.compile(r"\d\d:\d\d:\d\d (?:\[rank \d+\] )?(?P<text>.*)")
 _FOREIGN = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:|Traceback ")
 """Starts of lines that launchers and libraries write: they end a message."""
+_ATTEMPT = re.compile(r"\d\d:\d\d:\d\d starting \d+ process(?:es)?$")
+"""The first line of an attempt, which ``begin_log`` writes."""
 LOST = "another rank of this stage has ended"
 MAX_LINES = 40
 TAIL_BYTES = 64 * 1024
@@ -187,14 +190,31 @@ def last_end(stage: Path, locks: Sequence[bool | None]) -> Literal["killed", "fa
     return "failed" if last_error(stage) else "stopped"
 
 
-def last_error(stage: Path) -> str:
-    """Return the error that is the last thing a stage has logged; empty without one.
+def begin_log(log: Path, ranks: int) -> None:
+    """Append the first line of an attempt at a stage to its log."""
+    _append(log, f"starting {ranks} process{'es'[: 2 * (ranks != 1)]}")
 
-    Resumes append to the log, so an error before them is not of the last attempt.
+
+def end_log(log: Path, reason: str) -> None:
+    """Append how a stage ended that could not log it itself."""
+    _append(log, f"{ERROR}the stage ended without a message: {reason}")
+
+
+def _append(log: Path, text: str) -> None:
+    with log.open("a", encoding="utf-8") as f:
+        f.write(f"{datetime.now():%H:%M:%S} {text}\n")
+
+
+def last_error(stage: Path) -> str:
+    """Return the errors of the last attempt at a stage; empty if it logged none.
+
+    Resumes append to the log, so errors before the attempt's first line are not of this one. In a
+    log without such a line only the last record counts.
     """
     lines = b"\n".join(tail_lines(stage / "log.txt")).decode("utf-8", "replace").splitlines()
-    stamped = [i for i, line in enumerate(lines) if _STAMP.match(line)]
-    return "\n".join(last_messages(lines[stamped[-1] :])) if stamped else ""
+    begun = [i for i, line in enumerate(lines) if _ATTEMPT.match(line)]
+    starts = begun or [i for i, line in enumerate(lines) if _STAMP.match(line)]
+    return "\n".join(last_messages(lines[starts[-1] :])) if starts else ""
 
 
 def last_messages(lines: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ from align.core.seats import Seat, int_of, seat_of, without_launcher
 from align.core.serving import installed_command, serve_line
 from align.pipeline.first_look import refuse_missing
 from align.pipeline.follow import follow
+from align.pipeline.following import begin_log, end_log, last_messages
 from align.pipeline.hosts import Host, read_hostfile, seat_of_hosts
 from align.pipeline.nodes import Party, refuse_other_number, together
 from align.pipeline.planning import plan
@@ -48,7 +49,7 @@ from align.pipeline.selection import Choice, Work, work_of
 from align.pipeline.spread import Order, SpreadStage
 from align.pipeline.summary import add_seconds, forget_seconds, measured_seconds, summarize
 from align.pipeline.terminal import Terminal
-from align.recipe.load import RECIPE_FILE, load_resolved, write_resolved
+from align.recipe.load import RECIPE_FILE, Resolved, load_resolved, write_resolved
 from align.recipe.schema import Recipe
 from align.recipe.schema.tuning import METHODS
 
@@ -62,7 +63,7 @@ WITHOUT_CHECKPOINTS = ("encoder", "evaluate", "merge", "curate", "weak_label")
 
 
 def run(
-    recipe_path: Path | str | Recipe,
+    recipe_path: Path | str | Recipe | Resolved,
     *,
     overrides: Sequence[str] = (),
     runs: Path | str = "runs",
@@ -82,7 +83,8 @@ def run(
     """Run the stages of a recipe that are not done.
 
     Args:
-        recipe_path: the YAML file, or a recipe that is loaded. overrides: ``--set`` texts.
+        recipe_path: the YAML file, or a recipe that is loaded; with its places in the file
+            (``Resolved``), errors of stages show these. overrides: ``--set`` texts.
         runs: folder of all runs. run_dir: that of the run; None means ``<runs>/<recipe name>``.
         force: rerun changed stages, those of ``only`` or ``from_``, and all that depend on them.
         only: run only these stages, separated by commas.
@@ -115,13 +117,13 @@ def run(
 
 
 def _loaded(
-    given: Path | str | Recipe, overrides: Sequence[str], *, runs: Path
+    given: Path | str | Recipe | Resolved, overrides: Sequence[str], *, runs: Path
 ) -> tuple[Recipe, Mapping[str, str]]:
     """Return the recipe, and the place of each of its values in a file."""
     if isinstance(given, Recipe):
         return given, {}
-    resolved = load_resolved(given, overrides, runs=runs)
-    return resolved.recipe, resolved.places
+    found = given if isinstance(given, Resolved) else load_resolved(given, overrides, runs=runs)
+    return found.recipe, found.places
 
 
 def _seat(hostfile: Path | None) -> tuple[Seat | None, list[Host]]:
@@ -190,7 +192,7 @@ def _run_choice(run: _Run, choice: Choice) -> int:
     _look_first(run, work)
     left_out = [stage.name for stage, action in work if action == "left out"]
     chosen = [stage for stage in planned if stage.name not in left_out]
-    run.terminal.plan(run.recipe, run.folder, chosen, left_out=left_out)
+    run.terminal.plan(run.recipe, run.folder, chosen, left_out=left_out, places=run.places)
     if (line := _header(run)) is not None:
         run.terminal.line(line)
     code = _run_stages(run, work)
@@ -288,6 +290,7 @@ def _run_stage(run: _Run, name: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     began = time.monotonic()
+    begin_log(log, spec.ranks)
     process = _start(run, name, log)
     try:
         code = _watch(process, terminal, signals, grace_s=run.grace_s)
@@ -313,6 +316,8 @@ def _run_stage(run: _Run, name: str) -> int:
     ended = code if code in (EXIT_FAILED, EXIT_USER) else EXIT_FAILED
     tail = _tail(log, process.log_start)
     reason = process.place + exit_reason(code)
+    if not last_messages(tail):
+        end_log(log, reason)
     terminal.failed(name, reason, log=log, tail=tail, code=ended)
     return ended
 

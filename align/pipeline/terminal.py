@@ -11,9 +11,11 @@ from rich.text import Text
 
 from align.core.accelerator import describe_devices, gpu_memory, has_gpu
 from align.core.artifacts import read_json_object, versions
+from align.core.caret import color_of, with_source
 from align.core.errors import ArtifactError
 from align.core.text import visible
 from align.pipeline.following import Followed, alarm_lines, last_messages
+from align.pipeline.places import placed
 from align.pipeline.progress import (
     Facts,
     ProgressLine,
@@ -55,6 +57,8 @@ class Terminal:
         self._expected_s: float | None = None
         self._memory = self._gpu_memory = ""
         self._gpu_at = -GPU_EVERY_S
+        self._recipe: Recipe | None = None
+        self._places: Mapping[str, str] = {}
 
     def line(self, text: str, *, style: str = "") -> None:
         """Write one line."""
@@ -67,9 +71,17 @@ class Terminal:
         planned: Sequence[Any],
         *,
         left_out: Sequence[str] = (),
+        places: Mapping[str, str] | None = None,
     ) -> None:
-        """Show what the run uses, and what it will do; ``left_out`` are stages not selected."""
+        """Show what the run uses, and what it will do.
+
+        Args:
+            recipe: the recipe. run_dir: folder of the run. planned: the selected stages.
+            left_out: stages that are not selected.
+            places: of the recipe's values in its file, for errors.
+        """
         self._run_began = time.monotonic()
+        self._recipe, self._places = recipe, places or {}
         self.line(machine())
         self.line(f"{recipe.name} in {run_dir}: {settings(recipe)}")
         if has_gpu() and (told := slow_dtypes(recipe)):
@@ -177,16 +189,23 @@ class Terminal:
     def failed(self, stage: str, reason: str, *, log: Path, tail: Sequence[str], code: int) -> None:
         """Show why a stage failed: its own last message, or the end of its log without one."""
         self._stop_live()
-        told = last_messages(tail)
+        told = self.messages(stage, tail)
         if told:
             self.line(f"{stage}: failed ({reason})", style="bold red")
-            for text in told:
-                self.line(f"    {text}", style="red")
+            for text in with_source("\n".join(told)):
+                self.line(f"    {text}", style=color_of(text) or "")
         else:
             self.line(f"{stage}: failed ({reason}); the end of {log}:", style="bold red")
             for text in tail[-LOG_LINES:]:
                 self.line(f"    {text}")
         self.line(f"{self._elapsed()} in all, exit code {code}; the whole log: {log}")
+
+    def messages(self, stage: str, tail: Sequence[str]) -> list[str]:
+        """Return the errors at the end of a stage's log, with their places in the recipe."""
+        told, recipe = last_messages(tail), self._recipe
+        if recipe is None or stage not in recipe.stages:
+            return told
+        return placed(told, recipe, self._places, stage)
 
     def summary(self, summary: Mapping[str, Any], report: Path, *, order: Sequence[str]) -> None:
         """Show the results in a few lines; ``order`` is that of the recipe's stages."""

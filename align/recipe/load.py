@@ -18,7 +18,7 @@ from align.recipe.algorithms import defaults_of
 from align.recipe.elsewhere import RUNS, name_folder, path_problem, place_of, stages_of_runs
 from align.recipe.foreign.tools import refuse_foreign
 from align.recipe.messages import describe, locate
-from align.recipe.overrides import apply_overrides
+from align.recipe.overrides import ORIGIN, apply_overrides
 from align.recipe.own_code import import_extensions, place_own_code
 from align.recipe.parallel import parallel_problems
 from align.recipe.rules import idle_options
@@ -185,7 +185,7 @@ class Resolved:
         recipe: the validated recipe.
         origins: dotted key of every value to ``file:line``, ``--set`` or ``default``.
         data: the recipe as plain data, including all defaults.
-        places: dotted key of every value of a file to ``file:line:column``.
+        places: dotted key of every value that is given to ``file:line:column``, or ``--set``.
     """
 
     recipe: Recipe
@@ -304,8 +304,8 @@ def resolve(
     if recipe is None or errors:
         raise RecipeError("\n".join(sorted(dict.fromkeys(errors), key=_by_place)))
     data = recipe.model_dump(mode="json")
-    marked = {".".join(map(str, key)): mark for key, mark in source.marks.items() if mark.line}
-    places = {key: mark.at_value() for key, mark in marked.items()}
+    given = {k: mark for k, mark in source.marks.items() if mark.line or mark.file == ORIGIN}
+    places = {".".join(map(str, key)): mark.at_value() for key, mark in given.items()}
     return Resolved(recipe, _origins(data, source.marks), data, places)
 
 

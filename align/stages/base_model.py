@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from align.core import distributed
+from align.core.model_folder import is_adapter
 from align.core.types import Example
 from align.data.fit import fit_rows
 from align.data.load import fingerprints, load_examples
@@ -34,7 +35,6 @@ from align.models.bringing import (
     check_folder,
     check_saved_tokenizer,
     check_stops,
-    is_adapter,
     load_whole,
     one_line,
     refuse_not_finite,

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.core import distributed
-from align.core.errors import ArtifactError
+from align.core.model_folder import refuse_unpadded
 from align.models.bringing import check_folder, one_line, refuse_not_finite
 from align.models.links import save_model
 from align.models.loading import bringing_in, load_tokenizer
@@ -24,10 +24,7 @@ def prepare(spec: EncoderStage, context: StageContext) -> Prepared:
     exists = Path(spec.path).exists()
     with one_line(spec.path, "a tokenizer") if exists else bringing_in(spec.path):
         tokenizer = load_tokenizer(spec.path)
-    if tokenizer.pad_token_id is None:
-        raise ArtifactError(
-            f"{spec.path}: its tokenizer has no pad token. Add one and save the folder again"
-        )
+    refuse_unpadded(spec.path, padded=tokenizer.pad_token_id is not None)
     with one_line(spec.path, "an encoder"):
         # With its own class all weights are loaded, also a head that a later stage may not need.
         kind = _saved_class(spec.path)

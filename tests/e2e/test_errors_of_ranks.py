@@ -26,7 +26,15 @@ stages:
   memory:
     {kind: sft, init: base, ranks: 2, steps: 1, batch_size: 4, max_length: 128,
      data: [{world: sft, rows: 40}], loss: "own.py:loss"}
+  layers:
+    {kind: sft, init: base, ranks: 2, steps: 1, batch_size: 4, max_length: 128,
+     data: [{world: sft, rows: 40}], tuning: {method: lora, targets: [no_such_layer]}}
 """
+PLACES = {
+    "rows": ("14:20", "data: [{path: rows.jsonl}]}"),
+    "layers": ("20:70", "data: [{world: sft, rows: 40}], tuning: {"),
+}
+"""Line and column of the value that each error is about, and the start of its line."""
 OWN = """\
 import torch
 
@@ -67,6 +75,7 @@ def align_run(folder: Path, stage: str) -> tuple[int, str]:
     [
         ("rows", 2, "rows.jsonl:21: completion: expected text or a list of turns, found 20"),
         ("memory", 1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("layers", 2, "tuning.targets: 'no_such_layer' names no layer of its own, expected"),
     ],
 )
 def test_an_error_of_both_ranks_is_shown_once(
@@ -81,3 +90,16 @@ def test_an_error_of_both_ranks_is_shown_once(
     assert told in (folder / "runs" / "tiny" / stage / "log.txt").read_text()
     if stage == "memory":
         assert "lower micro_tokens" in text
+    if stage in PLACES:  # as align check shows it: the place, the line, and a caret
+        place, shown = PLACES[stage]
+        lines = text.splitlines()
+        at = next(i for i, line in enumerate(lines) if told in line)
+        assert lines[at].startswith(f"    my.yaml:{place}: stages.{stage}.")
+        assert lines[at + 1].strip().startswith(shown)
+        # Behind the indentation of the message and of the line.
+        assert lines[at + 2] == " " * (8 + int(place.partition(":")[2]) - 1) + "^"
+    listed = subprocess.run(
+        [sys.executable, "-m", "align", "runs"], cwd=folder, capture_output=True, check=True
+    ).stdout.decode()
+    assert f"failed in {stage}, " in listed
+    assert told[:100] in listed

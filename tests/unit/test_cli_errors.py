@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from align.cli.errors import MAX_SHOWN, WIDTH, with_source
+from align.core.caret import MAX_SHOWN, WIDTH, with_source
 
 
 def test_a_place_is_followed_by_its_line_and_a_caret_below_the_column(tmp_path: Path) -> None:

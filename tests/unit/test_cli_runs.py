@@ -55,8 +55,12 @@ def test_runs_tells_running_killed_stopped_and_failed_runs_apart(
         "failed": "07:00:00 training: 9 steps\n07:00:01 error: the loss is nan\n    a detail\n",
         # A resume appends to the log of the attempt before.
         "stopped": "07:00:01 error: full\n07:00:02 sft: stopped by a signal\n",
+        "resumed": "07:00:01 error: full\n07:00:02 starting 2 processes\n07:00:03 sft: stopped\n",
+        # The launcher stops the other rank when one has failed.
+        "two": "06:00:00 error: old\n07:00:00 starting 2 processes\n07:00:01 [rank 1] error: stage "
+        "sft failed: no memory\n07:00:02 sft: stopped by a signal\n",
     }
-    for name in ("failed", "killed", "lost", "running", "stage", "stopped"):
+    for name in ("failed", "killed", "lost", "resumed", "running", "stage", "stopped", "two"):
         stage(tmp_path / name, "base", done=True)
         stage(tmp_path / name, "sft", done=False, log=said.get(name, ""))
     running = StageLock(tmp_path / "running", RUN_LOCK)
@@ -76,9 +80,9 @@ def test_runs_tells_running_killed_stopped_and_failed_runs_apart(
         running.release()
         alone.release()
     lines = [line.split(", ")[:2] for line in capsys.readouterr().out.splitlines()]
-    assert [state for _, state in lines] == [
-        *("failed in sft", "killed in sft", "killed in sft"),
-        *("running: sft", "running: sft", "stopped in sft"),
+    assert [line[-1].strip() for line in lines] == [
+        *("failed in sft", "the loss is nan", "killed in sft", "killed in sft", "stopped in sft"),
+        *("running: sft", "running: sft", "stopped in sft", "failed in sft", "no memory"),
     ]
     # Looking changes nothing.
     assert not list(tmp_path.rglob("*.tmp"))

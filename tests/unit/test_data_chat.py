@@ -283,9 +283,9 @@ def test_tokenizer_spec_reports_all_that_is_missing() -> None:
     with pytest.raises(RecipeError) as caught:
         apply_tokenizer_spec(bare_tokenizer(), TokenizerSpec())
     assert [line.split(";")[0] for line in str(caught.value).splitlines()] == [
-        "the tokenizer has no pad token",
-        "the tokenizer has no stop token",
-        "the tokenizer has no chat template",
+        "tokenizer.pad_token: the tokenizer has no pad token",
+        "tokenizer.stop_token: the tokenizer has no stop token",
+        "tokenizer.chat_template: the tokenizer has no chat template",
     ]
     with pytest.raises(RecipeError, match="turns end in"):
         apply_tokenizer_spec(

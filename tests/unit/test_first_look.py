@@ -108,6 +108,7 @@ def test_models_are_found_missing_or_named_as_not_looked_at(tmp_path: Path):
     assert code == 0
     assert "models of the hub (ORG/NAME)" in text
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     assert "the files of 1 model," in other(str(folder))[1]
 
 
@@ -234,6 +235,7 @@ def test_python_names_the_argument_with_the_missing_file(place: Path) -> None:
         align.run("my.yaml", quiet=True)
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
+    Path("model/model.safetensors").touch()
     with pytest.raises(RecipeError, match=r"^data\.0: gone\.jsonl: no such file"):
         align.sft(model="model", data="gone.jsonl", quiet=True)
 

@@ -333,7 +333,7 @@ def test_a_model_of_peft_is_an_adapter_that_names_its_base(tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
 
-    from align.models.bringing import is_adapter
+    from align.core.model_folder import is_adapter
     from tests.numeric.tiny_models import tiny_llama
     from tests.unit.small_tokenizers import byte_tokenizer
 

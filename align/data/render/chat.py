@@ -25,7 +25,9 @@ from align.data.render.content import (
 )
 from align.data.render.templates import (
     FAMILIES,
+    NEEDED,
     family_of,
+    needs,
     prefill_in,
     template_text,
     with_stop,
@@ -48,9 +50,6 @@ _PROBE: list[Turn] = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
 ]
-_NEEDS = (
-    "the tokenizer has no {what}; name one in the recipe: stages.<base>.tokenizer.{key}: {example}"
-)
 
 
 class ChatFormat:
@@ -76,7 +75,7 @@ class ChatFormat:
             eos = tokenizer.eos_token_id
             stop_token_ids = (eos,) if isinstance(eos, int) else ()
         if not stop_token_ids:
-            raise DataError(_NEEDS.format(what="stop token", key="stop_token", example="</s>"))
+            raise DataError(needs("stop_token"))
         self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
         self._stops = frozenset(self.stop_token_ids)
         self._bos = _leading_bos(tokenizer)
@@ -316,10 +315,7 @@ class ChatFormat:
         self, turns: Sequence[Turn], *, example: Example, add_generation_prompt: bool
     ) -> str:
         if self.tokenizer.chat_template is None:
-            raise DataError(
-                f"{example.source}: a conversation, but "
-                + _NEEDS.format(what="chat template", key="chat_template", example="plain")
-            )
+            raise DataError(f"{example.source}: a conversation, but {needs('chat_template')}")
         if self._endless:
             raise DataError(f"{example.source}: not rendered: {self._endless}")
         try:
@@ -412,15 +408,12 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
 
 def _check_complete(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise if the tokenizer still lacks a setting that neither it nor the recipe has."""
-    missing = [
-        _NEEDS.format(what=what, key=key, example=example)
-        for what, key, example, value in (
-            ("pad token", "pad_token", "<pad>", tokenizer.pad_token),
-            ("stop token", "stop_token", "</s>", tokenizer.eos_token),
-            ("chat template", "chat_template", "plain", tokenizer.chat_template),
-        )
-        if value is None
-    ]
+    has = {
+        "pad_token": tokenizer.pad_token,
+        "stop_token": tokenizer.eos_token,
+        "chat_template": tokenizer.chat_template,
+    }
+    missing = [f"tokenizer.{key}: {needs(key)}" for key in NEEDED if has[key] is None]
     if missing:
         raise RecipeError("\n".join(missing))
 

@@ -36,6 +36,19 @@ TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 """Built-in templates for base models without one."""
 
 
+NEEDED = {"pad_token": "<pad>", "stop_token": "</s>", "chat_template": "plain"}
+"""Settings without which no stage can train, each with an example."""
+
+
+def needs(key: str) -> str:
+    """Return what to do about a tokenizer that lacks one of ``NEEDED``."""
+    what = key.replace("_", " ")
+    return (
+        f"the tokenizer has no {what}; name one in the recipe: stages.<base>.tokenizer.{key}: "
+        f"{NEEDED[key]}"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """Special tokens and source of a template.

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from align.core.caret import without_places
 from align.core.log import METRICS_FILE
 from align.serve.finetuning.common import new_id, now
 from align.serve.finetuning.files import Files, insert_file
@@ -189,4 +190,5 @@ def _told(lines: Sequence[str]) -> list[str]:
         return []
     below = lines[heads[-1] + 1 :]
     told = list(takewhile(lambda line: line.startswith("    "), below))
-    return told[-1:] if "; the end of " in lines[heads[-1]] else told
+    # The place of the error is in a recipe that only the server knows.
+    return told[-1:] if "; the end of " in lines[heads[-1]] else without_places(told)

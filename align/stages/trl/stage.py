@@ -89,7 +89,7 @@ def prepare(spec: TrlStage, context: StageContext) -> Prepared:
     trainer.train_dataset = end_once(trainer.train_dataset, chat)
     if heldout:
         trainer.eval_dataset = end_once(trainer.eval_dataset, chat)
-    check_resumable(spec, trainer, where=context.name)
+    check_resumable(spec, trainer)
     checks, views = preflight_trl(
         spec, trainer=trainer, examples=train, chat=chat, source=source, rewards=rewards
     )

@@ -111,14 +111,15 @@ def configuration(config_class: type, spec: TrlStage, context: StageContext) -> 
         own["max_length"] = spec.max_length
     strange = sorted((set(spec.args) | ({"max_length"} & set(own))) - known)
     if strange:
+        key = strange[0] if strange[0] == "max_length" else f"args.{strange[0]}"
         raise RecipeError(
-            f"{context.name}: {config_class.__name__} has no argument {', '.join(strange)}; "
+            f"{key}: {config_class.__name__} has no argument {', '.join(strange)}; "
             f"it has {', '.join(sorted(known))}"
         )
     try:
         return config_class(**own, **spec.args)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{context.name}: {config_class.__name__}: {error}") from error
+        raise RecipeError(f"args: {config_class.__name__}: {error}") from error
 
 
 def _own_arguments(spec: TrlStage, context: StageContext) -> dict[str, Any]:
@@ -189,16 +190,17 @@ def extras(
     # What the recipe gives and the trainer does not take would have no effect.
     strange = sorted(name for name, (_, given) in keys.items() if given and name not in takes)
     if strange:
+        idle = [keys[name][0] for name in strange]
         raise RecipeError(
-            f"{context.name}: {trainer_class.__name__} takes no {', '.join(strange)}; remove "
-            f"{', '.join(keys[name][0] for name in strange)}"
+            f"{idle[0]}: {trainer_class.__name__} takes no {', '.join(strange)}; remove "
+            f"{', '.join(idle)}"
         )
     # Without these two a trainer has nothing to learn from, though its signature has defaults.
     needed = takes & {"teacher_model", "reward_funcs"}
     missing = sorted(keys[name][0] for name in needed if not keys[name][1])
     if missing:
         raise RecipeError(
-            f"{context.name}: {trainer_class.__name__} learns from {' and '.join(missing)}; give "
+            f"trainer: {trainer_class.__name__} learns from {' and '.join(missing)}; give "
             f"{' and '.join(missing)} (see docs/data-stages.md)"
         )
     wanted: dict[str, Any] = {}
@@ -277,7 +279,7 @@ def resume_period(trainer: Trainer) -> int:
     return math.lcm(uses, passes) // passes
 
 
-def check_resumable(spec: TrlStage, trainer: Trainer, *, where: str) -> None:
+def check_resumable(spec: TrlStage, trainer: Trainer) -> None:
     """Check that the stage would resume identically from its checkpoints.
 
     Raises:
@@ -286,12 +288,12 @@ def check_resumable(spec: TrlStage, trainer: Trainer, *, where: str) -> None:
     reason, period = _unresumable(trainer), resume_period(trainer)
     if spec.checkpoint_every and reason:
         raise RecipeError(
-            f"{where}: TRL's {spec.trainer} cannot resume exactly: {reason}. Remove "
-            "checkpoint_every; an interrupted stage then starts over"
+            f"checkpoint_every: TRL's {spec.trainer} cannot resume exactly: {reason}. Remove "
+            "it; an interrupted stage then starts over"
         )
     if spec.checkpoint_every and spec.checkpoint_every % period:
         raise RecipeError(
-            f"{where}: checkpoint_every is {spec.checkpoint_every}, but responses are used for "
+            f"checkpoint_every: found {spec.checkpoint_every}, but responses are used for "
             f"{period} steps and are not in a checkpoint. Use a multiple of {period}"
         )
 

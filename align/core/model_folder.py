@@ -1,0 +1,143 @@
+"""Check a model's folder by its JSON files alone, without torch and before any weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.core.errors import ArtifactError
+
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+TOKENIZER_CLASSES = {
+    **dict.fromkeys(("TokenizersBackend", "PreTrainedTokenizerFast"), ("pad_token", "eos_token")),
+    **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer"), ("pad_token",)),
+}
+"""Classes of transformers, and the tokens for which they have no default."""
+
+
+def is_adapter(path: str) -> bool:
+    """Return whether a folder contains an adapter and no model."""
+    folder = Path(path)
+    return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
+
+
+def check_files(path: str, *, causal: bool = True) -> dict[str, Any]:
+    """Return a model's configuration, unless its folder cannot be one complete model.
+
+    Args:
+        path: the folder. causal: False where an encoder is expected, with any head.
+
+    Raises:
+        ArtifactError: one line with the problem and the remedy.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{path}: no config.json; expected a folder saved by transformers")
+    if (folder / ADAPTER).is_file():
+        raise ArtifactError(
+            f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
+            "to their own folder and use that folder (the adapter is merged), or remove them."
+        )
+    config = json_object(folder / CONFIG)
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ArtifactError(f"{folder / CONFIG}: architectures: expected a list of class names")
+    if causal and named and any(head in named[0] for head in OTHER_HEADS):
+        raise ArtifactError(
+            f"{path}: {named[0]} has no language-model head. Use a stage of kind encoder to start "
+            "a classifier or scorer, or the causal model it was made from."
+        )
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ArtifactError(
+            f"{path}: its weights are quantized ({method}) and cannot be trained. Import the "
+            "original weights (tuning.method: qlora quantizes them itself)."
+        )
+    _check_weights(folder)
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise unless the folder has the files of exactly one set of weights."""
+    if not (folder / INDEX).is_file():
+        if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")]:
+            raise ArtifactError(f"{folder}: no weights (model.safetensors) beside config.json")
+        return
+    shards = json_object(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ArtifactError(f"{folder / INDEX}: no weight_map. Save the model again.")
+    names = sorted({str(name) for name in shards.values()})
+    # An index may name any path; files outside the folder are never read.
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ArtifactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
+            f"{', '.join(missing[:3])}. Copy or download them again."
+        )
+    if (folder / SINGLE).is_file() and SINGLE not in names:
+        raise ArtifactError(
+            f"{folder}: contains two sets of weights, {SINGLE} and the {len(names)} files of "
+            f"{INDEX}; which of them is the model depends on the reader. Remove the other set."
+        )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ArtifactError: the file cannot be read, or has anything else in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def lacking_of_tokenizer(path: str) -> set[str]:
+    """Return what the tokenizer in a folder lacks for certain.
+
+    Other things may be missing too: most tokenizer classes have defaults, and this function knows
+    those of a few.
+
+    Returns:
+        A part of ``pad_token``, ``eos_token`` and ``chat_template``; empty if the folder has no
+        ``tokenizer_config.json``.
+
+    Raises:
+        ArtifactError: one of the files is not a JSON object.
+    """
+    folder = Path(path)
+    if not (folder / "tokenizer_config.json").is_file():
+        return set()
+    saved = json_object(folder / "tokenizer_config.json")
+    tokens = folder / "special_tokens_map.json"
+    more = json_object(tokens) if tokens.is_file() else {}
+    name = str(saved.get("tokenizer_class")).removesuffix("Fast")
+    undefined = TOKENIZER_CLASSES.get(name) or TOKENIZER_CLASSES.get(f"{name}Fast") or ()
+    lacking = {
+        key
+        for key in ("pad_token", "eos_token")
+        if saved.get(key) is None and more.get(key) is None and (key in saved or key in undefined)
+    }
+    # The file of the fast tokenizer may say what it pads with.
+    fast = folder / "tokenizer.json"
+    if "pad_token" in lacking and fast.is_file() and json_object(fast).get("padding"):
+        lacking.discard("pad_token")
+    templates = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    has_template = saved.get("chat_template") or any((folder / x).exists() for x in templates)
+    return lacking if has_template else lacking | {"chat_template"}
+
+
+def refuse_unpadded(path: str, *, padded: bool) -> None:
+    """Raise ArtifactError for an encoder whose tokenizer has no pad token."""
+    if not padded:
+        raise ArtifactError(
+            f"{path}: its tokenizer has no pad token. Add one and save the folder again"
+        )
