@@ -102,7 +102,7 @@ class EndpointSpec(Spec):
     """A language model behind an OpenAI-compatible API, and how it is asked."""
 
     url: str
-    """Base of the API, such as http://127.0.0.1:8000/v1."""
+    """Base URL of the API, such as http://127.0.0.1:8000/v1."""
     model: str
     """Name of the model, as the API lists it."""
     api_key_env: str | None = None
@@ -120,7 +120,7 @@ class EndpointSpec(Spec):
     cache: str | None = "runs/judge-cache"
     """Folder of cached verdicts, by the hash of the request; null disables the cache."""
     dollars_per_million: tuple[float, float] = (0.0, 0.0)
-    """Prices of a million prompt tokens and of a million response tokens."""
+    """Prices of a million prompt tokens and of a million response tokens, in US dollars."""
 
 
 class RewardSpec(Variants):
@@ -163,13 +163,13 @@ class ScalarSpec(RewardSpec):
     model: Annotated[str, Ref("reward_model")]
     """Reward stage, or folder of a reward model."""
     normalize: bool = True
-    """Subtract the mean and divide by the std that were measured after the training."""
+    """Normalize scores by the mean and standard deviation that were measured after training."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How the scores of several heads are combined."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
-    """Number of stds that ``mean_minus_std`` subtracts."""
+    """Number of standard deviations that ``mean_minus_std`` subtracts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the backbone's weights; the head computes in float32."""
+    """Data type of the backbone's weights; the head computes in float32."""
 
     @model_validator(mode="after")
     def _sees_the_response(self) -> "ScalarSpec":
@@ -187,7 +187,7 @@ class ProcessSpec(RewardSpec):
     aggregate: Literal["min", "last", "product"] = "min"
     """How the probabilities of a solution's steps become one score (arXiv:2305.20050)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the backbone's weights; the head computes in float32."""
+    """Data type of the backbone's weights; the head computes in float32."""
 
     @model_validator(mode="after")
     def _sees_the_response(self) -> "ProcessSpec":
@@ -218,11 +218,12 @@ class MetricSpec(RewardSpec):
     config: str | None = None
     """Configuration of the metric, if it has several."""
     key: str | None = None
-    """The result that is the score, such as ``rougeL``; None if the metric has only one."""
+    """Entry of the metric's result that is the score, such as ``rougeL``; None if there is only
+    one."""
     column: str = "reference"
     """Column of the row with the reference, in the form that the metric expects."""
     args: dict[str, Any] = {}
-    """Further arguments of the metric."""
+    """Additional arguments of the metric."""
 
     @property
     def label(self) -> str:
@@ -254,9 +255,9 @@ class LengthSpec(RewardSpec):
     builder: ClassVar[str] = "reward_models.rules:length"
     kind: Literal["length"]
     target: Count
-    """Most words with a score of 1."""
+    """Maximum number of words that scores 1."""
     limit: Count
-    """Number of words from which on the score is 0."""
+    """Number of words at which the score reaches 0."""
 
 
 class RepetitionSpec(RewardSpec):
@@ -300,7 +301,7 @@ class RemoteSpec(RewardSpec):
     url: str
     """Address of the server, such as http://127.0.0.1:8765."""
     deadline_s: Positive = 60.0
-    """Limit of one request, including retries."""
+    """Limit of one request including retries, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 4
     """Further attempts after a request that fails."""
     max_failures: Count = 3
@@ -342,7 +343,7 @@ class PythonSpec(RewardSpec):
     deadline_s: Positive = 30.0
     """Limit of one call, in seconds; then the function's process is killed and restarted."""
     memory_gib: Positive = 8.0
-    """Memory limit of the process."""
+    """Memory limit of the process, in GiB."""
 
     @property
     def label(self) -> str:
@@ -360,11 +361,12 @@ class CodeSpec(RewardSpec):
     partial: bool = False
     """Score the fraction of the tests that pass, instead of 1 only if all do."""
     timeout_s: Positive = 10.0
-    """Limit of a program, in seconds of processor time; three times that on the clock."""
+    """Limit of a program in seconds of CPU time; the limit in wall-clock time is three times as
+    long."""
     memory_gib: Positive = 1.0
-    """Memory limit of each process of a program; there can be eight."""
+    """Memory limit of each process of a program, in GiB; there can be eight."""
     workers: Count | None = None
-    """Programs that run at the same time; None is this rank's share of the processors."""
+    """Number of programs that run at the same time; None uses this rank's part of the CPU cores."""
     isolation: Literal["required", "limits"] = "required"
     """``limits`` is for machines without namespaces: no network and the same limits, but the
     program can reach all that the user who trains can, its tests too."""
@@ -378,9 +380,9 @@ class EnsembleSpec(RewardSpec):
     members: list[RewardSpec] = Field(min_length=2)
     """The combined rewards; the ``weight`` of each multiplies its score first."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """Mean, minimum, or mean minus ``kappa`` times the std of the scores."""
+    """Mean, minimum, or mean minus ``kappa`` standard deviations of the scores."""
     kappa: Annotated[float, Field(ge=0.0)] = 1.0
-    """Number of stds that ``mean_minus_std`` subtracts."""
+    """Number of standard deviations that ``mean_minus_std`` subtracts."""
 
     @model_validator(mode="after")
     def _one_text(self) -> "EnsembleSpec":

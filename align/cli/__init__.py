@@ -4,9 +4,10 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperOption
 from typer.models import CommandInfo, TyperInfo
 
 from align.cli.cache import cache
@@ -264,7 +265,7 @@ def verify(
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")],
     others: Annotated[
-        list[Path] | None, typer.Argument(metavar="[OTHER]...", help="runs to compare with it")
+        list[Path] | None, typer.Argument(metavar="OTHER", help="runs to compare with it")
     ] = None,
 ) -> None:
     """Rebuild report.html of a run, or build a page that compares runs."""
@@ -373,8 +374,21 @@ def _add_examples(app: typer.Typer, path: str = "") -> None:
             _add_examples(inner, f"{path}{group.name} ")
 
 
+def _hide_types_of_flags() -> None:
+    """Show ``--deep`` in the help instead of ``--deep <bool>``, which asks for a value."""
+    shown = getattr(TyperOption, "display_type_rich", None)
+    if shown is None:  # a version that shows no types
+        return
+
+    def without_flags(self: TyperOption, ctx: Any) -> str | None:
+        return None if self.is_bool_flag else shown(self, ctx)
+
+    TyperOption.display_type_rich = without_flags
+
+
 _arrange()
 _add_examples(cli)
+_hide_types_of_flags()
 
 
 def app() -> None:

@@ -216,7 +216,7 @@ def _chat(model: str, template: str | None, runs: Path) -> "ChatFormat":
 def explain(
     code: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="such as D070 or kl/reference (default: all codes)"),
+        typer.Argument(metavar="NAME", help="such as D070 or kl/reference (default: all codes)"),
     ] = None,
 ) -> None:
     """Explain a finding of the data check, or a metric: meaning, unit, and how to fix it."""

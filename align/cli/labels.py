@@ -22,7 +22,7 @@ labels = typer.Typer(help="Preference labels by people (docs/labels.md).", no_ar
 NOTHING = "no labeling project in it. Make one with: align labels import NAME FILE"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the labeling project")]
 File = Annotated[
-    str | None, typer.Argument(metavar="[FILE]", help="pairs or responses: file or hub id")
+    str | None, typer.Argument(metavar="FILE", help="pairs or responses: file or hub id")
 ]
 Samples = Annotated[
     list[str] | None,

@@ -23,7 +23,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="runs/<recipe>")]
 
 
 def runs_(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder of the runs")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the runs")] = Path(
         "runs"
     ),
 ) -> None:

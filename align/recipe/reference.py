@@ -216,8 +216,10 @@ def _shown_example(key: str, field: Schema) -> str:
     if not field.get("examples"):
         return ""
     shown = {key: field["examples"][0]}
-    line = yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=9999)
-    return f"`{line.strip()[1:-1]}`"
+    line = yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=9999).strip()[1:-1]
+    # YAML writes a line break as an empty line, which would end the row of the table.
+    whole = len(line.splitlines()) == 1
+    return f"`{line}`" if whole else f"`{key}: {json.dumps(shown[key])}`"
 
 
 def _type(field: Schema) -> str:

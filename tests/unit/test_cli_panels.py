@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 from align.cli import PANELS, cli
 from align.cli.examples import EXAMPLES
@@ -49,3 +50,10 @@ def test_every_argument_and_option_of_a_command_has_a_help_text():
         if not parameter.hidden and not parameter.help
     ]
     assert lacking == []
+
+
+def test_a_flag_shows_no_value() -> None:
+    text = CliRunner().invoke(cli, ["check", "--help"]).output
+    assert "--deep" in text
+    assert "--only" in text
+    assert "bool" not in text

@@ -52,6 +52,16 @@ def test_every_key_has_an_example_that_is_valid_and_no_default() -> None:
     assert count > 350
 
 
+def test_every_row_of_the_tables_is_one_line() -> None:
+    lines = markdown().splitlines()
+    rows = [i for i, line in enumerate(lines) if line.startswith("| `")]
+    # The header has six bars; one in a cell has a backslash.
+    cells = {lines[i].replace("\\|", "").count("|") for i in rows}
+    assert len(rows) > 350
+    assert cells == {6}
+    assert 'wording: {"head": "Different tasks:\\n\\n"}' in markdown()
+
+
 def test_every_example_is_shown() -> None:
     parts = {"Recipe": SCHEMA, **SCHEMA["$defs"]}
     shown = {

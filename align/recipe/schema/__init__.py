@@ -162,15 +162,15 @@ class Recipe(Spec):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
     """Name of the run, and of its folder under ``runs/``."""
     description: str = ""
-    """One line that the report shows."""
+    """One-line description, shown in the report."""
     seed: int = 0
-    """Seed of every stage without its own."""
+    """Random seed of every stage that does not set its own."""
     deterministic: bool = False
-    """Use deterministic kernels on a GPU, which are slower; CPU kernels always are."""
+    """Use deterministic GPU kernels, which are slower. CPU kernels are always deterministic."""
     device: Annotated[Literal["auto", "gpu"], Aside(), Added("0.2")] = "auto"
-    """``gpu`` ends the run before it starts if there is no GPU; ``auto`` then uses the CPU."""
+    """``gpu`` refuses to run without a GPU; ``auto`` falls back to the CPU."""
     sinks: SinkSpec = SinkSpec()
-    """Experiment trackers."""
+    """Experiment trackers that receive the metrics."""
     stages: dict[str, StageSpec] = Field(min_length=1)
     """The stages by name, in the order in which they run."""
 

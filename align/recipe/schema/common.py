@@ -54,7 +54,7 @@ class DataSpec(Spec):
     heldout_frac: Fraction = 0.1
     """Fraction of the prompts on the ``heldout`` side of ``split``."""
     weight: Positive = 1.0
-    """Factor of this source's share in a mixture of several."""
+    """Relative weight of this source in a mixture of several."""
     answers: Literal["chosen", "both"] | None = None
     """Convert preference pairs to sft rows: one of the chosen response, or one of each response.
     ``both`` teaches the format of responses, not the preference between them."""
@@ -113,7 +113,8 @@ class BuildSpec(Spec):
     max_positions: Count = 256
     """Maximum number of tokens of a sequence."""
     init_std: Positive = 0.06
-    """Larger than the usual 0.02, with which models of this size learn to copy slowly."""
+    """Standard deviation of the initial weights. The usual 0.02 is smaller, and models of this size
+    learn to copy slowly with it."""
 
 
 class OptimSpec(Spec):
@@ -122,11 +123,11 @@ class OptimSpec(Spec):
     learning_rate: Annotated[float, Field(gt=0.0, le=1e3)] = 1e-5
     """Peak learning rate; the default depends on the method (docs/tuning.md)."""
     warn_rate: Annotated[bool, Aside()] = True
-    """Warn if ``learning_rate`` is outside of the range that is known for the method."""
+    """Warn if ``learning_rate`` is outside the range that is known to work for the method."""
     schedule: Literal["constant", "linear", "cosine", "slanted"] = "cosine"
-    """Course of the learning rate after the warmup."""
+    """Shape of the learning rate after the warm-up."""
     warmup_frac: Fraction = 0.03
-    """Fraction of the steps in which the rate rises linearly."""
+    """Fraction of the steps over which the learning rate rises linearly to its peak."""
     min_lr_frac: Fraction = 0.0
     """Rate after the last step, as a fraction of the peak."""
     cut_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
@@ -147,17 +148,19 @@ class ZeroSpec(Spec):
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 + gradients, 3 + parameters."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What is sharded over the ranks."""
+    """ZeRO stage: 0 shards nothing over the ranks, 1 the optimizer states, 2 also the gradients, 3
+    also the parameters."""
     offload: Literal["none", "cpu"] = "none"
     """Keep the optimizer states in CPU memory."""
 
 
 class ParallelSpec(Spec):
-    """What several ranks share beside the states of ZeRO."""
+    """Parallelism beyond that of data and ZeRO."""
 
     sequence: Count = 1
-    """Consecutive ranks that share the tokens of each row, for rows too long for one device; a
-    divisor of ``ranks`` and of the model's key-value heads (arXiv:2309.14509)."""
+    """Number of consecutive ranks that split the tokens of each row (sequence parallelism), for
+    rows too long for one device. Must divide ``ranks`` and the model's number of key-value heads
+    (arXiv:2309.14509)."""
 
 
 class SamplingSpec(Spec):
@@ -176,8 +179,8 @@ class SamplingSpec(Spec):
     cache_gib: Positive = 0.5
     """Size of the engine's key-value cache on CPU, in GiB."""
     tensor_parallel: Annotated[Count, Added("0.2")] = 1
-    """Consecutive ranks that share one vLLM engine, each with a part of the model's weights; a
-    divisor of ``ranks`` and of the model's key-value heads."""
+    """Number of consecutive ranks that share one vLLM engine, each with a part of the weights. Must
+    divide ``ranks`` and the model's number of key-value heads."""
 
 
 class OnlineSampling(SamplingSpec):
@@ -200,7 +203,8 @@ class KlSpec(Spec):
     """Weight k3 in the loss by policy / old policy, including its gradient, so that the gradient is
     that of KL(policy || reference) also off-policy (arXiv:2512.02556)."""
     target: Positive | None = None
-    """Target of adaptive control in nats per response (arXiv:1909.08593); None: coef is fixed."""
+    """KL in nats per response that adaptive control aims at (arXiv:1909.08593); None keeps ``coef``
+    fixed."""
     horizon: Positive = 10000.0
     """Responses over which adaptive control can change the coefficient by up to 20 %."""
 
@@ -227,7 +231,7 @@ class ClipSpec(Spec):
     """
 
     low: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """1.0 sets no lower bound."""
+    """Distance of the lower bound from 1; 1.0 means no lower bound."""
     high: Positive = 0.2
     """Distance of the upper bound from 1."""
     dual: Annotated[float, Field(gt=1.0)] | None = None
@@ -238,7 +242,8 @@ class ImportanceSpec(Spec):
     """Importance weights for the difference between sampler and trainer log-probabilities."""
 
     mode: Literal["none", "truncate", "mask"] = "truncate"
-    """Cap the weights, or exclude what lies outside the bounds from the loss."""
+    """``truncate`` caps the weights at ``cap``; ``mask`` excludes what lies outside the bounds from
+    the loss; ``none`` applies no weights."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """Unit of one weight: a token; a response, by the product over its tokens; a response, by their
     geometric mean (biased, but it does not explode with the length)."""

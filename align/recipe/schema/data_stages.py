@@ -99,11 +99,11 @@ class SelfInstructStage(DataStage):
     novelty: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     """A new instruction is rejected if its ROUGE-L (F) with a kept one is at least this."""
     min_words: Count = 3
-    """Fewest words of an instruction."""
+    """Minimum number of words of an instruction."""
     max_words: Count = 150
-    """Most words of an instruction."""
+    """Maximum number of words of an instruction."""
     refuse_words: list[str] = list(NOT_TEXT)
-    """Words of instructions that are rejected."""
+    """Instructions with one of these words are rejected."""
     answer: Literal["few_shot", "chat"] = "few_shot"
     """Generate responses by continuing solved tasks (base models) or by the chat template."""
     answer_examples: Count = 3
@@ -113,7 +113,7 @@ class SelfInstructStage(DataStage):
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
     """How instructions and responses are sampled."""
     dtype: Dtype = "float32"
-    """Number format of the engine."""
+    """Data type of the engine's weights."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
 
@@ -135,9 +135,9 @@ class WordsSpec(Spec):
     """Limits of the length of responses, in words."""
 
     min: Annotated[int, Field(ge=0)] = 1
-    """Fewest words."""
+    """Minimum number of words."""
     max: Count | None = None
-    """Most words; None for no limit."""
+    """Maximum number of words; None for no limit."""
 
     @model_validator(mode="after")
     def _order(self) -> "WordsSpec":
@@ -173,7 +173,8 @@ class CurateStage(DataStage):
     keep_frac: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Fraction of the rows to keep, by quality."""
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.8
-    """The later of two rows is dropped from this Jaccard similarity of word triples; null: off."""
+    """Jaccard similarity of word triples from which the later of two rows is dropped as a near
+    duplicate; null keeps both."""
     diversity: DiversitySpec | None = None
     """Selection of rows that differ from each other."""
 
@@ -198,11 +199,11 @@ class LabelFunction(Spec):
     """
 
     by: RewardSpec
-    """The score."""
+    """Reward whose score becomes the vote."""
     good_from: float | None = None
-    """Lowest score of a good response."""
+    """Score from which the vote is that the response is good."""
     bad_below: float | None = None
-    """Scores below it are of bad responses."""
+    """Score below which the vote is that the response is bad."""
     min_gap: Annotated[float, Field(ge=0.0)] | None = None
     """Score difference up to which a pair gets no vote; None is 0."""
 
@@ -220,11 +221,12 @@ class WeakLabelStage(DataStage):
     data: list[DataSpec] = Field(min_length=1)
     """Rows to label."""
     of: Literal["sft", "preference"]
-    """sft: is the response good? preference: which response is better?"""
+    """What is voted on: ``sft``, whether a response is good; ``preference``, which of two is
+    better."""
     functions: list[LabelFunction] = Field(min_length=1)
     """The judges, each with one vote per row."""
     use_given: bool | None = None
-    """preference: use the order in the data as another vote (default: true)."""
+    """With ``of: preference``, count the order in the data as another vote; None means true."""
     min_confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Drop rows whose label is less probable than this (listed in the ledger)."""
 

@@ -40,7 +40,8 @@ class MergeStage(StageSpec):
     others: Annotated[list[str], Ref("policy")] = []
     """Other models fine-tuned from ``base``, merged together with ``tuned`` by ties and dare."""
     method: MergeMethod = "linear"
-    """All methods except linear need mergekit: pip install 'align-suite[merge]'."""
+    """How the weights are merged. All methods except linear need mergekit: pip install
+    'align-suite[merge]'."""
     density: Fraction | None = None
     """Fraction of each task vector that ties and dare keep; None is 0.5."""
     alphas: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
@@ -51,7 +52,7 @@ class MergeStage(StageSpec):
     shifted: list[DataSpec] = []
     """Held-out prompts of another kind, for abilities of ``base`` that should be preserved."""
     scores: list[RewardSpec] = []
-    """Their weighted sum is the score of a response."""
+    """Rewards whose weighted sum is the score of a response."""
     tolerance: Annotated[float, Field(ge=0.0)] = 0.01
     """The chosen alpha is the best on ``shifted`` among those whose score on ``prompts`` is at most
     this much below that of alpha 1 (in the unit of the score); the largest one if several tie."""
@@ -60,11 +61,12 @@ class MergeStage(StageSpec):
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     """How responses are sampled."""
     dtype: Dtype = "float32"
-    """Number format of the engine while scoring; the file keeps that of ``tuned``."""
+    """Data type of the engine while scoring; the saved model keeps that of ``tuned``."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
     max_lost_frac: Fraction = 0.0
-    """Fraction of the prompts that may be lost to ``max_length``."""
+    """Maximum fraction of prompts that may be dropped because of ``max_length``; more is an
+    error."""
 
     @model_validator(mode="after")
     def _legal(self) -> "MergeStage":
@@ -95,7 +97,7 @@ class PairwiseSpec(Spec):
     """A judge of response pairs, in both orders: a language model or your own function."""
 
     endpoint: EndpointSpec | None = None
-    """The model that compares."""
+    """Language model that compares the two responses."""
     function: Annotated[PythonSpec | None, Added("0.2")] = None
     """The function that compares. It is called like a reward, and gets the other response to each
     prompt as ``others``; it returns 1 if its completion is better, 0.5 for a tie and 0 if the other
@@ -132,14 +134,15 @@ class TaskSpec(Spec):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     """Name in tables and files."""
     description: str = ""
-    """One line that the report shows."""
+    """One-line description, shown in the report."""
     prompts: list[DataSpec] = Field(min_length=1)
     """Held-out prompts."""
     grader: list[RewardSpec] = []
-    """Each is a metric under its name (default: its kind); higher is better."""
+    """Rewards that grade each response. Each becomes a metric under its name (default: its kind);
+    higher is better."""
     judge: list[RewardSpec] = []
-    """The weighted sum decides each comparison. If empty, the stage's ``pairwise`` judge decides,
-    or without one the weighted sum of the grader."""
+    """Rewards whose weighted sum decides each comparison. If empty, the stage's ``pairwise`` judge
+    decides; without one, the weighted sum of the grader does."""
     metrics: list[str] = []
     """Metrics to report, the deciding one first; if empty, all that apply."""
     samples: Count = 1
@@ -149,7 +152,8 @@ class TaskSpec(Spec):
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
     max_lost_frac: Fraction = 0.0
-    """Fraction of the prompts, and of the responses, that may be lost to ``max_length``."""
+    """Maximum fraction of prompts, and of responses, that may be dropped because of ``max_length``;
+    more is an error."""
     answers: list[DataSpec] = []
     """Held-out responses for the metric ``perplexity``."""
     by: str | None = None
@@ -209,7 +213,7 @@ class HarnessSpec(Spec):
     tasks: list[str] = Field(min_length=1)
     """Names of tasks of lm-evaluation-harness."""
     backend: Literal["hf", "vllm"] = "hf"
-    """The harness's engine."""
+    """Engine that the harness generates with."""
     include_path: str | None = None
     """Folder of custom task files."""
     limit: Count | None = None
@@ -240,11 +244,12 @@ class EvaluateStage(StageSpec):
     labels: dict[str, str] = {}
     """Display names of ``models`` that are given by path."""
     baseline: str
-    """The one of ``models`` that the others are compared with."""
+    """The model, out of ``models``, that the others are compared with."""
     reference: Annotated[str | None, Ref("policy")] = None
     """Reference policy of the KL; None for the baseline."""
     tasks: list[TaskSpec] = []
-    """Each is a name (align/evaluation/tasks/), the path of a file, or an inline task."""
+    """Evaluation tasks: names of shipped tasks (align/evaluation/tasks/), paths of task files, or
+    inline tasks."""
     pairwise: PairwiseSpec | None = None
     """Judge of pairs for tasks without their own ``judge``."""
     harness: HarnessSpec | None = None
@@ -252,15 +257,16 @@ class EvaluateStage(StageSpec):
     prompts: list[DataSpec] = []
     """Prompts of the stage's own task, with ``scores`` and ``judge``."""
     scores: list[RewardSpec] = []
-    """Each is a column of the table under its name (default: its kind)."""
+    """Rewards to measure. Each becomes a column of the results, under its name (default: its
+    kind)."""
     judge: list[RewardSpec] = []
-    """The weighted sum decides each comparison; equal sums are ties."""
+    """Rewards whose weighted sum decides each comparison; equal sums are ties."""
     samples: Count = 1
     """Responses to each prompt."""
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     """How responses to ``prompts`` are sampled."""
     dtype: Dtype = "float32"
-    """Number format of the engines."""
+    """Data type of the engines' weights."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
     reward_models: Annotated[list[str], Ref("reward_model")] = []
@@ -270,7 +276,8 @@ class EvaluateStage(StageSpec):
     sets: list[DataSpec] = []
     """Rows ``{prompt, chosen: [..], rejected: [..]}`` (RewardBench 2) for best-of-4 accuracy."""
     max_lost_frac: Fraction = 0.0
-    """Fraction of the prompts, and of the pairs, that may be lost to ``max_length``."""
+    """Maximum fraction of prompts, and of pairs, that may be dropped because of ``max_length``;
+    more is an error."""
     expect: dict[str, tuple[float | None, float | None]] = {}
     """Expected ranges of numbers in summary.json, such as ``models/dpo/kl: [0, 20]`` or
     ``differences/grpo-sft/exact_match: [0.1, null]``; the report and the terminal check them."""

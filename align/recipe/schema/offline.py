@@ -35,7 +35,7 @@ class OfflineStage(TrainingStage):
     heldout: list[DataSpec] = []
     """Rows that are evaluated during training and never trained on."""
     mix_cap: Count | None = None
-    """Mix several datasets in proportion to their rows, with at most this many counted of each
+    """Mix several datasets in proportion to their size, counting at most this many rows of each
     (examples-proportional mixing with a limit, arXiv:1910.10683 section 3.5.2)."""
     batch_size: Count = 32
     """Rows (pairs) per optimizer step over all ranks."""
@@ -46,11 +46,13 @@ class OfflineStage(TrainingStage):
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations of ``heldout``; 0 for the start and the end only."""
     max_lost_frac: Fraction = 0.01
-    """Fraction of the rows that may be lost, for example to ``max_length``."""
+    """Maximum fraction of rows that may be dropped, for example because of ``max_length``; more is
+    an error."""
     max_contaminated_frac: Fraction = 0.05
-    """Fraction of the held-out prompts that may appear in the training texts."""
+    """Maximum fraction of held-out prompts that may appear in the training texts; more is an
+    error."""
     loss: Annotated[str | None, AfterValidator(known_own_loss), Added("0.2")] = None
-    """Function ``FILE.py:NAME`` of yours instead of the stage's loss (docs/own-code.md)."""
+    """Your own function, ``FILE.py:NAME``, in place of the stage's loss (docs/own-code.md)."""
 
     @property
     def own_loss(self) -> str | None:
@@ -81,7 +83,7 @@ class BaseStage(StageSpec):
     build: BuildSpec | None = None
     """Size of a small model to pretrain."""
     tokenizer: TokenizerSpec = TokenizerSpec()
-    """Settings that the tokenizer lacks."""
+    """Special tokens and chat template that the saved tokenizer lacks."""
     data: list[DataSpec] = []
     """Texts for the pretraining of ``build``."""
     steps: Annotated[int, Field(ge=0)] = 0
@@ -91,11 +93,11 @@ class BaseStage(StageSpec):
     max_length: Count = 1024
     """Maximum tokens of a row."""
     micro_tokens: Count = 8192
-    """Token budget of one forward-backward pass."""
+    """Maximum tokens of one forward-backward pass."""
     optim: OptimSpec = OptimSpec(learning_rate=1e-3)
     """Optimizer and learning rate of the pretraining."""
     dtype: Dtype = "float32"
-    """Number format of the weights."""
+    """Data type of the weights."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "BaseStage":
@@ -122,7 +124,7 @@ class LongRowStage(OfflineStage):
     """Base of sft and dpo, whose rows several ranks can share."""
 
     parallel: Annotated[ParallelSpec, Added("0.2")] = ParallelSpec()
-    """What several ranks share beside the states of ZeRO."""
+    """Parallelism beyond that of data and ZeRO."""
 
     @property
     def sequence_ranks(self) -> int:
@@ -165,7 +167,8 @@ class DpoStage(LongRowStage):
     rows: ClassVar[Kind] = "preference"
     kind: Literal["dpo"]
     beta: Positive = 0.1
-    """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
+    """Factor of the log-ratios in the loss; a larger value keeps the policy closer to the
+    reference."""
     loss: Annotated[str, AfterValidator(known_loss)] = "sigmoid"  # pyright: ignore[reportIncompatibleVariableOverride]
     """``sigmoid``, ``hinge`` and ``robust`` compare sums; ``sigmoid_norm``, ``ipo``, ``simpo`` and
     ``orpo`` means per token, the last two without a reference; or a function ``FILE.py:NAME`` of
@@ -173,7 +176,8 @@ class DpoStage(LongRowStage):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Assumed probability that a pair's label is wrong."""
     gamma: Annotated[float, Field(ge=0.0)] | None = None
-    """Margin of simpo between chosen and rejected (arXiv:2405.14734); None is beta / 2."""
+    """Target margin of simpo between chosen and rejected (arXiv:2405.14734); None means beta /
+    2."""
     nll_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the chosen response's negative log-likelihood per token (arXiv:2404.19733)."""
     ld_alpha: Fraction | None = None
@@ -204,11 +208,12 @@ class KtoStage(OfflineStage):
     rows: ClassVar[Kind] = "unpaired"
     kind: Literal["kto"]
     beta: Positive = 0.1
-    """Strength of the tie to the reference: the factor of the log-ratios in the loss."""
+    """Factor of the log-ratios in the loss; a larger value keeps the policy closer to the
+    reference."""
     desirable_weight: Positive = 1.0
-    """Weight of the good responses' loss."""
+    """Weight of the loss on good responses."""
     undesirable_weight: Positive = 1.0
-    """Weight of the bad responses' loss."""
+    """Weight of the loss on bad responses."""
     batch_size: Annotated[int, Field(ge=2)] = 32
     """Responses per optimizer step over all ranks; their mean is the loss's reference point."""
 
@@ -228,12 +233,12 @@ class RewardStage(OfflineStage):
     new_head: ClassVar[str | None] = "reward"
     kind: Literal["reward"]
     init: Annotated[str, Ref("policy", "encoder")]
-    """Policy or encoder on which the head is placed."""
+    """Policy or encoder to which the new head is added."""
     supervision: Literal["pairs", "answers", "steps"] = "pairs"
     """``pairs``: Bradley-Terry; ``answers``: labeled responses (balanced cross-entropy);
     ``steps``: labeled steps of a solution (process reward model, arXiv:2305.20050)."""
     center_coef: Annotated[float, Field(ge=0.0)] = 0.01
-    """Weight of the penalty that keeps scores near 0."""
+    """Weight of the penalty that keeps scores near 0; 0 turns it off."""
     use_margin: bool = False
     """Require the rows' ``margin`` between the two scores (arXiv:2307.09288 eq. 2)."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
@@ -249,7 +254,8 @@ class RewardStage(OfflineStage):
     """Cross-validation folds for finding labels that are likely wrong (noise.jsonl): each fold is
     scored by a model trained on the others. 0 for none, otherwise at least 2."""
     norm_prompts: Annotated[int, Field(ge=0)] = 64
-    """Number of rows of ``data`` whose responses set the mean and std of the scores."""
+    """Number of rows of ``data`` whose responses set the mean and standard deviation that scores
+    are normalized with."""
     norm_sampling: SamplingSpec | None = None
     """Normalize on responses sampled from ``init`` instead of those of the data
     (arXiv:1909.08593 section 2)."""
@@ -280,6 +286,6 @@ class ClassifyStage(OfflineStage):
     rows: ClassVar[Kind] = "classes"
     kind: Literal["classify"]
     init: Annotated[str, Ref("policy", "encoder")]
-    """Policy or encoder on which the head is placed."""
+    """Policy or encoder to which the new head is added."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of each target spread evenly over the classes (arXiv:1512.00567 section 7)."""

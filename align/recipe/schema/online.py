@@ -57,7 +57,7 @@ class WatchSpec(Spec):
     gold: list[RewardSpec] = Field(min_length=1)
     """Scorers that are not used in training; their weighted sum selects the best checkpoint."""
     max_contaminated_frac: Fraction = 0.05
-    """Fraction of ``prompts`` that may appear in the training prompts."""
+    """Maximum fraction of ``prompts`` that may appear in the training prompts; more is an error."""
     samples: Count = 1
     """Responses per prompt."""
     keep: Literal["last", "best"] = "last"
@@ -113,17 +113,18 @@ class OnlineStage(TrainingStage):
     sampling: OnlineSampling = OnlineSampling()
     """How responses are sampled."""
     steps: Count
-    """Rollout steps."""
+    """Number of rollout steps. Each samples responses, scores them and updates the policy."""
     prompts_per_step: Count = 32
     """Prompts of each rollout step, over all ranks."""
     minibatches: Count = 1
-    """Optimizer steps into which the responses of a rollout step are divided."""
+    """Number of optimizer steps into which the responses of a rollout step are split."""
     update_epochs: Count = 1
     """Passes over the responses of a rollout step."""
     clip: ClipSpec = ClipSpec()
     """Clipping of the policy ratio."""
     importance: ImportanceSpec = ImportanceSpec()
-    """Correction for the sampler's different log-probabilities."""
+    """Importance weights that correct for the difference between the sampler's log-probabilities
+    and the trainer's."""
     truncated_score: float | None = None
     """Score of a response without a stop token; None keeps the reward's own score."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
@@ -133,7 +134,8 @@ class OnlineStage(TrainingStage):
     overlong: OverlongSpec | None = None
     """Penalty of responses close to the length limit."""
     max_lost_frac: Fraction = 0.01
-    """Fraction of the prompts that may be lost to ``max_length``."""
+    """Maximum fraction of prompts that may be dropped because of ``max_length``; more is an
+    error."""
     watch: WatchSpec | None = None
     """Held-out evaluation during training, and the guard against over-optimization."""
     if TYPE_CHECKING:  # Each stage has its own defaults, or a fixed value.
@@ -197,7 +199,7 @@ class PpoStage(OnlineStage):
     kl: KlSpec = KlSpec(coef=0.05)
     """KL penalty to the reference policy."""
     gamma: Fraction = 1.0
-    """Discount of later rewards."""
+    """Discount factor of later rewards."""
     lam: Fraction = 0.95
     """Lambda of generalized advantage estimation (arXiv:1506.02438)."""
     critic: CriticSpec = CriticSpec()
@@ -231,13 +233,13 @@ class GrpoStage(OnlineStage):
     kl: KlSpec = KlSpec(coef=0.0, place="loss", estimator="k3")
     """KL penalty to the reference policy."""
     estimator: Annotated[str, AfterValidator(known_estimator)] = "group_relative"
-    """Baseline of the score: group mean, mean of the others, none, or the greedy response; or a
-    function ``FILE.py:NAME`` of yours (docs/own-code.md)."""
+    """Baseline of the score: group mean, mean of the others, none, or the greedy response; or your
+    own function, ``FILE.py:NAME`` (docs/own-code.md)."""
     scale: Literal["std", "batch", "none"] = "std"
     """Divide by the standard deviation of the group, of the batch, or by nothing (Dr. GRPO)."""
     objective: Annotated[str, AfterValidator(known_objective)] = "clip"
     """Clip the ratio of each token (``clip``), the ratio of each response (``gspo``), or the weight
-    of each token (``cispo``); or a function ``FILE.py:NAME`` of yours (docs/own-code.md)."""
+    of each token (``cispo``); or your own function, ``FILE.py:NAME`` (docs/own-code.md)."""
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = "token"
     """Mean over all tokens (DAPO); mean over tokens, then responses (original GRPO); sum over
     tokens, mean over responses (RLOO); the same divided by max_new_tokens (Dr. GRPO)."""

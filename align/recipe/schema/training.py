@@ -63,8 +63,8 @@ class EarlyStoppingSpec(Spec):
     """Early stopping on a held-out metric; the best weights are kept."""
 
     metric: str = "eval/loss"
-    """Lower is better for a loss, a KL, a calibration error and the reward of bad responses;
-    higher is better for everything else."""
+    """Held-out metric that decides. Lower is better for a loss, a KL, a calibration error and the
+    reward of bad responses; higher is better for everything else."""
     patience: Count = 3
     """Number of consecutive evaluations without improvement before the stage ends."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
@@ -123,11 +123,11 @@ class StageSpec(Variants):
     if TYPE_CHECKING:  # Each class has its own literal.
         kind: str
     ranks: Count = 1
-    """Number of processes, one per GPU (or CPU rank)."""
+    """Number of processes: one per GPU, or any number on a CPU."""
     threads: Count | None = None
     """CPU threads per rank; None divides the cores among the ranks of this node."""
     seed: int | None = None
-    """Seed of this stage; None for the recipe's."""
+    """Random seed of this stage; None uses the recipe's."""
 
 
 class TrainingStage(StageSpec):
@@ -144,7 +144,8 @@ class TrainingStage(StageSpec):
     init: Annotated[str, Ref("policy")]
     """Stage whose model is trained, or the folder of one."""
     dtype: Dtype = "float32"
-    """Number format of the weights; ``auto`` is bfloat16 where the hardware is fast with it."""
+    """Data type of the weights; ``auto`` is bfloat16 where the hardware computes it faster,
+    otherwise float32."""
     zero: ZeroSpec = ZeroSpec()
     """What DeepSpeed shards over the ranks."""
     optim: OptimSpec = OptimSpec()
@@ -158,22 +159,24 @@ class TrainingStage(StageSpec):
     max_length: Count = 1024
     """Maximum tokens of prompt and response; longer rows are dropped and counted."""
     micro_tokens: Count = 8192
-    """Token budget of one forward-backward pass on one rank."""
+    """Maximum tokens of one forward-backward pass on one rank. Lower it if memory runs out; the
+    batch size stays the same."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     expect: dict[str, tuple[float | None, float | None]] = {}
-    """Expected ranges of this stage's last metrics, such as ``kl/reference: [0, 5]``. The report
-    shows them beside the curves; one that does not hold makes the run's exit code 1."""
+    """Expected range of this stage's final metrics, such as ``kl/reference: [0, 5]``. The report
+    shows it beside the curve; a value outside its range makes the run exit with code 1."""
     not_learning: Literal["warn", "stop", "ignore"] = "warn"
-    """If the run does not learn: report why, also end the stage (exit code 1), or do not look. With
-    ``warn``, a stage that has learned nothing at its end still fails."""
+    """What to do if the run does not learn: ``warn`` reports the cause, ``stop`` also ends the
+    stage with exit code 1, and ``ignore`` does not check. With ``warn``, a stage that has learned
+    nothing still fails at its end."""
     checkpoint_every: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Aside()] = "auto"
-    """Optimizer steps between checkpoints; 0 for none; ``auto`` for one about every 10 minutes."""
+    """Optimizer steps between checkpoints; 0 writes none, ``auto`` one about every 10 minutes."""
     keep_checkpoints: Annotated[Count, Aside()] = 2
-    """Number of latest checkpoints to keep."""
+    """Number of most recent checkpoints to keep."""
     reshard: Annotated[bool, Aside()] = False
-    """Continue from checkpoints of another number of ranks, or with other settings of ``zero``. The
-    training is then the same up to rounding, not bit by bit."""
+    """Resume from checkpoints that were written with a different number of ranks or different
+    ``zero`` settings. The training is then the same up to rounding, not bit-identical."""
 
     @property
     def sequence_ranks(self) -> int:

@@ -91,19 +91,20 @@ class TrlStage(StageSpec):
     zero: ZeroSpec = ZeroSpec()
     """What DeepSpeed shards over the ranks."""
     dtype: Dtype = "float32"
-    """Number format of the weights."""
+    """Data type of the weights."""
     max_length: Count | None = None
     """Maximum tokens of a row; longer rows are dropped. None for the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
-    """Fraction of the rows that may be lost to ``max_length``."""
+    """Maximum fraction of rows that may be dropped because of ``max_length``; more is an error."""
     max_contaminated_frac: Fraction = 0.05
-    """Fraction of the held-out prompts that may appear in the training texts."""
+    """Maximum fraction of held-out prompts that may appear in the training texts; more is an
+    error."""
     batch_size: Count = 8
     """Rows per optimizer step over all ranks."""
     micro_batch_size: Count = 8
     """Rows per forward-backward pass on one rank."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     steps: Count
     """Optimizer steps."""
     eval_every: int = Field(default=0, ge=0)
@@ -111,7 +112,7 @@ class TrlStage(StageSpec):
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer steps between checkpoints; 0 for no checkpoints."""
     keep_checkpoints: Count = 2
-    """Number of latest checkpoints to keep."""
+    """Number of most recent checkpoints to keep."""
 
     @model_validator(mode="after")
     def _legal(self) -> "TrlStage":

@@ -140,11 +140,12 @@ class LoraTuning(TuningSpec):
     rank: Count = 16
     """Rank of the updates."""
     alpha: Positive = 32.0
-    """Scale of the updates, before the division by the rank."""
+    """Scale of the updates, which are multiplied by alpha / rank (rslora: alpha / square root of
+    rank)."""
     dropout: Rate = 0.0
-    """Probability of dropping an input of the adapter; not with a reference."""
+    """Dropout probability on the adapter's inputs; must be 0 in stages with a reference policy."""
     targets: Targets = "all-linear"
-    """``all-linear``, or endings of module names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear`` (all but the head), or endings like ``q_proj``."""
 
 
 class DoraTuning(LoraTuning):
@@ -171,7 +172,7 @@ class PissaTuning(TuningSpec):
     rank: Count = 16
     """Number of singular directions."""
     targets: Targets = "all-linear"
-    """``all-linear``, or endings of module names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear`` (all but the head), or endings like ``q_proj``."""
 
 
 class QloraTuning(TuningSpec):
@@ -186,15 +187,16 @@ class QloraTuning(TuningSpec):
     rank: Count = 16
     """Rank of the updates."""
     alpha: Positive = 32.0
-    """Scale of the updates, before the division by the rank."""
+    """Scale of the updates, which are multiplied by alpha / rank (rslora: alpha / square root of
+    rank)."""
     dropout: Rate = 0.0
-    """Probability of dropping an input of the adapter; not with a reference."""
+    """Dropout probability on the adapter's inputs; must be 0 in stages with a reference policy."""
     targets: Targets = "all-linear"
-    """``all-linear``, or endings of module names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear`` (all but the head), or endings like ``q_proj``."""
 
 
 class Ia3Tuning(TuningSpec):
-    """Scale keys, values and the inner activations of the MLP by trained vectors (2205.05638)."""
+    """Scale keys, values and the inner MLP activations by trained vectors (arXiv:2205.05638)."""
 
     builder: ClassVar[str | None] = "align.tuning.configs:ia3"
     rates: ClassVar[Rates | None] = Rates(
@@ -215,9 +217,9 @@ class OftTuning(TuningSpec):
     )
     method: Literal["oft"]
     block_size: Annotated[int, Field(ge=2)] = 32
-    """Must divide the inputs of every target."""
+    """Size of the blocks; must divide the input size of every target."""
     targets: Targets = "all-linear"
-    """``all-linear``, or endings of module names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear`` (all but the head), or endings like ``q_proj``."""
 
 
 class VeraTuning(TuningSpec):
@@ -235,7 +237,7 @@ class VeraTuning(TuningSpec):
     rank: Count = 256
     """Rank of the shared random matrices."""
     targets: Targets = "all-linear"
-    """``all-linear``, or endings of module names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear`` (all but the head), or endings like ``q_proj``."""
 
 
 class BottleneckTuning(BesideTuning):
