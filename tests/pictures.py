@@ -1,6 +1,7 @@
 """Pictures of the report and of the server's pages, compared with those in ``tests/baselines``.
 
-``python -m tests.pictures [report runs run]`` draws them again, after a change that is meant.
+``python -m tests.pictures [NAME ...]`` draws them again, after a change that is meant
+(see ``NAMES``).
 """
 
 import json
@@ -22,13 +23,15 @@ import test_report as parts
 
 from align.recipe.schema import Recipe
 from align.report import build_report
+from align.serve.labels.items import Candidate, add_items
+from align.serve.labels.tables import Project, create_project
 from tests.browser import chromium
 from tests.serve.running import Running, running
 
 BASELINES = Path(__file__).parent / "baselines"
 FONTS = {"sans-serif": "DejaVu Sans", "monospace": "Noto Sans Mono"}
 """The fonts of the baselines: with others every line breaks elsewhere."""
-NAMES = ("report", "runs", "run")
+NAMES = ("report", "runs", "run", "labels", "project", "label")
 VIEWS = [(width, scheme) for width in (1400, 768, 390) for scheme in ("light", "dark")]
 SCALE = 4
 """Pixels of the page, in each direction, that are one pixel of a picture."""
@@ -41,6 +44,8 @@ PATCH = 6
 """Cells that may differ visibly."""
 
 
+READY = {"report": "svg.live .axes", "run": "svg.live .axes", "label": ".response .turn"}
+"""What a script adds to a page, which is complete when it is there."""
 DRAWN = "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))"
 
 
@@ -80,6 +85,17 @@ def write_runs(folder: Path) -> None:
     build_report(folder / "finished")
 
 
+def write_labels(server: Running) -> None:
+    """Write a labeling project of four pairs."""
+    pairs = [
+        Candidate(f"Name a planet that is number {i} from the sun.", ("Mars.", f"Planet {i}."))
+        for i in range(1, 5)
+    ]
+    settings = {"reasons": ("wrong", "impolite"), "instructions": "Prefer the correct response."}
+    with server.services.store.write() as db:
+        add_items(db, create_project(db, Project("planets", **settings)), pairs)
+
+
 def _shorten(path: Path, lines: int) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.name == "samples.jsonl":  # the first prompts of every model
@@ -102,13 +118,16 @@ def open_pages(
         "runs": f"{server.url}/",
         "report": (server.services.settings.runs / "finished" / "report.html").as_uri(),
         "run": f"{server.url}/runs/stopped",
+        "labels": f"{server.url}/labels",
+        "project": f"{server.url}/labels/planets",
+        "label": f"{server.url}/labels/planets/work",
     }
     pages = {}
     for name in names:
         page = pages[name] = context.new_page()
         page.goto(addresses[name])
-        if name != "runs":
-            page.locator("svg.live .axes").first.wait_for()
+        if name in READY:
+            page.locator(READY[name]).first.wait_for()
         height = page.evaluate("document.documentElement.scrollHeight")
         page.set_viewport_size({"width": width, "height": height})
         page.evaluate(DRAWN)
@@ -153,6 +172,7 @@ def main(names: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         write_runs(Path(place))
         with chromium() as browser, running(Path(place)) as server:
+            write_labels(server)
             for width, scheme in VIEWS:
                 with open_pages(browser, server, width, scheme, names) as pages:
                     for name, page in pages.items():

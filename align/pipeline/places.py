@@ -15,7 +15,7 @@ _KEY = re.compile(r"(?P<key>[a-z]\w*(?:\.\w+)*)(?P<more>(?:, [\w.]+)*)(?P<value>
 
 
 def placed(
-    lines: Sequence[str], recipe: Recipe, places: Mapping[str, str], stage: str
+    lines: Sequence[str], *, recipe: Recipe, places: Mapping[str, str], stage: str
 ) -> list[str]:
     """Return the lines of a message, with the place in front of each that is about a key.
 
@@ -23,20 +23,16 @@ def placed(
         lines: what the process said. recipe: the recipe. stage: the stage that said it.
         places: dotted key to the place in the recipe's file (``Resolved.places``).
     """
-    return [_placed(line, recipe, places, stage) for line in lines]
+    found = []
+    for line in lines:
+        key, text = _key_of(line, recipe, stage)
+        place = next((places[k] for k in _upwards(key, stage) if k in places), None)
+        found.append(line if place is None else f"{place}: {key}: {text}")
+    return found
 
 
-def _placed(line: str, recipe: Recipe, places: Mapping[str, str], stage: str) -> str:
-    found = _key_of(line, recipe, stage)
-    if found is None:
-        return line
-    key, text = found
-    place = next((places[k] for k in _upwards(key, stage) if k in places), None)
-    return line if place is None else f"{place}: {key}: {text}"
-
-
-def _key_of(line: str, recipe: Recipe, stage: str) -> tuple[str, str] | None:
-    """Return the dotted key that a line is about, and the rest of the line; None if unknown."""
+def _key_of(line: str, recipe: Recipe, stage: str) -> tuple[str, str]:
+    """Return the dotted key that a line is about (empty if unknown), and the rest of the line."""
     spec = recipe.stages[stage].model_dump(mode="json")
     if match := _KEY.match(line):
         key, rest = match["key"], line[match.end() :]
@@ -50,7 +46,7 @@ def _key_of(line: str, recipe: Recipe, stage: str) -> tuple[str, str] | None:
             return f"stages.{stage}", rest
     # Messages about a file or a function begin with what the recipe calls it.
     named = [(v, k) for k, v in _texts(spec) if re.match(re.escape(v) + r"[:/,]", line)]
-    return (f"stages.{stage}.{max(named)[1]}", line) if named else None
+    return (f"stages.{stage}.{max(named)[1]}" if named else ""), line
 
 
 def _has(data: Any, key: str) -> bool:
@@ -69,13 +65,8 @@ def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted key and the value of each text that may be a path or a function."""
     if isinstance(data, str) and re.search(r"[./:]", data):
         yield key, data
-    items = (
-        data.items()
-        if isinstance(data, dict)
-        else enumerate(data)
-        if isinstance(data, list)
-        else ()
-    )
+    listed = dict(enumerate(data)) if isinstance(data, list) else data
+    items = listed.items() if isinstance(listed, dict) else ()
     for name, value in items:
         yield from _texts(value, f"{key}.{name}" if key else str(name))
 

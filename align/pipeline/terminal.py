@@ -205,7 +205,7 @@ class Terminal:
         told, recipe = last_messages(tail), self._recipe
         if recipe is None or stage not in recipe.stages:
             return told
-        return placed(told, recipe, self._places, stage)
+        return placed(told, recipe=recipe, places=self._places, stage=stage)
 
     def summary(self, summary: Mapping[str, Any], report: Path, *, order: Sequence[str]) -> None:
         """Show the results in a few lines; ``order`` is that of the recipe's stages."""

@@ -21,6 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("runs")
     pictures.write_runs(folder)
     with running(folder) as found:
+        pictures.write_labels(found)
         yield found
 
 

@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("said", WHERE)
 def test_a_message_about_a_key_gets_its_place(file: Path, said: str):
     found = load_resolved(file)
-    (told,) = placed([said], found.recipe, found.places, "sft")
+    (told,) = placed([said], recipe=found.recipe, places=found.places, stage="sft")
     where = WHERE[said]
     assert told == (f"{file}:{where[0]}: stages.{where[1]}" if where else said)
 
@@ -58,16 +58,18 @@ def test_a_message_about_a_key_gets_its_place(file: Path, said: str):
 def test_keys_outside_of_the_stages_and_values_of_set_have_places(file: Path):
     found = load_resolved(file, ["sft.tuning.rank=3"])
     said = ["sinks.wandb: true, but it is not installed", "tuning.rank: 3"]
-    assert placed(said, found.recipe, found.places, "sft") == [
+    assert placed(said, recipe=found.recipe, places=found.places, stage="sft") == [
         f"{file}:2:16: sinks.wandb: true, but it is not installed",
         "--set: stages.sft.tuning.rank: 3",
     ]
-    assert placed(said, found.recipe, {}, "sft") == said
+    assert placed(said, recipe=found.recipe, places={}, stage="sft") == said
 
 
 def test_the_place_and_its_line_can_be_removed_again(file: Path):
     found = load_resolved(file)
-    told = placed(["tuning.rank: 3", "  a detail"], found.recipe, found.places, "sft")
+    told = placed(
+        ["tuning.rank: 3", "  a detail"], recipe=found.recipe, places=found.places, stage="sft"
+    )
     lines = [f"    {line}" for line in with_source("\n".join(told))]
     assert lines[1:3] == [
         "            tuning: {method: lora, targets: [q_proj, huh]}",
