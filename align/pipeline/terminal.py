@@ -22,7 +22,7 @@ from align.pipeline.progress import (
     change_text,
     clock,
     make_console,
-    metric_text,
+    metric_texts,
     sample_text,
 )
 from align.recipe.schema import Recipe
@@ -159,18 +159,22 @@ class Terminal:
         self.update()
         self._stop_live()
         last, sample = (self._stage.last, self._stage.sample) if self._stage else ({}, None)
-        done = ", ".join(
-            filter(None, [f"{self._title}: done in {clock(seconds)}", metric_text(last)])
-        )
-        change = change_text(last)
+        done, change = f"{self._title}: done in {clock(seconds)}", change_text(last)
+        for text in metric_texts(last):
+            if self._fits(f"{done}, {text}"):
+                done += f", {text}"
         whole = f"{done}, {change}" if change else done
-        if len(whole) <= self._console.width or not self._console.is_terminal:
+        if self._fits(whole):
             self.line(whole)
         else:  # the terminal would break the line inside of a number
             self.line(done)
             self.line(f"    {change}")
         if sample:
             self.line(f"    {sample_text(sample)}", style="dim")
+
+    def _fits(self, text: str) -> bool:
+        """Return whether a terminal shows a text in one line; elsewhere lines have no width."""
+        return len(text) <= self._console.width or not self._console.is_terminal
 
     def stopping(self, grace_s: float) -> None:
         """Show that a signal was forwarded."""
@@ -211,7 +215,7 @@ class Terminal:
         """Show the results in a few lines; ``order`` is that of the recipe's stages."""
         self._stop_live()
         for part in result_lines(summary, order=order, width=self._console.width):
-            self._console.print(part)
+            self._console.print(part, soft_wrap=not self._console.is_terminal)
         seconds = clock(summary["seconds"])
         self._console.print(last_line(summary, report=report, clock=seconds), soft_wrap=True)
 

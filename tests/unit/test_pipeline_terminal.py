@@ -288,3 +288,16 @@ def test_the_first_line_of_a_run_names_the_device(monkeypatch: pytest.MonkeyPatc
     assert machine() == "CPU, 2 cores: no GPU found; torch 2.13.0+cpu"
     gpus(["NVIDIA H100, 81559 MiB, 580.1", "NVIDIA H100, 81559 MiB, 580.1"])
     assert machine() == "2 GPUs (NVIDIA H100, 80 GiB), 2 cores; torch 2.13.0+cpu"
+
+
+def test_a_narrow_terminal_drops_metrics_instead_of_breaking_a_number(tmp_path: Path):
+    file = io.StringIO()
+    console = Console(file=file, width=60, force_terminal=True, no_color=True, soft_wrap=True)
+    terminal = Terminal(console)
+    terminal.begin("reward", "reward", tmp_path, position=3, count=7)
+    row = {"step": 1, "total_steps": 1, "eval/accuracy": 0.885, "train/loss": 0.22, "eval/loss": 9}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    terminal.end(125.0)
+    lines = [line for line in file.getvalue().splitlines() if "done in" in line]
+    assert len(lines) == 1
+    assert lines[0].rstrip().endswith("[3/7] reward: done in 2 min 05 s, eval/accuracy 0.885")
