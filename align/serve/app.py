@@ -192,7 +192,7 @@ def _wrong_field(error: RequestValidationError) -> ServeError:
 
 def _answer(services: Services, request: Request, error: ServeError) -> Response:
     """Return an error as OpenAI's object below /v1, elsewhere as a page."""
-    if request.url.path.startswith(API):
+    if f"{request.url.path}/".startswith(API):
         return JSONResponse(error.body(), error.status, headers=error.headers)
     if error.status == 401 and request.method == "GET" and "hx-request" not in request.headers:
         return RedirectResponse("/login", status_code=303)

@@ -108,9 +108,39 @@ def test_an_upload_must_have_the_announced_size_and_hash(client: OpenAI):
         client.uploads.parts.create(made.id, data=b"abcde")
     with pytest.raises(openai.BadRequestError, match="0 bytes, 4 were announced"):
         client.uploads.complete(made.id, part_ids=[])
-    assert client.uploads.cancel(made.id).status == "cancelled"
+    for _ in range(2):
+        assert client.uploads.cancel(made.id).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="cancelled"):
         client.uploads.parts.create(made.id, data=b"ab")
+
+
+def test_an_upload_that_expires_and_whose_last_part_is_sent_again(client: OpenAI):
+    made = client.uploads.create(
+        bytes=4,
+        filename="x",
+        mime_type="text/jsonl",
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    first = client.uploads.parts.create(made.id, data=b"ab").id
+    last = client.uploads.parts.create(made.id, data=b"cd").id
+    # The answer was lost: the client counts its second attempt in a header.
+    again = {"x-stainless-retry-count": "1"}
+    assert client.uploads.parts.create(made.id, data=b"cd", extra_headers=again).id == last
+    with pytest.raises(openai.APIStatusError, match="larger than the 4 bytes"):
+        client.uploads.parts.create(made.id, data=b"e")
+    # The order of the parts is the one that completes them.
+    file = client.uploads.complete(made.id, part_ids=[last, first]).file
+    assert file is not None
+    assert file.expires_at == file.created_at + 3600
+    assert client.files.content(file.id).read() == b"cdab"
+    nonsense = {"nonsense": 1}
+    with pytest.raises(openai.BadRequestError, match="nonsense"):
+        client.uploads.complete(made.id, part_ids=[], extra_body=nonsense)
+    with pytest.raises(openai.BadRequestError, match="nonsense"):
+        client.uploads.create(
+            bytes=4, filename="x", mime_type="x", purpose="fine-tune", extra_body=nonsense
+        )
 
 
 # ---- jobs
@@ -279,6 +309,10 @@ def test_what_a_request_must_not_hold_is_refused(client: OpenAI, training_file: 
         ({"method": {"type": "reinforcement"}}, "grader", "method"),
         ({"method": {"type": "dpo", "supervised": {}}}, "settings of supervised", "method"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs", "hyperparameters.n_epochs"),
+        # Not 1, and not 3.
+        ({"hyperparameters": {"n_epochs": True}}, "n_epochs", "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"n_epochs": "3"}}, "n_epochs", "hyperparameters.n_epochs"),
+        ({"seed": True}, "seed", "seed"),
     ]
     for change, message, param in wrong:
         with pytest.raises(openai.BadRequestError, match=message) as error:

@@ -20,6 +20,8 @@ import test_report as parts
 from align.cli import cli
 from align.core.lock import StageLock
 from align.recipe.schema import Recipe
+from align.report import GROUPS
+from align.serve.live import state
 from align.serve.live.process import holder
 from align.serve.live.state import Records, state_of, versions
 from tests.browser import Watched, accessibility_findings, chromium
@@ -222,8 +224,6 @@ def test_reading_writes_nothing_into_a_run(server: Running, runs: Path):
 def test_a_stage_that_is_set_aside_while_it_is_read_is_read_again(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from align.serve.live import state
-
     calls, real = [], state.read_run
 
     def flaky(folder: Path) -> Any:
@@ -325,6 +325,49 @@ def test_samples_are_found_by_all_their_words(server: Running):
         second = client.get("/runs/finished/parts/samples?q=gladly&page=1").text
         assert first.count("<article>") == second.count("<article>") == 25
         assert first != second
+
+
+def test_a_page_of_many_runs_reads_the_recipes_of_its_own_runs_once(
+    server: Running, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def counted(recipe: Path) -> Any:
+        read.append(recipe.parent.parent.name)
+        return real(recipe)
+
+    read: list[str] = []
+    real = state.read_resolved
+    monkeypatch.setattr(state, "read_resolved", counted)
+    monkeypatch.setattr(state, "PAGE", 2)
+    for i, name in enumerate(("oldest", "unfinished", "finished")):
+        if name == "oldest":
+            shutil.copytree(runs / "finished", runs / name)
+        for path in (runs / name).rglob("*"):
+            os.utime(path, (1e9 + i, 1e9 + i))
+    with server.client() as client:
+
+        def shown(page: str) -> list[str]:
+            return re.findall(r'<a href="/runs/(\w+)"', client.get(page).text)
+
+        for _ in range(2):
+            assert shown("/") == shown("/live/table?page=0") == ["finished", "unfinished"]
+        assert sorted(read) == ["finished", "unfinished"]
+        assert 'href="/?page=1">Older runs' in client.get("/").text
+        assert shown("/?page=1") == shown("/live/table?page=1") == ["oldest"]
+        assert 'href="/?page=0">Newer runs' in client.get("/?page=1").text
+        assert "Older" not in client.get("/?page=1").text
+        assert client.get("/?page=-1").status_code == 400
+        for recipe in (runs / "oldest").glob("*/recipe.yaml"):
+            recipe.write_text("damaged: [")
+        # It has changed, so it is the newest one.
+        assert '<span class="state damaged">' in client.get("/").text
+
+
+def test_the_curves_of_a_run_come_before_its_samples(server: Running):
+    with server.client() as client:
+        page = client.get("/runs/finished").text
+    parts = re.findall(r'id="(\w+)-part"', page)
+    assert sorted(parts) == sorted(title.lower() for title in GROUPS)
+    assert parts.index("training") < parts.index("samples")
 
 
 def test_hostile_text_is_text_everywhere(server: Running, runs: Path):

@@ -13,10 +13,13 @@ import openai
 import pytest
 
 from align.recipe.load import load_recipe
+from align.recipe.schema import GrpoStage
 from align.serve.finetuning import generation, graders
+from align.serve.finetuning.asked import ReinforcementHyperparameters
 from align.serve.finetuning.files import Files
 from align.serve.finetuning.generation import MAX_WAITING
-from align.serve.finetuning.webhooks import deliver_due
+from align.serve.finetuning.recipes import job_recipe, resolved, write_recipe
+from align.serve.finetuning.webhooks import Deliveries
 from align.serve.store import Store
 from tests.serve.running import WAIT_S, Running, running
 from tests.serve.test_generation import FAKE
@@ -75,15 +78,39 @@ def test_clients_that_leave_a_stream_leave_nothing_behind(server: Running):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 10**9), ("n", 0), ("max_tokens", -1), ("seed", 10**30), ("stop", ["x"] * 5)],
+    [
+        *(("n", 10**9), ("n", 0), ("n", True), ("max_tokens", -1), ("max_tokens", "9")),
+        *(("seed", 10**30), ("seed", True), ("stop", ["x"] * 5), ("stop", ""), ("stop", [""])),
+        *(("temperature", True), ("temperature", "1")),
+    ],
 )
 def test_absurd_numbers_are_refused_or_do_no_harm(server: Running, field: str, value: Any):
     answer = chat(server, "hello", **{field: value})
-    if field == "seed":
+    if value == 10**30:
         assert answer.status_code == 200
     else:
         assert answer.status_code == 400
         assert answer.json()["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"store": True}, {"metadata": {"a": "b"}}, {"service_tier": "priority"}),
+        *({"stream_options": {"include_usage": True}}, {"prompt_cache_key": "x"}),
+        {"max_tokens": 1, "max_completion_tokens": 2},
+        {"messages": [{"role": "user", "content": "hello", "name": "bob"}]},
+    ],
+)
+def test_settings_of_a_chat_without_an_effect_are_refused(server: Running, asked: dict[str, Any]):
+    answer = chat(server, "hello", **asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(next(iter(asked)))
+
+
+def test_an_address_without_the_rest_of_a_path_is_the_apis_too(server: Running):
+    with server.client() as client:
+        assert client.get("/v1").json()["error"]["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize("suffix", ["a:b", "a b", "../x", "ü", "x\n", "x" * 65, "", "{{x}}"])
@@ -165,7 +192,9 @@ def test_an_event_that_was_planned_while_the_clock_was_ahead_is_sent(
             insert = "INSERT INTO deliveries (webhook, event, body, next_at) VALUES (?, ?, '{}', ?)"
             for event, later in (("soon", 3600.0), ("year", 365 * 86400.0)):
                 db.execute(insert, (hook, event, time.time() + later))
-        deliver_due(store, private=True)
+        deliveries = Deliveries(store, private=True)
+        with deliveries.running():
+            deliveries.step()
         with store.read() as db:
             rows = db.execute("SELECT event, attempts FROM deliveries").fetchall()
         tried = {row["event"]: row["attempts"] for row in rows}
@@ -185,6 +214,29 @@ def test_the_run_of_a_job_says_whose_it_is_and_what(server: Running):
     assert status == "queued"
     recipe = load_recipe(server.services.settings.data / "jobs" / job / "recipe.yaml")
     assert recipe.description == "Fine-tuning job of tester (mine): supervised, from tiny."
+
+
+def test_a_short_context_leaves_room_for_a_prompt_and_a_response(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 96}')
+    asked = ReinforcementHyperparameters().model_dump()
+    chosen = resolved("reinforcement", asked, rows=12)
+    settings = {"grader": {}, "hyperparameters": chosen}
+    recipe = job_recipe(
+        name="ftjob-1",
+        description="",
+        base=str(tmp_path),
+        seed=0,
+        method={"type": "reinforcement", "reinforcement": settings},
+        files={"training": tmp_path / "rows.jsonl"},
+        rows=12,
+        integrations=[],
+        url="http://127.0.0.1:1/v1",
+    )
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    stage = load_recipe(tmp_path / "recipe.yaml").stages["train"]
+    assert isinstance(stage, GrpoStage)
+    # 96 tokens, of which half are for the response.
+    assert (stage.max_length, stage.sampling.max_new_tokens) == (96, 48)
 
 
 # ---- models that go away

@@ -123,6 +123,15 @@ def test_the_error_is_what_align_run_says_and_not_its_last_line(
     assert found.endswith("a:1 repeats b:2") == (expected == "2 rows")
 
 
+def test_an_error_in_a_jobs_recipe_is_told_without_the_servers_path(tmp_path: Path):
+    (tmp_path / "output.txt").write_text(
+        f"{tmp_path}/recipe.yaml:10:14: stages.train: max_length must leave room for a prompt\n"
+        '        "train": {\n                 ^\n'
+    )
+    found = error_of(tmp_path, tmp_path / "output.txt")
+    assert found == "stages.train: max_length must leave room for a prompt"
+
+
 def test_a_cancelled_job_ends_its_process_and_frees_the_device(
     server: Running, client: OpenAI, file: str
 ):

@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,20 @@ from openai import OpenAI
 
 from align.serve.finetuning import webhooks
 from tests.serve.killed_server import FAKE
-from tests.serve.running import running
+from tests.serve.running import WAIT_S, running
 from tests.serve.tiny_model import SUPERVISED, jsonl
 
 
 class Listener:
-    """A server that records what is posted, and answers with the given statuses in turn."""
+    """A server that records what is posted, and answers with the given statuses in turn.
 
-    def __init__(self, *statuses: int) -> None:
+    It answers once its gate is open.
+    """
+
+    def __init__(self, *statuses: int, closed: bool = False) -> None:
+        self.gate = threading.Event()
+        if not closed:
+            self.gate.set()
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.arrived = threading.Semaphore(0)
         left = list(statuses)
@@ -31,6 +37,7 @@ class Listener:
             def do_POST(handler) -> None:  # noqa: N805
                 body = handler.rfile.read(int(handler.headers["content-length"]))
                 self.requests.append((handler.path, dict(handler.headers), body))
+                self.gate.wait(WAIT_S)
                 handler.send_response(left.pop(0) if left else 200)
                 handler.send_header("location", "/elsewhere")
                 handler.end_headers()
@@ -44,17 +51,18 @@ class Listener:
 
     def wait(self, count: int) -> None:
         for _ in range(count):
-            assert self.arrived.acquire(timeout=120)
+            assert self.arrived.acquire(timeout=WAIT_S)
 
 
 @contextmanager
-def listening(*statuses: int) -> Iterator[Listener]:
-    listener = Listener(*statuses)
+def listening(*statuses: int, closed: bool = False) -> Iterator[Listener]:
+    listener = Listener(*statuses, closed=closed)
     thread = threading.Thread(target=listener.http.serve_forever, daemon=True)
     thread.start()
     try:
         yield listener
     finally:
+        listener.gate.set()
         listener.http.shutdown()
         listener.http.server_close()
 
@@ -98,6 +106,50 @@ def test_the_end_of_a_job_is_told_signed_and_again_until_it_arrives(
         assert len(listener.requests) == 3
         deleted: Any = client.delete(f"/webhooks/{other['id']}", cast_to=object)
         assert deleted["deleted"]
+
+
+def test_a_receiver_that_does_not_answer_delays_only_its_own_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 10 * WAIT_S)
+    settings: dict[str, Any] = {"models": {"tiny": "hub/t"}, "devices": ()}
+    with (
+        listening(closed=True) as slow,
+        listening() as quick,
+        running(tmp_path, private_webhooks=True, **settings) as own,
+    ):
+        client = own.openai()
+        for listener in (slow, quick):  # so each event is due at the slow one first
+            hook(client, f"{listener.url}/hook")
+        file = client.files.create(file=("t.jsonl", jsonl(SUPERVISED)), purpose="fine-tune").id
+        for _ in range(3):
+            job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+            client.fine_tuning.jobs.cancel(job.id)
+            quick.wait(1)
+        assert len(slow.requests) == 1
+        slow.gate.set()
+        slow.wait(3)
+        while _waiting(own):
+            time.sleep(0.02)
+        assert len({body for _, _, body in slow.requests}) == len(slow.requests) == 3
+
+
+def test_an_answer_that_trickles_in_ends_with_the_time_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.5)
+
+    def trickle() -> None:
+        peer, _ = listener.accept()
+        with peer, suppress(OSError):
+            for byte in b"HTTP/1.1 200 " + b"." * 50 + b"\r\n\r\n":
+                peer.sendall(bytes([byte]))
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.5 s"):
+            webhooks.send(f"http://127.0.0.1:{listener.getsockname()[1]}/", "{}", {}, private=True)
+        thread.join()
 
 
 def _waiting(own: Any) -> int:

@@ -5,8 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+# Strict: `true` is no 1, and "3" no 3.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[Whole, Field(ge=1, le=10**6)]
+Factor = Annotated[Number, Field(gt=0, le=1e6)]
 METHODS = ("supervised", "dpo", "reinforcement")
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512
 
@@ -22,21 +25,21 @@ class Hyperparameters(Asked):
 
     batch_size: Count | Auto = "auto"
     learning_rate_multiplier: Factor | Auto = "auto"
-    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
+    n_epochs: Annotated[Whole, Field(ge=1, le=50)] | Auto = "auto"
 
 
 class DpoHyperparameters(Hyperparameters):
     """Of the method ``dpo``."""
 
-    beta: Annotated[float, Field(gt=0, le=2)] | Auto = "auto"
+    beta: Annotated[Number, Field(gt=0, le=2)] | Auto = "auto"
 
 
 class ReinforcementHyperparameters(Hyperparameters):
     """Of the method ``reinforcement``."""
 
-    compute_multiplier: Annotated[float, Field(gt=0, le=10)] | Auto = "auto"
+    compute_multiplier: Annotated[Number, Field(gt=0, le=10)] | Auto = "auto"
     eval_interval: Count | Auto = "auto"
-    eval_samples: Annotated[int, Field(ge=1, le=64)] | Auto = "auto"
+    eval_samples: Annotated[Whole, Field(ge=1, le=64)] | Auto = "auto"
     reasoning_effort: Literal["default"] = "default"
 
 
@@ -80,8 +83,8 @@ class Method(Asked):
 class Wandb(Asked):
     """The run's place in Weights & Biases."""
 
-    project: Annotated[str, Field(min_length=1)]
-    tags: list[str] = []
+    project: Annotated[str, Field(min_length=1, max_length=128)]
+    tags: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)] = []
     # The client knows these, and sends null for them. The run is named like its job.
     entity: None = None
     name: None = None
@@ -103,7 +106,7 @@ class JobRequest(Asked):
     suffix: (
         Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")] | None
     ) = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, str] | None = None
     integrations: list[Integration] | None = None
     method: Method | None = None

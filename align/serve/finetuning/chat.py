@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -11,10 +12,12 @@ from starlette.types import Receive, Scope, Send
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError
-from align.serve.finetuning.asked import Asked
+from align.serve.finetuning.asked import Asked, Number, Whole
 from align.serve.finetuning.common import new_id, now
 from align.serve.finetuning.context import Api
 from align.serve.finetuning.generation import logprobs_object, usage_of, with_defaults
+
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class Part(Asked):
@@ -29,7 +32,8 @@ class Message(Asked):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None
+    # The client sends null for these.
+    name: None = None
     refusal: None = None
 
 
@@ -37,7 +41,7 @@ class StreamOptions(Asked):
     """What a stream holds besides text."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ResponseFormat(Asked):
@@ -51,29 +55,32 @@ class ChatRequest(Asked):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
-    seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=16)] | None = None
+    seed: Whole | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: it has an effect with logprobs: true only")
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: it has an effect with stream: true only")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens: give it or max_completion_tokens, not both")
         return self
 
 
@@ -109,7 +116,9 @@ class _Stream(StreamingResponse):
         finally:
             # Not left to the garbage collector: until then, the client would hold its place.
             for generator in self._generators:
-                generator.close()
+                # A thread is in it only if the server ends, and every process with it.
+                with suppress(ValueError):
+                    generator.close()
 
 
 def _lines(

@@ -9,11 +9,12 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from align.core.text import visible
 from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
+from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.common import Order, list_page, new_id, now, owned
 from align.serve.finetuning.context import Api
 from align.serve.finetuning.retries import once
@@ -25,7 +26,7 @@ UPLOAD_S = 3600
 CHUNK = 2**20
 
 
-class ExpiresAfter(BaseModel):
+class ExpiresAfter(Asked):
     """When a file expires."""
 
     anchor: Literal["created_at"]

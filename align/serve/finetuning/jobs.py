@@ -214,7 +214,14 @@ def add_jobs(routes: APIRouter, api: Api) -> None:
     ) -> dict[str, Any]:
         where: dict[str, Any] = {"owner": person.id}
         asked = request.query_params
-        if asked.get("metadata") in ("null", ""):
+        if (pairs := asked.get("metadata")) not in (None, "null", ""):
+            raise ServeError(
+                400,
+                f"metadata: found {pairs[:100]!r}; expected metadata[KEY]=VALUE, or null for jobs "
+                "without any",
+                param="metadata",
+            )
+        if pairs is not None:
             where["json_extract(request, '$.metadata') IS NULL AND ?"] = 1
         for i, (name, value) in enumerate(asked.items()):
             if name.startswith("metadata[") and name.endswith("]"):

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from align.serve.auth import Person
 from align.serve.errors import not_found
+from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.common import list_page, new_id, now
 from align.serve.finetuning.context import Api
 
 
-class PermissionRequest(BaseModel):
+class PermissionRequest(Asked):
     """The names of the tokens that get access."""
 
     project_ids: Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1)]

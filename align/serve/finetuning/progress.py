@@ -16,7 +16,7 @@ from align.core.log import METRICS_FILE
 from align.serve.finetuning.common import new_id, now
 from align.serve.finetuning.files import Files, insert_file
 from align.serve.finetuning.jobs import add_event, set_status
-from align.serve.finetuning.recipes import STAGE
+from align.serve.finetuning.recipes import RECIPE, STAGE
 
 COLUMNS = {
     "train_loss": ("train/loss", "policy/loss"),
@@ -32,6 +32,7 @@ TOKENS = ("tokens/trained", "tokens/sampled")
 """Tokens of a step: of the rows that an offline stage trains, or of the responses it trains on."""
 LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ")
 FAILED = re.compile(r"\S+: failed")
+IN_RECIPE = re.compile(rf".*/{re.escape(RECIPE)}(:\d+)*: ")
 MAX_ERROR = 1000
 
 
@@ -179,8 +180,13 @@ def error_of(run: Path, output: Path) -> str:
             continue
         if lines := [line.strip("│").rstrip() for line in lines if line.strip(" │")]:
             break
-    told = _told(lines) or lines[-1:] or ["the run ended without a message"]
+    told = _told(lines) or _refused(lines) or lines[-1:] or ["the run ended without a message"]
     return "\n".join(LOG_LINE.sub("", line.strip()) for line in told)[:MAX_ERROR]
+
+
+def _refused(lines: Sequence[str]) -> list[str]:
+    """Return the last error in the job's recipe, without its file, which is the server's."""
+    return [line[found.end() :] for line in lines if (found := IN_RECIPE.match(line))][-1:]
 
 
 def _told(lines: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ from align.serve.finetuning.recipes import RECIPE, STAGE
 from align.serve.finetuning.retries import forget
 from align.serve.finetuning.tables import RECIPE_JOB
 from align.serve.finetuning.training_files import as_asked
-from align.serve.finetuning.webhooks import deliver_due
+from align.serve.finetuning.webhooks import Deliveries
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -64,6 +64,8 @@ class Queue:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._checks = Checks(api)
+        private = api.settings.private_webhooks
+        self._deliveries = Deliveries(api.store, private=private)
         self._stopped = threading.Event()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._since: dict[str, float] = {}
@@ -77,11 +79,11 @@ class Queue:
         """Run the queue during a block; jobs that are running go on after it."""
         threads = [
             threading.Thread(target=self._loop, args=(step,), daemon=True)
-            for step in (self.step, self._deliver)
+            for step in (self.step, self._deliveries.step)
         ]
         for thread in threads:
             thread.start()
-        with self._checks.running():
+        with self._checks.running(), self._deliveries.running():
             try:
                 yield
             finally:
@@ -103,9 +105,6 @@ class Queue:
                 self._api.wake.clear()
             else:
                 self._stopped.wait(POLL_S)
-
-    def _deliver(self) -> None:
-        deliver_due(self._api.store, private=self._api.settings.private_webhooks)
 
     def step(self) -> None:
         """Have files checked, follow processes, and start jobs for which there is a device."""

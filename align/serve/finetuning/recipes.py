@@ -94,6 +94,8 @@ def job_recipe(
     }
     if kind == "reinforcement":
         stage |= _online(settings, files, rows=rows, url=url)
+        # Half of a short context is left to the prompt.
+        stage["sampling"] = {"max_new_tokens": min(MAX_NEW_TOKENS, stage["max_length"] // 2)}
     else:
         stage |= _offline(kind, chosen, files, rows=rows)
     recipe: dict[str, Any] = {
@@ -146,7 +148,6 @@ def _online(
         "steps": steps,
         "prompts_per_step": chosen["batch_size"],
         "group_size": max(2, round(GROUP * chosen["compute_multiplier"])),
-        "sampling": {"max_new_tokens": MAX_NEW_TOKENS},
         **_saving(steps, per_epoch=ceil(steps / chosen["n_epochs"])),
     }
     if "validation" in files:

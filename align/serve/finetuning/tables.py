@@ -116,6 +116,9 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN asked INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE jobs ADD COLUMN unchecked INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE uploads ADD COLUMN expires_s INTEGER;
+    """,
 )
 """Each area has its own list; see ``Store.migrate``."""
 RECIPE_JOB = "recipe"

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Request, UploadFile
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
+from align.serve.finetuning.asked import Asked
 from align.serve.finetuning.common import new_id, now, owned
 from align.serve.finetuning.context import Api
 from align.serve.finetuning.files import (
@@ -25,7 +26,7 @@ from align.serve.finetuning.files import (
 from align.serve.finetuning.retries import once
 
 
-class UploadRequest(BaseModel):
+class UploadRequest(Asked):
     """Announcement of a file that comes in parts."""
 
     bytes: Annotated[int, Field(ge=1)]
@@ -35,7 +36,7 @@ class UploadRequest(BaseModel):
     expires_after: ExpiresAfter | None = None
 
 
-class CompleteRequest(BaseModel):
+class CompleteRequest(Asked):
     """The order of an upload's parts."""
 
     part_ids: list[str]
@@ -74,10 +75,14 @@ def _room(db: sqlite3.Connection, person: Person, name: str) -> int:
 
 def _create(db: sqlite3.Connection, person: Person, asked: UploadRequest) -> dict[str, Any]:
     name = new_id("upload")
+    filename, expires_s = filename_of(asked.filename), asked.expires_after
     db.execute(
-        "INSERT INTO uploads (id, owner, filename, purpose, bytes, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (name, person.id, filename_of(asked.filename), asked.purpose, asked.bytes, now()),
+        "INSERT INTO uploads (id, owner, filename, purpose, bytes, created_at, expires_s)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(name, person.id, filename, asked.purpose, asked.bytes, now()),
+            expires_s and expires_s.seconds,
+        ),
     )
     return _upload_object(owned(db, "uploads", person, name=name))
 
@@ -101,19 +106,26 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
         *, name: str, request: Request, person: Annotated[Person, me], data: UploadFile
     ) -> dict[str, Any]:
         with api.store.read() as db:
-            room = _room(db, person, name)
+            announced = _pending(db, person, name)["bytes"]
         part, made = new_id("part"), now()
-        size, sha256, _ = api.files.write(part, [data.file], limit=room)
+        size, sha256, _ = api.files.write(part, [data.file], limit=announced)
 
         def make(db: sqlite3.Connection) -> dict[str, Any]:
-            _pending(db, person, name)
+            # Not before: a retry of the last part finds no room, and needs none.
+            if size > _room(db, person, name):
+                told = f"The parts are larger than the {announced} bytes that were announced."
+                raise ServeError(413, told, param="data")
             add = "INSERT INTO parts (id, upload, bytes, created_at) VALUES (?, ?, ?, ?)"
             db.execute(add, (part, name, size, made))
             return {"id": part, "object": "upload.part", "created_at": made, "upload_id": name}
 
-        answer = once(api.store, request, person, asks={"sha256": sha256}, make=make)
-        if answer["id"] != part:
-            api.files.path(part).unlink(missing_ok=True)
+        kept = None
+        try:
+            answer = once(api.store, request, person, asks={"sha256": sha256}, make=make)
+            kept = answer["id"]
+        finally:
+            if kept != part:
+                api.files.path(part).unlink(missing_ok=True)
         return answer
 
     @routes.post("/uploads/{name}/complete")
@@ -125,9 +137,11 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
     @routes.post("/uploads/{name}/cancel")
     def cancel(name: str, person: Annotated[Person, me]) -> dict[str, Any]:
         with api.store.write() as db:
-            _pending(db, person, name)
-            db.execute("UPDATE uploads SET status = ? WHERE id = ?", ("cancelled", name))
             row = owned(db, "uploads", person, name=name)
+            if row["status"] != "cancelled":  # a retry finds its work done
+                _pending(db, person, name)
+                db.execute("UPDATE uploads SET status = ? WHERE id = ?", ("cancelled", name))
+                row = owned(db, "uploads", person, name=name)
         _forget_parts(api, name)
         return _upload_object(row)
 
@@ -164,6 +178,7 @@ def _complete(api: Api, person: Person, *, name: str, asked: CompleteRequest) ->
             filename=row["filename"],
             purpose=row["purpose"],
             size=size,
+            expires_s=row["expires_s"],
         )
         update = "UPDATE uploads SET status = 'completed', file = ? WHERE id = ?"
         db.execute(update, (file, name))

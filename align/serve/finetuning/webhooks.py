@@ -14,7 +14,11 @@ import secrets
 import socket
 import sqlite3
 import ssl
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -37,7 +41,10 @@ EVENTS = (
 Event = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 MAX_HOOKS = 10
+MAX_SENDERS = 16
+"""Webhooks to which events are sent at the same time."""
 TIMEOUT_S = 10.0
+"""Seconds in which a receiver must answer."""
 WAITS_S = (5, 30, 300, 1800, 7200, 18_000, 36_000)
 """Seconds between the attempts of a delivery; after the last one it is given up."""
 
@@ -114,35 +121,94 @@ def send(url: str, body: str, headers: dict[str, str], *, private: bool) -> int:
     """Post a body; return the status of the answer, which is not read and not followed.
 
     Raises:
-        OSError: there is no answer, or the address is blocked.
+        OSError: there is no answer in time, or the address is blocked.
         http.client.HTTPException: the answer is not HTTP.
     """
+    ends = time.monotonic() + TIMEOUT_S
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     host = parts.hostname or ""
     address = public_address(host, port, private=private)
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     connection.sock = socket.create_connection((address, port), timeout=TIMEOUT_S)
-    if parts.scheme == "https":
-        context = ssl.create_default_context()
-        connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+    # The socket's own timeout begins again with each byte of an answer that trickles in.
+    watch = threading.Timer(max(0.0, ends - time.monotonic()), _hang_up, [connection])
+    watch.start()
     try:
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            secure = context.wrap_socket(
+                connection.sock, server_hostname=host, do_handshake_on_connect=False
+            )
+            connection.sock = secure
+            secure.do_handshake()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("POST", target, body.encode(), headers)
         return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        if time.monotonic() >= ends:
+            raise TimeoutError(f"no answer within {TIMEOUT_S:g} s") from None
+        raise
     finally:
+        watch.cancel()
         connection.close()
 
 
-def deliver_due(store: Store, *, private: bool) -> None:
-    """Attempt every delivery whose time has come, one after the other."""
-    query = (
-        "SELECT d.*, w.url, w.secret FROM deliveries d JOIN webhooks w ON w.id = d.webhook"
-        " WHERE d.done = 0 AND (d.next_at <= ?1 OR d.next_at > ?1 + ?2) ORDER BY d.seq LIMIT 20"
-    )
-    with store.read() as db:  # later than ever planned: the clock was ahead then
-        due = db.execute(query, (time.time(), max(WAITS_S))).fetchall()
-    for row in due:
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    """End a connection that another thread is reading from."""
+    with suppress(OSError, AttributeError):  # it was closed just now
+        # The plain method also for TLS, whose state the other thread is using.
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+
+class Deliveries:
+    """Threads that deliver events, one for each webhook: a slow receiver delays only its own.
+
+    Args:
+        store: the database.
+        private: allow this machine and its network.
+    """
+
+    def __init__(self, store: Store, *, private: bool) -> None:
+        self._store = store
+        self._private = private
+        self._pool = ThreadPoolExecutor(MAX_SENDERS, thread_name_prefix="webhook")
+        self._busy: dict[str, Future[None]] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """End the threads after a block; what is not delivered by then is later."""
+        try:
+            yield
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def step(self) -> None:
+        """Begin the deliveries whose time has come, at the webhook that has waited longest."""
+        self._busy = {name: found for name, found in self._busy.items() if not found.done()}
+        query = f"SELECT d.webhook {_DUE} GROUP BY d.webhook ORDER BY min(d.next_at)"
+        with self._store.read() as db:
+            names = [row["webhook"] for row in db.execute(query, _when())]
+        for name in names:
+            if name not in self._busy:
+                self._busy[name] = self._pool.submit(self._deliver, name)
+
+    def _deliver(self, webhook: str) -> None:
+        """Attempt what is due at a webhook, until it fails or others are to have the thread."""
+        ends = time.monotonic() + TIMEOUT_S
+        query = f"SELECT d.*, w.url, w.secret {_DUE} AND d.webhook = ? ORDER BY d.seq LIMIT 1"
+        try:
+            while time.monotonic() < ends:
+                with self._store.read() as db:
+                    row = db.execute(query, (*_when(), webhook)).fetchone()
+                if row is None or not self._attempt(row):
+                    return
+        # Such as a full disk: what could not be recorded is due again.
+        except Exception:
+            log.exception("webhook %s: the server failed; it tries again", webhook)
+
+    def _attempt(self, row: sqlite3.Row) -> bool:
+        """Attempt a delivery, and return whether it has arrived."""
         timestamp = now()
         headers = {
             "content-type": "application/json",
@@ -154,26 +220,38 @@ def deliver_due(store: Store, *, private: bool) -> None:
             ),
         }
         try:
-            status = send(row["url"], row["body"], headers, private=private)
+            status = send(row["url"], row["body"], headers, private=self._private)
             delivered = 200 <= status < 300
             problem = None if delivered else f"status {status}"
         except (OSError, http.client.HTTPException, ValueError) as error:
             delivered, problem = False, str(error)
-        _record(store, row, delivered=delivered, problem=problem)
+        self._record(row, delivered=delivered, problem=problem)
+        return delivered
+
+    def _record(self, row: sqlite3.Row, *, delivered: bool, problem: str | None) -> None:
+        attempts = row["attempts"] + 1
+        given_up = not delivered and attempts > len(WAITS_S)
+        if problem:
+            end = "given up" if given_up else "tried again later"
+            log.warning("webhook %s: %s; %s", row["webhook"], problem, end)
+        wait_s = WAITS_S[min(attempts, len(WAITS_S)) - 1]
+        with self._store.write() as db:
+            db.execute(
+                "UPDATE deliveries SET attempts = ?, done = ?, next_at = ? WHERE seq = ?",
+                (attempts, int(delivered or given_up), time.time() + wait_s, row["seq"]),
+            )
 
 
-def _record(store: Store, row: sqlite3.Row, *, delivered: bool, problem: str | None) -> None:
-    attempts = row["attempts"] + 1
-    given_up = not delivered and attempts > len(WAITS_S)
-    if problem:
-        end = "given up" if given_up else "tried again later"
-        log.warning("webhook %s: %s; %s", row["webhook"], problem, end)
-    wait_s = WAITS_S[min(attempts, len(WAITS_S)) - 1]
-    with store.write() as db:
-        db.execute(
-            "UPDATE deliveries SET attempts = ?, done = ?, next_at = ? WHERE seq = ?",
-            (attempts, int(delivered or given_up), time.time() + wait_s, row["seq"]),
-        )
+_DUE = (
+    "FROM deliveries d JOIN webhooks w ON w.id = d.webhook"
+    # Later than ever planned: the clock was ahead then.
+    " WHERE d.done = 0 AND (d.next_at <= ? OR d.next_at > ?)"
+)
+
+
+def _when() -> tuple[float, float]:
+    """Return the values of ``_DUE``."""
+    return time.time(), time.time() + max(WAITS_S)
 
 
 def _check_url(url: str, *, private: bool) -> None:

@@ -19,7 +19,15 @@ from align.report.series import payload
 from align.serve.errors import ServeError, not_found
 from align.serve.live.process import Resumed, stop
 from align.serve.live.samples import search
-from align.serve.live.state import PARTS, Records, all_runs, find_run, stages_of, state_of, versions
+from align.serve.live.state import (
+    PARTS,
+    Records,
+    find_run,
+    newest_runs,
+    stages_of,
+    state_of,
+    versions,
+)
 from align.serve.services import Services
 
 POLL_S = 1.0
@@ -27,7 +35,9 @@ STREAM_S = 600.0
 """Seconds after which a stream of events ends; the browser opens the next one."""
 LOG_BYTES, LOG_LINES = 64 * 1024, 300
 MAX_COMPARED = 8
-GROUPS = tuple(report.GROUPS)
+Page = Annotated[int, Query(ge=0, le=10**6)]
+GROUPS = ("Results", "Training", "Samples", "Data", "Checks", "Reproduce")
+"""Those of the report; the curves of a run that is watched come before its many samples."""
 
 
 def router(services: Services) -> APIRouter:
@@ -76,13 +86,14 @@ class _Live:
 
     # ---- all runs
 
-    def runs(self, request: Request) -> HTMLResponse:
-        """Return the table of the runs."""
-        return self._page(request, "runs.html", states=all_runs(self._runs))
+    def runs(self, request: Request, page: Page = 0) -> HTMLResponse:
+        """Return a page of the table of the runs."""
+        states, more = newest_runs(self._runs, page)
+        return self._page(request, "runs.html", states=states, page=page, more=more)
 
-    def table(self, request: Request) -> HTMLResponse:
-        """Return the rows of the table."""
-        return self._page(request, "table.html", states=all_runs(self._runs))
+    def table(self, request: Request, page: Page = 0) -> HTMLResponse:
+        """Return the rows of a page of the table."""
+        return self._page(request, "table.html", states=newest_runs(self._runs, page)[0])
 
     def compare(
         self, request: Request, run: Annotated[list[str] | None, Query()] = None

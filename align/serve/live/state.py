@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -36,6 +37,8 @@ PARTS = {
 }
 """Parts of a run's page, with the files of its stages that each of them shows."""
 MAX_RECORDS = 8
+PAGE = 50
+"""Runs on a page of their table."""
 RETRIES = 3
 
 
@@ -91,14 +94,22 @@ def find_run(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def all_runs(runs: Path) -> list[RunState]:
-    """Return the state of every run, the one that last changed first."""
+def newest_runs(runs: Path, page: int = 0) -> tuple[list[RunState], bool]:
+    """Return the states of a page of runs, those that last changed first, and if there are more.
+
+    Args:
+        runs: their folder.
+        page: number of the page, from 0.
+    """
     try:
         places = [path for path in runs.iterdir() if not path.name.startswith(".")]
     except OSError:
-        return []
-    found = [state_of(path) for path in places if stages_of(path)]
-    return sorted(found, key=lambda state: state.changed or datetime.min, reverse=True)
+        return [], False
+    found = [(_changed(stages), path) for path in places if (stages := stages_of(path))]
+    found.sort(key=lambda entry: (entry[0] or datetime.min, entry[1]), reverse=True)
+    # The recipe of a run takes a while to read, so only those that are shown are read.
+    shown = found[page * PAGE : (page + 1) * PAGE]
+    return [state_of(path) for _, path in shown], len(found) > (page + 1) * PAGE
 
 
 def stages_of(run_dir: Path) -> list[Path]:
@@ -120,7 +131,7 @@ def state_of(run_dir: Path) -> RunState:
     stages = stages_of(run_dir)
     changed = _changed(stages)
     try:
-        names = list(read_resolved(stages[-1] / RECIPE_FILE).stages)
+        names = _names(stages[-1] / RECIPE_FILE)
     except (AlignError, IndexError) as error:
         return RunState(run_dir.name, "damaged", changed=changed, problem=visible(str(error)))
     done = [name for name in names if (run_dir / name / MANIFEST).is_file()]
@@ -155,6 +166,24 @@ def state_of(run_dir: Path) -> RunState:
         problem=problem or _failed_expectations(run_dir),
         host=host,
     )
+
+
+def _names(recipe: Path) -> tuple[str, ...]:
+    """Return the names of the stages of a resolved recipe; unless it changes, it is read once.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        stat = recipe.stat()
+    except OSError:
+        return tuple(read_resolved(recipe).stages)  # which says why
+    return _read_names(recipe, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _read_names(recipe: Path, *_version: int) -> tuple[str, ...]:
+    return tuple(read_resolved(recipe).stages)
 
 
 def tail_rows(path: Path) -> Iterator[dict[str, Any]]:
