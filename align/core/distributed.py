@@ -310,7 +310,7 @@ def _ask(_signum: int, _frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Stop this stage cleanly on SIGTERM and SIGINT, and when ``align run`` dies.
+    """Stop this stage cleanly on SIGTERM, SIGINT and SIGHUP, and when ``align run`` dies.
 
     During training (``stops_between_steps``) a signal is only recorded; elsewhere it raises
     StoppedNow immediately.
@@ -319,6 +319,8 @@ def install() -> None:
     _installed_by = os.getpid()
     signal.signal(signal.SIGTERM, _ask)
     signal.signal(signal.SIGINT, _ask)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _ask)
     if PARENT in os.environ:
         pid, _, started = os.environ[PARENT].partition(":")
         watched = [(int(pid), started)]

@@ -20,8 +20,9 @@ def path_problem(error: Exception) -> str | None:
 
 def last_words(error: Exception) -> str:
     """Return one line for an unexpected error; its traceback goes to a file."""
-    if isinstance(error, OSError) and (problem := storage_problem(error, Path())) is not None:
-        return visible(f"{error.filename}: {problem}" if error.filename else problem)
+    place = Path(str(getattr(error, "filename", None) or "."))
+    if isinstance(error, OSError) and (problem := storage_problem(error, place)) is not None:
+        return visible(problem)
     # A file keeps the traceback for a report; the terminal gets one line.
     text = "".join(traceback.format_exception(error))
     try:

@@ -130,7 +130,8 @@ def lacking_of_tokenizer(path: str) -> set[str]:
     fast = folder / "tokenizer.json"
     if "pad_token" in lacking and fast.is_file() and json_object(fast).get("padding"):
         lacking.discard("pad_token")
-    templates = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    templates = ("chat_template.jinja", "chat_template.json", "chat_templates")
+    templates += ("additional_chat_templates",)
     has_template = saved.get("chat_template") or any((folder / x).exists() for x in templates)
     return lacking if has_template else lacking | {"chat_template"}
 

@@ -5,11 +5,12 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from align.core.errors import Preempted
+from align.core.errors import AlignError, Preempted
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,6 +102,18 @@ def _waiting_line(folder: Path, needed: int, seconds: float) -> str:
         f"MiB free; needs about {-(-needed // MIB):,} MiB). Free space within {seconds:.0f} s, and "
         "the stage continues. Nothing that was saved is lost"
     )
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of the system that have no path, such as those of failed writes."""
+    try:
+        yield
+    except AlignError:
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def storage_problem(error: BaseException, folder: Path) -> str | None:

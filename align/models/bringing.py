@@ -137,12 +137,12 @@ def load_whole(path: str, *, dtype: str) -> Any:
             model._weight_conversions = names  # else the prefix would be restored on saving
     _check_report(path, report)
     refuse_not_finite(path, model)
-    _settle_ties(path, model)
+    settle_ties(path, model)
     form_of(model)
     return model
 
 
-def _settle_ties(path: str, model: Any) -> None:
+def settle_ties(path: str, model: Any) -> None:
     """Make the configuration say that a head has weights of its own, where it does.
 
     transformers keeps such a head although config.json ties it to the embedding, and vLLM would

@@ -23,7 +23,7 @@ from transformers import (
 from align.core import distributed
 from align.core.artifacts import read_artifact
 from align.core.errors import ArtifactError, TrainingError
-from align.core.references import WEIGHTS, artifact_kind
+from align.core.references import CONFIGS, WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 from align.models.sharding import load_in_shards
 from reward_models.scalar import SCORER_FILE, STOPS
@@ -42,6 +42,8 @@ def bringing_in(path: str) -> Iterator[None]:
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if local and not Path(path).exists():
         raise ArtifactError(f"{path}: no such folder. Correct the path.")
+    if not Path(path).exists():
+        _refuse_unreachable(path)
     try:
         yield
     except OSError as error:
@@ -55,9 +57,72 @@ def bringing_in(path: str) -> Iterator[None]:
         ) from error
 
 
+def _refuse_unreachable(name: str) -> None:
+    """Raise at once if a hub id is in no cache and the hub has no address or refuses connections.
+
+    Its client would try each file again and again, for a minute.
+
+    Raises:
+        ArtifactError: the model cannot be loaded.
+    """
+    import httpx
+    from huggingface_hub import (
+        constants,
+        get_session,
+        is_offline_mode,
+        try_to_load_from_cache,
+    )
+
+    cached = [try_to_load_from_cache(name, file) for file in CONFIGS]
+    if is_offline_mode() or any(isinstance(place, str) for place in cached):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except httpx.ConnectError as error:
+        raise ArtifactError(
+            f"{name}: no such folder, not in the cache ({constants.HF_HUB_CACHE}), and "
+            f"{constants.ENDPOINT} cannot be reached: {error}. Download the model on a machine "
+            "with network access, and use its folder"
+        ) from error
+    except httpx.HTTPError:
+        return  # slow, or an answer that the client knows better how to read
+
+
 def load_tokenizer(model_dir: Path | str) -> Any:
-    """Load the tokenizer saved with a model."""
-    return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+    """Load the tokenizer saved with a model, with the chat template of the folder."""
+    found = AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+    if not found.chat_template:
+        found.chat_template = _template_beside(Path(model_dir))
+    return found
+
+
+def _template_beside(folder: Path) -> str | None:
+    """Return the chat template of a folder that transformers keeps for processors, or None.
+
+    Raises:
+        ArtifactError: the file has no template, or there are several.
+    """
+    file = folder / "chat_template.json"
+    if file.is_file():
+        try:
+            text = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ArtifactError(f"{file}: no chat_template in it: {error}. Remove it.") from error
+        if isinstance(text, str) and text:
+            log.warning("%s: its chat template is used", file)
+            return text
+        raise ArtifactError(f"{file}: chat_template: expected text. Remove the file, or correct it")
+    files = sorted((folder / "chat_templates").glob("*.jinja"))
+    chosen = [f for f in files if f.stem == "default"] or files
+    if len(chosen) > 1:
+        raise ArtifactError(
+            f"{folder / 'chat_templates'}: {', '.join(f.name for f in chosen)}, and none is named "
+            f"default.jinja. Choose one: stages.<base>.tokenizer.chat_template: {chosen[0]}"
+        )
+    for file in chosen:
+        log.warning("%s: its chat template is used", file)
+        return file.read_text(encoding="utf-8")
+    return None
 
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")

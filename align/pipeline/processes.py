@@ -80,8 +80,9 @@ def free_port() -> int:
 
 
 class Signals:
-    """Count SIGINT and SIGTERM during a run instead of their usual effect.
+    """Count SIGINT, SIGTERM and SIGHUP during a run instead of their usual effect.
 
+    A terminal that is closed sends SIGHUP. Where it is ignored, as under nohup, it stays so.
     Outside the main thread Python accepts no handlers; signals keep their effect there.
 
     Attributes:
@@ -96,7 +97,10 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            stops = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                stops.append(signal.SIGHUP)
+            for signum in stops:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions
@@ -32,6 +32,41 @@ PLAIN_SAMPLE = 140
 """Columns of a sampled response where the width is unknown."""
 
 
+class _LastingStream:
+    """A standard output whose loss does not end a run; what is written then goes nowhere.
+
+    That is a pipe that nobody reads, a terminal that was closed, or a file on a full disk. The logs
+    of the stages contain what matters.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        # The stream keeps what it could not write, and would fail again at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 def make_console(*, quiet: bool = False) -> Console:
     """Return the console of a run; where no cursor can move, it writes plain lines.
 
@@ -40,7 +75,9 @@ def make_console(*, quiet: bool = False) -> Console:
     """
     notebook = type(sys.stdout).__module__.startswith("ipykernel")
     moves = not notebook and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
+    lasting = cast("TextIO", _LastingStream(sys.stdout))
     return Console(
+        file=None if notebook else lasting,
         highlight=False,
         soft_wrap=True,
         force_jupyter=False,

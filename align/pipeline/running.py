@@ -29,6 +29,7 @@ from align.core.identity import GONE, check_is_stage_folder
 from align.core.lock import RUN_LOCK, StageLock, refuse_if_held, wait_for_sign
 from align.core.seats import Seat, int_of, seat_of, without_launcher
 from align.core.serving import installed_command, serve_line
+from align.core.storage import naming
 from align.pipeline.first_look import refuse_missing
 from align.pipeline.follow import follow
 from align.pipeline.following import begin_log, end_log, last_messages
@@ -181,7 +182,7 @@ def _run_locked(run: _Run, choice: Choice) -> int:
         refuse_other_number(run.recipe, run.party.seat)
     if run.module == STAGE_MODULE:
         require("align run", *TRAINING)
-    with _locked(run):
+    with naming(run.folder), _locked(run):
         return _run_choice(run, choice)
 
 

@@ -228,6 +228,15 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
                 "earlier turns are rendered differently as a conversation grows. Use one that only "
                 "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
             )
+    if apart := sum(_has_seam(chat, turns) for turns in conversations):
+        return Finding(
+            f"{value}, and {apart} of the prompts do not",
+            "rows that begin with the ids of their prompt",
+            "warn",
+            "a token spans the end of the prompt and the beginning of the response: training sees "
+            "it, but a response is sampled after other tokens. Let the template end the generation "
+            "prompt in a special token or a line break",
+        )
     if header := next(filter(None, (_unprompted(tokenizer, c) for c in conversations)), ""):
         return Finding(
             value,
@@ -246,6 +255,21 @@ def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Findi
             "tokens. Choose a family's template with tokenizer.chat_template",
         )
     return Finding(value, "the same ids")
+
+
+def _has_seam(chat: ChatFormat, turns: Sequence[Turn]) -> bool:
+    """Return whether a row begins with the text of its last prompt, but not with its ids."""
+    place = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if place == 0:
+        return False
+    row = chat.sft_row(Example(prompt=[], completion=list(turns[: place + 1]), source="a row"))
+    ids = chat.prompt_ids(list(turns[:place]))
+    if list(row.input_ids[: len(ids)]) == ids:
+        return False
+    said = [message_of(turn) for turn in turns[: place + 1]]
+    whole = str(render_chat(chat.tokenizer, said, tokenize=False))
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    return whole.startswith(str(render_chat(chat.tokenizer, said[:-1], **asked)))
 
 
 def _unprompted(tokenizer: Any, turns: Sequence[Turn]) -> str:

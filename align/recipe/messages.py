@@ -235,8 +235,12 @@ def _what(
 def _bound(context: Mapping[str, Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     return next(
-        (f"{sign} {context[name]:g}" for name, sign in signs.items() if name in context), ""
+        (f"{sign} {_number(context[name])}" for name, sign in signs.items() if name in context), ""
     )
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _is_number(found: object) -> bool:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from align.core import distributed
+from align.core.errors import ArtifactError
 from align.core.model_folder import is_adapter
 from align.core.types import Example
 from align.data.fit import fit_rows
@@ -38,6 +39,7 @@ from align.models.bringing import (
     load_whole,
     one_line,
     refuse_not_finite,
+    settle_ties,
 )
 from align.models.links import save_model
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
@@ -50,7 +52,7 @@ from align.stages.preflight import base_checks, corpus_checks
 from align.stages.sft import collate, length_of, sft_loss
 from align.training.learner import Learner
 from align.training.offline import OfflineSchedule, OfflineTask, train_offline
-from align.tuning.files import base_of_adapter, merged_onto
+from align.tuning.files import base_of_adapter, merged_onto, rows_of_adapter
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +102,40 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
     model = load_whole(source, dtype=spec.dtype)
     if source != path:
+        _add_rows_of_adapter(model, path)
         model = merged_onto(model, path)
         refuse_not_finite(path, model)
+        settle_ties(path, model)
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
+
+
+def _add_rows_of_adapter(model: PreTrainedModel, path: str) -> None:
+    """Enlarge the embeddings of an adapter's base for the tokens that its training added.
+
+    Raises:
+        ArtifactError: the adapter lacks a part of their rows, or the tokenizer that names them.
+    """
+    found = rows_of_adapter(path)
+    needed = max(found.values())
+    rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if needed <= rows:
+        return
+    lacking = [table for table, number in found.items() if number < needed]
+    if lacking and not (model.config.get_text_config().tie_word_embeddings and len(lacking) == 1):
+        raise ArtifactError(
+            f"{path}: the adapter adds {needed - rows} tokens to its base, but has no rows for "
+            f"them in the {lacking[0]}, so they are lost. Train it with modules_to_save: "
+            "[embed_tokens, lm_head], or trainable_token_indices of both."
+        )
+    if not (Path(path) / TOKENIZER).is_file():
+        raise ArtifactError(
+            f"{path}: the adapter has rows for {needed} tokens, and its base for {rows}, but "
+            f"the folder has no tokenizer that names the new ones. Copy {TOKENIZER} and "
+            "tokenizer.json from its training beside it."
+        )
+    log.warning("%s adds tokens: its base gets %d embeddings instead of %d", path, needed, rows)
+    add_embeddings(model, needed, [])
 
 
 def _build_and_pretrain(

@@ -6,9 +6,12 @@ optional. Otherwise ``model/`` contains the frozen weights, and only both togeth
 """
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from align.core.errors import ArtifactError
@@ -20,6 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+"""Errors of peft about an adapter that does not fit its base, or cannot be merged."""
+_TABLES = {
+    "embeddings": r"\.(embed_tokens|word_embeddings|wte|embed_in)\.",
+    "head": r"\.(lm_head|embed_out)\.",
+}
+_TABLE = re.compile("|".join(_TABLES.values()))
+"""Matches the names of an adapter's tensors that belong to the embeddings or to their head."""
 
 
 def unmerged_adapter(model_dir: Path | str) -> tuple[Path, str] | None:
@@ -107,6 +118,33 @@ def base_of_adapter(folder: Path | str) -> str:
     return name
 
 
+def rows_of_adapter(folder: Path | str) -> dict[str, int]:
+    """Return the rows that an adapter has for the embeddings and for the head of its base.
+
+    Its training may have added tokens. It then contains whole tables, or single rows by number; a
+    table of which it has none is 0.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    given = config.get("trainable_token_indices") or []
+    listed = list(given.values()) if isinstance(given, dict) else [given]
+    single = max((i + 1 for ids in listed for i in ids if isinstance(i, int)), default=0)
+    found = dict.fromkeys(_TABLES, 0)
+    if not (file := Path(folder) / WEIGHTS).is_file():
+        return found
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            for table, pattern in _TABLES.items():
+                if re.search(pattern, name) is None:
+                    continue
+                whole = name.endswith(".weight")
+                num = tensors.get_slice(name).get_shape()[0] if whole else 0
+                num = single if name.endswith(".trainable_tokens_delta") else num
+                found[table] = max(found[table], num)
+    return found
+
+
 def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
     """Return the model with the folder's adapter merged into its weights.
 
@@ -117,11 +155,12 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
         tuned = peft_for(model).PeftModel.from_pretrained(model, str(folder))
         # Loaded again for the report: peft only warns of missing names, and drops unexpected ones.
         report = tuned.load_adapter(str(folder), "default")
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except _PEFT as error:
         told = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error
+    surplus = _without_copies(report.unexpected_keys, Path(folder))
     faults = [
-        ("in its files but not in the model", sorted(report.unexpected_keys)),
+        ("in its files but not in the model", surplus),
         ("missing from its files", sorted(report.missing_keys)),
     ]
     told = [f"{len(names)} weights {what}, such as {names[0]}" for what, names in faults if names]
@@ -131,10 +170,42 @@ def merged_onto(model: "PreTrainedModel", folder: Path | str) -> Any:
             f"base_model_name_or_path in {CONFIG} to the model that it was trained on."
         )
     try:
+        _untie_for_merging(tuned)
         return tuned.merge_and_unload()
-    except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+    except _PEFT as error:
         told = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: cannot be merged onto its base: {told}") from error
+
+
+def _without_copies(surplus: Sequence[str], folder: Path) -> list[str]:
+    """Return the unexpected names in order, without tables that the file has a second time.
+
+    peft writes an enlarged table both as a trained module and as a table, and a tied one both as
+    the embeddings and as their head, and reads one of the two.
+    """
+    from safetensors.torch import load_file
+
+    tables = [name for name in surplus if _TABLE.search(name)]
+    if not tables or not (folder / WEIGHTS).is_file():
+        return sorted(surplus)
+    saved = load_file(folder / WEIGHTS)
+    read = [value for name, value in saved.items() if _TABLE.search(name) and name not in surplus]
+    copies = {n for n in tables if n in saved and any(torch.equal(saved[n], v) for v in read)}
+    return sorted(set(surplus) - copies)
+
+
+def _untie_for_merging(tuned: Any) -> None:
+    """Give a tied head weights of its own if only one of head and embeddings is adapted.
+
+    An adapter changes the outputs of one module, so that merging it into weights that both share
+    would change the other one too.
+    """
+    base = tuned.get_base_model()
+    pair = [base.get_input_embeddings(), base.get_output_embeddings()]
+    own = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in pair if m is not None]
+    adapted = [hasattr(module, "get_base_layer") for module in pair]
+    if len(own) == 2 and adapted[0] != adapted[1] and own[0].weight is own[1].weight:
+        own[1].weight = nn.Parameter(own[1].weight.detach().clone())
 
 
 def adapter_state(model: Any) -> tuple[dict[str, Tensor], Any]:

@@ -75,7 +75,7 @@ def start(mode: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_last_moment_of_a_stage_starts_no_other(signum: int) -> None:
     process = start(MODES["last moment"])
     process.send_signal(signum)

@@ -322,6 +322,32 @@ def test_preflight_compares_ids_and_not_text(monkeypatch: pytest.MonkeyPatch) ->
     assert tokens.template(chat, CONVERSATIONS).verdict == "fail"
 
 
+@pytest.mark.parametrize("shape", ["bare", "chatml", "zephyr", "plain"])
+@pytest.mark.parametrize("name", MADE)
+def test_preflight_counts_prompts_that_end_inside_a_token(name: str, shape: str) -> None:
+    tokenizer = MADE[name]()
+    tokenizer.chat_template = SHAPES[shape][0]
+    chat = ChatFormat(tokenizer)
+    # The tokenizer itself says whether the text of a prompt ends inside a token of the whole.
+    expected = 0
+    for turns in CONVERSATIONS:
+        whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            turns[:-1], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        expected += whole[: len(prompt)] != prompt
+    found = tokens.template(chat, CONVERSATIONS)
+    assert (found.verdict == "warn" and "spans the end" in found.remedy) == (expected > 0)
+    assert expected == 0 or f"and {expected} of the prompts do not" in found.value
+
+
+def test_some_tokenizers_have_such_a_token() -> None:
+    """Else the test above would have nothing to count."""
+    tokenizer = word_level()
+    tokenizer.chat_template = SHAPES["bare"][0]
+    assert tokens.template(ChatFormat(tokenizer), CONVERSATIONS).verdict == "warn"
+
+
 @pytest.mark.skipif("ALIGN_REAL_DATA" not in os.environ, reason="needs ALIGN_REAL_DATA")
 def test_ids_of_a_real_sentencepiece_tokenizer() -> None:
     folder = Path(os.environ["ALIGN_REAL_DATA"]) / "models/stories260K-hd32"

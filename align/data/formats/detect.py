@@ -18,9 +18,10 @@ from align.data.formats.row_keys import (
     check_left_over,
     clean_columns,
     take_extras,
+    without_index,
 )
 from align.data.formats.tools import parsed
-from align.data.formats.turns import guess, is_nothing, parse_turns
+from align.data.formats.turns import guess, is_nothing, is_role, parse_turns, shown
 from align.data.reading.json import Row
 from align.recipe.schema.formats import ALIASES, FORMATS, Kind
 
@@ -88,6 +89,7 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     """
     if isinstance(row, str):
         return "text"
+    _refuse_single_turn(row, source)
     # Any row may have a label beside its text. It is a class only if the stage asks for classes.
     fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
     fits = [n for n in fits if (when := FORMATS[n].when) is None or when(row)]
@@ -112,10 +114,23 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     )
 
 
+def _refuse_single_turn(row: Mapping[str, Any], source: str) -> None:
+    """Raise if a row is one turn of a conversation: read as text, it would be trained alone."""
+    said = next((row[key] for key in ("role", "from") if key in row), None)
+    texts = [key for key in ("content", "text", "value") if isinstance(row.get(key), str)]
+    if is_role(said) and texts:
+        raise DataError(
+            f"{source}: the row is one turn ({shown(said)}), but the turns of a conversation "
+            "belong into one row: {messages: [{role, content}, ...]}. Group them, for example by "
+            "the id of their conversation or of the turn before (map: FILE.py:NAME)",
+            code="D050",
+        )
+
+
 def _near_misses(row: Mapping[str, Any]) -> str:
     known = {field for form in FORMATS.values() for option in form.fields for field in option}
-    strange = [key for key in row if key not in known]
-    return "".join(f"{guess(key, known)} (by '{key}')" for key in strange if guess(key, known))
+    near = {key: guess(key.lower(), known) for key in row if key not in known}
+    return "".join(f"{hint} (by '{key}')" for key, hint in near.items() if hint)
 
 
 def _expected(kind: Kind) -> str:
@@ -154,7 +169,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     """
     name = ALIASES.get(format, format)
     if isinstance(row, dict):
-        row = parse_turns(row, source=source)
+        row = parse_turns(without_index(row, source=source), source=source)
     if name == "auto":
         name = detect(row, kind=kind, source=source)
     form = FORMATS[name]

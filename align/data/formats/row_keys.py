@@ -4,6 +4,7 @@ A key is either used by the row's format or by this module, or it is a column th
 rewards. If it contains text or loss settings that nothing would use, the row is rejected.
 """
 
+import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,13 @@ _SAID = (*ASKED, "completion", "response", "output")
 """Columns that may hold another question or answer than the one that is trained."""
 _READ = ("document", "article", "passage", "passages", "paragraph", "background", "preamble")
 _READ += ("sys", "sys_prompt", "system_instruction", "instruction_system", "persona", "user_input")
+_READ += ("suffix",)  # of rows that fill in the middle
 """Columns that often hold a part of the question; no stage would read it there."""
+_BESIDE_TEXT = ("summary", "summaries", "highlights", "target", "targets", "translation", "reply")
+_BESIDE_TEXT += ("answer", "answers", "solution")
+"""Columns of plain text that often hold what the text is to be answered with."""
+_INDEX = re.compile(r"|Unnamed: \d+(\.\d+)*|__index_level_\d+__")
+"""Names that pandas gives to the numbers of rows, and its readers to columns without a name."""
 _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generation_prompt")
 
 
@@ -66,6 +73,29 @@ class Extras:
 
 
 _NO_EXTRAS = Extras()
+
+
+def without_index(row: Row, *, source: str) -> Row:
+    """Return the row without the row numbers that pandas has written beside the columns.
+
+    Raises:
+        DataError: a column without a name contains something else.
+    """
+    found = [key for key in row if _is_index(key)]
+    for key in found:
+        value = str("" if row[key] is None else row[key]).strip()
+        if value and re.fullmatch(r"\d+(\.0)?", value) is None:
+            raise DataError(
+                f"{source}: a column without a name (read as {key!r}) contains {shown(row[key])}, "
+                "which would be dropped; name it in the first line of the file, or remove it",
+                code="D045",
+            )
+    return {key: value for key, value in row.items() if key not in found} if found else row
+
+
+@cache
+def _is_index(key: str) -> bool:
+    return _INDEX.fullmatch(key) is not None
 
 
 def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> tuple[Row, Extras]:
@@ -262,7 +292,9 @@ def check_left_over(example: Example) -> None:
     Raises:
         DataError: names the column.
     """
-    names = [key for key in example.columns if _plain(key) in (*_SAID, *_READ)]
+    # A paragraph of plain text has no prompt.
+    alone = _BESIDE_TEXT if example.prompt == "" else ()
+    names = [key for key in example.columns if _plain(key) in (*_SAID, *_READ, *alone)]
     if not names:
         return
     sides = (example.prompt, example.completion, example.rejected)
@@ -270,10 +302,14 @@ def check_left_over(example: Example) -> None:
     for key in names:
         for text in _texts(example.columns[key]):
             if " ".join(text.split()) not in there:
+                use = ""
+                if _plain(key) in alone:
+                    use = f"train it as the answer (rename: {{text: prompt, {key}: completion}}), "
                 raise DataError(
                     f"{example.source}: {key}: {shown(text)} would be dropped, since the row's "
-                    "text is taken from other fields; remove it, or pass it to the rewards as a "
-                    f"column by another name (rename: {{{key}: {key}_column}})",
+                    f"text is taken from other fields; {use}remove it, or "
+                    "pass it to the rewards as a column by another name "
+                    f"(rename: {{{key}: {key}_column}})",
                     code="D045",
                 )
 

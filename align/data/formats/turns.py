@@ -154,12 +154,37 @@ def to_turns(value: object, *, field: str, source: str) -> list[Turn]:
         DataError: not a list of turns, an unknown role or key, or a content that is not text.
     """
     if isinstance(value, dict):
-        value = [value]
+        value = _turns_of_columns(value, f"{source}: {field}")
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{source}: {field}: expected a list of turns, found {shown(value)}", code="D050"
         )
     return [_turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)]
+
+
+def _turns_of_columns(value: Row, where: str) -> list[Row]:
+    """Return one turn, or the turns whose keys contain a list each, as tables of lists have them.
+
+    Raises:
+        DataError: the lists differ in length.
+    """
+    if not isinstance(value.get("role", value.get("from")), list):
+        return [value]
+    sizes = {len(v) if isinstance(v, list) else -1 for v in value.values() if v is not None}
+    if len(sizes) > 1 or -1 in sizes:
+        raise DataError(
+            f"{where}: turns as columns ({', '.join(value)}) whose lists differ in length; "
+            "expected one item per turn in each",
+            code="D050",
+        )
+    columns = {key: items for key, items in value.items() if items is not None}
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+
+
+def is_role(value: object) -> bool:
+    """Return whether a value names who says a turn, in any known spelling."""
+    names = {*ROLES, *_MEANT, *_SHAREGPT_ROLES}
+    return isinstance(value, str) and value.lower() in names
 
 
 def _turn(turn: object, where: str) -> Turn:

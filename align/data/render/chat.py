@@ -29,6 +29,7 @@ from align.data.render.templates import (
     family_of,
     needs,
     prefill_in,
+    template_problems,
     template_text,
     with_stop,
 )
@@ -386,11 +387,8 @@ def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSp
                 f"turns end in {family.stop!r}. Remove stop_token or use another template."
             )
         stop = family.stop
-    special: dict[str, Any] = {}
-    if stop is not None:
-        special["eos_token"] = stop
-    if spec.pad_token is not None:
-        special["pad_token"] = spec.pad_token
+    given = {"eos_token": stop, "pad_token": spec.pad_token}
+    special: dict[str, Any] = {name: token for name, token in given.items() if token is not None}
     if special:
         tokenizer.add_special_tokens(special)
     if family.markers:
@@ -411,9 +409,10 @@ def _check_complete(tokenizer: "PreTrainedTokenizerBase") -> None:
     has = {
         "pad_token": tokenizer.pad_token,
         "stop_token": tokenizer.eos_token,
-        "chat_template": tokenizer.chat_template,
+        "chat_template": tokenizer.chat_template or None,
     }
     missing = [f"tokenizer.{key}: {needs(key)}" for key in NEEDED if has[key] is None]
+    missing += template_problems(tokenizer.chat_template)
     if missing:
         raise RecipeError("\n".join(missing))
 

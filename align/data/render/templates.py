@@ -126,6 +126,18 @@ def prefill_in(generation_prompt: str, special: Collection[str]) -> str:
     return ""
 
 
+def template_problems(found: object) -> list[str]:
+    """Return why a tokenizer's template cannot be used: one of several by name, or no text."""
+    if isinstance(found, dict) and "default" not in found:
+        return [
+            f"the tokenizer has the chat templates {', '.join(map(repr, found))}, and none is "
+            "named 'default'. Choose one as a file: tokenizer: {chat_template: FILE.jinja}"
+        ]
+    if found and not isinstance(found, str | dict):
+        return [f"the tokenizer's chat_template is {found!r}; expected a Jinja text"]
+    return []
+
+
 def family_of(name: str | None) -> Family:
     """Return the family of a named template; a file or None has no markers or stop token."""
     return FAMILIES.get(name or "", Family())

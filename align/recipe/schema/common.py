@@ -9,6 +9,8 @@ from reward_models.identity import Added, Aside, Spec
 from reward_models.specs import FUNCTION, Count, Positive, Ref, RewardSpec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+"""Rows of one optimizer step; a typing error would draw rows for hours before the first."""
 
 
 def _as_tuple(value: object) -> Any:

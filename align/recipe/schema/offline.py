@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from align.recipe.algorithms import is_function, known_loss, known_own_loss
 from align.recipe.schema.common import (
+    BatchSize,
     BuildSpec,
     Count,
     DataSpec,
@@ -37,7 +38,7 @@ class OfflineStage(TrainingStage):
     mix_cap: Count | None = None
     """Mix several datasets in proportion to their size, counting at most this many rows of each
     (examples-proportional mixing with a limit, arXiv:1910.10683 section 3.5.2)."""
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     """Rows (pairs) per optimizer step over all ranks."""
     epochs: Positive = 1.0
     """Passes over the training rows."""
@@ -88,7 +89,7 @@ class BaseStage(StageSpec):
     """Texts for the pretraining of ``build``."""
     steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of the pretraining."""
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     """Rows per optimizer step."""
     max_length: Count = 1024
     """Maximum tokens of a row."""
@@ -214,7 +215,7 @@ class KtoStage(OfflineStage):
     """Weight of the loss on good responses."""
     undesirable_weight: Positive = 1.0
     """Weight of the loss on bad responses."""
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=2, le=2**20)] = 32
     """Responses per optimizer step over all ranks; their mean is the loss's reference point."""
 
     @model_validator(mode="after")

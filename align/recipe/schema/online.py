@@ -14,6 +14,7 @@ from align.recipe.algorithms import (
     with_preset,
 )
 from align.recipe.schema.common import (
+    BatchSize,
     ClipSpec,
     Count,
     DataSpec,
@@ -114,7 +115,7 @@ class OnlineStage(TrainingStage):
     """How responses are sampled."""
     steps: Count
     """Number of rollout steps. Each samples responses, scores them and updates the policy."""
-    prompts_per_step: Count = 32
+    prompts_per_step: BatchSize = 32
     """Prompts of each rollout step, over all ranks."""
     minibatches: Count = 1
     """Number of optimizer steps into which the responses of a rollout step are split."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.recipe.schema.common import (
+    BatchSize,
     Count,
     DataSpec,
     Fraction,
@@ -99,7 +100,7 @@ class TrlStage(StageSpec):
     max_contaminated_frac: Fraction = 0.05
     """Maximum fraction of held-out prompts that may appear in the training texts; more is an
     error."""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Rows per optimizer step over all ranks."""
     micro_batch_size: Count = 8
     """Rows per forward-backward pass on one rank."""
