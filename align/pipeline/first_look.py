@@ -88,7 +88,7 @@ def first_look(
             try:
                 look()
             except AlignError as error:
-                found.problems.append(f"{_place(places, at)}{error}")
+                found.problems += [f"{_place(places, at)}{x}" for x in str(error).splitlines()]
         found.warnings += _devices(spec, f"{key}.ranks", num_gpus)
     missing = [name for name in TRAINING if find_spec(name) is None]
     if missing:
@@ -234,7 +234,7 @@ def _refuse_incomplete(spec: TokenizerSpec, lacking: Collection[str]) -> None:
     }
     lacks = {key.replace("eos_token", "stop_token") for key in lacking}
     if missing := [key for key in NEEDED if key in lacks and given[key] is None]:
-        raise RecipeError("; ".join(needs(key) for key in missing))
+        raise RecipeError("\n".join(needs(key) for key in missing))
 
 
 def _look_at_template(name: str, _: FirstLook) -> None:
