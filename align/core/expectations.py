@@ -25,3 +25,11 @@ def expectation(
     low, high = band
     above = low is None or value >= low
     return found | {"value": value, "holds": above and (high is None or value <= high)}
+
+
+def band_text(band: Sequence[float | None]) -> str:
+    """Return a range in words, such as ``at least 0.1``."""
+    low, high = band
+    if low is None:
+        return "any number" if high is None else f"at most {high:g}"
+    return f"at least {low:g}" if high is None else f"{low:g} to {high:g}"

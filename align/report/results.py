@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from align.core.expectations import band_text
 from align.core.text import visible
 from align.core.types import NO_DIFFERENCE
 from align.recipe.schema.evaluate import OWN_TASK
@@ -60,10 +61,11 @@ def expectation_lines(summary: Block, *, limit: int | None = None) -> Iterator[T
         return
     yield Text(f"FAILED: {len(failed)} of {len(found)} expectations do not hold", style="bold red")
     for entry in failed[:limit]:
-        low, high = entry["band"]
         reason = f" ({entry['problem']})" if "problem" in entry else ""
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
-        yield Text(f"  {entry['key']} = {value}, expected in [{low}, {high}]{reason}", style="red")
+        yield Text(
+            f"  {entry['key']} = {value}, expected {band_text(entry['band'])}{reason}", style="red"
+        )
     if limit is not None and len(failed) > limit:
         yield Text(f"  and {len(failed) - limit} more: align show RUN", style="red")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from align.core.expectations import band_text
 from align.pipeline.running import _finish
 from align.pipeline.summary import summarize
 from align.recipe.load import load_recipe, write_resolved
@@ -78,7 +79,7 @@ def test_expectations_of_training_stages_count_like_those_of_evaluations(tmp_pat
     assert "earlier" not in summary
     lines = [str(line) for line in expectation_lines(summary)]
     assert lines[0] == "FAILED: 3 of 5 expectations do not hold"
-    assert "  grpo: reward/mean = 0.4, expected in [0.5, None]" in lines
+    assert "  grpo: reward/mean = 0.4, expected at least 0.5" in lines
 
 
 def test_a_run_without_evaluation_ends_with_the_code_of_its_expectations(tmp_path: Path) -> None:
@@ -99,3 +100,9 @@ def test_a_run_without_evaluation_ends_with_the_code_of_its_expectations(tmp_pat
         (folder / "manifest.json").write_text(json.dumps(known))
         # The stage base is not done: a run that was stopped early counts too.
         assert _finish(recipe, folder.parent, terminal) == code
+
+
+def test_a_range_is_told_in_words():
+    ranges = ((0.1, None), (None, 15.0), (0, 0.25), (None, None))
+    told = [band_text(band) for band in ranges]
+    assert told == ["at least 0.1", "at most 15", "0 to 0.25", "any number"]

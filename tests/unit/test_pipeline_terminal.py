@@ -214,7 +214,7 @@ def test_summary_shows_intervals_and_expectations():
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     assert lines == [
         "FAILED: 1 of 2 expectations do not hold",
-        "x = 0.5, expected in [1, None]",
+        "x = 0.5, expected at least 1",
         "held-out prompts: 40 prompts, 95 % intervals; * differs significantly from sft",
         "model   exact match",
         "─" * 26,

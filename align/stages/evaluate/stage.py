@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.core import distributed
 from align.core.artifacts import Artifact, write_json_atomic
+from align.core.expectations import band_text
 from align.core.log import CARDS_FILE, MetricsLog
 from align.core.types import PromptRow
 from align.data.load import fingerprints
@@ -110,7 +111,7 @@ def evaluate(
         if cards:
             write_json_atomic(context.out / CARDS_FILE, cards)
         for line in summary["expectations"]:
-            log.info("expected %s in %s: %s", line["key"], line["band"], _verdict(line))
+            log.info("%s: %s", line["key"], _verdict(line))
     data = [part for task in spec.all_tasks for part in (task.prompts, task.answers)]
     return StageResult(headline(summary), fingerprints(*data, spec.pairs, spec.sets))
 
@@ -221,7 +222,9 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _verdict(line: Mapping[str, Any]) -> str:
-    return f"{line['value']} {'holds' if line['holds'] else 'DOES NOT HOLD'}"
+    value = "no value" if line["value"] is None else f"{line['value']:.4g}"
+    verdict = "" if line["holds"] else ", which FAILED"
+    return f"{value}, expected {band_text(line['band'])}{verdict}"
 
 
 def _log_model(metrics: MetricsLog, step: int, *, name: str, records: Sequence[Record]) -> None:
