@@ -31,7 +31,8 @@ from tests.serve.running import Running, running
 BASELINES = Path(__file__).parent / "baselines"
 FONTS = {"sans-serif": "DejaVu Sans", "monospace": "Noto Sans Mono"}
 """The fonts of the baselines: with others every line breaks elsewhere."""
-NAMES = ("report", "runs", "run", "labels", "project", "label")
+NAMES = ("report", "runs", "run", "label", "labels", "project")
+"""In this order: the pages of a project change once an item was shown."""
 VIEWS = [(width, scheme) for width in (1400, 768, 390) for scheme in ("light", "dark")]
 SCALE = 4
 """Pixels of the page, in each direction, that are one pixel of a picture."""
