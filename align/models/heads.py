@@ -54,11 +54,8 @@ def scorer_from(
         model = RewardModel.load(model_dir, kind, attn_implementation=attention, backbone=backbone)
         # Keep only the decoder and replace the heads.
         if model.num_heads != num_heads:
-            width, reads, separator = model.head.in_features, model.reads, model.separator
-            model = RewardModel(
-                model.backbone, width, num_heads=num_heads, reads=reads, separator=separator
-            )
-            model.head.to(kind)
+            reading = {"reads": model.reads, "separator": model.separator}
+            model = _with_heads(model.backbone, kind, num_heads=num_heads, **reading)
     else:
         if backbone is None:
             backbone = AutoModel.from_pretrained(
@@ -68,15 +65,21 @@ def scorer_from(
                 quantization_config=quantization,
                 trust_remote_code=False,
             )
-        width = backbone.config.get_text_config().hidden_size
-        model = RewardModel(backbone, width, num_heads=num_heads)
-        model.head.to(kind)  # only the head: rotary buffers must stay float32
+        model = _with_heads(backbone, kind, num_heads=num_heads)
     disable_dropout(model)
     # Decoders read packed rows, which are probed; encoders get padded rows and need no probe.
     if model.reads == "last":
         keep_layout(model)
         settle_decoder(model.backbone)
     return model.train()
+
+
+def _with_heads(backbone: Any, kind: torch.dtype, **settings: Any) -> RewardModel:
+    """Return a scorer with new heads of a dtype on a decoder or encoder."""
+    width = backbone.config.get_text_config().hidden_size
+    model = RewardModel(backbone, width, **settings)
+    model.head.to(kind)  # only the heads: rotary buffers must stay float32
+    return model
 
 
 def scorer_on_encoder(
@@ -128,9 +131,7 @@ def scorer_on_encoder(
     drop_pooler(encoder)
     if getattr(encoder.config, "type_vocab_size", 0) < 2:
         separator = None  # the model has one type, even if its tokenizer has two
-    width = encoder.config.get_text_config().hidden_size
-    model = RewardModel(encoder, width, num_heads=num_heads, reads="first", separator=separator)
-    model.head.to(kind)
+    model = _with_heads(encoder, kind, num_heads=num_heads, reads="first", separator=separator)
     disable_dropout(model)
     lacking = [name for name in missing if not name.startswith("pooler.")]
     return model.train(), sorted(lacking)

@@ -203,31 +203,36 @@ def generation_stops(chat: ChatFormat, stops: frozenset[int]) -> Finding:
     )
 
 
+def _difference(chat: ChatFormat, turns: Sequence[Turn]) -> str:
+    """Return where a conversation's row leaves the ids of apply_chat_template, or ""."""
+    tokenizer: Any = chat.tokenizer
+    row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
+    said = [message_of(turn) for turn in turns]
+    found = render_chat(tokenizer, said, tokenize=True, return_dict=False)
+    # A row ends with the last response; turns after it are not compared.
+    whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
+    # Number of leading ids in common; less than both lengths means a difference.
+    at = num_shared(whole, row.input_ids)
+    if at == max(len(whole), len(row.input_ids)):
+        return ""
+    one, other = (tokenizer.decode(list(ids)[at : at + 8]) for ids in (whole, row.input_ids))
+    return f"token {at}: whole {one!r}, as trained {other!r}"
+
+
 def template(chat: ChatFormat, conversations: Sequence[Sequence[Turn]]) -> Finding:
     """Compare rows with the ids that ``apply_chat_template`` returns for the whole conversation."""
     if not conversations:
         return Finding("no conversation among the rows: no template is applied")
     tokenizer: Any = chat.tokenizer
     value = f"{len(conversations)} conversations have the ids of apply_chat_template"
-    for turns in conversations:
-        row = chat.sft_row(Example(prompt=[], completion=list(turns), source="a conversation"))
-        said = [message_of(turn) for turn in turns]
-        found = render_chat(tokenizer, said, tokenize=True, return_dict=False)
-        # A row ends with the last response; turns after it are not compared.
-        whole = found if turns[-1]["role"] == "assistant" else found[: len(row.input_ids)]
-        # Number of leading ids in common; less than both lengths means a difference.
-        at = num_shared(whole, row.input_ids)
-        if at < max(len(whole), len(row.input_ids)):
-            one, other = (
-                tokenizer.decode(list(ids)[at : at + 8]) for ids in (whole, row.input_ids)
-            )
-            return Finding(
-                f"token {at}: whole {one!r}, as trained {other!r}",
-                "the same ids",
-                "fail",
-                "earlier turns are rendered differently as a conversation grows. Use one that only "
-                "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
-            )
+    if difference := next(filter(None, (_difference(chat, c) for c in conversations)), ""):
+        return Finding(
+            difference,
+            "the same ids",
+            "fail",
+            "earlier turns are rendered differently as a conversation grows. Use one that only "
+            "appends: stages.<base>.tokenizer.chat_template: plain, chatml or a family's",
+        )
     if apart := sum(_has_seam(chat, turns) for turns in conversations):
         return Finding(
             f"{value}, and {apart} of the prompts do not",

@@ -3,6 +3,7 @@
 import json
 import secrets
 import sqlite3
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -212,27 +213,7 @@ def add_jobs(routes: APIRouter, api: Api) -> None:
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> dict[str, Any]:
-        where: dict[str, Any] = {"owner": person.id}
-        asked = request.query_params
-        if (pairs := asked.get("metadata")) not in (None, "null", ""):
-            raise ServeError(
-                400,
-                f"metadata: found {pairs[:100]!r}; expected metadata[KEY]=VALUE, or null for jobs "
-                "without any",
-                param="metadata",
-            )
-        if pairs is not None:
-            where["json_extract(request, '$.metadata') IS NULL AND ?"] = 1
-        for i, (name, value) in enumerate(asked.items()):
-            if name.startswith("metadata[") and name.endswith("]"):
-                pair = json.dumps([name[9:-1], value])
-                # The key is compared as a value: it is not part of the query. The number keeps
-                # several conditions apart.
-                condition = (
-                    f"{i} = {i} AND EXISTS (SELECT 1 FROM json_each(request, '$.metadata') m"
-                    " WHERE json_array(m.key, m.value) = json(?))"
-                )
-                where[condition] = pair
+        where = {"owner": person.id, **_with_metadata(request.query_params)}
         with api.store.read() as db:
             return list_page(db, "jobs", job_object, where=where, after=after, limit=limit)
 
@@ -314,3 +295,31 @@ def add_details(routes: APIRouter, api: Api) -> None:
             return list_page(
                 db, "checkpoints", _checkpoint_object, where=where, after=after, limit=limit
             )
+
+
+def _with_metadata(asked: Mapping[str, str]) -> dict[str, Any]:
+    """Return the conditions on jobs, and their values, that a query sets on metadata.
+
+    Raises:
+        ServeError: ``metadata`` has a value of its own.
+    """
+    where: dict[str, Any] = {}
+    if (pairs := asked.get("metadata")) not in (None, "null", ""):
+        raise ServeError(
+            400,
+            f"metadata: found {pairs[:100]!r}; expected metadata[KEY]=VALUE, or null for jobs "
+            "without any",
+            param="metadata",
+        )
+    if pairs is not None:
+        where["json_extract(request, '$.metadata') IS NULL AND ?"] = 1
+    for i, (name, value) in enumerate(asked.items()):
+        if name.startswith("metadata[") and name.endswith("]"):
+            # The key is compared as a value: it is not part of the query. The number keeps
+            # several conditions apart.
+            condition = (
+                f"{i} = {i} AND EXISTS (SELECT 1 FROM json_each(request, '$.metadata') m"
+                " WHERE json_array(m.key, m.value) = json(?))"
+            )
+            where[condition] = json.dumps([name[9:-1], value])
+    return where

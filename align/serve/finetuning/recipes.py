@@ -98,16 +98,21 @@ def job_recipe(
         stage["sampling"] = {"max_new_tokens": min(MAX_NEW_TOKENS, stage["max_length"] // 2)}
     else:
         stage |= _offline(kind, chosen, files, rows=rows)
-    recipe: dict[str, Any] = {
+    return {
         "name": name,
         "description": description,
         "seed": seed,
         "stages": {"base": {"kind": "base", "path": base}, STAGE: stage},
+        **_sinks(integrations),
     }
-    if integrations:
-        wandb = integrations[0]["wandb"]
-        recipe["sinks"] = {"wandb": True, "project": wandb["project"], "tags": wandb["tags"]}
-    return recipe
+
+
+def _sinks(integrations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the recipe's block of trackers, if any."""
+    if not integrations:
+        return {}
+    wandb = integrations[0]["wandb"]
+    return {"sinks": {"wandb": True, "project": wandb["project"], "tags": wandb["tags"]}}
 
 
 def _saving(steps: int, *, per_epoch: int) -> dict[str, Any]:

@@ -136,14 +136,19 @@ def add_uploads(routes: APIRouter, api: Api) -> None:
 
     @routes.post("/uploads/{name}/cancel")
     def cancel(name: str, person: Annotated[Person, me]) -> dict[str, Any]:
-        with api.store.write() as db:
+        return _cancel(api, person, name)
+
+
+def _cancel(api: Api, person: Person, name: str) -> dict[str, Any]:
+    """Cancel an upload and return it."""
+    with api.store.write() as db:
+        row = owned(db, "uploads", person, name=name)
+        if row["status"] != "cancelled":  # a retry finds its work done
+            _pending(db, person, name)
+            db.execute("UPDATE uploads SET status = ? WHERE id = ?", ("cancelled", name))
             row = owned(db, "uploads", person, name=name)
-            if row["status"] != "cancelled":  # a retry finds its work done
-                _pending(db, person, name)
-                db.execute("UPDATE uploads SET status = ? WHERE id = ?", ("cancelled", name))
-                row = owned(db, "uploads", person, name=name)
-        _forget_parts(api, name)
-        return _upload_object(row)
+    _forget_parts(api, name)
+    return _upload_object(row)
 
 
 def _complete(api: Api, person: Person, *, name: str, asked: CompleteRequest) -> dict[str, Any]:
