@@ -37,11 +37,13 @@ class Case:
 
 SCALES = {"std": "group", "none": "none", "batch": "batch"}
 """Names of `scale` here and of `scale_rewards` there."""
-BATCH_STD = "divides by the std of the centered scores (2501.03262); TRL by that of the raw scores"
+BATCH_STD = (
+    "align divides by the std of the centered scores (2501.03262), TRL by that of the raw scores"
+)
 CLIP = {"low": 0.1, "high": 0.15}
 GSPO_CLIP = {"low": 0.02, "high": 0.03}
 CISPO_CLIP = {"low": 1.0, "high": 0.1}
-PER_MICRO_BATCH = "the mean is over the step; TRL takes the mean of micro-batch means"
+PER_MICRO_BATCH = "align takes the mean over the step, TRL the mean of micro-batch means"
 
 # TRL's loss_type and importance_sampling_level, what is the same here, and whether its denominator
 # is one of the whole step (empty) or of a micro-batch.
@@ -118,7 +120,8 @@ def _kl() -> list[Case]:
             "grpo",
             {"kl": {**plain, "corrected": True}, **gspo},
             {"beta": 0.1, "use_bias_correction_kl": True, **sequence},
-            differs="weights the KL of a token by its own ratio; TRL by that of the response",
+            differs="align weights the KL of a token by the token's own ratio, TRL by that of the "
+            "response",
         ),
     ]
 
@@ -157,30 +160,30 @@ def _online_edges() -> list[Case]:
             {"clip": CLIP},
             _clip(),
             unscored=1,
-            differs="a response without a score counts in no denominator; TRL trains its tokens "
-            "with advantage 0",
+            differs="align leaves a response without a score out of every denominator; TRL trains "
+            "its tokens with advantage 0",
         ),
         Case(
             "grpo",
             {"clip": CLIP, "truncation": "mask"},
             _clip(mask_truncated_completions=True),
             cut=1,
-            differs="a masked response is not in its group's mean and std; TRL leaves it there",
+            differs="align leaves a masked response out of its group's mean and std; TRL keeps it",
         ),
         Case(
             "rloo",
             {"algorithm": "rloo", "kl": {"coef": 0.1, "place": "reward", "estimator": "k1"}},
             {"beta": 0.1, "epsilon": 0.2},
             on_policy=True,
-            differs="the ratio is that of a token, TRL's that of the response: on policy the same "
-            "gradient, another loss",
+            differs="align uses the ratio of each token, TRL that of the response; on policy the "
+            "gradient is the same but the loss is not",
         ),
     ]
 
 
 def _preferences() -> list[Case]:
     sums = (
-        "TRL takes the mean over the chosen tokens of the batch; here over those of each response"
+        "align averages over the chosen tokens of each response, TRL over those of the whole batch"
     )
     return [
         Case("dpo", {"loss": "sigmoid"}, {"loss_type": ["sigmoid"]}),
@@ -215,13 +218,14 @@ def _preferences() -> list[Case]:
             "orpo",
             {"loss": "orpo", "beta": 0.3},
             {"beta": 0.3},
-            differs="the likelihood of the response; TRL's of prompt and response, over all tokens",
+            differs="align uses the likelihood of the response; TRL that of prompt and response, "
+            "averaged over all tokens",
         ),
         Case(
             "kto",
             {"desirable_weight": 1.2, "undesirable_weight": 0.7},
             {"desirable_weight": 1.2, "undesirable_weight": 0.7},
-            splits="the reference point is that of the step; TRL's that of the micro-batch",
+            splits="align computes the reference point over the step, TRL over the micro-batch",
         ),
         Case("reward", {"center_coef": 0.0}, {}),
         Case("reward", {"center_coef": 0.01}, {"center_rewards_coefficient": 0.01}),

@@ -66,7 +66,7 @@ def test_the_reward_and_the_map_do_what_the_page_says(folder: Path):
     found = reward(prompts=["?", "?"], completions=["It is 4", "It is 5"], answer=["4", "4"])
     assert found == [1.0, 0.0]
     (folder / "rows.jsonl").write_text(
-        '{"frage": "a", "antwort": "b"}\n{"frage": "c", "antwort": ""}\n'
+        '{"customer_text": "a", "agent_text": "b"}\n{"customer_text": "c", "agent_text": ""}\n'
     )
     spec = DataSpec(path=f"{folder}/rows.jsonl", map=f"{folder}/my.py:to_messages")
     (example,) = load_examples([spec], kind="sft", seed=0)

@@ -64,7 +64,11 @@ def set_grpo(draft: Draft, keys: Keys, *, rows: int, beta: float = 0.0, rloo: bo
     if keys.number("temperature", 1.0) != 1.0:
         sampling["temperature"] = float(keys.number("temperature"))
     if keys.number("top_p", 1.0) != 1.0:
-        keys.note("top_p", "below 1 another distribution than the policy is sampled", lost=True)
+        keys.note(
+            "top_p",
+            "a value below 1 samples from another distribution than the policy's",
+            lost=True,
+        )
     if keys.has("use_vllm"):
         sampling["engine"] = "auto" if keys.flag("use_vllm") else "hf"
     memory = keys.number("vllm_gpu_memory_utilization")

@@ -42,9 +42,10 @@ EQUIVALENTS = {
     "eval_strategy, eval_steps": "`eval_every`",
     "deepspeed, fsdp": "`zero`",
     "report_to, seed, output_dir": "`sinks`, `seed`, `name`",
-    "beta, loss_type, label_smoothing, ld_alpha, rpo_alpha, simpo_gamma": "the same in dpo: "
-    "`nll_coef` for rpo_alpha, `gamma` for simpo_gamma",
-    "desirable_weight, undesirable_weight": "the same in kto",
+    "beta, loss_type, label_smoothing, ld_alpha, rpo_alpha, simpo_gamma": (
+        "the same keys in dpo; rpo_alpha becomes `nll_coef`, simpo_gamma becomes `gamma`"
+    ),
+    "desirable_weight, undesirable_weight": "the same keys in kto",
     "center_rewards_coefficient": "`center_coef` in reward",
     "num_generations, generation_batch_size, steps_per_generation, num_iterations": (
         "`group_size`, `prompts_per_step`, `minibatches`, `update_epochs`"
@@ -54,27 +55,33 @@ EQUIVALENTS = {
     ),
     "max_completion_length, max_prompt_length, temperature, use_vllm": "`sampling`, `max_length`",
     "mask_truncated_completions": "`truncation: mask`",
-    "reward_funcs, reward_weights": "`rewards`: accuracy as math, format as format, TRL's other "
-    "functions and `module.function` as python",
+    "reward_funcs, reward_weights": (
+        "`rewards`: accuracy becomes math, format becomes format, TRL's other functions and "
+        "`module.function` become python"
+    ),
     "sft_model_path, reward_model_path, kl_coef, cliprange, gamma, lam, num_ppo_epochs, "
     "num_mini_batches, response_length": "the keys of ppo (TRL before 1.0)",
 }
-_KERNEL = "- a kernel; the result is the same"
-_WHERE = "- the engine runs inside of the stage, or is set in 'sampling'"
+_KERNEL = "- selects a kernel; the result is the same"
+_WHERE = "- the engine runs inside the stage; its settings are in 'sampling'"
 REASONS = {
-    "model_revision": "a base stage reads the newest revision; download another one and name its "
-    "folder",
-    "model_init_kwargs": "set what it asks for in the base stage",
+    "model_revision": (
+        "a base stage loads the newest revision; to use another one, download it and name its "
+        "folder"
+    ),
+    "model_init_kwargs": "set the corresponding keys in the base stage",
     "trust_remote_code": "align never runs a model's own Python code",
-    "attn_implementation": "- the attention kernel is chosen by align; the result is the same",
-    "use_flash_attention_2": "- the attention kernel is chosen by align; the result is the same",
+    "attn_implementation": "- align chooses the attention kernel; the result is the same",
+    "use_flash_attention_2": "- align chooses the attention kernel; the result is the same",
     "load_in_8bit": "align has no 8-bit weights; they keep their dtype (tuning.method: qlora has "
     "4 bits)",
-    "load_in_4bit": "only with use_peft",
+    "load_in_4bit": "supported only with use_peft",
     "bnb_4bit_*": "- qlora uses doubly quantized NF4",
     "use_bnb_nested_quant": "- qlora uses doubly quantized NF4",
-    "lora_modules_to_save": "embeddings and head are not trained in full beside an adapter",
-    "lora_task_type": "- follows from the kind of the stage",
+    "lora_modules_to_save": (
+        "align does not fully train embeddings and head together with an adapter"
+    ),
+    "lora_task_type": "- the kind of the stage determines it",
     "packing": "- rows are packed without padding in every stage",
     "packing_strategy": "- rows are packed without padding in every stage",
     "eval_packing": "- rows are packed without padding in every stage",
@@ -82,23 +89,31 @@ REASONS = {
     "pad_to_multiple_of": "- rows are packed without padding in every stage",
     "assistant_only_loss": "- sft trains on the assistant turns",
     "completion_only_loss": "- sft trains on the response",
-    "dataset_kwargs": "- the chat template alone decides on special tokens",
-    "dataset_num_proc": "- the number of worker processes is chosen by align",
-    "preprocessing_num_workers": "- the number of worker processes is chosen by align",
+    "dataset_kwargs": "- the chat template alone determines the special tokens",
+    "dataset_num_proc": "- align chooses the number of worker processes",
+    "preprocessing_num_workers": "- align chooses the number of worker processes",
     "num_processes": "write ranks in the stage",
-    "dataset_streaming": "align reads files completely",
+    "dataset_streaming": "align always reads files completely",
     "shuffle_dataset": "- rows are shuffled in every epoch",
     "train_sampling_strategy": "- rows are shuffled in every epoch",
-    "truncation_mode": "align drops rows beyond max_length and counts them; it cuts none",
-    "max_prompt_length": "align drops rows beyond max_length and counts them; it cuts none",
-    "max_completion_length": "align drops rows beyond max_length and counts them; it cuts none",
+    "truncation_mode": (
+        "align drops and counts rows longer than max_length; it cuts only the prompts of pairs"
+    ),
+    "max_prompt_length": (
+        "align drops and counts rows longer than max_length; it cuts only the prompts of pairs"
+    ),
+    "max_completion_length": (
+        "align drops and counts rows longer than max_length; it cuts only the prompts of pairs"
+    ),
     "system_prompt": "align adds no system turn; put it into the rows or the chat template",
-    "precompute_ref_*": "- the same values without a pass of its own",
+    "precompute_ref_*": (
+        "- align always computes the reference's log-probabilities before the first step"
+    ),
     "disable_dropout": "- dropout is off unless keep.dropout is set",
-    "sync_ref_model": "the reference stays as it is",
-    "ref_model_*": "the reference stays as it is",
-    "f_divergence_type": "align has the reverse KL only",
-    "f_alpha_divergence_coef": "align has the reverse KL only",
+    "sync_ref_model": "align's reference policy does not change during training",
+    "ref_model_*": "align's reference policy does not change during training",
+    "f_divergence_type": "align supports only the reverse KL",
+    "f_alpha_divergence_coef": "align supports only the reverse KL",
     "reference_free": "use loss: simpo or orpo",
     "use_weighting": "align has no weighted DPO",
     "loss_weights": "write nll_coef",
@@ -107,37 +122,37 @@ REASONS = {
     "activation_offloading": _KERNEL,
     "torch_compile*": _KERNEL,
     "gradient_checkpointing_kwargs": _KERNEL,
-    "tf32": "- a precision of GPU products, chosen by torch",
-    "neftune_noise_alpha": "align has no noise on embeddings",
+    "tf32": "- torch chooses the precision of matrix products on a GPU",
+    "neftune_noise_alpha": "align does not add noise to embeddings",
     "router_aux_loss_coef": "align has no router loss",
-    "per_device_eval_batch_size": "- follows from micro_tokens",
-    "do_eval": "- follows from heldout and eval_every",
-    "eval_on_start": "- there is an evaluation before the first step",
-    "eval_accumulation_steps": "- follows from micro_tokens",
-    "hub_*": "- uploading is a command of its own",
-    "push_to_hub*": "- uploading is a command of its own",
+    "per_device_eval_batch_size": "- micro_tokens determines it",
+    "do_eval": "- heldout and eval_every determine it",
+    "eval_on_start": "- align always evaluates before the first step",
+    "eval_accumulation_steps": "- micro_tokens determines it",
+    "hub_*": "- uploading is a separate command: align push",
+    "push_to_hub*": "- uploading is a separate command: align push",
     "log*": "- every step is logged",
     "num_completions_to_print": "- samples are logged",
     "wandb_*": "- the tracker's own settings come from its environment variables",
-    "run_name": "- the name of the run is 'name'",
+    "run_name": "- the key 'name' names the run",
     "overwrite_output_dir": "- align never overwrites a finished stage without --force",
     "resume_from_checkpoint": "- the same command resumes",
     "remove_unused_columns": "- a reward gets all columns of a row",
-    "disable_tqdm": "- progress is shown on a terminal",
-    "dataloader_*": "- loading of the data",
-    "ddp_*": "- the launcher is DeepSpeed's",
+    "disable_tqdm": "- progress bars are shown only on a terminal",
+    "dataloader_*": "- affects only the loading of the data",
+    "ddp_*": "- align uses DeepSpeed's launcher",
     "load_best_model_at_end": "- early stopping keeps the best weights",
     "save_only_model": "- a checkpoint is always complete",
-    "save_safetensors": "- always safetensors",
-    "callbacks": "align runs no callbacks",
+    "save_safetensors": "- weights are always saved as safetensors",
+    "callbacks": "align does not run callbacks",
     "benchmarks": "use a stage of kind evaluate",
     "vllm_importance_sampling_*": "write importance: {mode, level, cap}",
     "vllm_*": _WHERE,
-    "top_k": "sampling from fewer tokens is another distribution than the policy",
-    "min_p": "sampling from fewer tokens is another distribution than the policy",
-    "repetition_penalty": "another distribution than the policy",
-    "generation_kwargs": "write sampling",
-    "normalize_advantages": "align's rloo has advantages without a scale",
+    "top_k": "samples from another distribution than the policy's",
+    "min_p": "samples from another distribution than the policy's",
+    "repetition_penalty": "samples from another distribution than the policy's",
+    "generation_kwargs": "write these settings in sampling",
+    "normalize_advantages": "align's rloo does not scale advantages",
     "reward_clip_range": "align does not clip the sum of the rewards",
     "cosine_*": "a setting of open-r1's own reward functions",
     "repetition_*": "a setting of open-r1's own reward functions",
@@ -148,7 +163,9 @@ REASONS = {
     "vf_coef": "the critic has its own optimizer: critic.optim",
     "cliprange_value": "write critic.clip",
     "whiten_rewards": "write whiten_rewards",
-    "missing_eos_penalty": "write truncated_score, which replaces the score; TRL subtracts",
+    "missing_eos_penalty": (
+        "write truncated_score, which replaces the score; TRL subtracts its penalty"
+    ),
     "stop_token": "- the tokenizer's stop token ends a response",
     "auto_find_batch_size": "write micro_tokens",
 }
@@ -386,6 +403,6 @@ def _set_ppo(draft: Draft) -> None:
     model = keys.text("reward_model_path")
     if model:
         stage["rewards"] = [{"kind": "scalar", "model": model}]
-        keys.note("reward_model_path", "must be a reward model that align trained", lost=True)
+        keys.note("reward_model_path", "the reward model must be one that align trained", lost=True)
     else:
         stage["rewards"] = rewards_of(keys)
