@@ -191,7 +191,7 @@ def run_setup(setup: Setup, faults: tuple[Fault, ...], pushes: int) -> tuple[dic
 
 
 def false_alarms(engine: Any, policy: Policy, pushes: int) -> int:
-    """Count the errors of right pushes."""
+    """Count the errors of valid pushes."""
     alarms = 0
     for i in range(pushes):
         policy.step(10_000 + i)
@@ -234,7 +234,7 @@ def table(pushes: int) -> str:
         whole += "no" not in marks and any(marks)
         lines.append(f"| {fault.name} | {' | '.join(marks)} |")
     lines.append(
-        f"| false alarms in {pushes} right pushes | "
+        f"| false alarms in {pushes} valid pushes | "
         + " | ".join(str(alarms) for _, alarms in columns.values())
         + " |"
     )
@@ -243,7 +243,7 @@ def table(pushes: int) -> str:
 
 def costs(model_dir: Path, pushes: int) -> Iterator[str]:
     """Yield, for each engine and number format, false alarms and seconds on a real model."""
-    yield "| engine | right pushes | false alarms | push s | without checksums s | log-probs s |"
+    yield "| engine | valid pushes | false alarms | push s | without checksums s | log-probs s |"
     yield "|---|---|---|---|---|---|"
     for setup in SETUPS[:4]:
         policy, engine = Policy(model_dir, setup), start(model_dir, setup)
@@ -295,8 +295,8 @@ def no_checksums() -> Iterator[None]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pushes", type=int, default=50, help="right pushes of each set-up")
-    parser.add_argument("--model", type=Path, help="a model folder: measure right pushes on it")
+    parser.add_argument("--pushes", type=int, default=50, help="valid pushes of each set-up")
+    parser.add_argument("--model", type=Path, help="a model folder: measure valid pushes on it")
     args = parser.parse_args()
     if args.model is None:
         sys.stdout.write(table(args.pushes) + "\n")

@@ -168,7 +168,7 @@ def run(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     force: Annotated[
-        bool, typer.Option("--force", help="rerun changed (and named) stages and all later ones")
+        bool, typer.Option("--force", help="rerun changed or named stages, and all later ones")
     ] = False,
     only: Annotated[
         str | None, typer.Option("--only", metavar="A,B", help="run these stages only")
@@ -180,11 +180,14 @@ def run(
         str | None, typer.Option("--until", metavar="STAGE", help="end after this stage")
     ] = None,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="show what would run; start and write nothing")
+        bool,
+        typer.Option("--dry-run", help="show what would run, without starting or writing anything"),
     ] = False,
     grace: Annotated[
         float,
-        typer.Option("--grace", metavar="S", min=1.0, help="seconds to save after a signal"),
+        typer.Option(
+            "--grace", metavar="S", min=1.0, help="seconds that stages have to save after a signal"
+        ),
     ] = 120.0,
     hostfile: Annotated[
         Path | None,
@@ -227,7 +230,7 @@ def plan(
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Predict peak memory and disk space of each training stage; exit 2 if one does not fit."""
+    """Predict memory and disk space of each training stage; exit code 2 if one does not fit."""
     from align.pipeline.processes import run_tool
 
     options = ["--runs", str(runs), *(word for text in overrides or () for word in ("--set", text))]
@@ -278,9 +281,11 @@ def report(
 @cli.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="sampling temperature; 0 is greedy")
+    ] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens per response")] = 256,
-    seed: Annotated[int, typer.Option(help="random seed of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed for sampling")] = 0,
     runs: Runs = Path("runs"),
 ) -> None:
     """Chat with a model; /reset starts a new conversation, /quit exits."""
@@ -311,7 +316,7 @@ def serve_reward(
 @cli.command()
 def doctor(
     report: Annotated[
-        bool, typer.Option("--report", help="also write align-report.txt for a bug report")
+        bool, typer.Option("--report", help="also write align-report.txt, for bug reports")
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:

@@ -219,7 +219,7 @@ def explain(
         typer.Argument(metavar="NAME", help="such as D070 or kl/reference (default: all codes)"),
     ] = None,
 ) -> None:
-    """Explain a finding of the data check, or a metric: meaning, unit, and how to fix it."""
+    """Explain a finding of the data check (cause and fix) or a metric (unit and meaning)."""
     from align.core.metrics import described, metrics, page
     from align.data.check.findings import code_of, codes
 
@@ -259,7 +259,7 @@ def show(
         Path | None, typer.Option(metavar="FILE", help="also write an HTML fragment")
     ] = None,
 ) -> None:
-    """Show rows token by token: trained, masked or stop (brackets mark trained without color)."""
+    """Show rows token by token: trained, masked or stop (without color, brackets mark trained)."""
     from rich.console import Console
 
     from align.data.check.others import examples_of
@@ -315,7 +315,7 @@ def convert(
     columns: Annotated[bool, typer.Option(help="keep the other fields of the rows")] = True,
     seed: Annotated[int, typer.Option(help="random seed of the mixture")] = 0,
 ) -> None:
-    """Convert data to another format, with mixing and a train/held-out split by prompt hash."""
+    """Convert data to another format, mix files, and split off held-out rows by prompt hash."""
     from align.data.convert import WRITERS, convert_sides
     from align.recipe.schema import DataSpec
 

@@ -33,7 +33,8 @@ Judge = Annotated[
 ]
 JudgeModel = Annotated[str | None, typer.Option(metavar="NAME", help="model at the judge's URL")]
 Detect = Annotated[
-    float | None, typer.Option(min=1e-6, help="print how many prompts detect this difference")
+    float | None,
+    typer.Option(min=1e-6, help="print how many prompts are needed to detect this difference"),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the results")]
 Engine = Annotated[str, typer.Option(help="auto, vllm or hf")]
@@ -123,7 +124,11 @@ def calibrate(
     rows: Annotated[int | None, typer.Option(min=2, help="pairs to judge (default: all)")] = None,
     heldout_frac: Annotated[
         float | None,
-        typer.Option(min=1e-6, max=1.0, help="only the held-out fraction of a recipe's split"),
+        typer.Option(
+            min=1e-6,
+            max=1.0,
+            help="judge only held-out rows, split as in a recipe with this heldout_frac",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write")] = Path(
         "runs/calibration.json"

@@ -41,15 +41,18 @@ def export(
         str | None, typer.Option(help="name of an adapter's base model, such as a hub id")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="rows with prompts to compare on")
+        Path | None,
+        typer.Option(metavar="FILE", help="rows whose prompts are used for the comparison"),
     ] = None,
     verify: Annotated[
         Verify,
-        typer.Option(help="what must load the same model; auto: also vLLM or llama.cpp if it can"),
+        typer.Option(
+            help="what loads the export and must agree; auto: also vLLM or llama.cpp if possible"
+        ),
     ] = Verify.AUTO,
     force: Annotated[
         bool,
-        typer.Option("--force", help="replace an earlier export in OUT that nobody has edited"),
+        typer.Option("--force", help="replace an earlier, unedited export in OUT"),
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -75,7 +78,7 @@ def push(
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="default: main")] = None,
     message: Annotated[str, typer.Option(help="commit message")] = "Upload by align push",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list the files and sizes, and upload nothing")
+        bool, typer.Option("--dry-run", help="list the files with their sizes, and upload nothing")
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:

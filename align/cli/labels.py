@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from align.serve.labels.tables import Project
     from align.serve.store import Store
 
-labels = typer.Typer(help="Preference labels by people (docs/labels.md).", no_args_is_help=True)
+labels = typer.Typer(
+    help="Collect preference labels from people (docs/labels.md).", no_args_is_help=True
+)
 NOTHING = "no labeling project in it. Make one with: align labels import NAME FILE"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the labeling project")]
 File = Annotated[
@@ -27,7 +29,7 @@ File = Annotated[
 Samples = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="RUN/STAGE[:MODEL]", help="instead of a file, samples of a run; give 1 or 2"
+        metavar="RUN/STAGE[:MODEL]", help="samples of a run instead of a file; give one or two"
     ),
 ]
 Scores = Annotated[
@@ -97,7 +99,7 @@ def import_(
     ] = False,
     kind: Annotated[
         Literal["pairwise", "thumbs", "steps"] | None,
-        typer.Option(help="of a new project (default: pairwise)"),
+        typer.Option(help="kind of a new project (default: pairwise)"),
     ] = None,
     queue: Annotated[
         Literal["random", "margin", "ensemble"] | None,

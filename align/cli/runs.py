@@ -101,7 +101,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="keep showing new lines until Ctrl+C")
     ] = False,
 ) -> None:
-    """Show the end of a stage's log; for a run, that of the stage that began last."""
+    """Show the end of a stage's log; for a run, the log of the stage that started last."""
     stage = run_dir if (run_dir / "log.txt").is_file() else next(reversed(_stages(run_dir)), None)
     path = None if stage is None else stage / "log.txt"
     if path is None or not path.is_file():
@@ -124,7 +124,7 @@ def _lines(path: Path, *, follow: bool) -> Iterator[str]:
 
 
 def open_(run_dir: RunFolder) -> None:
-    """Open a run's report in the browser; without one, print its path."""
+    """Open a run's report in the browser, or print its path if there is no browser."""
     import webbrowser
 
     from align.report import REPORT_FILE, build_report

@@ -16,7 +16,9 @@ Models = Annotated[
 ]
 Devices = Annotated[
     list[str] | None,
-    typer.Option(metavar="IDS", help="GPUs of one job at a time, such as 0,1; repeatable"),
+    typer.Option(
+        metavar="IDS", help="GPUs for one job, such as 0,1; repeat for several jobs at a time"
+    ),
 ]
 Hosts = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="host name of this server; repeatable")
@@ -31,18 +33,21 @@ JobKeys = Annotated[
 ]
 Engine = Annotated[
     Literal["auto", "vllm", "hf"],
-    typer.Option(help="what generates the replies of models: vLLM or transformers"),
+    typer.Option(help="engine that generates replies: vLLM or transformers (hf)"),
 ]
 Webhooks = Annotated[
     bool, typer.Option("--private-webhooks", help="allow webhooks to private addresses")
 ]
 NewToken = Annotated[
-    str | None, typer.Option(metavar="NAME", help="print a new token of this name and exit")
+    str | None,
+    typer.Option(metavar="NAME", help="create a token with this name, print it and exit"),
 ]
 RevokeToken = Annotated[
-    str | None, typer.Option(metavar="NAME", help="refuse this token from now on and exit")
+    str | None, typer.Option(metavar="NAME", help="revoke the token with this name and exit")
 ]
-Annotator = Annotated[bool, typer.Option("--annotator", help="the new token may only label")]
+Annotator = Annotated[
+    bool, typer.Option("--annotator", help="with --new-token: a token that can only label")
+]
 
 
 def serve(
@@ -59,7 +64,7 @@ def serve(
     revoke_token: RevokeToken = None,
     annotator: Annotator = False,
 ) -> None:
-    """Serve the fine-tuning API, live pages of the runs, and labeling."""
+    """Serve the fine-tuning API, live pages of runs, and the labeling page."""
     needed = ("fastapi", "uvicorn", "jinja2", "python_multipart")
     require("align serve", *needed, extra="serve")
     from align.serve.settings import Settings

@@ -26,7 +26,9 @@ def recipes() -> None:
 def import_(
     tool: Annotated[
         Literal["axolotl", "llamafactory", "trl"],
-        typer.Argument(metavar="axolotl|llamafactory|trl", help="tool that the file is for"),
+        typer.Argument(
+            metavar="axolotl|llamafactory|trl", help="tool that the configuration belongs to"
+        ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="its YAML or JSON configuration")],
     out: Annotated[

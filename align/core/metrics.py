@@ -25,10 +25,10 @@ OPTIMIZER = {
     "grad_norm": Metric("", "norm of the gradient before clipping"),
     "learning_rate": Metric("", "learning rate of this optimizer step"),
     "update_ratio": Metric(
-        "", "norm of the step's change over the norm of the weights, on a sample of both"
+        "", "norm of the step's update divided by the norm of the weights, on a sample of weights"
     ),
     "update_per_rate": Metric(
-        "", "largest change of a sampled weight in units of the learning rate; about 1 for Adam"
+        "", "largest change of a sampled weight divided by the learning rate; about 1 for Adam"
     ),
     "weight_rms": Metric("", "root mean square of a sample of the trained weights"),
 }
@@ -37,15 +37,18 @@ OPTIMIZER = {
 OFFLINE = {
     "loss": Metric("nats", "the stage's loss: per token (sft), pair, response or step"),
     "accuracy": Metric(
-        "fraction", "pairs with chosen above rejected (a tie counts half), or correct labels"
+        "fraction",
+        "pairs whose chosen response scores higher (a tie counts half), or correct labels",
     ),
-    "margin": Metric("nats", "mean margin of chosen over rejected: of scores, or of DPO's rewards"),
+    "margin": Metric("nats", "mean difference of chosen and rejected scores, or of DPO's rewards"),
     "chosen_logprob": Metric(
         "nats", "log-probability of the chosen response (sum over its tokens), mean over pairs"
     ),
     "kl": Metric("nats", "KTO's estimate of the KL to the reference, on mismatched responses"),
-    "good_reward": Metric("nats", "KTO: mean reward beta log(policy / reference), good responses"),
-    "bad_reward": Metric("nats", "KTO: the same for bad responses"),
+    "good_reward": Metric(
+        "nats", "KTO: mean reward beta log(policy / reference) of good responses"
+    ),
+    "bad_reward": Metric("nats", "KTO: the same mean over bad responses"),
     "ewc": Metric("nats", "EWC's penalty, which is part of the loss"),
 }
 """Logged as ``train/`` on the batch of the step, and as ``eval/`` on the held-out rows."""
@@ -53,45 +56,59 @@ OFFLINE = {
 ONLINE = {
     "reward/mean": Metric("score", "mean total reward of the responses with a valid score"),
     "reward/std": Metric("score", "standard deviation of the total reward over those responses"),
-    "reward/invalid_frac": Metric("fraction", "responses without a valid score, left out"),
+    "reward/invalid_frac": Metric(
+        "fraction", "responses without a valid score, which are left out"
+    ),
     "reward/dead_group_frac": Metric(
         "fraction", "responses in groups whose rewards are all equal, or without a valid score"
     ),
     "prompts/drawn": Metric("prompts", "prompts sampled in this step (dynamic_sampling)"),
     "prompts/live": Metric(
-        "prompts", "those whose responses got unequal rewards; at most prompts_per_step are trained"
+        "prompts", "sampled prompts with unequal rewards; at most prompts_per_step are trained"
     ),
     "reward/disagreement": Metric("score", "mean standard deviation among an ensemble's members"),
     "reward/{name}": Metric("score", "mean of one of the stage's rewards, before its weight"),
     "kl/reference": Metric("nats", "mean over tokens of log(policy / reference), estimator k1"),
-    "kl/reference_per_answer": Metric("nats", "the same, summed over each response"),
-    "kl/reference_k3": Metric("nats", "the same mean by estimator k3, which is never negative"),
+    "kl/reference_per_answer": Metric(
+        "nats", "mean over responses of log(policy / reference), summed over the tokens"
+    ),
+    "kl/reference_k3": Metric(
+        "nats", "KL to the reference by estimator k3, which is never negative"
+    ),
     "kl/reference_rms": Metric("nats", "root mean square over responses of the summed log-ratio"),
     "kl/coef": Metric("", "coefficient of the KL penalty in this step"),
-    "kl/sampler": Metric("nats", "mean over tokens of log(sampler / trainer); about 0"),
-    "sampler/logprob_gap": Metric("nats", "mean absolute difference of sampler and trainer"),
-    "sampler/importance_weight": Metric("", "mean weight that corrects the sampler's difference"),
-    "sampler/bounded_frac": Metric("fraction", "tokens whose weight was cut, or set to 0"),
+    "kl/sampler": Metric("nats", "mean over tokens of log(sampler / trainer); should be near 0"),
+    "sampler/logprob_gap": Metric(
+        "nats", "mean absolute difference of log-probabilities of sampler and trainer"
+    ),
+    "sampler/importance_weight": Metric("", "mean importance weight (trainer / sampler)"),
+    "sampler/bounded_frac": Metric(
+        "fraction", "tokens whose importance weight was clipped or set to 0"
+    ),
     "advantage/rms": Metric("", "root mean square of the advantage over trained tokens"),
     "length/mean": Metric("tokens", "mean length of a response"),
     "length/truncated_frac": Metric(
         "fraction", "responses that reached the limit without a stop token"
     ),
-    "tokens/sampled": Metric("tokens", "tokens that were sampled in this step"),
-    "answers/num": Metric("responses", "responses that were sampled in this step"),
+    "tokens/sampled": Metric("tokens", "tokens sampled in this step"),
+    "answers/num": Metric("responses", "responses sampled in this step"),
     "policy/loss": Metric(
         "", "the policy's loss, including the KL penalty if it is part of the loss"
     ),
     "policy/entropy": Metric("nats", "mean entropy of the policy at each trained token"),
     "policy/ratio": Metric("", "mean probability ratio of current to old policy"),
     "policy/clip_frac": Metric("fraction", "tokens whose ratio is clipped, over all updates"),
-    "policy/clip_frac_last": Metric("fraction", "the same in the last update of the step"),
+    "policy/clip_frac_last": Metric(
+        "fraction", "tokens whose ratio is clipped, in the last update of the step"
+    ),
     "policy/ewc": Metric("nats", "EWC's penalty, which is part of the loss"),
     "policy/approx_kl": Metric("nats", "how far the updates moved from the old policy, by k3"),
     "value/loss": Metric("", "mean squared error of the critic, clipped"),
-    "value/clip_frac": Metric("fraction", "tokens whose value moved beyond the clip range"),
+    "value/clip_frac": Metric(
+        "fraction", "tokens whose value prediction moved beyond the clip range"
+    ),
     "value/explained_variance": Metric(
-        "fraction", "part of the returns' variance that the critic explains; 1 is perfect"
+        "fraction", "fraction of the returns' variance that the critic explains; 1 is perfect"
     ),
     "time/step_s": Metric("s", "time of the whole step"),
     "time/watch_s": Metric("s", "time of the evaluation during training"),
@@ -103,7 +120,7 @@ WATCHED = {
     "eval/proxy": Metric("score", "mean training reward on the same responses"),
     "eval/length": Metric("tokens", "mean length of those responses"),
     "eval/repetition": Metric("fraction", "repeated trigrams in those responses"),
-    "eval/stop_rate": Metric("fraction", "those responses that end with a stop token"),
+    "eval/stop_rate": Metric("fraction", "those of the responses that end with a stop token"),
     "eval/disagreement": Metric("score", "disagreement of an ensemble on those responses"),
     "eval/reward_{name}": Metric("score", "mean of one training reward on those responses"),
     "eval/gold_{name}": Metric("score", "mean of one gold scorer on those responses"),
@@ -124,28 +141,34 @@ FINAL = {
     "scorer/mean": Metric("score", "mean score of the reference responses, before normalizing"),
     "scorer/std": Metric("score", "standard deviation of those scores"),
     "tuning/params": Metric("parameters", "parameters of the model"),
-    "tuning/trained_params": Metric("parameters", "those of them that are trained"),
-    "engine/vllm": Metric("", "1 if vLLM sampled, 0 for Hugging Face decoding"),
+    "tuning/trained_params": Metric("parameters", "trained parameters of the model"),
+    "engine/vllm": Metric(
+        "", "1 if vLLM generated the responses, 0 if Hugging Face generation did"
+    ),
     "merge/alpha": Metric("", "weight of the tuned model in the interpolation"),
-    "merge/{set}": Metric("score", "mean score of an alpha on a set of prompts"),
+    "merge/{set}": Metric(
+        "score", "mean score of the merged model on a set of prompts, for one alpha"
+    ),
     "rows/in": Metric("rows", "rows that a data stage read"),
-    "rows/kept": Metric("rows", "rows that it wrote"),
-    "left/{reason}": Metric("rows", "rows that it dropped, by reason"),
+    "rows/kept": Metric("rows", "rows that a data stage wrote"),
+    "left/{reason}": Metric("rows", "rows that a data stage dropped, by reason"),
     "label/prior": Metric("fraction", "weak labels: estimated fraction of good responses"),
     "label/confidence": Metric("fraction", "weak labels: mean probability of the likelier label"),
     "{judge}/accuracy": Metric("fraction", "weak labels: estimated accuracy of one labeler"),
-    "{judge}/coverage": Metric("fraction", "weak labels: rows on which it votes"),
+    "{judge}/coverage": Metric("fraction", "weak labels: rows on which a labeler votes"),
     "train/{name}": Metric("", "a TRL trainer's own metric under its own name"),
-    "eval/{name}": Metric("", "the same, on its held-out rows"),
+    "eval/{name}": Metric("", "a TRL trainer's own metric on its held-out rows"),
 }
 """Logged once, or by stages that do not train; the last names are patterns."""
 
 EVERYWHERE = {
-    "step": Metric("steps", "optimizer steps done"),
+    "step": Metric("steps", "optimizer steps done so far"),
     "total_steps": Metric("steps", "optimizer steps of the whole stage"),
     "time_s": Metric("s", "time since the stage's process began to log"),
     "tokens/trained": Metric("tokens", "tokens trained in this step (offline stages)"),
-    "tokens/per_s": Metric("tokens/s", "tokens trained per second; online, tokens sampled"),
+    "tokens/per_s": Metric(
+        "tokens/s", "tokens trained per second; in online stages, tokens sampled per second"
+    ),
 }
 
 

@@ -32,7 +32,7 @@ def _section(name: str, results: Sequence[Result]) -> str:
         lines += [f"| {result.mutant.name} | {result.verdict} |" for result in alive]
     past = [result for result in results if result.mutant.finding]
     if past:
-        lines += ["", "| what was once wrong | what fails if it comes back | verdict |"]
+        lines += ["", "| former bug | test that fails if it returns | verdict |"]
         lines += ["|---|---|---|"]
         lines += [
             f"| {result.mutant.finding} | {_test(result)} | {result.verdict} |" for result in past

@@ -1,4 +1,4 @@
-"""Faults planted in pushes at learning rate 1e-7: each is found, right pushes raise no alarm."""
+"""Faults planted in pushes at learning rate 1e-7: each is found, valid pushes raise no alarm."""
 
 import importlib.util
 
