@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow]
 pytest.importorskip("vllm")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.long)])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -365,7 +365,10 @@ def test_an_experimental_trainer_runs(recipe, run_dir) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "method"), [(2, "full"), (3, "full"), (3, "lora")])
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [(2, "full"), pytest.param(3, "full", marks=pytest.mark.long), (3, "lora")],
+)
 def test_a_trainer_of_trl_under_zero_on_two_ranks_equals_one_process(
     recipe, run_dir, tmp_path, stage, method
 ) -> None:

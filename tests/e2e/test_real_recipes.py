@@ -54,8 +54,7 @@ def test_base_names_the_pad_token_and_the_chat_template_it_lacks(
     real_data: Path, tmp_path: Path
 ) -> None:
     missing = ("stages.base.tokenizer.pad_token=null", "stages.base.tokenizer.chat_template=null")
-    code, _ = align_run(PERSONA, tmp_path, *missing)
-    said = logs(tmp_path / "persona")
+    code, said = align_run(PERSONA, tmp_path, *missing)
     assert code == EXIT_USER
     for key, example in (("pad_token", "<pad>"), ("chat_template", "plain")):
         assert f"name one in the recipe: stages.<base>.tokenizer.{key}: {example}" in said

@@ -78,7 +78,13 @@ def results(run_dir: Path, kind: str) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "ranks"), [("sft", 1), ("sft", 2), ("dpo", 1), ("kto", 1), ("grpo", 1)]
+    ("kind", "ranks"),
+    [
+        ("sft", 2),
+        ("dpo", 1),
+        ("grpo", 1),
+        *(pytest.param(kind, 1, marks=pytest.mark.long) for kind in ("sft", "kto")),
+    ],
 )
 def test_a_stage_trains_to_the_same_bytes(
     kind: str, ranks: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

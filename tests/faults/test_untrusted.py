@@ -70,8 +70,8 @@ def test_numbers_without_bound_are_an_error_with_their_place(
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("steps", "2000000000000", r"<= 1e\+12"),
-        ("batch_size", "2000000000000", r"<= 1e\+12"),
+        ("steps", "2000000000000", "<= 1000000000000"),
+        ("batch_size", "2000000000000", "<= 1048576"),
         ("optim", "{learning_rate: 1.0e+10}", "<= 1000"),
     ],
 )
