@@ -151,13 +151,11 @@ def packed_attention(
         query: (1, H, N, D).
         key, value: (1, H_kv, V + N, D); the first V are virtual tokens before every sequence.
         attention_mask: must be None; packing replaces it.
-        scaling: factor on the scores.
-        dropout: fraction of attention weights that are dropped.
+        scaling: factor on the scores. dropout: fraction of attention weights that are dropped.
         sliding_window: tokens that a query looks back, including itself; None means all.
         softcap: bound c on the scores: c tanh(scores / c) (Gemma 2).
         s_aux: (H,) score of a sink that takes weight and contributes no value (gpt-oss).
-        others: further options of the call that have no effect here.
-        segments: the layout; None means that each row is one sequence.
+        segments: the layout; None: each row is one sequence. others: options without effect here.
 
     Returns:
         (1, N, H, D) and None (no attention weights), as transformers expects.
@@ -167,11 +165,8 @@ def packed_attention(
     """
     _check_options(others)
     assert attention_mask is None, "packed attention accepts no mask; pass segments"
-    shared = segments is not None and segments.group.size > 1
-    if segments is not None and shared:
-        query, key, value = (to_heads(x, segments.group) for x in (query, key, value))
-        # The sinks of the heads that this rank has.
-        s_aux = s_aux if s_aux is None else s_aux.chunk(segments.group.size)[segments.group.index]
+    if segments is not None and s_aux is not None:  # those of the heads that this rank has
+        s_aux = s_aux.chunk(segments.group.size)[segments.group.index]
     attend = partial(
         _attend,
         scaling=scaling,
@@ -183,8 +178,7 @@ def packed_attention(
     # Without segments each row is one sequence and needs no layout.
     if segments is None:
         return attend(query, key, value).contiguous(), None
-    out = _attend_by_layout(attend, (query, key, value), segments)
-    return to_tokens(out, segments.group) if shared else out, None
+    return _attend_by_layout(attend, (query, key, value), segments), None
 
 
 def _check_options(others: Mapping[str, Any]) -> None:
@@ -198,7 +192,9 @@ def _attend_by_layout(
     attend: Callable[..., Tensor], packed: tuple[Tensor, Tensor, Tensor], segments: Segments
 ) -> Tensor:
     """Attend per layout, then return the tokens to their packed order, (1, N, H, D)."""
-    query, key, value = packed
+    group = segments.group
+    # Ranks that share the row exchange their tokens of all heads for all tokens of their heads.
+    query, key, value = (to_heads(x, group) for x in packed) if group.size > 1 else packed
     virtual = key.shape[2] - query.shape[2]
     text = query, key[:, :, virtual:], value[:, :, virtual:]
     parts = []
@@ -207,8 +203,8 @@ def _attend_by_layout(
         if virtual:
             k, v = (_before(x[:, :, :virtual], y) for x, y in ((key, k), (value, v)))
         parts.append(attend(q, k, v).flatten(0, 1))
-    out = torch.cat(parts).index_select(0, segments.unpad_index)  # (N, H, D)
-    return out.unsqueeze(0)
+    out = torch.cat(parts).index_select(0, segments.unpad_index).unsqueeze(0)  # (1, N, H, D)
+    return to_tokens(out, group) if group.size > 1 else out
 
 
 def _attend(

@@ -74,6 +74,20 @@ def scorer_from(
     return model.train()
 
 
+def _separator(model_dir: Path, encoder: Any) -> int | None:
+    """Return the token after which an encoder's second text begins; None if it has one type.
+
+    Raises:
+        ArtifactError: the tokenizer does not support pairs of texts.
+    """
+    try:
+        found = separator_of(load_tokenizer(model_dir))
+    except ValueError as error:
+        raise ArtifactError(f"{model_dir}: {error}") from error
+    # The model may have one type even if its tokenizer has two.
+    return None if getattr(encoder.config, "type_vocab_size", 0) < 2 else found
+
+
 def _with_heads(backbone: Any, kind: torch.dtype, **settings: Any) -> RewardModel:
     """Return a scorer with new heads of a dtype on a decoder or encoder."""
     width = backbone.config.get_text_config().hidden_size
@@ -123,14 +137,9 @@ def scorer_on_encoder(
             f"{model_dir}: {type(encoder).__name__} is an encoder-decoder. A reward stage must "
             "start from an encoder, such as BERT, or from a policy."
         )
-    try:
-        separator = separator_of(load_tokenizer(model_dir))
-    except ValueError as error:
-        raise ArtifactError(f"{model_dir}: {error}") from error
+    separator = _separator(model_dir, encoder)
     # The new head reads the first token's state; a pooler would be a second, pretrained head.
     drop_pooler(encoder)
-    if getattr(encoder.config, "type_vocab_size", 0) < 2:
-        separator = None  # the model has one type, even if its tokenizer has two
     model = _with_heads(encoder, kind, num_heads=num_heads, reads="first", separator=separator)
     disable_dropout(model)
     lacking = [name for name in missing if not name.startswith("pooler.")]

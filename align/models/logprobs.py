@@ -71,18 +71,11 @@ def token_logprobs(
     real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     segments = _layout(real, position_ids, mask)
     flat_ids, group = input_ids[real], segments.group
-    num = segments.positions.numel()
-    if num > flat_ids.numel():  # the row was made longer, so that ranks can share it
-        flat_ids = nn.functional.pad(flat_ids, (0, num - flat_ids.numel()))
+    num = segments.positions.numel()  # more where ranks can share the row only if it is longer
+    flat_ids = nn.functional.pad(flat_ids, (0, num - flat_ids.numel()))
     part = part_of(num, group)  # this rank's tokens: all N without other ranks
     hidden = hidden_states(model, flat_ids, segments)  # (N, H)
-    # The first token of a sequence follows nothing; the head runs only where a value is needed,
-    # and on the rank that has the state which predicts it.
-    wanted = (segments.positions > 0) & (segments.previous >= part.start)
-    wanted &= segments.previous < part.stop
-    if segments.answers is not None:
-        wanted &= segments.answers
-    at = wanted.nonzero().squeeze(1)
+    at = _predicted(segments, part)  # (n,)
     # Every rank must use the backbone in its graph, even if it trains no tokens here.
     zero = wide(hidden).sum() * 0.0 if at.numel() == 0 else 0.0
     # The state of the preceding token predicts token t: this is the one-token shift.
@@ -103,6 +96,19 @@ def next_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor, mask:
     segments = replace(segments_from_positions(position_ids[0]), answers=mask[0])
     hidden = hidden_states(model, input_ids[0], segments)  # (N, H)
     return token_logits(model, hidden[segments.previous[mask[0].nonzero().squeeze(1)]])
+
+
+def _predicted(segments: Segments, part: slice) -> Tensor:
+    """Return the packed positions, (n,), of the tokens that this rank's states must predict.
+
+    The first token of a sequence follows nothing; the head runs only where a value is needed, and
+    on the rank that has the state of the preceding token.
+    """
+    wanted = (segments.positions > 0) & (segments.previous >= part.start)
+    wanted &= segments.previous < part.stop
+    if segments.answers is not None:
+        wanted &= segments.answers
+    return wanted.nonzero().squeeze(1)
 
 
 def _layout(real: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> Segments:

@@ -84,17 +84,15 @@ def run(
     """Run the stages of a recipe that are not done.
 
     Args:
-        recipe_path: the YAML file, or a recipe that is loaded; with its places in the file
-            (``Resolved``), errors of stages show these. overrides: ``--set`` texts.
+        recipe_path: the YAML file, or a loaded recipe; errors of stages show the places in a
+            ``Resolved`` one. overrides: ``--set`` texts.
         runs: folder of all runs. run_dir: that of the run; None means ``<runs>/<recipe name>``.
         force: rerun changed stages, those of ``only`` or ``from_``, and all that depend on them.
-        only: run only these stages, separated by commas.
-        from_: skip the stages before this one. until: skip the stages after this one.
+        only: run only these stages, separated by commas. from_: skip the stages before this one.
+        until: skip the stages after this one. dry: show what would run, and start nothing.
         redo: stages that ``force`` reruns too, although nothing selects or changed them.
-        dry: show what would run; nothing is started or written.
         module: module that is started for a stage, with its kind and the resolved recipe.
-        terminal: where progress is shown; None means standard output.
-        signals: the counter of signals, for a caller that asks which one came.
+        terminal: where progress is shown; None: standard output. signals: a counter to share.
         grace_s: seconds between forwarding a signal and killing the stage.
         hostfile: machines that run the ranks; None means this one, or those of a launcher.
 

@@ -75,13 +75,18 @@ def build_engine(
         push=push,
         tensor_parallel=tensor_parallel,
     )
-    name, reason = choose_engine(kind, options.model_dir, tuning)
-    if tensor_parallel > 1:
+    return _chosen(kind, options)
+
+
+def _chosen(kind: Literal["auto", "vllm", "hf"], options: EngineOptions) -> RolloutEngine:
+    """Start the engine of a kind, and log which one that is and why."""
+    name, reason = choose_engine(kind, options.model_dir, options.tuning)
+    if options.tensor_parallel > 1:
         _check_division(options, name, reason)
     engine = _start(name, options)
     log.info(
         "rollout engine: %s (%s); %s, up to %d tokens, ready in %.1f s",
-        *(name, reason, dtype, options.max_model_len, engine.start_s),
+        *(name, reason, options.dtype, options.max_model_len, engine.start_s),
     )
     return engine
 

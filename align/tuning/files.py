@@ -195,7 +195,7 @@ def _without_copies(surplus: Sequence[str], folder: Path) -> list[str]:
 
 
 def _untie_for_merging(tuned: Any) -> None:
-    """Give a tied head weights of its own if only one of head and embeddings is adapted.
+    """Untie head and embeddings if an adapter changes only one of them.
 
     An adapter changes the outputs of one module, so that merging it into weights that both share
     would change the other one too.

@@ -235,8 +235,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [f"{kind}_{whose}" for kind in OFFLINE for whose in ("theirs", "mine")]
     stages = ["base", "script", "theirs", "mine", "compared", "preferred", *pairs]
     command = [str(worker), "--recipe", "recipe.yaml", "--run-dir", "run", "--stages", *stages]
+    succeed(place, *command)
+    return place
+
+
+def succeed(place: Path, *words: str) -> None:
+    """Run Python in a folder; it must end well."""
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *words],
         cwd=place,
         env=environment(),
         capture_output=True,
@@ -245,7 +251,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return place
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -326,16 +331,7 @@ def test_the_command_asks_the_same_function(folder: Path):
     """The twelve pairs are one batch, so that no verdict can come before the last of them."""
     words = ["run/base", "run/mine", "--tasks", "task.yaml", "--judge", "judges.py:nearer"]
     words += ["--engine", "hf", "--out", "answer"]
-    done = subprocess.run(
-        [sys.executable, "-m", "align", "eval", *words],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    succeed(folder, "-m", "align", "eval", *words)
     report, (won, _, _) = judged(folder / "answer" / "evaluate")
     assert won == pytest.approx(win_rate(folder / "answer" / "evaluate" / "samples.jsonl"))
     assert (report["model"], report["pairs_judged"]) == ("nearer", 2 * len(PROBLEMS))
