@@ -105,19 +105,23 @@ def test_a_supervised_job_trains_a_model_that_answers(
     # Each row is its template's bytes and markers, "user\nSay sun." and "assistant\nsun".
     row_tokens = [len(f"user\nSay {w}.assistant\n{w}") + 4 for w in WORDS]
     assert done.trained_tokens == 10 * sum(row_tokens)
-    steps = [e for e in client.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
-    assert [event.data["step"] for event in steps] == list(range(60, -1, -1))  # type: ignore[index]
-    assert steps[0].data["train_loss"] == logged[-1]["train/loss"]  # type: ignore[index]
+    events = [e for e in client.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
+    assert [event.data["step"] for event in events] == list(range(60, -1, -1))  # type: ignore[index]
+    assert events[0].data["train_loss"] == logged[-1]["train/loss"]  # type: ignore[index]
     table = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
     assert [float(row["train_loss"]) for row in table[1:]] == [x["train/loss"] for x in logged[1:]]
     assert float(table[0]["valid_loss"]) == logged[0]["eval/loss"]
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
-    # One at the end of each epoch of 6 steps; three are kept.
+    # One at the end of each epoch of 6 steps and one where the pause stopped the run, at a step
+    # that depends on the machine; the last three are kept.
+    epochs = {step for step in range(1, 61) if step % 6 == 0}
+    folders = (run / "train" / "checkpoints").glob("step-*")
+    paused = {int(path.name.removeprefix("step-")) for path in folders} - epochs
+    assert len(paused) <= 1
+    steps = sorted(epochs | paused, reverse=True)[:3]
     saved = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert [(c.step_number, c.fine_tuning_job_id) for c in saved] == [
-        (step, job.id) for step in (60, 54, 48)
-    ]
-    assert [c.metrics.train_loss for c in saved] == [logged[s]["train/loss"] for s in (60, 54, 48)]
+    assert [(c.step_number, c.fine_tuning_job_id) for c in saved] == [(s, job.id) for s in steps]
+    assert [c.metrics.train_loss for c in saved] == [logged[s]["train/loss"] for s in steps]
     checkpoint = saved[0]
     assert name in [model.id for model in client.models.list()]
     _chat(server, client, name, monkeypatch)
