@@ -19,6 +19,13 @@ class Added:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Formerly:
+    """Mark a field whose default now gives the results that this value gave as the default."""
+
+    value: object
+
+
 class Spec(BaseModel):
     """Base of every specification; unknown keys and later changes are rejected."""
 
@@ -29,7 +36,8 @@ class Spec(BaseModel):
         """Return the values that determine a result, as JSON data: the identity of the work.
 
         Left out are fields marked ``Aside``, and those marked ``Added`` at their default, so that a
-        newer version of the suite recognizes what an older one finished.
+        newer version of the suite recognizes what an older one finished; for the same reason a
+        default marked ``Formerly`` counts as its former value.
         """
         return _settings(self, self.model_dump(mode="json"))
 
@@ -44,10 +52,16 @@ def _settings(part: object, plain: Any) -> Any:
         return plain
     fields = type(part).model_fields
     return {
-        name: _settings(getattr(part, name), data)
+        name: _settings(getattr(part, name), _recognized(fields[name], data))
         for name, data in plain.items()
         if not _left_out(fields[name], getattr(part, name))
     }
+
+
+def _recognized(field: FieldInfo, data: object) -> object:
+    """Return a value as the versions before a change of its default wrote it."""
+    former = next((mark for mark in field.metadata if isinstance(mark, Formerly)), None)
+    return data if former is None or data != field.default else former.value
 
 
 def _left_out(field: FieldInfo, value: object) -> bool:

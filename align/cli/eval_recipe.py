@@ -40,7 +40,7 @@ class Question:
             an endpoint.
         judge_model: name of the model at the endpoint.
         engine: sampling engine: auto, vllm or hf.
-        dtype: dtype of the weights.
+        dtype: of the weights; None for the usual one of this machine.
         tokenizer: settings that a transformers folder lacks (pad_token, chat_template).
         harness: Python interpreter with lm-eval.
         harness_backend: hf or vllm.
@@ -55,7 +55,7 @@ class Question:
     judge: str = "rule"
     judge_model: str | None = None
     engine: str = "auto"
-    dtype: str = "float32"
+    dtype: str | None = None
     tokenizer: Mapping[str, str] | None = None
     harness: str | None = None
     harness_backend: str = "hf"
@@ -165,6 +165,7 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
         places = {baseline: place, **places}
         labels, chosen = label_all(places.values()), [place]
     # Artifacts are named by path; a transformers folder becomes a base stage of its own.
+    given = {} if question.dtype is None else {"dtype": question.dtype}
     stages: dict[str, Any] = {}
     models: dict[str, str] = {}
     for place in places.values():
@@ -174,7 +175,7 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
             stages[labels[place]] = {
                 "kind": "base",
                 "path": str(place),
-                "dtype": question.dtype,
+                **given,
                 "tokenizer": dict(question.tokenizer or {}),
             }
             models[labels[place]] = labels[place]
@@ -184,7 +185,7 @@ def question_recipe(question: Question, runs: Path) -> dict[str, Any]:
         "models": list(models),
         "labels": {model: label for model, label in models.items() if model != label},
         "baseline": reference,
-        "dtype": question.dtype,
+        **given,
         "sampling": {"engine": question.engine},
         **_asked_tasks(question, runs),
     }

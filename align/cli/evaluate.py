@@ -38,7 +38,10 @@ Detect = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the results")]
 Engine = Annotated[str, typer.Option(help="auto, vllm or hf")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or auto; by default bfloat16 on GPUs that compute it"),
+]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="for a model folder without one: plain, chatml or a file")
 ]
@@ -72,7 +75,7 @@ def eval_(
     out: Out = None,
     runs: Runs = Path("runs"),
     engine: Engine = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     chat_template: ChatTemplate = None,
     pad_token: PadToken = None,
     lm_eval: LmEval = None,

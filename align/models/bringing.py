@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from align.core.errors import AlignError, ArtifactError
 from align.core.model_folder import INDEX, SINGLE, check_files, json_object
@@ -92,6 +93,19 @@ def _check_formats(folder: Path) -> None:
 
     transformers would convert the integers to floats, without the scales that they belong to.
     """
+    for file, name, kind in _formats(folder):
+        if kind not in _FLOATS:
+            raise ArtifactError(
+                f"{file}: {name} is stored as {kind}, so the weights are quantized and cannot be "
+                "trained. Import the original weights (tuning.method: qlora quantizes them itself)."
+            )
+
+
+def _formats(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield the file, name and format (``BF16``) of each weight in a folder's safetensors files.
+
+    Buffers are left out: positions and masks are integers in sound models too.
+    """
     # Only the files that transformers reads: there may also be an optimizer's states.
     shards = json_object(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
     for file in sorted(folder / name for name in {*shards.values()} or {SINGLE}):
@@ -99,25 +113,47 @@ def _check_formats(folder: Path) -> None:
             continue
         with one_line(str(file), "weights"), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (no mapping)
-                kind = tensors.get_slice(name).get_dtype()
-                # Buffers, such as positions and masks, are integers in sound models too.
-                if name.endswith("weight") and kind not in _FLOATS:
-                    raise ArtifactError(
-                        f"{file}: {name} is stored as {kind}, so the weights are quantized and "
-                        "cannot be trained. Import the original weights (tuning.method: qlora "
-                        "quantizes them itself)."
-                    )
+                if name.endswith("weight"):
+                    yield file, name, tensors.get_slice(name).get_dtype()
 
 
-def load_whole(path: str, *, dtype: str) -> Any:
+def stored_dtype(path: str) -> str:
+    """Return ``bfloat16`` if all weights of a model are stored in it, else ``float32``.
+
+    config.json is not asked: it may name another data type than that of the files.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        folder = _downloaded(path)
+    return "bfloat16" if {kind for _, _, kind in _formats(folder)} == {"BF16"} else "float32"
+
+
+def _downloaded(hub_id: str) -> Path:
+    """Return the folder of a hub id's weights in the cache, after downloading what is missing."""
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    found = cached_file(hub_id, SINGLE, **quiet) or cached_file(hub_id, INDEX, **quiet)
+    if found is None:
+        return Path(hub_id)  # no safetensors
+    if Path(found).name == INDEX:
+        get_checkpoint_shard_files(hub_id, found)
+    return Path(found).parent
+
+
+def load_whole(path: str, *, dtype: str | None) -> Any:
     """Load a causal language model and verify that every weight comes from its files.
+
+    Args:
+        path: folder or hub id. dtype: of the weights; None for that of the files
+            (``stored_dtype``).
 
     Raises:
         ArtifactError: weights are missing, unexpected, of another shape or not finite, or the
             architecture is not supported.
     """
+    with one_line(path, "a causal language model"):
+        chosen = getattr(torch, stored_dtype(path) if dtype is None else dtype)
     options: dict[str, Any] = {
-        "dtype": getattr(torch, dtype),
+        "dtype": chosen,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported by name below
         "trust_remote_code": False,

@@ -32,6 +32,7 @@ from align.recipe.schema import (
     references,
 )
 from align.recipe.schema.common import Spec
+from align.recipe.schema.dtype import usual_dtype
 from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
 from align.recipe.starts import adapter_problems, encoder_problems
@@ -109,8 +110,8 @@ def _expand(source: Source, tasks: list[Any], key: Key) -> None:
 def complete_blocks(source: Source) -> None:
     """Fill in the defaults of every stage that depend on other settings of the stage.
 
-    These are the algorithm's defaults, the learning rate of the tuning method, and the remaining
-    keys of a partly given block whose default differs between stages.
+    These are the algorithm's defaults, the learning rate of the tuning method, the recipe's dtype,
+    and the remaining keys of a partly given block whose default differs between stages.
     """
     stages = source.data.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
@@ -121,6 +122,8 @@ def complete_blocks(source: Source) -> None:
             algorithm = stage.get("algorithm")
             mark = Mark(f"algorithm: {algorithm}")
             _lay_in(source, ("stages", name), stage, below=defaults_of(algorithm), mark=mark)
+        if "dtype" in kind.model_fields and kind.model_fields["dtype"].default is not None:
+            _lay_in_dtype(source, name, stage)
         if issubclass(kind, TrainingStage):
             _lay_in_rate(source, name, stage, kind=kind)
         _complete(stage, kind)
@@ -137,6 +140,13 @@ def _lay_in(
             given[name] = {} if isinstance(value, Mapping) else value
         if isinstance(value, Mapping) and isinstance(given[name], dict):
             _lay_in(source, here, given[name], below=value, mark=mark)
+
+
+def _lay_in_dtype(source: Source, name: str, stage: dict[str, Any]) -> None:
+    """Add the recipe's dtype, or the usual one of this machine, if the stage sets none."""
+    chosen = source.data.get("dtype")
+    value, why = (usual_dtype(), "default here") if chosen is None else (chosen, "dtype")
+    _lay_in(source, ("stages", name), stage, below={"dtype": value}, mark=Mark(why))
 
 
 def _lay_in_rate(

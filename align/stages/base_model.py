@@ -100,8 +100,10 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
     check_stops(source, tokenizer, chosen=chosen is not None)
     # Tokens first, then the model, whose embeddings must have a row for each of them.
     added = apply_tokenizer_spec(tokenizer, spec.tokenizer)
-    model = load_whole(source, dtype=spec.dtype)
-    if source != path:
+    # The sum of weights and update would be rounded in a base model of bfloat16.
+    merged = source != path
+    model = load_whole(source, dtype=spec.dtype or ("float32" if merged else None))
+    if merged:
         _add_rows_of_adapter(model, path)
         model = merged_onto(model, path)
         refuse_not_finite(path, model)
@@ -164,7 +166,7 @@ def _build_and_pretrain(
         module,
         optim=spec.optim,
         zero=ZeroSpec(),
-        dtype=spec.dtype,
+        dtype=spec.dtype or "float32",
         total_steps=spec.steps,
     )
     schedule = OfflineSchedule(

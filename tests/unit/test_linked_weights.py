@@ -67,8 +67,10 @@ def test_an_unchanged_model_is_linked_and_equal_to_a_saved_one(tmp_path: Path, t
 
 def changed(name: str, source: Path) -> TokenizerSpec:
     weights = load_file(source / WEIGHTS)
-    if name == "half precision":
-        weights = {k: v.bfloat16() for k, v in weights.items()}
+    if name == "float16":
+        weights = {k: v.half() for k, v in weights.items()}
+    elif name == "mixed":  # as models are stored whose routers or norms stay in float32
+        weights = {k: v if "norm" in k else v.bfloat16() for k, v in weights.items()}
     elif name == "prefix":
         weights = {f"_orig_mod.{k}": v for k, v in weights.items()}
     elif name == "tied weight twice":
@@ -79,7 +81,10 @@ def changed(name: str, source: Path) -> TokenizerSpec:
     return PLAIN
 
 
-@pytest.mark.parametrize("name", ["half precision", "prefix", "tied weight twice", "new tokens"])
+CHANGES = ["float16", "mixed", "prefix", "tied weight twice", "new tokens"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_model_that_changes_is_written_anew(source: Path, tmp_path: Path, name: str) -> None:
     tokenizer = changed(name, source)
     before = state_of(source)
@@ -89,7 +94,33 @@ def test_a_model_that_changes_is_written_anew(source: Path, tmp_path: Path, name
         x["value"] for x in card["lines"] if x["name"] == "weights"
     )
     assert state_of(source) == before
-    AutoModelForCausalLM.from_pretrained(model_dir)
+    # No value is rounded: the parts in 16 bits are those of the files.
+    files = {k.removeprefix("_orig_mod."): v for k, v in load_file(source / WEIGHTS).items()}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+    for key, value in model.state_dict().items():
+        if key in files:
+            assert torch.equal(value[: len(files[key])], files[key].float()), key
+
+
+@pytest.mark.parametrize("named", ["bfloat16", "float32"])
+def test_bfloat16_weights_are_linked_whatever_the_config_names(
+    source: Path, tmp_path: Path, named: str
+) -> None:
+    weights = {k: v.bfloat16() for k, v in load_file(source / WEIGHTS).items()}
+    save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": named}))
+    model_dir, _ = bring_in(source, tmp_path, PLAIN)
+    assert is_linked(source, model_dir)
+    assert json.loads((model_dir / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_float32_weights_stay_so_if_the_config_names_bfloat16(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    model_dir, _ = bring_in(source, tmp_path, PLAIN)
+    assert is_linked(source, model_dir)
+    assert json.loads((model_dir / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_shards_are_linked_with_their_index(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_lines_are_plain_where_no_cursor_can_move(name: str, monkeypatch: pytest
 
 def test_a_run_names_its_stages_dtype_and_engine():
     recipe = load_recipe("quickstart", ["sft.dtype=bfloat16"])
-    assert settings(recipe) == "7 stages, float32, bfloat16, engine auto"
+    assert settings(recipe) == "7 stages, bfloat16, float32, engine auto"
 
 
 @pytest.mark.parametrize("fast", ["bfloat16", "float32"])

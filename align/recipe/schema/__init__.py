@@ -17,6 +17,7 @@ from align.recipe.schema.common import (
     TokenizerSpec,
     ZeroSpec,
 )
+from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.training import (
     AugmentSpec,
     EarlyStoppingSpec,
@@ -167,6 +168,10 @@ class Recipe(Spec):
     """Random seed of every stage that does not set its own."""
     deterministic: bool = False
     """Use deterministic GPU kernels, which are slower. CPU kernels are always deterministic."""
+    dtype: Annotated[Dtype | None, Aside(), Added("0.2")] = None
+    """Data type of every stage that does not set its own: ``float32``, ``bfloat16``, or ``auto``
+    for what the hardware computes faster. None is bfloat16 on GPUs of compute capability 8.0 or
+    more, otherwise float32. Stages of the kind ``base`` keep that of the imported model."""
     device: Annotated[Literal["auto", "gpu"], Aside(), Added("0.2")] = "auto"
     """``gpu`` refuses to run without a GPU; ``auto`` falls back to the CPU."""
     sinks: SinkSpec = SinkSpec()

@@ -113,7 +113,7 @@ class SelfInstructStage(DataStage):
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
     """How instructions and responses are sampled."""
     dtype: Dtype = "float32"
-    """Data type of the engine's weights."""
+    """Data type of the engine's weights; the recipe's ``dtype`` unless set."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
 

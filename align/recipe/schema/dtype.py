@@ -1,7 +1,8 @@
-"""The number format of a stage's weights; ``auto`` is settled where the recipe is read."""
+"""The data type of a stage's weights; ``auto`` is settled where the recipe is read."""
 
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,8 @@ def fast_dtype() -> Literal["float32", "bfloat16"]:
     That is a GPU of compute capability 8.0 on (all of them, where there are several), or without
     a GPU a CPU with AMX or AVX-512 instructions for it.
     """
-    capabilities = _compute_capabilities()
-    if capabilities:
-        return "bfloat16" if min(capabilities) >= 8.0 else "float32"
+    if _compute_capabilities():
+        return usual_dtype()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     if not any(part in limit for part in ONEDNN_WITH):
         return "float32"
@@ -35,15 +35,30 @@ def fast_dtype() -> Literal["float32", "bfloat16"]:
     return "float32" if CPU_FLAGS.isdisjoint(flags) else "bfloat16"
 
 
-def _compute_capabilities() -> list[float]:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
+def usual_dtype() -> Literal["float32", "bfloat16"]:
+    """Return what stages use if a recipe says nothing: bfloat16 on GPUs that compute it.
+
+    A CPU is float32 here even if it computes bfloat16 faster: what runs on a CPU are small models,
+    often to be compared with those of another machine.
+    """
+    return "bfloat16" if min(_compute_capabilities(), default=0.0) >= 8.0 else "float32"
+
+
+def _compute_capabilities() -> tuple[float, ...]:
+    """Return the compute capability of each GPU; empty if there is none, or all are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ()
+    return _listed_capabilities(os.environ.get("PATH", ""))
+
+
+@cache
+def _listed_capabilities(_path: str) -> tuple[float, ...]:
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
-        return [float(line) for line in done.stdout.split()]
+        return tuple(float(line) for line in done.stdout.split())
     except (OSError, subprocess.SubprocessError, ValueError):
-        return []
+        return ()
 
 
 def _settled(value: object) -> Any:

@@ -61,7 +61,8 @@ class MergeStage(StageSpec):
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     """How responses are sampled."""
     dtype: Dtype = "float32"
-    """Data type of the engine while scoring; the saved model keeps that of ``tuned``."""
+    """Data type of the engine while scoring, the recipe's ``dtype`` unless set; the saved model
+    keeps that of ``tuned``."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
     max_lost_frac: Fraction = 0.0
@@ -266,7 +267,7 @@ class EvaluateStage(StageSpec):
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     """How responses to ``prompts`` are sampled."""
     dtype: Dtype = "float32"
-    """Data type of the engines' weights."""
+    """Data type of the engines' weights; the recipe's ``dtype`` unless set."""
     max_length: Count = 1024
     """Maximum tokens of prompt and response."""
     reward_models: Annotated[list[str], Ref("reward_model")] = []

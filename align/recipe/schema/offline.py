@@ -23,7 +23,7 @@ from align.recipe.schema.dtype import Dtype
 from align.recipe.schema.formats import Kind
 from align.recipe.schema.training import StageSpec, TrainingStage, refuse_unfit
 from align.recipe.schema.tuning import LoreftTuning, refuse_dropout
-from reward_models.identity import Added
+from reward_models.identity import Added, Formerly
 
 
 class OfflineStage(TrainingStage):
@@ -97,8 +97,9 @@ class BaseStage(StageSpec):
     """Maximum tokens of one forward-backward pass."""
     optim: OptimSpec = OptimSpec(learning_rate=1e-3)
     """Optimizer and learning rate of the pretraining."""
-    dtype: Dtype = "float32"
-    """Data type of the weights."""
+    dtype: Annotated[Dtype | None, Formerly("float32")] = None
+    """Data type of the weights; None keeps that of an imported model (float32 if it is not
+    bfloat16), and builds models in float32."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "BaseStage":

@@ -144,8 +144,7 @@ class TrainingStage(StageSpec):
     init: Annotated[str, Ref("policy")]
     """Stage whose model is trained, or the folder of one."""
     dtype: Dtype = "float32"
-    """Data type of the weights; ``auto`` is bfloat16 where the hardware computes it faster,
-    otherwise float32."""
+    """Data type of the weights; the recipe's ``dtype`` unless set."""
     zero: ZeroSpec = ZeroSpec()
     """What DeepSpeed shards over the ranks."""
     optim: OptimSpec = OptimSpec()

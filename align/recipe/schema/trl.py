@@ -92,7 +92,7 @@ class TrlStage(StageSpec):
     zero: ZeroSpec = ZeroSpec()
     """What DeepSpeed shards over the ranks."""
     dtype: Dtype = "float32"
-    """Data type of the weights."""
+    """Data type of the weights; the recipe's ``dtype`` unless set."""
     max_length: Count | None = None
     """Maximum tokens of a row; longer rows are dropped. None for the trainer's own limit."""
     max_lost_frac: Fraction = 0.01
