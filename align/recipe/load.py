@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.core.errors import RecipeError
 from align.core.text import hidden, keep_secret, secret_names
-from align.recipe.algorithms import defaults_of
+from align.recipe.defaults import class_of, complete_blocks
 from align.recipe.elsewhere import RUNS, name_folder, path_problem, place_of, stages_of_runs
 from align.recipe.foreign.tools import refuse_foreign
 from align.recipe.messages import describe, locate
@@ -23,17 +23,12 @@ from align.recipe.own_code import import_extensions, place_own_code
 from align.recipe.parallel import parallel_problems
 from align.recipe.rules import idle_options
 from align.recipe.schema import (
-    STAGES,
     Recipe,
     StageSpec,
-    TrainingStage,
     ref_of,
     reference_kinds,
     references,
 )
-from align.recipe.schema.common import Spec
-from align.recipe.schema.dtype import usual_dtype
-from align.recipe.schema.tuning import known_rates
 from align.recipe.source import Key, Mark, Source, find_recipe, read_source
 from align.recipe.starts import adapter_problems, encoder_problems
 
@@ -105,76 +100,6 @@ def _expand(source: Source, tasks: list[Any], key: Key) -> None:
     source.errors += task.errors
     tasks[place] = task.data
     source.marks |= {(*key, *inner): mark for inner, mark in task.marks.items()}
-
-
-def complete_blocks(source: Source) -> None:
-    """Fill in the defaults of every stage that depend on other settings of the stage.
-
-    These are the algorithm's defaults, the learning rate of the tuning method, the recipe's dtype,
-    and the remaining keys of a partly given block whose default differs between stages.
-    """
-    stages = source.data.get("stages")
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
-        kind = _class_of(stage.get("kind")) if isinstance(stage, dict) else None
-        if kind is None:
-            continue
-        if "algorithm" in kind.model_fields:
-            algorithm = stage.get("algorithm")
-            mark = Mark(f"algorithm: {algorithm}")
-            _lay_in(source, ("stages", name), stage, below=defaults_of(algorithm), mark=mark)
-        if "dtype" in kind.model_fields and kind.model_fields["dtype"].default is not None:
-            _lay_in_dtype(source, name, stage)
-        if issubclass(kind, TrainingStage):
-            _lay_in_rate(source, name, stage, kind=kind)
-        _complete(stage, kind)
-
-
-def _lay_in(
-    source: Source, key: Key, given: dict[str, Any], *, below: Mapping[str, Any], mark: Mark
-) -> None:
-    """Add the values of ``below`` that are missing in ``given``, the mapping at ``key``."""
-    for name, value in below.items():
-        here = (*key, name)
-        if name not in given:
-            source.marks[here] = mark
-            given[name] = {} if isinstance(value, Mapping) else value
-        if isinstance(value, Mapping) and isinstance(given[name], dict):
-            _lay_in(source, here, given[name], below=value, mark=mark)
-
-
-def _lay_in_dtype(source: Source, name: str, stage: dict[str, Any]) -> None:
-    """Add the recipe's dtype, or the usual one of this machine, if the stage sets none."""
-    chosen = source.data.get("dtype")
-    value, why = (usual_dtype(), "default here") if chosen is None else (chosen, "dtype")
-    _lay_in(source, ("stages", name), stage, below={"dtype": value}, mark=Mark(why))
-
-
-def _lay_in_rate(
-    source: Source, name: str, stage: dict[str, Any], *, kind: type[TrainingStage]
-) -> None:
-    """Add the default learning rate of the stage's tuning method if the recipe sets none."""
-    tuning = stage.get("tuning", {"method": "full"})
-    method = tuning.get("method") if isinstance(tuning, dict) else None
-    known = known_rates(kind.family, method) if isinstance(method, str) else None
-    if known is not None:
-        below = {"optim": {"learning_rate": known.default}}
-        mark = Mark(f"default of {method} in {stage['kind']}")
-        _lay_in(source, ("stages", name), stage, below=below, mark=mark)
-
-
-def _complete(given: dict[str, Any], kind: type[Spec]) -> None:
-    """Add the missing keys of each given block from the stage's default of that block."""
-    for name, field in kind.model_fields.items():
-        block, default = given.get(name), field.default
-        # The default of a union (tuning) belongs to one method; the given block may be another.
-        if not isinstance(default, Spec) or field.annotation is not type(default):
-            continue
-        if not isinstance(block, dict):
-            continue
-        # Of the stage's default, only what differs from the block's own defaults.
-        for key in sorted(default.model_fields_set - set(block)):
-            block[key] = default.model_dump(mode="json", include={key})[key]
-        _complete(block, type(default))
 
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
@@ -405,15 +330,10 @@ def _raw_init(stage: object) -> dict[str, str]:
 
 
 def _init_kinds(kind: object) -> dict[str, tuple[str, ...]]:
-    stage = _class_of(kind)
+    stage = class_of(kind)
     field = stage.model_fields.get("init") if stage is not None else None
     mark = ref_of(field) if field is not None else None
     return {"init": mark.kinds} if mark is not None else {}
-
-
-def _class_of(kind: object) -> type[StageSpec] | None:
-    """Return the class of a stage kind, None for an unknown kind."""
-    return STAGES.get(kind) if isinstance(kind, str) else None
 
 
 def _reference_problem(
@@ -422,7 +342,7 @@ def _reference_problem(
     # Stages run in the order of the recipe, so only earlier ones can be referred to.
     names = list(kinds)
     earlier = names[: names.index(stage)]
-    fitting = [n for n in earlier if (made := _class_of(kinds[n])) and made.produces in wanted]
+    fitting = [n for n in earlier if (made := class_of(kinds[n])) and made.produces in wanted]
     expected = f"expected an earlier stage that writes a {' or '.join(wanted)}"
     listed = f" ({', '.join(fitting)})" if fitting else ""
     if name == stage:
@@ -430,7 +350,7 @@ def _reference_problem(
     if name in kinds and name not in earlier:
         return f"stage '{name}' comes later; {expected}{listed}, or move '{name}' before '{stage}'"
     if name in kinds:
-        made_by = _class_of(kinds[name])
+        made_by = class_of(kinds[name])
         if made_by is None or made_by.produces in wanted:
             return None
         return f"stage '{name}' ({kinds[name]}) writes a {made_by.produces}; {expected}{listed}"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from align.core.errors import RecipeError
 from align.recipe.load import load_recipe, load_resolved, read_resolved, write_resolved
 from align.recipe.schema import BaseStage
 from align.recipe.schema import dtype as schema_dtype
@@ -93,6 +94,16 @@ def test_a_stage_without_dtype_has_that_of_the_recipe(machine, tmp_path):
     write_resolved(load_recipe(path), tmp_path / "resolved.yaml")
     machine(OLD, "7.0\\n")
     assert read_resolved(tmp_path / "resolved.yaml").stages["s"].dtype == "bfloat16"
+
+
+def test_an_unknown_dtype_of_the_recipe_is_named_once(machine, tmp_path):
+    machine(OLD)
+    path = _without_dtype(tmp_path)
+    path.write_text(path.read_text().replace("name: r\n", "name: r\ndtype: fp16\n"))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{path}:3:8: dtype: ")
 
 
 def _without_dtype(folder: Path) -> Path:
