@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument(
-        "--no-tuning", action="store_true", help="take the first setting of the other side"
+        "--setting", type=int, help="number of the other side's setting (from 0); tries none"
     )
     parser.add_argument("--shape", default=None, choices=list(SHAPES))
     args = parser.parse_args()
@@ -54,8 +54,8 @@ def main() -> None:
             log.info("%s: kept (--force measures again)", target.name)
             continue
         row = ROWS[name] if args.rounds is None else replace(ROWS[name], rounds=args.rounds)
-        if args.no_tuning:
-            row = replace(row, candidates=row.candidates[:1])
+        if args.setting is not None:
+            row = replace(row, candidates=[row.candidates[args.setting]])
         with tempfile.TemporaryDirectory() as scratch:
             found = measure(
                 row, Path(scratch), shape=shape_name, dtype=args.dtype, threads=args.threads

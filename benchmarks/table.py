@@ -1,4 +1,4 @@
-"""Write the table of benchmarks/README.md from benchmarks/results."""
+"""Write the tables of benchmarks/README.md, one per model shape, from benchmarks/results."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.rows import ROWS
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+SHAPES = ("10.5M", "135M")
+BEGIN, END = "<!-- table {} -->", "<!-- end of table {} -->"
 HEAD = (
     "work",
     "to reach",
@@ -54,16 +55,18 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Put the table between its two marks."""
-    results = {}
-    for path in sorted((HERE / "results" / "cpu").glob("*.1t.json")):
+    """Put each table between its two marks."""
+    results: dict[str, dict[str, Any]] = {shape: {} for shape in SHAPES}
+    for path in sorted((HERE / "results" / "cpu").glob("*.bfloat16.1t.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["shape"] == "10.5M" and found["dtype"] == "bfloat16":
-            results[found["row"]] = found
+        results[found["shape"]][found["row"]] = found
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}", encoding="utf-8")
+    for shape in SHAPES:
+        begin, end = BEGIN.format(shape), END.format(shape)
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{render(results[shape])}\n{end}{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
