@@ -17,7 +17,6 @@ from align.core.errors import DataError
 from align.core.types import Example
 from align.data.formats.detect import FormatDetector, Kind, to_examples
 from align.data.formats.pairs import as_chat
-from align.data.formats.row_keys import QUESTION_TEXTS
 from align.data.formats.turns import text_of
 from align.data.labels import labels_file, snapshot_files
 from align.data.own_map import map_rows
@@ -330,14 +329,6 @@ class _Contents:
                 spec.path,
                 self._unanswered,
                 self.total,
-            )
-        hidden = sorted(self._columns & set(QUESTION_TEXTS))
-        if hidden and kind == "prompts":
-            logger.warning(
-                "%s: the model does not see %s, which are columns for the rewards alone; write "
-                "them into the prompt (map or templates) if the question needs them",
-                spec.path,
-                ", ".join(hidden),
             )
         # The label of a row of classes is what is trained.
         if rest := self._columns - ({"label"} if kind == "classes" else set()):

@@ -1,7 +1,6 @@
 """Layouts that users bring: what the row means is what is trained, or one line says why not."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +143,6 @@ def test_thoughts_beside_an_answer_are_not_dropped(key: str) -> None:
     with pytest.raises(DataError, match=rf"rename: {{{key}: reasoning_content}}"):
         one(row, "sft")
     assert one(row, "prompts").columns[key] == "because"
-
-
-def test_text_of_the_question_that_only_rewards_see_is_named(tmp_path: Path, caplog) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"question": "Which?", "choices": ["x", "y"], "answer": "x"}) + "\n")
-    with caplog.at_level(logging.WARNING):
-        (example,) = load_examples([DataSpec(path=str(path))], kind="prompts", seed=0)
-    assert example.columns["choices"] == ["x", "y"]
-    assert "the model does not see choices" in caplog.text
 
 
 def test_labels_of_steps_may_be_numbers() -> None:

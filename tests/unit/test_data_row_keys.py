@@ -194,107 +194,6 @@ def test_history_must_hold_texts() -> None:
         to_examples(row, kind="sft", format="auto", source="a:2")
 
 
-S = {"role": "system", "content": "S"}
-ARRIVING = [
-    # name, kind, row, prompt, completion, rejected
-    (
-        "Orca pairs",
-        "preference",
-        {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
-        [S, U],
-        [A],
-        [B],
-    ),
-    (
-        "Alpaca preference",
-        "preference",
-        {"instruction": "Q", "input": "I", "chosen": "A", "rejected": "B"},
-        [{"role": "user", "content": "Q\n\nI"}],
-        [A],
-        [B],
-    ),
-    (
-        "LLaMA-Factory KTO",
-        "unpaired",
-        {"instruction": "Q", "input": "", "output": "A", "kto_tag": False},
-        [U],
-        [A],
-        None,
-    ),
-    ("GSM8K", "sft", {"question": "Q", "answer": "A"}, [U], [A], None),
-    ("query/response", "sft", {"query": "Q", "response": "A"}, [U], [A], None),
-    (
-        "dolly",
-        "sft",
-        {"instruction": "Q", "context": "C", "response": "A", "category": "x"},
-        [{"role": "user", "content": "Q\n\nC"}],
-        [A],
-        None,
-    ),
-    (
-        "OpenOrca",
-        "sft",
-        {"id": "1", "system_prompt": "S", "question": "Q", "response": "A"},
-        [S, U],
-        [A],
-        None,
-    ),
-    (
-        "OpenAI RFT",
-        "prompts",
-        {"messages": [S, U], "reference_answer": {"x": 1}},
-        [S, U],
-        None,
-        None,
-    ),
-    (
-        "LLaMA-Factory v1 pairs",
-        "preference",
-        {"chosen_messages": [U, {**A, "loss_weight": 1.0}], "rejected_messages": [U, B]},
-        [U],
-        [A],
-        [B],
-    ),
-    (
-        "axolotl segments",
-        "sft",
-        {"segments": [{"label": False, "text": "Q"}, {"label": True, "text": "A"}]},
-        "Q",
-        "A",
-        None,
-    ),
-    (
-        "Stanford Alpaca",
-        "sft",
-        {"instruction": "Q", "input": "", "output": "A", "text": "all"},
-        [U],
-        [A],
-        None,
-    ),
-    (
-        "verl",
-        "prompts",
-        {
-            "data_source": "x",
-            "prompt": [U],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": "7"},
-            "extra_info": {},
-        },
-        [U],
-        None,
-        None,
-    ),
-]
-
-
-@pytest.mark.parametrize("case", ARRIVING, ids=[case[0] for case in ARRIVING])
-def test_layout_that_users_bring_is_read_as_it_is(case: tuple) -> None:
-    _, kind, row, prompt, completion, rejected = case
-    (example,) = to_examples(row, kind=kind, format="auto", source="a:1")
-    assert (example.prompt, example.completion, example.rejected) == (prompt, completion, rejected)
-
-
 def test_answers_for_rewards_come_from_their_usual_places() -> None:
     truth = {"prompt": [U], "reward_model": {"style": "rule", "ground_truth": "7"}}
     (example,) = to_examples(truth, kind="prompts", format="auto", source="a:1")
@@ -394,9 +293,10 @@ def test_row_of_weight_0_is_no_example() -> None:
 
 
 def test_rows_of_a_file_are_rendered_alike_though_one_has_no_system() -> None:
+    system = {"role": "system", "content": "S"}
     rows = [{"system": s, "prompt": "Q", "chosen": "A", "rejected": "B"} for s in ("S", "", None)]
     found = [to_examples(r, kind="preference", format="auto", source="a:1")[0] for r in rows]
-    assert [example.prompt for example in found] == [[S, U], [U], [U]]
+    assert [example.prompt for example in found] == [[system, U], [U], [U]]
 
 
 def test_kind_of_questions_without_answers_is_prompts() -> None:
@@ -423,69 +323,6 @@ def test_column_that_says_what_is_trained_is_refused_by_name(key: str, value: ob
 def test_turn_with_a_loss_key_of_unknown_sense_says_how_to_write_it(key: str) -> None:
     with pytest.raises(DataError, match=rf"messages\[1\]: unknown key '{key}'.*weight: 0"):
         to_examples({"messages": [U, {**A, key: True}]}, kind="sft", format="auto", source="a:7")
-
-
-@pytest.mark.parametrize(
-    ("kind", "row", "key"),
-    [
-        ("sft", {"messages": [U, A], "prompt": "Another."}, "prompt"),
-        ("sft", {"messages": [U, A], "response": "Another."}, "response"),
-        ("sft", {"prompt": "Q", "completion": "A", "response": "Another."}, "response"),
-        (
-            "sft",
-            {
-                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
-                "instruction": "Another.",
-            },
-            "instruction",
-        ),
-        (
-            "preference",
-            {"prompt": "Q", "question": "Another.", "chosen": "A", "rejected": "B"},
-            "question",
-        ),
-        (
-            "unpaired",
-            {"messages": [U, A], "label": True, "prompt": [{**U, "content": "Other"}]},
-            "prompt",
-        ),
-    ],
-)
-def test_a_second_question_or_answer_is_refused_unless_it_repeats_the_first(
-    kind: Any, row: dict, key: str
-) -> None:
-    with pytest.raises(DataError, match=f"a:7: {key}: .* would be dropped"):
-        to_examples(row, kind=kind, format="auto", source="a:7")
-    repeated = {**row, key: "A" if key == "response" else " Q\n"}
-    (example,) = to_examples(repeated, kind=kind, format="auto", source="a:7")
-    assert example.columns[key] == repeated[key]
-    (example,) = to_examples(
-        {**{k: v for k, v in row.items() if k != key}, f"{key}_column": "Another."},
-        kind=kind,
-        format="auto",
-        source="a:7",
-    )
-    assert example.columns[f"{key}_column"] == "Another."
-
-
-@pytest.mark.parametrize(
-    ("kind", "row"),
-    [
-        ("sft", {"messages": [U, A]}),
-        ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
-        ("unpaired", {"prompt": "Q", "completion": "A", "label": True}),
-    ],
-)
-@pytest.mark.parametrize("key", ["passage", "Article", "sys", "instruction-system", "Persona"])
-def test_a_part_of_the_question_in_a_column_is_refused_unless_it_repeats_the_text(
-    kind: Any, row: dict, key: str
-) -> None:
-    for lost in ("qzxtext", ["Q", "qzxtext"], [{"content": "qzxtext"}]):
-        with pytest.raises(DataError, match=f"a:7: {key}: 'qzxtext' would be dropped"):
-            to_examples({**row, key: lost}, kind=kind, format="auto", source="a:7")
-    for kept in ("Q", ["Q", "A"], 7):
-        (example,) = to_examples({**row, key: kept}, kind=kind, format="auto", source="a:7")
-        assert example.columns[key] == kept
 
 
 @pytest.mark.parametrize("key", ["System", "SYSTEM_PROMPT", "Input", "Tools"])

@@ -11,11 +11,11 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.faults import check_example
+from align.data.formats.left_over import check_left_over
 from align.data.formats.questions import prompt_of
 from align.data.formats.row_keys import (
     Extras,
     apply_extras,
-    check_left_over,
     clean_columns,
     take_extras,
     without_index,
@@ -192,8 +192,8 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     read = _importer(form.read_for.get(kind, form.read))
     examples = []
     for example in read(row, source):
-        if kind in ("sft", "preference", "unpaired"):
-            check_left_over(example)
+        if example.columns and isinstance(row, dict):
+            check_left_over(example, kind=kind, form=name, row=row)
         example = apply_extras(example, extras)
         if kind == "prompts" and example.label is not None and isinstance(row, dict):
             # A rating of the row's own answer is a column like any other.

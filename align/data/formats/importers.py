@@ -190,7 +190,14 @@ def from_openai_dpo(row: Row, source: str) -> list[Example]:
 def from_alpaca(row: Row, source: str) -> list[Example]:
     """Read ``instruction``, ``input`` (dolly: ``context``), ``history`` and the answer."""
     output = "output" if "output" in row else "response"
-    row = {"input" if key == "context" else key: value for key, value in row.items()}
+    given = {key: row[key] for key in ("input", "context") if not is_nothing(row.get(key))}
+    if len(given) > 1:
+        raise DataError(
+            f"{source}: input and context: one of the two would be dropped; keep one, or "
+            "write both into the instruction (templates, or map: FILE.py:NAME)",
+            code="D045",
+        )
+    row = {**other_fields(row, "input", "context"), "input": next(iter(given.values()), None)}
     prompt, rest = question_of(row, source)
     answer = [Turn(role="assistant", content=text_field(row, output, source))]
     rest = other_fields(rest, output, "kto_tag")

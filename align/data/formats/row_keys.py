@@ -14,6 +14,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.formats.left_over import QUESTION_TEXTS, plain_name
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import (
@@ -24,7 +25,6 @@ from align.data.formats.turns import (
     refuse_switch,
     shown,
 )
-from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
 
@@ -34,23 +34,12 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 WEIGHTS = ("weight", "loss_weight", "sample_weight")
 TEMPLATE = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
-"""Text of the question that only some formats can represent."""
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _THOUGHTS = ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "reasoning_trace")
 _THOUGHTS += ("complex_cot", "thinking_process", "thought_process", "scratchpad")
 """Other names for the text before an answer; a row does not say how its author rendered it."""
 _NUMBERS = ("margin", "label_prob", "score_chosen", "score_rejected")
-_SAID = (*ASKED, "completion", "response", "output")
-"""Columns that may hold another question or answer than the one that is trained."""
-_READ = ("document", "article", "passage", "passages", "paragraph", "background", "preamble")
-_READ += ("sys", "sys_prompt", "system_instruction", "instruction_system", "persona", "user_input")
-_READ += ("suffix",)  # of rows that fill in the middle
-"""Columns that often hold a part of the question; no stage would read it there."""
-_BESIDE_TEXT = ("summary", "summaries", "highlights", "target", "targets", "translation", "reply")
-_BESIDE_TEXT += ("answer", "answers", "solution")
-"""Columns of plain text that often hold what the text is to be answered with."""
 _INDEX = re.compile(r"|Unnamed: \d+(\.\d+)*|__index_level_\d+__")
 """Names that pandas gives to the numbers of rows, and its readers to columns without a name."""
 _OWN_ARGUMENTS = ("messages", "conversation", "tools", "tokenize", "add_generation_prompt")
@@ -141,25 +130,25 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 f"{away.format(key)}",
                 code="D056",
             )
-        if key in (*_TURNS, *_LOSS, *(QUESTION_TEXTS if kind != "prompts" else ())) or (
+        if key in (*_TURNS, *_LOSS) or (
             kind not in ("prompts", "classes")
             and key not in (*shared, *_NUMBERS)
             and (
                 key in (*REASONING, *WEIGHTS)
-                or _plain(key) in _THOUGHTS
+                or plain_name(key) in _THOUGHTS
                 or is_about_loss(key, given[key])
             )
         ):
             use = "write it into the turns it belongs to"
-            if _plain(key) in _THOUGHTS and kind == "sft":
+            if plain_name(key) in _THOUGHTS and kind == "sft":
                 use = f"train it as reasoning (rename: {{{key}: reasoning_content}})"
             raise DataError(
                 f"{source}: {key}: {shown(given[key])} would be dropped, since {kind} rows of this "
                 f"format have no place for it; {use}, {away.format(key)}",
                 code="D045",
             )
-    known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS)
-    known += () if kind == "prompts" else (*QUESTION_TEXTS, *REASONING)
+    known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS, *QUESTION_TEXTS)
+    known += () if kind == "prompts" else REASONING
     for key in given:
         # A misspelled key would silently become a column that nobody reads.
         near = "" if key in known else guess(key.lower(), known, cutoff=0.85)
@@ -282,49 +271,6 @@ def _with_reasoning(turns: Sequence[Turn], reasoning: str, source: str) -> list[
     found = list(turns)
     found[said[0]] = {**found[said[0]], "reasoning_content": reasoning}
     return found
-
-
-def check_left_over(example: Example) -> None:
-    """Refuse a part of the question or an answer in a column whose text the example does not have.
-
-    Rows may repeat their question beside the conversation, as those of UltraChat do.
-
-    Raises:
-        DataError: names the column.
-    """
-    # A paragraph of plain text has no prompt.
-    alone = _BESIDE_TEXT if example.prompt == "" else ()
-    names = [key for key in example.columns if _plain(key) in (*_SAID, *_READ, *alone)]
-    if not names:
-        return
-    sides = (example.prompt, example.completion, example.rejected)
-    there = "\n".join(" ".join(text.split()) for side in sides for text in _texts(side))
-    for key in names:
-        for text in _texts(example.columns[key]):
-            if " ".join(text.split()) not in there:
-                use = ""
-                if _plain(key) in alone:
-                    use = f"train it as the answer (rename: {{text: prompt, {key}: completion}}), "
-                raise DataError(
-                    f"{example.source}: {key}: {shown(text)} would be dropped, since the row's "
-                    f"text is taken from other fields; {use}remove it, or "
-                    "pass it to the rewards as a column by another name "
-                    f"(rename: {{{key}: {key}_column}})",
-                    code="D045",
-                )
-
-
-@cache
-def _plain(key: str) -> str:
-    return key.lower().replace(" ", "_").replace("-", "_")
-
-
-def _texts(side: object) -> list[str]:
-    if isinstance(side, str):
-        return [side]
-    turns = side if isinstance(side, list | tuple) else ()
-    contents = (turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns)
-    return [content for content in contents if isinstance(content, str)]
 
 
 def clean_columns(columns: Mapping[str, Any]) -> dict[str, Any]:

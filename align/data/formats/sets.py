@@ -7,6 +7,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.formats.left_over import check_left_over
 from align.data.formats.row_keys import apply_extras, take_extras
 from align.data.formats.turns import shown, to_text
 from align.data.load import MAX_REPORTED, source_of
@@ -116,6 +117,8 @@ def _set_of(row: dict[str, Any] | str, spec: DataSpec, source: str) -> AnswerSet
     if isinstance(prompt, str):
         prompt = [Turn(role="user", content=prompt)]
     prompt = apply_extras(Example(prompt, source=source), extras).prompt
+    columns = {key: value for key, value in row.items() if key not in _FIELDS}
+    check_left_over(Example(prompt, columns=columns, source=source), kind="prompts")
     # A subset has a name in the rows, or else that of its file.
     stem = Path(source.rpartition(":")[0]).stem
     return AnswerSet(prompt, chosen, rejected, str(row.get("subset") or stem), source)
