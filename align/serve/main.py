@@ -9,7 +9,7 @@ from align.core.errors import ArtifactError, InstallError
 from align.core.extras import TRAINING, require
 from align.core.log import setup_logging
 from align.serve.app import create_app, only_server
-from align.serve.finetuning.recipes import base_place
+from align.serve.finetuning.recipes import base_place, check_changes
 from align.serve.settings import Settings, own_address
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def serve(settings: Settings) -> None:
         log.warning("%s", error)
     for name, place in settings.models.items():
         base_place(name, place, settings.runs)
+    check_changes(settings.job_keys)
     app = create_app(settings)
     # uvicorn would log these with a traceback.
     with only_server(settings.data):

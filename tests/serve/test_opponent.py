@@ -12,13 +12,19 @@ import httpx
 import openai
 import pytest
 
+from align.core.errors import RecipeError
 from align.recipe.load import load_recipe
 from align.recipe.schema import GrpoStage
 from align.serve.finetuning import generation, graders
 from align.serve.finetuning.asked import ReinforcementHyperparameters
 from align.serve.finetuning.files import Files
 from align.serve.finetuning.generation import MAX_WAITING
-from align.serve.finetuning.recipes import job_recipe, resolved, write_recipe
+from align.serve.finetuning.recipes import (
+    check_changes,
+    job_recipe,
+    resolved,
+    write_recipe,
+)
 from align.serve.finetuning.webhooks import Deliveries
 from align.serve.store import Store
 from tests.serve.running import WAIT_S, Running, running
@@ -64,6 +70,42 @@ def test_as_many_slow_answers_as_are_allowed_hold_up_nobody_else(server: Running
         found = [answer.result() for answer in answers]
     assert [(one.status_code, one.text) for one in found if one.status_code != 200] == []
     assert all_places_are_free(server)
+
+
+def test_a_file_with_a_field_that_nothing_reads_is_refused(server: Running):
+    fields = {"purpose": "fine-tune", "expires_after": "3600"}
+    with server.client() as client:
+        answer = client.post("/v1/files", data=fields, files={"file": ("t.jsonl", b"{}")})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "expires_after"
+        assert "expires_after[seconds]" in answer.json()["error"]["message"]
+        assert client.get("/v1/files").json()["data"] == []
+        del fields["expires_after"]
+        fields |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+        assert client.post("/v1/files", data=fields, files={"file": b"{}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            "supervised.max_lenght=3",
+            "supervised.max_lenght: unknown key; did you mean 'max_length'?",
+        ),
+        ("dpo.max_length=no", "dpo.max_length: found 'no'; expected a whole number"),
+        ("supervised.tuning.rank=0", "supervised.tuning.rank: found 0; expected a whole"),
+        ("sft.steps=3", "sft.steps=3: expected METHOD.KEY=VALUE with one of the methods superv"),
+        ("dpo.beta", "dpo.beta: expected METHOD.KEY=VALUE"),
+        ("dpo", "dpo: expected METHOD.KEY=VALUE"),
+    ],
+)
+def test_a_change_of_jobs_that_would_end_the_first_one_is_refused_at_the_start(change, told):
+    good = ["supervised.eval_every=5", "dpo.beta=0.2", "reinforcement.sampling.max_new_tokens=8"]
+    check_changes(good)
+    with pytest.raises(RecipeError) as error:
+        check_changes([*good, change])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_clients_that_leave_a_stream_leave_nothing_behind(server: Running):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Form, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import Field
 
@@ -147,11 +147,26 @@ def filename_of(given: str | None) -> str:
     return visible(last)[:255] or "file"
 
 
+FIELDS = frozenset(("file", "purpose", "expires_after[anchor]", "expires_after[seconds]"))
+
+
+async def _known_fields(request: Request) -> None:
+    """Refuse a form with a field that the route would ignore.
+
+    Raises:
+        ServeError: names the field.
+    """
+    unknown = sorted(set(await request.form()) - FIELDS)
+    if unknown:
+        told = f"Unknown field '{visible(unknown[0])}'; expected {', '.join(sorted(FIELDS))}."
+        raise ServeError(400, told, param=unknown[0])
+
+
 def add_files(routes: APIRouter, api: Api) -> None:
     """Add the routes below /v1/files."""
     me = api.me
 
-    @routes.post("/files")
+    @routes.post("/files", dependencies=[Depends(_known_fields)])
     def create(
         *,
         request: Request,

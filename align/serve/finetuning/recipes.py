@@ -1,14 +1,16 @@
 """A job as a recipe: the settings that the API leaves open, and where the files are."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import MANIFEST, read_json_object, write_json_atomic
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, RecipeError
 from align.core.references import find_model
+from align.recipe.load import resolve
+from align.recipe.plain import read_plain
 
 STAGE = "train"
 """Name of the job's training stage."""
@@ -28,6 +30,14 @@ CHECKPOINTS = 3
 """Checkpoints that a job keeps, the last one included."""
 LONGEST_GAP = 200
 """Most steps between two checkpoints: what a job does again at most whose process was killed."""
+DEFAULTS = {
+    "learning_rate_multiplier": 1.0,
+    "beta": 0.1,
+    "compute_multiplier": 1.0,
+    "eval_interval": 5,
+    "eval_samples": 1,
+}
+"""What ``auto`` stands for in hyperparameters that do not depend on the data."""
 GRADER = "reward_models.graders:GraderReward"
 
 
@@ -42,15 +52,7 @@ def resolved(method: str, hyperparameters: Mapping[str, Any], *, rows: int) -> d
     online = method == "reinforcement"
     # OpenAI takes about 0.2 % of the examples; small files need several steps per epoch.
     batch = min(PROMPTS_PER_STEP, rows) if online else min(MAX_BATCH, max(1, round(rows / 100)))
-    chosen = {
-        "batch_size": batch,
-        "learning_rate_multiplier": 1.0,
-        "n_epochs": 1 if online else EPOCHS,
-        "beta": 0.1,
-        "compute_multiplier": 1.0,
-        "eval_interval": 5,
-        "eval_samples": 1,
-    }
+    chosen = {**DEFAULTS, "batch_size": batch, "n_epochs": 1 if online else EPOCHS}
     found = {k: chosen[k] if v == "auto" else v for k, v in hyperparameters.items()}
     return {**found, "batch_size": min(found["batch_size"], rows)}
 
@@ -105,6 +107,52 @@ def job_recipe(
         "stages": {"base": {"kind": "base", "path": base}, STAGE: stage},
         **_sinks(integrations),
     }
+
+
+def check_changes(changes: Sequence[str]) -> None:
+    """Check the changes of jobs' recipes, which else would end the first job.
+
+    Args:
+        changes: ``METHOD.KEY=VALUE`` texts.
+
+    Raises:
+        RecipeError: an unknown method or key, or an invalid value.
+    """
+    for text in changes:
+        method, _, change = text.partition(".")
+        key, equals, _ = change.partition("=")
+        if method not in KINDS or not (key and equals):
+            raise RecipeError(
+                f"--set {text}: expected METHOD.KEY=VALUE with one of the methods "
+                f"{', '.join(KINDS)}, such as supervised.max_length=4096"
+            )
+    for method in KINDS:
+        asked = [text.partition(".")[2] for text in changes if text.startswith(f"{method}.")]
+        if not asked:
+            continue
+        source = read_plain(_example(method), "job")
+        try:
+            resolve(source, [f"{STAGE}.{change}" for change in asked], folder=Path())
+        except RecipeError as error:
+            raise RecipeError(str(error).replace(f"stages.{STAGE}.", f"{method}.")) from error
+
+
+def _example(method: str) -> dict[str, Any]:
+    """Return the recipe of a job with all that a client can ask for; no file of it exists."""
+    hyperparameters = resolved(
+        method, dict.fromkeys((*DEFAULTS, "batch_size", "n_epochs"), "auto"), rows=100
+    )
+    return job_recipe(
+        name="job",
+        description="",
+        base="model",
+        seed=0,
+        method={"type": method, method: {"hyperparameters": hyperparameters, "grader": {}}},
+        files={"training": Path("training.jsonl"), "validation": Path("validation.jsonl")},
+        rows=100,
+        integrations=[],
+        url="",
+    )
 
 
 def _sinks(integrations: list[dict[str, Any]]) -> dict[str, Any]:
