@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from align.core.card import Line
-from align.core.errors import AlignError
+from align.core.errors import AlignError, PreflightError
+from align.core.rank_failures import Meeting
 
 Item = TypeVar("Item")
 NUM_ROWS = 4
@@ -31,14 +32,24 @@ Check = tuple[str, Callable[[], Finding]]
 
 
 def examine(checks: Iterable[Check]) -> list[Line]:
-    """Run checks in order and return one line each; an AlignError becomes a failed line."""
-    lines = []
+    """Run checks in order and return one line each; an AlignError becomes a failed line.
+
+    Raises:
+        PreflightError: a check stopped here, while other ranks are still in it. They may wait in a
+            collective of the check for this rank, which cannot come back to it.
+    """
+    lines, meeting = [], Meeting("checks")
     for name, check in checks:
-        began = time.monotonic()
+        began, error = time.monotonic(), None
         try:
             found = check()
-        except AlignError as error:
-            found = Finding("stopped", "", "fail", str(error))
+        except AlignError as raised:
+            error, found = raised, Finding("stopped", "", "fail", str(raised))
+        meeting.arrive()
+        if error is not None and not meeting.all_arrived():
+            raise PreflightError(
+                f"the preflight failed, nothing was trained\n  {name}: stopped: {error}"
+            ) from error
         seconds = round(time.monotonic() - began, 3)
         lines.append(Line(name, found.value, found.bound, found.verdict, found.remedy, seconds))
     return lines

@@ -34,6 +34,7 @@ from align.core.identity import (
 from align.core.lock import StageLock
 from align.core.log import MetricsLog, setup_logging
 from align.core.model_card import write_card
+from align.core.rank_failures import LOST, announce, announced, stop_watching, watch_ranks
 from align.core.sinks import Tracking
 from align.core.storage import storage_problem
 from align.core.text import hidden, visible
@@ -155,7 +156,10 @@ def main() -> NoReturn:
     try:
         code = run_stage(args.kind, args)
     except (distributed.StoppedNow, Exception) as e:
+        if isinstance(e, Exception):
+            announce(e)
         code = _ended(e, args)
+    stop_watching()
     distributed.defer_stop()
     if code == EXIT_OK:
         distributed.shutdown()
@@ -183,7 +187,7 @@ def _last_words(error: BaseException, args: argparse.Namespace) -> str:
         return problem
     told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if distributed.lost_a_rank(error):
-        return f"another rank of this stage has ended; its own message has the reason ({told})"
+        return f"{LOST} ({told})"
     text = "".join(traceback.format_exception(error))
     place = folder / FAILURE
     try:
@@ -225,6 +229,7 @@ def run_stage(kind: str, args: argparse.Namespace) -> int:
     # From here on all ranks take part.
     distributed.init_process_group(deterministic=recipe.deterministic, device=recipe.device)
     distributed.check_ranks(name, spec.ranks)
+    watch_ranks()
     setup_logging(distributed.rank())
     run_dir = Path(args.run_dir or args.runs / recipe.name)
     context = StageContext(recipe, name, run_dir, recipe.seed_of(name))
@@ -407,7 +412,7 @@ def prepare_and_train(spec: StageSpec, context: StageContext) -> StageResult:
     Raises:
         PreflightError: a check failed; nothing was trained.
     """
-    with context.resources:
+    with context.resources, announced():
         prepared = prepare_stage(spec, context)
         if prepared.checks:
             card = run_checks(context.name, spec.kind, prepared.checks)
