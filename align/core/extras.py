@@ -1,5 +1,8 @@
 """Packages that an installation may lack: the light core runs without torch."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 from align.core.errors import InstallError
@@ -25,3 +28,19 @@ def require(what: str, *modules: str, extra: str = "train") -> None:
             f"{what} needs {', '.join(missing)}, which this installation lacks. Run: "
             f"pip install 'align-suite[{extra}]'"
         )
+
+
+@contextmanager
+def as_if_absent(module: str) -> Iterator[None]:
+    """Let ``import module`` fail inside the block, unless it is loaded already.
+
+    For a library that imports heavy parts of another one wherever that is installed.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's sign for "no such module"
+    try:
+        yield
+    finally:
+        del sys.modules[module]

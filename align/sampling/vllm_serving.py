@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from align.core.errors import TrainingError
-from align.sampling.vllm import CPU_BLOCK_SIZE, ENVIRONMENT, MAX_BATCHED_TOKENS, MAX_RUNNING
+from align.core.extras import as_if_absent
+from align.sampling.vllm import (
+    CPU_BLOCK_SIZE,
+    ENVIRONMENT,
+    MAX_BATCHED_TOKENS,
+    MAX_RUNNING,
+    RESAMPLING,
+)
 from align.sampling.vllm_sampler import rank_without_compiler
 
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
@@ -25,7 +32,8 @@ def serving_engine(folder: Path, *, context: int, max_rank: int) -> Any:
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from vllm import LLM
+    with as_if_absent(RESAMPLING):
+        from vllm import LLM
 
     platform: dict[str, Any] = {"gpu_memory_utilization": MEMORY_FRAC}
     if not torch.cuda.is_available():

@@ -7,6 +7,8 @@ CPU seconds, which only quantized models need.
 import sys
 from types import ModuleType
 
+from align.core.extras import as_if_absent
+
 _QUANTIZER = "bitsandbytes"
 
 
@@ -17,13 +19,10 @@ def import_peft() -> None:
     """
     if "peft" in sys.modules or _QUANTIZER in sys.modules:
         return
-    sys.modules[_QUANTIZER] = None  # type: ignore[assignment]  # Python's sign for "no such module"
-    try:
+    with as_if_absent(_QUANTIZER):
         from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
         _ = is_bnb_available(), is_bnb_4bit_available()  # peft remembers the answers
-    finally:
-        del sys.modules[_QUANTIZER]
 
 
 def peft_for(model: object) -> ModuleType:

@@ -1,7 +1,12 @@
-"""bitsandbytes is imported only where a model is quantized."""
+"""Libraries are imported without heavy parts of others that training does not need."""
 
+import importlib
 import subprocess
 import sys
+
+import pytest
+
+from align.core.extras import as_if_absent
 
 SCRIPT = """
 import sys
@@ -36,3 +41,26 @@ def test_a_loaded_bitsandbytes_is_not_hidden():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_a_module_is_absent_inside_the_block_only(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with as_if_absent("colorsys"), pytest.raises(ImportError):
+        importlib.import_module("colorsys")
+    loaded = importlib.import_module("colorsys")
+    with as_if_absent("colorsys"):
+        assert importlib.import_module("colorsys") is loaded
+
+
+def test_vllm_starts_without_the_resampling_of_sound():
+    pytest.importorskip("vllm")
+    script = (
+        "import sys; from align.core.extras import as_if_absent; "
+        "from align.sampling.vllm import RESAMPLING\n"
+        "with as_if_absent(RESAMPLING):\n"
+        "    from vllm import LLM\n"
+        "print(LLM.__name__, RESAMPLING in sys.modules)\n"
+        "from scipy.signal import resample_poly; print(resample_poly.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["LLM False", "resample_poly"], done.stderr
