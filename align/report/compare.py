@@ -14,6 +14,8 @@ MAX_PANELS = 12
 
 Named = Mapping[str, RunRecord]
 """Runs by the name that tells them apart."""
+SHOWN_KEYS = 20
+"""Keys of differing recipes that are shown unfolded."""
 
 
 def named_runs(runs: Sequence[RunRecord]) -> Named:
@@ -85,7 +87,12 @@ def _recipes(runs: Named) -> Markup:
         if len(set(values := [str(flat.get(key, "-")) for flat in found])) > 1
     ]
     body = table(["key", *runs], rows) if rows else tag("p", "The recipes are identical.")
-    return tag("section", tag("h2", f"Recipes: {number(len(rows))} keys differ"), body)
+    if len(rows) > SHOWN_KEYS:  # recipes of two kinds, whose curves should not be far below
+        body = tag("details", tag("summary", "All of them"), body)
+    title = (
+        "Recipes: 1 key differs" if len(rows) == 1 else f"Recipes: {number(len(rows))} keys differ"
+    )
+    return tag("section", tag("h2", title), body)
 
 
 def _flat(value: object, key: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_report as parts
@@ -163,7 +164,24 @@ def test_a_second_run_is_compared_number_by_number(run, tmp_path):
     # 0.692 - 0.592, and sqrt(0.031^2 + 0.04^2) = 0.0506 on both sides.
     assert re.findall(r"[\d.]+", row.rpartition("<td>")[2])[:3] == ["0.100", "0.049", "0.151"]
     assert "stages.sft.steps" in html
-    assert "1 keys differ" in html
+    assert "1 key differs" in html
+    assert "<summary>All of them" not in html
+
+
+def test_many_keys_that_differ_are_folded(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for file in other.glob("*/recipe.yaml"):
+        recipe = yaml.safe_load(file.read_text())
+        recipe["stages"] = {f"b_{name}": spec for name, spec in recipe["stages"].items()}
+        for spec in recipe["stages"].values():
+            spec.update({"init": f"b_{spec['init']}"} if "init" in spec else {})
+        del recipe["stages"]["b_evaluate"]
+        file.write_text(yaml.safe_dump(recipe))
+    html = build_comparison(run, other).read_text()
+    found = html.partition("keys differ</h2>")[2]
+    assert found.startswith("<details><summary>All of them</summary><div")
+    assert "stages.b_sft.steps" in found
 
 
 @pytest.mark.slow
