@@ -249,6 +249,18 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
+def test_gpus_elsewhere_are_planned_in_their_usual_dtype(recipe: Path, capsys) -> None:
+    def said(*words: str) -> list[str]:
+        with pytest.raises(SystemExit):
+            tool.main([str(recipe), "--runs", str(recipe.parent), "--only", "sft", *words])
+        return capsys.readouterr().out.splitlines()[0].split(", ")
+
+    assert said()[-1] == "float32"
+    assert said("--gpus", "2", "--memory", "80")[-1] == "bfloat16"
+    assert said("--memory", "80", "--set", "dtype=float32")[-1] == "float32"
+    assert said("--memory", "80", "--set", "sft.dtype=float32")[-1] == "float32"
+
+
 def test_command_reads_only_the_recipe_and_says_what_to_change(recipe, capsys) -> None:
     options = [str(recipe), "--runs", str(recipe.parent), "--gpus", "4", "--memory"]
     with pytest.raises(SystemExit) as ended:

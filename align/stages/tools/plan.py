@@ -214,6 +214,16 @@ def machine_of(gpus: int | None, memory: float | None) -> Machine:
     return Machine("gpu", memory * GIB, gpus)
 
 
+def _recipe_for(
+    machine: Machine, path: Path | str, overrides: Sequence[str], *, runs: Path
+) -> Recipe:
+    """Return a recipe as the machine would read it: the usual dtype of GPUs is bfloat16."""
+    recipe = load_recipe(path, overrides, runs=runs)
+    if machine.device == "cpu" or recipe.dtype is not None or list_gpus():
+        return recipe
+    return load_recipe(path, [*overrides, "dtype=bfloat16"], runs=runs)
+
+
 def plan(
     recipe: Recipe, run_dir: Path, machine: Machine, *, only: str | None = None
 ) -> Iterator[tuple[str, list[str], Prediction, bool]]:
@@ -251,8 +261,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(words)
     found: dict[str, tuple[Prediction, bool]] = {}
     try:
-        recipe = load_recipe(args.recipe, args.overrides, runs=args.runs)
         machine = machine_of(args.gpus, args.memory)
+        recipe = _recipe_for(machine, args.recipe, args.overrides, runs=args.runs)
         for name, lines, prediction, fits in plan(
             recipe, args.runs / recipe.name, machine, only=args.only
         ):
