@@ -125,7 +125,7 @@ def check(
     if deep or only:
         from align.cli.deep import check_deeply
 
-        check_deeply(loaded, runs / loaded.name, only)
+        check_deeply(loaded, resolved.places, runs / loaded.name, only=only)
 
 
 @cli.command()

@@ -3,17 +3,20 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from align.core.accelerator import has_gpu
-from align.core.card import Card, read_card, table
+from align.core.card import Card, Line, read_card, table
+from align.core.caret import with_source
 from align.core.errors import EXIT_FAILED, RecipeError
 from align.core.extras import TRAINING, require
 from align.core.text import suggest, visible
 from align.pipeline.following import Tail
+from align.pipeline.places import placed
 from align.pipeline.planning import plan
 from align.pipeline.processes import stage_env
 from align.recipe.load import RECIPE_FILE, write_resolved
@@ -95,13 +98,33 @@ def closing_line(cards: Sequence[Card]) -> str:
     return "; ".join(parts)
 
 
-def check_deeply(recipe: Recipe, run_dir: Path, only: str | None) -> None:
-    """Run the deep check and exit with its exit code."""
+def with_places(card: Card, recipe: Recipe, places: Mapping[str, str]) -> Card:
+    """Return a card whose failed checks name and show the place in the recipe that is wrong."""
+
+    def shown(line: Line) -> Line:
+        if line.verdict != "fail":
+            return line
+        told = line.remedy.splitlines()
+        found = placed(told, recipe=recipe, places=places, stage=card.stage)
+        return replace(line, remedy="\n".join(with_source("\n".join(found))))
+
+    return replace(card, lines=[shown(line) for line in card.lines])
+
+
+def check_deeply(
+    recipe: Recipe, places: Mapping[str, str], run_dir: Path, *, only: str | None
+) -> None:
+    """Run the deep check and exit with its exit code.
+
+    Args:
+        recipe: to check. places: dotted key to the place in its file (``Resolved.places``).
+        run_dir: folder of the run. only: check this stage only.
+    """
     cards: list[Card] = []
 
     def show(card: Card) -> None:
         cards.append(card)
-        for line in table(card):
+        for line in table(with_places(card, recipe, places)):
             typer.echo(visible(line))
 
     code, log = deep_check(recipe, run_dir=run_dir, only=only, show=show)

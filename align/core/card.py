@@ -73,5 +73,7 @@ def table(card: Card) -> list[str]:
         bound = f"  ({line.bound})" if line.bound else ""
         rows.append(f"  {line.verdict:<7}  {line.name:<{names}}  {line.value}{bound}")
         if line.remedy and line.verdict != "ok":
-            rows.append(f"           {'':<{names}}  -> {line.remedy}")
+            first, *more = line.remedy.splitlines()
+            rows.append(f"           {'':<{names}}  -> {first}")
+            rows += [f"           {'':<{names}}     {text}" for text in more]
     return rows

@@ -23,6 +23,7 @@ from align.core.artifacts import write_manifest
 from align.core.card import Card, Line
 from align.core.errors import ArtifactError
 from align.data.token_view import Token, View, as_text
+from align.recipe.load import load_recipe
 from align.recipe.schema import EncoderStage, Recipe
 from align.stages import encoder
 from align.stages.base import StageContext
@@ -127,14 +128,14 @@ def test_what_data_check_and_show_print_cannot_drive_the_terminal(tmp_path: Path
 
 def test_what_check_prints_cannot_drive_the_terminal(monkeypatch) -> None:
     def found(recipe, *, show, **_):
-        show(Card("s", "sft", [Line("x", HOSTILE, HOSTILE, "fail", HOSTILE)]))
+        show(Card("sft", "sft", [Line("x", HOSTILE, HOSTILE, "fail", HOSTILE)]))
         return 1, HOSTILE
 
     said: list[str] = []
     monkeypatch.setattr(deep, "deep_check", found)
     monkeypatch.setattr(deep.typer, "echo", lambda text, **_: said.append(text))
     with pytest.raises(deep.typer.Exit):
-        deep.check_deeply(None, Path(), None)  # type: ignore[arg-type]
+        deep.check_deeply(load_recipe("quickstart"), {}, Path(), only=None)
     assert sum("title" in text for text in said) == 3
     assert not CONTROLS.search("".join(said))
 

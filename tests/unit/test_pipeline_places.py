@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from align.cli.deep import with_places
+from align.core.card import Card, Line, table
 from align.core.caret import with_source, without_places
 from align.pipeline.places import placed
 from align.recipe.load import load_resolved
@@ -76,3 +78,17 @@ def test_the_place_and_its_line_can_be_removed_again(file: Path):
         "                    ^",
     ]
     assert without_places(lines) == ["    stages.sft.tuning.rank: 3", "      a detail"]
+
+
+def test_the_deep_check_shows_the_place_below_what_failed(file: Path) -> None:
+    resolved = load_resolved(file)
+    failed = Line("preparation", "stopped", "", "fail", "tuning.targets: 'huh' names no layer")
+    warned = Line("rows", "few", "", "warn", "tuning.targets: 'huh' names no layer")
+    card = Card("sft", "sft", [failed, warned])
+    said = table(with_places(card, resolved.recipe, resolved.places))
+    # The column of the list is 37; its caret is in the same column as its bracket.
+    place, line, caret = said[2:5]
+    assert place.endswith(f"-> {file}:10:37: stages.sft.tuning.targets: 'huh' names no layer")
+    assert line.endswith("tuning: {method: lora, targets: [q_proj, huh]}")
+    assert line.index("[q_proj") == caret.index("^")
+    assert said[-1].endswith("-> tuning.targets: 'huh' names no layer")
