@@ -25,6 +25,7 @@ from align.data.reading.read_log import num_rows, parsed_sha256
 from align.data.reading.sources import data_fingerprint, named_source, read_rows
 from align.data.split import side_of, split_key
 from align.data.toy import generate
+from align.data.whole import WholeSource, check_whole
 from align.data.wordings import word_row
 from align.recipe.schema import DataSpec
 
@@ -268,13 +269,17 @@ def read_examples(spec: DataSpec, *, kind: Kind, seed: int) -> Iterator[Example]
                 break
             continue
         barren += not found
-        kept = (e for e in found if _on_side(e, spec, row=row, side=side))
-        for example in (answer for e in kept for answer in _answers(e, spec)):
-            contents.add(example)
-            yield example
+        for read in found:
+            contents.whole.add(read)
+            if not _on_side(read, spec, row=row, side=side):
+                continue
+            for example in _answers(read, spec):
+                contents.add(example)
+                yield example
     if errors:
         more = "\n... and more" if len(errors) > MAX_REPORTED else ""
         raise DataError("\n".join(errors[:MAX_REPORTED]) + more)
+    check_whole(contents.whole, name=spec.path)
     if barren:
         total = detector.counts.total()
         logger.warning("%s: %d of %d rows contain no %s example", spec.path, barren, total, kind)
@@ -287,6 +292,7 @@ class _Contents:
     """What the rows of a file hold beside their prompts and responses, counted while it is read."""
 
     def __init__(self) -> None:
+        self.whole = WholeSource()
         self.total = self._plain = self._repeated = self._unanswered = 0
         self._columns: set[str] = set()
 
@@ -303,6 +309,8 @@ class _Contents:
 
     def log(self, spec: DataSpec, *, kind: Kind) -> None:
         """Log what was counted."""
+        for doubt in self.whole.doubts():
+            logger.warning("%s: %s", spec.path, doubt)
         # A mix of plain text and conversations is probably a mistake: only the latter get the
         # template.
         if kind in ("sft", "preference", "unpaired") and 0 < self._plain < self.total:

@@ -173,4 +173,5 @@ def test_two_inputs_of_one_instruction_are_refused() -> None:
         read(row, "sft")
     for key in ("input", "context"):
         (turn,) = read({**row, key: ""}, "sft").prompt
+        assert not isinstance(turn, str)
         assert turn["content"] == f"I\n\n{row['context' if key == 'input' else 'input']}"

@@ -30,6 +30,7 @@ from align.data.render.chat import ChatFormat
 from align.data.split import split_key
 from align.data.text.contamination import Wanted, runs_in
 from align.data.text.ngrams import sketch, words
+from align.data.whole import WholeSource
 
 COLUMNS = ("place", "whole", "key", "ident", "same", "low", "high", "length")
 """Columns for each valid row: its line or row number; hashes of all its texts, of the text that
@@ -93,6 +94,7 @@ class Part:
     """Number of pairs whose chosen, or rejected, response has more words."""
     tokens: list[int] = field(default_factory=list)
     lost: int = 0
+    whole: WholeSource = field(default_factory=WholeSource)
     overlap: list[Wanted] = field(default_factory=list)
     """Rows that share runs of words with evaluation prompts: their places and these runs."""
 
@@ -141,6 +143,7 @@ class BatchChecker:
     def _look(self, part: Part, examples: list[Example], source: str) -> tuple[int, ...]:
         """Check a row that a stage would accept for warnings, and return its entry of the table."""
         for example in examples:
+            part.whole.add(example)
             for code, found in doubts(example, kind=self._plan.kind):
                 part.tally.add(Finding(code, source, found, excerpt=_first_text(example)))
             sides = [

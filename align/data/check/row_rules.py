@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from align.core.types import Example, Text, Turn
 from align.data.formats.faults import Fault
+from align.data.formats.pairs import score_gap
 from align.data.formats.turns import text_of
 
 
@@ -43,8 +44,9 @@ def _pair(example: Example) -> Iterator[Fault]:
         both = [" ".join(side.lower().split()) for side in (chosen, rejected)]
         if both[0] == both[1]:
             yield "D076", "chosen and rejected have the same words"
-    if example.margin is not None and example.margin < 0:
-        yield "D077", f"margin {example.margin:g}"
+    gap = score_gap(example)
+    if gap is not None and gap <= 0:
+        yield "D077", f"the chosen response scores {gap:+g}" if gap else "both score the same"
 
 
 def _answer(example: Example) -> Iterator[Fault]:

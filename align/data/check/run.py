@@ -28,6 +28,7 @@ from align.data.check.whole import (
 from align.data.reading.readers import reader_of
 from align.data.reading.sources import find_files, suffix_of
 from align.data.render.chat import ChatFormat
+from align.data.whole import WholeSource
 
 PARALLEL_BYTES = 2**24
 """Smaller sources are checked in this process, since starting workers would cost more."""
@@ -90,6 +91,7 @@ class Report:
     tokens: list[int] = field(default_factory=list)
     lost: int = 0
     notes: list[str] = field(default_factory=list)
+    whole: WholeSource = field(default_factory=WholeSource)
 
 
 def check_data(request: Request, *, progress: Callable[[int, int], Any] | None = None) -> Report:
@@ -238,6 +240,7 @@ def _add(report: Report, part: Part) -> None:
     report.longer += part.longer
     report.tokens += part.tokens
     report.lost += part.lost
+    report.whole.join(part.whole)
 
 
 def _look_at_sums(report: Report, request: Request) -> None:
@@ -249,6 +252,8 @@ def _look_at_sums(report: Report, request: Request) -> None:
         labels=report.labels,
         longer=report.longer,
     )
+    for code, found in report.whole.faults():
+        report.tally.add(Finding(code, request.path if request.stdin is None else STDIN, found))
     count = len(report.tokens)
     if report.lost > LOST_FRAC * count:
         found = (

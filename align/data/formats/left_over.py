@@ -6,13 +6,12 @@ or a second answer that ends there is lost for the model.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.questions import prompt_of
-from align.data.formats.turns import shown
+from align.data.formats.turns import plain_name, shown
 from align.recipe.schema.formats import ASKED, FORMATS, Kind
 
 QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
@@ -109,12 +108,6 @@ def _remedy(
     if len(lost) == 1 and joins and isinstance(asked, str) and isinstance(row.get(first), str):
         return f"write it below the question (rename: {{{first}: input}}), "
     return f"write {them} into the question (templates, or map: FILE.py:NAME), "
-
-
-@cache
-def plain_name(key: str) -> str:
-    """Return the name of a column in lower case, with underscores between its words."""
-    return key.lower().replace(" ", "_").replace("-", "_")
 
 
 def _missing(value: object, there: str, *, alone: bool) -> str | None:

@@ -7,9 +7,11 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.tools import parsed
-from align.data.formats.turns import is_nothing, shown
+from align.data.formats.turns import is_nothing, plain_name, shown
 
 Row = dict[str, Any]
+
+_SCORES = ("score", "rating", "reward")
 
 
 def make_pair(
@@ -108,6 +110,24 @@ def _margin(row: Row, source: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise DataError(f"{source}: margin: expected a number, found {shown(value)}", code="D074")
     return float(value)
+
+
+def score_gap(example: Example) -> float | None:
+    """Return how much higher the chosen response is scored; None if the pair has no scores.
+
+    It is the margin, or the difference of ``chosen_rating`` and ``rejected_rating`` or the like.
+    """
+    if example.margin is not None:
+        return example.margin
+    found = {plain_name(key): value for key, value in example.columns.items()}
+    for score in _SCORES:
+        names = ((f"chosen_{score}", f"rejected_{score}"), (f"{score}_chosen", f"{score}_rejected"))
+        for chosen, rejected in names:
+            if chosen in found and rejected in found:
+                both = parsed(found[chosen]), parsed(found[rejected])
+                if all(isinstance(v, int | float) and isfinite(v) for v in both):
+                    return both[0] - both[1]
+    return None
 
 
 def as_chat(example: Example) -> Example:

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
-from align.data.formats.left_over import QUESTION_TEXTS, plain_name
+from align.data.formats.left_over import QUESTION_TEXTS
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import (
@@ -22,6 +22,7 @@ from align.data.formats.turns import (
     is_about_loss,
     is_nothing,
     not_text,
+    plain_name,
     refuse_switch,
     shown,
 )

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -355,6 +356,12 @@ def to_text(value: object, *, field: str, source: str) -> Text:
 def guess(word: str, known: Iterable[str], *, cutoff: float = 0.7) -> str:
     """Return ``suggest`` for a key of a row, of which unlike ones may be columns."""
     return suggest(word, known, cutoff=cutoff)
+
+
+@cache
+def plain_name(key: str) -> str:
+    """Return the name of a column in lower case, with underscores between its words."""
+    return key.lower().replace(" ", "_").replace("-", "_")
 
 
 def shown(value: object) -> str:

@@ -22,6 +22,8 @@ _NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SPLIT_OF = {word: split for split, words in _NAMES.items() for word in words}
+"""The split that a word names."""
 _UNNAMED = "other"
 """Name for the files of a folder that name no split when other files do."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)

@@ -1,0 +1,86 @@
+"""Faults of a data source that no single row shows: joined splits, pairs the wrong way round."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from align.core.errors import DataError
+from align.core.types import Example
+from align.data.formats.pairs import score_gap
+from align.data.formats.turns import plain_name
+from align.data.reading.splits import SPLIT_OF
+
+Found = tuple[str, str]
+"""Code (an entry of align/data/check/codes.yaml) and what was found."""
+
+_SPLIT_COLUMNS = ("split", "splits", "data_split", "dataset_split", "partition", "subset", "set")
+_SPLIT_COLUMNS += ("fold", "phase", "usage")
+
+
+class WholeSource:
+    """What the rows of one source say together; parts of a source can be joined."""
+
+    def __init__(self) -> None:
+        self.gaps: Counter[str] = Counter()
+        """Number of pairs by the response with the higher score; "" for pairs without scores."""
+        self._splits: dict[str, set[str]] = {}
+        self._others: set[str] = set()
+
+    def add(self, example: Example) -> None:
+        """Count an example as it was read."""
+        for key, value in example.columns.items():
+            if key not in self._others and value not in (None, ""):
+                split = SPLIT_OF.get(value.lower()) if isinstance(value, str) else None
+                if split is None or plain_name(key) not in _SPLIT_COLUMNS:
+                    self._others.add(key)
+                else:
+                    self._splits.setdefault(key, set()).add(split)
+        if example.rejected is not None:
+            gap = score_gap(example)
+            better = "chosen" if gap and gap > 0 else "rejected" if gap else "neither"
+            self.gaps["" if gap is None else better] += 1
+
+    def join(self, other: "WholeSource") -> None:
+        """Add what another part of the source says."""
+        self.gaps += other.gaps
+        self._others |= other._others
+        for key, splits in other._splits.items():
+            self._splits.setdefault(key, set()).update(splits)
+
+    def faults(self) -> Iterator[Found]:
+        """Yield what a stage refuses."""
+        for key, splits in self._splits.items():
+            if len(splits) > 1 and key not in self._others:
+                yield (
+                    "D013",
+                    f"{key}: by this column, the rows are of the splits {', '.join(sorted(splits))}"
+                    ", which are never joined; write each split into a file of its own, keep one "
+                    "of them (map: FILE.py:NAME), or rename the column to use all rows "
+                    f"(rename: {{{key}: {key}_column}})",
+                )
+        worse = self.gaps["rejected"]
+        if 2 * worse > self.gaps.total():
+            yield (
+                "D079",
+                f"in {worse} of {self.gaps.total()} pairs, the rejected response has the "
+                "higher score; swap the sides (rename: {chosen: rejected, rejected: chosen}, and "
+                "their scores likewise), or rename the scores if a lower one is better",
+            )
+
+    def doubts(self) -> Iterator[str]:
+        """Yield what a stage mentions."""
+        for side, said in (("rejected", "a higher score"), ("neither", "the same score")):
+            if count := self.gaps[side]:
+                yield (
+                    f"in {count} of {self.gaps.total()} pairs, the rejected response has {said}; "
+                    "align data check lists them (D077)"
+                )
+
+
+def check_whole(whole: WholeSource, *, name: str) -> None:
+    """Raise the first fault of a source.
+
+    Raises:
+        DataError: its splits would be joined, or most of its pairs are the wrong way round.
+    """
+    for code, found in whole.faults():
+        raise DataError(f"{name}: {found}", code=code)
