@@ -131,10 +131,13 @@ def test_turns_as_columns_of_different_lengths_are_refused(content: object) -> N
 @pytest.mark.parametrize(
     ("row", "near"),
     [
-        ({"INSTRUCTION": "I", "RESPONSE": "Y"}, "'instruction'"),
-        ({"Instructions": "I", "Outputs": "Y"}, "'output'"),
+        (
+            {"INSTRUCTION": "I", "RESPONSE": "Y"},
+            "rename: {INSTRUCTION: instruction, RESPONSE: response}",
+        ),
+        ({"Instructions": "I", "Outputs": "Y"}, "did you mean 'output'"),
     ],
 )
 def test_names_in_other_letters_are_recognized_in_the_error(row: dict[str, Any], near: str) -> None:
-    with pytest.raises(DataError, match=f"did you mean {near}"):
+    with pytest.raises(DataError, match=near):
         read(row)

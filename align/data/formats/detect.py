@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.faults import check_example
+from align.data.formats.hints import near_misses, renamed
 from align.data.formats.left_over import check_left_over
 from align.data.formats.questions import prompt_of
 from align.data.formats.row_keys import (
@@ -21,7 +23,7 @@ from align.data.formats.row_keys import (
     without_index,
 )
 from align.data.formats.tools import parsed
-from align.data.formats.turns import guess, is_nothing, is_role, parse_turns, shown
+from align.data.formats.turns import is_nothing, is_role, parse_turns, shown
 from align.data.reading.json import Row
 from align.recipe.schema.formats import ALIASES, FORMATS, Kind
 
@@ -71,7 +73,7 @@ class FormatDetector:
             if first[1] == source:
                 logger.info("%s: format %s", file, form)
             elif first[0] != form:
-                near = _near_misses(row) if isinstance(row, dict) else ""
+                near = near_misses(row) if isinstance(row, dict) else ""
                 raise DataError(
                     f"{source}: format {form}, but {first[1]} is {first[0]}; split the file or "
                     f"set 'format'{near}",
@@ -106,10 +108,19 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
             "select one with 'format'",
             code="D042",
         )
-    near = _near_misses(row)
+    near = near_misses(row)
+    if "input_ids" in row:
+        raise DataError(
+            f"{source}: the row has token ids (input_ids) and no text. Stages tokenize texts "
+            "themselves, so that template and mask fit the model; use the rows from which the ids "
+            "were made",
+            code="D040",
+        )
+    hint = _rename_hint(row, kind, source)
     raise DataError(
-        f"{source}: no known format has the fields {sorted(row)}{near}; "
-        f"expected one of {_expected(kind)}; rename the fields with 'rename: {{old: new}}'",
+        f"{source}: no known format has the fields {sorted(row)}{hint or near}; expected one of "
+        f"{_expected(kind)}; rename the fields (rename: {{old: new}}) or convert the rows "
+        "(map: FILE.py:NAME)",
         code="D041" if near else "D040",
     )
 
@@ -127,10 +138,17 @@ def _refuse_single_turn(row: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _near_misses(row: Mapping[str, Any]) -> str:
-    known = {field for form in FORMATS.values() for option in form.fields for field in option}
-    near = {key: guess(key.lower(), known) for key in row if key not in known}
-    return "".join(f"{hint} (by '{key}')" for key, hint in near.items() if hint)
+def _rename_hint(row: Mapping[str, Any], kind: Kind, source: str) -> str:
+    """Return the ``rename`` with which the row can be read; "" if there is none."""
+    for answer in ("completion", "response", "output"):
+        names = renamed(row, answer=answer)
+        given = {names.get(key, key): value for key, value in row.items()}
+        with suppress(DataError):
+            if names:
+                to_examples(given, kind=kind, format="auto", source=source)
+                told = ", ".join(f"{old}: {new}" for old, new in names.items())
+                return f"; it can be read with rename: {{{told}}}"
+    return ""
 
 
 def _expected(kind: Kind) -> str:
@@ -245,7 +263,7 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
         ("preference", "sft"): "set answers: chosen (or both) to use the pairs as sft rows",
         ("unpaired", "sft"): "keep the rows with label true in a file without 'label'",
     }.get((has, kind), f"use a data set of kind {kind}")
-    near = _near_misses(example.columns)
+    near = near_misses(example.columns)
     raise DataError(
         f"{example.source}: a {name} row is {has} data, but the stage needs {kind}; {remedy}{near}",
         code="D041" if near else "D044",

@@ -138,6 +138,7 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 key in (*REASONING, *WEIGHTS)
                 or plain_name(key) in _THOUGHTS
                 or is_about_loss(key, given[key])
+                or _is_token_mask(key, given[key])
             )
         ):
             use = "write it into the turns it belongs to"
@@ -159,6 +160,11 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 "Rename it if it is another thing",
                 code="D041",
             )
+
+
+def _is_token_mask(key: str, value: object) -> bool:
+    """Return whether a column masks tokens, as ``labels`` of tokenized rows do by -100."""
+    return key == "labels" and isinstance(value, list) and -100 in value
 
 
 def _one_text(taken: Row, names: Sequence[str], source: str) -> str:

@@ -190,7 +190,11 @@ def is_role(value: object) -> bool:
 
 def _turn(turn: object, where: str) -> Turn:
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: expected a turn, found {shown(turn)}", code="D050")
+        who = "; a text alone does not say who says it. Write {role, content} (map: FILE.py:NAME)"
+        raise DataError(
+            f"{where}: expected a turn, found {shown(turn)}{who if isinstance(turn, str) else ''}",
+            code="D050",
+        )
     if turn.keys() == _PLAIN_TURN:
         role, content = turn["role"], turn["content"]
         # Most turns have nothing else to check; a role of another type cannot be looked up.
